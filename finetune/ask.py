@@ -1,0 +1,73 @@
+"""One question to a trained model about one database: the SQL, and its rows on request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.errors import UserError
+from finetune.generate import generate_answers
+from finetune.model import choose_device, load_adapter, load_base, load_tokenizer
+from finetune.prompts import extract_sql, load_template
+from finetune.runs import RunFolder
+from finetune.sql.sandbox import SqlSandbox, check_sqlite_file
+from finetune.sql.schema import ddl_of_database, parse_ddl
+
+ROWS_SHOWN = 50
+
+
+def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None = None, base: bool = False) -> str:
+    """The SQL with which a run's model (or its base model) answers a question about a database or .sql schema.
+
+    Raises UserError when run or database cannot be read, or when the answer holds no SQL.
+    """
+    schema = schema_of(database)
+    if not question.strip():
+        raise UserError("the question is empty")
+    template = load_template(run.adapter)
+    config = run.config()
+    device = choose_device(config.model.torch_dtype)
+    tokenizer = load_tokenizer(config.model)
+    model = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
+    if not base:
+        model = load_adapter(model, run.adapter)
+    prompt = template.render(schema=schema, question=question, evidence=evidence)
+    [(answer, _)] = generate_answers(
+        model, tokenizer, [prompt], batch_size=1, max_new_tokens=config.evaluation.max_new_tokens, progress=False
+    )
+    sql = extract_sql(answer)
+    if not sql:
+        raise UserError(f"the model answered without SQL: {answer.strip()[:200]!r}")
+    return sql
+
+
+def schema_of(path: Path) -> str:
+    """DDL text of a SQLite file, or of a .sql file with CREATE TABLE statements."""
+    if path.suffix == ".sql":
+        try:
+            ddl = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not readable as text ({error})") from error
+        if not parse_ddl(ddl):
+            raise UserError(f"{path}: no CREATE TABLE statement in it")
+        return ddl
+    return ddl_of_database(path)
+
+
+def run_and_format(database: Path, sql: str, timeout_seconds: float) -> str:
+    """The rows of a query as an aligned text table, at most ROWS_SHOWN of them."""
+    if database.suffix == ".sql":
+        raise UserError(f"{database}: a schema has no rows; give a SQLite file to --db to use --run")
+    check_sqlite_file(database)
+    with SqlSandbox() as sandbox:
+        result = sandbox.run(database, sql, timeout_seconds)
+    if result.rows is None:
+        raise UserError(f"the SQL does not run: {result.error}")
+    cells = [list(result.columns)] + [
+        ["NULL" if v is None else str(v) for v in row] for row in result.rows[:ROWS_SHOWN]
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(result.columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    hidden = len(result.rows) - ROWS_SHOWN
+    lines.append(f"({len(result.rows)} rows{f', {hidden} not shown' if hidden > 0 else ''})")
+    return "\n".join(lines)

@@ -1,0 +1,268 @@
+"""The command line: the only place that parses arguments and prints results. Heavy modules are imported by the
+sub-command that needs them, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import EXIT_MISSING, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from finetune.config import RunConfig
+
+OVERRIDES = "key=value pairs that override the config, such as training.num_train_epochs=1"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 something is missing, 2 the user's mistake, 75 interrupted."""
+    parsed = _parser().parse_args(arguments)
+    _quiet_libraries()
+    try:
+        code: int = parsed.command(parsed)
+        return code
+    except UserError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("finetune: interrupted", file=sys.stderr)
+        return EXIT_TRANSIENT
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune", description="Fine-tune a model for text-to-SQL, and measure what it learned."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    doctor = _add(commands, "doctor", _doctor, "check this machine, accounts and packages", "finetune doctor --cloud")
+    doctor.add_argument("--cloud", action="store_true", help="what launching on Google Cloud needs is required too")
+
+    data = commands.add_parser("data", help="prepare or check the data set", description="Prepare or check the data.")
+    data_commands = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    prepare = _add(data_commands, "prepare", _data_prepare, "validate, de-duplicate, split and write the data set",
+                   "finetune data prepare configs/demo_cpu.yaml")  # fmt: skip
+    check = _add(data_commands, "check", _data_check, "validate only; lists every rejected record, writes nothing",
+                 "finetune data check configs/demo_cpu.yaml")  # fmt: skip
+    show = _add(
+        commands, "config", _config, "print the resolved config", "finetune config configs/demo_cpu.yaml lora.r=8"
+    )
+    for sub in (prepare, check, show):
+        _add_config(sub)
+
+    train = _add(commands, "train", _train, "fine-tune the model of a config",
+                 "finetune train configs/demo_cpu.yaml training.num_train_epochs=1\n  finetune train --resume runs/demo")  # fmt: skip
+    train.add_argument(
+        "--resume", action="store_true", help="go on with the run whose folder is given instead of a config"
+    )
+    train.add_argument("target", type=Path, metavar="CONFIG|RUN", help="a config file; with --resume a run folder")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+    evaluate = _add(commands, "evaluate", _evaluate, "score a run's model and its base model by executing their SQL",
+                    "finetune evaluate runs/demo\n  finetune evaluate configs/demo_cpu.yaml   (the base model alone)")  # fmt: skip
+    evaluate.add_argument(
+        "target", type=Path, metavar="RUN|CONFIG", help="a run folder, or a config for the base model"
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="with a config: " + OVERRIDES)
+    evaluate.add_argument("--no-base", action="store_true", help="do not score the base model")
+
+    report = _add(
+        commands, "report", _report, "write report.html, report.md and summary.json", "finetune report runs/demo"
+    )
+    report.add_argument("run", type=Path, metavar="RUN")
+
+    generate = _add(commands, "generate", _generate, "answer one question with SQL",
+                    'finetune generate runs/demo --db shop.sqlite --run "Which customers ordered twice in May?"')  # fmt: skip
+    generate.add_argument("run_folder", type=Path, metavar="RUN")
+    generate.add_argument("question", metavar="QUESTION")
+    generate.add_argument(
+        "--db", type=Path, required=True, metavar="FILE", help="a SQLite file, or a schema as .sql file"
+    )
+    generate.add_argument("--run", action="store_true", help="also run the SQL, read-only, and print the rows")
+    generate.add_argument("--evidence", metavar="TEXT", help="a hint that the prompt shows with the question")
+    generate.add_argument("--base", action="store_true", help="ask the base model instead of the tuned one")
+    return parser
+
+
+def _add(
+    commands: Any, name: str, command: Callable[[argparse.Namespace], int], summary: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def _quiet_libraries() -> None:
+    """What libraries say on their own is rarely for the user; an explicit setting of theirs wins."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from finetune.doctor import examine, exit_code, render
+
+    checks = examine("all" if arguments.cloud else "train")
+    print(render(checks))
+    return exit_code(checks)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from finetune.config import to_yaml
+
+    print(to_yaml(_loaded(arguments)), end="")
+    return EXIT_OK
+
+
+def _data_prepare(arguments: argparse.Namespace) -> int:
+    from finetune.data import prepare
+    from finetune.prompts import PromptTemplate
+
+    config = _loaded(arguments)
+    prepared = prepare(
+        config.data.sources,
+        Path(config.data.output_dir),
+        template=PromptTemplate(config.data.schema_format),
+        max_seq_length=config.model.max_seq_length,
+        max_train_records=config.data.max_train_records,
+        tokenizer=_tokenizer_if_installed(config),
+        tokenizer_name=config.model.name,
+        timeout_seconds=config.evaluation.timeout_seconds,
+        **_split_arguments(config),
+    )
+    counts = prepared.manifest["counts"]
+    print(f"{prepared.folder}: {'written' if prepared.changed else 'unchanged'}, "
+          + ", ".join(f"{count} {split}" for split, count in counts.items()))  # fmt: skip
+    return EXIT_OK
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from finetune.data_check import check
+
+    config = _loaded(arguments)
+    findings = check(
+        config.data.sources,
+        max_train_records=config.data.max_train_records,
+        timeout_seconds=config.evaluation.timeout_seconds,
+        **_split_arguments(config),
+    )
+    for rejection in findings.rejections:
+        print(rejection)
+    for problem in findings.problems:
+        print(problem)
+    counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
+    print(f"{arguments.config}: {counts}, {len(findings.rejections)} rejected")
+    return EXIT_MISSING if findings.rejections or findings.problems else EXIT_OK
+
+
+def _split_arguments(config: RunConfig) -> dict[str, Any]:
+    return {
+        "val_fraction": config.data.val_fraction,
+        "test_fraction": config.data.test_fraction,
+        "split_by": config.data.split_by,
+        "seed": config.data.seed,
+    }
+
+
+def _tokenizer_if_installed(config: RunConfig) -> Any:
+    """The model's tokenizer, for token counts; None on a laptop without the extra `train`."""
+    import importlib.util
+
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
+        print("transformers is not installed here: token counts stay unknown", file=sys.stderr)
+        return None
+    from finetune.model import load_tokenizer
+
+    return load_tokenizer(config.model)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.resume:
+        if arguments.overrides:
+            raise UserError("--resume takes the config in the run folder; overrides would make it another run")
+        from finetune.runs import open_run
+
+        run = open_run(arguments.target)
+        from finetune.train import resume
+
+        return resume(run)
+    config = _loaded(arguments, arguments.target)
+    from finetune.train import start
+
+    return start(config, arguments.target)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.target.is_dir():
+        if arguments.overrides:
+            raise UserError("a run is evaluated with the config in its folder; overrides go with a config file")
+        from finetune.runs import open_run
+
+        run = open_run(arguments.target)
+        from finetune.evaluate import evaluate_run
+
+        scores = evaluate_run(run, base=not arguments.no_base)["models"]
+    else:
+        config = _loaded(arguments, arguments.target)
+        from finetune.evaluate import evaluate_base
+
+        scores = {"base": evaluate_base(config)}
+    for name, result in scores.items():
+        low, high = result["execution_accuracy_interval95"]
+        print(f"{name:>6}: execution accuracy {result['execution_accuracy']:.1%} ({result['correct']} of "
+              f"{result['questions']}, 95% interval {low:.1%} to {high:.1%}), valid SQL {result['valid_sql_rate']:.1%}")  # fmt: skip
+    return EXIT_OK
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from finetune.report import write_report
+    from finetune.runs import open_run
+
+    run = open_run(arguments.run)
+    summary = write_report(run.path)
+    before, after = summary["base_execution_accuracy"], summary["tuned_execution_accuracy"]
+    print(f"execution accuracy: {_percent(before)} before, {_percent(after)} after, on {summary['questions'] or 'no'} "
+          f"questions that training has not seen")  # fmt: skip
+    print(f"report: {run.path / 'report.html'}")
+    return EXIT_OK
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from finetune.runs import open_run
+
+    run = open_run(arguments.run_folder)
+    from finetune.ask import ask, run_and_format
+
+    sql = ask(run, arguments.db, arguments.question, evidence=arguments.evidence, base=arguments.base)
+    print(sql)
+    if arguments.run:
+        print(run_and_format(arguments.db, sql, run.config().evaluation.timeout_seconds))
+    return EXIT_OK
+
+
+def _loaded(arguments: argparse.Namespace, path: Path | None = None) -> RunConfig:
+    from finetune.config import load_config
+
+    return load_config(path or arguments.config, arguments.overrides)

@@ -1,0 +1,35 @@
+"""Whether the keys of other services are there. No key, nor any part of one, is ever read out, printed or stored."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from pathlib import Path
+
+
+def huggingface_token_present() -> bool:
+    """Whether huggingface_hub would find a token: in the environment, or in its token file."""
+    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        return True
+    file = Path(os.environ.get("HF_TOKEN_PATH") or _huggingface_home() / "token").expanduser()
+    try:
+        return file.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _huggingface_home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+
+
+def wandb_key_present() -> bool:
+    """Whether W&B would find an API key: WANDB_API_KEY, or the host's entry in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].split("/")[0]
+    file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,180 @@
+"""Is a candidate a usable record? Fields, schema, SQL that parses, gold that runs on the database.
+
+Each candidate ends as `Accepted` or as a `Rejection` with a reason that people can act on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from finetune.data_sources import Candidate, Source
+from finetune.errors import UserError
+from finetune.records import REQUIRED, Record, field_problems
+from finetune.sql.parsing import parses
+from finetune.sql.sandbox import SqlSandbox
+from finetune.sql.schema import ddl_of_database, parse_ddl
+
+MALFORMED = "malformed"
+DATABASE_MISSING = "database_missing"
+DATABASE_UNREADABLE = "database_unreadable"
+SCHEMA_MISSING = "schema_missing"
+SCHEMA_DOES_NOT_PARSE = "schema_does_not_parse"
+SQL_DOES_NOT_PARSE = "sql_does_not_parse"
+GOLD_FAILS = "gold_fails"
+DUPLICATE_ID = "duplicate_id"
+DUPLICATE_QUESTION = "duplicate_question"
+LEAK = "leak"
+FAULTS = (
+    MALFORMED,
+    DATABASE_MISSING,
+    DATABASE_UNREADABLE,
+    SCHEMA_MISSING,
+    SCHEMA_DOES_NOT_PARSE,
+    SQL_DOES_NOT_PARSE,
+    GOLD_FAILS,
+)
+"""Reasons that say that the record is wrong in itself, and not that it repeats another one."""
+
+MAX_FAULTY_FRACTION = 0.1
+"""More faulty records than this part of a source, and the source is taken for wrong as a whole: a mistyped folder of
+databases or the wrong dialect should stop the run, not shrink the data set to what happens to survive."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A record, where it came from, and the SQLite file of its database if there is one."""
+
+    record: Record
+    candidate: Candidate
+    database: Path | None
+
+
+@dataclass(frozen=True)
+class Rejection:
+    candidate: Candidate
+    reason: str
+    detail: str
+
+    def row(self) -> dict[str, Any]:
+        """One line of rejected.jsonl."""
+        place = {"file": self.candidate.file, "line": self.candidate.line}
+        return place | {"reason": self.reason, "detail": self.detail, "record": self.candidate.raw}
+
+    def __str__(self) -> str:
+        return f"{self.candidate.where}: {self.reason}: {self.detail}"
+
+
+class _Fault(Exception):
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def validate(
+    source: Source, *, timeout_seconds: float, progress: bool = True
+) -> tuple[list[Accepted], list[Rejection]]:
+    """Sort one source's candidates into usable records and rejections, each in the source's order.
+
+    timeout_seconds limits each gold query; records of another dialect than sqlite are not run.
+    """
+    accepted: list[Accepted] = []
+    rejections: list[Rejection] = []
+    with SqlSandbox() as sandbox:
+
+        @functools.cache  # one gold query often answers several paraphrases
+        def gold_error(database: Path, sql: str) -> str | None:
+            return sandbox.run(database, sql, timeout_seconds).error
+
+        schema_of = functools.cache(ddl_of_database)
+        for candidate in tqdm(source.candidates, desc="Checking records", unit="record", delay=1, disable=not progress):
+            try:
+                record, database = _record(candidate, source, schema_of)
+                _check_texts(record, database, gold_error)
+                accepted.append(Accepted(record, candidate, database))
+            except _Fault as fault:
+                rejections.append(Rejection(candidate, fault.reason, fault.detail))
+    return accepted, rejections
+
+
+def _record(candidate: Candidate, source: Source, schema_of: Callable[[Path], str]) -> tuple[Record, Path | None]:
+    required = REQUIRED if source.schemas is None else [name for name in REQUIRED if name != "schema"]
+    problems = [candidate.problem] if candidate.problem else field_problems(candidate.fields, required)
+    if problems:
+        raise _Fault(MALFORMED, "; ".join(problems))
+    fields = dict(candidate.fields)
+    database = None
+    try:
+        if source.databases and fields["dialect"] == "sqlite":
+            database = _find_database(source.databases, fields["db_id"])
+        if "schema" not in fields:
+            fields["schema"] = schema_of(database) if database else _listed_schema(fields["db_id"], source)
+    except UserError as error:
+        raise _Fault(DATABASE_UNREADABLE, str(error)) from None
+    return Record(**fields), database
+
+
+def _find_database(folder: Path, db_id: str) -> Path:
+    path = folder / db_id / f"{db_id}.sqlite"
+    if not path.is_file():
+        raise _Fault(DATABASE_MISSING, f"no file {path}")
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and log.stat().st_size:  # a copy of the file alone would be another database
+        raise UserError(f"{path}: has changes that only stand in {log.name}; close the program that writes to it")
+    return path
+
+
+def _listed_schema(db_id: str, source: Source) -> str:
+    assert source.schemas is not None
+    if db_id not in source.schemas:
+        raise _Fault(SCHEMA_MISSING, f"no schema of {db_id}, neither as a database nor in tables.json")
+    return source.schemas[db_id]
+
+
+def _check_texts(record: Record, database: Path | None, gold_error: Callable[[Path, str], str | None]) -> None:
+    """Schema and gold SQL parse in the record's dialect, and the gold runs on the database."""
+    try:
+        problem = parses(record.sql, record.dialect)
+    except UserError as error:
+        raise _Fault(MALFORMED, f"dialect: {error}") from None
+    if problem:
+        raise _Fault(SQL_DOES_NOT_PARSE, problem)
+    if problem := _schema_problem(record.schema, record.dialect):
+        raise _Fault(SCHEMA_DOES_NOT_PARSE, problem)
+    if database is None:
+        return
+    try:
+        problem = gold_error(database, record.sql)
+    except UserError as error:
+        raise _Fault(DATABASE_UNREADABLE, str(error)) from None
+    if problem:
+        raise _Fault(GOLD_FAILS, problem)
+
+
+@functools.lru_cache(maxsize=1024)
+def _schema_problem(schema: str, dialect: str) -> str | None:
+    try:
+        parse_ddl(schema, dialect)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def stopping_problem(rejections: Iterable[Rejection], read: int, strict: bool) -> str | None:
+    """Why a source of `read` candidates cannot be used, as one line that names the first culprit; None if it can."""
+    faulty = [rejection for rejection in rejections if rejection.reason in FAULTS]
+    malformed = [rejection for rejection in faulty if rejection.reason == MALFORMED]
+    if strict and malformed:
+        more = f" (and {len(malformed) - 1} more such lines; `finetune data check` lists them)" if malformed[1:] else ""
+        return f"{malformed[0].candidate.where}: {malformed[0].detail}{more}"
+    if len(faulty) <= MAX_FAULTY_FRACTION * read:
+        return None
+    return (
+        f"{faulty[0]}; {len(faulty)} of {read} records of this source are faulty, "
+        f"{MAX_FAULTY_FRACTION:.0%} is the limit; `finetune data check` lists them all"
+    )

@@ -1,0 +1,311 @@
+"""Is this machine ready? A row for each thing that training or launching needs, and what to do if not.
+
+The table is made for pasting into an issue, so no row shows a key, a token or an e-mail address.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from finetune.credentials import huggingface_token_present, wandb_key_present
+from finetune.errors import EXIT_MISSING, EXIT_OK
+from finetune.hardware import (
+    GIB,
+    Driver,
+    Hardware,
+    TorchBuild,
+    detect,
+    nvidia_driver,
+    program_output,
+    runs_on,
+    torch_build,
+)
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+Status = Literal["ok", "missing", "warning", "info"]
+Need = Literal["train", "cloud", "all"]
+
+PROJECT = "finetune-text2sql"
+CHECKOUT = Path(__file__).resolve().parents[1]
+GCLOUD_SECONDS = 8.0
+DISK_GIB = {"demo": 3.0, "7B": 20.0}
+"""Estimated: a 7.24e9-parameter model in 16 bits is 13.5 GiB to download, the rest are checkpoints."""
+RAM_GIB = 7.5
+"""The demo is held to 8 GB; an 8 GB machine reports somewhat less."""
+DRIVER_FLOOR = {12: 525, 13: 580}
+"""CUDA major version -> first driver branch for all its minor versions (NVIDIA CUDA compatibility guide)."""
+VOLTA = (7, 0)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row. `missing`: needed, and absent or wrong; `warning`: will be felt later; `info`: to know."""
+
+    name: str
+    status: Status
+    found: str
+    needed: str = ""
+    advice: str = ""
+
+
+def examine(need: Need = "train", root: Path = CHECKOUT) -> list[Check]:
+    """All rows. What `need` names counts as missing where it is absent; the rest is then a warning or info.
+
+    root is the checkout, whose constraints.txt holds the pinned versions; without that file only the minima
+    in the package's own metadata count. Takes as long as importing torch, or GCLOUD_SECONDS if gcloud hangs.
+    """
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        gcloud = pool.submit(gcloud_checks, need)
+        driver = pool.submit(nvidia_driver)
+        torch = torch_build()
+        hardware = detect()
+        return [
+            *package_checks(need, root),
+            *gpu_checks(need, hardware, driver.result(), torch),
+            *machine_checks(need, hardware),
+            *key_checks(),
+            *gcloud.result(),
+        ]
+
+
+def exit_code(checks: list[Check]) -> int:
+    """1 when something needed is missing, else 0."""
+    return EXIT_MISSING if any(check.status == "missing" for check in checks) else EXIT_OK
+
+
+def render(checks: list[Check]) -> str:
+    """The rows as aligned plain text, each with its advice in the line below it."""
+    rows = [("", "check", "found", "needed"), *((c.status, c.name, c.found, c.needed) for c in checks)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = []
+    for row, advice in zip(rows, ["", *(check.advice for check in checks)], strict=True):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[3]]).rstrip())
+        if advice:
+            lines.append(f"{'':{widths[0]}}  -> {advice}")
+    count = sum(check.status == "missing" for check in checks)
+    lines += ["", f"{count} missing" if count else "nothing that is needed is missing"]
+    return "\n".join(lines)
+
+
+def package_checks(need: Need, root: Path) -> Iterator[Check]:
+    """Python and every package of the extras train and cloud, against minimum and pinned version."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        metadata = importlib.metadata.metadata(PROJECT)
+    except importlib.metadata.PackageNotFoundError:
+        advice = "run `pip install -e '.[train]'` in the checkout"
+        yield Check(PROJECT, "missing", "not installed", "", advice)
+        return
+    yield _python_check(metadata["Requires-Python"] or "")
+    pins = pinned_versions(root / "constraints.txt")
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist") or []):
+        extra = next((e for e in ("", "train", "cloud") if _wanted(requirement, e)), None)
+        if extra is not None:
+            pin = pins.get(canonicalize_name(requirement.name))
+            check = package_check(requirement.name, str(requirement.specifier), pin, extra, need)
+            yield _skypilot_as_imported(check, need, root) if requirement.name == "skypilot" else check
+
+
+def _python_check(needed: str) -> Check:
+    from packaging.specifiers import SpecifierSet
+
+    found = platform.python_version()
+    if SpecifierSet(needed).contains(found, prereleases=True):
+        return Check("Python", "ok", found, needed)
+    return Check("Python", "missing", found, needed, f"make a virtual environment with Python {needed}")
+
+
+def _wanted(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _absent(group: str, need: Need) -> Status:
+    """The status of something absent: of the group `train`, `cloud`, or "" for what everything needs."""
+    if group in ("", need) or need == "all":
+        return "missing"
+    return "warning" if group == "cloud" else "info"
+
+
+def package_check(name: str, minimum: str, pin: str | None, extra: str, need: Need) -> Check:
+    """One package against its minimum ('>=2.11') and, if there is one, its pin ('2.13.0')."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion
+
+    install = f"pip install {'-c constraints.txt' if pin else '-U'} -e '.{f'[{extra}]' if extra else ''}'"
+    needed = f"{minimum}, pinned {pin}" if pin else minimum
+    absent = _absent(extra, need)
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        use = {"train": "train and evaluate", "cloud": "launch on Google Cloud", "": "run at all"}[extra]
+        return Check(name, absent, "not installed", needed, f"to {use}: {install}")
+    try:
+        enough = SpecifierSet(minimum).contains(found, prereleases=True)
+        pinned = pin is None or SpecifierSet(f"=={pin}").contains(found, prereleases=True)
+    except InvalidVersion:
+        enough = pinned = False
+    if not enough:
+        return Check(name, absent, found, needed, install)
+    if not pinned:
+        return Check(name, "warning", found, needed, f"not the version that was tested: {install}")
+    return Check(name, "ok", found, needed)
+
+
+def _skypilot_as_imported(check: Check, need: Need, root: Path) -> Check:
+    """The row of skypilot, corrected by what `import sky` finds (without importing it, which takes seconds).
+
+    The folder of task files shares its name: bare, it makes the import succeed where SkyPilot is absent; with
+    an __init__.py it hides SkyPilot.
+    """
+    spec = importlib.util.find_spec("sky")
+    origin = spec.origin if spec else None
+    if origin and Path(origin).resolve().is_relative_to(root / "sky"):
+        advice = "delete sky/__init__.py: it hides SkyPilot"
+        return replace(check, status=_absent("cloud", need), found="hidden by sky/__init__.py", advice=advice)
+    if spec and not origin:
+        advice = check.advice or "install it again: its module `sky` is gone"
+        found = f"{check.found} (import sky finds only the folder sky/)"
+        return replace(check, status=_absent("cloud", need), found=found, advice=advice)
+    return check
+
+
+def pinned_versions(constraints: Path) -> dict[str, str]:
+    """Normalised name -> version from a constraints file; {} if there is none."""
+    from packaging.utils import canonicalize_name
+
+    if not constraints.is_file():
+        return {}
+    lines = (line.split("#")[0].strip() for line in constraints.read_text(encoding="utf-8").splitlines())
+    pairs = (line.partition(";")[0].strip().partition("==") for line in lines)
+    return {canonicalize_name(name): version for name, equals, version in pairs if equals}
+
+
+def gpu_checks(need: Need, hardware: Hardware, driver: Driver | None, torch: TorchBuild | None) -> Iterator[Check]:
+    """GPU, dtype, driver and torch build, and whether the four fit together."""
+    gpu = hardware.gpu or (driver.gpu if driver else None)
+    if gpu is None:
+        advice = "training runs on the CPU: right for the demo, too slow for 7B; rent a GPU with `sky launch`"
+        yield Check("GPU", "info", "none", "", advice)
+    else:
+        major, minor = gpu.compute_capability
+        found = f"{gpu.count} x {gpu.name}, {gpu.memory_gib} GiB, compute capability {major}.{minor}"
+        yield Check("GPU", "ok", found)
+    yield Check("compute dtype", "ok", hardware.dtype, "bfloat16 from 8.0, float16 below, float32 on CPU")
+    if driver and not driver.version:
+        advice = "run `nvidia-smi` by hand: the driver is not loaded or does not match its kernel module"
+        yield Check("NVIDIA driver", "warning", "nvidia-smi gives no answer", "", advice)
+    elif driver:
+        yield _driver_check(need, driver.version, torch.cuda if torch else None)
+    if torch:
+        yield _torch_check(need, gpu.compute_capability if gpu else None, torch)
+
+
+def _driver_check(need: Need, version: str, cuda: str | None) -> Check:
+    floor = DRIVER_FLOOR.get(int(cuda.split(".")[0])) if cuda else None
+    branch = version.split(".")[0]
+    if floor is None or (branch.isdigit() and int(branch) >= floor):
+        return Check("NVIDIA driver", "ok", version, f">={floor} for CUDA {cuda}" if floor else "")
+    advice = f"install driver {floor} or newer, or torch for CUDA 12 (drivers from {DRIVER_FLOOR[12]} on)"
+    return Check("NVIDIA driver", _absent("train", need), version, f">={floor} for CUDA {cuda}", advice)
+
+
+def _torch_check(need: Need, capability: tuple[int, int] | None, torch: TorchBuild) -> Check:
+    name, found = "torch build", f"CUDA {torch.cuda}" if torch.cuda else "CPU only"
+    absent = _absent("train", need)
+    if torch.broken:
+        return Check(name, absent, f"does not work: {torch.broken}", "", "restart, or install torch again")
+    if capability is None:
+        return Check(name, "ok", found)
+    code = f"sm_{capability[0]}{capability[1]}"
+    volta = "a build for CUDA 12.6 (torch <= 2.14)"
+    if torch.cuda is None:
+        wanted = volta if capability == VOLTA else "a CUDA build"
+        return Check(name, absent, found, wanted, f"install {wanted}: choose it on pytorch.org/get-started")
+    if not runs_on(torch, capability):
+        wanted = volta if capability == VOLTA else f"a build that holds {code}"
+        return Check(name, absent, found, wanted, f"this build has no code for {code}: install {wanted}")
+    if torch.gpu is None:
+        hidden = "CUDA_VISIBLE_DEVICES" in os.environ
+        advice = "unset CUDA_VISIBLE_DEVICES" if hidden else "see the row of the driver, or restart"
+        return Check(name, absent, f"{found}, finds no GPU", f"holds {code}", advice)
+    return Check(name, "ok", found, f"holds {code}")
+
+
+def machine_checks(need: Need, hardware: Hardware) -> Iterator[Check]:
+    """CPU, memory, and free disk for runs and for downloaded models."""
+    yield Check("platform", "ok", hardware.platform)
+    yield Check("CPU", "ok", f"{hardware.cores} cores, {hardware.cpu}")
+    enough = hardware.ram_gib >= RAM_GIB or need == "cloud"
+    advice = "" if enough else "close other programs, or take a machine with at least 8 GB"
+    yield Check("RAM", "ok" if enough else "warning", f"{hardware.ram_gib} GiB", "8 GB", advice)
+    for name, folder in (("disk, this folder", Path.cwd()), ("disk, model cache", _huggingface_home())):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free / GIB
+        status: Status = "ok" if free >= DISK_GIB["7B"] or need == "cloud" else "warning"
+        if free < DISK_GIB["demo"]:
+            status = _absent("train", need)
+        needed = f"{DISK_GIB['demo']:.0f} GiB for the demo, {DISK_GIB['7B']:.0f} for 7B (estimated)"
+        advice = "free some, or set HF_HOME and training.output_dir to a larger disk" if status != "ok" else ""
+        yield Check(name, status, f"{free:.1f} GiB free", needed, advice)
+
+
+def key_checks() -> Iterator[Check]:
+    """Whether the keys of Hugging Face and W&B are there; never what they are."""
+    if huggingface_token_present():
+        yield Check("Hugging Face token", "ok", "present")
+    else:
+        advice = "run `hf auth login`, or set HF_TOKEN"
+        yield Check("Hugging Face token", "warning", "none", "gated and private models only", advice)
+    if wandb_key_present():
+        yield Check("W&B key", "ok", "present")
+    else:
+        advice = "to follow runs on wandb.ai run `wandb login`, or set WANDB_API_KEY"
+        yield Check("W&B key", "info", "none", "optional: TensorBoard needs none", advice)
+
+
+def gcloud_checks(need: Need) -> list[Check]:
+    """gcloud, its login and its project, from two read-only calls that are killed after GCLOUD_SECONDS."""
+    absent = _absent("cloud", need)
+    if shutil.which("gcloud") is None:
+        advice = "to launch on Google Cloud install its CLI: cloud.google.com/sdk"
+        return [Check("gcloud", absent, "not on PATH", "", advice)]
+    calls = (
+        ["gcloud", "--quiet", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)"],
+        ["gcloud", "--quiet", "config", "get-value", "project"],
+    )
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        account, project = pool.map(lambda call: program_output(call, GCLOUD_SECONDS), calls)
+    log_in = "gcloud auth login && gcloud auth application-default login"
+    return [
+        _gcloud_check("gcloud login", absent, account and _masked(account), log_in),
+        _gcloud_check("gcloud project", absent, project, "gcloud config set project <project>"),
+    ]
+
+
+def _gcloud_check(name: str, absent: Status, answer: str | None, mend: str) -> Check:
+    if answer is None:
+        advice = "gcloud failed, or took too long: run `gcloud info` by hand"
+        return Check(name, absent, "no answer", "", advice)
+    if answer in ("", "(unset)"):
+        return Check(name, absent, "none", "", f"to launch on Google Cloud run `{mend}`")
+    return Check(name, "ok", answer.splitlines()[0])
+
+
+def _masked(account: str) -> str:
+    """An account that can be pasted in public: its first letter and its domain."""
+    user, _, domain = account.partition("@")
+    return f"{user[:1]}...@{domain}"

@@ -1,0 +1,205 @@
+"""Scores a model: every held-out question is asked, the answer's SQL executed, its rows compared with gold's.
+
+Base and tuned model go through the same code, prompts and weights (the tuned one is the base plus its adapter), so the
+gain is the adapter's. The base model's score does not depend on a run: it is kept under <output_dir>/base/ and used again
+while model, data, prompt and settings stay the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from finetune.config import RunConfig, to_dict
+from finetune.data import Prepared, load_prepared
+from finetune.data_split import unit_hash
+from finetune.errors import UserError
+from finetune.files import atomic_file, read_json, write_json
+from finetune.generate import generate_answers
+from finetune.model import Device, choose_device, load_adapter, load_base, load_tokenizer
+from finetune.prompts import PromptTemplate, load_template
+from finetune.records import Record
+from finetune.runs import RunFolder
+from finetune.scoring import Row, as_dict, gain, judge, score
+from finetune.sql.sandbox import SqlSandbox
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS = "rows.jsonl"
+SCORE = "score.json"
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The questions of one evaluation, each with the database that it is judged on, and how they are asked."""
+
+    config: RunConfig
+    data: Prepared
+    template: PromptTemplate
+    records: list[Record]
+    databases: list[Path]
+
+    def prompts(self) -> list[str]:
+        return [self.template.render_record(record) for record in self.records]
+
+
+def evaluate_base(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Score the base model of a config, or read the score if the same one was made before. Returns it (see scoring.score)."""
+    exam = _exam(config, PromptTemplate(config.data.schema_format))
+    kept = _kept_base(exam)
+    if kept is None:
+        device = choose_device(config.model.torch_dtype)
+        model, tokenizer = _load(config, device)
+        kept = _score_base(exam, model, tokenizer, device, progress)
+    return kept[0]
+
+
+def evaluate_run(run: RunFolder, *, base: bool = True, progress: bool = True) -> dict[str, Any]:
+    """Score a run's adapter and, unless `base` is False, its base model; writes eval.json and eval/*.jsonl in the run
+    folder and returns eval.json's content. Raises UserError when adapter, data or a database is missing."""
+    config = run.config()
+    exam = _exam(config, load_template(run.adapter))
+    device = choose_device(config.model.torch_dtype)
+    model, tokenizer = _load(config, device)
+    model = load_adapter(model, run.adapter)
+    scores: dict[str, dict[str, Any]] = {}
+    rows: dict[str, list[Row]] = {}
+    if base:
+        scores["base"], rows["base"] = _kept_base(exam) or _score_base(exam, model, tokenizer, device, progress)
+    scores["tuned"], rows["tuned"] = _ask(exam, model, tokenizer, device, "tuned model", progress)
+    scores["tuned"]["adapter"] = str(run.adapter)
+    for name in rows:
+        _write_rows(run.eval_rows(name), rows[name])
+        scores[name]["rows"] = str(run.eval_rows(name).relative_to(run.path))
+    result = {
+        "split": config.evaluation.split,
+        "questions": len(exam.records),
+        "data_manifest_sha256": exam.data.manifest_hash,
+        "prompt_version": exam.template.identity(),
+        "rule": config.evaluation.rule,
+        "models": scores,
+        "gain": gain(rows["base"], rows["tuned"]) if base else None,
+    }
+    write_json(run.eval_json, result)
+    return result
+
+
+def _exam(config: RunConfig, template: PromptTemplate) -> Exam:
+    data = load_prepared(Path(config.data.output_dir))
+    asked = [(r, database) for r in data.records(config.evaluation.split) if (database := data.database(r))]
+    if not asked:
+        raise UserError(
+            f"{data.folder}: no record of the split {config.evaluation.split} comes with a database, so nothing can be executed; "
+            "give data.sources[..].databases and run `finetune data prepare CONFIG` again"
+        )
+    limit = config.evaluation.max_questions
+    if limit is not None and limit < len(asked):
+        chosen = sorted(asked, key=lambda pair: unit_hash(config.data.seed, pair[0].id))[:limit]
+        asked = [pair for pair in asked if pair in chosen]
+    return Exam(config, data, template, [r for r, _ in asked], [d for _, d in asked])
+
+
+def _load(config: RunConfig, device: Device) -> tuple[Any, PreTrainedTokenizerBase]:
+    model = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
+    return model, load_tokenizer(config.model)
+
+
+def _ask(
+    exam: Exam, model: Any, tokenizer: PreTrainedTokenizerBase, device: Device, name: str, progress: bool
+) -> tuple[dict[str, Any], list[Row]]:
+    """Generate and judge all answers of one model."""
+    evaluation = exam.config.evaluation
+    prompts = exam.prompts()
+    started = time.monotonic()
+    answers = generate_answers(
+        model,
+        tokenizer,
+        prompts,
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+        description=f"{name} answers",
+        progress=progress,
+    )
+    seconds = time.monotonic() - started
+    questions = zip(exam.records, exam.databases, prompts, answers, strict=True)
+    with SqlSandbox() as sandbox:
+        rows = [
+            judge(
+                record,
+                database,
+                prompt,
+                answer,
+                new_tokens,
+                sandbox=sandbox,
+                rule=evaluation.rule,
+                timeout_seconds=evaluation.timeout_seconds,
+            )
+            for record, database, prompt, (answer, new_tokens) in tqdm(
+                questions, total=len(prompts), desc=f"{name} rows", unit="question", delay=2, disable=not progress
+            )
+        ]
+    result = {
+        "model": exam.config.model.name,
+        "adapter": None,
+        "seconds": round(seconds, 1),
+        "dtype": device.dtype_name,
+    }
+    return result | score(rows), rows
+
+
+def _score_base(
+    exam: Exam, model: Any, tokenizer: PreTrainedTokenizerBase, device: Device, progress: bool
+) -> tuple[dict[str, Any], list[Row]]:
+    """Ask the base model, an adapter switched off if there is one, and keep the result for later runs."""
+    adapter_off = (
+        model.disable_adapter()
+        if hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
+        else nullcontext()
+    )
+    with adapter_off:
+        result, rows = _ask(exam, model, tokenizer, device, "base model", progress)
+    folder = _base_folder(exam)
+    _write_rows(folder / ROWS, rows)
+    write_json(folder / SCORE, result)
+    return result, rows
+
+
+def _kept_base(exam: Exam) -> tuple[dict[str, Any], list[Row]] | None:
+    folder = _base_folder(exam)
+    if not (folder / SCORE).is_file():
+        return None
+    lines = (folder / ROWS).read_text(encoding="utf-8").splitlines()
+    return read_json(folder / SCORE, "finetune evaluate CONFIG"), [Row(**json.loads(line)) for line in lines]
+
+
+def _base_folder(exam: Exam) -> Path:
+    """Named by everything that the base model's score depends on."""
+    everything = to_dict(exam.config)
+    depends = {
+        "model": everything["model"],
+        "quantization": everything["quantization"],
+        "evaluation": everything["evaluation"],
+        "prompt": exam.template.identity(),
+        "questions": [[r.id, r.question, r.sql] for r in exam.records],
+        "files": {
+            str(d): exam.data.manifest["files"].get(str(d.relative_to(exam.data.folder))) for d in exam.databases
+        },
+        "dtype": choose_device(exam.config.model.torch_dtype).dtype_name,
+    }
+    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+    name = Path(exam.config.model.name).name or "model"
+    return Path(exam.config.training.output_dir) / "base" / f"{name}-{key}"
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,96 @@
+"""Greedy answers of a model to prompts, in batches: the same code for evaluation, for the base model and for `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from finetune.prompts import answer_is_complete, encode_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MAY_END_AN_ANSWER = frozenset(";#`\n")
+
+
+class AnswersComplete(StoppingCriteria):
+    """Ends each row of a batch as soon as nothing that follows could change the SQL in it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> None:
+        self._tokenizer, self._prompt_tokens = tokenizer, prompt_tokens
+        self._complete: list[bool] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        if not self._complete:
+            self._complete = [False] * input_ids.shape[0]
+        last = self._tokenizer.batch_decode(input_ids[:, -1:])
+        for row, token in enumerate(last):
+            if not self._complete[row] and _MAY_END_AN_ANSWER & set(token):
+                self._complete[row] = answer_is_complete(
+                    self._tokenizer.decode(input_ids[row, self._prompt_tokens :], skip_special_tokens=True)
+                )
+        return torch.tensor(self._complete, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    description: str = "generate",
+    progress: bool = True,
+) -> list[tuple[str, int]]:
+    """(answer, number of new tokens) for every prompt, in the prompts' order.
+
+    Prompts of similar length share a batch, longest first, so that memory runs out at once or never.
+    """
+    encoded = encode_prompts(tokenizer, prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    answers: list[tuple[str, int]] = [("", 0)] * len(prompts)
+    model.eval()
+    with tqdm(total=len(prompts), desc=description, unit="question", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt").to(model.device)
+            new = _greedy(model, tokenizer, batch, max_new_tokens)
+            for i, ids in zip(chosen, new, strict=True):
+                kept = _until_end(ids.tolist(), tokenizer)
+                answers[i] = (tokenizer.decode(kept, skip_special_tokens=True), len(kept))
+            bar.update(len(chosen))
+    return answers
+
+
+@torch.inference_mode()
+def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Any, max_new_tokens: int) -> torch.Tensor:
+    """New token ids, (rows, at most max_new_tokens)."""
+    width = batch["input_ids"].shape[1]
+    output: torch.Tensor = model.generate(
+        **batch,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=StoppingCriteriaList([AnswersComplete(tokenizer, width)]),
+    )
+    return output[:, width:]
+
+
+def _until_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The answer's own tokens: up to the end-of-text token, without the padding of rows that ended early."""
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    while ids and ids[-1] == tokenizer.pad_token_id:
+        ids.pop()
+    return ids

@@ -1,0 +1,168 @@
+"""What machine this is: CPU, memory, GPU and the dtype that follows. run.json records it, doctor judges."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+NVIDIA_SMI_SECONDS = 5.0
+TURING = (7, 5)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU, and how many of them there are. memory_gib is the total of one GPU, in GiB."""
+
+    name: str
+    memory_gib: float
+    compute_capability: tuple[int, int]
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What nvidia-smi says; version is "" and gpu None when it is on PATH and gives no answer."""
+
+    version: str
+    gpu: Gpu | None
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    """What the installed torch was built for, and what it finds."""
+
+    cuda: str | None  # CUDA version, None in a CPU build
+    gpu: Gpu | None = None  # what it can use
+    architectures: tuple[str, ...] = ()  # such as sm_80; empty while no GPU can be used
+    broken: str = ""  # the error where it cannot be imported, or finds a GPU and cannot start it
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """gpu is what torch can use, without torch what nvidia-smi lists; dtype is what `auto` means here."""
+
+    platform: str
+    cpu: str
+    cores: int  # that this process may use
+    ram_gib: float
+    gpu: Gpu | None
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def dtype_for(compute_capability: tuple[int, int] | None) -> str:
+    """The compute dtype for a GPU's (major, minor) compute capability; None is a CPU.
+
+    bfloat16 arithmetic starts with Ampere (8.0); `torch.cuda.is_bf16_supported` also says yes to emulation.
+    On a CPU float32 is the fastest (measured on two cores: 326 tokens/s, in bfloat16 190).
+    """
+    if compute_capability is None:
+        return "float32"
+    return "bfloat16" if compute_capability >= (8, 0) else "float16"
+
+
+def detect() -> Hardware:
+    """This machine. Imports torch where it is installed, else asks nvidia-smi."""
+    found = torch_build() or nvidia_driver()
+    gpu = found.gpu if found else None
+    return Hardware(
+        platform=platform.platform(),
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        ram_gib=round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB, 1),
+        gpu=gpu,
+        dtype=dtype_for(gpu.compute_capability if gpu else None),
+    )
+
+
+def torch_build() -> TorchBuild | None:
+    """The installed torch, None if there is none."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        return None if error.name == "torch" else TorchBuild(None, broken=str(error))
+    except (ImportError, OSError) as error:  # a shared library that is missing or of the wrong CUDA version
+        return TorchBuild(None, broken=str(error).splitlines()[0])
+    if not torch.cuda.is_available():
+        return TorchBuild(torch.version.cuda)
+    try:
+        first = torch.cuda.get_device_properties(0)
+    except RuntimeError as error:
+        return TorchBuild(torch.version.cuda, broken=str(error).splitlines()[0])
+    memory_gib = round(first.total_memory / GIB, 1)
+    gpu = Gpu(first.name, memory_gib, (first.major, first.minor), torch.cuda.device_count())
+    return TorchBuild(torch.version.cuda, gpu, tuple(torch.cuda.get_arch_list()))
+
+
+def runs_on(torch: TorchBuild, capability: tuple[int, int]) -> bool:
+    """Whether a CUDA build has code for a GPU: compiled for its generation, or PTX of an older one.
+
+    A build that finds no GPU does not tell what it holds. Then only the known gap counts: builds for CUDA
+    12.8 and later start at Turing (7.5).
+    """
+    if not torch.architectures:
+        version = tuple(int(part) for part in (torch.cuda or "0").split(".")[:2])
+        return version < (12, 8) or capability >= TURING
+    for architecture in torch.architectures:
+        kind, _, number = architecture.partition("_")
+        digits = "".join(filter(str.isdigit, number))
+        held = (int(digits[:-1]), int(digits[-1]))
+        if held <= capability and (kind == "compute" or held[0] == capability[0]):
+            return True
+    return False
+
+
+def nvidia_driver() -> Driver | None:
+    """Driver version and GPUs as nvidia-smi reports them, None where there is no nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    fields = "driver_version,memory.total,compute_cap,name"
+    question = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    lines = (program_output(question, NVIDIA_SMI_SECONDS) or "").splitlines()
+    try:
+        version, mebibytes, capability, name = (cell.strip() for cell in lines[0].split(",", 3))
+        major, minor = capability.split(".")
+        gpu = Gpu(name, round(float(mebibytes) / 1024, 1), (int(major), int(minor)), len(lines))
+    except (ValueError, IndexError):
+        return Driver("", None)
+    return Driver(version, gpu)
+
+
+def program_output(command: list[str], seconds: float) -> str | None:
+    """What a program prints; None if it is missing, fails, or takes longer than `seconds` and is killed."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # so that the kill also reaches what a wrapper script has started
+        )
+    except OSError:
+        return None
+    with process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None
+    return output.decode(errors="replace").strip() if process.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,160 @@
+"""The one prompt template: what training teaches, evaluation asks and `generate` sends.
+
+The template is versioned; its version and options are saved beside the weights, because an adapter answers well only
+to the prompt that it was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from finetune.errors import UserError
+from finetune.files import write_text
+from finetune.sql.schema import compact, parse_ddl
+from finetune.sql.text import on_one_line
+
+if TYPE_CHECKING:
+    from finetune.records import Record
+
+PROMPT_VERSION = "1"
+PROMPT_FILE = "prompt.json"
+
+_SCHEMA = "### {dialect} schema\n{schema}\n"
+_HINT = "### Hint\n{evidence}\n"
+_QUESTION = "### Question\n{question}\n### SQL\n"
+
+_START = re.compile(
+    r"""```(?:(?!select\b|with\b|values\b)\w+(?=[ \t]*\n)|sql\w*\b)?(?P<fenced>.*?)(?P<closed>```|\Z)
+      | ^\s*(?P<bare>(?:select|with|values)\b.*)""",
+    re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+"""Where SQL begins in an answer: at a code fence, or at a line that starts like a query; the first of them counts."""
+_END = re.compile(
+    r"""'(?:[^']|'')*(?:'|\Z) | "(?:[^"]|"")*(?:"|\Z) | `[^`]*(?:`|\Z) | --[^\n]* | /\*.*?(?:\*/|\Z)
+      | (?P<semicolon>;) | (?P<gap>\n[ \t\r]*\n|\n\#\#\#)""",
+    re.DOTALL | re.VERBOSE,
+)
+"""What stands in quotes and comments, so that it is passed over, or else ends the query."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """How a question about a database becomes the text before the answer.
+
+    schema_format: `ddl` shows the CREATE TABLE text as it is, `compact` one line a table without types.
+    """
+
+    schema_format: Literal["ddl", "compact"] = "ddl"
+    version: str = PROMPT_VERSION
+
+    def render(self, *, schema: str, question: str, dialect: str = "sqlite", evidence: str | None = None) -> str:
+        """The prompt for one question; `schema` is DDL text. The answer follows it without any separator."""
+        shown = _compact(schema, dialect) if self.schema_format == "compact" else schema.strip()
+        hint = _HINT.format(evidence=evidence.strip()) if evidence and evidence.strip() else ""
+        return (
+            _SCHEMA.format(dialect=dialect, schema=shown) + hint + _QUESTION.format(question=" ".join(question.split()))
+        )
+
+    def render_record(self, record: Record) -> str:
+        return self.render(
+            schema=record.schema, question=record.question, dialect=record.dialect, evidence=record.evidence
+        )
+
+    def identity(self) -> str:
+        """Version and a short hash of template text and options: two equal identities render equal prompts."""
+        text = json.dumps([_SCHEMA, _HINT, _QUESTION, asdict(self)])
+        return f"{self.version}-{self.schema_format}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / PROMPT_FILE, json.dumps({**asdict(self), "identity": self.identity()}, indent=2) + "\n")
+
+
+@lru_cache(maxsize=1024)
+def _compact(schema: str, dialect: str) -> str:
+    """Thousands of questions share a few schemas, and parsing one takes milliseconds."""
+    return compact(parse_ddl(schema, dialect))
+
+
+def load_template(folder: Path) -> PromptTemplate:
+    """The template saved beside an adapter. Raises UserError when it is missing or from another version."""
+    path = folder / PROMPT_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        template = PromptTemplate(schema_format=saved["schema_format"], version=saved["version"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; it says which prompt this adapter was trained on") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a prompt file ({error}); take the adapter folder from the run again") from error
+    if template.identity() != saved.get("identity"):
+        raise UserError(
+            f"{path}: the adapter was trained on prompt {saved.get('identity')}, this version of finetune renders "
+            f"{template.identity()}; use the finetune version that trained it"
+        )
+    return template
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of prompt, answer and end-of-text token; the first `prompt_tokens` of them are the prompt."""
+
+    input_ids: list[int]
+    prompt_tokens: int
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.input_ids) - self.prompt_tokens
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompts as token ids, with the special tokens that the tokenizer puts in front."""
+    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"] if prompts else []
+    return ids
+
+
+def encode_examples(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
+    """Training examples as token ids. Prompt and answer are tokenised apart and joined, so that the ids before the answer
+    are exactly those that generation starts from, whatever the tokenizer does at the seam."""
+    ends = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else []
+    return [
+        Encoded([*start, *end, tokenizer.eos_token_id], len(start))
+        for start, end in zip(encode_prompts(tokenizer, prompts), ends, strict=True)
+    ]
+
+
+def completion(sql: str) -> str:
+    """The text that the model learns to answer: SQL on one line (but for quoted text) without a closing semicolon."""
+    return on_one_line(sql).rstrip("; ")
+
+
+def extract_sql(answer: str) -> str:
+    """The SQL in a model's answer, on one line and without its semicolon; "" if the answer is empty.
+
+    Begins at the first code fence or the first line that starts like a query, else with the answer. Ends at the first
+    semicolon outside quotes and comments, or at the end of the fence; outside a fence also at a blank line and at a
+    `###` heading. Lenient on purpose: the base model has never seen the template.
+    """
+    text, end, _ = _query_in(answer)
+    return on_one_line(text[:end])
+
+
+def answer_is_complete(answer: str) -> bool:
+    """Whether generation may stop: nothing that follows could change `extract_sql(answer)`."""
+    return _query_in(answer)[2]
+
+
+def _query_in(answer: str) -> tuple[str, int, bool]:
+    """The text in which the query stands, the offset of its end, and whether that is final whatever follows."""
+    start = _START.search(answer)
+    fenced = start is not None and start["fenced"] is not None
+    text = (start["fenced"] or start["bare"] or "") if start else answer.strip()
+    for match in _END.finditer(text):
+        if match["semicolon"] or (match["gap"] and not fenced):
+            return text, match.start(), start is not None
+    return text, len(text), fenced and start is not None and start["closed"] != ""

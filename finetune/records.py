@@ -1,0 +1,129 @@
+"""The record: one question about one database with its gold SQL, and how records lie in JSONL files.
+
+Reading is strict: what a file says and what a stage understands must not drift apart unnoticed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import UserError
+from finetune.files import atomic_file
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example. `schema` is DDL text, `dialect` a name that sqlglot knows, `evidence` a hint shown in the prompt."""
+
+    id: str
+    db_id: str
+    question: str
+    sql: str
+    schema: str
+    dialect: str = "sqlite"
+    split: Split | None = None
+    evidence: str | None = None
+
+
+REQUIRED = ("id", "db_id", "question", "sql", "schema")
+FIELDS = tuple(f.name for f in fields(Record))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a JSONL file: its number from 1, and its value; where `problem` is set, `value` is the bare text."""
+
+    number: int
+    value: Any
+    problem: str | None = None
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a JSONL file, blank ones left out. Raises UserError when the file is missing or no file."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                yield Line(number, repr(raw), f"not UTF-8 text ({error.reason} at byte {error.start})")
+                continue
+            if text:
+                yield _parse(number, text)
+
+
+def _parse(number: int, text: str) -> Line:
+    try:
+        return Line(number, json.loads(text))
+    except json.JSONDecodeError as error:
+        return Line(number, text, f"not JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return Line(number, text, f"not JSON ({error})")
+
+
+def field_problems(value: object, required: Collection[str] = REQUIRED) -> list[str]:
+    """What keeps a JSON value from being a record: missing and unknown fields, wrong types, empty texts."""
+    if not isinstance(value, dict):
+        return [f"expected a JSON object with the fields {', '.join(REQUIRED)}, found {_kind(value)}"]
+    problems = [f"lacks the field {name}" for name in REQUIRED if name in required and name not in value]
+    for name, content in value.items():
+        if name not in FIELDS:
+            close = difflib.get_close_matches(str(name), FIELDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(FIELDS)}"
+            problems.append(f"unknown field {name!r} ({hint})")
+        elif problem := _value_problem(name, content):
+            problems.append(f"{name}: {problem}")
+    return problems
+
+
+def _value_problem(name: str, content: object) -> str | None:
+    if content is None and name in ("split", "evidence"):
+        return None
+    if name == "split":
+        return None if content in SPLITS else f"expected one of {', '.join(SPLITS)} or null, found {content!r}"
+    if not isinstance(content, str):
+        return f"expected text, found {_kind(content)}"
+    if not content.strip() and name != "evidence":
+        return "empty"
+    if re.search(r"[\ud800-\udfff]", content):
+        return "holds half of a surrogate pair, which is no Unicode text"
+    if name == "db_id" and (re.search(r"[/\\\0]", content) or content.startswith(".")):
+        return f"expected a plain name, because a folder is named after it, found {content!r}"
+    return None
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a JSONL file. Raises UserError that names file, line and field of the first fault."""
+    records = []
+    for line in read_lines(path):
+        problems = [line.problem] if line.problem else field_problems(line.value)
+        if problems:
+            raise UserError(f"{path}:{line.number}: {'; '.join(problems)}")
+        records.append(Record(**line.value))
+    return records
+
+
+def to_json(record: Record) -> str:
+    """One JSON object without line break; fields that are None are left out."""
+    return json.dumps({k: v for k, v in asdict(record).items() if v is not None}, ensure_ascii=False)
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write records as JSONL, atomically. Raises UserError when the disk is full or the folder not writable."""
+    with atomic_file(path) as file:
+        file.writelines(to_json(record) + "\n" for record in records)

@@ -1,0 +1,377 @@
+"""What a run was worth, on one page: run.json + eval.json -> report.html, report.md and summary.json.
+
+This file owns the figures and the sentences, the templates the layout, `report_plots` the plots. A part that
+is missing (no evaluation, no base model, a run that stopped early) is named; it does not stop the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.files import read_json, write_json, write_text
+from finetune.records import read_lines
+from finetune.report_plots import counts, draw_plots, group_bars
+
+Json = dict[str, Any]
+
+EXAMPLES = 4  # shown of each kind
+MOST_CHARACTERS = 600  # shown of one answer; a base model may ramble on for pages
+FEW_QUESTIONS = 200  # below it a 95% interval may span more than 13 points
+STOPPED = {
+    "interrupted": "was interrupted",
+    "budget_stop": "stopped at its budget",
+    "failed": "failed",
+    "running": "was not finished when this was written",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that the report is made from; `evaluation` and `rows` are empty where nothing was evaluated."""
+
+    folder: Path
+    run: Json
+    evaluation: Json
+    rows: dict[str, list[Json]]
+
+    @property
+    def base(self) -> Json:
+        """The scores of the base model; empty where it was not evaluated."""
+        return dig(self.evaluation, "models.base") or {}
+
+    @property
+    def tuned(self) -> Json:
+        return dig(self.evaluation, "models.tuned") or {}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One key figure; `basis` is measured, estimated or unknown."""
+
+    label: str
+    value: str
+    note: str
+    basis: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    label: str
+    text: str
+    verdict: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One kind of outcome, how many questions had it, and a few of them with their answers side by side."""
+
+    title: str
+    total: int
+    shown: list[tuple[Json, list[Answer]]]
+
+
+def write_report(run_dir: Path) -> Json:
+    """Write report.html, report.md and summary.json into the run folder; return what summary.json holds.
+
+    Raises UserError where run.json is missing or an input file is broken; then nothing is written.
+    """
+    source = read_run(run_dir)
+    summary = summarise(source)
+    pages = render(source, summary)
+    for name, text in pages.items():
+        write_text(run_dir / name, text)
+    write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+def read_run(run_dir: Path) -> Source:
+    """Read what training and evaluation left in a run folder. Raises UserError as `write_report` does."""
+    run = read_json(run_dir / "run.json", "finetune train CONFIG")
+    path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
+    evaluation = read_json(path, command) if path.exists() else {}
+    rows = {}
+    for name, model in (evaluation.get("models") or {}).items():
+        if model:
+            absent = {"correct", "questions", "execution_accuracy"} - set(model)
+            if absent:
+                raise UserError(f"{path}: models.{name} lacks {min(absent)}; run `{command}` again")
+            if (run_dir / str(model.get("rows"))).is_file():
+                rows[name] = _read_rows(run_dir / model["rows"], command)
+    return Source(run_dir, run, evaluation, rows)
+
+
+def summarise(source: Source) -> Json:
+    """What summary.json holds: shares from 0 to 1, minutes of training, GiB, US dollars; None: unknown."""
+    seconds = number(source.run, "wall_seconds")
+    return {
+        "status": source.run.get("status"),
+        "model": dig(source.run, "model.name"),
+        "base_execution_accuracy": number(source.base, "execution_accuracy"),
+        "tuned_execution_accuracy": number(source.tuned, "execution_accuracy"),
+        "questions": (source.tuned or source.base).get("questions"),
+        "minutes": None if seconds is None else round(seconds / 60, 2),
+        "peak_memory_gib": number(source.run, "peak_memory_gib.value"),
+        "tokens_per_second": number(source.run, "tokens_per_second"),
+        "spent_usd": number(source.run, "spent_usd"),
+    }
+
+
+def headline(source: Source) -> str:
+    """The result in one sentence that may be quoted alone."""
+    base, tuned = source.base, source.tuned
+    if not base and not tuned:
+        return f"Not evaluated, so its accuracy is unknown. To measure it: finetune evaluate {source.folder}"
+    split = str(source.evaluation.get("split"))
+    scored, interval = tuned or base, (tuned or base).get("execution_accuracy_interval95")
+    kind = "held-out" if split == "test" else split
+    text = f"{scored['correct']} of {scored['questions']} {kind} questions with the right rows"
+    text += f" ({scored['execution_accuracy']:.1%}"
+    text += f", 95% interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ")"
+    if not tuned:
+        return f"The base model answers {text}; the tuned model was not evaluated."
+    if base:
+        gain = tuned["execution_accuracy"] - base["execution_accuracy"]
+        change = "up from" if gain > 0 else "down from" if gain < 0 else "as before tuning:"
+        text += f", {change} {base['correct']} ({base['execution_accuracy']:.1%})"
+    else:
+        text += "; the base model was not evaluated, so the gain is unknown"
+    if source.run.get("status") != "done":
+        text += f"; the run {_stop(source.run)}"
+    return f"Answers {text}."
+
+
+def tiles(source: Source, summary: Json) -> list[Tile]:
+    """The key figures, each with where it comes from."""
+    models = [model for model in (source.base, source.tuned) if model]
+    only = "" if len(models) != 1 else " (tuned model only)" if source.tuned else " (base model only)"
+    correct = " → ".join(str(model["correct"]) for model in models)
+    scored = f"{correct} of {summary['questions']} questions{only}" if models else "not evaluated"
+    valid = f"ran without an error{only}" if models else "not evaluated"
+    attempts = source.run.get("attempts") or 1
+    clock = "wall clock" if attempts == 1 else f"wall clock of {attempts} attempts"
+    memory = dig(source.run, "peak_memory_gib.kind") or "not recorded"
+    price = source.run.get("spent_basis") or "no price was given"
+
+    def shares(key: str) -> str:
+        return " → ".join(f"{model[key]:.1%}" for model in models if number(model, key) is not None)
+
+    def figure(key: str, form: str) -> str:
+        return "" if summary[key] is None else form.format(summary[key])
+
+    found = [
+        Tile("Execution accuracy", shares("execution_accuracy"), scored, "measured"),
+        Tile("Valid SQL", shares("valid_sql_rate"), valid, "measured"),
+        Tile("Training time", figure("minutes", "{:,.1f} min"), clock, "measured"),
+        Tile("Throughput", figure("tokens_per_second", "{:,.0f} tokens/s"), "without padding", "measured"),
+        Tile("Peak memory", figure("peak_memory_gib", "{:.2f} GiB"), memory, "measured"),
+        Tile("Cost", figure("spent_usd", "${:,.2f}"), price, "estimated"),
+    ]
+    return [tile if tile.value else replace(tile, value="unknown", basis="unknown") for tile in found]
+
+
+def mcnemar_exact(won: int, lost: int) -> float:
+    """Two-sided p of McNemar's exact test; `won` and `lost` count the pairs on which the two models differ.
+
+    Twice the smaller tail of a binomial distribution with probability 1/2, at most 1 (McNemar 1947).
+    """
+    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
+    return float(min(1, 2 * tail / 2 ** (won + lost)))
+
+
+def paired_interval(won: int, lost: int, questions: int) -> tuple[float, float]:
+    """95% interval of the gain, in shares: Wald's after adding 1/2 to each cell (Agresti and Min 2005)."""
+    n, plus, minus = questions + 2, won + 0.5, lost + 0.5
+    half = 1.959964 * math.sqrt(plus + minus - (plus - minus) ** 2 / n) / n
+    return (plus - minus) / n - half, (plus - minus) / n + half
+
+
+def significance(source: Source) -> list[str]:
+    """What may be concluded from the gain, in sentences; empty where the two models cannot be compared."""
+    gain = source.evaluation.get("gain")
+    if not gain or not source.base or not source.tuned:
+        return []
+    won, lost, both, neither = (gain[key] for key in ("won", "lost", "both", "neither"))
+    questions = won + lost + both + neither
+    points = 100 * (won - lost) / max(questions, 1)
+    low, high = (100 * bound for bound in paired_interval(won, lost, questions))
+    p = mcnemar_exact(won, lost)
+    verdict = "hardly explains" if p < 0.05 else "may explain"
+    chance = f"Had tuning no effect, a split as uneven as {won} to {lost} would turn up with probability {p:.2g}"
+    return [
+        f"Tuning won {won} questions and lost {lost}; {both} were right and {neither} wrong both times.",
+        f"The change is {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f} (paired, Agresti-Min).",
+        f"{chance} (McNemar's exact test, two-sided). Chance alone {verdict} the change.",
+        "Both figures cover the choice of questions; not the choice of databases, nor the training seed.",
+    ]
+
+
+def verdicts(source: Source) -> list[tuple[str, int | None, int | None]]:
+    """(verdict, base count, tuned count), right answers first; None where that model was not evaluated."""
+    base, tuned = source.base.get("verdicts"), source.tuned.get("verdicts")
+    last = tuned or base or {}
+    names = sorted({**(base or {}), **last}, key=lambda name: (name != "correct", -last.get(name, 0), name))
+    return [(name, base.get(name, 0) if base else None, tuned.get(name, 0) if tuned else None) for name in names]
+
+
+def common_errors(rows: list[Json]) -> list[tuple[str, int, str]]:
+    """The five most frequent kinds of error: (text before the first colon, how often, what once followed)."""
+    messages = sorted(" ".join(str(row["error"]).split())[:200] for row in rows if row.get("error"))
+    parts = [message.partition(":")[::2] for message in messages]
+    kinds = Counter(kind for kind, _ in parts)
+    return [(kind, n, dict(reversed(parts))[kind].strip()) for kind, n in kinds.most_common(5)]
+
+
+def examples(source: Source) -> list[Examples]:
+    """A few questions of each outcome, picked by the hash of their id: always the same, nobody's choice."""
+    known = {name: {str(row["id"]): row for row in rows} for name, rows in source.rows.items()}
+    titles: dict[tuple[bool, ...], str] = {(True,): "Right", (False,): "Wrong"}
+    if len(known) == 2:
+        titles = {(False, True): "Won", (True, False): "Lost", (False, False): "Still wrong"}
+    groups: dict[tuple[bool, ...], list[list[tuple[str, Json]]]] = {outcome: [] for outcome in titles}
+    shared = set.intersection(*map(set, known.values())) if known else set()
+    for name in sorted(shared, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        pair = [(model, known[model][name]) for model in sorted(known)]
+        groups.get(tuple(row["verdict"] == "correct" for _, row in pair), []).append(pair)
+    return [
+        Examples(titles[outcome], len(pairs), [(pair[0][1], _answers(pair)) for pair in pairs[:EXAMPLES]])
+        for outcome, pairs in groups.items()
+        if known
+    ]
+
+
+def caveats(source: Source) -> list[str]:
+    """What a careful reader must know before quoting the result."""
+    found = _caveats_of_training(source.run) + _caveats_of_evaluation(source)
+    return [text for holds, text in found if holds]
+
+
+def _caveats_of_training(run: Json) -> list[tuple[bool, str]]:
+    history = run.get("history") or []
+    losses = [number(row, key) for row in history for key in ("loss", "eval_loss") if key in row]
+    validation = [row["eval_loss"] for row in history if number(row, "eval_loss") is not None]
+    last, lowest = (validation[-1], min(validation)) if validation else (0, 0)
+    return [
+        (run.get("status") != "done", f"The run {_stop(run)}: its training is not complete."),
+        (None in losses, "A logged loss was no finite number: training diverged there."),
+        (last > 1.02 * lowest, f"Validation loss ended at {last:.3g}, above its lowest value {lowest:.3g}."),
+        (not run.get("git_commit"), "The commit of the code that trained is unknown."),
+        (bool(run.get("git_dirty")), "The code had changes that are not in the commit of the run record."),
+    ]
+
+
+def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
+    base, tuned, run, evaluation = source.base, source.tuned, source.run, source.evaluation
+    if not base and not tuned:
+        return [(True, "No evaluation: a loss does not say whether the SQL returns the right rows.")]
+    asked, split = (tuned or base)["questions"], evaluation.get("split")
+    all_of_split = number(run, f"data.counts.{split}") or 0
+    other_data = evaluation.get("data_manifest_sha256") != dig(run, "data.manifest_sha256")
+    other_prompt = evaluation.get("prompt_version") != run.get("prompt_version")
+    other_questions = bool(base and tuned) and base["questions"] != asked
+    no_gold = dig(tuned or base, "verdicts.gold_failed") or 0
+    recount = {name: sum(row["verdict"] == "correct" for row in rows) for name, rows in source.rows.items()}
+    wrong = [name for name, right in recount.items() if right != evaluation["models"][name]["correct"]]
+    return [
+        (not tuned, "The tuned model was not evaluated."),
+        (not base, "The base model was not evaluated: it may have answered many of the questions before."),
+        (other_questions, "Base and tuned model were asked different numbers of questions."),
+        (split != "test", f"The questions are of the {split} split, not of the test split."),
+        (asked < all_of_split, f"Asked were {asked} of the {all_of_split} questions of the {split} split."),
+        (other_data, "Evaluated on other data than training was prepared with: leaks are possible."),
+        (other_prompt, "Evaluated with another prompt version than training used."),
+        (
+            asked < FEW_QUESTIONS,
+            f"Few questions: each of the {asked} weighs {100 / max(asked, 1):.1f} points.",
+        ),
+        (no_gold > 0, f"Gold queries that failed: {no_gold}; these questions count as wrong."),
+        (bool(wrong), f"The single answers ({', '.join(wrong)}) do not add up to eval.json: evaluate again."),
+        (len(recount) < bool(base) + bool(tuned), "A file with single answers is missing: fewer examples."),
+    ]
+
+
+def render(source: Source, summary: Json) -> dict[str, str]:
+    """File name -> page. What questions, SQL and error messages hold is escaped for the page's language."""
+    import jinja2
+    from omegaconf import OmegaConf
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("finetune"),
+        autoescape=lambda name: ".html" in str(name),
+        undefined=jinja2.ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(inline=_markdown_inline, counts=counts)
+    keys = ("by_difficulty", "by_database")
+    groups = {key: group_bars(source.base.get(key) or {}, source.tuned.get(key) or {}) for key in keys}
+    content = {
+        "source": source,
+        "summary": summary,
+        "headline": headline(source),
+        "tiles": tiles(source, summary),
+        "groups": groups,
+        "plots": draw_plots(source.run.get("history") or [], *groups.values()),
+        "verdicts": verdicts(source),
+        "errors": {name: common_errors(rows) for name, rows in source.rows.items()},
+        "examples": examples(source),
+        "significance": significance(source),
+        "caveats": caveats(source),
+        "yaml": lambda value: OmegaConf.to_yaml(OmegaConf.create(value)),
+    }
+    names = ("report.html", "report.md")
+    return {name: environment.get_template(f"{name}.j2").render(content) for name in names}
+
+
+def dig(record: Any, path: str) -> Any:
+    """The value at a dotted path of nested dicts; None where any part of it is absent."""
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def number(record: Json, path: str) -> float | None:
+    """The finite number at a dotted path, else None."""
+    value = dig(record, path)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _stop(run: Json) -> str:
+    how = STOPPED.get(str(run.get("status")), f"has the status {run.get('status')}")
+    done, planned = dig(run, "steps.done"), dig(run, "steps.planned")
+    return how if done is None else f"{how} after {done} of {planned} planned steps"
+
+
+def _read_rows(path: Path, command: str) -> list[Json]:
+    rows = []
+    for line in read_lines(path):
+        if line.problem or not isinstance(line.value, dict) or not {"id", "verdict"} <= set(line.value):
+            problem = line.problem or "no answer with id and verdict"
+            raise UserError(f"{path}:{line.number}: {problem}; run `{command}` again")
+        rows.append(line.value)
+    return rows
+
+
+def _answers(known: list[tuple[str, Json]]) -> list[Answer]:
+    """The gold SQL and what each model answered; the raw answer where no SQL was found in it."""
+    answers = [Answer("gold", str(known[0][1].get("gold")))]
+    for name, row in known:
+        text = str(row.get("prediction") or row.get("answer") or "(nothing)")
+        more = len(text) - MOST_CHARACTERS
+        text = text[:MOST_CHARACTERS] + (f" … ({more} more characters)" if more > 0 else "")
+        answers.append(Answer(f"{name} model", text, row["verdict"], str(row.get("error") or "")))
+    return answers
+
+
+def _markdown_inline(value: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)

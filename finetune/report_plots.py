@@ -1,0 +1,244 @@
+"""The report's plots as inline SVG: real text, colours that follow the page's scheme, ids that never clash.
+
+Nothing here reads a file or knows the schema of run.json beyond the rows of its history.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "ink": "#1d2733",
+    "muted": "#5d6976",
+    "line": "#dde2e7",
+    "before": "#a3aeb9",
+    "after": "#0b7285",
+    "second": "#c2410c",
+}
+"""CSS variable of the page -> its light value, under which matplotlib draws with it."""
+
+WIDTH = 4.7  # inches, 338 SVG units: about 1:1 on a phone, so that its text keeps 10 pixels
+SMOOTH_FROM = 40  # logged losses from which a running mean is drawn over the raw line
+MOST_BARS = 8
+
+Series = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure: `svg` is markup to inline, empty where there was nothing to draw and `caption` says so."""
+
+    title: str
+    caption: str
+    svg: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Questions of one group and how many each model answered correctly; None where it was not evaluated."""
+
+    name: str
+    questions: int
+    base: int | None
+    tuned: int | None
+
+
+def group_bars(base: dict[str, Any], tuned: dict[str, Any]) -> list[Bar]:
+    """Both models' `{group: {"correct", "questions"}}` as bars: easy to extra first, then by name."""
+    order = {"easy": 0, "medium": 1, "hard": 2, "extra": 3}
+    names = sorted({**base, **tuned}, key=lambda name: (order.get(name, len(order)), name))
+    return [
+        Bar(
+            name,
+            (base | tuned)[name]["questions"],
+            base[name]["correct"] if name in base else None,
+            tuned[name]["correct"] if name in tuned else None,
+        )
+        for name in names
+    ]
+
+
+def draw_plots(history: Sequence[dict[str, Any]], difficulty: Sequence[Bar], databases: Sequence[Bar]) -> list[Plot]:
+    """All figures in the order in which the report shows them.
+
+    history: logged rows of run.json, each with `step` and some of `loss`, `eval_loss`, `learning_rate`,
+    `grad_norm`, `tokens_per_second`. Where a resumed run logged a step twice, the later row counts.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own matplotlibrc must not change the report
+        matplotlib.rcParams.update(_STYLE)
+        return [
+            _loss_plot(_series(history, "loss"), _series(history, "eval_loss")),
+            _line_plot("Learning rate", _series(history, "learning_rate"), "highest {high:.2g}, last {last:.2g}"),
+            _line_plot("Tokens per second", _series(history, "tokens_per_second"), "median {median:,.0f}"),
+            _line_plot("Gradient norm", _series(history, "grad_norm"), "median {median:.2g}, highest {high:.2g}"),
+            _bar_plot("Accuracy by difficulty", difficulty),
+            _bar_plot("Accuracy by database", databases),
+        ]
+
+
+_STYLE: Any = {  # Any: matplotlib types the keys as one long Literal
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",  # else the ids, and with them the file, differ from run to run
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": COLOURS["ink"],
+    "text.parse_math": False,  # a database may be called a$b$c
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["line"],
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.borderaxespad": 0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+}
+
+
+def _loss_plot(train: Series, validation: Series) -> Plot:
+    title = "Loss on the SQL tokens"
+    if not train and not validation:
+        return Plot(title, "No loss was logged.")
+    figure, axes = _figure(2.3)
+    captions = []
+    if train:
+        smooth = len(train) >= SMOOTH_FROM
+        axes.plot(
+            *_xy(train),
+            color=COLOURS["after"],
+            alpha=0.4 if smooth else 1,
+            linewidth=1 if smooth else 1.8,
+            marker="" if len(train) > 1 else "o",
+            label="training",
+        )
+        if smooth:
+            axes.plot(*_xy(_running_mean(train)), color=COLOURS["after"], label="running mean")
+        captions.append(f"training {train[0][1]:.3g} to {train[-1][1]:.3g}")
+    if validation:
+        axes.plot(*_xy(validation), color=COLOURS["second"], marker="o", label="validation")
+        captions.append(f"validation {validation[0][1]:.3g} to {validation[-1][1]:.3g}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.grid(axis="y")
+    figure.legend(loc="outside upper left", ncols=3)
+    return _plot(figure, title, ", ".join(captions))
+
+
+def _line_plot(title: str, series: Series, caption: str) -> Plot:
+    """One quantity over optimizer steps; `caption` is a format string that may use high, median and last."""
+    values = sorted(value for _, value in series if math.isfinite(value))
+    if not values:
+        return Plot(title, "Nothing was logged.")
+    figure, axes = _figure(2.3)
+    axes.plot(*_xy(series), color=COLOURS["after"], marker="" if len(series) > 1 else "o")
+    axes.set_ylim(bottom=0, top=values[-1] * 1.1 or 1)
+    if values[-1] < 0.01:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    axes.set_xlabel("step")
+    axes.grid(axis="y")
+    text = caption.format(high=values[-1], median=values[len(values) // 2], last=series[-1][1])
+    return _plot(figure, title, text)
+
+
+def _bar_plot(title: str, bars: Sequence[Bar]) -> Plot:
+    """Share of correct answers in each group, base above tuned, with the counts beside the bars."""
+    if not bars:
+        return Plot(title, "Not evaluated.")
+    shown = sorted(bars, key=lambda bar: -bar.questions)[:MOST_BARS] if len(bars) > MOST_BARS else bars
+    figure, axes = _figure(0.8 + 0.4 * len(shown))
+    models = [name for name in ("base", "tuned") if any(getattr(bar, name) is not None for bar in shown)]
+    height = 0.7 / max(len(models), 1)
+    for number, model in enumerate(models):
+        axes.barh(
+            [row + (number - (len(models) - 1) / 2) * height for row in range(len(shown))],
+            [100 * (getattr(bar, model) or 0) / max(bar.questions, 1) for bar in shown],
+            height=height,
+            color=COLOURS["before" if model == "base" else "after"],
+            label=f"{model} model",
+        )
+    for row, bar in enumerate(shown):
+        axes.text(102, row, counts(bar), va="center", color=COLOURS["muted"])
+    names = [bar.name if len(bar.name) <= 16 else bar.name[:15] + "…" for bar in shown]
+    axes.set_yticks(range(len(shown)), names, color=COLOURS["ink"])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("% answered with the right rows")
+    axes.grid(axis="x")
+    figure.legend(loc="outside upper left", ncols=2)
+    caption = (
+        f"the {len(shown)} of {len(bars)} with most questions; all are in report.md" if len(shown) < len(bars) else ""
+    )
+    return _plot(figure, title, caption, spoken="; ".join(f"{bar.name}: {counts(bar)}" for bar in shown))
+
+
+def counts(bar: Bar) -> str:
+    """`3 → 12 of 40`: correct before, correct after, questions."""
+    known = [str(count) for count in (bar.base, bar.tuned) if count is not None]
+    return f"{' → '.join(known)} of {bar.questions}"
+
+
+def _series(history: Sequence[dict[str, Any]], key: str) -> Series:
+    points = {
+        row["step"]: float(row[key])
+        for row in history
+        if isinstance(row.get("step"), int | float) and isinstance(row.get(key), int | float)
+    }
+    return sorted(points.items())
+
+
+def _xy(series: Series) -> tuple[list[float], list[float]]:
+    return [x for x, _ in series], [y for _, y in series]
+
+
+def _running_mean(series: Series) -> Series:
+    """Centred mean over about a twentieth of the points; the window shrinks towards both ends."""
+    reach = max(1, len(series) // 40)
+    means = []
+    for i, (x, _) in enumerate(series):
+        side = min(reach, i, len(series) - 1 - i)
+        near = [y for _, y in series[i - side : i + side + 1]]
+        means.append((x, sum(near) / len(near)))
+    return means
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _plot(figure: Figure, title: str, caption: str, spoken: str = "") -> Plot:
+    """The drawn figure as SVG that belongs to the page around it: own ids, its colours, no address."""
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    drawn = re.search(r"<svg[^>]*viewBox=\"([^\"]*)\"[^>]*>(.*)</svg>", buffer.getvalue(), re.DOTALL)
+    assert drawn is not None
+    body = re.sub(r"<style.*?</style>", "", drawn[2], flags=re.DOTALL)  # it would style the whole page
+    prefix = re.sub(r"\W+", "-", title.lower())
+    body = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{prefix}-", body)
+    for name, colour in COLOURS.items():
+        body = body.replace(colour, f"var(--{name})")
+    label = html.escape(". ".join(filter(None, (title, caption, spoken))))
+    return Plot(title, caption, f'<svg role="img" aria-label="{label}" viewBox="{drawn[1]}">{body}</svg>')

@@ -1,0 +1,117 @@
+"""run.json: what a run was made of, how far it is, and what it measured. Written at the start, at every log, at the end."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.callbacks import Throughput
+from finetune.config import RunConfig, config_hash, to_dict
+from finetune.data import Prepared
+from finetune.hardware import detect
+from finetune.model import Device, parameter_counts
+from finetune.prompts import PromptTemplate
+from finetune.records import SPLITS
+from finetune.runs import RunFolder, git_state, package_versions, utc_now
+
+
+def new_record(
+    run: RunFolder, config: RunConfig, config_file: Path, data: Prepared, template: PromptTemplate
+) -> dict[str, Any]:
+    """The record of a run that begins: everything that is known before the first step."""
+    commit, dirty = git_state()
+    return {
+        "status": "running",
+        "run_name": run.path.name,
+        "started_at": utc_now(),
+        "ended_at": None,
+        "config_file": str(config_file),
+        "config": to_dict(config),
+        "config_hash": config_hash(config),
+        "data": {
+            "path": config.data.output_dir,
+            "manifest_sha256": data.manifest_hash,
+            "counts": {split: data.manifest["counts"][split] for split in SPLITS},
+        },
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "prompt_version": template.identity(),
+        "python": sys.version.split()[0],
+        "packages": package_versions(),
+        "seed": config.training.seed,
+        "attempts": 1,
+        "wall_seconds": 0.0,
+        "history": [],
+    }
+
+
+def describe_hardware(device: Device) -> dict[str, Any]:
+    return replace(detect(), dtype=device.dtype_name).to_dict()
+
+
+def describe_model(config: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
+    total, trainable = parameter_counts(model)
+    quantization = config.quantization
+    return {
+        "name": config.model.name,
+        "revision": config.model.revision,
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "quantization": quantization.bnb_4bit_quant_type if quantization.load_in_4bit else None,
+    }
+
+
+class RunRecorder:
+    """Keeps a run's record and its file up to date during one attempt."""
+
+    def __init__(self, run: RunFolder, record: dict[str, Any], usd_per_hour: float | None) -> None:
+        self.record = record
+        self._run, self._price = run, usd_per_hour
+        self._seconds_before = float(record.get("wall_seconds") or 0.0)  # of earlier attempts
+        self._started = time.monotonic()
+
+    def write(self, **values: Any) -> None:
+        """Add values, bring time and dollars up to date, write run.json."""
+        seconds = self._seconds_before + time.monotonic() - self._started
+        self.record.update(values, wall_seconds=round(seconds, 1), spent_usd=None, spent_basis=None)
+        if self._price is not None:
+            self.record["spent_usd"] = round(seconds / 3600 * self._price, 4)
+            self.record["spent_basis"] = "measured hours of training x budget.usd_per_hour of the config"
+        self._run.write_record(self.record)
+
+    def progress(self, state: Any, throughput: Throughput, history: list[dict[str, Any]]) -> None:
+        """Write steps, tokens, speed, memory and losses as the trainer's state has them."""
+        losses = [row["loss"] for row in history if "loss" in row]
+        validation = [row["eval_loss"] for row in history if "eval_loss" in row]
+        self.write(
+            history=history,
+            steps={"done": state.global_step, "planned": state.max_steps},
+            epochs=state.epoch,
+            tokens={"trained": int(state.num_input_tokens_seen)},
+            tokens_per_second=throughput.per_second(),
+            peak_memory_gib=peak_memory(),
+            losses={
+                "first": losses[0] if losses else None,
+                "last": losses[-1] if losses else None,
+                "eval_first": validation[0] if validation else None,
+                "eval_last": validation[-1] if validation else None,
+            },
+        )
+
+    def close(self, status: str) -> None:
+        self.write(status=status, ended_at=utc_now())
+
+
+def peak_memory() -> dict[str, Any]:
+    """GiB, measured: what torch reserved on this GPU, or the resident peak of this process."""
+    if torch.cuda.is_available():
+        return {"value": round(torch.cuda.max_memory_reserved() / 2**30, 3), "kind": "cuda reserved"}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
+    return {"value": round(peak / unit, 3), "kind": "process resident"}

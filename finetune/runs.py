@@ -1,0 +1,158 @@
+"""A run's folder: which file lies where, how a new one gets its name, and what the code that made it was.
+
+runs/<name>/config.yaml        the resolved config, complete in itself
+            run.json           the run record: written at the start, at every log, and at the end
+            checkpoints/step-N/
+            adapter/           the trained adapter, tokenizer and prompt.json
+            tensorboard/
+            eval.json, eval/<model>.jsonl
+            report.html, report.md, summary.json
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from finetune.config import RunConfig, load_config, to_yaml
+from finetune.errors import UserError
+from finetune.files import disk_error, read_json, write_json, write_text
+
+RECORDED_PACKAGES = (
+    "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors",
+    "omegaconf", "sqlglot", "wandb", "tensorboard", "numpy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config_yaml(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def eval_json(self) -> Path:
+        return self.path / "eval.json"
+
+    def eval_rows(self, model: str) -> Path:
+        return self.path / "eval" / f"{model}.jsonl"
+
+    def config(self) -> RunConfig:
+        return load_config(self.config_yaml)
+
+    def record(self) -> dict[str, Any]:
+        return read_json(self.run_json, "finetune train CONFIG")
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        write_json(self.run_json, record)
+
+
+def create_run(config: RunConfig, config_file: Path) -> RunFolder:
+    """A new folder for a new run; a folder that holds anything is never used again.
+
+    `training.run_name` names it, else the config file's name and the first free number. Raises UserError when the named
+    folder is taken or cannot be made.
+    """
+    root = Path(config.training.output_dir)
+    name = config.training.run_name
+    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+        raise UserError(f"training.run_name: expected a plain folder name, found {name!r}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = RunFolder(_claim(root, name) if name else _claim_numbered(root, config_file.stem))
+        write_text(folder.config_yaml, f"# finetune train {config_file}\n{to_yaml(config)}")
+    except OSError as error:
+        raise disk_error(error, root) from error
+    return folder
+
+
+def open_run(path: Path) -> RunFolder:
+    """The folder of an earlier run. Raises UserError when it is none."""
+    folder = RunFolder(path)
+    if not folder.config_yaml.is_file():
+        found = sorted(p.parent.name for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
+        there = f"; runs there: {', '.join(found)}" if found else ""
+        raise UserError(f"{path}: not a run folder (no config.yaml in it){there}")
+    return folder
+
+
+def _claim(root: Path, name: str) -> Path:
+    path = root / name
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if path.is_dir() and not any(path.iterdir()):
+            return path
+        raise UserError(
+            f"{path}: holds another run, which is never overwritten; go on with it by `finetune train --resume {path}`, "
+            f"or choose another training.run_name"
+        ) from None
+    return path
+
+
+def _claim_numbered(root: Path, stem: str) -> Path:
+    number = 1 + max(
+        (int(m[1]) for p in root.iterdir() if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", p.name))), default=0
+    )
+    while True:
+        path = root / f"{stem}-{number:03d}"
+        try:
+            path.mkdir()  # fails when another process was faster: then the next number
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def git_state() -> tuple[str | None, bool]:
+    """Commit of the code that runs and whether tracked files differ from it; (None, False) outside a checkout."""
+    here = Path(__file__).resolve().parent
+    commit = _git(here, "rev-parse", "HEAD")
+    return commit, bool(commit and _git(here, "status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a run's numbers."""
+    found = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,149 @@
+"""From predictions to numbers: run each one, compare its rows with gold's, count, and say how sure the count is."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.prompts import extract_sql
+from finetune.records import Record
+from finetune.sql.compare import Rule, as_test_suite_runs_it, gold_is_ordered, results_equal
+from finetune.sql.difficulty import difficulty
+from finetune.sql.sandbox import SqlSandbox
+
+CORRECT = "correct"
+RAN = (CORRECT, "wrong_rows")
+"""The verdicts of a prediction that was valid SQL for its database and gave a result."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question as it was asked, answered and judged; a line of eval/<model>.jsonl.
+
+    verdict: correct, wrong_rows, no_sql, gold_failed, or the sandbox's reason (sql_error, timeout, ...).
+    double_quoted_text: the prediction used a "name" that is no column and so is a text constant to SQLite.
+    """
+
+    id: str
+    db_id: str
+    question: str
+    difficulty: str
+    gold: str
+    prediction: str
+    answer: str
+    verdict: str
+    error: str | None
+    seconds: float
+    new_tokens: int
+    double_quoted_text: bool
+    prompt_sha256: str
+    gold_sha256: str
+
+
+def judge(
+    record: Record,
+    database: Path,
+    prompt: str,
+    answer: str,
+    new_tokens: int,
+    *,
+    sandbox: SqlSandbox,
+    rule: Rule,
+    timeout_seconds: float,
+) -> Row:
+    """Execute gold and prediction on the record's database and compare their rows under `rule`."""
+    prediction = extract_sql(answer)
+    verdict, error, seconds, quoted = _verdict(record, database, prediction, sandbox, rule, timeout_seconds)
+    return Row(
+        id=record.id,
+        db_id=record.db_id,
+        question=record.question,
+        difficulty=difficulty(record.sql, record.dialect),
+        gold=record.sql,
+        prediction=prediction,
+        answer=answer,
+        verdict=verdict,
+        error=error,
+        seconds=round(seconds, 4),
+        new_tokens=new_tokens,
+        double_quoted_text=quoted,
+        prompt_sha256=_sha256(prompt),
+        gold_sha256=_sha256(record.sql),
+    )
+
+
+def _verdict(
+    record: Record, database: Path, prediction: str, sandbox: SqlSandbox, rule: Rule, timeout_seconds: float
+) -> tuple[str, str | None, float, bool]:
+    if not prediction:
+        return "no_sql", None, 0.0, False
+    gold = sandbox.run(database, as_test_suite_runs_it(record.sql), timeout_seconds)
+    if gold.rows is None:
+        return "gold_failed", gold.error, gold.seconds, False
+    result = sandbox.run(database, as_test_suite_runs_it(prediction), timeout_seconds)
+    if result.rows is None:
+        return result.error_kind or "sql_error", result.error, result.seconds, False
+    ordered = gold_is_ordered(record.sql, record.dialect)
+    equal = results_equal(gold.rows, result.rows, ordered=ordered, rule=rule)
+    return (CORRECT if equal else "wrong_rows"), None, result.seconds, result.double_quoted_text
+
+
+def score(rows: Sequence[Row]) -> dict[str, Any]:
+    """Execution accuracy, valid-SQL rate and counts over the rows, all and by difficulty and database."""
+    correct = sum(row.verdict == CORRECT for row in rows)
+    low, high = wilson_interval(correct, len(rows))
+    return {
+        "execution_accuracy": correct / len(rows),
+        "execution_accuracy_interval95": [low, high],
+        "valid_sql_rate": sum(row.verdict in RAN for row in rows) / len(rows),
+        "correct": correct,
+        "questions": len(rows),
+        "new_tokens": sum(row.new_tokens for row in rows),
+        "by_difficulty": _tally(rows, "difficulty"),
+        "by_database": _tally(rows, "db_id"),
+        "verdicts": dict(sorted(Counter(row.verdict for row in rows).items())),
+    }
+
+
+def gain(base: Iterable[Row], tuned: Iterable[Row]) -> dict[str, int]:
+    """How many questions each model answers that the other does not, over the questions that both were asked."""
+    before = {row.id: row.verdict == CORRECT for row in base}
+    pairs = Counter((before[row.id], row.verdict == CORRECT) for row in tuned if row.id in before)
+    return {
+        "won": pairs[False, True],
+        "lost": pairs[True, False],
+        "both": pairs[True, True],
+        "neither": pairs[False, False],
+    }
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (Wilson 1927), 95% by default; sane near 0 and 1 and for few trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    share, square = successes / trials, z * z / trials
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def as_dict(row: Row) -> dict[str, Any]:
+    return asdict(row)
+
+
+def _tally(rows: Sequence[Row], field: str) -> dict[str, dict[str, int]]:
+    groups: dict[str, dict[str, int]] = {}
+    for row in rows:
+        group = groups.setdefault(getattr(row, field), {"correct": 0, "questions": 0})
+        group["questions"] += 1
+        group["correct"] += row.verdict == CORRECT
+    return dict(sorted(groups.items()))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

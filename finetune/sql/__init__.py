@@ -1,0 +1,1 @@
+"""Running SQL nobody trusts, telling whether two results are equal, knowing what a database looks like."""

@@ -1,0 +1,240 @@
+"""Runs SQL that nobody has read, written by a model, against a SQLite file, and gives back rows or a reason.
+
+One query costs about a millisecond, because one worker process (`sandbox_worker.py`) serves them all; it is
+started again after it had to be killed. The promises, each held by a test:
+
+- The file is opened read-only, and an authorizer lets a statement do nothing but read: no writes, no ATTACH
+  (which creates files), TEMP tables, transactions, PRAGMA (also not as a table), VACUUM INTO or
+  load_extension. One statement.
+- Time: the parent kills the worker when `timeout_seconds` of wall-clock time are over. Nothing inside the
+  worker could do that during one heavy function call. A CPU limit ends the worker too.
+- Memory: RLIMIT_AS on the worker, and no text or BLOB longer than the result may be. Results are capped in
+  rows and bytes. RLIMIT_FSIZE is 0, few files may be open, there are no core dumps.
+- The worker runs isolated (`python -I -S`), in a session of its own, in `/`, without the parent's
+  environment, and ends when the parent ends, however it ends. Each query gets a fresh connection: none sees
+  what another did.
+
+NOT covered: a flaw in SQLite itself that runs foreign code (no seccomp, no namespaces, no other user: such
+code could read this user's files and reach the network); what the query reads (all of the database, its
+schema table included); random() and date('now'), which make results differ from run to run; the load of one
+core until the timeout; RLIMIT_AS on macOS, which does not honour it; Windows.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from finetune.errors import UserError
+from finetune.sql.text import double_quotes_as_names
+
+SqlValue = None | int | float | str | bytes
+ErrorKind = Literal["sql_error", "timeout", "too_large", "forbidden", "crashed"]
+
+SQLITE_HEADER = b"SQLite format 3\x00"
+"""The first 16 bytes of every SQLite 3 file (https://sqlite.org/fileformat.html)."""
+WORKER = Path(__file__).with_name("sandbox_worker.py")
+START_SECONDS = 30.0
+READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """What came of one query: rows and columns, or an error.
+
+    Text that is not UTF-8 has its odd bytes written as ``\\xe9``, so that it can be compared and printed.
+    """
+
+    rows: list[tuple[SqlValue, ...]] | None
+    columns: tuple[str, ...]
+    error: str | None
+    """One line, for example ``no such column: nmae``."""
+    error_kind: ErrorKind | None
+    seconds: float
+    """Wall-clock time, measured from the request to the last row."""
+    double_quoted_text: bool = False
+    """A "double-quoted name" matched nothing, and SQLite read it as text: see `SqlSandbox.run`."""
+
+
+class SqlSandbox:
+    """Runs queries one after the other in a worker process. Use it in a `with` statement, from one thread."""
+
+    def __init__(self, *, memory_bytes: int = 512 << 20, max_result_bytes: int = 32 << 20) -> None:
+        """`memory_bytes`: the worker's address space. `max_result_bytes`: a result as JSON, and any value."""
+        self._limits = {"memory_bytes": memory_bytes, "max_result_bytes": max_result_bytes}
+        self._worker: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker. The next `run` would start another one."""
+        if self._worker is None:
+            return
+        self._worker.kill()
+        self._worker.wait()
+        for pipe in (self._worker.stdin, self._worker.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._worker = None
+
+    def run(
+        self,
+        database: Path,
+        sql: str,
+        timeout_seconds: float,
+        max_rows: int = 100_000,
+        *,
+        double_quoted_text: bool = True,
+    ) -> QueryResult:
+        """Run one query on one SQLite file; the next query may name another file.
+
+        Whatever the query does wrong comes back as an error in the result. A file that is missing, no SQLite
+        file or damaged raises UserError: that is not the query's fault.
+
+        SQLite reads "France" as the text 'France' when there is no such column. Spider's gold queries and the
+        published scores rely on that, so it is on by default; but a misspelt column then is a constant and no
+        error, and count("nmae") counts rows. The result says whether it happened. With
+        `double_quoted_text=False` a double-quoted word is always a name, as in the SQL standard, and such a
+        query fails.
+        """
+        names_only = double_quotes_as_names(sql)
+        request = {
+            "uri": read_only_uri(database),
+            "sql": sql if double_quoted_text else names_only,
+            "names_only": names_only if double_quoted_text and names_only != sql else None,
+            "timeout_seconds": timeout_seconds,
+            "max_rows": max_rows,
+        }
+        if self._worker is None or self._worker.poll() is not None:
+            self._start()
+        started = time.monotonic()
+        try:
+            *lines, end = self._exchange(request, started + timeout_seconds)
+        except TimeoutError:
+            self.close()
+            message = f"no answer within {timeout_seconds:g} seconds"
+            return _failure("timeout", message, time.monotonic() - started)
+        except (EOFError, BrokenPipeError):
+            return self._died(time.monotonic() - started)
+        except BaseException:  # Ctrl-C: what is still under way must not be taken for the next query's answer
+            self.close()
+            raise
+        seconds = time.monotonic() - started
+        answer = json.loads(end)
+        if answer.get("error_kind") == "bad_database":
+            raise UserError(f"{database}: damaged, or not a SQLite file ({answer['error']})")
+        if "error" in answer:
+            if answer["error_kind"] == "too_large":
+                self.close()  # memory was short; start afresh
+            return _failure(answer["error_kind"], answer["error"], seconds)
+        rows = [tuple(row) for row in json.loads(b"[" + b",".join(lines) + b"]", object_hook=_blob)]
+        return QueryResult(rows, tuple(answer["columns"]), None, None, seconds, answer["double_quoted_text"])
+
+    def _start(self) -> None:
+        self.close()
+        environment = {"PATH": os.defpath, "MALLOC_ARENA_MAX": "1"}  # one arena: each reserves address space
+        if "LD_LIBRARY_PATH" in os.environ:  # some builds of Python find their own library by it
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        self._worker = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(WORKER), json.dumps(self._limits)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )
+        try:
+            self._exchange(None, time.monotonic() + START_SECONDS)
+        except (EOFError, TimeoutError):
+            self.close()
+            memory = self._limits["memory_bytes"] >> 20
+            raise UserError(
+                f"the SQL worker did not start with {memory} MiB of memory: give it more, and see that "
+                f"`{sys.executable} -c 'import sqlite3'` works"
+            ) from None
+
+    def _exchange(self, request: dict[str, Any] | None, deadline: float) -> list[bytes]:
+        """Send the request, if any, and read the lines of the answer up to the JSON object that ends it.
+
+        Raises TimeoutError, or EOFError or BrokenPipeError when the worker is gone.
+        """
+        assert self._worker is not None and self._worker.stdin is not None and self._worker.stdout is not None
+        if request is not None:
+            self._worker.stdin.write(json.dumps(request).encode() + b"\n")
+            self._worker.stdin.flush()
+        output = self._worker.stdout.fileno()
+        received = bytearray()
+        with selectors.DefaultSelector() as selector:
+            selector.register(output, selectors.EVENT_READ)
+            while not _is_complete(received):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not selector.select(remaining):
+                    raise TimeoutError
+                chunk = os.read(output, READ_BYTES)
+                if not chunk:
+                    raise EOFError
+                received += chunk
+        return bytes(received).splitlines()
+
+    def _died(self, seconds: float) -> QueryResult:
+        assert self._worker is not None
+        status = self._worker.wait()
+        self.close()
+        if status == -signal.SIGXCPU:
+            return _failure("timeout", "the query used up its CPU time", seconds)
+        return _failure("crashed", f"the SQL worker ended during the query (status {status})", seconds)
+
+
+def read_only_uri(database: Path) -> str:
+    """The URI under which SQLite opens the file without writing to it; UserError when it is not SQLite's.
+
+    ``immutable`` spares locks and side files, but would overlook a write-ahead log or journal beside it.
+    """
+    check_sqlite_file(database)
+    path = database.resolve()
+    has_log = any(path.with_name(path.name + suffix).exists() for suffix in ("-wal", "-journal"))
+    return path.as_uri() + ("?mode=ro" if has_log else "?mode=ro&immutable=1")
+
+
+def check_sqlite_file(path: Path) -> None:
+    """Raise UserError, naming the file, unless it exists and begins as a SQLite file does."""
+    if not path.exists():
+        raise UserError(f"{path}: no such database file")
+    if not path.is_file():
+        raise UserError(f"{path}: a SQLite file was expected, this is a folder")
+    try:
+        with path.open("rb") as file:
+            header = file.read(len(SQLITE_HEADER))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if header != SQLITE_HEADER:
+        raise UserError(f"{path}: not a SQLite file" + ("; it is empty" if not header else ""))
+
+
+def _failure(kind: ErrorKind, message: str, seconds: float) -> QueryResult:
+    return QueryResult(None, (), message, kind, seconds)
+
+
+def _is_complete(received: bytearray) -> bool:
+    if not received.endswith(b"\n"):
+        return False
+    start_of_last_line = received.rfind(b"\n", 0, len(received) - 1) + 1
+    return received.startswith(b"{", start_of_last_line)
+
+
+def _blob(value: dict[str, str]) -> bytes:
+    return bytes.fromhex(value["blob"])

@@ -1,0 +1,261 @@
+"""What a database looks like: its DDL, the tables and keys in it, and a short rendering for prompts.
+
+The schema of a record is DDL text, one CREATE TABLE per line, as `ddl_of_database` and `ddl_of_spider_entry`
+write it. Tables only: views, indexes, triggers and virtual tables do not appear.
+"""
+
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.sql.sandbox import read_only_uri
+from finetune.sql.text import on_one_line, statements
+
+_KEYWORDS = """
+    add all alter and as autoincrement between case cast check collate commit constraint create
+    current_date current_time current_timestamp default deferrable delete distinct drop else escape except
+    exists foreign from group having in index insert intersect into is isnull join limit not nothing notnull
+    null on or order primary raise references returning select set table then to transaction union unique
+    update using values when where
+"""
+RESERVED = frozenset(_KEYWORDS.split())
+"""Words that SQLite refuses as a bare name of a table or column: its keywords, tried one by one (3.40)."""
+
+SPIDER_TYPES = {"text": " TEXT", "number": " NUMERIC", "time": " DATETIME", "boolean": " BOOLEAN"}
+"""Spider's own names of types; what it calls "others" is left without a type, as SQLite allows."""
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    type: str
+    primary_key: bool
+    nullable: bool
+    """False for NOT NULL and for a primary key (in which SQLite, by an old mistake, allows NULL)."""
+
+
+@dataclass(frozen=True)
+class ForeignKey:
+    columns: tuple[str, ...]
+    table: str
+    referenced: tuple[str, ...]
+    """As many as `columns`; empty when the DDL names none and the other table has no such primary key."""
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    columns: tuple[Column, ...]
+    foreign_keys: tuple[ForeignKey, ...] = ()
+
+    @property
+    def primary_key(self) -> tuple[str, ...]:
+        return tuple(column.name for column in self.columns if column.primary_key)
+
+
+def ddl_of_database(path: Path) -> str:
+    """The CREATE TABLE statements of a SQLite file in order of creation, one a line, without comments.
+
+    Raises UserError for a file that is missing, damaged or no SQLite file, and for one without tables.
+    """
+    uri = read_only_uri(path)
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            found = connection.execute(
+                "SELECT name, sql FROM sqlite_master"
+                r" WHERE type = 'table' AND name NOT LIKE 'sqlite\_%' ESCAPE '\' ORDER BY rowid"
+            ).fetchall()
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: damaged, or not a SQLite file ({error})") from None
+    virtual = tuple(f"{name}_" for name, sql in found if sql.upper().startswith("CREATE VIRTUAL"))
+    tables = [sql for name, sql in found if sql.upper().startswith("CREATE TABLE") and not name.startswith(virtual)]
+    if not tables:
+        raise UserError(f"{path}: the database has no tables")
+    return "\n".join(f"{on_one_line(sql)};" for sql in tables)
+
+
+def create_database(ddl: str, path: Path, *, source: str = "the schema") -> None:
+    """Make a SQLite file by running a script of CREATE statements (and of INSERTs, if it has any).
+
+    `source` names the script in errors. Raises UserError when a statement fails or wants another file
+    (ATTACH), when the script creates no table, and when `path` exists. The file appears whole or not at all.
+    """
+    if path.exists():
+        raise UserError(f"{path}: exists already; remove it, or choose another name")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with closing(sqlite3.connect(unfinished, isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous = OFF")  # a file that is not finished is thrown away
+            connection.set_authorizer(_allow_this_file_only)
+            for statement in statements(ddl):
+                try:
+                    connection.execute(statement)
+                except (sqlite3.Error, sqlite3.Warning) as error:
+                    raise UserError(f"{source}: {error}, in: {shortened(statement)}") from None
+            has_table = connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table'").fetchone()
+        if not has_table:
+            raise UserError(f"{source}: no CREATE TABLE statement in it")
+        os.replace(unfinished, path)
+    except (OSError, sqlite3.OperationalError) as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _allow_this_file_only(action: int, *_: str | None) -> int:
+    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK
+
+
+def ddl_of_spider_entry(entry: Mapping[str, Any], *, source: str = "tables.json") -> str:
+    """DDL text for one entry of Spider's tables.json, for a database whose SQLite file is not at hand.
+
+    Names are the original ones; the types are Spider's five, so this is less than the file would tell.
+    `source` names the JSON file in the UserError raised for an entry that is not as Spider writes them.
+    """
+    try:
+        tables: list[str] = entry["table_names_original"]
+        columns: list[tuple[int, str]] = [(table, name) for table, name in entry["column_names_original"]]
+        types: list[str] = entry["column_types"]
+        # Newer files list the columns of a composite key.
+        primary = [key if isinstance(key, list) else [key] for key in entry["primary_keys"]]
+        foreign: list[tuple[int, int]] = [(key, other) for key, other in entry["foreign_keys"]]
+        lines = []
+        for number, table in enumerate(tables):
+            if table.lower().startswith("sqlite_"):  # Spider lists some of SQLite's own tables too
+                continue
+            mine = [index for index, (owner, _) in enumerate(columns) if owner == number]
+            parts = [quoted(columns[index][1]) + SPIDER_TYPES.get(types[index], "") for index in mine]
+            key = [quoted(columns[index][1]) for group in primary for index in group if index in mine]
+            parts += [f"PRIMARY KEY ({', '.join(key)})"] if key else []
+            parts += [
+                f"FOREIGN KEY ({quoted(columns[index][1])}) REFERENCES "
+                f"{quoted(tables[columns[other][0]])} ({quoted(columns[other][1])})"
+                for index, other in foreign
+                if index in mine
+            ]
+            lines.append(f"CREATE TABLE {quoted(table)} ({', '.join(parts)});")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        name = entry.get("db_id", "an entry without db_id")
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"{source}: {name}: not as Spider writes it ({problem})") from None
+    return "\n".join(lines)
+
+
+def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
+    """The tables that a DDL text creates, in its order; statements other than CREATE TABLE are passed over.
+
+    For SQLite its own parser reads the text, because it takes much that sqlglot does not (ON CONFLICT, LONG
+    VARCHAR, PRIMARY KEY (a DESC)); sqlglot reads what is left, and all other dialects. Raises UserError with
+    the statement that cannot be read, and when there is no CREATE TABLE at all.
+    """
+    creating = [statement for statement in statements(ddl) if is_create_table(statement)]
+    if not creating:
+        raise UserError(f"schema: no CREATE TABLE statement in it: {shortened(ddl)}")
+    try:
+        if dialect != "sqlite":
+            raise sqlite3.NotSupportedError
+        tables = _tables_by_sqlite(creating)
+    except sqlite3.Error:
+        from finetune.sql.ddl import tables_by_sqlglot  # slow to import, and SQLite's schemas need it not
+
+        tables = tables_by_sqlglot(creating, dialect)
+    by_name = {table.name.lower(): table for table in tables}
+    return tuple(replace(table, foreign_keys=_resolved(table.foreign_keys, by_name)) for table in tables)
+
+
+def _resolved(keys: Iterable[ForeignKey], by_name: Mapping[str, Table]) -> tuple[ForeignKey, ...]:
+    """The keys with names as the other table spells them, and its primary key where no column is named."""
+    resolved = []
+    for key in keys:
+        table = by_name.get(key.table.lower())
+        if table is None:
+            resolved.append(key)
+            continue
+        spelling = {column.name.lower(): column.name for column in table.columns}
+        referenced = tuple(spelling.get(name.lower(), name) for name in key.referenced)
+        if not referenced and len(table.primary_key) == len(key.columns):
+            referenced = table.primary_key
+        resolved.append(ForeignKey(key.columns, table.name, referenced))
+    return tuple(resolved)
+
+
+def is_create_table(statement: str) -> bool:
+    return re.match(r"CREATE TABLE\b", on_one_line(statement), re.IGNORECASE) is not None
+
+
+def _tables_by_sqlite(creating: Iterable[str]) -> list[Table]:
+    """Made in memory and read back. The statements can neither select nor open anything."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        connection.set_authorizer(_allow_creating)
+        for statement in creating:
+            connection.execute(statement)
+        connection.set_authorizer(None)
+        names = connection.execute(
+            r"SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\_%' ESCAPE '\'"
+        )
+        return [_table_by_pragma(connection, name) for (name,) in names.fetchall()]
+
+
+def _allow_creating(action: int, *_: str | None) -> int:
+    refused = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_CREATE_VTABLE)
+    return sqlite3.SQLITE_DENY if action in refused else sqlite3.SQLITE_OK
+
+
+def _table_by_pragma(connection: sqlite3.Connection, name: str) -> Table:
+    columns = tuple(
+        Column(column, kind, primary_key=key > 0, nullable=not (not_null or key))
+        for column, kind, not_null, key in connection.execute(
+            'SELECT name, type, "notnull", pk FROM pragma_table_xinfo(?) ORDER BY cid', (name,)
+        )
+    )
+    keys: dict[int, list[tuple[str, str, str | None]]] = {}
+    for number, table, column, referenced in connection.execute(
+        'SELECT id, "table", "from", "to" FROM pragma_foreign_key_list(?) ORDER BY id DESC, seq', (name,)
+    ):  # SQLite numbers them from the last to the first
+        keys.setdefault(number, []).append((table, column, referenced))
+    foreign_keys = tuple(
+        ForeignKey(
+            columns=tuple(column for _, column, _ in parts),
+            table=parts[0][0],
+            referenced=tuple(referenced for _, _, referenced in parts if referenced is not None),
+        )
+        for parts in keys.values()
+    )
+    return Table(name, columns, foreign_keys)
+
+
+def compact(tables: Iterable[Table]) -> str:
+    """One line per table, for prompts: ``orders(id, customer_id -> customer.id, total)``.
+
+    Names that SQL needs in quotes stand in quotes, so that the model sees what it has to write.
+    """
+    return "\n".join(
+        f"{quoted(table.name)}({', '.join(_with_reference(column, table) for column in table.columns)})"
+        for table in tables
+    )
+
+
+def _with_reference(column: Column, table: Table) -> str:
+    for key in table.foreign_keys:
+        for name, referenced in zip(key.columns, key.referenced, strict=False):
+            if name == column.name:
+                return f"{quoted(name)} -> {quoted(key.table)}.{quoted(referenced)}"
+    return quoted(column.name)
+
+
+def quoted(name: str) -> str:
+    """The name as SQL has to write it: in double quotes where it is no plain word, or a reserved one."""
+    if re.fullmatch(r"[^\W\d]\w*", name) and name.lower() not in RESERVED:
+        return name
+    return '"' + name.replace('"', '""') + '"'
+
+
+def shortened(statement: str) -> str:
+    line = on_one_line(statement)
+    return line if len(line) <= 120 else line[:117] + "..."

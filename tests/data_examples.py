@@ -1,0 +1,72 @@
+"""A small shop database and records about it, for the tests of the data modules."""
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from finetune.config import SourceSection
+from finetune.data import Prepared, prepare
+from finetune.prompts import PromptTemplate
+
+SCHEMA = "CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL);"
+
+
+def make_database(folder: Path, db_id: str = "shop", items: int = 3) -> Path:
+    path = folder / db_id / f"{db_id}.sqlite"
+    path.parent.mkdir(parents=True)
+    connection = sqlite3.connect(path)
+    connection.execute(SCHEMA)
+    connection.executemany("INSERT INTO item VALUES (?, ?, ?)", [(i, f"item {i}", i * 1.5) for i in range(items)])
+    connection.commit()
+    connection.close()
+    return path
+
+
+def row(number: int, **changes: Any) -> dict[str, Any]:
+    """A record of its own question and its own gold SQL."""
+    fields = {
+        "id": f"r{number}",
+        "db_id": "shop",
+        "question": f"Which item has number {number}?",
+        "sql": f"SELECT name FROM item WHERE id = {number}",
+        "schema": SCHEMA,
+    }
+    return fields | changes
+
+
+def without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key != name}
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    """Rows that are text already are written as they stand."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [item if isinstance(item, str) else json.dumps(item) for item in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def jsonl_source(path: Path, **settings: Any) -> SourceSection:
+    return SourceSection(kind="jsonl", path=str(path), **settings)
+
+
+def run_prepare(sources: list[SourceSection], output_dir: Path, **changes: Any) -> Prepared:
+    settings: dict[str, Any] = {
+        "template": PromptTemplate(),
+        "max_seq_length": 2048,
+        "val_fraction": 0.2,
+        "test_fraction": 0.2,
+        "split_by": "question",
+        "seed": 13,
+        "progress": False,
+    }
+    return prepare(sources, output_dir, **(settings | changes))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

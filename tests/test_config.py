@@ -1,0 +1,345 @@
+"""The config is strict, says everything that is wrong at once, and survives being written and read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from finetune.config import RunConfig, config_hash, from_dict, load_config, to_dict, to_yaml
+from finetune.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SMALLEST: dict[str, Any] = {
+    "model": {"name": "some/model"},
+    "data": {"output_dir": "out", "sources": [{"kind": "jsonl", "path": "data.jsonl"}]},
+}
+HUGGINGFACE = {"kind": "huggingface", "path": "x", "columns": {"question": "q", "sql": "s"}}
+
+
+def write(folder: Path, tree: str | dict[str, Any], name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(tree if isinstance(tree, str) else OmegaConf.to_yaml(OmegaConf.create(tree)))
+    return path
+
+
+def merged(**sections: dict[str, Any]) -> dict[str, Any]:
+    """The smallest config with some values set on top."""
+    return {
+        name: {**SMALLEST.get(name, {}), **sections.get(name, {})} for name in dict.fromkeys([*SMALLEST, *sections])
+    }
+
+
+def problems(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: ")
+    return message
+
+
+# what is accepted
+
+
+def test_what_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, SMALLEST))
+    assert config.model.name == "some/model"
+    assert config.data.sources[0].path == "data.jsonl"
+    assert (config.lora.r, config.training.learning_rate, config.model.torch_dtype) == (16, 2e-4, "auto")
+
+
+def test_overrides_win_over_the_file_and_are_typed(tmp_path: Path) -> None:
+    path = write(tmp_path, merged(training={"num_train_epochs": 3}))
+    config = load_config(
+        path,
+        [
+            "training.num_train_epochs=1",
+            "training.learning_rate=1e-5",
+            "lora.target_modules=[q_proj,v_proj]",
+            "quantization.load_in_4bit=false",
+            "training.run_name=null",
+            "model.name=a=b",
+            "budget.max_hours=2",
+            "budget.max_hours=3",
+        ],
+    )
+    assert config.training.num_train_epochs == 1.0
+    assert config.training.learning_rate == 1e-5
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.quantization.load_in_4bit is False
+    assert config.training.run_name is None
+    assert config.model.name == "a=b"
+    assert config.budget.max_hours == 3.0
+
+
+def test_an_override_can_replace_the_list_of_sources(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, SMALLEST), ["data.sources=[{kind: spider, path: there}]"])
+    assert [(source.kind, source.path) for source in config.data.sources] == [("spider", "there")]
+
+
+def test_an_override_reaches_a_section_that_the_file_leaves_empty_or_out(tmp_path: Path) -> None:
+    for head in ("training:\n", ""):
+        path = write(tmp_path, head + OmegaConf.to_yaml(OmegaConf.create(SMALLEST)))
+        assert load_config(path, ["training.seed=7"]).training.seed == 7
+
+
+# what is refused
+
+
+def test_every_mistake_is_reported_at_once_with_its_place_and_the_nearest_name(tmp_path: Path) -> None:
+    tree = {
+        "modle": {"name": "x"},
+        "training": {"learnin_rate": 1, "seed": "abc", "optim": "adam", "r": 8},
+        "data": {"sources": [{"kind": "xml", "pth": "p"}]},
+        "max_seq_length": 5,
+    }
+    message = problems(write(tmp_path, tree), "lora.rr=1", "nonsense")
+    for part in (
+        "unknown key modle (did you mean model?)",
+        "unknown key training.learnin_rate (did you mean training.learning_rate?)",
+        "training.seed: expected int, found 'abc'",
+        "training.optim: expected one of adamw_torch, ",
+        "data.sources[0].kind: expected one of jsonl, spider, huggingface, found 'xml'",
+        "unknown key data.sources[0].pth (did you mean data.sources[0].path?)",
+        "missing key data.sources[0].path",
+        "missing key data.output_dir",
+        "missing key model.name",
+        "unknown key max_seq_length (did you mean model.max_seq_length?)",
+        "unknown key lora.rr",
+        "override 'nonsense': expected key=value",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("training", "seed", 1.5, "int"),
+        ("training", "seed", True, "int"),
+        ("training", "seed", None, "int"),
+        ("training", "seed", [1], "int"),
+        ("training", "learning_rate", "fast", "float"),
+        ("training", "learning_rate", False, "float"),
+        ("training", "output_dir", None, "str"),
+        ("training", "gradient_checkpointing", "sometimes", "bool"),
+        ("lora", "target_modules", "q_proj", "list[str]"),
+        ("lora", "target_modules", {"q_proj": 1}, "list[str]"),
+        ("lora", "target_modules", None, "list[str]"),
+        ("model", "torch_dtype", "bf16", "one of auto, bfloat16, float16, float32"),
+        ("tracking", "wandb", False, "one of auto, online, offline, disabled"),
+        ("budget", "max_hours", "two", "float | None"),
+    ],
+)
+def test_an_ill_typed_value_is_refused_with_what_was_expected(
+    tmp_path: Path, section: str, key: str, value: object, expected: str
+) -> None:
+    message = problems(write(tmp_path, merged(**{section: {key: value}})))
+    assert f"{section}.{key}: expected {expected}, found {value!r}" in message
+
+
+@pytest.mark.parametrize("columns", [["question"], "question", {1: 2}, {"question": None}])
+def test_ill_typed_columns_of_a_source_are_refused(tmp_path: Path, columns: object) -> None:
+    source = {**HUGGINGFACE, "columns": columns}
+    assert "data.sources[0].columns: expected dict[str, str]" in problems(
+        write(tmp_path, merged(data={"sources": [source]}))
+    )
+
+
+@pytest.mark.parametrize("sources", [{}, "data.jsonl", ["data.jsonl"], None])
+def test_sources_that_are_no_list_of_sections_are_refused(tmp_path: Path, sources: object) -> None:
+    message = problems(write(tmp_path, merged(data={"sources": sources})))
+    assert "data.sources: expected a list of sources" in message
+
+
+@pytest.mark.parametrize("value", [5, [1], "text"])
+def test_a_section_that_is_no_section_is_refused(tmp_path: Path, value: object) -> None:
+    message = problems(write(tmp_path, {**SMALLEST, "training": value}))
+    assert f"training: expected a section of keys, found {value!r}" in message
+
+
+@pytest.mark.parametrize("value", ["${oc.env:NO_SUCH_VARIABLE}", "${lora.no_such_key}", "${oc.env:HOME}", "???"])
+def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: Path, value: str) -> None:
+    assert "training.seed" in problems(write(tmp_path, merged(training={"seed": value})))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "max_seq_length", 8),
+        ("lora", "r", 0),
+        ("lora", "lora_alpha", 0),
+        ("lora", "lora_dropout", 1.0),
+        ("lora", "lora_dropout", float("nan")),
+        ("lora", "target_modules", []),
+        ("data", "sources", []),
+        ("data", "sources", [{"kind": "huggingface", "path": "x", "columns": {"question": "q"}}]),
+        ("data", "val_fraction", -0.1),
+        ("data", "test_fraction", 1.0),
+        ("data", "max_train_records", 0),
+        ("training", "num_train_epochs", 0),
+        ("training", "num_train_epochs", float("inf")),
+        ("training", "max_steps", 0),
+        ("training", "per_device_train_batch_size", 0),
+        ("training", "per_device_eval_batch_size", 0),
+        ("training", "gradient_accumulation_steps", 0),
+        ("training", "learning_rate", 0.0),
+        ("training", "learning_rate", float("nan")),
+        ("training", "warmup_ratio", 1.0),
+        ("training", "weight_decay", -0.1),
+        ("training", "weight_decay", float("nan")),
+        ("training", "max_grad_norm", -1.0),
+        ("training", "seed", -1),
+        ("data", "seed", -1),
+        ("training", "logging_steps", 0),
+        ("training", "eval_steps", -1),
+        ("checkpoint", "save_steps", 0),
+        ("checkpoint", "keep_last", 0),
+        ("budget", "usd_per_hour", 0.0),
+        ("budget", "max_hours", float("inf")),
+        ("budget", "max_run_usd", 5.0),
+        ("evaluation", "batch_size", 0),
+        ("evaluation", "max_new_tokens", 0),
+        ("evaluation", "timeout_seconds", 0.0),
+        ("evaluation", "timeout_seconds", float("inf")),
+        ("evaluation", "max_questions", 0),
+    ],
+)
+def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, section: str, key: str, value: object) -> None:
+    assert f"{section}.{key}" in problems(write(tmp_path, merged(**{section: {key: value}})))
+
+
+def test_fractions_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> None:
+    message = problems(write(tmp_path, merged(data={"val_fraction": 0.5, "test_fraction": 0.5})))
+    assert "nothing left to train on" in message
+
+
+def test_impossible_values_are_also_reported_all_at_once(tmp_path: Path) -> None:
+    message = problems(write(tmp_path, merged(lora={"r": 0}, checkpoint={"keep_last": 0})))
+    assert "lora.r" in message and "checkpoint.keep_last" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("model: [\n", "not valid YAML"),
+        ("model: {name: a}\nmodel: {name: b}\n", "duplicate key model"),
+        ("- a list\n", "expected sections"),
+        ("training: {output_dir: '${oc.env:HOME'}\n", "BRACE_CLOSE"),
+        ("", "missing key model.name"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    assert part in problems(write(tmp_path, text))
+
+
+def test_a_file_that_is_missing_a_folder_or_no_text_is_refused(tmp_path: Path) -> None:
+    assert "no such config file" in problems(tmp_path / "absent.yaml")
+    assert "no such config file" in problems(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert "not valid YAML" in problems(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("override", ["training.seed", "=3", "training.seed=[1", "data.sources[0].path=x"])
+def test_an_override_that_cannot_be_read_is_quoted(tmp_path: Path, override: str) -> None:
+    assert f"override {override!r}: " in problems(write(tmp_path, SMALLEST), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=1", "seed"),
+        ("training.sed=1", "training.sed"),
+        ("training.seed.x=1", "training.seed"),
+        ("a.b.c=1", "a"),
+    ],
+)
+def test_an_override_of_an_unknown_key_names_it(tmp_path: Path, override: str, key: str) -> None:
+    assert re.search(rf"(unknown key )?{key}[: ]", problems(write(tmp_path, SMALLEST), override))
+
+
+# written and read again
+
+
+def test_a_config_survives_yaml_json_and_dict(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, merged(data={"sources": [HUGGINGFACE], "max_train_records": 7})))
+    assert load_config(write(tmp_path, to_yaml(config), "again.yaml")) == config
+    assert from_dict(json.loads(json.dumps(to_dict(config))), "run.json") == config
+    assert dataclasses.asdict(config) == to_dict(config)
+
+
+def test_from_dict_is_as_strict_as_load_config(tmp_path: Path) -> None:
+    values = to_dict(load_config(write(tmp_path, SMALLEST)))
+    for section, key, value in (("lora", "rr", 8), ("lora", "r", "many"), ("lora", "r", 0)):
+        with pytest.raises(UserError, match=rf"^run\.json: .*lora\.{key}"):
+            from_dict({**values, section: {**values[section], key: value}}, "run.json")
+
+
+def test_the_hash_is_of_the_values_not_of_the_file(tmp_path: Path) -> None:
+    tree = merged(training={"seed": 1, "num_train_epochs": 1})
+    turned = {name: dict(reversed(list(section.items()))) for name, section in reversed(list(tree.items()))}
+    written = [
+        write(tmp_path, tree, "a.yaml"),
+        write(tmp_path, "# a comment\n" + OmegaConf.to_yaml(OmegaConf.create(turned)), "b.yaml"),
+        write(tmp_path, merged(training={"seed": 1, "num_train_epochs": 1.0}, lora={"r": 16}), "c.yaml"),
+    ]
+    hashes = {config_hash(load_config(path)) for path in written}
+    assert len(hashes) == 1
+    assert re.fullmatch("[0-9a-f]{64}", hashes.pop())
+
+
+def test_the_hash_changes_with_any_value(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALLEST)
+    changes = [
+        "lora.r=8",
+        "training.seed=1",
+        "model.revision=abc",
+        "data.sources=[{kind: jsonl, path: other}]",
+    ]
+    hashes = {config_hash(load_config(path, overrides)) for overrides in ([], *([change] for change in changes))}
+    assert len(hashes) == len(changes) + 1
+
+
+def test_defaults_are_not_shared_between_configs(tmp_path: Path) -> None:
+    one, other = (load_config(write(tmp_path, SMALLEST)) for _ in range(2))
+    one.lora.target_modules.append("lm_head")
+    assert "lm_head" not in other.lora.target_modules + RunConfig().lora.target_modules
+
+
+# the configs that ship
+
+
+def shipped() -> list[Path]:
+    return sorted(path for pattern in ("*.yaml", "*.yml") for path in CONFIGS.rglob(pattern))
+
+
+def test_configs_ship() -> None:
+    assert {"mistral_7b_qlora.yaml", "mistral_7b_quick.yaml", "demo_cpu.yaml"} <= {path.name for path in shipped()}
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.name)
+def test_a_shipped_config_loads_and_opens_with_the_command_that_runs_it(path: Path) -> None:
+    load_config(path)
+    head = re.match(r"(#.*\n)+", path.read_text())
+    assert head, "expected comment lines first"
+    name = path.relative_to(CONFIGS.parent).as_posix()
+    assert f"finetune train {name}" in head[0] or "make demo" in head[0]
+
+
+def test_the_qlora_config_keeps_the_values_of_the_training_guide() -> None:
+    config = load_config(CONFIGS / "mistral_7b_qlora.yaml")
+    model, lora, training, quantization = config.model, config.lora, config.training, config.quantization
+    assert (model.name, model.max_seq_length) == ("mistralai/Mistral-7B-v0.1", 2048)
+    assert model.revision and re.fullmatch("[0-9a-f]{40}", model.revision)
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (16, 32, 0.05)
+    assert sorted(lora.target_modules) == sorted(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "nf4")
+    assert quantization.bnb_4bit_use_double_quant
+    assert (training.num_train_epochs, training.learning_rate, training.warmup_ratio) == (3, 2e-4, 0.03)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 4)
+    assert training.lr_scheduler_type == "cosine"

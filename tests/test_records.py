@@ -1,0 +1,90 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from data_examples import row, without, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from finetune.errors import UserError
+from finetune.records import Record, read_records, write_records
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip() != "")
+NAMES = st.text("abcdefgäß_0 -.", min_size=1).filter(lambda text: text.strip() != "" and not text.startswith("."))
+RECORDS = st.builds(
+    Record,
+    id=TEXT,
+    db_id=NAMES,
+    question=TEXT,
+    sql=TEXT,
+    schema=TEXT,
+    dialect=st.sampled_from(["sqlite", "postgres"]),
+    split=st.sampled_from([None, "train", "val", "test"]),
+    evidence=st.none() | TEXT,
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(RECORDS, max_size=4))
+def test_records_come_back_as_they_were_written(tmp_path: Path, records: list[Record]) -> None:
+    write_records(tmp_path / "records.jsonl", records)
+    assert read_records(tmp_path / "records.jsonl") == records
+
+
+def test_byte_order_mark_windows_line_ends_and_blank_lines_are_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(row(1))}\r\n\r\n{json.dumps(row(2))}".encode())
+    assert [record.id for record in read_records(path)] == ["r1", "r2"]
+
+
+BAD_LINES = {
+    "not JSON": ('{"id": ', "not JSON"),
+    "no object": ("[1, 2]", "expected a JSON object"),
+    "missing field": (without(row(2), "sql"), "lacks the field sql"),
+    "unknown field": (row(2, quesion="?"), "unknown field 'quesion' (did you mean question?)"),
+    "wrong type": (row(2, question=7), "question: expected text, found a number"),
+    "null": (row(2, schema=None), "schema: expected text, found null"),
+    "empty": (row(2, sql="  "), "sql: empty"),
+    "unknown split": (row(2, split="dev"), "split: expected one of train, val, test or null, found 'dev'"),
+    "db_id that leaves its folder": (row(2, db_id="../secret"), "db_id: expected a plain name"),
+    "db_id that is no folder name": (row(2, db_id=".."), "db_id: expected a plain name"),
+    "half a surrogate pair": (row(2, question="\ud83d"), "question: holds half of a surrogate pair"),
+    "nested too deeply": ("[" * 100_000, "not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_line_is_named_with_file_line_and_field(tmp_path: Path, case: str) -> None:
+    line, message = BAD_LINES[case]
+    path = write_jsonl(tmp_path / "records.jsonl", [row(1), "", line, row(4)])
+    with pytest.raises(UserError) as error:
+        read_records(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(json.dumps(row(1)).encode() + b'\n{"id": "\xff"}\n')
+    with pytest.raises(UserError, match=r"records\.jsonl:2: not UTF-8"):
+        read_records(path)
+
+
+def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_records(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match="a folder; expected a JSONL file"):
+        read_records(tmp_path)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    record = Record(id="a", db_id="shop", question="?", sql="SELECT 1", schema="x")
+    write_records(path, [record])
+    before = path.read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        write_records(path, [record, replace(record, question="\ud83d")])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

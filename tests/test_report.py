@@ -1,0 +1,388 @@
+"""What `finetune report` promises: true figures, one file that opens offline, text that stays text."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_fixtures import MODEL, Page, build_run, history, rows, write, write_evaluation
+
+from finetune import report, report_plots
+from finetune.errors import UserError
+
+OUTPUTS = ("report.html", "report.md", "summary.json")
+EVIL = "<script>alert('x')</script>\n# Heading\n```\n| [link](javascript:x) & \"quotes\""
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a finished, evaluated run; tests only read it."""
+    run_dir = build_run(tmp_path_factory.mktemp("report") / "demo")
+    report.write_report(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def page(full: Path) -> Page:
+    return Page((full / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return build_run(tmp_path / "demo")
+
+
+def change(path: Path, **changes: Any) -> None:
+    write(path, json.loads(path.read_text()) | changes)
+
+
+def texts(run_dir: Path) -> tuple[str, str]:
+    """The visible text of the HTML and the Markdown report."""
+    html, markdown = ((run_dir / name).read_text(encoding="utf-8") for name in OUTPUTS[:2])
+    return Page(html).text, markdown
+
+
+def caveats(run_dir: Path) -> str:
+    return "\n".join(report.caveats(report.read_run(run_dir)))
+
+
+def test_summary_holds_exactly_the_agreed_keys_and_the_figures_of_the_run(full: Path) -> None:
+    assert json.loads((full / "summary.json").read_text()) == {
+        "status": "done",
+        "model": MODEL,
+        "base_execution_accuracy": 7 / 150,
+        "tuned_execution_accuracy": 50 / 150,
+        "questions": 150,
+        "minutes": 8.39,
+        "peak_memory_gib": 2.84,
+        "tokens_per_second": 325.7,
+        "spent_usd": None,
+    }  # fmt: skip
+
+
+def test_both_reports_open_with_the_result_in_one_sentence(full: Path) -> None:
+    sentence = (
+        "Answers 50 of 150 held-out questions with the right rows (33.3%, 95% interval 26.3 to 41.2), up from 7 (4.7%)."
+    )
+    html, markdown = texts(full)
+    assert sentence in html
+    assert f"# demo\n\n**{sentence}**" in markdown
+
+
+def test_sections_stand_in_the_agreed_order(full: Path) -> None:
+    titles = ["What went wrong", "Examples", "Is the gain real?", "Run record", "Caveats"]
+    for text, plots in zip(texts(full), ("Plots", "Accuracy by group"), strict=True):
+        places = [text.index(f"{title}\n") for title in [plots, *titles]]
+        assert places == sorted(places)
+
+
+def test_every_key_figure_says_where_it_comes_from(run_dir: Path) -> None:
+    source = report.read_run(run_dir)
+    basis = {tile.label: tile.basis for tile in report.tiles(source, report.summarise(source))}
+    assert basis.pop("Cost") == "unknown"
+    assert len(basis) == 5 and set(basis.values()) == {"measured"}
+    change(run_dir / "run.json", spent_usd=0.4149, spent_basis="measured hours x catalog price of 2026-11-20")
+    source = report.read_run(run_dir)
+    cost = report.tiles(source, report.summarise(source))[-1]
+    assert (cost.value, cost.basis) == ("$0.41", "estimated") and "2026-11-20" in cost.note
+
+
+def test_the_page_asks_for_nothing_outside_itself(full: Path, page: Page) -> None:
+    html = (full / "report.html").read_text(encoding="utf-8")
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    links = [*page.values("href"), *page.values("xlink:href"), *page.values("src")]
+    assert links and all(link.startswith("#") for link in links)
+    assert "@import" not in html and not re.search(r"url\((?!#)", html)
+    assert not re.search(r"https?://", html)
+    assert any("default-src 'none'" in policy for policy in page.values("content"))
+
+
+def test_ids_are_unique_over_all_plots_and_every_reference_has_its_target(full: Path, page: Page) -> None:
+    ids = page.values("id")
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 6
+    assert len(ids) == len(set(ids)) > 100
+    html = (full / "report.html").read_text(encoding="utf-8")
+    wanted = {link[1:] for link in page.values("xlink:href")} | set(re.findall(r"url\(#([^)]+)\)", html))
+    assert wanted and wanted <= set(ids)
+
+
+def test_every_plot_has_a_text_for_those_who_cannot_see_it(page: Page) -> None:
+    labels = [attrs.get("aria-label") or "" for tag, attrs in page.tags if tag == "svg"]
+    assert all(attrs.get("role") == "img" for tag, attrs in page.tags if tag == "svg")
+    assert "training 2.34 to 0.316, validation 1.09 to 0.504" in labels[0]
+    assert "easy: 4 → 26 of 50" in labels[4] and "school: 1 → 0 of 25" in labels[5]
+
+
+def test_every_colour_of_the_plots_is_defined_for_light_and_for_dark(full: Path) -> None:
+    html = (full / "report.html").read_text(encoding="utf-8")
+    style = html.split("</style>")[0]
+    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[:2]
+    svgs = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    used = set(re.findall(r"var\(--(\w+)\)", svgs))
+    assert used == set(report_plots.COLOURS)
+    assert all(f"--{name}: " in light and f"--{name}: " in dark for name in used)
+    assert all(f"--{name}: {colour};" in light for name, colour in report_plots.COLOURS.items())
+    assert not re.search(r"#[0-9a-f]{6}\b", svgs)
+
+
+def test_untrusted_text_stays_text(run_dir: Path) -> None:
+    base, tuned = rows(12)
+    for row in base + tuned:
+        row |= dict.fromkeys(("question", "gold", "prediction", "answer", "db_id", "difficulty"), EVIL)
+        row["error"] = row["error"] and EVIL
+    write_evaluation(run_dir, base=base, tuned=tuned, split=EVIL, rule=EVIL)
+    change(run_dir / "run.json", run_name=EVIL, model={"name": EVIL}, packages={EVIL: EVIL}, status=EVIL)
+    report.write_report(run_dir)
+    html, markdown = ((run_dir / name).read_text(encoding="utf-8") for name in OUTPUTS[:2])
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags} and page.text.count("<script>alert('x')") > 10
+    assert any(EVIL in label for label in page.values("aria-label"))
+    outside_code = [line for line in markdown.splitlines() if not line.startswith("    ")]
+    assert not any("<script" in line or line.startswith(("# Heading", "```")) for line in outside_code)
+    assert not any(re.search(r"(?<!\\)\[link", line) for line in outside_code)
+    assert any("alert" in line for line in outside_code)
+
+
+def remove_answers(run_dir: Path) -> None:
+    for path in (run_dir / "eval").iterdir():
+        path.unlink()
+
+
+def fail_at_once(run_dir: Path) -> None:
+    (run_dir / "eval.json").unlink()
+    write(run_dir / "run.json", {"status": "failed"})
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda run: (run / "eval.json").unlink(), "accuracy is unknown. To measure it: finetune evaluate "),
+        (lambda run: write_evaluation(run, base=None, tuned=rows(150)[1]), "so the gain is unknown."),
+        (lambda run: write_evaluation(run, base=rows(150)[0], tuned=None), "The base model answers 7 of 150"),
+        (remove_answers, "No answers at hand."),
+        (
+            lambda run: change(run / "run.json", history=[]),
+            "Few questions: each of the 150 weighs 0.7 points.",
+        ),
+        (lambda run: change(run / "run.json", status="interrupted"), "was interrupted after 240 of 240"),
+        (fail_at_once, "The run failed: its training is not complete."),
+    ],
+)
+def test_a_missing_part_is_named_and_does_not_stop_the_report(run_dir: Path, harm: Any, said: str) -> None:
+    harm(run_dir)
+    summary = report.write_report(run_dir)
+    assert all(said in text for text in texts(run_dir))
+    assert summary == json.loads((run_dir / "summary.json").read_text()) and len(summary) == 9
+    assert not any(re.search(r"\bNone\b(?!\.| found)|undefined", text) for text in texts(run_dir))
+
+
+def test_without_history_each_plot_says_that_nothing_was_logged(run_dir: Path) -> None:
+    change(run_dir / "run.json", history=[])
+    report.write_report(run_dir)
+    html = texts(run_dir)[0]
+    assert "No loss was logged." in html and html.count("Nothing was logged.") == 3
+
+
+def test_figures_that_are_no_numbers_become_null(run_dir: Path) -> None:
+    change(run_dir / "run.json", tokens_per_second=float("nan"), wall_seconds=None, peak_memory_gib=None)
+    summary = report.summarise(report.read_run(run_dir))
+    assert [summary[key] for key in ("tokens_per_second", "minutes", "peak_memory_gib")] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("run.json", None, r"run\.json: missing; run `finetune train CONFIG` first"),
+        ("run.json", "[]", r"run\.json: expected a JSON object"),
+        ("eval.json", '{"models": ', r"eval\.json: not readable as JSON .*finetune evaluate"),
+        (
+            "eval.json",
+            '{"models": {"tuned": {"questions": 5, "correct": 1}}}',
+            r"tuned lacks execution_accuracy",
+        ),
+        ("eval/tuned.jsonl", '{"id": 1, "verdict": "correct"}\n{"id": "cut', r"tuned\.jsonl:2: not JSON"),
+        ("eval/base.jsonl", "17", r"base\.jsonl:1: no answer with id and verdict; run `finetune evaluate"),
+    ],
+)
+def test_a_broken_input_is_a_users_error_and_nothing_is_written(
+    run_dir: Path, file: str, text: str | None, message: str
+) -> None:
+    (run_dir / file).unlink()
+    if text is not None:
+        (run_dir / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        report.write_report(run_dir)
+    assert not any((run_dir / name).exists() for name in OUTPUTS)
+
+
+def test_a_full_disk_leaves_the_old_report_as_it_was(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "draw_plots", lambda *_: [])
+    report.write_report(run_dir)
+    change(run_dir / "run.json", run_name="another")
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="no space left"):
+        report.write_report(run_dir)
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()} == before
+
+
+def test_the_same_run_gives_the_same_bytes(full: Path) -> None:
+    source = report.read_run(full)
+    assert report.render(source, report.summarise(source)) == {
+        name: (full / name).read_text(encoding="utf-8") for name in OUTPUTS[:2]
+    }
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (3, 3), (9, 1), (2, 10), (7, 4)])
+def test_mcnemar_p_is_the_share_of_coin_tosses_at_least_as_uneven(won: int, lost: int) -> None:
+    tosses = list(product((0, 1), repeat=won + lost))
+    as_uneven = [toss for toss in tosses if abs(2 * sum(toss) - won - lost) >= abs(won - lost)]
+    assert report.mcnemar_exact(won, lost) == pytest.approx(len(as_uneven) / len(tosses))
+    assert 0 <= report.mcnemar_exact(1000 * won, 1000 * lost) <= 1
+
+
+def test_the_paired_interval_is_that_of_agresti_and_min() -> None:
+    low, high = report.paired_interval(won=41, lost=0, questions=150)
+    # by hand: (42 - 1) / 152 -+ 1.96 * sqrt(42 - 41^2 / 152) / 152
+    assert (round(low, 4), round(high, 4)) == (0.198, 0.3415)
+    assert report.paired_interval(0, 41, 150) == pytest.approx((-high, -low))
+
+
+def test_a_gain_that_chance_may_explain_is_called_so(run_dir: Path) -> None:
+    assert "Chance alone hardly explains" in report.significance(report.read_run(run_dir))[2]
+    change(run_dir / "eval.json", gain={"won": 6, "lost": 3, "both": 40, "neither": 101})
+    sentences = report.significance(report.read_run(run_dir))
+    assert "won 6 questions and lost 3; 40 were right and 101 wrong" in sentences[0]
+    assert "+2.0 points, 95% interval -2.1 to +6.0" in sentences[1]
+    assert "probability 0.51" in sentences[2] and "Chance alone may explain" in sentences[2]
+
+
+def test_examples_are_sorted_into_won_lost_and_still_wrong(run_dir: Path) -> None:
+    groups = report.examples(report.read_run(run_dir))
+    gain = json.loads((run_dir / "eval.json").read_text())["gain"]
+    assert [(group.title, group.total) for group in groups] == [
+        ("Won", gain["won"]),
+        ("Lost", gain["lost"]),
+        ("Still wrong", gain["neither"]),
+    ]
+    for group, right in zip(groups, [(False, True), (True, False), (False, False)], strict=True):
+        assert len(group.shown) == min(group.total, report.EXAMPLES)
+        for row, (gold, base, tuned) in group.shown:
+            assert gold.text == row["gold"]
+            assert (base.verdict == "correct", tuned.verdict == "correct") == right
+
+
+def test_examples_do_not_depend_on_the_order_of_the_answers(run_dir: Path) -> None:
+    before = report.examples(report.read_run(run_dir))
+    assert [row["id"][-4:] for row, _ in before[0].shown] == ["0042", "0008", "0140", "0026"]
+    for path in (run_dir / "eval").iterdir():
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert report.examples(report.read_run(run_dir)) == before
+
+
+def test_a_rambling_answer_is_cut_and_says_so(run_dir: Path) -> None:
+    base, tuned = rows(1)
+    tuned[0] |= {"prediction": "", "answer": "word " * 400, "verdict": "no_sql"}
+    write_evaluation(run_dir, base=base, tuned=tuned)
+    answer = report.examples(report.read_run(run_dir))[2].shown[0][1][2]
+    assert answer.text.endswith("… (1400 more characters)") and len(answer.text) < 650
+
+
+def test_errors_are_counted_by_kind() -> None:
+    messages = ["no such column: a", "no such column: b", 'near "FROM": syntax error', None]
+    found = report.common_errors([{"error": message} for message in messages])
+    assert found == [("no such column", 2, "a"), ('near "FROM"', 1, "syntax error")]
+
+
+def ask(run_dir: Path, number: int = 600, **changes: Any) -> None:
+    base, tuned = rows(number)
+    write_evaluation(run_dir, base=base, tuned=tuned, **changes)
+
+
+def test_a_finished_run_with_many_questions_has_no_caveat(run_dir: Path) -> None:
+    ask(run_dir)
+    assert caveats(run_dir) == ""
+
+
+@pytest.mark.parametrize(
+    ("run_changes", "evaluation_changes", "said"),
+    [
+        ({"status": "budget_stop"}, {}, "stopped at its budget after 240 of 240"),
+        ({"git_dirty": True}, {}, "changes that are not in the commit"),
+        ({"git_commit": None}, {}, "commit of the code that trained is unknown"),
+        ({"history": [{"step": 1, "loss": None}]}, {}, "training diverged"),
+        (
+            {"history": [{"eval_loss": 0.5}, {"eval_loss": 0.7}]},
+            {},
+            "ended at 0.7, above its lowest value 0.5",
+        ),
+        ({"data": {"counts": {"test": 1034}, "manifest_sha256": "6f1e" * 16}}, {}, "600 of the 1034"),
+        ({}, {"data_manifest_sha256": "0" * 64}, "leaks are possible"),
+        ({}, {"prompt_version": "2"}, "another prompt version"),
+        ({}, {"split": "val"}, "of the val split, not of the test split"),
+    ],
+)
+def test_what_weakens_the_result_becomes_a_caveat(
+    run_dir: Path, run_changes: dict[str, Any], evaluation_changes: dict[str, Any], said: str
+) -> None:
+    ask(run_dir, **evaluation_changes)
+    change(run_dir / "run.json", **run_changes)
+    assert said in caveats(run_dir) and "\n" not in caveats(run_dir)
+
+
+def test_questions_whose_gold_query_fails_are_a_caveat(run_dir: Path) -> None:
+    base, tuned = rows(600)
+    tuned[1]["verdict"] = "gold_failed"
+    write_evaluation(run_dir, base=base, tuned=tuned)
+    assert caveats(run_dir) == "Gold queries that failed: 1; these questions count as wrong."
+
+
+def test_answers_that_do_not_add_up_to_the_scores_are_a_caveat(run_dir: Path) -> None:
+    ask(run_dir)
+    path = run_dir / "eval" / "tuned.jsonl"
+    path.write_text(path.read_text().replace('"correct"', '"wrong_rows"', 1))
+    assert caveats(run_dir) == "The single answers (tuned) do not add up to eval.json: evaluate again."
+
+
+def test_with_many_databases_the_plot_shows_the_largest_and_the_markdown_all(run_dir: Path) -> None:
+    base, tuned = rows(300)
+    for row in base + tuned:
+        row["db_id"] += f"_{int(row['id'][-4:]) % 5}"
+    write_evaluation(run_dir, base=base, tuned=tuned)
+    report.write_report(run_dir)
+    html, markdown = texts(run_dir)
+    assert "the 8 of 30 with most questions; all are in report.md" in html
+    assert len(re.findall(r"^\| \S+\\_\d \|", markdown, re.MULTILINE)) == 30
+
+
+def test_a_step_that_a_resumed_run_logged_twice_is_drawn_once() -> None:
+    logged = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}, {"step": 2, "loss": 3.0}]
+    assert report_plots.draw_plots(logged, [], [])[0].caption == "training 9 to 3"
+
+
+def test_plots_ignore_and_keep_the_users_matplotlib_settings() -> None:
+    import matplotlib
+
+    plain = report_plots.draw_plots(history(20), [], [])
+    with matplotlib.rc_context({"font.size": 31, "xtick.major.size": 9}):
+        assert report_plots.draw_plots(history(20), [], []) == plain
+        assert matplotlib.rcParams["font.size"] == 31
+
+
+def test_importing_the_report_loads_no_heavy_library() -> None:
+    heavy = {"matplotlib", "jinja2", "omegaconf", "torch", "transformers", "sqlglot", "numpy"}
+    code = f"import sys, finetune.report; print(*({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
