@@ -70,7 +70,7 @@ def fault(folder: Path) -> str | None:
 
 def latest_valid(root: Path) -> tuple[Path | None, list[Skipped]]:
     """The newest checkpoint that verifies, and the newer ones that do not."""
-    skipped = []
+    skipped: list[Skipped] = []
     for folder in newest_first(root):
         reason = fault(folder)
         if reason is None:

@@ -11,14 +11,14 @@ def huggingface_token_present() -> bool:
     """Whether huggingface_hub would find a token: in the environment, or in its token file."""
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
         return True
-    file = Path(os.environ.get("HF_TOKEN_PATH") or _huggingface_home() / "token").expanduser()
+    file = Path(os.environ.get("HF_TOKEN_PATH") or huggingface_home() / "token").expanduser()
     try:
         return file.stat().st_size > 0
     except OSError:
         return False
 
 
-def _huggingface_home() -> Path:
+def huggingface_home() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from finetune.credentials import huggingface_token_present, wandb_key_present
+from finetune.credentials import huggingface_home, huggingface_token_present, wandb_key_present
 from finetune.errors import EXIT_MISSING, EXIT_OK
 from finetune.hardware import (
     GIB,
@@ -252,7 +252,7 @@ def machine_checks(need: Need, hardware: Hardware) -> Iterator[Check]:
     enough = hardware.ram_gib >= RAM_GIB or need == "cloud"
     advice = "" if enough else "close other programs, or take a machine with at least 8 GB"
     yield Check("RAM", "ok" if enough else "warning", f"{hardware.ram_gib} GiB", "8 GB", advice)
-    for name, folder in (("disk, this folder", Path.cwd()), ("disk, model cache", _huggingface_home())):
+    for name, folder in (("disk, this folder", Path.cwd()), ("disk, model cache", huggingface_home())):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free / GIB
         status: Status = "ok" if free >= DISK_GIB["7B"] or need == "cloud" else "warning"

@@ -33,7 +33,7 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin
 class Device:
     """Where the model lives and in which dtype it computes."""
 
-    torch: torch.device
+    place: torch.device
     dtype: torch.dtype
 
     @property
@@ -84,15 +84,15 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    if device.torch.type == "cpu":
+    if device.place.type == "cpu":
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a hub kernel that we do not use
-    if device.torch.type == "cpu" and section.cpu_bf16_matmul:
+    if device.place.type == "cpu" and section.cpu_bf16_matmul:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     model = _load(
         section,
         AutoModelForCausalLM.from_pretrained,
         dtype=device.dtype,
-        device_map={"": device.torch},
+        device_map={"": device.place},
         attn_implementation=attention_for(section.attn_implementation, device),
         quantization_config=_bits_and_bytes(quantization, device) if quantization.load_in_4bit else None,
     )
@@ -107,7 +107,7 @@ def attention_for(wanted: str, device: Device) -> str:
     1.4 times faster than SDPA's (496 against 360 tokens/s, SmolLM2-135M in NF4, batch 8 x 140, best of 6 steps)."""
     if wanted != "auto":
         return wanted
-    return "eager" if device.torch.type == "cpu" else "sdpa"
+    return "eager" if device.place.type == "cpu" else "sdpa"
 
 
 def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:

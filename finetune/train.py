@@ -80,7 +80,7 @@ def _inputs(config: RunConfig) -> tuple[Device, Prepared, PromptTemplate]:
     """Device, data and prompt template, checked before anything is written."""
     _check_tracking(config.tracking)
     device = choose_device(config.model.torch_dtype)
-    if device.torch.type == "cpu" and config.training.optim in GPU_OPTIMIZERS:
+    if device.place.type == "cpu" and config.training.optim in GPU_OPTIMIZERS:
         raise UserError(f"training.optim: {config.training.optim} needs a GPU; on a CPU use training.optim=adamw_torch")
     data = load_prepared(Path(config.data.output_dir))
     template = PromptTemplate(config.data.schema_format)

@@ -129,7 +129,7 @@ def trainer_arguments(
     validates: bool,
 ) -> SFTConfig:
     """The one place where our keys, which keep the guide's names, become the libraries' own."""
-    on_gpu = device.torch.type == "cuda"
+    on_gpu = device.place.type == "cuda"
     return SFTConfig(
         output_dir=str(checkpoints),
         run_name=run_name,
