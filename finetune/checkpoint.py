@@ -107,6 +107,15 @@ def prune(root: Path, keep_last: int) -> None:
         shutil.rmtree(folder)
 
 
+def put_aside(folder: Path) -> None:
+    """Rename a checkpoint that does not verify to damaged-step-N, so that it neither counts nor stands where a later save
+    of the same step has to go. What has no manifest stays: `remove_leftovers` deletes it."""
+    if (folder / MANIFEST).is_file():
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+
 def remove_leftovers(root: Path) -> list[Path]:
     """Delete what saves that were cut off left behind: folders without a manifest, the trainer's temporary ones too."""
     leftovers = [

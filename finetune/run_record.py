@@ -68,17 +68,17 @@ def describe_model(config: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
 
 
 class RunRecorder:
-    """Keeps a run's record and its file up to date during one attempt."""
+    """Keeps a run's record and its file up to date during one attempt, which began at `began` (time.monotonic())."""
 
-    def __init__(self, run: RunFolder, record: dict[str, Any], usd_per_hour: float | None) -> None:
+    def __init__(self, run: RunFolder, record: dict[str, Any], usd_per_hour: float | None, began: float) -> None:
         self.record = record
         self._run, self._price = run, usd_per_hour
         self._seconds_before = float(record.get("wall_seconds") or 0.0)  # of earlier attempts
-        self._started = time.monotonic()
+        self._began = began
 
     def write(self, **values: Any) -> None:
         """Add values, bring time and dollars up to date, write run.json."""
-        seconds = self._seconds_before + time.monotonic() - self._started
+        seconds = self._seconds_before + time.monotonic() - self._began
         self.record.update(values, wall_seconds=round(seconds, 1), spent_usd=None, spent_basis=None)
         if self._price is not None:
             self.record["spent_usd"] = round(seconds / 3600 * self._price, 4)
@@ -94,8 +94,8 @@ class RunRecorder:
             steps={"done": state.global_step, "planned": state.max_steps},
             epochs=state.epoch,
             tokens={"trained": int(state.num_input_tokens_seen)},
-            tokens_per_second=throughput.per_second(),
-            peak_memory_gib=peak_memory(),
+            tokens_per_second=throughput.per_second() or self.record.get("tokens_per_second"),
+            peak_memory_gib=_higher(peak_memory(), self.record.get("peak_memory_gib")),
             losses={
                 "first": losses[0] if losses else None,
                 "last": losses[-1] if losses else None,
@@ -115,3 +115,8 @@ def peak_memory() -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
     return {"value": round(peak / unit, 3), "kind": "process resident"}
+
+
+def _higher(peak: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """The peak over all attempts, as far as they measured the same thing."""
+    return earlier if earlier and earlier["kind"] == peak["kind"] and earlier["value"] > peak["value"] else peak

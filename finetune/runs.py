@@ -11,6 +11,7 @@ runs/<name>/config.yaml        the resolved config, complete in itself
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from finetune.config import RunConfig, load_config, to_yaml
+from finetune.config import RunConfig, TrainingSection, load_config, to_yaml
 from finetune.errors import UserError
 from finetune.files import disk_error, read_json, write_json, write_text
 
@@ -70,22 +71,36 @@ class RunFolder:
         write_json(self.run_json, record)
 
 
+def check_name_is_free(training: TrainingSection) -> None:
+    """Raises UserError for a `training.run_name` that is no folder name or taken: early, before minutes of loading."""
+    name = training.run_name
+    if name is None:
+        return
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"training.run_name: expected a plain folder name, found {name!r}")
+    if os.path.lexists(Path(training.output_dir) / name):
+        raise _taken(Path(training.output_dir) / name)
+
+
 def create_run(config: RunConfig, config_file: Path) -> RunFolder:
-    """A new folder for a new run; a folder that holds anything is never used again.
+    """A new folder for a new run; one that is there already is never used.
 
     `training.run_name` names it, else the config file's name and the first free number. Raises UserError when the named
     folder is taken or cannot be made.
     """
+    check_name_is_free(config.training)
     root = Path(config.training.output_dir)
     name = config.training.run_name
-    if name is not None and (not name or Path(name).name != name or name.startswith(".")):
-        raise UserError(f"training.run_name: expected a plain folder name, found {name!r}")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        folder = RunFolder(_claim(root, name) if name else _claim_numbered(root, config_file.stem))
-        write_text(folder.config_yaml, f"# finetune train {config_file}\n{to_yaml(config)}")
+        folder = RunFolder(_claim(root / name) if name else _claim_numbered(root, config_file.stem))
     except OSError as error:
         raise disk_error(error, root) from error
+    try:
+        write_text(folder.config_yaml, f"# finetune train {config_file}\n{to_yaml(config)}")
+    except BaseException:
+        folder.path.rmdir()
+        raise
     return folder
 
 
@@ -99,18 +114,19 @@ def open_run(path: Path) -> RunFolder:
     return folder
 
 
-def _claim(root: Path, name: str) -> Path:
-    path = root / name
+def _claim(path: Path) -> Path:
     try:
         path.mkdir()
-    except FileExistsError:
-        if path.is_dir() and not any(path.iterdir()):
-            return path
-        raise UserError(
-            f"{path}: holds another run, which is never overwritten; go on with it by `finetune train --resume {path}`, "
-            f"or choose another training.run_name"
-        ) from None
+    except FileExistsError:  # another process was faster
+        raise _taken(path) from None
     return path
+
+
+def _taken(path: Path) -> UserError:
+    return UserError(
+        f"{path}: is there already, and a run is never overwritten; go on with it by `finetune train --resume {path}`, "
+        f"or choose another training.run_name"
+    )
 
 
 def _claim_numbered(root: Path, stem: str) -> Path:

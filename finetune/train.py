@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune import checkpoint
 from finetune.callbacks import Budget, CommitCheckpoints, History, ProgressBar, StopSignals, Throughput
-from finetune.config import RunConfig, TrackingSection, config_hash
+from finetune.config import RunConfig, TrackingSection, config_hash, to_dict
 from finetune.credentials import wandb_key_present
 from finetune.data import Prepared, load_prepared
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
@@ -20,7 +21,7 @@ from finetune.model import Device, attach_lora, choose_device, load_base, load_t
 from finetune.prompts import PromptTemplate
 from finetune.records import Split
 from finetune.run_record import RunRecorder, describe_hardware, describe_model, new_record
-from finetune.runs import RunFolder, create_run
+from finetune.runs import RunFolder, check_name_is_free, create_run
 from finetune.trainer import AnswerTrainer, Examples, build_trainer, tokenise, trainer_arguments
 
 if TYPE_CHECKING:
@@ -28,6 +29,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GPU_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+TEMPORARY_ADAPTER = ".adapter.tmp"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from, checked."""
+
+    config: RunConfig
+    device: Device
+    data: Prepared
+    template: PromptTemplate
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the trainer is built from, in memory."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    validation: Examples
+    model: PeftModel
 
 
 @dataclass(frozen=True)
@@ -35,49 +57,54 @@ class Session:
     """What one attempt of a run works with."""
 
     run: RunFolder
-    config: RunConfig
-    data: Prepared
-    device: Device
-    template: PromptTemplate
+    inputs: Inputs
+    parts: Parts
     recorder: RunRecorder
     resume_from: Path | None = None
 
 
 def start(config: RunConfig, config_file: Path) -> int:
-    """Begin a new run in a new folder; returns the exit code. Raises UserError for what no run can begin with."""
-    device, data, template = _inputs(config)
-    tokenizer = load_tokenizer(config.model)  # before the folder is made: a wrong model name leaves nothing behind
+    """Begin a new run in a new folder; returns the exit code.
+
+    Raises UserError for what no run can begin with; the folder is made after everything is loaded, so none is left behind.
+    """
+    began = time.monotonic()
+    check_name_is_free(config.training)
+    inputs = _inputs(config)
+    parts = _load(inputs)
     run = create_run(config, config_file)
-    record = new_record(run, config, config_file, data, template)
-    recorder = RunRecorder(run, record, config.budget.usd_per_hour)
-    return _attempt(Session(run, config, data, device, template, recorder), tokenizer)
+    record = new_record(run, config, config_file, inputs.data, inputs.template)
+    return _attempt(Session(run, inputs, parts, RunRecorder(run, record, config.budget.usd_per_hour, began)))
 
 
 def resume(run: RunFolder) -> int:
-    """Go on with a run from its newest valid checkpoint, with the config in its folder; returns the exit code."""
+    """Go on with a run from its newest valid checkpoint, with the config in its folder; returns the exit code.
+
+    Budget, tracking, checkpointing and evaluation may have been changed there since; raises UserError for other changes.
+    """
+    began = time.monotonic()
     config, record = run.config(), run.record()
+    _check_unfinished(run, config, record)
+    inputs = _inputs(config)
+    found = _newest_checkpoint(run, inputs)
+    parts = _load(inputs)
+    record.update(attempts=record.get("attempts", 1) + 1, config=to_dict(config), config_hash=config_hash(config))
+    return _attempt(Session(run, inputs, parts, RunRecorder(run, record, config.budget.usd_per_hour, began), found))
+
+
+def _check_unfinished(run: RunFolder, config: RunConfig, record: dict[str, Any]) -> None:
     if record.get("status") == "done":
         raise UserError(
             f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`"
         )
-    device, data, template = _inputs(config)
-    tokenizer = load_tokenizer(config.model)
-    found, skipped = checkpoint.latest_valid(run.checkpoints)
-    for item in skipped:
-        say(f"passed over {item.folder}: {item.reason}")
-    if found is None:
-        say(f"{run.path}: no checkpoint yet, starting from the beginning")
-    else:
-        checkpoint.check_same_run(found, config_hash=config_hash(config), data_hash=data.manifest_hash)
-        say(f"resuming from {found}")
-    checkpoint.remove_leftovers(run.checkpoints)
-    record["attempts"] = record.get("attempts", 1) + 1
-    recorder = RunRecorder(run, record, config.budget.usd_per_hour)
-    return _attempt(Session(run, config, data, device, template, recorder, found), tokenizer)
+    if record.get("status") == "budget_stop" and _budget(config, float(record["wall_seconds"])).seconds <= 0:
+        raise UserError(
+            f"{run.path}: the budget of this run is used up; raise budget.max_hours or budget.max_run_usd in "
+            f"{run.config_yaml} to go on with it"
+        )
 
 
-def _inputs(config: RunConfig) -> tuple[Device, Prepared, PromptTemplate]:
-    """Device, data and prompt template, checked before anything is written."""
+def _inputs(config: RunConfig) -> Inputs:
     _check_tracking(config.tracking)
     device = choose_device(config.model.torch_dtype)
     if device.place.type == "cpu" and config.training.optim in GPU_OPTIMIZERS:
@@ -89,54 +116,86 @@ def _inputs(config: RunConfig) -> tuple[Device, Prepared, PromptTemplate]:
             f"{data.folder}: was prepared for prompt {data.manifest['prompt']}, this config renders "
             f"{template.identity()}; run `finetune data prepare CONFIG` again"
         )
-    return device, data, template
+    return Inputs(config, device, data, template)
 
 
-def _attempt(session: Session, tokenizer: PreTrainedTokenizerBase) -> int:
-    recorder = session.recorder
+def _newest_checkpoint(run: RunFolder, inputs: Inputs) -> Path | None:
+    """The checkpoint to go on from; what stands in its way is put aside or, where it is half a save, removed."""
+    found, passed_over = checkpoint.latest_valid(run.checkpoints)
+    if found:
+        hashes = {"config_hash": _deciding_hash(inputs.config), "data_hash": inputs.data.manifest_hash}
+        checkpoint.check_same_run(found, **hashes)
     try:
-        recorder.write(status="running", hardware=describe_hardware(session.device))
-        train, validation = _examples(session, tokenizer, "train"), _examples(session, tokenizer, "val")
-        model = _model(session)
-        recorder.write(model=describe_model(session.config, model))
-        return _fit(session, model, tokenizer, train, validation)
+        for item in passed_over:
+            say(f"passed over {item.folder}: {item.reason}")
+            checkpoint.put_aside(item.folder)
+        checkpoint.remove_leftovers(run.checkpoints)
     except OSError as error:
-        _close_failed(recorder)
-        raise disk_error(error, session.run.path) from error
-    except BaseException:
-        _close_failed(recorder)
-        raise
+        raise disk_error(error, run.checkpoints) from error
+    say(f"resuming from {found}" if found else f"{run.path}: no checkpoint to go on from, starting from the beginning")
+    return found
 
 
-def _examples(session: Session, tokenizer: PreTrainedTokenizerBase, split: Split) -> Examples:
-    limit = session.config.model.max_seq_length
-    examples = tokenise(session.data.records(split), session.template, tokenizer, limit)
+def _deciding_hash(config: RunConfig) -> str:
+    """Hash of the part of a config that decides the weights; the rest may change from one attempt to the next."""
+    blank = RunConfig()
+    return config_hash(
+        replace(
+            config,
+            budget=blank.budget,
+            tracking=blank.tracking,
+            checkpoint=blank.checkpoint,
+            evaluation=blank.evaluation,
+        )
+    )
+
+
+def _load(inputs: Inputs) -> Parts:
+    from transformers import set_seed
+
+    tokenizer = load_tokenizer(inputs.config.model)
+    train, validation = _examples(inputs, tokenizer, "train"), _examples(inputs, tokenizer, "val")
+    set_seed(inputs.config.training.seed)  # before the adapters are drawn
+    base = load_base(inputs.config.model, inputs.config.quantization, inputs.device)
+    base.config.use_cache = False
+    return Parts(tokenizer, train, validation, attach_lora(base, inputs.config.lora))
+
+
+def _examples(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, split: Split) -> Examples:
+    limit = inputs.config.model.max_seq_length
+    examples = tokenise(inputs.data.records(split), inputs.template, tokenizer, limit)
     if examples.too_long:
         say(f"{split}: {examples.too_long} examples are longer than model.max_seq_length={limit} tokens and left out")
     if split == "train" and not len(examples.dataset):
         raise UserError(f"model.max_seq_length: no training example fits into {limit} tokens")
-    session.recorder.record["data"].setdefault("used", {})[split] = len(examples.dataset)
     return examples
 
 
-def _model(session: Session) -> PeftModel:
-    from transformers import set_seed
+def _attempt(session: Session) -> int:
+    recorder, inputs, parts = session.recorder, session.inputs, session.parts
+    recorder.record["data"]["used"] = {"train": len(parts.train.dataset), "val": len(parts.validation.dataset)}
+    try:
+        recorder.write(
+            status="running",
+            ended_at=None,
+            hardware=describe_hardware(inputs.device),
+            model=describe_model(inputs.config, parts.model),
+        )
+        return _fit(session)
+    except BaseException as error:
+        _close_failed(session, error)
+        if isinstance(error, OSError):
+            raise disk_error(error, session.run.path) from error
+        raise
 
-    set_seed(session.config.training.seed)  # before the adapters are drawn
-    base = load_base(session.config.model, session.config.quantization, session.device)
-    base.config.use_cache = False
-    return attach_lora(base, session.config.lora)
 
-
-def _fit(
-    session: Session, model: PeftModel, tokenizer: PreTrainedTokenizerBase, train: Examples, validation: Examples
-) -> int:
-    config, recorder = session.config, session.recorder
+def _fit(session: Session) -> int:
+    config, parts, recorder = session.inputs.config, session.parts, session.recorder
     throughput = Throughput()
-    validates = bool(config.training.eval_steps and len(validation.dataset))
+    validates = bool(config.training.eval_steps and len(parts.validation.dataset))
     arguments = trainer_arguments(
         config.training,
-        session.device,
+        session.inputs.device,
         checkpoints=session.run.checkpoints,
         run_name=session.run.path.name,
         save_steps=config.checkpoint.save_steps,
@@ -144,44 +203,48 @@ def _fit(
         validates=validates,
     )
     trainer = build_trainer(
-        arguments, model, tokenizer, train.dataset, validation.dataset if validates else None, throughput
+        arguments,
+        parts.model,
+        parts.tokenizer,
+        parts.train.dataset,
+        parts.validation.dataset if validates else None,
+        throughput,
     )
     history = History(lambda rows: recorder.progress(trainer.state, throughput, rows))
-    budget = _budget(session)
+    budget = _budget(config, seconds_before=float(recorder.record["wall_seconds"]))
     with StopSignals(say) as signals:
         for callback in (history, ProgressBar(history), signals, budget, _committer(session)):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     recorder.progress(trainer.state, throughput, history.rows)
-    return _finish(session, trainer, tokenizer, budget)
+    return _finish(session, trainer, budget)
 
 
-def _budget(session: Session) -> Budget:
-    budget = session.config.budget
+def _budget(config: RunConfig, seconds_before: float) -> Budget:
     return Budget(
-        max_hours=budget.max_hours,
-        max_run_usd=budget.max_run_usd,
-        usd_per_hour=budget.usd_per_hour,
-        seconds_before=float(session.recorder.record["wall_seconds"]),
+        max_hours=config.budget.max_hours,
+        max_run_usd=config.budget.max_run_usd,
+        usd_per_hour=config.budget.usd_per_hour,
+        seconds_before=seconds_before,
     )
 
 
 def _committer(session: Session) -> CommitCheckpoints:
     return CommitCheckpoints(
         session.run.checkpoints,
-        keep_last=session.config.checkpoint.keep_last,
-        config_hash=session.recorder.record["config_hash"],
-        data_hash=session.data.manifest_hash,
+        keep_last=session.inputs.config.checkpoint.keep_last,
+        config_hash=_deciding_hash(session.inputs.config),
+        data_hash=session.inputs.data.manifest_hash,
     )
 
 
-def _finish(session: Session, trainer: AnswerTrainer, tokenizer: PreTrainedTokenizerBase, budget: Budget) -> int:
+def _finish(session: Session, trainer: AnswerTrainer, budget: Budget) -> int:
     """Save the adapter unless the run is to go on, close the record, say how it ended; returns the exit code."""
     run = session.run
     done = trainer.state.global_step >= trainer.state.max_steps
     status = "done" if done else "budget_stop" if budget.exhausted else "interrupted"
     if status != "interrupted":
-        _save_adapter(session, trainer, tokenizer)
+        _save_adapter(session, trainer)
     session.recorder.close(status)
     say(
         {
@@ -193,23 +256,26 @@ def _finish(session: Session, trainer: AnswerTrainer, tokenizer: PreTrainedToken
     return EXIT_TRANSIENT if status == "interrupted" else EXIT_OK
 
 
-def _save_adapter(session: Session, trainer: AnswerTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+def _save_adapter(session: Session, trainer: AnswerTrainer) -> None:
     """Adapter, tokenizer and prompt template in one folder, which appears whole: it is saved under another name first."""
-    temporary = session.run.path / ".adapter.tmp"
+    temporary = session.run.path / TEMPORARY_ADAPTER
     shutil.rmtree(temporary, ignore_errors=True)
     trainer.model.save_pretrained(str(temporary))
-    tokenizer.save_pretrained(str(temporary))
-    session.template.save(temporary)
+    session.parts.tokenizer.save_pretrained(str(temporary))
+    session.inputs.template.save(temporary)
     if session.run.adapter.exists():  # of an attempt that stopped at its budget
         shutil.rmtree(session.run.adapter)
     os.replace(temporary, session.run.adapter)
 
 
-def _close_failed(recorder: RunRecorder) -> None:
+def _close_failed(session: Session, error: BaseException) -> None:
+    """Leave a run folder that says how the run ended, without halves of a save."""
     try:
-        recorder.close("failed")
-    except UserError as error:  # such as a full disk: the fault that brought us here is the one to report
-        say(str(error))
+        checkpoint.remove_leftovers(session.run.checkpoints)
+        shutil.rmtree(session.run.path / TEMPORARY_ADAPTER, ignore_errors=True)
+        session.recorder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+    except (OSError, UserError) as another:  # the fault that brought us here is the one to report
+        say(str(another))
 
 
 def _check_tracking(tracking: TrackingSection) -> None:
@@ -220,11 +286,11 @@ def _check_tracking(tracking: TrackingSection) -> None:
 def _report_to(session: Session) -> list[str]:
     """TensorBoard always; W&B when a key is there or it is asked for."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(session.run.tensorboard)
-    wanted = session.config.tracking.wandb
+    wanted = session.inputs.config.tracking.wandb
     if wanted == "disabled" or (wanted == "auto" and not wandb_key_present()):
         return ["tensorboard"]
     os.environ["WANDB_MODE"] = "offline" if wanted == "offline" else "online"
-    os.environ["WANDB_PROJECT"] = session.config.tracking.wandb_project
+    os.environ["WANDB_PROJECT"] = session.inputs.config.tracking.wandb_project
     os.environ["WANDB_DIR"] = str(session.run.path)
     return ["tensorboard", "wandb"]
 

@@ -26,6 +26,11 @@ IGNORED = -100
 """The label of a token that carries no loss, as in torch.nn.functional.cross_entropy."""
 
 
+CPU_PADDING = 16
+"""Batches on a CPU are padded to multiples of this many tokens. With every length a shape of its own, oneDNN's kernels were
+compiled anew and the heap fell apart: 412 tokens/s at the start of a run were 252 at its end (docs/log.md)."""
+
+
 @dataclass(frozen=True)
 class Examples:
     """Tokenised examples that fit, and how many were too long. Columns: input_ids, labels (IGNORED on the prompt), length."""
@@ -115,7 +120,16 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     adapters_to_float32(trainer.model)
+    keep_weights_trainable(trainer.model)
     return trainer
+
+
+def keep_weights_trainable(model: torch.nn.Module) -> None:
+    """On a CPU with AVX512-BF16, the first validation would make bitsandbytes repack its 4-bit weights for a kernel that
+    lets no gradient through, for good: the steps after it would go wrong, and take twice the time. Forbid it."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def trainer_arguments(
@@ -161,7 +175,7 @@ def trainer_arguments(
         dataloader_pin_memory=on_gpu,
         report_to=report_to,
         max_length=None,  # `tokenise` has left out what is too long
-        pad_to_multiple_of=8 if on_gpu else None,
+        pad_to_multiple_of=8 if on_gpu else CPU_PADDING,
         include_num_input_tokens_seen="non_padding",
         dataset_kwargs={"skip_prepare_dataset": True},
         disable_tqdm=True,

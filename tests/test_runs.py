@@ -1,0 +1,159 @@
+"""A run's folder: a new one for every run, never an old one again; and what is recorded about the code that ran."""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_examples import files_of
+
+from finetune import runs
+from finetune.config import RunConfig, config_hash, from_dict, load_config
+from finetune.errors import UserError
+from finetune.runs import RunFolder, create_run, git_state, open_run, package_versions
+
+FILE = Path("configs/tiny.yaml")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def config(root: Path, run_name: str | None = None) -> RunConfig:
+    values: dict[str, Any] = {
+        "model": {"name": "models/tiny"},
+        "data": {"sources": [{"kind": "jsonl", "path": "a.jsonl"}], "output_dir": "data/prepared"},
+        "training": {"output_dir": str(root), "run_name": run_name},
+    }
+    return from_dict(values, "test")
+
+
+def test_a_run_folder_holds_the_config_it_was_made_with(root: Path) -> None:
+    wanted = config(root, "first")
+    run = create_run(wanted, FILE)
+    assert run.path == root / "first"
+    assert config_hash(load_config(run.config_yaml)) == config_hash(run.config()) == config_hash(wanted)
+    assert run.config_yaml.read_text().startswith("# finetune train configs/tiny.yaml\n")
+
+
+def test_without_a_name_every_run_gets_the_next_number(root: Path) -> None:
+    assert [create_run(config(root), FILE).path.name for _ in range(2)] == ["tiny-001", "tiny-002"]
+    (root / "tiny-0041").mkdir()
+    (root / "tiny-0099.old").mkdir()
+    (root / "another-500").mkdir()
+    assert create_run(config(root), FILE).path.name == "tiny-042"
+    assert create_run(config(root), Path("another.yaml")).path.name == "another-501"
+
+
+@pytest.mark.parametrize("there", ["a run", "an empty folder", "a file", "a dangling link"])
+def test_a_name_that_is_taken_is_refused_and_what_is_there_stays(there: str, root: Path) -> None:
+    root.mkdir()
+    if there == "a run":
+        create_run(config(root, "mine"), FILE)
+    elif there == "an empty folder":
+        (root / "mine").mkdir()
+    elif there == "a file":
+        (root / "mine").write_text("mine")
+    else:
+        (root / "mine").symlink_to(root / "nowhere")
+    before = files_of(root)
+    with pytest.raises(UserError, match=r"runs/mine: is there already.*--resume .*runs/mine.*training\.run_name"):
+        create_run(config(root, "mine"), Path("other.yaml"))
+    assert files_of(root) == before
+    assert [path.name for path in root.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp", ".hidden"])
+def test_a_name_that_is_no_folder_name_is_refused(name: str, root: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.run_name: expected a plain folder name"):
+        create_run(config(root, name), FILE)
+    assert not root.exists()
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(root: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: create_run(config(root), FILE).path, range(48)))
+    assert sorted(path.name for path in found) == [f"tiny-{n:03d}" for n in range(1, 49)]
+
+
+def test_of_runs_that_start_at_once_under_one_name_one_gets_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "check_name_is_free", lambda training: None)  # all of them looked at the same moment
+
+    def start(_: int) -> str:
+        try:
+            return create_run(config(root, "mine"), FILE).path.name
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(start, range(16)))
+    assert results.count("mine") == 1
+    assert sum("is there already" in result for result in results) == 15
+
+
+def test_a_folder_whose_config_cannot_be_written_does_not_stay(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise UserError(f"{path}: no space left on the disk")
+
+    monkeypatch.setattr(runs, "write_text", full)
+    with pytest.raises(UserError, match="no space left"):
+        create_run(config(root), FILE)
+    assert list(root.iterdir()) == []
+
+
+def test_an_output_folder_that_is_a_file_is_refused(root: Path) -> None:
+    root.write_text("not a folder")
+    with pytest.raises(UserError, match=r"runs: File exists"):
+        create_run(config(root), FILE)
+    with pytest.raises(UserError, match=r"runs/below: Not a directory"):
+        create_run(config(root / "below"), FILE)
+
+
+def test_a_folder_that_is_no_run_is_named_with_the_runs_beside_it(root: Path) -> None:
+    run = create_run(config(root), FILE)
+    assert open_run(run.path) == run
+    with pytest.raises(UserError, match=r"runs/tiny-009: not a run folder.*; runs there: tiny-001"):
+        open_run(root / "tiny-009")
+    with pytest.raises(UserError, match=r"not a run folder \(no config.yaml in it\)$"):
+        open_run(root / "nowhere" / "x")
+
+
+def test_a_run_without_its_record_says_which_command_writes_it(root: Path) -> None:
+    run = create_run(config(root), FILE)
+    with pytest.raises(UserError, match=r"run\.json: missing; run `finetune train CONFIG` first"):
+        run.record()
+    run.write_record({"status": "running"})
+    assert RunFolder(run.path).record() == {"status": "running"}
+
+
+def test_the_commit_is_that_of_the_code_and_changes_to_it_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "checkout" / "finetune" / "runs.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("# code\n")
+    monkeypatch.setattr(runs, "__file__", str(code))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert git_state() == (None, False)
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        command = ["git", "-C", str(tmp_path / "checkout"), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    (code.parent / "untracked.txt").write_text("does not count")
+    assert git_state() == (commit, False)
+    code.write_text("# changed\n")
+    assert git_state() == (commit, True)
+
+
+def test_package_versions_are_those_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "RECORDED_PACKAGES", ("omegaconf", "no-such-package-here"))
+    assert package_versions() == {"omegaconf": metadata.version("omegaconf")}

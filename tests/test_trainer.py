@@ -1,0 +1,406 @@
+"""The trainer on a tiny NF4 model: what carries loss, which loss, what is trained, and what each config key does."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
+from trl import SFTTrainer  # noqa: E402
+
+from finetune.callbacks import Throughput  # noqa: E402
+from finetune.config import LoraSection, ModelSection, QuantizationSection, TrainingSection  # noqa: E402
+from finetune.model import Device, attach_lora, choose_device, load_base, load_tokenizer  # noqa: E402
+from finetune.prompts import PromptTemplate, completion, encode_prompts  # noqa: E402
+from finetune.records import Record, read_records  # noqa: E402
+from finetune.trainer import (  # noqa: E402
+    IGNORED,
+    AnswerTrainer,
+    Examples,
+    answer_loss,
+    build_trainer,
+    tokenise,
+    trainer_arguments,
+)
+
+CPU = Device(torch.device("cpu"), torch.float32)
+TEMPLATE = PromptTemplate()
+SEVEN = set(LoraSection().target_modules)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(ModelSection(name=str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def records(tiny_data: Path) -> list[Record]:
+    return read_records(tiny_data / "train.jsonl")
+
+
+@pytest.fixture(scope="module")
+def examples(records: list[Record], tokenizer: Any) -> Examples:
+    return tokenise(records, TEMPLATE, tokenizer, 1024)
+
+
+@pytest.fixture(autouse=True)
+def quiet_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def lora_model(folder: Path, *, nf4: bool = True, seed: int = 0) -> Any:
+    base = load_base(ModelSection(name=str(folder)), QuantizationSection(load_in_4bit=nf4), CPU)
+    base.config.use_cache = False
+    torch.manual_seed(seed)
+    return attach_lora(base, LoraSection(r=4, lora_dropout=0.0))
+
+
+def section(**changes: Any) -> TrainingSection:
+    values = {
+        "max_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
+        "optim": "adamw_torch", "gradient_checkpointing": False, "group_by_length": False, "logging_steps": 1,
+        "warmup_ratio": 0.0, "eval_steps": 0,
+    }  # fmt: skip
+    return TrainingSection(**(values | changes))
+
+
+def arguments(training: TrainingSection, *, validates: bool = False) -> Any:
+    return trainer_arguments(
+        training, CPU, checkpoints=Path("out"), run_name="run", save_steps=1000, report_to=[], validates=validates
+    )
+
+
+def trainer_for(model: Any, tokenizer: Any, examples: Examples, *, validates: bool = False, **changes: Any) -> Any:
+    validation = examples.dataset if validates else None
+    config = arguments(section(**changes), validates=validates)
+    return build_trainer(config, model, tokenizer, examples.dataset, validation, Throughput())
+
+
+def adapter(model: Any) -> dict[str, Any]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# --- what carries loss
+
+
+def test_labels_are_exactly_the_answer_and_the_end_of_text_token(
+    examples: Examples, records: list[Record], tokenizer: Any
+) -> None:
+    assert len(examples.dataset) == len(records) == 24
+    assert examples.too_long == 0
+    for record, row in zip(records, examples.dataset, strict=True):
+        [prompt] = encode_prompts(tokenizer, [TEMPLATE.render_record(record)])
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert row["labels"][: len(prompt)] == [IGNORED] * len(prompt)
+        assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
+        assert row["labels"][-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(row["labels"][len(prompt) : -1]) == completion(record.sql)
+        assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == (
+            TEMPLATE.render_record(record) + completion(record.sql)
+        )
+
+
+def test_examples_that_are_too_long_are_left_out_and_counted_never_cut(
+    examples: Examples, records: list[Record], tokenizer: Any
+) -> None:
+    lengths = examples.dataset["length"]
+    assert lengths == [len(ids) for ids in examples.dataset["input_ids"]]
+    longest = max(lengths)
+    assert tokenise(records, TEMPLATE, tokenizer, longest).too_long == 0
+    fewer = tokenise(records, TEMPLATE, tokenizer, longest - 1)
+    assert fewer.too_long == list(lengths).count(longest) > 0
+    assert fewer.dataset.to_list() == [row for row in examples.dataset.to_list() if row["length"] < longest]
+    nothing = tokenise(records, TEMPLATE, tokenizer, 16)
+    assert (len(nothing.dataset), nothing.too_long) == (0, 24)
+
+
+def test_the_batches_that_training_sees_hold_every_example_whole(
+    tiny_model: Path, tokenizer: Any, examples: Examples
+) -> None:
+    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, per_device_train_batch_size=5)
+    seen = []
+    for batch in trainer.get_train_dataloader():
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            assert torch.all(labels[mask == 0] == IGNORED)
+            seen.append((ids[mask == 1].tolist(), labels[mask == 1].tolist()))
+    assert sorted(seen) == sorted((row["input_ids"], row["labels"]) for row in examples.dataset)
+
+
+def test_grouping_by_length_saves_padding(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+    def padding(group: bool) -> int:
+        model = lora_model(tiny_model)
+        trainer = trainer_for(model, tokenizer, examples, group_by_length=group, per_device_train_batch_size=4)
+        return sum(int((batch["attention_mask"] == 0).sum()) for batch in trainer.get_train_dataloader())
+
+    assert padding(True) < padding(False) / 2
+
+
+# --- the loss
+
+
+def batch_of(examples: Examples, rows: list[int], tokenizer: Any) -> dict[str, Any]:
+    """Padded on the right, as the trainer's collator does it."""
+    chosen = [examples.dataset[i] for i in rows]
+    width = max(row["length"] for row in chosen) + 3
+
+    def padded(name: str, value: int) -> Any:
+        return torch.tensor([row[name] + [value] * (width - row["length"]) for row in chosen])
+
+    ids = padded("input_ids", tokenizer.pad_token_id)
+    mask = torch.tensor([[1] * row["length"] + [0] * (width - row["length"]) for row in chosen])
+    return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED)}
+
+
+def gradients(model: Any) -> dict[str, Any]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def random_adapter_model(tiny_model: Path) -> Any:
+    """Without quantisation, with an adapter that does something: as drawn, lora_B is zero."""
+    model = lora_model(tiny_model, nf4=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def test_the_answer_loss_is_the_stock_loss_of_the_same_labels(
+    random_adapter_model: Any, examples: Examples, tokenizer: Any
+) -> None:
+    model, batch = random_adapter_model, batch_of(examples, [0, 1, 2, 5, 7], tokenizer)
+    stock = model(**batch).loss
+    stock.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    ours = answer_loss(model, batch)
+    ours.backward()
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=0)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    labelled = int((batch["labels"] != IGNORED).sum())
+    torch.testing.assert_close(answer_loss(model, batch, torch.tensor(2 * labelled)), stock / 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(answer_loss(model, batch, 2 * labelled), stock / 2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("items", [None, 100])
+def test_the_answer_loss_is_that_of_trl(
+    items: int | None, random_adapter_model: Any, examples: Examples, tokenizer: Any
+) -> None:
+    trainer = trainer_for(random_adapter_model, tokenizer, examples)
+    batch = batch_of(examples, [0, 1, 2, 5, 7], tokenizer)
+    theirs = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=items)
+    ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+def test_on_a_cpu_only_answers_pass_the_head(tiny_model: Path, examples: Examples, tokenizer: Any) -> None:
+    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples)
+    rows: list[int] = []
+    head = trainer.model.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:-1].numel()))
+    batch = batch_of(examples, [0, 1, 2], tokenizer)
+    trainer.compute_loss(trainer.model, batch)
+    assert rows == [int((batch["labels"] != IGNORED).sum())]
+
+
+def test_a_batch_without_answers_has_no_loss_and_no_nan(tiny_model: Path, examples: Examples, tokenizer: Any) -> None:
+    batch = batch_of(examples, [0, 1], tokenizer)
+    batch["labels"][:] = IGNORED
+    assert float(answer_loss(lora_model(tiny_model), batch)) == 0.0
+
+
+def test_a_loss_that_is_no_number_is_seen(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, max_steps=1)
+    with torch.no_grad():
+        next(p for name, p in trainer.model.named_parameters() if "lora_A" in name).fill_(float("nan"))
+    trainer.train()
+    assert [loss == loss for loss in losses(trainer)] == [False]
+
+
+# --- what is trained
+
+
+def test_accumulated_batches_train_like_whole_ones(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+    """Batch 1 x accumulation 8 against 8 x 1: the first loss, and the drift over two epochs."""
+    runs = []
+    for size, accumulation in ((8, 1), (1, 8)):
+        trainer = trainer_for(
+            lora_model(tiny_model), tokenizer, examples, max_steps=6,
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        trainer.train()
+        runs.append((losses(trainer), adapter(trainer.model)))
+    (whole, whole_adapter), (accumulated, accumulated_adapter) = runs
+    assert len(whole) == 6
+    assert whole[-1] < whole[0] - 0.5
+    assert accumulated[0] == pytest.approx(whole[0], rel=1e-5)
+    assert accumulated == pytest.approx(whole, rel=1e-3)
+    for name, weight in whole_adapter.items():
+        torch.testing.assert_close(accumulated_adapter[name], weight, rtol=0, atol=2e-3)
+
+
+def test_adapters_are_float32_though_trl_casts_those_of_a_quantised_model(
+    tiny_model: Path, tokenizer: Any, examples: Examples
+) -> None:
+    model = lora_model(tiny_model)
+    assert any(hasattr(p, "quant_state") for p in model.parameters())  # NF4
+    trainer = trainer_for(model, tokenizer, examples)
+    trainable = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    assert all("lora_" in name for name in trainable)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in trainable} == SEVEN
+    assert len(trainable) == 2 * 7 * 2  # A and B on seven projections of two layers
+
+
+def test_only_the_adapters_are_trained(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples)
+    drawn = adapter(trainer.model)
+    base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" not in name}
+    buffers = {name: b.detach().clone() for name, b in trainer.model.named_buffers()}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert any(value.dtype == torch.uint8 for value in base.values())  # the packed weights are among them
+    assert all(torch.equal(after[name], value) for name, value in base.items())
+    assert all(torch.equal(dict(trainer.model.named_buffers())[name], value) for name, value in buffers.items())
+    assert [name for name, value in drawn.items() if torch.equal(after[name], value)] == []
+
+
+def trained_with(tiny_model: Path, tokenizer: Any, examples: Examples, **changes: Any) -> dict[str, Any]:
+    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, **changes)
+    trainer.train()
+    return adapter(trainer.model)
+
+
+def test_validation_leaves_training_as_it_is(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+    without = trained_with(tiny_model, tokenizer, examples)
+    with_it = trained_with(tiny_model, tokenizer, examples, validates=True, eval_steps=1)
+    assert all(torch.equal(with_it[name], weight) for name, weight in without.items())
+
+
+def test_gradient_checkpointing_changes_no_number(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+    plain = trained_with(tiny_model, tokenizer, examples)
+    checkpointed = trained_with(tiny_model, tokenizer, examples, gradient_checkpointing=True)
+    for name, weight in plain.items():
+        torch.testing.assert_close(checkpointed[name], weight, rtol=0, atol=1e-5)
+
+
+def test_the_saved_adapter_changes_the_answers_and_loads_with_plain_peft(
+    tiny_model: Path, tokenizer: Any, examples: Examples, tmp_path: Path
+) -> None:
+    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, max_steps=6)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "adapter")
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny_model, quantization_config=quantization, dtype=torch.float32, attn_implementation="eager"
+    )
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    batch = batch_of(examples, [0, 1, 2], tokenizer)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    plain.train()  # there is no dropout; in eval mode bitsandbytes computes in bfloat16 on some CPUs
+    with torch.no_grad():
+        expected, found = trainer.model(**inputs).logits, plain(**inputs).logits
+        with plain.disable_adapter():
+            untrained = plain(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert float((found - untrained).abs().max()) > 0.5
+    labelled = batch["labels"][:, 1:] != IGNORED
+    right = (found[:, :-1].argmax(-1) == batch["labels"][:, 1:])[labelled].float().mean()
+    before = (untrained[:, :-1].argmax(-1) == batch["labels"][:, 1:])[labelled].float().mean()
+    assert right > before + 0.1
+
+
+# --- what each key does
+
+
+def another_value(hint: Any, value: Any) -> Any:
+    if get_origin(hint) is Literal:
+        return next(option for option in get_args(hint) if option != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 2 if value >= 0 else 7
+    return value + 0.25
+
+
+OURS_TO_THEIRS: dict[str, tuple[str, Any]] = {
+    "warmup_ratio": ("warmup_steps", lambda value: value),
+    "group_by_length": ("train_sampling_strategy", lambda on: "group_by_length" if on else "random"),
+}
+NAMES_THE_FOLDER = {"output_dir", "run_name"}  # runs.create_run reads these
+
+
+@pytest.mark.parametrize("key", sorted({f.name for f in fields(TrainingSection)} - NAMES_THE_FOLDER))
+@pytest.mark.parametrize("which", ["default", "changed"])
+def test_every_training_key_reaches_the_library(key: str, which: str) -> None:
+    value = getattr(section(), key)
+    if which == "changed":
+        value = another_value(get_type_hints(TrainingSection)[key], value)
+    name, translate = OURS_TO_THEIRS.get(key, (key, lambda value: value))
+    found = arguments(section(**{key: value}), validates=True).to_dict()[name]
+    assert found == (translate(value) or None if key == "eval_steps" else translate(value))
+
+
+def test_run_folder_tracking_and_checkpoints_reach_the_library() -> None:
+    made = trainer_arguments(
+        section(),
+        CPU,
+        checkpoints=Path("here"),
+        run_name="me",
+        save_steps=17,
+        report_to=["tensorboard"],
+        validates=True,
+    )
+    assert (made.output_dir, made.run_name, made.save_steps) == ("here", "me", 17)
+    assert made.report_to == ["tensorboard"]
+    assert made.eval_strategy == "steps"
+    assert arguments(section()).eval_strategy == "no"
+    assert arguments(section()).report_to == []
+
+
+@pytest.mark.parametrize(("ratio", "steps", "warm"), [(0.1, 40, 4), (0.03, 100, 3), (0.05, 30, 2), (0.0, 40, 0)])
+def test_the_warmup_ratio_is_a_share_of_all_steps(
+    ratio: float, steps: int, warm: int, tiny_model: Path, tokenizer: Any, examples: Examples
+) -> None:
+    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, warmup_ratio=ratio, max_steps=steps)
+    trainer.create_optimizer_and_scheduler(steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates[: warm + 1] == pytest.approx([1e-2 * i / max(warm, 1) for i in range(warm)] + [1e-2])
+    assert all(late < 1e-2 for late in rates[warm + 1 :])
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_libraries_print_nothing_on_their_own(
+    tiny_model: Path, tokenizer: Any, examples: Examples, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, max_steps=1)
+    assert isinstance(trainer, AnswerTrainer)
+    capfd.readouterr()
+    trainer.train()
+    assert capfd.readouterr().out == ""
+
+
+def test_the_device_follows_the_machine() -> None:
+    if not torch.cuda.is_available():
+        assert choose_device("auto") == CPU
+        made = arguments(section())
+        assert (made.bf16, made.fp16, made.use_cpu) == (False, False, True)
