@@ -177,11 +177,21 @@ def _finite(value: Any) -> float | None:
 
 
 class ProgressBar(TrainerCallback):
-    """One line with steps, time left, loss and tokens per second."""
+    """One line with steps, time left, loss and tokens per second.
+
+    Use as a context manager around training: it ends the line, however training ends.
+    """
 
     def __init__(self, history: History) -> None:
         self._history = history
         self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -198,7 +208,3 @@ class ProgressBar(TrainerCallback):
             self._bar.set_postfix_str(
                 f"loss {losses[-1]['loss']:.3f}" + (f", {speed:.0f} tokens/s" if speed else ""), refresh=False
             )
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -9,6 +10,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from finetune import checkpoint
 from finetune.callbacks import Budget, CommitCheckpoints, History, ProgressBar, StopSignals, Throughput
@@ -183,9 +186,10 @@ def _attempt(session: Session) -> int:
         )
         return _fit(session)
     except BaseException as error:
+        cannot_write = _disk_fault(error, session.run.path)
         _close_failed(session, error)
-        if isinstance(error, OSError):
-            raise disk_error(error, session.run.path) from error
+        if cannot_write:
+            raise cannot_write from error
         raise
 
 
@@ -212,8 +216,8 @@ def _fit(session: Session) -> int:
     )
     history = History(lambda rows: recorder.progress(trainer.state, throughput, rows))
     budget = _budget(config, seconds_before=float(recorder.record["wall_seconds"]))
-    with StopSignals(say) as signals:
-        for callback in (history, ProgressBar(history), signals, budget, _committer(session)):
+    with StopSignals(say) as signals, ProgressBar(history) as bar:
+        for callback in (history, bar, signals, budget, _committer(session)):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     recorder.progress(trainer.state, throughput, history.rows)
@@ -268,14 +272,26 @@ def _save_adapter(session: Session, trainer: AnswerTrainer) -> None:
     os.replace(temporary, session.run.adapter)
 
 
+def _disk_fault(error: BaseException, folder: Path) -> UserError | None:
+    """The message for a failed write; for a full disk, safetensors and torch raise other things than OSError."""
+    if isinstance(error, OSError):
+        return disk_error(error, folder)
+    torch_error = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
+    if torch_error or "No space left" in str(error):
+        return disk_error(OSError(errno.ENOSPC, str(error)), folder)
+    return None
+
+
 def _close_failed(session: Session, error: BaseException) -> None:
-    """Leave a run folder that says how the run ended, without halves of a save."""
+    """Leave a run folder that says how the run ended, without halves of a save; none at all if the run never began."""
     try:
         checkpoint.remove_leftovers(session.run.checkpoints)
         shutil.rmtree(session.run.path / TEMPORARY_ADAPTER, ignore_errors=True)
         session.recorder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
     except (OSError, UserError) as another:  # the fault that brought us here is the one to report
         say(str(another))
+        if not session.run.run_json.exists():
+            shutil.rmtree(session.run.path, ignore_errors=True)
 
 
 def _check_tracking(tracking: TrackingSection) -> None:
@@ -296,4 +312,4 @@ def _report_to(session: Session) -> list[str]:
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    tqdm.write(message, file=sys.stderr)  # on a line of its own, also while a bar is shown

@@ -261,14 +261,22 @@ def test_one_process_of_several_writes_the_history() -> None:
 
 def test_the_bar_shows_steps_time_left_loss_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     history = History(lambda rows: None)
-    bar = ProgressBar(history)
-    bar.on_train_begin(ARGS, state(4, 10), control())
-    history.rows = [{"step": 5, "loss": 1.25, "tokens_per_second": 321.4}, {"step": 5, "eval_loss": 1.0}]
-    bar.on_log(ARGS, state(5), control())
-    bar.on_step_end(ARGS, state(7), control())
-    bar.on_train_end(ARGS, state(7), control())
+    with ProgressBar(history) as bar:
+        bar.on_train_begin(ARGS, state(4, 10), control())
+        history.rows = [{"step": 5, "loss": 1.25, "tokens_per_second": 321.4}, {"step": 5, "eval_loss": 1.0}]
+        bar.on_log(ARGS, state(5), control())
+        bar.on_step_end(ARGS, state(7), control())
     shown = capsys.readouterr().err.split("\r")
     assert "4/10" in shown[1]  # a resumed run does not begin at 0
     assert "7/10" in shown[-1]
     assert "loss 1.250, 321 tokens/s" in shown[-1]
     assert "<" in shown[-1]  # elapsed<left
+
+
+def test_the_bar_ends_its_line_however_training_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError), ProgressBar(History(lambda rows: None)) as bar:
+        bar.on_train_begin(ARGS, state(4, 10), control())
+        raise RuntimeError
+    assert capsys.readouterr().err.endswith("\n")
+    with ProgressBar(History(lambda rows: None)):
+        pass  # training did not begin

@@ -6,8 +6,10 @@ Run with `pytest -m gpu -s`; FINETUNE_GPU_SCRATCH names a folder with 20 GiB for
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,43 @@ def test_twenty_steps_of_mistral_7b_in_nf4(dtype: str, scratch: Path, overrides:
     assert losses[-1] < losses[0]
     print(f"\n{name}: {record['tokens_per_second']:.0f} tokens/s, {record['peak_memory_gib']}, "
           f"losses {losses[0]:.3f} -> {losses[-1]:.3f}")  # fmt: skip
+
+
+def test_interrupted_on_the_gpu_and_resumed(scratch: Path, overrides: list[str]) -> None:
+    run_folder = scratch / "runs" / "interrupted"
+    command = [sys.executable, "-m", "finetune", "train", "configs/mistral_7b_quick.yaml", *overrides]
+    command += [f"training.run_name={run_folder.name}", "training.max_steps=12"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and steps_done(run_folder) < 3:
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 75
+    stopped = steps_done(run_folder)
+    run("finetune", "train", "--resume", str(run_folder))
+    record = json.loads((run_folder / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["attempts"] == 2
+    assert [row["step"] for row in record["history"]] == list(range(1, 13))
+    print(f"\ninterrupted after step {stopped}, resumed: losses {[round(row['loss'], 2) for row in record['history']]}")
+
+
+def steps_done(run_folder: Path) -> int:
+    try:
+        record = json.loads((run_folder / "run.json").read_text())
+    except FileNotFoundError:
+        return 0
+    return int(record.get("steps", {}).get("done", 0))
+
+
+def test_evaluation_and_report_on_the_gpu(scratch: Path, overrides: list[str]) -> None:
+    """Random weights answer nothing right; that every question gets a verdict is what is asked here."""
+    folder = scratch / "runs" / "evaluated"
+    few = ["evaluation.max_questions=24", "evaluation.max_new_tokens=32"]
+    run("finetune", "train", "configs/mistral_7b_quick.yaml", *overrides, *few,
+        "training.max_steps=2", f"training.run_name={folder.name}")  # fmt: skip
+    run("finetune", "evaluate", str(folder))
+    run("finetune", "report", str(folder))
+    scores = json.loads((folder / "eval.json").read_text())["models"]
+    assert {name: sum(score["verdicts"].values()) for name, score in scores.items()} == {"base": 24, "tuned": 24}
+    print(f"\nevaluation: {[(name, score['seconds'], score['new_tokens']) for name, score in scores.items()]}")
