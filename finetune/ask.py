@@ -6,11 +6,12 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.generate import generate_answers
-from finetune.model import choose_device, load_adapter, load_base, load_tokenizer
+from finetune.model import choose_device, load_adapter, load_base, load_tokenizer, require_adapter
 from finetune.prompts import extract_sql, load_template
 from finetune.runs import RunFolder
-from finetune.sql.sandbox import SqlSandbox, check_sqlite_file
-from finetune.sql.schema import ddl_of_database, parse_ddl
+from finetune.sql.sandbox import SqlSandbox
+from finetune.sql.schema import ddl_of_database, is_create_table, parse_ddl
+from finetune.sql.text import on_one_line, statements
 
 ROWS_SHOWN = 50
 
@@ -23,6 +24,7 @@ def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None =
     schema = schema_of(database)
     if not question.strip():
         raise UserError("the question is empty")
+    require_adapter(run.adapter)
     template = load_template(run.adapter)
     config = run.config()
     device = choose_device(config.model.torch_dtype)
@@ -41,23 +43,30 @@ def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None =
 
 
 def schema_of(path: Path) -> str:
-    """DDL text of a SQLite file, or of a .sql file with CREATE TABLE statements."""
-    if path.suffix == ".sql":
-        try:
-            ddl = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not readable as text ({error})") from error
-        if not parse_ddl(ddl):
-            raise UserError(f"{path}: no CREATE TABLE statement in it")
-        return ddl
-    return ddl_of_database(path)
+    """The CREATE TABLE statements, one a line, of a SQLite file or of a .sql file. Raises UserError if there are none."""
+    if not is_schema(path):
+        return ddl_of_database(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as text ({error})") from error
+    ddl = "\n".join(on_one_line(statement) for statement in statements(text) if is_create_table(statement))
+    if not ddl:
+        raise UserError(f"{path}: no CREATE TABLE statement in it")
+    try:
+        parse_ddl(ddl)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return ddl
+
+
+def is_schema(path: Path) -> bool:
+    """Whether a --db file is a schema as text, which has no rows; any other file is taken for a SQLite database."""
+    return path.suffix.lower() == ".sql"
 
 
 def run_and_format(database: Path, sql: str, timeout_seconds: float) -> str:
     """The rows of a query as an aligned text table, at most ROWS_SHOWN of them."""
-    if database.suffix == ".sql":
-        raise UserError(f"{database}: a schema has no rows; give a SQLite file to --db to use --run")
-    check_sqlite_file(database)
     with SqlSandbox() as sandbox:
         result = sandbox.run(database, sql, timeout_seconds)
     if result.rows is None:
@@ -68,6 +77,6 @@ def run_and_format(database: Path, sql: str, timeout_seconds: float) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(result.columns))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    hidden = len(result.rows) - ROWS_SHOWN
-    lines.append(f"({len(result.rows)} rows{f', {hidden} not shown' if hidden > 0 else ''})")
+    count, hidden = len(result.rows), len(result.rows) - ROWS_SHOWN
+    lines.append(f"({count} row{'' if count == 1 else 's'}{f', {hidden} not shown' if hidden > 0 else ''})")
     return "\n".join(lines)

@@ -185,6 +185,7 @@ class ProgressBar(TrainerCallback):
     def __init__(self, history: History) -> None:
         self._history = history
         self._bar: tqdm[Any] | None = None
+        self._validation: tqdm[Any] | None = None
 
     def __enter__(self) -> ProgressBar:
         return self

@@ -36,7 +36,7 @@ def step_folder(root: Path, step: int) -> Path:
 def commit(folder: Path, *, step: int, config_hash: str, data_hash: str) -> None:
     """Make a saved folder a checkpoint: write its manifest, the last file of all.
 
-    config_hash, data_hash: hex SHA-256 of the resolved config and of the data manifest that the run uses.
+    config_hash, data_hash: hex SHA-256 of what decides the weights, in the config and as the data manifest.
     """
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -24,9 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         code: int = parsed.command(parsed)
+        sys.stdout.flush()  # here, where a reader that has gone is caught
         return code
     except UserError as error:
-        print(f"finetune: {error}", file=sys.stderr)
+        print(f"finetune: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
@@ -38,14 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="finetune", description="Fine-tune a model for text-to-SQL, and measure what it learned."
+        prog="finetune",
+        description="Fine-tune a model for text-to-SQL, and measure what it learned.",
+        epilog="example:\n  finetune train configs/demo_cpu.yaml\n  finetune evaluate runs/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    doctor = _add(commands, "doctor", _doctor, "check this machine, accounts and packages", "finetune doctor --cloud")
-    doctor.add_argument("--cloud", action="store_true", help="what launching on Google Cloud needs is required too")
+    doctor = _add(commands, "doctor", _doctor, "check this machine, accounts and packages", "finetune doctor")
+    doctor.add_argument(
+        "--cloud", action="store_true", help="what launching on Google Cloud needs counts, not what training here needs"
+    )
 
-    data = commands.add_parser("data", help="prepare or check the data set", description="Prepare or check the data.")
+    data = _add(commands, "data", None, "prepare or check the data set", "finetune data check configs/demo_cpu.yaml")
     data_commands = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
     prepare = _add(data_commands, "prepare", _data_prepare, "validate, de-duplicate, split and write the data set",
                    "finetune data prepare configs/demo_cpu.yaml")  # fmt: skip
@@ -57,16 +63,20 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (prepare, check, show):
         _add_config(sub)
 
-    train = _add(commands, "train", _train, "fine-tune the model of a config",
-                 "finetune train configs/demo_cpu.yaml training.num_train_epochs=1\n  finetune train --resume runs/demo")  # fmt: skip
+    train = _add(
+        commands, "train", _train, "fine-tune the model of a config",
+        "finetune train configs/demo_cpu.yaml training.num_train_epochs=1\n  finetune train --resume runs/demo",
+    )  # fmt: skip
     train.add_argument(
         "--resume", action="store_true", help="go on with the run whose folder is given instead of a config"
     )
     train.add_argument("target", type=Path, metavar="CONFIG|RUN", help="a config file; with --resume a run folder")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
-    evaluate = _add(commands, "evaluate", _evaluate, "score a run's model and its base model by executing their SQL",
-                    "finetune evaluate runs/demo\n  finetune evaluate configs/demo_cpu.yaml   (the base model alone)")  # fmt: skip
+    evaluate = _add(
+        commands, "evaluate", _evaluate, "score a run's model and its base model by executing their SQL",
+        "finetune evaluate runs/demo\n  finetune evaluate configs/demo_cpu.yaml   (the base model alone)",
+    )  # fmt: skip
     evaluate.add_argument(
         "target", type=Path, metavar="RUN|CONFIG", help="a run folder, or a config for the base model"
     )
@@ -92,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: Any, name: str, command: Callable[[argparse.Namespace], int], summary: str, example: str
+    commands: Any, name: str, command: Callable[[argparse.Namespace], int] | None, summary: str, example: str
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -114,13 +124,13 @@ def _quiet_libraries() -> None:
     """What libraries say on their own is rarely for the user; an explicit setting of theirs wins."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report its use to the hub
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from finetune.doctor import examine, exit_code, render
 
-    checks = examine("all" if arguments.cloud else "train")
+    checks = examine("cloud" if arguments.cloud else "train")
     print(render(checks))
     return exit_code(checks)
 
@@ -221,26 +231,35 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
         scores = evaluate_run(run, base=not arguments.no_base)["models"]
     else:
+        if arguments.no_base:
+            raise UserError("--no-base goes with a run folder; a config's base model is all there is to score")
+        if not arguments.target.exists():
+            raise UserError(f"{arguments.target}: no such run folder or config file")
         config = _loaded(arguments, arguments.target)
         from finetune.evaluate import evaluate_base
 
         scores = {"base": evaluate_base(config)}
     for name, result in scores.items():
         low, high = result["execution_accuracy_interval95"]
-        print(f"{name:>6}: execution accuracy {result['execution_accuracy']:.1%} ({result['correct']} of "
-              f"{result['questions']}, 95% interval {low:.1%} to {high:.1%}), valid SQL {result['valid_sql_rate']:.1%}")  # fmt: skip
+        right = f"{result['correct']} of {result['questions']}, 95% interval {low:.1%} to {high:.1%}"
+        print(f"{name:>6}: execution accuracy {result['execution_accuracy']:.1%} ({right}), "
+              f"valid SQL {result['valid_sql_rate']:.1%}")  # fmt: skip
     return EXIT_OK
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from finetune.report import write_report
+    from finetune.report_source import read_run
     from finetune.runs import open_run
 
     run = open_run(arguments.run)
     summary = write_report(run.path)
     before, after = summary["base_execution_accuracy"], summary["tuned_execution_accuracy"]
-    print(f"execution accuracy: {_percent(before)} before, {_percent(after)} after, on {summary['questions'] or 'no'} "
-          f"questions that training has not seen")  # fmt: skip
+    if summary["questions"]:
+        print(f"execution accuracy: {_percent(before)} before, {_percent(after)} after, on {summary['questions']} "
+              f"{read_run(run.path).which_questions}")  # fmt: skip
+    else:
+        print("execution accuracy: unknown, because the run was not evaluated")
     print(f"report: {run.path / 'report.html'}")
     return EXIT_OK
 
@@ -253,8 +272,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     from finetune.runs import open_run
 
     run = open_run(arguments.run_folder)
-    from finetune.ask import ask, run_and_format
+    from finetune.ask import ask, is_schema, run_and_format
 
+    if arguments.run and is_schema(arguments.db):
+        raise UserError(f"{arguments.db}: a schema has no rows; give a SQLite file to --db to use --run")
     sql = ask(run, arguments.db, arguments.question, evidence=arguments.evidence, base=arguments.base)
     print(sql)
     if arguments.run:

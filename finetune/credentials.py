@@ -9,7 +9,7 @@ from pathlib import Path
 
 def huggingface_token_present() -> bool:
     """Whether huggingface_hub would find a token: in the environment, or in its token file."""
-    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+    if any(os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
         return True
     file = Path(os.environ.get("HF_TOKEN_PATH") or huggingface_home() / "token").expanduser()
     try:
@@ -25,7 +25,7 @@ def huggingface_home() -> Path:
 
 def wandb_key_present() -> bool:
     """Whether W&B would find an API key: WANDB_API_KEY, or the host's entry in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY", "").strip():
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].split("/")[0]
     file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()

@@ -2,31 +2,40 @@
 
 Base and tuned model go through the same code, prompts and weights (the tuned one is the base plus its adapter), so the
 gain is the adapter's. The base model's score does not depend on a run: it is kept under <output_dir>/base/ and used again
-while model, data, prompt and settings stay the same.
+while weights, prompts, databases and settings stay the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from finetune.config import RunConfig, to_dict
+from finetune.config import RunConfig
 from finetune.data import Prepared, load_prepared
 from finetune.data_split import unit_hash
 from finetune.errors import UserError
-from finetune.files import atomic_file, read_json, write_json
+from finetune.files import atomic_file, write_json
 from finetune.generate import generate_answers
-from finetune.model import Device, choose_device, load_adapter, load_base, load_tokenizer
+from finetune.model import (
+    Device,
+    choose_device,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    require_adapter,
+    weights_identity,
+)
 from finetune.prompts import PromptTemplate, load_template
-from finetune.records import Record
+from finetune.records import Record, read_lines
 from finetune.runs import RunFolder
 from finetune.scoring import Row, as_dict, gain, judge, score
 from finetune.sql.sandbox import SqlSandbox
@@ -47,6 +56,7 @@ class Exam:
     template: PromptTemplate
     records: list[Record]
     databases: list[Path]
+    without_database: int  # records of the split that nothing can be executed for
 
     def prompts(self) -> list[str]:
         return [self.template.render_record(record) for record in self.records]
@@ -67,7 +77,11 @@ def evaluate_run(run: RunFolder, *, base: bool = True, progress: bool = True) ->
     """Score a run's adapter and, unless `base` is False, its base model; writes eval.json and eval/*.jsonl in the run
     folder and returns eval.json's content. Raises UserError when adapter, data or a database is missing."""
     config = run.config()
+    require_adapter(run.adapter)
     exam = _exam(config, load_template(run.adapter))
+    trained_on = run.record().get("data") if run.run_json.is_file() else None
+    if trained_on and trained_on.get("manifest_sha256") != exam.data.manifest_hash:
+        _say(f"{exam.data.folder}: not the data that {run.path} was trained with, which may have held these questions")
     device = choose_device(config.model.torch_dtype)
     model, tokenizer = _load(config, device)
     model = load_adapter(model, run.adapter)
@@ -83,6 +97,7 @@ def evaluate_run(run: RunFolder, *, base: bool = True, progress: bool = True) ->
     result = {
         "split": config.evaluation.split,
         "questions": len(exam.records),
+        "without_database": exam.without_database,
         "data_manifest_sha256": exam.data.manifest_hash,
         "prompt_version": exam.template.identity(),
         "rule": config.evaluation.rule,
@@ -95,17 +110,22 @@ def evaluate_run(run: RunFolder, *, base: bool = True, progress: bool = True) ->
 
 def _exam(config: RunConfig, template: PromptTemplate) -> Exam:
     data = load_prepared(Path(config.data.output_dir))
-    asked = [(r, database) for r in data.records(config.evaluation.split) if (database := data.database(r))]
+    records = data.records(config.evaluation.split)
+    asked = [(r, database) for r in records if (database := data.database(r))]
+    without_database = len(records) - len(asked)
     if not asked:
         raise UserError(
             f"{data.folder}: no record of the split {config.evaluation.split} comes with a database, so nothing can be executed; "
             "give data.sources[..].databases and run `finetune data prepare CONFIG` again"
         )
+    if without_database:
+        _say(f"{data.folder}: {without_database} of {len(records)} {config.evaluation.split} records come without a "
+             "database and are left out")  # fmt: skip
     limit = config.evaluation.max_questions
     if limit is not None and limit < len(asked):
         chosen = sorted(asked, key=lambda pair: unit_hash(config.data.seed, pair[0].id))[:limit]
         asked = [pair for pair in asked if pair in chosen]
-    return Exam(config, data, template, [r for r, _ in asked], [d for _, d in asked])
+    return Exam(config, data, template, [r for r, _ in asked], [d for _, d in asked], without_database)
 
 
 def _load(config: RunConfig, device: Device) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -174,26 +194,30 @@ def _score_base(
 
 
 def _kept_base(exam: Exam) -> tuple[dict[str, Any], list[Row]] | None:
+    """The base model's score if it was made before and can still be read."""
     folder = _base_folder(exam)
-    if not (folder / SCORE).is_file():
+    try:
+        kept = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+        return kept, [Row(**line.value) for line in read_lines(folder / ROWS)]
+    except (OSError, ValueError, TypeError, UserError):  # never made, or damaged, or of another version of Row
         return None
-    lines = (folder / ROWS).read_text(encoding="utf-8").splitlines()
-    return read_json(folder / SCORE, "finetune evaluate CONFIG"), [Row(**json.loads(line)) for line in lines]
 
 
 def _base_folder(exam: Exam) -> Path:
     """Named by everything that the base model's score depends on."""
-    everything = to_dict(exam.config)
+    model, evaluation = asdict(exam.config.model), asdict(exam.config.evaluation)
+    del model["max_seq_length"], evaluation["batch_size"]  # of training; of speed
+    files = exam.data.manifest["files"]
     depends = {
-        "model": everything["model"],
-        "quantization": everything["quantization"],
-        "evaluation": everything["evaluation"],
-        "prompt": exam.template.identity(),
-        "questions": [[r.id, r.question, r.sql] for r in exam.records],
-        "files": {
-            str(d): exam.data.manifest["files"].get(str(d.relative_to(exam.data.folder))) for d in exam.databases
-        },
+        "model": model,
+        "weights": weights_identity(exam.config.model),
+        "quantization": asdict(exam.config.quantization),
         "dtype": choose_device(exam.config.model.torch_dtype).dtype_name,
+        "evaluation": evaluation,
+        "questions": [
+            [record.id, prompt, record.sql, record.dialect, files[str(database.relative_to(exam.data.folder))]]
+            for record, prompt, database in zip(exam.records, exam.prompts(), exam.databases, strict=True)
+        ],
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
     name = Path(exam.config.model.name).name or "model"
@@ -203,3 +227,7 @@ def _base_folder(exam: Exam) -> Path:
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     with atomic_file(path) as file:
         file.writelines(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

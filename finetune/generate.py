@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from finetune.errors import UserError
 from finetune.prompts import answer_is_complete, encode_prompts
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def generate_answers(
     description: str = "generate",
     progress: bool = True,
 ) -> list[tuple[str, int]]:
-    """(answer, number of new tokens) for every prompt, in the prompts' order.
+    """(answer, number of new tokens without the end-of-text token) for every prompt, in the prompts' order.
 
-    Prompts of similar length share a batch, longest first, so that memory runs out at once or never.
+    Prompts of similar length share a batch, longest first, so that GPU memory runs out at once, as a UserError, or never.
     """
     encoded = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
@@ -58,7 +59,13 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt").to(model.device)
-            new = _greedy(model, tokenizer, batch, max_new_tokens)
+            try:
+                new = _greedy(model, tokenizer, batch, max_new_tokens)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"out of GPU memory with prompts of up to {len(encoded[chosen[0]])} tokens, {len(chosen)} at once; "
+                    "lower evaluation.batch_size"
+                ) from error
             for i, ids in zip(chosen, new, strict=True):
                 kept = _until_end(ids.tolist(), tokenizer)
                 answers[i] = (tokenizer.decode(kept, skip_special_tokens=True), len(kept))

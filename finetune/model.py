@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from finetune.config import LoraSection, ModelSection, QuantizationSection
 from finetune.errors import UserError
@@ -80,26 +81,44 @@ def load_base(
     """The base model on `device`: NF4 (or FP4) with double quantisation when asked for, else in the compute dtype.
 
     dequantize: unpack the quantised weights once. The numbers stay those of the 4-bit weights; memory grows fourfold.
-    Raises UserError when the name is wrong, the folder has no weights, or the hub cannot be reached.
+    Raises UserError when the name is wrong, weights are absent or damaged, or the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM
 
     if device.place.type == "cpu":
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a hub kernel that we do not use
-    if device.place.type == "cpu" and section.cpu_bf16_matmul:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
-    model = _load(
+        rounding = "bf16" if section.cpu_bf16_matmul else "none"  # of the whole process, so also taken back
+        torch.backends.mkldnn.matmul.fp32_precision = rounding  # type: ignore[attr-defined]
+    model, loaded = _load(
         section,
         AutoModelForCausalLM.from_pretrained,
+        output_loading_info=True,
         dtype=device.dtype,
         device_map={"": device.place},
         attn_implementation=attention_for(section.attn_implementation, device),
         quantization_config=_bits_and_bytes(quantization, device) if quantization.load_in_4bit else None,
     )
+    if loaded["missing_keys"]:  # transformers would go on with random numbers
+        first, *more = sorted(loaded["missing_keys"])
+        others = f" and {len(more)} others" if more else ""
+        raise UserError(f"model.name: {section.name} lacks weights: {first}{others}; is the folder complete?")
     if dequantize and quantization.load_in_4bit:
         model = model.dequantize(dtype=device.dtype)
+    _keep_one_layout(model)
     result: PreTrainedModel = model
     return result
+
+
+def _keep_one_layout(model: torch.nn.Module) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    It does so at the first forward pass in eval mode, which is the first validation of a training run, and never undoes
+    it. Every later pass then computes in bfloat16 by a kernel without a backward, so that training goes on without the
+    gradient through the base layers (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def attention_for(wanted: str, device: Device) -> str:
@@ -111,13 +130,16 @@ def attention_for(wanted: str, device: Device) -> str:
 
 
 def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
-    """LoRA adapters on every module that `target_modules` names. Raises UserError when a name matches nothing."""
+    """LoRA adapters on every layer that `target_modules` names, by the last part of its path or a longer one.
+
+    Raises UserError when a name matches no layer that can carry an adapter.
+    """
     from peft import LoraConfig, get_peft_model
 
-    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    names = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
-    unmatched = [target for target in section.target_modules if target not in names]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)}
+    unmatched = [t for t in section.target_modules if not any(f".{name}".endswith(f".{t}") for name in layers)]
     if unmatched:
+        linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
         raise UserError(
             f"lora.target_modules: {', '.join(unmatched)} match nothing in this model; its linear layers are "
             f"{', '.join(sorted(linear - {'lm_head'}))}"
@@ -133,15 +155,20 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     return get_peft_model(model, config)  # type: ignore[return-value]
 
 
+def require_adapter(folder: Path) -> None:
+    """Raises UserError unless the folder holds a trained adapter; for callers that first load a base model for minutes."""
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: no adapter in it; run `finetune train` to the end, or name another run")
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """A trained adapter on a freshly loaded base model, for inference."""
     from peft import PeftModel
 
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: no adapter in it; run `finetune train` to the end, or name another run")
+    require_adapter(folder)
     try:
         return PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter does not load on this base model: {_first_line(error)}") from error
 
 
@@ -180,6 +207,18 @@ def resolve_name(name: str) -> str:
     return name
 
 
+def weights_identity(section: ModelSection) -> list[Any]:
+    """What tells the weights of one model from those of another, without loading them: the pinned revision of a hub id,
+    the content hash in the name of an unpacked package, else name, size and time (ns) of every file in the folder."""
+    folder = Path(resolve_name(section.name))
+    if not folder.is_dir():
+        return [section.name, section.revision]
+    if section.name.startswith(PACKAGE_PREFIX):
+        return [folder.name]
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
 def cache_folder() -> Path:
     """Where unpacked models are kept: FINETUNE_CACHE, else the user's cache folder."""
     base = os.environ.get("FINETUNE_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -198,8 +237,10 @@ def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
             trust_remote_code=section.trust_remote_code,
             **arguments,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, LookupError, RuntimeError, SafetensorError) as error:
         advice = "is the hub reachable, and HF_TOKEN set if the model is gated?" if hub else "is the folder complete?"
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "4-bit weights need the least memory: quantization.load_in_4bit=true"
         raise UserError(f"model.name: cannot load {section.name}: {_first_line(error)} ({advice})") from error
 
 
@@ -239,6 +280,8 @@ def _unpacked_gguf(name: str) -> Path:
     except OSError as error:
         if not (target / "config.json").is_file():  # else another process was faster
             raise disk_error(error, target) from error
+    except SafetensorError as error:  # its own name for a full disk, too
+        raise UserError(f"{target}: cannot be written: {_first_line(error)}") from error
     return target
 
 

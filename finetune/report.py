@@ -1,7 +1,8 @@
 """What a run was worth, on one page: run.json + eval.json -> report.html, report.md and summary.json.
 
-This file owns the figures and the sentences, the templates the layout, `report_plots` the plots. A part that
-is missing (no evaluation, no base model, a run that stopped early) is named; it does not stop the report.
+This file owns the figures and the sentences, the templates the layout, `report_plots` the plots, `report_source` what
+they are made from. A part that is missing (no evaluation, no base model, a run that stopped early) is named; it does not
+stop the report.
 """
 
 from __future__ import annotations
@@ -13,14 +14,10 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from finetune.errors import UserError
-from finetune.files import read_json, write_json, write_text
-from finetune.records import read_lines
+from finetune.files import write_json, write_text
 from finetune.report_plots import counts, draw_plots, group_bars
-
-Json = dict[str, Any]
+from finetune.report_source import Json, Source, dig, number, read_run
 
 EXAMPLES = 4  # shown of each kind
 MOST_CHARACTERS = 600  # shown of one answer; a base model may ramble on for pages
@@ -31,25 +28,6 @@ STOPPED = {
     "failed": "failed",
     "running": "was not finished when this was written",
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """All that the report is made from; `evaluation` and `rows` are empty where nothing was evaluated."""
-
-    folder: Path
-    run: Json
-    evaluation: Json
-    rows: dict[str, list[Json]]
-
-    @property
-    def base(self) -> Json:
-        """The scores of the base model; empty where it was not evaluated."""
-        return dig(self.evaluation, "models.base") or {}
-
-    @property
-    def tuned(self) -> Json:
-        return dig(self.evaluation, "models.tuned") or {}
 
 
 @dataclass(frozen=True)
@@ -91,22 +69,6 @@ def write_report(run_dir: Path) -> Json:
         write_text(run_dir / name, text)
     write_json(run_dir / "summary.json", summary)
     return summary
-
-
-def read_run(run_dir: Path) -> Source:
-    """Read what training and evaluation left in a run folder. Raises UserError as `write_report` does."""
-    run = read_json(run_dir / "run.json", "finetune train CONFIG")
-    path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
-    evaluation = read_json(path, command) if path.exists() else {}
-    rows = {}
-    for name, model in (evaluation.get("models") or {}).items():
-        if model:
-            absent = {"correct", "questions", "execution_accuracy"} - set(model)
-            if absent:
-                raise UserError(f"{path}: models.{name} lacks {min(absent)}; run `{command}` again")
-            if (run_dir / str(model.get("rows"))).is_file():
-                rows[name] = _read_rows(run_dir / model["rows"], command)
-    return Source(run_dir, run, evaluation, rows)
 
 
 def summarise(source: Source) -> Json:
@@ -274,7 +236,6 @@ def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
         return [(True, "No evaluation: a loss does not say whether the SQL returns the right rows.")]
     asked, split = (tuned or base)["questions"], evaluation.get("split")
     all_of_split = number(run, f"data.counts.{split}") or 0
-    other_data = evaluation.get("data_manifest_sha256") != dig(run, "data.manifest_sha256")
     other_prompt = evaluation.get("prompt_version") != run.get("prompt_version")
     other_questions = bool(base and tuned) and base["questions"] != asked
     no_gold = dig(tuned or base, "verdicts.gold_failed") or 0
@@ -286,7 +247,7 @@ def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
         (other_questions, "Base and tuned model were asked different numbers of questions."),
         (split != "test", f"The questions are of the {split} split, not of the test split."),
         (asked < all_of_split, f"Asked were {asked} of the {all_of_split} questions of the {split} split."),
-        (other_data, "Evaluated on other data than training was prepared with: leaks are possible."),
+        (source.other_data, "Evaluated on other data than training was prepared with: leaks are possible."),
         (other_prompt, "Evaluated with another prompt version than training used."),
         (
             asked < FEW_QUESTIONS,
@@ -331,33 +292,10 @@ def render(source: Source, summary: Json) -> dict[str, str]:
     return {name: environment.get_template(f"{name}.j2").render(content) for name in names}
 
 
-def dig(record: Any, path: str) -> Any:
-    """The value at a dotted path of nested dicts; None where any part of it is absent."""
-    for key in path.split("."):
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
-
-
-def number(record: Json, path: str) -> float | None:
-    """The finite number at a dotted path, else None."""
-    value = dig(record, path)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _stop(run: Json) -> str:
     how = STOPPED.get(str(run.get("status")), f"has the status {run.get('status')}")
     done, planned = dig(run, "steps.done"), dig(run, "steps.planned")
     return how if done is None else f"{how} after {done} of {planned} planned steps"
-
-
-def _read_rows(path: Path, command: str) -> list[Json]:
-    rows = []
-    for line in read_lines(path):
-        if line.problem or not isinstance(line.value, dict) or not {"id", "verdict"} <= set(line.value):
-            problem = line.problem or "no answer with id and verdict"
-            raise UserError(f"{path}:{line.number}: {problem}; run `{command}` again")
-        rows.append(line.value)
-    return rows
 
 
 def _answers(known: list[tuple[str, Json]]) -> list[Answer]:

@@ -82,15 +82,19 @@ def _verdict(
 ) -> tuple[str, str | None, float, bool]:
     if not prediction:
         return "no_sql", None, 0.0, False
-    gold = sandbox.run(database, as_test_suite_runs_it(record.sql), timeout_seconds)
+    gold = sandbox.run(database, _as_run(record.sql, rule), timeout_seconds)
     if gold.rows is None:
         return "gold_failed", gold.error, gold.seconds, False
-    result = sandbox.run(database, as_test_suite_runs_it(prediction), timeout_seconds)
+    result = sandbox.run(database, _as_run(prediction, rule), timeout_seconds)
     if result.rows is None:
         return result.error_kind or "sql_error", result.error, result.seconds, False
     ordered = gold_is_ordered(record.sql, record.dialect)
     equal = results_equal(gold.rows, result.rows, ordered=ordered, rule=rule)
     return (CORRECT if equal else "wrong_rows"), None, result.seconds, result.double_quoted_text
+
+
+def _as_run(sql: str, rule: Rule) -> str:
+    return as_test_suite_runs_it(sql) if rule == "test_suite" else sql
 
 
 def score(rows: Sequence[Row]) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     share, square = successes / trials, z * z / trials
     middle = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding may pass over the share
 
 
 def as_dict(row: Row) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from finetune import checkpoint
@@ -83,7 +84,8 @@ def start(config: RunConfig, config_file: Path) -> int:
 def resume(run: RunFolder) -> int:
     """Go on with a run from its newest valid checkpoint, with the config in its folder; returns the exit code.
 
-    Budget, tracking, checkpointing and evaluation may have been changed there since; raises UserError for other changes.
+    Budget, tracking, checkpointing, evaluation and the place of the data may have been changed there since. Raises UserError
+    for other changes, for other data, and for a run that is done or has no budget left.
     """
     began = time.monotonic()
     config, record = run.config(), run.record()
@@ -140,14 +142,16 @@ def _newest_checkpoint(run: RunFolder, inputs: Inputs) -> Path | None:
 
 
 def _deciding_hash(config: RunConfig) -> str:
-    """Hash of the part of a config that decides the weights; the rest may change from one attempt to the next."""
+    """Hash of the part of a config that decides the weights; the rest may change from one attempt to the next. The data
+    have a hash of their own, so that they may lie elsewhere."""
     blank = RunConfig()
     return config_hash(
         replace(
             config,
+            data=blank.data,
+            checkpoint=blank.checkpoint,
             budget=blank.budget,
             tracking=blank.tracking,
-            checkpoint=blank.checkpoint,
             evaluation=blank.evaluation,
         )
     )
@@ -176,7 +180,8 @@ def _examples(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, split: Split) 
 
 def _attempt(session: Session) -> int:
     recorder, inputs, parts = session.recorder, session.inputs, session.parts
-    recorder.record["data"]["used"] = {"train": len(parts.train.dataset), "val": len(parts.validation.dataset)}
+    used = {"train": len(parts.train.dataset), "val": len(parts.validation.dataset)}
+    recorder.record["data"].update(path=inputs.config.data.output_dir, used=used)
     try:
         recorder.write(
             status="running",
@@ -186,10 +191,10 @@ def _attempt(session: Session) -> int:
         )
         return _fit(session)
     except BaseException as error:
-        cannot_write = _disk_fault(error, session.run.path)
+        foreseeable = _foreseeable(error, session.run.path)
         _close_failed(session, error)
-        if cannot_write:
-            raise cannot_write from error
+        if foreseeable:
+            raise foreseeable from error
         raise
 
 
@@ -272,12 +277,17 @@ def _save_adapter(session: Session, trainer: AnswerTrainer) -> None:
     os.replace(temporary, session.run.adapter)
 
 
-def _disk_fault(error: BaseException, folder: Path) -> UserError | None:
-    """The message for a failed write; for a full disk, safetensors and torch raise other things than OSError."""
+def _foreseeable(error: BaseException, folder: Path) -> UserError | None:
+    """The message for a full disk, which safetensors and torch report by other errors than OSError, and a full GPU."""
     if isinstance(error, OSError):
         return disk_error(error, folder)
-    torch_error = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
-    if torch_error or "No space left" in str(error):
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            "out of GPU memory: lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as "
+            "much, set training.gradient_checkpointing=true, or lower model.max_seq_length"
+        )
+    torch_write = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
+    if torch_write or "No space left" in str(error):
         return disk_error(OSError(errno.ENOSPC, str(error)), folder)
     return None
 

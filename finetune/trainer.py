@@ -73,6 +73,9 @@ class AnswerTrainer(SFTTrainer):
             logs["tokens_per_second"] = speed  # here, so that TensorBoard and W&B get it too
         super().log(logs, start_time)
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL would put one among the checkpoints at every save, and have an offline W&B run warn each time."""
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -120,16 +123,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     adapters_to_float32(trainer.model)
-    keep_weights_trainable(trainer.model)
     return trainer
-
-
-def keep_weights_trainable(model: torch.nn.Module) -> None:
-    """On a CPU with AVX512-BF16, the first validation would make bitsandbytes repack its 4-bit weights for a kernel that
-    lets no gradient through, for good: the steps after it would go wrong, and take twice the time. Forbid it."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def trainer_arguments(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,3 +108,15 @@ def tiny_run(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactor
     training = {"max_steps": -1, "num_train_epochs": 1, "eval_steps": 3}
     assert main(["train", str(write_config(folder, training=training, budget={"usd_per_hour": 3600.0}))]) == 0
     return folder / "runs" / "tiny-001"
+
+
+@pytest.fixture
+def no_keys(tmp_path: Path) -> Iterator[None]:
+    """No W&B key of the person who runs the tests, and no variable that one run sets left for the next."""
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ["NETRC"] = str(tmp_path / "no-netrc")
+    yield
+    os.environ.clear()
+    os.environ.update(before)

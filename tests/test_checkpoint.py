@@ -43,12 +43,16 @@ def test_a_committed_folder_verifies_and_says_what_it_holds(tmp_path: Path) -> N
     assert set(manifest["files"]) == {"weights.bin", "sub/state.json"}
 
 
+def folder_in_place_of_a_file(folder: Path) -> None:
+    (folder / "weights.bin").unlink()
+    (folder / "weights.bin").mkdir()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file is cut short": (lambda f: (f / "weights.bin").write_bytes(b"\7" * 60), "weights.bin has 60 bytes instead of 100"),
     "a byte has changed": (lambda f: (f / "weights.bin").write_bytes(b"\7" * 99 + b"\0"), "weights.bin has changed"),
     "a file is gone": (lambda f: (f / "sub" / "state.json").unlink(), "sub/state.json is missing"),
-    "a file is a folder": (
-        lambda f: ((f / "weights.bin").unlink(), (f / "weights.bin").mkdir()), "weights.bin is missing"),
+    "a file is a folder": (folder_in_place_of_a_file, "weights.bin is missing"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest: the save was cut off"),
     "half a manifest": (lambda f: (f / "manifest.json").write_text('{"step": 7, "files"'), "the manifest is not readable"),
     "a manifest without files": (lambda f: (f / "manifest.json").write_text("{}"), "the manifest is not readable"),

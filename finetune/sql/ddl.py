@@ -7,7 +7,8 @@ from sqlglot.errors import ParseError
 
 from finetune.errors import UserError
 from finetune.sql.parsing import parse_statements
-from finetune.sql.schema import Column, ForeignKey, Table, shortened
+from finetune.sql.tables import Column, ForeignKey, Table
+from finetune.sql.text import shortened
 
 
 def tables_by_sqlglot(creating: Iterable[str], dialect: str) -> list[Table]:

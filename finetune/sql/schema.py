@@ -9,13 +9,14 @@ import re
 import sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.sql.sandbox import read_only_uri
-from finetune.sql.text import on_one_line, statements
+from finetune.sql.tables import Column, ForeignKey, Table
+from finetune.sql.text import on_one_line, shortened, statements
 
 _KEYWORDS = """
     add all alter and as autoincrement between case cast check collate commit constraint create
@@ -29,34 +30,6 @@ RESERVED = frozenset(_KEYWORDS.split())
 
 SPIDER_TYPES = {"text": " TEXT", "number": " NUMERIC", "time": " DATETIME", "boolean": " BOOLEAN"}
 """Spider's own names of types; what it calls "others" is left without a type, as SQLite allows."""
-
-
-@dataclass(frozen=True)
-class Column:
-    name: str
-    type: str
-    primary_key: bool
-    nullable: bool
-    """False for NOT NULL and for a primary key (in which SQLite, by an old mistake, allows NULL)."""
-
-
-@dataclass(frozen=True)
-class ForeignKey:
-    columns: tuple[str, ...]
-    table: str
-    referenced: tuple[str, ...]
-    """As many as `columns`; empty when the DDL names none and the other table has no such primary key."""
-
-
-@dataclass(frozen=True)
-class Table:
-    name: str
-    columns: tuple[Column, ...]
-    foreign_keys: tuple[ForeignKey, ...] = ()
-
-    @property
-    def primary_key(self) -> tuple[str, ...]:
-        return tuple(column.name for column in self.columns if column.primary_key)
 
 
 def ddl_of_database(path: Path) -> str:
@@ -254,8 +227,3 @@ def quoted(name: str) -> str:
     if re.fullmatch(r"[^\W\d]\w*", name) and name.lower() not in RESERVED:
         return name
     return '"' + name.replace('"', '""') + '"'
-
-
-def shortened(statement: str) -> str:
-    line = on_one_line(statement)
-    return line if len(line) <= 120 else line[:117] + "..."

@@ -71,3 +71,9 @@ def on_one_line(sql: str) -> str:
         if match[0] == ",":
             parts.append(" ")
     return "".join(parts).strip()
+
+
+def shortened(statement: str) -> str:
+    """The statement on one line of at most 120 characters, for messages."""
+    line = on_one_line(statement)
+    return line if len(line) <= 120 else line[:117] + "..."

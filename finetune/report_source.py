@@ -1,0 +1,136 @@
+"""What a report is made from: run.json, eval.json and the single answers, read and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.files import read_json
+from finetune.records import read_lines
+
+Json = dict[str, Any]
+
+OUTCOMES = ("won", "lost", "both", "neither")
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that the report is made from; `evaluation` and `rows` are empty where nothing was evaluated."""
+
+    folder: Path
+    run: Json
+    evaluation: Json
+    rows: dict[str, list[Json]]
+
+    @property
+    def base(self) -> Json:
+        """The scores of the base model; empty where it was not evaluated."""
+        return dig(self.evaluation, "models.base") or {}
+
+    @property
+    def tuned(self) -> Json:
+        return dig(self.evaluation, "models.tuned") or {}
+
+    @property
+    def other_data(self) -> bool:
+        """Whether the questions come from other data than training was prepared with."""
+        return bool(self.evaluation.get("data_manifest_sha256") != dig(self.run, "data.manifest_sha256"))
+
+    @property
+    def which_questions(self) -> str:
+        """What may be said of the questions; unseen are those of the test split that was prepared with the training data."""
+        split = self.evaluation.get("split")
+        unseen = split == "test" and not self.other_data
+        return "questions that training has not seen" if unseen else f"questions of the {split} split"
+
+
+def read_run(run_dir: Path) -> Source:
+    """Read what training and evaluation left in a run folder.
+
+    Raises UserError where run.json is missing, or where one of them is broken or not as its writer writes it.
+    """
+    run = read_json(run_dir / "run.json", "finetune train CONFIG")
+    if not _is_list_of(run.get("history") or [], dict):
+        raise UserError(f"{run_dir / 'run.json'}: history: expected a list of objects")
+    path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
+    evaluation = read_json(path, command) if path.exists() else {}
+    if problem := _evaluation_problem(evaluation):
+        raise UserError(f"{path}: {problem}; run `{command}` again")
+    rows = {
+        name: _read_rows(run_dir / model["rows"], command)
+        for name, model in (evaluation.get("models") or {}).items()
+        if model and (run_dir / str(model.get("rows"))).is_file()
+    }
+    return Source(run_dir, run, evaluation, rows)
+
+
+def _evaluation_problem(evaluation: Json) -> str | None:
+    """The first thing in eval.json that is not as `evaluate` writes it, None if all is."""
+    models, gain = evaluation.get("models") or {}, evaluation.get("gain")
+    if not isinstance(models, dict):
+        return "models: expected an object"
+    for name, scores in models.items():
+        if scores is not None and (problem := _scores_problem(scores)):
+            return f"models.{name} {problem}"
+    problem = None if gain is None else _counts_problem(gain, OUTCOMES)
+    return problem and f"gain {problem}"
+
+
+def _scores_problem(scores: Any) -> str | None:
+    if problem := _counts_problem(scores, ("correct", "questions")):
+        return problem
+    if number(scores, "execution_accuracy") is None:
+        return "lacks execution_accuracy, a number"
+    interval = scores.get("execution_accuracy_interval95")
+    if interval is not None and not (_is_list_of(interval, int | float) and len(interval) == 2):
+        return "has an execution_accuracy_interval95 that is no pair of numbers"
+    for key in ("by_difficulty", "by_database"):
+        groups = scores.get(key) or {}
+        if not isinstance(groups, dict):
+            return f"has a {key} that is no object"
+        for name, group in groups.items():
+            if problem := _counts_problem(group, ("correct", "questions")):
+                return f"has a {key} of which {name} {problem}"
+    verdicts = scores.get("verdicts") or {}
+    if not isinstance(verdicts, dict):
+        return "has verdicts that are no object"
+    problem = _counts_problem(verdicts, tuple(verdicts))
+    return problem and f"has verdicts of which one {problem}"
+
+
+def _counts_problem(record: Any, keys: Sequence[str]) -> str | None:
+    if not isinstance(record, dict):
+        return "is no object"
+    absent = [key for key in keys if not isinstance(record.get(key), int) or record[key] < 0]
+    return f"lacks {absent[0]}, a count" if absent else None
+
+
+def _is_list_of(value: Any, kind: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def dig(record: Any, path: str) -> Any:
+    """The value at a dotted path of nested dicts; None where any part of it is absent."""
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def number(record: Json, path: str) -> float | None:
+    """The finite number at a dotted path, else None."""
+    value = dig(record, path)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _read_rows(path: Path, command: str) -> list[Json]:
+    rows = []
+    for line in read_lines(path):
+        if line.problem or not isinstance(line.value, dict) or not {"id", "verdict"} <= set(line.value):
+            problem = line.problem or "no answer with id and verdict"
+            raise UserError(f"{path}:{line.number}: {problem}; run `{command}` again")
+        rows.append(line.value)
+    return rows

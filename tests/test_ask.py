@@ -1,0 +1,290 @@
+"""`finetune generate`: one question, the SQL, and its rows."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_examples import SCHEMA, make_database
+from run_examples import copy_run
+
+from finetune import ask as asking
+from finetune import cli
+from finetune.ask import ROWS_SHOWN, schema_of
+from finetune.generate import generate_answers
+from finetune.model import choose_device, load_adapter, load_base, load_tokenizer
+from finetune.prompts import PromptTemplate
+from finetune.runs import RunFolder
+
+QUESTION = "How many items cost more than 3 euros?"
+
+
+@pytest.fixture(autouse=True)
+def no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left on stderr is ours."""
+    monkeypatch.setattr("transformers.core_model_loading.tqdm", lambda items, **_: items)
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunFolder:
+    return copy_run(tiny_run, tmp_path / "runs")
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return make_database(tmp_path / "databases", items=60)
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """answer("SELECT ..."): what a model says that need not be loaded; returns the list of prompts that it gets."""
+
+    def play(text: str) -> list[str]:
+        prompts: list[str] = []
+
+        def say(model: Any, tokenizer: Any, asked: Sequence[str], **_: Any) -> list[tuple[str, int]]:
+            prompts.extend(asked)
+            return [(text, 5)] * len(asked)
+
+        monkeypatch.setattr(asking, "generate_answers", say)
+        for name in ("load_base", "load_adapter", "load_tokenizer"):
+            monkeypatch.setattr(asking, name, lambda *_, **__: None)
+        return prompts
+
+    return play
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in the arguments has to be found before minutes go into loading a model."""
+    monkeypatch.setattr(asking, "load_base", lambda *_, **__: pytest.fail("a model was loaded"))
+
+
+def generate(run: RunFolder, database: Path, *more: str, question: str = QUESTION) -> int:
+    return cli.main(["generate", str(run.path), "--db", str(database), *more, question])
+
+
+# the question
+
+
+def test_the_tuned_model_answers_or_on_request_the_base_model(
+    run: RunFolder, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run.config()
+    prompt, tokenizer = PromptTemplate().render(schema=SCHEMA, question=QUESTION), load_tokenizer(config.model)
+    model = load_base(config.model, config.quantization, choose_device("auto"))
+    settings: dict[str, Any] = {"batch_size": 1, "max_new_tokens": 16, "progress": False}
+    expected = [generate_answers(model, tokenizer, [prompt], **settings)]
+    expected.insert(0, generate_answers(load_adapter(model, run.adapter), tokenizer, [prompt], **settings))
+    heard = []
+
+    def listen(*arguments: Any, **more: Any) -> list[tuple[str, int]]:
+        heard.append(generate_answers(*arguments, **more))
+        return heard[-1]
+
+    monkeypatch.setattr(asking, "generate_answers", listen)
+    generate(run, database)
+    generate(run, database, "--base")
+    assert heard == expected and heard[0] != heard[1]
+
+
+def test_the_prompt_shows_schema_question_and_evidence(run: RunFolder, database: Path, answer: Any) -> None:
+    prompts = answer("SELECT 1")
+    assert generate(run, database, "--evidence", "Dear means more than 3 euros.") == 0
+    expected = PromptTemplate().render(schema=SCHEMA, question=QUESTION, evidence="Dear means more than 3 euros.")
+    assert prompts == [expected]
+
+
+def test_a_compact_template_is_taken_from_beside_the_adapter(run: RunFolder, database: Path, answer: Any) -> None:
+    prompts = answer("SELECT 1")
+    PromptTemplate("compact").save(run.adapter)
+    assert generate(run, database) == 0
+    assert "item(id, name, price)" in prompts[0] and "CREATE TABLE" not in prompts[0]
+
+
+def test_only_the_sql_of_an_answer_is_printed(
+    run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer("Here it is:\n```sql\nSELECT name\nFROM item;\n```\nBye.")
+    assert generate(run, database) == 0
+    assert capsys.readouterr().out == "SELECT name FROM item\n"
+
+
+def test_an_answer_without_sql_is_an_error(
+    run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(" \n")
+    assert generate(run, database) == 2
+    assert capsys.readouterr() == ("", "finetune: the model answered without SQL: ''\n")
+
+
+# the schema
+
+
+def test_a_schema_file_gives_the_prompt_that_its_database_gives(
+    run: RunFolder, database: Path, tmp_path: Path, answer: Any
+) -> None:
+    prompts = answer("SELECT 1")
+    script = tmp_path / "shop.SQL"
+    script.write_text(
+        "-- the shop\nPRAGMA foreign_keys = ON;\nCREATE TABLE item (\n  id INTEGER PRIMARY KEY, -- number\n"
+        "  name TEXT,\n  price REAL\n);\nINSERT INTO item VALUES (1, 'a; b', 2.0);\nCREATE INDEX i ON item (name);\n"
+    )
+    assert generate(run, database) == generate(run, script) == 0
+    assert prompts[0] == prompts[1]
+
+
+def test_a_schema_file_keeps_all_its_tables_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "two.sql"
+    path.write_text("CREATE TABLE b (id INTEGER);\ncreate table if not exists a (b_id INTEGER REFERENCES b(id))")
+    assert schema_of(path).splitlines() == [
+        "CREATE TABLE b (id INTEGER);",
+        "create table if not exists a (b_id INTEGER REFERENCES b(id))",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("missing.sqlite", None, "no such database file"),
+        ("missing.sql", None, "not readable as text"),
+        ("folder.sqlite", "folder", "a SQLite file was expected, this is a folder"),
+        ("text.sqlite", b"not a database at all", "not a SQLite file"),
+        ("empty.sqlite", b"", "not a SQLite file; it is empty"),
+        ("damaged.sqlite", b"SQLite format 3\x00" + b"junk" * 300, "damaged, or not a SQLite file"),
+        ("empty.sql", b"", "no CREATE TABLE statement in it"),
+        ("comment.sql", b"-- CREATE TABLE item (id INTEGER);\n", "no CREATE TABLE statement in it"),
+        ("rows.sql", b"INSERT INTO item VALUES (1);", "no CREATE TABLE statement in it"),
+        ("broken.sql", b"CREATE TABLE item (id INTEGER", "schema: "),
+        ("bytes.sql", b"CREATE TABLE \xff\xfe (id INTEGER);", "not readable as text"),
+    ],
+)
+@pytest.mark.usefixtures("no_model")
+def test_a_database_or_schema_that_cannot_be_read_is_one_line_that_names_it(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: Any, said: str
+) -> None:
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    assert generate(run, path) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"finetune: {path}: ") and said in err
+
+
+def test_a_database_without_tables_is_refused(
+    run: RunFolder, tmp_path: Path, no_model: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "bare.sqlite")) as connection:
+        connection.execute("PRAGMA user_version = 1")
+        connection.commit()
+    assert generate(run, tmp_path / "bare.sqlite") == 2
+    assert "the database has no tables" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_an_empty_question_is_refused(
+    run: RunFolder, database: Path, no_model: None, capsys: pytest.CaptureFixture[str], question: str
+) -> None:
+    assert generate(run, database, question=question) == 2
+    assert capsys.readouterr().err == "finetune: the question is empty\n"
+
+
+def test_a_run_without_adapter_is_refused(
+    run: RunFolder, database: Path, no_model: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run.adapter)
+    assert generate(run, database) == 2
+    assert capsys.readouterr().err.startswith(f"finetune: {run.adapter}: no adapter in it; run `finetune train`")
+
+
+def test_a_folder_that_is_no_run_is_refused_with_the_runs_beside_it(
+    run: RunFolder, database: Path, no_model: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(RunFolder(run.path.parent / "other"), database) == 2
+    assert capsys.readouterr().err == (
+        f"finetune: {run.path.parent / 'other'}: not a run folder (no config.yaml in it); runs there: {run.path.name}\n"
+    )
+
+
+# the rows
+
+
+def rows_of(out: str) -> list[str]:
+    return out.splitlines()[1:]
+
+
+def test_run_prints_the_rows_in_aligned_columns(
+    run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer("SELECT name AS what, price, NULL AS absent, CAST('x' AS BLOB) AS raw FROM item WHERE id IN (1, 10)")
+    assert generate(run, database, "--run") == 0
+    assert rows_of(capsys.readouterr().out) == [
+        "what     price  absent  raw",
+        "-------  -----  ------  ----",
+        "item 1   1.5    NULL    b'x'",
+        "item 10  15.0   NULL    b'x'",
+        "(2 rows)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sql", "shown", "last"),
+    [
+        ("SELECT name FROM item WHERE id = 99", 0, "(0 rows)"),
+        ("SELECT name FROM item WHERE id = 1", 1, "(1 row)"),
+        (f"SELECT name FROM item WHERE id < {ROWS_SHOWN}", ROWS_SHOWN, f"({ROWS_SHOWN} rows)"),
+        ("SELECT name FROM item", ROWS_SHOWN, f"(60 rows, {60 - ROWS_SHOWN} not shown)"),
+    ],
+)
+def test_long_results_are_cut_and_say_so(
+    run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str], sql: str, shown: int, last: str
+) -> None:
+    answer(sql)
+    assert generate(run, database, "--run") == 0
+    header, line, *rows, count = rows_of(capsys.readouterr().out)
+    assert (header, set(line), len(rows), count) == ("name", {"-"}, shown, last)
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("SELECT title FROM item", "the SQL does not run: no such column: title"),
+        ("DROP TABLE item", "the SQL does not run: changing the schema is not allowed: a query may only read"),
+        ("DELETE FROM item", "the SQL does not run: DELETE is not allowed: a query may only read"),
+    ],
+)
+def test_sql_that_does_not_run_is_printed_and_is_an_error(
+    run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str], sql: str, said: str
+) -> None:
+    before = database.read_bytes()
+    answer(sql)
+    assert generate(run, database, "--run") == 2
+    assert capsys.readouterr() == (f"{sql}\n", f"finetune: {said}\n")
+    assert database.read_bytes() == before
+
+
+def test_sql_that_runs_too_long_is_stopped_at_the_configs_timeout(
+    tiny_run: Path, tmp_path: Path, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(tiny_run, tmp_path / "runs", evaluation={"timeout_seconds": 0.2})
+    answer("WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n")
+    assert generate(run, database, "--run") == 2
+    assert capsys.readouterr().err == "finetune: the SQL does not run: no answer within 0.2 seconds\n"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_schema_has_no_rows_to_run_on(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "shop.sql"
+    path.write_text(SCHEMA)
+    assert generate(run, path, "--run") == 2
+    assert capsys.readouterr() == (
+        "", f"finetune: {path}: a schema has no rows; give a SQLite file to --db to use --run\n"
+    )  # fmt: skip

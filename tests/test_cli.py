@@ -1,0 +1,355 @@
+"""The command line: quick help with examples, one line for every mistake, exit codes that a machine may act on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_examples import make_database, row, write_jsonl
+from report_fixtures import build_run, rows, write_evaluation
+
+from finetune import cli, doctor
+from finetune.config import load_config
+from finetune.doctor import Check
+from finetune.errors import UserError
+from finetune.runs import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "matplotlib", "jinja2", "sqlglot", "omegaconf", "numpy")
+
+
+def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command and sub-command as the words that call it; () is the program itself."""
+    yield path
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                yield from commands(sub, (*path, name))
+
+
+COMMANDS = list(commands(cli._parser()))
+
+
+def run(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "finetune", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, **settings,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left on stderr is ours."""
+    monkeypatch.setattr("transformers.core_model_loading.tqdm", lambda items, **_: items)
+
+
+@pytest.fixture
+def config(tiny_config: Callable[..., Path]) -> Path:
+    return tiny_config()
+
+
+# help
+
+
+def test_all_the_agreed_commands_are_there() -> None:
+    agreed = "doctor, data prepare, data check, train, evaluate, report, generate, config"
+    assert {tuple(name.split()) for name in agreed.split(", ")} | {(), ("data",)} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_help_has_an_example_that_parses(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    examples = [line.strip() for line in text.partition("\nexample:\n")[2].splitlines() if line.strip()]
+    assert examples, text
+    for example in examples:
+        words = split(example)
+        assert words[: 1 + len(command)] == ["finetune", *command]
+        cli._parser().parse_args(words[1:])
+
+
+def split(example: str) -> list[str]:
+    return shlex.split(example.partition("   (")[0])
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = f"""
+import contextlib, io, sys
+for name in {HEAVY}: sys.modules[name] = None
+from finetune import cli, doctor
+for command in {COMMANDS}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.main([*command, "--help"])
+    assert "example:" in out.getvalue(), command
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_help_answers_within_half_a_second_of_processor_time() -> None:
+    seconds = []
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-m", "finetune", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        seconds.append(usage.ru_utime + usage.ru_stime)
+    assert statistics.median(seconds) < 0.5, seconds
+
+
+# exit codes
+
+
+def test_python_dash_m_finetune_is_the_command(config: Path) -> None:
+    done = run("config", str(config))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "max_steps: 4" in done.stdout
+    done = run("config", "missing.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "finetune: missing.yaml: no such config file; see configs/ for examples\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unheard-of"],
+        ["data"],
+        ["train"],
+        ["--unheard-of"],
+        ["train", "a.yaml", "--unheard-of"],
+        ["evaluate", "runs/a", "--unheard-of"],
+        ["report", "runs/a", "b"],
+        ["generate", "runs/a", "question"],
+        ["config", "a.yaml", "--run"],
+    ],
+)
+def test_a_wrong_flag_or_argument_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: finetune")
+
+
+MISTAKES: list[tuple[str, str]] = [
+    ("config {tmp}/none.yaml", "no such config file"),
+    ("config {config} lora.rank=4", "unknown key lora.rank"),
+    ("config {config} lora.r=many training.max_steps=0", "lora.r: expected int"),
+    ("config {config} lora.r", "expected key=value"),
+    ("config {tmp}/broken.yaml", "not valid YAML"),
+    ("data check {tmp}/none.yaml", "no such config file"),
+    ("data check {config} data.sources[0].path=x", "expected key=value"),
+    ("data prepare {config} data.output_dir={tmp}", "data.output_dir holds other things"),
+    ("data prepare {config} model.name={tmp}/none", "no folder"),
+    ("train {config} data.output_dir={tmp}/none", "run `finetune data prepare CONFIG` first"),
+    ("train {config} model.name={tmp}", "holds no config.json"),
+    ("train {config} model.torch_dtype=float16", "model.torch_dtype"),
+    ("train {config} lora.target_modules=[query]", "query match nothing in this model"),
+    ("train {config} model.name=org/name", "model.revision"),
+    ("train --resume {tmp}/none", "not a run folder"),
+    ("train --resume {tmp} lora.r=8", "overrides would make it another run"),
+    ("evaluate {tmp}/none", "no such run folder or config file"),
+    ("evaluate {tmp}", "not a run folder"),
+    ("evaluate {config} --no-base", "--no-base goes with a run folder"),
+    ("evaluate {tmp} lora.r=8", "overrides go with a config file"),
+    ("evaluate {config} data.output_dir={tmp}/none", "missing; run `finetune data prepare CONFIG` first"),
+    ("report {tmp}", "not a run folder"),
+    ("generate {tmp} --db {tmp}/x.sqlite question", "not a run folder"),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_every_mistake_is_one_line_and_exit_code_2(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str, said: str
+) -> None:
+    (tmp_path / "broken.yaml").write_text("model: [\n\n  unclosed")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(command.format(config=config, tmp=tmp_path).split()) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("finetune: ") and err.count("\n") == 1 and said in err
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+
+
+def test_a_message_of_several_lines_is_put_on_one(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: argparse.Namespace) -> int:
+        raise UserError("first line\nsecond line")
+
+    monkeypatch.setattr(cli, "_config", fail)
+    assert cli.main(["config", str(config)]) == 2
+    assert capsys.readouterr().err == "finetune: first line second line\n"
+
+
+def test_ctrl_c_exits_with_the_code_that_may_be_retried(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_config", interrupted)
+    assert cli.main(["config", str(config)]) == 75
+    assert capsys.readouterr() == ("", "finetune: interrupted\n")
+
+
+def test_a_reader_that_goes_away_is_no_error(config: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "config", str(config)],
+        cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# config, data
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_a_resolved_config_loads_again_as_itself(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["lora.r=8", "training.num_train_epochs=0.5", "model.revision=null", "lora.target_modules=[q_proj]"]
+    assert cli.main(["config", str(path), *overrides]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    loaded = load_config(printed)
+    assert loaded == load_config(path, overrides)
+    assert (loaded.lora.r, loaded.training.num_train_epochs, loaded.lora.target_modules) == (8, 0.5, ["q_proj"])
+
+
+def data_config(tmp_path: Path, tiny_config: Callable[..., Path], records: list[Any]) -> Path:
+    make_database(tmp_path / "databases", items=20)
+    source = {
+        "kind": "jsonl",
+        "path": str(write_jsonl(tmp_path / "records.jsonl", records)),
+        "databases": str(tmp_path / "databases"),
+    }
+    return tiny_config(data={"sources": [source], "output_dir": str(tmp_path / "out"), "val_fraction": 0.0})
+
+
+GOOD = [row(n, split=split) for n, split in enumerate(["train"] * 4 + ["test"] * 2)]
+
+
+def test_data_check_of_good_data_exits_with_0_and_writes_nothing(
+    tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = data_config(tmp_path, tiny_config, GOOD)
+    assert cli.main(["data", "check", str(config)]) == 0
+    assert capsys.readouterr().out == f"{config}: 4 train, 0 val, 2 test, 0 rejected\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_check_lists_every_rejected_record_and_exits_with_1(
+    tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = [row(n, split="train") for n in range(6, 20)]
+    bad = [row(30, sql="SELECT nmae FROM item"), row(31, question=GOOD[0]["question"].upper(), split="train")]
+    config = data_config(tmp_path, tiny_config, [*GOOD, *many, *bad])
+    assert cli.main(["data", "check", str(config)]) == 1
+    records = tmp_path / "records.jsonl"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{records}:21: gold_fails: no such column: nmae",
+        f"{records}:22: duplicate_question: asks the same as {records}:1",
+        f"{config}: 18 train, 0 val, 2 test, 2 rejected",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_check_names_what_would_stop_prepare_and_exits_with_1(
+    tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = data_config(tmp_path, tiny_config, GOOD[:4])
+    assert cli.main(["data", "check", str(config)]) == 1
+    assert "the split test is empty" in capsys.readouterr().out
+
+
+def test_data_prepare_writes_once_and_says_what(
+    tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = data_config(tmp_path, tiny_config, GOOD)
+    assert cli.main(["data", "prepare", str(config)]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"{tmp_path / 'out'}: written, 6 read, 4 train, 0 val, 2 test, 0 rejected"
+    )
+    assert cli.main(["data", "prepare", str(config)]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: unchanged, 6 read")
+
+
+# report
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> RunFolder:
+    """A finished, evaluated run."""
+    run = RunFolder(build_run(tmp_path / "demo"))
+    run.config_yaml.write_text("")
+    return run
+
+
+def first_line(finished: RunFolder, capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["report", str(finished.path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert second == f"report: {finished.path / 'report.html'}"
+    return first
+
+
+BEFORE_AND_AFTER = "execution accuracy: 4.7% before, 33.3% after, on 150 questions"
+
+
+@pytest.mark.parametrize(
+    ("changes", "which"),
+    [
+        ({}, "that training has not seen"),
+        ({"split": "val"}, "of the val split"),
+        ({"data_manifest_sha256": "0" * 64}, "of the test split"),
+    ],
+)
+def test_the_report_claims_unseen_questions_only_where_they_are(
+    finished: RunFolder, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], which: str
+) -> None:
+    base, tuned = rows(150)
+    write_evaluation(finished.path, base=base, tuned=tuned, **changes)
+    assert first_line(finished, capsys) == f"{BEFORE_AND_AFTER} {which}"
+
+
+def test_the_report_of_a_run_that_was_not_evaluated_claims_nothing(
+    finished: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_evaluation(finished.path, base=None, tuned=rows(150)[1])
+    assert first_line(finished, capsys).startswith("execution accuracy: unknown before, 33.3% after, on 150 questions")
+    finished.eval_json.unlink()
+    assert first_line(finished, capsys) == "execution accuracy: unknown, because the run was not evaluated"
+
+
+# doctor
+
+
+@pytest.mark.parametrize(("arguments", "need"), [([], "train"), (["--cloud"], "cloud")])
+def test_doctor_requires_what_is_asked_for_and_no_more(
+    arguments: list[str], need: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def examine(asked: str) -> list[Check]:
+        return [
+            Check("torch", doctor._absent("train", asked), "none"),
+            Check("sky", doctor._absent("cloud", asked), ""),
+        ]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert cli.main(["doctor", *arguments]) == 1
+    missing = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("missing")]
+    assert missing == [{"train": "torch", "cloud": "sky"}[need]]

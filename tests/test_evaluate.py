@@ -1,0 +1,289 @@
+"""`finetune evaluate`: what it writes, what it keeps, and that base and tuned model sit the same exam."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
+from run_examples import copy_run, prepare_shop
+
+from finetune import cli, evaluate
+from finetune.config import load_config, to_yaml
+from finetune.data import load_prepared
+from finetune.errors import UserError
+from finetune.evaluate import evaluate_base, evaluate_run
+from finetune.prompts import PromptTemplate
+from finetune.report import write_report
+from finetune.runs import RunFolder, open_run
+from finetune.scoring import Row, wilson_interval
+
+ConfigWriter = Callable[..., Path]
+Answers = Callable[[str], str]
+
+
+@pytest.fixture(autouse=True)
+def no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left on stderr is ours."""
+    monkeypatch.setattr("transformers.core_model_loading.tqdm", lambda items, **_: items)
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunFolder:
+    return copy_run(tiny_run, tmp_path / "runs")
+
+
+@pytest.fixture
+def speak(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> Callable[..., list[str]]:
+    """speak(base=..., tuned=...): what the models answer to a gold query, in place of the tiny model's babble.
+
+    Returns the list in which every model that is asked leaves its name.
+    """
+    template = PromptTemplate()
+    gold = {template.render_record(record): record.sql for record in load_prepared(tiny_data).records("test")}
+
+    def play(base: Answers = lambda gold: "", tuned: Answers = lambda gold: gold) -> list[str]:
+        asked: list[str] = []
+
+        def answer(model: Any, tokenizer: Any, prompts: Sequence[str], **settings: Any) -> list[tuple[str, int]]:
+            name = settings["description"].partition(" ")[0]
+            asked.append(name)
+            return [({"base": base, "tuned": tuned}[name](gold[prompt]), 3) for prompt in prompts]
+
+        monkeypatch.setattr(evaluate, "generate_answers", answer)
+        return asked
+
+    return play
+
+
+def scored(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+# end to end
+
+
+def test_train_evaluate_and_report_fit_together(tiny_config: ConfigWriter, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(training={"max_steps": 2, "run_name": "demo"}, checkpoint={"save_steps": 2})
+    assert cli.main(["train", str(config)]) == 0
+    run = open_run(config.parent / "runs" / "demo")
+    assert cli.main(["evaluate", str(run.path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].strip() for line in printed[-2:]] == ["base", "tuned"]
+    assert "of 6, 95% interval" in printed[-1] and "valid SQL" in printed[-1]
+
+    result = scored(run.eval_json)
+    assert (result["split"], result["questions"], result["rule"]) == ("test", 6, "test_suite")
+    assert result["without_database"] == 0
+    assert result["data_manifest_sha256"] == run.record()["data"]["manifest_sha256"]
+    assert result["prompt_version"] == run.record()["prompt_version"]
+    assert sum(result["gain"].values()) == 6
+    for name in ("base", "tuned"):
+        scores = result["models"][name]
+        rows = [Row(**line) for line in read_jsonl(run.eval_rows(name))]
+        assert [row.id for row in rows] == [f"r{n}" for n in range(30, 36)]
+        assert scores["questions"] == len(rows) == 6
+        assert scores["correct"] == sum(row.verdict == "correct" for row in rows)
+        assert scores["execution_accuracy"] == scores["correct"] / 6
+        assert scores["execution_accuracy_interval95"] == list(wilson_interval(scores["correct"], 6))
+        assert scores["new_tokens"] == sum(row.new_tokens for row in rows) > 0
+        assert sum(scores["verdicts"].values()) == 6
+        assert scores["rows"] == f"eval/{name}.jsonl"
+        assert scores["seconds"] > 0 and scores["dtype"] == "float32"
+        assert scores["model"] == load_config(config).model.name
+        for key in ("by_difficulty", "by_database"):
+            assert sum(group["questions"] for group in scores[key].values()) == 6
+    assert result["models"]["base"]["adapter"] is None
+    assert result["models"]["tuned"]["adapter"] == str(run.adapter)
+
+    assert cli.main(["report", str(run.path)]) == 0
+    summary = scored(run.path / "summary.json")
+    assert (summary["status"], summary["questions"]) == ("done", 6)
+    assert summary["base_execution_accuracy"] == result["models"]["base"]["execution_accuracy"]
+    assert summary["tuned_execution_accuracy"] == result["models"]["tuned"]["execution_accuracy"]
+    page = (run.path / "report.md").read_text()
+    assert "6 held-out questions with the right rows" in page
+    assert "do not add up" not in page and "leaks are possible" not in page and "Asked were" not in page
+    assert "on 6 questions that training has not seen" in capsys.readouterr().out
+
+
+def test_a_model_that_answers_gold_scores_a_hundred_percent(run: RunFolder, speak: Any) -> None:
+    speak(base=lambda gold: f"Well: {gold}", tuned=lambda gold: f"```sql\n{gold};\n```\nThat is it.")
+    result = evaluate_run(run, progress=False)
+    base, tuned = result["models"]["base"], result["models"]["tuned"]
+    assert (tuned["execution_accuracy"], tuned["correct"], tuned["valid_sql_rate"]) == (1.0, 6, 1.0)
+    assert (base["execution_accuracy"], base["valid_sql_rate"]) == (0.0, 0.0)
+    assert result["gain"] == {"won": 6, "lost": 0, "both": 0, "neither": 0}
+    assert scored(run.eval_json) == json.loads(json.dumps(result))
+    summary = write_report(run.path)
+    assert (summary["base_execution_accuracy"], summary["tuned_execution_accuracy"]) == (0.0, 1.0)
+
+
+def test_every_row_holds_the_hash_of_the_very_prompt(run: RunFolder, speak: Any, tiny_data: Path) -> None:
+    speak()
+    evaluate_run(run, progress=False)
+    records = load_prepared(tiny_data).records("test")
+    prompts = [PromptTemplate().render_record(record).encode() for record in records]
+    rows = read_jsonl(run.eval_rows("tuned"))
+    assert [line["prompt_sha256"] for line in rows] == [hashlib.sha256(prompt).hexdigest() for prompt in prompts]
+    assert [line["gold"] for line in rows] == [record.sql for record in records]
+
+
+# base and tuned sit the same exam
+
+
+def answers(rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    return [(line["id"], line["answer"], line["new_tokens"]) for line in rows]
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_the_base_model_under_a_switched_off_adapter_answers_as_it_does_alone(
+    tiny_run: Path, tmp_path: Path, dequantize: bool
+) -> None:
+    run = copy_run(tiny_run, tmp_path / "runs", evaluation={"dequantize": dequantize})
+    evaluate_run(run, progress=False)
+    base = read_jsonl(run.eval_rows("base"))
+    tuned = read_jsonl(run.eval_rows("tuned"))
+    assert answers(base) != answers(tuned), "an adapter that changes nothing proves nothing"
+    shutil.rmtree(run.path.parent / "base")
+    evaluate_base(run.config(), progress=False)
+    (kept,) = (run.path.parent / "base").iterdir()
+    assert answers(read_jsonl(kept / evaluate.ROWS)) == answers(base)
+
+
+def test_without_base_only_the_tuned_model_is_asked(run: RunFolder, speak: Any) -> None:
+    asked = speak()
+    assert cli.main(["evaluate", str(run.path), "--no-base"]) == 0
+    assert asked == ["tuned"]
+    result = scored(run.eval_json)
+    assert list(result["models"]) == ["tuned"] and result["gain"] is None
+    assert write_report(run.path)["base_execution_accuracy"] is None
+
+
+# which questions
+
+
+def test_a_sample_is_always_the_same_and_asks_both_models_the_same(run: RunFolder, speak: Any) -> None:
+    speak()
+    config = run.config()
+    chosen = []
+    for limit in (2, 4, 4, 6, 100):
+        config.evaluation.max_questions = limit
+        run.config_yaml.write_text(to_yaml(config))
+        result = evaluate_run(run, progress=False)
+        base, tuned = ([line["id"] for line in read_jsonl(run.eval_rows(name))] for name in ("base", "tuned"))
+        assert base == tuned and len(base) == result["questions"] == min(limit, 6)
+        chosen.append(base)
+    assert chosen[1] == chosen[2]
+    assert set(chosen[0]) < set(chosen[1]) < set(chosen[3]), "a larger sample holds the smaller one"
+    assert all(ids == sorted(ids) for ids in chosen), "in the order of the file"
+    assert chosen[3] == chosen[4]
+
+
+def test_another_data_seed_takes_another_sample(tiny_config: ConfigWriter, speak: Any) -> None:
+    speak()
+    samples = set()
+    for seed in range(8):
+        config = load_config(tiny_config(data={"seed": seed}, evaluation={"max_questions": 2}))
+        evaluate_base(config, progress=False)
+    for kept in (Path(config.training.output_dir) / "base").iterdir():
+        samples.add(tuple(line["id"] for line in read_jsonl(kept / evaluate.ROWS)))
+    assert len(samples) > 1
+
+
+def two_databases(tmp_path: Path) -> Path:
+    """A prepared folder whose test split has two records with a database and one without."""
+    make_database(tmp_path / "some", items=3)
+    with_one = [row(n, split=split) for n, split in enumerate(["train", "val", "test", "test"])]
+    without = [row(n, db_id="depot", split=split) for n, split in [(10, "train"), (11, "test")]]
+    sources = [
+        jsonl_source(write_jsonl(tmp_path / "with.jsonl", with_one), databases=str(tmp_path / "some")),
+        jsonl_source(write_jsonl(tmp_path / "without.jsonl", without)),
+    ]
+    run_prepare(sources, tmp_path / "prepared")
+    return tmp_path / "prepared"
+
+
+def test_records_without_a_database_are_left_out_and_counted(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(tiny_run, tmp_path / "runs", data={"output_dir": str(two_databases(tmp_path))})
+    monkeypatch.setattr(evaluate, "generate_answers", lambda m, t, prompts, **_: [("SELECT 1", 3)] * len(prompts))
+    result = evaluate_run(run, progress=False)
+    assert (result["questions"], result["without_database"]) == (2, 1)
+    assert {line["db_id"] for line in read_jsonl(run.eval_rows("tuned"))} == {"shop"}
+    assert "1 of 3 test records come without a database and are left out" in capsys.readouterr().err
+    data = {"counts": {"test": 3}, "manifest_sha256": result["data_manifest_sha256"]}
+    run.write_record(run.record() | {"data": data})
+    write_report(run.path)
+    assert "Asked were 2 of the 3 questions of the test split" in (run.path / "report.md").read_text()
+
+
+def test_a_split_without_any_database_is_an_error_before_a_model_is_loaded(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path, databases=False))}))
+    monkeypatch.setattr(evaluate, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"no record of the split test comes with a database.*data\.sources"):
+        evaluate_base(config, progress=False)
+
+
+# what is missing, or has changed
+
+
+def test_a_run_without_adapter_is_an_error_before_a_model_is_loaded(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run.adapter)
+    monkeypatch.setattr(evaluate, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    assert cli.main(["evaluate", str(run.path)]) == 2
+    assert capsys.readouterr().err == (
+        f"finetune: {run.adapter}: no adapter in it; run `finetune train` to the end, or name another run\n"
+    )
+    assert not run.eval_json.exists()
+
+
+def test_data_that_was_prepared_anew_since_training_is_said_and_becomes_a_caveat(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_run(copy_run(tiny_run, tmp_path / "runs"), progress=False)
+    assert capsys.readouterr().err == ""
+    run = copy_run(tiny_run, tmp_path / "others", data={"output_dir": str(prepare_shop(tmp_path))})
+    evaluate_run(run, progress=False)
+    assert "not the data that" in capsys.readouterr().err
+    write_report(run.path)
+    assert "leaks are possible" in (run.path / "report.md").read_text()
+
+
+def test_a_database_that_has_changed_since_is_refused(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(tiny_run, tmp_path / "runs", data={"output_dir": str(prepare_shop(tmp_path))})
+    file = tmp_path / "prepared" / "databases" / "shop" / "shop.sqlite"
+    connection = sqlite3.connect(file)
+    connection.execute("DELETE FROM item")
+    connection.commit()
+    connection.close()
+    assert cli.main(["evaluate", str(run.path)]) == 2
+    assert f"{file}: changed since it was prepared" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_is_cut_off_leaves_the_older_one_whole(run: RunFolder, speak: Any) -> None:
+    speak()
+    evaluate_run(run, progress=False)
+    before = run.eval_json.read_bytes(), run.eval_rows("tuned").read_bytes()
+
+    def stop(gold: str) -> str:
+        raise KeyboardInterrupt
+
+    speak(tuned=stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, progress=False)
+    assert (run.eval_json.read_bytes(), run.eval_rows("tuned").read_bytes()) == before

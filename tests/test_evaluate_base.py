@@ -1,0 +1,149 @@
+"""The base model's score is made once and kept, and made again as soon as anything changes that it depends on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_examples import SCHEMA, read_jsonl
+from run_examples import copy_run, prepare_shop
+
+from finetune import evaluate
+from finetune.config import load_config
+from finetune.evaluate import evaluate_base, evaluate_run
+from finetune.runs import RunFolder
+
+ConfigWriter = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that were asked, in order. They need not be loaded, for all their answers are SELECT 1."""
+    names: list[str] = []
+
+    def answer(model: Any, tokenizer: Any, prompts: Sequence[str], **settings: Any) -> list[tuple[str, int]]:
+        names.append(settings["description"].partition(" ")[0])
+        return [("SELECT 1", 3)] * len(prompts)
+
+    monkeypatch.setattr(evaluate, "generate_answers", answer)
+    monkeypatch.setattr(evaluate, "_load", lambda *_: (None, None))
+    monkeypatch.setattr(evaluate, "load_adapter", lambda *_: None)
+    return names
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def only_kept(tmp_path: Path) -> Path:
+    (folder,) = (tmp_path / "runs" / "base").iterdir()
+    return folder
+
+
+def verdicts(kept: Path) -> list[str]:
+    return [line["verdict"] for line in read_jsonl(kept / evaluate.ROWS)]
+
+
+def test_the_base_models_score_is_kept_for_all_runs_of_its_output_folder(
+    tiny_config: ConfigWriter, tiny_run: Path, tmp_path: Path, asked: list[str]
+) -> None:
+    alone = as_json(evaluate_base(load_config(tiny_config()), progress=False))
+    first = copy_run(tiny_run, tmp_path / "runs")
+    runs = [first, RunFolder(Path(shutil.copytree(first.path, tmp_path / "runs" / "second")))]
+    results = [evaluate_run(run, progress=False) for run in runs]
+    assert asked == ["base", "tuned", "tuned"]
+    kept = only_kept(tmp_path)
+    assert json.loads((kept / evaluate.SCORE).read_text()) == alone
+    for run, result in zip(runs, results, strict=True):
+        assert result["models"]["base"] == alone | {"rows": "eval/base.jsonl"}
+        assert read_jsonl(run.eval_rows("base")) == read_jsonl(kept / evaluate.ROWS)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "again"),
+    [
+        ("evaluation", {"batch_size": 1}, False),
+        ("model", {"max_seq_length": 128}, False),
+        ("training", {"learning_rate": 0.5, "seed": 1}, False),
+        ("lora", {"r": 2}, False),
+        ("evaluation", {"max_new_tokens": 8}, True),
+        ("evaluation", {"rule": "strict"}, True),
+        ("evaluation", {"timeout_seconds": 1.0}, True),
+        ("evaluation", {"split": "val"}, True),
+        ("evaluation", {"max_questions": 3}, True),
+        ("evaluation", {"dequantize": True}, True),
+        ("quantization", {"load_in_4bit": False}, True),
+        ("quantization", {"bnb_4bit_quant_type": "fp4"}, True),
+        ("model", {"torch_dtype": "bfloat16"}, True),
+        ("model", {"attn_implementation": "sdpa"}, True),
+        ("data", {"schema_format": "compact"}, True),
+    ],
+)
+def test_the_base_model_is_asked_again_when_a_setting_that_matters_changes(
+    tiny_config: ConfigWriter, asked: list[str], section: str, values: dict[str, Any], again: bool
+) -> None:
+    before = evaluate_base(load_config(tiny_config()), progress=False)
+    assert evaluate_base(load_config(tiny_config()), progress=False) == as_json(before)
+    assert asked == ["base"]
+    evaluate_base(load_config(tiny_config(**{section: values})), progress=False)
+    assert len(asked) == (2 if again else 1)
+
+
+def test_other_weights_under_the_same_name_are_scored_anew(
+    tiny_config: ConfigWriter, tiny_model: Path, tmp_path: Path, asked: list[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = load_config(tiny_config(model={"name": str(folder)}))
+    evaluate_base(config, progress=False)
+    evaluate_base(config, progress=False)
+    assert asked == ["base"]
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    evaluate_base(config, progress=False)
+    assert asked == ["base", "base"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"items": 4},
+        {"schema": SCHEMA.replace("price REAL", "price NUMERIC")},
+        {"evidence": "Items have numbers."},
+    ],
+)
+def test_other_databases_or_prompts_are_scored_anew(
+    tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], changes: dict[str, Any]
+) -> None:
+    config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path))}))
+    evaluate_base(config, progress=False)
+    evaluate_base(config, progress=False)
+    assert len(asked) == 1
+    prepare_shop(tmp_path, **changes)
+    evaluate_base(config, progress=False)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: (kept / evaluate.ROWS).unlink(),
+        lambda kept: (kept / evaluate.ROWS).write_text('{"id": "r30"}\n'),
+        lambda kept: (kept / evaluate.ROWS).write_text('{"id": "r3'),
+        lambda kept: (kept / evaluate.SCORE).unlink(),
+        lambda kept: (kept / evaluate.SCORE).write_text("{"),
+    ],
+)
+def test_a_kept_score_that_cannot_be_read_is_made_again(
+    tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], damage: Callable[[Path], None]
+) -> None:
+    config = load_config(tiny_config())
+    before = evaluate_base(config, progress=False)
+    rows = verdicts(only_kept(tmp_path))
+    damage(only_kept(tmp_path))
+    again = evaluate_base(config, progress=False)
+    assert len(asked) == 2
+    assert (again["verdicts"], verdicts(only_kept(tmp_path))) == (before["verdicts"], rows)

@@ -1,0 +1,231 @@
+"""Greedy answers: in the prompts' order, untouched by padding, and ended where nothing more can matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.config import ModelSection, QuantizationSection
+from finetune.errors import UserError
+from finetune.generate import generate_answers
+from finetune.model import Device, load_base, load_tokenizer
+
+PROMPTS = [
+    "How many items?",
+    "List the names of all items dearer than 12, the dearest first. " * 6,
+    "Which item has number 3?",
+    "",
+    "SELECT name FROM item WHERE id = 5 " * 3,
+    "Which item has number 30, and how many items cost more than 7 euros?",
+    "a",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(ModelSection(name=str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    """The tiny random model in float32, not quantised."""
+    device = Device(torch.device("cpu"), torch.float32)
+    return load_base(ModelSection(name=str(tiny_model)), QuantizationSection(load_in_4bit=False), device)
+
+
+def ask(model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 3, tokens: int = 12) -> list[tuple[str, int]]:
+    return generate_answers(
+        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=tokens, progress=False
+    )  # fmt: skip
+
+
+# whose answer it is
+
+
+class Echo:
+    """Stands in for a model: answers with the last words of its prompt, and keeps the batches that it was given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def eval(self) -> None:
+        pass
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **settings: Any) -> torch.Tensor:
+        self.batches.append(SimpleNamespace(ids=input_ids, mask=attention_mask, settings=settings))
+        return torch.cat([input_ids, input_ids[:, -settings["max_new_tokens"] :]], dim=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_answers_come_in_the_order_of_the_prompts(tokenizer: Any, batch_size: int) -> None:
+    prompts = [f"number {number} {'very ' * (number * 7 % 5)}long {number}" for number in range(8)]
+    answers = ask(Echo(), tokenizer, prompts, batch_size, tokens=3)
+    expected = [tokenizer.decode(tokenizer(prompt)["input_ids"][-3:]) for prompt in prompts]
+    assert answers == [(text, 3) for text in expected]
+
+
+def test_batches_are_full_longest_first_and_padded_on_the_left(tokenizer: Any) -> None:
+    echo = Echo()
+    ask(echo, tokenizer, PROMPTS, batch_size=3)
+    assert [len(batch.ids) for batch in echo.batches] == [3, 3, 1]
+    lengths = [length for batch in echo.batches for length in batch.mask.sum(dim=1).tolist()]
+    assert lengths == sorted((len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS), reverse=True)
+    for batch in echo.batches:
+        assert batch.mask[:, -1].all()
+        assert torch.equal(batch.mask == 0, batch.ids == tokenizer.pad_token_id)
+
+
+def test_no_prompts_have_no_answers(tokenizer: Any) -> None:
+    assert ask(Echo(), tokenizer, []) == []
+
+
+def test_decoding_is_greedy_whatever_the_model_folder_says(model: Any, tokenizer: Any) -> None:
+    before = ask(model, tokenizer, PROMPTS)
+    given = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "num_beams": 3, "top_p": 0.5, "top_k": 2}
+    kept = {name: getattr(model.generation_config, name) for name in given}
+    try:
+        for name, value in given.items():
+            setattr(model.generation_config, name, value)
+        assert ask(model, tokenizer, PROMPTS) == before
+    finally:
+        for name, value in kept.items():
+            setattr(model.generation_config, name, value)
+
+
+# padding
+
+
+def ids_of(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, batch_size: int) -> list[list[int]]:
+    """The very token ids of the answers to PROMPTS, in their order."""
+    marks = {}
+
+    def decode(ids: list[int], **_: Any) -> str:
+        marks[str(len(marks))] = list(ids)
+        return str(len(marks) - 1)
+
+    monkeypatch.setattr("finetune.generate.AnswersComplete", NeverComplete)
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    answers = ask(model, tokenizer, PROMPTS, batch_size, tokens=24)
+    monkeypatch.undo()
+    return [marks[text] for text, _ in answers]
+
+
+class NeverComplete:
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 7])
+def test_a_batch_of_one_and_a_batch_of_many_give_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, batch_size: int
+) -> None:
+    alone = ids_of(monkeypatch, model, tokenizer, 1)
+    assert ids_of(monkeypatch, model, tokenizer, batch_size) == alone
+    assert len({tuple(ids) for ids in alone}) > 3, "answers that do not depend on the prompt prove nothing"
+
+
+# the end of an answer
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> Any:
+    """scripted([(prompt, answer tokens), ...]): the model will answer so, through the libraries' own decoding loop."""
+    counts = SimpleNamespace(passes=0)
+    forward = model.forward
+
+    def play(script: list[tuple[str, list[int]]]) -> Any:
+        start = {tuple(tokenizer(prompt)["input_ids"]): ids for prompt, ids in script}
+        rows: list[list[int]] = []
+
+        def speak(*args: Any, **kwargs: Any) -> Any:
+            if not rows:
+                for ids, mask in zip(kwargs["input_ids"].tolist(), kwargs["attention_mask"].tolist(), strict=True):
+                    rows.append(start[tuple(i for i, real in zip(ids, mask, strict=True) if real)])
+            output = forward(*args, **kwargs)
+            for row, answer in enumerate(rows):
+                output.logits[row, -1, answer[min(counts.passes, len(answer) - 1)]] = 1e9
+            counts.passes += 1
+            return output
+
+        monkeypatch.setattr(model, "forward", speak)
+        return counts
+
+    return play
+
+
+def encoded(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def test_each_answer_ends_at_its_own_end(scripted: Any, model: Any, tokenizer: Any) -> None:
+    name, more = encoded(tokenizer, "SELECT name FROM item"), encoded(tokenizer, " WHERE id = 1")
+    semicolon, gap = encoded(tokenizer, ";"), encoded(tokenizer, "\n\n")
+    cut_off = (name + 20 * more)[:20]
+    script = [
+        ("ended by the end-of-text token", [*name, tokenizer.eos_token_id, *more]),
+        ("ended by a semicolon", [*name, *more, *semicolon, *more]),
+        ("ended by a blank line", [*name, *gap, *more]),
+        ("ended by nothing", cut_off),
+    ]
+    counts = scripted(script)
+    answers = ask(model, tokenizer, [prompt for prompt, _ in script], batch_size=4, tokens=20)
+    assert answers == [
+        ("SELECT name FROM item", len(name)),  # the end-of-text token is no token of the answer
+        ("SELECT name FROM item WHERE id = 1;", len(name + more + semicolon)),
+        ("SELECT name FROM item\n\n", len(name + gap)),
+        (tokenizer.decode(cut_off), 20),
+    ]
+    assert counts.passes == 20
+
+
+def test_generation_stops_once_every_answer_is_complete(scripted: Any, model: Any, tokenizer: Any) -> None:
+    short, long = encoded(tokenizer, "SELECT 1;"), encoded(tokenizer, "SELECT name FROM item;")
+    counts = scripted([("one", [*short, *long]), ("two", [*long, *long])])
+    answers = ask(model, tokenizer, ["one", "two"], batch_size=2, tokens=200)
+    assert answers == [("SELECT 1;", len(short)), ("SELECT name FROM item;", len(long))]
+    assert counts.passes == len(long)
+
+
+def test_the_end_of_text_token_ends_generation(scripted: Any, model: Any, tokenizer: Any) -> None:
+    name = encoded(tokenizer, "SELECT name FROM item")
+    counts = scripted([("one", [*name, tokenizer.eos_token_id, *name])])
+    assert ask(model, tokenizer, ["one"], tokens=200) == [("SELECT name FROM item", len(name))]
+    assert counts.passes == len(name) + 1
+
+
+def test_a_semicolon_in_quotes_ends_nothing(scripted: Any, model: Any, tokenizer: Any) -> None:
+    sql = "SELECT id FROM item WHERE name = 'a;b'"
+    scripted([("quotes", [*encoded(tokenizer, sql), tokenizer.eos_token_id])])
+    assert ask(model, tokenizer, ["quotes"], tokens=200)[0][0] == sql
+
+
+def test_a_tokenizer_that_pads_with_its_end_of_text_token_loses_no_token(
+    scripted: Any, model: Any, tiny_model: Path
+) -> None:
+    tokenizer = load_tokenizer(ModelSection(name=str(tiny_model)))
+    tokenizer.pad_token = tokenizer.eos_token
+    name = encoded(tokenizer, "SELECT name FROM item")
+    scripted([("a short one", [*name[:2], tokenizer.eos_token_id]), ("one", [*name, tokenizer.eos_token_id])])
+    answers = ask(model, tokenizer, ["a short one", "one"], batch_size=2)
+    assert answers == [(tokenizer.decode(name[:2]), 2), ("SELECT name FROM item", len(name))]
+
+
+def test_too_little_gpu_memory_names_the_key_to_lower(
+    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any
+) -> None:
+    def full(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
+
+    monkeypatch.setattr(model, "generate", full)
+    with pytest.raises(UserError, match=r"3 at once; lower evaluation\.batch_size$"):
+        ask(model, tokenizer, PROMPTS)

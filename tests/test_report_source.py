@@ -1,0 +1,93 @@
+"""What the report reads is checked first: a broken eval.json or run.json is one clear line, never a traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_fixtures import build_run, write
+
+from finetune.errors import UserError
+from finetune.report import write_report
+from finetune.report_source import read_run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished, evaluated run."""
+    return build_run(tmp_path / "demo")
+
+
+def spoil(path: tuple[str, ...], value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(record: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            record = record[key]
+        if value is None:
+            del record[path[-1]]
+        else:
+            record[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("models",), [1, 2], "models: expected an object"),
+        (("models",), "tuned", "models: expected an object"),
+        (("models", "tuned"), 7, "models.tuned is no object"),
+        (("models", "base"), [], "models.base is no object"),
+        (("models", "tuned", "correct"), None, "models.tuned lacks correct, a count"),
+        (("models", "tuned", "correct"), "50", "models.tuned lacks correct, a count"),
+        (("models", "tuned", "questions"), -1, "models.tuned lacks questions, a count"),
+        (("models", "base", "execution_accuracy"), "high", "models.base lacks execution_accuracy, a number"),
+        (("models", "base", "execution_accuracy_interval95"), [0.1], "execution_accuracy_interval95"),
+        (("models", "base", "execution_accuracy_interval95"), 0.1, "execution_accuracy_interval95"),
+        (("models", "tuned", "by_difficulty"), [1], "by_difficulty that is no object"),
+        (("models", "tuned", "by_difficulty", "easy"), 3, "by_difficulty of which easy is no object"),
+        (("models", "tuned", "by_database", "school", "questions"), None, "school lacks questions, a count"),
+        (("models", "tuned", "verdicts"), [1], "verdicts that are no object"),
+        (("models", "tuned", "verdicts", "correct"), "many", "verdicts of which one lacks correct, a count"),
+        (("gain",), [1, 2], "gain is no object"),
+        (("gain", "neither"), None, "gain lacks neither, a count"),
+        (("gain", "won"), 1.5, "gain lacks won, a count"),
+    ],
+)
+def test_an_evaluation_of_a_broken_shape_is_one_line_and_no_report(
+    run_dir: Path, path: tuple[str, ...], value: Any, said: str
+) -> None:
+    record = json.loads((run_dir / "eval.json").read_text())
+    spoil(path, value)(record)
+    write(run_dir / "eval.json", record)
+    with pytest.raises(UserError) as caught:
+        write_report(run_dir)
+    message = str(caught.value)
+    assert message.startswith(f"{run_dir / 'eval.json'}: ") and said in message and "\n" not in message
+    assert message.endswith(f"; run `finetune evaluate {run_dir}` again")
+    assert not (run_dir / "report.html").exists()
+
+
+@pytest.mark.parametrize("history", ["steps", {"loss": 1}, [1, 2]])
+def test_a_history_of_a_broken_shape_is_one_line(run_dir: Path, history: Any) -> None:
+    write(run_dir / "run.json", {"status": "done", "history": history})
+    with pytest.raises(UserError, match=r"run\.json: history: expected a list of objects$"):
+        write_report(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "which"),
+    [
+        ({}, "questions that training has not seen"),
+        ({"split": "val"}, "questions of the val split"),
+        ({"data_manifest_sha256": "0" * 64}, "questions of the test split"),
+    ],
+)
+def test_only_a_test_split_from_the_training_data_counts_as_unseen(
+    run_dir: Path, changes: dict[str, Any], which: str
+) -> None:
+    record = json.loads((run_dir / "eval.json").read_text())
+    write(run_dir / "eval.json", record | changes)
+    assert read_run(run_dir).which_questions == which

@@ -1,0 +1,278 @@
+"""From an answer to a verdict, and from verdicts to numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_examples import make_database, row
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.records import Record
+from finetune.scoring import Row, as_dict, gain, judge, score, wilson_interval
+from finetune.sql.compare import Rule
+from finetune.sql.sandbox import SqlSandbox
+
+ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n"
+HUGE = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 100001) SELECT x FROM n"
+VERDICTS = ("correct", "wrong_rows", "sql_error", "no_sql", "timeout", "forbidden", "gold_failed")
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Items 0 to 5, named `item 0`..., at 0, 1.5, ... 7.5 euros."""
+    return make_database(tmp_path_factory.mktemp("shop"), items=6)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[SqlSandbox]:
+    with SqlSandbox() as worker:
+        yield worker
+
+
+@pytest.fixture
+def ask(database: Path, sandbox: SqlSandbox) -> Any:
+    """ask(gold, answer, ...) -> the judged row."""
+
+    def judged(gold: str, answer: str, *, rule: Rule = "test_suite", seconds: float = 10.0) -> Row:
+        record = Record(**row(1, sql=gold))
+        return judge(record, database, "the prompt", answer, 7, sandbox=sandbox, rule=rule, timeout_seconds=seconds)
+
+    return judged
+
+
+def made(verdict: str, number: int = 0, *, level: str = "easy", db_id: str = "shop", tokens: int = 5) -> Row:
+    return Row(
+        id=f"q{number}", db_id=db_id, question="?", difficulty=level, gold="SELECT 1", prediction="SELECT 1", answer="",
+        verdict=verdict, error=None, seconds=0.0, new_tokens=tokens, double_quoted_text=False, prompt_sha256="",
+        gold_sha256="",
+    )  # fmt: skip
+
+
+# one answer
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict", "error"),
+    [
+        ("SELECT name FROM item WHERE id = 1", "SELECT name FROM item WHERE price = 1.5;", "correct", None),
+        ("SELECT name FROM item WHERE id = 1", "```sql\nSELECT 'item 1'\n```", "correct", None),
+        ("SELECT name FROM item WHERE id = 1", "SELECT name FROM item", "wrong_rows", None),
+        ("SELECT name FROM item WHERE id = 99", "SELECT id FROM item WHERE id = 98", "correct", None),
+        ("SELECT name FROM item", "SELECT title FROM item", "sql_error", "no such column: title"),
+        ("SELECT name FROM item", "I do not know.", "sql_error", 'near "I": syntax error'),
+        ("SELECT name FROM item", "", "no_sql", None),
+        ("SELECT name FROM item", " \n;\n", "no_sql", None),
+        ("SELECT name FROM item", "DELETE FROM item", "forbidden", "DELETE is not allowed: a query may only read"),
+        ("SELECT name FROM item", HUGE, "too_large", "the result has more than 100,000 rows"),
+        ("SELECT title FROM item", "SELECT name FROM item", "gold_failed", "no such column: title"),
+    ],
+)
+def test_every_kind_of_answer_has_its_verdict(
+    ask: Any, gold: str, answer: str, verdict: str, error: str | None
+) -> None:
+    judged = ask(gold, answer)
+    assert (judged.verdict, judged.error) == (verdict, error)
+
+
+def test_an_endless_query_ends_at_the_timeout_and_leaves_the_next_one_its_time(ask: Any) -> None:
+    judged = ask("SELECT COUNT(*) FROM item", ENDLESS, seconds=0.2)
+    assert (judged.verdict, judged.error) == ("timeout", "no answer within 0.2 seconds")
+    assert 0.2 <= judged.seconds < 5
+    assert ask("SELECT COUNT(*) FROM item", "SELECT 6").verdict == "correct"
+
+
+def test_a_judged_row_says_what_was_asked_and_answered(ask: Any) -> None:
+    judged = ask("SELECT name FROM item WHERE id = 1", "Sure:\nSELECT name\nFROM item;\nThat is all.")
+    asked = row(1)
+    assert (judged.id, judged.db_id, judged.question) == (asked["id"], asked["db_id"], asked["question"])
+    assert judged.gold == "SELECT name FROM item WHERE id = 1" and judged.difficulty == "easy"
+    assert judged.answer == "Sure:\nSELECT name\nFROM item;\nThat is all."
+    assert judged.prediction == "SELECT name FROM item"
+    assert judged.new_tokens == 7
+    assert judged.prompt_sha256 == hashlib.sha256(b"the prompt").hexdigest()
+    assert judged.gold_sha256 == hashlib.sha256(judged.gold.encode()).hexdigest()
+    assert Row(**as_dict(judged)) == judged
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        ("SELECT id FROM item ORDER BY id", "SELECT id FROM item ORDER BY id DESC", "wrong_rows"),
+        ("SELECT id FROM item ORDER BY id", "SELECT id FROM item ORDER BY price", "correct"),
+        ("SELECT id FROM item", "SELECT id FROM item ORDER BY id DESC", "correct"),
+        (
+            "SELECT id FROM item WHERE id IN (SELECT id FROM item ORDER BY id LIMIT 3)",
+            "SELECT id FROM item WHERE id < 3 ORDER BY id DESC",
+            "correct",
+        ),
+    ],
+)
+def test_the_order_of_rows_counts_where_gold_orders_them(ask: Any, gold: str, answer: str, verdict: str) -> None:
+    assert ask(gold, answer).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right_under"),
+    [
+        ("SELECT id, name FROM item", "SELECT name, id FROM item", {"test_suite"}),
+        ("SELECT id FROM item", "SELECT id FROM item UNION ALL SELECT 1", {"bird_set"}),
+        ("SELECT id FROM item ORDER BY id", "SELECT id FROM item ORDER BY id DESC", {"bird_set"}),
+        ("SELECT id FROM item", "SELECT id FROM item", {"test_suite", "bird_set", "strict"}),
+    ],
+)
+def test_the_rule_decides_when_rows_are_equal(ask: Any, gold: str, answer: str, right_under: set[str]) -> None:
+    rules: tuple[Rule, ...] = ("test_suite", "bird_set", "strict")
+    assert {rule for rule in rules if ask(gold, answer, rule=rule).verdict == "correct"} == right_under
+
+
+TORN = "SELECT id FROM item WHERE price > = 3"
+WHOLE = "SELECT id FROM item WHERE price >= 3"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "rule", "verdict"),
+    [
+        (WHOLE, TORN, "test_suite", "correct"),
+        (TORN, WHOLE, "test_suite", "correct"),
+        (WHOLE, TORN, "strict", "sql_error"),
+        (TORN, WHOLE, "bird_set", "gold_failed"),
+    ],
+)
+def test_under_test_suite_both_queries_run_as_the_official_evaluator_runs_them(
+    ask: Any, gold: str, answer: str, rule: Rule, verdict: str
+) -> None:
+    judged = ask(gold, answer, rule=rule)
+    assert judged.verdict == verdict
+    assert (judged.gold, judged.prediction) == (gold, answer)  # the row keeps what was written
+
+
+@pytest.mark.parametrize(
+    ("answer", "quoted"),
+    [
+        ('SELECT "nmae" FROM item', True),
+        ('SELECT "name" FROM item', False),
+        ("SELECT 'nmae' FROM item", False),
+        ("SELECT name FROM item", False),
+    ],
+)
+def test_a_misspelt_name_that_sqlite_takes_for_text_is_marked(ask: Any, answer: str, quoted: bool) -> None:
+    assert ask("SELECT name FROM item", answer).double_quoted_text is quoted
+
+
+# many answers
+
+
+ROWS = st.lists(
+    st.builds(
+        made,
+        st.sampled_from(VERDICTS),
+        level=st.sampled_from(["easy", "medium", "hard", "extra"]),
+        db_id=st.sampled_from(["shop", "school", "port"]),
+        tokens=st.integers(0, 50),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(ROWS)
+def test_tallies_add_up(rows: list[Row]) -> None:
+    scored = score(rows)
+    right = sum(row.verdict == "correct" for row in rows)
+    ran = sum(row.verdict in ("correct", "wrong_rows") for row in rows)
+    assert (scored["questions"], scored["correct"]) == (len(rows), right)
+    assert scored["execution_accuracy"] == right / len(rows)
+    assert scored["valid_sql_rate"] == ran / len(rows) >= scored["execution_accuracy"]
+    assert scored["new_tokens"] == sum(row.new_tokens for row in rows)
+    assert sum(scored["verdicts"].values()) == len(rows)
+    assert scored["verdicts"].get("correct", 0) == right
+    for key in ("by_difficulty", "by_database"):
+        assert sum(group["questions"] for group in scored[key].values()) == len(rows)
+        assert sum(group["correct"] for group in scored[key].values()) == right
+        assert all(0 <= group["correct"] <= group["questions"] > 0 for group in scored[key].values())
+    low, high = scored["execution_accuracy_interval95"]
+    assert (low, high) == wilson_interval(right, len(rows))
+
+
+def test_a_score_counts_each_group_by_itself() -> None:
+    rows = [
+        made("correct", 1, level="easy", db_id="shop"),
+        made("wrong_rows", 2, level="easy", db_id="school"),
+        made("sql_error", 3, level="hard", db_id="school"),
+        made("correct", 4, level="hard", db_id="school"),
+        made("no_sql", 5, level="hard", db_id="school"),
+    ]
+    scored = score(rows)
+    assert (scored["execution_accuracy"], scored["valid_sql_rate"]) == (0.4, 0.6)
+    assert scored["by_difficulty"] == {
+        "easy": {"correct": 1, "questions": 2},
+        "hard": {"correct": 1, "questions": 3},
+    }
+    assert scored["by_database"] == {
+        "school": {"correct": 1, "questions": 4},
+        "shop": {"correct": 1, "questions": 1},
+    }
+    assert scored["verdicts"] == {"correct": 2, "no_sql": 1, "sql_error": 1, "wrong_rows": 1}
+
+
+def numbered(verdicts: Sequence[str]) -> list[Row]:
+    return [made(verdict, number) for number, verdict in enumerate(verdicts)]
+
+
+def test_the_gain_counts_who_answers_what_the_other_does_not() -> None:
+    base = numbered(["correct", "correct", "wrong_rows", "sql_error", "no_sql", "timeout"])
+    tuned = numbered(["correct", "wrong_rows", "correct", "correct", "correct", "sql_error"])
+    assert gain(base, tuned) == {"won": 3, "lost": 1, "both": 1, "neither": 1}
+    assert gain(base, list(reversed(tuned))) == gain(base, tuned)
+
+
+def test_the_gain_is_over_the_questions_that_both_were_asked() -> None:
+    base, tuned = numbered(["correct", "wrong_rows"]), numbered(["correct", "correct", "correct"])
+    assert gain(base, tuned) == {"won": 1, "lost": 0, "both": 1, "neither": 0}
+    assert gain(base[:1], tuned[1:]) == {"won": 0, "lost": 0, "both": 0, "neither": 0}
+
+
+# how sure a count is
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3 (score without continuity correction)
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_the_published_one(successes: int, trials: int, low: float, high: float) -> None:
+    assert [round(bound, 4) for bound in wilson_interval(successes, trials)] == [low, high]
+
+
+COUNTS = st.integers(1, 2000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials)))
+
+
+@given(COUNTS)
+def test_the_bounds_are_the_shares_that_the_count_is_just_compatible_with(counts: tuple[int, int]) -> None:
+    successes, trials = counts
+    share = successes / trials
+    low, high = wilson_interval(successes, trials)
+    assert 0 <= low <= share <= high <= 1
+    for bound in (low, high):
+        # A true share at the bound would lie 1.959964 standard errors of itself away (Wilson 1927).
+        distance = 1.959964 * math.sqrt(bound * (1 - bound) / trials)
+        assert abs(share - bound) == pytest.approx(distance, abs=1e-7)
+
+
+@given(COUNTS)
+def test_the_interval_is_the_same_seen_from_the_failures(counts: tuple[int, int]) -> None:
+    successes, trials = counts
+    low, high = wilson_interval(successes, trials)
+    assert wilson_interval(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+def test_more_questions_make_it_narrower_and_none_leave_it_open() -> None:
+    widths = [high - low for low, high in (wilson_interval(n // 2, n) for n in (2, 10, 100, 1000))]
+    assert widths == sorted(widths, reverse=True)
+    assert wilson_interval(0, 0) == (0.0, 1.0)

@@ -1,0 +1,233 @@
+"""What `finetune train` refuses: exit code 2, one line that names file or key, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_examples import files_of
+from train_helpers import at_step, change, record_of
+
+torch = pytest.importorskip("torch")
+
+from safetensors import SafetensorError  # noqa: E402
+
+from finetune import checkpoint  # noqa: E402
+from finetune.cli import main  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("no_keys")
+ConfigWriter = Callable[..., Path]
+Shown = pytest.CaptureFixture[str]
+
+
+def refused(arguments: list[str], message: str, shown: Shown) -> str:
+    shown.readouterr()
+    assert main(arguments) == 2
+    output = shown.readouterr()
+    assert output.out == ""
+    ours = [line for line in output.err.splitlines() if line.startswith("finetune: ")]
+    assert output.err.rstrip("\n").endswith(ours[-1])
+    assert len(ours) == 1
+    assert re.search(message, ours[0]), ours[0]
+    return output.err
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"learning_rat": 1}}, r"tiny\.yaml: unknown key training\.learning_rat \(did you mean training\.learning"),
+        ({"lora": {"target_modules": ["q_proj", "query", "key"]}},
+         r"lora\.target_modules: query, key match nothing in this model; its linear layers are .*down_proj.*q_proj"),
+        ({"model": {"name": "no/such/folder"}}, r"model\.name: no folder no/such/folder; expected a local folder, a hub id"),
+        ({"model": {"name": "mistralai/Mistral-7B-v0.1"}}, r"model\.revision: a hub model needs a pinned revision"),
+        ({"model": {"name": "package://no_such_package/x.gguf"}}, r"model\.name: .*no_such_package"),
+        ({"model": {"torch_dtype": "float16"}}, r"model\.torch_dtype: float16 does not train on a CPU; use auto"),
+        ({"model": {"max_seq_length": 20}}, r"model\.max_seq_length: no training example fits into 20 tokens"),
+        ({"training": {"optim": "paged_adamw_8bit"}},
+         r"training\.optim: paged_adamw_8bit needs a GPU; on a CPU use training\.optim=adamw_torch"),
+        ({"data": {"output_dir": "nowhere/prepared"}},
+         r"nowhere/prepared/manifest\.json: missing; run `finetune data prepare CONFIG` first"),
+        ({"data": {"schema_format": "compact"}},
+         r"prepared: was prepared for prompt 1-ddl-\w+, this config renders 1-compact-\w+; run `finetune data prepare"),
+        ({"training": {"run_name": "../up"}}, r"training\.run_name: expected a plain folder name"),
+    ],
+)  # fmt: skip
+def test_what_no_run_can_begin_with_is_refused(
+    sections: dict[str, Any], message: str, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
+) -> None:
+    if torch.cuda.is_available() and ("optim" in message or "float16" in message):
+        pytest.skip("a mistake on a CPU only")
+    refused(["train", str(tiny_config(**sections))], message, capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (["config.json", "tokenizer.json", "tokenizer_config.json"], r"model\.name: .*broken holds no weights"),
+        (["model.safetensors", "tokenizer.json"], r"model\.name: .*broken holds no config\.json"),
+        (["config.json", "model.safetensors"], r"model\.name: cannot load .*broken.*is the folder complete"),
+    ],
+)
+def test_a_model_folder_that_is_not_whole_is_refused(
+    kept: list[str], message: str, tiny_model: Path, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
+) -> None:
+    (tmp_path / "broken").mkdir()
+    for name in kept:
+        shutil.copy(tiny_model / name, tmp_path / "broken")
+    refused(["train", str(tiny_config(model={"name": str(tmp_path / "broken")}))], message, capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_that_are_cut_off_are_refused(
+    tiny_model: Path, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    config = tiny_config(model={"name": str(tmp_path / "broken")})
+    refused(["train", str(config)], r"model\.name: cannot load .*broken", capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("train.jsonl", lambda path: path.write_bytes(path.read_bytes() + b"\n"), r"train\.jsonl: changed since it was prep"),
+        ("val.jsonl", lambda path: path.unlink(), r"val\.jsonl: missing, though manifest\.json lists it"),
+        ("manifest.json", lambda path: path.write_text("{"), r"manifest\.json: not readable as JSON"),
+    ],
+)  # fmt: skip
+def test_data_that_is_not_as_prepared_is_refused(
+    name: str, harm: Callable[[Path], object], message: str, tiny_data: Path, tiny_config: ConfigWriter, tmp_path: Path,
+    capsys: Shown,
+) -> None:  # fmt: skip
+    shutil.copytree(tiny_data, tmp_path / "prepared")
+    harm(tmp_path / "prepared" / name)
+    config = tiny_config(data={"output_dir": str(tmp_path / "prepared")})
+    refused(["train", str(config)], message + ".*; run `finetune data prepare CONFIG` again", capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_never_overwritten(tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown) -> None:
+    config = tiny_config(training={"run_name": "mine", "max_steps": 1})
+    assert main(["train", str(config)]) == 0
+    before = files_of(tmp_path / "runs")
+    refused(["train", str(config)], r"runs/mine: is there already, and a run is never overwritten", capsys)
+    assert files_of(tmp_path / "runs") == before
+    for expected in ("tiny-001", "tiny-002"):
+        assert main(["train", str(config), "training.run_name=null"]) == 0
+        assert (tmp_path / "runs" / expected / "adapter").is_dir()
+    assert {name: content for name, content in files_of(tmp_path / "runs").items() if name.startswith("mine")} == before
+
+
+def test_what_cannot_be_resumed_is_refused(tiny_run: Path, tmp_path: Path, capsys: Shown) -> None:
+    before = files_of(tiny_run)
+    refused(["train", "--resume", str(tiny_run)], r"this run is done; start a new one, or score it", capsys)
+    refused(["train", "--resume", str(tiny_run.parent)], r"runs: not a run folder \(no config\.yaml in it\)", capsys)
+    refused(["train", "--resume", str(tiny_run / "x")], r"x: not a run folder", capsys)
+    refused(["train", "--resume", str(tiny_run), "lora.r=8"], r"--resume takes the config in the run folder", capsys)
+    assert files_of(tiny_run) == before
+
+
+def test_a_run_whose_config_or_data_changed_is_not_resumed(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, capsys: Shown
+) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run)
+    (run / "run.json").write_text(json.dumps(record_of(run) | {"status": "interrupted"}))
+    config = (run / "config.yaml").read_text()
+    before = files_of(run)
+    change(run / "config.yaml", "training", learning_rate=2e-2)
+    refused(["train", "--resume", str(run)], r"step-6: was made under another config; restore config\.yaml", capsys)
+    (run / "config.yaml").write_text(config)
+    shutil.copytree(tiny_data, tmp_path / "prepared")
+    manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
+    (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(manifest, indent=3))
+    change(run / "config.yaml", "data", output_dir=str(tmp_path / "prepared"))
+    refused(["train", "--resume", str(run)], r"step-6: was trained on other data; prepare the same data again", capsys)
+    (run / "config.yaml").write_text(config)
+    assert files_of(run) == before
+
+
+# --- a disk or a GPU that is full, a disk that cannot be written
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """small_disk("size=300k") is a folder on a file system of its own, where the tests run as root."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting a small file system needs root")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kilobytes", [4, 60, 160, 260, 420])
+def test_a_full_disk_is_told_in_one_line(
+    kilobytes: int, small_disk: Callable[..., Path], tiny_config: ConfigWriter, capsys: Shown
+) -> None:
+    disk = small_disk(f"size={kilobytes}k")
+    config = tiny_config(training={"output_dir": str(disk / "runs")})
+    said = refused(
+        ["train", str(config)], rf"{disk}/.*: no space left on the disk; free some or choose another", capsys
+    )
+    for run in (disk / "runs").iterdir():
+        assert record_of(run)["status"] == "failed" or f"{run / 'run.json'}: no space left" in said
+        assert not (run / "adapter").exists()
+        assert list(run.rglob("checkpoint-*")) == []
+        assert all(checkpoint.fault(folder) is None for folder in checkpoint.newest_first(run / "checkpoints"))
+
+
+FAULTS = [
+    (
+        OSError(errno.ENOSPC, "No space left on device"),
+        r"runs/tiny-001: no space left on the disk; free some or choose",
+    ),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), r"runs/tiny-001: no space left on the disk"),
+    (OSError(errno.EIO, "Input/output error"), r"runs/tiny-001: Input/output error"),
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        r"out of GPU memory: lower training\.per_device_train_batch_size and raise gradient_accumulation_steps",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS)
+def test_a_fault_of_the_machine_is_told_in_one_line(
+    fault: Exception, message: str, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Shown,
+) -> None:  # fmt: skip
+    def happens() -> None:
+        raise fault
+
+    at_step(2, happens, monkeypatch)
+    refused(["train", str(tiny_config())], message, capsys)
+    assert record_of(tmp_path / "runs" / "tiny-001")["status"] == "failed"
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(
+    small_disk: Callable[..., Path], tiny_config: ConfigWriter, capsys: Shown
+) -> None:
+    disk = small_disk("ro")
+    config = tiny_config(training={"output_dir": str(disk / "runs")})
+    refused(["train", str(config)], r"disk0/runs: not writable \(.*\); choose another output folder", capsys)
+    assert list(disk.iterdir()) == []

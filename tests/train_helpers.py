@@ -1,0 +1,45 @@
+"""What the tests of `finetune train` read from a run's folder, and how they break into a training step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((run / "run.json").read_text())
+    return value
+
+
+def adapter_of(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def steps_in(record: dict[str, Any]) -> list[int]:
+    return [row["step"] for row in record["history"] if "loss" in row]
+
+
+def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something in the middle of a training step."""
+    from finetune.callbacks import Throughput
+
+    original = Throughput.on_step_begin
+
+    def wrapped(self: Throughput, args: Any, state: Any, control: Any, **others: Any) -> None:
+        original(self, args, state, control, **others)
+        if state.global_step == step - 1:
+            action()
+
+    monkeypatch.setattr(Throughput, "on_step_begin", wrapped)
+
+
+def change(path: Path, section: str, **values: Any) -> None:
+    """Edit one section of a config file."""
+    tree = yaml.safe_load(path.read_text())
+    tree[section] |= values
+    path.write_text(yaml.safe_dump(tree))
