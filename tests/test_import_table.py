@@ -17,7 +17,7 @@ PACKAGE = ROOT / "finetune"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("", "cloud"),  # the packages' own __init__.py
     ("errors",),
-    ("files", "hardware"),
+    ("files", "hardware", "credentials"),
     ("config",),
     (
         *("prompts", "memory", "sql", "checkpoint", "ledger", "records", "runs"),
@@ -27,8 +27,11 @@ ROWS: tuple[tuple[str, ...], ...] = (
         *("data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"),
         *("model", "batching", "scoring", "cloud.plan"),
     ),
-    ("train", "callbacks", "evaluate", "generate", "ask", "export", "cloud.policy"),
-    ("report", "report_plots", "doctor"),
+    (
+        *("callbacks", "trainer", "run_record", "train"),
+        *("evaluate", "generate", "ask", "export", "cloud.policy"),
+    ),
+    ("report", "report_source", "report_plots", "doctor"),
     ("cli",),
     ("__main__",),
 )
@@ -36,25 +39,22 @@ ROWS: tuple[tuple[str, ...], ...] = (
 
 NEIGHBOURS = (
     {"data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"},
-    {"train", "callbacks"},
+    {"callbacks", "trainer", "run_record", "train"},
     {"evaluate", "generate", "ask"},
-    {"report", "report_plots"},
+    {"report", "report_source", "report_plots"},
 )
 """Modules of one row that are parts of one thing: they may import each other, without a circle."""
 
-ALSO = {("prompts", "sql")}
+ALSO = {("prompts", "sql"), ("prompts", "records")}
 """(importer, imported) within one row."""
 
 TRAINING = {
     "model",
     "batching",
-    "train",
-    "callbacks",
-    "evaluate",
-    "generate",
-    "ask",
     "export",
     *NEIGHBOURS[0],
+    *NEIGHBOURS[1],
+    *NEIGHBOURS[2],
 }
 """What runs on a GPU machine, without SkyPilot: of cloud/ it sees `instance` alone, and cloud/ none of it."""
 

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors import SafetensorError  # noqa: E402
 
-from finetune import checkpoint  # noqa: E402
+from finetune import checkpoint, train  # noqa: E402
 from finetune.cli import main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
@@ -116,11 +116,15 @@ def test_data_that_is_not_as_prepared_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_is_never_overwritten(tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown) -> None:
+def test_a_run_is_never_overwritten(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
     config = tiny_config(training={"run_name": "mine", "max_steps": 1})
     assert main(["train", str(config)]) == 0
     before = files_of(tmp_path / "runs")
-    refused(["train", str(config)], r"runs/mine: is there already, and a run is never overwritten", capsys)
+    with monkeypatch.context() as patched:  # a taken name is refused before minutes of loading
+        patched.setattr(train, "_load", lambda inputs: pytest.fail("loaded"))
+        refused(["train", str(config)], r"runs/mine: is there already, and a run is never overwritten", capsys)
     assert files_of(tmp_path / "runs") == before
     for expected in ("tiny-001", "tiny-002"):
         assert main(["train", str(config), "training.run_name=null"]) == 0

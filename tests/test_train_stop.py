@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from train_helpers import adapter_of, at_step, change, record_of, steps_in
@@ -171,7 +172,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(
     whole, run = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
     assert record_of(run)["status"] == "failed"
     capsys.readouterr()
+    meanwhile: list[dict[str, Any]] = []
+    at_step(2, lambda: meanwhile.append(record_of(run)), monkeypatch)
     assert main(["train", "--resume", str(run)]) == 0
+    assert [(record["status"], record["ended_at"]) for record in meanwhile] == [("running", None)]
     assert f"{run}: no checkpoint to go on from, starting from the beginning" in capsys.readouterr().err
     assert steps_in(record_of(run)) == [1, 2, 3, 4]
     assert adapter_of(run) == adapter_of(whole)
