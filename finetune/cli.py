@@ -4,6 +4,7 @@ sub-command that needs them, so that --help answers at once."""
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -124,6 +125,7 @@ def _quiet_libraries() -> None:
     """What libraries say on their own is rarely for the user; an explicit setting of theirs wins."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a hub kernel that we do not use
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report its use to the hub
 
 

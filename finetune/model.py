@@ -6,7 +6,6 @@ Nothing here assumes a CPU or a GPU: the compute capability decides.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import shutil
 import tempfile
@@ -86,7 +85,6 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     if device.place.type == "cpu":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a hub kernel that we do not use
         rounding = "bf16" if section.cpu_bf16_matmul else "none"  # of the whole process, so also taken back
         torch.backends.mkldnn.matmul.fp32_precision = rounding  # type: ignore[attr-defined]
     model, loaded = _load(
