@@ -21,6 +21,7 @@ from safetensors import SafetensorError  # noqa: E402
 
 from finetune import checkpoint, train  # noqa: E402
 from finetune.cli import main  # noqa: E402
+from finetune.prompts import PromptTemplate  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ConfigWriter = Callable[..., Path]
@@ -226,6 +227,22 @@ def test_a_fault_of_the_machine_is_told_in_one_line(
     at_step(2, happens, monkeypatch)
     refused(["train", str(tiny_config())], message, capsys)
     assert record_of(tmp_path / "runs" / "tiny-001")["status"] == "failed"
+
+
+def test_an_adapter_that_cannot_be_saved_leaves_no_half_and_is_saved_by_resume(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    def full(template: PromptTemplate, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:  # the adapter's last file
+        patched.setattr(PromptTemplate, "save", full)
+        refused(["train", str(tiny_config())], r"runs/tiny-001: no space left on the disk", capsys)
+    run = tmp_path / "runs" / "tiny-001"
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.yaml", "run.json", "checkpoints", "tensorboard"}
+    assert main(["train", "--resume", str(run)]) == 0
+    assert (run / "adapter" / "prompt.json").is_file()
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(

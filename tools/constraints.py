@@ -1,6 +1,6 @@
 """Renews constraints.txt: what all extras together resolve to today, with torch and the demo's model as pinned here.
 
-    make constraints
+make constraints
 """
 
 from __future__ import annotations
