@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.cli_cloud import add_commands as add_cloud_commands
 from finetune.errors import EXIT_MISSING, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ OVERRIDES = "key=value pairs that override the config, such as training.num_trai
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 something is missing, 2 the user's mistake, 75 interrupted."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     _quiet_libraries()
     try:
         code: int = parsed.command(parsed)
@@ -36,6 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """KEY=VALUE pairs may also come after an option, where argparse alone no longer takes them."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     for sub in (prepare, check, show):
         _add_config(sub)
+
+    add_cloud_commands(commands, _add, OVERRIDES)
 
     train = _add(
         commands, "train", _train, "fine-tune the model of a config",
@@ -132,9 +146,22 @@ def _quiet_libraries() -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     from finetune.doctor import examine, exit_code, render
 
-    checks = examine("cloud" if arguments.cloud else "train")
+    checks = examine("cloud", regions=_regions()) if arguments.cloud else examine("train")
     print(render(checks))
     return exit_code(checks)
+
+
+def _regions() -> list[str] | None:
+    """The regions whose quota matters; None, all of them, where the price catalog cannot be read."""
+    from finetune.cloud.plan import regions_in_question
+    from finetune.cloud.prices import load_catalog
+    from finetune.config import PlanSection
+
+    try:
+        return regions_in_question(load_catalog(), PlanSection())
+    except UserError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return None
 
 
 def _config(arguments: argparse.Namespace) -> int:

@@ -12,11 +12,14 @@ import platform
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from finetune.credentials import huggingface_home, huggingface_token_present, wandb_key_present
+from finetune.doctor_check import Check, Need, Status
+from finetune.doctor_check import absent as _absent
+from finetune.doctor_cloud import cloud_checks
 from finetune.errors import EXIT_MISSING, EXIT_OK
 from finetune.hardware import (
     GIB,
@@ -25,7 +28,6 @@ from finetune.hardware import (
     TorchBuild,
     detect,
     nvidia_driver,
-    program_output,
     runs_on,
     torch_build,
 )
@@ -33,12 +35,8 @@ from finetune.hardware import (
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-Status = Literal["ok", "missing", "warning", "info"]
-Need = Literal["train", "cloud", "all"]
-
 PROJECT = "finetune-text2sql"
 CHECKOUT = Path(__file__).resolve().parents[1]
-GCLOUD_SECONDS = 8.0
 DISK_GIB = {"demo": 3.0, "7B": 20.0}
 """Estimated: a 7.24e9-parameter model in 16 bits is 13.5 GiB to download, the rest are checkpoints."""
 RAM_GIB = 7.5
@@ -48,25 +46,15 @@ DRIVER_FLOOR = {12: 525, 13: 580}
 VOLTA = (7, 0)
 
 
-@dataclass(frozen=True)
-class Check:
-    """One row. `missing`: needed, and absent or wrong; `warning`: will be felt later; `info`: to know."""
-
-    name: str
-    status: Status
-    found: str
-    needed: str = ""
-    advice: str = ""
-
-
-def examine(need: Need = "train", root: Path = CHECKOUT) -> list[Check]:
+def examine(need: Need = "train", root: Path = CHECKOUT, regions: list[str] | None = None) -> list[Check]:
     """All rows. What `need` names counts as missing where it is absent; the rest is then a warning or info.
 
-    root is the checkout, whose constraints.txt holds the pinned versions; without that file only the minima
-    in the package's own metadata count. Takes as long as importing torch, or GCLOUD_SECONDS if gcloud hangs.
+    root is the checkout, whose constraints.txt holds the pinned versions; without that file only the minima in the
+    package's own metadata count. regions, the cheapest first, are those whose GPU quotas matter; None means any.
+    Takes as long as importing torch, or as the time limit on gcloud's answers.
     """
     with ThreadPoolExecutor(max_workers=3) as pool:
-        gcloud = pool.submit(gcloud_checks, need)
+        cloud = pool.submit(cloud_checks, need, regions)
         driver = pool.submit(nvidia_driver)
         torch = torch_build()
         hardware = detect()
@@ -75,7 +63,7 @@ def examine(need: Need = "train", root: Path = CHECKOUT) -> list[Check]:
             *gpu_checks(need, hardware, driver.result(), torch),
             *machine_checks(need, hardware),
             *key_checks(),
-            *gcloud.result(),
+            *cloud.result(),
         ]
 
 
@@ -131,13 +119,6 @@ def _python_check(needed: str) -> Check:
 
 def _wanted(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-
-
-def _absent(group: str, need: Need) -> Status:
-    """The status of something absent: of the group `train`, `cloud`, or "" for what everything needs."""
-    if group in ("", need) or need == "all":
-        return "missing"
-    return "warning" if group == "cloud" else "info"
 
 
 def package_check(name: str, minimum: str, pin: str | None, extra: str, need: Need) -> Check:
@@ -275,37 +256,3 @@ def key_checks() -> Iterator[Check]:
     else:
         advice = "to follow runs on wandb.ai run `wandb login`, or set WANDB_API_KEY"
         yield Check("W&B key", "info", "none", "optional: TensorBoard needs none", advice)
-
-
-def gcloud_checks(need: Need) -> list[Check]:
-    """gcloud, its login and its project, from two read-only calls that are killed after GCLOUD_SECONDS."""
-    absent = _absent("cloud", need)
-    if shutil.which("gcloud") is None:
-        advice = "to launch on Google Cloud install its CLI: cloud.google.com/sdk"
-        return [Check("gcloud", absent, "not on PATH", "", advice)]
-    calls = (
-        ["gcloud", "--quiet", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)"],
-        ["gcloud", "--quiet", "config", "get-value", "project"],
-    )
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        account, project = pool.map(lambda call: program_output(call, GCLOUD_SECONDS), calls)
-    log_in = "gcloud auth login && gcloud auth application-default login"
-    return [
-        _gcloud_check("gcloud login", absent, account and _masked(account), log_in),
-        _gcloud_check("gcloud project", absent, project, "gcloud config set project <project>"),
-    ]
-
-
-def _gcloud_check(name: str, absent: Status, answer: str | None, mend: str) -> Check:
-    if answer is None:
-        advice = "gcloud failed, or took too long: run `gcloud info` by hand"
-        return Check(name, absent, "no answer", "", advice)
-    if answer in ("", "(unset)"):
-        return Check(name, absent, "none", "", f"to launch on Google Cloud run `{mend}`")
-    return Check(name, "ok", answer.splitlines()[0])
-
-
-def _masked(account: str) -> str:
-    """An account that can be pasted in public: its first letter and its domain."""
-    user, _, domain = account.partition("@")
-    return f"{user[:1]}...@{domain}"

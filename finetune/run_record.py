@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from finetune.callbacks import Throughput
+from finetune.cloud.instance import MachinePrice
 from finetune.config import RunConfig, config_hash, to_dict
 from finetune.data import Prepared
 from finetune.hardware import detect
@@ -70,9 +71,9 @@ def describe_model(config: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
 class RunRecorder:
     """Keeps a run's record and its file up to date during one attempt, which began at `began` (time.monotonic())."""
 
-    def __init__(self, run: RunFolder, record: dict[str, Any], usd_per_hour: float | None, began: float) -> None:
+    def __init__(self, run: RunFolder, record: dict[str, Any], price: MachinePrice | None, began: float) -> None:
         self.record = record
-        self._run, self._price = run, usd_per_hour
+        self._run, self._price = run, price
         self._seconds_before = float(record.get("wall_seconds") or 0.0)  # of earlier attempts
         self._began = began
 
@@ -81,8 +82,10 @@ class RunRecorder:
         seconds = self._seconds_before + time.monotonic() - self._began
         self.record.update(values, wall_seconds=round(seconds, 1), spent_usd=None, spent_basis=None)
         if self._price is not None:
-            self.record["spent_usd"] = round(seconds / 3600 * self._price, 4)
-            self.record["spent_basis"] = "measured hours of training x budget.usd_per_hour of the config"
+            self.record["spent_usd"] = round(seconds / 3600 * self._price.usd_per_hour, 4)
+            self.record["spent_basis"] = (
+                f"measured hours of training x ${self._price.usd_per_hour:g}/h ({self._price.basis})"
+            )
         self._run.write_record(self.record)
 
     def progress(self, state: Any, throughput: Throughput, history: list[dict[str, Any]]) -> None:

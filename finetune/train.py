@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from finetune import checkpoint
 from finetune.callbacks import Budget, CommitCheckpoints, History, ProgressBar, StopSignals, Throughput
-from finetune.config import RunConfig, TrackingSection, config_hash, to_dict
+from finetune.cloud.instance import MachinePrice, machine_price
+from finetune.config import BudgetSection, RunConfig, TrackingSection, config_hash, to_dict
 from finetune.credentials import wandb_key_present
 from finetune.data import Prepared, load_prepared
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
@@ -44,6 +45,7 @@ class Inputs:
     device: Device
     data: Prepared
     template: PromptTemplate
+    price: MachinePrice | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def start(config: RunConfig, config_file: Path) -> int:
     parts = _load(inputs)
     run = create_run(config, config_file)
     record = new_record(run, config, config_file, inputs.data, inputs.template)
-    return _attempt(Session(run, inputs, parts, RunRecorder(run, record, config.budget.usd_per_hour, began)))
+    return _attempt(Session(run, inputs, parts, RunRecorder(run, record, inputs.price, began)))
 
 
 def resume(run: RunFolder) -> int:
@@ -94,7 +96,7 @@ def resume(run: RunFolder) -> int:
     found = _newest_checkpoint(run, inputs)
     parts = _load(inputs)
     record.update(attempts=record.get("attempts", 1) + 1, config=to_dict(config), config_hash=config_hash(config))
-    return _attempt(Session(run, inputs, parts, RunRecorder(run, record, config.budget.usd_per_hour, began), found))
+    return _attempt(Session(run, inputs, parts, RunRecorder(run, record, inputs.price, began), found))
 
 
 def _check_unfinished(run: RunFolder, config: RunConfig, record: dict[str, Any]) -> None:
@@ -102,7 +104,8 @@ def _check_unfinished(run: RunFolder, config: RunConfig, record: dict[str, Any])
         raise UserError(
             f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`"
         )
-    if record.get("status") == "budget_stop" and _budget(config, float(record["wall_seconds"])).seconds <= 0:
+    spent = float(record["wall_seconds"])
+    if record.get("status") == "budget_stop" and _budget(config, _price(config.budget), spent).seconds <= 0:
         raise UserError(
             f"{run.path}: the budget of this run is used up; raise budget.max_hours or budget.max_run_usd in "
             f"{run.config_yaml} to go on with it"
@@ -111,6 +114,7 @@ def _check_unfinished(run: RunFolder, config: RunConfig, record: dict[str, Any])
 
 def _inputs(config: RunConfig) -> Inputs:
     _check_tracking(config.tracking)
+    price = _price(config.budget)
     device = choose_device(config.model.torch_dtype)
     if device.place.type == "cpu" and config.training.optim in GPU_OPTIMIZERS:
         raise UserError(f"training.optim: {config.training.optim} needs a GPU; on a CPU use training.optim=adamw_torch")
@@ -121,7 +125,20 @@ def _inputs(config: RunConfig) -> Inputs:
             f"{data.folder}: was prepared for prompt {data.manifest['prompt']}, this config renders "
             f"{template.identity()}; run `finetune data prepare CONFIG` again"
         )
-    return Inputs(config, device, data, template)
+    return Inputs(config, device, data, template, price)
+
+
+def _price(budget: BudgetSection) -> MachinePrice | None:
+    """What the machine costs: by the launch policy's price table, else by the config. Raises UserError where a ceiling in
+    dollars has no price to be held by."""
+    price = machine_price()
+    if price is None and budget.usd_per_hour is not None:
+        price = MachinePrice(budget.usd_per_hour, "budget.usd_per_hour of the config")
+    if price is None and budget.max_run_usd is not None:
+        raise UserError(
+            "budget.max_run_usd: the price of this machine is not known (no launch policy started it); set budget.usd_per_hour"
+        )
+    return price
 
 
 def _newest_checkpoint(run: RunFolder, inputs: Inputs) -> Path | None:
@@ -153,6 +170,7 @@ def _deciding_hash(config: RunConfig) -> str:
             budget=blank.budget,
             tracking=blank.tracking,
             evaluation=blank.evaluation,
+            plan=blank.plan,
         )
     )
 
@@ -220,7 +238,7 @@ def _fit(session: Session) -> int:
         throughput,
     )
     history = History(lambda rows: recorder.progress(trainer.state, throughput, rows))
-    budget = _budget(config, seconds_before=float(recorder.record["wall_seconds"]))
+    budget = _budget(config, session.inputs.price, float(recorder.record["wall_seconds"]))
     with StopSignals(say) as signals, ProgressBar(history) as bar:
         for callback in (history, bar, signals, budget, _committer(session)):
             trainer.add_callback(callback)
@@ -229,11 +247,11 @@ def _fit(session: Session) -> int:
     return _finish(session, trainer, budget)
 
 
-def _budget(config: RunConfig, seconds_before: float) -> Budget:
+def _budget(config: RunConfig, price: MachinePrice | None, seconds_before: float) -> Budget:
     return Budget(
         max_hours=config.budget.max_hours,
         max_run_usd=config.budget.max_run_usd,
-        usd_per_hour=config.budget.usd_per_hour,
+        usd_per_hour=price.usd_per_hour if price else None,
         seconds_before=seconds_before,
     )
 

@@ -112,9 +112,9 @@ def tiny_run(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def no_keys(tmp_path: Path) -> Iterator[None]:
-    """No W&B key of the person who runs the tests, and no variable that one run sets left for the next."""
+    """No W&B key of the person who runs the tests, no price of the machine, no variable that one run leaves for the next."""
     before = dict(os.environ)
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "FINETUNE_PRICES"]:
         del os.environ[name]
     os.environ["NETRC"] = str(tmp_path / "no-netrc")
     yield

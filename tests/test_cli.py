@@ -60,7 +60,7 @@ def config(tiny_config: Callable[..., Path]) -> Path:
 
 
 def test_all_the_agreed_commands_are_there() -> None:
-    agreed = "doctor, data prepare, data check, train, evaluate, report, generate, config"
+    agreed = "doctor, data prepare, data check, plan, machine, train, evaluate, report, generate, config"
     assert {tuple(name.split()) for name in agreed.split(", ")} | {(), ("data",)} == set(COMMANDS)
 
 
@@ -344,7 +344,8 @@ def test_the_report_of_a_run_that_was_not_evaluated_claims_nothing(
 def test_doctor_requires_what_is_asked_for_and_no_more(
     arguments: list[str], need: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def examine(asked: str) -> list[Check]:
+    def examine(asked: str, regions: list[str] | None = None) -> list[Check]:
+        assert (regions is not None) == (asked == "cloud"), "the regions of the plan, whose quota matters"
         return [
             Check("torch", doctor._absent("train", asked), "none"),
             Check("sky", doctor._absent("cloud", asked), ""),

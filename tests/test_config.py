@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from finetune.config import RunConfig, config_hash, from_dict, load_config, to_dict, to_yaml
 from finetune.errors import UserError
+from finetune.gpus import GPUS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SMALLEST: dict[str, Any] = {
@@ -134,6 +135,8 @@ def test_every_mistake_is_reported_at_once_with_its_place_and_the_nearest_name(t
         ("model", "torch_dtype", "bf16", "one of auto, bfloat16, float16, float32"),
         ("tracking", "wandb", False, "one of auto, online, offline, disabled"),
         ("budget", "max_hours", "two", "float | None"),
+        ("plan", "gpus", "A100", "list[str]"),
+        ("plan", "records", 1.5, "int | None"),
     ],
 )
 def test_an_ill_typed_value_is_refused_with_what_was_expected(
@@ -202,7 +205,20 @@ def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: P
         ("checkpoint", "keep_last", 0),
         ("budget", "usd_per_hour", 0.0),
         ("budget", "max_hours", float("inf")),
-        ("budget", "max_run_usd", 5.0),
+        ("budget", "max_run_usd", -5.0),
+        ("budget", "max_run_usd", float("nan")),
+        ("plan", "gpus", []),
+        ("plan", "gpus", ["A100", "a100"]),
+        ("plan", "gpus", ["T4", "T4"]),
+        ("plan", "disk_gib", 9),
+        ("plan", "setup_minutes", -1.0),
+        ("plan", "setup_minutes", float("inf")),
+        ("plan", "spot_preemptions_per_hour", -0.1),
+        ("plan", "spot_preemptions_per_hour", 10.1),
+        ("plan", "spot_preemptions_per_hour", float("nan")),
+        ("plan", "records", 0),
+        ("plan", "mean_tokens", 0.0),
+        ("plan", "mean_tokens", float("nan")),
         ("evaluation", "batch_size", 0),
         ("evaluation", "max_new_tokens", 0),
         ("evaluation", "timeout_seconds", 0.0),
@@ -212,6 +228,18 @@ def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: P
 )
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, section: str, key: str, value: object) -> None:
     assert f"{section}.{key}" in problems(write(tmp_path, merged(**{section: {key: value}})))
+
+
+def test_what_is_just_possible_is_accepted(tmp_path: Path) -> None:
+    plan = {"gpus": list(GPUS), "disk_gib": 10, "setup_minutes": 0, "spot_preemptions_per_hour": 10, "records": 1}
+    limits = {"max_run_usd": 5.0}  # whether the machine has a price is known where it trains, not here
+    config = load_config(write(tmp_path, merged(plan=plan | {"mean_tokens": 1}, budget=limits)))
+    assert (config.plan.gpus, config.plan.mean_tokens, config.budget.max_run_usd) == (list(GPUS), 1.0, 5.0)
+
+
+def test_an_unknown_gpu_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+    message = problems(write(tmp_path, merged(plan={"gpus": ["A100", "K80"]})))
+    assert "plan.gpus: unknown GPU 'K80'; known: T4, V100, L4, A100" in message
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> None:

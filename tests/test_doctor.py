@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from finetune import doctor, hardware
-from finetune.doctor import Check, Need
+from finetune.cloud import gcloud_ask
+from finetune.doctor_check import Check, Need
 from finetune.hardware import Driver, Gpu, Hardware, TorchBuild
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +39,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     programs, home = tmp_path / "bin", tmp_path / "home"
     programs.mkdir()
     home.mkdir()
-    for name in KEYS:
+    logins = [name for name in os.environ if name.startswith(("CLOUDSDK_", "GOOGLE_", "GCLOUD_", "SKYPILOT_"))]
+    for name in (*KEYS, *logins):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("PATH", str(programs))
@@ -282,7 +285,7 @@ def test_little_memory_is_a_warning() -> None:
     assert row(checks, "RAM").status == "warning"
 
 
-# keys and gcloud
+# keys
 
 
 def test_keys_are_found_in_the_environment_and_in_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,33 +329,10 @@ def test_no_secret_nor_a_part_of_one_is_printed(
     assert "j...@example.com" in table and "my-project" in table
 
 
-@pytest.mark.parametrize(
-    ("script", "login", "project"),
-    [
-        ('case "$*" in *auth*) echo a@b.c;; *) echo my-project;; esac', "ok", "ok"),
-        ('case "$*" in *auth*) ;; *) echo my-project;; esac', "missing", "ok"),
-        ('case "$*" in *auth*) echo a@b.c;; *) echo "(unset)" >&2;; esac', "ok", "missing"),
-        ('case "$*" in *auth*) echo a@b.c;; *) echo "(unset)";; esac', "ok", "missing"),
-        ("echo 'crashed while loading' >&2; exit 1", "missing", "missing"),
-    ],
-)
-def test_gcloud_needs_a_login_and_a_project(program: Program, script: str, login: str, project: str) -> None:
-    program("gcloud", script)
-    checks = doctor.gcloud_checks("cloud")
-    assert (row(checks, "gcloud login").status, row(checks, "gcloud project").status) == (login, project)
-    assert doctor.exit_code(doctor.gcloud_checks("train")) == 0
-
-
-def test_gcloud_that_is_not_installed_is_one_row() -> None:
-    (check,) = doctor.gcloud_checks("cloud")
-    assert (check.status, check.found) == ("missing", "not on PATH")
-    assert doctor.gcloud_checks("train")[0].status == "warning"
-
-
 def test_a_gcloud_or_nvidia_smi_that_hangs_does_not_hang_doctor(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "GCLOUD_SECONDS", 0.3)
+    monkeypatch.setattr(gcloud_ask, "SECONDS", 0.3)
     monkeypatch.setattr(hardware, "NVIDIA_SMI_SECONDS", 0.3)
     program("gcloud", "/bin/sleep 60")
     program("nvidia-smi", "/bin/sleep 60")

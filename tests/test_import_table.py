@@ -18,20 +18,25 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("", "cloud"),  # the packages' own __init__.py
     ("errors",),
     ("files", "hardware", "credentials"),
+    ("gpus", "config_schema"),
+    ("config_rules",),
     ("config",),
     (
-        *("prompts", "memory", "sql", "checkpoint", "ledger", "records", "runs"),
-        *("cloud.prices", "cloud.instance"),
+        *("prompts", "memory", "shapes", "speed", "sql", "checkpoint", "ledger", "records", "runs"),
+        *("cloud.prices", "cloud.catalog_file", "cloud.disks", "cloud.machines"),
+        *("cloud.instance", "cloud.gcloud", "cloud.gcloud_ask", "cloud.quota", "cloud.run_size"),
     ),
     (
         *("data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"),
-        *("model", "batching", "scoring", "cloud.plan"),
+        *("model", "batching", "scoring", "memory_table"),
+        *("cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"),
     ),
     (
         *("callbacks", "trainer", "run_record", "train"),
-        *("evaluate", "generate", "ask", "export", "cloud.policy"),
+        *("evaluate", "generate", "ask", "export", "cloud.bucket", "cloud.policy"),
     ),
-    ("report", "report_source", "report_plots", "doctor"),
+    ("report", "report_source", "report_plots", "doctor", "doctor_check", "doctor_cloud"),
+    ("cli_cloud",),
     ("cli",),
     ("__main__",),
 )
@@ -42,10 +47,15 @@ NEIGHBOURS = (
     {"callbacks", "trainer", "run_record", "train"},
     {"evaluate", "generate", "ask"},
     {"report", "report_source", "report_plots"},
+    {"doctor", "doctor_check", "doctor_cloud"},
+    {"cloud.prices", "cloud.catalog_file", "cloud.disks", "cloud.machines"},
+    {"cloud.gcloud", "cloud.gcloud_ask", "cloud.quota"},
+    {"cloud.policy", "cloud.bucket"},
+    {"cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"},
 )
 """Modules of one row that are parts of one thing: they may import each other, without a circle."""
 
-ALSO = {("prompts", "sql"), ("prompts", "records")}
+ALSO = {("prompts", "sql"), ("prompts", "records"), ("memory", "shapes"), ("speed", "memory"), ("speed", "shapes")}
 """(importer, imported) within one row."""
 
 TRAINING = {

@@ -133,6 +133,35 @@ def test_a_run_is_never_overwritten(
     assert {name: content for name, content in files_of(tmp_path / "runs").items() if name.startswith("mine")} == before
 
 
+def test_dollars_without_a_price_are_refused_before_anything_is_loaded(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # no price table was kept there
+    monkeypatch.delenv("FINETUNE_PRICES", raising=False)
+    monkeypatch.setattr(train, "_load", lambda inputs: pytest.fail("loaded"))
+    message = r"^finetune: budget\.max_run_usd: the price of this machine is not known .*; set budget\.usd_per_hour$"
+    refused(["train", str(tiny_config(budget={"max_run_usd": 5.0}))], message, capsys)
+    monkeypatch.setenv("FINETUNE_PRICES", "{")
+    config = tiny_config(budget={"max_run_usd": 5.0, "usd_per_hour": 1.0})
+    refused(["train", str(config)], r"^finetune: FINETUNE_PRICES: not a price table of our launch policy", capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_with_a_ceiling_in_dollars_is_not_resumed_without_a_price(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FINETUNE_PRICES", raising=False)
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run)
+    change(run / "config.yaml", "budget", max_run_usd=5.0, usd_per_hour=None)
+    for status in ("interrupted", "budget_stop"):
+        (run / "run.json").write_text(json.dumps(record_of(run) | {"status": status}))
+        before = files_of(run)
+        refused(["train", "--resume", str(run)], r"budget\.max_run_usd: the price of this machine is not known", capsys)
+        assert files_of(run) == before
+
+
 def test_what_cannot_be_resumed_is_refused(tiny_run: Path, tmp_path: Path, capsys: Shown) -> None:
     before = files_of(tiny_run)
     refused(["train", "--resume", str(tiny_run)], r"this run is done; start a new one, or score it", capsys)

@@ -220,6 +220,7 @@ def test_a_run_stops_at_its_hours_and_goes_on_when_they_are_raised(
     stopped = record_of(run)
     assert (stopped["status"], stopped["steps"]) == ("budget_stop", {"done": 1, "planned": 4})
     assert stopped["spent_usd"] == pytest.approx(stopped["wall_seconds"] * 36 / 3600, abs=0.001)
+    assert stopped["spent_basis"] == "measured hours of training x $36/h (budget.usd_per_hour of the config)"
     assert [path.name for path in checkpoint.newest_first(run / "checkpoints")] == ["step-1"]
     first_adapter = adapter_of(run)
     capsys.readouterr()
@@ -246,6 +247,47 @@ def test_a_run_stops_at_its_dollars(tiny_config: ConfigWriter, tmp_path: Path) -
     config = tiny_config(budget={"max_run_usd": 0.01, "usd_per_hour": 36000.0})  # a millisecond
     assert main(["train", str(config)]) == 0
     assert record_of(tmp_path / "runs" / "tiny-001")["status"] == "budget_stop"
+
+
+def machine_costs(usd_per_hour: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that our launch policy started at this price."""
+    offer = {"gpu": "T4", "zone": "us-central1-a", "spot": True, "usd_per_hour": usd_per_hour}
+    table = {"basis": "a catalog of today", "ceiling_usd_per_hour": None, "offers": [offer]}
+    monkeypatch.setenv("FINETUNE_PRICES", json.dumps(table))
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nobody listens on the discard port
+
+
+def test_the_price_that_came_with_the_machine_counts_before_the_configs(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine_costs(36.0, monkeypatch)
+    assert main(["train", str(tiny_config(training={"max_steps": 1}, budget={"usd_per_hour": 1.0}))]) == 0
+    record = record_of(tmp_path / "runs" / "tiny-001")
+    assert record["spent_usd"] == pytest.approx(record["wall_seconds"] * 36 / 3600, abs=0.001)
+    assert record["spent_basis"].startswith("measured hours of training x $36/h (")
+    assert "of the config" not in record["spent_basis"]
+
+
+def test_dollars_are_held_by_the_price_that_came_with_the_machine(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    machine_costs(36000.0, monkeypatch)
+    assert main(["train", str(tiny_config(budget={"max_run_usd": 0.01, "usd_per_hour": 0.001}))]) == 0
+    run = tmp_path / "runs" / "tiny-001"
+    stopped = record_of(run)
+    assert (stopped["status"], stopped["steps"]) == ("budget_stop", {"done": 1, "planned": 4})
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "the budget of this run is used up" in capsys.readouterr().err
+    assert record_of(run) == stopped
+
+
+def test_what_the_plan_assumes_may_change_between_two_attempts(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run)
+    (run / "run.json").write_text(json.dumps(record_of(run) | {"status": "interrupted"}))
+    change(run / "config.yaml", "plan", mean_tokens=99.0, gpus=["T4"])
+    assert main(["train", "--resume", str(run)]) == 0
+    assert record_of(run)["config"]["plan"]["gpus"] == ["T4"]
 
 
 def test_a_run_without_a_price_reports_no_dollars(tiny_config: ConfigWriter, tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""The commands that deal with rented machines: `plan` and `machine`. Part of the command line (cli.py)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import EXIT_OK, UserError
+
+if TYPE_CHECKING:
+    from finetune.cloud.plan import Ceilings
+    from finetune.config import RunConfig
+
+AddCommand = Callable[..., argparse.ArgumentParser]
+
+
+def add_commands(commands: Any, add: AddCommand, overrides_help: str) -> None:
+    plan = add(
+        commands, "plan", _plan, "what the run would cost on each GPU: memory, hours, dollars, and which to take",
+        "finetune plan configs/mistral_7b_qlora.yaml --max-run-usd 20\n"
+        "  finetune plan configs/mistral_7b_qlora.yaml --memory",
+    )  # fmt: skip
+    plan.add_argument("config", type=Path, metavar="CONFIG")
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+    plan.add_argument(
+        "--max-run-usd", type=_positive, metavar="USD", help="ceiling for the whole run (default: budget.max_run_usd)"
+    )
+    plan.add_argument("--max-hourly-usd", type=_positive, metavar="USD", help="ceiling for the machine, an hour")
+    plan.add_argument(
+        "--max-hours", type=_positive, metavar="HOURS", help="ceiling for the run (default: budget.max_hours)"
+    )
+    kinds = plan.add_mutually_exclusive_group()
+    kinds.add_argument("--spot", dest="spot", action="store_const", const=True, help="spot machines only")
+    kinds.add_argument("--on-demand", dest="spot", action="store_const", const=False, help="on-demand machines only")
+    kinds.add_argument("--both", dest="spot", action="store_const", const=None, help="both (the default)")
+    plan.add_argument("--trust-prices", action="store_true", help="also rank by prices that look wrong")
+    plan.add_argument("--memory", action="store_true", help="the parts of the GPU memory instead, for each GPU")
+    plan.add_argument(
+        "--write", type=Path, metavar="TASK", help="put the order into this task YAML, such as sky/train_cheapest.yaml"
+    )
+    plan.add_argument("--json", action="store_true", help="the plan for programs")
+
+    machine = add(commands, "machine", _machine, "what this rented machine costs an hour", "finetune machine")
+    machine.add_argument(
+        "--max-run-usd", type=_positive, metavar="USD", help="dollars that this machine may still cost"
+    )
+    machine.add_argument("--max-hours", type=_positive, metavar="HOURS", help="hours that it may go on at most")
+    machine.add_argument("--wall-hours", action="store_true", help="print only the hours that both allow from now")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from finetune.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.memory:
+        if arguments.json or arguments.write:
+            raise UserError("--memory: prints a table of its own; leave out --json and --write")
+        from finetune.memory_table import memory_table
+
+        print(memory_table(config, config.plan.gpus))
+        return EXIT_OK
+    from finetune.cloud.plan import plan_run
+    from finetune.cloud.plan_table import render, to_json
+    from finetune.cloud.plan_write import write_order
+    from finetune.cloud.prices import load_catalog
+
+    plan = plan_run(
+        config,
+        load_catalog(),
+        _ceilings(arguments, config),
+        spot=arguments.spot,
+        trust_prices=arguments.trust_prices,
+    )
+    print(
+        json.dumps(to_json(plan), indent=2, allow_nan=False) if arguments.json else render(plan, str(arguments.config))
+    )
+    if arguments.write:
+        write_order(plan, arguments.write, _typed(arguments))
+        if not arguments.json:
+            print(f"written: {arguments.write}")
+    return EXIT_OK
+
+
+def _typed(arguments: argparse.Namespace) -> str:
+    """The command that gives this plan again, in one line."""
+    words = ["finetune", "plan", str(arguments.config), *arguments.overrides]
+    for name in ("max_run_usd", "max_hourly_usd", "max_hours"):
+        if (value := getattr(arguments, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", f"{value:g}"]
+    if arguments.spot is not None:
+        words.append("--spot" if arguments.spot else "--on-demand")
+    if arguments.trust_prices:
+        words.append("--trust-prices")
+    return " ".join(shlex.join(words).split())
+
+
+def _ceilings(arguments: argparse.Namespace, config: RunConfig) -> Ceilings:
+    from finetune.cloud.plan import Ceilings
+
+    return Ceilings(
+        usd_per_hour=arguments.max_hourly_usd,
+        run_usd=arguments.max_run_usd or config.budget.max_run_usd,
+        hours=arguments.max_hours or config.budget.max_hours,
+    )
+
+
+def _machine(arguments: argparse.Namespace) -> int:
+    from finetune.cloud.instance import machine_price, this_machine, wall_hours
+
+    price = machine_price()
+    hours = wall_hours(price, max_run_usd=arguments.max_run_usd, max_hours=arguments.max_hours)
+    if arguments.wall_hours:
+        if hours is None:
+            raise UserError(
+                "--wall-hours: nothing limits it: give --max-hours, or --max-run-usd on a machine with a price"
+            )
+        print(f"{hours:.4f}")
+        return EXIT_OK
+    if price is None:
+        raise UserError("no price came with this machine: it was not launched by SkyPilot under our policy (.sky.yaml)")
+    machine = this_machine()
+    kind = {True: "spot", False: "on-demand", None: "spot or on-demand unknown"}[machine.spot]
+    where = f"{machine.gpu or 'GPU unknown'}, {kind}, {machine.zone or 'zone unknown'}"
+    print(f"{where}: ${price.usd_per_hour:.4f} an hour ({price.basis})")
+    if hours is not None:
+        print(f"may go on for {hours:.2f} h")
+    return EXIT_OK

@@ -1,0 +1,71 @@
+"""The bucket of a launch: its name belongs to project and user, and it may have been made from another computer.
+
+Part of the launch policy, so SkyPilot is there; imported inside, because it takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from finetune.cloud.gcloud import bucket_name, local_login
+from finetune.errors import UserError
+
+VARIABLE = "BUCKET"
+"""Of our task YAMLs; the mount is named after it."""
+DERIVED = "auto"
+SECONDS = 2.0
+FORBIDDEN = 403
+
+
+def fill_bucket(task: Any, say: Any) -> None:
+    """Give mounts of a bucket named `auto` in a sky.Task the name finetune-<project>-<user>, and tell the job by envs.
+
+    SkyPilot makes a bucket that is mounted by name; but one that is there, and that it has not made on this computer, it
+    takes only by address. Raises UserError without a login, and for a bucket that is forbidden.
+    """
+    from sky import global_user_state
+
+    mounts = [storage for storage in task.storage_mounts.values() if storage.name == DERIVED]
+    if not mounts:
+        return
+    name = bucket_name(local_login())
+    known = global_user_state.get_handle_from_storage_name(name) is not None
+    by_address = not known and _is_there(name)
+    for storage in mounts:
+        if by_address:
+            storage.name, storage.source = None, f"gs://{name}"
+        else:
+            storage.name = name
+    task.update_envs({VARIABLE: name})
+    say(f"finetune: bucket gs://{name}" + ("" if known or by_address else ", to be made"))
+
+
+def _is_there(name: str) -> bool:
+    """Whether the bucket has been made. False too when Google gives no answer within SECONDS: SkyPilot asks again, and then
+    says what is wrong."""
+    from sky.adaptors import gcp
+
+    answers: list[bool | Exception] = []
+
+    def look() -> None:
+        try:
+            answers.append(gcp.storage_client().lookup_bucket(name) is not None)
+        except Exception as error:  # of several libraries below
+            answers.append(error)
+
+    retries = logging.getLogger("urllib3.connectionpool")
+    level = retries.level
+    retries.setLevel(logging.ERROR)  # without network it would warn of each attempt
+    asking = threading.Thread(target=look, daemon=True)
+    asking.start()
+    asking.join(SECONDS)
+    retries.setLevel(level)
+    answer = answers[0] if answers else False
+    if getattr(answer, "code", None) == FORBIDDEN:
+        raise UserError(
+            f"bucket gs://{name}: Google forbids this account to see it; ask for the role Storage Admin, or launch with "
+            f"--env {VARIABLE}=NAME"
+        )
+    return answer is True

@@ -1,0 +1,221 @@
+"""Which machines a launch may land on: every offer that the task allows, less those above its ceiling, in order of dollars.
+
+Knows nothing of SkyPilot: `policy` translates between its resources and the lines here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.cloud.plan import OnGpu, RunCost, run_cost
+from finetune.cloud.prices import Catalog, Offer
+from finetune.config import PlanSection
+from finetune.errors import UserError
+
+LIMIT = 24
+"""Candidates that are handed to SkyPilot: its optimizer takes seconds over a hundred, at every fail-over again, and prints
+them all."""
+NEAREST = 6
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One alternative of a task, as it may be bought. ceiling: US dollars per hour for the whole machine, None for none."""
+
+    gpu: str
+    count: int
+    machine: str
+    spot: bool
+    region: str | None
+    zone: str | None
+    disk_gib: int
+    disk_tier: str
+    ceiling: float | None
+    place: int  # which of the task's alternatives
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An offer that a task allows. cost is None where the run's work is not known; then the price alone ranks it."""
+
+    wanted: Wanted
+    offer: Offer
+    cost: RunCost | None = None
+    refusal: str = ""
+    given: int | None = None  # its place in an order that was fixed before; else dollars decide
+
+    @property
+    def rank(self) -> tuple[float, float, str, bool]:
+        usd = self.offer.usd_per_hour
+        first = float(self.given) if self.given is not None else self.cost.usd if self.cost else usd
+        return (first, usd, self.offer.zone, self.offer.spot)
+
+    @property
+    def name(self) -> str:
+        return f"{self.offer.gpu} {'spot' if self.offer.spot else 'on-demand'}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Candidates that SkyPilot may treat as one: the zones of a region at one price, or a single zone (then zone is set)."""
+
+    candidates: tuple[Candidate, ...]
+    zone: str | None
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+
+def list_candidates(
+    catalog: Catalog, wanted: Sequence[Wanted], on_gpus: dict[str, OnGpu], plan: PlanSection, *, trust_prices: bool
+) -> list[Candidate]:
+    """Every offer for every alternative, each with what it is refused for, best first.
+
+    on_gpus: memory, speed and hours of the run by GPU name; empty when the task names no config of ours.
+    Raises UserError for a GPU, machine or region that cannot be priced.
+    """
+    found: dict[tuple[str, str, bool, float], Candidate] = {}
+    for one in wanted:
+        offers = catalog.offers(
+            one.gpu, machine=one.machine, count=one.count, spot=one.spot, disk_gib=one.disk_gib, disk_tier=one.disk_tier,
+            region=one.region, zone=one.zone,
+        )  # fmt: skip
+        for offer in offers:
+            on_gpu = on_gpus.get(offer.gpu)
+            cost = run_cost(on_gpu, offer.usd_per_hour, offer.spot, plan) if on_gpu else None
+            candidate = Candidate(one, offer, cost, _refusal(one, offer, on_gpu, trust_prices))
+            key = (offer.machine + offer.gpu, offer.zone, offer.spot, offer.usd_per_hour)
+            if key not in found or found[key].refusal:
+                found[key] = candidate
+    return sorted(found.values(), key=lambda candidate: candidate.rank)
+
+
+def _refusal(wanted: Wanted, offer: Offer, on_gpu: OnGpu | None, trust_prices: bool) -> str:
+    if wanted.ceiling is not None and offer.usd_per_hour > wanted.ceiling:
+        return f"above max_hourly_cost ${wanted.ceiling:g}"
+    if offer.doubts and not trust_prices:
+        return f"price not trusted: {'; '.join(offer.doubts)}"
+    if on_gpu and not on_gpu.fits:
+        return f"does not fit: needs {on_gpu.needed_gib:.1f} GiB of {on_gpu.gpu.memory_gib:.1f} (estimated)"
+    return ""
+
+
+def entries(candidates: Sequence[Candidate]) -> list[Entry]:
+    """The admitted ones of all candidates in their order, the zones of a region as one entry where that adds no other zone.
+
+    Told only a region, SkyPilot tries every zone of it that sells the machine. So a region counts as one entry only when all
+    of those zones are admitted at one price; else its admitted zones stand alone.
+    """
+    regions: dict[tuple[str, str, str, bool], list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        offer = candidate.offer
+        regions[(offer.machine, offer.gpu, offer.region, offer.spot)].append(candidate)
+    found = []
+    for members in regions.values():
+        admitted = [candidate for candidate in members if not candidate.refusal]
+        one_price = len({candidate.offer.usd_per_hour for candidate in members}) == 1
+        one_zone = any(candidate.wanted.zone for candidate in members)
+        if one_price and len(admitted) == len(members) and not one_zone:
+            found.append(Entry(tuple(members), None))
+        else:
+            found += [Entry((candidate,), candidate.offer.zone) for candidate in admitted]
+    return sorted(found, key=lambda entry: entry.best.rank)
+
+
+def shorten(found: Sequence[Entry], limit: int = LIMIT) -> list[Entry]:
+    """At most `limit` entries in their order: first an equal share for every kind of machine, so that a stock-out of one
+    kind everywhere still leaves the others, then the best of the rest."""
+    kinds: dict[str, list[Entry]] = defaultdict(list)
+    for entry in found:
+        kinds[entry.best.name].append(entry)
+    share = max(1, limit // max(1, len(kinds)))
+    kept = [entry for members in kinds.values() for entry in members[:share]]
+    rest = [entry for entry in found if entry not in kept]
+    kept += rest[: max(0, limit - len(kept))]
+    return sorted(kept, key=lambda entry: entry.best.rank)[:limit]
+
+
+def check_ceiling(ceiling: float | None, place: str) -> None:
+    """Raises UserError for a ceiling that is not a positive, finite number; a NaN would admit everything."""
+    if ceiling is not None and not 0 < ceiling < float("inf"):
+        raise UserError(f"{place}: expected a positive number of US dollars, found {ceiling}")
+
+
+def refusal_message(candidates: Sequence[Candidate], source: str) -> str:
+    """Why nothing is left, with the price parts of the nearest candidate of each kind, and the ceiling that admits it."""
+    if not candidates:
+        return f"no machine that this task allows has a price in {source}"
+    by_price = sorted(candidates, key=lambda c: (not c.refusal.startswith("above"), c.offer.usd_per_hour))
+    kinds: dict[str, Candidate] = {}
+    prices: dict[tuple[str, float], Candidate] = {}
+    for candidate in by_price:
+        kinds.setdefault(candidate.name, candidate)
+        prices.setdefault((candidate.name, candidate.offer.usd_per_hour), candidate)
+    nearest = list(dict.fromkeys([*kinds.values(), *prices.values()]))[:NEAREST]
+    lines = [
+        "no machine is allowed: each is above its ceiling or refused for another reason; nothing was launched.",
+        f"US dollars per hour of the whole machine, from {source}; disk at list price. Nearest:",
+    ]
+    for candidate in sorted(nearest, key=by_price.index):
+        offer = candidate.offer
+        parts = f"{offer.host_usd:.3f} host + {offer.gpu_usd:.3f} GPU + {offer.disk_usd:.3f} disk"
+        lines.append(f"  {candidate.name:<20} {offer.machine} {offer.zone:<18} {offer.usd_per_hour:.3f} = {parts}")
+        lines.append(f"  {'':<20} {candidate.refusal}{_remedy(candidate)}")
+    return "\n".join(lines)
+
+
+def _remedy(candidate: Candidate) -> str:
+    if candidate.refusal.startswith("above"):
+        return f"; max_hourly_cost: {_rounded_up(candidate.offer.usd_per_hour):.2f} would admit it"
+    if candidate.refusal.startswith("price"):
+        return "; if you know better, launch with --env FINETUNE_TRUST_PRICES=1"
+    return ""
+
+
+def _rounded_up(usd: float) -> float:
+    return -(-round(usd * 1e6) // 10_000) / 100
+
+
+def table(found: Sequence[Entry], shown: int) -> str:
+    """The entries in their order, as aligned plain text: price per hour from the catalog, dollars of the run estimated."""
+    rows = [("", "machine", "where", "$/h", "hours", "$ for the run")]
+    for place, entry in enumerate(found[:shown], start=1):
+        best = entry.best
+        where = entry.zone or f"{best.offer.region} ({len(entry.candidates)} zone{'s' * (len(entry.candidates) > 1)})"
+        hours, usd = (f"{best.cost.hours:.1f}", f"{best.cost.usd:.2f}") if best.cost else ("", "")
+        rows.append(
+            (f"{place}.", f"{best.name}, {best.offer.machine}", where, f"{best.offer.usd_per_hour:.3f}", hours, usd)
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    if len(found) > shown:
+        lines.append(f"... and {len(found) - shown} more")
+    return "\n".join(lines)
+
+
+def price_table(found: Sequence[Entry], basis: str) -> dict[str, object]:
+    """What the job gets, so that it knows its own price (`instance.price_in` reads it)."""
+    ceilings = [entry.best.wanted.ceiling for entry in found]
+    known = [ceiling for ceiling in ceilings if ceiling is not None]
+    return {
+        "basis": basis,
+        "ceiling_usd_per_hour": max(known) if known else None,
+        "offers": [
+            {
+                "gpu": candidate.offer.gpu,
+                "zone": candidate.offer.zone,
+                "spot": candidate.offer.spot,
+                "usd_per_hour": round(candidate.offer.usd_per_hour, 5),
+            }
+            for entry in found
+            for candidate in entry.candidates
+        ],
+    }

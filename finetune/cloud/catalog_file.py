@@ -1,0 +1,184 @@
+"""The files of SkyPilot's price catalog: where they lie, when they were fetched, what is in them.
+
+SkyPilot itself is not needed: importing it takes seconds, reading the file a fraction of one.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.errors import UserError
+
+SCHEMA = "v8"
+"""SkyPilot 0.14's version of the catalog (CATALOG_SCHEMA_VERSION in its skylet/constants.py)."""
+VMS = "gcp/vms.csv"
+ACCELERATORS = "common/accelerators.csv"
+COLUMNS = (
+    *("InstanceType", "vCPUs", "MemoryGiB", "AcceleratorName", "AcceleratorCount"),
+    *("Region", "AvailabilityZone", "Price", "SpotPrice"),
+)
+MEND = "delete the file, and `sky gpus list --cloud gcp` fetches it anew"
+
+
+class Row(NamedTuple):
+    """A host or some GPUs in one zone. US dollars per hour, None where that is not sold. vcpus and memory_gib are of a host."""
+
+    region: str
+    zone: str
+    usd: float | None
+    spot_usd: float | None
+    vcpus: float
+    memory_gib: float
+
+    def price(self, spot: bool) -> float | None:
+        return self.spot_usd if spot else self.usd
+
+
+@dataclass(frozen=True)
+class PriceRows:
+    """All rows by what is sold, then by zone. A GPU machine costs its host's row and its GPUs' row of the same zone."""
+
+    hosts: dict[str, dict[str, Row]] = field(default_factory=dict)
+    gpus: dict[tuple[str, int], dict[str, Row]] = field(default_factory=dict)
+
+
+def skypilot_folder() -> Path:
+    """Where SkyPilot keeps its catalog: under SKY_RUNTIME_DIR if that is set, else under the home directory."""
+    return Path(os.environ.get("SKY_RUNTIME_DIR", "~")).expanduser() / ".sky" / "catalogs" / SCHEMA
+
+
+def read_prices(folder: Path) -> tuple[PriceRows, datetime | None]:
+    """The prices of Google Cloud under a catalog's folder, and when SkyPilot fetched them; None where that is not known.
+
+    Raises FileNotFoundError where there are none, and UserError naming file and line for a file that is cut off, lacks a
+    column or has a price that is no amount of money: half a price list may hide the half that matters.
+    """
+    path = folder / VMS
+    content = _read(path)
+    rows = PriceRows()
+    for place, values in _lines(path, content):
+        try:
+            _add(rows, values)
+        except ValueError as error:
+            raise UserError(f"{place}: {error}; {MEND}") from None
+    if not rows.hosts and not rows.gpus:
+        raise UserError(f"{path}: no prices in it; {MEND}")
+    return rows, _fetched(folder, content)
+
+
+def read_clouds(folder: Path) -> dict[str, list[str]]:
+    """Names of GPUs -> the clouds that have them, from a catalog's folder; empty where there is no such file."""
+    try:
+        text = _read(folder / ACCELERATORS).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    return {row[0]: re.findall(r"'([^']*)'", row[1]) for row in csv.reader(io.StringIO(text)) if len(row) == 2}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror}); mend that, or {MEND}") from error
+
+
+def _lines(path: Path, content: bytes) -> Iterator[tuple[str, list[str]]]:
+    """(file and line, values of COLUMNS) of each row."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: line {content[: error.start].count(10) + 1}: not UTF-8; {MEND}") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        if not text.strip():
+            raise UserError(f"{path}: empty; {MEND}")
+        header = next(reader)
+        missing = [name for name in COLUMNS if name not in header]
+        if missing:
+            raise UserError(f"{path}: line 1: no column {', '.join(missing)}; {MEND}")
+        if not text.endswith(("\n", "\r")):  # a price may have lost its last digits
+            last = len(text.splitlines())
+            raise UserError(f"{path}: line {last}: the file is cut off, its last line has no end; {MEND}")
+        wanted = [header.index(name) for name in COLUMNS]
+        for row in filter(None, reader):  # None: not an empty line
+            if len(row) != len(header):
+                raise UserError(f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns; {MEND}")
+            yield f"{path}: line {reader.line_num}", [row[index] for index in wanted]
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: {error}; {MEND}") from None
+
+
+def _add(rows: PriceRows, values: list[str]) -> None:
+    """Put a row, as values of COLUMNS, where it belongs. Raises ValueError for a value that is not what its column holds."""
+    host, vcpus, memory, gpu, count, region, zone, usd, spot_usd = values
+    if not region or not zone:
+        raise ValueError("no Region or no AvailabilityZone")
+    row = Row(
+        region,
+        zone,
+        _number("Price", usd),
+        _number("SpotPrice", spot_usd),
+        _number("vCPUs", vcpus) or 0.0,
+        _number("MemoryGiB", memory) or 0.0,
+    )
+    if host:
+        _keep(rows.hosts.setdefault(host, {}), row)
+    if gpu:
+        number = _number("AcceleratorCount", count)
+        if not number or number != int(number):
+            raise ValueError(f"AcceleratorCount is {count!r}, expected a whole number")
+        _keep(rows.gpus.setdefault((gpu, int(number)), {}), row)
+
+
+def _keep(zones: dict[str, Row], row: Row) -> None:
+    """Add a row. The real catalog has some things twice in a zone; where their prices differ the dearer one counts."""
+    known = zones.get(row.zone)
+    if known is not None:
+        row = row._replace(usd=_dearer(known.usd, row.usd), spot_usd=_dearer(known.spot_usd, row.spot_usd))
+    zones[row.zone] = row
+
+
+def _dearer(one: float | None, other: float | None) -> float | None:
+    return max((usd for usd in (one, other) if usd is not None), default=None)
+
+
+@cache
+def _number(column: str, text: str) -> float | None:
+    """A number of zero or more, None for an empty cell."""
+    if not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{column} is {text!r}, expected a number of zero or more")
+    return number
+
+
+def _fetched(folder: Path, content: bytes) -> datetime | None:
+    """When SkyPilot downloaded the file with this content.
+
+    It then writes the file's MD5 into .meta/. The time of the file itself does not tell: SkyPilot sets it anew when a refresh
+    fails. Another MD5, or none, means that somebody else put the file there.
+    """
+    note = folder / ".meta" / f"{VMS}.md5"
+    try:
+        if note.read_text(encoding="utf-8").strip() != hashlib.md5(content, usedforsecurity=False).hexdigest():
+            return None
+        return datetime.fromtimestamp(note.stat().st_mtime, UTC)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,86 @@
+"""What a machine's boot disk costs. SkyPilot's catalog has no prices of disks, and its cost estimates leave them out."""
+
+from __future__ import annotations
+
+from finetune.errors import UserError
+
+HOURS_PER_MONTH = 730
+"""365 x 24 / 12. Google bills the seconds of the month at hand, so an hour of February costs up to 9% more: a quarter of a
+cent for 200 GiB."""
+STANDARD, BALANCED, SSD = "pd-standard", "pd-balanced", "pd-ssd"
+TIERS = ("low", "medium", "high", "ultra", "best", "none")
+"""What `disk_tier` of a SkyPilot task may be; none is its default, medium."""
+
+PRICES = (
+    (0.04, 0.1, 0.17, "asia-east1 europe-north2 europe-west1 us-central1 us-east1 us-east5 us-west1"),
+    (0.042, 0.105, 0.1785, "asia-southeast3"),
+    (0.0436, 0.109, 0.1853, "northamerica-south1"),
+    (0.044, 0.11, 0.187, "asia-southeast1 europe-north1 europe-west4 me-west1 us-east4 us-west4"),
+    (0.044, 0.11, 0.187, "northamerica-northeast1 northamerica-northeast2"),
+    (0.0464, 0.116, 0.1972, "europe-west8 europe-west9"),
+    (0.0472, 0.12, 0.2006, "europe-southwest1 us-south1"),
+    (0.048, 0.12, 0.204, "asia-south1 asia-south2 europe-west2 europe-west3 us-west2 us-west3"),
+    (0.048, 0.13, 0.204, "europe-central2"),
+    (0.0486, 0.1215, 0.20655, "me-central1"),
+    (0.0498, 0.11, 0.187, "asia-east2"),
+    (0.0516, 0.12, 0.204, "europe-west12"),
+    (0.052, 0.13, 0.221, "asia-northeast1 asia-northeast2 asia-northeast3 asia-southeast2 europe-west6"),
+    (0.05232, 0.109788, 0.1866395, "africa-south1"),
+    (0.054, 0.135, 0.23, "australia-southeast1 australia-southeast2"),
+    (0.0572, 0.143, 0.2431, "southamerica-west1"),
+    (0.06, 0.15, 0.255, "southamerica-east1"),
+    (0.0616, 0.154, 0.2618, "europe-west10"),
+    (0.064, 0.16, 0.272, "me-central2"),
+)
+"""List prices in US dollars per GiB and month of pd-standard, pd-balanced and pd-ssd, by region.
+
+From Google's Cloud Billing catalog on 2026-07-22, as the pricing.yml of Cyclenerd/google-cloud-pricing-cost-calculator holds
+it (commit 08440e74). In November 2024 and March 2025 that file had the same, but for africa-south1 (then dearer) and
+regions that were new since. Google's page on disk pricing has the same figures for Iowa.
+"""
+USD_PER_MONTH = {
+    region: {STANDARD: standard, BALANCED: balanced, SSD: ssd}
+    for standard, balanced, ssd, regions in PRICES
+    for region in regions.split()
+}
+DEAREST = {kind: max(prices[kind] for prices in USD_PER_MONTH.values()) for kind in (STANDARD, BALANCED, SSD)}
+"""Taken for a region that the table lacks: a ceiling has to hold there too."""
+
+
+def disk_usd_per_hour(gib: int, tier: str, region: str, machine: str = "") -> float:
+    """US dollars per hour of a disk of `gib` GiB, at the list price of the region; never too little.
+
+    tier: SkyPilot's disk_tier; which disk that is depends on the machine. Without a machine the dearest is taken that the
+    tier may mean. For a region that the table lacks it is the price of the dearest region. Raises UserError for a tier that
+    is unknown, or that Google charges by more than its size.
+    """
+    if isinstance(gib, bool) or not isinstance(gib, int) or gib <= 0:
+        raise UserError(f"disk size: expected a positive whole number of GiB, found {gib!r}")
+    prices = USD_PER_MONTH.get(region.lower(), DEAREST)
+    return gib * prices[disk_type(tier, machine)] / HOURS_PER_MONTH
+
+
+def disk_type(tier: str, machine: str = "") -> str:
+    """Google's name of the disk that SkyPilot 0.14 takes for a tier on a machine type (`_get_disk_type` in its clouds/gcp.py).
+
+    Raises UserError for pd-extreme and Hyperdisk: their I/O operations are charged too.
+    """
+    if tier not in TIERS:
+        raise UserError(f"disk_tier: {tier!r} is unknown; expected one of {', '.join(TIERS)}")
+    series = machine.partition("-")[0]
+    if series in ("n4", "a4", "g4") or machine.startswith("a3-ultragpu"):
+        raise UserError(f"disk_tier: {machine} takes only Hyperdisk, whose price is not known here")
+    if tier == "low":
+        return BALANCED if series in ("", "g2", "a3") else STANDARD
+    if tier in ("medium", "none"):
+        return BALANCED
+    if tier == "high" or series in ("n1", "a2", "g2") or (series == "n2" and _vcpus(machine) < 64):
+        return SSD
+    place = f" on {machine}" if machine else ""
+    raise UserError(f"disk_tier: the price of {tier}{place} is not known here; choose medium or high")
+
+
+def _vcpus(machine: str) -> int:
+    """The number at the end of a machine type's name, such as n2-standard-8."""
+    number = machine.rpartition("-")[2]
+    return int(number) if number.isdigit() else 64

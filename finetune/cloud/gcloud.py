@@ -1,0 +1,185 @@
+"""Who is logged in to Google Cloud, and in which project: read from gcloud's own files, with no network and no process.
+
+SkyPilot takes the project from its own config or from google.auth, which asks the environment, the credentials and then
+gcloud. The places are looked at here in that order, so that our bucket lies in the project of SkyPilot's machines; tests
+compare with google.auth and with gcloud itself.
+"""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+
+LOG_IN = "gcloud auth login"
+LOG_IN_APPLICATIONS = "gcloud auth application-default login"
+SET_PROJECT = "gcloud config set project <project id>"
+
+CREDENTIALS = "application_default_credentials.json"
+KINDS = (
+    *("authorized_user", "service_account", "impersonated_service_account", "gdch_service_account"),
+    *("external_account", "external_account_authorized_user"),
+)
+"""What `type` may be in a credentials file (google.auth)."""
+
+BUCKET_LETTERS = 63
+"""Longest bucket name without dots (Google Cloud's rules for bucket names)."""
+HASH_LETTERS = 8
+RESERVED = re.compile("g[o0][o0]gle")
+"""No bucket name may hold `google` or what looks like it."""
+
+
+@dataclass(frozen=True)
+class Login:
+    """A project id, and the account's e-mail address, which must not be printed: it is left out of the repr."""
+
+    project: str
+    account: str = field(repr=False)
+
+
+def local_login() -> Login:
+    """The login that SkyPilot would use here.
+
+    Whether it has expired cannot be known without the network. Raises UserError, with the command to run, where there
+    are no application default credentials, no project or no account, and where a file is not what gcloud writes.
+    """
+    folder = gcloud_folder()
+    path = Path(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or folder / CREDENTIALS)
+    credentials = _credentials(path, folder)
+    project = _skypilot_project() or _project(credentials, path, folder)
+    account = _property("account", folder) or _text(credentials, "client_email", path)
+    if not account:
+        raise UserError(f"{folder}: nobody is logged in to gcloud; run `{LOG_IN}`")
+    return Login(project, account)
+
+
+def bucket_name(login: Login) -> str:
+    """The name of this person's bucket: finetune-<project>-<user>, a valid name that is always the same.
+
+    user is the account's part before the @. Everything but letters and digits becomes a dash. What is too long, reserved
+    or not ASCII is cut or replaced, and a hash of project and account then keeps the name apart from others.
+    """
+    wanted = f"finetune-{login.project}-{login.account.partition('@')[0]}".lower()
+    plain = re.sub("[^a-z0-9]+", "-", wanted).strip("-")
+    name = RESERVED.sub("g-gle", plain)
+    if name == plain and len(name) <= BUCKET_LETTERS and wanted.isascii():
+        return name
+    digest = hashlib.sha256(f"{login.project} {login.account}".encode()).hexdigest()[:HASH_LETTERS]
+    return f"{name[: BUCKET_LETTERS - 1 - HASH_LETTERS]}-{digest}"
+
+
+def gcloud_folder() -> Path:
+    """Where gcloud keeps its settings and logins; it need not exist."""
+    return Path(os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud").expanduser()
+
+
+def skypilot_setting(*keys: str) -> Any:
+    """A value from SkyPilot's own config, None where it has none: skypilot_setting("jobs", "controller").
+
+    The file is ~/.sky/config.yaml, or what SKYPILOT_GLOBAL_CONFIG names. Raises UserError if it is not YAML.
+    """
+    import yaml
+
+    path = Path(os.environ.get("SKYPILOT_GLOBAL_CONFIG") or "~/.sky/config.yaml").expanduser()
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise UserError(f"{path}: not readable as YAML; correct or remove SkyPilot's config file") from None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _credentials(path: Path, folder: Path) -> dict[str, Any]:
+    """The application default credentials at `path`."""
+    if not path.is_file():
+        if path != folder / CREDENTIALS:
+            raise UserError(f"{path}: no such file, but GOOGLE_APPLICATION_CREDENTIALS names it; correct or unset that")
+        if not folder.is_dir():
+            run = f"install gcloud, then run `{LOG_IN}` and `{LOG_IN_APPLICATIONS}`"
+            raise UserError(f"{folder}: missing, so gcloud is not set up here; {run}")
+        raise UserError(f"{path}: missing, and SkyPilot needs it; run `{LOG_IN_APPLICATIONS}`")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror}); correct its permissions") from None
+    except ValueError:
+        raise UserError(f"{path}: not whole JSON; run `{LOG_IN_APPLICATIONS}` again") from None
+    if not isinstance(value, dict) or value.get("type") not in KINDS:
+        raise UserError(f"{path}: holds no credentials that Google knows; run `{LOG_IN_APPLICATIONS}` again")
+    return value
+
+
+def _skypilot_project() -> str:
+    """The project that SkyPilot's config sets for its active workspace, "" if none."""
+    workspace = skypilot_setting("active_workspace") or "default"
+    project = skypilot_setting("workspaces", str(workspace), "gcp", "project_id")
+    return project if isinstance(project, str) else ""
+
+
+def _project(credentials: dict[str, Any], path: Path, folder: Path) -> str:
+    """The project as google.auth.default finds it. Its `quota_project_id` is not one of the places."""
+    environment = os.environ.get("GOOGLE_CLOUD_PROJECT", os.environ.get("GCLOUD_PROJECT"))
+    key = {"service_account": "project_id", "gdch_service_account": "project"}.get(credentials["type"])
+    project = environment or (_text(credentials, key, path) if key else "")
+    if project:
+        return project
+    if path != folder / CREDENTIALS:  # gcloud is asked only about the credentials that it wrote itself
+        raise UserError(f"{path}: names no project; set GOOGLE_CLOUD_PROJECT to the project's id")
+    project = _property("project", folder)
+    if not project:
+        raise UserError(f"{folder}: gcloud has no project set; run `{SET_PROJECT}`")
+    return project
+
+
+def _text(credentials: dict[str, Any], key: str, path: Path) -> str:
+    value = credentials.get(key, "")
+    if not isinstance(value, str):
+        raise UserError(f"{path}: {key} is no text; run `{LOG_IN_APPLICATIONS}` again")
+    return value
+
+
+def _property(name: str, folder: Path) -> str:
+    """A property of gcloud's section [core], "" where it is not set. The environment counts first, even when empty."""
+    value = os.environ.get(f"CLOUDSDK_CORE_{name.upper()}")
+    if value is not None:
+        return value
+    path = folder / "configurations" / f"config_{_active_configuration(folder)}"
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror}); correct its permissions") from None
+    except (configparser.Error, UnicodeDecodeError):
+        raise UserError(f"{path}: not a file that gcloud wrote; remove it and run `gcloud init`") from None
+    return parser.get("core", name, fallback="")
+
+
+def _active_configuration(folder: Path) -> str:
+    """The name of gcloud's active configuration, "" if it has none: then gcloud starts with an empty one."""
+    named = os.environ.get("CLOUDSDK_ACTIVE_CONFIG_NAME")
+    if named:
+        return named
+    path = folder / "active_config"
+    try:
+        name = path.read_text(encoding="utf-8") or "default"
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError):
+        name = "?"
+    if not re.fullmatch("[a-z][-a-z0-9]*|NONE", name):
+        raise UserError(
+            f"{path}: should hold one name, such as default for configurations/config_default; write it there"
+        )
+    return name

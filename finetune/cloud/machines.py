@@ -1,0 +1,68 @@
+"""Which machine a GPU of Google Cloud comes with. SkyPilot refuses a wrong pair too, but only once it is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from finetune.errors import UserError
+
+_EIGHT = (1, 2, 4, 8)
+OWN_MACHINES: Mapping[str, Mapping[int, tuple[str, ...]]] = {
+    "A100": {**{n: (f"a2-highgpu-{n}g",) for n in _EIGHT}, 16: ("a2-megagpu-16g",)},
+    "A100-80GB": {n: (f"a2-ultragpu-{n}g",) for n in _EIGHT},
+    "L4": {
+        1: tuple(f"g2-standard-{vcpus}" for vcpus in (4, 8, 12, 16, 32)),
+        2: ("g2-standard-24",),
+        4: ("g2-standard-48",),
+        8: ("g2-standard-96",),
+    },
+    "H100": {n: (f"a3-highgpu-{n}g",) for n in _EIGHT},
+    "H100-MEGA": {8: ("a3-megagpu-8g",)},
+    "H200": {8: ("a3-ultragpu-8g",)},
+    "B200": {8: ("a4-highgpu-8g",)},
+    "RTXPRO6000": {n: (f"g4-standard-{48 * n}",) for n in _EIGHT},
+}
+"""GPU -> how many of them -> the machine types that have them built in."""
+N1_LIMITS: Mapping[str, Mapping[int, tuple[int, int]]] = {
+    "T4": {1: (48, 312), 2: (48, 312), 4: (96, 624)},
+    "V100": {1: (12, 78), 2: (24, 156), 4: (48, 312), 8: (96, 624)},
+    "P4": {1: (24, 156), 2: (48, 312), 4: (96, 624)},
+    "P100": {1: (16, 104), 2: (32, 208)},
+}
+"""GPU -> how many of them -> (vCPUs, GB) that the N1 machine which they are attached to may have at most.
+
+Both tables: Google's page on GPU machine types, as SkyPilot 0.14 holds it (catalog/gcp_catalog.py). Four P100 are left out:
+their limit depends on the zone.
+"""
+
+
+def check_machine(gpu: str, count: int, machine: str, size: tuple[float, float] | None) -> None:
+    """Raise UserError, naming the machines that will do, unless `count` of the GPU come with the machine.
+
+    gpu: its canonical name. size: (vCPUs, GB) of the machine, None where the catalog does not know it.
+    """
+    counts: Mapping[int, object] = OWN_MACHINES.get(gpu) or N1_LIMITS.get(gpu) or {}
+    if not counts:
+        raise UserError(f"{gpu}: which machine of Google Cloud it comes with is not known here; choose another GPU")
+    if count not in counts:
+        known = ", ".join(map(str, counts))
+        raise UserError(f"{gpu}:{count}: no machine of Google Cloud has {count} of them; possible are {known}")
+    if not fits(gpu, count, machine, size):
+        unknown = machine.startswith("n1-") and size is None
+        what = f"machine {machine} is not in the catalog" if unknown else f"{gpu}:{count} does not come with {machine}"
+        raise UserError(f"{what}; on Google Cloud {gpu}:{count} comes only with {_will_do(gpu, count)}")
+
+
+def fits(gpu: str, count: int, machine: str, size: tuple[float, float] | None) -> bool:
+    """Whether Google Cloud sells the machine with that many of the GPU. For size see `check_machine`."""
+    if gpu in OWN_MACHINES:
+        return machine in OWN_MACHINES[gpu].get(count, ())
+    limit = N1_LIMITS.get(gpu, {}).get(count)
+    return bool(limit and size and machine.startswith("n1-") and size[0] <= limit[0] and size[1] <= limit[1])
+
+
+def _will_do(gpu: str, count: int) -> str:
+    if gpu in OWN_MACHINES:
+        return ", ".join(OWN_MACHINES[gpu][count])
+    vcpus, memory = N1_LIMITS[gpu][count]
+    return f"an N1 machine of at most {vcpus} vCPUs and {memory} GB, such as n1-highmem-8"

@@ -1,0 +1,231 @@
+"""What a run would cost on each GPU: does it fit, how long does it take, how many dollars, and is that under the ceilings.
+
+Hours are billed hours of one machine: boot and set-up, training, validation, and on spot the work that a preemption throws
+away and the set-up of the next machine. Waiting until a machine is in stock costs nothing and is not in them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from finetune import memory
+from finetune.cloud.prices import Catalog, Offer
+from finetune.cloud.run_size import RunSize, run_size
+from finetune.config import PlanSection, RunConfig
+from finetune.errors import UserError
+from finetune.gpus import GPUS, Gpu
+from finetune.speed import Speed, training_speed
+
+VALIDATION_COST = 1 / 3
+"""Cost of a token in a validation pass against one in training: forward alone, of forward and two backward products (4-bit
+base: one of the two), so 1/3 is on the safe side. Estimated."""
+
+
+MOST_PREEMPTIONS = 5.0
+"""Preemptions expected between two checkpoints, from which on a run is refused: it would start such a stretch over e^5 = 148
+times before it once got through."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """US dollars and hours; None is no ceiling."""
+
+    usd_per_hour: float | None = None
+    run_usd: float | None = None
+    hours: float | None = None
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """A run on one kind of GPU, whatever the machine costs. Memory in GiB, hours of training and validation alone."""
+
+    gpu: Gpu
+    needed_gib: float
+    fits: bool
+    speed: Speed
+    work_hours: float
+    save_hours: float  # between two checkpoints
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """Expected billed hours and US dollars of the whole run; the lost_* are the part of them that preemption costs."""
+
+    hours: float
+    usd: float
+    preemptions: float
+    lost_hours: float
+    lost_usd: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the plan: a GPU, spot or on-demand, in its best zone. offer and cost are None where nobody sells it.
+
+    passed_over: the cheapest offer below that one, whose price is not trusted; None where there is none.
+    """
+
+    on_gpu: OnGpu
+    spot: bool
+    offer: Offer | None
+    cost: RunCost | None
+    refusals: tuple[str, ...]  # why it is not chosen; empty when it may be
+    passed_over: Offer | None = None
+
+    @property
+    def chosen(self) -> bool:
+        return not self.refusals
+
+
+@dataclass(frozen=True)
+class Plan:
+    """rows: the chosen ones by expected dollars, then the others."""
+
+    size: RunSize
+    ceilings: Ceilings
+    assumptions: PlanSection
+    catalog: Catalog
+    rows: tuple[Row, ...]
+
+
+def plan_run(
+    config: RunConfig, catalog: Catalog, ceilings: Ceilings, *, spot: bool | None = None, trust_prices: bool = False
+) -> Plan:
+    """Price the run on every GPU of plan.gpus. spot: True or False for one kind of machine only, None for both.
+
+    Raises UserError for a model of unknown shape, data of unknown size, and a GPU that the catalog does not sell.
+    """
+    size = run_size(config)
+    rows = []
+    for name in config.plan.gpus:
+        on_gpu = run_on(config, size, GPUS[name])
+        if not on_gpu.gpu.machine:
+            raise UserError(f"plan.gpus: {name} is not planned for on Google Cloud; choose among {', '.join(_sold())}")
+        try:
+            offers = catalog.offers(name, machine=on_gpu.gpu.machine, disk_gib=config.plan.disk_gib)
+        except UserError as error:
+            raise UserError(f"plan.gpus: {error}") from error
+        for kind in (True, False) if spot is None else (spot,):
+            of_kind = [offer for offer in offers if offer.spot == kind]
+            row = _row(on_gpu, kind, _best(of_kind, trust_prices), config.plan, ceilings, trust_prices)
+            rows.append(replace(row, passed_over=of_kind[0] if of_kind and of_kind[0] != row.offer else None))
+    rows.sort(key=lambda row: (not row.chosen, row.cost.usd if row.cost else math.inf))
+    return Plan(size, ceilings, config.plan, catalog, tuple(rows))
+
+
+def run_on(config: RunConfig, size: RunSize, gpu: Gpu) -> OnGpu:
+    """Memory, speed and hours of the run on one GPU. Raises UserError when the model's shape is not known."""
+    shape = memory.shape_of(config.model.name)
+    if shape is None:
+        raise UserError(
+            f"model.name: the shape of {config.model.name} is not known here, so its memory and time cannot be estimated; "
+            f"known: {', '.join(memory.SHAPES)}, and every local folder with a config.json"
+        )
+    training = config.training
+    dtype = gpu.dtype if config.model.torch_dtype == "auto" else config.model.torch_dtype
+    needed = memory.estimate(shape, memory.workload_of(config, dtype))
+    speed = training_speed(
+        gpu,
+        shape,
+        rows=training.per_device_train_batch_size,
+        mean_tokens=size.mean_tokens,
+        checkpointing=training.gradient_checkpointing,
+    )
+    seconds = (size.tokens + size.validation_tokens * VALIDATION_COST) / speed.tokens_per_second
+    work_hours = seconds / 3600
+    return OnGpu(
+        gpu=gpu,
+        needed_gib=needed.reserved / memory.GIB + memory.CONTEXT_GIB,
+        fits=memory.fits(needed, gpu.memory_gib),
+        speed=speed,
+        work_hours=work_hours,
+        save_hours=work_hours * min(1.0, config.checkpoint.save_steps / size.steps),
+    )
+
+
+def run_cost(on_gpu: OnGpu, usd_per_hour: float, spot: bool, assumptions: PlanSection) -> RunCost:
+    """Expected billed hours and dollars of the run.
+
+    Preemptions come as a Poisson process of rate `spot_preemptions_per_hour`; each throws away what was computed since the
+    last checkpoint and pays the set-up of another machine. A stretch of s hours between two checkpoints then takes
+    (1/rate + set-up) x (exp(rate x s) - 1) hours (J. T. Daly, 2006, "A higher order estimate of the optimum checkpoint
+    interval for restart dumps", without its cost of a save).
+    """
+    set_up = assumptions.setup_minutes / 60
+    rate = assumptions.spot_preemptions_per_hour if spot else 0.0
+    stretches = on_gpu.work_hours / on_gpu.save_hours
+    exponent = min(rate * on_gpu.save_hours, 10 * MOST_PREEMPTIONS)  # beyond, no float holds the result
+    preemptions = stretches * math.expm1(exponent)
+    lost = preemptions * (1 / rate + set_up) - on_gpu.work_hours if rate else 0.0
+    hours = set_up + on_gpu.work_hours + lost
+    return RunCost(hours, hours * usd_per_hour, preemptions, lost, lost * usd_per_hour)
+
+
+def _row(
+    on_gpu: OnGpu, spot: bool, offer: Offer | None, assumptions: PlanSection, ceilings: Ceilings, trust_prices: bool
+) -> Row:
+    if offer is None:
+        return Row(on_gpu, spot, None, None, ("not sold: the catalog has no price for it",))
+    cost = run_cost(on_gpu, offer.usd_per_hour, spot, assumptions)
+    refusals = [*_memory_refusal(on_gpu), *ceiling_refusals(offer.usd_per_hour, cost, ceilings)]
+    rate = assumptions.spot_preemptions_per_hour
+    if spot and rate * on_gpu.save_hours > MOST_PREEMPTIONS:
+        stretch = f"{on_gpu.save_hours:.1f} h from one checkpoint to the next"
+        refusals.append(f"{stretch} at {rate:g} preemptions an hour: lower checkpoint.save_steps")
+    if offer.doubts and not trust_prices:
+        refusals.append(f"price not trusted: {'; '.join(offer.doubts)}")
+    return Row(on_gpu, spot, offer, cost, tuple(refusals))
+
+
+def _memory_refusal(on_gpu: OnGpu) -> list[str]:
+    if on_gpu.fits:
+        return []
+    there = on_gpu.gpu.memory_gib
+    return [f"does not fit: needs {_above(on_gpu.needed_gib, there, 1)} GiB of {there:g}"]
+
+
+def ceiling_refusals(usd_per_hour: float, cost: RunCost, ceilings: Ceilings) -> list[str]:
+    """Each ceiling that a machine breaks, as one clause with both numbers."""
+    refusals = []
+    if ceilings.usd_per_hour is not None and usd_per_hour > ceilings.usd_per_hour:
+        price = _above(usd_per_hour, ceilings.usd_per_hour, 2)
+        refusals.append(f"${price}/h is above the ceiling of ${_cents(ceilings.usd_per_hour)}/h")
+    if ceilings.run_usd is not None and cost.usd > ceilings.run_usd:
+        usd = _above(cost.usd, ceilings.run_usd, 2)
+        refusals.append(f"${usd} is above the ceiling of ${_cents(ceilings.run_usd)} for the run")
+    if ceilings.hours is not None and cost.hours > ceilings.hours:
+        refusals.append(f"{_above(cost.hours, ceilings.hours, 1)} h is above the ceiling of {ceilings.hours:g} h")
+    return refusals
+
+
+def _above(value: float, limit: float, digits: int) -> str:
+    """A value that is above a limit, with as many decimals as it takes to see that."""
+    while digits < 9 and round(value, digits) <= limit:
+        digits += 1
+    return f"{value:.{digits}f}"
+
+
+def _cents(usd: float) -> str:
+    return f"{usd:.2f}" if round(usd, 2) == usd else f"{usd:g}"
+
+
+def _best(offers: list[Offer], trust_prices: bool) -> Offer | None:
+    """The cheapest whose price is to be believed; where there is none, the cheapest, so that the row can say why not."""
+    believed = [offer for offer in offers if trust_prices or not offer.doubts]
+    return min(believed or offers, key=lambda offer: (offer.usd_per_hour, offer.zone), default=None)
+
+
+def regions_in_question(catalog: Catalog, assumptions: PlanSection) -> list[str]:
+    """The regions that sell any of plan.gpus at a price that is believed, the cheapest machine's region first."""
+    found = [
+        offer
+        for name in assumptions.gpus
+        for offer in catalog.offers(name, machine=GPUS[name].machine, disk_gib=assumptions.disk_gib)
+        if not offer.doubts
+    ]
+    return list(dict.fromkeys(offer.region for offer in sorted(found, key=lambda offer: offer.usd_per_hour)))
+
+
+def _sold() -> list[str]:
+    return [name for name, gpu in GPUS.items() if gpu.machine]

@@ -1,0 +1,144 @@
+"""The plan as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune.cloud.plan import Plan, Row
+from finetune.cloud.prices import Offer
+
+HEADER = ("", "GPU", "bought as", "best zone", "memory GiB", "tokens/s", "hours", "$/h", "$ for the run", "lost", "")
+
+
+def render(plan: Plan, origin: str) -> str:
+    """The table with what it rests on; origin is the config file as the user named it."""
+    lines = [
+        f"{origin}: {plan.size.records:,} questions x {plan.size.mean_tokens:.0f} tokens, {plan.size.steps:,} optimizer "
+        f"steps, {plan.size.tokens / 1e6:.2f} M training tokens",
+        f"tokens: {plan.size.basis}",
+        f"prices: {plan.catalog.source}; host + GPU + {plan.assumptions.disk_gib} GiB disk "
+        f"(Google's list price of 2026-07-22)",
+        "",
+        *_aligned([HEADER, *(_cells(place, row) for place, row in enumerate(plan.rows, start=1))]),
+        "",
+        *_notes(plan),
+    ]
+    return "\n".join(lines)
+
+
+def _cells(place: int, row: Row) -> tuple[str, ...]:
+    on_gpu, cost = row.on_gpu, row.cost
+    mark = "" if on_gpu.speed.basis == "measured" else " est."
+    return (
+        f"{place}." if row.chosen else "-",
+        on_gpu.gpu.name,
+        "spot" if row.spot else "on-demand",
+        row.offer.zone if row.offer else "",
+        f"{on_gpu.needed_gib:.1f} of {on_gpu.gpu.memory_gib:.1f}",
+        f"{on_gpu.speed.tokens_per_second:,.0f}{mark}",
+        f"{cost.hours:.1f}" if cost else "",
+        f"{row.offer.usd_per_hour:.3f}" if row.offer else "",
+        f"{cost.usd:.2f}" if cost else "",
+        f"{cost.lost_usd:.2f}" if cost and row.spot else "",
+        _verdict(row),
+    )
+
+
+def _verdict(row: Row) -> str:
+    if row.refusals:
+        return "; ".join(row.refusals)
+    doubts = row.offer.doubts if row.offer else ()
+    return f"ok, though the price looks wrong: {'; '.join(doubts)}" if doubts else "ok"
+
+
+def _passed_over(row: Row, offer: Offer) -> str:
+    name = f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}"
+    return f"  {name} in {offer.zone} at ${offer.usd_per_hour:.3f}/h: {'; '.join(offer.doubts)}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    left = {0, 1, 2, 3, len(HEADER) - 1}
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What each column is: measured, from the catalog, estimated or assumed."""
+    assumed = plan.assumptions
+    sources = dict.fromkeys(f"{row.on_gpu.gpu.name}: {row.on_gpu.speed.source}" for row in plan.rows)
+    ceilings = [
+        text
+        for value, text in (
+            (plan.ceilings.usd_per_hour, f"${plan.ceilings.usd_per_hour or 0:g} an hour"),
+            (plan.ceilings.run_usd, f"${plan.ceilings.run_usd or 0:g} for the run"),
+            (plan.ceilings.hours, f"{plan.ceilings.hours or 0:g} hours"),
+        )
+        if value is not None
+    ]
+    chosen = [f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}" for row in plan.rows if row.chosen]
+    passed_over = [_passed_over(row, row.passed_over) for row in plan.rows if row.passed_over]
+    return [
+        f"order: {', then '.join(chosen)}"
+        if chosen
+        else "order: none; every machine is refused for the reason in its row",
+        f"ceilings: {', '.join(ceilings) or 'none'}",
+        *(["cheaper, but the price is not trusted (--trust-prices takes it):", *passed_over] if passed_over else []),
+        "memory: estimated (`finetune plan CONFIG --memory` shows the parts); hours and dollars: estimated, expected values,",
+        f"  with {assumed.setup_minutes:g} min of boot and set-up; lost: dollars of the run that preemption costs, assumed "
+        f"{assumed.spot_preemptions_per_hour:g} an hour (plan.spot_preemptions_per_hour)",
+        "tokens/s:",
+        *(f"  {source}" for source in sources),
+    ]
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan for programs; dollars per hour from the catalog, hours and dollars of the run estimated."""
+    size = plan.size
+    return {
+        "prices": {"source": plan.catalog.source, "snapshot": plan.catalog.is_snapshot},
+        "run": {
+            "records": size.records,
+            "mean_tokens": round(size.mean_tokens, 1),
+            "steps": size.steps,
+            "tokens": round(size.tokens),
+            "basis": size.basis,
+        },
+        "ceilings": vars(plan.ceilings),
+        "assumptions": vars(plan.assumptions),
+        "rows": [_row_json(row) for row in plan.rows],
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    on_gpu, offer, cost = row.on_gpu, row.offer, row.cost
+    return {
+        "gpu": on_gpu.gpu.name,
+        "spot": row.spot,
+        "chosen": row.chosen,
+        "refusals": list(row.refusals),
+        "machine": on_gpu.gpu.machine,
+        "region": offer.region if offer else None,
+        "zone": offer.zone if offer else None,
+        "usd_per_hour": round(offer.usd_per_hour, 5) if offer else None,
+        "usd_per_hour_parts": _parts(offer) if offer else None,
+        "doubts": list(offer.doubts) if offer else [],
+        "passed_over": _passed_over(row, row.passed_over).strip() if row.passed_over else None,
+        "memory_gib": {"needed": round(on_gpu.needed_gib, 2), "there": on_gpu.gpu.memory_gib, "fits": on_gpu.fits},
+        "tokens_per_second": round(on_gpu.speed.tokens_per_second, 1),
+        "tokens_per_second_basis": on_gpu.speed.basis,
+        "tokens_per_second_source": on_gpu.speed.source,
+        "hours": round(cost.hours, 3) if cost else None,
+        "usd": round(cost.usd, 3) if cost else None,
+        "preemptions": round(cost.preemptions, 4) if cost else None,
+        "lost_usd": round(cost.lost_usd, 3) if cost else None,
+    }
+
+
+def _parts(offer: Offer) -> dict[str, float]:
+    return {"host": offer.host_usd, "gpu": offer.gpu_usd, "disk": round(offer.disk_usd, 5)}

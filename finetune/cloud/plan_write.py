@@ -1,0 +1,101 @@
+"""Puts the plan's order into a task YAML, whose comments and other lines stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.cloud.plan import Plan, Row
+from finetune.errors import UserError
+from finetune.files import write_text
+
+LISTS = ("ordered", "any_of")
+REPLACED = {"accelerators", "instance_type", "use_spot"}
+"""What an entry may say for us to replace it; anything more, such as a region, is the user's and would be lost."""
+
+
+def write_order(plan: Plan, task: Path, command: str) -> None:
+    """Replace the `ordered:` or `any_of:` list under `resources:` of a task YAML by the plan's order.
+
+    command: what the user typed, for the comment. Raises UserError, and writes nothing, when the plan refuses every
+    machine, the file has no such list, or its list says more than which machines.
+    """
+    chosen = [row for row in plan.rows if row.chosen]
+    if not chosen:
+        raise UserError(f"{task}: not written, because the plan refuses every machine: see the table")
+    text, before = _read(task)
+    key, first, last = _place_of_list(task, text)
+    _check_entries(task, key.value, before["resources"][key.value])
+    lines = text.splitlines(keepends=True)
+    end = "\r\n" if lines[first].endswith("\r\n") else "\n"
+    order = _ordered(chosen, command, " " * key.start_mark.column, end)
+    written = "".join(lines[:first]) + order + "".join(lines[last:])
+    if not _same_but_for_lists(written, before):
+        raise UserError(
+            f"{task}: its list under resources: is laid out in a way that cannot be replaced; edit it by hand"
+        )
+    write_text(task, written)
+
+
+def _read(task: Path) -> tuple[str, dict[str, Any]]:
+    """The text with its line ends as they are, and what it says."""
+    try:
+        text = task.read_bytes().decode("utf-8")
+        content = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{task}: not a task YAML that can be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("resources"), dict):
+        raise UserError(f"{task}: expected a SkyPilot task with a section `resources:`")
+    return text, content
+
+
+def _place_of_list(task: Path, text: str) -> tuple[yaml.ScalarNode, int, int]:
+    """The list's key, its first line and the line after its last entry, counted from 0."""
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert document is not None  # `_read` found a section in it
+    resources = [value for key, value in document.value if key.value == "resources"]
+    found = [(key, value) for section in resources for key, value in section.value if key.value in LISTS]
+    if len(resources) != 1 or len(found) != 1:
+        raise UserError(
+            f"{task}: expected one list `ordered:` or `any_of:` under one `resources:`, to put the order in its place"
+        )
+    key, last = found[0]  # down to its last leaf, because a block's own end mark is where the next key begins
+    while isinstance(last, yaml.CollectionNode) and not last.flow_style:
+        last = last.value[-1] if isinstance(last, yaml.SequenceNode) else last.value[-1][1]
+    return key, key.start_mark.line, last.end_mark.line + 1
+
+
+def _check_entries(task: Path, name: str, entries: Any) -> None:
+    for entry in entries if isinstance(entries, list) else []:
+        if more := sorted(set(entry) - REPLACED if isinstance(entry, dict) else [str(entry)]):
+            raise UserError(
+                f"{task}: an entry of {name}: says more than which machine ({', '.join(more)}), which would be lost; "
+                f"put that under resources: itself, or edit the list by hand"
+            )
+
+
+def _same_but_for_lists(written: str, before: dict[str, Any]) -> bool:
+    try:
+        after = yaml.safe_load(written)
+    except yaml.YAMLError:
+        return False
+    if not isinstance(after, dict) or not isinstance(after.get("resources"), dict):
+        return False
+    return "ordered" in after["resources"] and _without_lists(after) == _without_lists(before)
+
+
+def _without_lists(task: dict[str, Any]) -> dict[str, Any]:
+    resources = {key: value for key, value in task["resources"].items() if key not in LISTS}
+    return {**task, "resources": resources}
+
+
+def _ordered(chosen: list[Row], command: str, indent: str, end: str) -> str:
+    lines = [f"{indent}ordered:  # by dollars for the run, estimated: {command}"]
+    for row in chosen:
+        assert row.cost is not None  # a row without a price is never chosen
+        gpu = row.on_gpu.gpu
+        entry = f"{{accelerators: {gpu.name}:1, instance_type: {gpu.machine}, use_spot: {str(row.spot).lower()}}}"
+        lines.append(f"{indent}  - {entry}  # ${row.cost.usd:.2f}, {row.cost.hours:.1f} h")
+    return end.join([*lines, ""])

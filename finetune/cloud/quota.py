@@ -1,0 +1,102 @@
+"""GPU quotas of a Google Cloud project: what they are called, what gcloud prints about them, how to ask for more.
+
+Three quotas must allow a GPU: that of its model in the region, for spot machines the `PREEMPTIBLE_` one in its place, and
+GPUS_ALL_REGIONS over all models and regions. A spot machine counts against the ordinary quota only in a region that has
+no preemptible quota (Google's page on Spot VMs), where gcloud lists none or 0. SkyPilot is stricter: before a launch it
+passes over a region whose preemptible quota reads 0, and tries one where it is not listed (0.14.1, check_quota_available).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+TASK_GPUS = ("T4", "V100", "L4", "A100")
+"""The GPUs that the task files ask for."""
+ALL_REGIONS = "GPUS_ALL_REGIONS"
+QUOTA_PAGE = "console.cloud.google.com/iam-admin/quotas"
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How many GPUs may run at once (limit, infinite where there is none) and how many do."""
+
+    limit: float
+    usage: float
+
+
+Quotas = dict[str, Quota]
+"""Metric, such as NVIDIA_T4_GPUS -> quota."""
+
+
+def metric(gpu: str, spot: bool) -> str:
+    """The quota's name for a GPU as SkyPilot names it: A100-80GB -> NVIDIA_A100_80GB_GPUS."""
+    return f"{'PREEMPTIBLE_' if spot else ''}NVIDIA_{gpu.upper().replace('-', '_')}_GPUS"
+
+
+def usable(quotas: Quotas, gpu: str, spot: bool) -> Quota:
+    """What SkyPilot can use of a GPU in the region with these quotas; a limit of 0 where nothing is listed."""
+    nothing = Quota(0, 0)
+    return quotas.get(metric(gpu, spot)) or quotas.get(metric(gpu, spot=False), nothing)
+
+
+def passed_over(quotas: Quotas, gpu: str) -> bool:
+    """Whether Google would let a spot machine use the ordinary quota here, but SkyPilot will not try."""
+    return usable(quotas, gpu, spot=True).limit == 0 and usable(quotas, gpu, spot=False).limit > 0
+
+
+def read_regions(text: str) -> dict[str, Quotas]:
+    """Region -> quotas, from `gcloud compute regions list --format=json(name,quotas)`.
+
+    A region whose quotas Google does not give at the moment is left out. Raises ValueError on anything else.
+    """
+    regions = json.loads(text)
+    if not isinstance(regions, list):
+        raise ValueError("no list of regions")
+    return {_name(region): _quotas(region["quotas"]) for region in regions if _name(region) and region.get("quotas")}
+
+
+def read_project(text: str) -> Quotas:
+    """The quotas over all regions, from `gcloud compute project-info describe --format=json(quotas)`.
+
+    Raises ValueError on anything else.
+    """
+    project = json.loads(text)
+    if not isinstance(project, dict):
+        raise ValueError("no project")
+    return _quotas(project.get("quotas") or [])
+
+
+def _name(region: Any) -> str:
+    if not isinstance(region, dict) or not isinstance(region.get("name"), str):
+        raise ValueError("a region without a name")
+    return str(region["name"])
+
+
+def _quotas(rows: Any) -> Quotas:
+    try:
+        return {str(row["metric"]): Quota(_limit(row["limit"]), float(row.get("usage", 0))) for row in rows}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"a quota that is not one: {error}") from error
+
+
+def _limit(value: Any) -> float:
+    limit = float(value)
+    return math.inf if limit < 0 else limit  # Google writes -1 for no limit
+
+
+def how_to_ask(name: str, region: str = "") -> str:
+    """A sentence's end: where to ask for a quota. Without a region it is the one over all regions."""
+    return f"ask for {name} = 1{f' in {region}' if region else ''} on {QUOTA_PAGE} (filter on that name)"
+
+
+def request_command(name: str, project: str, region: str = "") -> str:
+    """The gcloud command that asks for one GPU of a quota (Cloud Quotas; `gcloud beta quotas preferences create`)."""
+    scope = "per-project-region" if region else "per-project"
+    return (
+        f"gcloud beta quotas preferences create --project={project} --service=compute.googleapis.com"
+        f" --quota-id={name.replace('_', '-')}-{scope} --preferred-value=1"
+        f"{f' --dimensions=region={region}' if region else ''} --email=<your address>"
+    )

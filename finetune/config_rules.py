@@ -1,0 +1,63 @@
+"""Which values of the right type no run can have."""
+
+from __future__ import annotations
+
+import math
+
+from finetune.config_schema import RunConfig
+from finetune.gpus import GPUS
+
+
+def impossible_values(config: RunConfig) -> list[str]:
+    """Values of the right type that no run can have, each as one sentence."""
+    c, t, d = config, config.training, config.data
+    rules = [
+        (c.model.max_seq_length >= 16, "model.max_seq_length: expected at least 16 tokens"),
+        (c.lora.r >= 1, "lora.r: expected at least 1"),
+        (c.lora.lora_alpha >= 1, "lora.lora_alpha: expected at least 1"),
+        (0 <= c.lora.lora_dropout < 1, "lora.lora_dropout: expected 0 <= dropout < 1"),
+        (bool(c.lora.target_modules), "lora.target_modules: expected at least one module name"),
+        (bool(d.sources), "data.sources: expected at least one source"),
+        (0 <= d.val_fraction < 1, "data.val_fraction: expected 0 <= fraction < 1"),
+        (0 <= d.test_fraction < 1, "data.test_fraction: expected 0 <= fraction < 1"),
+        (d.val_fraction + d.test_fraction < 1, "data.val_fraction + data.test_fraction: nothing left to train on"),
+        (d.max_train_records is None or d.max_train_records >= 1, "data.max_train_records: expected at least 1"),
+        (0 < t.num_train_epochs < math.inf, "training.num_train_epochs: expected more than 0"),
+        (t.seed >= 0, "training.seed: expected at least 0"),
+        (d.seed >= 0, "data.seed: expected at least 0"),
+        (0 <= t.weight_decay < math.inf, "training.weight_decay: expected at least 0"),
+        (0 <= t.max_grad_norm < math.inf, "training.max_grad_norm: expected at least 0"),
+        (t.max_steps == -1 or t.max_steps >= 1, "training.max_steps: expected -1 or at least 1"),
+        (t.per_device_train_batch_size >= 1, "training.per_device_train_batch_size: expected at least 1"),
+        (t.per_device_eval_batch_size >= 1, "training.per_device_eval_batch_size: expected at least 1"),
+        (t.gradient_accumulation_steps >= 1, "training.gradient_accumulation_steps: expected at least 1"),
+        (0 < t.learning_rate < 1, "training.learning_rate: expected between 0 and 1"),
+        (0 <= t.warmup_ratio < 1, "training.warmup_ratio: expected 0 <= ratio < 1"),
+        (t.logging_steps >= 1, "training.logging_steps: expected at least 1"),
+        (t.eval_steps >= 0, "training.eval_steps: expected 0 (never) or more"),
+        (c.checkpoint.save_steps >= 1, "checkpoint.save_steps: expected at least 1"),
+        (c.checkpoint.keep_last >= 1, "checkpoint.keep_last: expected at least 1"),
+        (c.evaluation.batch_size >= 1, "evaluation.batch_size: expected at least 1"),
+        (c.evaluation.max_new_tokens >= 1, "evaluation.max_new_tokens: expected at least 1"),
+        (0 < c.evaluation.timeout_seconds < math.inf, "evaluation.timeout_seconds: expected more than 0"),
+        (c.evaluation.max_questions is None or c.evaluation.max_questions >= 1, "evaluation.max_questions: at least 1"),
+        (bool(c.plan.gpus), "plan.gpus: expected at least one GPU"),
+        (len(set(c.plan.gpus)) == len(c.plan.gpus), "plan.gpus: a GPU is named twice"),
+        (c.plan.disk_gib >= 10, "plan.disk_gib: expected at least 10"),
+        (0 <= c.plan.setup_minutes < math.inf, "plan.setup_minutes: expected at least 0"),
+        (0 <= c.plan.spot_preemptions_per_hour <= 10, "plan.spot_preemptions_per_hour: expected 0 to 10"),
+        (c.plan.records is None or c.plan.records >= 1, "plan.records: expected at least 1"),
+        (1 <= c.plan.mean_tokens < math.inf, "plan.mean_tokens: expected at least 1"),
+    ]
+    problems = [message for holds, message in rules if not holds]
+    for name in ("usd_per_hour", "max_run_usd", "max_hours"):
+        value = getattr(c.budget, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            problems.append(f"budget.{name}: expected more than 0")
+    for gpu in c.plan.gpus:
+        if gpu not in GPUS:
+            problems.append(f"plan.gpus: unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
+    for number, source in enumerate(d.sources):
+        if source.kind == "huggingface" and not {"question", "sql"} <= set(source.columns):
+            problems.append(f"data.sources[{number}].columns: expected at least question and sql")
+    return problems

@@ -1,0 +1,145 @@
+"""The typed schema of a run's YAML: every section, key, type and default. `config` reads and checks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass
+class ModelSection:
+    name: str = MISSING  # a hub id, a local folder, or package://<module>/<file>.gguf
+    revision: str | None = None  # commit of the hub id; without it a hub may serve other weights tomorrow
+    max_seq_length: int = 2048  # tokens of prompt + answer; longer examples are left out and counted, never cut
+    torch_dtype: Dtype = "auto"  # auto: bfloat16 from compute capability 8.0, float16 below, float32 on CPU
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    trust_remote_code: bool = False
+    cpu_bf16_matmul: bool = False  # on a CPU with bfloat16 instructions: round the inputs of float32 matrix products
+
+
+@dataclass
+class QuantizationSection:
+    load_in_4bit: bool = True
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+
+
+@dataclass
+class LoraSection:
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@dataclass
+class SourceSection:
+    kind: Literal["jsonl", "spider", "huggingface"] = MISSING
+    path: str = MISSING  # a file (jsonl), a folder (spider), or a hub id or folder (spider, huggingface)
+    revision: str | None = None  # required where path is a hub id
+    files: list[str] = field(default_factory=list)  # spider: question files inside path, e.g. train_spider.json
+    subset: str | None = None  # huggingface: which split of the dataset to read, e.g. train
+    columns: dict[str, str] = field(default_factory=dict)  # huggingface: our field -> their column
+    databases: str | None = None  # folder that holds <db_id>/<db_id>.sqlite; spider: <path>/database
+    dialect: str = "sqlite"
+    split: Literal["auto", "train", "val", "test"] = "auto"  # auto: the record's own split, else by fraction
+
+
+@dataclass
+class DataSection:
+    sources: list[SourceSection] = field(default_factory=list)
+    output_dir: str = MISSING  # where `data prepare` writes and every later stage reads
+    val_fraction: float = 0.05  # of the records whose split is auto
+    test_fraction: float = 0.1
+    split_by: Literal["question", "database"] = "question"
+    schema_format: Literal["ddl", "compact"] = "ddl"  # how the prompt shows the schema; compact costs fewer tokens
+    max_train_records: int | None = None
+    seed: int = 13
+
+
+@dataclass
+class TrainingSection:
+    output_dir: str = "runs"
+    run_name: str | None = None  # null: a new numbered folder named after the config file
+    seed: int = 42
+    num_train_epochs: float = 3.0
+    max_steps: int = -1  # -1: as many as the epochs take
+    per_device_train_batch_size: int = 4
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 4
+    learning_rate: float = 2e-4
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = 0.03  # of all optimizer steps
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
+        "paged_adamw_8bit"
+    )
+    gradient_checkpointing: bool = True
+    group_by_length: bool = True  # batches of similar length: less padding
+    logging_steps: int = 10
+    eval_steps: int = 200  # optimizer steps between two validation losses; 0: none
+
+
+@dataclass
+class CheckpointSection:
+    save_steps: int = 100  # optimizer steps between two checkpoints; one more is saved at the end
+    keep_last: int = 2
+
+
+@dataclass
+class BudgetSection:
+    usd_per_hour: float | None = (
+        None  # price of the whole machine; a machine that SkyPilot started for us knows its own
+    )
+    max_run_usd: float | None = None  # needs a price
+    max_hours: float | None = None  # wall-clock hours of training
+
+
+@dataclass
+class PlanSection:
+    """What `finetune plan` has to assume, because nothing here has measured it."""
+
+    gpus: list[str] = field(default_factory=lambda: ["A100", "L4", "T4", "V100"])  # names of finetune/gpus.py
+    disk_gib: int = 200  # of the machine, as the task YAMLs ask for
+    setup_minutes: float = 12.0  # paid before the first step: boot, packages, download of the model, loading
+    spot_preemptions_per_hour: float = 0.05  # one in 20 hours; Google publishes no rate for GPUs
+    records: int | None = None  # training questions, where the data are not prepared; null: those of local sources
+    mean_tokens: float = 311.0  # prompt and answer of a question, where no tokenizer has counted them
+
+
+@dataclass
+class TrackingSection:
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when a key is there
+    wandb_project: str = "text2sql"
+
+
+@dataclass
+class EvaluationSection:
+    split: Literal["test", "val"] = "test"
+    max_questions: int | None = None  # null: all; else a seeded sample of the split
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    timeout_seconds: float = 10.0  # for one SQL query
+    rule: Literal["test_suite", "bird_set", "strict"] = "test_suite"  # when two results count as equal
+    dequantize: bool = False  # unpack the same 4-bit weights once: same numbers, faster, more memory
+
+
+@dataclass
+class RunConfig:
+    model: ModelSection = field(default_factory=ModelSection)
+    quantization: QuantizationSection = field(default_factory=QuantizationSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    data: DataSection = field(default_factory=DataSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    budget: BudgetSection = field(default_factory=BudgetSection)
+    plan: PlanSection = field(default_factory=PlanSection)
+    tracking: TrackingSection = field(default_factory=TrackingSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)

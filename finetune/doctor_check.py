@@ -1,0 +1,27 @@
+"""One row of the environment check, and how something absent is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "missing", "warning", "info"]
+Need = Literal["train", "cloud", "all"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row. `missing`: needed, and absent or wrong; `warning`: will be felt later; `info`: to know."""
+
+    name: str
+    status: Status
+    found: str
+    needed: str = ""
+    advice: str = ""
+
+
+def absent(group: str, need: Need) -> Status:
+    """The status of something absent: of the group `train`, `cloud`, or "" for what everything needs."""
+    if group in ("", need) or need == "all":
+        return "missing"
+    return "warning" if group == "cloud" else "info"

@@ -1,0 +1,258 @@
+"""The rows of `finetune doctor --cloud`: login, quotas, bucket, and the SkyPilot that `sky` on the command line starts.
+
+What Google knows is asked through gcloud, all at once, so it takes as long as the slowest call.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.cloud import gcloud_ask, quota
+from finetune.cloud.gcloud import (
+    LOG_IN,
+    LOG_IN_APPLICATIONS,
+    SET_PROJECT,
+    Login,
+    bucket_name,
+    local_login,
+    skypilot_setting,
+)
+from finetune.cloud.gcloud_ask import Answer, ask
+from finetune.doctor_check import Check, Need, Status, absent
+from finetune.errors import UserError
+
+HOME_REGION = "us-central1"
+"""Where to ask for quota if no region is in question: it has all four GPUs (Google's page on GPU regions)."""
+NOT_GCLOUDS = Answer("", "an answer that gcloud never gives", "run `gcloud info` by hand")
+SILENT = Answer("", "Google gives none", f"run doctor again later, or look on {quota.QUOTA_PAGE}")
+
+
+def cloud_checks(need: Need, regions: list[str] | None = None) -> list[Check]:
+    """All rows that launching needs; for `train` only gcloud's login and project, as warnings.
+
+    regions are those that the plan would use, the cheapest first; None stands for all in which there is quota.
+    """
+    if need == "train":
+        return gcloud_checks(need)
+    rows = [sky_program_check(need), sky_check_hint(), controller_check()]
+    if shutil.which("gcloud") is None:
+        return [*gcloud_checks(need), *rows]
+    try:
+        login = local_login()
+    except UserError as error:
+        missing = Check("SkyPilot's login", absent("cloud", need), "none", "", _without_home(str(error)))
+        return [*gcloud_checks(need), missing, *rows]
+    with ThreadPoolExecutor(max_workers=5) as pool:
+        project = f"--project={login.project}"
+        first = pool.submit(gcloud_checks, need)
+        token = pool.submit(lambda: replace(ask(gcloud_ask.TOKEN), output=""))  # only whether there is one
+        listed = pool.submit(ask, gcloud_ask.REGIONS, project)
+        everywhere = pool.submit(ask, gcloud_ask.PROJECT, project)
+        bucket = pool.submit(ask, gcloud_ask.BUCKET, f"gs://{bucket_name(login)}", project)
+    expired = gcloud_ask.EXPIRED in {call.result().trouble for call in (listed, everywhere, bucket)}
+    return [
+        *login_checks(need, first.result(), login, expired, token.result()),
+        all_regions_check(need, everywhere.result()),
+        *quota_checks(need, listed.result(), login.project, regions),
+        bucket_check(need, bucket.result(), login),
+        *rows,
+    ]
+
+
+def gcloud_checks(need: Need) -> list[Check]:
+    """gcloud, its login and its project, which it knows without asking Google."""
+    if shutil.which("gcloud") is None:
+        advice = "to launch on Google Cloud install its CLI: cloud.google.com/sdk"
+        return [Check("gcloud", absent("cloud", need), "not on PATH", "", advice)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        account, project = pool.map(ask, (gcloud_ask.ACCOUNT, gcloud_ask.CONFIGURED_PROJECT))
+    account = replace(account, output=_masked(account.output))
+    log_in = f"{LOG_IN} && {LOG_IN_APPLICATIONS}"
+    return [
+        _gcloud_check("gcloud login", absent("cloud", need), account, log_in),
+        _gcloud_check("gcloud project", absent("cloud", need), project, SET_PROJECT),
+    ]
+
+
+def login_checks(need: Need, rows: list[Check], login: Login, expired: bool, token: Answer) -> Iterator[Check]:
+    """gcloud's own rows, corrected by what Google says to it, and the login of SkyPilot, which expires by itself."""
+    status = absent("cloud", need)
+    for row in rows:
+        if row.name == "gcloud login" and row.status == "ok" and expired:
+            found = f"{row.found}, {gcloud_ask.EXPIRED}"
+            yield replace(row, status=status, found=found, advice=f"run `{LOG_IN}`")
+        elif row.name == "gcloud project" and row.status == "ok" and row.found != login.project:
+            found = f"{row.found}, but SkyPilot uses {login.project}"
+            advice = "a variable (GOOGLE_CLOUD_PROJECT), key file or SkyPilot's config says so; set both to the same"
+            yield replace(row, status="warning", found=found, advice=advice)
+        else:
+            yield row
+    if token.trouble:
+        advice = f"run `{LOG_IN_APPLICATIONS}`" if token.trouble == gcloud_ask.EXPIRED else token.advice
+        yield Check("SkyPilot's login", status, token.trouble, "", advice)
+    else:
+        yield Check("SkyPilot's login", "ok", "application default credentials work")
+
+
+def all_regions_check(need: Need, answer: Answer) -> Check:
+    """The quota over all regions and GPU models, which a new project has at 0."""
+    name, metric = "quota GPUs, all regions", quota.ALL_REGIONS
+    how = f"{quota.how_to_ask(metric)}; a free-trial account has to be upgraded first"
+    quotas: quota.Quotas = {}
+    if not answer.trouble:
+        try:
+            quotas = quota.read_project(answer.output)
+            answer = answer if metric in quotas else SILENT
+        except ValueError:
+            answer = NOT_GCLOUDS
+    if answer.trouble:
+        return Check(name, absent("cloud", need), answer.trouble, metric, answer.advice)
+    if quotas[metric].limit == 0:
+        return Check(name, absent("cloud", need), "0: no GPU can be started anywhere", metric, how)
+    return _used(Check(name, "ok", _count(quotas[metric].limit), metric, how), [quotas[metric]])
+
+
+def quota_checks(need: Need, answer: Answer, project: str, regions: list[str] | None) -> Iterator[Check]:
+    """A row per GPU of our tasks, spot and on-demand. Missing when no GPU has quota anywhere, else a warning."""
+    listed: dict[str, quota.Quotas] = {}
+    if not answer.trouble:
+        try:
+            listed = quota.read_regions(answer.output)
+            answer = answer if listed else SILENT
+        except ValueError:
+            answer = NOT_GCLOUDS
+    if answer.trouble:
+        yield Check("GPU quotas", absent("cloud", need), answer.trouble, "", answer.advice)
+        return
+    unknown = [region for region in regions or () if region not in listed]
+    if unknown:
+        advice = "`gcloud compute regions list` shows the regions of this project"
+        yield Check("regions", "warning", f"no quotas known in {', '.join(unknown)}", "", advice)
+    wanted = [region for region in regions or () if region in listed] or None
+    ask_in = wanted[0] if wanted else HOME_REGION
+    rows = [_gpu_check(gpu, spot, listed, wanted, ask_in) for gpu in quota.TASK_GPUS for spot in (True, False)]
+    one_is_enough: Status = absent("cloud", need) if all(row.status == "missing" for row in rows) else "warning"
+    yield from (replace(row, status=one_is_enough) if row.status == "missing" else row for row in rows)
+    lacking = [row.needed for row in rows if row.status != "ok"]
+    if lacking:
+        command = quota.request_command(lacking[0], project, ask_in)
+        yield Check("more quota", "info", "can be asked for with gcloud too", "", f"such as: {command}")
+
+
+def _gpu_check(gpu: str, spot: bool, listed: dict[str, quota.Quotas], wanted: list[str] | None, ask_in: str) -> Check:
+    """The row of one GPU, `missing` without quota in the wanted regions; `needed` names the quota."""
+    name, metric = f"quota {gpu} {'spot' if spot else 'on-demand'}", quota.metric(gpu, spot)
+    how = quota.how_to_ask(metric, ask_in)
+    there = {region: quota.usable(quotas, gpu, spot) for region, quotas in listed.items()}
+    some = {region: there[region] for region in sorted(there, key=_americas_first) if there[region].limit > 0}
+    here = some if wanted is None else {region: some[region] for region in wanted if region in some}
+    if here:
+        return _used(Check(name, "ok", _amount(here), metric, how), list(here.values()))
+    found = "0 everywhere" if wanted is None else f"0 in {_names(wanted)}"
+    if some:
+        found += f", but {_amount(some)}"
+    if any(quota.passed_over(listed.get(region, {}), gpu) for region in wanted or listed):
+        how = f"Google lets spot use the on-demand quota then, but SkyPilot passes over regions that read 0: {how}"
+    return Check(name, "missing", found, metric, how)
+
+
+def _used(check: Check, quotas: list[quota.Quota]) -> Check:
+    """A row that has quota: ok if one GPU is free somewhere."""
+    if any(found.limit - found.usage >= 1 for found in quotas):
+        return replace(check, advice="")
+    advice = f"`sky status` shows what uses it; for more {check.advice}"
+    return replace(check, status="warning", found=f"{check.found}, all in use", advice=advice)
+
+
+def _amount(quotas: dict[str, quota.Quota]) -> str:
+    limits = {found.limit for found in quotas.values()}
+    return f"{'up to ' if len(limits) > 1 else ''}{_count(max(limits))} in {_names(list(quotas))}"
+
+
+def _names(regions: list[str]) -> str:
+    more = len(regions) - 2
+    return ", ".join(regions[:2]) + (f" (+{more} region{'s' if more > 1 else ''})" if more > 0 else "")
+
+
+def _americas_first(region: str) -> tuple[bool, str]:
+    return not region.startswith("us-"), region  # where prices are lowest
+
+
+def _count(limit: float) -> str:
+    return "no limit" if limit == float("inf") else f"{limit:g}"
+
+
+def bucket_check(need: Need, answer: Answer, login: Login) -> Check:
+    """Whether the bucket is there. Its name is shown without the user, which the row of the login masks too."""
+    name = f"gs://{bucket_name(replace(login, account=login.account[:1]))}..."
+    if answer.trouble == gcloud_ask.NOT_FOUND:
+        return Check("bucket", "info", f"{name} is not there yet", "", "it is made at the first launch")
+    advice = answer.advice
+    if answer.trouble == gcloud_ask.FORBIDDEN:
+        advice = "it is another's, or this account lacks the role Storage Admin in the project: ask its owner for that"
+    if answer.trouble:
+        return Check("bucket", absent("cloud", need), f"{name}: {answer.trouble}", "", advice)
+    try:
+        location = str(json.loads(answer.output)["location"]).lower()
+    except (ValueError, KeyError, TypeError):
+        return Check("bucket", "warning", f"{name}: {NOT_GCLOUDS.trouble}", "", NOT_GCLOUDS.advice)
+    return Check("bucket", "ok", f"{name} in {location}")
+
+
+def sky_program_check(need: Need) -> Check:
+    """Whether `sky` is the one of this environment: another cannot import the policy that .sky.yaml names."""
+    ours, program = Path(sysconfig.get_path("scripts")), shutil.which("sky")
+    activate = f"activate this environment: `source {_without_home(str(ours / 'activate'))}`"
+    if program is None:
+        return Check(
+            "sky program", absent("cloud", need), "not on PATH", "", f"{activate}, with SkyPilot installed in it"
+        )
+    if ours.resolve() in (Path(program).parent.resolve(), Path(program).resolve().parent):
+        return Check("sky program", "ok", "of this environment")
+    advice = f"it cannot import the policy that .sky.yaml names, and refuses to launch; {activate}"
+    return Check("sky program", absent("cloud", need), f"another: {_without_home(program)}", "", advice)
+
+
+def sky_check_hint() -> Check:
+    advice = "run `sky check gcp` once: it turns on the APIs that SkyPilot needs and looks at the permissions"
+    return Check("APIs, permissions", "info", "not looked at here", "", advice)
+
+
+def controller_check() -> Check:
+    """Where the controller of managed jobs would run. SkyPilot reads the setting when its API server starts."""
+    name = "jobs controller"
+    try:
+        on = skypilot_setting("jobs", "controller", "consolidation_mode") is True
+    except UserError as error:
+        return Check(name, "warning", "not known", "", _without_home(str(error)))
+    if not on:
+        advice = "to do without: jobs.controller.consolidation_mode: true in ~/.sky/config.yaml, then `sky api stop`"
+        return Check(name, "info", "`sky jobs launch` starts a VM for it, which costs money", "", advice)
+    in_force = Path("~/.sky/.jobs_controller_consolidation_reloaded_signal").expanduser().exists()
+    advice = "" if in_force else "in force once SkyPilot's API server starts anew: `sky api stop`"
+    return Check(name, "info", "on this machine (consolidation_mode)", "", advice)
+
+
+def _gcloud_check(name: str, status: Status, answer: Answer, mend: str) -> Check:
+    if answer.trouble:
+        return Check(name, status, "no answer", "", "gcloud failed, or took too long: run `gcloud info` by hand")
+    if answer.output in ("", "(unset)"):
+        return Check(name, status, "none", "", f"to launch on Google Cloud run `{mend}`")
+    return Check(name, "ok", answer.output.splitlines()[0])
+
+
+def _masked(account: str) -> str:
+    """An account that can be pasted in public: its first letter and its domain."""
+    user, at, domain = account.partition("@")
+    return f"{user[:1]}...{at}{domain}" if account else ""
+
+
+def _without_home(text: str) -> str:
+    """A text whose paths do not name the user."""
+    return text.replace(f"{Path.home()}/", "~/")

@@ -1,0 +1,50 @@
+"""The GPUs that a run may be planned for: names as SkyPilot writes them, memory, arithmetic, and the machine they come in.
+
+Arithmetic without torch, so that a laptop that only plans can use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.hardware import dtype_for
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU model.
+
+    memory_gib: what CUDA reports as total, which is less than the name says (ECC and the driver's share).
+    tflops: peak dense matrix rate in the 16-bit type that we compute in, TFLOP/s, from NVIDIA's data sheets.
+    bandwidth: memory bandwidth in GB/s, from the same.
+    machine: the Google Cloud machine type that our tasks name for it; "" where we plan no launches.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory_gib: float
+    tflops: float
+    bandwidth: float
+    machine: str = ""
+
+    @property
+    def dtype(self) -> str:
+        return dtype_for(self.compute_capability)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("T4", (7, 5), 14.5, 65.0, 320.0, "n1-highmem-8"),
+        Gpu("V100", (7, 0), 15.7, 125.0, 900.0, "n1-highmem-8"),
+        Gpu("L4", (8, 9), 22.0, 121.0, 300.0, "g2-standard-8"),
+        Gpu("A100", (8, 0), 39.4, 312.0, 1555.0, "a2-highgpu-1g"),
+        Gpu("A100-80GB", (8, 0), 79.2, 312.0, 2039.0, "a2-ultragpu-1g"),
+        Gpu("H100", (9, 0), 79.1, 989.0, 3350.0),
+    )
+}
+"""Memory as CUDA reports it, rounded down (H100: measured; the others: from out-of-memory messages in public issues). N1 hosts
+T4 and V100 with 8 vCPU and 52 GB; an A100 comes only with its own a2 machine, an L4 with g2 (Google's page on GPU machine
+types)."""

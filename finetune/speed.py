@@ -1,0 +1,192 @@
+"""How many training tokens a second a GPU does: measured where somebody has measured it, else estimated from an H100's step.
+
+Arithmetic without torch, for `finetune plan`. Tokens are those of prompt and answer; padding does not count.
+
+The estimate
+------------
+A micro-batch (one forward and backward pass) takes as long as the slower of two that run side by side:
+
+    host  the Python process launches some 26,000 kernels; no GPU makes that faster.          21.6 ms a layer
+    GPU   matrix products  FLOP / (peak rate x the share of it that is reached)               57 us a padded token
+          memory traffic   bytes of activations / bandwidth                                   139 us a padded token
+          4-bit weights    unpacked again for every pass: bytes / bandwidth                   25 ms a micro-batch
+          short kernels    too short for any of these; they cost the same on every GPU        32 ms a micro-batch
+
+The figures on the right are the H100's for Mistral-7B with checkpointing. The host alone takes 0.69 s a micro-batch, so four
+questions of 300 tokens keep an H100 busy less than half the time, and an A100 is not much slower; on T4, L4 and V100 the GPU
+decides. For another GPU the first line of the GPU's part is divided by its matrix rate, the next two by its bandwidth; for
+another model they grow with its parameters, the widths of its projections, its parameters, and its layers (as does the host's
+part).
+
+How wrong it may be: put back on the H100 it meets the wall time of sixteen measured runs within 20% (nine of them had no part
+in it), six of padded TRL in bfloat16 within 6%. Our own trainer it takes to be 14% faster than it was on texts of 304 tokens
+(1,711 tokens/s for 1,497), presumably because casts to and from float32 adapters keep the host busy for longer, and 9% slower
+on texts of 224; but there the same run also differed by up to 1.4 times between machines, so neither was fitted. On other GPUs
+nobody has measured it for us: take it as right within a factor of 2 either way. Left out: the host's processor
+(older ones of N1 and A2 machines may launch kernels 1.5 times as slowly, which an A100 would feel), FlashAttention missing on
+T4 and V100 (the traffic was measured with the kernel that they use, on texts as long as Spider's), cards that get too warm,
+the optimizer's own time, and the data loader.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from finetune.gpus import Gpu
+    from finetune.memory import ModelShape
+
+
+@dataclass(frozen=True)
+class Speed:
+    """tokens_per_second counts prompt and answer without padding; source says in a line where the number comes from."""
+
+    tokens_per_second: float
+    basis: Literal["measured", "estimated"]
+    source: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured configuration of our training step; whoever measures another adds a row to MEASURED.
+
+    gpu: its name in finetune.gpus.GPUS. linear_parameters: of the model's shape; another model with the same projections is as
+    fast, since its head sees labelled tokens alone.
+    rows: questions in a micro-batch. mean_tokens: of one question with its answer.
+    """
+
+    gpu: str
+    linear_parameters: int
+    rows: int
+    checkpointing: bool
+    mean_tokens: float
+    tokens_per_second: float
+    source: str
+
+
+MISTRAL_7B = 6_979_321_856
+"""Parameters in the projections of Mistral-7B: 32 layers x (4096 x (4096 + 1024 + 1024 + 4096) + 3 x 4096 x 14336)."""
+
+MEASURED = (
+    Measurement("H100", MISTRAL_7B, 4, True, 304.4, 1497,
+        "H100 80GB, our trainer in bfloat16, random Mistral-7B weights, texts of 304 tokens on average, 2026-11-22: one machine"),
+    Measurement("H100", MISTRAL_7B, 4, False, 294, 3328,
+        "H100 80GB, plain TRL path, random Mistral-7B weights, texts of 294 tokens, 2026-11: mean of 3,215 and 3,441"),
+    Measurement("H100", MISTRAL_7B, 4, True, 224, 1431,
+        "H100 80GB, `finetune train`, random Mistral-7B weights, texts of 224 tokens, 2026-11-22: middle of 1,318 to 1,897"),
+)  # fmt: skip
+"""The first: benchmarks/step_memory.py with torch 2.11 (float32 adapters, dropout 0.05, log-normal lengths grouped by length; 15
+optimizer steps of 4 x 4, the first left out): 1,496.8, and on another machine 1,568.1 in float16. Plain TRL did as much with
+float32 adapters (1,508 and 1,516: a_fp16 and a0_fp16_kbitprep of h100_anchors.json in ../shared/reference), and 1,677 to 1,738
+with bfloat16 ones (b_bf16, b_bf16_rep, d_grouped). The second: c_nogc and d_grouped_nogc of that file, two machines, bfloat16
+adapters; our trainer was not measured without checkpointing. The third: tests/test_gpu.py in bfloat16 on three machines."""
+
+SAME_LENGTH = 0.10
+"""A measurement speaks for texts whose mean length differs by at most this share; where the host decides, speed grows with it."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step costs per unit that can be counted from a model's shape. Times in seconds on any GPU; bytes at the
+    full bandwidth of the data sheet, so that what a kernel does not reach of it is part of the figure."""
+
+    host_per_layer: float  # of one micro-batch, gradient checkpointing on
+    host_per_layer_kept: float  # the same with activations kept
+    short_kernels: float  # a layer and pass
+    weight_bytes: float  # a 4-bit parameter and pass
+    activation_bytes: float  # a padded token, element of a projection's input or output, and forward pass
+
+
+PLAIN_BF16_ADAPTERS = StepCost(
+    host_per_layer=0.69 / 32,
+    host_per_layer_kept=0.35 / 32,
+    short_kernels=338e-6,
+    weight_bytes=3.98,
+    activation_bytes=17.1,
+)
+"""Plain TRL with bfloat16 adapters, from h100_anchors.json. host: fits the five runs of four questions a micro-batch (three with
+checkpointing, two without). The others: two profiled steps with checkpointing spent 1,163.9 ms of GPU time on 8,448 tokens in
+four micro-batches, and 520.9 ms on 4,190 in one, so 110.6 us a token and 57.3 ms a micro-batch. Of the first 57.2 us are matrix
+products at H100_SHARE; the rest is traffic. Of the second 24.9 ms are kDequantizeBlockwise; the rest goes to short kernels."""
+
+PLAIN = replace(PLAIN_BF16_ADAPTERS, activation_bytes=44.3)
+"""Our trainer, whose adapters are float32. Only the traffic differs (presumably casts around every projection): 196 us a token
+fit the steps above 5,000 tokens of the run t4_pf16_eff_fp16 (same file), less 57.2 us of matrix products. That run was in float16
+with the attention kernel of a T4; for bfloat16 it is taken over."""
+
+H100_SHARE = 0.74
+"""Of its peak matrix rate an H100 reaches this on the shapes of Mistral-7B in bfloat16 (measured: 732 of 989 TFLOP/s, mean of the
+seven products in run 1/micro). Taken over for V100 and A100, where nobody has measured it for us."""
+
+LOW_POWER_SHARE = 0.5
+LOW_POWER = ("T4", "L4")
+"""Cards of 70 and 72 W are taken not to hold the clock that their peak is quoted at (throttling of the T4: Jia et al.,
+"Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019). The share is assumed, not measured."""
+
+FILL = 0.91
+"""Real tokens of all tokens in batches grouped by length (measured 0.913 with four questions a batch; at random it was 0.55)."""
+
+SPREAD = (0.21, 0.35, 0.49, 0.66, 0.92, 1.38, 2.99)
+"""Sizes of micro-batches grouped by length over their mean, in seven equal groups (the 56 of d_grouped, Spider-like text): short
+ones wait for the host even where the mean one does not."""
+
+
+def training_speed(gpu: Gpu, shape: ModelShape, *, rows: int, mean_tokens: float, checkpointing: bool) -> Speed:
+    """Real tokens a second of QLoRA training (NF4, adapters on all seven projections, batches grouped by length).
+
+    rows: questions in a micro-batch. mean_tokens: mean length of a question with its prompt and answer, in tokens.
+    Measured where MEASURED has the GPU, shape, rows, checkpointing and a like length; else estimated, see the module's text for
+    how wrong that may be. ValueError for rows or mean_tokens that are not positive and finite.
+    """
+    if rows < 1 or not (math.isfinite(mean_tokens) and mean_tokens > 0):
+        raise ValueError(f"rows ({rows}) and mean_tokens ({mean_tokens}) must be positive")
+    asked = (gpu.name, shape.linear_parameters, rows, checkpointing)
+    like = [
+        row
+        for row in MEASURED
+        if (row.gpu, row.linear_parameters, row.rows, row.checkpointing) == asked
+        and abs(mean_tokens - row.mean_tokens) <= SAME_LENGTH * row.mean_tokens
+    ]
+    if like:
+        nearest = min(like, key=lambda row: abs(mean_tokens - row.mean_tokens))
+        return Speed(nearest.tokens_per_second, "measured", nearest.source)
+    padded = rows * mean_tokens / (FILL if rows > 1 else 1.0)
+    times = [micro_batch_seconds(gpu, shape, size * padded, checkpointing=checkpointing) for size in SPREAD]
+    seconds = sum(times) / len(times)
+    source = f"estimated from an H100's plain TRL step (2026-11) by matrix rate and bandwidth of the {gpu.name}, to a factor of 2"
+    return Speed(rows * mean_tokens / seconds, "estimated", source)
+
+
+def micro_batch_seconds(
+    gpu: Gpu, shape: ModelShape, padded_tokens: float, *, checkpointing: bool, cost: StepCost = PLAIN
+) -> float:
+    """Wall time of one micro-batch of that many tokens with padding: the slower of host and GPU."""
+    host = cost.host_per_layer if checkpointing else cost.host_per_layer_kept
+    return max(host * shape.layers, gpu_seconds(gpu, shape, padded_tokens, checkpointing=checkpointing, cost=cost))
+
+
+def gpu_seconds(
+    gpu: Gpu, shape: ModelShape, padded_tokens: float, *, checkpointing: bool, cost: StepCost = PLAIN
+) -> float:
+    """Time that the GPU is busy with one micro-batch.
+
+    Passes over the frozen weights: forward, backward (to the inputs alone), and with checkpointing forward again, 2 FLOP a
+    parameter and token each. The backward pass is taken to move twice the activations of a forward pass. Left out, at 1 to 2%
+    of the FLOP: attention's own products, and the head, which sees labelled tokens alone.
+    """
+    passes, traffic = (3, 4) if checkpointing else (2, 3)
+    share = LOW_POWER_SHARE if gpu.name in LOW_POWER else H100_SHARE
+    flop = 2 * shape.linear_parameters * passes * padded_tokens
+    activations = cost.activation_bytes * projection_widths(shape) * traffic * padded_tokens
+    weights = cost.weight_bytes * shape.linear_parameters * passes
+    products = flop / (gpu.tflops * 1e12 * share)
+    return products + (activations + weights) / (gpu.bandwidth * 1e9) + cost.short_kernels * shape.layers * passes
+
+
+def projection_widths(shape: ModelShape) -> int:
+    """Elements that go into and come out of the seven projections of all layers, for one token."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = 2 * (shape.hidden + query) + 2 * (shape.hidden + key)
+    return shape.layers * (attention + 3 * (shape.hidden + shape.intermediate))

@@ -1,0 +1,271 @@
+"""`finetune plan` as typed: ceilings, kinds of machine, JSON, --write, and no need of torch or SkyPilot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from catalog_fixture import lay_out_catalog, shared_catalog
+from plan_examples import run_values, write_manifest
+
+from finetune.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "configs" / "mistral_7b_qlora.yaml"
+Shown = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder with a price catalog that SkyPilot fetched today."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SKY_RUNTIME_DIR", raising=False)
+    lay_out_catalog(tmp_path / "home", fetched=datetime.now(UTC))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    return str(write(tmp_path))
+
+
+def write(folder: Path, **sections: dict[str, Any]) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run_values(**sections)), encoding="utf-8")
+    return path
+
+
+def output(shown: Shown, *arguments: str) -> str:
+    shown.readouterr()
+    assert main(["plan", *arguments]) == 0
+    said = shown.readouterr()
+    assert said.err == ""
+    return said.out
+
+
+def values(shown: Shown, *arguments: str) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found: dict[str, Any] = json.loads(output(shown, *arguments, "--json"), parse_constant=refuse)
+    return found
+
+
+def refused(shown: Shown, *arguments: str) -> str:
+    """The one line of a mistake of the user's."""
+    shown.readouterr()
+    assert main(["plan", *arguments]) == 2
+    said = shown.readouterr().err
+    assert said.startswith("finetune: ") and said.count("\n") == 1
+    return said
+
+
+# in a process of its own
+
+BLOCKED = """
+import sys
+for name in ("torch", "sky", "transformers", "numpy", "pandas"):
+    sys.modules[name] = None
+from finetune.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_plan_needs_neither_torch_nor_skypilot(home: Path) -> None:
+    source = shared_catalog()
+    if source is not None:  # the larger list of prices
+        lay_out_catalog(home, source=source)
+    command = [sys.executable, "-c", BLOCKED, "plan", "configs/mistral_7b_qlora.yaml", "data.output_dir=no/such/folder"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("configs/mistral_7b_qlora.yaml: 6,790 questions x 311 tokens, 1,275 optimizer steps")
+    assert any(line.startswith("prices: SkyPilot's catalog") for line in lines)
+    assert sum(line.startswith(("1.", "2.", "3.", "4.", "5.", "6.", "7.", "8.")) for line in lines) == 8
+    assert any(line.startswith("order: ") and " spot, then " in line for line in lines)
+
+
+def test_without_any_catalog_the_plan_says_loudly_that_it_uses_an_old_snapshot(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    assert "\nprices: OUR OLD SNAPSHOT" in output(capsys, config)
+    assert values(capsys, config)["prices"]["snapshot"] is True
+
+
+def test_a_catalog_that_skypilot_fetched_is_named_with_its_day(config: str, capsys: Shown) -> None:
+    today = f"{datetime.now().astimezone():%Y-%m-%d}"
+    assert f"\nprices: SkyPilot's catalog, fetched {today} (today); host" in output(capsys, config)
+    assert values(capsys, config)["prices"]["snapshot"] is False
+
+
+# options
+
+
+def test_each_ceiling_can_be_given_and_comes_from_the_budget_else(tmp_path: Path, capsys: Shown) -> None:
+    config = str(write(tmp_path, budget={"max_run_usd": 7.0, "max_hours": 8.0}))
+    assert values(capsys, config)["ceilings"] == {"usd_per_hour": None, "run_usd": 7.0, "hours": 8.0}
+    given = ["--max-run-usd", "1.5", "--max-hourly-usd", "2", "--max-hours", "3e0"]
+    assert values(capsys, config, *given)["ceilings"] == {"usd_per_hour": 2.0, "run_usd": 1.5, "hours": 3.0}
+    free = {(row["gpu"], row["spot"]): row["usd_per_hour"] for row in values(capsys, config)["rows"]}
+    for row in values(capsys, config, "--max-hourly-usd", "1")["rows"]:
+        assert row["chosen"] == (free[row["gpu"], row["spot"]] <= 1)
+    assert {usd > 1 for usd in free.values()} == {True, False}
+
+
+@pytest.mark.parametrize("option", ["--max-run-usd", "--max-hourly-usd", "--max-hours"])
+@pytest.mark.parametrize("value", ["0", "-1", "-0.5", "nan", "inf", "-inf", "much", "", "$5", "1,5"])
+def test_a_ceiling_that_is_no_positive_number_is_refused(option: str, value: str, config: str, capsys: Shown) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", config, f"{option}={value}"])
+    said = capsys.readouterr()
+    assert said.err.endswith(f"finetune plan: error: argument {option}: expected a number above 0, found {value!r}\n")
+    assert said.out == ""
+
+
+def test_spot_on_demand_or_both(config: str, capsys: Shown) -> None:
+    found = {option: [row["spot"] for row in values(capsys, config, *option.split())["rows"]]
+             for option in ("", "--both", "--spot", "--on-demand")}  # fmt: skip
+    assert sorted(found[""]) == sorted(found["--both"]) == [False] * 4 + [True] * 4
+    assert (found["--spot"], found["--on-demand"]) == ([True] * 4, [False] * 4)
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", config, "--spot", "--on-demand"])
+
+
+def test_trust_prices_lets_a_price_that_looks_wrong_rank(config: str, capsys: Shown) -> None:
+    """In the snapshot an A100 of europe-west4 costs half of what it does elsewhere."""
+    chosen = ["plan.gpus=[A100]", "--on-demand"]
+    [careful] = values(capsys, config, *chosen)["rows"]
+    [trusting] = values(capsys, config, *chosen, "--trust-prices")["rows"]
+    assert careful["region"] != trusting["region"] == "europe-west4"
+    assert careful["doubts"] == [] and "europe-west4" in careful["passed_over"]
+    assert trusting["doubts"] and trusting["usd"] < careful["usd"]
+
+
+@pytest.mark.parametrize("order", [("--spot", "training.max_steps=5"), ("training.max_steps=5", "--spot")])
+def test_overrides_may_stand_before_and_after_options(order: tuple[str, str], config: str, capsys: Shown) -> None:
+    found = values(capsys, config, *order, "plan.gpus=[T4]")
+    assert found["run"]["steps"] == 5
+    assert [(row["gpu"], row["spot"]) for row in found["rows"]] == [("T4", True)]
+
+
+@pytest.mark.parametrize("word", ["--max-usd=5", "--sport", "nonsense"])
+def test_an_option_or_word_that_does_not_exist_is_refused(word: str, config: str, capsys: Shown) -> None:
+    try:
+        assert main(["plan", config, "--spot", word]) == 2
+    except SystemExit as error:
+        assert error.code == 2
+    said = capsys.readouterr()
+    assert word in said.err and said.out == ""
+
+
+def test_memory_prints_another_table_and_does_not_pretend_to_json_or_writing(
+    config: str, tmp_path: Path, capsys: Shown
+) -> None:
+    text = output(capsys, config, "--memory")
+    assert "optimizer" in text and "for the run" not in text
+    for option in (["--json"], ["--write", str(tmp_path / "task.yaml")]):
+        assert "--memory" in refused(capsys, config, "--memory", *option)
+    assert not (tmp_path / "task.yaml").exists()
+
+
+def test_json_is_the_table_and_nothing_else(config: str, capsys: Shown) -> None:
+    text, found = output(capsys, config), values(capsys, config)
+    lines = [line for line in text.splitlines() if line.startswith(tuple("12345678-"))]
+    assert len(lines) == len(found["rows"]) == 8
+    for line, row in zip(lines, found["rows"], strict=True):
+        assert {row["gpu"], row["zone"], f"{row['usd_per_hour']:.3f}"} <= set(line.split())
+        assert row["machine"] and row["hours"] > 0 and row["usd"] > 0
+
+
+# data and mistakes
+
+
+def test_prepared_data_are_counted_and_others_assumed(tmp_path: Path, capsys: Shown) -> None:
+    config = str(write(tmp_path))
+    prepared = tmp_path / "prepared"
+    manifest = write_manifest(prepared)
+    counted = output(capsys, config, f"data.output_dir={prepared}")
+    assert (
+        counted.startswith(f"{config}: 1,000 questions x 120 tokens, ")
+        and f"\ntokens: counted in {manifest}\n" in counted
+    )
+    assert "\ntokens: 4,000 training questions (plan.records), 300 tokens each" in output(capsys, config)
+    manifest.write_text("{}")
+    assert f"{manifest}: not a manifest" in refused(capsys, config, f"data.output_dir={prepared}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["plan.gpus=[K80]"], "plan.gpus: unknown GPU 'K80'; known: T4, V100, L4, A100"),
+        (["plan.gpus=[A100,A100]"], "plan.gpus: a GPU is named twice"),
+        (["plan.gpus=[H100]"], "plan.gpus: H100 is not planned for on Google Cloud"),
+        (["plan.records=null"], "set plan.records to the number of training questions"),
+        (["model.name=someone/model"], "model.name: the shape of someone/model is not known"),
+        (["plan.gpu=[T4]"], "unknown key plan.gpu (did you mean plan.gpus?)"),
+        (["plan.spot_preemptions_per_hour=often"], "plan.spot_preemptions_per_hour: expected float, found 'often'"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_one_line(
+    overrides: list[str], message: str, config: str, capsys: Shown
+) -> None:
+    assert message in refused(capsys, config, *overrides)
+
+
+def test_a_damaged_catalog_is_told_in_one_line(home: Path, config: str, capsys: Shown) -> None:
+    prices = home / ".sky" / "catalogs" / "v8" / "gcp" / "vms.csv"
+    prices.write_bytes(prices.read_bytes()[:-20])
+    assert f"{prices}: line " in refused(capsys, config)
+
+
+# --write
+
+TASK = "name: x\nresources:\n  infra: gcp  # comment\n  any_of:\n    - {accelerators: A100:1}\nrun: echo\n"
+
+
+def test_write_puts_the_order_into_the_task_with_the_command_that_gives_it(
+    config: str, tmp_path: Path, capsys: Shown
+) -> None:
+    task = tmp_path / "task.yaml"
+    task.write_text(TASK)
+    options = ["training.max_steps=50", "--max-hourly-usd", "1", "--spot", "--trust-prices"]
+    text = output(capsys, config, *options, "--write", str(task))
+    assert text.endswith(f"\nwritten: {task}\n")
+    head, tail = TASK.split("  any_of:\n    - {accelerators: A100:1}\n")
+    written = task.read_text()
+    assert written.startswith(head) and written.endswith(tail)
+    [comment] = [line for line in written.splitlines() if "ordered:" in line]
+    command = comment.split("estimated: ")[1].split()
+    assert command[:2] == ["finetune", "plan"] and sorted(command[2:]) == sorted([config, *options])
+    entries = yaml.safe_load(written)["resources"]["ordered"]
+    rows = [row for row in values(capsys, *command[2:])["rows"] if row["chosen"]]
+    assert [entry["accelerators"] for entry in entries] == [f"{row['gpu']}:1" for row in rows]
+    assert len(entries) > 1 and all(entry["use_spot"] for entry in entries)
+
+
+def test_write_with_json_prints_json_alone(config: str, tmp_path: Path, capsys: Shown) -> None:
+    task = tmp_path / "task.yaml"
+    task.write_text(TASK)
+    assert len(values(capsys, config, "--write", str(task))["rows"]) == 8
+    assert "ordered:" in task.read_text()
+
+
+def test_write_when_every_machine_is_refused_shows_the_table_and_writes_nothing(
+    config: str, tmp_path: Path, capsys: Shown
+) -> None:
+    task = tmp_path / "task.yaml"
+    task.write_text(TASK)
+    assert main(["plan", config, "--max-run-usd", "0.001", "--write", str(task)]) == 2
+    said = capsys.readouterr()
+    assert "order: none; every machine is refused" in said.out and "written:" not in said.out
+    assert said.err == f"finetune: {task}: not written, because the plan refuses every machine: see the table\n"
+    assert task.read_text() == TASK

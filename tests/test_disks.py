@@ -1,0 +1,60 @@
+"""A disk costs its list price where that is known, and never less than it may cost where it is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.cloud.disks import DEAREST, TIERS, USD_PER_MONTH, disk_type, disk_usd_per_hour
+from finetune.errors import UserError
+
+
+def test_the_hourly_price_is_the_monthly_one_by_730_hours() -> None:
+    assert disk_usd_per_hour(200, "medium", "us-central1") * 730 == pytest.approx(20.0)
+    assert disk_usd_per_hour(200, "high", "us-central1") * 730 == pytest.approx(34.0)  # the example on Google's page
+    assert disk_usd_per_hour(200, "low", "us-central1", "n1-highmem-8") * 730 == pytest.approx(8.0)
+    assert disk_usd_per_hour(100, "medium", "europe-west4") * 730 == pytest.approx(11.0)
+
+
+def test_all_43_regions_are_priced_once_and_faster_disks_cost_more() -> None:
+    assert len(USD_PER_MONTH) == 43
+    for region, prices in USD_PER_MONTH.items():
+        assert 0.04 <= prices["pd-standard"] < prices["pd-balanced"] < prices["pd-ssd"] <= 0.272, region
+
+
+@pytest.mark.parametrize("region", ["", "us-central2", "mars-north1"])
+def test_a_region_that_is_not_in_the_list_costs_what_the_dearest_does(region: str) -> None:
+    assert DEAREST == {"pd-standard": 0.064, "pd-balanced": 0.16, "pd-ssd": 0.272}
+    for tier in ("low", "medium", "high"):
+        usd = disk_usd_per_hour(200, tier, region, "a2-highgpu-1g")
+        assert usd == max(disk_usd_per_hour(200, tier, known, "a2-highgpu-1g") for known in USD_PER_MONTH)
+
+
+def test_a_region_may_be_in_capitals() -> None:
+    assert disk_usd_per_hour(200, "medium", "US-Central1") == disk_usd_per_hour(200, "medium", "us-central1")
+
+
+def test_without_a_machine_a_tier_costs_the_most_that_it_may_mean() -> None:
+    machines = ("n1-highmem-8", "g2-standard-8", "a2-highgpu-1g", "n2-standard-8", "a3-highgpu-1g", "e2-standard-4")
+    for tier in ("low", "medium", "high", "none"):
+        dearest = max(disk_usd_per_hour(200, tier, "us-central1", machine) for machine in machines)
+        assert disk_usd_per_hour(200, tier, "us-central1") == dearest
+
+
+@pytest.mark.parametrize(
+    ("tier", "machine"),
+    [("ultra", ""), ("best", ""), ("ultra", "n2-standard-64"), ("best", "a3-highgpu-1g"), ("medium", "a3-ultragpu-8g")],
+)
+def test_a_disk_that_is_charged_by_more_than_its_size_is_refused(tier: str, machine: str) -> None:
+    with pytest.raises(UserError, match="is not known here"):
+        disk_usd_per_hour(200, tier, "us-central1", machine)
+
+
+def test_an_unknown_tier_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=f"'Medium' is unknown; expected one of {', '.join(TIERS)}"):
+        disk_type("Medium")
+
+
+@pytest.mark.parametrize("gib", [0, -1, 1.5, True, "200", float("nan")])
+def test_a_size_that_is_no_positive_whole_number_is_refused(gib: object) -> None:
+    with pytest.raises(UserError, match="expected a positive whole number of GiB"):
+        disk_usd_per_hour(gib, "medium", "us-central1")  # type: ignore[arg-type]

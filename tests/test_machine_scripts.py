@@ -1,0 +1,259 @@
+"""tools/machine_train.sh, _evaluate.sh and _dev.sh, run for real on a machine whose expensive programs are stand-ins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from machine_fixture import CONFIG, RentedMachine, begin_run, gone, rent, wait_for
+
+from finetune.config import load_config
+
+SLOW_TO_STOP = """
+import os, signal, subprocess, sys, time
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+helper = subprocess.Popen(["sleep", "30"])
+open(os.environ["CALLS"] + ".ready", "w").close()
+while not told:
+    time.sleep(0.02)
+time.sleep(0.6)
+with open(os.environ["CALLS"] + ".told", "w") as file:
+    file.write(f"{len(told)} {helper.poll()}")
+helper.kill()
+sys.exit(75)
+"""
+"""Like `finetune train`: SIGTERM lets it save, for which it needs its helper process, then it exits 75."""
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> RentedMachine:
+    return rent(tmp_path)
+
+
+# --- start, resume, done ---------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_begins_in_the_bucket_under_its_ceiling(machine: RentedMachine) -> None:
+    code, said = machine.run("machine_train.sh", MAX_RUN_USD="7.5", OVERRIDES="lora.r=4 training.seed=1")
+    assert code == 0, said
+    assert machine.calls()[-2:] == [
+        "machine --wall-hours --max-run-usd 7.5 --max-hours 24",
+        f"train config.yaml lora.r=4 training.seed=1 training.output_dir={machine.bucket}/runs training.run_name=run "
+        "budget.max_run_usd=7.5",
+    ]
+
+
+@pytest.mark.parametrize("status", ["interrupted", "running", "failed", "budget_stop"])
+def test_an_interrupted_run_goes_on_under_the_ceiling_typed_last(machine: RentedMachine, status: str) -> None:
+    folder = begin_run(machine, status)
+    code, said = machine.run("machine_train.sh", MAX_RUN_USD="40")
+    assert code == 0, said
+    assert machine.called("train") == [f"train --resume {folder}"]
+    config = load_config(folder / "config.yaml")
+    assert config.budget.max_run_usd == 40.0
+    assert config.model.name == "some/model"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "run.json"]
+
+
+def test_a_finished_run_is_left_alone(machine: RentedMachine) -> None:
+    begin_run(machine, "done")
+    code, said = machine.run("machine_train.sh")
+    assert (code, machine.calls()) == (0, [])
+    assert "run is done" in said
+
+
+def test_an_attempt_that_was_cut_off_before_its_first_record_is_begun_again(machine: RentedMachine) -> None:
+    folder = begin_run(machine, "running")
+    (folder / "run.json").unlink()
+    (folder / ".run.json.x1.tmp").touch()
+    code, said = machine.run("machine_train.sh")
+    assert code == 0, said
+    assert machine.called("train config.yaml")
+    assert not folder.exists(), "`finetune train` refuses a name that is taken"
+
+
+def test_a_folder_of_something_else_is_not_touched(machine: RentedMachine) -> None:
+    folder = begin_run(machine, "running")
+    (folder / "run.json").unlink()
+    (folder / "thesis.txt").touch()
+    code, said = machine.run("machine_train.sh")
+    assert (code, machine.calls()) == (2, [])
+    assert str(folder) in said
+    assert (folder / "config.yaml").exists()
+
+
+# --- names -----------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_name_the_run_is_named_after_the_job_also_on_the_next_machine(machine: RentedMachine) -> None:
+    task = "sky-managed-2026-11-22-15-12-31-123456_train spot/a:b_12-0"
+    name = "sky-managed-2026-11-22-15-12-31-123456_train-spot-a-b_12-0"
+    machine.run("machine_train.sh", RUN_NAME="", SKYPILOT_TASK_ID=task)
+    assert f"training.run_name={name}" in machine.called("train")[0]
+    assert {f"WANDB_RUN_ID={name}", f"WANDB_NAME={name}", "WANDB_RESUME=allow"} <= set(machine.seen_environment())
+    begin_run(machine, "interrupted", name)
+    machine.run("machine_train.sh")
+    assert machine.called("train")[1] == f"train --resume {machine.run_folder(name)}"
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", ".hidden", "two words", "a" * 101, "-flag"])
+def test_a_name_that_is_no_folder_is_refused(machine: RentedMachine, name: str) -> None:
+    code, said = machine.run("machine_train.sh", RUN_NAME=name)
+    assert (code, machine.calls()) == (2, [])
+    assert "RUN_NAME" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MAX_RUN_USD", "-3"),
+        ("MAX_RUN_USD", "all"),
+        ("MAX_HOURS", "0"),
+        ("MAX_HOURS", "0.0"),
+        ("CONFIG", ""),
+        ("RUN_NAME", ""),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(machine: RentedMachine, variable: str, value: str) -> None:
+    code, said = machine.run("machine_train.sh", **{variable: value})
+    assert (code, machine.called("train")) == (2, [])
+    assert variable in said
+
+
+def test_empty_secrets_count_as_none_and_others_arrive(machine: RentedMachine) -> None:
+    machine.run("machine_train.sh", WANDB_API_KEY="", HF_TOKEN="token-of-mine")
+    seen = machine.seen_environment()
+    assert "HF_TOKEN=token-of-mine" in seen
+    assert not [line for line in seen if line.startswith("WANDB_API_KEY")]
+
+
+def test_without_a_bucket_nothing_starts(machine: RentedMachine) -> None:
+    machine.bucket.rmdir()
+    code, said = machine.run("machine_train.sh")
+    assert (code, machine.calls()) == (2, [])
+    assert "no bucket" in said
+
+
+def test_a_broken_config_is_the_users_mistake(machine: RentedMachine) -> None:
+    (machine.checkout / "config.yaml").write_text(CONFIG + "trainnig: {}\n")
+    code, said = machine.run("machine_train.sh")
+    assert (code, machine.calls()) == (2, [])
+    assert "trainnig" in said
+    assert not (machine.bucket / "runs").exists()
+
+
+# --- limits, signals, exit codes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
+def test_the_exit_code_of_training_is_the_jobs(machine: RentedMachine, code: int) -> None:
+    assert machine.run("machine_train.sh", FAKE_CODE=str(code))[0] == code
+
+
+@pytest.mark.parametrize("work", [SLOW_TO_STOP, DEAF], ids=["saves", "hangs"])
+def test_when_the_hours_are_over_the_job_ends_well_and_is_not_restarted(machine: RentedMachine, work: str) -> None:
+    code, said = machine.run("machine_train.sh", FAKE_HOURS="0.0004", FAKE_WORK=work)
+    assert code == 0, said
+    assert "0.0004 hours are over" in said
+    assert "RUN_NAME=run" in said
+
+
+def test_a_preemption_notice_reaches_training_and_it_alone_once(machine: RentedMachine) -> None:
+    machine.env["FAKE_WORK"] = SLOW_TO_STOP
+    process = machine.start("machine_train.sh")
+    wait_for(machine.folder / "calls.ready")
+    wait_for(machine.folder / "calls.tensorboard")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert (machine.folder / "calls.told").read_text() == "1 None"
+    assert gone(int((machine.folder / "calls.tensorboard").read_text()))
+
+
+def test_tensorboard_shows_all_runs_to_this_machine_alone(machine: RentedMachine) -> None:
+    machine.env["FAKE_WORK"] = "import time; time.sleep(1)"
+    code, said = machine.run("machine_train.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "mine"}')
+    assert code == 0, said
+    call = next(line for line in (machine.folder / "calls").read_text().splitlines() if line.startswith("tensorboard"))
+    assert call.startswith(f"tensorboard --logdir {machine.bucket}/runs --host 127.0.0.1 --port 6006")
+    assert "ssh -L 6006:localhost:6006 mine" in said
+    assert gone(int((machine.folder / "calls.tensorboard").read_text()))
+
+
+def test_an_unknown_price_leaves_the_wall_clock(machine: RentedMachine) -> None:
+    code, said = machine.run("machine_train.sh", FAKE_HOURS="", MAX_HOURS="3")
+    assert code == 0, said
+    assert "at most 3 hours" in said
+
+
+def test_a_budget_that_the_machine_has_used_up_starts_nothing(machine: RentedMachine) -> None:
+    code, said = machine.run("machine_train.sh", FAKE_HOURS="0.0000")
+    assert (code, machine.called("train")) == (2, [])
+    assert "MAX_RUN_USD" in said
+
+
+# --- evaluation, development -----------------------------------------------------------------------------------------------
+
+
+def test_a_named_run_is_scored_and_reported(machine: RentedMachine) -> None:
+    begin_run(machine, "done")
+    code, said = machine.run("machine_evaluate.sh", BUCKET="my-bucket")
+    assert code == 0, said
+    assert machine.calls()[-2:] == [f"evaluate {machine.run_folder()}", f"report {machine.run_folder()}"]
+    assert "gs://my-bucket/runs/run/report.html" in said
+
+
+def test_without_a_name_the_newest_trained_run_is_scored_or_that_of_this_job(machine: RentedMachine) -> None:
+    for age, name in enumerate(["new", "old", "untrained"]):
+        adapter = begin_run(machine, "done", name) / "adapter" / "adapter_config.json"
+        if name != "untrained":
+            adapter.parent.mkdir()
+            adapter.touch()
+            os.utime(adapter, (10_000 - age, 10_000 - age))
+    machine.run("machine_evaluate.sh", RUN_NAME="", SKYPILOT_TASK_ID="job")
+    assert machine.called("evaluate") == [f"evaluate {machine.run_folder('new')}"]
+    begin_run(machine, "done", "job")
+    machine.run("machine_evaluate.sh")
+    assert machine.called("evaluate")[1:] == [f"evaluate {machine.run_folder('job')}"]
+
+
+def test_a_run_that_is_not_there_is_named_with_those_that_are(machine: RentedMachine) -> None:
+    begin_run(machine, "done", "other")
+    code, said = machine.run("machine_evaluate.sh")
+    assert (code, machine.calls()) == (2, [])
+    assert "other/" in said
+
+
+def test_a_failed_evaluation_is_not_reported(machine: RentedMachine) -> None:
+    begin_run(machine, "done")
+    assert machine.run("machine_evaluate.sh", FAKE_CODE="2")[0] == 2
+    assert not machine.called("report")
+
+
+def test_an_evaluation_that_takes_too_long_fails(machine: RentedMachine) -> None:
+    begin_run(machine, "done")
+    code, said = machine.run("machine_evaluate.sh", FAKE_HOURS="0.0004", FAKE_WORK="import time; time.sleep(30)")
+    assert code == 2
+    assert "not scored in 0.0004 hours" in said
+    assert not machine.called("report")
+
+
+def test_jupyter_listens_to_this_machine_alone_keeps_its_token_and_ends_when_idle(machine: RentedMachine) -> None:
+    code, said = machine.run("machine_dev.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "dev"}')
+    assert code == 0, said
+    (call,) = machine.called("jupyter")
+    assert {"--ip=127.0.0.1", "--port=8888", "--no-browser", "--ServerApp.shutdown_no_activity_timeout=1800"} <= set(
+        call.split()
+    )
+    assert "token" not in call.lower()
+    assert "password" not in call.lower()
+    assert "ssh -L 8888:localhost:8888 -L 6006:localhost:6006 dev" in said
+    assert (machine.checkout / "notebooks").resolve() == machine.bucket / "notebooks"

@@ -1,0 +1,35 @@
+"""Which machine a GPU comes with: the limits of N1, and what stands outside the tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.cloud.machines import N1_LIMITS, check_machine, fits
+from finetune.errors import UserError
+from finetune.gpus import GPUS
+
+
+@pytest.mark.parametrize(("gpu", "count"), [(gpu, count) for gpu, rows in N1_LIMITS.items() for count in rows])
+def test_an_n1_machine_may_be_as_large_as_its_gpus_allow_and_no_larger(gpu: str, count: int) -> None:
+    vcpus, memory = N1_LIMITS[gpu][count]
+    assert fits(gpu, count, "n1-custom", (vcpus, memory))
+    assert not fits(gpu, count, "n1-custom", (vcpus + 1, memory))
+    assert not fits(gpu, count, "n1-custom", (vcpus, memory + 0.25))
+    assert not fits(gpu, count, "n2-standard-2", (2, 8))
+    assert not fits(gpu, count, "n1-custom", None)
+    refusal = f"{gpu}:{count} does not come with n1-custom; .* {vcpus} vCPUs and {memory} GB"
+    with pytest.raises(UserError, match=refusal):
+        check_machine(gpu, count, "n1-custom", (vcpus, memory + 1))
+
+
+def test_the_machines_of_our_tasks_come_with_their_gpus() -> None:
+    sold = [gpu for gpu in GPUS.values() if gpu.machine]
+    assert len(sold) == 5
+    for gpu in sold:
+        check_machine(gpu.name, 1, gpu.machine, (8.0, 52.0))
+
+
+def test_what_the_tables_lack_does_not_fit() -> None:
+    assert not fits("X9", 1, "n1-highmem-8", (8.0, 52.0))
+    assert not fits("T4", 3, "n1-highmem-8", (8.0, 52.0))
+    assert not fits("A100", 3, "a2-highgpu-1g", (12.0, 85.0))

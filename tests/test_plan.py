@@ -1,0 +1,317 @@
+"""What a run costs on each GPU: the expected loss to preemption against a simulation of it, the order, and the refusals."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plan_examples import (
+    ALL,
+    HOST_SPOT_USD,
+    HOST_USD,
+    catalog_of,
+    machine,
+    names,
+    plan_of,
+    priced,
+    row_of,
+    run_config,
+    with_a_wrong_price,
+)
+
+from finetune.cloud.disks import disk_usd_per_hour
+from finetune.cloud.plan import VALIDATION_COST, Ceilings, OnGpu, RunCost, ceiling_refusals, run_cost, run_on
+from finetune.cloud.run_size import run_size
+from finetune.config import PlanSection
+from finetune.errors import UserError
+from finetune.gpus import GPUS
+from finetune.speed import Speed
+
+SET_UP_HOURS = 0.2
+
+
+def on_gpu(work_hours: float, save_hours: float) -> OnGpu:
+    return OnGpu(GPUS["T4"], 1.0, True, Speed(100.0, "estimated", ""), work_hours, save_hours)
+
+
+def cost_of(
+    work: float, save: float, rate: float, *, spot: bool = True, usd: float = 2.0, set_up: float = SET_UP_HOURS
+) -> RunCost:
+    section = PlanSection(setup_minutes=60 * set_up, spot_preemptions_per_hour=rate)
+    return run_cost(on_gpu(work, save), usd, spot, section)
+
+
+# expected cost, against a simulation
+
+
+def one_run(work: float, save: float, rate: float, chance: random.Random) -> tuple[float, int]:
+    """(billed hours, preemptions) of one run, machine after machine: each is set up, takes up the last checkpoint, and is
+    taken away after a random time of work."""
+    billed, saved, preemptions = 0.0, 0, 0
+    while True:
+        left = work - saved * save
+        life = chance.expovariate(rate)
+        billed += SET_UP_HOURS + min(life, left)
+        if life >= left:
+            return billed, preemptions
+        saved += int(life // save)
+        preemptions += 1
+
+
+SIMULATED = [(6.0, 0.5, 0.05), (6.0, 0.5, 2.0), (6.0, 3.0, 0.5), (3.0, 3.0, 1.0)]
+
+
+def simulated(work: float, save: float, rate: float, runs: int = 20_000) -> tuple[list[float], list[int]]:
+    chance = random.Random(20261122)
+    pairs = [one_run(work, save, rate, chance) for _ in range(runs)]
+    return [hours for hours, _ in pairs], [preemptions for _, preemptions in pairs]
+
+
+def standard_error(values: list[float] | list[int]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+@pytest.mark.parametrize(("work", "save", "rate"), SIMULATED)
+def test_the_expected_cost_is_the_mean_of_simulated_runs(work: float, save: float, rate: float) -> None:
+    hours, preemptions = simulated(work, save, rate)
+    cost = cost_of(work, save, rate)
+    assert cost.hours == pytest.approx(statistics.fmean(hours), abs=4 * standard_error(hours))
+    assert cost.preemptions == pytest.approx(statistics.fmean(preemptions), abs=4 * standard_error(preemptions))
+    assert cost.lost_hours == pytest.approx(cost.hours - SET_UP_HOURS - work)
+    assert (cost.usd, cost.lost_usd) == pytest.approx((2 * cost.hours, 2 * cost.lost_hours))
+
+
+def test_a_last_stretch_that_is_shorter_is_never_counted_too_low() -> None:
+    hours, _ = simulated(5.0, 2.0, 0.5)
+    mean = statistics.fmean(hours)
+    assert mean - 4 * standard_error(hours) < cost_of(5.0, 2.0, 0.5).hours < 1.1 * mean
+
+
+# expected cost, at its limits
+
+
+@pytest.mark.parametrize(("spot", "rate"), [(False, 5.0), (True, 0.0)])
+def test_without_preemption_a_run_costs_set_up_and_work(spot: bool, rate: float) -> None:
+    assert cost_of(6.0, 0.5, rate, spot=spot) == RunCost(6.2, pytest.approx(12.4), 0.0, 0.0, 0.0)
+
+
+def test_a_vanishing_rate_costs_half_a_stretch_and_a_set_up_for_each_preemption() -> None:
+    cost = cost_of(6.0, 0.5, 1e-6)
+    assert cost.preemptions == pytest.approx(6e-6, rel=1e-5)
+    assert cost.lost_hours == pytest.approx(6e-6 * (0.25 + SET_UP_HOURS), rel=1e-3)
+
+
+@pytest.mark.parametrize("varied", [
+    [(6.0, 0.5, rate, SET_UP_HOURS) for rate in (0.0, 0.01, 0.1, 1.0, 5.0)],
+    [(6.0, save, 0.5, SET_UP_HOURS) for save in (0.1, 0.5, 1.0, 3.0, 6.0)],
+    [(6.0, 0.5, 0.5, set_up) for set_up in (0.0, 0.1, 0.5, 2.0)],
+    [(work, 0.5, 0.5, SET_UP_HOURS) for work in (0.5, 1.0, 6.0, 60.0)],
+])  # fmt: skip
+def test_cost_and_loss_grow_with_rate_save_interval_set_up_and_work(varied: list[tuple[float, ...]]) -> None:
+    costs = [cost_of(work, save, rate, set_up=set_up) for work, save, rate, set_up in varied]
+    for name in ("hours", "usd", "lost_hours", "lost_usd"):
+        values = [getattr(cost, name) for cost in costs]
+        assert values == sorted(values) and len(set(values)) == len(values)
+
+
+def test_a_rate_at_which_no_checkpoint_is_reached_is_refused_and_stays_a_number(tmp_path: Path) -> None:
+    assert math.isfinite(cost_of(1000.0, 1000.0, 10.0).usd)
+    config = run_config(
+        checkpoint={"save_steps": 10**6},
+        plan={"spot_preemptions_per_hour": 10.0, "gpus": ["T4"]},
+        training={"num_train_epochs": 1000},
+    )
+    plan = plan_of(config, priced(tmp_path, T4=(0.5, 0.1)))
+    assert names(plan) == ["T4 on-demand"]
+    [refusal] = row_of(plan, "T4", spot=True).refusals
+    assert re.fullmatch(
+        r"[\d.]+ h from one checkpoint to the next at 10 preemptions an hour: lower .*save_steps", refusal
+    )
+
+
+# hours of one GPU
+
+
+def test_hours_of_work_are_tokens_over_speed_and_checkpoints_divide_them() -> None:
+    config = run_config(training={"eval_steps": 100}, data={"val_fraction": 0.1}, checkpoint={"save_steps": 50})
+    size = run_size(config)
+    found = run_on(config, size, GPUS["L4"])
+    assert size.validation_tokens > 0
+    seconds = (size.tokens + size.validation_tokens * VALIDATION_COST) / found.speed.tokens_per_second
+    assert found.work_hours == pytest.approx(seconds / 3600)
+    assert found.save_hours == pytest.approx(found.work_hours * 50 / 250)
+    one = run_on(run_config(checkpoint={"save_steps": 9999}), size, GPUS["L4"])
+    assert one.save_hours == one.work_hours
+
+
+def test_memory_is_that_of_the_type_that_the_run_computes_in() -> None:
+    four_bit_off: dict[str, Any] = {"quantization": {"load_in_4bit": False}}
+    auto, single = run_config(**four_bit_off), run_config(**four_bit_off, model={"torch_dtype": "float32"})
+    needed = [run_on(config, run_size(config), GPUS["A100"]).needed_gib for config in (auto, single)]
+    assert needed[1] > needed[0] + 13  # 7.24e9 weights of four bytes, not two
+
+
+@pytest.mark.parametrize("name", ["someone/new-model", "EleutherAI/pythia-160m"])
+def test_a_model_of_unknown_shape_is_refused_with_those_that_are_known(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^model\.name: the shape of {name} is not known.*mistralai/Mistral-7B-v0\.1"):
+        plan_of(run_config(model={"name": name}), priced(tmp_path, T4=(0.5, 0.1)))
+
+
+# the order
+
+
+def test_a_row_for_every_gpu_and_kind_ranked_by_dollars_of_the_run(tmp_path: Path) -> None:
+    plan = plan_of(run_config(), priced(tmp_path, **ALL))
+    assert len(plan.rows) == len(names(plan)) == 8
+    dollars = [row.cost.usd for row in plan.rows if row.cost]
+    assert dollars == sorted(dollars) and len(dollars) == 8
+
+
+def test_a_dear_fast_machine_wins_a_long_run_and_a_cheap_slow_one_a_short_run(tmp_path: Path) -> None:
+    config = run_config(plan={"gpus": ["T4", "A100"]}, training={"num_train_epochs": 20})
+    size = run_size(config)
+    slower = run_on(config, size, GPUS["T4"]).work_hours / run_on(config, size, GPUS["A100"]).work_hours
+    assert slower > 2
+    catalog = priced(tmp_path, T4=(1.0, ""), A100=(slower / 1.2, ""))
+    hourly = [row_of(plan_of(config, catalog), name, spot=False).offer for name in ("T4", "A100")]
+    assert hourly[0] and hourly[1] and hourly[1].usd_per_hour > 1.5 * hourly[0].usd_per_hour
+    assert names(plan_of(config, catalog)) == ["A100 on-demand", "T4 on-demand"]
+    short = run_config(plan={"gpus": ["T4", "A100"]}, training={"max_steps": 1})  # set-up is nearly all of it
+    assert names(plan_of(short, catalog)) == ["T4 on-demand", "A100 on-demand"]
+
+
+def test_the_price_is_host_gpu_and_disk_of_the_cheapest_zone(tmp_path: Path) -> None:
+    lines = [line for zone, usd in (("us-west1-a", 0.42), ("us-central1-b", 0.40), ("us-central1-a", 0.40))
+             for line in machine("T4", zone, usd, 0.1)]  # fmt: skip
+    catalog = catalog_of(tmp_path, lines)
+    for disk_gib in (100, 500):
+        plan = plan_of(run_config(plan={"gpus": ["T4"], "disk_gib": disk_gib}), catalog)
+        disk = disk_usd_per_hour(disk_gib, "medium", "us-central1", "n1-highmem-8")
+        for spot, usd in ((False, HOST_USD + 0.40), (True, HOST_SPOT_USD + 0.1)):
+            row = row_of(plan, "T4", spot=spot)
+            assert row.offer and row.cost
+            assert row.offer.usd_per_hour == pytest.approx(usd + disk)
+            assert row.cost.usd == pytest.approx(row.cost.hours * (usd + disk))
+        offer = row_of(plan, "T4", spot=False).offer
+        assert offer and offer.zone == "us-central1-a"
+
+
+@pytest.mark.parametrize("spot", [True, False])
+def test_one_kind_of_machine_alone(spot: bool, tmp_path: Path) -> None:
+    plan = plan_of(run_config(), priced(tmp_path, **ALL), spot=spot)
+    assert [row.spot for row in plan.rows] == [spot] * 4
+
+
+# refusals
+
+
+def test_each_ceiling_refuses_with_both_numbers(tmp_path: Path) -> None:
+    config, catalog = run_config(plan={"gpus": ["A100", "T4"]}), priced(tmp_path, A100=(3.0, ""), T4=(0.4, ""))
+    free = plan_of(config, catalog, spot=False)
+    costs = {row.on_gpu.gpu.name: row.cost for row in free.rows}
+    a100, t4 = costs["A100"], costs["T4"]
+    assert a100 and t4 and t4.hours > a100.hours
+    hourly = plan_of(config, catalog, Ceilings(usd_per_hour=2.5), spot=False)
+    assert row_of(hourly, "A100", spot=False).refusals == ("$3.13/h is above the ceiling of $2.50/h",)
+    assert names(hourly) == ["T4 on-demand"]
+    hours = plan_of(config, catalog, Ceilings(hours=a100.hours), spot=False)  # a ceiling admits what equals it
+    assert row_of(hours, "T4", spot=False).refusals == (f"{t4.hours:.1f} h is above the ceiling of {a100.hours:g} h",)
+    assert names(hours) == ["A100 on-demand"]
+    limit = min(a100.usd, t4.usd) + 0.005
+    dearer = max(free.rows, key=lambda row: row.cost.usd if row.cost else 0)
+    assert dearer.cost
+    dollars = plan_of(config, catalog, Ceilings(run_usd=limit), spot=False)
+    refused = row_of(dollars, dearer.on_gpu.gpu.name, spot=False)
+    assert refused.refusals == (f"${dearer.cost.usd:.2f} is above the ceiling of ${limit:g} for the run",)
+    assert [row.chosen for row in dollars.rows] == [True, False]
+    every = plan_of(config, catalog, Ceilings(0.01, 0.01, 0.01), spot=False)
+    assert [len(row.refusals) for row in every.rows] == [3, 3] and not names(every)
+
+
+@pytest.mark.parametrize(
+    ("usd_per_hour", "usd", "hours", "said"),
+    [
+        (2.981, 1.0, 1.0, ["$2.981/h is above the ceiling of $2.98/h"]),
+        (2.0, 5.6813, 1.0, ["$5.681 is above the ceiling of $5.68 for the run"]),
+        (2.0, 1.0, 6.0004, ["6.0004 h is above the ceiling of 6 h"]),
+        (2.98, 5.68, 6.0, []),
+    ],
+)
+def test_a_refusal_that_is_close_shows_the_decimals_that_decide(
+    usd_per_hour: float, usd: float, hours: float, said: list[str]
+) -> None:
+    assert ceiling_refusals(usd_per_hour, RunCost(hours, usd, 0.0, 0.0, 0.0), Ceilings(2.98, 5.68, 6.0)) == said
+
+
+def test_what_does_not_fit_is_refused_with_needed_and_there(tmp_path: Path) -> None:
+    config = run_config(training={"per_device_train_batch_size": 16}, model={"max_seq_length": 2048})
+    plan = plan_of(config, priced(tmp_path, **ALL))
+    found = {row.on_gpu.gpu.name: row for row in plan.rows if not row.spot}
+    t4, a100 = found["T4"], found["A100"]
+    assert a100.chosen and a100.on_gpu.needed_gib < a100.on_gpu.gpu.memory_gib
+    there = GPUS["T4"].memory_gib
+    assert t4.refusals == (f"does not fit: needs {t4.on_gpu.needed_gib:.1f} GiB of {there}",)
+    assert t4.on_gpu.needed_gib > there
+    assert t4.cost and a100.cost and t4.cost.usd < a100.cost.usd  # what is refused comes last, however cheap
+    assert [row.chosen for row in plan.rows] == sorted((row.chosen for row in plan.rows), reverse=True)
+
+
+def test_memory_that_lacks_a_little_is_said_to_lack_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(plan={"gpus": ["T4"]})
+    needed = run_on(config, run_size(config), GPUS["T4"]).needed_gib
+    for gib in (needed - 1e-6, needed + 1e-6):
+        assert run_on(config, run_size(config), replace(GPUS["T4"], memory_gib=gib)).fits == (gib > needed)
+    there = math.floor(needed * 10) / 10
+    monkeypatch.setitem(GPUS, "T4", replace(GPUS["T4"], memory_gib=there))
+    [refusal] = row_of(plan_of(config, priced(tmp_path, T4=(0.4, 0.1))), "T4", spot=True).refusals
+    said = re.fullmatch(r"does not fit: needs ([\d.]+) GiB of ([\d.]+)", refusal)
+    assert said and float(said[1]) > float(said[2]) == there
+
+
+def test_a_gpu_that_is_not_sold_as_spot_is_refused_in_its_row(tmp_path: Path) -> None:
+    plan = plan_of(run_config(plan={"gpus": ["T4", "L4"]}), priced(tmp_path, T4=(0.4, ""), L4=(0.7, 0.3)))
+    row = row_of(plan, "T4", spot=True)
+    assert (row.refusals, row.offer, row.cost) == (("not sold: the catalog has no price for it",), None, None)
+    assert plan.rows[-1] == row and len(names(plan)) == 3
+
+
+def test_a_gpu_that_the_catalog_or_we_do_not_know_on_google_cloud_is_an_error(tmp_path: Path) -> None:
+    catalog = priced(tmp_path, T4=(0.4, 0.1))
+    with pytest.raises(UserError, match=r"^plan\.gpus: .*V100.*Google Cloud.*T4"):
+        plan_of(run_config(plan={"gpus": ["T4", "V100"]}), catalog)
+    with pytest.raises(UserError, match=r"^plan\.gpus: H100 is not planned for on Google Cloud; choose among T4, V100"):
+        plan_of(run_config(plan={"gpus": ["H100"]}), catalog)
+
+
+# prices that look wrong
+
+
+def test_a_doubtful_price_gives_way_to_the_next_zone_and_is_shown(tmp_path: Path) -> None:
+    row = row_of(plan_of(run_config(plan={"gpus": ["L4"]}), with_a_wrong_price(tmp_path)), "L4", spot=False)
+    assert row.chosen and row.offer and row.offer.zone != "us-east1-a" and row.offer.gpu_usd == 0.7
+    assert row.passed_over and row.passed_over.zone == "us-east1-a" and row.passed_over.doubts
+    spot = row_of(plan_of(run_config(plan={"gpus": ["L4"]}), with_a_wrong_price(tmp_path)), "L4", spot=True)
+    assert spot.chosen and spot.passed_over is None
+
+
+def test_a_machine_with_nothing_but_doubtful_prices_is_refused_with_the_doubt(tmp_path: Path) -> None:
+    plan = plan_of(run_config(plan={"gpus": ["L4", "T4"]}), with_a_wrong_price(tmp_path))
+    row = row_of(plan, "T4", spot=True)
+    assert row.refusals == (
+        "price not trusted: GPU at $0.5000/h spot is dearer than $0.4000/h on demand in the same zone",
+    )
+    assert row.offer and row.cost and row.passed_over is None
+    assert names(plan) == ["L4 spot", "L4 on-demand"]
+
+
+def test_trusted_prices_rank_and_keep_their_doubts(tmp_path: Path) -> None:
+    plan = plan_of(run_config(plan={"gpus": ["L4", "T4"]}), with_a_wrong_price(tmp_path), trust_prices=True)
+    assert len(names(plan)) == 4
+    row = row_of(plan, "L4", spot=False)
+    assert row.offer and row.offer.zone == "us-east1-a" and row.offer.doubts and row.passed_over is None

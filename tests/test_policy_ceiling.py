@@ -1,0 +1,154 @@
+"""The proof: whatever is out of stock, the real SkyPilot under our policy never reaches a machine above the ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from catalog_fixture import lay_out_catalog, shared_catalog
+from sky_home import SkyWorker, fake_gcloud_home
+
+from finetune.cloud.catalog_file import read_prices
+from finetune.cloud.prices import SNAPSHOT, Catalog, Offer, read_clouds
+from finetune.gpus import GPUS
+
+ROOT = Path(__file__).resolve().parents[1]
+POLICY = "finetune.cloud.policy.CostPolicy"
+KINDS = [(gpu, spot) for gpu in ("A100", "L4", "T4", "V100", "A100-80GB") for spot in (True, False)]
+GRID = [0.1, 0.25, 0.31, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 6.0, 10.0]
+"""US dollars per hour; the slow tests add every price of the catalog, a cent less and a cent more."""
+FEW = [0.1, 0.31, 0.8, 1.5, 3.0, 10.0]
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
+    home = tmp_path_factory.mktemp("home")
+    env = fake_gcloud_home(home)
+    lay_out_catalog(home)
+    with SkyWorker(env, ROOT) as running:
+        yield running
+
+
+def snapshot() -> Catalog:
+    """The prices that the fixture lays out, read by our own code."""
+    return Catalog("test", True, None, read_prices(SNAPSHOT)[0], read_clouds(SNAPSHOT))
+
+
+def offers(gpu: str, spot: bool, catalog: Catalog | None = None) -> list[Offer]:
+    return (catalog or snapshot()).offers(gpu, machine=GPUS[gpu].machine, spot=spot)
+
+
+def task(gpu: str, spot: bool, ceiling: float, **envs: str) -> dict[str, Any]:
+    return {
+        "name": "proof",
+        "run": "true",
+        "envs": {"CONFIG": "configs/mistral_7b_qlora.yaml", "MAX_RUN_USD": "25", **envs},
+        "resources": {
+            "infra": "gcp",
+            "accelerators": f"{gpu}:1",
+            "instance_type": GPUS[gpu].machine,
+            "use_spot": spot,
+            "disk_size": 200,
+            "max_hourly_cost": ceiling,
+        },
+    }
+
+
+def places(machines: list[dict[str, Any]]) -> set[tuple[str, bool]]:
+    return {(machine["zone"], machine["spot"]) for machine in machines}
+
+
+def check_reach(
+    worker: SkyWorker, gpu: str, spot: bool, ceilings: list[float], catalog: Catalog, *, all_of: bool
+) -> None:
+    """Nothing above a ceiling is reached; all_of: and all is that it allows."""
+    sold = offers(gpu, spot, catalog)
+    price = {offer.zone: offer.usd_per_hour for offer in sold}
+    for ceiling in ceilings:
+        allowed = {(offer.zone, spot) for offer in sold if offer.usd_per_hour <= ceiling and not offer.doubts}
+        answer = worker.ask("reachable", task(gpu, spot, ceiling), policy=POLICY)
+        if not allowed:
+            assert answer["error"] == "UserRequestRejectedByPolicy", (gpu, spot, ceiling, answer)
+            assert "nothing was launched" in answer["message"]
+            continue
+        reached = places(answer["reachable"])
+        assert reached and all(price[zone] <= ceiling for zone, _ in reached), (gpu, spot, ceiling, reached)
+        assert not all_of or reached == allowed, (gpu, spot, ceiling)
+
+
+@pytest.mark.parametrize(("gpu", "spot"), KINDS)
+def test_no_zone_above_the_ceiling_can_ever_be_reached(worker: SkyWorker, gpu: str, spot: bool) -> None:
+    prices = sorted(offer.usd_per_hour for offer in offers(gpu, spot))
+    middle = prices[len(prices) // 2]
+    check_reach(worker, gpu, spot, [*FEW, middle, middle - 0.0001], snapshot(), all_of=True)
+
+
+def test_prices_that_look_wrong_are_reached_only_on_request(worker: SkyWorker) -> None:
+    doubtful = {offer.zone for offer in offers("A100", False) if offer.doubts}
+    assert doubtful, "the fixture has lost its oddities"
+    careful = worker.ask("reachable", task("A100", False, 10.0), policy=POLICY)
+    trusting = worker.ask("reachable", task("A100", False, 10.0, FINETUNE_TRUST_PRICES="1"), policy=POLICY)
+    assert not doubtful & {zone for zone, _ in places(careful["reachable"])}
+    assert doubtful <= {zone for zone, _ in places(trusting["reachable"])}
+
+
+@pytest.mark.parametrize("ceiling", [0.4, *(pytest.param(usd, marks=pytest.mark.slow) for usd in (1.0, 3.7))])
+def test_the_provisioner_itself_asks_google_for_nothing_above_the_ceiling(worker: SkyWorker, ceiling: float) -> None:
+    """Not what could be reached but what the real provisioner asks for, zone after zone, when nothing is in stock."""
+    wanted = task("T4", True, ceiling)
+    wanted["resources"].pop("accelerators")
+    wanted["resources"].pop("instance_type")
+    wanted["resources"]["any_of"] = [
+        {"accelerators": f"{gpu}:1", "instance_type": GPUS[gpu].machine, "use_spot": spot}
+        for gpu in ("A100", "L4", "T4", "V100")
+        for spot in (True, False)
+    ]
+    price = {(o.gpu, o.zone, o.spot): o.usd_per_hour for gpu in ("A100", "L4", "T4", "V100") for s in (True, False)
+             for o in offers(gpu, s)}  # fmt: skip
+    answer = worker.ask("launch", wanted, policy=POLICY)
+    tried = [price[machine["gpu"], machine["zone"], machine["spot"]] for machine in answer["tried"]]
+    assert len(tried) >= 3 and max(tried) <= ceiling
+    assert {machine["disk_gb"] for machine in answer["tried"]} == {200}, "the disk that was priced is the one asked for"
+    assert {machine["disk_type"] for machine in answer["tried"]} == {"pd-balanced"}
+
+
+def test_a_stock_out_moves_on_to_the_next_allowed_candidate(worker: SkyWorker) -> None:
+    wanted = task("T4", True, 1.0)
+    order = worker.ask("launch", wanted, policy=POLICY)["tried"]
+    first, second = order[0], next(machine for machine in order if machine["region"] != order[0]["region"])
+    gone = [[machine["zone"], "T4", True] for machine in order if machine["region"] == first["region"]]
+    launched = worker.ask("launch", wanted, policy=POLICY, stocked_out=gone)["launched"]
+    assert (launched["region"], launched["zone"]) == (second["region"], second["zone"])
+
+
+def test_without_spot_quota_the_on_demand_machine_is_the_next(worker: SkyWorker) -> None:
+    wanted = task("A100", True, 4.5)
+    del wanted["resources"]["use_spot"]
+    wanted["resources"]["ordered"] = [{"use_spot": True}, {"use_spot": False}]
+    spot_zones = [[offer.zone, "A100", True] for offer in offers("A100", True)]
+    launched = worker.ask("launch", wanted, policy=POLICY, stocked_out=spot_zones)["launched"]
+    assert launched["spot"] is False and launched["region"].startswith("us-")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpu", "spot"), KINDS)
+def test_every_price_of_the_snapshot_as_a_ceiling(worker: SkyWorker, gpu: str, spot: bool) -> None:
+    cents = {round(offer.usd_per_hour + step, 2) for offer in offers(gpu, spot) for step in (-0.01, 0.01)}
+    exact = {offer.usd_per_hour for offer in offers(gpu, spot)}
+    check_reach(worker, gpu, spot, sorted({*GRID, *cents, *exact}), snapshot(), all_of=True)
+
+
+@pytest.mark.slow
+def test_the_whole_slice_of_the_real_catalog(tmp_path: Path) -> None:
+    """Every region of the shared catalog; more regions than candidates are handed over, so not all that is allowed is reached."""
+    shared = shared_catalog()
+    if shared is None:
+        pytest.skip("../shared is not here")
+    env = fake_gcloud_home(tmp_path)
+    lay_out_catalog(tmp_path, source=shared)
+    catalog = Catalog("test", True, None, read_prices(shared)[0], read_clouds(shared))
+    with SkyWorker(env, ROOT) as worker:
+        for gpu, spot in KINDS:
+            check_reach(worker, gpu, spot, GRID, catalog, all_of=False)

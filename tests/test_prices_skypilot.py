@@ -1,0 +1,186 @@
+"""SkyPilot itself is the referee: the same prices, the same machines, the same disks, the same file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from catalog_fixture import CATALOG, lay_out_catalog, needs_skypilot, price_rows, shared_catalog
+
+from finetune.cloud import catalog_file, prices
+from finetune.cloud.disks import TIERS, disk_type
+from finetune.cloud.machines import N1_LIMITS, OWN_MACHINES, fits
+from finetune.errors import UserError
+
+pytestmark = needs_skypilot
+TESTS = Path(__file__).resolve().parent
+DISK_MACHINES = (
+    *("n1-highmem-8", "g2-standard-8", "a2-highgpu-1g", "a2-ultragpu-1g", "a3-highgpu-1g", "a3-ultragpu-8g"),
+    *("n2-standard-8", "n2-standard-64", "n4-standard-8", "a4-highgpu-8g", "g4-standard-48", "e2-standard-4"),
+)
+
+
+def ask(program: str, home: Path, *arguments: str, asked: Any = None) -> str:
+    """Standard output of a program in tests/ that imports SkyPilot."""
+    environment = {name: value for name, value in os.environ.items() if name != "SKY_RUNTIME_DIR"}
+    environment |= {"HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1", "NO_PROXY": "127.0.0.1"}
+    environment["PYTHONPATH"] = str(TESTS.parent)
+    command = [sys.executable, str(TESTS / program), *arguments]
+    done = subprocess.run(
+        command, input=json.dumps(asked), cwd=home, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def all_offers(folder: Path) -> list[prices.Offer]:
+    """Every offer of a catalog: all GPUs on all hosts that they come with, spot and on-demand."""
+    catalog = prices.load_catalog(allow_snapshot=False)
+    rows = [row for row in price_rows(folder) if row["GpuInfo"]]
+    gpus = sorted({(row["AcceleratorName"], int(row["AcceleratorCount"])) for row in rows})
+    offers = []
+    for name, count in gpus:
+        for machine in catalog.machines_for(name, count):
+            offers += catalog.offers(name, machine=machine, count=count)
+    return offers
+
+
+def compared(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[prices.Offer], dict[str, Any]]:
+    """(our offers of the catalog under home, what SkyPilot says to them and to everything else that it is asked)."""
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("SKY_RUNTIME_DIR", raising=False)
+    folder = home / CATALOG
+    offers = all_offers(folder)
+    machines = sorted({row["InstanceType"] for row in price_rows(folder) if row["InstanceType"]})
+    gpus = sorted({row["AcceleratorName"] for row in price_rows(folder) if row["GpuInfo"]})
+    asked = {
+        "prices": [[o.gpu, o.count, o.machine, o.zone, o.spot] for o in offers],
+        "attach": [[gpu, count, machine] for gpu in gpus for count in (1, 2, 4, 8) for machine in machines],
+        "zones": [list(sold) for sold in sorted({(o.gpu, o.count, o.machine, o.spot) for o in offers})],
+        "disks": [[machine, tier] for machine in DISK_MACHINES for tier in TIERS],
+    }
+    return offers, asked | {"said": json.loads(ask("sky_referee.py", home, asked=asked).splitlines()[-1])}
+
+
+def change(home: Path, old: str, new: str) -> None:
+    path = home / CATALOG / catalog_file.VMS
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[prices.Offer], dict[str, Any]]:
+    home = tmp_path_factory.mktemp("home")
+    lay_out_catalog(home)
+    change(home, ",us-east4-b,0.37,0.1566\n", ",us-east4-b,0.37,\n")  # a T4 that is not sold as spot
+    change(home, "n1-highmem-8,8.0,52.0,,,,us-west1,us-west1-a,0.47321,0.14366\n", "")  # T4 and V100 without a host
+    with pytest.MonkeyPatch.context() as patch:
+        return compared(home, patch)
+
+
+Compared = tuple[list[prices.Offer], dict[str, Any]]
+
+
+def assert_same_prices(offers: list[prices.Offer], said: list[float]) -> None:
+    differing = [
+        (offer, usd)
+        for offer, usd in zip(offers, said, strict=True)
+        if offer.host_usd + offer.gpu_usd != pytest.approx(usd, abs=1e-9)
+    ]
+    assert not differing
+
+
+def test_every_offer_has_the_price_that_skypilot_tells(small: Compared) -> None:
+    offers, asked = small
+    assert len(offers) == 125  # 65 zones with a GPU, two of them without a host; spot and on-demand, one not as spot
+    assert_same_prices(offers, asked["said"]["prices"])
+
+
+def test_the_offers_are_in_exactly_the_zones_that_skypilot_would_try(small: Compared) -> None:
+    offers, asked = small
+    for (gpu, count, machine, spot), theirs in zip(asked["zones"], asked["said"]["zones"], strict=True):
+        ours = [o.zone for o in offers if (o.gpu, o.count, o.machine, o.spot) == (gpu, count, machine, spot)]
+        assert sorted(ours) == theirs
+
+
+@pytest.mark.slow
+def test_the_shared_slice_has_the_prices_that_skypilot_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shared_catalog()
+    if source is None:
+        pytest.skip("the shared catalog is not beside this checkout")
+    lay_out_catalog(tmp_path, source=source)
+    offers, asked = compared(tmp_path, monkeypatch)
+    assert len(offers) > 700
+    assert_same_prices(offers, asked["said"]["prices"])
+    assert_same_machines(asked)
+
+
+def assert_same_machines(asked: dict[str, Any]) -> None:
+    sizes = {
+        row["InstanceType"]: (float(row["vCPUs"]), float(row["MemoryGiB"]))
+        for row in price_rows(catalog_file.skypilot_folder())
+        if row["InstanceType"]
+    }
+    ours = [fits(gpu, count, machine, sizes[machine]) for gpu, count, machine in asked["attach"]]
+    assert ours == asked["said"]["attach"]
+    assert 0 < sum(ours) < len(ours)
+
+
+def test_a_machine_comes_with_a_gpu_exactly_where_skypilot_attaches_it(
+    small: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_out_catalog(tmp_path)
+    monkeypatch.setenv("SKY_RUNTIME_DIR", str(tmp_path))
+    assert_same_machines(small[1])
+
+
+def test_the_tables_of_machines_are_skypilots(small: Compared) -> None:
+    said = small[1]["said"]
+    own = {gpu: {str(n): list(machines) for n, machines in rows.items()} for gpu, rows in OWN_MACHINES.items()}
+    assert own == said["own_machines"]
+    for gpu, limits in N1_LIMITS.items():
+        for count, limit in limits.items():
+            assert list(limit) == said["n1_limits"][gpu][str(count)]
+
+
+def test_a_tier_is_the_disk_that_skypilot_takes_or_is_refused(small: Compared) -> None:
+    for (machine, tier), theirs in zip(small[1]["disks"], small[1]["said"]["disks"], strict=True):
+        if theirs in ("pd-extreme", "hyperdisk-balanced"):
+            with pytest.raises(UserError, match="not known here"):
+                disk_type(tier, machine)
+        else:
+            assert disk_type(tier, machine) == theirs, (machine, tier)
+
+
+def test_skypilot_reads_the_same_file(small: Compared) -> None:
+    said = small[1]["said"]
+    assert said["schema"] == catalog_file.SCHEMA
+    assert said["path"].endswith(str(CATALOG / catalog_file.VMS))
+    assert said["hours"] == prices.REFRESH_HOURS
+
+
+def test_a_refresh_fetches_what_is_missing_and_survives_a_dead_network(tmp_path: Path) -> None:
+    lay_out_catalog(tmp_path / "hosted")
+    home = tmp_path / "home"
+    home.mkdir()
+    serve = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "hosted" / CATALOG.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server, ThreadingHTTPServer(("127.0.0.1", 0), serve) as dead:
+        urls = [f"http://127.0.0.1:{each.server_port}" for each in (server, dead)]
+        dead.server_close()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        lines = ask("sky_refresh.py", home, *urls).splitlines()
+        server.shutdown()
+    none, fetched, kept = [line.removeprefix("result: ") for line in lines if line.startswith("result: ")]
+    assert none.startswith(f"UserError: {home / CATALOG / 'gcp' / 'vms.csv'}: SkyPilot could not fetch it")
+    assert fetched.startswith("SkyPilot's catalog, fetched ") and fetched.endswith("(today)")
+    assert kept == fetched
+    assert (home / CATALOG / "common" / "accelerators.csv").exists()

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Makes ~/finetune-env on a rented machine from constraints.txt, with the PyTorch build that its GPU can run.
+# A second launch finds its stamp and installs nothing.
+#
+#   bash tools/machine_setup.sh [ARGUMENT...]     further arguments go to one more `uv pip install`
+#
+# Environment: UV_TORCH_BACKEND  the build to take instead, such as cu128 (uv's names)
+#              FINETUNE_ALLOW_CPU=1  do without a GPU
+#              FINETUNE_PRICES  the launch policy's price table; kept for the jobs that `sky exec` brings later
+set -euo pipefail
+shopt -s inherit_errexit  # a failure inside $(...) counts too
+cd "$(dirname "$0")/.."
+readonly ENVIRONMENT="$HOME/finetune-env" STATE="$HOME/.finetune"
+
+say() { printf 'set-up: %s\n' "$*" >&2; }
+
+fail() {
+  say "$*"
+  exit 2
+}
+
+keep_prices() {
+  if [ -n "${FINETUNE_PRICES:-}" ]; then
+    (umask 077 && printf '%s\n' "$FINETUNE_PRICES" >"$STATE/prices.part" && mv "$STATE/prices.part" "$STATE/prices.json")
+  fi
+}
+
+gpu() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | sed -n 1p; }
+
+torch_backend() {  # uv's name for a build of PyTorch; "" is whatever the package index has
+  local capability
+  capability=$(gpu compute_cap) || capability=""
+  if [ -n "${UV_TORCH_BACKEND:-}" ]; then
+    printf '%s\n' "$UV_TORCH_BACKEND"
+  elif [ "$capability" = 7.0 ]; then
+    echo cu126  # V100: builds for CUDA 12.8 and later have no code for it
+  elif [[ $capability =~ ^[0-9]+\.[0-9]+$ ]]; then
+    echo auto  # the newest that the driver allows
+  elif [ "${FINETUNE_ALLOW_CPU:-}" != 1 ]; then
+    fail "no NVIDIA GPU: nvidia-smi is missing or gives no answer; launch on a GPU, or set FINETUNE_ALLOW_CPU=1"
+  fi
+}
+
+fingerprint() { { cat constraints.txt pyproject.toml && printf '%s\n' "$PWD" "$@"; } | sha256sum | cut -c 1-64; }
+
+uv_program() {
+  local place="$HOME/.local/bin/uv"  # where SkyPilot puts it
+  if [ ! -x "$place" ]; then
+    place=$(command -v uv) || {
+      say "uv is missing; installing it with pip"
+      python3 -m pip install --quiet --user uv >&2 || fail "uv could not be installed; install it by hand, then launch again"
+      place="$(python3 -m site --user-base)/bin/uv"
+    }
+  fi
+  printf '%s\n' "$place"
+}
+
+install() {  # BACKEND [ARGUMENT...]
+  local uv backend="$1"
+  shift
+  uv=$(uv_program)
+  [ -x "$ENVIRONMENT/bin/python" ] || "$uv" venv --quiet --clear --python 3.11 "$ENVIRONMENT"
+  "$uv" pip install --python "$ENVIRONMENT/bin/python" ${backend:+"--torch-backend=$backend"} \
+    --constraints constraints.txt --build-constraints constraints.txt --editable '.[train]'
+  if [ $# -gt 0 ]; then
+    "$uv" pip install --python "$ENVIRONMENT/bin/python" --constraints constraints.txt "$@"
+  fi
+}
+
+check_gpu() {
+  local build
+  [ "${FINETUNE_ALLOW_CPU:-}" != 1 ] || return 0
+  if ! build=$("$ENVIRONMENT/bin/python" -W ignore -c '
+import torch
+print(f"torch {torch.__version__} (CUDA {torch.version.cuda})", flush=True)
+assert torch.cuda.is_available(), "torch.cuda.is_available() is false"
+torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()' 2>&1); then
+    fail "$(sed -n 1p <<<"$build") cannot use this GPU ($(gpu name), compute capability $(gpu compute_cap)," \
+      "driver $(gpu driver_version)): $(sed -n '$p' <<<"$build"); another build can be asked for by --env UV_TORCH_BACKEND=NAME"
+  fi
+  say "$build on $(gpu name), driver $(gpu driver_version)"
+}
+
+(umask 077 && mkdir -p "$STATE")
+keep_prices
+backend=$(torch_backend)
+stamp=$(fingerprint "$backend" "$@")
+if [ -x "$ENVIRONMENT/bin/finetune" ] && [ "$(cat "$STATE/setup" 2>/dev/null)" = "$stamp" ]; then
+  say "$ENVIRONMENT is as the last launch left it"
+else
+  rm -f "$STATE/setup"
+  install "$backend" "$@"
+  printf '%s\n' "$stamp" >"$STATE/setup"
+fi
+check_gpu
