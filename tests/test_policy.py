@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from catalog_fixture import lay_out_catalog
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from sky_home import SkyWorker, bucket_stand_in, fake_gcloud_home
 
 from finetune.cloud.instance import Machine, price_in
@@ -262,3 +267,41 @@ def test_a_forbidden_bucket_is_refused_before_anything_starts(tmp_path: Path) ->
         with SkyWorker(env | variables, ROOT) as worker:
             message = refused(worker.ask("launch", ROOT / "sky" / "train_t4.yaml", policy=POLICY))
     assert "Google forbids this account" in message and "--env BUCKET=NAME" in message
+
+
+def test_an_expired_login_is_told_before_anything_starts(tmp_path: Path) -> None:
+    """Google's token service answers as it does to a login that has expired."""
+    env = fake_gcloud_home(tmp_path)
+    lay_out_catalog(tmp_path)
+    with token_service_that_refuses() as address:
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+        login = {
+            "type": "service_account",
+            "client_email": "you@text2sql-test.iam.gserviceaccount.com",
+            "token_uri": address,
+        }
+        file = tmp_path / "login.json"
+        file.write_text(json.dumps(login | {"project_id": "text2sql-test", "private_key": pem, "private_key_id": "1"}))
+        with SkyWorker(env | {"GOOGLE_APPLICATION_CREDENTIALS": str(file)}, ROOT) as worker:
+            message = refused(worker.ask("launch", ROOT / "sky" / "train_t4.yaml", policy=POLICY))
+    assert "expired" in message and "`gcloud auth application-default login`" in message
+
+
+@contextmanager
+def token_service_that_refuses() -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b'{"error": "invalid_grant", "error_description": "Token has been expired or revoked."}')
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/token"
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -15,7 +15,7 @@ from finetune.errors import UserError
 VARIABLE = "BUCKET"
 """Of our task YAMLs; the mount is named after it."""
 DERIVED = "auto"
-SECONDS = 2.0
+SECONDS = 1.0
 FORBIDDEN = 403
 
 
@@ -23,7 +23,7 @@ def fill_bucket(task: Any, say: Any) -> None:
     """Give mounts of a bucket named `auto` in a sky.Task the name finetune-<project>-<user>, and tell the job by envs.
 
     SkyPilot makes a bucket that is mounted by name; but one that is there, and that it has not made on this computer, it
-    takes only by address. Raises UserError without a login, and for a bucket that is forbidden.
+    takes only by address. Raises UserError without a login, with an expired one, and for a bucket that is forbidden.
     """
     from sky import global_user_state
 
@@ -31,8 +31,9 @@ def fill_bucket(task: Any, say: Any) -> None:
     if not mounts:
         return
     name = bucket_name(local_login())
+    is_there = _is_there(name)  # asked at every launch: an expired login shows here, before anything starts
     known = global_user_state.get_handle_from_storage_name(name) is not None
-    by_address = not known and _is_there(name)
+    by_address = is_there and not known
     for storage in mounts:
         if by_address:
             storage.name, storage.source = None, f"gs://{name}"
@@ -45,6 +46,7 @@ def fill_bucket(task: Any, say: Any) -> None:
 def _is_there(name: str) -> bool:
     """Whether the bucket has been made. False too when Google gives no answer within SECONDS: SkyPilot asks again, and then
     says what is wrong."""
+    from google.auth.exceptions import RefreshError
     from sky.adaptors import gcp
 
     answers: list[bool | Exception] = []
@@ -63,6 +65,11 @@ def _is_there(name: str) -> bool:
     asking.join(SECONDS)
     retries.setLevel(level)
     answer = answers[0] if answers else False
+    if isinstance(answer, RefreshError) and not answer.retryable:
+        raise UserError(
+            "Google refuses this login, which has expired or been withdrawn; run `gcloud auth login` and "
+            "`gcloud auth application-default login`"
+        )
     if getattr(answer, "code", None) == FORBIDDEN:
         raise UserError(
             f"bucket gs://{name}: Google forbids this account to see it; ask for the role Storage Admin, or launch with "

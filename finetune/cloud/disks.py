@@ -32,11 +32,11 @@ PRICES = (
     (0.0616, 0.154, 0.2618, "europe-west10"),
     (0.064, 0.16, 0.272, "me-central2"),
 )
-"""List prices in US dollars per GiB and month of pd-standard, pd-balanced and pd-ssd, by region.
-
-From Google's Cloud Billing catalog on 2026-07-22, as the pricing.yml of Cyclenerd/google-cloud-pricing-cost-calculator holds
-it (commit 08440e74). In November 2024 and March 2025 that file had the same, but for africa-south1 (then dearer) and
-regions that were new since. Google's page on disk pricing has the same figures for Iowa.
+LISTED = "2026-07-22"
+"""The day of Google's Cloud Billing catalog that PRICES is from: US dollars per GiB and month of pd-standard, pd-balanced and
+pd-ssd, by region, as the pricing.yml of Cyclenerd/google-cloud-pricing-cost-calculator holds it (commit 08440e74). In March
+2025 that file had the same, but for africa-south1 (then dearer) and regions that were new since. Google's page on disk pricing
+has the same figures for Iowa.
 """
 USD_PER_MONTH = {
     region: {STANDARD: standard, BALANCED: balanced, SSD: ssd}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune.cloud.disks import LISTED
 from finetune.cloud.plan import Plan, Row
 from finetune.cloud.prices import Offer
 
@@ -17,7 +18,7 @@ def render(plan: Plan, origin: str) -> str:
         f"steps, {plan.size.tokens / 1e6:.2f} M training tokens",
         f"tokens: {plan.size.basis}",
         f"prices: {plan.catalog.source}; host + GPU + {plan.assumptions.disk_gib} GiB disk "
-        f"(Google's list price of 2026-07-22)",
+        f"(Google's list price of {LISTED})",
         "",
         *_aligned([HEADER, *(_cells(place, row) for place, row in enumerate(plan.rows, start=1))]),
         "",

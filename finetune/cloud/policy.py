@@ -39,7 +39,7 @@ DEFAULT_RUN_USD = 25.0
 AUTOSTOP = {"idle_minutes": 10, "down": True}
 SHOWN = 12
 Json = dict[str, Any]
-REFRESH_SECONDS = 1.0
+REFRESH_SECONDS = 0.6
 WARN_HOURS = 48.0
 CONTROLLER = ("n2-standard-4", 50)
 """Machine and disk (GB) that SkyPilot 0.14 takes for its jobs controller unless jobs.controller.resources says otherwise."""
