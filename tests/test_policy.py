@@ -176,6 +176,12 @@ def test_a_gpu_that_is_too_small_for_the_run_is_refused(worker: SkyWorker) -> No
     assert "does not fit: needs" in refused(ask(worker, T4, big))
 
 
+def test_the_ceiling_counts_for_all_nodes_together(worker: SkyWorker) -> None:
+    message = refused(ask(worker, T4, num_nodes=2))
+    assert "above max_hourly_cost $1 with 2 nodes" in message and "max_hourly_cost: 1.71 would admit it" in message
+    assert "chosen" in ask(worker, T4 | {"max_hourly_cost": 1.71}, num_nodes=2)
+
+
 def test_the_refusal_shows_price_parts_and_the_ceiling_that_would_admit(worker: SkyWorker) -> None:
     message = refused(ask(worker, A100 | {"max_hourly_cost": 3.0}))
     assert "A100 on-demand" in message and "us-central1-a" in message
@@ -188,9 +194,10 @@ def test_the_refusal_shows_price_parts_and_the_ceiling_that_would_admit(worker: 
     [
         (A100 | {"instance_type": "n1-highmem-8"}, ENVS, "A100:1 comes only with a2-highgpu-1g"),
         (T4 | {"max_hourly_cost": float("nan")}, ENVS, "resources.max_hourly_cost: expected a positive number"),
-        (T4, ENVS | {"MAX_RUN_USD": "lots"}, "envs.MAX_RUN_USD=lots: expected a positive number"),
-        (T4, ENVS | {"MAX_RUN_USD": "-3"}, "envs.MAX_RUN_USD=-3: expected a positive number"),
-        (T4, ENVS | {"MAX_RUN_USD": "nan"}, "envs.MAX_RUN_USD=nan: expected a positive number"),
+        (T4, ENVS | {"MAX_RUN_USD": "lots"}, "envs.MAX_RUN_USD: expected a positive number of US dollars, found 'lots'"),
+        (T4, ENVS | {"MAX_RUN_USD": "-3"}, "envs.MAX_RUN_USD: expected a positive number"),
+        (T4, ENVS | {"MAX_RUN_USD": "nan"}, "envs.MAX_RUN_USD: expected a positive number"),
+        (T4, ENVS | {"MAX_RUN_USD": ""}, "envs.MAX_RUN_USD: expected a positive number"),
         (T4, ENVS | {"CONFIG": "configs/none.yaml"}, "configs/none.yaml: no such config file"),
         (T4, ENVS | {"OVERRIDES": "lora.rank=8"}, "unknown key lora.rank"),
         (T4, ENVS | {"OVERRIDES": "lora.r 8"}, "override 'lora.r': expected key=value"),

@@ -22,7 +22,10 @@ NEAREST = 6
 
 @dataclass(frozen=True)
 class Wanted:
-    """One alternative of a task, as it may be bought. ceiling: US dollars per hour for the whole machine, None for none."""
+    """One alternative of a task, as it may be bought.
+
+    ceiling: US dollars per hour for all machines of the task, of which there are `nodes`; None for none.
+    """
 
     gpu: str
     count: int
@@ -34,6 +37,7 @@ class Wanted:
     disk_tier: str
     ceiling: float | None
     place: int  # which of the task's alternatives
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,10 @@ def list_candidates(
 
 
 def _refusal(wanted: Wanted, offer: Offer, on_gpu: OnGpu | None, trust_prices: bool) -> str:
-    if wanted.ceiling is not None and offer.usd_per_hour > wanted.ceiling:
-        return f"above max_hourly_cost ${wanted.ceiling:g}"
+    if wanted.ceiling is not None and offer.usd_per_hour * wanted.nodes > wanted.ceiling:
+        return f"above max_hourly_cost ${wanted.ceiling:g}" + (
+            f" with {wanted.nodes} nodes" if wanted.nodes > 1 else ""
+        )
     if offer.doubts and not trust_prices:
         return f"price not trusted: {'; '.join(offer.doubts)}"
     if on_gpu and not on_gpu.fits:
@@ -169,7 +175,8 @@ def refusal_message(candidates: Sequence[Candidate], source: str) -> str:
 
 def _remedy(candidate: Candidate) -> str:
     if candidate.refusal.startswith("above"):
-        return f"; max_hourly_cost: {_rounded_up(candidate.offer.usd_per_hour):.2f} would admit it"
+        usd = candidate.offer.usd_per_hour * candidate.wanted.nodes
+        return f"; max_hourly_cost: {_rounded_up(usd):.2f} would admit it"
     if candidate.refusal.startswith("price"):
         return "; if you know better, launch with --env FINETUNE_TRUST_PRICES=1"
     return ""
@@ -203,8 +210,8 @@ def table(found: Sequence[Entry], shown: int) -> str:
 
 def price_table(found: Sequence[Entry], basis: str) -> dict[str, object]:
     """What the job gets, so that it knows its own price (`instance.price_in` reads it)."""
-    ceilings = [entry.best.wanted.ceiling for entry in found]
-    known = [ceiling for ceiling in ceilings if ceiling is not None]
+    asked = [entry.best.wanted for entry in found]
+    known = [wanted.ceiling / wanted.nodes for wanted in asked if wanted.ceiling is not None]
     return {
         "basis": basis,
         "ceiling_usd_per_hour": max(known) if known else None,

@@ -144,14 +144,15 @@ def _run_budget(task: sky.Task, say: Any) -> float:
         budget = float(text)
     except ValueError:
         budget = math.nan
-    candidates.check_ceiling(budget if math.isfinite(budget) else math.nan, f"envs.{BUDGET}={text}")
+    if not 0 < budget < math.inf:
+        raise UserError(f"envs.{BUDGET}: expected a positive number of US dollars, found {text!r}")
     return budget
 
 
 def _run(task: sky.Task, names: set[str], say: Any) -> tuple[dict[str, OnGpu], PlanSection]:
     """Memory, speed and hours of the task's run on each of the GPUs; nothing where the task names no config of ours."""
     named = task.envs.get(CONFIG)
-    if named is None or VARIABLE in task.envs:
+    if not named or VARIABLE in task.envs:
         return {}, PlanSection()
     config = load_config(Path(named), task.envs.get(OVERRIDES, "").split())
     if not names <= set(GPUS):
@@ -177,6 +178,7 @@ def _wanted(task: sky.Task, catalog: Catalog) -> list[Wanted]:
                 disk_gib=resources.disk_size,
                 disk_tier=resources.disk_tier.value if resources.disk_tier else "medium",
                 ceiling=resources.max_hourly_cost,
+                nodes=task.num_nodes,
                 place=place,
             )
         )
