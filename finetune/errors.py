@@ -14,3 +14,7 @@ EXIT_TRANSIENT = 75
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: where it is, what was expected, what to do."""
+
+
+class NotEstimated(UserError):
+    """A run whose work or memory cannot be estimated beforehand; it may be launched all the same."""

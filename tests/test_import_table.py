@@ -33,7 +33,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("callbacks", "trainer", "run_record", "train"),
-        *("evaluate", "generate", "ask", "export", "cloud.bucket", "cloud.policy"),
+        *("evaluate", "generate", "ask", "export", "cloud.bucket", "cloud.fresh_catalog", "cloud.policy"),
     ),
     ("report", "report_source", "report_plots", "doctor", "doctor_check", "doctor_cloud"),
     ("cli_cloud",),
@@ -50,7 +50,7 @@ NEIGHBOURS = (
     {"doctor", "doctor_check", "doctor_cloud"},
     {"cloud.prices", "cloud.catalog_file", "cloud.disks", "cloud.machines"},
     {"cloud.gcloud", "cloud.gcloud_ask", "cloud.quota"},
-    {"cloud.policy", "cloud.bucket"},
+    {"cloud.policy", "cloud.bucket", "cloud.fresh_catalog"},
     {"cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"},
 )
 """Modules of one row that are parts of one thing: they may import each other, without a circle."""

@@ -27,7 +27,7 @@ def fill_bucket(task: Any, say: Any) -> None:
     """
     from sky import global_user_state
 
-    mounts = [storage for storage in task.storage_mounts.values() if storage.name == DERIVED]
+    mounts = [storage for storage in task.storage_mounts.values() if storage.name in ("", DERIVED)]
     if not mounts:
         return
     name = bucket_name(local_login())
@@ -56,6 +56,8 @@ def _is_there(name: str) -> bool:
             answers.append(gcp.storage_client().lookup_bucket(name) is not None)
         except Exception as error:  # of several libraries below
             answers.append(error)
+        finally:
+            retries.setLevel(level)
 
     retries = logging.getLogger("urllib3.connectionpool")
     level = retries.level
@@ -63,7 +65,6 @@ def _is_there(name: str) -> bool:
     asking = threading.Thread(target=look, daemon=True)
     asking.start()
     asking.join(SECONDS)
-    retries.setLevel(level)
     answer = answers[0] if answers else False
     if isinstance(answer, RefreshError) and not answer.retryable:
         raise UserError(

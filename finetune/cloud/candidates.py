@@ -89,7 +89,7 @@ def list_candidates(
         )  # fmt: skip
         for offer in offers:
             on_gpu = on_gpus.get(offer.gpu)
-            cost = run_cost(on_gpu, offer.usd_per_hour, offer.spot, plan) if on_gpu else None
+            cost = run_cost(on_gpu, offer.usd_per_hour * one.nodes, offer.spot, plan) if on_gpu else None
             candidate = Candidate(one, offer, cost, _refusal(one, offer, on_gpu, trust_prices))
             key = (offer.machine + offer.gpu, offer.zone, offer.spot, offer.usd_per_hour)
             if key not in found or found[key].refusal:
@@ -211,7 +211,7 @@ def table(found: Sequence[Entry], shown: int) -> str:
 def price_table(found: Sequence[Entry], basis: str) -> dict[str, object]:
     """What the job gets, so that it knows its own price (`instance.price_in` reads it)."""
     asked = [entry.best.wanted for entry in found]
-    known = [wanted.ceiling / wanted.nodes for wanted in asked if wanted.ceiling is not None]
+    known = [wanted.ceiling for wanted in asked if wanted.ceiling is not None]
     return {
         "basis": basis,
         "ceiling_usd_per_hour": max(known) if known else None,
@@ -220,7 +220,7 @@ def price_table(found: Sequence[Entry], basis: str) -> dict[str, object]:
                 "gpu": candidate.offer.gpu,
                 "zone": candidate.offer.zone,
                 "spot": candidate.offer.spot,
-                "usd_per_hour": round(candidate.offer.usd_per_hour, 5),
+                "usd_per_hour": round(candidate.offer.usd_per_hour * candidate.wanted.nodes, 5),
             }
             for entry in found
             for candidate in entry.candidates

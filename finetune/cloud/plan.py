@@ -13,7 +13,7 @@ from finetune import memory
 from finetune.cloud.prices import Catalog, Offer
 from finetune.cloud.run_size import RunSize, run_size
 from finetune.config import PlanSection, RunConfig
-from finetune.errors import UserError
+from finetune.errors import NotEstimated, UserError
 from finetune.gpus import GPUS, Gpu
 from finetune.speed import Speed, training_speed
 
@@ -118,7 +118,7 @@ def run_on(config: RunConfig, size: RunSize, gpu: Gpu) -> OnGpu:
     """Memory, speed and hours of the run on one GPU. Raises UserError when the model's shape is not known."""
     shape = memory.shape_of(config.model.name)
     if shape is None:
-        raise UserError(
+        raise NotEstimated(
             f"model.name: the shape of {config.model.name} is not known here, so its memory and time cannot be estimated; "
             f"known: {', '.join(memory.SHAPES)}, and every local folder with a config.json"
         )

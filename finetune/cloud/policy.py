@@ -7,40 +7,37 @@ whole price it knows, best first, and rejects the task when the list is empty.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
-import threading
+import re
 from collections import Counter
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import sky
-from sky import exceptions
+from sky import exceptions, global_user_state
+from sky.utils.status_lib import ClusterStatus
 
 from finetune.cloud import candidates
 from finetune.cloud.bucket import fill_bucket
 from finetune.cloud.candidates import Candidate, Entry, Wanted
 from finetune.cloud.disks import disk_usd_per_hour
+from finetune.cloud.fresh_catalog import catalog_for_launch
 from finetune.cloud.instance import VARIABLE
 from finetune.cloud.plan import OnGpu, run_on
-from finetune.cloud.prices import REFRESH_HOURS, Catalog, load_catalog, refresh_catalog
+from finetune.cloud.prices import Catalog
 from finetune.cloud.run_size import run_size
 from finetune.config import PlanSection, load_config
-from finetune.errors import UserError
+from finetune.errors import NotEstimated, UserError
 from finetune.gpus import GPUS
 
-CONFIG, OVERRIDES, BUDGET, TRUST = "CONFIG", "OVERRIDES", "MAX_RUN_USD", "FINETUNE_TRUST_PRICES"
+CONFIG, OVERRIDES, BUDGET, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_RUN_USD", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
 """Environment variables of our task YAMLs."""
 DEFAULT_RUN_USD = 25.0
 AUTOSTOP = {"idle_minutes": 10, "down": True}
 SHOWN = 12
 Json = dict[str, Any]
-REFRESH_SECONDS = 0.6
-WARN_HOURS = 48.0
 CONTROLLER = ("n2-standard-4", 50)
 """Machine and disk (GB) that SkyPilot 0.14 takes for its jobs controller unless jobs.controller.resources says otherwise."""
 
@@ -69,8 +66,12 @@ def _silent(*_: object) -> None:
 def _apply(request: sky.UserRequest, say: Any) -> None:
     task = request.task
     name = request.request_name.value
+    _check_priceable(task)
+    if HOURS in task.envs:
+        _positive(HOURS, task.envs[HOURS], "hours")
+    exists = _ask_for_cluster(request)
     budget = _run_budget(task, say)
-    catalog = _catalog(say)
+    catalog = catalog_for_launch(say)
     wanted = _wanted(task, catalog)
     on_gpus, plan = _run(task, {one.gpu for one in wanted}, say)
     trusts = task.envs.get(TRUST) == "1"
@@ -78,6 +79,8 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     if VARIABLE in task.envs:  # the client has applied us already; the server, elsewhere, only checks again
         found = _in_given_order(task, found)
     entries = candidates.shorten(candidates.entries(found))
+    if not entries and name == "exec":
+        return
     if not entries:
         raise UserError(candidates.refusal_message(found, catalog.source))
     task.update_envs({VARIABLE: json.dumps(candidates.price_table(entries, catalog.source), separators=(",", ":"))})
@@ -86,7 +89,7 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     managed = request.request_options is None or name.startswith("jobs.")
     if not managed and not all(_stops_by_itself(resources) for resources in task.resources):
         say("finetune: no autostop: the machine goes down after {idle_minutes} idle minutes".format(**AUTOSTOP))
-    task.set_resources(_nailed(task, entries, catalog, managed))
+    task.set_resources(_nailed(task, entries, catalog, managed, by_size=not exists))
     _report(entries, found, catalog, budget, say)
     if managed:
         _warn_of_controller(request, catalog, say)
@@ -94,7 +97,7 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
 
 def _asks_for_gpu_on_gcp(task: sky.Task) -> bool:
     """True when every alternative is a GPU that Google Cloud may provide. Raises UserError for a mixture."""
-    ours = [bool(r.accelerators) and (r.cloud is None or r.cloud.is_same_cloud(sky.GCP())) for r in task.resources]
+    ours = [bool(_gpus(r)) and (r.cloud is None or r.cloud.is_same_cloud(sky.GCP())) for r in task.resources]
     if any(ours) and not all(ours):
         raise UserError(
             "resources: some alternatives are GPUs on Google Cloud and some are not, and a ceiling can be held only for the "
@@ -103,34 +106,50 @@ def _asks_for_gpu_on_gcp(task: sky.Task) -> bool:
     return all(ours) and bool(ours)
 
 
-def _catalog(say: Any) -> Catalog:
-    """SkyPilot's catalog as it lies on this disk. Where it is missing SkyPilot fetches it; where it is older than SkyPilot
-    likes, it gets REFRESH_SECONDS for that, and the old one counts if that is not enough. Never our snapshot."""
-    try:
-        catalog = load_catalog(allow_snapshot=False)
-    except UserError:
-        refresh_catalog()
-        return load_catalog(allow_snapshot=False)
-    if _age_hours(catalog) > REFRESH_HOURS:
-        fetching = threading.Thread(target=_try_refresh, daemon=True)
-        fetching.start()
-        fetching.join(REFRESH_SECONDS)
-        catalog = load_catalog(allow_snapshot=False)
-    if _age_hours(catalog) > WARN_HOURS:
-        say(
-            f"finetune: WARNING: prices may have changed: {catalog.source}; `sky gpus list --cloud gcp` fetches today's"
-        )
-    return catalog
+def _gpus(resources: sky.Resources) -> Json:
+    """GPU -> number, those that a machine type has built in included. SkyPilot tells them only once the cloud is named too."""
+    if resources.accelerators or resources.cloud is not None or resources.instance_type is None:
+        return resources.accelerators or {}
+    return sky.GCP().get_accelerators_from_instance_type(resources.instance_type) or {}
 
 
-def _age_hours(catalog: Catalog) -> float:
-    """0 for a catalog that somebody put there by hand: SkyPilot leaves such a one alone too."""
-    return (datetime.now(UTC) - catalog.fetched).total_seconds() / 3600 if catalog.fetched else 0.0
+def _check_priceable(task: sky.Task) -> None:
+    """Raises UserError for what would cost more than the machines of the price table."""
+    for resources in task.resources:
+        if resources.volumes:
+            raise UserError(
+                "resources.volumes: the price of extra disks is not known here, so the ceiling could not be held; use "
+                "disk_size, or the bucket"
+            )
+        strategy = (resources.job_recovery or {}).get("strategy")
+        if strategy == "FAILOVER":
+            raise UserError(
+                "resources.job_recovery: after a preemption FAILOVER takes any zone of the region, whatever it costs there; "
+                "use EAGER_NEXT_REGION"
+            )
 
 
-def _try_refresh() -> None:
-    with contextlib.suppress(UserError):
-        refresh_catalog()
+def _ask_for_cluster(request: sky.UserRequest) -> bool:
+    """Whether the launch names a cluster that exists. SkyPilot then takes its machine, running or stopped, whatever else the
+    list holds, and does not compare sizes: so the task is made to ask for that machine alone, and its price has to pass."""
+    options = request.request_options
+    name = options.cluster_name if options else None
+    machine = getattr(name and global_user_state.get_handle_from_cluster_name(name), "launched_resources", None)
+    if machine is None or not isinstance(machine.cloud, sky.GCP):
+        return False
+    fits = [resources for resources in request.task.resources if resources.less_demanding_than(machine)]
+    if fits and global_user_state.get_status_from_cluster_name(name) != ClusterStatus.INIT:
+        place = {"cloud": sky.GCP(), "region": machine.region, "zone": machine.zone, "use_spot": machine.use_spot}
+        what = {
+            "disk_size": machine.disk_size,
+            "disk_tier": machine.disk_tier,
+            "instance_type": machine.instance_type,
+            "accelerators": machine.accelerators,
+            "cpus": None,
+            "memory": None,
+        }
+        request.task.set_resources([resources.copy(**place, **what) for resources in fits])
+    return True
 
 
 def _run_budget(task: sky.Task, say: Any) -> float:
@@ -140,26 +159,33 @@ def _run_budget(task: sky.Task, say: Any) -> float:
         task.update_envs({BUDGET: f"{DEFAULT_RUN_USD:g}"})
         say(f"finetune: no {BUDGET} in envs: the run gets a budget of ${DEFAULT_RUN_USD:g}")
         return DEFAULT_RUN_USD
-    try:
-        budget = float(text)
-    except ValueError:
-        budget = math.nan
-    if not 0 < budget < math.inf:
-        raise UserError(f"envs.{BUDGET}: expected a positive number of US dollars, found {text!r}")
-    return budget
+    return _positive(BUDGET, text, "US dollars")
+
+
+def _positive(name: str, text: str, unit: str) -> float:
+    """A number as tools/machine_common.sh reads it, which would otherwise refuse it on a machine that is paid for."""
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) or not float(text) > 0:
+        raise UserError(f"envs.{name}: expected a positive number of {unit}, found {text!r}; write it like 25 or 0.5")
+    return float(text)
 
 
 def _run(task: sky.Task, names: set[str], say: Any) -> tuple[dict[str, OnGpu], PlanSection]:
     """Memory, speed and hours of the task's run on each of the GPUs; nothing where the task names no config of ours."""
     named = task.envs.get(CONFIG)
-    if not named or VARIABLE in task.envs:
+    if not named or (VARIABLE in task.envs and not Path(named).is_file()):  # the latter: on the server, elsewhere
         return {}, PlanSection()
     config = load_config(Path(named), task.envs.get(OVERRIDES, "").split())
     if not names <= set(GPUS):
         say(f"finetune: no speed is known for {', '.join(sorted(names - set(GPUS)))}: ranked by price alone")
         return {}, config.plan
-    size = run_size(config)
-    return {name: run_on(config, size, GPUS[name]) for name in names}, config.plan
+    try:
+        size = run_size(config)
+        return {name: run_on(config, size, GPUS[name]) for name in names}, config.plan
+    except NotEstimated as error:
+        say(
+            f"finetune: WARNING: {error}; so it is ranked by price alone, and nobody has looked whether it fits in memory"
+        )
+        return {}, config.plan
 
 
 def _wanted(task: sky.Task, catalog: Catalog) -> list[Wanted]:
@@ -169,7 +195,7 @@ def _wanted(task: sky.Task, catalog: Catalog) -> list[Wanted]:
         gpu, count = _gpu(resources)
         wanted.append(
             Wanted(
-                gpu=gpu,
+                gpu=catalog.gpu_name(gpu),
                 count=count,
                 machine=resources.instance_type or _machine_of(resources, catalog),
                 spot=bool(resources.use_spot),
@@ -186,7 +212,7 @@ def _wanted(task: sky.Task, catalog: Catalog) -> list[Wanted]:
 
 
 def _gpu(resources: sky.Resources) -> tuple[str, int]:
-    ((gpu, count),) = resources.accelerators.items()
+    ((gpu, count),) = _gpus(resources).items()
     if count != int(count):
         raise UserError(f"resources.accelerators: {gpu}:{count} is not a whole number of GPUs")
     return gpu, int(count)
@@ -210,7 +236,9 @@ def _in_given_order(task: sky.Task, found: list[Candidate]) -> list[Candidate]:
     return [replace(candidate, given=candidate.wanted.place) for candidate in found]
 
 
-def _nailed(task: sky.Task, entries: list[Entry], catalog: Catalog, managed: bool) -> list[sky.Resources]:
+def _nailed(
+    task: sky.Task, entries: list[Entry], catalog: Catalog, managed: bool, by_size: bool
+) -> list[sky.Resources]:
     """The ordered list: the alternatives that the task asked for, each nailed to a machine and a place.
 
     A machine is spelled by its vCPUs and memory where SkyPilot takes just that one for them: with 24 candidates and a
@@ -229,7 +257,7 @@ def _nailed(task: sky.Task, entries: list[Entry], catalog: Catalog, managed: boo
         if not managed and not _stops_by_itself(alternative):
             one = one.copy(autostop=AUTOSTOP)
         if kind not in spelled:
-            spelled[kind] = _spelling(one, offer.machine, catalog)
+            spelled[kind] = _spelling(one, offer.machine, catalog) if by_size else {"instance_type": offer.machine}
         nailed.append(one.copy(**spelled[kind]))
     return nailed
 

@@ -24,7 +24,7 @@ from finetune.cloud.catalog_file import (
     read_prices,
     skypilot_folder,
 )
-from finetune.cloud.disks import disk_usd_per_hour
+from finetune.cloud.disks import disk_usd_per_hour, local_ssd_usd_per_hour
 from finetune.cloud.machines import check_machine, fits
 from finetune.errors import UserError
 
@@ -89,7 +89,7 @@ class Catalog:
         Raises UserError for a GPU that is unknown or not on Google Cloud, a machine that it does not come with, a place that
         does not have it, and a disk that cannot be priced.
         """
-        name = self._gpu_name(gpu)
+        name = self.gpu_name(gpu)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise UserError(f"{name}: expected a positive whole number of GPUs, found {count!r}")
         hosts = self.rows.hosts.get(machine, {})
@@ -107,13 +107,14 @@ class Catalog:
                 if host_usd is None or gpu_usd is None or not _is_in(pair.gpu, region, zone):
                     continue
                 disk_usd = disk_usd_per_hour(disk_gib, disk_tier, pair.gpu.region, machine)
+                disk_usd += local_ssd_usd_per_hour(machine, pair.gpu.region)
                 place = (pair.gpu.region, pair.gpu.zone)
                 found.append(Offer(name, count, machine, *place, kind, host_usd, gpu_usd, disk_usd, judge(pair)))
         return sorted(found, key=lambda offer: (offer.usd_per_hour, offer.zone))
 
     def machines_for(self, gpu: str, count: int = 1) -> list[str]:
         """The machine types with a price that can have that many of the GPU, smallest first. Raises UserError as `offers`."""
-        name = self._gpu_name(gpu)
+        name = self.gpu_name(gpu)
         sizes = {machine: _size(hosts) or (0.0, 0.0) for machine, hosts in self.rows.hosts.items()}
         return sorted((m for m in sizes if fits(name, count, m, sizes[m])), key=lambda m: (sizes[m], m))
 
@@ -131,7 +132,7 @@ class Catalog:
     def _name(self) -> str:
         return "our old snapshot of SkyPilot's catalog" if self.is_snapshot else "SkyPilot's catalog"
 
-    def _gpu_name(self, gpu: str) -> str:
+    def gpu_name(self, gpu: str) -> str:
         """The canonical name. Raises UserError that says what Google Cloud has instead."""
         wanted = str(gpu).strip().lower()
         sold = {name.lower(): name for name, _ in sorted(self.rows.gpus) if not name.startswith("tpu-")}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config import RunConfig, SourceSection
-from finetune.errors import UserError
+from finetune.errors import NotEstimated, UserError
 
 MANIFEST = "manifest.json"
 
@@ -93,7 +93,7 @@ def _assumed_records(config: RunConfig) -> tuple[int, int, str]:
         validation = round(found["auto"] * data.val_fraction)
         basis = "counted in the local sources, less the held-out fractions"
     else:
-        raise UserError(
+        raise NotEstimated(
             f"{data.output_dir}: the data are not prepared and their size is not known here; run `finetune data prepare "
             f"CONFIG`, or set plan.records to the number of training questions"
         )
