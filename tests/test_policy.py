@@ -176,6 +176,11 @@ def test_a_gpu_that_is_too_small_for_the_run_is_refused(worker: SkyWorker) -> No
     assert "does not fit: needs" in refused(ask(worker, T4, big))
 
 
+def test_a_task_without_a_ceiling_is_told_so(worker: SkyWorker) -> None:
+    endless = {key: value for key, value in T4.items() if key != "max_hourly_cost"}
+    assert "WARNING: no max_hourly_cost" in ask(worker, endless)["printed"]
+
+
 def test_the_ceiling_counts_for_all_nodes_together(worker: SkyWorker) -> None:
     message = refused(ask(worker, T4, num_nodes=2))
     assert "above max_hourly_cost $1 with 2 nodes" in message and "max_hourly_cost: 1.71 would admit it" in message

@@ -289,6 +289,8 @@ def _report(entries: list[Entry], found: list[Candidate], catalog: Catalog, budg
     for reason, count in dropped.items():
         say(f"finetune: not allowed: {count} zone{'s' * (count > 1)} of {reason}")
     best = entries[0].best
+    if any(entry.best.wanted.ceiling is None for entry in entries):
+        say("finetune: WARNING: no max_hourly_cost in resources: no machine is too dear for this launch")
     if best.cost and best.cost.usd > budget:
         say(
             f"finetune: WARNING: the run is estimated at ${best.cost.usd:.2f}, above its budget of ${budget:g} ({BUDGET}): "
