@@ -77,14 +77,15 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     trusts = task.envs.get(TRUST) == "1"
     found = candidates.list_candidates(catalog, wanted, on_gpus, plan, trust_prices=trusts)
     if VARIABLE in task.envs:  # the client has applied us already; the server, elsewhere, only checks again
-        found = _in_given_order(task, found)
+        found = [replace(candidate, given=candidate.wanted.place) for candidate in found]
     entries = candidates.shorten(candidates.entries(found))
-    if not entries and name == "exec":
-        return
-    if not entries:
+    runs_where_it_is = name == "exec"  # on a machine that is there: nothing to choose, and nothing to refuse
+    if entries:
+        table = candidates.price_table(entries, catalog.source)
+        task.update_envs({VARIABLE: json.dumps(table, separators=(",", ":"))})
+    elif not runs_where_it_is:
         raise UserError(candidates.refusal_message(found, catalog.source))
-    task.update_envs({VARIABLE: json.dumps(candidates.price_table(entries, catalog.source), separators=(",", ":"))})
-    if name == "exec":  # runs on a machine that is there: nothing to choose
+    if runs_where_it_is:
         return
     managed = request.request_options is None or name.startswith("jobs.")
     if not managed and not all(_stops_by_itself(resources) for resources in task.resources):
@@ -229,11 +230,6 @@ def _machine_of(resources: sky.Resources, catalog: Catalog) -> str:
             f"name one by instance_type: {', '.join(machines) or 'the catalog has none'}"
         )
     return str(feasible.resources_list[0].instance_type)
-
-
-def _in_given_order(task: sky.Task, found: list[Candidate]) -> list[Candidate]:
-    """Ranked by the place in the task's list instead of dollars."""
-    return [replace(candidate, given=candidate.wanted.place) for candidate in found]
 
 
 def _nailed(
