@@ -24,13 +24,20 @@ HISTORY_KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss")
 class CommitCheckpoints(TrainerCallback):
     """Turns what the trainer saved as checkpoint-N into the committed checkpoint step-N, and prunes the older ones."""
 
-    def __init__(self, root: Path, *, keep_last: int, config_hash: str, data_hash: str) -> None:
-        self.root, self.keep_last = root, keep_last
+    def __init__(
+        self, root: Path, *, keep_last: int, config_hash: str, data_hash: str, wait: Callable[[], None] = lambda: None
+    ) -> None:
+        """wait: until all ranks have come to it. Each of them writes its random state into the folder that is renamed here."""
+        self.root, self.keep_last, self._wait = root, keep_last, wait
         self.hashes = {"config_hash": config_hash, "data_hash": data_hash}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+        self._wait()
+        if state.is_world_process_zero:
+            self._commit(state)
+        self._wait()
+
+    def _commit(self, state: TrainerState) -> None:
         saved = self.root / f"checkpoint-{state.global_step}"
         target = checkpoint.step_folder(self.root, state.global_step)
         if not saved.is_dir():
@@ -46,12 +53,13 @@ class CommitCheckpoints(TrainerCallback):
 class StopSignals(TrainerCallback):
     """SIGINT and SIGTERM let the current step end, save a checkpoint and stop; a second one exits at once.
 
-    Use as a context manager around training: it puts the earlier handlers back.
+    Use as a context manager around training: it puts the earlier handlers back. agree: whether one of the ranks says so; the
+    signal may reach them in different steps, and all have to stop at the end of the same one.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], agree: Callable[[bool], bool] = bool) -> None:
         self.received: str | None = None
-        self._say = say
+        self._say, self._agree = say, agree
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -71,14 +79,14 @@ class StopSignals(TrainerCallback):
         self._say(f"{self.received}: finishing this step, then saving a checkpoint (once more: exit at once)")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.received:
+        if self._agree(self.received is not None):
             control.should_save = control.should_training_stop = True
 
 
 class Budget(TrainerCallback):
     """Stops the run, with a checkpoint, at the end of the step that uses up its hours or its dollars.
 
-    seconds_before: what earlier attempts of the same run used.
+    seconds_before: what earlier attempts of the same run used. agree: gives every rank the answer of one clock.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class Budget(TrainerCallback):
         max_run_usd: float | None,
         usd_per_hour: float | None,
         seconds_before: float = 0.0,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         hours = [math.inf if max_hours is None else max_hours]
         if max_run_usd is not None and usd_per_hour:
@@ -95,10 +104,23 @@ class Budget(TrainerCallback):
         self.seconds = min(hours) * 3600 - seconds_before
         self.started = time.monotonic()
         self.exhausted = False
+        self._agree = agree
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if time.monotonic() - self.started >= self.seconds and state.global_step < state.max_steps:
+        if math.isinf(self.seconds) or state.global_step >= state.max_steps:
+            return
+        if self._agree(time.monotonic() - self.started >= self.seconds):
             self.exhausted = control.should_save = control.should_training_stop = True
+
+
+class Rehearsal(TrainerCallback):
+    """Does something once all is in place and before the first step."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._action()
 
 
 class Throughput(TrainerCallback):
@@ -185,7 +207,6 @@ class ProgressBar(TrainerCallback):
     def __init__(self, history: History) -> None:
         self._history = history
         self._bar: tqdm[Any] | None = None
-        self._validation: tqdm[Any] | None = None
 
     def __enter__(self) -> ProgressBar:
         return self

@@ -234,6 +234,16 @@ def _tokenizer_if_installed(config: RunConfig) -> Any:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from finetune.hardware import let_segments_grow
+
+    let_segments_grow()
+    from finetune import ranks
+
+    with ranks.together():  # so that a fault of all processes is told once
+        return _train_here(arguments)
+
+
+def _train_here(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         if arguments.overrides:
             raise UserError("--resume takes the config in the run folder; overrides would make it another run")

@@ -36,6 +36,7 @@ from finetune.config_schema import (
 from finetune.errors import UserError
 
 __all__ = [
+    "EFFECTIVE_BATCH",
     "BudgetSection",
     "CheckpointSection",
     "DataSection",
@@ -52,9 +53,14 @@ __all__ = [
     "config_hash",
     "from_dict",
     "load_config",
+    "questions_per_step",
     "to_dict",
     "to_yaml",
 ]
+
+
+EFFECTIVE_BATCH = 16
+"""Questions per optimizer step where the config does not say: the guide's 4 x 4."""
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -67,6 +73,23 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     for override in overrides or []:
         _merge_override(tree, override, problems)
     return _checked(tree, str(path), problems)
+
+
+def questions_per_step(training: TrainingSection, gpus: int = 1) -> int:
+    """Questions in one optimizer step over all GPUs: the effective batch, which decides what is learned.
+
+    Raises UserError where the keys contradict each other.
+    """
+    rows, wanted = training.per_device_train_batch_size, training.effective_batch_size
+    if rows == "auto" or (training.gradient_accumulation_steps is None and wanted is not None):
+        return wanted or EFFECTIVE_BATCH
+    product = rows * (training.gradient_accumulation_steps or 1) * gpus
+    if wanted not in (None, product):
+        raise UserError(
+            f"training.effective_batch_size: {wanted} is not {product}, the product of per_device_train_batch_size, "
+            f"gradient_accumulation_steps and {gpus} GPUs; leave one of the three out"
+        )
+    return product
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

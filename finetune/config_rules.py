@@ -28,9 +28,25 @@ def impossible_values(config: RunConfig) -> list[str]:
         (0 <= t.weight_decay < math.inf, "training.weight_decay: expected at least 0"),
         (0 <= t.max_grad_norm < math.inf, "training.max_grad_norm: expected at least 0"),
         (t.max_steps == -1 or t.max_steps >= 1, "training.max_steps: expected -1 or at least 1"),
-        (t.per_device_train_batch_size >= 1, "training.per_device_train_batch_size: expected at least 1"),
+        (
+            t.per_device_train_batch_size == "auto" or t.per_device_train_batch_size >= 1,
+            "training.per_device_train_batch_size: expected auto or at least 1",
+        ),
         (t.per_device_eval_batch_size >= 1, "training.per_device_eval_batch_size: expected at least 1"),
-        (t.gradient_accumulation_steps >= 1, "training.gradient_accumulation_steps: expected at least 1"),
+        (
+            t.gradient_accumulation_steps is None or t.gradient_accumulation_steps >= 1,
+            "training.gradient_accumulation_steps: expected at least 1",
+        ),
+        (
+            t.gradient_accumulation_steps is None or t.per_device_train_batch_size != "auto",
+            "training.gradient_accumulation_steps: follows from memory with per_device_train_batch_size: auto; "
+            "set training.effective_batch_size instead",
+        ),
+        (t.max_memory_gib is None or 0 < t.max_memory_gib < math.inf, "training.max_memory_gib: expected more than 0"),
+        (
+            t.effective_batch_size is None or t.effective_batch_size >= 1,
+            "training.effective_batch_size: expected at least 1",
+        ),
         (0 < t.learning_rate < 1, "training.learning_rate: expected between 0 and 1"),
         (0 <= t.warmup_ratio < 1, "training.warmup_ratio: expected 0 <= ratio < 1"),
         (t.logging_steps >= 1, "training.logging_steps: expected at least 1"),

@@ -70,9 +70,16 @@ class TrainingSection:
     seed: int = 42
     num_train_epochs: float = 3.0
     max_steps: int = -1  # -1: as many as the epochs take
-    per_device_train_batch_size: int = 4
+    effective_batch_size: int | None = (
+        None  # questions per optimizer step; null: 16, or the product of the two numbers below
+    )
+    per_device_train_batch_size: int | Literal["auto"] = (
+        "auto"  # questions per micro-batch; auto: as many tokens as fit
+    )
+    gradient_accumulation_steps: int | None = (
+        None  # with a number above: micro-batches per optimizer step and GPU, null: 1
+    )
     per_device_eval_batch_size: int = 8
-    gradient_accumulation_steps: int = 4
     learning_rate: float = 2e-4
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = 0.03  # of all optimizer steps
@@ -81,8 +88,12 @@ class TrainingSection:
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
         "paged_adamw_8bit"
     )
-    gradient_checkpointing: bool = True
-    group_by_length: bool = True  # batches of similar length: less padding
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: for as few layers as memory demands
+    max_memory_gib: float | None = None  # of the GPU's memory use no more than this; null: all of it
+    kernels: Literal["auto", "lean", "stock"] = (
+        "auto"  # lean: our layer (finetune/lean.py); stock: transformers' and PEFT's
+    )
+    group_by_length: bool = True  # padded batches (stock kernels): examples of like length share an optimizer step
     logging_steps: int = 10
     eval_steps: int = 200  # optimizer steps between two validation losses; 0: none
 

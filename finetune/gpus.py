@@ -48,3 +48,14 @@ GPUS = {
 """Memory as CUDA reports it, rounded down (H100: measured; the others: from out-of-memory messages in public issues). N1 hosts
 T4 and V100 with 8 vCPU and 52 GB; an A100 comes only with its own a2 machine, an L4 with g2 (Google's page on GPU machine
 types)."""
+
+
+def known_gpu(name: str, compute_capability: tuple[int, int], memory_gib: float) -> Gpu:
+    """The entry of GPUS for a GPU that CUDA names so, or where there is none that of the same or the next older generation with
+    the nearest memory: its speed is the best guess."""
+    words = name.upper().replace("-", " ").split()
+    named = [gpu for key, gpu in GPUS.items() if key.partition("-")[0] in words]
+    older = [gpu for gpu in GPUS.values() if gpu.compute_capability <= compute_capability] or list(GPUS.values())
+    newest = max(gpu.compute_capability for gpu in older)
+    like = named or [gpu for gpu in older if gpu.compute_capability == newest]
+    return min(like, key=lambda gpu: abs(gpu.memory_gib - memory_gib))

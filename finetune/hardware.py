@@ -14,6 +14,8 @@ from typing import Any
 GIB = 2**30
 NVIDIA_SMI_SECONDS = 5.0
 TURING = (7, 5)
+GROWING_SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Environment in which torch's CUDA allocator grows its segments; PYTORCH_ALLOC_CONF, where it is set, is the newer name."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Hardware:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def let_segments_grow() -> None:
+    """Have torch's CUDA allocator grow its segments, so that micro-batches of varying size leave few holes behind. To be called
+    before a GPU is first used; a setting of the user's stays."""
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        for name, value in GROWING_SEGMENTS.items():
+            os.environ.setdefault(name, value)
 
 
 def dtype_for(compute_capability: tuple[int, int] | None) -> str:

@@ -271,17 +271,17 @@ def workload_of(config: RunConfig, dtype: str) -> Workload:
     """The worst micro-batch that this config allows, trained as our trainer does on a GPU that computes in `dtype`."""
     training = config.training
     return Workload(
-        rows=training.per_device_train_batch_size,
+        rows=1 if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size,
         tokens=config.model.max_seq_length,
         dtype=dtype,
-        checkpointing=training.gradient_checkpointing,
+        checkpointing=training.gradient_checkpointing is not False,
         lora_r=config.lora.r,
         lora_modules=tuple(config.lora.target_modules),
         optimizer_bytes=ADAMW_8BIT_BYTES if training.optim.endswith("8bit") else ADAMW_BYTES,
         four_bit=config.quantization.load_in_4bit,
         double_quant=config.quantization.bnb_4bit_use_double_quant,
         lora_dropout=config.lora.lora_dropout,
-        accumulating=training.gradient_accumulation_steps > 1,
+        accumulating=True,  # the flat tensor of all gradients (finetune/flat.py) is always there
     )
 
 

@@ -126,6 +126,17 @@ def number(record: Json, path: str) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def memory_lines(run: Json) -> list[tuple[str, str]]:
+    """(what, predicted beside measured) for the memory of the GPU, as far as run.json has both; empty for a run on a CPU."""
+    lines = []
+    for label, key in (("Peak, given out", "peak"), ("Peak, held by torch", "reserved")):
+        predicted, measured = (number(run, f"memory.{kind}_{key}_gib") for kind in ("predicted", "measured"))
+        if predicted and measured:
+            off = predicted / measured - 1
+            lines.append((label, f"{predicted:.2f} GiB estimated, {measured:.2f} GiB measured ({off:+.1%})"))
+    return lines
+
+
 def _read_rows(path: Path, command: str) -> list[Json]:
     rows = []
     for line in read_lines(path):

@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 
+from finetune import ranks
 from finetune.callbacks import Throughput
 from finetune.cloud.instance import MachinePrice
 from finetune.config import RunConfig, config_hash, to_dict
 from finetune.data import Prepared
 from finetune.hardware import detect
+from finetune.memory import GIB
 from finetune.model import Device, parameter_counts
 from finetune.prompts import PromptTemplate
 from finetune.records import SPLITS
 from finetune.runs import RunFolder, git_state, package_versions, utc_now
+from finetune.step_plan import StepPlan
+from finetune.stepper import Stepper
 
 
 def new_record(
@@ -52,11 +56,13 @@ def new_record(
     }
 
 
-def describe_hardware(device: Device) -> dict[str, Any]:
-    return replace(detect(), dtype=device.dtype_name).to_dict()
+def describe_attempt(config: RunConfig, device: Device, model: torch.nn.Module) -> dict[str, Any]:
+    """The machine and the model, which may be other ones after a resume."""
+    hardware = replace(detect(), dtype=device.dtype_name).to_dict()
+    return {"hardware": hardware, "model": _describe_model(config, model)}
 
 
-def describe_model(config: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
+def _describe_model(config: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
     total, trainable = parameter_counts(model)
     quantization = config.quantization
     return {
@@ -68,8 +74,54 @@ def describe_model(config: RunConfig, model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
+def describe_step(plan: StepPlan, stepper: Stepper | None = None) -> dict[str, Any]:
+    """How an optimizer step is computed: as planned, and where memory did not suffice as the stepper has it now.
+
+    questions and ranks (processes, each with its GPU): of the whole step; the rest for each rank. rows: None unless the config
+    names a number; then micro_batch_tokens do not limit it. out_of_memory, bad_steps: counted in this attempt.
+    """
+    limits = stepper.limits if stepper else plan.limits
+    return {
+        "path": plan.path,
+        "why": plan.why,
+        "questions": plan.questions,
+        "ranks": ranks.count(),
+        "micro_batch_tokens": limits.tokens,
+        "rows": stepper.rows if stepper else plan.rows,
+        "kept_layers": limits.kept_layers if plan.path == "lean" else None,
+        "cached_layers": limits.cached_layers if plan.path == "lean" else None,
+        "checkpointing": plan.checkpointing,
+        "out_of_memory": stepper.out_of_memory if stepper else 0,
+        "bad_steps": stepper.watch.bad_steps if stepper else 0,
+    }
+
+
+def describe_memory(plan: StepPlan) -> dict[str, Any] | None:
+    """GiB of the GPU of rank 0 at the peak of this attempt, estimated before it and measured in it; None on a CPU.
+
+    What torch's allocator gave out and what it held; CUDA's own share is in neither.
+    """
+    if not torch.cuda.is_available():
+        return None
+    needed = plan.needed
+    return {
+        "predicted_peak_gib": needed and _gib(needed.peak),
+        "predicted_reserved_gib": needed and _gib(needed.reserved),
+        "measured_peak_gib": _gib(torch.cuda.max_memory_allocated()),
+        "measured_reserved_gib": _gib(torch.cuda.max_memory_reserved()),
+        "basis": "predicted: estimated before the first step for the largest micro-batch; measured: torch.cuda's peaks so far",
+    }
+
+
+def _gib(size: int) -> float:
+    return round(size / GIB, 3)
+
+
 class RunRecorder:
-    """Keeps a run's record and its file up to date during one attempt, which began at `began` (time.monotonic())."""
+    """Keeps a run's record and its file up to date during one attempt, which began at `began` (time.monotonic()).
+
+    Of several ranks only the first writes the file.
+    """
 
     def __init__(self, run: RunFolder, record: dict[str, Any], price: MachinePrice | None, began: float) -> None:
         self.record = record
@@ -86,10 +138,16 @@ class RunRecorder:
             self.record["spent_basis"] = (
                 f"measured hours of training x ${self._price.usd_per_hour:g}/h ({self._price.basis})"
             )
-        self._run.write_record(self.record)
+        if ranks.first():
+            self._run.write_record(self.record)
 
-    def progress(self, state: Any, throughput: Throughput, history: list[dict[str, Any]]) -> None:
-        """Write steps, tokens, speed, memory and losses as the trainer's state has them."""
+    def planned(self, plan: StepPlan) -> None:
+        self.write(step=describe_step(plan), memory=describe_memory(plan))
+
+    def progress(
+        self, state: Any, throughput: Throughput, history: list[dict[str, Any]], plan: StepPlan, stepper: Stepper
+    ) -> None:
+        """Write steps, tokens, speed, memory and losses as the trainer's state and its stepper have them."""
         losses = [row["loss"] for row in history if "loss" in row]
         validation = [row["eval_loss"] for row in history if "eval_loss" in row]
         self.write(
@@ -98,6 +156,8 @@ class RunRecorder:
             epochs=state.epoch,
             tokens={"trained": int(state.num_input_tokens_seen)},
             tokens_per_second=throughput.per_second() or self.record.get("tokens_per_second"),
+            step=describe_step(plan, stepper),
+            memory=describe_memory(plan),
             peak_memory_gib=_higher(peak_memory(), self.record.get("peak_memory_gib")),
             losses={
                 "first": losses[0] if losses else None,

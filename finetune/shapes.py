@@ -102,10 +102,12 @@ def shape_of(model_name: str) -> ModelShape | None:
         raise UserError(f"{path}: not readable as JSON ({error}); download the model's config.json again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object; download the model's config.json again")
-    return _shape_from_config(values, path) if values.get("model_type") in LLAMA_LIKE else None
+    return shape_from_config(values, path) if values.get("model_type") in LLAMA_LIKE else None
 
 
-def _shape_from_config(values: dict[str, Any], path: Path) -> ModelShape:
+def shape_from_config(values: dict[str, Any], path: Path) -> ModelShape:
+    """The shape that a config.json of the Llama family describes; `path` is where it lies, for errors (UserError)."""
+
     def number(key: str, default: int | None = None) -> int:
         value = values.get(key)
         value = default if value is None else value

@@ -2,30 +2,26 @@
 
 Arithmetic without torch, for `finetune plan`. Tokens are those of prompt and answer; padding does not count.
 
-The estimate
-------------
-A micro-batch (one forward and backward pass) takes as long as the slower of two that run side by side:
+A micro-batch (one forward and backward pass) takes as long as the slower of two that run side by side: the host, whose Python
+process launches kernels, which no GPU makes faster, and the GPU. The GPU's time is a sum, here of an H100 with Mistral-7B:
 
-    host  the Python process launches some 26,000 kernels; no GPU makes that faster.          21.6 ms a layer
-    GPU   matrix products  FLOP / (peak rate x the share of it that is reached)               57 us a padded token
-          memory traffic   bytes of activations / bandwidth                                   139 us a padded token
-          4-bit weights    unpacked again for every pass: bytes / bandwidth                   25 ms a micro-batch
-          short kernels    too short for any of these; they cost the same on every GPU        32 ms a micro-batch
+                         stock layers (TRL, PEFT), checkpointing       lean layers (finetune/lean.py), all kept
+    host                 21.6 ms a layer                               4.75 ms a layer
+    matrix products      57 us a padded token                          38 us a token
+    memory traffic       139 us a padded token                         18 us a token
+    4-bit weights        25 ms a micro-batch                           20 ms a micro-batch, 0 where they are kept unpacked
+    short kernels        32 ms a micro-batch                           in the traffic
 
-The figures on the right are the H100's for Mistral-7B with checkpointing. The host alone takes 0.69 s a micro-batch, so four
-questions of 300 tokens keep an H100 busy less than half the time, and an A100 is not much slower; on T4, L4 and V100 the GPU
-decides. For another GPU the first line of the GPU's part is divided by its matrix rate, the next two by its bandwidth; for
-another model they grow with its parameters, the widths of its projections, its parameters, and its layers (as does the host's
-part).
+For another GPU the products are divided by its matrix rate, traffic and weights by its bandwidth; for another model they grow
+with its parameters, the widths of its projections, its parameters, and its layers (as does the host's part).
 
-How wrong it may be: put back on the H100 it meets the wall time of sixteen measured runs within 20% (nine of them had no part
-in it), six of padded TRL in bfloat16 within 6%. Our own trainer it takes to be 14% faster than it was on texts of 304 tokens
-(1,711 tokens/s for 1,497), presumably because casts to and from float32 adapters keep the host busy for longer, and 9% slower
-on texts of 224; but there the same run also differed by up to 1.4 times between machines, so neither was fitted. On other GPUs
-nobody has measured it for us: take it as right within a factor of 2 either way. Left out: the host's processor
-(older ones of N1 and A2 machines may launch kernels 1.5 times as slowly, which an A100 would feel), FlashAttention missing on
-T4 and V100 (the traffic was measured with the kernel that they use, on texts as long as Spider's), cards that get too warm,
-the optimizer's own time, and the data loader.
+How wrong it may be. Stock: put back on the H100 it meets the wall time of sixteen measured runs within 20% (nine of them had no
+part in it), six of padded TRL in bfloat16 within 6%; our own trainer it takes to be 14% faster than it was on texts of 304 tokens
+(1,711 tokens/s for 1,497), presumably because casts to and from float32 adapters keep the host busy for longer, and 9% slower on
+texts of 224; the same run also differed by up to 1.4 times between machines. Lean: it meets the GPU time of eight measured steps
+within 3% (five of them set its figures). On other GPUs nobody has measured either for us: take it as right within a factor of 2
+either way. Left out: the host's processor (older ones of N1 and A2 machines may launch kernels 1.5 times as slowly), kernels of
+T4 and V100 that are worse than the same ones on an H100, cards that get too warm, and the data loader.
 """
 
 from __future__ import annotations
@@ -190,3 +186,142 @@ def projection_widths(shape: ModelShape) -> int:
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = 2 * (shape.hidden + query) + 2 * (shape.hidden + key)
     return shape.layers * (attention + 3 * (shape.hidden + shape.intermediate))
+
+
+@dataclass(frozen=True)
+class LeanStep:
+    """An optimizer step on the lean way. questions: in it, of mean_tokens each. tokens: that one micro-batch holds at most.
+
+    rows: questions in a micro-batch where the config names a number. kept_layers, cached_layers: so many keep their activations,
+    their unpacked weights (finetune/fit.py). labelled: share of the tokens whose rows the last layer's MLP computes.
+    """
+
+    questions: int
+    mean_tokens: float
+    tokens: int
+    kept_layers: int
+    cached_layers: int
+    rows: int | None = None
+    dropout: bool = True
+    four_bit: bool = True
+    labelled: float = 0.12
+
+
+@dataclass(frozen=True)
+class LeanMeasurement:
+    """One measured configuration of the lean step; whoever measures another adds a row to LEAN_MEASURED.
+
+    kept, cached: of all layers, or of none. questions: of an optimizer step, which was one micro-batch.
+    """
+
+    gpu: str
+    linear_parameters: int
+    kept: bool
+    cached: bool
+    dropout: bool
+    questions: int
+    mean_tokens: float
+    tokens_per_second: float
+    source: str
+
+
+_LEAN_H100 = (
+    "H100 80GB, lean layers in bfloat16, random Mistral-7B weights, texts of 302 tokens on average, 2026-11-22, when the "
+    "optimizer took 45 ms a step that it no longer takes"
+)
+LEAN_MEASURED = tuple(
+    LeanMeasurement("H100", MISTRAL_7B, kept, cached, dropout, 16, 302, tokens_per_second, _LEAN_H100)
+    for kept, cached, dropout, tokens_per_second in (
+        (True, True, False, 14803), (True, True, True, 15042), (True, False, False, 14204), (True, False, True, 13922),
+        (False, False, False, 10714), (False, False, True, 10793), (False, True, True, 11373),
+    )
+)  # fmt: skip
+"""benchmarks/lean_step.py with torch 2.11: medians over 18 steps, each of them one micro-batch of 3,100 to 6,600 tokens."""
+
+LEAN_HOST, LEAN_HOST_AGAIN = 0.152 / 32, 0.060 / 32
+"""Seconds a layer that the host takes to launch a micro-batch (forward 60 ms, backward 92 ms at a tiny size, H100's host), and to
+launch a layer's forward pass once more."""
+LEAN_HOST_UNPACK = 0.037 / 32
+"""Seconds a layer that the host takes to launch the unpacking of its 4-bit weights for one pass (a forward pass over weights that
+are not cached took it 97 ms at a tiny size instead of 60)."""
+LEAN_STEP = 0.012
+"""Seconds of an optimizer step beside its micro-batches: clipping 5 ms, refreshed copies 4 ms (measured); the optimizer on one
+flat tensor 3 ms (estimated)."""
+LEAN_WEIGHT_BYTES = 4.77
+"""Of a 4-bit parameter and pass, as StepCost.weight_bytes. In the profile of a step of 4,696 tokens with checkpointing, two
+unpacking kernels and an addition took 28.2 ms for 2.84 passes."""
+LEAN_TRAFFIC = {(True, False): 21.8, (True, True): 23.1, (False, False): 57.5, (False, True): 75.8}
+"""Bytes of a token and element of a projection's input or output, by (Triton's operations and FlashAttention, LoRA dropout): what
+the GPU time of such steps (259, 264 ms; with torch's operations 371, 438 ms, and 19 ms for the memory-efficient attention
+kernel) leaves beside 179 ms of matrix products."""
+LEAN_AGAIN = 0.275
+"""Share of that traffic which a second forward pass adds, its matrix products apart (22 of 80 ms)."""
+STEP_SIZES = (-1.465, -0.792, -0.366, 0.0, 0.366, 0.792, 1.465)
+"""Sizes of optimizer steps as standard deviations from the mean: the middles of seven equal parts of a normal distribution."""
+LENGTH_SPREAD = 0.97
+"""Standard deviation of text lengths over their mean, as in finetune/fit.py."""
+
+
+def lean_speed(gpu: Gpu, shape: ModelShape, step: LeanStep) -> Speed:
+    """Tokens a second of whole optimizer steps on the lean way (adapters on all seven projections).
+
+    Measured where LEAN_MEASURED has the GPU, shape and kind of step, and it is one micro-batch; else estimated.
+    """
+    asked = (
+        gpu.name, shape.linear_parameters, step.kept_layers == shape.layers, step.cached_layers == shape.layers, step.dropout,
+        step.questions,
+    )  # fmt: skip
+    in_one_piece = min(step.tokens / step.mean_tokens, step.rows or math.inf) >= step.questions
+    whole = in_one_piece and step.four_bit and {step.kept_layers, step.cached_layers} <= {0, shape.layers}
+    for row in LEAN_MEASURED:
+        of_row = (row.gpu, row.linear_parameters, row.kept, row.cached, row.dropout, row.questions)
+        if whole and of_row == asked and abs(step.mean_tokens - row.mean_tokens) <= SAME_LENGTH * row.mean_tokens:
+            return Speed(row.tokens_per_second, "measured", row.source)
+    sizes = step_sizes(step)
+    seconds = sum(lean_step_seconds(gpu, shape, size, step) for size in sizes)
+    source = (
+        f"estimated from an H100's lean step (2026-11) by matrix rate and bandwidth of the {gpu.name}, to a factor of 2"
+    )
+    return Speed(sum(sizes) / seconds, "estimated", source)
+
+
+def step_sizes(step: LeanStep) -> list[float]:
+    """Tokens of seven optimizer steps that stand for all."""
+    mean, deviation = step.questions * step.mean_tokens, LENGTH_SPREAD / math.sqrt(step.questions)
+    return [mean * max(0.1, 1 + deviation * size) for size in STEP_SIZES]
+
+
+def lean_step_seconds(gpu: Gpu, shape: ModelShape, tokens: float, step: LeanStep) -> float:
+    """Wall time of an optimizer step of so many tokens, in micro-batches of one size."""
+    pieces = math.ceil(step.questions / step.rows) if step.rows else math.ceil(tokens / step.tokens)
+    again = shape.layers - step.kept_layers
+    packed = shape.layers - step.cached_layers if step.four_bit else 0
+    packed_again = max(0, packed - step.kept_layers)  # the first layers are cached, and computed again
+    host = LEAN_HOST * shape.layers + LEAN_HOST_AGAIN * again + LEAN_HOST_UNPACK * (2 * packed + packed_again)
+    return pieces * max(host, lean_gpu_seconds(gpu, shape, tokens / pieces, step)) + LEAN_STEP
+
+
+def lean_gpu_seconds(gpu: Gpu, shape: ModelShape, tokens: float, step: LeanStep) -> float:
+    """Time that the GPU is busy with one micro-batch.
+
+    As `gpu_seconds`, but what is computed again leaves out down_proj, and behind the last layer's attention go labelled rows
+    alone.
+    """
+    names = shape.projections
+    of_layer = shape.linear_parameters / shape.layers
+    again = (1 - math.prod(names["down_proj"]) / of_layer) * (shape.layers - step.kept_layers)
+    spared = (1 - step.labelled) * (
+        1 - sum(math.prod(names[name]) for name in ("q_proj", "k_proj", "v_proj")) / of_layer
+    )
+    share = LOW_POWER_SHARE if gpu.name in LOW_POWER else H100_SHARE
+    flop = 2 * of_layer * (2 * (shape.layers - spared) + again) * tokens
+    traffic = LEAN_TRAFFIC[gpu.compute_capability >= (8, 0), step.dropout] * projection_widths(shape)
+    traffic *= (1 + LEAN_AGAIN * (1 - step.kept_layers / shape.layers)) * tokens
+    unpacked = 0.0
+    if step.four_bit:  # the first layers are cached, and computed again
+        packed = shape.layers - step.cached_layers
+        packed_again = max(0, shape.layers - step.kept_layers - step.cached_layers)
+        unpacked = (
+            LEAN_WEIGHT_BYTES * of_layer * (2 * packed + packed_again * (1 - math.prod(names["down_proj"]) / of_layer))
+        )
+    return flop / (gpu.tflops * 1e12 * share) + (traffic + unpacked) / (gpu.bandwidth * 1e9)

@@ -5,57 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from finetune import checkpoint
-from finetune.callbacks import Budget, CommitCheckpoints, History, ProgressBar, StopSignals, Throughput
-from finetune.cloud.instance import MachinePrice, machine_price
-from finetune.config import BudgetSection, RunConfig, TrackingSection, config_hash, to_dict
+from finetune import checkpoint, ranks
+from finetune.callbacks import Budget, CommitCheckpoints, History, ProgressBar, Rehearsal, StopSignals, Throughput
+from finetune.cloud.instance import MachinePrice
+from finetune.config import RunConfig, config_hash, to_dict
 from finetune.credentials import wandb_key_present
-from finetune.data import Prepared, load_prepared
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.files import disk_error
-from finetune.model import Device, attach_lora, choose_device, load_base, load_tokenizer
-from finetune.prompts import PromptTemplate
-from finetune.records import Split
-from finetune.run_record import RunRecorder, describe_hardware, describe_model, new_record
+from finetune.run_record import RunRecorder, describe_attempt, new_record
 from finetune.runs import RunFolder, check_name_is_free, create_run
-from finetune.trainer import AnswerTrainer, Examples, build_trainer, tokenise, trainer_arguments
+from finetune.step_plan import StepPlan, plan_step, worst_micro_batch
+from finetune.train_parts import Inputs, Parts, inputs_of, load_parts, price_of, say
+from finetune.trainer import AnswerTrainer, Examples, build_trainer, trainer_arguments
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-GPU_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 TEMPORARY_ADAPTER = ".adapter.tmp"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run is made from, checked."""
-
-    config: RunConfig
-    device: Device
-    data: Prepared
-    template: PromptTemplate
-    price: MachinePrice | None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the trainer is built from, in memory."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train: Examples
-    validation: Examples
-    model: PeftModel
 
 
 @dataclass(frozen=True)
@@ -70,17 +40,18 @@ class Session:
 
 
 def start(config: RunConfig, config_file: Path) -> int:
-    """Begin a new run in a new folder; returns the exit code.
+    """Begin a new run in a new folder; returns the exit code. Under torchrun every process calls it.
 
     Raises UserError for what no run can begin with; the folder is made after everything is loaded, so none is left behind.
     """
     began = time.monotonic()
-    check_name_is_free(config.training)
-    inputs = _inputs(config)
-    parts = _load(inputs)
-    run = create_run(config, config_file)
-    record = new_record(run, config, config_file, inputs.data, inputs.template)
-    return _attempt(Session(run, inputs, parts, RunRecorder(run, record, inputs.price, began)))
+    with ranks.together():
+        ranks.from_first(lambda: check_name_is_free(config.training))
+        inputs = inputs_of(config)
+        parts = load_parts(inputs)
+        run = ranks.from_first(lambda: create_run(config, config_file))
+        record = new_record(run, config, config_file, inputs.data, inputs.template)
+        return _attempt(Session(run, inputs, parts, RunRecorder(run, record, inputs.price, began)))
 
 
 def resume(run: RunFolder) -> int:
@@ -90,13 +61,14 @@ def resume(run: RunFolder) -> int:
     for other changes, for other data, and for a run that is done or has no budget left.
     """
     began = time.monotonic()
-    config, record = run.config(), run.record()
-    _check_unfinished(run, config, record)
-    inputs = _inputs(config)
-    found = _newest_checkpoint(run, inputs)
-    parts = _load(inputs)
-    record.update(attempts=record.get("attempts", 1) + 1, config=to_dict(config), config_hash=config_hash(config))
-    return _attempt(Session(run, inputs, parts, RunRecorder(run, record, inputs.price, began), found))
+    with ranks.together():
+        config, record = ranks.from_first(lambda: (run.config(), run.record()))
+        _check_unfinished(run, config, record)
+        inputs = inputs_of(config)
+        found = ranks.from_first(lambda: _newest_checkpoint(run, inputs))
+        parts = load_parts(inputs)
+        record.update(attempts=record.get("attempts", 1) + 1, config=to_dict(config), config_hash=config_hash(config))
+        return _attempt(Session(run, inputs, parts, RunRecorder(run, record, inputs.price, began), found))
 
 
 def _check_unfinished(run: RunFolder, config: RunConfig, record: dict[str, Any]) -> None:
@@ -105,40 +77,11 @@ def _check_unfinished(run: RunFolder, config: RunConfig, record: dict[str, Any])
             f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`"
         )
     spent = float(record["wall_seconds"])
-    if record.get("status") == "budget_stop" and _budget(config, _price(config.budget), spent).seconds <= 0:
+    if record.get("status") == "budget_stop" and _budget(config, price_of(config.budget), spent).seconds <= 0:
         raise UserError(
             f"{run.path}: the budget of this run is used up; raise budget.max_hours or budget.max_run_usd in "
             f"{run.config_yaml} to go on with it"
         )
-
-
-def _inputs(config: RunConfig) -> Inputs:
-    _check_tracking(config.tracking)
-    price = _price(config.budget)
-    device = choose_device(config.model.torch_dtype)
-    if device.place.type == "cpu" and config.training.optim in GPU_OPTIMIZERS:
-        raise UserError(f"training.optim: {config.training.optim} needs a GPU; on a CPU use training.optim=adamw_torch")
-    data = load_prepared(Path(config.data.output_dir))
-    template = PromptTemplate(config.data.schema_format)
-    if data.manifest["prompt"] != template.identity():
-        raise UserError(
-            f"{data.folder}: was prepared for prompt {data.manifest['prompt']}, this config renders "
-            f"{template.identity()}; run `finetune data prepare CONFIG` again"
-        )
-    return Inputs(config, device, data, template, price)
-
-
-def _price(budget: BudgetSection) -> MachinePrice | None:
-    """What the machine costs: by the launch policy's price table, else by the config. Raises UserError where a ceiling in
-    dollars has no price to be held by."""
-    price = machine_price()
-    if price is None and budget.usd_per_hour is not None:
-        price = MachinePrice(budget.usd_per_hour, "budget.usd_per_hour of the config")
-    if price is None and budget.max_run_usd is not None:
-        raise UserError(
-            "budget.max_run_usd: the price of this machine is not known (no launch policy started it); set budget.usd_per_hour"
-        )
-    return price
 
 
 def _newest_checkpoint(run: RunFolder, inputs: Inputs) -> Path | None:
@@ -175,38 +118,13 @@ def _deciding_hash(config: RunConfig) -> str:
     )
 
 
-def _load(inputs: Inputs) -> Parts:
-    from transformers import set_seed
-
-    tokenizer = load_tokenizer(inputs.config.model)
-    train, validation = _examples(inputs, tokenizer, "train"), _examples(inputs, tokenizer, "val")
-    set_seed(inputs.config.training.seed)  # before the adapters are drawn
-    base = load_base(inputs.config.model, inputs.config.quantization, inputs.device)
-    base.config.use_cache = False
-    return Parts(tokenizer, train, validation, attach_lora(base, inputs.config.lora))
-
-
-def _examples(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, split: Split) -> Examples:
-    limit = inputs.config.model.max_seq_length
-    examples = tokenise(inputs.data.records(split), inputs.template, tokenizer, limit)
-    if examples.too_long:
-        say(f"{split}: {examples.too_long} examples are longer than model.max_seq_length={limit} tokens and left out")
-    if split == "train" and not len(examples.dataset):
-        raise UserError(f"model.max_seq_length: no training example fits into {limit} tokens")
-    return examples
-
-
 def _attempt(session: Session) -> int:
     recorder, inputs, parts = session.recorder, session.inputs, session.parts
+    ranks.on_failure(lambda: _close_failed(session, RuntimeError()))
     used = {"train": len(parts.train.dataset), "val": len(parts.validation.dataset)}
     recorder.record["data"].update(path=inputs.config.data.output_dir, used=used)
     try:
-        recorder.write(
-            status="running",
-            ended_at=None,
-            hardware=describe_hardware(inputs.device),
-            model=describe_model(inputs.config, parts.model),
-        )
+        recorder.write(status="running", ended_at=None, **describe_attempt(inputs.config, inputs.device, parts.model))
         return _fit(session)
     except BaseException as error:
         foreseeable = _foreseeable(error, session.run.path)
@@ -218,11 +136,42 @@ def _attempt(session: Session) -> int:
 
 def _fit(session: Session) -> int:
     config, parts, recorder = session.inputs.config, session.parts, session.recorder
+    plan = _plan(session)
     throughput = Throughput()
+    trainer = _trainer(session, plan, throughput)
+    history = History(lambda rows: recorder.progress(trainer.state, throughput, rows, plan, trainer.stepper))
+    budget = _budget(config, session.inputs.price, float(recorder.record["wall_seconds"]))
+    with StopSignals(say, ranks.any_of) as signals, ProgressBar(history) as bar:
+        for callback in (history, bar, signals, budget, _committer(session), _rehearsal(trainer, plan, parts.train)):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
+    recorder.progress(trainer.state, throughput, history.rows, plan, trainer.stepper)
+    return _finish(session, trainer, budget)
+
+
+def _plan(session: Session) -> StepPlan:
+    """How a step is computed on this GPU; its questions may not change from one attempt to the next."""
+    inputs, record = session.inputs, session.recorder.record
+    lengths = session.parts.train.dataset["length"]
+    plan = plan_step(inputs.config, session.parts.model, inputs.device, lengths, gpus=ranks.count())
+    before = record.get("step", {}).get("questions")
+    if session.resume_from and before not in (None, plan.questions):
+        raise UserError(
+            f"{session.run.path}: began with {before} questions a step, and {ranks.count()} GPUs make it {plan.questions}; go on "
+            "with as many GPUs as it began with"
+        )
+    say(str(plan) if ranks.count() == 1 else f"{ranks.count()} processes, each with {plan}")
+    session.recorder.planned(plan)
+    return plan
+
+
+def _trainer(session: Session, plan: StepPlan, throughput: Throughput) -> AnswerTrainer:
+    config, parts, device = session.inputs.config, session.parts, session.inputs.device
     validates = bool(config.training.eval_steps and len(parts.validation.dataset))
     arguments = trainer_arguments(
         config.training,
-        session.inputs.device,
+        device,
+        plan,
         checkpoints=session.run.checkpoints,
         run_name=session.run.path.name,
         save_steps=config.checkpoint.save_steps,
@@ -236,15 +185,29 @@ def _fit(session: Session) -> int:
         parts.train.dataset,
         parts.validation.dataset if validates else None,
         throughput,
+        config.training,
+        device,
+        plan,
+        say,
     )
-    history = History(lambda rows: recorder.progress(trainer.state, throughput, rows))
-    budget = _budget(config, session.inputs.price, float(recorder.record["wall_seconds"]))
-    with StopSignals(say) as signals, ProgressBar(history) as bar:
-        for callback in (history, bar, signals, budget, _committer(session)):
-            trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
-    recorder.progress(trainer.state, throughput, history.rows)
-    return _finish(session, trainer, budget)
+    ranks.draw_apart(config.training.seed)
+    ranks.same_everywhere(trainer.stepper.adapters.parameter.data)
+    return trainer
+
+
+def _rehearsal(trainer: AnswerTrainer, plan: StepPlan, examples: Examples) -> Rehearsal:
+    """On a GPU the largest micro-batch comes first, with gradients that are thrown away: memory that does not suffice shows
+    after seconds, not after hours."""
+    on_cpu = trainer.args.device.type == "cpu"
+    return Rehearsal(lambda: None if on_cpu else _rehearse(trainer, plan, examples))
+
+
+def _rehearse(trainer: AnswerTrainer, plan: StepPlan, examples: Examples) -> None:
+    worst = worst_micro_batch(
+        examples.dataset["length"], plan.limits, plan.rows, questions=plan.questions, padded=plan.path == "stock"
+    )
+    trainer.model.train()
+    trainer.stepper.rehearse([examples.dataset[index] for index in worst])
 
 
 def _budget(config: RunConfig, price: MachinePrice | None, seconds_before: float) -> Budget:
@@ -253,6 +216,7 @@ def _budget(config: RunConfig, price: MachinePrice | None, seconds_before: float
         max_run_usd=config.budget.max_run_usd,
         usd_per_hour=price.usd_per_hour if price else None,
         seconds_before=seconds_before,
+        agree=lambda spent: ranks.from_first(lambda: spent),
     )
 
 
@@ -262,6 +226,7 @@ def _committer(session: Session) -> CommitCheckpoints:
         keep_last=session.inputs.config.checkpoint.keep_last,
         config_hash=_deciding_hash(session.inputs.config),
         data_hash=session.inputs.data.manifest_hash,
+        wait=ranks.wait,
     )
 
 
@@ -270,7 +235,7 @@ def _finish(session: Session, trainer: AnswerTrainer, budget: Budget) -> int:
     run = session.run
     done = trainer.state.global_step >= trainer.state.max_steps
     status = "done" if done else "budget_stop" if budget.exhausted else "interrupted"
-    if status != "interrupted":
+    if status != "interrupted" and ranks.first():
         _save_adapter(session, trainer)
     session.recorder.close(status)
     say(
@@ -301,8 +266,9 @@ def _foreseeable(error: BaseException, folder: Path) -> UserError | None:
         return disk_error(error, folder)
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
-            "out of GPU memory: lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as "
-            "much, set training.gradient_checkpointing=true, or lower model.max_seq_length"
+            "out of GPU memory, not in a step's passes, which begin again in smaller pieces, but in validation or beside them: "
+            "lower training.per_device_eval_batch_size, set training.max_memory_gib below what the GPU has, or lower "
+            "model.max_seq_length"
         )
     torch_write = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
     if torch_write or "No space left" in str(error):
@@ -312,6 +278,8 @@ def _foreseeable(error: BaseException, folder: Path) -> UserError | None:
 
 def _close_failed(session: Session, error: BaseException) -> None:
     """Leave a run folder that says how the run ended, without halves of a save; none at all if the run never began."""
+    if not ranks.first():
+        return
     try:
         checkpoint.remove_leftovers(session.run.checkpoints)
         shutil.rmtree(session.run.path / TEMPORARY_ADAPTER, ignore_errors=True)
@@ -320,11 +288,6 @@ def _close_failed(session: Session, error: BaseException) -> None:
         say(str(another))
         if not session.run.run_json.exists():
             shutil.rmtree(session.run.path, ignore_errors=True)
-
-
-def _check_tracking(tracking: TrackingSection) -> None:
-    if tracking.wandb == "online" and not wandb_key_present():
-        raise UserError("tracking.wandb: online needs a key; set WANDB_API_KEY or run `wandb login`, or use offline")
 
 
 def _report_to(session: Session) -> list[str]:
@@ -337,7 +300,3 @@ def _report_to(session: Session) -> list[str]:
     os.environ["WANDB_PROJECT"] = session.inputs.config.tracking.wandb_project
     os.environ["WANDB_DIR"] = str(session.run.path)
     return ["tensorboard", "wandb"]
-
-
-def say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)  # on a line of its own, also while a bar is shown

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +13,23 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from finetune import ranks
+from finetune.batching import StepSampler, micro_batches
 from finetune.callbacks import Throughput
 from finetune.config import TrainingSection
+from finetune.fit import Limits
+from finetune.flat import FlatAdapters
+from finetune.lean_model import IGNORED
 from finetune.model import Device, adapters_to_float32
 from finetune.prompts import Encoded, PromptTemplate, completion, encode_examples
 from finetune.records import Record
+from finetune.step_loader import StepLoader
+from finetune.step_plan import StepPlan
+from finetune.stepper import Example, LeanPath, Step, Stepper, collate, spoilt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label of a token that carries no loss, as in torch.nn.functional.cross_entropy."""
-
 
 CPU_PADDING = 16
 """Batches on a CPU are padded to multiples of this many tokens. With every length a shape of its own, oneDNN's kernels were
@@ -59,13 +64,43 @@ def _labels(example: Encoded) -> list[int]:
 
 
 class AnswerTrainer(SFTTrainer):
-    """SFTTrainer with tokens per second among its logs, and a loss that on a CPU looks at the answers alone.
+    """SFTTrainer that gets whole optimizer steps from its loader and leaves their passes to a Stepper.
 
-    TRL's fused head scores only labelled tokens where Triton runs. Elsewhere it scores every prompt token too, which on
-    two cores took more than half of each step (171 tokens/s with it, see docs/log.md).
+    To transformers' loop every step is one batch (gradient_accumulation_steps is 1); how many micro-batches it takes, and the
+    sum of gradients over several ranks, are the Stepper's business.
     """
 
     throughput: Throughput
+    stepper: Stepper
+    sampler: StepSampler
+    control: Any
+
+    def get_train_dataloader(self) -> StepLoader:
+        share = partial(collate, rank=ranks.rank(), ranks=ranks.count())
+        return StepLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=share)
+
+    def training_step(self, model: Any, inputs: dict[str, Step], num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        return self.stepper.run(inputs["step"])
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean negative log-likelihood (nats) of the labelled tokens of all validation examples, over all ranks. transformers'
+        own is a mean of batch means, which hangs on how examples are dealt out to batches and ranks."""
+        metrics = {"eval_loss": float(validation_loss(self))}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's fused head scores only labelled tokens where Triton runs. Elsewhere it scores every prompt token too, which on
+        two cores took more than half of each step (171 tokens/s with it, see docs/log.md); and it waits for all GPUs."""
+        alone = self.args.world_size == 1 and inputs["input_ids"].device.type != "cpu"
+        if return_outputs or alone:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():
+            return answer_loss(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         speed = self.throughput.take_window() if "loss" in logs else None
@@ -76,12 +111,85 @@ class AnswerTrainer(SFTTrainer):
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL would put one among the checkpoints at every save, and have an offline W&B run warn each time."""
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if return_outputs or inputs["input_ids"].device.type != "cpu":
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return answer_loss(model, inputs, num_items_in_batch)
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Over the flat adapters; weight decay counts for all of them, as in transformers' own groups."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        adapters = [self.stepper.adapters.parameter]
+        optimizer: torch.optim.Optimizer = kind(adapters, **options, weight_decay=self.args.weight_decay)
+        self.optimizer = optimizer
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(
+            [self.stepper.adapters.parameter], self.args.max_grad_norm
+        )
+        if not self.args.fp16:  # there the scaler leaves such a step out
+            self.stepper.watch.put_norm(norm)
+        return norm
+
+    def _track_num_input_tokens(self, inputs: dict[str, Step]) -> None:
+        self.state.num_input_tokens_seen += inputs["step"].tokens  # counted by the loader: no wait for the GPU
+
+    def floating_point_ops(self, inputs: dict[str, Step]) -> int:
+        return 0  # transformers' figure knows nothing of frozen weights; nobody reads it
+
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        self.stepper.watch.check()  # spoilt adapters are not saved
+        if not torch.isfinite(
+            self.stepper.adapters.parameter
+        ).all():  # by this step's gradient, which no loss has met yet
+            raise spoilt("gradient")
+        super()._save_checkpoint(*arguments, **more)
+
+
+class PaddedPath:
+    """The libraries' own way: rows padded to the longest, TRL's collator and loss, PEFT's layers."""
+
+    padded = True
+
+    def __init__(self, trainer: AnswerTrainer) -> None:
+        self.trainer = trainer
+
+    def begin(self) -> None:
+        pass
+
+    def spare(self) -> bool:
+        model = self.trainer.model
+        if model.is_gradient_checkpointing:
+            return False
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        return True
+
+    def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> torch.Tensor:
+        trainer = self.trainer
+        batch = trainer._prepare_inputs(trainer.data_collator(list(examples)))
+        with trainer.compute_loss_context_manager():
+            result: torch.Tensor = trainer.compute_loss(trainer.model, batch, num_items_in_batch=labelled)
+        return result
+
+    def validation_loss(self, examples: Sequence[Example], labelled: int) -> torch.Tensor:
+        trainer = self.trainer
+        batch = trainer._prepare_inputs(trainer.data_collator(list(examples)))
+        trainer.model.eval()
+        with torch.no_grad(), trainer.accelerator.autocast():
+            return answer_loss(trainer.model, batch, labelled)
+
+
+def validation_loss(trainer: AnswerTrainer) -> torch.Tensor:
+    """Of all validation examples; every rank computes its share of the batches, the longest examples first."""
+    examples: list[Example] = sorted(trainer.eval_dataset, key=lambda example: -example["length"])
+    labelled = sum(label != IGNORED for example in examples for label in example["labels"][1:])
+    size = trainer.args.per_device_eval_batch_size
+    starts = range(ranks.rank() * size, len(examples), ranks.count() * size)
+    total, path = torch.zeros((), device=trainer.args.device), trainer.stepper.path
+    path.begin()
+    for start in starts:
+        batch = examples[start : start + size]
+        lengths = [example["length"] for example in batch]
+        for piece in micro_batches(lengths, tokens=trainer.stepper.limits.tokens, padded=path.padded):
+            total += path.validation_loss([batch[row] for row in piece], max(labelled, 1))
+    return ranks.add_up(total)
 
 
 def answer_loss(model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -109,6 +217,10 @@ def build_trainer(
     train: Dataset,
     validation: Dataset | None,
     throughput: Throughput,
+    training: TrainingSection,
+    device: Device,
+    plan: StepPlan,
+    say: Callable[[str], None] = print,
 ) -> AnswerTrainer:
     """The trainer with adapters in float32 and without the libraries' own printing and bars."""
     trainer = AnswerTrainer(
@@ -123,12 +235,26 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     adapters_to_float32(trainer.model)
+    # without DistributedDataParallel: the Stepper sums the gradients
+    trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+    by_length = training.group_by_length and plan.path == "stock"
+    trainer.sampler = StepSampler(list(train["length"]), plan.questions, training.seed, by_length)
+    trainer.stepper = Stepper(
+        LeanPath(plan.lean_model(model, device)) if plan.path == "lean" else PaddedPath(trainer),
+        plan.limits,
+        FlatAdapters([parameter for parameter in trainer.model.parameters() if parameter.requires_grad]),
+        rows=plan.rows,
+        backward=trainer.accelerator.backward,
+        say=say,
+        skips_bad_steps=bool(arguments.fp16),
+    )
     return trainer
 
 
 def trainer_arguments(
     training: TrainingSection,
     device: Device,
+    plan: StepPlan,
     *,
     checkpoints: Path,
     run_name: str,
@@ -138,24 +264,22 @@ def trainer_arguments(
 ) -> SFTConfig:
     """The one place where our keys, which keep the guide's names, become the libraries' own."""
     on_gpu = device.place.type == "cuda"
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(checkpoints),
         run_name=run_name,
         seed=training.seed,
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
-        per_device_train_batch_size=training.per_device_train_batch_size,
+        per_device_train_batch_size=plan.questions,  # one batch of transformers' loop is a whole step
         per_device_eval_batch_size=training.per_device_eval_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=training.warmup_ratio,  # a number below 1 is a share of all steps
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optim,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
-        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
+        gradient_checkpointing=plan.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.checkpointing else None,
         logging_steps=training.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen
@@ -174,3 +298,10 @@ def trainer_arguments(
         dataset_kwargs={"skip_prepare_dataset": True},
         disable_tqdm=True,
     )
+    return one_gpu_a_process(arguments)
+
+
+def one_gpu_a_process(arguments: SFTConfig) -> SFTConfig:
+    """transformers would spread a process over all GPUs that it sees (nn.DataParallel, which TRL refuses); ours keeps to one."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

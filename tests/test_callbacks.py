@@ -82,6 +82,16 @@ def test_one_process_of_several_commits(tmp_path: Path, committer: CommitCheckpo
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
+def test_all_ranks_wait_before_the_folder_is_renamed_and_after(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+    look = lambda: seen.append(sorted(path.name for path in tmp_path.iterdir()))  # noqa: E731
+    trainer_saves(tmp_path, 4)
+    committer = CommitCheckpoints(tmp_path, keep_last=2, config_hash="c", data_hash="d", wait=look)
+    committer.on_save(ARGS, state(4), control())
+    committer.on_save(ARGS, state(4, is_world_process_zero=False), control())
+    assert seen == [["checkpoint-4"], ["step-4"], ["step-4"], ["step-4"]]
+
+
 def test_nothing_saved_is_nothing_committed(tmp_path: Path, committer: CommitCheckpoints) -> None:
     committer.on_save(ARGS, state(4), control())
     assert list(tmp_path.iterdir()) == []
@@ -112,6 +122,31 @@ def test_a_signal_ends_training_with_a_checkpoint_when_the_step_has_ended(number
         stop.on_step_end(ARGS, state(), after)
         assert after.should_save
         assert after.should_training_stop
+
+
+def test_a_rank_stops_when_another_has_got_the_signal() -> None:
+    asked: list[bool] = []
+
+    def another_has(flag: bool) -> bool:
+        asked.append(flag)
+        return len(asked) == 2
+
+    with StopSignals(lambda _: None, another_has) as stop:
+        first, second = control(), control()
+        stop.on_step_end(ARGS, state(1), first)
+        stop.on_step_end(ARGS, state(2), second)
+    assert asked == [False, False]
+    assert (first.should_training_stop, second.should_training_stop, second.should_save) == (False, True, True)
+
+
+def test_the_clock_of_one_rank_decides_on_the_budget(clock: Clock) -> None:
+    late = Budget(max_hours=1.0, max_run_usd=None, usd_per_hour=None, agree=lambda _: True)
+    early = Budget(max_hours=1.0, max_run_usd=None, usd_per_hour=None, agree=lambda _: False)
+    late.on_step_end(ARGS, state(1), stopped := control())
+    clock.now += 7200
+    early.on_step_end(ARGS, state(1), goes_on := control())
+    assert (late.exhausted, stopped.should_training_stop) == (True, True)
+    assert (early.exhausted, goes_on.should_training_stop) == (False, False)
 
 
 def test_a_second_ctrl_c_exits_at_once() -> None:

@@ -93,6 +93,21 @@ def test_a_plan_needs_neither_torch_nor_skypilot(home: Path) -> None:
     assert any(line.startswith("order: ") and " spot, then " in line for line in lines)
 
 
+@pytest.mark.parametrize(("name", "records", "steps"), [("qlora", 6790, 1275), ("quick", 2122, 133)])
+def test_the_shipped_7b_configs_are_planned_with_sixteen_questions_a_step(
+    name: str, records: int, steps: int, capsys: Shown
+) -> None:
+    shipped = str(ROOT / "configs" / f"mistral_7b_{name}.yaml")
+    found = values(capsys, shipped, "data.output_dir=no/such/folder")
+    assert (found["run"]["records"], found["run"]["steps"]) == (records, steps)
+    assert all(row["memory_gib"]["fits"] and row["step"]["layers"] == "lean" for row in found["rows"])
+    assert all(row["step"]["kept_layers"] >= 30 for row in found["rows"])
+    stock = values(capsys, shipped, "data.output_dir=no/such/folder", "training.kernels=stock")
+    assert {row["gpu"]: row["tokens_per_second"] for row in stock["rows"]}["A100"] < 2500
+    table = output(capsys, shipped, "--memory")
+    assert "layers kept" in table and "  yes" in table and "  no" not in table
+
+
 def test_without_any_catalog_the_plan_says_loudly_that_it_uses_an_old_snapshot(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from finetune.config import RunConfig, config_hash, from_dict, load_config, to_dict, to_yaml
+from finetune.config import RunConfig, config_hash, from_dict, load_config, questions_per_step, to_dict, to_yaml
 from finetune.errors import UserError
 from finetune.gpus import GPUS
 
@@ -128,7 +128,10 @@ def test_every_mistake_is_reported_at_once_with_its_place_and_the_nearest_name(t
         ("training", "learning_rate", "fast", "float"),
         ("training", "learning_rate", False, "float"),
         ("training", "output_dir", None, "str"),
-        ("training", "gradient_checkpointing", "sometimes", "bool"),
+        ("training", "gradient_checkpointing", "sometimes", "bool | Literal['auto']"),
+        ("training", "per_device_train_batch_size", "many", "int | Literal['auto']"),
+        ("training", "kernels", "fast", "one of auto, lean, stock"),
+        ("training", "max_memory_gib", "all", "float | None"),
         ("lora", "target_modules", "q_proj", "list[str]"),
         ("lora", "target_modules", {"q_proj": 1}, "list[str]"),
         ("lora", "target_modules", None, "list[str]"),
@@ -191,6 +194,8 @@ def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: P
         ("training", "per_device_train_batch_size", 0),
         ("training", "per_device_eval_batch_size", 0),
         ("training", "gradient_accumulation_steps", 0),
+        ("training", "effective_batch_size", 0),
+        ("training", "max_memory_gib", 0.0),
         ("training", "learning_rate", 0.0),
         ("training", "learning_rate", float("nan")),
         ("training", "warmup_ratio", 1.0),
@@ -369,5 +374,30 @@ def test_the_qlora_config_keeps_the_values_of_the_training_guide() -> None:
     assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "nf4")
     assert quantization.bnb_4bit_use_double_quant
     assert (training.num_train_epochs, training.learning_rate, training.warmup_ratio) == (3, 2e-4, 0.03)
-    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 4)
+    assert questions_per_step(training) == training.effective_batch_size == 16  # the guide's 4 x 4
+    assert (training.per_device_train_batch_size, training.gradient_checkpointing) == ("auto", "auto")
     assert training.lr_scheduler_type == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("keys", "questions"),
+    [
+        ({}, 16),
+        ({"effective_batch_size": 24}, 24),
+        ({"per_device_train_batch_size": 4}, 4),
+        ({"per_device_train_batch_size": 4, "effective_batch_size": 16}, 16),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, 12),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "effective_batch_size": 16}, 16),
+    ],
+)
+def test_questions_of_an_optimizer_step(keys: dict[str, Any], questions: int) -> None:
+    config = from_dict(merged(training=keys), "test")
+    assert questions_per_step(config.training) == questions
+
+
+def test_sizes_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    keys = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "effective_batch_size": 32}
+    with pytest.raises(UserError, match=r"effective_batch_size: 32 is not 16, the product of"):
+        questions_per_step(from_dict(merged(training=keys), "test").training)
+    steps = {"gradient_accumulation_steps": 4}
+    assert "set training.effective_batch_size instead" in problems(write(tmp_path, merged(training=steps)))

@@ -17,22 +17,25 @@ PACKAGE = ROOT / "finetune"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("", "cloud"),  # the packages' own __init__.py
     ("errors",),
-    ("files", "hardware", "credentials"),
+    ("files", "hardware", "credentials", "ranks", "torchrun"),
     ("gpus", "config_schema"),
     ("config_rules",),
     ("config",),
     (
         *("prompts", "memory", "shapes", "speed", "sql", "checkpoint", "ledger", "records", "runs"),
+        *("lean_memory", "fit", "batching"),
         *("cloud.prices", "cloud.catalog_file", "cloud.disks", "cloud.machines"),
         *("cloud.instance", "cloud.gcloud", "cloud.gcloud_ask", "cloud.quota", "cloud.run_size"),
     ),
     (
         *("data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"),
-        *("model", "batching", "scoring", "memory_table"),
+        *("model", "scoring", "memory_table"),
+        *("attention", "lean_torch", "lean_kernels", "lean_triton", "lean", "lean_model"),
         *("cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"),
     ),
     (
-        *("callbacks", "trainer", "run_record", "train"),
+        *("callbacks", "flat", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
+        *("run_record", "train"),
         *("evaluate", "generate", "ask", "export", "cloud.bucket", "cloud.fresh_catalog", "cloud.policy"),
     ),
     ("report", "report_source", "report_plots", "doctor", "doctor_check", "doctor_cloud"),
@@ -44,7 +47,11 @@ ROWS: tuple[tuple[str, ...], ...] = (
 
 NEIGHBOURS = (
     {"data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"},
-    {"callbacks", "trainer", "run_record", "train"},
+    {
+        *("callbacks", "flat", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
+        *("run_record", "train"),
+    },
+    {"attention", "lean_torch", "lean_kernels", "lean_triton", "lean", "lean_model"},
     {"evaluate", "generate", "ask"},
     {"report", "report_source", "report_plots"},
     {"doctor", "doctor_check", "doctor_cloud"},
@@ -55,16 +62,28 @@ NEIGHBOURS = (
 )
 """Modules of one row that are parts of one thing: they may import each other, without a circle."""
 
-ALSO = {("prompts", "sql"), ("prompts", "records"), ("memory", "shapes"), ("speed", "memory"), ("speed", "shapes")}
+ALSO = {
+    *(("prompts", "sql"), ("prompts", "records"), ("memory", "shapes"), ("speed", "memory"), ("speed", "shapes")),
+    *(
+        ("lean_memory", "memory"),
+        ("lean_memory", "shapes"),
+        ("fit", "lean_memory"),
+        ("fit", "memory"),
+        ("fit", "shapes"),
+    ),
+    ("fit", "speed"),
+}
 """(importer, imported) within one row."""
 
 TRAINING = {
     "model",
-    "batching",
     "export",
+    "ranks",
+    "torchrun",
     *NEIGHBOURS[0],
     *NEIGHBOURS[1],
     *NEIGHBOURS[2],
+    *NEIGHBOURS[3],
 }
 """What runs on a GPU machine, without SkyPilot: of cloud/ it sees `instance` alone, and cloud/ none of it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -257,3 +258,55 @@ def test_jupyter_listens_to_this_machine_alone_keeps_its_token_and_ends_when_idl
     assert "password" not in call.lower()
     assert "ssh -L 8888:localhost:8888 -L 6006:localhost:6006 dev" in said
     assert (machine.checkout / "notebooks").resolve() == machine.bucket / "notebooks"
+
+
+# --- several GPUs
+
+TWO = "GPU 0: NVIDIA L4 (UUID: GPU-1)\nGPU 1: NVIDIA L4 (UUID: GPU-2)"
+PYTHON = """\
+#!/usr/bin/env bash
+case "$*" in
+  "-m finetune.torchrun "*) echo "$*" >>"$CALLS"; exit "${FAKE_CODE:-0}" ;;
+esac
+exec %s "$@"
+"""
+ENDS = "training.output_dir={bucket}/runs training.run_name=run budget.max_run_usd=25"
+
+
+def with_gpus(machine: RentedMachine, listed: str) -> None:
+    """Stand-ins for nvidia-smi, and for python as far as it starts several processes."""
+    programs = machine.home / "finetune-env" / "bin"
+    machine.program(programs, "nvidia-smi", f"#!/bin/sh\n[ \"$1\" = --list-gpus ] && printf '%s\\n' '{listed}'\n")
+    machine.program(programs, "python", PYTHON % sys.executable)
+
+
+def test_one_process_per_gpu_trains_where_there_are_several(machine: RentedMachine) -> None:
+    with_gpus(machine, TWO)
+    code, said = machine.run("machine_train.sh", FAKE_CODE="75")
+    assert code == 75, said
+    assert machine.calls()[-1] == (
+        "-m finetune.torchrun --nproc-per-node 2 -m finetune train config.yaml " + ENDS.format(bucket=machine.bucket)
+    )
+    folder = begin_run(machine, "interrupted")
+    machine.run("machine_train.sh")
+    assert machine.calls()[-1] == f"-m finetune.torchrun --nproc-per-node 2 -m finetune train --resume {folder}"
+
+
+@pytest.mark.parametrize(("listed", "visible"), [(TWO.partition("\n")[0], ""), (TWO, "1"), ("", "")])
+def test_one_gpu_or_none_needs_one_process(machine: RentedMachine, listed: str, visible: str) -> None:
+    with_gpus(machine, listed)
+    code, said = machine.run("machine_train.sh", CUDA_VISIBLE_DEVICES=visible)
+    assert code == 0, said
+    assert machine.calls()[-1] == "train config.yaml " + ENDS.format(bucket=machine.bucket)
+
+
+@pytest.mark.parametrize(("listed", "processes"), [(TWO, 2), (TWO.partition("\n")[0], 1)])
+def test_the_nodes_of_a_task_find_the_first_of_them(machine: RentedMachine, listed: str, processes: int) -> None:
+    with_gpus(machine, listed)
+    nodes = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5", "SKYPILOT_NODE_RANK": "1"}
+    code, said = machine.run("machine_train.sh", **nodes)
+    assert code == 0, said
+    assert machine.calls()[-1] == (
+        "-m finetune.torchrun --nnodes 2 --node-rank 1 --master-addr 10.0.0.4 --master-port 29500 "
+        f"--nproc-per-node {processes} -m finetune train config.yaml " + ENDS.format(bucket=machine.bucket)
+    )

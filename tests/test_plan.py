@@ -31,9 +31,11 @@ from finetune.cloud.run_size import run_size
 from finetune.config import PlanSection
 from finetune.errors import UserError
 from finetune.gpus import GPUS
-from finetune.speed import Speed
+from finetune.shapes import SHAPES
+from finetune.speed import LeanStep, Speed, lean_speed
 
 SET_UP_HOURS = 0.2
+ROWS = {"per_device_train_batch_size": 4}
 
 
 def on_gpu(work_hours: float, save_hours: float) -> OnGpu:
@@ -151,7 +153,7 @@ def test_hours_of_work_are_tokens_over_speed_and_checkpoints_divide_them() -> No
 
 
 def test_memory_is_that_of_the_type_that_the_run_computes_in() -> None:
-    four_bit_off: dict[str, Any] = {"quantization": {"load_in_4bit": False}}
+    four_bit_off: dict[str, Any] = {"quantization": {"load_in_4bit": False}, "training": {"kernels": "stock"} | ROWS}
     auto, single = run_config(**four_bit_off), run_config(**four_bit_off, model={"torch_dtype": "float32"})
     needed = [run_on(config, run_size(config), GPUS["A100"]).needed_gib for config in (auto, single)]
     assert needed[1] > needed[0] + 13  # 7.24e9 weights of four bytes, not two
@@ -250,7 +252,7 @@ def test_a_refusal_that_is_close_shows_the_decimals_that_decide(
 
 
 def test_what_does_not_fit_is_refused_with_needed_and_there(tmp_path: Path) -> None:
-    config = run_config(training={"per_device_train_batch_size": 16}, model={"max_seq_length": 2048})
+    config = run_config(training={"per_device_train_batch_size": 16, "gradient_checkpointing": True})
     plan = plan_of(config, priced(tmp_path, **ALL))
     found = {row.on_gpu.gpu.name: row for row in plan.rows if not row.spot}
     t4, a100 = found["T4"], found["A100"]
@@ -263,7 +265,7 @@ def test_what_does_not_fit_is_refused_with_needed_and_there(tmp_path: Path) -> N
 
 
 def test_memory_that_lacks_a_little_is_said_to_lack_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config(plan={"gpus": ["T4"]})
+    config = run_config(plan={"gpus": ["T4"]}, training={"kernels": "stock"} | ROWS)
     needed = run_on(config, run_size(config), GPUS["T4"]).needed_gib
     for gib in (needed - 1e-6, needed + 1e-6):
         assert run_on(config, run_size(config), replace(GPUS["T4"], memory_gib=gib)).fits == (gib > needed)
@@ -272,6 +274,53 @@ def test_memory_that_lacks_a_little_is_said_to_lack_it(tmp_path: Path, monkeypat
     [refusal] = row_of(plan_of(config, priced(tmp_path, T4=(0.4, 0.1))), "T4", spot=True).refusals
     said = re.fullmatch(r"does not fit: needs ([\d.]+) GiB of ([\d.]+)", refusal)
     assert said and float(said[1]) > float(said[2]) == there
+
+
+def test_on_the_lean_way_the_least_that_could_run_decides_and_it_leaves_a_margin(tmp_path: Path) -> None:
+    config = run_config(plan={"gpus": ["T4"]})
+    fitting = run_on(config, run_size(config), GPUS["T4"])
+    assert fitting.fits and fitting.limits and fitting.limits.tokens > 2048
+    least = next(gib / 100 for gib in range(400, 1450)
+                 if run_on(config, run_size(config), replace(GPUS["T4"], memory_gib=gib / 100)).fits)  # fmt: skip
+    assert least < 7
+    lacking = run_on(config, run_size(config), replace(GPUS["T4"], memory_gib=least - 0.01))
+    assert lacking.needed_gib == pytest.approx(least, abs=0.011) and lacking.needed_gib > least - 0.01
+
+
+def test_a_limit_of_memory_is_named_in_the_refusal(tmp_path: Path) -> None:
+    config = run_config(plan={"gpus": ["A100"]}, training={"max_memory_gib": 5})
+    [refusal] = row_of(plan_of(config, priced(tmp_path, A100=(3.0, 1.0))), "A100", spot=True).refusals
+    assert re.fullmatch(r"does not fit: needs [56]\.\d GiB of 5", refusal)
+
+
+@pytest.mark.parametrize(
+    ("training", "lora", "gpu"),
+    [
+        ({}, {"lora_dropout": 0.0}, "A100"),
+        ({"per_device_train_batch_size": 2, "effective_batch_size": 8}, {}, "L4"),
+        ({"gradient_checkpointing": True}, {}, "T4"),
+    ],
+)
+def test_speed_is_that_of_the_step_that_the_run_will_take(
+    training: dict[str, Any], lora: dict[str, Any], gpu: str
+) -> None:
+    config = run_config(training=training, lora=lora)
+    found = run_on(config, run_size(config), GPUS[gpu])
+    assert found.limits
+    step = LeanStep(
+        training.get("effective_batch_size", 16), 300.0, found.limits.tokens, found.limits.kept_layers,
+        found.limits.cached_layers, training.get("per_device_train_batch_size"), not lora,
+    )  # fmt: skip
+    assert found.speed == lean_speed(GPUS[gpu], SHAPES["mistralai/Mistral-7B-v0.1"], step)
+
+
+def test_a_gpu_is_as_fast_as_what_its_memory_lets_the_run_choose() -> None:
+    chosen, again, stock = (
+        run_on(config, run_size(config), GPUS["A100"]).speed.tokens_per_second
+        for config in (run_config(training=training) for training in (
+            {}, {"gradient_checkpointing": True}, {"kernels": "stock", "gradient_checkpointing": True}))
+    )  # fmt: skip
+    assert chosen > 1.2 * again > 1.2 * stock
 
 
 def test_a_gpu_that_is_not_sold_as_spot_is_refused_in_its_row(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ ROW = re.compile(
 def plan(tmp_path: Path) -> Plan:
     """Five rows that may be chosen, two that break a ceiling each, and T4 spot, which is not sold."""
     catalog = priced(tmp_path, **{**ALL, "T4": (0.4, "")})
-    return plan_of(run_config(), catalog, Ceilings(run_usd=1.5, usd_per_hour=2.9))
+    return plan_of(run_config(), catalog, Ceilings(run_usd=0.9, usd_per_hour=2.9))
 
 
 def table_rows(text: str) -> list[dict[str, str | None]]:
@@ -88,13 +88,13 @@ def test_the_order_ceilings_and_what_is_assumed_are_told(plan: Plan) -> None:
     text = render(plan, "configs/c.yaml")
     chosen = [f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}" for row in plan.rows if row.chosen]
     assert f"\norder: {', then '.join(chosen)}\n" in text
-    assert "\nceilings: $2.9 an hour, $1.5 for the run\n" in text
+    assert "\nceilings: $2.9 an hour, $0.9 for the run\n" in text
     assert text.startswith(
         "configs/c.yaml: 4,000 questions x 300 tokens, 250 optimizer steps, 1.20 M training tokens\n"
     )
     assert "with 12 min of boot and set-up" in text and "assumed 0.05 an hour (plan.spot_preemptions_per_hour)" in text
     values = as_json(plan)
-    assert values["ceilings"] == {"usd_per_hour": 2.9, "run_usd": 1.5, "hours": None}
+    assert values["ceilings"] == {"usd_per_hour": 2.9, "run_usd": 0.9, "hours": None}
     assert values["assumptions"]["spot_preemptions_per_hour"] == 0.05
     assert values["run"] | {"basis": ""} == {
         "records": 4000, "mean_tokens": 300.0, "steps": 250, "tokens": 1_200_000, "basis": ""
@@ -119,9 +119,28 @@ def test_without_ceilings_none_are_told(tmp_path: Path) -> None:
 
 def test_memory_hours_and_dollars_are_said_to_be_estimated(plan: Plan) -> None:
     notes = render(plan, "c.yaml").split("\n\n")[2]
-    assert re.search(
-        r"^memory: estimated \(.*--memory.*\); hours and dollars: estimated, expected values,$", notes, re.M
+    assert re.search(r"^memory: estimated, of what the run chooses to use \(.*--memory.*\):$", notes, re.M)
+    assert re.search(r"^hours and dollars: estimated, expected values,$", notes, re.M)
+
+
+def test_what_the_run_chooses_on_each_gpu_is_told_once(plan: Plan, tmp_path: Path) -> None:
+    lines = [line for line in render(plan, "c.yaml").splitlines() if "micro-batches of up to" in line]
+    assert [line.split(":")[0].strip() for line in lines] == list(
+        dict.fromkeys(row.on_gpu.gpu.name for row in plan.rows)
     )
+    for row, value in zip(plan.rows, as_json(plan)["rows"], strict=True):
+        limits = row.on_gpu.limits
+        assert limits and value["step"] == {
+            "layers": "lean", "tokens": limits.tokens, "kept_layers": limits.kept_layers, "cached_layers": limits.cached_layers
+        }  # fmt: skip
+        said = (
+            f"{row.on_gpu.gpu.name}: micro-batches of up to {limits.tokens:,} tokens; {limits.kept_layers} layers keep "
+        )
+        said += "their activations, "
+        assert any(line.startswith(f"  {said}{limits.cached_layers} their unpacked") for line in lines)
+    stock = plan_of(run_config(training={"kernels": "stock"}), priced(tmp_path / "other", **ALL))
+    assert "  T4: stock layers, padded micro-batches" in render(stock, "c.yaml").splitlines()
+    assert as_json(stock)["rows"][0]["step"] == {"layers": "stock"}
 
 
 def test_each_speed_says_whether_it_is_measured_or_estimated_and_from_what(plan: Plan) -> None:

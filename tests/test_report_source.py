@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixtures import build_run, write
+from report_fixtures import Page, build_run, write
 
 from finetune.errors import UserError
 from finetune.report import write_report
@@ -91,3 +91,33 @@ def test_only_a_test_split_from_the_training_data_counts_as_unseen(
     record = json.loads((run_dir / "eval.json").read_text())
     write(run_dir / "eval.json", record | changes)
     assert read_run(run_dir).which_questions == which
+
+
+MEMORY = {
+    "predicted_peak_gib": 36.45, "predicted_reserved_gib": 37.1, "measured_peak_gib": 36.32, "measured_reserved_gib": 36.45,
+}  # fmt: skip
+
+
+def pages(run_dir: Path) -> tuple[str, str]:
+    """The visible text of the HTML report, and the Markdown one."""
+    html, markdown = ((run_dir / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    return Page(html).text, markdown
+
+
+def test_estimated_and_measured_memory_stand_side_by_side(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "gpu", memory=MEMORY)
+    write_report(run_dir)
+    html, markdown = pages(run_dir)
+    for what, figures in (
+        ("Peak, given out", "36.45 GiB estimated, 36.32 GiB measured (+0.4%)"),
+        ("Peak, held by torch", "37.10 GiB estimated, 36.45 GiB measured (+1.8%)"),
+    ):
+        assert what in html and figures in html
+        assert f"- {what}: {figures}\n" in markdown
+
+
+@pytest.mark.parametrize("memory", [None, {}, MEMORY | {"predicted_peak_gib": None, "predicted_reserved_gib": None}])
+def test_without_both_there_is_no_comparison(memory: Any, tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "cpu", memory=memory)
+    write_report(run_dir)
+    assert all("given out" not in text and "Memory of the GPU" not in text for text in pages(run_dir))

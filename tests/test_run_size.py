@@ -65,6 +65,17 @@ def test_validation_counts_one_pass_every_eval_steps_and_one_at_the_end(
     assert found.validation_tokens == pytest.approx(passes * 50 * 120)
 
 
+@pytest.mark.parametrize(("keys", "steps"), [
+    ({"per_device_train_batch_size": "auto", "gradient_accumulation_steps": None}, 63),
+    ({"per_device_train_batch_size": "auto", "gradient_accumulation_steps": None, "effective_batch_size": 100}, 10),
+    ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": None, "effective_batch_size": 100}, 10),
+    ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": 10}, 20),
+    ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": None}, 200),
+])  # fmt: skip
+def test_a_step_is_an_effective_batch_however_it_is_computed(keys: dict[str, Any], steps: int) -> None:
+    assert size(plan={"records": 1000}, training=training(num_train_epochs=1, **keys)).steps == steps
+
+
 def test_the_trainer_itself_plans_the_same_steps_and_validation_passes(
     tiny_config: Callable[..., Path], tmp_path: Path, no_keys: None
 ) -> None:

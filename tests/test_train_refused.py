@@ -124,7 +124,7 @@ def test_a_run_is_never_overwritten(
     assert main(["train", str(config)]) == 0
     before = files_of(tmp_path / "runs")
     with monkeypatch.context() as patched:  # a taken name is refused before minutes of loading
-        patched.setattr(train, "_load", lambda inputs: pytest.fail("loaded"))
+        patched.setattr(train, "load_parts", lambda inputs: pytest.fail("loaded"))
         refused(["train", str(config)], r"runs/mine: is there already, and a run is never overwritten", capsys)
     assert files_of(tmp_path / "runs") == before
     for expected in ("tiny-001", "tiny-002"):
@@ -138,7 +138,7 @@ def test_dollars_without_a_price_are_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # no price table was kept there
     monkeypatch.delenv("FINETUNE_PRICES", raising=False)
-    monkeypatch.setattr(train, "_load", lambda inputs: pytest.fail("loaded"))
+    monkeypatch.setattr(train, "load_parts", lambda inputs: pytest.fail("loaded"))
     message = r"^finetune: budget\.max_run_usd: the price of this machine is not known .*; set budget\.usd_per_hour$"
     refused(["train", str(tiny_config(budget={"max_run_usd": 5.0}))], message, capsys)
     monkeypatch.setenv("FINETUNE_PRICES", "{")
@@ -240,7 +240,7 @@ FAULTS = [
     (OSError(errno.EIO, "Input/output error"), r"runs/tiny-001: Input/output error"),
     (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        r"out of GPU memory: lower training\.per_device_train_batch_size and raise gradient_accumulation_steps",
+        r"out of GPU memory, not in a step's passes, .*: lower training\.per_device_eval_batch_size, set training\.max_memory",
     ),
 ]
 

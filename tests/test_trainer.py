@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from lean_examples import ON_CPU as CPU  # noqa: E402
+from lean_examples import losses, trainer_for  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
-from trl import SFTTrainer  # noqa: E402
+from trl import SFTConfig, SFTTrainer  # noqa: E402
 
-from finetune.callbacks import Throughput  # noqa: E402
-from finetune.config import LoraSection, ModelSection, QuantizationSection, TrainingSection  # noqa: E402
-from finetune.model import Device, attach_lora, load_base, load_tokenizer  # noqa: E402
+from finetune.config import LoraSection, ModelSection, QuantizationSection  # noqa: E402
+from finetune.errors import UserError  # noqa: E402
+from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.prompts import PromptTemplate, completion, encode_prompts  # noqa: E402
 from finetune.records import Record, read_records  # noqa: E402
 from finetune.trainer import (  # noqa: E402
     IGNORED,
-    AnswerTrainer,
     Examples,
     answer_loss,
-    build_trainer,
+    one_gpu_a_process,
     tokenise,
-    trainer_arguments,
 )
 
-CPU = Device(torch.device("cpu"), torch.float32)
 TEMPLATE = PromptTemplate()
 
 
@@ -60,33 +58,8 @@ def lora_model(folder: Path, *, nf4: bool = True, seed: int = 0) -> Any:
     return attach_lora(base, LoraSection(r=4, lora_dropout=0.0))
 
 
-def section(**changes: Any) -> TrainingSection:
-    values: dict[str, Any] = {
-        "max_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
-        "optim": "adamw_torch", "gradient_checkpointing": False, "group_by_length": False, "logging_steps": 1,
-        "warmup_ratio": 0.0, "eval_steps": 2,
-    }  # fmt: skip
-    return TrainingSection(**(values | changes))
-
-
-def arguments(training: TrainingSection, *, validates: bool = False) -> Any:
-    return trainer_arguments(
-        training, CPU, checkpoints=Path("out"), run_name="run", save_steps=1000, report_to=[], validates=validates
-    )
-
-
-def trainer_for(model: Any, tokenizer: Any, examples: Examples, *, validates: bool = False, **changes: Any) -> Any:
-    validation = examples.dataset if validates else None
-    config = arguments(section(**changes), validates=validates)
-    return build_trainer(config, model, tokenizer, examples.dataset, validation, Throughput())
-
-
 def adapter(model: Any) -> dict[str, Any]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # --- what carries loss
@@ -123,27 +96,60 @@ def test_examples_that_are_too_long_are_left_out_and_counted_never_cut(
     assert (len(nothing.dataset), nothing.too_long) == (0, 24)
 
 
-def test_the_batches_that_training_sees_hold_every_example_whole(
-    tiny_model: Path, tokenizer: Any, examples: Examples
+@pytest.mark.parametrize("kernels", ["lean", "stock"])
+def test_an_epoch_of_steps_holds_every_example_whole_and_once(
+    kernels: str, tiny_model: Path, tokenizer: Any, examples: Examples
 ) -> None:
-    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, per_device_train_batch_size=5)
-    seen = []
-    for batch in trainer.get_train_dataloader():
+    trainer = trainer_for(
+        lora_model(tiny_model, nf4=False), tokenizer, examples, kernels=kernels, effective_batch_size=7,
+        per_device_train_batch_size=3,
+    )  # fmt: skip
+    steps = [batch["step"] for batch in trainer.get_train_dataloader()]
+    assert [len(step.mine) for step in steps] == [7, 7, 7, 3]
+    assert sorted((row["input_ids"], row["labels"]) for step in steps for row in step.mine) == sorted(
+        (row["input_ids"], row["labels"]) for row in examples.dataset
+    )
+    for step in steps:
+        assert step.tokens == sum(row["length"] for row in step.mine)
+        assert step.labelled == sum(label != IGNORED for row in step.mine for label in row["labels"])
+
+
+def test_padded_micro_batches_carry_no_loss_on_padding(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+    trainer = trainer_for(
+        lora_model(tiny_model), tokenizer, examples, effective_batch_size=8, per_device_train_batch_size=3
+    )
+    seen, original = [], trainer.compute_loss
+
+    def watched(model: Any, inputs: Any, **more: Any) -> Any:
+        seen.append(inputs)
+        return original(model, inputs, **more)
+
+    trainer.compute_loss = watched  # type: ignore[method-assign]
+    step = next(iter(trainer.get_train_dataloader()))["step"]
+    trainer.training_step(trainer.model, {"step": step})
+    assert [len(batch["input_ids"]) for batch in seen] == [3, 3, 2]
+    found = []
+    for batch in seen:
+        assert batch["input_ids"].shape[1] % 16 == 0
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             assert torch.all(labels[mask == 0] == IGNORED)
-            seen.append((ids[mask == 1].tolist(), labels[mask == 1].tolist()))
-    assert sorted(seen) == sorted((row["input_ids"], row["labels"]) for row in examples.dataset)
+            found.append((ids[mask == 1].tolist(), labels[mask == 1].tolist()))
+    assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in step.mine)
 
 
-def test_grouping_by_length_saves_padding(tiny_model: Path, tokenizer: Any, records: list[Record]) -> None:
-    many = tokenise(records * 4, TEMPLATE, tokenizer, 1024)  # the sampler groups from some 8 batches on
+def test_grouping_by_length_is_for_padded_batches(tiny_model: Path, tokenizer: Any, records: list[Record]) -> None:
+    many = tokenise(records * 4, TEMPLATE, tokenizer, 1024)  # steps of like length are made of many steps' examples
 
-    def padding(group: bool) -> int:
-        model = lora_model(tiny_model)
-        trainer = trainer_for(model, tokenizer, many, group_by_length=group, per_device_train_batch_size=4)
-        return sum(int((batch["attention_mask"] == 0).sum()) for batch in trainer.get_train_dataloader())
+    def padding(group: bool, kernels: str) -> int:
+        model = lora_model(tiny_model, nf4=False)
+        trainer = trainer_for(
+            model, tokenizer, many, group_by_length=group, per_device_train_batch_size=4, kernels=kernels
+        )
+        steps = [[row["length"] for row in batch["step"].mine] for batch in trainer.get_train_dataloader()]
+        return sum(len(step) * max(step) - sum(step) for step in steps)
 
-    assert padding(True) < 0.75 * padding(False)
+    assert padding(True, "stock") < 0.75 * padding(False, "stock")
+    assert padding(True, "lean") == padding(False, "lean")
 
 
 # --- the loss
@@ -222,34 +228,39 @@ def test_a_batch_without_answers_has_no_loss_and_no_nan(tiny_model: Path, exampl
     assert answer_loss(lora_model(tiny_model), batch).item() == 0.0
 
 
-def test_a_loss_that_is_no_number_is_seen(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+def test_a_loss_that_is_no_number_is_seen_and_its_adapters_are_not_saved(
+    tiny_model: Path, tokenizer: Any, examples: Examples
+) -> None:
     trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, max_steps=1)
     with torch.no_grad():
         next(p for name, p in trainer.model.named_parameters() if "lora_A" in name).fill_(float("nan"))
-    trainer.train()
+    with pytest.raises(UserError, match="the loss is not finite"):
+        trainer.train()
     assert [loss == loss for loss in losses(trainer)] == [False]
+    assert list(Path("out").glob("*")) == []
 
 
 # --- what is trained
 
 
 def test_accumulated_batches_train_like_whole_ones(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
-    """Batch 1 x accumulation 8 against 8 x 1: the first loss, and the drift over two epochs."""
+    """Batch 1 x accumulation 8 against 8 x 1 and against what memory allows: the first loss, the drift over two epochs."""
     runs = []
-    for size, accumulation in ((8, 1), (1, 8)):
+    for size, accumulation in ((8, 1), (1, 8), ("auto", None)):
         trainer = trainer_for(
             lora_model(tiny_model), tokenizer, examples, max_steps=6,
-            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            effective_batch_size=8, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         trainer.train()
         runs.append((losses(trainer), adapter(trainer.model)))
-    (whole, whole_adapter), (accumulated, accumulated_adapter) = runs
+    (whole, whole_adapter), *others = runs
     assert len(whole) == 6
     assert whole[-1] < whole[0] - 0.3
-    assert accumulated[0] == pytest.approx(whole[0], rel=1e-5)
-    assert accumulated == pytest.approx(whole, rel=1e-3)
-    for name, weight in whole_adapter.items():
-        torch.testing.assert_close(accumulated_adapter[name], weight, rtol=0, atol=2e-3)
+    for accumulated, accumulated_adapter in others:
+        assert accumulated[0] == pytest.approx(whole[0], rel=1e-5)
+        assert accumulated == pytest.approx(whole, rel=1e-3)
+        for name, weight in whole_adapter.items():
+            torch.testing.assert_close(accumulated_adapter[name], weight, rtol=0, atol=2e-3)
 
 
 def test_adapters_are_float32_though_trl_casts_those_of_a_quantised_model(
@@ -326,75 +337,8 @@ def test_the_saved_adapter_changes_the_answers_and_loads_with_plain_peft(
     assert right > before + 0.1
 
 
-# --- what each key does
-
-
-def another_value(hint: Any, value: Any) -> Any:
-    if get_origin(hint) is Literal:
-        return next(option for option in get_args(hint) if option != value)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return value + 2 if value >= 0 else 7
-    return value + 0.25
-
-
-OURS_TO_THEIRS: dict[str, tuple[str, Any]] = {
-    "warmup_ratio": ("warmup_steps", lambda value: value),
-    "group_by_length": ("train_sampling_strategy", lambda on: "group_by_length" if on else "random"),
-}
-NAMES_THE_FOLDER = {"output_dir", "run_name"}  # runs.create_run reads these
-
-
-@pytest.mark.parametrize("key", sorted({f.name for f in fields(TrainingSection)} - NAMES_THE_FOLDER))
-@pytest.mark.parametrize("which", ["default", "changed"])
-def test_every_training_key_reaches_the_library(key: str, which: str) -> None:
-    value = getattr(section(), key)
-    if which == "changed":
-        value = another_value(get_type_hints(TrainingSection)[key], value)
-    name, translate = OURS_TO_THEIRS.get(key, (key, lambda value: value))
-    found = arguments(section(**{key: value}), validates=True).to_dict()[name]
-    assert found == translate(value)
-
-
-def test_run_folder_tracking_and_checkpoints_reach_the_library() -> None:
-    made = trainer_arguments(
-        section(),
-        CPU,
-        checkpoints=Path("here"),
-        run_name="me",
-        save_steps=17,
-        report_to=["tensorboard"],
-        validates=True,
-    )
-    assert (made.output_dir, made.run_name, made.save_steps) == ("here", "me", 17)
-    assert made.report_to == ["tensorboard"]
-    assert made.eval_strategy == "steps"
-    assert arguments(section()).eval_strategy == "no"
-    assert arguments(section()).report_to == []
-
-
-@pytest.mark.parametrize(("ratio", "steps", "warm"), [(0.1, 40, 4), (0.03, 100, 3), (0.05, 30, 2), (0.0, 40, 0)])
-def test_the_warmup_ratio_is_a_share_of_all_steps(
-    ratio: float, steps: int, warm: int, tiny_model: Path, tokenizer: Any, examples: Examples
-) -> None:
-    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, warmup_ratio=ratio, max_steps=steps)
-    trainer.create_optimizer_and_scheduler(steps)
-    rates = []
-    for _ in range(steps):
-        rates.append(trainer.lr_scheduler.get_last_lr()[0])
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
-    assert rates[: warm + 1] == pytest.approx([1e-2 * i / max(warm, 1) for i in range(warm)] + [1e-2])
-    assert all(late < 1e-2 for late in rates[warm + 1 :])
-    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-9)
-
-
-def test_the_libraries_print_nothing_on_their_own(
-    tiny_model: Path, tokenizer: Any, examples: Examples, capfd: pytest.CaptureFixture[str]
-) -> None:
-    trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, max_steps=1)
-    assert isinstance(trainer, AnswerTrainer)
-    capfd.readouterr()
-    trainer.train()
-    assert capfd.readouterr().out == ""
+def test_one_process_keeps_to_one_gpu_of_a_machine_that_has_several(tmp_path: Path) -> None:
+    arguments = one_gpu_a_process(SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
+    assert arguments.n_gpu == 0
+    arguments._n_gpu = 2  # as where transformers sees two
+    assert one_gpu_a_process(arguments).n_gpu == 1

@@ -105,7 +105,7 @@ def _refusal(wanted: Wanted, offer: Offer, on_gpu: OnGpu | None, trust_prices: b
     if offer.doubts and not trust_prices:
         return f"price not trusted: {'; '.join(offer.doubts)}"
     if on_gpu and not on_gpu.fits:
-        return f"does not fit: needs {on_gpu.needed_gib:.1f} GiB of {on_gpu.gpu.memory_gib:.1f} (estimated)"
+        return f"does not fit: needs {on_gpu.needed_gib:.1f} GiB of {on_gpu.there_gib or on_gpu.gpu.memory_gib:.1f} (estimated)"
     return ""
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from finetune import memory
 from finetune.cloud.prices import Catalog, Offer
 from finetune.cloud.run_size import RunSize, run_size
-from finetune.config import PlanSection, RunConfig
+from finetune.config import PlanSection, RunConfig, questions_per_step
 from finetune.errors import NotEstimated, UserError
+from finetune.fit import Fitted, Limits, fit_on, usual_step_tokens
 from finetune.gpus import GPUS, Gpu
-from finetune.speed import Speed, training_speed
+from finetune.shapes import ModelShape
+from finetune.speed import LeanStep, Speed, lean_speed, training_speed
 
 VALIDATION_COST = 1 / 3
 """Cost of a token in a validation pass against one in training: forward alone, of forward and two backward products (4-bit
@@ -38,7 +40,11 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class OnGpu:
-    """A run on one kind of GPU, whatever the machine costs. Memory in GiB, hours of training and validation alone."""
+    """A run on one kind of GPU, whatever the machine costs. Memory in GiB, hours of training and validation alone.
+
+    limits: how the lean way computes a step there; None on the stock way. there_gib: what the run may use of the GPU's memory,
+    None for all of it.
+    """
 
     gpu: Gpu
     needed_gib: float
@@ -46,6 +52,8 @@ class OnGpu:
     speed: Speed
     work_hours: float
     save_hours: float  # between two checkpoints
+    limits: Limits | None = None
+    there_gib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,26 +130,40 @@ def run_on(config: RunConfig, size: RunSize, gpu: Gpu) -> OnGpu:
             f"model.name: the shape of {config.model.name} is not known here, so its memory and time cannot be estimated; "
             f"known: {', '.join(memory.SHAPES)}, and every local folder with a config.json"
         )
-    training = config.training
-    dtype = gpu.dtype if config.model.torch_dtype == "auto" else config.model.torch_dtype
-    needed = memory.estimate(shape, memory.workload_of(config, dtype))
-    speed = training_speed(
-        gpu,
-        shape,
-        rows=training.per_device_train_batch_size,
-        mean_tokens=size.mean_tokens,
-        checkpointing=training.gradient_checkpointing,
-    )
+    questions = questions_per_step(config.training)
+    fitted = fit_on(config, shape, gpu, usual_step=usual_step_tokens(questions, size.mean_tokens))
+    speed = _speed(config, size, gpu, shape, fitted)
     seconds = (size.tokens + size.validation_tokens * VALIDATION_COST) / speed.tokens_per_second
     work_hours = seconds / 3600
     return OnGpu(
         gpu=gpu,
-        needed_gib=needed.reserved / memory.GIB + memory.CONTEXT_GIB,
-        fits=memory.fits(needed, gpu.memory_gib),
+        needed_gib=fitted.needed_gib,
+        fits=fitted.fits,
         speed=speed,
         work_hours=work_hours,
         save_hours=work_hours * min(1.0, config.checkpoint.save_steps / size.steps),
+        limits=fitted.limits,
+        there_gib=fitted.memory_gib,
     )
+
+
+def _speed(config: RunConfig, size: RunSize, gpu: Gpu, shape: ModelShape, fitted: Fitted) -> Speed:
+    if fitted.limits is None:
+        assert fitted.rows is not None
+        return training_speed(
+            gpu, shape, rows=fitted.rows, mean_tokens=size.mean_tokens, checkpointing=fitted.checkpointing
+        )
+    step = LeanStep(
+        questions=questions_per_step(config.training),
+        mean_tokens=size.mean_tokens,
+        tokens=fitted.limits.tokens,
+        kept_layers=fitted.limits.kept_layers,
+        cached_layers=fitted.limits.cached_layers,
+        rows=fitted.rows,
+        dropout=config.lora.lora_dropout > 0,
+        four_bit=config.quantization.load_in_4bit,
+    )
+    return lean_speed(gpu, shape, step)
 
 
 def run_cost(on_gpu: OnGpu, usd_per_hour: float, spot: bool, assumptions: PlanSection) -> RunCost:
@@ -181,7 +203,7 @@ def _row(
 def _memory_refusal(on_gpu: OnGpu) -> list[str]:
     if on_gpu.fits:
         return []
-    there = on_gpu.gpu.memory_gib
+    there = on_gpu.there_gib or on_gpu.gpu.memory_gib
     return [f"does not fit: needs {_above(on_gpu.needed_gib, there, 1)} GiB of {there:g}"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.cloud.disks import LISTED
-from finetune.cloud.plan import Plan, Row
+from finetune.cloud.plan import OnGpu, Plan, Row
 from finetune.cloud.prices import Offer
 
 HEADER = ("", "GPU", "bought as", "best zone", "memory GiB", "tokens/s", "hours", "$/h", "$ for the run", "lost", "")
@@ -52,6 +52,15 @@ def _verdict(row: Row) -> str:
     return f"ok, though the price looks wrong: {'; '.join(doubts)}" if doubts else "ok"
 
 
+def _step(on_gpu: OnGpu) -> str:
+    """How the run computes a step there."""
+    limits = on_gpu.limits
+    if limits is None:
+        return "stock layers, padded micro-batches"
+    kept = f"{limits.kept_layers} layers keep their activations"
+    return f"micro-batches of up to {limits.tokens:,} tokens; {kept}, {limits.cached_layers} their unpacked weights"
+
+
 def _passed_over(row: Row, offer: Offer) -> str:
     name = f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}"
     return f"  {name} in {offer.zone} at ${offer.usd_per_hour:.3f}/h: {'; '.join(offer.doubts)}"
@@ -90,7 +99,9 @@ def _notes(plan: Plan) -> list[str]:
         else "order: none; every machine is refused for the reason in its row",
         f"ceilings: {', '.join(ceilings) or 'none'}",
         *(["cheaper, but the price is not trusted (--trust-prices takes it):", *passed_over] if passed_over else []),
-        "memory: estimated (`finetune plan CONFIG --memory` shows the parts); hours and dollars: estimated, expected values,",
+        "memory: estimated, of what the run chooses to use (`finetune plan CONFIG --memory` shows the parts):",
+        *dict.fromkeys(f"  {row.on_gpu.gpu.name}: {_step(row.on_gpu)}" for row in plan.rows),
+        "hours and dollars: estimated, expected values,",
         f"  with {assumed.setup_minutes:g} min of boot and set-up; lost: dollars of the run that preemption costs, assumed "
         f"{assumed.spot_preemptions_per_hour:g} an hour (plan.spot_preemptions_per_hour)",
         "tokens/s:",
@@ -131,6 +142,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "doubts": list(offer.doubts) if offer else [],
         "passed_over": _passed_over(row, row.passed_over).strip() if row.passed_over else None,
         "memory_gib": {"needed": round(on_gpu.needed_gib, 2), "there": on_gpu.gpu.memory_gib, "fits": on_gpu.fits},
+        "step": {"layers": "lean", **vars(on_gpu.limits)} if on_gpu.limits else {"layers": "stock"},
         "tokens_per_second": round(on_gpu.speed.tokens_per_second, 1),
         "tokens_per_second_basis": on_gpu.speed.basis,
         "tokens_per_second_source": on_gpu.speed.source,

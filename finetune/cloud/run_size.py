@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config import RunConfig, SourceSection
+from finetune.config import RunConfig, SourceSection, questions_per_step
 from finetune.errors import NotEstimated, UserError
 
 MANIFEST = "manifest.json"
@@ -42,8 +42,7 @@ def run_size(config: RunConfig) -> RunSize:
         mean = config.plan.mean_tokens
         basis = f"{basis}, {mean:.0f} tokens each (plan.mean_tokens); not counted, because {folder} is not prepared"
     training = config.training
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    per_epoch = -(-records // per_step)
+    per_epoch = -(-records // questions_per_step(training))
     steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
     tokens = records * mean * steps / per_epoch
     passes = -(-steps // training.eval_steps) if training.eval_steps else 0  # the trainer adds one at the end

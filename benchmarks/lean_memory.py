@@ -1,0 +1,101 @@
+"""Peak memory of lean training steps on a GPU, cell by cell, beside finetune/lean_memory.py's estimate.
+
+    python -m benchmarks.lean_memory MODELFOLDER [--dtype bfloat16]
+
+MODELFOLDER as benchmarks.random_model makes it. A cell is a micro-batch of so many tokens (texts of 300, 37 of them answer), so
+many layers kept, so many with unpacked weights; two optimizer steps of two micro-batches each, paged 8-bit AdamW over the flat
+adapters. Prints a JSON object for every cell: measured and estimated peak and reserved bytes (GiB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import lean_torch
+from finetune.config import LoraSection, ModelSection, QuantizationSection
+from finetune.flat import FlatAdapters
+from finetune.lean_memory import LeanLoad, lean_estimate
+from finetune.lean_model import IGNORED, LeanModel, pack
+from finetune.memory import Workload
+from finetune.model import adapters_to_float32, attach_lora, choose_device, load_base
+from finetune.shapes import shape_of
+
+GIB = 2**30
+TEXT, ANSWER = 300, 37
+CELLS = (
+    (600, 32, 0), (1500, 32, 32), (3000, 32, 0), (3000, 0, 0), (6000, 32, 32), (6000, 16, 0),
+    (9000, 0, 0), (9000, 32, 0), (12000, 8, 16), (12000, 0, 32), (15000, 32, 0), (18000, 0, 0),
+)  # fmt: skip
+"""Tokens, layers kept, layers with unpacked weights."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--old-gpu", action="store_true", help="torch's operations and the memory-efficient attention")
+    arguments = parser.parse_args()
+    device = choose_device(arguments.dtype)
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    base = load_base(
+        ModelSection(name=str(arguments.model), torch_dtype=arguments.dtype), QuantizationSection(), device
+    )
+    base.config.use_cache = False
+    lora = LoraSection()
+    model = attach_lora(base, lora)
+    model.train()
+    adapters_to_float32(model)
+    shape = shape_of(str(arguments.model))
+    assert shape is not None
+    for tokens, kept, cached in CELLS:
+        load = Workload(1, TEXT, dtype=device.dtype_name, lora_r=lora.r, lora_dropout=lora.lora_dropout)
+        row: dict[str, Any] = {"tokens": tokens, "kept_layers": kept, "cached_layers": cached, "dtype": arguments.dtype}
+        try:
+            row |= measured(model, tokens, kept, cached, old_gpu=arguments.old_gpu)
+        except torch.OutOfMemoryError:
+            row["out_of_memory"] = True
+        asked = LeanLoad(
+            load, tokens, kept, cached, ampere=not arguments.old_gpu, texts=tokens // TEXT, labelled=ANSWER / TEXT
+        )
+        estimated = lean_estimate(shape, asked)
+        row |= {
+            "estimated_peak": round(estimated.peak / GIB, 3),
+            "estimated_reserved": round(estimated.reserved / GIB, 3),
+        }
+        print(json.dumps(row), flush=True)
+
+
+def measured(model: Any, tokens: int, kept: int, cached: int, *, old_gpu: bool) -> dict[str, float]:
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    options: dict[str, Any] = {"ops": lean_torch, "way": "efficient"} if old_gpu else {}
+    lean = LeanModel(model, model.get_base_model().dtype, cached_layers=cached, **options)
+    flat = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
+    optimizer = PagedAdamW8bit([flat.parameter], lr=1e-5)
+    ids = torch.randint(10, 30000, (tokens // TEXT, TEXT)).tolist()
+    labels = [[IGNORED] * (TEXT - ANSWER) + row[-ANSWER:] for row in ids]
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        lean.refresh()
+        flat.begin()
+        for _ in range(2):
+            lean.loss(pack(ids, labels, lean.device), kept_layers=kept).backward()
+        torch.nn.utils.clip_grad_norm_([flat.parameter], 1.0)
+        optimizer.step()
+    torch.cuda.synchronize()
+    return {
+        "peak": round(torch.cuda.max_memory_allocated() / GIB, 3),
+        "reserved": round(torch.cuda.max_memory_reserved() / GIB, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

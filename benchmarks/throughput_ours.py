@@ -1,0 +1,78 @@
+"""Our own trainer in the benchmark: the one place where it touches finetune's training interface."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from benchmarks.throughput_recipe import BATCH, Recipe, Texts
+from finetune.callbacks import Throughput
+from finetune.config import RunConfig, from_dict
+from finetune.hardware import let_segments_grow
+from finetune.model import attach_lora, choose_device, load_base, load_tokenizer
+from finetune.step_plan import plan_step
+from finetune.trainer import build_trainer, trainer_arguments
+
+
+def our_trainer(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple[Any, str]:
+    """What `finetune train` would run with these config keys ("section.key": value), and its plan; the texts in their order."""
+    let_segments_grow()  # as `finetune train` does
+    config = our_config(recipe, settings)
+    device = choose_device(config.model.torch_dtype)
+    base = load_base(config.model, config.quantization, device)
+    base.config.use_cache = False
+    model = attach_lora(base, config.lora)
+    plan = plan_step(config, model, device, texts.lengths)
+    arguments = trainer_arguments(
+        config.training, device, plan, checkpoints=Path(tempfile.mkdtemp()), run_name="throughput", save_steps=10**9,
+        report_to=[], validates=False,
+    )  # fmt: skip
+    arguments.save_strategy = "no"
+    examples = Dataset.from_dict(texts.columns() | {"length": texts.lengths})
+    tokenizer = load_tokenizer(config.model)
+    trainer = build_trainer(arguments, model, tokenizer, examples, None, Throughput(), config.training, device, plan)
+    trainer.sampler = InOrder(len(texts.ids))  # type: ignore[assignment]
+    return trainer, str(plan)
+
+
+def our_config(recipe: Recipe, settings: dict[str, Any]) -> RunConfig:
+    """The recipe as a config of ours, with `settings` on top. Raises UserError for keys and values that finetune refuses."""
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"name": recipe.model, "torch_dtype": recipe.dtype},
+        "quantization": {"load_in_4bit": recipe.load_in_4bit},
+        "lora": {
+            "r": recipe.lora_r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout,
+            "target_modules": list(recipe.target_modules),
+        },
+        "data": {"sources": [{"kind": "jsonl", "path": "none"}], "output_dir": "none"},
+        "training": {
+            "seed": recipe.seed, "max_steps": recipe.steps, "effective_batch_size": BATCH, "optim": recipe.optim,
+            "learning_rate": recipe.learning_rate, "lr_scheduler_type": recipe.lr_scheduler_type,
+            "warmup_ratio": recipe.warmup_ratio, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm,
+            "logging_steps": 1,
+        },
+    }  # fmt: skip
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    return from_dict(tree, "--ours")
+
+
+class InOrder:
+    """Stands in for batching.StepSampler: every step the next BATCH texts, so that all peers train the same ones."""
+
+    def __init__(self, texts: int) -> None:
+        self.texts = texts
+
+    def set_epoch(self, epoch: int) -> None:
+        """One epoch holds more texts than the benchmark trains."""
+
+    def __len__(self) -> int:
+        return -(-self.texts // BATCH)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(first, min(first + BATCH, self.texts))) for first in range(0, self.texts, BATCH))

@@ -1,0 +1,11 @@
+"""Unsloth takes the presence of this module for a working FlashAttention-2."""
+
+from __future__ import annotations
+
+import torch
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+__all__ = ["flash_attn_func", "flash_attn_gpu", "flash_attn_varlen_func"]
+
+flash_attn_gpu = torch.ops.aten

@@ -1,0 +1,207 @@
+"""Which examples an optimizer step is made of, and into which micro-batches it is cut to fit a GPU.
+
+Steps come first, micro-batches inside them second: seed, epoch and lengths alone decide what the model learns from, and the
+GPU only in how many pieces a step is computed. Lengths are in tokens, at least 1; positions count within one step.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+WINDOW_STEPS = 50
+"""Steps whose examples `by_length` sorts together: enough for like lengths to meet, few enough that no long stretch of an
+epoch has short examples alone."""
+EVEN_ENOUGH = 0.005
+"""Evening out stops once the largest micro-batch is at most this share above a bound that no packing can beat."""
+
+Batches = list[list[int]]
+Item = TypeVar("Item")
+
+
+@dataclass(eq=False)
+class StepSampler:
+    """The optimizer steps of an epoch, as `batch_sampler` of a `step_loader.StepLoader`.
+
+    Each iteration is the whole epoch that was set last; torch's own DataLoader would set none and repeat the first.
+    """
+
+    lengths: Sequence[int]
+    questions: int
+    seed: int
+    by_length: bool = False
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, of the iterations that begin from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return -(-len(self.lengths) // self.questions)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(
+            steps_of_epoch(
+                self.lengths, questions=self.questions, seed=self.seed, epoch=self.epoch, by_length=self.by_length
+            )
+        )
+
+
+def steps_of_epoch(lengths: Sequence[int], *, questions: int, seed: int, epoch: int, by_length: bool) -> Batches:
+    """The examples (indices into lengths) of every optimizer step: `questions` of them each, in the last step the rest.
+
+    Every index comes once. by_length gathers examples of like length in a step, for batches that are padded; the last step,
+    where it is a short one, stays a random sample. Raises ValueError if questions is less than 1.
+    """
+    draws = random.Random(f"steps of seed {seed}, epoch {epoch}")
+    order = _shuffled(range(len(lengths)), draws)
+    steps = _groups(order, questions)
+    if not by_length:
+        return steps
+    full = len(order) // questions
+    alike: Batches = []
+    for window in _groups(order[: full * questions], WINDOW_STEPS * questions):
+        alike += _shuffled(_groups(sorted(window, key=lengths.__getitem__), questions), draws)
+    return alike + steps[full:]
+
+
+def share(lengths_of_step: Sequence[int], *, rank: int, ranks: int) -> list[int]:
+    """The positions of a step, ascending, that process `rank` of `ranks` trains; with fewer examples than ranks maybe none.
+
+    The longest example comes first, and each goes to the rank with the fewest tokens so far, so that no two ranks differ by
+    more than one example. Every process computes the same split. Raises ValueError for a rank outside 0 .. ranks - 1.
+    """
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks}")
+    return sorted(_spread(_longest_first(lengths_of_step), lengths_of_step, ranks)[rank])
+
+
+def micro_batches(lengths: Sequence[int], *, tokens: int, padded: bool = False, rows: int | None = None) -> Batches:
+    """A step's positions in micro-batches that hold at most `tokens` tokens, the largest micro-batch first.
+
+    A micro-batch holds the sum of its lengths, or rows times the longest where it is padded. There are as few as the packing
+    finds, and among so few the largest is made as small as it can. An example above `tokens` gets a micro-batch of its own.
+
+    rows: an explicit size in examples instead, whatever it holds: consecutive groups in the order given, from the longest
+    example down where they are padded. Raises ValueError if it is less than 1.
+    """
+    order = _longest_first(lengths)
+    if rows is not None:
+        return [sorted(batch) for batch in _groups(order if padded else range(len(lengths)), rows)]
+    alone = sum(length > tokens for length in lengths)
+    batches = (_padded if padded else _packed)(order[alone:], lengths, tokens)
+    batches += [[position] for position in order[:alone]]
+    return sorted(map(sorted, batches), key=lambda batch: (-_held(batch, lengths, padded), batch))
+
+
+def _shuffled(items: Sequence[Item], draws: random.Random) -> list[Item]:
+    """Sorted by drawn numbers: random() is the one method whose sequence Python promises to keep; shuffle() may change."""
+    keys = [draws.random() for _ in items]
+    return [items[number] for number in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+def _groups(items: Sequence[int], size: int) -> Batches:
+    if size < 1:
+        raise ValueError(f"groups of {size}")
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+
+
+def _held(batch: Sequence[int], lengths: Sequence[int], padded: bool) -> int:
+    held = [lengths[position] for position in batch]
+    return len(held) * max(held) if padded else sum(held)
+
+
+def _packed(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Batches:
+    """Best-fit decreasing sets the number of batches; then batches of ever smaller size are filled while the number stays.
+
+    order: positions, longest first. The search over sizes is that of Coffman, Garey and Johnson's MULTIFIT (1978).
+    """
+
+    def loads(batches: Batches) -> list[int]:
+        return sorted((sum(lengths[position] for position in batch) for batch in batches), reverse=True)
+
+    best = _best_fit(order, lengths, tokens, most=len(order)) or []
+    if len(best) < 2:
+        return best
+    total = sum(lengths[position] for position in order)
+    while len(best) > -(-total // tokens) and loads(fewer := _spread(order, lengths, len(best) - 1))[0] <= tokens:
+        best = fewer
+    best = min(best, _spread(order, lengths, len(best)), key=loads)
+    low, high = max(-(-total // len(best)), lengths[order[0]]), loads(best)[0]
+    while high - low > EVEN_ENOUGH * low:
+        size = (low + high) // 2
+        smaller = _best_fit(order, lengths, size, most=len(best))
+        if smaller is None:
+            low = size + 1
+        else:
+            best, high = smaller, loads(smaller)[0]
+    return best
+
+
+def _best_fit(order: Sequence[int], lengths: Sequence[int], tokens: int, *, most: int) -> Batches | None:
+    """Each position into the fullest batch that still takes it; None where more than `most` batches would be needed."""
+    batches: Batches = []
+    room: list[tuple[int, int]] = []  # (tokens left, batch), ascending
+    for position in order:
+        length = lengths[position]
+        place = bisect_left(room, (length, -1))
+        if place < len(room):
+            left, number = room.pop(place)
+        elif len(batches) < most:
+            left, number = tokens, len(batches)
+            batches.append([])
+        else:
+            return None
+        batches[number].append(position)
+        insort(room, (left - length, number))
+    return batches
+
+
+def _spread(order: Sequence[int], lengths: Sequence[int], count: int) -> Batches:
+    """Each position to the batch with the fewest tokens so far, the first of equals."""
+    batches: Batches = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for position in order:
+        load, number = loads[0]
+        batches[number].append(position)
+        heapq.heapreplace(loads, (load + lengths[position], number))
+    return batches
+
+
+def _padded(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Batches:
+    """Neighbours in length share a batch: with as many as fit beside the longest, then beside the longest of the rest, the
+    number of batches is the least there is. The size is then lowered, batch by batch, as far as that number allows.
+
+    order: positions, longest first.
+    """
+
+    def needed(start: int, size: int) -> int:
+        count = 0
+        while start < len(order):
+            start += size // lengths[order[start]]
+            count += 1
+        return count
+
+    batches: Batches = []
+    start, size = 0, tokens
+    for left in range(needed(0, tokens), 0, -1):
+        low = lengths[order[start]]
+        while low < size:
+            middle = (low + size) // 2
+            if needed(start, middle) <= left:
+                size = middle
+            else:
+                low = middle + 1
+        end = start + size // lengths[order[start]]
+        batches.append(list(order[start:end]))
+        start = end
+    return batches

@@ -1,0 +1,297 @@
+"""The lean way through a PEFT model: from packed questions to the loss on their answers, over finetune/lean.py's layers.
+
+The model stays transformers' and PEFT's: parameters, names and saved adapters are theirs. This only reads them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from finetune import attention, lean_torch
+from finetune.attention import Segments
+from finetune.lean import Batch, Group, Layer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+IGNORED = -100
+"""The label of a token that carries no loss, as in torch.nn.functional.cross_entropy."""
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""The models of transformers whose layers are what finetune/lean.py computes: RMSNorm, rotary embedding, grouped-query attention,
+SwiGLU; Qwen2 with a bias on q, k and v."""
+PLAIN_LORA = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.lora_[AB]\.default\.weight$")
+HEAD_ROWS = 1024
+"""Labelled tokens whose logits are made at a time."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Questions with their answers one behind the other. ids, positions (tokens,); rows: which tokens predict a labelled one
+    (labelled,); targets: those labels (labelled,). All int64 on one device."""
+
+    ids: Tensor
+    positions: Tensor
+    rows: Tensor
+    targets: Tensor
+    segments: Segments
+
+
+def pack(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], device: torch.device) -> Packed:
+    """Row i of ids and labels is one example; a label belongs to its own token, which the token before it predicts."""
+    lengths = [len(row) for row in ids]
+    flat = torch.tensor([token for row in ids for token in row])
+    wanted = torch.tensor([label for row in labels for label in (*row[1:], IGNORED)])
+    rows = (wanted != IGNORED).nonzero().squeeze(1)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    flat, positions, rows, targets = (
+        tensor.to(device, non_blocking=True) for tensor in (flat, positions, rows, wanted[rows])
+    )
+    return Packed(flat, positions, rows, targets, Segments.of(lengths, device))
+
+
+def why_not(model: PeftModel, longest: int) -> str | None:
+    """Why this model cannot go the lean way, in a few words; None if it can. longest: tokens of the longest example."""
+    base = model.get_base_model()
+    name, config = type(base).__name__, base.config
+    if name not in FAMILIES:
+        return f"{name} is none of {', '.join(FAMILIES)}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
+        return f"texts of {longest} tokens are longer than the model's attention window of {window}"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"its activation is {config.hidden_act}"
+    if _head_dim(config) % 8:
+        return f"its heads of {_head_dim(config)} numbers are no multiple of 8"
+    inside = {id(p) for layer in base.get_decoder().layers for p in layer.parameters()}
+    if any(p.requires_grad and id(p) not in inside for p in model.parameters()):
+        return "adapters outside the decoder layers"
+    if any(p.requires_grad and not PLAIN_LORA.search(name) for name, p in model.named_parameters()):
+        return "it trains more than LoRA's A and B of the layers' projections"
+    lora: Any = model.peft_config.get("default")
+    if lora is None or lora.rank_pattern or lora.alpha_pattern:
+        return "its adapters differ in rank or scaling"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"it drops attention weights (attention_dropout={config.attention_dropout})"
+    return None
+
+
+class LeanModel:
+    """A PEFT model's weights as the lean layers need them. dtype: of the computation.
+
+    cached_layers: so many layers keep their 4-bit weights unpacked beside the packed ones; the others unpack them at every use
+    into one scratch buffer.
+    """
+
+    def __init__(
+        self, model: PeftModel, dtype: torch.dtype, *, cached_layers: int = 0, ops: ModuleType | None = None,
+        way: attention.Way | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.dtype = model, dtype
+        self.base: Any = model.get_base_model()
+        self.decoder: Any = self.base.get_decoder()
+        self.device = next(model.parameters()).device
+        self.ops = ops or ops_for(self.device)
+        self.way = way or attention.way_for(self.device, dtype)
+        self.dropout = max((float(p) for p in _dropouts(model)), default=0.0)
+        self._head = self.base.get_output_embeddings().weight.detach().to(dtype)
+        self._scratch = Scratch(dtype, self.device)
+        self.layers = [
+            _layer(number, layer, self.base.config, dtype, self._scratch, cached=number < cached_layers)
+            for number, layer in enumerate(self.decoder.layers)
+        ]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the adapters' values: after the optimizer, and after a checkpoint was loaded."""
+        pairs = [group.copies() for layer in self.layers for group in layer.groups]
+        with torch.no_grad():
+            torch._foreach_copy_([to for pair in pairs for to in pair[0]], [p for pair in pairs for p in pair[1]])
+
+    def forget_cached(self) -> bool:
+        """Give back the memory of all unpacked weights; returns whether there were any."""
+        forgotten = [group.weight.forget() for layer in self.layers for group in layer.groups]
+        return any(forgotten)
+
+    def hidden(self, packed: Packed, *, kept_layers: int, training: bool) -> Tensor:
+        """(labelled, hidden): the last hidden states, normed, of the tokens that predict a label."""
+        # From the CPU's generator: no wait for a GPU, and part of a checkpoint. Validation draws none.
+        seed = int(torch.randint(2**31, ())) if training else 0
+        x = self.decoder.embed_tokens(packed.ids).to(self.dtype)
+        cos, sin = self.decoder.rotary_emb(x[None], packed.positions[None])
+        dropout = self.dropout if training else 0.0
+        batch = Batch(packed.segments, packed.rows, cos[0], sin[0], self.ops, self.way, dropout, seed)
+        first_kept = len(self.layers) - kept_layers
+        for layer in self.layers:
+            x = layer(x, batch, keep=layer.number >= first_kept)
+        result: Tensor = self.decoder.norm(x)
+        return result
+
+    def loss(self, packed: Packed, count: int | None = None, *, kept_layers: int, training: bool = True) -> Tensor:
+        """Summed negative log-likelihood (nats) of the labelled tokens over `count`, by default their number.
+
+        kept_layers: so many of the last layers keep what their backward pass needs, the others are computed again.
+        """
+        hidden = self.hidden(packed, kept_layers=kept_layers, training=training)
+        total: Tensor = _HeadLoss.apply(hidden, self._head, packed.targets)  # type: ignore[no-untyped-call]
+        return total / max(1, packed.targets.numel() if count is None else count)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropy of hidden @ weight', a block of rows at a time; its gradient is made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for begin in range(0, hidden.shape[0], HEAD_ROWS):
+            block = slice(begin, begin + HEAD_ROWS)
+            logits = (hidden[block] @ weight.t()).float()
+            wanted = targets[block, None]
+            log_sum = logits.logsumexp(1, keepdim=True)
+            total += (log_sum - logits.gather(1, wanted)).sum()
+            if gradient is not None:
+                share = logits.sub_(log_sum).exp_()
+                share.scatter_add_(1, wanted, share.new_full(wanted.shape, -1.0))
+                gradient[block] = share.to(hidden.dtype) @ weight
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return (ctx.gradient.float() * gradients[0]).to(ctx.gradient.dtype), None, None
+
+
+class Scratch:
+    """One buffer in which 4-bit weights are unpacked, the next over the last: a stream runs its kernels in order."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._buffer = torch.empty(0, dtype=dtype, device=device)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        if self._buffer.numel() < rows * columns:
+            self._buffer = torch.empty(rows * columns, dtype=self.dtype, device=self.device)
+        return self._buffer[: rows * columns].view(rows, columns)
+
+
+class Weights:
+    """The frozen weights of projections with one input under each other, (sum of outputs, inputs) in dtype.
+
+    Packed ones are unpacked at every use, into the scratch buffer, or once if `cached`.
+    """
+
+    def __init__(self, bases: Sequence[Any], dtype: torch.dtype, scratch: Scratch, *, cached: bool) -> None:
+        self._bases, self._scratch = bases, scratch
+        self._outputs, self._inputs = [base.out_features for base in bases], bases[0].in_features
+        self._packed = getattr(bases[0].weight, "quant_state", None) is not None
+        self._whole: Tensor | None = None
+        if not self._packed:
+            self._whole = _joined(bases, dtype)
+        elif cached:
+            shape = sum(self._outputs), self._inputs
+            self._whole = self._unpacked(torch.empty(shape, dtype=dtype, device=scratch.device))
+
+    def __call__(self) -> Tensor:
+        if self._whole is not None:
+            return self._whole
+        return self._unpacked(self._scratch.matrix(sum(self._outputs), self._inputs))
+
+    def forget(self) -> bool:
+        """Give the memory of cached weights back; returns whether there were any."""
+        cached = self._packed and self._whole is not None
+        if cached:
+            self._whole = None
+        return cached
+
+    def _unpacked(self, whole: Tensor) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        for base, part in zip(self._bases, torch.split(whole, self._outputs), strict=True):
+            packed, state = base.weight.data, base.weight.quant_state
+            if part.is_cuda and state.dtype == part.dtype:
+                dequantize_4bit(packed, state, out=part)
+            else:  # bitsandbytes 0.50 has no `out` on a CPU
+                part.copy_(dequantize_4bit(packed, state))
+        return whole
+
+
+def ops_for(device: torch.device) -> ModuleType:
+    """Triton's operations where it works (compute capability >= 8.0 and Liger installed), else torch's."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        try:
+            from finetune import lean_triton
+        except ImportError:
+            return lean_torch
+        return lean_triton
+    return lean_torch
+
+
+def _layer(number: int, layer: Any, config: Any, dtype: torch.dtype, scratch: Scratch, *, cached: bool) -> Layer:
+    def group(*projections: Any) -> Group:
+        return _group(projections, dtype, scratch, cached=cached)
+
+    attention_block, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        number=number,
+        last=number == config.num_hidden_layers - 1,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=_head_dim(config),
+        eps=layer.input_layernorm.variance_epsilon,
+        input_norm=layer.input_layernorm.weight.detach(),
+        middle_norm=layer.post_attention_layernorm.weight.detach(),
+        qkv=group(attention_block.q_proj, attention_block.k_proj, attention_block.v_proj),
+        o=group(attention_block.o_proj),
+        gate_up=group(mlp.gate_proj, mlp.up_proj),
+        down=group(mlp.down_proj),
+    )
+
+
+def _group(projections: Sequence[Any], dtype: torch.dtype, scratch: Scratch, *, cached: bool) -> Group:
+    bases = [getattr(projection, "base_layer", projection) for projection in projections]
+    outputs = [base.out_features for base in bases]
+    present = [projection for projection in projections if hasattr(projection, "lora_A")]
+    adapters = [
+        (projection.lora_A["default"].weight, projection.lora_B["default"].weight) if projection in present else None
+        for projection in projections
+    ]
+    scaling = present[0].scaling["default"] if present else 1.0
+    return Group(Weights(bases, dtype, scratch, cached=cached), _bias(bases, dtype), outputs, adapters, scaling, dtype)
+
+
+def _bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
+    """The biases one after the other, zero where one has none; None where none has one."""
+    if all(base.bias is None for base in bases):
+        return None
+    device = bases[0].weight.device
+    none = [torch.zeros(base.out_features, dtype=dtype, device=device) for base in bases]
+    return torch.cat(
+        [zero if base.bias is None else base.bias.detach().to(dtype) for base, zero in zip(bases, none, strict=True)]
+    )
+
+
+def _joined(bases: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """Weights that are not quantised, in one tensor of which the modules' own become parts: no second copy stays."""
+    if len(bases) == 1:
+        whole: Tensor = bases[0].weight.detach().to(dtype)
+        return whole
+    whole = torch.cat([base.weight.detach().to(dtype) for base in bases])
+    if whole.dtype == bases[0].weight.dtype:
+        for base, part in zip(bases, torch.split(whole, [base.out_features for base in bases]), strict=True):
+            base.weight.data = part
+    return whole
+
+
+def _dropouts(model: Any) -> list[float]:
+    return [m.p for n, m in model.named_modules() if ".lora_dropout." in n and isinstance(m, torch.nn.Dropout)]
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

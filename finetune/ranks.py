@@ -1,0 +1,268 @@
+"""The processes of one run. torchrun starts one per GPU; rank 0 speaks and writes files for all of them.
+
+A rank that fails says so in torchrun's key-value store, which the others watch: none waits for ever, and rank 0 tells the fault
+once. Without torchrun there is one rank, and everything here is free of cost and of torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from finetune.errors import EXIT_MISSING, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Value = TypeVar("Value")
+
+PATIENCE = timedelta(hours=1)
+"""For which a rank waits for the others: rank 0 may be copying a checkpoint into a slow bucket."""
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 5.0
+"""For the main thread to come to an end by itself, before the watching thread ends the process."""
+TOLD_SECONDS = 20.0
+"""For rank 0 to tell the fault of another rank; then that rank tells it itself."""
+FAILED, TOLD = "finetune/failed", "finetune/told"
+
+
+@dataclass
+class _Watch:
+    """What the thread that watches the store shares with the main thread."""
+
+    store: Any
+    stopped: threading.Event = field(default_factory=threading.Event)
+    ending: threading.Event = field(default_factory=threading.Event)
+    clean_up: Callable[[], None] = lambda: None
+    thread: threading.Thread | None = None
+
+
+_watch: _Watch | None = None
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+def count() -> int:
+    """How many processes train together, as torchrun and `accelerate launch` tell them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first() -> bool:
+    return rank() == 0
+
+
+def wait() -> None:
+    """Until every rank has come here. (NCCL's own barrier would also wait for the GPU.)"""
+    any_of(False)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on one of the ranks. A few tenths of a millisecond on one host: it goes by the CPU."""
+    if count() == 1:
+        return flag
+    import torch
+
+    shared = torch.tensor(int(flag))
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return bool(shared)
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """What `make` gives on rank 0, which alone calls it; the others wait for it. It must be something that can be pickled."""
+    if count() == 1:
+        return make()
+    import torch
+
+    box: list[Any] = [make() if first() else None]
+    torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    value: Value = box[0]
+    return value
+
+
+def same_everywhere(tensor: torch.Tensor) -> None:
+    """Overwrite a tensor with that of rank 0."""
+    if count() > 1:
+        import torch
+
+        torch.distributed.broadcast(tensor, src=0)
+
+
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor becomes its sum over the ranks."""
+    if count() > 1:
+        import torch
+
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def draw_apart(seed: int) -> None:
+    """Dropout masks of this rank that are not those of another. Rank 0 goes on as if it were alone."""
+    if not first():
+        import torch
+
+        torch.manual_seed(seed + rank())
+
+
+def on_failure(clean_up: Callable[[], None]) -> None:
+    """What to do where another rank has failed and this one hangs in wait for it; called from a thread."""
+    if _watch:
+        _watch.clean_up = clean_up
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around everything that ranks do together; they leave it together, or after one of them has failed.
+
+    Raises UserError on rank 0 for the fault of any rank. The other ranks end in silence, with the exit code of that fault.
+    """
+    global _watch
+    if count() == 1 or _watch:  # alone, or inside another `together`
+        yield
+        return
+    try:
+        _connect()
+        yield
+        wait()
+    except BaseException as error:
+        _end_of_failed(error)
+        raise
+    finally:
+        if _watch:
+            _watch.stopped.set()
+            if _watch.thread:
+                _watch.thread.join()
+        _watch = None
+    _disconnect()
+
+
+def _connect() -> None:
+    import torch
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    global _watch
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun --nproc-per-node: process {local} of this machine finds {torch.cuda.device_count()} GPUs; start as "
+                "many processes as there are GPUs"
+            )
+        torch.cuda.set_device(local)
+    else:  # accelerate would say "cpu:0": a place of its own to torch, to which it copies the model and cannot load a checkpoint
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    _watch = _Watch(PrefixStore(os.environ.get("TORCHELASTIC_RUN_ID", "run"), store))
+    _watch.thread = threading.Thread(target=_look_out, args=(_watch,), daemon=True)
+    _watch.thread.start()
+
+
+def _disconnect() -> None:
+    import torch
+
+    torch.distributed.destroy_process_group()
+
+
+# --- a rank fails
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, UserError):
+        return EXIT_USER_ERROR
+    return EXIT_TRANSIENT if isinstance(error, KeyboardInterrupt) else EXIT_MISSING
+
+
+def _message(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _publish(watch: _Watch, error: BaseException) -> dict[str, Any]:
+    """Put the fault into the store, unless another was first; returns the first one: rank, message, code."""
+    mine = {"rank": rank(), "message": _message(error), "code": _exit_code(error)}
+    with suppress(RuntimeError):  # the store has gone with the process that kept it
+        mine = json.loads(watch.store.compare_set(FAILED, "", json.dumps(mine)))
+    return mine
+
+
+def _end_of_failed(error: BaseException) -> None:
+    """Returns where this rank is to raise its own error; else raises what it shall raise instead."""
+    watch = _watch
+    if watch is None:  # the ranks have not met: rank 0, if it fails in the same way, has this long to say so
+        if not first():
+            time.sleep(TOLD_SECONDS)
+        return
+    watch.ending.set()
+    known = _publish(watch, error)
+    atexit.register(_exit_at_once, known["code"])
+    if first():
+        with suppress(RuntimeError):
+            watch.store.set(TOLD, "1")
+        if known["rank"] != 0 and known["message"] != _message(error):
+            _raise_for(known, error)
+    elif known["rank"] != rank() or (isinstance(error, UserError | KeyboardInterrupt) and _told(watch)):
+        time.sleep(GRACE_SECONDS)  # torchrun ends all as soon as one has ended: let it be rank 0, which is speaking
+        raise SystemExit(known["code"]) from None
+
+
+def _exit_at_once(code: int) -> None:
+    """The last words have been said. The interpreter's own end would wait for the other ranks, or abort with another code."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _raise_for(known: dict[str, Any], error: BaseException) -> NoReturn:
+    if known["code"] == EXIT_USER_ERROR:
+        raise UserError(f"process {known['rank']}: {known['message']}") from error
+    print(f"finetune: process {known['rank']}: {known['message']}", file=sys.stderr)
+    raise SystemExit(known["code"]) from None
+
+
+def _told(watch: _Watch) -> bool:
+    deadline = time.monotonic() + TOLD_SECONDS
+    try:
+        while time.monotonic() < deadline:
+            if watch.store.check([TOLD]):
+                return True
+            time.sleep(POLL_SECONDS)
+    except RuntimeError:  # rank 0 kept the store, and has gone
+        return True
+    return False
+
+
+def _look_out(watch: _Watch) -> None:
+    """The watching thread. The main thread may hang in a collective operation, from which nothing but the end frees it."""
+    while not watch.stopped.wait(POLL_SECONDS):
+        try:
+            if not watch.store.check([FAILED]):
+                continue
+            known = json.loads(watch.store.get(FAILED))
+        except RuntimeError:
+            known = {"rank": 0, "message": "the other machines are no longer there", "code": EXIT_TRANSIENT}
+        if watch.ending.wait(GRACE_SECONDS) or watch.stopped.is_set():
+            return
+        if first():
+            watch.clean_up()
+            message = " ".join(known["message"].split())
+            from tqdm import tqdm
+
+            tqdm.write(f"finetune: process {known['rank']}: {message}", file=sys.stderr)  # not on the line of a bar
+            with suppress(RuntimeError):
+                watch.store.set(TOLD, "1")
+        else:
+            time.sleep(GRACE_SECONDS)
+        os._exit(known["code"])

@@ -1,0 +1,228 @@
+"""One optimizer step's forward and backward passes: its questions in as many micro-batches as memory asks for.
+
+What is learned does not depend on the pieces: every micro-batch's loss is divided by the labelled tokens of the whole step, over
+all GPUs. When memory runs out all the same, the step begins again in smaller pieces.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from finetune import ranks
+from finetune.batching import micro_batches, share
+from finetune.errors import UserError
+from finetune.fit import Limits
+from finetune.flat import FlatAdapters
+from finetune.lean_model import IGNORED, LeanModel, Packed, pack
+
+Example = dict[str, Any]
+"""input_ids and labels, lists of int of one length, and that length."""
+
+BAD_STEPS = 10
+"""So many steps without a finite loss, one after the other, end the run."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the data loader gives for an optimizer step. tokens, labelled: of all its questions; mine: those of this process."""
+
+    mine: list[Example]
+    tokens: int
+    labelled: int
+
+
+def collate(examples: list[Example], *, rank: int, ranks: int) -> dict[str, Step]:
+    """A dict, as transformers' Trainer expects of a batch; the same on every rank but for `mine`."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    labelled = sum(label != IGNORED for example in examples for label in example["labels"][1:])
+    mine = [examples[position] for position in share(lengths, rank=rank, ranks=ranks)]
+    return {"step": Step(mine, sum(lengths), labelled)}
+
+
+class Path(Protocol):
+    """How a micro-batch becomes a loss: the lean layers without padding, or the libraries' own with it."""
+
+    padded: bool
+
+    def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> Tensor:
+        """Summed negative log-likelihood of the answers over `labelled`; part of autograd's graph."""
+
+    def begin(self) -> None:
+        """Called before the micro-batches of a step."""
+
+    def spare(self) -> bool:
+        """Do with less memory where that is still possible; returns whether it was."""
+
+    def validation_loss(self, examples: Sequence[Example], labelled: int) -> Tensor:
+        """As `loss`, of the adapters as they are: without dropout, and no part of a graph."""
+
+
+class LeanPath:
+    """Questions one behind the other, through finetune/lean.py's layers."""
+
+    padded = False
+
+    def __init__(self, lean: LeanModel) -> None:
+        self.lean = lean
+
+    def begin(self) -> None:
+        self.lean.refresh()
+
+    def spare(self) -> bool:
+        return self.lean.forget_cached()
+
+    def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> Tensor:
+        return self.lean.loss(self._packed(examples), labelled, kept_layers=limits.kept_layers)
+
+    def validation_loss(self, examples: Sequence[Example], labelled: int) -> Tensor:
+        with torch.no_grad():
+            return self.lean.loss(self._packed(examples), labelled, kept_layers=0, training=False)
+
+    def _packed(self, examples: Sequence[Example]) -> Packed:
+        ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
+        return pack(ids, labels, self.lean.device)
+
+
+class Stepper:
+    """Runs steps and keeps account of what went wrong in them.
+
+    rows: questions in a micro-batch where the config names a number. backward: the accelerator's, which scales float16 losses.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        limits: Limits,
+        adapters: FlatAdapters,
+        *,
+        rows: int | None,
+        backward: Callable[[Tensor], None],
+        say: Callable[[str], None],
+        skips_bad_steps: bool = False,
+    ) -> None:
+        self.path, self.limits, self.rows = path, limits, rows
+        self.adapters = adapters
+        self.out_of_memory = 0
+        self.watch = LossWatch(skips_bad_steps)
+        self._backward, self._say = backward, say
+
+    def run(self, step: Step) -> Tensor:
+        """Gradients of the whole step in the parameters, over all GPUs; returns the step's loss, detached."""
+        loss = self._pieces(step)
+        self.watch.check()  # of the step before, now that the GPU has this one to do
+        while loss is None:
+            self._shrink(step.mine)
+            loss = self._pieces(step)
+        ranks.add_up(self.adapters.gradient)  # a rank without questions in this step adds nothing
+        ranks.add_up(loss)
+        self.watch.put(loss)
+        return loss
+
+    def rehearse(self, examples: Sequence[Example]) -> None:
+        """The passes of one step whose gradients are thrown away, so that memory which is too small shows before the run."""
+        device = self.adapters.parameter.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            while self._pieces(Step(list(examples), 0, 1)) is None:
+                self._shrink(examples)
+        self.adapters.begin()
+
+    def _pieces(self, step: Step) -> Tensor | None:
+        """The summed loss of all micro-batches; None if the GPU's memory did not suffice."""
+        total = torch.zeros((), device=self.adapters.parameter.device)
+        self.adapters.begin()
+        self.path.begin()
+        try:
+            for examples in self._micro_batches(step.mine):
+                loss = self.path.loss(examples, step.labelled, self.limits)
+                self._backward(loss)
+                total += loss.detach()
+        except torch.OutOfMemoryError:
+            return None  # nothing is tidied up here: the traceback still holds the tensors of the failed pass
+        return total
+
+    def _held(self, examples: Sequence[Example]) -> int:
+        """Tokens of a micro-batch, padding included."""
+        lengths = [len(example["input_ids"]) for example in examples]
+        return len(lengths) * max(lengths) if self.path.padded else sum(lengths)
+
+    def _micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        lengths = [len(example["input_ids"]) for example in examples]
+        pieces = micro_batches(lengths, tokens=self.limits.tokens, padded=self.path.padded, rows=self.rows)
+        return [[examples[position] for position in piece] for piece in pieces]
+
+    def _shrink(self, examples: Sequence[Example]) -> None:
+        """Half the tokens of a micro-batch, or where no less fit into one, all layers computed again."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.out_of_memory += 1
+        before, longest = self.limits, max(len(example["input_ids"]) for example in examples)
+        largest = max(self._held(piece) for piece in self._micro_batches(examples))
+        if largest > longest:
+            self.limits = replace(before, tokens=max(longest, min(before.tokens, largest) // 2))
+            self.rows = None
+        elif before.kept_layers:
+            self.limits = replace(before, kept_layers=0)
+        elif self.path.spare():
+            self.limits = replace(before, cached_layers=0)
+        else:
+            raise UserError(
+                f"out of GPU memory with a single text of {longest} tokens and nothing left to save; lower "
+                "model.max_seq_length or choose a larger GPU (`finetune plan CONFIG --memory`)"
+            )
+        self._say(f"out of GPU memory: {self._what_changed(before)}; the step begins again")
+
+    def _what_changed(self, before: Limits) -> str:
+        for field, what in (("tokens", "tokens in a micro-batch"), ("kept_layers", "layers kept")):
+            was, now = getattr(before, field), getattr(self.limits, field)
+            if was != now:
+                return f"{now:,} {what} instead of {was:,}"
+        return "everything given up that can be done without"
+
+
+def spoilt(what: str) -> UserError:
+    return UserError(f"the {what} is not finite; resume from the last checkpoint with a lower training.learning_rate")
+
+
+class LossWatch:
+    """Notices losses that are not finite, one step late so that the GPU is never waited for.
+
+    skips_bad_steps: float16's gradient scaler leaves such a step out, so that only ten in a row end the run. In other dtypes the
+    adapters are spoilt by one.
+    """
+
+    def __init__(self, skips_bad_steps: bool) -> None:
+        self.bad_steps = 0
+        self._skips, self._in_a_row = skips_bad_steps, 0
+        self._pending: dict[str, Tensor] = {}
+
+    def put(self, loss: Tensor) -> None:
+        self._pending = {"loss": loss}
+
+    def put_norm(self, norm: Tensor) -> None:
+        """Of the gradient of the loss put last. An infinite one would clip every gradient to nothing: a run without learning."""
+        if not self._skips:  # a gradient scaler makes infinite ones on purpose, to find its scale
+            self._pending["gradient"] = norm
+
+    def check(self) -> None:
+        """Raises UserError if the run cannot go on. Call before the adapters are saved, too."""
+        if not self._pending:
+            return
+        bad = [name for name, value in self._pending.items() if not torch.isfinite(value)]
+        finite = not bad
+        self._pending = {}
+        self._in_a_row = 0 if finite else self._in_a_row + 1
+        self.bad_steps += not finite
+        if finite or (self._skips and self._in_a_row < BAD_STEPS):
+            return
+        if self._skips:
+            raise UserError(
+                f"the loss was not finite in {BAD_STEPS} steps in a row: activations leave the range of float16; use a GPU with "
+                "bfloat16 (L4, A100), or lower training.learning_rate"
+            )
+        raise spoilt(bad[0])

@@ -1,0 +1,109 @@
+"""What a run is made from: checked first, then loaded into memory."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from finetune import ranks
+from finetune.cloud.instance import MachinePrice, machine_price
+from finetune.config import BudgetSection, RunConfig, TrackingSection
+from finetune.credentials import wandb_key_present
+from finetune.data import Prepared, load_prepared
+from finetune.errors import UserError
+from finetune.model import Device, attach_lora, choose_device, load_base, load_tokenizer
+from finetune.prompts import PromptTemplate
+from finetune.records import Split
+from finetune.trainer import Examples, tokenise
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+GPU_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from, checked."""
+
+    config: RunConfig
+    device: Device
+    data: Prepared
+    template: PromptTemplate
+    price: MachinePrice | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the trainer is built from, in memory."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    validation: Examples
+    model: PeftModel
+
+
+def inputs_of(config: RunConfig) -> Inputs:
+    """Checked, without loading a model. Raises UserError for what no run can begin with."""
+    _check_tracking(config.tracking)
+    price = price_of(config.budget)
+    device = choose_device(config.model.torch_dtype)
+    if device.place.type == "cpu" and config.training.optim in GPU_OPTIMIZERS:
+        raise UserError(f"training.optim: {config.training.optim} needs a GPU; on a CPU use training.optim=adamw_torch")
+    data = load_prepared(Path(config.data.output_dir))
+    template = PromptTemplate(config.data.schema_format)
+    if data.manifest["prompt"] != template.identity():
+        raise UserError(
+            f"{data.folder}: was prepared for prompt {data.manifest['prompt']}, this config renders "
+            f"{template.identity()}; run `finetune data prepare CONFIG` again"
+        )
+    return Inputs(config, device, data, template, price)
+
+
+def load_parts(inputs: Inputs) -> Parts:
+    from transformers import set_seed
+
+    tokenizer = load_tokenizer(inputs.config.model)
+    train, validation = _examples(inputs, tokenizer, "train"), _examples(inputs, tokenizer, "val")
+    set_seed(inputs.config.training.seed)  # before the adapters are drawn
+    base = load_base(inputs.config.model, inputs.config.quantization, inputs.device)
+    base.config.use_cache = False
+    return Parts(tokenizer, train, validation, attach_lora(base, inputs.config.lora))
+
+
+def _examples(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, split: Split) -> Examples:
+    limit = inputs.config.model.max_seq_length
+    examples = tokenise(inputs.data.records(split), inputs.template, tokenizer, limit)
+    if examples.too_long:
+        say(f"{split}: {examples.too_long} examples are longer than model.max_seq_length={limit} tokens and left out")
+    if split == "train" and not len(examples.dataset):
+        raise UserError(f"model.max_seq_length: no training example fits into {limit} tokens")
+    return examples
+
+
+def price_of(budget: BudgetSection) -> MachinePrice | None:
+    """What the machine costs: by the launch policy's price table, else by the config. Raises UserError where a ceiling in
+    dollars has no price to be held by."""
+    price = machine_price()
+    if price is None and budget.usd_per_hour is not None:
+        price = MachinePrice(budget.usd_per_hour, "budget.usd_per_hour of the config")
+    if price is None and budget.max_run_usd is not None:
+        raise UserError(
+            "budget.max_run_usd: the price of this machine is not known (no launch policy started it); set budget.usd_per_hour"
+        )
+    return price
+
+
+def _check_tracking(tracking: TrackingSection) -> None:
+    if tracking.wandb == "online" and not wandb_key_present():
+        raise UserError("tracking.wandb: online needs a key; set WANDB_API_KEY or run `wandb login`, or use offline")
+
+
+def say(message: str) -> None:
+    if ranks.first():
+        tqdm.write(message, file=sys.stderr)  # on a line of its own, also while a bar is shown

@@ -1,0 +1,293 @@
+"""On a CUDA GPU of compute capability 8.0 or newer: the lean layers in 16 bits are no further from float32 than the stock path.
+
+Run with `pytest -m gpu -s tests/test_gpu_lean.py`; it prints the errors that it compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from lean_examples import (  # noqa: E402
+    adapters,
+    labelled,
+    lean_gradients,
+    lora_model,
+    put_stated_masks,
+    stock_gradients,
+    stock_loss,
+    take_gradients,
+    texts,
+    worst_error,
+)
+
+from finetune import attention, lean_torch  # noqa: E402
+from finetune.attention import Segments  # noqa: E402
+from finetune.fit import Limits  # noqa: E402
+from finetune.flat import FlatAdapters  # noqa: E402
+from finetune.lean_model import IGNORED, LeanModel, ops_for, pack  # noqa: E402
+from finetune.stepper import LeanPath, Stepper, collate  # noqa: E402
+
+CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not CAPABLE, reason="no CUDA GPU of compute capability 8.0 or newer on this machine"),
+]
+GPU = torch.device("cuda")
+LAYERS = 4
+LENGTHS = (300, 37, 700, 128, 5, 211)
+SHORT = (60, 37, 9, 48)
+"""Of one block of FlashAttention each, whose backward pass adds longer texts up in no fixed order."""
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def small_mistral(dtype: Any = torch.float32, *, head_dim: int = 128, **changes: Any) -> Any:
+    """Four layers 512 wide. Weights are those of bfloat16 whatever the dtype, so that all have the same ones."""
+    values: dict[str, Any] = {
+        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": LAYERS, "num_attention_heads": 512 // head_dim,
+        "num_key_value_heads": 256 // head_dim, "head_dim": head_dim, "max_position_embeddings": 2048, "r": 16, "scale": 0.03,
+        "attn_implementation": "sdpa",
+    }  # fmt: skip
+    if changes.get("nf4"):
+        return lora_model(device="cuda", dtype=dtype, **(values | changes))
+    model = lora_model(device="cuda", **(values | changes))
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16().to(dtype)
+    return model
+
+
+def total_error(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Norm of the difference of all gradients over the norm of them all."""
+    difference = torch.stack([(found[name].float() - gradient).norm() for name, gradient in expected.items()]).norm()
+    return float(difference / torch.stack([gradient.norm() for gradient in expected.values()]).norm())
+
+
+def on_gpu(lengths: Sequence[int] = LENGTHS) -> Any:
+    return pack(*texts(lengths), GPU)
+
+
+# --- attention
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 64), (4, 4, 128), (8, 2, 128)])
+@pytest.mark.parametrize("way", ["flash", "efficient", "loop"])
+def test_every_way_of_attention_is_the_same(dtype: Any, heads: int, kv_heads: int, width: int, way: Any) -> None:
+    """Against the loop in float64 on the same numbers; q, k and v are slices of one tensor, as in the layer."""
+    lengths = (1, 37, 300, 128, 5, 1000)
+    draws = torch.Generator("cuda").manual_seed(0)
+    joined = torch.randn(sum(lengths), heads + 2 * kv_heads, width, generator=draws, device=GPU).to(dtype)
+    parts = torch.split(joined, [heads, kv_heads, kv_heads], dim=1)
+    d_out = torch.randn(sum(lengths), heads, width, generator=draws, device=GPU).to(dtype)
+    segments = Segments.of(lengths, GPU)
+
+    def run(way: Any, q: Any, k: Any, v: Any, d_out: Any) -> list[Any]:
+        attended = attention.forward(q, k, v, segments, way)
+        return [attended.out, *attention.backward(d_out, q, k, v, attended, segments, way)]
+
+    with torch.no_grad():
+        expected = run("loop", *(part.double() for part in parts), d_out.double())
+        found = run(way, *parts, d_out)
+    limit = 4 * torch.finfo(dtype).eps
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.shape == exact.shape
+        assert (ours.double() - exact).norm() < limit * exact.norm()
+
+
+@pytest.mark.parametrize("way", ["flash", "efficient", "loop"])
+def test_another_text_changes_no_bit_of_a_texts_loss(way: Any) -> None:
+    lean = LeanModel(small_mistral(torch.bfloat16), torch.bfloat16, way=way)
+    ids, labels = texts(LENGTHS)
+    labels[2] = [IGNORED] * len(labels[2])
+    with torch.no_grad():
+        before = lean.loss(pack(ids, labels, GPU), kept_layers=0, training=False)
+        ids[2] = [(token + 7) % 96 for token in ids[2]]
+        after = lean.loss(pack(ids, labels, GPU), kept_layers=0, training=False)
+    assert torch.equal(before, after)
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_stock_path(family: str, head_dim: int) -> None:
+    """Both against float32 on the same weights; the stock path as it trains: autocast, each text alone, unpadded."""
+    full, half = (small_mistral(dtype, family=family, head_dim=head_dim) for dtype in (torch.float32, torch.bfloat16))
+    ways = {"triton": ops_for(GPU), "torch": lean_torch}
+    layers = {name: LeanModel(half, torch.bfloat16, ops=ops) for name, ops in ways.items()}
+    errors = dict.fromkeys(("stock", *ways), 0.0)
+    for seed in range(3):  # one batch's rounding errors differ by 5% either way
+        ids, labels = texts(LENGTHS, seed)
+        _, exact = stock_gradients(full, ids, labels)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, stock = stock_gradients(half, ids, labels)
+        errors["stock"] += total_error(stock, exact) / 3
+        for name, lean in layers.items():
+            ours, found = lean_gradients(half, pack(ids, labels, GPU), kept_layers=2, lean=lean)
+            assert ours == pytest.approx(loss, rel=2e-3)
+            errors[name] += total_error(found, exact) / 3
+    print(f"\n{family}, heads of {head_dim}, bfloat16 against float32: {errors}")
+    assert 0 < errors["triton"] <= 1.05 * errors["stock"]
+    assert errors["torch"] <= 1.05 * errors["stock"]
+
+
+@pytest.mark.parametrize("way", ["flash", "efficient"])
+@pytest.mark.parametrize("ops", ["triton", "torch"])
+def test_in_float16_with_scaled_losses_too(way: Any, ops: str) -> None:
+    """With torch's operations and the memory-efficient kernel it is what a T4 and a V100 compute."""
+    scale = 2.0**14
+    ids, labels = texts(LENGTHS)
+    _, exact = stock_gradients(small_mistral(), ids, labels)
+    half = small_mistral(torch.float16)
+    lean = LeanModel(half, torch.float16, way=way, ops=lean_torch if ops == "torch" else ops_for(GPU))
+    (lean.loss(on_gpu(), kept_layers=2) * scale).backward()
+    found = {name: gradient / scale for name, gradient in take_gradients(half).items()}
+    for row, wanted in zip(ids, labels, strict=True):
+        with torch.autocast("cuda", torch.float16):
+            loss = stock_loss(half, row, wanted) / labelled(labels)
+        (loss * scale).backward()
+    stock = {name: gradient / scale for name, gradient in take_gradients(half).items()}
+    errors = {"stock": total_error(stock, exact), "lean": total_error(found, exact)}
+    print(f"\nfloat16 against float32, {way}, {ops}: {errors}")
+    assert 0 < errors["lean"] <= 1.05 * errors["stock"]
+
+
+def test_float16_overflow_is_skipped_by_the_scaler() -> None:
+    model = small_mistral(torch.float16)
+    flat = FlatAdapters(list(adapters(model).values()))
+    optimizer = torch.optim.SGD([flat.parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60)
+    path = LeanPath(LeanModel(model, torch.float16))
+    stepper = Stepper(
+        path, Limits(10_000, LAYERS), flat, rows=None, backward=lambda loss: scaler.scale(loss).backward(), say=print,
+        skips_bad_steps=True,
+    )  # fmt: skip
+    ids, labels = texts(LENGTHS)
+    step = collate([{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)], rank=0, ranks=1)["step"]
+    before, moved = flat.parameter.detach().clone(), []
+    for _ in range(50):
+        assert torch.isfinite(stepper.run(step))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(not torch.equal(flat.parameter, before))
+        if moved[-1]:
+            break
+    assert moved[0] is False, "an infinite gradient changes nothing"
+    assert moved[-1] is True, "and the scale comes down until it is none"
+    assert torch.isfinite(flat.parameter).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("ops", ["triton", "torch"])
+def test_with_dropout_a_layer_computed_again_gives_the_same_gradients(ops: str, dtype: Any) -> None:
+    model = small_mistral(dtype, dropout=0.1)
+    lean = LeanModel(model, dtype, ops=lean_torch if ops == "torch" else ops_for(GPU))
+    batch = on_gpu(SHORT)
+    loss, kept = lean_gradients(model, batch, kept_layers=LAYERS, seed=3, lean=lean)
+    again_loss, again = lean_gradients(model, batch, kept_layers=0, seed=3, lean=lean)
+    assert again_loss == loss
+    assert all(torch.equal(again[name], gradient) for name, gradient in kept.items())
+    _, other = lean_gradients(model, batch, kept_layers=0, seed=4, lean=lean)
+    assert total_error(other, kept) > 0.02
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("kept_layers", [0, LAYERS])
+def test_in_float32_the_triton_way_is_the_stock_path_under_the_same_masks(p: float, kept_layers: int) -> None:
+    """256 of 1,024 levels are 0.25 exactly."""
+    model = small_mistral(dropout=p)
+    ids, labels = texts((211,))
+    batch = pack(ids, labels, GPU)
+    lean = LeanModel(model, torch.float32, ops=ops_for(GPU))
+    loss, found = lean_gradients(model, batch, kept_layers=kept_layers, seed=5, lean=lean)
+    torch.manual_seed(5)
+    if p:
+        put_stated_masks(model, lean, int(torch.randint(2**31, ())), batch, p)
+    expected_loss, expected = stock_gradients(model, ids, labels)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert worst_error(found, expected) < 1e-4
+
+
+# --- four bits, optimizer, memory
+
+
+def test_unpacked_weights_that_stay_give_the_same_bits() -> None:
+    model = small_mistral(torch.bfloat16, nf4=True)
+    batch = on_gpu(SHORT)
+    results = [
+        lean_gradients(model, batch, kept_layers=kept, lean=LeanModel(model, torch.bfloat16, cached_layers=cached))
+        for cached, kept in ((0, LAYERS), (LAYERS, LAYERS), (2, LAYERS), (0, 0), (LAYERS, 1))
+    ]
+    for loss, found in results[1:]:
+        assert loss == results[0][0]
+        assert all(torch.equal(found[name], gradient) for name, gradient in results[0][1].items())
+    with torch.autocast("cuda", torch.bfloat16):
+        _, stock = stock_gradients(model, *texts(SHORT))
+    assert total_error(results[0][1], stock) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["AdamW8bit", "PagedAdamW8bit"])
+def test_the_eight_bit_optimizer_over_the_flat_tensor_is_that_over_the_adapters(kind: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    shapes = [(16, 512), (100, 77), (512, 16), (257,), (16, 1408)]
+
+    def train(flat: bool) -> list[Any]:
+        draws = torch.Generator("cuda").manual_seed(0)
+        own = [torch.nn.Parameter(torch.randn(shape, generator=draws, device=GPU)) for shape in shapes]
+        whole = FlatAdapters(own) if flat else None
+        over = [whole.parameter] if whole else own
+        optimizer = getattr(bitsandbytes.optim, kind)(over, lr=0.01, weight_decay=0.1, min_8bit_size=0)
+        for _ in range(8):
+            if whole:
+                whole.begin()
+            else:
+                optimizer.zero_grad()
+            for parameter in own:
+                (parameter * torch.randn(parameter.shape, generator=draws, device=GPU)).sum().backward()
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in own]
+
+    for ours, theirs in zip(train(True), train(False), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_real_want_of_memory_is_survived() -> None:
+    """The process is allowed too little for a step in one piece; in smaller ones it gives the same gradients."""
+    model = small_mistral(torch.bfloat16)
+    flat = FlatAdapters(list(adapters(model).values()))
+    said: list[str] = []
+    path = LeanPath(LeanModel(model, torch.bfloat16))
+    ids, labels = texts([300] * 64)
+    step = collate([{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)], rank=0, ranks=1)["step"]
+
+    def stepper() -> Stepper:
+        return Stepper(
+            path, Limits(64 * 300, LAYERS), flat, rows=None, backward=lambda loss: loss.backward(), say=said.append
+        )
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = stepper().run(step).item()
+    expected = {name: parameter.grad.clone() for name, parameter in adapters(model).items()}
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.set_per_process_memory_fraction((before + 0.6 * (peak - before)) / total)
+    try:
+        cramped = stepper()
+        found_loss = cramped.run(step).item()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert cramped.out_of_memory == len(said) >= 1
+    print(f"\n{said}")
+    assert found_loss == pytest.approx(loss, rel=1e-3)
+    assert total_error({name: parameter.grad for name, parameter in adapters(model).items()}, expected) < 0.03
+    assert worst_error({name: parameter.grad for name, parameter in adapters(model).items()}, expected) < 0.1

@@ -1,0 +1,125 @@
+"""The lean speed estimate put back on the H100 it was taken from, and what must hold elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.gpus import GPUS
+from finetune.memory import SHAPES
+from finetune.speed import LEAN_MEASURED, LEAN_STEP, LeanStep, lean_gpu_seconds, lean_speed, lean_step_seconds
+
+MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
+H100 = GPUS["H100"]
+STEP = LeanStep(questions=16, mean_tokens=302, tokens=8000, kept_layers=32, cached_layers=32)
+OLD_H100 = replace(H100, compute_capability=(7, 5))
+"""torch's operations and the memory-efficient attention kernel were measured on the H100."""
+
+
+@pytest.mark.parametrize(
+    ("gpu", "kept", "cached", "dropout", "milliseconds"),
+    [
+        (H100, 32, 32, False, 259), (H100, 32, 32, True, 264), (H100, 32, 0, False, 279), (H100, 32, 0, True, 277),
+        (H100, 0, 0, False, 374), (H100, 0, 0, True, 371), (OLD_H100, 32, 32, False, 371 + 19),
+        (OLD_H100, 32, 32, True, 438 + 19),
+    ],
+)  # fmt: skip
+def test_lean_gpu_time_agrees_with_eight_profiled_steps(
+    gpu: Any, kept: int, cached: int, dropout: bool, milliseconds: float
+) -> None:
+    """Of 4,696 tokens, when the last layer still had a row for every token."""
+    step = replace(STEP, kept_layers=kept, cached_layers=cached, dropout=dropout, labelled=1.0)
+    assert 1e3 * lean_gpu_seconds(gpu, MISTRAL, 4696, step) == pytest.approx(milliseconds, rel=0.03)
+
+
+@pytest.mark.parametrize("row", LEAN_MEASURED, ids=lambda row: f"{row.kept}-{row.cached}-{row.dropout}")
+def test_lean_estimates_meet_the_measured_steps_with_the_optimizer_of_that_day(row: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("finetune.speed.LEAN_MEASURED", ())
+    monkeypatch.setattr("finetune.speed.LEAN_STEP", LEAN_STEP + 0.045)
+    step = replace(STEP, kept_layers=32 * row.kept, cached_layers=32 * row.cached, dropout=row.dropout, labelled=1.0)
+    speed = lean_speed(H100, MISTRAL, step)
+    assert speed.basis == "estimated" and "H100's lean step (2026-11)" in speed.source
+    assert speed.tokens_per_second == pytest.approx(row.tokens_per_second, rel=0.03)
+
+
+def test_lean_steps_on_an_h100_are_measured_and_say_under_which_conditions() -> None:
+    speed = lean_speed(H100, MISTRAL, STEP)
+    assert (speed.tokens_per_second, speed.basis) == (15042, "measured")
+    assert "H100 80GB, lean layers in bfloat16, random" in speed.source and "2026-11-22" in speed.source
+    assert lean_speed(H100, MISTRAL, replace(STEP, kept_layers=0, cached_layers=0)).tokens_per_second == 10793
+    assert lean_speed(H100, MISTRAL, replace(STEP, dropout=False, cached_layers=0)).tokens_per_second == 14204
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kept_layers": 31}, {"cached_layers": 16}, {"questions": 8}, {"mean_tokens": 340}, {"tokens": 4000}, {"rows": 4},
+        {"kept_layers": 0, "dropout": False}, {"four_bit": False},
+    ],
+)  # fmt: skip
+def test_what_no_lean_row_speaks_for_is_an_estimate(changes: dict[str, Any]) -> None:
+    assert lean_speed(H100, MISTRAL, replace(STEP, **changes)).basis == "estimated"
+    assert lean_speed(GPUS["A100"], MISTRAL, STEP).basis == "estimated"
+
+
+def test_a_lean_step_on_a_t4_worked_out_by_hand() -> None:
+    """1,000 tokens in a micro-batch, nothing unpacked; the last layer's o_proj and MLP for 12% of them."""
+    layer, behind, down = 218_103_808, 192_937_984, 58_720_256
+    passes = 4 * (32 * layer - 0.88 * behind) * 1000 / (65e12 * 0.5)
+    traffic = 75.8 * 81_920 * 32 * 1000 / 320e9
+    unpacked = 4.77 * layer * 32 * 2 / 320e9
+    step = replace(STEP, tokens=1000, cached_layers=0)
+    once = lean_gpu_seconds(GPUS["T4"], MISTRAL, 1000, step)
+    assert once == pytest.approx(passes + traffic + unpacked)
+    assert lean_step_seconds(GPUS["T4"], MISTRAL, 3000, step) == pytest.approx(3 * once + LEAN_STEP)
+    assert lean_step_seconds(GPUS["T4"], MISTRAL, 3001, step) > 3 * once + unpacked
+    assert lean_step_seconds(GPUS["T4"], MISTRAL, 4000, replace(step, rows=4)) == pytest.approx(4 * once + LEAN_STEP)
+    again = lean_gpu_seconds(GPUS["T4"], MISTRAL, 1000, replace(step, kept_layers=0))
+    extra = 32 * (layer - down)
+    assert again - once == pytest.approx(2 * extra * 1000 / (65e12 * 0.5) + 0.275 * traffic + 4.77 * extra / 320e9)
+
+
+def test_small_lean_micro_batches_wait_for_the_host() -> None:
+    step = replace(STEP, tokens=300)
+    assert lean_step_seconds(H100, MISTRAL, 900, step) == pytest.approx(3 * 0.152 + LEAN_STEP)
+    assert lean_step_seconds(H100, MISTRAL, 900, replace(step, kept_layers=0)) == pytest.approx(3 * 0.212 + LEAN_STEP)
+
+
+def test_layers_that_are_cached_are_not_unpacked_and_the_first_ones_are() -> None:
+    def seconds(kept: int, cached: int) -> float:
+        step = replace(STEP, kept_layers=kept, cached_layers=cached)
+        return lean_gpu_seconds(GPUS["L4"], MISTRAL, 4000, step)
+
+    per_layer = 4.77 * 218_103_808 / 300e9
+    assert seconds(32, 0) - seconds(32, 20) == pytest.approx(20 * 2 * per_layer)
+    down = 58_720_256 / 218_103_808
+    assert seconds(12, 0) - seconds(12, 20) == pytest.approx(20 * (3 - down) * per_layer)  # the 20 computed again
+    assert seconds(12, 20) - seconds(12, 32) == pytest.approx(12 * 2 * per_layer)
+
+
+@given(
+    name=st.sampled_from(list(GPUS)),
+    shape=st.sampled_from(sorted(SHAPES)),
+    kept=st.integers(0, 28),
+    cached=st.integers(0, 28),
+    tokens=st.integers(100, 20_000),
+    mean=st.floats(20, 2000),
+    questions=st.integers(1, 64),
+    dropout=st.booleans(),
+)
+def test_lean_work_takes_longer_the_more_of_it_there_is(
+    name: str, shape: str, kept: int, cached: int, tokens: int, mean: float, questions: int, dropout: bool
+) -> None:
+    step = LeanStep(questions, mean, tokens, kept, cached, dropout=dropout)
+
+    def seconds(**changes: Any) -> float:
+        return lean_step_seconds(GPUS[name], SHAPES[shape], questions * mean, replace(step, **changes))
+
+    assert seconds(kept_layers=kept + 1) <= seconds() * (1 + 1e-9)
+    assert seconds(cached_layers=cached + 1) <= seconds()
+    assert seconds(four_bit=False) <= seconds()
+    assert 0 < lean_speed(GPUS[name], SHAPES[shape], step).tokens_per_second < 10**7

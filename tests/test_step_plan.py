@@ -1,0 +1,233 @@
+"""Which layers, how many tokens, what is kept: decided for the machine at hand, within what the config says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from lean_examples import LAYERS, lora_model  # noqa: E402
+
+from finetune.config import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection  # noqa: E402
+from finetune.errors import UserError  # noqa: E402
+from finetune.fit import Limits  # noqa: E402
+from finetune.memory import GIB  # noqa: E402
+from finetune.model import Device  # noqa: E402
+from finetune.step_plan import StepPlan, plan_step, worst_micro_batch  # noqa: E402
+
+ON_CPU = Device(torch.device("cpu"), torch.float32)
+ON_GPU = Device(torch.device("cuda"), torch.bfloat16)
+LENGTHS = [40, 200, 90, 120] * 30
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return lora_model()
+
+
+@pytest.fixture(scope="module")
+def large_model() -> Any:
+    """The numbers of Mistral-7B on a model without weights: only its config is read."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    with torch.device("meta"):
+        config = MistralConfig(num_hidden_layers=32, sliding_window=None)
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return get_peft_model(
+            base, LoraConfig(r=16, target_modules=LoraSection().target_modules, task_type="CAUSAL_LM")
+        )
+
+
+def plan(
+    model: Any, device: Device = ON_CPU, lengths: Sequence[int] = LENGTHS, gpus: int = 1, **training: Any
+) -> StepPlan:
+    config = RunConfig(
+        model=ModelSection(name="m", max_seq_length=1024),
+        quantization=QuantizationSection(load_in_4bit=True),
+        training=TrainingSection(**training),
+    )
+    return plan_step(config, model, device, lengths, gpus=gpus)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What torch says of a GPU with so many GiB of memory, some of them used already: no such device is here."""
+
+    def of(total: float, reserved: float = 4.0) -> Device:
+        free = total - 0.5 - reserved  # the CUDA context has its own
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(free * GIB), int(total * GIB)))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: int(reserved * GIB))
+        named = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=int(total * GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: named)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        of_gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=total * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: of_gpu)
+        return ON_GPU
+
+    return of
+
+
+# --- which layers
+
+
+def test_on_a_cpu_auto_is_stock_and_lean_has_to_be_asked_for(model: Any) -> None:
+    found = plan(model)
+    assert (found.path, found.why, found.checkpointing, found.needed) == ("stock", "on a CPU", False, None)
+    asked = plan(model, kernels="lean")
+    assert (asked.path, asked.why) == ("lean", "training.kernels")
+    assert asked.limits == Limits(2048, LAYERS, LAYERS)
+    assert plan(model, kernels="lean", lengths=[3000, 5]).limits.tokens == 3000
+
+
+def test_on_a_gpu_auto_is_lean_where_the_model_can(model: Any, gpu: Any) -> None:
+    found = plan(model, gpu(80))
+    assert found.path == "lean"
+    assert found.why == "one of Llama, Mistral, Qwen2 on a GPU"
+    assert plan(model, gpu(80), kernels="stock").path == "stock"
+    assert plan(model, gpu(80), kernels="stock").why == "training.kernels"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sliding_window": 64}, "texts of 200 tokens are longer than the model's attention window of 64"),
+        ({"hidden_act": "gelu"}, "its activation is gelu"),
+        ({"head_dim": 12}, "its heads of 12 numbers are no multiple of 8"),
+        ({"targets": ("q_proj", "lm_head")}, "adapters outside the decoder layers"),
+    ],
+)
+def test_a_model_that_cannot_goes_stock_and_says_why_unless_lean_is_asked_for(
+    changes: dict[str, Any], reason: str, gpu: Any
+) -> None:
+    other = lora_model(**changes)
+    for device in (gpu(80), ON_CPU):
+        assert (plan(other, device).path, plan(other, device).why) == ("stock", reason)
+    with pytest.raises(UserError, match=r"training\.kernels: lean does not go with this model") as caught:
+        plan(other, kernels="lean")
+    assert reason in str(caught.value)
+    assert str(caught.value).endswith("use auto")
+    assert "\n" not in str(caught.value)
+
+
+# --- how much
+
+
+def test_a_large_gpu_keeps_everything_in_one_micro_batch(large_model: Any, gpu: Any) -> None:
+    found = plan(large_model, gpu(80))
+    assert found.limits.kept_layers == found.limits.cached_layers == 32
+    assert 16 * 112 < found.limits.tokens <= 16 * 200, "nearly every step of 16 fits, and not much more is set aside"
+    assert found.needed is not None
+    assert found.needed.reserved < 80 * GIB
+
+
+def test_less_memory_never_changes_what_is_learned_from_and_the_plan_fits(large_model: Any, gpu: Any) -> None:
+    sizes, lengths = (80, 40, 24, 16, 14, 12, 10, 8, 7), [4 * length for length in LENGTHS]
+    plans = [plan(large_model, gpu(gib), lengths) for gib in sizes]
+    for found, gib in zip(plans, sizes, strict=True):
+        assert found.path == "lean"
+        assert found.limits.tokens >= max(lengths)
+        assert found.questions == 16, "memory decides in how many pieces, never from how many questions"
+        assert found.needed is not None
+        assert found.needed.reserved / GIB < gib
+    assert (plans[0].limits.kept_layers, plans[0].limits.cached_layers) == (32, 32)
+    assert plans[-1].limits.kept_layers < 32 and plans[-1].limits.cached_layers == 0
+
+
+def test_max_memory_gib_is_a_smaller_gpu(large_model: Any, gpu: Any) -> None:
+    capped, small = plan(large_model, gpu(80), max_memory_gib=10.0), plan(large_model, gpu(10))
+    assert capped == small
+    assert plan(large_model, gpu(10), max_memory_gib=64.0) == small
+    assert capped.needed is not None
+    assert capped.needed.reserved < 10 * GIB
+
+
+def test_what_other_programs_use_is_not_ours(large_model: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = plan(large_model, gpu(24))
+    device = gpu(80)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(19.5 * GIB), int(80 * GIB)))
+    assert plan(large_model, device) == alone
+
+
+def test_a_gpu_too_small_for_the_longest_text_is_refused(large_model: Any, gpu: Any) -> None:
+    with pytest.raises(UserError, match=r"GPU memory: 900 tokens.*\(estimated\).*5\.0; lower model\.max_seq_length"):
+        plan(large_model, gpu(5, reserved=3), lengths=[900, 40])
+
+
+def test_checkpointing_is_obeyed(large_model: Any, gpu: Any) -> None:
+    assert plan(large_model, gpu(80), gradient_checkpointing=True).limits.kept_layers == 0
+    assert plan(large_model, gpu(80), gradient_checkpointing=False).limits.kept_layers == 32
+    with pytest.raises(UserError, match="gradient_checkpointing=auto"):
+        plan(large_model, gpu(6.5), gradient_checkpointing=False, lengths=[1000] * 20)
+    for wanted in (True, False, "auto"):
+        stock = plan(large_model, gpu(80), kernels="stock", gradient_checkpointing=wanted)
+        assert stock.checkpointing == (wanted is not False)
+        assert stock.limits.kept_layers == stock.limits.cached_layers == 0
+    assert plan(lora_model(), kernels="lean", gradient_checkpointing=True).limits.kept_layers == 0
+    assert plan(lora_model(), gradient_checkpointing=True).checkpointing
+
+
+# --- questions
+
+
+@pytest.mark.parametrize(
+    ("training", "gpus", "questions", "rows"),
+    [
+        ({}, 1, 16, None),
+        ({}, 2, 16, None),
+        ({"effective_batch_size": 24}, 1, 24, None),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, 1, 16, 4),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 2, 16, 4),
+        ({"per_device_train_batch_size": 3}, 1, 3, 3),
+        ({"per_device_train_batch_size": 3, "effective_batch_size": 16}, 1, 16, 3),
+    ],
+)
+@pytest.mark.parametrize("kernels", ["lean", "stock"])
+def test_numbers_in_the_config_are_obeyed(
+    training: dict[str, Any], gpus: int, questions: int, rows: int | None, kernels: str, model: Any, gpu: Any
+) -> None:
+    for device in (ON_CPU, gpu(80)):
+        found = plan(model, device, gpus=gpus, kernels=kernels, **training)
+        assert (found.questions, found.rows) == (questions, rows)
+
+
+def test_rows_of_the_config_size_the_micro_batch(large_model: Any, gpu: Any) -> None:
+    assert plan(large_model, gpu(80), per_device_train_batch_size=4).limits.tokens == 4 * max(LENGTHS)
+    stock = plan(large_model, gpu(80), per_device_train_batch_size=4, kernels="stock")
+    assert stock.limits.tokens == 4 * max(LENGTHS)
+    with pytest.raises(UserError, match="per_device_train_batch_size"):
+        plan(large_model, gpu(8), per_device_train_batch_size=64, lengths=[1000] * 64)
+
+
+def test_the_worst_micro_batch_is_none_that_a_step_exceeds() -> None:
+    lengths = [50, 10, 40, 30, 50, 20]
+    by_tokens = worst_micro_batch(lengths, Limits(125, 0), None, questions=4, padded=False)
+    assert by_tokens[0] == 0
+    assert sum(lengths[i] for i in by_tokens) == 120
+    assert worst_micro_batch(lengths, Limits(10_000, 0), None, questions=3, padded=False) == [0, 4, 2]
+    assert worst_micro_batch(lengths, Limits(125, 0), None, questions=4, padded=True) == [0, 4]
+    assert worst_micro_batch(lengths, Limits(10, 0), 3, questions=4, padded=False) == [0, 4, 2]
+    assert worst_micro_batch(lengths, Limits(10, 0), 9, questions=2, padded=True) == [0, 4]
+
+
+# --- how it reads
+
+
+def test_a_plan_reads_well(large_model: Any, gpu: Any) -> None:
+    text = str(plan(large_model, gpu(10)))
+    assert text.startswith(
+        "lean layers (one of Llama, Mistral, Qwen2 on a GPU); 16 questions a step, micro-batches of up to "
+    )
+    assert " layers kept, 0 with unpacked weights; " in text
+    assert text.endswith("GiB (estimated)")
+    assert "\n" not in text
+    found = plan(large_model, gpu(80), kernels="stock", per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert str(replace(found, needed=None)) == (
+        "stock layers (training.kernels); 16 questions a step, micro-batches of 4 questions; gradient checkpointing on"
+    )

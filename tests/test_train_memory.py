@@ -1,0 +1,170 @@
+"""What a run does about memory and about losses that are no numbers, and what run.json says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from train_helpers import adapter_of, at_step, record_of
+
+torch = pytest.importorskip("torch")
+
+from finetune import checkpoint, run_record, train  # noqa: E402
+from finetune.callbacks import Rehearsal  # noqa: E402
+from finetune.cli import main  # noqa: E402
+from finetune.fit import Limits  # noqa: E402
+from finetune.memory import GIB, MemoryEstimate  # noqa: E402
+from finetune.step_plan import StepPlan, worst_micro_batch  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("no_keys")
+ConfigWriter = Callable[..., Path]
+Shown = pytest.CaptureFixture[str]
+
+AUTO = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": None, "effective_batch_size": 6}
+
+
+# --- the largest micro-batch
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limits", "rows", "questions", "padded", "expected"),
+    [
+        ([5, 9, 7, 2, 1], Limits(16, 0), None, 8, False, [1, 2]),  # 9 + 7
+        ([5, 9, 7, 2, 1], Limits(15, 0), None, 8, False, [1, 0, 4]),  # 9 + 5 + 1: neither 7 nor 2 has room
+        ([5, 9, 7, 2, 1], Limits(99, 0), None, 3, False, [1, 2, 0]),  # a step has no more questions
+        ([5, 9, 7, 2, 1], Limits(27, 0), None, 8, True, [1, 2, 0]),  # three rows of 9
+        ([5, 9, 7, 2, 1], Limits(99, 0), None, 2, True, [1, 2]),
+        ([5, 9, 7, 2, 1], Limits(4, 0), None, 8, True, [1]),  # the longest has to fit in any case
+        ([5, 9, 7, 2, 1], Limits(4, 0), None, 8, False, [1]),
+        ([5, 9, 7, 2, 1], Limits(1, 0), 3, 8, False, [1, 2, 0]),  # a number in the config: whatever it holds
+        ([5, 9, 7, 2, 1], Limits(1, 0), 9, 4, True, [1, 2, 0, 3]),
+    ],
+)
+def test_the_largest_micro_batch_is_of_the_longest_examples(
+    lengths: list[int], limits: Limits, rows: int | None, questions: int, padded: bool, expected: list[int]
+) -> None:
+    assert worst_micro_batch(lengths, limits, rows, questions=questions, padded=padded) == expected
+
+
+@pytest.mark.parametrize(
+    "sections", [{"training": AUTO}, {"training": AUTO | {"kernels": "lean"}, "quantization": {"load_in_4bit": False}}]
+)
+def test_a_rehearsal_leaves_no_trace_in_what_is_learned(
+    sections: dict[str, Any], tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(**sections, lora={"lora_dropout": 0.3})
+    assert main(["train", str(config)]) == 0
+    rehearsed: list[int] = []
+
+    def on_any_device(trainer: Any, plan: StepPlan, examples: Any) -> Rehearsal:
+        run = trainer.stepper.rehearse
+        trainer.stepper.rehearse = lambda worst: (rehearsed.extend(example["length"] for example in worst), run(worst))
+        return Rehearsal(lambda: train._rehearse(trainer, plan, examples))
+
+    monkeypatch.setattr(train, "_rehearsal", on_any_device)
+    assert main(["train", str(config)]) == 0
+    one, other = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
+    assert len(rehearsed) == 6
+    assert rehearsed == sorted(rehearsed, reverse=True)
+    assert adapter_of(one) == adapter_of(other)
+
+
+# --- run.json
+
+
+def test_the_record_tells_how_a_step_is_computed(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+    config = tiny_config(training=AUTO | {"max_steps": 1, "kernels": "lean"}, quantization={"load_in_4bit": False})
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(tiny_config(training={"max_steps": 1, "per_device_train_batch_size": 3}))]) == 0
+    lean, stock = (record_of(tmp_path / "runs" / f"tiny-00{n}") for n in (1, 2))
+    assert lean["step"] == {
+        "path": "lean", "why": "training.kernels", "questions": 6, "ranks": 1, "micro_batch_tokens": 2048, "rows": None,
+        "kept_layers": 2, "cached_layers": 2, "checkpointing": False, "out_of_memory": 0, "bad_steps": 0,
+    }  # fmt: skip
+    assert {key: stock["step"][key] for key in ("path", "questions", "rows", "kept_layers", "cached_layers")} == {
+        "path": "stock", "questions": 3, "rows": 3, "kept_layers": None, "cached_layers": None,
+    }  # fmt: skip
+    if not torch.cuda.is_available():
+        assert lean["memory"] is stock["memory"] is None
+
+
+def test_the_record_follows_the_stepper_when_memory_did_not_suffice() -> None:
+    plan = StepPlan("lean", 16, 4, Limits(4096, 32, 8), False, None, "asked")
+    stepper: Any = SimpleNamespace(
+        limits=Limits(2048, 32, 8), rows=None, out_of_memory=1, watch=SimpleNamespace(bad_steps=3)
+    )
+    found = run_record.describe_step(plan, stepper)
+    assert (found["micro_batch_tokens"], found["rows"], found["out_of_memory"], found["bad_steps"]) == (
+        2048,
+        None,
+        1,
+        3,
+    )
+
+
+def test_on_a_gpu_estimate_and_measurement_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10 * GIB)
+    needed = MemoryEstimate(0, 0, 0, 0, 0, 0, 0, peak=8 * GIB, reserve=GIB // 2)
+    found = run_record.describe_memory(StepPlan("lean", 16, None, Limits(4096, 32), False, needed, ""))
+    assert found is not None
+    assert list(found.values())[:4] == [8.0, 8.5, 9.0, 10.0]
+    assert "estimated" in found["basis"] and "measured" in found["basis"]
+    unknown = run_record.describe_memory(StepPlan("stock", 16, None, Limits(4096, 0), True, None, ""))
+    assert unknown is not None and list(unknown.values())[:4] == [None, None, 9.0, 10.0]
+
+
+# --- losses that are no numbers
+
+
+@pytest.mark.parametrize("max_grad_norm", [0, 1.0])
+def test_numbers_that_are_none_end_the_run_without_a_spoilt_checkpoint(
+    max_grad_norm: float, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
+) -> None:
+    """Adapters that are scaled by 1e37 change nothing before their first update; its gradient is infinite. Clipped, it would be
+    zero, and the run would go on to its end without learning; not clipped, it spoils the adapters, and a step later the loss."""
+    training = {"max_grad_norm": max_grad_norm, "max_steps": 9}
+    config = tiny_config(training=training, lora={"lora_alpha": 10**38}, checkpoint={"save_steps": 1})
+    assert main(["train", str(config)]) == 2
+    ours = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune: ")]
+    assert ours == [
+        "finetune: the gradient is not finite; resume from the last checkpoint with a lower training.learning_rate"
+    ]
+    run = tmp_path / "runs" / "tiny-001"
+    assert record_of(run)["status"] == "failed"
+    for folder in checkpoint.newest_first(run / "checkpoints"):
+        assert checkpoint.fault(folder) is None
+        assert all(bool(torch.isfinite(value).all()) for value in adapter_values(folder))
+    assert not list((run / "checkpoints").glob("checkpoint-*"))
+    assert not (run / "adapter").exists()
+
+
+def test_the_checkpoint_before_the_fault_is_kept(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    """An adapter that holds an infinite number from the beginning of step 4 on, as an overflow would leave it."""
+    held: list[Any] = []
+    original = train.build_trainer
+
+    def build(*arguments: Any, **more: Any) -> Any:
+        held.append(original(*arguments, **more))
+        return held[0]
+
+    monkeypatch.setattr(train, "build_trainer", build)
+    at_step(4, lambda: held[0].stepper.adapters.parameter.data[:9].fill_(torch.inf), monkeypatch)
+    assert main(["train", str(tiny_config(training={"max_steps": 9}, checkpoint={"save_steps": 1}))]) == 2
+    assert "the loss is not finite; resume from the last checkpoint" in capsys.readouterr().err
+    run = tmp_path / "runs" / "tiny-001"
+    assert record_of(run)["status"] == "failed"
+    assert [folder.name for folder in checkpoint.newest_first(run / "checkpoints")] == ["step-3", "step-2"]
+    assert checkpoint.fault(run / "checkpoints" / "step-3") is None
+
+
+def adapter_values(folder: Path) -> list[Any]:
+    from safetensors.torch import load_file
+
+    return list(load_file(folder / "adapter_model.safetensors").values())
