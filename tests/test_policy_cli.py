@@ -47,7 +47,7 @@ def test_a_dry_run_of_the_cheapest_shows_its_candidates(
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     order = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
-    assert len(order) == 12 and order[0].startswith("1.   T4 spot, n1-highmem-8")
+    assert len(order) == 12 and order[0].startswith("1.   L4 spot, g2-standard-8")
     dollars = [float(line.split()[-1]) for line in order]
     assert dollars == sorted(dollars)
     assert "Considered resources" in done.stdout and "Dryrun finished." in done.stdout
