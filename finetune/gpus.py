@@ -55,7 +55,7 @@ def known_gpu(name: str, compute_capability: tuple[int, int], memory_gib: float)
     the nearest memory: its speed is the best guess."""
     words = name.upper().replace("-", " ").split()
     named = [gpu for key, gpu in GPUS.items() if key.partition("-")[0] in words]
-    older = [gpu for gpu in GPUS.values() if gpu.compute_capability <= compute_capability] or list(GPUS.values())
-    newest = max(gpu.compute_capability for gpu in older)
-    like = named or [gpu for gpu in older if gpu.compute_capability == newest]
+    generations = {gpu.compute_capability for gpu in GPUS.values()}
+    nearest = max((each for each in generations if each <= compute_capability), default=min(generations))
+    like = named or [gpu for gpu in GPUS.values() if gpu.compute_capability == nearest]
     return min(like, key=lambda gpu: abs(gpu.memory_gib - memory_gib))

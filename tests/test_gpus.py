@@ -1,0 +1,29 @@
+"""Which entry of the table a machine's own GPU is, or is most like."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.gpus import known_gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "memory_gib", "expected"),
+    [
+        ("Tesla T4", (7, 5), 14.6, "T4"),
+        ("Tesla V100-SXM2-16GB", (7, 0), 15.8, "V100"),
+        ("NVIDIA L4", (8, 9), 22.2, "L4"),
+        ("NVIDIA A100-SXM4-40GB", (8, 0), 39.5, "A100"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), 79.3, "A100-80GB"),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 79.2, "H100"),
+        ("NVIDIA H200", (9, 0), 139.8, "H100"),
+        ("NVIDIA B200", (10, 0), 180.0, "H100"),
+        ("NVIDIA A10G", (8, 6), 22.1, "A100"),
+        ("NVIDIA L40S", (8, 9), 44.5, "L4"),
+        ("Quadro M4000", (5, 2), 8.0, "V100"),
+    ],
+)
+def test_a_gpu_is_known_by_name_or_taken_for_the_most_like(
+    name: str, capability: tuple[int, int], memory_gib: float, expected: str
+) -> None:
+    assert known_gpu(name, capability, memory_gib).name == expected
