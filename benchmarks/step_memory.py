@@ -1,4 +1,4 @@
-"""Real training steps of `finetune train` on a GPU: their peak memory against finetune/memory.py, and their tokens per second.
+"""Real training steps of the stock layers (training.kernels=stock) on a GPU: memory against finetune/memory.py, and speed.
 
     python -m benchmarks.step_memory /tmp/mistral --dtype bfloat16
 
@@ -24,9 +24,10 @@ from datasets import Dataset
 
 from finetune import memory
 from finetune.callbacks import Throughput
-from finetune.config import LoraSection, ModelSection, QuantizationSection, TrainingSection
+from finetune.config import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection
 from finetune.gpus import GIB
 from finetune.model import Device, attach_lora, choose_device, load_base, load_tokenizer
+from finetune.step_plan import plan_step
 from finetune.trainer import IGNORED, build_trainer, trainer_arguments
 
 ANSWER_TOKENS = 37
@@ -118,12 +119,16 @@ def train(
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=checkpointing,
+        kernels="stock",
     )
+    config = RunConfig(model=ModelSection(name=str(model.config._name_or_path)), training=section)
+    plan = plan_step(config, model, device, lengths)
     throughput = Throughput()
     with tempfile.TemporaryDirectory() as folder:
         training = trainer_arguments(
             section,
             device,
+            plan,
             checkpoints=Path(folder),
             run_name="memory",
             save_steps=10_000,
@@ -131,7 +136,7 @@ def train(
             validates=False,
         )
         training.save_strategy = "no"
-        build_trainer(training, model, tokenizer, examples, None, throughput).train()
+        build_trainer(training, model, tokenizer, examples, None, throughput, section, device, plan).train()
     return throughput
 
 

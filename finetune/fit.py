@@ -15,7 +15,7 @@ from finetune.gpus import GPUS, Gpu
 from finetune.lean_memory import LeanLoad, lean_estimate
 from finetune.memory import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, fits, largest_rows, workload_of
 from finetune.shapes import ModelShape
-from finetune.speed import LeanStep, lean_step_seconds, step_sizes
+from finetune.speed import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
 
 MOST_TOKENS = 32_768
 """More tokens in one micro-batch gain nothing: an H100's matrix products are as fast from 2,000 on."""
@@ -25,9 +25,6 @@ ALIKE = 1.02
 """Times nearer than this factor count as the same: then the larger micro-batch is taken."""
 MARGIN = 0.03
 """Share of a GPU's memory that is left free, for what the estimate does not know."""
-LENGTH_SPREAD = 0.97
-"""Standard deviation of the lengths of text-to-SQL questions over their mean: that of a log-normal distribution with the median
-(223) and 95th percentile (853 tokens) of the benchmarks."""
 USUAL_DEVIATIONS = 1.645
 """So many standard deviations above the mean end 95% of a normal distribution."""
 

@@ -74,11 +74,10 @@ class Group:
         columns = self.r * len(present)
         self.a = torch.empty(columns, first_a.shape[1], dtype=dtype, device=first_a.device)
         self.b = torch.zeros(sum(outputs), columns, dtype=dtype, device=first_a.device)
-        for place, (_, index) in enumerate(present):
-            mine = slice(place * self.r, (place + 1) * self.r)
-            rows = slice(sum(outputs[:index]), sum(outputs[: index + 1]))
-            self._copies += [self.a[mine], self.b[rows, mine]]
         self._blocks = [(sum(outputs[:index]), sum(outputs[: index + 1])) for _, index in present]
+        for place, (begin, end) in enumerate(self._blocks):
+            mine = slice(place * self.r, (place + 1) * self.r)
+            self._copies += [self.a[mine], self.b[begin:end, mine]]
 
     def copies(self) -> tuple[list[Tensor], list[Tensor]]:
         """(where to, where from): what has to be copied after the optimizer has changed the adapters."""

@@ -223,7 +223,7 @@ class Weights:
 
 
 def ops_for(device: torch.device) -> ModuleType:
-    """Triton's operations where it works (compute capability >= 8.0 and Liger installed), else torch's."""
+    """Triton's operations where it works (compute capability >= 8.0 and Triton installed), else torch's."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         try:
             from finetune import lean_triton
