@@ -7,8 +7,8 @@ Every variant is a process that stays loaded; they take turns, round after round
 activations back before the next one's turn. All train the same texts in the same order, 16 an optimizer step, with one recipe.
 A figure is real tokens (prompt and answer, no padding) per second of optimizer steps, data collation included, the GPU waited
 for at the end of each. Thrown away as warm-up: the first steps of a variant (kernels are compiled; --warm-up), and the first of
-its every later turn (its memory is asked for anew). What comes out: OUT/throughput.json, a plot (PNG and SVG), and each
-worker's log.
+its every later turn (caches are cold; its memory it has back by then). What comes out: OUT/throughput.json, a plot (PNG and
+SVG), and each worker's log.
 
 Unsloth's versions exclude the newest stack, so it usually needs an environment of its own: --unsloth-python, or --unsloth-path
 for folders in front of this environment's packages. Where the package flash_attn is missing it gets the same kernel from torch.

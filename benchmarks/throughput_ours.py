@@ -15,6 +15,7 @@ from finetune.config import RunConfig, from_dict
 from finetune.hardware import let_segments_grow
 from finetune.model import attach_lora, choose_device, load_base, load_tokenizer
 from finetune.step_plan import plan_step
+from finetune.train import rehearsal
 from finetune.trainer import build_trainer, trainer_arguments
 
 
@@ -36,6 +37,7 @@ def our_trainer(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple
     tokenizer = load_tokenizer(config.model)
     trainer = build_trainer(arguments, model, tokenizer, examples, None, Throughput(), config.training, device, plan)
     trainer.sampler = InOrder(len(texts.ids))  # type: ignore[assignment]
+    trainer.add_callback(rehearsal(trainer, plan, examples))
     return trainer, str(plan)
 
 

@@ -72,14 +72,14 @@ def serve(kind: str, recipe: Recipe, settings: dict[str, Any], tell: Callable[[d
     texts = make_texts((recipe.steps + SPARE_STEPS) * BATCH, int(config["vocab_size"]), longest, recipe.seed)
     trainer, how = BUILDERS[kind](recipe, settings, texts)
 
-    from benchmarks.throughput_pace import Pace, give_back  # after the builder: Unsloth wants to be imported first
+    from benchmarks.throughput_pace import Pace  # after the builder: Unsloth wants to be imported first
 
     lengths = texts.lengths
-    pace = Pace([sum(lengths[step : step + BATCH]) for step in range(0, len(lengths), BATCH)], tell, hear)
+    tokens = [sum(lengths[step : step + BATCH]) for step in range(0, len(lengths), BATCH)]
     trainer.args.max_steps = recipe.steps + SPARE_STEPS
-    trainer.add_callback(pace)
-    give_back()
-    tell({"ready": environment() | {"how": how, "load_seconds": time.perf_counter() - begun}})
+    trainer.add_callback(
+        Pace(tokens, tell, hear, lambda: environment() | {"how": how, "load_seconds": time.perf_counter() - begun})
+    )
     trainer.train()
     raise RuntimeError("the trainer ended by itself before it was told to")
 

@@ -19,9 +19,10 @@ How wrong it may be. Stock: put back on the H100 it meets the wall time of sixte
 part in it), six of padded TRL in bfloat16 within 6%; our own trainer it takes to be 14% faster than it was on texts of 304 tokens
 (1,711 tokens/s for 1,497), presumably because casts to and from float32 adapters keep the host busy for longer, and 9% slower on
 texts of 224; the same run also differed by up to 1.4 times between machines. Lean: it meets the GPU time of eight measured steps
-within 3% (five of them set its figures). On other GPUs nobody has measured either for us: take it as right within a factor of 2
-either way. Left out: the host's processor (older ones of N1 and A2 machines may launch kernels 1.5 times as slowly), kernels of
-T4 and V100 that are worse than the same ones on an H100, cards that get too warm, and the data loader.
+within 3% (five of them set its figures), and is up to 12% faster than the steps of benchmarks.throughput. On other GPUs nobody
+has measured either for us: take it as right within a factor of 2 either way. Left out: the host's processor (older ones of N1
+and A2 machines may launch kernels 1.5 times as slowly), kernels of T4 and V100 that are worse than the same ones on an H100,
+cards that get too warm, and the data loader.
 """
 
 from __future__ import annotations
@@ -225,18 +226,12 @@ class LeanMeasurement:
     source: str
 
 
-_LEAN_H100 = (
-    "H100 80GB, lean layers in bfloat16, random Mistral-7B weights, texts of 302 tokens on average, 2026-11-22, when the "
-    "optimizer took 45 ms a step that it no longer takes"
-)
-LEAN_MEASURED = tuple(
-    LeanMeasurement("H100", MISTRAL_7B, kept, cached, dropout, 16, 302, tokens_per_second, _LEAN_H100)
-    for kept, cached, dropout, tokens_per_second in (
-        (True, True, False, 14803), (True, True, True, 15042), (True, False, False, 14204), (True, False, True, 13922),
-        (False, False, False, 10714), (False, False, True, 10793), (False, True, True, 11373),
-    )
+LEAN_MEASURED = (
+    LeanMeasurement("H100", MISTRAL_7B, True, True, True, 16, 322, 15409,
+        "H100 80GB, `benchmarks.throughput`, lean layers in bfloat16, random Mistral-7B weights, texts of 322 tokens on average, "
+        "2026-11-23: median of 15,329 to 16,017"),
 )  # fmt: skip
-"""benchmarks/lean_step.py with torch 2.11: medians over 18 steps, each of them one micro-batch of 3,100 to 6,600 tokens."""
+"""docs/performance.md has the table that this row is from, and what other machines did."""
 
 LEAN_HOST, LEAN_HOST_AGAIN = 0.152 / 32, 0.060 / 32
 """Seconds a layer that the host takes to launch a micro-batch (forward 60 ms, backward 92 ms at a tiny size, H100's host), and to

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from finetune import checkpoint, ranks
 from finetune.callbacks import Budget, CommitCheckpoints, History, ProgressBar, Rehearsal, StopSignals, Throughput
@@ -23,7 +24,7 @@ from finetune.run_record import RunRecorder, describe_attempt, new_record
 from finetune.runs import RunFolder, check_name_is_free, create_run
 from finetune.step_plan import StepPlan, plan_step, worst_micro_batch
 from finetune.train_parts import Inputs, Parts, inputs_of, load_parts, price_of, say
-from finetune.trainer import AnswerTrainer, Examples, build_trainer, trainer_arguments
+from finetune.trainer import AnswerTrainer, build_trainer, trainer_arguments
 
 TEMPORARY_ADAPTER = ".adapter.tmp"
 
@@ -142,7 +143,8 @@ def _fit(session: Session) -> int:
     history = History(lambda rows: recorder.progress(trainer.state, throughput, rows, plan, trainer.stepper))
     budget = _budget(config, session.inputs.price, float(recorder.record["wall_seconds"]))
     with StopSignals(say, ranks.any_of) as signals, ProgressBar(history) as bar:
-        for callback in (history, bar, signals, budget, _committer(session), _rehearsal(trainer, plan, parts.train)):
+        first = rehearsal(trainer, plan, parts.train.dataset)
+        for callback in (history, bar, signals, budget, _committer(session), first):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     recorder.progress(trainer.state, throughput, history.rows, plan, trainer.stepper)
@@ -195,19 +197,19 @@ def _trainer(session: Session, plan: StepPlan, throughput: Throughput) -> Answer
     return trainer
 
 
-def _rehearsal(trainer: AnswerTrainer, plan: StepPlan, examples: Examples) -> Rehearsal:
+def rehearsal(trainer: AnswerTrainer, plan: StepPlan, train: Dataset) -> Rehearsal:
     """On a GPU the largest micro-batch comes first, with gradients that are thrown away: memory that does not suffice shows
     after seconds, not after hours."""
     on_cpu = trainer.args.device.type == "cpu"
-    return Rehearsal(lambda: None if on_cpu else _rehearse(trainer, plan, examples))
+    return Rehearsal(lambda: None if on_cpu else _rehearse(trainer, plan, train))
 
 
-def _rehearse(trainer: AnswerTrainer, plan: StepPlan, examples: Examples) -> None:
+def _rehearse(trainer: AnswerTrainer, plan: StepPlan, train: Dataset) -> None:
     worst = worst_micro_batch(
-        examples.dataset["length"], plan.limits, plan.rows, questions=plan.questions, padded=plan.path == "stock"
+        train["length"], plan.limits, plan.rows, questions=plan.questions, padded=plan.path == "stock"
     )
     trainer.model.train()
-    trainer.stepper.rehearse([examples.dataset[index] for index in worst])
+    trainer.stepper.rehearse([train[index] for index in worst])
 
 
 def _budget(config: RunConfig, price: MachinePrice | None, seconds_before: float) -> Budget:

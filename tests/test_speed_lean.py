@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune.gpus import GPUS
 from finetune.memory import SHAPES
-from finetune.speed import LEAN_MEASURED, LEAN_STEP, LeanStep, lean_gpu_seconds, lean_speed, lean_step_seconds
+from finetune.speed import LEAN_STEP, LeanStep, lean_gpu_seconds, lean_speed, lean_step_seconds
 
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
 H100 = GPUS["H100"]
@@ -36,28 +36,46 @@ def test_lean_gpu_time_agrees_with_eight_profiled_steps(
     assert 1e3 * lean_gpu_seconds(gpu, MISTRAL, 4696, step) == pytest.approx(milliseconds, rel=0.03)
 
 
-@pytest.mark.parametrize("row", LEAN_MEASURED, ids=lambda row: f"{row.kept}-{row.cached}-{row.dropout}")
-def test_lean_estimates_meet_the_measured_steps_with_the_optimizer_of_that_day(row: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("kept", "cached", "dropout", "tokens_per_second"),
+    [
+        (32, 32, False, 14803), (32, 32, True, 15042), (32, 0, False, 14204), (32, 0, True, 13922), (0, 0, False, 10714),
+        (0, 0, True, 10793), (0, 32, True, 11373),
+    ],
+)  # fmt: skip
+def test_lean_estimates_meet_whole_steps_of_lean_step(
+    kept: int, cached: int, dropout: bool, tokens_per_second: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/lean_step.py on one H100, 2026-11-22, when the optimizer took 45 ms more and the last layer had all its rows."""
     monkeypatch.setattr("finetune.speed.LEAN_MEASURED", ())
     monkeypatch.setattr("finetune.speed.LEAN_STEP", LEAN_STEP + 0.045)
-    step = replace(STEP, kept_layers=32 * row.kept, cached_layers=32 * row.cached, dropout=row.dropout, labelled=1.0)
-    speed = lean_speed(H100, MISTRAL, step)
+    speed = lean_speed(
+        H100, MISTRAL, replace(STEP, kept_layers=kept, cached_layers=cached, dropout=dropout, labelled=1.0)
+    )
     assert speed.basis == "estimated" and "H100's lean step (2026-11)" in speed.source
-    assert speed.tokens_per_second == pytest.approx(row.tokens_per_second, rel=0.03)
+    assert speed.tokens_per_second == pytest.approx(tokens_per_second, rel=0.03)
+
+
+@pytest.mark.parametrize(("kept", "cached", "measured"), [(32, 32, 15409), (5, 0, 10897)])
+def test_lean_estimates_beside_the_throughput_benchmark(
+    kept: int, cached: int, measured: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One H100, 2026-11-23. What the trainer does around its passes is not in the estimate, which is up to 12% too fast."""
+    monkeypatch.setattr("finetune.speed.LEAN_MEASURED", ())
+    step = replace(STEP, mean_tokens=322, tokens=6075, kept_layers=kept, cached_layers=cached)
+    assert 1.0 < lean_speed(H100, MISTRAL, step).tokens_per_second / measured < 1.15
 
 
 def test_lean_steps_on_an_h100_are_measured_and_say_under_which_conditions() -> None:
     speed = lean_speed(H100, MISTRAL, STEP)
-    assert (speed.tokens_per_second, speed.basis) == (15042, "measured")
-    assert "H100 80GB, lean layers in bfloat16, random" in speed.source and "2026-11-22" in speed.source
-    assert lean_speed(H100, MISTRAL, replace(STEP, kept_layers=0, cached_layers=0)).tokens_per_second == 10793
-    assert lean_speed(H100, MISTRAL, replace(STEP, dropout=False, cached_layers=0)).tokens_per_second == 14204
+    assert (speed.tokens_per_second, speed.basis) == (15409, "measured")
+    assert "H100 80GB" in speed.source and "random" in speed.source and "2026-11-23" in speed.source
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kept_layers": 31}, {"cached_layers": 16}, {"questions": 8}, {"mean_tokens": 340}, {"tokens": 4000}, {"rows": 4},
+        {"kept_layers": 31}, {"cached_layers": 16}, {"questions": 8}, {"mean_tokens": 360}, {"tokens": 4000}, {"rows": 4},
         {"kept_layers": 0, "dropout": False}, {"four_bit": False},
     ],
 )  # fmt: skip
