@@ -51,7 +51,12 @@ def impossible_values(config: RunConfig) -> list[str]:
         (0 <= t.warmup_ratio < 1, "training.warmup_ratio: expected 0 <= ratio < 1"),
         (t.logging_steps >= 1, "training.logging_steps: expected at least 1"),
         (t.eval_steps >= 0, "training.eval_steps: expected 0 (never) or more"),
-        (c.checkpoint.save_steps >= 1, "checkpoint.save_steps: expected at least 1"),
+        (
+            c.checkpoint.every_minutes is None or 0 < c.checkpoint.every_minutes < math.inf,
+            "checkpoint.every_minutes: expected more than 0",
+        ),
+        (c.checkpoint.save_steps is None or c.checkpoint.save_steps >= 1, "checkpoint.save_steps: expected at least 1"),
+        (c.checkpoint.keep_every is None or c.checkpoint.keep_every >= 1, "checkpoint.keep_every: expected at least 1"),
         (c.checkpoint.keep_last >= 1, "checkpoint.keep_last: expected at least 1"),
         (c.evaluation.batch_size >= 1, "evaluation.batch_size: expected at least 1"),
         (c.evaluation.max_new_tokens >= 1, "evaluation.max_new_tokens: expected at least 1"),

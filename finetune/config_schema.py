@@ -100,8 +100,12 @@ class TrainingSection:
 
 @dataclass
 class CheckpointSection:
-    save_steps: int = 100  # optimizer steps between two checkpoints; one more is saved at the end
+    """Whichever of the two intervals is over first; one more is saved at the end."""
+
+    every_minutes: float | None = 10.0  # of training between two checkpoints: what a preemption may cost; null: by steps alone
+    save_steps: int | None = None  # optimizer steps between two checkpoints; null: by the clock alone
     keep_last: int = 2
+    keep_every: int | None = None  # every so many checkpoints one is kept for good; null: none
 
 
 @dataclass
@@ -110,7 +114,7 @@ class BudgetSection:
         None  # price of the whole machine; a machine that SkyPilot started for us knows its own
     )
     max_run_usd: float | None = None  # needs a price
-    max_hours: float | None = None  # wall-clock hours of training
+    max_hours: float | None = None  # of machine time, all attempts together, boot and set-up of a rented machine included
 
 
 @dataclass
