@@ -131,11 +131,8 @@ def train(
             plan,
             checkpoints=Path(folder),
             run_name="memory",
-            save_steps=10_000,
-            report_to=[],
             validates=False,
         )
-        training.save_strategy = "no"
         build_trainer(training, model, tokenizer, examples, None, throughput, section, device, plan).train()
     return throughput
 

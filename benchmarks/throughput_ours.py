@@ -10,12 +10,12 @@ from typing import Any
 from datasets import Dataset
 
 from benchmarks.throughput_recipe import BATCH, Recipe, Texts
-from finetune.callbacks import Throughput
+from finetune.callbacks import BeforeFirstStep, Throughput
 from finetune.config import RunConfig, from_dict
 from finetune.hardware import let_segments_grow
 from finetune.model import attach_lora, choose_device, load_base, load_tokenizer
 from finetune.step_plan import plan_step
-from finetune.train import rehearsal
+from finetune.train import rehearse
 from finetune.trainer import build_trainer, trainer_arguments
 
 
@@ -29,15 +29,13 @@ def our_trainer(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple
     model = attach_lora(base, config.lora)
     plan = plan_step(config, model, device, texts.lengths)
     arguments = trainer_arguments(
-        config.training, device, plan, checkpoints=Path(tempfile.mkdtemp()), run_name="throughput", save_steps=10**9,
-        report_to=[], validates=False,
-    )  # fmt: skip
-    arguments.save_strategy = "no"
+        config.training, device, plan, checkpoints=Path(tempfile.mkdtemp()), run_name="throughput", validates=False
+    )
     examples = Dataset.from_dict(texts.columns() | {"length": texts.lengths})
     tokenizer = load_tokenizer(config.model)
     trainer = build_trainer(arguments, model, tokenizer, examples, None, Throughput(), config.training, device, plan)
     trainer.sampler = InOrder(len(texts.ids))  # type: ignore[assignment]
-    trainer.add_callback(rehearsal(trainer, plan, examples))
+    trainer.add_callback(BeforeFirstStep(lambda: rehearse(trainer, plan, examples)))
     return trainer, str(plan)
 
 

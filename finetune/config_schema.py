@@ -102,7 +102,9 @@ class TrainingSection:
 class CheckpointSection:
     """Whichever of the two intervals is over first; one more is saved at the end."""
 
-    every_minutes: float | None = 10.0  # of training between two checkpoints: what a preemption may cost; null: by steps alone
+    every_minutes: float | None = (
+        10.0  # of training between two checkpoints: what a preemption may cost; null: by steps alone
+    )
     save_steps: int | None = None  # optimizer steps between two checkpoints; null: by the clock alone
     keep_last: int = 2
     keep_every: int | None = None  # every so many checkpoints one is kept for good; null: none
@@ -114,7 +116,9 @@ class BudgetSection:
         None  # price of the whole machine; a machine that SkyPilot started for us knows its own
     )
     max_run_usd: float | None = None  # needs a price
-    max_hours: float | None = None  # of machine time, all attempts together, boot and set-up of a rented machine included
+    max_hours: float | None = (
+        None  # of machine time, all attempts together, boot and set-up of a rented machine included
+    )
 
 
 @dataclass

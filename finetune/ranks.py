@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -69,13 +69,29 @@ def wait() -> None:
 
 def any_of(flag: bool) -> bool:
     """Whether the flag is set on one of the ranks. A few tenths of a millisecond on one host: it goes by the CPU."""
+    return any_of_each([flag])[0]
+
+
+def any_of_each(flags: Sequence[bool]) -> list[bool]:
+    """`any_of` for each of several flags at once."""
     if count() == 1:
-        return flag
+        return list(flags)
     import torch
 
-    shared = torch.tensor(int(flag))
+    shared = torch.tensor([int(flag) for flag in flags])
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-    return bool(shared)
+    return [bool(flag) for flag in shared]
+
+
+def to_first(value: Value) -> list[Value] | None:
+    """The values of all ranks, in their order, on rank 0; None on the others. They must be something that can be pickled."""
+    if count() == 1:
+        return [value]
+    import torch
+
+    values: list[Any] | None = [None] * count() if first() else None
+    torch.distributed.gather_object(value, values, dst=0)
+    return values
 
 
 def from_first(make: Callable[[], Value]) -> Value:
@@ -195,6 +211,13 @@ def _publish(watch: _Watch, error: BaseException) -> dict[str, Any]:
     with suppress(RuntimeError):  # the store has gone with the process that kept it
         mine = json.loads(watch.store.compare_set(FAILED, "", json.dumps(mine)))
     return mine
+
+
+def end_all(message: str, code: int) -> None:
+    """Let the other ranks, which may wait for this one for ever, end with that exit code; this one ends by itself."""
+    if _watch:
+        with suppress(RuntimeError):
+            _watch.store.compare_set(FAILED, "", json.dumps({"rank": rank(), "message": message, "code": code}))
 
 
 def _end_of_failed(error: BaseException) -> None:

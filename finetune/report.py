@@ -17,7 +17,7 @@ from pathlib import Path
 
 from finetune.files import write_json, write_text
 from finetune.report_plots import counts, draw_plots, group_bars
-from finetune.report_source import Json, Source, dig, memory_lines, number, read_run
+from finetune.report_source import Json, Source, attempt_rows, dig, memory_lines, number, read_run, spending_lines
 
 EXAMPLES = 4  # shown of each kind
 MOST_CHARACTERS = 600  # shown of one answer; a base model may ramble on for pages
@@ -287,6 +287,8 @@ def render(source: Source, summary: Json) -> dict[str, str]:
         "significance": significance(source),
         "caveats": caveats(source),
         "memory": memory_lines(source.run),
+        "spending": spending_lines(source.run),
+        "attempts": attempt_rows(source.run),
         "yaml": lambda value: OmegaConf.to_yaml(OmegaConf.create(value)),
     }
     names = ("report.html", "report.md")

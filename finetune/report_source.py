@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from finetune.records import read_lines
 
 Json = dict[str, Any]
 
+UNKNOWN = "–"
 OUTCOMES = ("won", "lost", "both", "neither")
 
 
@@ -54,8 +56,9 @@ def read_run(run_dir: Path) -> Source:
     Raises UserError where run.json is missing, or where one of them is broken or not as its writer writes it.
     """
     run = read_json(run_dir / "run.json", "finetune train CONFIG")
-    if not _is_list_of(run.get("history") or [], dict):
-        raise UserError(f"{run_dir / 'run.json'}: history: expected a list of objects")
+    for key in ("history", "attempt_log"):
+        if not _is_list_of(run.get(key) or [], dict):
+            raise UserError(f"{run_dir / 'run.json'}: {key}: expected a list of objects")
     path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
     evaluation = read_json(path, command) if path.exists() else {}
     if problem := _evaluation_problem(evaluation):
@@ -135,6 +138,70 @@ def memory_lines(run: Json) -> list[tuple[str, str]]:
             off = predicted / measured - 1
             lines.append((label, f"{predicted:.2f} GiB estimated, {measured:.2f} GiB measured ({off:+.1%})"))
     return lines
+
+
+def spending_lines(run: Json) -> list[tuple[str, str]]:
+    """(what, spent of ceiling) for dollars and hours of all attempts, and what the whole run would come to at this pace; empty
+    for a run that has not recorded it."""
+    lines = []
+    for label, key, form in (("Dollars", "usd", "${:,.2f}"), ("Hours", "hours", "{:,.2f} h")):
+        spent, ceiling = number(run, f"spending.{key}"), number(run, f"spending.ceiling_{key}")
+        if spent is not None:
+            of = f"of {form.format(ceiling)} ({spent / ceiling:.0%})" if ceiling else "no ceiling"
+            lines.append((label, f"{form.format(spent)} spent, {of}"))
+    projected = number(run, "spending.projected_usd")
+    if projected is not None:
+        lines.append(("Projected", f"${projected:,.2f} for the whole run (estimated)"))
+    basis = dig(run, "spending.basis")
+    return [*lines, ("Basis", str(basis))] if lines and basis else lines
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of the run as text, "–" where it is not known: what it ran on, from which step to which, for how long, for how
+    much, and how it ended."""
+
+    number: str
+    started: str
+    machine: str
+    zone: str
+    steps: str
+    hours: str
+    price: str
+    usd: str
+    end: str
+
+
+def attempt_rows(run: Json) -> list[Attempt]:
+    """From the run's attempt_log; empty for a run that has none."""
+    return [_attempt(entry) for entry in run.get("attempt_log") or []]
+
+
+def _attempt(entry: Json) -> Attempt:
+    spot = entry.get("spot")
+    kind = ("spot" if spot else "on-demand") if isinstance(spot, bool) else None
+    machine = ", ".join(str(part) for part in (entry.get("gpu"), entry.get("machine"), kind) if part)
+    steps = [entry.get("from_step"), entry.get("to_step")]
+    return Attempt(
+        number=_or_dash(entry.get("attempt")),
+        started=re.sub(r"T(\d\d:\d\d).*(\+00:00|Z)$", r" \1", _or_dash(entry.get("started_at"))),
+        machine=machine or UNKNOWN,
+        zone=_or_dash(entry.get("zone")),
+        steps=" to ".join(_or_dash(step) for step in steps) if any(step is not None for step in steps) else UNKNOWN,
+        hours=_figure(entry, "hours", "{:,.2f}"),
+        price=_figure(entry, "usd_per_hour", "${:,.2f}"),
+        usd=_figure(entry, "usd", "${:,.2f}"),
+        end=_or_dash(entry.get("reason")),
+    )
+
+
+def _or_dash(value: Any) -> str:
+    return UNKNOWN if value is None else str(value)
+
+
+def _figure(entry: Json, key: str, form: str) -> str:
+    value = number(entry, key)
+    return UNKNOWN if value is None else form.format(value)
 
 
 def _read_rows(path: Path, command: str) -> list[Json]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 
 from finetune import ranks
 from finetune.callbacks import Throughput
-from finetune.cloud.instance import MachinePrice
 from finetune.config import RunConfig, config_hash, to_dict
 from finetune.data import Prepared
 from finetune.hardware import detect
@@ -22,6 +22,8 @@ from finetune.model import Device, parameter_counts
 from finetune.prompts import PromptTemplate
 from finetune.records import SPLITS
 from finetune.runs import RunFolder, git_state, package_versions, utc_now
+from finetune.snapshots import Saves
+from finetune.spending import Spending
 from finetune.step_plan import StepPlan
 from finetune.stepper import Stepper
 
@@ -33,6 +35,7 @@ def new_record(
     commit, dirty = git_state()
     return {
         "status": "running",
+        "run_id": uuid.uuid4().hex,
         "run_name": run.path.name,
         "started_at": utc_now(),
         "ended_at": None,
@@ -123,21 +126,19 @@ class RunRecorder:
     Of several ranks only the first writes the file.
     """
 
-    def __init__(self, run: RunFolder, record: dict[str, Any], price: MachinePrice | None, began: float) -> None:
+    def __init__(self, run: RunFolder, record: dict[str, Any], spending: Spending, began: float) -> None:
         self.record = record
-        self._run, self._price = run, price
+        self._run, self._spending = run, spending
         self._seconds_before = float(record.get("wall_seconds") or 0.0)  # of earlier attempts
         self._began = began
+        self._reason: str | None = None
 
     def write(self, **values: Any) -> None:
         """Add values, bring time and dollars up to date, write run.json."""
-        seconds = self._seconds_before + time.monotonic() - self._began
-        self.record.update(values, wall_seconds=round(seconds, 1), spent_usd=None, spent_basis=None)
-        if self._price is not None:
-            self.record["spent_usd"] = round(seconds / 3600 * self._price.usd_per_hour, 4)
-            self.record["spent_basis"] = (
-                f"measured hours of training x ${self._price.usd_per_hour:g}/h ({self._price.basis})"
-            )
+        seconds = time.monotonic() - self._began
+        self.record.update(
+            values, wall_seconds=round(self._seconds_before + seconds, 1), **self._spending.record(self._reason)
+        )
         if ranks.first():
             self._run.write_record(self.record)
 
@@ -145,7 +146,13 @@ class RunRecorder:
         self.write(step=describe_step(plan), memory=describe_memory(plan))
 
     def progress(
-        self, state: Any, throughput: Throughput, history: list[dict[str, Any]], plan: StepPlan, stepper: Stepper
+        self,
+        state: Any,
+        throughput: Throughput,
+        history: list[dict[str, Any]],
+        plan: StepPlan,
+        stepper: Stepper,
+        saves: Saves,
     ) -> None:
         """Write steps, tokens, speed, memory and losses as the trainer's state and its stepper have them."""
         losses = [row["loss"] for row in history if "loss" in row]
@@ -158,6 +165,7 @@ class RunRecorder:
             tokens_per_second=throughput.per_second() or self.record.get("tokens_per_second"),
             step=describe_step(plan, stepper),
             memory=describe_memory(plan),
+            saves=saves.to_dict(throughput.wall_seconds()),
             peak_memory_gib=_higher(peak_memory(), self.record.get("peak_memory_gib")),
             losses={
                 "first": losses[0] if losses else None,
@@ -168,6 +176,7 @@ class RunRecorder:
         )
 
     def close(self, status: str) -> None:
+        self._reason = status
         self.write(status=status, ended_at=utc_now())
 
 

@@ -3,6 +3,7 @@
 runs/<name>/config.yaml        the resolved config, complete in itself
             run.json           the run record: written at the start, at every log, and at the end
             checkpoints/step-N/
+            ledger/            what each attempt has cost
             adapter/           the trained adapter, tokenizer and prompt.json
             tensorboard/
             eval.json, eval/<model>.jsonl
@@ -45,6 +46,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger"
 
     @property
     def adapter(self) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from finetune import ranks
+from finetune import ranks, rng
 from finetune.batching import micro_batches, share
 from finetune.errors import UserError
 from finetune.fit import Limits
@@ -110,10 +110,15 @@ class Stepper:
         self.adapters = adapters
         self.out_of_memory = 0
         self.watch = LossWatch(skips_bad_steps)
+        self.between: Callable[[], None] = lambda: None
+        """Called before every micro-batch of a step; what it raises ends the step."""
+        self.rng_before: rng.States = {}
+        """Random states at the beginning of the step in progress."""
         self._backward, self._say = backward, say
 
     def run(self, step: Step) -> Tensor:
         """Gradients of the whole step in the parameters, over all GPUs; returns the step's loss, detached."""
+        self.rng_before = rng.capture()
         loss = self._pieces(step)
         self.watch.check()  # of the step before, now that the GPU has this one to do
         while loss is None:
@@ -139,6 +144,7 @@ class Stepper:
         self.path.begin()
         try:
             for examples in self._micro_batches(step.mine):
+                self.between()
                 loss = self.path.loss(examples, step.labelled, self.limits)
                 self._backward(loss)
                 total += loss.detach()

@@ -2,183 +2,165 @@
 
 from __future__ import annotations
 
-import errno
-import os
+import json
 import shutil
 import time
-from dataclasses import dataclass, replace
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 
-from finetune import checkpoint, ranks
-from finetune.callbacks import Budget, CommitCheckpoints, History, ProgressBar, Rehearsal, StopSignals, Throughput
-from finetune.cloud.instance import MachinePrice
+from finetune import ranks
+from finetune.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
+from finetune.checkpoint import read_manifest
 from finetune.config import RunConfig, config_hash, to_dict
-from finetune.credentials import wandb_key_present
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
-from finetune.files import disk_error
+from finetune.proof import check_resumed
 from finetune.run_record import RunRecorder, describe_attempt, new_record
 from finetune.runs import RunFolder, check_name_is_free, create_run
+from finetune.saver import Committed, Saver
+from finetune.snapshots import WINDOW, Snapshots, scratch_folder
+from finetune.spending import Spending
 from finetune.step_plan import StepPlan, plan_step, worst_micro_batch
-from finetune.train_parts import Inputs, Parts, inputs_of, load_parts, price_of, say
+from finetune.stopping import EndOfStep, StepAbandoned, Stop, StopSignals
+from finetune.tracking import trackers
+from finetune.train_end import adapter_from, foreseeable, remove_halves, save_adapter, tell_end
+from finetune.train_parts import Inputs, Parts, inputs_of, load_parts, say
+from finetune.train_resume import check_same_steps, check_unfinished, newest_checkpoint, store_of
 from finetune.trainer import AnswerTrainer, build_trainer, trainer_arguments
-
-TEMPORARY_ADAPTER = ".adapter.tmp"
 
 
 @dataclass(frozen=True)
 class Session:
-    """What one attempt of a run works with."""
+    """What one attempt of a run works with. resume_from: the checkpoint that it goes on from."""
 
     run: RunFolder
     inputs: Inputs
-    parts: Parts
     recorder: RunRecorder
+    spending: Spending
+    stop: Stop
     resume_from: Path | None = None
+
+    @property
+    def attempt(self) -> int:
+        return int(self.recorder.record["attempts"])
 
 
 def start(config: RunConfig, config_file: Path) -> int:
     """Begin a new run in a new folder; returns the exit code. Under torchrun every process calls it.
 
-    Raises UserError for what no run can begin with; the folder is made after everything is loaded, so none is left behind.
+    Raises UserError for what no run can begin with; then no folder is left behind.
     """
     began = time.monotonic()
     with ranks.together():
         ranks.from_first(lambda: check_name_is_free(config.training))
         inputs = inputs_of(config)
-        parts = load_parts(inputs)
         run = ranks.from_first(lambda: create_run(config, config_file))
         record = new_record(run, config, config_file, inputs.data, inputs.template)
-        return _attempt(Session(run, inputs, parts, RunRecorder(run, record, inputs.price, began)))
+        return _attempt(run, inputs, ranks.from_first(lambda: record), None, began)
 
 
 def resume(run: RunFolder) -> int:
     """Go on with a run from its newest valid checkpoint, with the config in its folder; returns the exit code.
 
-    Budget, tracking, checkpointing, evaluation and the place of the data may have been changed there since. Raises UserError
-    for other changes, for other data, and for a run that is done or has no budget left.
+    `resume_rules` says what may have been changed there since. Raises UserError for other changes, for other data, and for a run
+    that is done or has no budget left.
     """
     began = time.monotonic()
     with ranks.together():
         config, record = ranks.from_first(lambda: (run.config(), run.record()))
-        _check_unfinished(run, config, record)
+        check_unfinished(run, record)
         inputs = inputs_of(config)
-        found = ranks.from_first(lambda: _newest_checkpoint(run, inputs))
-        parts = load_parts(inputs)
+        store = store_of(run, config, record["run_id"])
+        path = record.get("step", {}).get("path")
+        found = ranks.from_first(lambda: newest_checkpoint(run, store, config, inputs.data, path))
         record.update(attempts=record.get("attempts", 1) + 1, config=to_dict(config), config_hash=config_hash(config))
-        return _attempt(Session(run, inputs, parts, RunRecorder(run, record, inputs.price, began), found))
+        return _attempt(run, inputs, record, found, began)
 
 
-def _check_unfinished(run: RunFolder, config: RunConfig, record: dict[str, Any]) -> None:
-    if record.get("status") == "done":
-        raise UserError(
-            f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`"
-        )
-    spent = float(record["wall_seconds"])
-    if record.get("status") == "budget_stop" and _budget(config, price_of(config.budget), spent).seconds <= 0:
-        raise UserError(
-            f"{run.path}: the budget of this run is used up; raise budget.max_hours or budget.max_run_usd in "
-            f"{run.config_yaml} to go on with it"
-        )
-
-
-def _newest_checkpoint(run: RunFolder, inputs: Inputs) -> Path | None:
-    """The checkpoint to go on from; what stands in its way is put aside or, where it is half a save, removed."""
-    found, passed_over = checkpoint.latest_valid(run.checkpoints)
-    if found:
-        hashes = {"config_hash": _deciding_hash(inputs.config), "data_hash": inputs.data.manifest_hash}
-        checkpoint.check_same_run(found, **hashes)
-    try:
-        for item in passed_over:
-            say(f"passed over {item.folder}: {item.reason}")
-            checkpoint.put_aside(item.folder)
-        checkpoint.remove_leftovers(run.checkpoints)
-    except OSError as error:
-        raise disk_error(error, run.checkpoints) from error
-    say(f"resuming from {found}" if found else f"{run.path}: no checkpoint to go on from, starting from the beginning")
-    return found
-
-
-def _deciding_hash(config: RunConfig) -> str:
-    """Hash of the part of a config that decides the weights; the rest may change from one attempt to the next. The data
-    have a hash of their own, so that they may lie elsewhere."""
-    blank = RunConfig()
-    return config_hash(
-        replace(
-            config,
-            data=blank.data,
-            checkpoint=blank.checkpoint,
-            budget=blank.budget,
-            tracking=blank.tracking,
-            evaluation=blank.evaluation,
-            plan=blank.plan,
-        )
-    )
-
-
-def _attempt(session: Session) -> int:
-    recorder, inputs, parts = session.recorder, session.inputs, session.parts
+def _attempt(run: RunFolder, inputs: Inputs, record: dict[str, Any], found: Path | None, began: float) -> int:
+    stop = Stop(say)
+    step = read_manifest(found)["step"] if found else 0
+    spending = Spending(run, inputs.config, inputs.price, stop, attempt=int(record["attempts"]), step=step)
+    recorder, before = RunRecorder(run, record, spending, began), record.get("status")
+    session = Session(run, inputs, recorder, spending, stop, found)
     ranks.on_failure(lambda: _close_failed(session, RuntimeError()))
-    used = {"train": len(parts.train.dataset), "val": len(parts.validation.dataset)}
-    recorder.record["data"].update(path=inputs.config.data.output_dir, used=used)
+    if refusal := spending.nothing_left():
+        return _refused(session, refusal, stopped_before=before == "budget_stop")
     try:
-        recorder.write(status="running", ended_at=None, **describe_attempt(inputs.config, inputs.device, parts.model))
-        return _fit(session)
+        with spending.metered(hard_stop=lambda: recorder.close("budget_stop")):
+            recorder.write(status="running", ended_at=None)
+            return _fit(session, load_parts(inputs))
     except BaseException as error:
-        foreseeable = _foreseeable(error, session.run.path)
+        expected = foreseeable(error, run.path)
         _close_failed(session, error)
-        if foreseeable:
-            raise foreseeable from error
+        if expected:
+            raise expected from error
         raise
 
 
-def _fit(session: Session) -> int:
-    config, parts, recorder = session.inputs.config, session.parts, session.recorder
-    plan = _plan(session)
+def _fit(session: Session, parts: Parts) -> int:
+    inputs, recorder, run = session.inputs, session.recorder, session.run
+    _describe(session, parts)
+    plan = _plan(session, parts)
     throughput = Throughput()
-    trainer = _trainer(session, plan, throughput)
-    history = History(lambda rows: recorder.progress(trainer.state, throughput, rows, plan, trainer.stepper))
-    budget = _budget(config, session.inputs.price, float(recorder.record["wall_seconds"]))
-    with StopSignals(say, ranks.any_of) as signals, ProgressBar(history) as bar:
-        first = rehearsal(trainer, plan, parts.train.dataset)
-        for callback in (history, bar, signals, budget, _committer(session), first):
+    trainer = _trainer(session, parts, plan, throughput)
+    trainer.more_logs = session.spending.series  # type: ignore[method-assign]
+    ends = EndOfStep(
+        session.stop,
+        save_steps=inputs.config.checkpoint.save_steps,
+        every_minutes=inputs.config.checkpoint.every_minutes,
+    )
+    trainer.stepper.between = ends.abandon_if_too_late
+    saver = _saver(session) if ranks.first() else None
+    snapshots = Snapshots(trainer, saver, run, inputs.config, inputs.data, inputs.template, session.attempt)
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        recorder.progress(trainer.state, throughput, rows, plan, trainer.stepper, snapshots.saves)
+
+    history = History(write)
+    session.spending.follow(lambda: (trainer.state.global_step, trainer.state.max_steps), throughput)
+    with StopSignals(session.stop), ProgressBar(history, session.spending.short) as bar, session.spending.notices():
+        tracking = trackers(inputs.config.tracking, run.path, run.path.name, _step_of(session), say)
+        for callback in (*tracking, history, bar, ends, snapshots, _before(session, trainer, plan)):
             trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
-    recorder.progress(trainer.state, throughput, history.rows, plan, trainer.stepper)
-    return _finish(session, trainer, budget)
+        with closing(saver) if saver else nullcontext():
+            _train(session, trainer, snapshots)
+            if saver:
+                _committed(session, saver, snapshots)
+    with suppress(OSError):
+        Path(trainer.args.output_dir).rmdir()  # unless a snapshot is kept in it
+    write(history.rows)
+    return _finish(session, trainer, parts, ends)
 
 
-def _plan(session: Session) -> StepPlan:
+def _describe(session: Session, parts: Parts) -> None:
+    inputs = session.inputs
+    used = {"train": len(parts.train.dataset), "val": len(parts.validation.dataset)}
+    session.recorder.record["data"].update(path=inputs.config.data.output_dir, used=used)
+    session.recorder.write(**describe_attempt(inputs.config, inputs.device, parts.model))
+
+
+def _plan(session: Session, parts: Parts) -> StepPlan:
     """How a step is computed on this GPU; its questions may not change from one attempt to the next."""
     inputs, record = session.inputs, session.recorder.record
-    lengths = session.parts.train.dataset["length"]
-    plan = plan_step(inputs.config, session.parts.model, inputs.device, lengths, gpus=ranks.count())
-    before = record.get("step", {}).get("questions")
-    if session.resume_from and before not in (None, plan.questions):
-        raise UserError(
-            f"{session.run.path}: began with {before} questions a step, and {ranks.count()} GPUs make it {plan.questions}; go on "
-            "with as many GPUs as it began with"
-        )
+    plan = plan_step(inputs.config, parts.model, inputs.device, parts.train.dataset["length"], gpus=ranks.count())
+    if session.resume_from:
+        check_same_steps(session.run, inputs.config, plan, record.get("step", {}))
     say(str(plan) if ranks.count() == 1 else f"{ranks.count()} processes, each with {plan}")
     session.recorder.planned(plan)
     return plan
 
 
-def _trainer(session: Session, plan: StepPlan, throughput: Throughput) -> AnswerTrainer:
-    config, parts, device = session.inputs.config, session.parts, session.inputs.device
+def _trainer(session: Session, parts: Parts, plan: StepPlan, throughput: Throughput) -> AnswerTrainer:
+    config, device = session.inputs.config, session.inputs.device
     validates = bool(config.training.eval_steps and len(parts.validation.dataset))
+    scratch = ranks.from_first(lambda: scratch_folder(session.recorder.record["run_id"]))
     arguments = trainer_arguments(
-        config.training,
-        device,
-        plan,
-        checkpoints=session.run.checkpoints,
-        run_name=session.run.path.name,
-        save_steps=config.checkpoint.save_steps,
-        report_to=_report_to(session),
-        validates=validates,
+        config.training, device, plan, checkpoints=scratch, run_name=session.run.path.name, validates=validates
     )
     trainer = build_trainer(
         arguments,
@@ -197,14 +179,37 @@ def _trainer(session: Session, plan: StepPlan, throughput: Throughput) -> Answer
     return trainer
 
 
-def rehearsal(trainer: AnswerTrainer, plan: StepPlan, train: Dataset) -> Rehearsal:
-    """On a GPU the largest micro-batch comes first, with gradients that are thrown away: memory that does not suffice shows
-    after seconds, not after hours."""
-    on_cpu = trainer.args.device.type == "cpu"
-    return Rehearsal(lambda: None if on_cpu else _rehearse(trainer, plan, train))
+def _saver(session: Session) -> Saver:
+    store = store_of(session.run, session.inputs.config, session.recorder.record["run_id"])
+
+    def committed(done: Committed) -> None:
+        session.stop.save_took(done.seconds)
+        session.spending.note("commit", step=done.step, seconds=round(done.seconds, 3), bytes=done.bytes)
+
+    return Saver(store, say, committed)
 
 
-def _rehearse(trainer: AnswerTrainer, plan: StepPlan, train: Dataset) -> None:
+def _before(session: Session, trainer: AnswerTrainer, plan: StepPlan) -> BeforeFirstStep:
+    """Before the first step: what was loaded is proven to be what trains, and on a GPU the largest micro-batch is tried."""
+
+    def go_on() -> None:
+        if session.resume_from:
+            check_resumed(trainer, session.resume_from)
+            trainer.go_on_with_window(json.loads((session.resume_from / WINDOW).read_text(encoding="utf-8")))
+
+    actions = [go_on]
+    if rehearses(trainer.args.device):
+        actions.append(lambda: rehearse(trainer, plan, trainer.train_dataset))
+    return BeforeFirstStep(*actions)
+
+
+def rehearses(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def rehearse(trainer: AnswerTrainer, plan: StepPlan, train: Dataset) -> None:
+    """The largest micro-batch comes first, with gradients that are thrown away: memory that does not suffice shows after
+    seconds, not after hours."""
     worst = worst_micro_batch(
         train["length"], plan.limits, plan.rows, questions=plan.questions, padded=plan.path == "stock"
     )
@@ -212,93 +217,80 @@ def _rehearse(trainer: AnswerTrainer, plan: StepPlan, train: Dataset) -> None:
     trainer.stepper.rehearse([train[index] for index in worst])
 
 
-def _budget(config: RunConfig, price: MachinePrice | None, seconds_before: float) -> Budget:
-    return Budget(
-        max_hours=config.budget.max_hours,
-        max_run_usd=config.budget.max_run_usd,
-        usd_per_hour=price.usd_per_hour if price else None,
-        seconds_before=seconds_before,
-        agree=lambda spent: ranks.from_first(lambda: spent),
-    )
+def _train(session: Session, trainer: AnswerTrainer, snapshots: Snapshots) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
+    except StepAbandoned:
+        say("the step in progress would end too late: saving the state before it")
+        if trainer.save_step_before():
+            snapshots.hand_over(trainer.state)
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
-def _committer(session: Session) -> CommitCheckpoints:
-    return CommitCheckpoints(
-        session.run.checkpoints,
-        keep_last=session.inputs.config.checkpoint.keep_last,
-        config_hash=_deciding_hash(session.inputs.config),
-        data_hash=session.inputs.data.manifest_hash,
-        wait=ranks.wait,
-    )
+def _committed(session: Session, saver: Saver, snapshots: Snapshots) -> None:
+    """Wait for the last save to be a checkpoint; after a request to stop, say how long it took from there."""
+    done = saver.finish()
+    if done:
+        snapshots.saves.committed.append(done)
+    request, waited = session.stop.first, session.stop.waited()
+    if request and waited is not None and done:
+        say(f"the checkpoint of step {done.step} is committed, {waited:.1f} s after {request.detail}")
+        session.recorder.write(stop={"reason": request.reason, "detail": request.detail, "seconds": round(waited, 2)})
 
 
-def _finish(session: Session, trainer: AnswerTrainer, budget: Budget) -> int:
+def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfStep) -> int:
     """Save the adapter unless the run is to go on, close the record, say how it ended; returns the exit code."""
-    run = session.run
     done = trainer.state.global_step >= trainer.state.max_steps
-    status = "done" if done else "budget_stop" if budget.exhausted else "interrupted"
+    status = "done" if done else "budget_stop" if ends.budget_stop else "interrupted"
     if status != "interrupted" and ranks.first():
-        _save_adapter(session, trainer)
+        save_adapter(session.run, trainer.model, parts, session.inputs.template)
+    return _close(session, status, trainer.state.global_step)
+
+
+def _refused(session: Session, refusal: str, *, stopped_before: bool) -> int:
+    """The budget does not pay for another save. What an earlier attempt has learned becomes the adapter, and the run has stopped
+    at its budget. Raises UserError where somebody wants more of it all the same, and for a run that would only begin."""
+    if stopped_before or session.resume_from is None:
+        _remove_unbegun(session)
+        raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})")
+    say(refusal)
+    if ranks.first():
+        session.spending.book("budget_stop")
+        adapter_from(session.run, session.resume_from)
+    return _close(session, "budget_stop", _step_of(session) or 0)
+
+
+def _close(session: Session, status: str, step: int) -> int:
+    session.spending.end(status)
     session.recorder.close(status)
-    say(
-        {
-            "done": f"{run.path}: done; the adapter is in {run.adapter}",
-            "budget_stop": f"{run.path}: the budget is used up; the adapter of the last step is in {run.adapter}",
-            "interrupted": f"{run.path}: interrupted, a checkpoint is saved; go on with `finetune train --resume {run.path}`",
-        }[status]
-    )
+    tell_end(session.run, status, step)
     return EXIT_TRANSIENT if status == "interrupted" else EXIT_OK
 
 
-def _save_adapter(session: Session, trainer: AnswerTrainer) -> None:
-    """Adapter, tokenizer and prompt template in one folder, which appears whole: it is saved under another name first."""
-    temporary = session.run.path / TEMPORARY_ADAPTER
-    shutil.rmtree(temporary, ignore_errors=True)
-    trainer.model.save_pretrained(str(temporary))
-    session.parts.tokenizer.save_pretrained(str(temporary))
-    session.inputs.template.save(temporary)
-    if session.run.adapter.exists():  # of an attempt that stopped at its budget
-        shutil.rmtree(session.run.adapter)
-    os.replace(temporary, session.run.adapter)
-
-
-def _foreseeable(error: BaseException, folder: Path) -> UserError | None:
-    """The message for a full disk, which safetensors and torch report by other errors than OSError, and a full GPU."""
-    if isinstance(error, OSError):
-        return disk_error(error, folder)
-    if isinstance(error, torch.OutOfMemoryError):
-        return UserError(
-            "out of GPU memory, not in a step's passes, which begin again in smaller pieces, but in validation or beside them: "
-            "lower training.per_device_eval_batch_size, set training.max_memory_gib below what the GPU has, or lower "
-            "model.max_seq_length"
-        )
-    torch_write = isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20
-    if torch_write or "No space left" in str(error):
-        return disk_error(OSError(errno.ENOSPC, str(error)), folder)
-    return None
-
-
 def _close_failed(session: Session, error: BaseException) -> None:
-    """Leave a run folder that says how the run ended, without halves of a save; none at all if the run never began."""
+    """Leave a run folder that says how the run ended, without half an adapter; none at all if the run never began."""
     if not ranks.first():
         return
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     try:
-        checkpoint.remove_leftovers(session.run.checkpoints)
-        shutil.rmtree(session.run.path / TEMPORARY_ADAPTER, ignore_errors=True)
-        session.recorder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        if _remove_unbegun(session):
+            return
+        remove_halves(session.run)
+        session.spending.end(status)
+        session.recorder.close(status)
     except (OSError, UserError) as another:  # the fault that brought us here is the one to report
         say(str(another))
-        if not session.run.run_json.exists():
-            shutil.rmtree(session.run.path, ignore_errors=True)
 
 
-def _report_to(session: Session) -> list[str]:
-    """TensorBoard always; W&B when a key is there or it is asked for."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(session.run.tensorboard)
-    wanted = session.inputs.config.tracking.wandb
-    if wanted == "disabled" or (wanted == "auto" and not wandb_key_present()):
-        return ["tensorboard"]
-    os.environ["WANDB_MODE"] = "offline" if wanted == "offline" else "online"
-    os.environ["WANDB_PROJECT"] = session.inputs.config.tracking.wandb_project
-    os.environ["WANDB_DIR"] = str(session.run.path)
-    return ["tensorboard", "wandb"]
+def _remove_unbegun(session: Session) -> bool:
+    """A new run for which nothing was loaded yet leaves no folder behind; returns whether this is one."""
+    unbegun = session.attempt == 1 and "hardware" not in session.recorder.record
+    if unbegun and ranks.first():
+        shutil.rmtree(session.run.path, ignore_errors=True)
+        with suppress(OSError):
+            session.run.path.parent.rmdir()  # unless there is something else in it
+    return unbegun
+
+
+def _step_of(session: Session) -> int | None:
+    return int(read_manifest(session.resume_from)["step"]) if session.resume_from else None

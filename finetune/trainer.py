@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from finetune import ranks
+from finetune import ranks, rng
 from finetune.batching import StepSampler, micro_batches
 from finetune.callbacks import Throughput
 from finetune.config import TrainingSection
@@ -74,6 +75,10 @@ class AnswerTrainer(SFTTrainer):
     stepper: Stepper
     sampler: StepSampler
     control: Any
+    more_logs: Callable[[], dict[str, float]] = staticmethod(dict)
+    """Series that go to the trackers with every loss."""
+    save_seconds = 0.0
+    """Of the last save, on the local disk."""
 
     def get_train_dataloader(self) -> StepLoader:
         share = partial(collate, rank=ranks.rank(), ranks=ranks.count())
@@ -86,7 +91,7 @@ class AnswerTrainer(SFTTrainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean negative log-likelihood (nats) of the labelled tokens of all validation examples, over all ranks. transformers'
         own is a mean of batch means, which hangs on how examples are dealt out to batches and ranks."""
-        metrics = {"eval_loss": float(validation_loss(self))}
+        metrics = {"eval_loss": float(self.loss_of(list(self.eval_dataset)))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -106,7 +111,13 @@ class AnswerTrainer(SFTTrainer):
         speed = self.throughput.take_window() if "loss" in logs else None
         if speed is not None:
             logs["tokens_per_second"] = speed  # here, so that TensorBoard and W&B get it too
+        if "loss" in logs:
+            logs |= self.more_logs()
         super().log(logs, start_time)
+
+    def loss_of(self, examples: list[Example]) -> torch.Tensor:
+        """Mean negative log-likelihood (nats) of the examples' labelled tokens, over all ranks, without dropout."""
+        return validation_loss(self, examples)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL would put one among the checkpoints at every save, and have an offline W&B run warn each time."""
@@ -139,7 +150,40 @@ class AnswerTrainer(SFTTrainer):
             self.stepper.adapters.parameter
         ).all():  # by this step's gradient, which no loss has met yet
             raise spoilt("gradient")
+        began = time.monotonic()
         super()._save_checkpoint(*arguments, **more)
+        self.save_seconds = time.monotonic() - began
+
+    def save_step_before(self) -> bool:
+        """Save the state at the end of the last whole step, after a step that was abandoned: it has drawn random numbers and
+        summed gradients, and changed nothing else. False where there is no such step."""
+        if not self.state.global_step or not self.stepper.rng_before:
+            return False
+        rng.restore(self.stepper.rng_before)
+        self._save_checkpoint(self.model, None)
+        return True
+
+    def logging_window(self) -> dict[str, float]:
+        """Sums of losses since the last log and since the beginning, which transformers keeps in memory alone."""
+        return {
+            "loss": float(self._tr_loss),
+            "total": float(self._total_loss_scalar),
+            "logged_at": int(self._globalstep_last_logged),
+        }
+
+    def go_on_with_window(self, window: dict[str, float]) -> None:
+        self._tr_loss.fill_(window["loss"])
+        self._total_loss_scalar = window["total"]
+        self._globalstep_last_logged = int(window["logged_at"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Of all ranks, by the first of them: the folders of other hosts are not this one."""
+        for rank, states in enumerate(ranks.to_first(rng.capture()) or []):
+            rng.save(states, rng.file_of(Path(output_dir), rank))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            rng.restore(rng.load(rng.file_of(Path(checkpoint), ranks.rank())))
 
 
 class PaddedPath:
@@ -176,9 +220,9 @@ class PaddedPath:
             return answer_loss(trainer.model, batch, labelled)
 
 
-def validation_loss(trainer: AnswerTrainer) -> torch.Tensor:
-    """Of all validation examples; every rank computes its share of the batches, the longest examples first."""
-    examples: list[Example] = sorted(trainer.eval_dataset, key=lambda example: -example["length"])
+def validation_loss(trainer: AnswerTrainer, examples: list[Example]) -> torch.Tensor:
+    """Every rank computes its share of the batches, the longest examples first."""
+    examples = sorted(examples, key=lambda example: -example["length"])
     labelled = sum(label != IGNORED for example in examples for label in example["labels"][1:])
     size = trainer.args.per_device_eval_batch_size
     starts = range(ranks.rank() * size, len(examples), ranks.count() * size)
@@ -258,8 +302,6 @@ def trainer_arguments(
     *,
     checkpoints: Path,
     run_name: str,
-    save_steps: int,
-    report_to: list[str],
     validates: bool,
 ) -> SFTConfig:
     """The one place where our keys, which keep the guide's names, become the libraries' own."""
@@ -285,13 +327,12 @@ def trainer_arguments(
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen
         eval_strategy="steps" if validates else "no",
         eval_steps=training.eval_steps or None,
-        save_strategy="steps",
-        save_steps=save_steps,
+        save_strategy="no",  # `stopping.EndOfStep` says when
         bf16=on_gpu and device.dtype == torch.bfloat16,
         fp16=on_gpu and device.dtype == torch.float16,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        report_to=report_to,
+        report_to=[],  # `tracking.trackers` come as callbacks
         max_length=None,  # `tokenise` has left out what is too long
         pad_to_multiple_of=8 if on_gpu else CPU_PADDING,
         include_num_input_tokens_seen="non_padding",

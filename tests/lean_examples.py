@@ -230,8 +230,6 @@ def trainer_for(
         made,
         checkpoints=Path("out"),
         run_name="run",
-        save_steps=1000,
-        report_to=[],
         validates=validates,
     )
     validation = examples.dataset if validates else None

@@ -215,6 +215,42 @@ def run_record(steps: int = 240) -> dict[str, Any]:
     }
 
 
+def spending() -> dict[str, Any]:
+    """What run.json holds of a run that was preempted once, restarted, and stopped at its budget."""
+    usd_per_hour = {"spot": 1.68, "on-demand": 3.78}
+    ends = [
+        (0, 2310, "spot", 3.21, "preempted"),
+        (2280, 2280, "spot", 0.14, None),
+        (2280, 2940, "on-demand", 0.92, "budget stop"),
+    ]
+    log = [
+        {
+            "attempt": number,
+            "started_at": f"2026-11-2{number}T0{number}:12:44+00:00",
+            "machine": "a2-highgpu-1g",
+            "zone": "us-central1-b",
+            "gpu": "A100",
+            "spot": kind == "spot",
+            "usd_per_hour": usd_per_hour[kind],
+            "hours": hours,
+            "usd": hours * usd_per_hour[kind],
+            "from_step": begin,
+            "to_step": end,
+            "reason": reason,
+        }
+        for number, (begin, end, kind, hours, reason) in enumerate(ends, 1)
+    ]
+    total = {
+        "usd": sum(entry["usd"] for entry in log),
+        "hours": sum(entry["hours"] for entry in log),
+        "ceiling_usd": 10.0,
+        "ceiling_hours": None,
+        "projected_usd": 11.274,
+        "basis": "hours from boot to the last heartbeat (measured) x catalog price of 2026-11-20",
+    }
+    return {"status": "budget_stop", "attempts": 3, "spending": total, "attempt_log": log}
+
+
 class Page(HTMLParser):
     """The tags, attributes and visible text of a page, as a browser reads them."""
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from finetune import callbacks, checkpoint
-from finetune.callbacks import Budget, CommitCheckpoints, History, ProgressBar, StopSignals, Throughput
+from finetune import callbacks
+from finetune.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 
 ARGS: Any = None
 
@@ -40,185 +36,6 @@ def state(step: int = 1, of: int = 10, **changes: Any) -> Any:
 def control(**changes: bool) -> Any:
     flags = {"should_save": False, "should_training_stop": False, "should_log": False, "should_evaluate": False}
     return SimpleNamespace(**(flags | changes))
-
-
-# --- CommitCheckpoints
-
-
-@pytest.fixture
-def committer(tmp_path: Path) -> CommitCheckpoints:
-    return CommitCheckpoints(tmp_path, keep_last=2, config_hash="c" * 64, data_hash="d" * 64)
-
-
-def trainer_saves(root: Path, step: int, content: str = "weights") -> None:
-    folder = root / f"checkpoint-{step}"
-    folder.mkdir()
-    (folder / "weights.bin").write_text(content)
-
-
-def test_what_the_trainer_saved_becomes_a_committed_checkpoint_and_old_ones_go(
-    tmp_path: Path, committer: CommitCheckpoints
-) -> None:
-    for step in (2, 4, 6):
-        trainer_saves(tmp_path, step)
-        committer.on_save(ARGS, state(step), control())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-4", "step-6"]
-    assert checkpoint.latest_valid(tmp_path) == (tmp_path / "step-6", [])
-    assert checkpoint.read_manifest(tmp_path / "step-6")["step"] == 6
-    checkpoint.check_same_run(tmp_path / "step-6", config_hash="c" * 64, data_hash="d" * 64)
-
-
-def test_a_second_save_of_the_same_step_leaves_one_checkpoint(tmp_path: Path, committer: CommitCheckpoints) -> None:
-    for _ in range(2):
-        trainer_saves(tmp_path, 4)
-        committer.on_save(ARGS, state(4), control())
-    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
-    assert checkpoint.fault(tmp_path / "step-4") is None
-
-
-def test_one_process_of_several_commits(tmp_path: Path, committer: CommitCheckpoints) -> None:
-    trainer_saves(tmp_path, 4)
-    committer.on_save(ARGS, state(4, is_world_process_zero=False), control())
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
-
-
-def test_all_ranks_wait_before_the_folder_is_renamed_and_after(tmp_path: Path) -> None:
-    seen: list[list[str]] = []
-    look = lambda: seen.append(sorted(path.name for path in tmp_path.iterdir()))  # noqa: E731
-    trainer_saves(tmp_path, 4)
-    committer = CommitCheckpoints(tmp_path, keep_last=2, config_hash="c", data_hash="d", wait=look)
-    committer.on_save(ARGS, state(4), control())
-    committer.on_save(ARGS, state(4, is_world_process_zero=False), control())
-    assert seen == [["checkpoint-4"], ["step-4"], ["step-4"], ["step-4"]]
-
-
-def test_nothing_saved_is_nothing_committed(tmp_path: Path, committer: CommitCheckpoints) -> None:
-    committer.on_save(ARGS, state(4), control())
-    assert list(tmp_path.iterdir()) == []
-
-
-# --- StopSignals
-
-
-@pytest.fixture(autouse=True)
-def handlers_are_put_back() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_training_with_a_checkpoint_when_the_step_has_ended(number: signal.Signals) -> None:
-    said: list[str] = []
-    with StopSignals(said.append) as stop:
-        before = control()
-        stop.on_step_end(ARGS, state(), before)
-        assert not before.should_save
-        assert not before.should_training_stop
-        signal.raise_signal(number)
-        assert stop.received == number.name
-        assert said == [f"{number.name}: finishing this step, then saving a checkpoint (once more: exit at once)"]
-        after = control()
-        stop.on_step_end(ARGS, state(), after)
-        assert after.should_save
-        assert after.should_training_stop
-
-
-def test_a_rank_stops_when_another_has_got_the_signal() -> None:
-    asked: list[bool] = []
-
-    def another_has(flag: bool) -> bool:
-        asked.append(flag)
-        return len(asked) == 2
-
-    with StopSignals(lambda _: None, another_has) as stop:
-        first, second = control(), control()
-        stop.on_step_end(ARGS, state(1), first)
-        stop.on_step_end(ARGS, state(2), second)
-    assert asked == [False, False]
-    assert (first.should_training_stop, second.should_training_stop, second.should_save) == (False, True, True)
-
-
-def test_the_clock_of_one_rank_decides_on_the_budget(clock: Clock) -> None:
-    late = Budget(max_hours=1.0, max_run_usd=None, usd_per_hour=None, agree=lambda _: True)
-    early = Budget(max_hours=1.0, max_run_usd=None, usd_per_hour=None, agree=lambda _: False)
-    late.on_step_end(ARGS, state(1), stopped := control())
-    clock.now += 7200
-    early.on_step_end(ARGS, state(1), goes_on := control())
-    assert (late.exhausted, stopped.should_training_stop) == (True, True)
-    assert (early.exhausted, goes_on.should_training_stop) == (False, False)
-
-
-def test_a_second_ctrl_c_exits_at_once() -> None:
-    with StopSignals(lambda _: None), pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_a_second_sigterm_ends_the_process() -> None:
-    with StopSignals(lambda _: None):
-        signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_outside_the_main_thread_training_runs_without_signal_handlers() -> None:
-    faults: list[BaseException] = []
-
-    def train() -> None:
-        try:
-            with StopSignals(lambda _: None):
-                pass
-        except BaseException as error:
-            faults.append(error)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    thread.join()
-    assert not faults
-
-
-# --- Budget
-
-
-def stops_at(budget: Budget, clock: Clock, *, step: int = 1, of: int = 10) -> bool:
-    flags = control()
-    budget.on_step_end(ARGS, state(step, of), flags)
-    assert flags.should_save == flags.should_training_stop == budget.exhausted
-    return budget.exhausted
-
-
-@pytest.mark.parametrize(
-    ("hours", "usd", "price", "before", "seconds"),
-    [
-        (1.0, None, None, 0.0, 3600),
-        (1.0, None, None, 3000.0, 600),  # earlier attempts count
-        (None, 5.0, 2.0, 0.0, 9000),  # 2.5 hours
-        (None, 5.0, 2.0, 8990.0, 10),
-        (1.0, 5.0, 2.0, 0.0, 3600),  # whichever comes first
-        (3.0, 5.0, 2.0, 0.0, 9000),
-    ],
-)
-def test_a_run_stops_when_its_hours_or_dollars_are_used_up(
-    hours: float | None, usd: float | None, price: float | None, before: float, seconds: float, clock: Clock
-) -> None:
-    budget = Budget(max_hours=hours, max_run_usd=usd, usd_per_hour=price, seconds_before=before)
-    clock.now += seconds - 1
-    assert not stops_at(budget, clock)
-    clock.now += 1
-    assert stops_at(budget, clock)
-
-
-def test_without_a_limit_a_run_never_stops_for_its_budget(clock: Clock) -> None:
-    budget = Budget(max_hours=None, max_run_usd=None, usd_per_hour=2.0)
-    clock.now += 1e9
-    assert not stops_at(budget, clock)
-
-
-def test_a_run_at_its_last_step_is_done_not_stopped(clock: Clock) -> None:
-    budget = Budget(max_hours=1.0, max_run_usd=None, usd_per_hour=None)
-    clock.now += 7200
-    assert not stops_at(budget, clock, step=10, of=10)
-    assert stops_at(budget, clock, step=9, of=10)
 
 
 # --- Throughput
@@ -315,3 +132,19 @@ def test_the_bar_ends_its_line_however_training_ends(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.endswith("\n")
     with ProgressBar(History(lambda rows: None)):
         pass  # training did not begin
+
+
+def test_the_bar_says_what_else_there_is_to_say(capsys: pytest.CaptureFixture[str]) -> None:
+    history = History(lambda rows: None)
+    with ProgressBar(history, lambda: "$0.42 of $25.00") as bar:
+        bar.on_train_begin(ARGS, state(0), control())
+        history.on_log(ARGS, state(1, log_history=[{"loss": 2.0, "step": 1}]), control())
+        bar.on_log(ARGS, state(1), control())
+        bar.on_step_end(ARGS, state(10), control())
+    assert "loss 2.000, $0.42 of $25.00" in capsys.readouterr().err
+
+
+def test_what_comes_before_the_first_step_comes_in_its_order() -> None:
+    done: list[str] = []
+    BeforeFirstStep(lambda: done.append("a"), lambda: done.append("b")).on_train_begin(ARGS, state(), control())
+    assert done == ["a", "b"]

@@ -2,189 +2,289 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_examples import files_of
 
-from finetune import checkpoint
+from finetune import checkpoint, checkpoint_manifest
+from finetune.checkpoint import CheckpointStore, Skipped
+from finetune.checkpoint_disk import PIECE
 from finetune.errors import UserError
 
 CONFIG, DATA = "c" * 64, "d" * 64
+HASHES = {"config_hash": CONFIG, "data_hash": DATA}
 
 
-def save(root: Path, step: int) -> Path:
+def snapshot(tmp_path: Path, step: int, size: int = 100) -> Path:
     """What the trainer leaves: a few files, one of them in a folder."""
-    folder = checkpoint.step_folder(root, step)
-    (folder / "sub").mkdir(parents=True)
-    (folder / "weights.bin").write_bytes(bytes([step % 256]) * 100)
+    folder = tmp_path / f"snapshot-{step}"
+    (folder / "sub").mkdir(parents=True, exist_ok=True)
+    (folder / "weights.bin").write_bytes(bytes([step % 256]) * size)
     (folder / "sub" / "state.json").write_text(f'{{"step": {step}}}')
     return folder
 
 
-def commit(root: Path, step: int) -> Path:
-    folder = save(root, step)
-    checkpoint.commit(folder, step=step, config_hash=CONFIG, data_hash=DATA)
-    return folder
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "store", run_id="run-a")
 
 
-def names(root: Path) -> set[str]:
-    return {path.name for path in root.iterdir()}
+def put(store: CheckpointStore, step: int, attempt: int = 1) -> Path:
+    source = snapshot(store.root.parent, step)
+    return store.put(source, step=step, config_hash=CONFIG, data_hash=DATA, attempt=attempt)
 
 
-def test_a_committed_folder_verifies_and_says_what_it_holds(tmp_path: Path) -> None:
-    folder = commit(tmp_path, 7)
-    assert checkpoint.fault(folder) is None
+def names(store: CheckpointStore) -> set[str]:
+    return {path.name for path in store.root.iterdir()}
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """A manifest with other facts, as a program that knows how to seal one would write it."""
+    manifest = {**checkpoint.read_manifest(folder), **changes}
+    (folder / "manifest.json").write_text(checkpoint_manifest.manifest_text(manifest))
+
+
+def test_a_checkpoint_holds_the_snapshot_and_says_what_it_is(tmp_path: Path, store: CheckpointStore) -> None:
+    folder = put(store, 7, attempt=3)
+    assert folder == store.root / "step-7"
+    expected = files_of(tmp_path / "snapshot-7")
+    assert {name: files_of(folder)[name] for name in expected} == expected
     manifest = checkpoint.read_manifest(folder)
-    assert (manifest["step"], manifest["config_hash"], manifest["data_hash"]) == (7, CONFIG, DATA)
-    assert set(manifest["files"]) == {"weights.bin", "sub/state.json"}
-
-
-def folder_in_place_of_a_file(folder: Path) -> None:
-    (folder / "weights.bin").unlink()
-    (folder / "weights.bin").mkdir()
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a file is cut short": (lambda f: (f / "weights.bin").write_bytes(b"\7" * 60), "weights.bin has 60 bytes instead of 100"),
-    "a byte has changed": (lambda f: (f / "weights.bin").write_bytes(b"\7" * 99 + b"\0"), "weights.bin has changed"),
-    "a file is gone": (lambda f: (f / "sub" / "state.json").unlink(), "sub/state.json is missing"),
-    "a file is a folder": (folder_in_place_of_a_file, "weights.bin is missing"),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest: the save was cut off"),
-    "half a manifest": (lambda f: (f / "manifest.json").write_text('{"step": 7, "files"'), "the manifest is not readable"),
-    "a manifest without files": (lambda f: (f / "manifest.json").write_text("{}"), "the manifest is not readable"),
-    "a manifest that is a list": (lambda f: (f / "manifest.json").write_text("[]"), "the manifest is not readable"),
-    "an empty manifest": (lambda f: (f / "manifest.json").write_text(""), "the manifest is not readable"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_and_says_why(damage: str, tmp_path: Path) -> None:
-    harm, reason = DAMAGE[damage]
-    older, newer = commit(tmp_path, 3), commit(tmp_path, 7)
-    harm(newer)
-    found, [skipped] = checkpoint.latest_valid(tmp_path)
-    assert found == older
-    assert skipped.folder == newer
-    assert reason in skipped.reason
-
-
-def test_every_byte_of_every_file_is_covered(tmp_path: Path) -> None:
-    folder = commit(tmp_path, 7)
-    for name in checkpoint.read_manifest(folder)["files"]:
-        original = (folder / name).read_bytes()
-        for place in range(len(original)):
-            changed = bytearray(original)
-            changed[place] ^= 1
-            (folder / name).write_bytes(changed)
-            assert checkpoint.fault(folder), (name, place)
-        (folder / name).write_bytes(original)
+    assert manifest.pop("saved_at").endswith("+00:00")
+    entries = {
+        str(path.relative_to(folder)): {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for path, content in ((p, p.read_bytes()) for p in (folder / "weights.bin", folder / "sub" / "state.json"))
+    }
+    assert manifest.pop("files") == entries
+    assert manifest == {"step": 7, "number": 1, "run_id": "run-a", "attempt": 3, **HASHES}
+    assert store.latest_valid() == (folder, [])
     assert checkpoint.fault(folder) is None
 
 
-def test_a_save_that_is_cut_off_at_any_moment_leaves_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    folder = save(tmp_path, 4)
-    monkeypatch.setattr(checkpoint, "sha256_file", killed)  # while the files are read
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.commit(folder, step=4, config_hash=CONFIG, data_hash=DATA)
-    assert checkpoint.latest_valid(tmp_path)[0] is None
-    monkeypatch.undo()
-    monkeypatch.setattr(checkpoint, "write_json", killed)  # when all but the manifest is there
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.commit(folder, step=4, config_hash=CONFIG, data_hash=DATA)
-    assert checkpoint.latest_valid(tmp_path)[0] is None
+def test_a_file_of_several_pieces_arrives_whole(tmp_path: Path, store: CheckpointStore) -> None:
+    content = os.urandom(2 * PIECE + 12_345)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "weights.bin").write_bytes(content)
+    (tmp_path / "source" / "empty").touch()
+    folder = store.put(tmp_path / "source", step=1, config_hash=CONFIG, data_hash=DATA, attempt=1)
+    assert (folder / "weights.bin").read_bytes() == content
+    assert store.latest_valid() == (folder, [])
 
 
-def test_the_newest_is_the_one_with_the_highest_step_not_the_last_name(tmp_path: Path) -> None:
+def rewrite(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def folder_in_place_of(name: str) -> Callable[[Path], object]:
+    def replace(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return replace
+
+
+def named(name: str, size: Any = 0) -> Callable[[Path], object]:
+    return lambda folder: reseal(folder, files={name: {"bytes": size, "sha256": "0" * 64}})
+
+
+def edit_without_seal(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"attempt": 1', '"attempt": 2'))
+
+
+CUT_OFF: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest: the save was cut off"),
+    "half a manifest": (rewrite("manifest.json", b'{\n  "step": 7,\n  "files": {\n  }'), "half a manifest"),
+    "an empty manifest": (rewrite("manifest.json", b""), "half a manifest"),
+    "a manifest of zeros": (rewrite("manifest.json", bytes(300)), "half a manifest"),
+    "text that is no JSON": (rewrite("manifest.json", b"hello\n"), "half a manifest"),
+    "a manifest that is a list": (rewrite("manifest.json", b"[]"), "half a manifest"),
+}
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a file is cut short": (rewrite("weights.bin", b"\7" * 60), "weights.bin has 60 bytes instead of 100"),
+    "a byte has changed": (rewrite("weights.bin", b"\7" * 99 + b"\0"), "weights.bin has changed since it was saved"),
+    "a file is gone": (lambda f: (f / "sub" / "state.json").unlink(), "sub/state.json is missing"),
+    "a file is a folder": (folder_in_place_of("weights.bin"), "weights.bin is missing"),
+    "a manifest that is a folder": (folder_in_place_of("manifest.json"), "manifest.json is not a file"),
+    "a broken manifest": (rewrite("manifest.json", b'{\n  "step": \n}\n'), "the manifest is not readable"),
+    "another file's braces": (rewrite("manifest.json", b"{\n}\n"), "the manifest is not readable"),
+    "not even text": (rewrite("manifest.json", b"\xff\xfe\n}\n"), "the manifest is not readable"),
+    "a hundred thousand brackets": (
+        rewrite("manifest.json", b"[" * 100_000 + b"\n}\n"),
+        "the manifest is not readable",
+    ),
+    "a manifest changed by hand": (edit_without_seal, "the manifest has changed since it was written"),
+    "the manifest of another step": (lambda f: reseal(f, step=8), "the manifest is that of step 8"),
+    "a step that is text": (lambda f: reseal(f, step="7"), "the manifest lacks"),
+    "a negative number": (lambda f: reseal(f, number=-1), "the manifest lacks"),
+    "no files": (lambda f: reseal(f, files={}), "the manifest lacks"),
+    "files as a list": (lambda f: reseal(f, files=["weights.bin"]), "the manifest lacks"),
+    "a file outside": (named("../../etc/passwd"), "names '../../etc/passwd', which is no file of the checkpoint"),
+    "an absolute path": (named("/etc/passwd"), "names '/etc/passwd'"),
+    "a name that is none": (named("sub/../weights.bin"), "names 'sub/../weights.bin'"),
+    "a name with a zero byte": (named("a\0b"), "names 'a"),
+    "a negative size": (named("weights.bin", -1), "no size and SHA-256 for weights.bin"),
+    "a size that is text": (named("weights.bin", "100"), "no size and SHA-256 for weights.bin"),
+}
+
+
+@pytest.mark.parametrize("name", [*CUT_OFF, *DAMAGE])
+def test_what_is_not_whole_is_passed_over_with_its_reason(store: CheckpointStore, name: str) -> None:
+    older, folder = put(store, 5), put(store, 7)
+    spoil, reason = {**CUT_OFF, **DAMAGE}[name]
+    spoil(folder)
+    found, skipped = store.latest_valid()
+    assert found == older
+    assert [(item.folder, item.damaged) for item in skipped] == [(folder, name in DAMAGE)]
+    assert reason in skipped[0].reason
+    assert reason in (checkpoint.fault(folder) or "")
+    assert put(store, 7) == folder  # it is replaced
+    assert store.latest_valid() == (folder, [])
+
+
+@pytest.mark.parametrize("name", [*CUT_OFF, *DAMAGE])
+def test_clean_takes_cut_off_saves_and_put_aside_the_damaged_ones(store: CheckpointStore, name: str) -> None:
+    older, folder = put(store, 5), put(store, 7)
+    before = files_of(older)
+    for _ in range(2):  # the second time, one of the same step is aside already
+        {**CUT_OFF, **DAMAGE}[name][0](put(store, 7))
+        (skipped,) = store.latest_valid()[1]
+        aside = store.put_aside(skipped)
+        assert (aside, store.clean()) == (
+            (None, [folder]) if name in CUT_OFF else (store.root / "damaged-step-7", [])
+        )  # fmt: skip
+        assert names(store) == {"step-5"} | ({"damaged-step-7"} if name in DAMAGE else set())
+    assert files_of(older) == before
+    assert store.latest_valid() == (older, [])
+
+
+def test_a_manifest_that_cannot_be_read_is_a_user_error(store: CheckpointStore) -> None:
+    folder = put(store, 7)
+    edit_without_seal(folder)
+    with pytest.raises(UserError, match=r"step-7: the manifest has changed since it was written"):
+        checkpoint.read_manifest(folder)
+    with pytest.raises(UserError, match=r"step-8: no manifest"):
+        checkpoint.read_manifest(store.root / "step-8")
+
+
+def test_the_newest_is_the_one_with_the_highest_step_whatever_the_clock_said(store: CheckpointStore) -> None:
     for step in (9, 100, 20):
-        commit(tmp_path, step)
-    for other in ("step-", "step-x", "step-1000.old", "damaged-step-500", "checkpoint-900"):
-        shutil.copytree(tmp_path / "step-9", tmp_path / other)
-    (tmp_path / "step-3000").write_text("a file")
-    assert checkpoint.latest_valid(tmp_path) == (tmp_path / "step-100", [])
+        reseal(put(store, step), saved_at=f"2{200 - step:03}-01-01T00:00:00+00:00")  # the later, the earlier
+    for other in ("step-", "step-x", "step-1000.old", "damaged-step-500", "checkpoint-900", "step-0900", "step-²"):
+        shutil.copytree(store.root / "step-9", store.root / other)
+    assert store.latest_valid() == (store.root / "step-100", [])
+    assert store.prune() == [store.root / "step-9"]
 
 
-def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
-    assert checkpoint.latest_valid(tmp_path / "nowhere") == (None, [])
-    assert checkpoint.remove_leftovers(tmp_path / "nowhere") == []
+def test_a_run_without_checkpoints_has_none(store: CheckpointStore) -> None:
+    assert store.latest_valid() == (None, [])
+    assert store.clean() == store.prune() == []
 
 
-def test_all_that_were_passed_over_are_told_newest_first(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_neither_used_nor_touched(store: CheckpointStore) -> None:
+    other = CheckpointStore(store.root, run_id="run-b")
+    theirs = [put(other, step) for step in (10, 20)]
+    before = files_of(store.root)
+    found, skipped = store.latest_valid()
+    assert (found, [item.damaged for item in skipped]) == (None, [False, False])
+    assert skipped[0].reason == "is of another run (run-b)"
+    assert store.put_aside(skipped[0]) is None
+    with pytest.raises(
+        UserError, match=r"step-20: is of another run \(run-b\); move it away, or choose another output"
+    ):
+        put(store, 20)
+    assert files_of(store.root) == before
+    for step in (1, 2, 3, 30):
+        put(store, step)
+    assert [folder.name for folder in store.prune()] == ["step-2", "step-1"]
+    assert store.clean() == []
+    assert other.latest_valid()[0] == theirs[1]
+    assert checkpoint.read_manifest(store.root / "step-3")["number"] == 3  # theirs do not count
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_or_a_link_in_place_of_a_checkpoint_is_told_and_left(
+    tmp_path: Path, store: CheckpointStore, kind: str
+) -> None:
+    kept, target = put(store, 5), store.root / "step-9"
+    if kind == "file":
+        target.write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        shutil.copytree(kept, tmp_path / "elsewhere" / "step-9")
+        target.symlink_to(tmp_path / "elsewhere" / "step-9")
+    before = files_of(tmp_path)
+    assert list(checkpoint.newest_first(store.root)) == [kept]
+    assert store.latest_valid() == (kept, [Skipped(target, f"is a {kind}, not a folder", False)])
+    with pytest.raises(UserError, match=rf"step-9: is a {kind}, not a folder; move it away"):
+        put(store, 9)
+    assert (store.clean(), store.prune()) == ([], [])
+    assert {name: files_of(tmp_path)[name] for name in before} == before
+
+
+def test_deleting_does_not_follow_links(tmp_path: Path, store: CheckpointStore) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    folder = put(store, 1)
+    (folder / "link").symlink_to(tmp_path / "mine")
+    (folder / "manifest.json").unlink()
+    assert store.clean() == [folder]
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_valid_checkpoint_of_the_step_is_left_as_it_is(tmp_path: Path, store: CheckpointStore) -> None:
+    before = files_of(put(store, 7, attempt=1))
+    shutil.rmtree(tmp_path / "snapshot-7")
+    assert files_of(store.put(tmp_path / "gone", step=7, config_hash="0" * 64, data_hash=DATA, attempt=2)) == before
+
+
+def test_a_snapshot_that_is_gone_is_told_and_leaves_nothing(tmp_path: Path, store: CheckpointStore) -> None:
+    with pytest.raises(UserError, match=r"gone: nothing to save there"):
+        store.put(tmp_path / "gone", step=7, config_hash=CONFIG, data_hash=DATA, attempt=1)
+    assert names(store) == set()
+
+
+def test_prune_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "store", run_id="r", keep_last=2, keep_every=3)
+    for step in range(10, 110, 10):
+        put(store, step)
+        store.prune()
+    assert names(store) == {"step-30", "step-60", "step-90", "step-100"}
+    assert [checkpoint.read_manifest(f)["number"] for f in checkpoint.newest_first(store.root)] == [10, 9, 6, 3]
+
+
+@pytest.mark.parametrize("how", ["a byte has changed", "a file is cut short", "a file is gone", "no manifest"])
+def test_damaged_checkpoints_never_push_good_ones_out(store: CheckpointStore, how: str) -> None:
+    for step in (1, 2, 3, 4):
+        put(store, step)
+    for step in (3, 4):
+        {**CUT_OFF, **DAMAGE}[how][0](store.root / f"step-{step}")
+    assert store.latest_valid()[0] == store.root / "step-2"
+    put(store, 5)
+    assert store.prune() == [store.root / "step-1"]
+    assert {"step-2", "step-5"} <= names(store)
+    put(store, 4)  # made anew, it counts again
+    assert store.prune() == [store.root / "step-2"]
+
+
+def test_a_checkpoint_that_lost_a_file_since_it_was_found_does_not_count(store: CheckpointStore) -> None:
     for step in (1, 2, 3):
-        (commit(tmp_path, step) / "weights.bin").unlink()
-    found, skipped = checkpoint.latest_valid(tmp_path)
-    assert found is None
-    assert [item.folder.name for item in skipped] == ["step-3", "step-2", "step-1"]
+        put(store, step)
+    (store.root / "step-3" / "weights.bin").write_bytes(b"short")  # nobody has looked at it since
+    assert store.prune() == []
+    put(store, 4)
+    assert store.prune() == [store.root / "step-1"]
 
 
-def test_pruning_keeps_the_newest_committed_ones(tmp_path: Path) -> None:
-    for step in (2, 10, 4, 6):
-        commit(tmp_path, step)
-    save(tmp_path, 12)  # not committed: neither counted nor touched
-    checkpoint.prune(tmp_path, 2)
-    assert names(tmp_path) == {"step-6", "step-10", "step-12"}
-
-
-def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    commit(tmp_path, 1)
-    kept = commit(tmp_path, 2)
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.prune(tmp_path, 1)
-    assert not (tmp_path / "step-1" / "manifest.json").exists()
-    assert checkpoint.latest_valid(tmp_path) == (kept, [])
-
-
-def test_leftovers_go_and_checkpoints_stay(tmp_path: Path) -> None:
-    kept = commit(tmp_path, 2)
-    before = files_of(kept)
-    save(tmp_path, 4)
-    save(tmp_path, 6).rename(tmp_path / "checkpoint-6")
-    (tmp_path / "README.md").write_text("stays")
-    assert {path.name for path in checkpoint.remove_leftovers(tmp_path)} == {"step-4", "checkpoint-6"}
-    assert names(tmp_path) == {"step-2", "README.md"}
-    assert files_of(kept) == before
-
-
-def test_a_damaged_checkpoint_is_put_aside_where_it_neither_counts_nor_is_in_the_way(tmp_path: Path) -> None:
-    for _ in range(2):  # the second time, an older one of the same step is aside already
-        damaged = commit(tmp_path, 4)
-        (damaged / "weights.bin").write_bytes(b"short")
-        checkpoint.put_aside(damaged)
-        assert names(tmp_path) == {"damaged-step-4"}
-    commit(tmp_path, 4)
-    checkpoint.remove_leftovers(tmp_path)
-    checkpoint.prune(tmp_path, 1)
-    assert names(tmp_path) == {"damaged-step-4", "step-4"}
-    assert checkpoint.latest_valid(tmp_path) == (tmp_path / "step-4", [])
-
-
-def test_half_a_save_is_not_put_aside_but_left_to_be_removed(tmp_path: Path) -> None:
-    checkpoint.put_aside(save(tmp_path, 4))
-    assert names(tmp_path) == {"step-4"}
-
-
-def test_another_config_or_other_data_do_not_resume(tmp_path: Path) -> None:
-    folder = commit(tmp_path, 2)
-    checkpoint.check_same_run(folder, config_hash=CONFIG, data_hash=DATA)
-    with pytest.raises(UserError, match=r"step-2: was made under another config; restore config\.yaml"):
-        checkpoint.check_same_run(folder, config_hash="0" * 64, data_hash=DATA)
-    with pytest.raises(UserError, match=r"step-2: was trained on other data; prepare the same data again"):
-        checkpoint.check_same_run(folder, config_hash=CONFIG, data_hash="0" * 64)
-
-
-def test_the_manifest_is_plain_json_with_size_and_hash_of_every_file(tmp_path: Path) -> None:
-    manifest = json.loads((commit(tmp_path, 1) / "manifest.json").read_text())
-    assert manifest["files"]["weights.bin"]["bytes"] == 100
-    assert len(manifest["files"]["weights.bin"]["sha256"]) == 64
+def test_the_number_of_a_checkpoint_is_its_place_among_those_of_earlier_steps(store: CheckpointStore) -> None:
+    for step in (10, 20, 30):
+        put(store, step)
+    (store.root / "step-20" / "weights.bin").unlink()
+    assert checkpoint.read_manifest(put(store, 20))["number"] == 2
+    assert checkpoint.read_manifest(put(store, 40))["number"] == 4

@@ -17,13 +17,14 @@ PACKAGE = ROOT / "finetune"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("", "cloud"),  # the packages' own __init__.py
     ("errors",),
-    ("files", "hardware", "credentials", "ranks", "torchrun"),
-    ("gpus", "config_schema"),
-    ("config_rules",),
+    ("files", "hardware", "credentials", "ranks", "torchrun", "faults", "cloud.metadata"),
+    ("gpus", "config_schema", "machine_time", "checkpoint_disk"),
+    ("config_rules", "checkpoint_manifest"),
     ("config",),
     (
         *("prompts", "memory", "shapes", "speed", "sql", "checkpoint", "ledger", "records", "runs"),
         *("lean_memory", "fit", "batching"),
+        *("saver", "meter", "resume_rules"),
         *("cloud.prices", "cloud.catalog_file", "cloud.disks", "cloud.machines"),
         *("cloud.instance", "cloud.gcloud", "cloud.gcloud_ask", "cloud.quota", "cloud.run_size"),
     ),
@@ -34,8 +35,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
         *("cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"),
     ),
     (
-        *("callbacks", "flat", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
-        *("run_record", "train"),
+        *("callbacks", "flat", "rng", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
+        *("stopping", "proof", "snapshots", "spending", "tracking", "run_record"),
+        *("train", "train_resume", "train_end"),
         *("evaluate", "generate", "ask", "export", "cloud.bucket", "cloud.fresh_catalog", "cloud.policy"),
     ),
     ("report", "report_source", "report_plots", "doctor", "doctor_check", "doctor_cloud"),
@@ -48,8 +50,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
 NEIGHBOURS = (
     {"data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"},
     {
-        *("callbacks", "flat", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
-        *("run_record", "train"),
+        *("callbacks", "flat", "rng", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
+        *("stopping", "proof", "snapshots", "spending", "tracking", "run_record"),
+        *("train", "train_resume", "train_end"),
     },
     {"attention", "lean_torch", "lean_kernels", "lean_triton", "lean", "lean_model"},
     {"evaluate", "generate", "ask"},
@@ -72,6 +75,11 @@ ALSO = {
         ("fit", "shapes"),
     ),
     ("fit", "speed"),
+    *(
+        ("saver", "checkpoint"),
+        ("meter", "ledger"),
+    ),
+    *(("checkpoint_disk", "checkpoint_manifest"), ("checkpoint_manifest", "checkpoint_disk")),
 }
 """(importer, imported) within one row."""
 
@@ -85,7 +93,7 @@ TRAINING = {
     *NEIGHBOURS[2],
     *NEIGHBOURS[3],
 }
-"""What runs on a GPU machine, without SkyPilot: of cloud/ it sees `instance` alone, and cloud/ none of it."""
+"""What runs on a GPU machine, without SkyPilot: of cloud/ it sees `instance` and its questions alone, and cloud/ none of it."""
 
 HEAVY = (
     "torch",
@@ -201,7 +209,7 @@ def test_training_and_cloud_do_not_know_each_other() -> None:
     for module in MODULES:
         if entry(module) in TRAINING:
             seen = {other for other in reached(module) if other.startswith("cloud.")}
-            assert seen <= {"cloud.instance"}, f"finetune.{module} is of training"
+            assert seen <= {"cloud.instance", "cloud.metadata"}, f"finetune.{module} is of training"
         if module.startswith("cloud"):
             assert not reached(module) & TRAINING, f"finetune.{module} is of cloud/"
 

@@ -5,14 +5,30 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from metadata_server import MetadataServer
 
 from finetune.cli import main
-from finetune.cloud.instance import KEPT, VARIABLE, Machine, gpu_of, machine_price, price_in, this_machine, wall_hours
+from finetune.cloud import instance
+from finetune.cloud.instance import (
+    KEPT,
+    MAINTENANCE,
+    PREEMPTED,
+    VARIABLE,
+    Machine,
+    PreemptionWatch,
+    facts,
+    gpu_of,
+    machine_price,
+    price_in,
+    rented,
+    this_machine,
+    wall_hours,
+)
 from finetune.errors import UserError
 
 OFFERS = [
@@ -42,27 +58,10 @@ def smi(home: Path, gpu: str) -> None:
 
 
 @pytest.fixture
-def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """Answers as Google's metadata server does: only with its header, 404 for what it does not know."""
-    values: dict[str, str] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            value = values.get(self.path.removeprefix("/computeMetadata/v1/instance/"))
-            allowed = self.headers.get("Metadata-Flavor") == "Google"
-            self.send_response(403 if not allowed else 404 if value is None else 200)
-            self.end_headers()
-            if allowed and value is not None:
-                self.wfile.write(value.encode())
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
-    yield values
-    server.shutdown()
-    server.server_close()
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
+    with MetadataServer() as server:
+        monkeypatch.setenv("GCE_METADATA_HOST", server.host)
+        yield server
 
 
 def test_a_machine_that_is_wholly_known_costs_its_own_price() -> None:
@@ -93,16 +92,18 @@ def test_a_machine_outside_the_table_costs_the_ceiling() -> None:
     assert "ceiling" in price_in(TABLE, elsewhere).basis
 
 
-def test_zone_spot_and_gpu_come_from_the_metadata_server_and_nvidia_smi(
-    metadata: dict[str, str], tmp_path: Path
-) -> None:
-    metadata |= {"zone": "projects/123/zones/europe-west4-b", "scheduling/preemptible": "TRUE"}
+def test_zone_spot_and_gpu_come_from_the_metadata_server_and_nvidia_smi(server: MetadataServer, tmp_path: Path) -> None:
+    server.set("zone", "projects/123/zones/europe-west4-b")
     smi(tmp_path, "Tesla T4")
     assert this_machine() == Machine("europe-west4-b", True, "T4")
+    assert facts() == {
+        "zone": "europe-west4-b", "spot": True, "gpu": "T4", "id": "4520031799277581759", "name": "train-1",
+    }  # fmt: skip
 
 
-def test_skypilot_knows_the_zone_too(metadata: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    metadata["scheduling/preemptible"] = "FALSE"
+def test_skypilot_knows_the_zone_too(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.set("scheduling/preemptible", "FALSE")
+    server.forget("zone")
     info = {"cluster_name": "c", "cloud": "GCP", "region": "us-central1", "zone": "us-central1-a"}
     monkeypatch.setenv("SKYPILOT_CLUSTER_INFO", json.dumps(info))
     assert this_machine() == Machine("us-central1-a", False, None)
@@ -131,12 +132,12 @@ def test_the_names_of_nvidia_smi(name: str, gpu: str | None) -> None:
 def test_the_table_of_this_job_wins_over_the_one_kept_at_set_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert machine_price() is None
+    assert machine_price() is None and not rented()
     kept = tmp_path / KEPT
     kept.parent.mkdir()
     kept.write_text(json.dumps(TABLE | {"offers": OFFERS[:1]}))
     found = machine_price()
-    assert found and found.usd_per_hour == 0.3
+    assert found and found.usd_per_hour == 0.3 and rented()
     monkeypatch.setenv(VARIABLE, json.dumps(TABLE | {"offers": OFFERS[2:3]}))
     found = machine_price()
     assert found and found.usd_per_hour == 1.1
@@ -151,7 +152,7 @@ def test_a_broken_table_is_an_error_not_a_free_machine(text: str, monkeypatch: p
 
 
 def test_hours_that_a_budget_buys_count_from_boot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.cloud.instance._uptime_hours", lambda: 0.5)
+    monkeypatch.setattr(instance, "machine_age", lambda: 1800.0)
     price = price_in(TABLE, Machine("us-central1-a", False, "T4"))  # $0.80
     assert wall_hours(price, max_run_usd=8.0, max_hours=None) == pytest.approx(9.5)
     assert wall_hours(price, max_run_usd=8.0, max_hours=2.0) == 2.0
@@ -161,12 +162,11 @@ def test_hours_that_a_budget_buys_count_from_boot(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_prints_price_and_hours(
-    metadata: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: MetadataServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["machine"]) == 2
     assert "not launched by SkyPilot under our policy" in capsys.readouterr().err
     monkeypatch.setenv(VARIABLE, json.dumps(TABLE))
-    metadata |= {"zone": "projects/1/zones/us-central1-a", "scheduling/preemptible": "TRUE"}
     smi(tmp_path, "Tesla V100-SXM2-16GB")
     assert main(["machine", "--max-hours", "3"]) == 0
     out = capsys.readouterr().out
@@ -177,3 +177,143 @@ def test_the_command_prints_price_and_hours(
     for wrong in ("0", "-1", "nan", "inf", "much"):
         with pytest.raises(SystemExit, match="2"):
             main(["machine", "--max-hours", wrong])
+
+
+class Heard:
+    """The notices of a watch, as they come."""
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+        self._came = threading.Event()
+
+    def __call__(self, notice: str) -> None:
+        self.notices.append(notice)
+        self._came.set()
+
+    def soon(self, seconds: float = 5.0) -> bool:
+        return self._came.wait(seconds)
+
+
+def waiting(server: MetadataServer) -> None:
+    """Until the watch has both its questions held back by the server."""
+    wait_until(lambda: len({path for path in server.asked if "wait_for_change" in path}) == 2)
+
+
+def wait_until(true: object, seconds: float = 10.0) -> None:
+    assert callable(true)
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "did not come about in time"
+        time.sleep(0.01)
+
+
+def test_a_preemption_is_told_once_and_at_once(server: MetadataServer) -> None:
+    heard = Heard()
+    with PreemptionWatch(heard):
+        waiting(server)
+        assert not heard.notices
+        began = time.monotonic()
+        server.set("preempted", "TRUE")
+        assert heard.soon() and time.monotonic() - began < 2
+        wait_until(lambda: f"metadata {PREEMPTED}" not in [thread.name for thread in threading.enumerate()])
+    assert heard.notices == [PREEMPTED]
+
+
+def test_a_machine_that_is_already_going_is_told_too(server: MetadataServer) -> None:
+    server.set("preempted", "TRUE")
+    heard = Heard()
+    with PreemptionWatch(heard):
+        assert heard.soon(3)
+    assert heard.notices == [PREEMPTED]
+
+
+def test_only_maintenance_that_ends_the_machine_is_told(server: MetadataServer) -> None:
+    heard = Heard()
+    with PreemptionWatch(heard):
+        waiting(server)
+        server.set("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
+        assert not heard.soon(0.3)
+        server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
+        assert heard.soon()
+    assert heard.notices == [MAINTENANCE]
+
+
+def test_off_google_cloud_the_watch_ends_by_itself() -> None:
+    heard = Heard()
+    with PreemptionWatch(heard) as watch:
+        wait_until(lambda: not watch.listening(), 3)
+    assert not heard.notices
+
+
+def test_on_a_rented_machine_it_waits_for_a_server_that_is_late(
+    server: MetadataServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, json.dumps(TABLE))
+    server.stop()
+    heard = Heard()
+    with PreemptionWatch(heard) as watch:
+        time.sleep(0.3)
+        assert watch.listening()
+        server.values["preempted"] = "TRUE"
+        server.start()
+        assert heard.soon()
+
+
+def test_a_busy_server_a_dropped_line_and_a_restart_are_survived(server: MetadataServer) -> None:
+    heard = Heard()
+    server.break_next(503, 503)  # already at the first question
+    with PreemptionWatch(heard):
+        waiting(server)
+        server.break_next(503, 0, 500, 0)
+        server.set("name", "wakes those that wait")
+        wait_until(lambda: not server._broken)
+        server.stop()
+        time.sleep(0.3)
+        server.start()
+        before = len(server.asked)
+        wait_until(lambda: sum("wait_for_change" in path for path in server.asked[before:]) >= 2)
+        assert not heard.notices
+        server.set("preempted", "TRUE")
+        assert heard.soon()
+    assert heard.notices == [PREEMPTED]
+
+
+def test_a_preemption_while_the_server_is_away_is_told_when_it_is_back(server: MetadataServer) -> None:
+    heard = Heard()
+    with PreemptionWatch(heard):
+        waiting(server)
+        server.stop()
+        server.values["preempted"] = "TRUE"
+        assert not heard.soon(0.3)
+        server.start()
+        assert heard.soon()
+
+
+def test_a_server_that_does_not_wait_is_not_flooded(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_wait", lambda *_: None)
+    with PreemptionWatch(Heard()):
+        time.sleep(1.2)
+    assert 4 <= len(server.asked) <= 8  # two keys, half a second apart
+
+
+def test_a_server_that_stays_busy_is_not_flooded(server: MetadataServer) -> None:
+    server.break_next(*[503] * 1000)
+    with PreemptionWatch(Heard()) as watch:
+        time.sleep(1.0)
+        assert watch.listening()
+    assert 4 <= len(server.asked) <= 12  # two keys: at once, after 0.1 s, 0.2 s, 0.4 s ...
+
+
+def test_closing_ends_a_question_that_is_held_back(server: MetadataServer) -> None:
+    watch = PreemptionWatch(Heard()).start()
+    waiting(server)
+    began = time.monotonic()
+    watch.close()
+    assert not watch.listening() and time.monotonic() - began < 2
+
+
+def test_a_key_that_the_server_does_not_know_is_given_up(server: MetadataServer) -> None:
+    server.forget("preempted", "maintenance-event")
+    with PreemptionWatch(Heard()) as watch:
+        wait_until(lambda: not watch.listening(), 3)
+    assert len(server.asked) == 2

@@ -26,9 +26,18 @@ from plan_examples import (
 )
 
 from finetune.cloud.disks import disk_usd_per_hour
-from finetune.cloud.plan import VALIDATION_COST, Ceilings, OnGpu, RunCost, ceiling_refusals, run_cost, run_on
+from finetune.cloud.plan import (
+    VALIDATION_COST,
+    Ceilings,
+    OnGpu,
+    RunCost,
+    ceiling_refusals,
+    run_cost,
+    run_on,
+    save_interval,
+)
 from finetune.cloud.run_size import run_size
-from finetune.config import PlanSection
+from finetune.config import CheckpointSection, PlanSection
 from finetune.errors import UserError
 from finetune.gpus import GPUS
 from finetune.shapes import SHAPES
@@ -124,32 +133,59 @@ def test_cost_and_loss_grow_with_rate_save_interval_set_up_and_work(varied: list
 
 def test_a_rate_at_which_no_checkpoint_is_reached_is_refused_and_stays_a_number(tmp_path: Path) -> None:
     assert math.isfinite(cost_of(1000.0, 1000.0, 10.0).usd)
-    config = run_config(
-        checkpoint={"save_steps": 10**6},
-        plan={"spot_preemptions_per_hour": 10.0, "gpus": ["T4"]},
-        training={"num_train_epochs": 1000},
-    )
-    plan = plan_of(config, priced(tmp_path, T4=(0.5, 0.1)))
-    assert names(plan) == ["T4 on-demand"]
-    [refusal] = row_of(plan, "T4", spot=True).refusals
-    assert re.fullmatch(
-        r"[\d.]+ h from one checkpoint to the next at 10 preemptions an hour: lower .*save_steps", refusal
-    )
+    for checkpoint, key in (
+        ({"every_minutes": None, "save_steps": 10**6}, "save_steps"),
+        ({"every_minutes": 100 * 60.0}, "every_minutes"),
+        ({"every_minutes": None}, "every_minutes"),
+        ({"every_minutes": 10.0**6, "save_steps": 10**4}, "save_steps"),
+    ):
+        config = run_config(
+            checkpoint=checkpoint,
+            plan={"spot_preemptions_per_hour": 10.0, "gpus": ["T4"]},
+            training={"num_train_epochs": 1000},
+        )
+        plan = plan_of(config, priced(tmp_path, T4=(0.5, 0.1)))
+        assert names(plan) == ["T4 on-demand"]
+        [refusal] = row_of(plan, "T4", spot=True).refusals
+        assert re.fullmatch(
+            rf"[\d.]+ h from one checkpoint to the next at 10 preemptions an hour: set a lower checkpoint\.{key}",
+            refusal,
+        )
 
 
 # hours of one GPU
 
 
 def test_hours_of_work_are_tokens_over_speed_and_checkpoints_divide_them() -> None:
-    config = run_config(training={"eval_steps": 100}, data={"val_fraction": 0.1}, checkpoint={"save_steps": 50})
+    by_steps: dict[str, Any] = {"every_minutes": None, "save_steps": 50}
+    config = run_config(training={"eval_steps": 100}, data={"val_fraction": 0.1}, checkpoint=by_steps)
     size = run_size(config)
     found = run_on(config, size, GPUS["L4"])
     assert size.validation_tokens > 0
     seconds = (size.tokens + size.validation_tokens * VALIDATION_COST) / found.speed.tokens_per_second
     assert found.work_hours == pytest.approx(seconds / 3600)
     assert found.save_hours == pytest.approx(found.work_hours * 50 / 250)
-    one = run_on(run_config(checkpoint={"save_steps": 9999}), size, GPUS["L4"])
-    assert one.save_hours == one.work_hours
+
+
+@pytest.mark.parametrize(
+    ("every_minutes", "save_steps", "hours", "key"),
+    [
+        (10.0, None, 1 / 6, "every_minutes"),
+        (None, 50, 0.5, "save_steps"),
+        (10.0, 50, 1 / 6, "every_minutes"),
+        (60.0, 50, 0.5, "save_steps"),
+        (None, 9999, 4.0, "save_steps"),
+        (600.0, 9999, 4.0, "every_minutes"),
+        (None, None, 4.0, "every_minutes"),
+        (0.01, None, 0.01, "every_minutes"),  # one step
+        (0.01, 3, 0.01, "every_minutes"),
+    ],
+)
+def test_a_checkpoint_comes_when_the_first_of_the_two_intervals_is_over(
+    every_minutes: float | None, save_steps: int | None, hours: float, key: str
+) -> None:
+    found = save_interval(CheckpointSection(every_minutes, save_steps), work_hours=4.0, steps=400)
+    assert found == (pytest.approx(hours), f"checkpoint.{key}")
 
 
 def test_memory_is_that_of_the_type_that_the_run_computes_in() -> None:

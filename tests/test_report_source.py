@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixtures import Page, build_run, write
+from report_fixtures import Page, build_run, spending, write
 
 from finetune.errors import UserError
 from finetune.report import write_report
@@ -70,10 +71,11 @@ def test_an_evaluation_of_a_broken_shape_is_one_line_and_no_report(
     assert not (run_dir / "report.html").exists()
 
 
-@pytest.mark.parametrize("history", ["steps", {"loss": 1}, [1, 2]])
-def test_a_history_of_a_broken_shape_is_one_line(run_dir: Path, history: Any) -> None:
-    write(run_dir / "run.json", {"status": "done", "history": history})
-    with pytest.raises(UserError, match=r"run\.json: history: expected a list of objects$"):
+@pytest.mark.parametrize("value", ["steps", {"loss": 1}, [1, 2]])
+@pytest.mark.parametrize("key", ["history", "attempt_log"])
+def test_a_list_of_a_broken_shape_is_one_line(run_dir: Path, key: str, value: Any) -> None:
+    write(run_dir / "run.json", {"status": "done", key: value})
+    with pytest.raises(UserError, match=rf"run\.json: {key}: expected a list of objects$"):
         write_report(run_dir)
 
 
@@ -121,3 +123,59 @@ def test_without_both_there_is_no_comparison(memory: Any, tmp_path: Path) -> Non
     run_dir = build_run(tmp_path / "cpu", memory=memory)
     write_report(run_dir)
     assert all("given out" not in text and "Memory of the GPU" not in text for text in pages(run_dir))
+
+
+def table(html: str) -> list[list[str]]:
+    """The cells of the table of attempts."""
+    section = html[html.index("Attempts and spending") : html.index("Run record")]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)][1:]
+
+
+def test_every_attempt_has_a_row_and_the_sum_stands_against_its_ceiling(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "spot", **spending())
+    write_report(run_dir)
+    zone = "us-central1-b"
+    rows = [
+        ["1", "2026-11-21 01:12", "A100, a2-highgpu-1g, spot", zone, "0 to 2310", "3.21", "$1.68", "$5.39", "preempted"],
+        ["2", "2026-11-22 02:12", "A100, a2-highgpu-1g, spot", zone, "2280 to 2280", "0.14", "$1.68", "$0.24", "–"],
+        ["3", "2026-11-23 03:12", "A100, a2-highgpu-1g, on-demand", zone, "2280 to 2940", "0.92", "$3.78", "$3.48",
+         "budget stop"],
+    ]  # fmt: skip
+    assert table((run_dir / "report.html").read_text(encoding="utf-8")) == rows
+    html, markdown = pages(run_dir)
+    assert all(f"| {' | '.join(row)} |" in markdown for row in rows)
+    for what, figures in (
+        ("Dollars", "$9.11 spent, of $10.00 (91%)"),
+        ("Hours", "4.27 h spent, no ceiling"),
+        ("Projected", "$11.27 for the whole run (estimated)"),
+        ("Basis", "hours from boot to the last heartbeat (measured) x catalog price of 2026-11-20"),
+    ):
+        assert f"{what}{figures}" in re.sub(r"\n", "", html) and f"- {what}: {figures}\n" in markdown
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"spending": None, "attempt_log": []}, {"spending": {"usd": None, "basis": "none"}}]
+)
+def test_a_run_that_recorded_no_attempts_has_no_such_section(tmp_path: Path, values: Any) -> None:
+    run_dir = build_run(tmp_path / "old", **values)
+    write_report(run_dir)
+    assert all("Attempts and spending" not in text and "Projected" not in text for text in pages(run_dir))
+
+
+def test_what_an_attempt_does_not_know_is_a_dash(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "bare", attempt_log=[{"attempt": 1, "hours": "many", "spot": None, "from_step": 0}])
+    write_report(run_dir)
+    assert table((run_dir / "report.html").read_text()) == [["1", "–", "–", "–", "0 to –", "–", "–", "–", "–"]]
+    assert "| 1 | – | – | – | 0 to – | – | – | – | – |" in pages(run_dir)[1]
+
+
+def test_an_end_that_holds_markup_stays_text(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script> | *x*"
+    run_dir = build_run(
+        tmp_path / "evil", attempt_log=[{"attempt": 1, "reason": evil}], spending={"usd": 1.0, "basis": evil}
+    )
+    write_report(run_dir)
+    assert "<script>" not in (run_dir / "report.html").read_text()
+    html, markdown = pages(run_dir)
+    assert html.count(evil) == 2 and "<script>" not in markdown.split("## Run record")[0]
+    assert r"\| \*x\* |" in markdown

@@ -13,7 +13,6 @@ from train_helpers import adapter_of, at_step, record_of
 torch = pytest.importorskip("torch")
 
 from finetune import checkpoint, run_record, train  # noqa: E402
-from finetune.callbacks import Rehearsal  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.memory import GIB, MemoryEstimate  # noqa: E402
@@ -58,13 +57,15 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_learned(
     config = tiny_config(**sections, lora={"lora_dropout": 0.3})
     assert main(["train", str(config)]) == 0
     rehearsed: list[int] = []
+    rehearse = train.rehearse
 
-    def on_any_device(trainer: Any, plan: StepPlan, examples: Any) -> Rehearsal:
+    def watched(trainer: Any, plan: StepPlan, examples: Any) -> None:
         run = trainer.stepper.rehearse
         trainer.stepper.rehearse = lambda worst: (rehearsed.extend(example["length"] for example in worst), run(worst))
-        return Rehearsal(lambda: train._rehearse(trainer, plan, examples))
+        rehearse(trainer, plan, examples)
 
-    monkeypatch.setattr(train, "_rehearsal", on_any_device)
+    monkeypatch.setattr(train, "rehearse", watched)
+    monkeypatch.setattr(train, "rehearses", lambda device: True)
     assert main(["train", str(config)]) == 0
     one, other = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
     assert len(rehearsed) == 6

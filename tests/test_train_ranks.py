@@ -112,7 +112,7 @@ def test_two_processes_learn_what_one_does(
     assert [folder.name for folder in saved] == ["step-8", "step-6"]
     for folder in saved:
         assert checkpoint.fault(folder) is None
-        assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(checkpoint.read_manifest(folder)["files"])
+        assert {"rng-0.pt", "rng-1.pt"} <= set(checkpoint.read_manifest(folder)["files"])
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
     assert not list((other / "checkpoints").glob("checkpoint-*"))
 
@@ -152,7 +152,7 @@ def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
     assert stopped["status"] == "interrupted"
     assert 3 <= at < 60
     assert [folder.name for folder in checkpoint.newest_first(run / "checkpoints")] == [f"step-{at}"]
-    assert (run / "checkpoints" / f"step-{at}" / "rng_state_1.pth").is_file()
+    assert (run / "checkpoints" / f"step-{at}" / "rng-1.pt").is_file()
 
     code, said = finish(start(two("train", "--resume", str(run))))
     assert code == 0, said
@@ -164,20 +164,61 @@ def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
     assert record_of(run)["attempts"] == 2
 
 
+SLOW = """
+import os, sys, time
+from finetune import spending
+from finetune.machine_time import MachineTime, process_age
+from finetune.stepper import Stepper
+origin = process_age()
+spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: {factor} * (process_age() - origin))
+original, steps = Stepper.run, []
+def run(self, step):
+    steps.append(step)
+    {delay}
+    return original(self, step)
+Stepper.run = run
+from finetune.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""The meter runs faster than time, and steps take theirs."""
+
+
+def slow(tmp_path: Path, delay: str, factor: int) -> tuple[str, ...]:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW.replace("{delay}", delay).replace("{factor}", str(factor)))
+    return (str(script),)
+
+
 def test_the_budget_stops_both_and_other_gpus_may_not_change_the_step(
     tiny_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = LONG["training"] | {"per_device_train_batch_size": 2, "effective_batch_size": None}
-    config = tiny_config(**LONG | {"training": rows}, budget={"max_hours": 1e-9})
-    code, said = finish(start(two("train", str(config))))
+    budget = {"budget": {"max_hours": 90 / 3600}, "checkpoint": {"every_minutes": 0.5}}
+    config = tiny_config(**LONG | {"training": rows} | budget)
+    code, said = finish(start(two("train", str(config), script=slow(tmp_path, "time.sleep(0.5)", 4))))
     run = tmp_path / "runs" / "tiny-001"
     assert code == 0, said
-    assert (record_of(run)["status"], record_of(run)["steps"]["done"]) == ("budget_stop", 1)
+    assert record_of(run)["status"] == "budget_stop"
+    assert 1 <= record_of(run)["steps"]["done"] < 60
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
     change(run / "config.yaml", "budget", max_hours=None)
     assert main(["train", "--resume", str(run)]) == 2
     assert "began with 4 questions a step, and 1 GPUs make it 2" in capsys.readouterr().err
+
+
+def test_a_process_that_hangs_does_not_keep_the_others_beyond_the_ceiling(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.1")
+    config = tiny_config(**LONG | {"budget": {"max_hours": 240 / 3600}, "checkpoint": {"every_minutes": 1.0}})
+    hang = 'time.sleep(600 if os.environ["RANK"] == "1" and len(steps) == 3 else 0)'
+    begun = time.monotonic()
+    code, said = finish(start(two("train", str(config), script=slow(tmp_path, hang, 20))))
+    assert code == 0, said
+    assert time.monotonic() - begun < 90
+    assert any("the run did not stop by itself" in line for line in said)
+    assert record_of(tmp_path / "runs" / "tiny-001")["status"] == "budget_stop"
 
 
 # --- faults

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,6 @@ torch = pytest.importorskip("torch")
 
 from finetune import checkpoint  # noqa: E402
 from finetune.cli import main  # noqa: E402
-from finetune.config import config_hash, load_config  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,11 @@ def start_and_wait(config: Path, until: Callable[[], bool]) -> subprocess.Popen[
     return process
 
 
+def another_machine(run: Path) -> None:
+    """What lay on the local disk is gone."""
+    shutil.rmtree(Path(tempfile.gettempdir()) / f"finetune-{record_of(run)['run_id']}", ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
@@ -61,7 +67,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_from_it(
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "SIGINT: finishing this step, then saving a checkpoint" in said
+    assert "SIGINT (once more: exit at once): finishing this step, then saving a checkpoint" in said
     assert f"interrupted, a checkpoint is saved; go on with `finetune train --resume {run}`" in said
     assert "Traceback" not in said
     first = record_of(run)
@@ -70,7 +76,9 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_from_it(
     assert first["ended_at"] is not None
     assert 3 <= stopped_at < 40
     assert steps_in(first) == list(range(1, stopped_at + 1))
-    assert checkpoint.latest_valid(run / "checkpoints") == (run / "checkpoints" / f"step-{stopped_at}", [])
+    assert checkpoint.fault(run / "checkpoints" / f"step-{stopped_at}") is None
+    assert (first["stop"]["reason"], first["saves"]["committed_step"]) == ("signal", stopped_at)
+    assert f"the checkpoint of step {stopped_at} is committed" in said
     assert not (run / "adapter").exists()
 
     assert main(["train", "--resume", str(run)]) == 0
@@ -136,14 +144,16 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert record_of(run)["status"] == "running"
-    checkpoint.remove_leftovers(checkpoints)
+    another_machine(run)
+    for folder in checkpoints.iterdir():
+        if not (folder / "manifest.json").is_file():
+            shutil.rmtree(folder)
     newest, older = list(checkpoint.newest_first(checkpoints))[:2]
     size = (newest / "adapter_model.safetensors").stat().st_size
     weights = newest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])  # a copy that was cut off
-    for name in ("step-99", "checkpoint-99"):  # a save that was cut off
-        shutil.copytree(older, checkpoints / name)
-        (checkpoints / name / "manifest.json").unlink()
+    shutil.copytree(older, checkpoints / "step-99")  # a save that was cut off
+    (checkpoints / "step-99" / "manifest.json").unlink()
 
     assert main(["train", "--resume", str(run)]) == 0
     said = capsys.readouterr().err
@@ -155,7 +165,119 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(
     assert steps_in(record) == list(range(1, 31))
     names = {path.name for path in checkpoints.iterdir() if path.is_dir()}
     assert names == {f"damaged-{newest.name}", "step-28", "step-30"}
-    assert checkpoint.latest_valid(checkpoints) == (checkpoints / "step-30", [])
+    assert checkpoint.fault(checkpoints / "step-30") is None
+
+
+def test_a_snapshot_that_was_not_copied_yet_is_saved_by_the_next_attempt_on_the_machine(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    config = tiny_config(training={"max_steps": 6}, checkpoint={"save_steps": 2})
+    assert main(["train", str(config)]) == 0
+    monkeypatch.setenv("FINETUNE_FAULT", "manifest:2")
+    killed = subprocess.run([sys.executable, "-m", "finetune", "train", str(config)], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    monkeypatch.delenv("FINETUNE_FAULT")
+    whole, run = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
+    assert [path.name for path in (run / "checkpoints").glob("*/manifest.json")] == ["manifest.json"]
+    assert main(["train", "--resume", str(run)]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"the snapshot of step [46], which an earlier attempt left on this machine, is saved", said)
+    assert adapter_of(run) == adapter_of(whole)
+
+
+def test_a_step_that_would_end_too_late_is_given_up_and_the_state_before_it_saved(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    config = tiny_config(training={"max_steps": 6}, lora={"lora_dropout": 0.2}, checkpoint={"save_steps": 100})
+    assert main(["train", str(config)]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("finetune.stopping.NOTICE_SECONDS", 1.0)  # less than the time for saving
+        at_step(4, lambda: signal.raise_signal(signal.SIGTERM), patched)
+        assert main(["train", str(config)]) == 75
+    whole, run = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
+    assert "the step in progress would end too late: saving the state before it" in capsys.readouterr().err
+    record = record_of(run)
+    assert (record["status"], record["steps"]["done"], record["saves"]["committed_step"]) == ("interrupted", 3, 3)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert steps_in(record_of(run)) == [1, 2, 3, 4, 5, 6]
+    assert adapter_of(run) == adapter_of(whole)
+
+
+KINDS: list[dict[str, Any]] = [
+    {"training": {"max_steps": 14, "group_by_length": True}},  # 24 questions, 4 a step: over three epochs
+    {"training": {"max_steps": 14, "logging_steps": 5, "eval_steps": 3}, "lora": {"lora_dropout": 0.3}},
+    {
+        "training": {"max_steps": 8, "per_device_train_batch_size": "auto", "gradient_accumulation_steps": None,
+                     "effective_batch_size": 5, "kernels": "lean"},
+        "lora": {"lora_dropout": 0.3}, "quantization": {"load_in_4bit": False},
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sections", KINDS)
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_a_resumed_run_is_byte_for_byte_the_uninterrupted_one(
+    sections: dict[str, Any], step: int, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an epoch, at its last step, and at the first of the next."""
+    config = tiny_config(**sections, checkpoint={"save_steps": 100})
+    assert main(["train", str(config)]) == 0
+    with monkeypatch.context() as patched:
+        at_step(step, lambda: signal.raise_signal(signal.SIGTERM), patched)
+        assert main(["train", str(config)]) == 75
+    whole, run = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
+    assert main(["train", "--resume", str(run)]) == 0
+    assert adapter_of(run) == adapter_of(whole)
+    told = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    one, other = ([[row.get(name) for name in told] for row in record_of(each)["history"]] for each in (whole, run))
+    assert one == other
+
+
+def test_adapters_that_were_not_loaded_are_noticed_before_the_first_step(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    run = interrupted_copy(tiny_run, tmp_path)
+    monkeypatch.setattr("transformers.Trainer._load_from_checkpoint", lambda *_, **__: None)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "adapters are not in the model that is about to train" in capsys.readouterr().err
+
+
+def test_another_base_model_is_noticed_before_the_first_step(
+    tiny_run: Path, tiny_model: Path, tmp_path: Path, capsys: Shown
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = interrupted_copy(tiny_run, tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    for config in (run / "config.yaml", run / "checkpoints" / "step-4" / "config.yaml"):
+        change(config, "model", name=str(other))
+    reseal(run / "checkpoints" / "step-4")
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "the loaded model does not behave like the saved one (loss" in capsys.readouterr().err
+
+
+def interrupted_copy(run: Path, folder: Path) -> Path:
+    """As it was after its checkpoint of step 4."""
+    copy = folder / "copy"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-6")
+    (copy / "run.json").write_text(json.dumps(record_of(copy) | {"status": "interrupted"}))
+    return copy
+
+
+def reseal(folder: Path) -> None:
+    """A manifest that fits what is in the folder now."""
+    from finetune.checkpoint import CheckpointStore
+
+    manifest = checkpoint.read_manifest(folder)
+    moved = folder.rename(folder.with_name("moved"))
+    (moved / "manifest.json").unlink()
+    labels = {name: manifest[name] for name in ("step", "config_hash", "data_hash", "attempt")}
+    CheckpointStore(folder.parent, run_id=manifest["run_id"]).put(moved, **labels)
+    shutil.rmtree(moved)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(
@@ -208,79 +330,6 @@ def test_a_run_goes_on_with_the_same_data_in_another_place(tiny_run: Path, tiny_
     assert record["data"]["path"] == str(tmp_path / "moved")
 
 
-# --- budget
-
-
-def test_a_run_stops_at_its_hours_and_goes_on_when_they_are_raised(
-    tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
-) -> None:
-    config = tiny_config(budget={"max_hours": 1e-6, "usd_per_hour": 36.0}, checkpoint={"save_steps": 100})
-    assert main(["train", str(config)]) == 0
-    run = tmp_path / "runs" / "tiny-001"
-    stopped = record_of(run)
-    assert (stopped["status"], stopped["steps"]) == ("budget_stop", {"done": 1, "planned": 4})
-    assert stopped["spent_usd"] == pytest.approx(stopped["wall_seconds"] * 36 / 3600, abs=0.001)
-    assert stopped["spent_basis"] == "measured hours of training x $36/h (budget.usd_per_hour of the config)"
-    assert [path.name for path in checkpoint.newest_first(run / "checkpoints")] == ["step-1"]
-    first_adapter = adapter_of(run)
-    capsys.readouterr()
-
-    assert main(["train", "--resume", str(run)]) == 2  # the budget holds over all attempts
-    assert f"the budget of this run is used up; raise budget.max_hours or budget.max_run_usd in {run}/config.yaml" in (
-        capsys.readouterr().err
-    )
-    assert record_of(run) == stopped
-
-    change(run / "config.yaml", "budget", max_hours=1.0)
-    assert main(["train", "--resume", str(run)]) == 0
-    record = record_of(run)
-    assert (record["status"], record["attempts"]) == ("done", 2)
-    assert steps_in(record) == [1, 2, 3, 4]
-    assert record["config"]["budget"]["max_hours"] == 1.0
-    assert record["config_hash"] == config_hash(load_config(run / "config.yaml")) != stopped["config_hash"]
-    assert record["wall_seconds"] > stopped["wall_seconds"]
-    assert record["spent_usd"] == pytest.approx(record["wall_seconds"] * 36 / 3600, abs=0.001)
-    assert adapter_of(run) != first_adapter
-
-
-def test_a_run_stops_at_its_dollars(tiny_config: ConfigWriter, tmp_path: Path) -> None:
-    config = tiny_config(budget={"max_run_usd": 0.01, "usd_per_hour": 36000.0})  # a millisecond
-    assert main(["train", str(config)]) == 0
-    assert record_of(tmp_path / "runs" / "tiny-001")["status"] == "budget_stop"
-
-
-def machine_costs(usd_per_hour: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine that our launch policy started at this price."""
-    offer = {"gpu": "T4", "zone": "us-central1-a", "spot": True, "usd_per_hour": usd_per_hour}
-    table = {"basis": "a catalog of today", "ceiling_usd_per_hour": None, "offers": [offer]}
-    monkeypatch.setenv("FINETUNE_PRICES", json.dumps(table))
-    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nobody listens on the discard port
-
-
-def test_the_price_that_came_with_the_machine_counts_before_the_configs(
-    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine_costs(36.0, monkeypatch)
-    assert main(["train", str(tiny_config(training={"max_steps": 1}, budget={"usd_per_hour": 1.0}))]) == 0
-    record = record_of(tmp_path / "runs" / "tiny-001")
-    assert record["spent_usd"] == pytest.approx(record["wall_seconds"] * 36 / 3600, abs=0.001)
-    assert record["spent_basis"].startswith("measured hours of training x $36/h (")
-    assert "of the config" not in record["spent_basis"]
-
-
-def test_dollars_are_held_by_the_price_that_came_with_the_machine(
-    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
-) -> None:
-    machine_costs(36000.0, monkeypatch)
-    assert main(["train", str(tiny_config(budget={"max_run_usd": 0.01, "usd_per_hour": 0.001}))]) == 0
-    run = tmp_path / "runs" / "tiny-001"
-    stopped = record_of(run)
-    assert (stopped["status"], stopped["steps"]) == ("budget_stop", {"done": 1, "planned": 4})
-    assert main(["train", "--resume", str(run)]) == 2
-    assert "the budget of this run is used up" in capsys.readouterr().err
-    assert record_of(run) == stopped
-
-
 def test_what_the_plan_assumes_may_change_between_two_attempts(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "copy"
     shutil.copytree(tiny_run, run)
@@ -288,9 +337,3 @@ def test_what_the_plan_assumes_may_change_between_two_attempts(tiny_run: Path, t
     change(run / "config.yaml", "plan", mean_tokens=99.0, gpus=["T4"])
     assert main(["train", "--resume", str(run)]) == 0
     assert record_of(run)["config"]["plan"]["gpus"] == ["T4"]
-
-
-def test_a_run_without_a_price_reports_no_dollars(tiny_config: ConfigWriter, tmp_path: Path) -> None:
-    assert main(["train", str(tiny_config(training={"max_steps": 1}))]) == 0
-    record = record_of(tmp_path / "runs" / "tiny-001")
-    assert (record["spent_usd"], record["spent_basis"]) == (None, None)

@@ -50,9 +50,7 @@ def adapter(model: Any) -> dict[str, Any]:
 
 def arguments(training: TrainingSection, *, validates: bool = False) -> Any:
     plan = StepPlan("stock", 16, None, Limits(2048, 0), training.gradient_checkpointing is True, None, "on a CPU")
-    return trainer_arguments(
-        training, CPU, plan, checkpoints=Path("out"), run_name="run", save_steps=1000, report_to=[], validates=validates
-    )
+    return trainer_arguments(training, CPU, plan, checkpoints=Path("out"), run_name="run", validates=validates)
 
 
 def another_value(hint: Any, value: Any) -> Any:
@@ -122,17 +120,13 @@ def test_gradients_are_clipped_over_all_adapters(
     assert 0 < moved < 1e-5 < 1e-2, "unclipped, AdamW's first step is as long as the learning rate"
 
 
-def test_run_folder_tracking_and_checkpoints_reach_the_library() -> None:
+def test_run_folder_and_validation_reach_the_library_which_neither_saves_nor_reports_on_its_own() -> None:
     plan = StepPlan("stock", 16, None, Limits(2048, 0), False, None, "on a CPU")
-    made = trainer_arguments(
-        section(), CPU, plan, checkpoints=Path("here"), run_name="me", save_steps=17, report_to=["tensorboard"],
-        validates=True,
-    )  # fmt: skip
-    assert (made.output_dir, made.run_name, made.save_steps) == ("here", "me", 17)
-    assert made.report_to == ["tensorboard"]
+    made = trainer_arguments(section(), CPU, plan, checkpoints=Path("here"), run_name="me", validates=True)
+    assert (made.output_dir, made.run_name, made.save_strategy) == ("here", "me", "no")
+    assert made.report_to == []
     assert made.eval_strategy == "steps"
     assert arguments(section()).eval_strategy == "no"
-    assert arguments(section()).report_to == []
 
 
 @pytest.mark.parametrize(("ratio", "steps", "warm"), [(0.1, 40, 4), (0.03, 100, 3), (0.05, 30, 2), (0.0, 40, 0)])

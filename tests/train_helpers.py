@@ -43,3 +43,18 @@ def change(path: Path, section: str, **values: Any) -> None:
     tree = yaml.safe_load(path.read_text())
     tree[section] |= values
     path.write_text(yaml.safe_dump(tree))
+
+
+class FakeTime:
+    """Seconds on the meter of every attempt, set by hand; the meter looks at them twenty times a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        from finetune import spending
+        from finetune.machine_time import MachineTime
+
+        self.seconds = 0.0
+        monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.05")
+        monkeypatch.setattr(spending, "MachineTime", lambda rented: MachineTime(rented=rented, home=home, age=self))
+
+    def __call__(self) -> float:
+        return self.seconds

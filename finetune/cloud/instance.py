@@ -1,28 +1,41 @@
-"""What the rented machine that we run on costs an hour, from the price table that the launch policy handed over.
+"""What the rented machine that we run on costs an hour, and when Google takes it away.
 
-The table travels as the environment variable FINETUNE_PRICES; machine set-up keeps a copy of it in the home folder, for
-jobs that come later by `sky exec`. Where a fact about the machine is not known (its zone, whether it is spot), the dearest
-price that it could have counts.
+The price comes from the table that the launch policy handed over. It travels as the environment variable FINETUNE_PRICES;
+machine set-up keeps a copy of it in the home folder, for jobs that come later by `sky exec`. Where a fact about the machine is
+not known (its zone, whether it is spot), the dearest price that it could have counts.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import urllib.error
-import urllib.request
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.cloud import metadata
 from finetune.errors import UserError
 from finetune.gpus import GPUS
 from finetune.hardware import nvidia_driver
+from finetune.machine_time import machine_age
 
 VARIABLE = "FINETUNE_PRICES"
 KEPT = Path(".finetune") / "prices.json"
 """In the home folder; written by tools/machine_setup.sh."""
-METADATA_SECONDS = 1.0
+
+PREEMPTED, MAINTENANCE = "preempted", "maintenance-event"
+ALARMS = {PREEMPTED: "TRUE", MAINTENANCE: "TERMINATE_ON_HOST_MAINTENANCE"}
+"""The values of instance/KEY that mean that this machine goes. A preempted one has up to 30 s from then; one with a GPU whose
+host is to be repaired, an hour, and only if somebody has asked before."""
+HOLD_SECONDS = 10
+"""For which the metadata server holds an answer back when nothing changes. A line that died without a sign is noticed only
+after that, so it is short against the 30 s of a preemption, too."""
+FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.1, 2.0
+"""Between two questions to a server that is busy or gone."""
+REST_SECONDS = 0.5
+"""Between two that are answered, for servers that hold nothing back."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,15 @@ class MachinePrice:
 def machine_price() -> MachinePrice | None:
     """The price of this machine; None where no price table came with the launch, such as on a laptop.
 
-    Asks the metadata server for at most METADATA_SECONDS a question. Raises UserError for a table that cannot be read.
+    Asks the metadata server, for about a second a question where there is none. Raises UserError for a table that cannot be read.
     """
     table = _table()
     return price_in(table, this_machine()) if table is not None else None
+
+
+def rented() -> bool:
+    """Whether our launch policy started this machine, so that it costs money from its boot."""
+    return _table_text() is not None
 
 
 def price_in(table: dict[str, Any], machine: Machine) -> MachinePrice:
@@ -72,12 +90,17 @@ def price_in(table: dict[str, Any], machine: Machine) -> MachinePrice:
 def this_machine() -> Machine:
     """Zone, spot and GPU, from SkyPilot's environment, Google's metadata server and nvidia-smi."""
     driver = nvidia_driver()
-    preemptible = _metadata("scheduling/preemptible")
+    preemptible = metadata.value("scheduling/preemptible")
     return Machine(
         zone=_zone(),
         spot=None if preemptible is None else preemptible.upper() == "TRUE",
         gpu=gpu_of(driver.gpu.name) if driver and driver.gpu else None,
     )
+
+
+def facts() -> dict[str, str | bool | None]:
+    """For the ledger: zone, spot and gpu as in `this_machine`, id and name as Google has them; None is unknown."""
+    return {**vars(this_machine()), "id": metadata.value("id"), "name": metadata.value("name")}
 
 
 def gpu_of(name: str) -> str | None:
@@ -94,17 +117,84 @@ def wall_hours(price: MachinePrice | None, *, max_run_usd: float | None, max_hou
     on the meter too, but never more than max_hours. None: no limit."""
     limits = [] if max_hours is None else [max_hours]
     if price is not None and max_run_usd is not None:
-        limits.append(max(0.0, max_run_usd / price.usd_per_hour - _uptime_hours()))
+        limits.append(max(0.0, max_run_usd / price.usd_per_hour - (machine_age() or 0.0) / 3600))
     return min(limits, default=None)
 
 
+class PreemptionWatch:
+    """Tells when Google announces that it takes this machine away. Silent off Google Cloud, where its threads end at once.
+
+    on_notice: called by a thread, once for each of ALARMS with its key; it should do no more than to set a flag. Use as a context
+    manager, or call `start` and `close`.
+    """
+
+    def __init__(self, on_notice: Callable[[str], None]) -> None:
+        self._on_notice = on_notice
+        self._closed = threading.Event()
+        self._stays = rented()
+        self._callers = {key: metadata.Caller() for key in ALARMS}
+        self._threads = [
+            threading.Thread(target=self._listen, args=(key,), name=f"metadata {key}", daemon=True) for key in ALARMS
+        ]
+
+    def start(self) -> PreemptionWatch:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def listening(self) -> bool:
+        """Whether a notice would still be heard."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def close(self) -> None:
+        """Ends the threads, in the middle of a question too."""
+        self._closed.set()
+        for caller in self._callers.values():
+            caller.hang_up()
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(metadata.CONNECT_SECONDS + 1)
+
+    def __enter__(self) -> PreemptionWatch:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _listen(self, key: str) -> None:
+        caller, etag, pause = self._callers[key], "", FIRST_PAUSE_SECONDS
+        answers = 0
+        while not self._closed.is_set():
+            answer = caller.ask(key, last_etag=etag, wait_seconds=HOLD_SECONDS if etag else 0)
+            answers += 1
+            if answer.value.upper() == ALARMS[key]:
+                self._on_notice(key)
+                return
+            elsewhere = answer == metadata.NOBODY and answers == 1 and not self._stays
+            if elsewhere or 400 <= answer.status < 500:  # or not a key of this server
+                return
+            if answer.status == metadata.OK:
+                etag, pause = answer.etag, FIRST_PAUSE_SECONDS
+                self._closed.wait(REST_SECONDS)
+            else:
+                self._closed.wait(pause)
+                pause = min(2 * pause, LAST_PAUSE_SECONDS)
+
+
+def _table_text() -> tuple[str, str] | None:
+    """The price table as text, and where it was found."""
+    text = os.environ.get(VARIABLE)
+    if text:
+        return text, VARIABLE
+    kept = Path.home() / KEPT
+    return (kept.read_text(encoding="utf-8"), str(kept)) if kept.is_file() else None
+
+
 def _table() -> dict[str, Any] | None:
-    text, place = os.environ.get(VARIABLE), VARIABLE
-    if not text:
-        kept = Path.home() / KEPT
-        if not kept.is_file():
-            return None
-        text, place = kept.read_text(encoding="utf-8"), str(kept)
+    found = _table_text()
+    if found is None:
+        return None
+    text, place = found
     try:
         table = json.loads(text)
         offers = [
@@ -128,26 +218,5 @@ def _zone() -> str | None:
         zone = None
     if zone:
         return str(zone)
-    answer = _metadata("zone")  # projects/NUMBER/zones/us-central1-a
+    answer = metadata.value("zone")  # projects/NUMBER/zones/us-central1-a
     return answer.rsplit("/", 1)[-1] if answer else None
-
-
-def _metadata(key: str) -> str | None:
-    """One value of Google's metadata server; None off Google Cloud."""
-    host = os.environ.get("GCE_METADATA_HOST", "169.254.169.254")
-    request = urllib.request.Request(  # a fixed scheme and host
-        f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"}
-    )
-    try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=METADATA_SECONDS) as response:
-            return str(response.read().decode()).strip()
-    except (urllib.error.URLError, OSError, ValueError):
-        return None
-
-
-def _uptime_hours() -> float:
-    try:
-        return float(Path("/proc/uptime").read_text(encoding="ascii").split()[0]) / 3600
-    except (OSError, ValueError, IndexError):
-        return 0.0

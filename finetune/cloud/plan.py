@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from finetune import memory
 from finetune.cloud.prices import Catalog, Offer
 from finetune.cloud.run_size import RunSize, run_size
-from finetune.config import PlanSection, RunConfig, questions_per_step
+from finetune.config import CheckpointSection, PlanSection, RunConfig, questions_per_step
 from finetune.errors import NotEstimated, UserError
 from finetune.fit import Fitted, Limits, fit_on, usual_step_tokens
 from finetune.gpus import GPUS, Gpu
@@ -52,6 +52,7 @@ class OnGpu:
     speed: Speed
     work_hours: float
     save_hours: float  # between two checkpoints
+    save_key: str = "checkpoint.every_minutes"  # of the config, which decides that
     limits: Limits | None = None
     there_gib: float | None = None
 
@@ -135,16 +136,34 @@ def run_on(config: RunConfig, size: RunSize, gpu: Gpu) -> OnGpu:
     speed = _speed(config, size, gpu, shape, fitted)
     seconds = (size.tokens + size.validation_tokens * VALIDATION_COST) / speed.tokens_per_second
     work_hours = seconds / 3600
+    save_hours, save_key = save_interval(config.checkpoint, work_hours, size.steps)
     return OnGpu(
         gpu=gpu,
         needed_gib=fitted.needed_gib,
         fits=fitted.fits,
         speed=speed,
         work_hours=work_hours,
-        save_hours=work_hours * min(1.0, config.checkpoint.save_steps / size.steps),
+        save_hours=save_hours,
+        save_key=save_key,
         limits=fitted.limits,
         there_gib=fitted.memory_gib,
     )
+
+
+def save_interval(section: CheckpointSection, work_hours: float, steps: int) -> tuple[float, str]:
+    """Hours of work between two checkpoints, and the key that decides them: whichever of the two is over first.
+
+    A checkpoint is saved at the end of a step, so never less than a step's time; and never more than the whole run, which is
+    what neither key leaves.
+    """
+    step_hours = work_hours / steps
+    found = [(work_hours, "checkpoint.every_minutes")]
+    if section.save_steps is not None:
+        found.insert(0, (section.save_steps * step_hours, "checkpoint.save_steps"))
+    if section.every_minutes is not None:
+        found.insert(0, (max(section.every_minutes / 60, step_hours), "checkpoint.every_minutes"))
+    hours, key = min(found[:-1] or found, key=lambda each: each[0])
+    return min(hours, work_hours), key
 
 
 def _speed(config: RunConfig, size: RunSize, gpu: Gpu, shape: ModelShape, fitted: Fitted) -> Speed:
@@ -194,7 +213,7 @@ def _row(
     rate = assumptions.spot_preemptions_per_hour
     if spot and rate * on_gpu.save_hours > MOST_PREEMPTIONS:
         stretch = f"{on_gpu.save_hours:.1f} h from one checkpoint to the next"
-        refusals.append(f"{stretch} at {rate:g} preemptions an hour: lower checkpoint.save_steps")
+        refusals.append(f"{stretch} at {rate:g} preemptions an hour: set a lower {on_gpu.save_key}")
     if offer.doubts and not trust_prices:
         refusals.append(f"price not trusted: {'; '.join(offer.doubts)}")
     return Row(on_gpu, spot, offer, cost, tuple(refusals))

@@ -1,0 +1,105 @@
+"""Kill training runs over and over, and see whether they end as if nothing had happened.
+
+python -m chaos --kills 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from chaos.attempt import Machine
+from chaos.full_disk import on_a_full_disk, small_disk
+from chaos.outcome import Outcome, figures, table, verdict, violations
+from chaos.plan import Plan
+from chaos.rented import on_a_rented_machine
+from chaos.soak import Bench, Run, killed_over_and_over, uninterrupted
+from chaos.world import KINDS, Kind, make_world
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 if everything held, 1 if not, 2 for a wrong argument."""
+    parsed = _parser().parse_args(arguments)
+    seed = random.SystemRandom().randrange(10**6) if parsed.seed is None else parsed.seed
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    print(f"chaos: {parsed.kills} kills, seed {seed} (--seed {seed} draws the same ones), in {folder}", flush=True)
+    try:
+        outcome = unleash(
+            folder, parsed.kills, seed, [kind for kind in KINDS if kind.name in parsed.kinds], parsed.extras
+        )
+    except KeyboardInterrupt:
+        print(f"chaos: interrupted; what there is so far stays in {folder}", file=sys.stderr)
+        return 1
+    print("\n".join(["", *table(outcome), "", *figures(outcome)]))
+    found = violations(outcome)
+    print("\n".join([*(f"VIOLATION {line}" for line in found), "", verdict(outcome, found)]))
+    if found:
+        print(f"runs and logs are kept in {folder}")
+    else:
+        shutil.rmtree(folder)
+    return 1 if found else 0
+
+
+def unleash(folder: Path, kills: int, seed: int, kinds: Sequence[Kind], extras: bool) -> Outcome:
+    began = time.monotonic()
+    world = make_world(folder / "world")
+    bench = Bench(world, Machine(folder / "machine"), folder / "runs", _say)
+    whole = {kind.name: uninterrupted(bench, kind) for kind in kinds}
+    plan = Plan(kills, seed, len(kinds))
+    killed: list[Run] = []
+    most = 2 * len(kinds) + kills  # an attempt may end before its kill comes, and with it the run
+    while plan.left and len(killed) < most and not any(run.fault for run in [*whole.values(), *killed]):
+        kind = kinds[len(killed) % len(kinds)]
+        killed.append(killed_over_and_over(bench, kind, f"{kind.name}-{len(killed) + 1:02d}", plan))
+    extras = extras and not plan.left
+    filled = _full_disk(bench, kinds[0], folder / "small-disk") if extras else None
+    name = f"{kinds[0].name}-rented"
+    rented = on_a_rented_machine(bench, kinds[0], folder / "rented", name) if extras else None
+    return Outcome(whole, killed, filled, rented, kills, plan.not_reached(), time.monotonic() - began)
+
+
+def _full_disk(bench: Bench, kind: Kind, folder: Path) -> Run | None:
+    with small_disk(folder) as disk:
+        if disk is None:
+            _say("a full disk: left out, because only root may mount a small one")
+            return None
+        return on_a_full_disk(bench, kind, disk, f"{kind.name}-full-disk")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m chaos", description="Kill training runs over and over, and compare how they end."
+    )
+    parser.add_argument("--kills", type=_positive, default=50, metavar="N", help="how often SIGKILL strikes (50)")
+    parser.add_argument("--seed", type=int, metavar="N", help="draws the same kills and damages again")
+    names = [kind.name for kind in KINDS]
+    parser.add_argument(
+        "--kinds", nargs="+", choices=names, default=names, metavar="KIND", help=", ".join(names) + " (all)"
+    )
+    parser.add_argument(
+        "--no-extras",
+        dest="extras",
+        action="store_false",
+        help="leave out the run on a full disk and the one on a rented machine",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""One attempt of a run: a `finetune train` process that is started, watched through the files that it writes, and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.faults import PLACES, VARIABLE
+
+BEAT_SECONDS = 0.05
+"""Of the heartbeats in the ledger; a kill between two of them loses less than this from it."""
+POLL_SECONDS = 0.005
+PATIENCE_SECONDS = 180.0
+"""An attempt that takes longer hangs."""
+LEFT_OUT = ("FINETUNE_", "WANDB_", "SKYPILOT_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""Environment variables that begin so do not reach an attempt."""
+
+Deed = tuple[int, Callable[[], object]]
+"""Something else that happens once an attempt has completed so many steps."""
+How = Literal["place", "step", "start", "notice"]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When an attempt dies.
+
+    place: at one of the places of finetune/faults.py, when it comes there for the `count`-th time. step: `delay` seconds after
+    the attempt has completed `count` steps. start: `delay` seconds after it was started. notice: like step, but told before by
+    SIGTERM, and killed `delay` seconds later if it is still there.
+    """
+
+    how: How
+    place: str = ""
+    count: int = 1
+    delay: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert (self.how == "place") == (self.place in PLACES)
+
+    @property
+    def name(self) -> str:
+        return {"place": self.place, "step": "any instant", "start": "start-up", "notice": "after SIGTERM"}[self.how]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What was seen of an attempt.
+
+    seconds: from its start to its death; where it was not killed, to its last word in run.json. leaving: seconds from there
+    to the end of the process, in which Python takes itself apart. resumed: the step that it said to go on from, 0 for the
+    beginning, None if it died before. done: the last step that run.json counted in this attempt, None if it never did.
+    """
+
+    kill: Kill | None
+    code: int
+    seconds: float
+    resumed: int | None
+    done: int | None
+    output: str
+    leaving: float = 0.0
+    hung: bool = False
+
+    @property
+    def killed(self) -> bool:
+        return self.code == -signal.SIGKILL
+
+
+@dataclass
+class Machine:
+    """Where attempts run: its temporary and its home folder go when it goes. prices: the table that comes with a rented one."""
+
+    folder: Path
+    prices: str | None = None
+    python_path: Path = field(default_factory=lambda: Path(__file__).resolve().parents[1])
+
+    def environment(self, kill: Kill | None) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OUT)}
+        own = {
+            "HOME": str(self._made("home")),
+            "TMPDIR": str(self.temporary),
+            "NETRC": str(self.folder / "no-netrc"),
+            "PYTHONPATH": str(self.python_path),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # byte for byte is a promise for CPUs
+            "GCE_METADATA_HOST": "127.0.0.1:9",  # nobody listens on the discard port
+            "FINETUNE_HEARTBEAT_SECONDS": str(BEAT_SECONDS),
+        }
+        if self.prices:
+            own["FINETUNE_PRICES"] = self.prices
+        fault = {VARIABLE: f"{kill.place}:{kill.count}"} if kill and kill.how == "place" else {}
+        return kept | own | fault
+
+    @property
+    def temporary(self) -> Path:
+        return self._made("tmp")
+
+    def _made(self, name: str) -> Path:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class Watch:
+    """Follows run.json: which steps this attempt has completed so far."""
+
+    def __init__(self, run: Path) -> None:
+        self._file = run / "run.json"
+        self._seen = self._stamp()
+        self._before = steps_done(run)
+        self._moved = False
+        self.done: int | None = None
+        self.changed: float | None = None  # monotonic seconds
+
+    def look(self) -> None:
+        """An attempt first leaves the number as the one before it had it; what counts is a number that changes."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        self._seen, self.changed = stamp, time.monotonic()
+        now = steps_done(self._file.parent)
+        self._moved = self._moved or now != self._before
+        if self._moved:
+            self.done = now
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            found = self._file.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_mtime_ns, found.st_ino
+
+
+def steps_done(run: Path) -> int | None:
+    """As run.json has it; None where there is none yet."""
+    try:
+        record: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    done: int | None = record.get("steps", {}).get("done")
+    return done
+
+
+def attempt(
+    machine: Machine, arguments: list[str], run: Path, kill: Kill | None, log: Path, deed: Deed | None = None
+) -> Attempt:
+    """Start `finetune train ARGUMENTS`, kill it as told, wait until it is gone. log: file for what it says."""
+    watch = Watch(run)
+    command = [sys.executable, "-m", "finetune", "train", *arguments]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=machine.environment(kill),
+            cwd=machine.folder,
+            start_new_session=True,
+        )
+        try:
+            hung = _until_gone(process, watch, kill, began, deed)
+        finally:
+            _kill(process)
+            process.wait()
+        gone = time.monotonic()
+    watch.look()
+    ended = gone if process.returncode < 0 or watch.changed is None else min(gone, watch.changed)
+    said = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    resumed = resumed_step(said, fresh="--resume" not in arguments)
+    return Attempt(kill, process.returncode, ended - began, resumed, watch.done, said, gone - ended, hung)
+
+
+def _until_gone(
+    process: subprocess.Popen[bytes], watch: Watch, kill: Kill | None, began: float, deed: Deed | None
+) -> bool:
+    """Returns whether it was still there when patience ended."""
+    strikes = began + kill.delay if kill and kill.how == "start" else None
+    waits = kill is not None and kill.how in ("step", "notice")
+    while process.poll() is None:
+        now = time.monotonic()
+        if now - began > PATIENCE_SECONDS:
+            return True
+        watch.look()
+        if deed and watch.done is not None and watch.done >= deed[0]:
+            deed[1]()
+            deed = None
+        if kill and waits and watch.done is not None and watch.done >= kill.count:
+            waits, strikes = False, now + kill.delay
+            if kill.how == "notice":
+                process.send_signal(signal.SIGTERM)
+        if strikes is not None and now >= strikes:
+            return False
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With everything that it started, as when a machine vanishes."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def resumed_step(said: str, *, fresh: bool) -> int | None:
+    """The step that an attempt's output says it goes on from; 0: the beginning."""
+    found = re.findall(r"resuming from \S*?step-(\d+)", said)
+    if found:
+        return int(found[-1])
+    return 0 if fresh or "starting from the beginning" in said else None

@@ -1,0 +1,89 @@
+"""What lies in a run's folder, read without the code that is on trial: checkpoints, snapshots, loss curves, adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+
+from finetune.ledger import Ledger
+
+Curve = list[tuple[int, float]]
+"""(step, loss) in the order in which they stand there."""
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Folders by step, whole or not, the newest first."""
+    found = {int(path.name.removeprefix("step-")): path for path in (run / "checkpoints").glob("step-*")}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the manifest is there and every file is as it says."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        return bool(files) and all(_sha256(folder / name) == entry["sha256"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def newest_whole(run: Path) -> int:
+    """The step of the newest checkpoint that is whole, 0 if there is none."""
+    return next((step for step, folder in checkpoints(run).items() if is_whole(folder)), 0)
+
+
+def in_flight(run: Path, temporary: Path) -> list[int]:
+    """Steps whose save had begun and was not committed: snapshots on the local disk, and halves in the store."""
+    committed = newest_whole(run)
+    names = [path.name for path in temporary.glob("*/checkpoint-*")] + [path.name for path in checkpoints(run).values()]
+    steps = {int(found[1]) for name in names if (found := re.match(r"(?:checkpoint|step)-(\d+)", name))}
+    return sorted(step for step in steps if step > committed)
+
+
+def newest_local(temporary: Path) -> int:
+    """The step of the newest snapshot on the local disk that was ready to be copied, 0 if there is none."""
+    labels = [json.loads(path.read_text(encoding="utf-8")) for path in temporary.glob("*/checkpoint-*/labels.json")]
+    return max((label["step"] for label in labels), default=0)
+
+
+def leftovers(run: Path) -> list[str]:
+    """What a finished run must not hold: halves of saves, and temporary files of writes that were cut off."""
+    halves = [path for path in checkpoints(run).values() if not (path / "manifest.json").is_file()]
+    temporary = [path for path in run.rglob(".*") if path.name.endswith(".tmp")]
+    return sorted(str(path.relative_to(run)) for path in [*halves, *temporary, *run.glob("checkpoints/checkpoint-*")])
+
+
+def adapter_hash(run: Path) -> str | None:
+    path = run / "adapter" / "adapter_model.safetensors"
+    return _sha256(path) if path.is_file() else None
+
+
+def history(run: Path) -> Curve:
+    """The losses of run.json."""
+    rows = json.loads((run / "run.json").read_text(encoding="utf-8"))["history"]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def tensorboard(run: Path) -> Curve:
+    """The losses as TensorBoard shows them, which leaves out what a later attempt has declared void."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every restart
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+def booked(run: Path) -> dict[str, float]:
+    """Seconds on the meter by attempt file, as the run's own ledger reads them."""
+    return {entry.file: entry.seconds for entry in Ledger(run / "ledger").account().attempts}
+
+
+def spent_usd(run: Path) -> float:
+    return Ledger(run / "ledger").account().usd or 0.0
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,127 @@
+"""What came out of all runs: violations, a table, and the figures under it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from chaos import checks
+from chaos.attempt import BEAT_SECONDS
+from chaos.soak import Run
+from chaos.world import USD_PER_HOUR
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that was run. whole: the uninterrupted run of each kind, by its name; full_disk, rented: None where left out."""
+
+    whole: dict[str, Run]
+    killed: list[Run]
+    full_disk: Run | None
+    rented: tuple[Run, checks.Spend] | None
+    wanted: int
+    places_missed: list[str]
+    seconds: float
+
+    @property
+    def all_killed(self) -> list[Run]:
+        return [*self.own_meter, *([self.rented[0]] if self.rented else [])]
+
+    @property
+    def own_meter(self) -> list[Run]:
+        """Those whose attempts pay for their own time alone."""
+        return [*self.killed, *([self.full_disk] if self.full_disk else [])]
+
+
+def violations(outcome: Outcome) -> list[str]:
+    found = [line for run in outcome.whole.values() for line in checks.check_end(run)]
+    for run in outcome.all_killed:
+        whole = outcome.whole[run.kind.name]
+        found += [
+            *checks.check_end(run),
+            *checks.check_weights(run, whole),
+            *checks.check_losses(run),
+            *checks.check_curves(run, whole),
+            *checks.check_leftovers(run),
+        ]
+    found += checks.check_spend([*outcome.whole.values(), *outcome.own_meter], USD_PER_HOUR)
+    if outcome.rented:
+        found += checks.check_rented(outcome.rented[0].name, outcome.rented[1])
+    if _kills(outcome.killed) < outcome.wanted:
+        found.append(f"{_kills(outcome.killed)} kills came about, {outcome.wanted} were wanted")
+    if outcome.places_missed:
+        found.append(f"no attempt died at: {', '.join(outcome.places_missed)}")
+    return found
+
+
+def table(outcome: Outcome) -> list[str]:
+    """A line for each run."""
+    columns: list[tuple[str, Callable[[Run], object]]] = [
+        ("run", lambda run: run.name),
+        ("attempts", lambda run: len(run.lives)),
+        ("kills", lambda run: len(run.kills)),
+        ("damaged", lambda run: sum(bool(life.damage) for life in run.lives)),
+        ("largest loss", _largest_loss),
+        ("ledger", lambda run: f"{_spend(run, outcome).error:+.2%}"),
+        ("adapter", lambda run: (run.adapter or "none")[:12]),
+        ("as the whole run's", lambda run: "yes" if _same(run, outcome) else "NO"),
+    ]
+    rows = [[str(value(run)) for _, value in columns] for run in [*outcome.whole.values(), *outcome.all_killed]]
+    rows.insert(0, [name for name, _ in columns])
+    widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _largest_loss(run: Run) -> str:
+    found = [loss for loss in checks.losses(run) if not loss.damaged]
+    if not found:
+        return "-"
+    worst = max(found, key=lambda loss: loss.steps)
+    return f"{worst.steps} of {worst.interval}" + (f"+{worst.in_copy}" if worst.in_copy else "")
+
+
+def figures(outcome: Outcome) -> list[str]:
+    by_name = Counter(life.attempt.kill.name for run in outcome.all_killed for life in run.kills if life.attempt.kill)
+    damaged = sum(len(life.damage) for run in outcome.killed for life in run.lives)
+    total = checks.spend([*outcome.whole.values(), *outcome.own_meter])
+    rented = outcome.rented[1] if outcome.rented else None
+    return [
+        "kills: " + ", ".join(f"{count} {name}" for name, count in by_name.most_common()),
+        f"damaged between attempts: {damaged} checkpoints; started over because none was left whole: {_restarts(outcome)}",
+        f"spend: ledger {total.booked:.1f} s, clock {total.real:.1f} s ({total.error:+.2%}); a kill between two heartbeats of "
+        f"{BEAT_SECONDS:g} s hides up to that: {total.allowance:.2%} over {total.kills} kills",
+        f"not booked: {total.unbooked:.1f} s of attempts that died before their first line in the ledger, {total.leaving:.1f} s "
+        "in which processes left after their last one",
+        "full disk: " + ("filled, resumed on, freed" if outcome.full_disk else "left out"),
+        "rented machine, idle time and early deaths included: "
+        + (f"ledger {rented.booked:.1f} s, clock {rented.real:.1f} s ({rented.error:+.2%})" if rented else "left out"),
+    ]
+
+
+def verdict(outcome: Outcome, found: Sequence[str]) -> str:
+    counted = [loss for run in outcome.killed for loss in checks.losses(run) if not loss.damaged]
+    largest = max((loss.steps for loss in counted), default=0)
+    same = sum(_same(run, outcome) for run in outcome.all_killed)
+    head = "everything held" if not found else f"{len(found)} VIOLATIONS"
+    return (
+        f"chaos: {head}: {_kills(outcome.all_killed)} kills in {len(outcome.all_killed)} runs, {same} of them with the "
+        f"adapter of the uninterrupted run, largest loss {largest} steps, {outcome.seconds:.0f} s"
+    )
+
+
+def _same(run: Run, outcome: Outcome) -> bool:
+    return not checks.check_weights(run, outcome.whole[run.kind.name])
+
+
+def _spend(run: Run, outcome: Outcome) -> checks.Spend:
+    return outcome.rented[1] if outcome.rented and outcome.rented[0] is run else checks.spend([run])
+
+
+def _kills(runs: Sequence[Run]) -> int:
+    return sum(len(run.kills) for run in runs)
+
+
+def _restarts(outcome: Outcome) -> int:
+    lives = [pair for run in outcome.killed for pair in zip(run.lives, run.lives[1:], strict=False)]
+    return sum(bool(before.damage) and before.left == 0 and life.attempt.resumed == 0 for before, life in lives)

@@ -1,0 +1,190 @@
+"""A run from its first attempt to its last, with what a managed job does between them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from chaos.attempt import Attempt, Deed, Kill, Machine, attempt
+from chaos.damage import spoil
+from chaos.observe import (
+    Curve,
+    adapter_hash,
+    booked,
+    history,
+    in_flight,
+    leftovers,
+    newest_local,
+    newest_whole,
+    spent_usd,
+    tensorboard,
+)
+from chaos.plan import Plan
+from chaos.world import Kind, World
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT
+
+MOST_ATTEMPTS = 60
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Life:
+    """An attempt and what it left.
+
+    whole: step of its newest whole checkpoint. in_flight: steps of the saves that had begun after that one. left: the step that
+    the next attempt has to go on from, after damage and the loss of the machine: that of the newest whole checkpoint, or of a
+    newer snapshot where the machine is still there. booked: seconds in the ledger, None if it never began there.
+    """
+
+    attempt: Attempt
+    whole: int
+    in_flight: tuple[int, ...]
+    damage: tuple[str, ...]
+    left: int
+    booked: float | None
+    full_disk: bool = False
+
+
+@dataclass
+class Run:
+    """All attempts of a run, and what it came to. fault: why the harness gave it up, None if it came to its end."""
+
+    name: str
+    kind: Kind
+    folder: Path
+    lives: list[Life] = field(default_factory=list)
+    fault: str | None = None
+    adapter: str | None = None
+    losses: Curve = field(default_factory=list)
+    tensorboard: Curve = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+    spent_usd: float = 0.0
+
+    @property
+    def kills(self) -> list[Life]:
+        return [life for life in self.lives if life.attempt.killed]
+
+
+@dataclass
+class Bench:
+    """Where runs take place. runs: the folder for them, which stands for the bucket."""
+
+    world: World
+    machine: Machine
+    runs: Path
+    say: Say
+
+    def folder(self, name: str) -> Path:
+        return self.runs / name
+
+    def one_attempt(self, run: Run, kill: Kill | None, *, deed: Deed | None = None, full_disk: bool = False) -> Attempt:
+        """What a managed job runs, as tools/machine_train.sh decides it: a new run, or the one that has a record."""
+        before = set(booked(run.folder))
+        begun = (run.folder / "run.json").is_file()
+        if not begun:
+            _remove_unbegun(run.folder)
+        config = self.world.config(run.kind, run.name, self.runs)
+        arguments = ["--resume", str(run.folder)] if begun else [str(config)]
+        log = self.world.folder / "logs" / f"{run.name}-{len(run.lives) + 1:02d}.log"
+        made = attempt(self.machine, arguments, run.folder, kill, log, deed)
+        whole = newest_whole(run.folder)
+        now = booked(run.folder)
+        mine = [seconds for name, seconds in now.items() if name not in before]
+        unfinished = tuple(in_flight(run.folder, self.machine.temporary))
+        left = max(whole, newest_local(self.machine.temporary))
+        life = Life(made, whole, unfinished, (), left, sum(mine) if mine else None, full_disk)
+        run.lives.append(life)
+        self.say(f"{run.name} {describe(life)}")
+        return made
+
+    def replace_machine(self) -> None:
+        shutil.rmtree(self.machine.folder)
+        self.machine.folder.mkdir()
+
+    def close(self, run: Run) -> Run:
+        """Read what a run has come to."""
+        if run.fault is None:
+            run.adapter = adapter_hash(run.folder)
+            run.losses, run.tensorboard = history(run.folder), tensorboard(run.folder)
+            run.leftovers = leftovers(run.folder)
+            run.spent_usd = spent_usd(run.folder)
+        return run
+
+
+class NotOurs(Exception):
+    """The run's folder holds files, but no record: tools/machine_train.sh does not touch it, and the run is stuck."""
+
+
+def uninterrupted(bench: Bench, kind: Kind) -> Run:
+    """The run that all others of its kind have to equal."""
+    run = Run(f"{kind.name}-whole", kind, bench.folder(f"{kind.name}-whole"))
+    made = bench.one_attempt(run, None)
+    if made.code != EXIT_OK:
+        run.fault = f"exit code {made.code}: {last_line(made.output)}"
+    return bench.close(run)
+
+
+def killed_over_and_over(bench: Bench, kind: Kind, name: str, plan: Plan) -> Run:
+    """Killed as often as the plan wants it in one run, then left alone until its end."""
+    run = Run(name, kind, bench.folder(name))
+    quota = plan.quota()
+    while len(run.lives) < MOST_ATTEMPTS:
+        begins_at, done = newest_whole(run.folder), len(run.kills)
+        first, last = not run.lives, done + 1 == quota
+        kill = plan.kill(kind, begins_at, first=first, last=last) if done < quota else None
+        try:
+            made = bench.one_attempt(run, kill)
+        except NotOurs as error:
+            run.fault = str(error)
+            break
+        if made.killed and kill and not made.hung:
+            plan.came_about(kill)
+            _misfortune(bench, run, plan)
+            continue
+        if kill:
+            plan.missed(kill)
+        if made.code == EXIT_TRANSIENT and kill and kill.how == "notice":
+            continue
+        if made.code != EXIT_OK:
+            run.fault = "hung" if made.hung else f"exit code {made.code}: {last_line(made.output)}"
+        break
+    else:
+        run.fault = f"no end after {MOST_ATTEMPTS} attempts"
+    return bench.close(run)
+
+
+def _misfortune(bench: Bench, run: Run, plan: Plan) -> None:
+    """What happens to checkpoints and machine while nobody trains."""
+    target = plan.damage()
+    damage = tuple(spoil(run.folder, target, plan.draws)) if target else ()
+    if plan.new_machine():
+        bench.replace_machine()
+    for line in damage:
+        bench.say(f"    {line}")
+    left = max(newest_whole(run.folder), newest_local(bench.machine.temporary))
+    run.lives[-1] = replace(run.lives[-1], damage=damage, left=left)
+
+
+def _remove_unbegun(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    others = [path for path in folder.rglob("*") if path.name != "config.yaml" and not path.match(".*.tmp")]
+    if others:
+        raise NotOurs(f"holds {others[0].name}, but no run.json: a managed job cannot go on with it")
+    shutil.rmtree(folder)
+
+
+def describe(life: Life) -> str:
+    made = life.attempt
+    end = "killed" if made.killed else f"exit {made.code}"
+    by = f" ({made.kill.name})" if made.kill else ""
+    steps = f"step {made.resumed if made.resumed is not None else '?'} to {made.done if made.done is not None else '?'}"
+    saving = f", saving {', '.join(map(str, life.in_flight))}" if life.in_flight else ""
+    return f"{end}{by} after {made.seconds:.1f} s, {steps}, whole {life.whole}{saving}"
+
+
+def last_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "(nothing said)"

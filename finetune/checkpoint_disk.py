@@ -1,0 +1,99 @@
+"""What a checkpoint store does to files, one method per operation, so that a test can cut the power at any of them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from finetune import faults
+
+PIECE = 4 * 2**20
+"""Bytes copied or hashed at a time."""
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
+class Disk:
+    """Files and folders of a local disk or a mounted bucket. Every method raises OSError.
+
+    Files are asked to be on the disk before the next operation begins; no caller relies on a store that honours it.
+    """
+
+    def make_folder(self, path: Path) -> None:
+        """Its parent has to be there; a folder that is there already is no fault."""
+        path.mkdir(exist_ok=True)
+
+    def copy_file(self, source: Path, target: Path) -> tuple[int, str]:
+        """Copy in pieces; returns bytes and SHA-256 (hex) of what was read. A file at `target` is overwritten."""
+        faults.place("copy")
+        digest, size = hashlib.sha256(), 0
+        with source.open("rb") as reading, target.open("wb", buffering=0) as writing:
+            half = os.fstat(reading.fileno()).st_size // 2
+            while piece := reading.read(min(PIECE, half - size) if size < half else PIECE):
+                self.write(writing, piece)
+                digest.update(piece)
+                size += len(piece)
+                if size == half:
+                    faults.place("half-copy")
+            _sync(writing.fileno())
+        return size, digest.hexdigest()
+
+    def hash_file(self, path: Path) -> tuple[int, str]:
+        """Bytes and SHA-256 (hex) of what the store gives back; of the disk's copy where the system can drop its own."""
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while piece := file.read(PIECE):
+                digest.update(piece)
+                size += len(piece)
+        return size, digest.hexdigest()
+
+    def write_text(self, path: Path, text: str) -> None:
+        with path.open("wb", buffering=0) as file:
+            self.write(file, text.encode())
+            _sync(file.fileno())
+
+    def write(self, file: BinaryIO, data: bytes) -> None:
+        """Every byte that reaches a file goes through here."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+
+    def remove_file(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def remove_empty_folder(self, path: Path) -> None:
+        try:
+            path.rmdir()
+        except FileNotFoundError:  # a bucket may have no folders of its own: they go with their last file
+            pass
+
+    def rename_folder(self, path: Path, new: Path) -> None:
+        path.rename(new)
+
+    def sync_folder(self, path: Path) -> None:
+        """Names of new files onto a local disk; other stores may refuse."""
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            return
+        try:
+            os.fsync(handle)
+        except OSError:
+            pass
+        finally:
+            os.close(handle)
+
+
+DISK = Disk()
+
+
+def _sync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise

@@ -1,0 +1,293 @@
+"""What a run has cost: one file per attempt, and the account over all of them.
+
+An attempt's file is small and is written anew, whole, at each event, so that a bucket has nothing to append. Spent is the sum
+over the attempts of (seconds on the meter when last heard of) x (price of their machine); no clock on the wall takes part in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+import threading
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from finetune import faults
+from finetune.errors import UserError
+from finetune.files import atomic_file, disk_error
+
+KEPT_BEAT_SECONDS = 600.0
+"""A heartbeat replaces the one before it, but for one every so many seconds: the file of a long run stays small."""
+METERED = "metered_seconds"
+"""In a line: seconds on the meter of the attempt."""
+_NAME = re.compile(r"attempt-(\d+)\.jsonl")
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of a run, as its file tells it.
+
+    seconds: on the meter. usd_per_hour: None where the machine has no price. step: the last one told. reason: of its end; None
+    while it goes on, or if it was killed. problems: what in the file cannot be used.
+    """
+
+    number: int
+    file: str
+    seconds: float = 0.0
+    usd_per_hour: float | None = None
+    basis: str | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+    began_at: str | None = None
+    resumed_step: int | None = None
+    step: int | None = None
+    reason: str | None = None
+    token: str | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def hours(self) -> float:
+        return self.seconds / 3600
+
+    @property
+    def usd(self) -> float | None:
+        return None if self.usd_per_hour is None else self.hours * self.usd_per_hour
+
+    @property
+    def zone(self) -> str | None:
+        return self.machine.get("zone")
+
+    @property
+    def gpu(self) -> str | None:
+        return self.machine.get("gpu")
+
+    @property
+    def spot(self) -> bool | None:
+        return self.machine.get("spot")
+
+
+@dataclass(frozen=True)
+class Account:
+    """All attempts of a run, in their order. problems: what could not be read or counted, a line each."""
+
+    attempts: tuple[Attempt, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def hours(self) -> float:
+        return sum(attempt.hours for attempt in self.attempts)
+
+    @property
+    def usd(self) -> float | None:
+        """US dollars of the attempts that have a price; None where none has one."""
+        priced = [attempt.usd for attempt in self.attempts if attempt.usd is not None]
+        return sum(priced) if priced else None
+
+
+class Ledger:
+    """A run's folder of attempt-NNN.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def account(self) -> Account:
+        """What the files tell. Damaged ones are reported, not raised; raises UserError where the folder cannot be listed."""
+        attempts: list[Attempt] = []
+        problems: list[str] = []
+        seen: dict[str, str] = {}
+        for number, path in self._files():
+            attempt = _read(number, path)
+            problems += [f"{path}: {problem}" for problem in attempt.problems]
+            if attempt.token is not None and attempt.token in seen:
+                problems.append(f"{path}: a copy of {seen[attempt.token]}; counted once")
+                continue
+            seen[attempt.token or str(path)] = path.name
+            attempts.append(attempt)
+        unpriced = [attempt.number for attempt in attempts if attempt.usd_per_hour is None]
+        if unpriced and len(unpriced) < len(attempts):
+            problems.append(f"{self.folder}: no price for attempt {', '.join(map(str, unpriced))}; not in the dollars")
+        return Account(tuple(attempts), tuple(problems))
+
+    def next_attempt(self) -> int:
+        """One more than the highest number in the folder, readable or not. Raises UserError like `account`."""
+        return max((number for number, _ in self._files()), default=0) + 1
+
+    def begin(
+        self,
+        *,
+        attempt: int,
+        machine: dict[str, Any],
+        usd_per_hour: float | None,
+        basis: str | None,
+        seconds_before: float,
+        resumed_step: int | None,
+    ) -> AttemptLog:
+        """Opens the file of an attempt, with the next free number where `attempt` is taken.
+
+        machine: facts for people, such as zone, gpu, spot. seconds_before: on the meter before now. Raises UserError where the
+        folder cannot be written.
+        """
+        begin = {
+            "event": "begin",
+            "at": _now(),
+            "attempt": attempt,
+            "token": secrets.token_hex(8),
+            METERED: round(seconds_before, 3),
+            "step": resumed_step,
+            "usd_per_hour": usd_per_hour,
+            "basis": basis,
+            "machine": machine,
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".attempt-*.jsonl.*.tmp"):  # of attempts that were killed as they wrote
+                leftover.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+        return AttemptLog(self, begin)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"attempt-{number:03d}.jsonl"
+
+    def _files(self) -> list[tuple[int, Path]]:
+        try:
+            names = [path.name for path in self.folder.iterdir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+        return sorted((int(match[1]), self.folder / name) for name in names if (match := _NAME.fullmatch(name)))
+
+
+class AttemptLog:
+    """The file of the attempt that runs. Any thread may write; each call raises UserError where the file cannot be written, and
+    the next one that succeeds brings what is missing."""
+
+    def __init__(self, ledger: Ledger, begin: Line) -> None:
+        self._ledger, self._lines = ledger, [begin]
+        self._lock = threading.Lock()
+        self._written = False
+        self._write()
+
+    @property
+    def number(self) -> int:
+        return int(self._lines[0]["attempt"])
+
+    @property
+    def path(self) -> Path:
+        return self._ledger.path(self.number)
+
+    def told(self) -> Attempt:
+        """The attempt as its file tells it, or would if it could be written."""
+        with self._lock:
+            return _attempt(self.number, self.path.name, self._lines, ())
+
+    def beat(self, seconds: float, step: int | None) -> None:
+        """The attempt lives: seconds on its meter, optimizer steps done."""
+        line = {"event": "beat", "at": _now(), METERED: round(seconds, 3), "step": step}
+        with self._lock:
+            if _replaceable(self._lines[-2:]):
+                self._lines.pop()
+            self._lines.append(line)
+            self._write()
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Something worth knowing, such as a checkpoint; a `step` among the facts counts as in a beat."""
+        with self._lock:
+            self._lines.append({"event": event, "at": _now()} | {name: _plain(fact) for name, fact in facts.items()})
+            self._write()
+
+    def end(self, seconds: float, reason: str, step: int | None) -> None:
+        self.note("end", **{METERED: round(seconds, 3), "step": step, "reason": reason})
+
+    def _write(self) -> None:
+        if self._written and not self._ledger.folder.is_dir():  # made anew it would hide that the bucket is gone
+            raise UserError(f"{self._ledger.folder}: has vanished; is the bucket still mounted?")
+        self._leave_to_others()
+        text = "".join(json.dumps(line, allow_nan=False, default=str) + "\n" for line in self._lines)
+        with atomic_file(self.path) as file:
+            file.write(text[: len(text) // 2])
+            faults.place("ledger")
+            file.write(text[len(text) // 2 :])
+        self._written = True
+
+    def _leave_to_others(self) -> None:
+        """Another attempt's file is never written over: this one goes on under the next free number, and says so in it."""
+        owner = _read(self.number, self.path).token if self.path.exists() else None
+        if owner in (None, self._lines[0]["token"]) and (self._written or not self.path.exists()):
+            return
+        taken, free = self.number, self._ledger.next_attempt()
+        self._lines[0]["attempt"] = free
+        self._lines.append({"event": "renumbered", "at": _now(), "taken": taken})
+
+
+def _read(number: int, path: Path) -> Attempt:
+    try:
+        rows = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    except OSError as error:
+        return Attempt(number, path.name, problems=(f"not readable ({error.strerror}); not counted",))
+    lines, bad = [], []
+    for count, row in enumerate(rows, 1):
+        line = _line(row)
+        if line is not None:
+            lines.append(line)
+        elif row.strip():
+            which = "the last line is torn" if count == len(rows) else f"line {count} is not readable"
+            bad.append(f"{which} and left out")
+    if not lines:
+        bad = ["nothing in it is readable; not counted"]
+    elif lines[0]["event"] != "begin":
+        bad.append("its first line is missing, and with it the price")
+    return _attempt(number, path.name, lines, tuple(bad))
+
+
+def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...]) -> Attempt:
+    first = next((line for line in lines if line["event"] == "begin"), {})
+    machine, token = first.get("machine"), first.get("token")
+    return Attempt(
+        number,
+        name,
+        seconds=max((seconds for line in lines if (seconds := _number(line.get(METERED))) is not None), default=0.0),
+        usd_per_hour=_number(first.get("usd_per_hour")),
+        basis=first.get("basis"),
+        machine=machine if isinstance(machine, dict) else {},
+        began_at=first.get("at"),
+        resumed_step=first.get("step"),
+        step=next((line["step"] for line in reversed(lines) if isinstance(line.get("step"), int)), None),
+        reason=next((str(line.get("reason")) for line in reversed(lines) if line["event"] == "end"), None),
+        token=token if isinstance(token, str) else None,
+        problems=problems,
+    )
+
+
+def _line(row: str) -> Line | None:
+    try:
+        line = json.loads(row)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("event"), str) else None
+
+
+def _replaceable(last: list[Line]) -> bool:
+    beats = [line["event"] for line in last] == ["beat", "beat"]
+    return beats and last[1][METERED] - last[0][METERED] < KEPT_BEAT_SECONDS
+
+
+def _plain(fact: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(fact, float) and not math.isfinite(fact) else fact
+
+
+def _number(value: Any) -> float | None:
+    """A finite number that is not negative; None for anything else that a damaged file may hold."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return float(value) if fits else None
+
+
+def _now() -> str:
+    """For people; nothing is computed from it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

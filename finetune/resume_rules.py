@@ -1,0 +1,211 @@
+"""Resuming under a changed config: for every key, whether its new value applies to the rest of the run or is refused, and why.
+
+What is learned, and how what was saved is read, is settled when a run begins. Where it runs, how fast, for how much money and
+who watches may change from one attempt to the next.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from finetune.config import RunConfig, TrainingSection, questions_per_step
+from finetune.errors import UserError
+
+Values = dict[str, Any]
+
+ABSENT = "(absent)"
+LONGEST = 60  # characters of a value that are shown
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Whether a new value applies to the rest of the run, and why or why not."""
+
+    applies: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the config with another value than the checkpoint's, and what comes of it; as text it is one line."""
+
+    key: str
+    before: Any
+    now: Any
+    rule: Rule
+
+    def __str__(self) -> str:
+        verdict = "applies" if self.rule.applies else "refused"
+        return f"{self.key}: {_shown(self.before)} -> {_shown(self.now)}: {verdict}, {self.rule.why}"
+
+
+@dataclass(frozen=True)
+class Decisions:
+    applies: list[Change]
+    refused: list[Change]
+
+
+_APPLIES: dict[str, tuple[str, ...]] = {
+    "from this attempt on": (
+        *("budget.usd_per_hour", "budget.max_run_usd", "budget.max_hours"),
+        *("checkpoint.every_minutes", "checkpoint.save_steps", "checkpoint.keep_last", "checkpoint.keep_every"),
+        *("tracking.wandb", "tracking.wandb_project"),
+        *("training.logging_steps", "training.eval_steps"),
+    ),
+    "only validation is cut up by it": ("training.per_device_eval_batch_size",),
+    "training does not read it": (
+        *("evaluation.split", "evaluation.max_questions", "evaluation.batch_size", "evaluation.max_new_tokens"),
+        *("evaluation.timeout_seconds", "evaluation.rule", "evaluation.dequantize"),
+        *("plan.gpus", "plan.disk_gib", "plan.setup_minutes", "plan.spot_preemptions_per_hour"),
+        *("plan.records", "plan.mean_tokens"),
+    ),
+    "but a run that has begun stays in its folder": ("training.output_dir", "training.run_name"),
+    "the data are known by their hash, wherever they lie": ("data.output_dir",),
+    "the same mathematics with other rounding": (
+        *("model.attn_implementation", "training.gradient_checkpointing", "training.max_memory_gib"),
+    ),
+}
+
+_REFUSED: dict[str, tuple[str, ...]] = {
+    "the adapter was trained on these weights": (
+        *("model.name", "model.revision", "model.trust_remote_code"),
+        *("quantization.load_in_4bit", "quantization.bnb_4bit_quant_type", "quantization.bnb_4bit_use_double_quant"),
+    ),
+    "the run computes in this precision": ("model.torch_dtype", "model.cpu_bf16_matmul"),
+    "it decides which questions are trained on": ("model.max_seq_length",),
+    "the adapter has this shape": ("lora.r", "lora.target_modules"),
+    "the adapter was trained with this factor": ("lora.lora_alpha",),
+    "the run regularises with this rate": ("lora.lora_dropout", "training.weight_decay"),
+    "the run trains on the data that were prepared so": (
+        *("data.sources", "data.val_fraction", "data.test_fraction", "data.split_by", "data.schema_format"),
+        *("data.max_train_records", "data.seed"),
+    ),
+    "order of the questions and dropout follow from it": ("training.seed",),
+    "the learning rate would jump": (
+        *("training.learning_rate", "training.lr_scheduler_type", "training.warmup_ratio"),
+        *("training.num_train_epochs", "training.max_steps"),
+    ),
+    "it bounds every step of this run": ("training.max_grad_norm",),
+    "the optimizer's saved state is of this kind": ("training.optim",),
+}
+
+BATCH_KEYS = (
+    *("training.effective_batch_size", "training.per_device_train_batch_size"),
+    "training.gradient_accumulation_steps",
+)
+ORDER_KEYS = ("training.kernels", "training.group_by_length")
+
+RULES: dict[str, Rule] = {
+    key: Rule(applies, why)
+    for applies, table in ((True, _APPLIES), (False, _REFUSED))
+    for why, keys in table.items()
+    for key in keys
+}
+"""Of every key, `section.key`, but those of BATCH_KEYS and ORDER_KEYS, which `decide` judges by what they amount to together."""
+
+UNKNOWN = Rule(False, "this version of finetune does not know the key")
+
+
+def decide(before: Values, now: Values, *, gpus: int = 1, path: str | None = None) -> Decisions:
+    """What becomes of each key in which two resolved configs (`config.to_dict`) differ: the checkpoint's and the edited one.
+
+    A key that one of them lacks counts as its default, so that checkpoints of earlier versions can be gone on with. gpus: of
+    this attempt. path: the way in which the attempts before computed steps (`step.path` of run.json: lean or stock), where
+    that is known; without it a change between kernels is refused whenever it might change the order of the questions. Raises
+    UserError where the edited keys contradict each other.
+    """
+    before, now = _complete(before), _complete(now)
+    questions, order = cache(lambda: _same_questions(before, now, gpus)), cache(lambda: _same_order(before, now, path))
+    changes = []
+    for key, old, new in _differences(before, now):
+        table_key = ".".join(re.sub(r"\[\d+\]", "", key).split(".")[:2])
+        joint = questions if table_key in BATCH_KEYS else order if table_key in ORDER_KEYS else None
+        changes.append(Change(key, old, new, joint() if joint else RULES.get(table_key, UNKNOWN)))
+    return Decisions(
+        applies=[change for change in changes if change.rule.applies],
+        refused=[change for change in changes if not change.rule.applies],
+    )
+
+
+def refusal(decisions: Decisions, config_yaml: Path) -> UserError | None:
+    """The error that names every refused change in one line; None where nothing is refused."""
+    if not decisions.refused:
+        return None
+    lines = "; ".join(map(str, decisions.refused))
+    return UserError(f"{config_yaml}: {lines}; put the earlier values back, or start a new run")
+
+
+def _same_questions(before: Values, now: Values, gpus: int) -> Rule:
+    """Of an optimizer step, whatever micro-batches it is cut into."""
+    new = questions_per_step(TrainingSection(**now["training"]), gpus)
+    try:
+        old = questions_per_step(TrainingSection(**before["training"]), gpus)
+    except UserError:  # it began on another number of GPUs, with which the three numbers agreed
+        old = before["training"]["effective_batch_size"]
+    if old == new:
+        return Rule(True, f"a step keeps its {new} questions, and only rounding and dropout masks differ")
+    return Rule(False, f"a step of this run has {old} questions, and would have {new}")
+
+
+def _same_order(before: Values, now: Values, path: str | None) -> Rule:
+    """The stock kernels sort questions by length (group_by_length), the lean ones do not; the place in the data counts in
+    that order."""
+    old, new = (_sorted(values["training"], way) for values, way in ((before, path), (now, None)))
+    if old is not None and old == new:
+        return Rule(True, "the same mathematics with other rounding")
+    return Rule(
+        False,
+        "the order of the questions would change; it stays with training.group_by_length: false if the run began with "
+        "training.kernels: lean or group_by_length: false",
+    )
+
+
+def _sorted(training: Values, path: str | None) -> bool | None:
+    """Whether the questions of a step are alike in length; None where that hangs on what `auto` comes to."""
+    way = training["kernels"] if training["kernels"] != "auto" else path
+    if not training["group_by_length"] or way == "lean":
+        return False
+    return True if way == "stock" else None
+
+
+def _complete(values: Values) -> Values:
+    """With the default of every key of the schema that is not there."""
+    complete = dict(values)
+    for section, kind in get_type_hints(RunConfig).items():
+        defaults = {field.name: _default(field) for field in fields(kind)}
+        complete[section] = defaults | (values.get(section) or {})
+    return complete
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _differences(before: Values, now: Values) -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, now) in the order of the new config; lists of sections are compared item by item."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    for key in {**new, **old}:
+        if old.get(key, ABSENT) != new.get(key, ABSENT):
+            yield key, old.get(key, ABSENT), new.get(key, ABSENT)
+
+
+def _leaves(values: Values, place: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{place}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            for number, item in enumerate(value):
+                yield from _leaves(item, f"{place}{key}[{number}].")
+        else:
+            yield f"{place}{key}", value
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) and value else json.dumps(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 2] + " …"

@@ -1,0 +1,224 @@
+"""Checkpoints go into the store behind the training's back: it hands over a snapshot on the local disk and goes on.
+
+One thread copies and commits. While it is busy one snapshot may wait, the newest; a save that fails keeps its snapshot and is
+tried again until a newer one takes its place.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.checkpoint import CheckpointStore, read_manifest
+from finetune.errors import UserError
+from finetune.files import disk_error
+
+PATIENCE = 3
+"""Failed saves in a row after which training would only spend money on what it cannot keep."""
+RETRY_SECONDS = 30.0
+CLOSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint in the store. seconds: from `submit` to its commit; bytes: of its files."""
+
+    step: int
+    folder: Path
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Save:
+    snapshot: Path
+    step: int
+    config_hash: str
+    data_hash: str
+    attempt: int
+    submitted: float  # time.monotonic()
+
+
+class Saver:
+    """say: one line for the user; on_commit: called after every commit. Both are called in the saving thread too.
+
+    The thread is a daemon: a process that ends does not wait for it, and what it was copying is then a cut-off save.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        say: Callable[[str], None],
+        on_commit: Callable[[Committed], None] = lambda committed: None,
+    ) -> None:
+        self._store, self._say, self._on_commit = store, say, on_commit
+        self._changed = threading.Condition()
+        self._waiting: _Save | None = None
+        self._running: _Save | None = None
+        self._failed: _Save | None = None  # the newest one tried, if it failed
+        self._fault: UserError | None = None
+        self._failures = 0  # saves in a row; one that is tried again counts once
+        self._committed: Committed | None = None
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._taken_so_far = 0
+
+    def submit(self, snapshot: Path, *, step: int, config_hash: str, data_hash: str, attempt: int) -> None:
+        """Hand over a snapshot folder: deleted after its commit, or when a newer one takes its place. Returns at once.
+
+        The folder is renamed, so that whoever saves the same step once more does not write into what is being copied. Raises
+        UserError when it is not there.
+        """
+        save = _Save(self._taken(snapshot), step, config_hash, data_hash, attempt, time.monotonic())
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("submit after close")
+            dropped, self._waiting, running = self._waiting, save, self._running
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        if dropped is not None:
+            _delete_behind(dropped.snapshot)
+        if running is not None:
+            instead = f" in place of step {dropped.step}, which is dropped" if dropped else ""
+            self._tell(f"step {running.step} is still being copied; step {step} waits{instead}")
+
+    def check(self) -> None:
+        """Raises UserError when so many saves in a row have failed that going on makes no sense. Costs nothing."""
+        if self._failures >= PATIENCE:
+            with self._changed:
+                if self._failures >= PATIENCE:
+                    raise self._given_up(f"{self._failures} saves in a row have failed")
+
+    def finish(self, timeout: float | None = None) -> Committed | None:
+        """Wait until the newest snapshot is committed, trying once more where that failed; None if there was none.
+
+        Raises UserError when it cannot be committed, or not within `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("finish after close")
+            self._wait_until_idle(deadline, timeout)
+            if self._failed is not None:
+                self._waiting = self._failed
+                self._changed.notify_all()
+                self._wait_until_idle(deadline, timeout)
+            if self._failed is not None:
+                raise self._given_up("tried twice")
+            return self._committed
+
+    def close(self) -> None:
+        """End the thread, after the copy that is running where that takes less than CLOSE_SECONDS. What is not committed then
+        is said; its snapshot stays. May be called twice."""
+        with self._changed:
+            already, self._closing = self._closing, True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)
+        with self._changed:
+            left = self._waiting or self._running or self._failed
+        if left is not None and not already:
+            self._tell(f"step {left.step} is not in {self._store.root}; its snapshot stays in {left.snapshot}")
+
+    def _taken(self, snapshot: Path) -> Path:
+        self._taken_so_far += 1
+        try:
+            return snapshot.rename(snapshot.with_name(f"{snapshot.name}.save-{self._taken_so_far}"))
+        except OSError as error:
+            raise disk_error(error, snapshot) from error
+
+    def _wait_until_idle(self, deadline: float | None, timeout: float | None) -> None:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not self._changed.wait_for(lambda: not (self._waiting or self._running), left):
+            save = self._waiting or self._running
+            assert save is not None
+            raise UserError(
+                f"{self._store.root}: step {save.step} was not saved within {timeout:g} s; its snapshot is in {save.snapshot}"
+            )
+
+    def _given_up(self, how_often: str) -> UserError:
+        assert self._failed is not None
+        return UserError(f"{self._fault} ({how_often}; step {self._failed.step} is kept in {self._failed.snapshot})")
+
+    def _work(self) -> None:
+        while (save := self._next()) is not None:
+            fault, committed = None, None
+            try:
+                committed = self._commit(save)
+            except UserError as error:
+                fault = error
+            except Exception as error:  # whatever it is, training and `finish` have to hear of it
+                fault = UserError(f"{self._store.root}: step {save.step} could not be saved ({error!r})")
+            if committed is not None:
+                self._after_commit(save, committed)
+            self._settle(save, committed, fault)
+
+    def _next(self) -> _Save | None:
+        """The next save to be tried; None when the saver closes."""
+        with self._changed:
+            again = None if self._failed is None else time.monotonic() + RETRY_SECONDS
+            while not self._closing:
+                if self._waiting is not None:
+                    self._running, self._waiting = self._waiting, None
+                    return self._running
+                if again is not None and time.monotonic() >= again:
+                    self._running = self._failed
+                    return self._running
+                self._changed.wait(None if again is None else max(0.0, again - time.monotonic()))
+            return None
+
+    def _commit(self, save: _Save) -> Committed:
+        folder = self._store.put(
+            save.snapshot,
+            step=save.step,
+            config_hash=save.config_hash,
+            data_hash=save.data_hash,
+            attempt=save.attempt,
+        )
+        seconds = time.monotonic() - save.submitted
+        size = sum(entry["bytes"] for entry in read_manifest(folder)["files"].values())
+        return Committed(save.step, folder, seconds, size)
+
+    def _after_commit(self, save: _Save, committed: Committed) -> None:
+        """The checkpoint stands, whatever goes wrong here."""
+        for action in (lambda: self._on_commit(committed), self._store.prune):
+            try:
+                action()
+            except Exception as error:
+                self._tell(
+                    f"after the save of step {save.step}: {error if isinstance(error, UserError) else repr(error)}"
+                )
+        shutil.rmtree(save.snapshot, ignore_errors=True)
+
+    def _settle(self, save: _Save, committed: Committed | None, fault: UserError | None) -> None:
+        earlier, again = self._failed, self._failed is save  # only this thread changes it
+        if earlier is not None and not again:  # a newer state is committed, or at least kept
+            shutil.rmtree(earlier.snapshot, ignore_errors=True)
+        if fault is not None and not again:
+            self._tell(
+                f"step {save.step} is not saved: {fault}; its snapshot is kept in {save.snapshot} and tried again"
+            )
+        with self._changed:
+            if fault is None:
+                self._failed, self._fault, self._failures, self._committed = None, None, 0, committed
+            else:
+                self._failed, self._fault, self._failures = save, fault, self._failures + (not again)
+            self._running = None
+            self._changed.notify_all()
+
+    def _tell(self, line: str) -> None:
+        try:
+            self._say(line)
+        except Exception:  # a console that is gone must not end the saving
+            pass
+
+
+def _delete_behind(folder: Path) -> None:
+    """Large files take a while to delete, even on a local disk."""
+    threading.Thread(target=shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, daemon=True).start()

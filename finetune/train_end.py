@@ -1,0 +1,87 @@
+"""How a run ends: with an adapter, with a checkpoint to go on from, or with one line about what went wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from finetune import faults
+from finetune.errors import UserError
+from finetune.files import disk_error
+from finetune.prompts import PromptTemplate
+from finetune.runs import RunFolder
+from finetune.train_parts import Parts, say
+
+TEMPORARY_ADAPTER = ".adapter.tmp"
+OF_ADAPTER = ("adapter_*", "README.md", "tokenizer*", "special_tokens_map.json", "chat_template*", "prompt.json")
+"""What of a checkpoint makes an adapter folder, which is complete in itself."""
+
+
+def save_adapter(run: RunFolder, model: torch.nn.Module, parts: Parts, template: PromptTemplate) -> None:
+    """Adapter, tokenizer and prompt template in one folder, which appears whole: it is saved under another name first."""
+    temporary = _fresh(run)
+    model.save_pretrained(str(temporary))  # type: ignore[operator]
+    parts.tokenizer.save_pretrained(str(temporary))
+    template.save(temporary)
+    _into_place(run, temporary)
+
+
+def adapter_from(run: RunFolder, checkpoint: Path) -> None:
+    """The adapter folder from a checkpoint, without loading the model."""
+    temporary = _fresh(run)
+    temporary.mkdir()
+    for pattern in OF_ADAPTER:
+        for path in checkpoint.glob(pattern):
+            shutil.copyfile(path, temporary / path.name)
+    _into_place(run, temporary)
+
+
+def _fresh(run: RunFolder) -> Path:
+    temporary = run.path / TEMPORARY_ADAPTER
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def _into_place(run: RunFolder, temporary: Path) -> None:
+    faults.place("adapter")
+    if run.adapter.exists():  # of an attempt that stopped at its budget
+        shutil.rmtree(run.adapter)
+    os.replace(temporary, run.adapter)
+
+
+def foreseeable(error: BaseException, folder: Path) -> UserError | None:
+    """The message for a full disk, which safetensors and torch report by other errors than OSError, and a full GPU."""
+    if isinstance(error, OSError):
+        return disk_error(error, folder)
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            "out of GPU memory, not in a step's passes, which begin again in smaller pieces, but in validation or beside them: "
+            "lower training.per_device_eval_batch_size, set training.max_memory_gib below what the GPU has, or lower "
+            "model.max_seq_length"
+        )
+    scratch = Path(tempfile.gettempdir())
+    for place in (scratch, folder):
+        full = place.exists() and shutil.disk_usage(place).free < 2**20
+        if (isinstance(error, RuntimeError) and full) or "No space left" in str(error):
+            where = scratch if full and place is scratch else folder
+            return disk_error(OSError(errno.ENOSPC, str(error)), where)
+    return None
+
+
+def remove_halves(run: RunFolder) -> None:
+    shutil.rmtree(run.path / TEMPORARY_ADAPTER, ignore_errors=True)
+
+
+def tell_end(run: RunFolder, status: str, step: int) -> None:
+    say(
+        {
+            "done": f"{run.path}: done; the adapter is in {run.adapter}",
+            "budget_stop": f"{run.path}: the budget is used up; the adapter of step {step} is in {run.adapter}",
+            "interrupted": f"{run.path}: interrupted, a checkpoint is saved; go on with `finetune train --resume {run.path}`",
+        }[status]
+    )

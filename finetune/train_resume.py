@@ -1,0 +1,94 @@
+"""What a resumed run goes on from: which checkpoint, under which config, with what is left of its budget."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune import ranks
+from finetune.checkpoint import CheckpointStore, Skipped, read_manifest
+from finetune.config import RunConfig, load_config, to_dict
+from finetune.data import Prepared
+from finetune.errors import UserError
+from finetune.resume_rules import decide, refusal
+from finetune.runs import RunFolder
+from finetune.snapshots import CONFIG, save_what_was_left
+from finetune.step_plan import StepPlan
+from finetune.train_parts import say
+
+PAUSES = (2.0, 5.0, 0.0)
+"""Seconds before a store that has trouble reading is asked again."""
+
+
+def store_of(run: RunFolder, config: RunConfig, run_id: str) -> CheckpointStore:
+    return CheckpointStore(
+        run.checkpoints, run_id=run_id, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
+    )
+
+
+def check_unfinished(run: RunFolder, record: dict[str, Any]) -> None:
+    """Raises UserError for a run that is done."""
+    if record.get("status") == "done":
+        raise UserError(
+            f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`"
+        )
+
+
+def newest_checkpoint(
+    run: RunFolder, store: CheckpointStore, config: RunConfig, data: Prepared, path: str | None
+) -> Path | None:
+    """The checkpoint to go on from; what stands in its way is put aside or, where it is half a save, removed.
+
+    Raises UserError where data or config are no longer those of the checkpoint, as far as they decide what is learned.
+    """
+    save_what_was_left(store)
+    found, passed_over = _latest(store)
+    if found:
+        check_same(run, found, config, data, path)
+    for item in passed_over:
+        say(f"passed over {item.folder}: {item.reason}")
+        store.put_aside(item)
+    store.clean()
+    say(f"resuming from {found}" if found else f"{run.path}: no checkpoint to go on from, starting from the beginning")
+    return found
+
+
+def _latest(store: CheckpointStore) -> tuple[Path | None, list[Skipped]]:
+    """A newer checkpoint that cannot be read just now may be readable a little later: going on from an older one loses work."""
+    for pause in PAUSES:
+        found, passed_over = store.latest_valid()
+        if not any(item.unreadable for item in passed_over):
+            break
+        time.sleep(pause)
+    return found, passed_over
+
+
+def check_same(run: RunFolder, folder: Path, config: RunConfig, data: Prepared, path: str | None) -> None:
+    """Prints every key of the config that has changed since the checkpoint, and what becomes of the new value.
+
+    path: of a step before, lean or stock (run.json). Raises UserError for changes that the rest of the run cannot take.
+    """
+    if read_manifest(folder)["data_hash"] != data.manifest_hash:
+        raise UserError(f"{folder}: was trained on other data; prepare the same data again, or start a new run")
+    decisions = decide(to_dict(load_config(folder / CONFIG)), to_dict(config), gpus=ranks.count(), path=path)
+    for change in decisions.applies:
+        say(str(change))
+    if error := refusal(decisions, run.config_yaml):
+        raise error
+
+
+def check_same_steps(run: RunFolder, config: RunConfig, plan: StepPlan, before: dict[str, Any]) -> None:
+    """Raises UserError where this machine would make other optimizer steps of the data than the earlier attempts, as run.json
+    has them (`before`)."""
+    questions, path = before.get("questions", plan.questions), before.get("path", plan.path)
+    if questions != plan.questions:
+        raise UserError(
+            f"{run.path}: began with {questions} questions a step, and {ranks.count()} GPUs make it {plan.questions}; go on with "
+            "as many GPUs as it began with"
+        )
+    if path != plan.path and config.training.group_by_length:
+        raise UserError(
+            f"{run.path}: began with {path} layers, for which questions are grouped otherwise than for {plan.path} ones; go on "
+            f"with a machine like the first, or set training.kernels to {path}"
+        )

@@ -1,0 +1,289 @@
+"""`python -m chaos`: that its checks see what they are there for, and a short version of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from chaos import checks
+from chaos.__main__ import main
+from chaos.attempt import BEAT_SECONDS, Attempt, Kill, Machine, Watch, attempt, resumed_step
+from chaos.damage import TARGETS, spoil
+from chaos.full_disk import fill, free, small_disk
+from chaos.observe import in_flight, is_whole, leftovers, newest_local, newest_whole
+from chaos.plan import Plan
+from chaos.soak import Bench, Life, NotOurs, Run
+from chaos.world import USD_PER_HOUR, World, kind_of
+from finetune.faults import PLACES
+
+KIND = kind_of("float32")
+
+
+def life(
+    resumed: int | None,
+    done: int | None,
+    whole: int,
+    *,
+    killed: bool = True,
+    seconds: float = 10.0,
+    booked: float | None = 9.95,
+    in_flight: tuple[int, ...] = (),
+    damage: tuple[str, ...] = (),
+    left: int | None = None,
+    output: str = "",
+    full_disk: bool = False,
+) -> Life:
+    made = Attempt(Kill("step") if killed else None, -9 if killed else 0, seconds, resumed, done, output)
+    return Life(made, whole, in_flight, damage, whole if left is None else left, booked, full_disk)
+
+
+def run_of(*lives: Life, name: str = "run-01") -> Run:
+    """A run with nothing wrong about its end."""
+    curve = [(step, 1 / step) for step in range(1, KIND.steps + 1)]
+    spent = sum(each.booked or 0.0 for each in lives)
+    return Run(
+        name, KIND, Path("nowhere"), list(lives), adapter="a" * 64, losses=curve, tensorboard=curve, spent_usd=spent
+    )
+
+
+WHOLE = run_of(life(0, KIND.steps, KIND.steps, killed=False, booked=10.0), name="float32-whole")
+GOOD = run_of(life(0, 13, 8), life(8, 20, 16), life(None, None, 16), life(16, 80, 80, killed=False, booked=10.0))
+
+
+# --- the checks
+
+
+def test_a_run_that_lost_nothing_passes() -> None:
+    assert checks.check_end(GOOD) == []
+    assert checks.check_weights(GOOD, WHOLE) == []
+    assert checks.check_losses(GOOD) == []
+    assert checks.check_curves(GOOD, WHOLE) == []
+    assert checks.check_spend([WHOLE, GOOD], USD_PER_HOUR) == []
+    assert [loss.steps for loss in checks.losses(GOOD)] == [5, 4]
+
+
+def test_another_adapter_or_none_fails() -> None:
+    for adapter, shown in (("b" * 64, "bbbbbbbbbbbb"), (None, "missing")):
+        (line,) = checks.check_weights(replace(GOOD, adapter=adapter), WHOLE)
+        assert f"the adapter is {shown}, that of the uninterrupted run aaaaaaaaaaaa" in line
+
+
+def test_a_run_that_did_not_end_fails_and_so_does_a_traceback() -> None:
+    assert "hung" in checks.check_end(replace(GOOD, fault="hung"))[0]
+    run = run_of(life(0, 13, 8, output="Traceback (most recent call last):\n  oh"), life(8, 80, 80, killed=False))
+    assert checks.check_end(run) == ["run-01: attempt 1 ended in a traceback"]
+
+
+def test_more_than_an_interval_lost_fails_unless_a_copy_was_running() -> None:
+    end = life(8, 80, 80, killed=False)
+    exactly, one_more = run_of(life(0, 16, 8), end), run_of(life(0, 17, 8), end)
+    assert checks.check_losses(exactly) == []
+    assert "a kill cost 9 steps; 8 lie between two saves, 0 were made in a copy" in checks.check_losses(one_more)[0]
+    assert checks.check_losses(run_of(life(0, 17, 8, in_flight=(16,)), end)) == []
+    assert "cost 10 steps" in checks.check_losses(run_of(life(0, 18, 8, in_flight=(17,)), end))[0]
+
+
+def test_a_loss_is_counted_to_where_the_run_really_went_on() -> None:
+    died_early = run_of(life(0, 13, 8), life(None, None, 8), life(8, 14, 8), life(8, 80, 80, killed=False))
+    assert [loss.steps for loss in checks.losses(died_early)] == [5, 6]
+
+
+def test_going_on_from_another_checkpoint_than_the_newest_whole_one_fails() -> None:
+    for resumed in (0, 24):
+        run = run_of(life(0, 20, 16), life(resumed, 80, 80, killed=False))
+        assert any(f"went on from step {resumed}, but what was left whole was step 16" in line
+                   for line in checks.check_losses(run))  # fmt: skip
+
+
+def test_what_damage_takes_is_no_loss_but_the_rest_has_to_be_used() -> None:
+    spoilt = life(0, 20, 16, damage=("step-16: deleted",), left=0)
+    assert checks.check_losses(run_of(spoilt, life(0, 80, 80, killed=False))) == []
+    spoilt = replace(spoilt, left=8)
+    assert (
+        "but what was left whole was step 8" in (checks.check_losses(run_of(spoilt, life(0, 80, 80, killed=False)))[0])
+    )
+
+
+def test_steps_lost_doubled_or_changed_in_a_curve_fail() -> None:
+    curve = GOOD.tensorboard
+    lost, doubled, both = [*curve[:4], *curve[5:]], [*curve[:5], *curve[4:]], [*curve[:5], *curve[4:5], *curve[6:]]
+    changed = [*curve[:4], (5, 0.5), *curve[5:]]
+    assert "TensorBoard: lost [5], doubled none" in checks.check_curves(replace(GOOD, tensorboard=lost), WHOLE)[0]
+    assert "TensorBoard: lost none, doubled [5]" in checks.check_curves(replace(GOOD, tensorboard=doubled), WHOLE)[0]
+    assert "TensorBoard: lost [6], doubled [5]" in checks.check_curves(replace(GOOD, tensorboard=both), WHOLE)[0]
+    assert (
+        "run.json differ from the uninterrupted run's from step 5 on"
+        in (checks.check_curves(replace(GOOD, losses=changed), WHOLE)[0])
+    )
+
+
+def test_a_ledger_that_is_off_by_more_than_a_hundredth_fails() -> None:
+    def spent(booked: float) -> list[str]:
+        return checks.check_spend([run_of(life(0, 80, 80, killed=False, booked=booked))], USD_PER_HOUR)
+
+    assert spent(9.91) == [] == spent(10.04)
+    assert "the ledger has 9.89 s of 10.00 s (-1.10%)" in spent(9.89)[0]
+    assert "is booked with 10.06 s and took 10.00 s" in spent(10.06)[0]
+    assert (
+        "the account says $11.00, its attempts come to $9.95"
+        in (checks.check_spend([replace(run_of(life(0, 80, 80)), spent_usd=11.0)], USD_PER_HOUR)[0])
+    )
+    assert "the ledger has 0.00 s" in checks.check_spend([run_of(life(0, 80, 80, booked=None))], USD_PER_HOUR)[0]
+
+
+def test_attempts_that_the_ledger_cannot_know_are_told_apart() -> None:
+    run = run_of(
+        life(None, None, 0, booked=None, seconds=3.0), life(0, 20, 16, full_disk=True, booked=1.0), life(0, 8, 8)
+    )
+    total = checks.spend([run])
+    assert checks.check_rented("x", replace(total, booked=9.91)) == []
+    assert (
+        "x: the ledger has 9.80 s of 10.00 s for which the machine was paid (-2.00%)"
+        in (checks.check_rented("x", replace(total, booked=9.8))[0])
+    )
+    assert (total.real, total.booked, total.unbooked, total.kills) == (10.0, 9.95, 3.0, 1)
+    assert total.allowance == pytest.approx(BEAT_SECONDS / 10)
+
+
+def test_halves_of_saves_fail() -> None:
+    run = replace(GOOD, leftovers=["checkpoints/step-3", ".run.json.x.tmp"])
+    assert checks.check_leftovers(run) == ["run-01: left half a save behind: checkpoints/step-3"]
+
+
+# --- what it sees and does
+
+
+def save(run: Path, step: int) -> Path:
+    folder = run / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    files = {"weights": b"w" * 100, "state": b"{}"}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    entries = {name: {"bytes": len(each), "sha256": sha256(each).hexdigest()} for name, each in files.items()}
+    (folder / "manifest.json").write_text(json.dumps({"step": step, "files": entries}))
+    return folder
+
+
+def test_damage_is_damage(tmp_path: Path) -> None:
+    for seed in range(60):
+        run = tmp_path / str(seed)
+        folders = [save(run, step) for step in (8, 16, 24)]
+        assert newest_whole(run) == 24
+        target = TARGETS[seed % 3]
+        said = spoil(run, target, random.Random(seed))
+        whole = [is_whole(folder) for folder in folders]
+        assert whole.count(False) == len(said) == (3 if target == "all" else 1)
+        assert newest_whole(run) == {"newest": 16, "all": 0}.get(target, 24 if whole[2] else 16)
+    assert spoil(tmp_path / "nothing", "all", random.Random(0)) == []
+    assert spoil(tmp_path / "nothing", "one", random.Random(0)) == []
+
+
+def test_saves_that_had_begun_and_what_is_left_of_them(tmp_path: Path) -> None:
+    run, temporary = tmp_path / "run", tmp_path / "tmp"
+    save(run, 8)
+    assert in_flight(run, temporary) == leftovers(run) == []
+    (temporary / "finetune-x" / "checkpoint-24").mkdir(parents=True)
+    (temporary / "finetune-x" / "checkpoint-8").mkdir(parents=True)
+    (save(run, 16) / "manifest.json").unlink()
+    assert in_flight(run, temporary) == [16, 24]
+    assert newest_local(temporary) == 0  # it was still being written
+    (temporary / "finetune-x" / "checkpoint-20.save-2").mkdir()
+    (temporary / "finetune-x" / "checkpoint-20.save-2" / "labels.json").write_text('{"step": 20}')
+    assert in_flight(run, temporary) == [16, 20, 24]
+    assert newest_local(temporary) == 20
+    assert leftovers(run) == ["checkpoints/step-16"]
+
+
+def test_steps_are_those_of_this_attempt(tmp_path: Path) -> None:
+    def write(done: int, text: str = "") -> None:
+        (tmp_path / "run.json").write_text(json.dumps({"status": text, "steps": {"done": done}}))
+
+    write(20)
+    watch = Watch(tmp_path)
+    write(20, "running")  # a new attempt begins, at what step is not told
+    watch.look()
+    assert watch.done is None
+    write(17)
+    watch.look()
+    write(20)
+    watch.look()
+    assert watch.done == 20
+
+
+def test_what_an_attempt_says_about_where_it_goes_on() -> None:
+    assert resumed_step("resuming from runs/x/checkpoints/step-24\n", fresh=False) == 24
+    assert resumed_step("runs/x: no checkpoint to go on from, starting from the beginning", fresh=False) == 0
+    assert resumed_step("", fresh=True) == 0
+    assert resumed_step("", fresh=False) is None
+
+
+def test_a_real_process_is_started_and_killed(tmp_path: Path) -> None:
+    machine = Machine(tmp_path / "machine")
+    config = [str(tmp_path / "missing.yaml")]
+    made = attempt(machine, config, tmp_path / "run", None, tmp_path / "a.log")
+    assert (made.code, made.killed, made.done) == (2, False, None)
+    assert "missing.yaml" in made.output
+    made = attempt(machine, config, tmp_path / "run", Kill("start", delay=0.02), tmp_path / "a.log")
+    assert (made.code, made.killed) == (-9, True)
+    assert made.seconds < 5
+
+
+def test_a_folder_with_files_but_no_record_is_not_touched(tmp_path: Path) -> None:
+    bench = Bench(World(tmp_path), Machine(tmp_path / "machine"), tmp_path / "runs", lambda line: None)
+    run = Run("x", KIND, tmp_path / "runs" / "x")
+    (run.folder / "ledger").mkdir(parents=True)
+    with pytest.raises(NotOurs, match=r"holds ledger, but no run\.json"):
+        bench.one_attempt(run, None)
+    assert run.folder.is_dir()
+
+
+def test_the_plan_reaches_every_place_and_is_repeated_by_its_seed() -> None:
+    def drawn(seed: int) -> list[Kill]:
+        plan, kills, runs = Plan(50, seed, 3), [], 0
+        while plan.left:
+            quota, runs = plan.quota(), runs + 1
+            for number in range(quota):
+                kills.append(plan.kill(KIND, 8, first=not number, last=number + 1 == quota))
+                plan.came_about(kills[-1])
+                plan.damage()
+        assert (runs, plan.not_reached()) == (7, [])
+        return kills
+
+    assert Plan(50, 5, 3).kill(KIND, 0, first=True, last=False) == Kill("place", "ledger", 1)
+    first = drawn(5)
+    assert len(first) == 50
+    assert {kill.place for kill in first if kill.how == "place"} == set(PLACES)
+    assert {kill.how for kill in first} == {"place", "step", "start", "notice"}
+    assert drawn(5) == first != drawn(6)
+    assert [Plan(4, 0, 3).quota(), Plan(4, 0, 1).quota(), Plan(2, 0, 3).quota()] == [2, 4, 1]
+    assert set(Plan(50, 0, 3).not_reached()) == set(PLACES)
+
+
+def test_a_disk_is_filled_and_freed(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        if disk is None:
+            pytest.skip("only root may mount a small disk")
+        fill(disk)
+        with pytest.raises(OSError, match="No space"):
+            (disk / "more").write_bytes(bytes(8192))
+        free(disk)
+        (disk / "more").write_bytes(bytes(8192))
+        fill(disk, leave=16384)
+        (disk / "little").write_bytes(bytes(8192))
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+# --- the short version
+
+
+def test_runs_that_are_killed_end_like_one_that_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    code = main(["--kills", "4", "--seed", "7", "--kinds", "dropout", "--no-extras"])
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert "chaos: everything held: 4 kills in " in said

@@ -1,0 +1,303 @@
+"""The ledger: what it counts, and what it makes of files that a killed machine, a bucket or a stranger left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.errors import UserError
+from finetune.ledger import KEPT_BEAT_SECONDS, METERED, AttemptLog, Ledger
+
+MACHINE = {"zone": "us-central1-a", "gpu": "A100", "spot": True, "id": "4520031799277581759"}
+
+
+def begin(ledger: Ledger, attempt: int = 1, usd: float | None = 3.6, before: float = 0.0, **facts: Any) -> AttemptLog:
+    return ledger.begin(
+        attempt=attempt,
+        machine=facts.pop("machine", MACHINE),
+        usd_per_hour=usd,
+        basis="a catalog of today",
+        seconds_before=before,
+        resumed_step=facts.pop("resumed_step", None),
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_empty_folder_and_none_at_all_have_cost_nothing(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        account = Ledger(folder).account()
+        assert (account.attempts, account.usd, account.hours, account.problems) == ((), None, 0, ())
+    assert Ledger(tmp_path / "none").next_attempt() == 1 and not (tmp_path / "none").exists()
+
+
+def test_seconds_times_price_over_all_attempts(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    first = begin(ledger, before=600.0)
+    first.beat(1800.0, 10)
+    first.note("saved", step=20, seconds=5.0)
+    first.end(3600.0, "preempted", 21)
+    begin(ledger, ledger.next_attempt(), usd=0.9, resumed_step=20, machine={}).beat(7200.0, 30)
+    account = ledger.account()
+    one, two = account.attempts
+    assert (one.number, one.usd, one.hours, one.reason, one.step, one.resumed_step) == (
+        1,
+        3.6,
+        1,
+        "preempted",
+        21,
+        None,
+    )
+    assert (one.zone, one.gpu, one.spot, one.basis) == ("us-central1-a", "A100", True, "a catalog of today")
+    assert (two.number, two.usd, two.hours, two.reason, two.step, two.resumed_step) == (2, 1.8, 2, None, 30, 20)
+    assert (two.zone, two.gpu, two.spot) == (None, None, None)
+    assert (account.usd, account.hours, account.problems) == (pytest.approx(5.4), 3, ())
+
+
+def test_an_attempt_that_was_killed_at_once_has_cost_its_boot(tmp_path: Path) -> None:
+    begin(Ledger(tmp_path), before=720.0)
+    assert Ledger(tmp_path).account().usd == pytest.approx(0.72)
+
+
+def test_attempts_without_a_price_are_named(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    begin(ledger, usd=None).beat(3600.0, 1)
+    account = ledger.account()
+    assert (account.usd, account.hours, account.problems) == (None, 1, ())
+    begin(ledger, 2).beat(3600.0, 1)
+    account = ledger.account()
+    assert account.usd == 3.6 and account.hours == 2 and "no price for attempt 1" in account.problems[0]
+
+
+def test_the_file_of_a_long_run_stays_small(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path))
+    beats = [30.0 * n for n in range(721)]  # six hours
+    for seconds in beats:
+        log.beat(seconds, int(seconds))
+    kept = [line[METERED] for line in lines(log.path) if line["event"] == "beat"]
+    assert len(kept) <= 6 * 3600 / KEPT_BEAT_SECONDS + 2
+    assert max(b - a for a, b in pairwise(kept)) <= KEPT_BEAT_SECONDS
+    assert Ledger(tmp_path).account().attempts[0].seconds == beats[-1]
+
+
+def test_notes_are_never_thinned_and_take_any_fact(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path))
+    for step in range(3):
+        log.beat(float(step), step)
+        log.note("saved", step=step, folder=tmp_path, loss=float("nan"))
+    saved = [line for line in lines(log.path) if line["event"] == "saved"]
+    assert [line["step"] for line in saved] == [0, 1, 2]
+    assert saved[0]["folder"] == str(tmp_path) and saved[0]["loss"] is None
+
+
+def test_a_torn_last_line_is_dropped_and_reported(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path))
+    log.beat(3600.0, 1)
+    log.note("saved", step=2)
+    log.beat(7200.0, 2)
+    whole = log.path.read_bytes()
+    last = len(whole.rstrip().split(b"\n")[-1])
+    for cut in range(2, last):
+        log.path.write_bytes(whole[:-cut])
+        account = Ledger(tmp_path).account()
+        assert account.usd == 3.6
+        assert account.problems == (f"{log.path}: the last line is torn and left out",)
+    log.path.write_bytes(whole[:-1])  # only the line feed is missing
+    account = Ledger(tmp_path).account()
+    assert account.usd == 7.2 and not account.problems
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_no_damage_is_more_than_a_problem(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever bytes replace a part of a file: its account can be read, and the other attempts count."""
+    folder = tmp_path_factory.mktemp("ledger")
+    ledger = Ledger(folder)
+    log = begin(ledger)
+    log.beat(1000.0, 1)
+    log.end(2000.0, "done", 2)
+    begin(ledger, 2).end(3600.0, "done", 3)
+    whole = log.path.read_bytes()
+    start = data.draw(st.integers(0, len(whole)))
+    end = data.draw(st.integers(start, len(whole)))
+    junk = data.draw(st.binary(max_size=20).filter(lambda junk: not any(digit in junk for digit in b"0123456789e")))
+    log.path.write_bytes(whole[:start] + junk + whole[end:])
+    account = ledger.account()
+    assert [attempt.number for attempt in account.attempts] == [1, 2]
+    assert account.attempts[1].usd == 3.6 and account.usd is not None and account.usd >= 3.6
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "garbage\n", "[]\n", "null\n", '{"event": 3}\n', "\x00" * 50, '{"metered_seconds": 5}\n'],
+)
+def test_a_file_of_garbage_is_reported_and_keeps_its_number(text: str, tmp_path: Path) -> None:
+    (tmp_path / "attempt-004.jsonl").write_text(text)
+    ledger = Ledger(tmp_path)
+    account = ledger.account()
+    assert account.hours == 0 and account.usd is None and "nothing in it is readable" in account.problems[0]
+    assert ledger.next_attempt() == 5
+    assert begin(ledger, 4).number == 5
+    assert (tmp_path / "attempt-004.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-5", '"7"', "true", "null", "[1]"])
+def test_numbers_that_are_none_do_not_count(value: str, tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path))
+    log.beat(3600.0, 1)
+    with log.path.open("a") as file:
+        file.write(f'{{"event": "beat", "metered_seconds": {value}}}\n')
+    (tmp_path / "attempt-002.jsonl").write_text(
+        f'{{"event": "begin", "usd_per_hour": {value}, "machine": {value}, "token": [1]}}\n'
+    )
+    account = Ledger(tmp_path).account()
+    assert account.usd == 3.6 and account.attempts[1].usd is None and account.attempts[1].zone is None
+
+
+def test_an_attempt_without_its_first_line_has_hours_but_no_price(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path))
+    log.beat(3600.0, 1)
+    log.path.write_text("".join(log.path.read_text().splitlines(keepends=True)[1:]))
+    account = Ledger(tmp_path).account()
+    assert account.hours == 1 and account.usd is None and "first line is missing" in account.problems[0]
+
+
+def test_leftovers_and_strange_files_are_no_attempts(tmp_path: Path) -> None:
+    begin(Ledger(tmp_path)).beat(3600.0, 1)
+    for name in (".attempt-002.jsonl.abc.tmp", "attempt-002.jsonl.bak", "notes.txt", "attempt-x.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    assert Ledger(tmp_path).account().usd == 3.6 and Ledger(tmp_path).next_attempt() == 2
+    begin(Ledger(tmp_path), 2)
+    assert not list(tmp_path.glob(".*")) and (tmp_path / "notes.txt").is_file()
+
+
+def test_a_copy_of_a_file_is_counted_once(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path))
+    log.beat(3600.0, 1)
+    shutil.copy(log.path, tmp_path / "attempt-002.jsonl")
+    account = Ledger(tmp_path).account()
+    assert account.usd == 3.6 and "a copy of attempt-001.jsonl" in account.problems[0]
+
+
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
+    begin(Ledger(tmp_path), 2).beat(3600.0, 1)
+    (tmp_path / "attempt-001.jsonl").mkdir()
+    account = Ledger(tmp_path).account()
+    assert account.usd == 3.6 and "not readable" in account.problems[0]
+
+
+def test_a_number_that_is_taken_is_not_written_over(tmp_path: Path) -> None:
+    first, second = begin(Ledger(tmp_path)), begin(Ledger(tmp_path))
+    assert (first.number, second.number) == (1, 2)
+    first.beat(3600.0, 1)
+    second.beat(7200.0, 1)
+    assert Ledger(tmp_path).account().hours == 3
+    assert {"event": "renumbered", "taken": 1}.items() <= lines(second.path)[1].items()
+
+
+def test_two_machines_that_take_a_number_at_once_both_count(tmp_path: Path) -> None:
+    """On a bucket neither sees the other's file in time; the later one wins it, and the first moves on at its next line."""
+    first = begin(Ledger(tmp_path))
+    first.beat(1800.0, 1)
+    first.path.unlink()
+    second = begin(Ledger(tmp_path))
+    second.beat(7200.0, 9)
+    first.beat(3600.0, 2)
+    assert (first.number, second.number) == (2, 1)
+    assert [(a.number, a.hours, a.step) for a in Ledger(tmp_path).account().attempts] == [(1, 2, 9), (2, 1, 2)]
+
+
+def test_a_file_damaged_under_the_run_is_whole_again_after_the_next_line(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path))
+    log.beat(1800.0, 1)
+    log.path.write_text("garbage")
+    log.beat(3600.0, 2)
+    assert Ledger(tmp_path).account().usd == 3.6 and log.number == 1
+
+
+def test_a_fault_of_the_folder_is_a_user_error_and_the_next_line_brings_what_is_missing(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    log = begin(Ledger(folder))
+    away = folder.rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"has vanished"):
+        log.note("saved", step=7)
+    assert not folder.exists()
+    folder.write_text("a file")
+    with pytest.raises(UserError, match="vanished"):
+        log.beat(30.0, 7)
+    with pytest.raises(UserError, match="ledger"):
+        Ledger(folder).account()
+    with pytest.raises(UserError, match="ledger"):
+        begin(Ledger(folder))
+    folder.unlink()
+    away.rename(folder)
+    log.beat(60.0, 8)
+    assert [line["event"] for line in lines(log.path)] == ["begin", "saved", "beat", "beat"]
+
+
+def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys; from pathlib import Path; from finetune.errors import UserError\n"
+        "from finetune.ledger import Ledger\n"
+        "log = Ledger(Path(sys.argv[1])).begin(attempt=1, machine={}, usd_per_hour=1.0, basis='b', seconds_before=0, "
+        "resumed_step=None)\n"
+        "log.beat(60.0, 1)\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "try: log.note('x', text='y' * 1000)\n"
+        "except UserError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True, text=True, timeout=30
+    )
+    assert "attempt-001.jsonl: File too large" in done.stdout
+    assert [line["event"] for line in lines(tmp_path / "attempt-001.jsonl")] == ["begin", "beat"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_slow_write_does_not_undo_a_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = begin(Ledger(tmp_path))
+    rename, slow = os.replace, threading.Event()
+
+    def rename_slowly(source: str, target: Path) -> None:
+        if not slow.is_set():
+            slow.set()
+            time.sleep(0.3)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", rename_slowly)
+    first = threading.Thread(target=lambda: log.note("saved", step=1))
+    first.start()
+    slow.wait()
+    log.note("saved", step=2)
+    first.join()
+    assert [line["step"] for line in lines(log.path)] == [None, 1, 2]
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_lines_before_it(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from finetune.ledger import Ledger\n"
+        "log = Ledger(Path(sys.argv[1])).begin(attempt=1, machine={}, usd_per_hour=1.0, basis='b', seconds_before=0, "
+        "resumed_step=None)\n"
+        "for n in range(9): log.beat(600.0 * n, n)\n"
+    )
+    environment = os.environ | {"FINETUNE_FAULT": "ledger:5"}  # the first is that of `begin`
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False, env=environment, timeout=30)
+    assert done.returncode == -9
+    account = Ledger(tmp_path).account()
+    assert account.attempts[0].seconds == 1200.0 and not account.problems
+    assert begin(Ledger(tmp_path), Ledger(tmp_path).next_attempt()).number == 2

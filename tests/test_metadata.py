@@ -1,0 +1,133 @@
+"""Questions to the metadata server, as Google documents it, and as servers and networks misbehave."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from metadata_server import PREFIX, MetadataServer, etag
+
+from finetune.cloud import metadata
+from finetune.cloud.metadata import NOBODY, Caller, value
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
+    with MetadataServer() as server:
+        monkeypatch.setenv(metadata.HOST_VARIABLE, server.host)
+        yield server
+
+
+def test_the_stand_in_refuses_what_google_refuses(server: MetadataServer) -> None:
+    def status(path: str, headers: dict[str, str]) -> int:
+        connection = http.client.HTTPConnection(server.host, timeout=5)
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse().status
+
+    flavor = {"Metadata-Flavor": "Google"}
+    assert status(f"{PREFIX}zone", flavor) == 200
+    assert status(f"{PREFIX}zone", {}) == 403
+    assert status(f"{PREFIX}zone", flavor | {"X-Forwarded-For": "10.0.0.1"}) == 403
+    assert status(f"{PREFIX}nonsense", flavor) == 404
+
+
+def test_a_value(server: MetadataServer) -> None:
+    assert value("scheduling/preemptible") == "TRUE"
+    assert value("nonsense") is None
+    assert Caller().ask("id") == metadata.Answer(200, server.values["id"], etag(server.values["id"]))
+
+
+def test_an_answer_is_held_back_until_the_value_changes(server: MetadataServer) -> None:
+    threading.Timer(0.3, server.set, ("preempted", "TRUE")).start()
+    began = time.monotonic()
+    answer = Caller().ask("preempted", last_etag=etag("FALSE"), wait_seconds=30)
+    assert (answer.value, answer.etag) == ("TRUE", etag("TRUE"))
+    assert 0.2 < time.monotonic() - began < 5
+
+
+def test_a_change_that_came_before_the_question_is_told_at_once(server: MetadataServer) -> None:
+    server.set("preempted", "TRUE")
+    began = time.monotonic()
+    assert Caller().ask("preempted", last_etag=etag("FALSE"), wait_seconds=30).value == "TRUE"
+    assert time.monotonic() - began < 5
+
+
+def test_when_nothing_changes_the_present_value_comes_in_the_end(server: MetadataServer) -> None:
+    began = time.monotonic()
+    assert Caller().ask("preempted", last_etag=etag("FALSE"), wait_seconds=1).value == "FALSE"
+    assert 0.9 < time.monotonic() - began < 5
+
+
+def test_hanging_up_ends_a_question_and_all_later_ones(server: MetadataServer) -> None:
+    caller = Caller()
+    threading.Timer(0.3, caller.hang_up).start()
+    began = time.monotonic()
+    assert caller.ask("preempted", last_etag=etag("FALSE"), wait_seconds=60) == NOBODY
+    assert time.monotonic() - began < 5
+    assert caller.ask("preempted") == NOBODY
+
+
+def test_faults_are_answers(server: MetadataServer) -> None:
+    server.break_next(503, 0)
+    assert Caller().ask("zone").status == 503
+    assert Caller().ask("zone") == NOBODY  # dropped
+    assert value("zone")
+    server.stop()
+    assert Caller().ask("zone") == NOBODY
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "127.0.0.1:port", "no.such.host.invalid", "["])
+def test_off_google_cloud_nobody_answers(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(metadata.HOST_VARIABLE, host)
+    assert Caller().ask("zone") == NOBODY and value("zone") is None
+
+
+def test_a_proxy_is_never_asked(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert value("zone")
+
+
+@contextmanager
+def raw_server(reply: bytes) -> Iterator[str]:
+    """Answers the first connection with these bytes, whatever was asked."""
+    lines: list[socket.socket] = []
+
+    def serve() -> None:
+        line, _ = listener.accept()
+        lines.append(line)
+        line.recv(4096)
+        line.sendall(reply)
+        if reply:
+            line.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+    for line in lines:
+        line.close()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nTRUE",  # another cloud's server: no Metadata-Flavor
+        b"HTTP/1.1 200 OK\r\nMetadata-Flavor: Google\r\nContent-Length: 400\r\n\r\nTRUE",  # cut off
+        b"\x00\x01garbage\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nMetadata-Flavor: Google\r\nContent-Length: 2\r\n\r\n\xff\xfe",
+        b"",  # never an answer
+    ],
+)
+def test_what_is_not_the_metadata_server_is_nobody(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with raw_server(reply) as host:
+        monkeypatch.setenv(metadata.HOST_VARIABLE, host)
+        began = time.monotonic()
+        assert Caller().ask("preempted") == NOBODY
+        assert time.monotonic() - began < metadata.PATIENCE_SECONDS + 2

@@ -1,0 +1,221 @@
+"""What may change in a run's config between two attempts, key by key: the table is complete, and each decision says why."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from finetune.config import RunConfig, from_dict, to_dict
+from finetune.errors import UserError
+from finetune.resume_rules import BATCH_KEYS, ORDER_KEYS, RULES, decide, refusal
+
+SOURCES = [{"kind": "jsonl", "path": "a.jsonl"}, {"kind": "spider", "path": "spider", "files": ["train.json"]}]
+
+
+def resolved(**changes: Any) -> dict[str, Any]:
+    """A resolved config; changes by key, with __ for the dot: lora__r=8."""
+    values: dict[str, Any] = {
+        "model": {"name": "some/model"},
+        "data": {"output_dir": "prepared", "sources": copy.deepcopy(SOURCES)},
+    }
+    for place, value in changes.items():
+        section, key = place.split("__")
+        values.setdefault(section, {})[key] = value
+    return to_dict(from_dict(values, "a test"))
+
+
+def lines(before: dict[str, Any], now: dict[str, Any], **known: Any) -> tuple[list[str], list[str]]:
+    decisions = decide(before, now, **known)
+    return [str(change) for change in decisions.applies], [str(change) for change in decisions.refused]
+
+
+def test_every_key_of_the_schema_has_a_rule_and_every_rule_a_key() -> None:
+    keys = [f"{section}.{field.name}" for section, kind in get_type_hints(RunConfig).items() for field in fields(kind)]
+    ruled = [*RULES, *BATCH_KEYS, *ORDER_KEYS]
+    assert len(keys) > 60
+    assert sorted(ruled) == sorted(keys)
+
+
+@pytest.mark.parametrize("key", sorted(RULES))
+def test_a_changed_key_is_decided_as_its_rule_says(key: str) -> None:
+    before = resolved()
+    section, name = key.split(".")
+    now = copy.deepcopy(before)
+    now[section][name] = "another"
+    decisions = decide(before, now)
+    [change] = [*decisions.applies, *decisions.refused][:1]
+    assert change.key.startswith(key)
+    assert all(change.rule == RULES[key] for change in [*decisions.applies, *decisions.refused])
+    assert bool(decisions.applies) == RULES[key].applies and bool(decisions.refused) != RULES[key].applies
+
+
+SETTLED = (
+    *("model.name", "model.revision", "model.max_seq_length", "model.torch_dtype", "lora.r", "lora.target_modules"),
+    *("lora.lora_alpha", "lora.lora_dropout", "quantization.load_in_4bit", "training.seed", "training.learning_rate"),
+    *("training.lr_scheduler_type", "training.warmup_ratio", "training.num_train_epochs", "training.max_steps"),
+    *("training.optim", "training.weight_decay", "training.max_grad_norm", "data.sources", "data.seed"),
+    *("data.split_by", "data.val_fraction", "data.test_fraction", "data.schema_format", "data.max_train_records"),
+)
+FREE = (
+    *("budget.max_run_usd", "budget.max_hours", "budget.usd_per_hour", "tracking.wandb", "evaluation.split"),
+    *("plan.gpus", "checkpoint.every_minutes", "checkpoint.save_steps", "checkpoint.keep_last", "data.output_dir"),
+    *("training.logging_steps", "training.eval_steps", "training.per_device_eval_batch_size", "training.run_name"),
+    *("training.output_dir", "training.gradient_checkpointing", "training.max_memory_gib"),
+    "model.attn_implementation",
+)
+
+
+@pytest.mark.parametrize(("keys", "applies"), [(SETTLED, False), (FREE, True)])
+def test_what_is_learned_is_settled_and_what_it_costs_is_free(keys: tuple[str, ...], applies: bool) -> None:
+    assert {key for key in keys if RULES[key].applies != applies} == set()
+
+
+def test_a_change_is_one_line_with_both_values_and_the_reason() -> None:
+    applies, refused = lines(resolved(), resolved(lora__r=8, budget__max_hours=9.5, training__optim="adamw_torch"))
+    assert refused == [
+        "lora.r: 16 -> 8: refused, the adapter has this shape",
+        "training.optim: paged_adamw_8bit -> adamw_torch: refused, the optimizer's saved state is of this kind",
+    ]
+    assert applies == ["budget.max_hours: null -> 9.5: applies, from this attempt on"]
+
+
+def test_an_unchanged_config_leaves_nothing_to_decide() -> None:
+    decisions = decide(resolved(), resolved())
+    assert (decisions.applies, decisions.refused) == ([], []) and refusal(decisions, Path("run/config.yaml")) is None
+
+
+def test_other_rounding_is_said() -> None:
+    [line] = lines(resolved(), resolved(model__attn_implementation="eager"))[0]
+    assert line == "model.attn_implementation: auto -> eager: applies, the same mathematics with other rounding"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "gpus", "questions"),
+    [
+        ({}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, 1, None),
+        ({"effective_batch_size": 32}, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, 2, None),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, {"effective_batch_size": 16}, 1, None),
+        ({}, {"effective_batch_size": 32}, 1, (16, 32)),
+        ({}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, 2, (16, 32)),
+        ({"effective_batch_size": 8}, {"per_device_train_batch_size": 4}, 1, (8, 4)),
+    ],
+)
+def test_micro_batches_may_change_as_long_as_the_step_keeps_its_questions(
+    before: dict[str, Any], now: dict[str, Any], gpus: int, questions: tuple[int, int] | None
+) -> None:
+    def config(training: dict[str, Any]) -> dict[str, Any]:
+        return resolved(**{f"training__{key}": value for key, value in training.items()})
+
+    applies, refused = lines(config(before), config(now), gpus=gpus)
+    if questions is None:
+        assert applies and not refused
+        assert all("a step keeps its" in line and "rounding and dropout" in line for line in applies)
+    else:
+        assert refused and not applies
+        said = "refused, a step of this run has {} questions, and would have {}".format(*questions)
+        assert all(line.endswith(said) for line in refused)
+
+
+def test_batch_keys_that_contradict_each_other_are_the_users_error() -> None:
+    contradiction = resolved(
+        training__effective_batch_size=9,
+        training__per_device_train_batch_size=4,
+        training__gradient_accumulation_steps=4,
+    )
+    with pytest.raises(UserError, match=r"^training\.effective_batch_size: 9 is not 16"):
+        decide(resolved(), contradiction)
+
+
+def test_a_run_that_began_on_other_gpus_is_judged_by_the_batch_that_it_named() -> None:
+    began_on_two = resolved(
+        training__effective_batch_size=32,
+        training__per_device_train_batch_size=4,
+        training__gradient_accumulation_steps=4,
+    )
+    now = resolved(training__effective_batch_size=32, training__per_device_train_batch_size="auto")
+    assert lines(began_on_two, now, gpus=1)[1] == []
+    other = resolved(training__effective_batch_size=16, training__per_device_train_batch_size="auto")
+    assert all("has 32 questions, and would have 16" in line for line in lines(began_on_two, other, gpus=1)[1])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "path", "applies"),
+    [
+        (("stock", False), ("lean", False), None, True),
+        (("auto", False), ("stock", False), None, True),
+        (("lean", True), ("stock", False), None, True),  # the lean way has drawn them at random all along
+        (("lean", True), ("stock", True), None, False),
+        (("stock", True), ("lean", True), None, False),
+        (("stock", True), ("stock", False), None, False),
+        (("auto", True), ("lean", True), None, False),
+        (("auto", True), ("lean", True), "lean", True),
+        (("auto", True), ("stock", True), "stock", True),
+        (("auto", True), ("stock", True), "lean", False),
+        (("auto", True), ("stock", False), "lean", True),
+        (("stock", True), ("auto", True), "stock", False),
+    ],
+)
+def test_kernels_may_change_unless_the_order_of_the_questions_does(
+    before: tuple[str, bool], now: tuple[str, bool], path: str | None, applies: bool
+) -> None:
+    configs = [resolved(training__kernels=kernels, training__group_by_length=by) for kernels, by in (before, now)]
+    applied, refused = lines(*configs, path=path)
+    changed = sum(old != new for old, new in zip(before, now, strict=True))
+    assert (len(applied), len(refused)) == ((changed, 0) if applies else (0, changed))
+    assert all("rounding" in line for line in applied) and all("order of the questions" in line for line in refused)
+
+
+def test_sources_are_compared_item_by_item_and_long_values_are_cut() -> None:
+    moved, shorter = copy.deepcopy(SOURCES), copy.deepcopy(SOURCES[:1])
+    moved[1]["path"] = "elsewhere/" + "x" * 100
+    [line] = lines(resolved(), resolved(data__sources=moved))[1]
+    assert (
+        line.startswith("data.sources[1].path: spider -> elsewhere/xxx") and " …: refused" in line and len(line) < 170
+    )
+    refused = lines(resolved(), resolved(data__sources=shorter))[1]
+    assert (
+        "data.sources[1].kind: spider -> (absent): refused, the run trains on the data that were prepared so" in refused
+    )
+
+
+def test_a_checkpoint_of_an_earlier_version_has_the_defaults_of_keys_that_it_lacks() -> None:
+    before = resolved()
+    del before["checkpoint"]["every_minutes"], before["budget"]
+    assert lines(before, resolved()) == ([], [])
+    assert lines(before, resolved(checkpoint__every_minutes=3.0))[0] == [
+        "checkpoint.every_minutes: 10.0 -> 3.0: applies, from this attempt on"
+    ]
+
+
+@pytest.mark.parametrize(("section", "key"), [("lora", "use_dora"), ("distillation", "teacher")])
+def test_a_key_that_is_not_known_here_is_refused(section: str, key: str) -> None:
+    before = resolved()
+    before.setdefault(section, {})[key] = True
+    said = f"{section}.{key}: true -> (absent): refused, this version of finetune does not know the key"
+    assert lines(before, resolved())[1] == [said]
+
+
+def test_configs_that_went_through_json_are_the_same() -> None:
+    assert lines(json.loads(json.dumps(resolved())), resolved()) == ([], [])
+
+
+def test_the_refusal_names_file_changes_and_what_to_do() -> None:
+    decisions = decide(resolved(), resolved(lora__r=8, training__seed=1, budget__max_hours=1.0))
+    error = str(refusal(decisions, Path("runs/a/config.yaml")))
+    assert error == (
+        "runs/a/config.yaml: lora.r: 16 -> 8: refused, the adapter has this shape; training.seed: 42 -> 1: refused, order of "
+        "the questions and dropout follow from it; put the earlier values back, or start a new run"
+    )
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, finetune.resume_rules; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
