@@ -5,9 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := configs/demo_cpu.yaml
 RUN := runs/demo
+CHAOS_KILLS ?= 50
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-fresh test test-slow check format constraints clean
+.PHONY: help setup demo demo-fresh test test-slow chaos check format constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,6 +43,9 @@ test: $(READY)  ## run the tests that need neither GPU, cloud nor much time
 
 test-slow: $(READY)  ## run the slow tests: the whole Spider set, the real small model
 	@$(BIN)/python -m pytest -m slow
+
+chaos: $(READY)  ## kill training runs over and over (CHAOS_KILLS=50) and compare how they end
+	@$(BIN)/python -m chaos --kills $(CHAOS_KILLS)
 
 check: $(READY)  ## lint, format, types, import table
 	@$(BIN)/ruff check .

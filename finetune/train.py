@@ -91,8 +91,8 @@ def _attempt(run: RunFolder, inputs: Inputs, record: dict[str, Any], found: Path
     if refusal := spending.nothing_left():
         return _refused(session, refusal, stopped_before=before == "budget_stop")
     try:
+        recorder.write(status="running", ended_at=None)  # first of all: a folder without run.json is no run
         with spending.metered(hard_stop=lambda: recorder.close("budget_stop")):
-            recorder.write(status="running", ended_at=None)
             return _fit(session, load_parts(inputs))
     except BaseException as error:
         expected = foreseeable(error, run.path)

@@ -190,8 +190,9 @@ def slow(tmp_path: Path, delay: str, factor: int) -> tuple[str, ...]:
 
 
 def test_the_budget_stops_both_and_other_gpus_may_not_change_the_step(
-    tiny_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.1")
     rows = LONG["training"] | {"per_device_train_batch_size": 2, "effective_batch_size": None}
     budget = {"budget": {"max_hours": 90 / 3600}, "checkpoint": {"every_minutes": 0.5}}
     config = tiny_config(**LONG | {"training": rows} | budget)
@@ -200,7 +201,7 @@ def test_the_budget_stops_both_and_other_gpus_may_not_change_the_step(
     assert code == 0, said
     assert record_of(run)["status"] == "budget_stop"
     assert 1 <= record_of(run)["steps"]["done"] < 60
-    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert (run / "adapter" / "adapter_model.safetensors").is_file(), said
 
     change(run / "config.yaml", "budget", max_hours=None)
     assert main(["train", "--resume", str(run)]) == 2

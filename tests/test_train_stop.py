@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from metadata_server import MetadataServer
 from train_helpers import adapter_of, at_step, change, record_of, steps_in
 
 torch = pytest.importorskip("torch")
@@ -114,6 +115,26 @@ def test_sigterm_saves_at_the_end_of_the_step_in_which_it_comes(
     assert main(["train", "--resume", str(run)]) == 0
     assert record_of(run)["tokens"] == record_of(whole)["tokens"]
     assert adapter_of(run) == adapter_of(whole)  # within one epoch, resume is exact
+
+
+def test_googles_notice_saves_and_stops(
+    tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    config = tiny_config(training={"max_steps": 30}, checkpoint={"save_steps": 100})
+
+    def notice() -> None:
+        google.set("preempted", "TRUE")
+        time.sleep(1.0)  # it comes over the network, in a thread
+
+    with MetadataServer() as google, monkeypatch.context() as patched:
+        patched.setenv("GCE_METADATA_HOST", google.host)
+        at_step(3, notice, patched)
+        assert main(["train", str(config)]) == 75
+    record = record_of(tmp_path / "runs" / "tiny-001")
+    assert record["status"] == "interrupted"
+    assert record["stop"]["reason"] == "preemption" and 0 < record["stop"]["seconds"] < 25
+    assert record["saves"]["committed_step"] == record["steps"]["done"] <= 4
+    assert "Google takes this machine back: finishing this step" in capsys.readouterr().err
 
 
 def test_a_second_ctrl_c_exits_at_once_and_leaves_no_half_of_a_save(

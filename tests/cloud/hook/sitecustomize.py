@@ -1,0 +1,112 @@
+"""Points Google's client libraries at the emulated cloud. It lies on PYTHONPATH of SkyPilot's processes, and in the machines.
+
+Works from outside: modules are changed when they are loaded, and only if an emulated cloud is named, by FT_CLOUD_API or, on
+a machine, by /etc/ft-machine.json. Knows Python 3.10, because SkyPilot's runtime on the machines is that.
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+
+
+def _settings():
+    if os.environ.get("FT_CLOUD_API"):
+        return (
+            os.environ["FT_CLOUD_API"],
+            os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
+            os.environ.get("FT_CLOUD_LOGIN", ""),
+        )
+    try:
+        machine = json.loads(pathlib.Path("/etc/ft-machine.json").read_text(encoding="utf-8"))
+        return machine["api"], machine["project"], ""
+    except (OSError, ValueError, KeyError):
+        return "", "", ""
+
+
+API, PROJECT, LOGIN = _settings()
+
+
+def _credentials():
+    from google.auth import credentials, exceptions
+
+    class Login(credentials.AnonymousCredentials):
+        """Needs no token. While the file LOGIN holds "expired", it is refused as an old login is."""
+
+        def before_request(self, request, method, url, headers):
+            try:
+                expired = pathlib.Path(LOGIN).read_text(encoding="utf-8").strip() == "expired"
+            except OSError:
+                expired = False
+            if expired:
+                raise exceptions.RefreshError(
+                    "invalid_grant: Token has been expired or revoked.", {"error": "invalid_grant"}
+                )
+
+    return Login()
+
+
+def _google_auth(module):
+    module.default = lambda *args, **kwargs: (_credentials(), PROJECT)
+
+
+def _discovery(module):
+    real = module.build
+
+    def build(service, version, *args, **kwargs):
+        path = f"/{service}/{version}/" if service == "compute" else "/"
+        kwargs["client_options"] = {"api_endpoint": API + path}
+        kwargs["credentials"] = _credentials()
+        kwargs["static_discovery"] = True
+        return real(service, version, *args, **kwargs)
+
+    module.build = build
+
+
+def _backend_utils(module):
+    module._TEST_IP_LIST = [API + "/network"] * 2
+
+
+def _controller_utils(module):
+    """SkyPilot starts as many controllers of managed jobs as memory allows, a dozen on 24 GB; one is enough for a test."""
+    module.get_number_of_jobs_controllers = lambda: 1
+
+
+CHANGES = {
+    "google.auth": _google_auth,
+    "googleapiclient.discovery": _discovery,
+    "sky.backends.backend_utils": _backend_utils,
+    "sky.utils.controller_utils": _controller_utils,
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Lets the others find a module, and changes it after it was loaded."""
+
+    def __init__(self):
+        self.busy = set()
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in CHANGES or name in self.busy:
+            return None
+        self.busy.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.busy.discard(name)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            CHANGES[name](module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if API:
+    sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,105 @@
+"""A test session's place on this computer, and the removal of what a session left that was killed.
+
+A session owns a folder ft-cloud-<slot> of the temporary folder, with the process that owns it written in it. Making the folder
+is what takes the slot, and the slot names everything else: the bridge ft-bridge<slot>, interfaces ft<slot>v*, addresses
+10.128.<16 slot>.0/20, and processes, which are known by a HOME inside the folder. Whatever bears such a name, and whose owner
+is gone, is provably left over.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from machine import close_site
+
+SLOTS = 8
+"""Sessions at a time on one computer."""
+OWNER = "owner"
+
+
+def place(slot: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"ft-cloud-{slot}"
+
+
+def birth(pid: int) -> str:
+    """When a process began, in ticks since boot: with its number it names the process for good. "" if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return ""
+
+
+def take_slot() -> tuple[int, Path]:
+    """A slot of our own; slots of sessions that are gone are cleaned up first. Raises AssertionError if all are taken."""
+    for slot in range(SLOTS):
+        folder = place(slot)
+        if folder.exists() and abandoned(folder):
+            clean(slot)
+        try:
+            folder.mkdir(mode=0o755)
+        except FileExistsError:
+            continue
+        (folder / OWNER).write_text(f"{os.getpid()} {birth(os.getpid())}")
+        return slot, folder
+    raise AssertionError(f"{place(0)} and its {SLOTS - 1} neighbours belong to other test sessions that run")
+
+
+def abandoned(folder: Path) -> bool:
+    try:
+        pid, born = (folder / OWNER).read_text().split()
+    except (OSError, ValueError):
+        return time.time() - folder.stat().st_mtime > 60  # killed between making the folder and signing it
+    return birth(int(pid)) != born
+
+
+def clean(slot: int) -> None:
+    """Removes all that a session has made: processes, bridge, folder."""
+    folder = place(slot)
+    end_processes(folder)
+    close_site(slot)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_processes(folder: Path) -> None:
+    """Those whose HOME, as they were started, or whose first file lies in the folder: SkyPilot's servers and the machines."""
+    deadline = time.monotonic() + 10
+    while (found := ours(folder)) and time.monotonic() < deadline:
+        for pid in found:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.1)
+
+
+def ours(folder: Path) -> list[int]:
+    mark = f"{folder}/".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        pid = int(process.name)
+        if pid == os.getpid():
+            continue
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes()
+            state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        home = any(one.startswith(b"HOME=" + mark) for one in variables)
+        if state != "Z" and (home or b"machine_init.py\0" + mark in command):
+            found.append(pid)
+    return found
+
+
+def mounts_of(folder: Path) -> list[str]:
+    """Mounts inside the folder that this computer sees; machines have theirs in namespaces of their own."""
+    lines = subprocess.run(
+        ["findmnt", "-rno", "TARGET"], capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    return [line for line in lines if line.startswith(f"{folder}/")]

@@ -1,0 +1,185 @@
+"""One emulated machine: a chroot over the image with its own network, processes, mounts and name, a real sshd, a metadata server.
+
+It shares this computer's kernel: the clocks since boot are the computer's, and `df` shows the computer's disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gce_instances import Instance
+from machine_image import USER
+from machine_metadata import ADDRESS, MachineMetadata
+from machine_process import Booted
+
+Json = dict[str, Any]
+INTERFACES = itertools.count(1)
+SSHD = ["/usr/sbin/sshd", "-D", "-e"]
+CUTS = ("laptop", "google", "all")
+
+
+@dataclass
+class Site:
+    """Where machines stand. slot: tells sessions of tests on this computer apart, in names and addresses.
+
+    layer: the image; folder: for the machines' disks; bucket: the storage API's address; write_back: seconds after which a
+    closed file is uploaded, 0 at its closing. upload_bytes_per_second: 0 for as fast as it goes. Both hold for machines that boot
+    from then on.
+    """
+
+    slot: int
+    folder: Path
+    layer: Path
+    api: str
+    bucket: str
+    write_back: float = 0
+    upload_bytes_per_second: int = 0
+
+    @property
+    def bridge(self) -> str:
+        return f"ft-bridge{self.slot}"
+
+    def address(self, number: int) -> str:
+        return f"10.128.{16 * self.slot + number // 256}.{number % 256}"
+
+    @property
+    def laptop(self) -> str:
+        return self.address(1)
+
+    @property
+    def google(self) -> str:
+        return self.address(2)
+
+    def machine_addresses(self) -> list[str]:
+        return [self.address(number) for number in range(10, 4000) if number % 256 not in (0, 255)]
+
+
+def open_site(site: Site) -> None:
+    """The bridge that the machines hang on, with the addresses of SkyPilot's computer and of Google's services."""
+    for command in (
+        f"ip link add {site.bridge} type bridge",
+        f"ip address add {site.laptop}/20 dev {site.bridge}",
+        f"ip address add {site.google}/20 dev {site.bridge}",
+        f"ip link set {site.bridge} up",
+    ):
+        subprocess.run(command.split(), check=True, capture_output=True)
+
+
+def close_site(slot: int) -> None:
+    """Also where there is none, and by its name alone. Interfaces of machines go with the machines."""
+    subprocess.run(["ip", "link", "delete", f"ft-bridge{slot}"], check=False, capture_output=True)
+
+
+class Machine:
+    """The hardware of an instance (gce_instances.Hardware). Raises AssertionError with its log if it does not start."""
+
+    def __init__(self, site: Site, instance: Instance) -> None:
+        self.site, self.instance = site, instance
+        self.folder = site.folder / instance.name
+        self.metadata = MachineMetadata(
+            **{
+                "id": str(instance.id),
+                "name": instance.name,
+                "hostname": instance.name,
+                "zone": f"projects/123456789/zones/{instance.wish.zone}",
+                "machine-type": f"projects/123456789/machineTypes/{instance.wish.machine_type}",
+                "scheduling/preemptible": str(instance.wish.spot).upper(),
+                "preempted": "FALSE",
+                "maintenance-event": "NONE",
+            }
+        )
+        self.booted: Booted | None = None
+        self.interface = ""
+
+    @property
+    def upper(self) -> Path:
+        """What the machine has written on its disk, as it lies on this computer."""
+        return self.folder / "upper"
+
+    def boot(self) -> None:
+        self.metadata.set("preempted", "FALSE")
+        network = {"address": f"{self.instance.address}/20", "gateway": self.site.laptop, "metadata": ADDRESS}
+        settings = {
+            "name": self.instance.name,
+            "folder": str(self.folder),
+            "image": str(self.site.layer),
+            "network": network,
+            "services": [SSHD],
+            "files": self._files(),
+            "env": {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
+        }
+        self.booted = Booted(settings, own_network=True)
+        self.interface = f"ft{self.site.slot}v{next(INTERFACES)}"
+        inside = ["type", "veth", "peer", "name", "eth0", "netns", str(self.booted.init)]
+        self._ip("link", "add", self.interface, *inside)
+        self._ip("link", "set", self.interface, "master", self.site.bridge, "up")
+        self.booted.boot()
+        self.metadata.start(self.booted.init)
+
+    def _files(self) -> list[Json]:
+        keys = [item["value"] for item in self.instance.metadata if item["key"] == "ssh-keys"]
+        lines = [line.partition(":")[2] for value in keys for line in value.splitlines() if line.startswith(f"{USER}:")]
+        wish, name, home = self.instance.wish, self.instance.name, f"/home/{USER}"
+        about = {"gpus": [wish.gpu] * wish.gpus, "api": self.site.api, "project": self.instance.project}
+        bucket = f"BUCKET_ENDPOINT={self.site.bucket}\nBUCKET_WRITE_BACK={self.site.write_back}\n"
+        bucket += f"BUCKET_BYTES_PER_SECOND={self.site.upload_bytes_per_second}\n"
+        hosts = f"127.0.0.1 localhost\n{self.instance.address} {name}\n{ADDRESS} metadata.google.internal metadata\n"
+        return [
+            {"path": "/etc/ft-machine.json", "text": json.dumps(about)},
+            {"path": "/etc/ft-machine.env", "text": bucket},
+            {"path": "/etc/hostname", "text": name + "\n"},
+            {"path": "/etc/hosts", "text": hosts},
+            {"path": "/etc/resolv.conf", "text": ""},
+            {"path": f"{home}/.ssh/authorized_keys", "text": "\n".join([*lines, ""]), "user": USER},
+        ]
+
+    def power_off(self) -> None:
+        self.metadata.stop()
+        if self.booted:
+            self.booted.power_off()
+            self.booted = None
+        if self.interface:  # it would go with the last process, a second or two later
+            self._ip("link", "delete", self.interface, check=False)
+            self.interface = ""
+
+    def notice(self) -> None:
+        """The cloud says that it takes the machine back."""
+        self.metadata.set("preempted", "TRUE")
+        self.metadata.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
+
+    def shut_down(self) -> None:
+        """What the system does when its power button is pressed: SIGTERM to all that runs."""
+        if self.booted:
+            self.booted.say("terminate")
+
+    def cut(self, what: str) -> None:
+        assert self.booted and what in CUTS, f"{what}: expected one of {', '.join(CUTS)}"
+        if what == "all":
+            self._ip("link", "set", self.interface, "down")
+        else:
+            self._route("add", self.site.laptop if what == "laptop" else self.site.google)
+
+    def mend(self) -> None:
+        self._ip("link", "set", self.interface, "up")
+        for address in (self.site.laptop, self.site.google):
+            self._route("delete", address, check=False)
+
+    def discard(self) -> None:
+        """Its disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _route(self, verb: str, address: str, *, check: bool = True) -> None:
+        assert self.booted
+        enter = ["nsenter", "--target", str(self.booted.init), "--net"]
+        subprocess.run([*enter, "ip", "route", verb, "blackhole", f"{address}/32"], check=check, capture_output=True)
+
+    @staticmethod
+    def _ip(*arguments: str, check: bool = True) -> None:
+        done = subprocess.run(["ip", *arguments], check=False, capture_output=True, text=True)
+        assert not check or done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"

@@ -1,0 +1,77 @@
+"""One bucket of the emulated storage by its JSON API; gcsfuse and gsutil, as we play them, stand on it."""
+
+import datetime
+import errno
+import http.client
+import json
+import pathlib
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+
+
+def nanoseconds(moment):
+    return int(datetime.datetime.fromisoformat(moment).timestamp() * 1e9)
+
+
+class Storage:
+    """One bucket by its JSON API. Raises FileNotFoundError, and OSError for any other refusal."""
+
+    def __init__(self, endpoint, bucket):
+        self.objects = f"{endpoint}/storage/v1/b/{bucket}/o"
+        self.place = f"{endpoint}/storage/v1/b/{bucket}"
+        self.uploads = f"{endpoint}/upload/storage/v1/b/{bucket}/o"
+        self.bucket = bucket
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def call(self, method, url, body=None, headers=None):
+        try:
+            request = urllib.request.Request(url, data=body, method=method, headers=headers or {})
+            return self.opener.open(request, timeout=600)
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                raise FileNotFoundError(errno.ENOENT, "no such object") from None
+            raise OSError(errno.EACCES if error.code in (401, 403) else errno.EIO, f"HTTP {error.code}") from None
+        except (urllib.error.URLError, http.client.HTTPException):
+            raise OSError(errno.EIO, "the storage cannot be reached") from None
+
+    def exists(self):
+        self.call("GET", self.place).close()
+
+    def list(self, prefix, delimiter=""):
+        """Object -> (bytes, nanoseconds since the epoch of its last change), and the folders below."""
+        query = urllib.parse.urlencode(
+            {"prefix": prefix, "maxResults": 10000} | ({"delimiter": delimiter} if delimiter else {})
+        )
+        with self.call("GET", f"{self.objects}?{query}") as answer:
+            found = json.load(answer)
+        objects = {row["name"]: (int(row["size"]), nanoseconds(row["updated"])) for row in found.get("items", [])}
+        return objects, found.get("prefixes", [])
+
+    def get(self, name, file):
+        with self.call("GET", f"{self.objects}/{urllib.parse.quote(name, safe='')}?alt=media") as answer:
+            shutil.copyfileobj(answer, file, 1 << 20)
+
+    def put(self, name, path):
+        size = pathlib.Path(path).stat().st_size
+        if size == 0:  # the storage's emulator breaks on an empty body
+            about = json.dumps({"name": name})
+            parts = (
+                f"--ft\r\nContent-Type: application/json\r\n\r\n{about}\r\n--ft\r\nContent-Type: text/plain\r\n\r\n\r\n"
+            )
+            parts += "--ft--\r\n"
+            headers = {"Content-Type": "multipart/related; boundary=ft"}
+            self.call("POST", f"{self.uploads}?uploadType=multipart", parts.encode(), headers).close()
+            return
+        with pathlib.Path(path).open("rb") as file:
+            query = urllib.parse.urlencode({"uploadType": "media", "name": name})
+            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+            self.call("POST", f"{self.uploads}?{query}", file, headers).close()
+
+    def copy(self, old, new):
+        quoted = [urllib.parse.quote(name, safe="") for name in (old, new)]
+        self.call("POST", f"{self.objects}/{quoted[0]}/copyTo/b/{self.bucket}/o/{quoted[1]}", b"").close()
+
+    def delete(self, name):
+        self.call("DELETE", f"{self.objects}/{urllib.parse.quote(name, safe='')}").close()

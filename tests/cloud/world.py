@@ -1,0 +1,107 @@
+"""All of it together: an emulated Google Cloud with its machines and buckets, and a SkyPilot that takes it for the real one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import machine_image
+from buckets import PORT as BUCKET_PORT
+from buckets import Buckets
+from catalog_fixture import CATALOG, VMS
+from gce import Cloud
+from leftovers import clean, take_slot
+from machine import Machine, Site, close_site, open_site
+from skypilot import PROJECT, SkyPilot, environment, make_home
+
+API_PORT = 8080
+IMAGE_VARIABLE = "FT_CLOUD_IMAGE"
+"""A folder that keeps the machines' image between sessions; without it each session makes its own, in about a minute."""
+
+
+@dataclass
+class World:
+    """seconds: how long each step of the preparation took."""
+
+    cloud: Cloud
+    buckets: Buckets
+    sky: SkyPilot
+    site: Site
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def machine(self, cluster: str = "") -> Machine:
+        """The hardware of the newest running machine."""
+        hardware = self.cloud.machine(cluster).hardware
+        assert isinstance(hardware, Machine)
+        return hardware
+
+
+@contextmanager
+def emulated_world() -> Iterator[World]:
+    """Everything is gone at its end; what a killed one left is removed by the next."""
+    with ExitStack() as at_end:
+        slot, folder = take_slot()
+        at_end.callback(clean, slot)
+        seconds: dict[str, float] = {}
+        image = Path(os.environ.get(IMAGE_VARIABLE) or folder / "image")
+        image.mkdir(parents=True, exist_ok=True)
+        site = Site(slot, folder / "machines", image / "layer" / "layer" / "upper", api="", bucket="")
+        site.api, site.bucket = f"http://{site.google}:{API_PORT}", f"http://{site.google}:{BUCKET_PORT}"
+        home = folder / "home"
+        home.mkdir()
+        make_home(home)
+        with timed(seconds, "bridge"):
+            open_site(site)
+            at_end.callback(close_site, slot)
+        with timed(seconds, "bucket"):
+            buckets = Buckets(site.google, folder / "bucket", image / "packages")
+            at_end.callback(buckets.stop)
+        env = environment(home, site.api, site.bucket)
+        with timed(seconds, "image"):
+            reuse_wheel(image, home)
+            machine_image.prepare(image / "layer", home, env)
+            keep_wheel(image, home)
+        cloud = Cloud(
+            (site.google, API_PORT),
+            PROJECT,
+            catalog_zones(home),
+            site.machine_addresses(),
+            lambda one: Machine(site, one),
+        )
+        at_end.enter_context(cloud)
+        sky = SkyPilot(home, env)
+        with timed(seconds, "API server"):
+            sky.start()
+            at_end.callback(sky.stop)
+        with timed(seconds, "sky check"):
+            sky.run("check", "gcp").ok()
+        yield World(cloud, buckets, sky, site, seconds)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    seconds[step] = round(time.monotonic() - began, 1)
+
+
+def catalog_zones(home: Path) -> list[str]:
+    with (home / CATALOG / VMS).open(encoding="utf-8", newline="") as file:
+        return sorted({row["AvailabilityZone"] for row in csv.DictReader(file) if row["AvailabilityZone"]})
+
+
+def reuse_wheel(image: Path, home: Path) -> None:
+    """SkyPilot builds itself for the machines in about ten seconds, unless its home has a newer build than its source."""
+    if (image / "wheels").is_dir():
+        shutil.copytree(image / "wheels", home / ".sky" / "wheels", copy_function=shutil.copy2)
+
+
+def keep_wheel(image: Path, home: Path) -> None:
+    shutil.rmtree(image / "wheels", ignore_errors=True)
+    shutil.copytree(home / ".sky" / "wheels", image / "wheels", copy_function=shutil.copy2)
