@@ -18,10 +18,10 @@ from finetune import ranks, rng
 from finetune.batching import StepSampler, micro_batches
 from finetune.callbacks import Throughput
 from finetune.config import TrainingSection
-from finetune.fit import Limits
 from finetune.flat import FlatAdapters
 from finetune.lean_model import IGNORED
 from finetune.model import Device, adapters_to_float32
+from finetune.padded import PaddedPath, answer_loss
 from finetune.prompts import Encoded, PromptTemplate, completion, encode_examples
 from finetune.records import Record
 from finetune.step_loader import StepLoader
@@ -116,8 +116,19 @@ class AnswerTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def loss_of(self, examples: list[Example]) -> torch.Tensor:
-        """Mean negative log-likelihood (nats) of the examples' labelled tokens, over all ranks, without dropout."""
-        return validation_loss(self, examples)
+        """Mean negative log-likelihood (nats) of the examples' labelled tokens, over all ranks, without dropout. Every rank
+        computes its share of the batches, the longest examples first."""
+        examples = sorted(examples, key=lambda example: -example["length"])
+        labelled = sum(label != IGNORED for example in examples for label in example["labels"][1:])
+        size = self.args.per_device_eval_batch_size
+        total, path = torch.zeros((), device=self.args.device), self.stepper.path
+        path.begin()
+        for start in range(ranks.rank() * size, len(examples), ranks.count() * size):
+            batch = examples[start : start + size]
+            lengths = [example["length"] for example in batch]
+            for piece in micro_batches(lengths, tokens=self.stepper.limits.tokens, padded=path.padded):
+                total += path.validation_loss([batch[row] for row in piece], max(labelled, 1))
+        return ranks.add_up(total)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL would put one among the checkpoints at every save, and have an offline W&B run warn each time."""
@@ -184,74 +195,6 @@ class AnswerTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             rng.restore(rng.load(rng.file_of(Path(checkpoint), ranks.rank())))
-
-
-class PaddedPath:
-    """The libraries' own way: rows padded to the longest, TRL's collator and loss, PEFT's layers."""
-
-    padded = True
-
-    def __init__(self, trainer: AnswerTrainer) -> None:
-        self.trainer = trainer
-
-    def begin(self) -> None:
-        pass
-
-    def spare(self) -> bool:
-        model = self.trainer.model
-        if model.is_gradient_checkpointing:
-            return False
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-        return True
-
-    def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> torch.Tensor:
-        trainer = self.trainer
-        batch = trainer._prepare_inputs(trainer.data_collator(list(examples)))
-        with trainer.compute_loss_context_manager():
-            result: torch.Tensor = trainer.compute_loss(trainer.model, batch, num_items_in_batch=labelled)
-        return result
-
-    def validation_loss(self, examples: Sequence[Example], labelled: int) -> torch.Tensor:
-        trainer = self.trainer
-        batch = trainer._prepare_inputs(trainer.data_collator(list(examples)))
-        trainer.model.eval()
-        with torch.no_grad(), trainer.accelerator.autocast():
-            return answer_loss(trainer.model, batch, labelled)
-
-
-def validation_loss(trainer: AnswerTrainer, examples: list[Example]) -> torch.Tensor:
-    """Every rank computes its share of the batches, the longest examples first."""
-    examples = sorted(examples, key=lambda example: -example["length"])
-    labelled = sum(label != IGNORED for example in examples for label in example["labels"][1:])
-    size = trainer.args.per_device_eval_batch_size
-    starts = range(ranks.rank() * size, len(examples), ranks.count() * size)
-    total, path = torch.zeros((), device=trainer.args.device), trainer.stepper.path
-    path.begin()
-    for start in starts:
-        batch = examples[start : start + size]
-        lengths = [example["length"] for example in batch]
-        for piece in micro_batches(lengths, tokens=trainer.stepper.limits.tokens, padded=path.padded):
-            total += path.validation_loss([batch[row] for row in piece], max(labelled, 1))
-    return ranks.add_up(total)
-
-
-def answer_loss(model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
-    """Mean negative log-likelihood (nats) of the labelled tokens; the logits of other tokens are never made.
-
-    inputs: input_ids, attention_mask, labels, each (rows, tokens). num_items_in_batch: labelled tokens of the whole
-    optimizer step, over which accumulated micro-batches are normalised; None normalises over this batch.
-    """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.get_decoder()(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-    ).last_hidden_state
-    targets = inputs["labels"][:, 1:]
-    labelled = targets != IGNORED
-    logits = causal.get_output_embeddings()(hidden[:, :-1][labelled]).float()
-    total = torch.nn.functional.cross_entropy(logits, targets[labelled], reduction="sum")
-    count = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-    return total / count.clamp(min=1)
 
 
 def build_trainer(

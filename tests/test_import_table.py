@@ -35,7 +35,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         *("cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"),
     ),
     (
-        *("callbacks", "flat", "rng", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
+        *("callbacks", "flat", "padded", "rng", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
         *("stopping", "proof", "snapshots", "spending", "tracking", "run_record"),
         *("train", "train_resume", "train_end"),
         *("evaluate", "generate", "ask", "export", "cloud.bucket", "cloud.fresh_catalog", "cloud.policy"),
@@ -50,7 +50,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 NEIGHBOURS = (
     {"data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"},
     {
-        *("callbacks", "flat", "rng", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
+        *("callbacks", "flat", "padded", "rng", "step_loader", "step_plan", "stepper", "trainer", "train_parts"),
         *("stopping", "proof", "snapshots", "spending", "tracking", "run_record"),
         *("train", "train_resume", "train_end"),
     },

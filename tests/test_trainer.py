@@ -18,15 +18,10 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 from finetune.config import LoraSection, ModelSection, QuantizationSection  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
+from finetune.padded import answer_loss  # noqa: E402
 from finetune.prompts import PromptTemplate, completion, encode_prompts  # noqa: E402
 from finetune.records import Record, read_records  # noqa: E402
-from finetune.trainer import (  # noqa: E402
-    IGNORED,
-    Examples,
-    answer_loss,
-    one_gpu_a_process,
-    tokenise,
-)
+from finetune.trainer import IGNORED, Examples, one_gpu_a_process, tokenise  # noqa: E402
 
 TEMPLATE = PromptTemplate()
 
