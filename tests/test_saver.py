@@ -298,8 +298,8 @@ from finetune.saver import Saver
 class Slow(Disk):
     def copy_file(self, source, target):
         if target.parent.name == "step-2":
-            print("copying", flush=True)
             target.write_bytes(b"half")
+            print("copying", flush=True)
             time.sleep(600)
         return super().copy_file(source, target)
 
