@@ -22,6 +22,7 @@ from finetune.flat import FlatAdapters
 from finetune.lean_model import IGNORED
 from finetune.model import Device, adapters_to_float32
 from finetune.padded import PaddedPath, answer_loss
+from finetune.paged_state import page_again
 from finetune.prompts import Encoded, PromptTemplate, completion, encode_examples
 from finetune.records import Record
 from finetune.step_loader import StepLoader
@@ -140,6 +141,10 @@ class AnswerTrainer(SFTTrainer):
         optimizer: torch.optim.Optimizer = kind(adapters, **options, weight_decay=self.args.weight_decay)
         self.optimizer = optimizer
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        page_again(self.optimizer)
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         norm: torch.Tensor = self.accelerator.clip_grad_norm_(

@@ -6,6 +6,7 @@ Run with `pytest -m gpu -s tests/test_gpu_lean.py`; it prints the errors that it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from finetune.attention import Segments  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.flat import FlatAdapters  # noqa: E402
 from finetune.lean_model import IGNORED, LeanModel, ops_for, pack  # noqa: E402
+from finetune.paged_state import page_again  # noqa: E402
 from finetune.stepper import LeanPath, Stepper, collate  # noqa: E402
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -257,6 +259,37 @@ def test_the_eight_bit_optimizer_over_the_flat_tensor_is_that_over_the_adapters(
 
     for ours, theirs in zip(train(True), train(False), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["PagedAdamW8bit", "PagedAdamW32bit"])
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_paged_states_go_on_from_a_file_bit_by_bit(kind: str, where: str, tmp_path: Path) -> None:
+    """transformers loads them onto the CPU for one process, and onto the GPU for several."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def optimizer_of(values: torch.Tensor) -> tuple[torch.nn.Parameter, Any]:
+        parameter = torch.nn.Parameter(values.clone())
+        return parameter, getattr(bitsandbytes.optim, kind)([parameter], lr=0.01, min_8bit_size=0)
+
+    def train(parameter: torch.nn.Parameter, optimizer: Any, seeds: range) -> None:
+        for seed in seeds:
+            draws = torch.Generator("cuda").manual_seed(seed)
+            parameter.grad = torch.randn(parameter.shape, generator=draws, device=GPU)
+            optimizer.step()
+
+    whole, first = optimizer_of(torch.ones(300_000, device=GPU))
+    train(whole, first, range(4))
+    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+    resumed, second = optimizer_of(whole.detach())
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location=where, weights_only=True))
+    page_again(second)
+    for name in ("state1", "state2"):
+        mine, theirs = second.state[resumed][name], first.state[whole][name]
+        assert mine.is_paged and mine.device == theirs.device
+        assert torch.equal(mine, theirs)
+    train(whole, first, range(4, 8))
+    train(resumed, second, range(4, 8))
+    assert torch.equal(whole, resumed)
 
 
 def test_real_want_of_memory_is_survived() -> None:
