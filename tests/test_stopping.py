@@ -232,7 +232,7 @@ def test_a_second_ctrl_c_exits_at_once(stop: Stop, clock: Clock) -> None:
 SECOND_TERM = f"""
 import os, signal, time
 from finetune.stopping import Stop, StopSignals
-with StopSignals(Stop(print)):
+with StopSignals(Stop(lambda text: print(text, flush=True))):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep({ONE_SIGNAL_SECONDS} + 0.2)
     os.kill(os.getpid(), signal.SIGTERM)
