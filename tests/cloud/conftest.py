@@ -19,6 +19,8 @@ for folder in (HERE.parent, HERE):  # tests/ for its fixtures, and our own modul
 import machine_image  # noqa: E402
 from catalog_fixture import shared_catalog  # noqa: E402
 from machine_process import Booted  # noqa: E402
+from machine_project import checkout, prepare_project  # noqa: E402
+from training import add_training  # noqa: E402
 from world import World, emulated_world  # noqa: E402
 
 PROGRAMS = {
@@ -105,6 +107,15 @@ def world(whole_world: World) -> Iterator[World]:
             whole_world.sky.expire_login(False)
             whole_world.sky.run("down", "--all", "--yes", "--purge")
         whole_world.cloud.wipe()
+
+
+@pytest.fixture(scope="session")
+def project(whole_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout of the project with the tiny training in it, and an image in which its set-up for GPU tasks has run."""
+    prepare_project(whole_world.site.layer.parents[1], setup=())
+    folder = checkout(tmp_path_factory.mktemp("checkout") / "project")
+    add_training(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

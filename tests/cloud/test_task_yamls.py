@@ -6,19 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from machine_project import checkout, prepare_project
 from world import World
 
 pytestmark = pytest.mark.cloud
 BUCKET = "finetune-text2sql-test-you"
 QUICK = "data.max_train_records=16 evaluation.max_questions=4 training.eval_steps=1000"
-
-
-@pytest.fixture(scope="module")
-def project(whole_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout of the project, and an image in which its set-up has run."""
-    prepare_project(whole_world.site.layer.parents[1])
-    return checkout(tmp_path_factory.mktemp("checkout") / "project")
 
 
 def test_the_smoke_task_trains_scores_and_reports(world: World, project: Path) -> None:

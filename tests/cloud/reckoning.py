@@ -1,0 +1,121 @@
+"""At the end of a scenario: what SkyPilot says is there, what the emulated Google would charge, what our ledger has."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from catalog_fixture import CATALOG
+from gce_bill import Price, Stretch
+from skypilot import SkyPilot
+from world import World
+
+from finetune.cloud.catalog_file import VMS
+from finetune.cloud.disks import disk_usd_per_hour
+from finetune.ledger import Account, Attempt
+
+TOLERANCE = 0.02
+DISK_TIER = "medium"
+
+
+def catalog_price(home: Path) -> Price:
+    """US dollars an hour by the rows of SkyPilot's catalog (host and GPU of the zone) and the disk's list price."""
+    with (home / CATALOG / VMS).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def price(stretch: Stretch) -> float:
+        disk = disk_usd_per_hour(stretch.disk_gb, DISK_TIER, stretch.zone.rpartition("-")[0], stretch.machine_type)
+        if not stretch.running:
+            return disk
+        column = "SpotPrice" if stretch.spot else "Price"
+        here = [row for row in rows if row["AvailabilityZone"] == stretch.zone]
+        host = [row for row in here if row["InstanceType"] == stretch.machine_type]
+        gpu = [
+            row
+            for row in here
+            if not row["InstanceType"]
+            and row["AcceleratorName"] == stretch.gpu
+            and float(row["AcceleratorCount"]) == stretch.gpus
+        ]
+        return sum(float(row[column]) for row in (host[0], gpu[0])) + disk
+
+    return price
+
+
+@dataclass(frozen=True)
+class Reckoning:
+    """Seconds and US dollars of a run's machines, by the bill and by our ledger.
+
+    bill_usd: all of it. tail_seconds, tail_usd: from the ledger's last word on a machine to the machine's end, of machines that
+    ended by themselves (idle until autostop or the controller took them away), which no ledger inside them can see.
+    """
+
+    bill_seconds: float
+    bill_usd: float
+    ledger_seconds: float
+    ledger_usd: float
+    tail_seconds: float
+    tail_usd: float
+
+    @property
+    def difference(self) -> float:
+        """Of the ledger from the bill without the tails, as a share of it."""
+        return self.ledger_usd / (self.bill_usd - self.tail_usd) - 1
+
+    def __str__(self) -> str:
+        return (
+            f"bill {self.bill_seconds:.1f} s ${self.bill_usd:.4f}, of that idle at the end {self.tail_seconds:.1f} s "
+            f"${self.tail_usd:.4f}; ledger {self.ledger_seconds:.1f} s ${self.ledger_usd:.4f} ({self.difference:+.2%} of the rest)"
+        )
+
+
+def reckon(world: World, account: Account) -> Reckoning:
+    """Holds the bill of the one run that the machines were for against its ledger, and prints both.
+
+    Raises AssertionError where attempts and machines do not match one to one, or zone, kind and price of one are told wrongly.
+    """
+    price = catalog_price(world.sky.home)
+    print(world.cloud.bill.table(price))
+    stretches = [one for one in world.cloud.bill.stretches if one.running]
+    assert len(stretches) == len(account.attempts), (stretches, account.attempts)
+    assert not account.problems, account.problems
+    tails = []
+    for stretch, attempt in zip(stretches, account.attempts, strict=True):
+        check_machine(stretch, attempt, price(stretch))
+        print(
+            f"attempt {attempt.number}: {attempt.seconds:.1f} s on the ledger, {stretch.seconds:.1f} s on the bill, {stretch.end}"
+        )
+        taken = stretch.end in ("preempted", "crashed")
+        tails.append(0.0 if taken else max(0.0, stretch.seconds - attempt.seconds))
+    assert account.usd is not None
+    result = Reckoning(
+        sum(one.seconds for one in stretches),
+        world.cloud.bill.usd(price),
+        sum(one.seconds for one in account.attempts),
+        account.usd,
+        sum(tails),
+        sum(tail * price(one) / 3600 for tail, one in zip(tails, stretches, strict=True)),
+    )
+    print(result)
+    return result
+
+
+def check_machine(stretch: Stretch, attempt: Attempt, usd_per_hour: float) -> None:
+    told = (attempt.zone, attempt.gpu, attempt.spot)
+    assert told == (stretch.zone, stretch.gpu, stretch.spot), (
+        f"attempt {attempt.number} of {stretch.machine} says {told}"
+    )
+    assert attempt.usd_per_hour is not None
+    assert abs(attempt.usd_per_hour - usd_per_hour) < 1e-4, (attempt.usd_per_hour, usd_per_hour)
+
+
+def check_reckoning(result: Reckoning) -> None:
+    assert abs(result.difference) < TOLERANCE, str(result)
+
+
+def check_nothing_left(world: World, sky: SkyPilot) -> None:
+    """Neither SkyPilot nor the cloud has a machine."""
+    status = sky.run("status", "--refresh").ok().out
+    assert "No existing clusters" in status, status
+    world.cloud.assert_empty()

@@ -1,0 +1,122 @@
+"""What the emulated machines train, as a user would launch it: a tiny model with its data in a checkout of the project."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from world import World
+
+from chaos.world import World as Station
+from chaos.world import make_world
+from finetune.ledger import Account, Ledger
+
+BUCKET = "finetune-text2sql-test-you"
+"""What `BUCKET: auto` becomes: finetune-<project>-<user>."""
+CONFIG = "tiny/run.yaml"
+STEPS, SAVE_STEPS = 600, 20
+HEARTBEAT_SECONDS = 2
+"""Instead of 30: attempts here last a minute."""
+
+
+def add_training(checkout: Path) -> None:
+    """Lays model, prepared data and config into `checkout`, from where SkyPilot takes them to the machine."""
+    make_world(checkout / "tiny")
+    station = Station(Path("tiny"))
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name": str(station.model), "max_seq_length": 256},
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+        "quantization": {"load_in_4bit": False},
+        "data": {
+            "sources": [{"kind": "jsonl", "path": str(station.folder / "records.jsonl")}],
+            "output_dir": str(station.data),
+        },
+        "training": {
+            "effective_batch_size": 3,
+            "max_steps": STEPS,
+            "learning_rate": 1e-3,
+            "optim": "adamw_torch",
+            "logging_steps": 1,
+            "eval_steps": 0,
+        },
+        "checkpoint": {"save_steps": SAVE_STEPS, "every_minutes": None},
+        "tracking": {"wandb": "offline"},
+    }
+    (checkout / CONFIG).write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def launch(task: str, *options: str, overrides: str = "", **env: object) -> list[str]:
+    """The words of `sky launch TASK` or, with --jobs as the first option, of `sky jobs launch TASK`, for the tiny training."""
+    settings = {
+        "CONFIG": CONFIG,
+        "FINETUNE_ALLOW_CPU": 1,
+        "FINETUNE_HEARTBEAT_SECONDS": HEARTBEAT_SECONDS,
+        "OMP_NUM_THREADS": 1,
+        **({"OVERRIDES": overrides} if overrides else {}),
+        **env,
+    }
+    jobs = ["jobs"] if options[:1] == ("--jobs",) else []
+    words = [*jobs, "launch", "-y", *options[len(jobs) :], f"sky/{task}.yaml"]
+    return words + [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
+
+
+@dataclass
+class Run:
+    """A run as it lies in the bucket."""
+
+    world: World
+    name: str
+
+    @property
+    def prefix(self) -> str:
+        return f"runs/{self.name}/"
+
+    def objects(self) -> list[str]:
+        """Names below the run's folder; none while there is no bucket."""
+        if BUCKET not in self.world.buckets.names():
+            return []
+        return [name.removeprefix(self.prefix) for name in self.world.buckets.objects(BUCKET, self.prefix)]
+
+    def read(self, name: str) -> bytes:
+        return self.world.buckets.read(BUCKET, self.prefix + name)
+
+    def record(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self.read("run.json"))
+        return value
+
+    def adapter_hash(self) -> str:
+        return hashlib.sha256(self.read("adapter/adapter_model.safetensors")).hexdigest()
+
+    def committed(self) -> list[int]:
+        """Steps of the checkpoints whose manifest is there."""
+        found = [name.split("/") for name in self.objects() if name.startswith("checkpoints/step-")]
+        return sorted(int(parts[1].removeprefix("step-")) for parts in found if parts[2:] == ["manifest.json"])
+
+    def fetch(self, folder: Path) -> Path:
+        """A copy on this computer, as `gcloud storage cp -r` makes it."""
+        for name in self.objects():
+            path = folder / self.name / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.read(name))
+        return folder / self.name
+
+    def account(self, folder: Path) -> Account:
+        return Ledger(self.fetch(folder) / "ledger").account()
+
+    def wait_for_step(self, step: int, seconds: float = 240) -> None:
+        """Until a checkpoint of that step or a later one is committed."""
+        deadline = time.monotonic() + seconds
+        while max(self.committed(), default=0) < step:
+            assert time.monotonic() < deadline, f"{self.name}: no checkpoint of step {step}; there are {self.objects()}"
+            time.sleep(0.2)
+
+    def wait_for_status(self, status: str, seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while "run.json" not in self.objects() or self.record()["status"] != status:
+            assert time.monotonic() < deadline, f"{self.name}: not {status} after {seconds:.0f} s: {self.objects()}"
+            time.sleep(0.5)
