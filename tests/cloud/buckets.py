@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -72,6 +73,11 @@ class Buckets:
             f"{self.url}/storage/v1/b/{bucket}/o/{quote(name, safe='')}?alt=media", timeout=60
         ) as answer:
             return bytes(answer.read())
+
+    def updated(self, bucket: str, name: str) -> float:
+        """When the object was last written, in seconds since the epoch, by the bucket's clock."""
+        about = self._json(f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
+        return datetime.fromisoformat(str(about["updated"])).timestamp()
 
     def _json(self, path: str) -> dict[str, list[dict[str, str]]]:
         with self._opener.open(self.url + path, timeout=60) as answer:

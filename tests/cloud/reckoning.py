@@ -8,12 +8,12 @@ from pathlib import Path
 
 from catalog_fixture import CATALOG
 from gce_bill import Price, Stretch
-from skypilot import SkyPilot
+from training import Run
 from world import World
 
 from finetune.cloud.catalog_file import VMS
 from finetune.cloud.disks import disk_usd_per_hour
-from finetune.ledger import Account, Attempt
+from finetune.ledger import Attempt
 
 TOLERANCE = 0.02
 DISK_TIER = "medium"
@@ -47,8 +47,8 @@ def catalog_price(home: Path) -> Price:
 class Reckoning:
     """Seconds and US dollars of a run's machines, by the bill and by our ledger.
 
-    bill_usd: all of it. tail_seconds, tail_usd: from the ledger's last word on a machine to the machine's end, of machines that
-    ended by themselves (idle until autostop or the controller took them away), which no ledger inside them can see.
+    bill_usd: all of it. tail_seconds, tail_usd: the last machine's, from the last word of the run in the bucket (by the bucket's
+    clock) to the machine's end: idle until autostop or a controller took it away, which no ledger inside it can see.
     """
 
     bill_seconds: float
@@ -60,44 +60,44 @@ class Reckoning:
 
     @property
     def difference(self) -> float:
-        """Of the ledger from the bill without the tails, as a share of it."""
+        """Of the ledger from the bill without the tail, as a share of it."""
         return self.ledger_usd / (self.bill_usd - self.tail_usd) - 1
 
     def __str__(self) -> str:
         return (
             f"bill {self.bill_seconds:.1f} s ${self.bill_usd:.4f}, of that idle at the end {self.tail_seconds:.1f} s "
-            f"${self.tail_usd:.4f}; ledger {self.ledger_seconds:.1f} s ${self.ledger_usd:.4f} ({self.difference:+.2%} of the rest)"
+            f"${self.tail_usd:.4f}; ledger {self.ledger_seconds:.1f} s ${self.ledger_usd:.4f} ({self.difference:+.2%})"
         )
 
 
-def reckon(world: World, account: Account) -> Reckoning:
-    """Holds the bill of the one run that the machines were for against its ledger, and prints both.
+def reckon(run: Run, folder: Path) -> Reckoning:
+    """Holds the bill of the one run that the machines were for against its ledger (fetched into `folder`), and prints both.
 
-    Raises AssertionError where attempts and machines do not match one to one, or zone, kind and price of one are told wrongly.
+    Raises AssertionError where they differ by more than 2%, attempts and machines do not match one to one, or zone, kind or
+    price of one are told wrongly.
     """
-    price = catalog_price(world.sky.home)
-    print(world.cloud.bill.table(price))
-    stretches = [one for one in world.cloud.bill.stretches if one.running]
-    assert len(stretches) == len(account.attempts), (stretches, account.attempts)
+    bill, account = run.world.cloud.bill, run.account(folder)
+    price = catalog_price(run.world.sky.home)
+    print(bill.table(price))
+    stretches = [one for one in bill.stretches if one.running]
     assert not account.problems, account.problems
-    tails = []
+    assert len(stretches) == len(account.attempts), (stretches, account.attempts)
     for stretch, attempt in zip(stretches, account.attempts, strict=True):
         check_machine(stretch, attempt, price(stretch))
-        print(
-            f"attempt {attempt.number}: {attempt.seconds:.1f} s on the ledger, {stretch.seconds:.1f} s on the bill, {stretch.end}"
-        )
-        taken = stretch.end in ("preempted", "crashed")
-        tails.append(0.0 if taken else max(0.0, stretch.seconds - attempt.seconds))
-    assert account.usd is not None
+        print(f"attempt {attempt.number}: {attempt.seconds:.1f} s on the ledger, {stretch.seconds:.1f} s on the bill")
+    last = stretches[-1]
+    assert account.usd is not None and last.ended is not None
+    tail = max(0.0, last.ended - run.ended_at())
     result = Reckoning(
-        sum(one.seconds for one in stretches),
-        world.cloud.bill.usd(price),
-        sum(one.seconds for one in account.attempts),
-        account.usd,
-        sum(tails),
-        sum(tail * price(one) / 3600 for tail, one in zip(tails, stretches, strict=True)),
+        bill_seconds=sum(one.seconds for one in stretches),
+        bill_usd=bill.usd(price),
+        ledger_seconds=sum(one.seconds for one in account.attempts),
+        ledger_usd=account.usd,
+        tail_seconds=tail,
+        tail_usd=tail * price(last) / 3600,
     )
     print(result)
+    assert abs(result.difference) < TOLERANCE, str(result)
     return result
 
 
@@ -110,12 +110,8 @@ def check_machine(stretch: Stretch, attempt: Attempt, usd_per_hour: float) -> No
     assert abs(attempt.usd_per_hour - usd_per_hour) < 1e-4, (attempt.usd_per_hour, usd_per_hour)
 
 
-def check_reckoning(result: Reckoning) -> None:
-    assert abs(result.difference) < TOLERANCE, str(result)
-
-
-def check_nothing_left(world: World, sky: SkyPilot) -> None:
+def check_nothing_left(world: World) -> None:
     """Neither SkyPilot nor the cloud has a machine."""
-    status = sky.run("status", "--refresh").ok().out
+    status = world.sky.run("status", "--refresh").ok().out
     assert "No existing clusters" in status, status
     world.cloud.assert_empty()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from reckoning import check_nothing_left, check_reckoning, reckon
+from reckoning import check_nothing_left, reckon
 from training import BUCKET, STEPS, Run, launch
 from world import World
 
@@ -26,5 +26,5 @@ def test_train_a100_as_typed(world: World, project: Path, tmp_path: Path) -> Non
     assert run.committed()[-1] == STEPS
     assert any(name.startswith("data/") for name in world.buckets.objects(BUCKET))
     world.cloud.assert_empty(240)
-    check_reckoning(reckon(world, run.account(tmp_path)))
-    check_nothing_left(world, world.sky)
+    reckon(run, tmp_path)
+    check_nothing_left(world)

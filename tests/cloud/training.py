@@ -89,6 +89,10 @@ class Run:
         value: dict[str, Any] = json.loads(self.read("run.json"))
         return value
 
+    def ended_at(self) -> float:
+        """When run.json was last written, in seconds since the epoch: by the bucket's clock, not by that of the run."""
+        return self.world.buckets.updated(BUCKET, self.prefix + "run.json")
+
     def adapter_hash(self) -> str:
         return hashlib.sha256(self.read("adapter/adapter_model.safetensors")).hexdigest()
 
