@@ -8,7 +8,7 @@ RUN := runs/demo
 CHAOS_KILLS ?= 50
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-fresh test test-slow chaos check format constraints clean
+.PHONY: help setup demo demo-fresh test test-slow cloud-test chaos check format constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,11 @@ test: $(READY)  ## run the tests that need neither GPU, cloud nor much time
 
 test-slow: $(READY)  ## run the slow tests: the whole Spider set, the real small model
 	@$(BIN)/python -m pytest -m slow
+
+# A project costs money, so it is taken from the command line alone, not from a variable that happens to be set.
+typed = $(if $(filter command,$(origin $(1))),$($(1)))
+cloud-test: $(READY)  ## the real SkyPilot on an emulated Google Cloud, as root (SCENARIO=name; GCP_PROJECT=project: for money)
+	@GCP_PROJECT='$(call typed,GCP_PROJECT)' YES='$(call typed,YES)' SCENARIO='$(SCENARIO)' bash tools/cloud_test.sh
 
 chaos: $(READY)  ## kill training runs over and over (CHAOS_KILLS=50) and compare how they end
 	@$(BIN)/python -m chaos --kills $(CHAOS_KILLS)

@@ -1,4 +1,4 @@
-"""Google Cloud Storage for the emulated cloud: PyPI's gcp-storage-emulator, in a process of its own."""
+"""Google Cloud Storage for the emulated cloud: PyPI's gcp-storage-emulator, in a process of its own (bucket_server)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
+from bucket_server import FORBIDDEN, TESTS_OWN
+
 HERE = Path(__file__).resolve().parent
 PORT = 9023
 
@@ -24,14 +26,16 @@ class Buckets:
     def __init__(self, address: str, folder: Path, packages: Path) -> None:
         self.url = f"http://{address}:{PORT}"
         folder.mkdir(parents=True, exist_ok=True)
+        self._forbidden = folder / "forbidden.json"
+        self.allow()
         env = {"PATH": os.environ["PATH"], "HOME": f"{folder}/", "STORAGE_BASE": str(folder), "STORAGE_DIR": "objects"}
+        env[FORBIDDEN] = str(self._forbidden)
         if importlib.util.find_spec("gcp_storage_emulator") is None:
             install(packages)
             env["PYTHONPATH"] = str(packages)
         command = [
             sys.executable,
-            "-m",
-            "gcp_storage_emulator",
+            str(HERE / "bucket_server.py"),
             "start",
             "--host",
             address,
@@ -42,6 +46,7 @@ class Buckets:
         self.log = (folder / "server.log").open("w")
         self.process = subprocess.Popen(command, env=env, cwd=folder, stdout=self.log, stderr=self.log)
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._opener.addheaders = [(TESTS_OWN, "1")]
         deadline = time.monotonic() + 30
         while not self._answers():
             assert self.process.poll() is None and time.monotonic() < deadline, Path(self.log.name).read_text()
@@ -51,6 +56,23 @@ class Buckets:
         self.process.kill()
         self.process.wait(timeout=30)
         self.log.close()
+
+    def forbid(self, bucket: str, *permissions: str) -> None:
+        """From now on Google answers 403 to all but tests; without `permissions` (such as storage.objects.create) to all that is
+        asked of it, as for a bucket of another project."""
+        self._forbid(self._denied() | {bucket: list(permissions)})
+
+    def allow(self, bucket: str | None = None) -> None:
+        """Again everything; None: for all buckets."""
+        self._forbid({name: what for name, what in self._denied().items() if bucket not in (None, name)})
+
+    def _denied(self) -> dict[str, list[str]]:
+        return dict(json.loads(self._forbidden.read_text(encoding="utf-8"))) if self._forbidden.exists() else {}
+
+    def _forbid(self, denied: dict[str, list[str]]) -> None:
+        half = self._forbidden.with_suffix(".part")
+        half.write_text(json.dumps(denied), encoding="utf-8")
+        half.replace(self._forbidden)
 
     def names(self) -> list[str]:
         """The buckets."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,64 +15,12 @@ for folder in (HERE.parent, HERE):  # tests/ for its fixtures, and our own modul
         sys.path.insert(0, str(folder))
 
 import machine_image  # noqa: E402
-from catalog_fixture import shared_catalog  # noqa: E402
 from machine_process import Booted  # noqa: E402
-from machine_project import checkout, prepare_project  # noqa: E402
+from machine_project import checkout  # noqa: E402
+from possible import REQUIRED, missing  # noqa: E402
 from training import add_training  # noqa: E402
+from whole import Whole, launch_whole  # noqa: E402
 from world import World, emulated_world  # noqa: E402
-
-PROGRAMS = {
-    "sshd": "openssh-server",
-    "rsync": "rsync",
-    "ip": "iproute2",
-    "fusermount3": "fuse3",
-    "sudo": "sudo",
-    "curl": "curl",
-    "unshare": "util-linux",
-    "nsenter": "util-linux",
-    "ssh-keygen": "openssh-client",
-}
-"""Program -> Debian package."""
-REQUIRED = "FT_CLOUD_REQUIRED"
-"""Set to 1, where these tests are to run: what would skip them fails them then."""
-
-
-def missing() -> str:
-    """Why the emulated cloud cannot be had here; "" if it can."""
-    if os.geteuid() != 0:
-        return "it needs root (network namespaces, mounts)"
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    lacking = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program, path=path)})
-    if lacking:
-        return f"Debian packages are missing: apt-get install {' '.join(lacking)}"
-    if not Path("/dev/fuse").exists():
-        return "/dev/fuse is missing"
-    tried = subprocess.run(
-        [
-            "unshare",
-            "--mount",
-            "--net",
-            "--pid",
-            "--fork",
-            "--propagation",
-            "private",
-            "mount",
-            "-t",
-            "tmpfs",
-            "x",
-            "/mnt",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if tried.returncode:
-        return f"namespaces are not allowed: {tried.stderr.strip()}"
-    if subprocess.run([sys.executable, "-c", "import sky"], cwd="/", capture_output=True, check=False).returncode:
-        return "SkyPilot is not installed (extra `cloud`)"
-    if shared_catalog() is None:
-        return "the price catalog ../shared/data/skypilot_catalog is missing"
-    return ""
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +43,7 @@ def world(whole_world: World) -> Iterator[World]:
     """With nothing in it. After the test nothing may be left of what it launched: that is asserted, then everything is wiped."""
     whole_world.cloud.wipe()
     whole_world.cloud.bill.stretches.clear()
+    whole_world.cloud.calls.clear()
     whole_world.site.write_back = whole_world.site.upload_bytes_per_second = 0
     yield whole_world
     try:
@@ -110,12 +57,16 @@ def world(whole_world: World) -> Iterator[World]:
 
 
 @pytest.fixture(scope="session")
-def project(whole_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout of the project with the tiny training in it, and an image in which its set-up for GPU tasks has run."""
-    prepare_project(whole_world.site.layer.parents[1], setup=())
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout of the project with the tiny training in it."""
     folder = checkout(tmp_path_factory.mktemp("checkout") / "project")
     add_training(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(whole_world: World, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return launch_whole(whole_world, project, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """One emulated machine: a chroot over the image with its own network, processes, mounts and name, a real sshd, a metadata server.
 
-It shares this computer's kernel: the clocks since boot are the computer's, and `df` shows the computer's disk.
+It shares this computer's kernel: the clocks since boot are the computer's, and `df` shows the computer's disk unless the site
+gives its machines disks of a size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from machine_process import Booted
 Json = dict[str, Any]
 INTERFACES = itertools.count(1)
 SSHD = ["/usr/sbin/sshd", "-D", "-e"]
+FILLER = "/var/filler"
 CUTS = ("laptop", "google", "all")
 
 
@@ -29,8 +31,9 @@ class Site:
     """Where machines stand. slot: tells sessions of tests on this computer apart, in names and addresses.
 
     layer: the image; folder: for the machines' disks; bucket: the storage API's address; write_back: seconds after which a
-    closed file is uploaded, 0 at its closing. upload_bytes_per_second: 0 for as fast as it goes. Both hold for machines that boot
-    from then on.
+    closed file is uploaded, 0 at its closing. upload_bytes_per_second: 0 for as fast as it goes. disk_bytes: room on a machine's
+    disk beside the image, 0 for what this computer has; such a disk is memory, and gone when the machine is off. These hold for
+    machines that boot from then on.
     """
 
     slot: int
@@ -40,6 +43,7 @@ class Site:
     bucket: str
     write_back: float = 0
     upload_bytes_per_second: int = 0
+    disk_bytes: int = 0
 
     @property
     def bridge(self) -> str:
@@ -82,6 +86,7 @@ class Machine:
     def __init__(self, site: Site, instance: Instance) -> None:
         self.site, self.instance = site, instance
         self.folder = site.folder / instance.name
+        self.disk_bytes = site.disk_bytes
         self.metadata = MachineMetadata(
             **{
                 "id": str(instance.id),
@@ -99,7 +104,7 @@ class Machine:
 
     @property
     def upper(self) -> Path:
-        """What the machine has written on its disk, as it lies on this computer."""
+        """What the machine has written on its disk, as it lies on this computer; nothing of a disk of limited size."""
         return self.folder / "upper"
 
     def boot(self) -> None:
@@ -109,6 +114,7 @@ class Machine:
             "name": self.instance.name,
             "folder": str(self.folder),
             "image": str(self.site.layer),
+            "disk_bytes": self.disk_bytes,
             "network": network,
             "services": [SSHD],
             "files": self._files(),
@@ -169,6 +175,18 @@ class Machine:
         self._ip("link", "set", self.interface, "up")
         for address in (self.site.laptop, self.site.google):
             self._route("delete", address, check=False)
+
+    def fill_disk(self, leave: int = 0) -> None:
+        """Up to so many bytes, by a file of root's; only a disk of limited size."""
+        assert self.booted and self.disk_bytes, "this machine's disk is this computer's"
+        room = int(self.booted.run(["df", "--output=avail", "--block-size=1", "/var"]).stdout.split()[-1])
+        self.booted.run(["fallocate", "-l", str(max(room - leave, 1)), FILLER])
+        if not leave:  # whatever was freed meanwhile
+            self.booted.run(["sh", "-c", f"cat /dev/zero >> {FILLER}"])
+
+    def free_disk(self) -> None:
+        assert self.booted
+        self.booted.run(["rm", "-f", FILLER])
 
     def discard(self) -> None:
         """Its disk."""

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from machine_process import Booted
+from possible import python310
 
 HERE = Path(__file__).resolve().parent
 USER = "gcpuser"
@@ -67,6 +68,7 @@ def prepare(folder: Path, home: Path, env: dict[str, str]) -> Path:
     wheel, wheel_hash = sky_wheel(env)
     layer, done = folder / "layer" / "upper", folder / "done"
     if done.exists() and done.read_text() == wheel_hash:
+        put_programs(layer)
         return layer
     shutil.rmtree(folder, ignore_errors=True)
     lay_out(layer)
@@ -100,16 +102,23 @@ def lay_out(layer: Path) -> None:
     (layer / "etc" / "fuse.conf").write_text("user_allow_other\n", encoding="utf-8")
     (layer / "etc" / "sudoers.d").mkdir(mode=0o750)
     (layer / "etc" / "sudoers.d" / "ft-cloud").write_text(f"{USER} ALL=(ALL) NOPASSWD:ALL\n", encoding="utf-8")
+    put_programs(layer)
+    python = python310()
+    assert python, "no Python 3.10 on this computer: SkyPilot's runtime needs one"
+    shutil.copytree(python, layer / PYTHON[1:], symlinks=True)
+    (layer / "usr" / "local" / "bin" / "python3.10").symlink_to(f"{PYTHON}/bin/python3.10")
+    (layer / "etc" / "ld.so.conf.d").mkdir()
+    (layer / "etc" / "ld.so.conf.d" / "ft-python.conf").write_text(f"{PYTHON}/lib\n", encoding="utf-8")
+
+
+def put_programs(layer: Path) -> None:
+    """The stand-ins, as they are now: an image that is kept may have older ones."""
     programs = layer / "usr" / "local" / "bin"
-    programs.mkdir(parents=True)
+    programs.mkdir(parents=True, exist_ok=True)
     shutil.copy(HERE / "programs" / "ft_storage.py", layer / PACKAGES[1:])
     for program in ("nvidia-smi", "gcsfuse", "gsutil", "gcloud"):
         shutil.copy(HERE / "programs" / program, programs / program)
         (programs / program).chmod(0o755)
-    shutil.copytree(python310(), layer / PYTHON[1:], symlinks=True)
-    (programs / "python3.10").symlink_to(f"{PYTHON}/bin/python3.10")
-    (layer / "etc" / "ld.so.conf.d").mkdir()
-    (layer / "etc" / "ld.so.conf.d" / "ft-python.conf").write_text(f"{PYTHON}/lib\n", encoding="utf-8")
 
 
 def get_packages(layer: Path) -> None:
@@ -128,21 +137,6 @@ def set_env() -> list[str]:
     """sshd's line for the variables of every session; it reads only the first such line."""
     found = [f'{name}="{text}"' for name, text in sorted(registry_env().items())]
     return [f"SetEnv {' '.join(found)}\n"] if found else []
-
-
-def python310() -> Path:
-    """The folder of a Python 3.10 on this computer: SkyPilot's runtime wants one, and uv would have to download it."""
-    builds = sorted(Path.home().glob(".pyenv/versions/3.10*")) + sorted(
-        Path("/opt/hostedtoolcache/Python").glob("3.10*/x64")
-    )
-    if builds:
-        return builds[-1]
-    program = shutil.which("python3.10")
-    assert program, "no Python 3.10 on this computer: SkyPilot's runtime needs one"
-    asked = subprocess.run(
-        [program, "-c", "import sys; print(sys.base_prefix)"], capture_output=True, text=True, check=True
-    )
-    return Path(asked.stdout.strip())
 
 
 def make_user(booted: Booted) -> None:

@@ -41,6 +41,16 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
+def sized_disk(machine: Path, size: int) -> Path:
+    """Where the machine's disk lies: its folder, or on memory of so many bytes that this namespace alone sees."""
+    if not size:
+        return machine
+    disk = machine / "disk"
+    disk.mkdir(exist_ok=True)
+    run("mount", "-t", "tmpfs", "-o", f"mode=755,size={size}", "ft-disk", str(disk))
+    return disk
+
+
 def mount_disk(image: Path | None, machine: Path) -> Path:
     """The machine's root. PARTS are layers: what the machine wrote, over the image, over this computer's own folders.
 
@@ -176,7 +186,8 @@ def main(settings: dict[str, Any]) -> None:
     if sys.stdin.buffer.raw.readline().strip() != b"network":  # type: ignore[attr-defined]
         return
     run("mount", "--make-rprivate", "/")
-    root = mount_disk(Path(settings["image"]) if settings["image"] else None, Path(settings["folder"]))
+    disk = sized_disk(Path(settings["folder"]), settings.get("disk_bytes", 0))
+    root = mount_disk(Path(settings["image"]) if settings["image"] else None, disk)
     mount_system(root, own_network)
     if own_network:
         set_up_network(**settings["network"])

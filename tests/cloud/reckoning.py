@@ -47,8 +47,9 @@ def catalog_price(home: Path) -> Price:
 class Reckoning:
     """Seconds and US dollars of a run's machines, by the bill and by our ledger.
 
-    bill_usd: all of it. tail_seconds, tail_usd: the last machine's, from the last word of the run in the bucket (by the bucket's
-    clock) to the machine's end: idle until autostop or a controller took it away, which no ledger inside it can see.
+    bill_usd: all of it. tail_seconds, tail_usd: of machines on which an attempt ended by itself, from its last word in the bucket
+    (by the bucket's clock) to the machine's end: idle until autostop, a controller or a preemption took it away, which no ledger
+    inside it can see.
     """
 
     bill_seconds: float
@@ -60,12 +61,12 @@ class Reckoning:
 
     @property
     def difference(self) -> float:
-        """Of the ledger from the bill without the tail, as a share of it."""
+        """Of the ledger from the bill without the tails, as a share of it."""
         return self.ledger_usd / (self.bill_usd - self.tail_usd) - 1
 
     def __str__(self) -> str:
         return (
-            f"bill {self.bill_seconds:.1f} s ${self.bill_usd:.4f}, of that idle at the end {self.tail_seconds:.1f} s "
+            f"bill {self.bill_seconds:.1f} s ${self.bill_usd:.4f}, of that idle after a run's end {self.tail_seconds:.1f} s "
             f"${self.tail_usd:.4f}; ledger {self.ledger_seconds:.1f} s ${self.ledger_usd:.4f} ({self.difference:+.2%})"
         )
 
@@ -85,20 +86,27 @@ def reckon(run: Run, folder: Path) -> Reckoning:
     for stretch, attempt in zip(stretches, account.attempts, strict=True):
         check_machine(stretch, attempt, price(stretch))
         print(f"attempt {attempt.number}: {attempt.seconds:.1f} s on the ledger, {stretch.seconds:.1f} s on the bill")
-    last = stretches[-1]
-    assert account.usd is not None and last.ended is not None
-    tail = max(0.0, last.ended - run.ended_at())
+    tails = [idle(run, stretch, attempt) for stretch, attempt in zip(stretches, account.attempts, strict=True)]
+    assert account.usd is not None
     result = Reckoning(
         bill_seconds=sum(one.seconds for one in stretches),
         bill_usd=bill.usd(price),
         ledger_seconds=sum(one.seconds for one in account.attempts),
         ledger_usd=account.usd,
-        tail_seconds=tail,
-        tail_usd=tail * price(last) / 3600,
+        tail_seconds=sum(tails),
+        tail_usd=sum(tail * price(stretch) / 3600 for tail, stretch in zip(tails, stretches, strict=True)),
     )
     print(result)
     assert abs(result.difference) < TOLERANCE, str(result)
     return result
+
+
+def idle(run: Run, stretch: Stretch, attempt: Attempt) -> float:
+    """Seconds of a machine after an attempt that ended by itself; one that was killed with its machine leaves none."""
+    if attempt.reason is None:
+        return 0.0
+    assert stretch.ended is not None
+    return max(0.0, stretch.ended - run.updated(f"ledger/{attempt.file}"))
 
 
 def check_machine(stretch: Stretch, attempt: Attempt, usd_per_hour: float) -> None:

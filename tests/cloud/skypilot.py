@@ -12,6 +12,8 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,10 +110,14 @@ class SkyPilot:
 
     def run(self, *words: str, cwd: Path | None = None, typed: str = "", timeout: float = 600, **env: str) -> Done:
         """`sky WORDS`, with `typed` as its standard input. Raises AssertionError with its output when the time is up."""
+        return self.program("sky", *words, cwd=cwd, typed=typed, timeout=timeout, **env)
+
+    def program(self, *words: str, cwd: Path | None = None, typed: str = "", timeout: float = 600, **env: str) -> Done:
+        """Like `run`, for any program of the environment that SkyPilot is in."""
         began = time.monotonic()
-        command = f"sky {' '.join(words)}"
+        command = " ".join(words)
         process = subprocess.Popen(
-            ["sky", *words], env=self.env | env, cwd=cwd or self.home, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            words, env=self.env | env, cwd=cwd or self.home, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         try:
@@ -121,6 +127,19 @@ class SkyPilot:
             out, _ = process.communicate()
             raise AssertionError(f"{command}: not done in {timeout:.0f} s\n{out[-6000:]}") from None
         return Done(command, process.returncode, out, time.monotonic() - began)
+
+    @contextmanager
+    def ssh(self, cluster: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        """`ssh OPTIONS CLUSTER` while the block runs. OpenSSH takes the home folder from the system, not from
+        HOME, so config and key are named."""
+        key = self.home / ".sky" / "generated" / "ssh-keys" / f"{cluster}.key"
+        command = ["ssh", "-F", str(self.home / ".ssh" / "config"), "-i", str(key), *options, cluster]
+        process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
 
     def expire_login(self, expired: bool = True) -> None:
         """As if Google no longer took the login."""

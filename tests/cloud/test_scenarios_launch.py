@@ -2,29 +2,134 @@
 
 from __future__ import annotations
 
+import json
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from reckoning import check_nothing_left, reckon
-from training import BUCKET, STEPS, Run, launch
+from gce_instances import parse_wish
+from reckoning import catalog_price, check_nothing_left, reckon
+from training import BUCKET, SAVE_STEPS, STEPS, Run, launch
+from whole import Whole
 from world import World
 
+from finetune.cloud.prices import load_catalog
+
 pytestmark = pytest.mark.cloud
+MISTRAL = "configs/mistral_7b_qlora.yaml"
+CEILING = 4.50
+"""US dollars an hour: max_hourly_cost of sky/train_a100.yaml."""
+GONE = 2
+"""Kinds of machine, the first of the plan, that are out of stock in scenario 3."""
 
 
-def test_train_a100_as_typed(world: World, project: Path, tmp_path: Path) -> None:
-    """Scenario 1: policy, spot machine, bucket, data, set-up, training, checkpoints, autodown."""
-    words = launch("train_a100", "-c", "whole", "-i", "1", "--down", RUN_NAME="whole")
-    launched = world.sky.run(*words, cwd=project).ok()
-    print(f"launch to the end of training: {launched.seconds:.0f} s\n{launched.out}")
-    machine = world.cloud.machine("whole")
-    assert machine.wish.gpu == "A100" and machine.wish.spot
-    assert "finetune: of " in launched.out, "the policy has chosen"
-    run = Run(world, "whole")
-    record = run.record()
-    assert (record["status"], record["steps"]["done"]) == ("done", STEPS)
-    assert run.committed()[-1] == STEPS
+def test_train_a100_as_typed(world: World, whole: Whole) -> None:
+    """Scenario 1: policy, spot machine, bucket, data, set-up, training, checkpoints in the bucket, autodown."""
+    print(f"launch to the end of training: {whole.seconds:.0f} s")
+    assert "finetune: of " in whole.said, "the policy has chosen"
+    assert whole.machine.wish.gpu == "A100" and whole.machine.wish.spot
+    assert (whole.record["status"], whole.record["steps"]["done"]) == ("done", STEPS)
+    assert whole.committed[-1] == STEPS
     assert any(name.startswith("data/") for name in world.buckets.objects(BUCKET))
-    world.cloud.assert_empty(240)
+
+
+def test_out_of_stock(world: World, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenario 2: no spot A100 anywhere, none on demand in the two cheapest regions; the next cheapest gets the launch."""
+    monkeypatch.setenv("HOME", str(world.sky.home))  # the catalog that SkyPilot has there
+    offers = load_catalog().offers("A100", machine="a2-highgpu-1g", spot=False)
+    trusted = [offer for offer in offers if not offer.doubts]
+    gone = list(dict.fromkeys(offer.region for offer in trusted))[:2]
+    left = next(offer for offer in trusted if offer.region not in gone)
+    world.cloud.market.set_stock(0, gpu="A100", spot=True)
+    for offer in offers:
+        if offer.region in gone:
+            code = "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS"
+            world.cloud.market.set_stock(0, gpu="A100", spot=False, zone=offer.zone, code=code)
+    launched = world.sky.run(*launch("train_a100", "-d", "-c", "stock", RUN_NAME="stock"), cwd=project).ok()
+    wish, asked = world.cloud.machine("stock").wish, asked_for(world)
+    print(f"launch {launched.seconds:.0f} s; asked {asked}")
+    assert (wish.spot, wish.region) == (False, left.region)
+    assert {zone.rpartition("-")[0] for _, spot, zone in asked if not spot} == {*gone, left.region}
+    price = catalog_price(world.sky.home)
+    assert all(price(stretch) <= CEILING for stretch in world.cloud.bill.stretches)
+    world.sky.run("down", "-y", "stock").ok()
+    check_nothing_left(world)
+
+
+def test_the_cheapest_in_the_order_of_the_plan(world: World, project: Path) -> None:
+    """Scenario 3: the first kinds of machine of `finetune plan` are out of stock; the next one of it gets the launch."""
+    planned = world.sky.program("finetune", "plan", MISTRAL, "--json", cwd=project).ok()
+    rows = [row for row in json.loads(planned.out)["rows"] if row["chosen"]]
+    kinds = [(row["gpu"], row["spot"]) for row in sorted(rows, key=lambda row: row["usd"])]
+    for gpu, spot in kinds[:GONE]:
+        world.cloud.market.set_stock(0, gpu=gpu, spot=spot)
+    words = launch("train_cheapest", "-d", "-c", "cheap", RUN_NAME="cheap", CONFIG=MISTRAL)
+    launched = world.sky.run(*words, cwd=project).ok()
+    wish = world.cloud.machine("cheap").wish
+    asked = list(dict.fromkeys((gpu, spot) for gpu, spot, _ in asked_for(world)))
+    print(f"launch {launched.seconds:.0f} s; planned {kinds}, asked {asked}")
+    assert asked == kinds[: GONE + 1]
+    assert (wish.gpu, wish.spot) == kinds[GONE]
+    world.sky.run("down", "-y", "cheap").ok()
+    check_nothing_left(world)
+
+
+def test_a_ceiling_below_every_price(world: World, project: Path) -> None:
+    """Scenario 6: refused before anything is asked for that costs money."""
+    task = (project / "sky" / "train_a100.yaml").read_text(encoding="utf-8")
+    low = task.replace(f"max_hourly_cost: {CEILING:.2f}", "max_hourly_cost: 0.10")
+    assert low != task
+    (project / "sky" / "low.yaml").write_text(low, encoding="utf-8")
+    refused = world.sky.run(*launch("low", "-c", "low", BUCKET="ft-nobody"), cwd=project)
+    print(f"refused after {refused.seconds:.0f} s\n{refused.out}")
+    assert refused.code != 0
+    assert "no machine is allowed" in refused.out and "max_hourly_cost" in refused.out
+    assert not asked_for(world)
+    assert "ft-nobody" not in world.buckets.names()
+    check_nothing_left(world)
+
+
+def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Path) -> None:
+    """Scenario 9: status, logs, TensorBoard through ssh, stop in the middle, start, the same launch goes on, down."""
+    words = launch("train_a100", "-d", "-c", "look", RUN_NAME="look")
+    world.sky.run(*words, cwd=project).ok()
+    run = Run(world, "look")
+    run.wait_for_step(SAVE_STEPS)
+    assert "UP" in world.sky.run("status", "look").ok().out
+    with world.sky.ssh("look", "-N", "-L", "6006:localhost:6006"):
+        wait_for_tensorboard("look/tensorboard")
+    world.sky.run("stop", "-y", "look").ok()
+    assert "STOPPED" in world.sky.run("status", "--refresh", "look").ok().out
+    stopped = max(run.committed())
+    assert stopped < STEPS
+    world.sky.run("start", "-y", "look").ok()
+    said = world.sky.run(*words[:2], *[word for word in words[2:] if word != "-d"], cwd=project).ok().out
+    assert f"resuming from /bucket/runs/look/checkpoints/step-{max(stopped, 0)}" in said
+    assert run.record()["status"] == "done"
+    logs = world.sky.run("logs", "look", "--no-follow").ok().out
+    assert "the adapter is in /bucket/runs/look/adapter" in logs
+    world.sky.run("down", "-y", "look").ok()
     reckon(run, tmp_path)
     check_nothing_left(world)
+
+
+def wait_for_tensorboard(run: str, seconds: float = 90) -> None:
+    """Until TensorBoard on localhost:6006 shows the run."""
+    deadline = time.monotonic() + seconds
+    found: list[str] = []
+    while run not in found:
+        assert time.monotonic() < deadline, f"TensorBoard on localhost:6006 shows {found}"
+        time.sleep(0.5)
+        with suppress(OSError), urllib.request.urlopen("http://localhost:6006/data/runs", timeout=10) as answer:
+            found = json.load(answer)
+
+
+def asked_for(world: World) -> list[tuple[str, bool, str]]:
+    """(GPU, spot, zone) of every machine that SkyPilot wanted, in its order."""
+    calls = [call for call in world.cloud.calls if call.path.endswith("/bulkInsert")]
+    wishes = [
+        parse_wish(call.path.split("/zones/")[1].split("/")[0], call.body["instanceProperties"]) for call in calls
+    ]
+    return [(wish.gpu, wish.spot, wish.zone) for wish in wishes]

@@ -19,8 +19,8 @@ from finetune.ledger import Account, Ledger
 BUCKET = "finetune-text2sql-test-you"
 """What `BUCKET: auto` becomes: finetune-<project>-<user>."""
 CONFIG = "tiny/run.yaml"
-STEPS, SAVE_STEPS = 600, 20
-HEARTBEAT_SECONDS = 2
+STEPS, SAVE_STEPS, LOGGING_STEPS = 300, 20, 5
+HEARTBEAT_SECONDS = 1
 """Instead of 30: attempts here last a minute."""
 
 
@@ -41,7 +41,7 @@ def add_training(checkout: Path) -> None:
             "max_steps": STEPS,
             "learning_rate": 1e-3,
             "optim": "adamw_torch",
-            "logging_steps": 1,
+            "logging_steps": LOGGING_STEPS,
             "eval_steps": 0,
         },
         "checkpoint": {"save_steps": SAVE_STEPS, "every_minutes": None},
@@ -63,6 +63,14 @@ def launch(task: str, *options: str, overrides: str = "", **env: object) -> list
     jobs = ["jobs"] if options[:1] == ("--jobs",) else []
     words = [*jobs, "launch", "-y", *options[len(jobs) :], f"sky/{task}.yaml"]
     return words + [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
+
+
+def steps_in_tensorboard(run: Path) -> list[int]:
+    """Steps of the training loss, in the order of the event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return [event.step for event in events.Scalars("train/loss")]
 
 
 @dataclass
@@ -89,9 +97,9 @@ class Run:
         value: dict[str, Any] = json.loads(self.read("run.json"))
         return value
 
-    def ended_at(self) -> float:
-        """When run.json was last written, in seconds since the epoch: by the bucket's clock, not by that of the run."""
-        return self.world.buckets.updated(BUCKET, self.prefix + "run.json")
+    def updated(self, name: str) -> float:
+        """When a file was last written, in seconds since the epoch: by the bucket's clock, not by that of the run."""
+        return self.world.buckets.updated(BUCKET, self.prefix + name)
 
     def adapter_hash(self) -> str:
         return hashlib.sha256(self.read("adapter/adapter_model.safetensors")).hexdigest()
@@ -112,15 +120,38 @@ class Run:
     def account(self, folder: Path) -> Account:
         return Ledger(self.fetch(folder) / "ledger").account()
 
+    def last_words(self) -> str:
+        """For a failure: what lies in the bucket, and the ends of the job's logs on the machines that are there."""
+        found = [f"in the bucket: {self.objects()}"]
+        for instance in self.world.cloud.machines():
+            logs = (self.world.site.folder / instance.name).glob("upper/home/*/sky_logs/*/tasks/*.log")
+            found += [f"{instance.name} {log.name}: {log.read_text(errors='replace')[-1500:]}" for log in logs]
+        return "\n".join(found)
+
     def wait_for_step(self, step: int, seconds: float = 240) -> None:
         """Until a checkpoint of that step or a later one is committed."""
         deadline = time.monotonic() + seconds
         while max(self.committed(), default=0) < step:
-            assert time.monotonic() < deadline, f"{self.name}: no checkpoint of step {step}; there are {self.objects()}"
+            assert time.monotonic() < deadline, f"{self.name}: no checkpoint of step {step}; {self.last_words()}"
             time.sleep(0.2)
+
+    def wait_for_half_a_checkpoint(self, seconds: float = 240) -> int:
+        """The step of a checkpoint newer than all committed ones, of which some files are in the bucket."""
+        deadline = time.monotonic() + seconds
+        while True:
+            begun = [
+                int(name.split("/")[1].removeprefix("step-"))
+                for name in self.objects()
+                if name.startswith("checkpoints/step-")
+            ]
+            newest = max(begun, default=0)
+            if newest > max(self.committed(), default=0):
+                return newest
+            assert time.monotonic() < deadline, f"{self.name}: no checkpoint is on its way; {self.last_words()}"
+            time.sleep(0.1)
 
     def wait_for_status(self, status: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while "run.json" not in self.objects() or self.record()["status"] != status:
-            assert time.monotonic() < deadline, f"{self.name}: not {status} after {seconds:.0f} s: {self.objects()}"
+            assert time.monotonic() < deadline, f"{self.name}: not {status} after {seconds:.0f} s; {self.last_words()}"
             time.sleep(0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from catalog_fixture import CATALOG, VMS
 from gce import Cloud
 from leftovers import clean, take_slot
 from machine import Machine, Site, close_site, open_site
+from machine_project import prepare_project
 from skypilot import PROJECT, SkyPilot, environment, make_home
 
 API_PORT = 8080
@@ -63,10 +65,11 @@ def emulated_world() -> Iterator[World]:
             buckets = Buckets(site.google, folder / "bucket", image / "packages")
             at_end.callback(buckets.stop)
         env = environment(home, site.api, site.bucket)
-        with timed(seconds, "image"):
+        with timed(seconds, "image"), alone(image):  # several sessions may share it
             reuse_wheel(image, home)
             machine_image.prepare(image / "layer", home, env)
             keep_wheel(image, home)
+            prepare_project(image / "layer")
         cloud = Cloud(
             (site.google, API_PORT),
             PROJECT,
@@ -82,6 +85,14 @@ def emulated_world() -> Iterator[World]:
         with timed(seconds, "sky check"):
             sky.run("check", "gcp").ok()
         yield World(cloud, buckets, sky, site, seconds)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for this folder."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -15,6 +15,14 @@ def nanoseconds(moment):
     return int(datetime.datetime.fromisoformat(moment).timestamp() * 1e9)
 
 
+def reason(error):
+    """What an answer says about itself, if it says so as Google does."""
+    try:
+        return json.load(error)["error"]["message"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return error.reason
+
+
 class Storage:
     """One bucket by its JSON API. Raises FileNotFoundError, and OSError for any other refusal."""
 
@@ -32,7 +40,8 @@ class Storage:
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 raise FileNotFoundError(errno.ENOENT, "no such object") from None
-            raise OSError(errno.EACCES if error.code in (401, 403) else errno.EIO, f"HTTP {error.code}") from None
+            code = errno.EACCES if error.code in (401, 403) else errno.EIO
+            raise OSError(code, f"googleapi: Error {error.code}: {reason(error)}") from None
         except (urllib.error.URLError, http.client.HTTPException):
             raise OSError(errno.EIO, "the storage cannot be reached") from None
 

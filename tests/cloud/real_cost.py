@@ -1,0 +1,145 @@
+"""The scenarios that a real project can play, what each costs at most, and why the others stay with the emulated cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.cloud.disks import disk_usd_per_hour
+from finetune.cloud.gcloud import skypilot_setting
+from finetune.cloud.prices import Catalog, Offer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One test of real_scenarios.py.
+
+    task: of sky/, "" where no machine starts. minutes: when they are over, its machines are taken down. spot: only spot ones are
+    asked for. managed: a managed job, with SkyPilot's controller beside it.
+    """
+
+    test: str
+    what: str
+    task: str = ""
+    minutes: int = 0
+    spot: bool = False
+    managed: bool = False
+
+
+SCENARIOS = (
+    Scenario("test_train_a100_as_typed", "sky launch sky/train_a100.yaml, autodown", "train_a100", 45),
+    Scenario("test_the_order_of_the_plan", "sky launch --dryrun sky/train_cheapest.yaml"),
+    Scenario("test_a_ceiling_below_every_price", "refused before anything starts"),
+    Scenario(
+        "test_preempted_twice", "sky jobs launch: with notice, without", "train_spot", 90, spot=True, managed=True
+    ),
+    Scenario("test_a_budget_that_runs_out", "stops at its dollars, goes away", "train_t4", 60, spot=True),
+    Scenario("test_looking_stopping_and_starting", "status, logs, stop, start, TensorBoard", "train_a100", 60),
+)
+NOT_HERE = (
+    ("spot or on-demand machines out of stock", "stock-outs cannot be ordered from Google"),
+    ("quota zero, login expired, bucket forbidden", "they are settings of your account, which a test leaves alone"),
+    ("API errors: 503, 429, 403 for a while", "they cannot be ordered from Google"),
+    ("network cut between laptop, machine and Google", "it would have to be cut for everything else here too"),
+    ("preempted in the middle of an upload", "the moment cannot be hit: uploads take milliseconds there"),
+    ("adapter byte-identical to an unpreempted run", "the job may move from an A100 to an L4, which rounds otherwise"),
+    ("the process hangs, the disk fills", "they need a hand inside the machine; the emulated one has it"),
+)
+
+
+def alternatives(task: Path) -> Iterator[dict[str, Any]]:
+    """The resources that a task allows, each whole."""
+    resources = yaml.safe_load(task.read_text(encoding="utf-8"))["resources"]
+    for one in resources.get("any_of") or resources.get("ordered") or [{}]:
+        yield resources | one
+
+
+def admitted(task: Path, catalog: Catalog, *, spot_only: bool = False) -> list[Offer]:
+    """What our policy lets a task land on, cheapest first: priced with trust, and not above its max_hourly_cost."""
+    found: list[Offer] = []
+    for one in alternatives(task):
+        gpu, _, count = one["accelerators"].partition(":")
+        spot = bool(one.get("use_spot"))
+        if spot_only and not spot:
+            continue
+        machine, disk = one["instance_type"], one.get("disk_size", 256)
+        tier = one.get("disk_tier", "medium")
+        offers = catalog.offers(gpu, machine=machine, count=int(count or 1), spot=spot, disk_gib=disk, disk_tier=tier)
+        found += [offer for offer in offers if not offer.doubts and offer.usd_per_hour <= one["max_hourly_cost"]]
+    return sorted(found, key=lambda offer: offer.usd_per_hour)
+
+
+def consolidated() -> bool:
+    """Whether the controller of managed jobs lives in the user's API server, and not on a machine of its own."""
+    return bool(skypilot_setting("jobs", "controller", "consolidation_mode"))
+
+
+def controller_usd_per_hour(catalog: Catalog) -> float:
+    if consolidated():
+        return 0.0
+    from finetune.cloud.policy import CONTROLLER  # SkyPilot comes with it, in seconds
+
+    machine, disk = CONTROLLER
+    return (catalog.cpu_machine_usd(machine) or 0.0) + disk_usd_per_hour(disk, "medium", "")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """US dollars an hour of the cheapest and dearest machine (None: none starts), and US dollars at most."""
+
+    scenario: Scenario
+    cheapest: Offer | None
+    dearest: Offer | None
+    usd: float
+
+
+def cost(scenario: Scenario, catalog: Catalog, root: Path = ROOT) -> Cost:
+    if not scenario.task:
+        return Cost(scenario, None, None, 0.0)
+    offers = admitted(root / "sky" / f"{scenario.task}.yaml", catalog, spot_only=scenario.spot)
+    assert offers, f"{scenario.task}: the catalog has no machine under its ceiling"
+    hourly = offers[-1].usd_per_hour + (controller_usd_per_hour(catalog) if scenario.managed else 0.0)
+    return Cost(scenario, offers[0], offers[-1], hourly * scenario.minutes / 60)
+
+
+def table(costs: Sequence[Cost], project: str, source: str) -> str:
+    """For people, before anything starts."""
+    head = ("scenario", "what", "dearest machine", "$/h from", "to", "minutes", "$ at most")
+    rows = [head, *(_row(one) for one in costs)]
+    rows.append(("all of them", "", "", "", "", "", f"{sum(one.usd for one in costs):.2f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if at < 3 else text.rjust(width)
+            for at, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            f"On project {project}, in US dollars, estimated: the minutes after which machines are taken down x the dearest",
+            f"machine that the task's ceiling admits (a managed job: and its controller). Prices: {source}; disks by list price.",
+            "Not in it: the bucket, traffic, external addresses, taxes.",
+            "",
+            *lines,
+            "",
+            "Left to the emulated cloud (make cloud-test without GCP_PROJECT):",
+            *(f"  {what}: {why}" for what, why in NOT_HERE),
+        ]
+    )
+
+
+def _row(one: Cost) -> tuple[str, ...]:
+    name = one.scenario.test.removeprefix("test_")
+    if one.cheapest is None or one.dearest is None:
+        return name, one.scenario.what, "none starts", "", "", "", "0.00"
+    dearest = one.dearest
+    kind = f"{dearest.gpu} {'spot' if dearest.spot else 'on demand'}, {dearest.zone}"
+    prices = (f"{one.cheapest.usd_per_hour:.3f}", f"{dearest.usd_per_hour:.3f}")
+    return name, one.scenario.what, kind, *prices, str(one.scenario.minutes), f"{one.usd:.2f}"

@@ -1,0 +1,168 @@
+"""Scenario 8: the training process hangs, the machine's disk fills, the network is cut: each ends as documented."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machine import Machine
+from reckoning import check_nothing_left, reckon
+from training import HEARTBEAT_SECONDS, SAVE_STEPS, Run, launch
+from world import World
+
+from finetune.checkpoint import CheckpointStore
+
+pytestmark = pytest.mark.cloud
+TRAINER = "^/home/gcpuser/finetune-env/bin/python .*finetune train"
+HOURS = 0.02
+"""MAX_HOURS of the run that hangs."""
+DISK = 1 << 30
+"""Bytes of a machine's disk that can fill."""
+CUT_SECONDS = 120
+AUTOSTOP_SECONDS = 240
+"""In which an idle machine has to be gone with -i 0: SkyPilot looks once a minute."""
+
+
+@pytest.fixture(autouse=True)
+def all_is_well_again(world: World) -> Iterator[None]:
+    yield
+    world.site.disk_bytes = 0
+    for instance in world.cloud.machines():
+        if isinstance(instance.hardware, Machine) and instance.hardware.booted:
+            world.cloud.mend(instance)
+
+
+def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
+    """Its process is stopped, and with it its own watch over the budget: MAX_HOURS of the script that started it ends it."""
+    steps = 10 * SAVE_STEPS
+    begin = ("train_a100", "-d", "-c", "hang", "-i", "0", "--down")
+    overrides = f"training.max_steps={steps}"
+    words = launch(*begin, overrides=overrides, RUN_NAME="hang", MAX_HOURS=HOURS, GRACE_SECONDS=5)
+    world.sky.run(*words, cwd=project).ok()
+    run = Run(world, "hang")
+    run.wait_for_step(SAVE_STEPS)
+    machine = world.machine("hang")
+    assert run_inside(machine, "pkill", "-STOP", "-f", TRAINER) == 0
+    stopped = time.time()
+    ended = world.sky.run("logs", "hang")
+    print(f"ended {time.time() - stopped:.0f} s after it hung\n{ended.out[-1500:]}")
+    assert ended.code == 0, "the exit code of the job"
+    assert (
+        f"machine: {HOURS:.4f} hours are over (MAX_HOURS={HOURS}, MAX_RUN_USD=25): stopped, the newest checkpoint is kept in "
+        "/bucket/runs/hang; to go on, launch again with --env RUN_NAME=hang and a higher limit" in ended.out
+    )
+    kept = max(run.committed())
+    assert newest_checkpoint(run, tmp_path / "stopped").name == f"step-{kept}" and kept < steps
+    (attempt,) = run.account(tmp_path / "ledger").attempts
+    (stretch,) = world.cloud.bill.stretches
+    assert attempt.reason is None and abs(attempt.seconds - (stopped - stretch.began)) < 2 * HEARTBEAT_SECONDS + 2, (
+        "the ledger has it up to the moment in which it hung"
+    )
+
+    again = world.sky.run(*launch("train_a100", "-c", "on", RUN_NAME="hang"), cwd=project).ok()
+    assert f"resuming from /bucket/runs/hang/checkpoints/step-{kept}" in again.out
+    assert (run.record()["status"], run.record()["steps"]["done"], run.record()["attempts"]) == ("done", steps, 2)
+    world.sky.run("down", "-y", "on").ok()
+    world.cloud.assert_empty(AUTOSTOP_SECONDS)
+    print(f"the machine on which it hung went away {world.cloud.bill.stretches[0].seconds:.0f} s after it began")
+    check_nothing_left(world)
+
+
+def test_a_disk_that_is_nearly_full(world: World, project: Path, tmp_path: Path) -> None:
+    """The run is stopped while there is still room to save it, and for SkyPilot to end the job."""
+    world.site.disk_bytes = DISK
+    steps = 30 * SAVE_STEPS
+    words = launch(
+        "train_a100", "-d", "-c", "full", "-i", "0", "--down", RUN_NAME="full", overrides=f"training.max_steps={steps}"
+    )
+    world.sky.run(*words, cwd=project).ok()
+    world.site.disk_bytes = 0
+    run = Run(world, "full")
+    run.wait_for_step(SAVE_STEPS)
+    world.machine("full").fill_disk(leave=DISK // 200)
+    ended = world.sky.run("logs", "full")
+    print(ended.out[-1500:])
+    lines = [line for line in ended.out.splitlines() if "disk" in line]
+    assert len(lines) == 1 and lines[0].endswith(
+        "MiB left): stopped, what was saved is kept; launch again with a larger resources.disk_size, or free some room, and the "
+        "same --env RUN_NAME"
+    ), lines
+    assert "machine: the disk was nearly full (" in lines[0]
+    assert "return code list:" in ended.out and "[2]" in ended.out
+    kept = newest_checkpoint(run, tmp_path / "stopped").name
+    assert run.record()["status"] == "interrupted" and kept == f"step-{run.record()['steps']['done']}", (
+        "nothing is lost"
+    )
+
+    again = world.sky.run(*launch("train_a100", "-c", "on", RUN_NAME="full"), cwd=project).ok()
+    assert f"resuming from /bucket/runs/full/checkpoints/{kept}" in again.out
+    assert (run.record()["status"], run.record()["steps"]["done"]) == ("done", steps)
+    world.sky.run("down", "-y", "on").ok()
+    world.cloud.assert_empty(AUTOSTOP_SECONDS)
+    reckon(run, tmp_path / "bill")
+    check_nothing_left(world)
+
+
+def test_a_disk_that_is_full_at_once(world: World, project: Path, tmp_path: Path) -> None:
+    """Nobody can write a line any more, SkyPilot included: the room that was kept lets it end the job all the same."""
+    world.site.disk_bytes = DISK
+    words = launch(
+        "train_a100", "-d", "-c", "brim", "-i", "0", "--down", RUN_NAME="brim", overrides="training.max_steps=9000"
+    )
+    world.sky.run(*words, cwd=project).ok()
+    run = Run(world, "brim")
+    run.wait_for_step(2 * SAVE_STEPS)
+    world.machine("brim").fill_disk()
+    began = time.monotonic()
+    world.cloud.assert_empty(AUTOSTOP_SECONDS)
+    print(f"gone after {time.monotonic() - began:.0f} s")
+    assert newest_checkpoint(run, tmp_path).name == f"step-{max(run.committed())}"
+    check_nothing_left(world)
+
+
+def test_a_cut_line(world: World, project: Path, tmp_path: Path) -> None:
+    """The laptop cannot reach the machine for two minutes. Training does not notice, and nothing is believed dead."""
+    words = launch("train_a100", "-d", "-c", "cut", RUN_NAME="cut", overrides=f"training.max_steps={20 * SAVE_STEPS}")
+    world.sky.run(*words, cwd=project).ok()
+    run = Run(world, "cut")
+    run.wait_for_step(SAVE_STEPS)
+    instance = world.cloud.machine("cut")
+    world.cloud.cut_off(instance, "laptop")
+    cut, before = time.monotonic(), max(run.committed())
+    status = world.sky.run("status", "--refresh", "cut")
+    print(f"status after {time.monotonic() - cut:.0f} s\n{status.out}")
+    assert "Failed getting cluster status despite all nodes being up ('cut')" in status.out
+    assert "INIT" in status.out and "10m (down)" in status.out, "neither believed dead nor robbed of its autostop"
+    logs = world.sky.run("logs", "cut", "--no-follow")
+    assert logs.code == 1 and "skipped for cluster 'cut' (status: INIT)" in logs.out
+    run.wait_for_step(before + 2 * SAVE_STEPS)
+    assert world.cloud.machine("cut") is instance, "SkyPilot leaves the machine alone"
+    time.sleep(max(0.0, CUT_SECONDS - (time.monotonic() - cut)))
+    world.cloud.mend(instance)
+    run.wait_for_status("done")
+    assert "UP" in world.sky.run("status", "--refresh", "cut").ok().out, (
+        "`sky logs` goes by what this command has found"
+    )
+    ended = world.sky.run("logs", "cut", "--no-follow").ok()
+    assert "the adapter is in /bucket/runs/cut/adapter" in ended.out
+    assert run.record()["attempts"] == 1
+    world.sky.run("down", "-y", "cut").ok()
+    reckon(run, tmp_path)
+    check_nothing_left(world)
+
+
+def run_inside(machine: Machine, *command: str) -> int:
+    assert machine.booted
+    return machine.booted.run(command).returncode
+
+
+def newest_checkpoint(run: Run, folder: Path) -> Path:
+    """Of the run as it lies in the bucket: the newest checkpoint of which every byte verifies."""
+    fetched = run.fetch(folder)
+    run_id = json.loads((fetched / "run.json").read_text(encoding="utf-8"))["run_id"]
+    newest, _ = CheckpointStore(fetched / "checkpoints", run_id=run_id).latest_valid()
+    assert newest is not None, run.objects()
+    return newest

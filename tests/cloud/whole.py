@@ -1,0 +1,39 @@
+"""One launch without any trouble: what scenario 1 looks at, and what interrupted runs are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gce import Instance
+from reckoning import Reckoning, check_nothing_left, reckon
+from training import Run, launch
+from world import World
+
+NAME = "whole"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """said: what `sky launch` printed; machine: the only one that it took; seconds: from Return to the end of training."""
+
+    said: str
+    seconds: float
+    machine: Instance
+    record: dict[str, Any]
+    adapter_hash: str
+    committed: list[int]
+    reckoning: Reckoning
+
+
+def launch_whole(world: World, project: Path, folder: Path) -> Whole:
+    """`sky launch sky/train_a100.yaml` until its machine has gone away by itself."""
+    words = launch("train_a100", "-c", NAME, "-i", "1", "--down", RUN_NAME=NAME)
+    launched = world.sky.run(*words, cwd=project).ok()
+    machine = world.cloud.machine(NAME)
+    run = Run(world, NAME)
+    world.cloud.assert_empty(240)
+    reckoning = reckon(run, folder)
+    check_nothing_left(world)
+    return Whole(launched.out, launched.seconds, machine, run.record(), run.adapter_hash(), run.committed(), reckoning)
