@@ -238,8 +238,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
     let_segments_grow()
     from finetune import ranks
+    from finetune.console import outliving_readers
 
-    with ranks.together():  # so that a fault of all processes is told once
+    with outliving_readers(), ranks.together():  # so that a fault of all processes is told once
         return _train_here(arguments)
 
 

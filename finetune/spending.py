@@ -20,8 +20,8 @@ from finetune.runs import RunFolder
 from finetune.stopping import NOTICE_SECONDS, Stop
 from finetune.train_parts import say
 
-USUAL_MINUTES = 10.0
-"""Between two saves, for the least that must be left of a budget, where the config counts steps alone."""
+LEAST_MINUTES = 1.0
+"""That must be left of a budget where the config counts steps alone: what those take is not known before the first."""
 
 
 class Spending:
@@ -104,7 +104,7 @@ class Spending:
 
     def nothing_left(self) -> str | None:
         """Why this attempt must not begin; None if it may. The same for all processes."""
-        minutes = self._config.checkpoint.every_minutes or USUAL_MINUTES
+        minutes = self._config.checkpoint.every_minutes or LEAST_MINUTES
         return ranks.from_first(lambda: self._meter.check_start(60 * minutes) if self._meter else None)
 
     def note(self, event: str, **facts: Any) -> None:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "finetune"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("", "cloud"),  # the packages' own __init__.py
     ("errors",),
-    ("files", "hardware", "credentials", "ranks", "torchrun", "faults", "cloud.metadata"),
+    ("files", "hardware", "console", "credentials", "ranks", "torchrun", "faults", "cloud.metadata"),
     ("gpus", "config_schema", "machine_time", "checkpoint_disk"),
     ("config_rules", "checkpoint_manifest"),
     ("config",),

@@ -145,15 +145,18 @@ limit_hours() {  # hours that MAX_RUN_USD and MAX_HOURS leave to this machine, f
   printf '%s\n' "$hours"
 }
 
-# run_limited HOURS COMMAND...: sets `code` to the command's exit code, or to 124 when its time was up. Then, and when we get
-# SIGTERM, the command gets SIGTERM and has GRACE_SECONDS to save its work. It gets it once, because a second one means: at
-# once (without --foreground `timeout` sends two), and it alone, because it still needs the processes that it has started.
+# run_limited HOURS COMMAND...: sets `code` to the command's exit code, to 124 when its time was up, to 2 when the disk was nearly
+# full (tools/machine_room.sh). Then, and when we get SIGTERM, the command gets SIGTERM and has GRACE_SECONDS to save its work. It
+# gets it once, because a second one means: at once (without --foreground `timeout` sends two), and it alone, because it still
+# needs the processes that it has started.
 run_limited() {
   local hours="$1" begun=$SECONDS limit child
   shift
   limit=$(awk -v hours="$hours" 'BEGIN { printf "%d", hours * 3600 }')
   timeout --foreground --signal=TERM --kill-after="$GRACE_SECONDS" "${hours}h" "$@" &
   child=$!
+  rm -f "$STATE/room.full"
+  (setsid bash tools/machine_room.sh "$child" "$STATE/room" </dev/null >/dev/null 2>&1 &)  # outlives us where SkyPilot ends us
   trap 'trap : TERM INT; kill -TERM "$child" 2>/dev/null || true' TERM INT
   while :; do  # `wait` also ends when a signal arrives; asked again, it still knows how the command ended
     wait "$child" || true
@@ -164,5 +167,10 @@ run_limited() {
   trap - TERM INT
   if [ "$code" -eq 137 ] && [ $((SECONDS - begun)) -ge "$limit" ]; then  # it had to be killed
     code=124
+  fi
+  if [ "$code" -ne 0 ] && [ -e "$STATE/room.full" ]; then
+    say "the disk was nearly full ($(cat "$STATE/room.full") MiB left): stopped, what was saved is kept; launch again with a larger" \
+      "resources.disk_size, or free some room, and the same --env RUN_NAME"
+    code=2  # it would fill on another machine, too
   fi
 }

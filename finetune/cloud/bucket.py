@@ -17,20 +17,24 @@ VARIABLE = "BUCKET"
 DERIVED = "auto"
 SECONDS = 1.0
 FORBIDDEN = 403
+NEEDED = tuple(f"storage.objects.{verb}" for verb in ("list", "get", "create", "delete"))
+"""Permissions without which a run could not keep its checkpoints."""
 
 
 def fill_bucket(task: Any, say: Any) -> None:
     """Give mounts of a bucket named `auto` in a sky.Task the name finetune-<project>-<user>, and tell the job by envs.
 
     SkyPilot makes a bucket that is mounted by name; but one that is there, and that it has not made on this computer, it
-    takes only by address. Raises UserError without a login, with an expired one, and for a bucket that is forbidden.
+    takes only by address; that holds for a bucket that the user names, too. Raises UserError without a login, with an expired
+    one, and for a bucket that is forbidden or may not be written.
     """
     from sky import global_user_state
 
-    mounts = [storage for storage in task.storage_mounts.values() if storage.name in ("", DERIVED)]
+    ours = ("", DERIVED, task.envs.get(VARIABLE, DERIVED))
+    mounts = [one for one in task.storage_mounts.values() if one.name in ours and not one.source]
     if not mounts:
         return
-    name = bucket_name(local_login())
+    name = next((one.name for one in mounts if one.name not in ("", DERIVED)), None) or bucket_name(local_login())
     is_there = _is_there(name)  # asked at every launch: an expired login shows here, before anything starts
     known = global_user_state.get_handle_from_storage_name(name) is not None
     by_address = is_there and not known
@@ -50,10 +54,18 @@ def _is_there(name: str) -> bool:
     from sky.adaptors import gcp
 
     answers: list[bool | Exception] = []
+    allowed: list[str] = list(NEEDED)
+    try:
+        client = gcp.storage_client()  # its import takes most of a second, which is not Google's
+    except Exception:  # SkyPilot says what is wrong
+        return False
 
     def look() -> None:
         try:
-            answers.append(gcp.storage_client().lookup_bucket(name) is not None)
+            bucket = client.lookup_bucket(name)
+            answers.append(bucket is not None)
+            if bucket is not None:
+                allowed[:] = bucket.test_iam_permissions(list(NEEDED))  # no answer to it is no reason against a launch
         except Exception as error:  # of several libraries below
             answers.append(error)
         finally:
@@ -75,5 +87,10 @@ def _is_there(name: str) -> bool:
         raise UserError(
             f"bucket gs://{name}: Google forbids this account to see it; ask for the role Storage Admin, or launch with "
             f"--env {VARIABLE}=NAME"
+        )
+    if lacking := [one for one in NEEDED if one not in allowed]:
+        raise UserError(
+            f"bucket gs://{name}: this account lacks {', '.join(lacking)}, so a run could not keep its checkpoints there; ask for "
+            f"the role Storage Object Admin on it, or launch with --env {VARIABLE}=NAME"
         )
     return answer is True

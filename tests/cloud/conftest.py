@@ -44,7 +44,9 @@ def world(whole_world: World) -> Iterator[World]:
     whole_world.cloud.wipe()
     whole_world.cloud.bill.stretches.clear()
     whole_world.cloud.calls.clear()
-    whole_world.site.write_back = whole_world.site.upload_bytes_per_second = 0
+    site = whole_world.site
+    site.write_back = site.upload_bytes_per_second = site.disk_bytes = 0
+    whole_world.buckets.allow()
     yield whole_world
     try:
         whole_world.cloud.assert_empty()

@@ -224,3 +224,29 @@ echo t/a | gsutil -m cp -e -n -r -I gs://ft-bucket
     assert buckets.objects("ft-bucket") == ["a", "p/a", "p/sub/b"]
     inside(machine, "gsutil -m rm -r gs://ft-bucket/p")
     assert buckets.objects("ft-bucket") == ["a"]
+
+
+def test_a_forbidden_bucket_on_a_machine(cloud: Cloud, buckets: Buckets) -> None:
+    machine = rent(cloud)
+    buckets.forbid("ft-bucket", "storage.objects.create")
+    mount(buckets, machine)
+    assert "failed to close '/bucket/file': Permission denied" in inside(machine, "cp /etc/hostname /bucket/file")
+    buckets.allow("ft-bucket")
+    inside(machine, "echo text > /bucket/other")
+    assert buckets.objects("ft-bucket") == ["other"]
+    buckets.forbid("ft-bucket")
+    said = inside(machine, "mkdir /tmp/again; gcsfuse ft-bucket /tmp/again; echo $?")
+    assert "does not have storage.buckets.get access to the Google Cloud Storage bucket" in said and said.startswith(
+        "1\n"
+    )
+    assert buckets.objects("ft-bucket") == ["other"], "a test's own look is always allowed"
+
+
+def test_a_disk_of_a_size(cloud: Cloud, site: Site) -> None:
+    site.disk_bytes = 64 << 20
+    machine = rent(cloud)
+    assert inside(machine, "df --output=size -BM / /home /tmp /var | sort -u") == "64M\n1M-blocks"
+    machine.fill_disk()
+    assert "No space left on device" in inside(machine, "echo x > ~/file")
+    machine.free_disk()
+    assert inside(machine, "echo x > ~/file; cat ~/file") == "x"

@@ -65,6 +65,16 @@ def _discovery(module):
     module.build = build
 
 
+def _storage(module):
+    """For an emulator this library goes without any login, and would never notice that ours has expired."""
+    real = module.Client.__init__
+
+    def init(self, *args, **kwargs):
+        real(self, *args, **({"credentials": _credentials()} | kwargs))
+
+    module.Client.__init__ = init
+
+
 def _backend_utils(module):
     module._TEST_IP_LIST = [API + "/network"] * 2
 
@@ -77,6 +87,7 @@ def _controller_utils(module):
 CHANGES = {
     "google.auth": _google_auth,
     "googleapiclient.discovery": _discovery,
+    "google.cloud.storage.client": _storage,
     "sky.backends.backend_utils": _backend_utils,
     "sky.utils.controller_utils": _controller_utils,
 }

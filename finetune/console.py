@@ -1,0 +1,61 @@
+"""Prints that outlive their reader: the end of a log's reader must not be the end of a run.
+
+When a machine shuts down, every process of it gets SIGTERM at once, also the one that reads what training prints. The next line
+would then raise BrokenPipeError, between the notice and the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+class _Heard:
+    """A text stream that is written to as long as somebody reads it, and then to nobody."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._kept():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._kept():
+            self._stream.flush()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            self._to_nobody()
+        except OSError:  # a log on a full disk, a terminal that was closed: the next line may go through again
+            pass
+
+    def _to_nobody(self) -> None:
+        """What is still buffered, what C code writes and what child processes print goes there, too."""
+        with suppress(OSError, ValueError):
+            nobody = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nobody, self._stream.fileno())
+            os.close(nobody)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def outliving_readers() -> Iterator[None]:
+    """While the block runs, no print to stdout or stderr raises because nobody can take it."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Heard(sys.stdout), _Heard(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        sys.stdout, sys.stderr = before

@@ -1,0 +1,104 @@
+"""Whoever reads what training prints may go away; training goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ConfigWriter
+
+from finetune.console import outliving_readers
+
+ROOT = Path(__file__).resolve().parents[1]
+PRINTS = """
+import os, sys
+from finetune.console import outliving_readers
+with outliving_readers():
+    print("heard", flush=True)
+    sys.stdin.readline()
+    for _ in range(3):
+        print("unheard", flush=True)
+        print("unheard", file=sys.stderr)
+        os.write(1, b"by C code")
+print("after the block")
+sys.exit(7)
+"""
+
+
+def test_prints_to_nobody_do_not_end_a_process() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTS],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdin and process.stdout
+    assert process.stdout.readline() == b"heard\n"
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.wait(timeout=60) == 7
+
+
+def test_a_log_on_a_full_disk_is_no_reason_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with outliving_readers():
+            print("lost", file=sys.stderr, flush=True)
+        assert sys.stderr is full
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that closing it can empty its buffer
+
+
+def test_what_can_be_heard_is_heard(capsys: pytest.CaptureFixture[str]) -> None:
+    with outliving_readers():
+        print("to stdout")
+        print("to stderr", file=sys.stderr)
+        assert sys.stdout.encoding and not sys.stdout.closed
+    assert capsys.readouterr() == ("to stdout\n", "to stderr\n")
+
+
+def test_the_notice_of_a_shutdown_still_saves_when_the_log_has_no_reader(
+    tiny_config: ConfigWriter, tmp_path: Path
+) -> None:
+    """SIGTERM comes to all processes of a machine, the reader of our output first."""
+    config = tiny_config(training={"max_steps": 5000, "logging_steps": 1}, checkpoint={"save_steps": 1000})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", "train", str(config)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    run = tmp_path / "runs" / "tiny-001"
+    assert process.stdout
+    wait_for_steps(run, 2, process)
+    process.stdout.close()
+    before = steps(run)
+    wait_for_steps(run, before + 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "interrupted"
+    assert (run / "checkpoints" / f"step-{record['steps']['done']}" / "manifest.json").exists()
+
+
+def steps(run: Path) -> int:
+    try:
+        return int(json.loads((run / "run.json").read_text(encoding="utf-8"))["steps"]["done"])
+    except (OSError, KeyError):
+        return 0
+
+
+def wait_for_steps(run: Path, wanted: int, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while steps(run) < wanted:
+        assert process.poll() is None, f"training ended with {process.returncode}"
+        assert time.monotonic() < deadline, f"step {steps(run)} after {seconds} s"
+        time.sleep(0.05)
