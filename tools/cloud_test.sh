@@ -71,7 +71,7 @@ TABLE
 }
 
 emulated() {
-  local reason junit code=0
+  local reason scratch junit code=0
   install_packages
   if ! reason=$("$PYTHON" "$HERE/possible.py"); then
     [ -n "$reason" ] || exit 1  # it failed itself, and has said how
@@ -82,10 +82,12 @@ emulated() {
     say "skipped, because the emulated cloud cannot be had here: $reason"
     exit 0
   fi
-  junit=$(mktemp)
-  # shellcheck disable=SC2064  # this file
-  trap "rm -f '$junit'" EXIT
-  "$PYTHON" -m pytest -vv -ra -m cloud "$HERE" "${only[@]}" --junitxml="$junit" -o junit_duration_report=call "$@" || code=$?
+  scratch=$(mktemp -d)
+  # shellcheck disable=SC2064  # this folder
+  trap "rm -rf '$scratch'" EXIT
+  junit="$scratch/junit.xml"
+  export FT_CLOUD_IMAGE="${FT_CLOUD_IMAGE:-$scratch/image}"  # the processes share it
+  "$PYTHON" -m pytest -vv -ra -m cloud --numprocesses 2 --dist loadgroup "$HERE" "${only[@]}" --junitxml="$junit" -o junit_duration_report=call "$@" || code=$?
   if [ "$code" -eq 5 ]; then
     say "no test has ${SCENARIO:-the marker cloud} in its name"
     exit 2

@@ -21,10 +21,13 @@ pytestmark = pytest.mark.cloud
 MISTRAL = "configs/mistral_7b_qlora.yaml"
 CEILING = 4.50
 """US dollars an hour: max_hourly_cost of sky/train_a100.yaml."""
+LONG = 8 * STEPS
+"""Optimizer steps of a run that somebody wants to look at: TensorBoard takes its time to start."""
 GONE = 2
 """Kinds of machine, the first of the plan, that are out of stock in scenario 3."""
 
 
+@pytest.mark.xdist_group("whole")
 def test_train_a100_as_typed(world: World, whole: Whole) -> None:
     """Scenario 1: policy, spot machine, bucket, data, set-up, training, checkpoints in the bucket, autodown."""
     print(f"launch to the end of training: {whole.seconds:.0f} s")
@@ -93,7 +96,7 @@ def test_a_ceiling_below_every_price(world: World, project: Path) -> None:
 
 def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Path) -> None:
     """Scenario 9: status, logs, TensorBoard through ssh, stop in the middle, start, the same launch goes on, down."""
-    words = launch("train_a100", "-d", "-c", "look", RUN_NAME="look")
+    words = launch("train_a100", "-d", "-c", "look", overrides=f"training.max_steps={LONG}", RUN_NAME="look")
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "look")
     run.wait_for_step(SAVE_STEPS)
@@ -103,7 +106,7 @@ def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Pa
     world.sky.run("stop", "-y", "look").ok()
     assert "STOPPED" in world.sky.run("status", "--refresh", "look").ok().out
     stopped = max(run.committed())
-    assert stopped < STEPS
+    assert stopped < LONG
     world.sky.run("start", "-y", "look").ok()
     said = world.sky.run(*words[:2], *[word for word in words[2:] if word != "-d"], cwd=project).ok().out
     assert f"resuming from /bucket/runs/look/checkpoints/step-{max(stopped, 0)}" in said

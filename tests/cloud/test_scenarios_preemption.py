@@ -25,6 +25,7 @@ NOTHING_SECONDS = 20
 """In which nothing may happen to a run that was stopped at its budget; the controller looks more often."""
 
 
+@pytest.mark.xdist_group("whole")
 def test_preempted_three_times(world: World, project: Path, whole: Whole, tmp_path: Path) -> None:
     """Scenario 4: with notice, without, and in the middle of a checkpoint's upload."""
     words = launch("train_spot", "--jobs", "-d", "-n", "thrice", RUN_NAME="thrice")
@@ -76,7 +77,7 @@ def test_preempted_three_times(world: World, project: Path, whole: Whole, tmp_pa
 def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> None:
     """Scenario 5: after the second preemption; nothing restarts the run, and a higher budget does."""
     budget = round(BUDGET_SECONDS * usd_per_hour(world, project) / 3600, 4)
-    long = {"overrides": f"training.max_steps={10 * STEPS} checkpoint.every_minutes=0.1", "RUN_NAME": "poor"}
+    long = {"overrides": f"training.max_steps={100 * STEPS} checkpoint.every_minutes=0.1", "RUN_NAME": "poor"}
     words = launch("train_spot", "--jobs", "-d", "-n", "poor", MAX_RUN_USD=budget, **long)
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "poor")

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from reckoning import check_nothing_left, reckon
+from reckoning import check_nothing_left
 from training import Run, launch
+from whole import NAME, Whole
 from world import World
 
 pytestmark = pytest.mark.cloud
 
 
-def test_the_smoke_task_trains_scores_and_reports(world: World, project: Path, tmp_path: Path) -> None:
-    """Its set-up installs the demo's weights as well, in the machine."""
-    words = launch("smoke", "-c", "smoke", overrides="training.max_steps=40", RUN_NAME="smoke")
-    launched = world.sky.run(*words, cwd=project).ok()
-    print(f"launch to the report: {launched.seconds:.0f} s")
-    machine = world.cloud.machine("smoke")
-    assert machine.wish.gpu == "T4" and machine.wish.spot
-    run = Run(world, "smoke")
-    assert run.record()["status"] == "done"
+@pytest.mark.xdist_group("whole")
+def test_a_run_is_scored(world: World, project: Path, whole: Whole) -> None:
+    """`sky launch sky/evaluate.yaml` of a run in the bucket: both models scored, the report beside it."""
+    scored = world.sky.run(*launch("evaluate", "-c", "score", "-i", "0", "--down", RUN_NAME=NAME), cwd=project).ok()
+    print(f"launch to the report: {scored.seconds:.0f} s")
+    run = Run(world, NAME)
     assert {"eval.json", "report.html", "report.md", "summary.json"} <= set(run.objects())
-    world.sky.run("down", "-y", "smoke").ok()
-    reckon(run, tmp_path)
+    summary = json.loads(run.read("summary.json"))
+    assert summary["status"] == whole.record["status"] == "done"
+    world.cloud.assert_empty(180)
     check_nothing_left(world)
