@@ -90,7 +90,7 @@ def _is_there(name: str) -> bool:
         )
     if lacking := [one for one in NEEDED if one not in allowed]:
         raise UserError(
-            f"bucket gs://{name}: this account lacks {', '.join(lacking)}, so a run could not keep its checkpoints there; ask for "
-            f"the role Storage Object Admin on it, or launch with --env {VARIABLE}=NAME"
+            f"bucket gs://{name}: this account lacks {', '.join(lacking)}, so a run could not keep its checkpoints there; ask "
+            f"for the role Storage Object Admin on it, or launch with --env {VARIABLE}=NAME"
         )
     return answer is True
