@@ -37,7 +37,7 @@ def all_is_well_again(world: World) -> Iterator[None]:
 
 def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
     """Its process is stopped, and with it its own watch over the budget: MAX_HOURS of the script that started it ends it."""
-    steps = 10 * SAVE_STEPS
+    steps = 60 * SAVE_STEPS
     begin = ("train_a100", "-d", "-c", "hang", "-i", "0", "--down")
     overrides = f"training.max_steps={steps}"
     words = launch(*begin, overrides=overrides, RUN_NAME="hang", MAX_HOURS=HOURS, GRACE_SECONDS=5)
@@ -74,7 +74,7 @@ def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
 def test_a_disk_that_is_nearly_full(world: World, project: Path, tmp_path: Path) -> None:
     """The run is stopped while there is still room to save it, and for SkyPilot to end the job."""
     world.site.disk_bytes = DISK
-    steps = 30 * SAVE_STEPS
+    steps = 60 * SAVE_STEPS
     words = launch(
         "train_a100", "-d", "-c", "full", "-i", "0", "--down", RUN_NAME="full", overrides=f"training.max_steps={steps}"
     )
@@ -125,7 +125,7 @@ def test_a_disk_that_is_full_at_once(world: World, project: Path, tmp_path: Path
 
 def test_a_cut_line(world: World, project: Path, tmp_path: Path) -> None:
     """The laptop cannot reach the machine for two minutes. Training does not notice, and nothing is believed dead."""
-    words = launch("train_a100", "-d", "-c", "cut", RUN_NAME="cut", overrides=f"training.max_steps={20 * SAVE_STEPS}")
+    words = launch("train_a100", "-d", "-c", "cut", RUN_NAME="cut", overrides=f"training.max_steps={60 * SAVE_STEPS}")
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "cut")
     run.wait_for_step(SAVE_STEPS)
