@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from gce_instances import parse_wish
 from reckoning import catalog_price, check_nothing_left, reckon
-from training import BUCKET, SAVE_STEPS, STEPS, Run, launch
+from training import BUCKET, LONG_SAVE_STEPS, STEPS, Run, launch, long_run
 from whole import Whole
 from world import World
 
@@ -97,10 +97,10 @@ def test_a_ceiling_below_every_price(world: World, project: Path) -> None:
 
 def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Path) -> None:
     """Scenario 9: status, logs, TensorBoard through ssh, stop in the middle, start, the same launch goes on, down."""
-    words = launch("train_a100", "-d", "-c", "look", overrides=f"training.max_steps={LONG}", RUN_NAME="look")
+    words = launch("train_a100", "-d", "-c", "look", overrides=long_run(LONG), RUN_NAME="look")
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "look")
-    run.wait_for_step(SAVE_STEPS)
+    run.wait_for_step(LONG_SAVE_STEPS)
     assert "UP" in world.sky.run("status", "look").ok().out
     with world.sky.ssh("look", "-N", "-L", "6006:localhost:6006"):
         wait_for_tensorboard("look/tensorboard")
@@ -111,7 +111,9 @@ def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Pa
     world.sky.run("start", "-y", "look").ok()
     said = world.sky.run(*words[:2], *[word for word in words[2:] if word != "-d"], cwd=project).ok().out
     resumed = re.search(r"resuming from /bucket/runs/look/checkpoints/step-(\d+)", said)
-    assert resumed and int(resumed[1]) >= stopped, "what was saved on the machine's disk alone counts too: it is still there"
+    assert resumed and int(resumed[1]) >= stopped, (
+        "what was saved on the machine's disk alone counts too: it is still there"
+    )
     assert run.record()["status"] == "done"
     logs = world.sky.run("logs", "look", "--no-follow").ok().out
     assert "the adapter is in /bucket/runs/look/adapter" in logs

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from machine import Machine
 from reckoning import check_nothing_left, reckon
-from training import HEARTBEAT_SECONDS, SAVE_STEPS, Run, launch
+from training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run
 from world import World
 
 from finetune.checkpoint import CheckpointStore
@@ -37,13 +37,12 @@ def all_is_well_again(world: World) -> Iterator[None]:
 
 def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
     """Its process is stopped, and with it its own watch over the budget: MAX_HOURS of the script that started it ends it."""
-    steps = 60 * SAVE_STEPS
+    steps = 1200
     begin = ("train_a100", "-d", "-c", "hang", "-i", "0", "--down")
-    overrides = f"training.max_steps={steps}"
-    words = launch(*begin, overrides=overrides, RUN_NAME="hang", MAX_HOURS=HOURS, GRACE_SECONDS=5)
+    words = launch(*begin, overrides=long_run(steps), RUN_NAME="hang", MAX_HOURS=HOURS, GRACE_SECONDS=5)
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "hang")
-    run.wait_for_step(SAVE_STEPS)
+    run.wait_for_step(LONG_SAVE_STEPS)
     machine = world.machine("hang")
     assert run_inside(machine, "pkill", "-STOP", "-f", TRAINER) == 0
     stopped = time.time()
@@ -74,14 +73,12 @@ def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
 def test_a_disk_that_is_nearly_full(world: World, project: Path, tmp_path: Path) -> None:
     """The run is stopped while there is still room to save it, and for SkyPilot to end the job."""
     world.site.disk_bytes = DISK
-    steps = 60 * SAVE_STEPS
-    words = launch(
-        "train_a100", "-d", "-c", "full", "-i", "0", "--down", RUN_NAME="full", overrides=f"training.max_steps={steps}"
-    )
+    steps = 1200
+    words = launch("train_a100", "-d", "-c", "full", "-i", "0", "--down", RUN_NAME="full", overrides=long_run(steps))
     world.sky.run(*words, cwd=project).ok()
     world.site.disk_bytes = 0
     run = Run(world, "full")
-    run.wait_for_step(SAVE_STEPS)
+    run.wait_for_step(LONG_SAVE_STEPS)
     world.machine("full").fill_disk(leave=DISK // 200)
     ended = world.sky.run("logs", "full")
     print(ended.out[-1500:])
@@ -109,12 +106,10 @@ def test_a_disk_that_is_nearly_full(world: World, project: Path, tmp_path: Path)
 def test_a_disk_that_is_full_at_once(world: World, project: Path, tmp_path: Path) -> None:
     """Nobody can write a line any more, SkyPilot included: the room that was kept lets it end the job all the same."""
     world.site.disk_bytes = DISK
-    words = launch(
-        "train_a100", "-d", "-c", "brim", "-i", "0", "--down", RUN_NAME="brim", overrides="training.max_steps=9000"
-    )
+    words = launch("train_a100", "-d", "-c", "brim", "-i", "0", "--down", RUN_NAME="brim", overrides=long_run(9000))
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "brim")
-    run.wait_for_step(2 * SAVE_STEPS)
+    run.wait_for_step(2 * LONG_SAVE_STEPS)
     world.machine("brim").fill_disk()
     began = time.monotonic()
     world.cloud.assert_empty(AUTOSTOP_SECONDS)
@@ -125,10 +120,10 @@ def test_a_disk_that_is_full_at_once(world: World, project: Path, tmp_path: Path
 
 def test_a_cut_line(world: World, project: Path, tmp_path: Path) -> None:
     """The laptop cannot reach the machine for two minutes. Training does not notice, and nothing is believed dead."""
-    words = launch("train_a100", "-d", "-c", "cut", RUN_NAME="cut", overrides=f"training.max_steps={60 * SAVE_STEPS}")
+    words = launch("train_a100", "-d", "-c", "cut", RUN_NAME="cut", overrides=long_run(1200))
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "cut")
-    run.wait_for_step(SAVE_STEPS)
+    run.wait_for_step(LONG_SAVE_STEPS)
     instance = world.cloud.machine("cut")
     world.cloud.cut_off(instance, "laptop")
     cut, before = time.monotonic(), max(run.committed())
@@ -138,7 +133,7 @@ def test_a_cut_line(world: World, project: Path, tmp_path: Path) -> None:
     assert "INIT" in status.out and "10m (down)" in status.out, "neither believed dead nor robbed of its autostop"
     logs = world.sky.run("logs", "cut", "--no-follow")
     assert logs.code == 1 and "skipped for cluster 'cut' (status: INIT)" in logs.out
-    run.wait_for_step(before + 2 * SAVE_STEPS)
+    run.wait_for_step(before + 2 * LONG_SAVE_STEPS)
     assert world.cloud.machine("cut") is instance, "SkyPilot leaves the machine alone"
     time.sleep(max(0.0, CUT_SECONDS - (time.monotonic() - cut)))
     world.cloud.mend(instance)

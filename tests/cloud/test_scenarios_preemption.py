@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 from gce import Instance
 from reckoning import check_nothing_left, reckon
-from training import CONFIG, HEARTBEAT_SECONDS, LOGGING_STEPS, SAVE_STEPS, STEPS, Run, launch, steps_in_tensorboard
+from training import (
+    CONFIG,
+    HEARTBEAT_SECONDS,
+    LOGGING_STEPS,
+    SAVE_STEPS,
+    STEPS,
+    Run,
+    launch,
+    long_run,
+    steps_in_tensorboard,
+)
 from whole import Whole
 from world import World
 
@@ -77,7 +87,7 @@ def test_preempted_three_times(world: World, project: Path, whole: Whole, tmp_pa
 def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> None:
     """Scenario 5: after the second preemption; nothing restarts the run, and a higher budget does."""
     budget = round(BUDGET_SECONDS * usd_per_hour(world, project) / 3600, 4)
-    long = {"overrides": f"training.max_steps={100 * STEPS} checkpoint.every_minutes=0.1", "RUN_NAME": "poor"}
+    long = {"overrides": f"{long_run(100 * STEPS)} checkpoint.every_minutes=0.1", "RUN_NAME": "poor"}
     words = launch("train_spot", "--jobs", "-d", "-n", "poor", MAX_RUN_USD=budget, **long)
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "poor")

@@ -20,6 +20,7 @@ BUCKET = "finetune-text2sql-test-you"
 """What `BUCKET: auto` becomes: finetune-<project>-<user>."""
 CONFIG = "tiny/run.yaml"
 STEPS, SAVE_STEPS, LOGGING_STEPS = 300, 20, 5
+LONG_SAVE_STEPS = 100
 HEARTBEAT_SECONDS = 1
 """Instead of 30: attempts here last a minute."""
 
@@ -71,6 +72,11 @@ def steps_in_tensorboard(run: Path) -> list[int]:
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return [event.step for event in events.Scalars("train/loss")]
+
+
+def long_run(steps: int) -> str:
+    """Overrides for a run that lasts, at some 40 steps a second, while something happens to it; it saves every LONG_SAVE_STEPS."""
+    return f"training.max_steps={steps} training.logging_steps=25 checkpoint.save_steps={LONG_SAVE_STEPS}"
 
 
 @dataclass
