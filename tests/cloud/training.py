@@ -75,7 +75,7 @@ def steps_in_tensorboard(run: Path) -> list[int]:
 
 
 def long_run(steps: int) -> str:
-    """Overrides for a run that lasts, at some 40 steps a second, while something happens to it; it saves every LONG_SAVE_STEPS."""
+    """Overrides for a run that lasts while something happens to it, at some 40 steps a second."""
     return f"training.max_steps={steps} training.logging_steps=25 checkpoint.save_steps={LONG_SAVE_STEPS}"
 
 
