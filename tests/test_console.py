@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ConfigWriter
 
 from finetune.console import outliving_readers
 
@@ -66,7 +66,7 @@ def test_what_can_be_heard_is_heard(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_notice_of_a_shutdown_still_saves_when_the_log_has_no_reader(
-    tiny_config: ConfigWriter, tmp_path: Path
+    tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """SIGTERM comes to all processes of a machine, the reader of our output first."""
     config = tiny_config(training={"max_steps": 5000, "logging_steps": 1}, checkpoint={"save_steps": 1000})
