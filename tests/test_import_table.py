@@ -14,6 +14,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "finetune"
 
+TRAINING = (
+    *(
+        "callbacks",
+        "flat",
+        "padded",
+        "paged_state",
+        "rng",
+        "step_loader",
+        "step_plan",
+        "stepper",
+        "trainer",
+        "train_parts",
+    ),
+    *("stopping", "proof", "snapshots", "spending", "tracking", "run_record"),
+    *("train", "train_resume", "train_end"),
+)
+"""The parts of one run."""
+
 ROWS: tuple[tuple[str, ...], ...] = (
     ("", "cloud"),  # the packages' own __init__.py
     ("errors",),
@@ -35,20 +53,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         *("cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"),
     ),
     (
-        *(
-            "callbacks",
-            "flat",
-            "padded",
-            "paged_state",
-            "rng",
-            "step_loader",
-            "step_plan",
-            "stepper",
-            "trainer",
-            "train_parts",
-        ),
-        *("stopping", "proof", "snapshots", "spending", "tracking", "run_record"),
-        *("train", "train_resume", "train_end"),
+        *TRAINING,
         *("evaluate", "generate", "ask", "export", "cloud.bucket", "cloud.fresh_catalog", "cloud.policy"),
     ),
     ("report", "report_source", "report_plots", "doctor", "doctor_check", "doctor_cloud"),
@@ -60,22 +65,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 
 NEIGHBOURS = (
     {"data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"},
-    {
-        *(
-            "callbacks",
-            "flat",
-            "padded",
-            "paged_state",
-            "rng",
-            "step_loader",
-            "step_plan",
-            "stepper",
-            "trainer",
-            "train_parts",
-        ),
-        *("stopping", "proof", "snapshots", "spending", "tracking", "run_record"),
-        *("train", "train_resume", "train_end"),
-    },
+    {*TRAINING},
     {"attention", "lean_torch", "lean_kernels", "lean_triton", "lean", "lean_model"},
     {"evaluate", "generate", "ask"},
     {"report", "report_source", "report_plots"},

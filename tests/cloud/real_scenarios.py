@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from real_gcloud import Gcloud, RealBuckets
 from real_run import LAUNCHED, NAMES, PROJECT
 from real_sky import RealSky
 from reckoning import catalog_price, check_machine, idle
-from training import BUCKET, SAVE_STEPS, STEPS, Run, add_training, launch
+from training import BUCKET, SAVE_STEPS, STEPS, Run, add_training, launch, wait_for_tensorboard
 
 from finetune.cloud.gcloud import bucket_name, local_login
 from finetune.cloud.prices import load_catalog
@@ -37,7 +35,7 @@ BOOT_SECONDS, SHARE = 30.0, 0.05
 STEP, JOB = 1500.0, 3600.0
 """Seconds for which a first checkpoint is waited for (a real set-up downloads 3 GB), and a job's end."""
 LONG = "training.max_steps=20000"
-"""A run that is not over before it is disturbed: a GPU does the tiny one's 600 steps in less than a minute."""
+"""A run that is not over before it is disturbed: a GPU does the tiny one's steps in less than a minute."""
 
 
 @pytest.fixture(scope="session")
@@ -170,20 +168,6 @@ def test_looking_stopping_and_starting(world: RealWorld, project: Path) -> None:
     assert f"resuming from /bucket/runs/{name}/checkpoints/step-{stopped}" in logs
     world.sky.run("down", "-y", name).ok()
     world.cloud.assert_empty()
-
-
-def wait_for_tensorboard(run: str, seconds: float = 180) -> None:
-    """Until TensorBoard on localhost:6006 shows the run, among others of the bucket; it looks for new ones every minute."""
-    deadline = time.monotonic() + seconds
-    shown: list[str] = []
-    while run not in shown:
-        assert time.monotonic() < deadline, f"TensorBoard shows {shown}"
-        time.sleep(1)
-        try:
-            with urllib.request.urlopen("http://localhost:6006/data/runs", timeout=10) as answer:
-                shown = json.load(answer)
-        except OSError:
-            continue
 
 
 def reckon(world: RealWorld, run: Run, folder: Path) -> None:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import time
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from gce_instances import parse_wish
 from reckoning import catalog_price, check_nothing_left, reckon
-from training import BUCKET, LONG_SAVE_STEPS, STEPS, Run, launch, long_run
+from training import BUCKET, LONG_SAVE_STEPS, STEPS, Run, launch, long_run, wait_for_tensorboard
 from whole import Whole
 from world import World
 
@@ -52,7 +48,7 @@ def test_out_of_stock(world: World, project: Path, monkeypatch: pytest.MonkeyPat
             code = "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS"
             world.cloud.market.set_stock(0, gpu="A100", spot=False, zone=offer.zone, code=code)
     launched = world.sky.run(*launch("train_a100", "-d", "-c", "stock", RUN_NAME="stock"), cwd=project).ok()
-    wish, asked = world.cloud.machine("stock").wish, asked_for(world)
+    wish, asked = world.cloud.machine("stock").wish, world.asked_for()
     print(f"launch {launched.seconds:.0f} s; asked {asked}")
     assert (wish.spot, wish.region) == (False, left.region)
     assert {zone.rpartition("-")[0] for _, spot, zone in asked if not spot} == {*gone, left.region}
@@ -72,7 +68,7 @@ def test_the_cheapest_in_the_order_of_the_plan(world: World, project: Path) -> N
     words = launch("train_cheapest", "-d", "-c", "cheap", RUN_NAME="cheap", CONFIG=MISTRAL)
     launched = world.sky.run(*words, cwd=project).ok()
     wish = world.cloud.machine("cheap").wish
-    asked = list(dict.fromkeys((gpu, spot) for gpu, spot, _ in asked_for(world)))
+    asked = list(dict.fromkeys((gpu, spot) for gpu, spot, _ in world.asked_for()))
     print(f"launch {launched.seconds:.0f} s; planned {kinds}, asked {asked}")
     assert asked == kinds[: GONE + 1]
     assert (wish.gpu, wish.spot) == kinds[GONE]
@@ -90,7 +86,7 @@ def test_a_ceiling_below_every_price(world: World, project: Path) -> None:
     print(f"refused after {refused.seconds:.0f} s\n{refused.out}")
     assert refused.code != 0
     assert "no machine is allowed" in refused.out and "max_hourly_cost" in refused.out
-    assert not asked_for(world)
+    assert not world.asked_for()
     assert "ft-nobody" not in world.buckets.names()
     check_nothing_left(world)
 
@@ -103,7 +99,7 @@ def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Pa
     run.wait_for_step(LONG_SAVE_STEPS)
     assert "UP" in world.sky.run("status", "look").ok().out
     with world.sky.ssh("look", "-N", "-L", "6006:localhost:6006"):
-        wait_for_tensorboard("look/tensorboard")
+        wait_for_tensorboard("look/tensorboard", seconds=90)
     world.sky.run("stop", "-y", "look").ok()
     assert "STOPPED" in world.sky.run("status", "--refresh", "look").ok().out
     stopped = max(run.committed())
@@ -121,23 +117,3 @@ def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Pa
     world.sky.run("down", "-y", "look").ok()
     reckon(run, tmp_path)
     check_nothing_left(world)
-
-
-def wait_for_tensorboard(run: str, seconds: float = 90) -> None:
-    """Until TensorBoard on localhost:6006 shows the run."""
-    deadline = time.monotonic() + seconds
-    found: list[str] = []
-    while run not in found:
-        assert time.monotonic() < deadline, f"TensorBoard on localhost:6006 shows {found}"
-        time.sleep(0.5)
-        with suppress(OSError), urllib.request.urlopen("http://localhost:6006/data/runs", timeout=10) as answer:
-            found = json.load(answer)
-
-
-def asked_for(world: World) -> list[tuple[str, bool, str]]:
-    """(GPU, spot, zone) of every machine that SkyPilot wanted, in its order."""
-    calls = [call for call in world.cloud.calls if call.path.endswith("/bulkInsert")]
-    wishes = [
-        parse_wish(call.path.split("/zones/")[1].split("/")[0], call.body["instanceProperties"]) for call in calls
-    ]
-    return [(wish.gpu, wish.spot, wish.zone) for wish in wishes]

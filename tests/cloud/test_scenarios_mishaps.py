@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,8 @@ from pathlib import Path
 import pytest
 from machine import Machine
 from reckoning import check_nothing_left, reckon
-from training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run
+from training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run, newest_checkpoint
 from world import World
-
-from finetune.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.cloud
 TRAINER = "^/home/gcpuser/finetune-env/bin/python .*finetune train"
@@ -54,7 +51,7 @@ def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
         "/bucket/runs/hang; to go on, launch again with --env RUN_NAME=hang and a higher limit" in ended.out
     )
     kept = max(run.committed())
-    assert newest_checkpoint(run, tmp_path / "stopped").name == f"step-{kept}" and kept < steps
+    assert kept_in(run, tmp_path / "stopped").name == f"step-{kept}" and kept < steps
     (attempt,) = run.account(tmp_path / "ledger").attempts
     (stretch,) = world.cloud.bill.stretches
     assert attempt.reason is None and abs(attempt.seconds - (stopped - stretch.began)) < 2 * HEARTBEAT_SECONDS + 2, (
@@ -89,7 +86,7 @@ def test_a_disk_that_is_nearly_full(world: World, project: Path, tmp_path: Path)
     ), lines
     assert "machine: the disk was nearly full (" in lines[0]
     assert "return code list:" in ended.out and "[2]" in ended.out
-    kept = newest_checkpoint(run, tmp_path / "stopped").name
+    kept = kept_in(run, tmp_path / "stopped").name
     assert run.record()["status"] == "interrupted" and kept == f"step-{run.record()['steps']['done']}", (
         "nothing is lost"
     )
@@ -114,7 +111,7 @@ def test_a_disk_that_is_full_at_once(world: World, project: Path, tmp_path: Path
     began = time.monotonic()
     world.cloud.assert_empty(AUTOSTOP_SECONDS)
     print(f"gone after {time.monotonic() - began:.0f} s")
-    assert newest_checkpoint(run, tmp_path).name == f"step-{max(run.committed())}"
+    assert kept_in(run, tmp_path).name == f"step-{max(run.committed())}"
     check_nothing_left(world)
 
 
@@ -154,10 +151,8 @@ def run_inside(machine: Machine, *command: str) -> int:
     return machine.booted.run(command).returncode
 
 
-def newest_checkpoint(run: Run, folder: Path) -> Path:
-    """Of the run as it lies in the bucket: the newest checkpoint of which every byte verifies."""
-    fetched = run.fetch(folder)
-    run_id = json.loads((fetched / "run.json").read_text(encoding="utf-8"))["run_id"]
-    newest, _ = CheckpointStore(fetched / "checkpoints", run_id=run_id).latest_valid()
+def kept_in(run: Run, folder: Path) -> Path:
+    """The newest whole checkpoint of the run as it lies in the bucket."""
+    newest, _ = newest_checkpoint(run.fetch(folder))
     assert newest is not None, run.objects()
     return newest

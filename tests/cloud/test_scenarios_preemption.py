@@ -19,12 +19,11 @@ from training import (
     Run,
     launch,
     long_run,
+    newest_checkpoint,
     steps_in_tensorboard,
 )
 from whole import Whole
 from world import World
-
-from finetune.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.cloud
 SLOW_UPLOADS = 40_000
@@ -103,7 +102,7 @@ def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> 
     print(f"budget ${budget}")
     assert budget * 0.9 < reckoning.ledger_usd <= budget
     assert reckoning.bill_usd - reckoning.tail_usd < budget * (1 + HEARTBEAT_SECONDS / BUDGET_SECONDS)
-    newest, passed_over = store(tmp_path / "stopped" / "poor").latest_valid()
+    newest, passed_over = newest_checkpoint(tmp_path / "stopped" / "poor")
     assert newest and newest.name == f"step-{run.record()['steps']['done']}" and not passed_over
     assert run.record()["stop"]["reason"] == "budget"
     machines = len(world.cloud.bill.stretches)
@@ -125,11 +124,6 @@ def usd_per_hour(world: World, project: Path) -> float:
     rows = json.loads(planned[planned.index("{") :])["rows"]
     usable = [row for row in rows if row["chosen"] and row["spot"] and row["gpu"] in ("A100", "L4")]
     return float(min(usable, key=lambda row: float(row["usd"]))["usd_per_hour"])
-
-
-def store(run: Path) -> CheckpointStore:
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    return CheckpointStore(run / "checkpoints", run_id=record["run_id"])
 
 
 def sell_out(world: World, machine: Instance) -> None:

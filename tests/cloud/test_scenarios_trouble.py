@@ -30,10 +30,10 @@ def test_no_gpu_quota(world: World, project: Path) -> None:
     """As every new project has it: the message names the quota, and SkyPilot does not go through all regions."""
     world.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)
     refused = world.sky.run(*launch("train_a100", "-c", "none", RUN_NAME="none"), cwd=project)
-    print(f"refused after {refused.seconds:.0f} s; asked {zones_asked(world)}")
+    print(f"refused after {refused.seconds:.0f} s; asked {world.asked_for()}")
     assert refused.code == 1
     assert "QUOTA_EXCEEDED" in refused.out and "Quota 'GPUS_ALL_REGIONS' exceeded.  Limit: 0.0 globally" in refused.out
-    assert len(zones_asked(world)) == 2, "one for spot, one on demand"
+    assert len(world.asked_for()) == 2, "one for spot, one on demand"
     check_no_machine_ever(world)
 
 
@@ -43,7 +43,7 @@ def test_no_spot_quota(world: World, project: Path) -> None:
     for region in regions:
         world.cloud.market.set_quota("PREEMPTIBLE_NVIDIA_A100_GPUS", 0, region)
     launched = world.sky.run(*launch("train_a100", "-d", "-c", "dear", RUN_NAME="dear"), cwd=project).ok()
-    machine, asked = world.cloud.machine("dear"), zones_asked(world)
+    machine, asked = world.cloud.machine("dear"), world.asked_for()
     print(f"launch {launched.seconds:.0f} s; asked {asked}")
     assert f"Found no quota for a2-highgpu-1g spot instances in region {machine.wish.region} in GCP" in launched.out
     assert len(asked) == 1, "SkyPilot looks at the quota before it wants a machine"
@@ -77,7 +77,7 @@ def test_a_forbidden_bucket(world: World, project: Path) -> None:
         f"finetune: bucket gs://{BUCKET}: Google forbids this account to see it; ask for the role Storage Admin, or launch "
         "with --env BUCKET=NAME" in refused.out
     )
-    assert not zones_asked(world)
+    assert not world.asked_for()
     check_no_machine_ever(world)
 
 
@@ -93,7 +93,7 @@ def test_a_bucket_that_may_only_be_read(world: World, project: Path) -> None:
         "keep its checkpoints there; ask for the role Storage Object Admin on it, or launch with --env BUCKET=NAME"
         in refused.out
     )
-    assert not zones_asked(world)
+    assert not world.asked_for()
     check_no_machine_ever(world)
 
 
@@ -131,12 +131,6 @@ def test_a_minute_without_any_api(world: World, project: Path) -> None:
     assert "googleapiclient error (HttpError): <HttpError 503" in refused.out
     world.cloud.faults.clear()
     check_no_machine_ever(world)
-
-
-def zones_asked(world: World) -> list[str]:
-    """In which SkyPilot wanted a machine, in its order."""
-    calls = [call for call in world.cloud.calls if call.path.endswith("/bulkInsert")]
-    return [call.path.split("/zones/")[1].split("/")[0] for call in calls]
 
 
 def check_no_machine_ever(world: World) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from world import World
 
 from chaos.world import World as Station
 from chaos.world import make_world
+from finetune.checkpoint import CheckpointStore, Skipped
 from finetune.ledger import Account, Ledger
 
 BUCKET = "finetune-text2sql-test-you"
@@ -74,6 +77,23 @@ def steps_in_tensorboard(run: Path) -> list[int]:
     return [event.step for event in events.Scalars("train/loss")]
 
 
+def wait_for_tensorboard(run: str, seconds: float = 180) -> None:
+    """Until TensorBoard on localhost:6006 shows the run, among others of the bucket; it looks for new ones every minute."""
+    deadline = time.monotonic() + seconds
+    shown: list[str] = []
+    while run not in shown:
+        assert time.monotonic() < deadline, f"TensorBoard on localhost:6006 shows {shown}"
+        time.sleep(0.5)
+        with suppress(OSError), urllib.request.urlopen("http://localhost:6006/data/runs", timeout=10) as answer:
+            shown = json.load(answer)
+
+
+def newest_checkpoint(run: Path) -> tuple[Path | None, list[Skipped]]:
+    """Of a fetched run: the newest checkpoint of which every byte verifies, and those that were passed over."""
+    run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
+    return CheckpointStore(run / "checkpoints", run_id=run_id).latest_valid()
+
+
 def long_run(steps: int) -> str:
     """Overrides for a run that lasts while something happens to it, at some 40 steps a second."""
     return f"training.max_steps={steps} training.logging_steps=25 checkpoint.save_steps={LONG_SAVE_STEPS}"
@@ -112,8 +132,12 @@ class Run:
 
     def committed(self) -> list[int]:
         """Steps of the checkpoints whose manifest is there."""
-        found = [name.split("/") for name in self.objects() if name.startswith("checkpoints/step-")]
-        return sorted(int(parts[1].removeprefix("step-")) for parts in found if parts[2:] == ["manifest.json"])
+        return sorted(step for step, file in self._checkpoint_files() if file == "manifest.json")
+
+    def _checkpoint_files(self) -> list[tuple[int, str]]:
+        """(step, name below its folder) of everything in the checkpoints' folders."""
+        found = [name.split("/", 2) for name in self.objects() if name.startswith("checkpoints/step-")]
+        return [(int(folder.removeprefix("step-")), file) for _, folder, file in found]
 
     def fetch(self, folder: Path) -> Path:
         """A copy on this computer, as `gcloud storage cp -r` makes it."""
@@ -145,12 +169,7 @@ class Run:
         """The step of a checkpoint newer than all committed ones, of which some files are in the bucket."""
         deadline = time.monotonic() + seconds
         while True:
-            begun = [
-                int(name.split("/")[1].removeprefix("step-"))
-                for name in self.objects()
-                if name.startswith("checkpoints/step-")
-            ]
-            newest = max(begun, default=0)
+            newest = max((step for step, _ in self._checkpoint_files()), default=0)
             if newest > max(self.committed(), default=0):
                 return newest
             assert time.monotonic() < deadline, f"{self.name}: no checkpoint is on its way; {self.last_words()}"

@@ -17,6 +17,7 @@ from buckets import PORT as BUCKET_PORT
 from buckets import Buckets
 from catalog_fixture import CATALOG, VMS
 from gce import Cloud
+from gce_instances import parse_wish
 from leftovers import clean, take_slot
 from machine import Machine, Site, close_site, open_site
 from machine_project import prepare_project
@@ -42,6 +43,13 @@ class World:
         hardware = self.cloud.machine(cluster).hardware
         assert isinstance(hardware, Machine)
         return hardware
+
+    def asked_for(self) -> list[tuple[str, bool, str]]:
+        """(GPU, spot, zone) of every machine that SkyPilot wanted, in its order."""
+        calls = [call for call in self.cloud.calls if call.path.endswith("/bulkInsert")]
+        zones = [call.path.split("/zones/")[1].split("/")[0] for call in calls]
+        wishes = [parse_wish(zone, call.body["instanceProperties"]) for zone, call in zip(zones, calls, strict=True)]
+        return [(wish.gpu, wish.spot, wish.zone) for wish in wishes]
 
 
 @contextmanager
