@@ -155,6 +155,7 @@ def test_the_folder_of_task_files_does_not_pass_for_skypilot(
     (tmp_path / "sky").mkdir()
     (tmp_path / "sky" / "train_spot.yaml").touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "site")])
+    monkeypatch.delitem(sys.modules, "sky", raising=False)  # a test before this one may have imported SkyPilot
     install("finetune-text2sql", "9", "Requires-Python: >=3", 'Requires-Dist: skypilot>=0.14; extra == "cloud"')
 
     check = row(list(doctor.package_checks("cloud", tmp_path)), "skypilot")
@@ -175,6 +176,7 @@ def test_an_installed_skypilot_is_ok_until_the_checkouts_folder_hides_it(
     module.parent.mkdir()
     module.write_text("raise AssertionError('imported, which takes seconds')\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "site")])
+    monkeypatch.delitem(sys.modules, "sky", raising=False)  # a test before this one may have imported SkyPilot
     install("finetune-text2sql", "9", "Requires-Python: >=3", 'Requires-Dist: skypilot>=0.14; extra == "cloud"')
     install("skypilot", "0.14.1")
     assert row(list(doctor.package_checks("cloud", tmp_path)), "skypilot").status == "ok"
