@@ -12,6 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly PYTHON=.venv/bin/python HERE=tests/cloud
+readonly WORLDS=2  # side by side; a third makes all of them too slow on 2 cores
 only=()
 [ -z "${SCENARIO:-}" ] || only=(-k "$SCENARIO")
 
@@ -45,31 +46,6 @@ install_packages() {
   fi
 }
 
-table() {  # JUNIT-FILE: a line a test, in the order of running. Fails where a test was skipped that was not to be
-  "$PYTHON" - "$1" <<'TABLE'
-import os, sys
-import xml.etree.ElementTree as tree
-suite = next(tree.parse(sys.argv[1]).iter("testsuite"))
-states = {"failure": "FAILED", "error": "ERROR", "skipped": "skipped"}
-rows, skipped = [], []
-for case in suite.iter("testcase"):
-    state = next((states[part.tag] for part in case if part.tag in states), "passed")
-    reason = next((part.get("message", "") for part in case if part.tag == "skipped"), "")
-    module = case.get("classname", "").rpartition(".")[2].removeprefix("test_")
-    rows.append((module, case.get("name", "").removeprefix("test_"), float(case.get("time", 0)), f"{state} {reason}".strip()))
-    skipped += [case.get("name", "")] if state == "skipped" else []
-whole = float(suite.get("time", 0))
-width = max([len(f"{module}  {name}") for module, name, _, _ in rows] + [30])
-print(f"\n{'scenario':<{width}}  seconds")
-for module, name, seconds, state in rows:
-    print(f"{f'{module}  {name}':<{width}}  {seconds:7.1f}  {state}")
-print(f"{'preparation, and emptying between tests':<{width}}  {whole - sum(row[2] for row in rows):7.1f}")
-print(f"{'all':<{width}}  {whole:7.1f}  = {whole / 60:.1f} minutes (measured)")
-if skipped and os.environ.get("FT_CLOUD_REQUIRED") == "1":
-    sys.exit(f"cloud-test: skipped, though FT_CLOUD_REQUIRED=1: {', '.join(skipped)}")
-TABLE
-}
-
 emulated() {
   local reason scratch junit code=0
   install_packages
@@ -87,13 +63,14 @@ emulated() {
   trap "rm -rf '$scratch'" EXIT
   junit="$scratch/junit.xml"
   export FT_CLOUD_IMAGE="${FT_CLOUD_IMAGE:-$scratch/image}"  # the processes share it
-  "$PYTHON" -m pytest -vv -ra -m cloud --numprocesses 2 --dist loadgroup "$HERE" "${only[@]}" --junitxml="$junit" -o junit_duration_report=call "$@" || code=$?
+  "$PYTHON" -m pytest -vv -ra -m cloud --numprocesses "$WORLDS" --dist loadgroup "$HERE" "${only[@]}" \
+    --junitxml="$junit" -o junit_duration_report=call -o junit_logging=system-out "$@" || code=$?
   if [ "$code" -eq 5 ]; then
     say "no test has ${SCENARIO:-the marker cloud} in its name"
     exit 2
   fi
   if [ -s "$junit" ]; then
-    table "$junit" || code=1
+    "$PYTHON" "$HERE/table.py" "$junit" || code=1
   fi
   exit "$code"
 }

@@ -22,6 +22,19 @@ from training import add_training  # noqa: E402
 from whole import Whole, launch_whole  # noqa: E402
 from world import World, emulated_world  # noqa: E402
 
+LONGEST = ("budget", "hangs", "nearly_full", "looking", "full_at_once", "refused_machines", "cut_line", "out_of_stock")
+"""Parts of the names of the tests that take minutes, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that processes which share them are done at about the same time. Tests of other folders stay."""
+
+    def place(item: pytest.Item) -> int:
+        named = [place for place, part in enumerate(LONGEST) if part in item.name]
+        return named[0] if named and item.get_closest_marker("cloud") else len(LONGEST)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def whole_world() -> Iterator[World]:
@@ -41,21 +54,15 @@ def skip_unless_possible() -> None:
 @pytest.fixture
 def world(whole_world: World) -> Iterator[World]:
     """With nothing in it. After the test nothing may be left of what it launched: that is asserted, then everything is wiped."""
-    whole_world.cloud.wipe()
-    whole_world.cloud.bill.stretches.clear()
-    whole_world.cloud.calls.clear()
-    site = whole_world.site
-    site.write_back = site.upload_bytes_per_second = site.disk_bytes = 0
-    whole_world.buckets.allow()
+    whole_world.empty()
     yield whole_world
     try:
         whole_world.cloud.assert_empty()
     finally:
         if whole_world.cloud.machines():  # SkyPilot is to forget them too, or the next test meets them
-            whole_world.cloud.faults.clear()
-            whole_world.sky.expire_login(False)
+            whole_world.all_well()
             whole_world.sky.run("down", "--all", "--yes", "--purge")
-        whole_world.cloud.wipe()
+        whole_world.empty()
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +75,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(whole_world: World, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    whole_world.empty()  # this fixture may come in the middle of a session
     return launch_whole(whole_world, project, tmp_path_factory.mktemp("whole"))
 
 

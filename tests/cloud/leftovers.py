@@ -8,12 +8,15 @@ is gone, is provably left over.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from machine import close_site
@@ -36,18 +39,31 @@ def birth(pid: int) -> str:
 
 
 def take_slot() -> tuple[int, Path]:
-    """A slot of our own; slots of sessions that are gone are cleaned up first. Raises AssertionError if all are taken."""
-    for slot in range(SLOTS):
-        folder = place(slot)
-        if folder.exists() and abandoned(folder):
-            clean(slot)
-        try:
-            folder.mkdir(mode=0o755)
-        except FileExistsError:
-            continue
-        (folder / OWNER).write_text(f"{os.getpid()} {birth(os.getpid())}")
-        return slot, folder
+    """A slot of our own; all slots of sessions that are gone are cleaned up first. Raises AssertionError if all are taken."""
+    with one_at_a_time():
+        for slot in range(SLOTS):
+            if place(slot).exists() and abandoned(place(slot)):
+                clean(slot)
+        for slot in range(SLOTS):
+            folder = place(slot)
+            try:
+                folder.mkdir(mode=0o755)
+            except FileExistsError:
+                continue
+            (folder / OWNER).write_text(f"{os.getpid()} {birth(os.getpid())}")
+            return slot, folder
     raise AssertionError(f"{place(0)} and its {SLOTS - 1} neighbours belong to other test sessions that run")
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Sessions that begin together see the same leftovers: without this one removes what the other has just made there."""
+    folder = os.open(place(0).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def abandoned(folder: Path) -> bool:
@@ -67,7 +83,7 @@ def clean(slot: int) -> None:
 
 
 def end_processes(folder: Path) -> None:
-    """Those whose HOME, as they were started, or whose first file lies in the folder: SkyPilot's servers and the machines."""
+    """Those of `ours`: SkyPilot's servers and the machines."""
     deadline = time.monotonic() + 10
     while (found := ours(folder)) and time.monotonic() < deadline:
         for pid in found:
@@ -79,6 +95,8 @@ def end_processes(folder: Path) -> None:
 
 
 def ours(folder: Path) -> list[int]:
+    """Processes whose HOME, as they were started, or whose first file lies in the folder; and those of SkyPilot that work there:
+    the title that they give themselves is written over their environment."""
     mark = f"{folder}/".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -88,11 +106,12 @@ def ours(folder: Path) -> list[int]:
         try:
             variables = (process / "environ").read_bytes().split(b"\0")
             command = (process / "cmdline").read_bytes()
+            titled = command.startswith(b"SkyPilot:") and os.readlink(process / "cwd").startswith(f"{folder}/")
             state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
         except OSError:
             continue
         home = any(one.startswith(b"HOME=" + mark) for one in variables)
-        if state != "Z" and (home or b"machine_init.py\0" + mark in command):
+        if state != "Z" and (home or titled or b"machine_init.py\0" + mark in command):
             found.append(pid)
     return found
 

@@ -180,9 +180,8 @@ class Machine:
         """Up to so many bytes, by a file of root's; only a disk of limited size."""
         assert self.booted and self.disk_bytes, "this machine's disk is this computer's"
         room = int(self.booted.run(["df", "--output=avail", "--block-size=1", "/var"]).stdout.split()[-1])
-        self.booted.run(["fallocate", "-l", str(max(room - leave, 1)), FILLER])
-        if not leave:  # whatever was freed meanwhile
-            self.booted.run(["sh", "-c", f"cat /dev/zero >> {FILLER}"])
+        # so much and no more: what is given back meanwhile is not to be taken too
+        self.booted.run(["sh", "-c", f"head -c {max(room - leave, 1)} /dev/zero >>{FILLER}"])
 
     def free_disk(self) -> None:
         assert self.booted

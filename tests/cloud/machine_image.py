@@ -24,6 +24,7 @@ CARRIED_PREFIXES = ("PIP_", "UV_")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PYTHON = "/opt/python3.10"
 PACKAGES = "/usr/local/lib/ft-python"
+RUNTIME = f"/home/{USER}/skypilot-runtime/lib/python3.10/site-packages"
 SSHD = """\
 Port 22
 UsePAM no
@@ -69,6 +70,7 @@ def prepare(folder: Path, home: Path, env: dict[str, str]) -> Path:
     layer, done = folder / "layer" / "upper", folder / "done"
     if done.exists() and done.read_text() == wheel_hash:
         put_programs(layer)
+        put_hook(layer)
         return layer
     shutil.rmtree(folder, ignore_errors=True)
     lay_out(layer)
@@ -115,10 +117,21 @@ def put_programs(layer: Path) -> None:
     """The stand-ins, as they are now: an image that is kept may have older ones."""
     programs = layer / "usr" / "local" / "bin"
     programs.mkdir(parents=True, exist_ok=True)
-    shutil.copy(HERE / "programs" / "ft_storage.py", layer / PACKAGES[1:])
+    put(HERE / "programs" / "ft_storage.py", layer / PACKAGES[1:], 0o644)
     for program in ("nvidia-smi", "gcsfuse", "gsutil", "gcloud"):
-        shutil.copy(HERE / "programs" / program, programs / program)
-        (programs / program).chmod(0o755)
+        put(HERE / "programs" / program, programs, 0o755)
+
+
+def put_hook(layer: Path) -> None:
+    put(HERE / "hook" / "sitecustomize.py", layer / RUNTIME[1:], 0o644)
+
+
+def put(file: Path, folder: Path, mode: int) -> None:
+    """Leaves alone what is the same already: machines of another session may be running from it."""
+    target = folder / file.name
+    if not target.exists() or target.read_bytes() != file.read_bytes():
+        shutil.copy(file, target)
+        target.chmod(mode)
 
 
 def get_packages(layer: Path) -> None:
@@ -166,12 +179,9 @@ def install(booted: Booted, wheel: Path, wheel_hash: str, layer: Path) -> None:
     )
     for script in (constants.UV_INSTALLATION_COMMANDS, constants.SKY_USER_ENV_CREATION_COMMANDS, runtime):
         check(booted.run(["bash", "-c", script], user=USER, env=user_env()))
-    hook = f"/home/{USER}/skypilot-runtime/lib/python3.10/site-packages/sitecustomize.py"
-    shutil.copy(HERE / "hook" / "sitecustomize.py", layer / hook[1:])
-    packages = f"/home/{USER}/skypilot-runtime/lib/python3.10/site-packages"
-    compiling = [f"/home/{USER}/skypilot-runtime/bin/python", "-m", "compileall", "-q", "-j", "2", packages]
+    put_hook(layer)
+    compiling = [f"/home/{USER}/skypilot-runtime/bin/python", "-m", "compileall", "-q", "-j", "2", RUNTIME]
     booted.run(compiling, user=USER, env=user_env())  # else every machine does it; some files of other Pythons fail
-    check(booted.run(["chmod", "644", hook], env={"PATH": PATH}))
     check(
         booted.run(
             ["rm", "-rf", f"/home/{USER}/.cache/uv", f"/home/{USER}/.sky/wheels/{wheel_hash}"], env={"PATH": PATH}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from catalog_fixture import CATALOG
 from gce_bill import Price, Stretch
+from table import figure
 from training import Run
 from world import World
 
@@ -96,7 +97,7 @@ def reckon(run: Run, folder: Path) -> Reckoning:
         tail_seconds=sum(tails),
         tail_usd=sum(tail * price(stretch) / 3600 for tail, stretch in zip(tails, stretches, strict=True)),
     )
-    print(result)
+    figure(str(result))
     assert abs(result.difference) < TOLERANCE, str(result)
     return result
 

@@ -25,6 +25,9 @@ HERE = Path(__file__).resolve().parent
 PROJECT = "text2sql-test"
 ACCOUNT = "you@example.com"
 CONFIG = "jobs:\n  controller:\n    consolidation_mode: true\n"
+API_SERVER_GB = "6"
+"""What the API server takes for the memory of its computer: at 24 GB it starts some 30 processes, each of which has everything
+still to load when its turn comes."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -79,6 +82,7 @@ def environment(home: Path, api: str, bucket: str) -> dict[str, str]:
         "GOOGLE_CLOUD_PROJECT": PROJECT,
         "STORAGE_EMULATOR_HOST": bucket,
         "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+        "SKYPILOT_POD_MEMORY_GB_LIMIT": API_SERVER_GB,
         "SKYPILOT_API_SERVER_LOCAL_PORT": str(port),
         "no_proxy": "*",
         **registry_env(),
@@ -126,7 +130,9 @@ class SkyPilot:
             process.kill()
             out, _ = process.communicate()
             raise AssertionError(f"{command}: not done in {timeout:.0f} s\n{out[-6000:]}") from None
-        return Done(command, process.returncode, out, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        print(f"{time.strftime('%X')} after {seconds:.1f} s, exit code {process.returncode}: {command[:100]}")
+        return Done(command, process.returncode, out, seconds)
 
     @contextmanager
     def ssh(self, cluster: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import leftovers
 import pytest
 
-pytestmark = pytest.mark.cloud
 HERE = Path(__file__).resolve().parent
 
 KILLED = """\
@@ -32,12 +33,16 @@ cloud = Cloud((site.google, 8080), "p", ["us-central1-a"], site.machine_addresse
 from gce_instances import parse_wish
 wish = parse_wish("us-central1-a", {{"machineType": "n1-standard-8"}})
 cloud.instances.power_on(cloud.instances.create("one-compute", wish, {{}}))
-subprocess.Popen(["sleep", "1000"], env={{"HOME": str(folder / "home"), "PATH": "/bin:/usr/bin"}}, start_new_session=True)
+path = {{"PATH": "/bin:/usr/bin"}}
+subprocess.Popen(["sleep", "1000"], env=path | {{"HOME": str(folder / "home")}}, start_new_session=True)
+titled = ["SkyPilot:executor", "1000"]
+subprocess.Popen(titled, executable="/bin/sleep", env=path, cwd=folder / "machines", start_new_session=True)
 print(slot, cloud.machine().hardware.booted.init, flush=True)
 time.sleep(1000)
 """
 
 
+@pytest.mark.cloud
 def test_what_a_killed_session_left_is_removed(bare_image: Path) -> None:
     script = KILLED.format(paths=[str(HERE), str(HERE.parent), str(HERE.parents[1])], layer=str(bare_image))
     session = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -47,21 +52,41 @@ def test_what_a_killed_session_left_is_removed(bare_image: Path) -> None:
     assert Path(f"/proc/{init}").exists() and Path(f"/sys/class/net/ft-bridge{slot}").exists()
     other, _ = leftovers.take_slot()
     assert other != slot and folder.exists(), "it is not touched as long as it lives"
-    leftovers.clean(other)
     os.kill(session.pid, signal.SIGKILL)
     session.wait()
     deadline = time.monotonic() + 5
     while Path(f"/proc/{init}/ns/pid").exists():
         assert time.monotonic() < deadline, "the machine outlives its session"
         time.sleep(0.05)
-    assert len(leftovers.ours(folder)) == 1, "the server, as it were"
+    assert len(leftovers.ours(folder)) == 2, (
+        "the server, as it were, and a process that has written over its environment"
+    )
     assert Path(f"/sys/class/net/ft-bridge{slot}").exists() and folder.exists()
     bystander = subprocess.Popen(["sleep", "100"], env={"HOME": str(folder) + "-not", "PATH": "/bin:/usr/bin"})
     again, _ = leftovers.take_slot()
-    assert again == slot or not folder.exists()
+    assert again == slot or not folder.exists(), "also where another place would do"
     assert not leftovers.ours(folder) and not Path(f"/sys/class/net/ft-bridge{slot}").exists()
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
     leftovers.clean(again)
+    leftovers.clean(other)
     assert not Path(tempfile.gettempdir(), f"ft-cloud-{again}").exists()
+
+
+def test_sessions_that_begin_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They find the same leftovers; each removes some and none takes away what another has made in their place."""
+
+    def clean(slot: int) -> None:
+        time.sleep(0.05)
+        shutil.rmtree(leftovers.place(slot), ignore_errors=True)
+
+    monkeypatch.setattr(leftovers, "place", lambda slot: tmp_path / f"ft-cloud-{slot}")
+    monkeypatch.setattr(leftovers, "clean", clean)
+    for slot in range(leftovers.SLOTS):
+        leftovers.place(slot).mkdir()
+        (leftovers.place(slot) / leftovers.OWNER).write_text("1 0")  # process 1 began at another time
+    with ThreadPoolExecutor(leftovers.SLOTS) as sessions:
+        taken = list(sessions.map(lambda _: leftovers.take_slot(), range(leftovers.SLOTS)))
+    assert sorted(slot for slot, _ in taken) == list(range(leftovers.SLOTS))
+    assert all((folder / leftovers.OWNER).exists() for _, folder in taken)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from reckoning import catalog_price, check_nothing_left, reckon
+from table import figure
 from training import BUCKET, LONG_SAVE_STEPS, STEPS, Run, launch, long_run, wait_for_tensorboard
 from whole import Whole
 from world import World
@@ -27,7 +28,7 @@ GONE = 2
 @pytest.mark.xdist_group("whole")
 def test_train_a100_as_typed(world: World, whole: Whole) -> None:
     """Scenario 1: policy, spot machine, bucket, data, set-up, training, checkpoints in the bucket, autodown."""
-    print(f"launch to the end of training: {whole.seconds:.0f} s")
+    figure(f"launch to the end of training: {whole.seconds:.0f} s")
     assert "finetune: of " in whole.said, "the policy has chosen"
     assert whole.machine.wish.gpu == "A100" and whole.machine.wish.spot
     assert (whole.record["status"], whole.record["steps"]["done"]) == ("done", STEPS)
@@ -49,7 +50,7 @@ def test_out_of_stock(world: World, project: Path, monkeypatch: pytest.MonkeyPat
             world.cloud.market.set_stock(0, gpu="A100", spot=False, zone=offer.zone, code=code)
     launched = world.sky.run(*launch("train_a100", "-d", "-c", "stock", RUN_NAME="stock"), cwd=project).ok()
     wish, asked = world.cloud.machine("stock").wish, world.asked_for()
-    print(f"launch {launched.seconds:.0f} s; asked {asked}")
+    figure(f"launch {launched.seconds:.0f} s; asked {asked}")
     assert (wish.spot, wish.region) == (False, left.region)
     assert {zone.rpartition("-")[0] for _, spot, zone in asked if not spot} == {*gone, left.region}
     price = catalog_price(world.sky.home)
@@ -69,7 +70,7 @@ def test_the_cheapest_in_the_order_of_the_plan(world: World, project: Path) -> N
     launched = world.sky.run(*words, cwd=project).ok()
     wish = world.cloud.machine("cheap").wish
     asked = list(dict.fromkeys((gpu, spot) for gpu, spot, _ in world.asked_for()))
-    print(f"launch {launched.seconds:.0f} s; planned {kinds}, asked {asked}")
+    figure(f"launch {launched.seconds:.0f} s; planned {kinds}, asked {asked}")
     assert asked == kinds[: GONE + 1]
     assert (wish.gpu, wish.spot) == kinds[GONE]
     world.sky.run("down", "-y", "cheap").ok()
@@ -83,7 +84,8 @@ def test_a_ceiling_below_every_price(world: World, project: Path) -> None:
     assert low != task
     (project / "sky" / "low.yaml").write_text(low, encoding="utf-8")
     refused = world.sky.run(*launch("low", "-c", "low", BUCKET="ft-nobody"), cwd=project)
-    print(f"refused after {refused.seconds:.0f} s\n{refused.out}")
+    print(refused.out)
+    figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code != 0
     assert "no machine is allowed" in refused.out and "max_hourly_cost" in refused.out
     assert not world.asked_for()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from gce import Instance
 from reckoning import check_nothing_left, reckon
+from table import figure
 from training import (
     CONFIG,
     HEARTBEAT_SECONDS,
@@ -28,7 +29,7 @@ from world import World
 pytestmark = pytest.mark.cloud
 SLOW_UPLOADS = 40_000
 """Bytes a second: a checkpoint of the tiny model takes seconds."""
-BUDGET_SECONDS = 300
+BUDGET_SECONDS = 240
 """Of a machine, that the budget of scenario 5 pays for."""
 NOTHING_SECONDS = 20
 """In which nothing may happen to a run that was stopped at its budget; the controller looks more often."""
@@ -47,7 +48,7 @@ def test_preempted_three_times(world: World, project: Path, whole: Whole, tmp_pa
     sell_out(world, first)
     world.cloud.preempt(first)
     second = world.cloud.wait_for_machine("thrice", 300, other_than=first)
-    print(f"with notice: on a new machine after {time.monotonic() - began:.0f} s, from step {max(run.committed())}")
+    figure(f"with notice: on a new machine after {time.monotonic() - began:.0f} s, from step {max(run.committed())}")
 
     run.wait_for_step(max(run.committed()) + 2 * SAVE_STEPS)
     world.site.upload_bytes_per_second = SLOW_UPLOADS  # of the next machine
@@ -55,7 +56,7 @@ def test_preempted_three_times(world: World, project: Path, whole: Whole, tmp_pa
     sell_out(world, second)
     world.cloud.crash(second)
     third = world.cloud.wait_for_machine("thrice", 300, other_than=second)
-    print(f"without notice: on a new machine after {time.monotonic() - began:.0f} s, from step {max(run.committed())}")
+    figure(f"without notice: on a new machine after {time.monotonic() - began:.0f} s, from step {max(run.committed())}")
 
     world.site.upload_bytes_per_second = 0
     half = run.wait_for_half_a_checkpoint()
@@ -63,7 +64,7 @@ def test_preempted_three_times(world: World, project: Path, whole: Whole, tmp_pa
     world.cloud.crash(third)
     began = time.monotonic()
     world.cloud.wait_for_machine("thrice", 300, other_than=third)
-    print(f"during the upload of step {half}: on a new machine after {time.monotonic() - began:.0f} s")
+    figure(f"during the upload of step {half}: on a new machine after {time.monotonic() - began:.0f} s")
 
     run.wait_for_status("done", 400)
     queue = wait_for_job(world, "thrice", "SUCCEEDED")
@@ -99,7 +100,7 @@ def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> 
     wait_for_job(world, "poor", "SUCCEEDED")
     world.cloud.assert_empty(60)
     reckoning = reckon(run, tmp_path / "stopped")
-    print(f"budget ${budget}")
+    figure(f"budget ${budget}")
     assert budget * 0.9 < reckoning.ledger_usd <= budget
     assert reckoning.bill_usd - reckoning.tail_usd < budget * (1 + HEARTBEAT_SECONDS / BUDGET_SECONDS)
     newest, passed_over = newest_checkpoint(tmp_path / "stopped" / "poor")

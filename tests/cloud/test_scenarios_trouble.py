@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from reckoning import catalog_price, check_nothing_left
+from table import figure
 from training import BUCKET, launch
 from world import World
 
 pytestmark = pytest.mark.cloud
 CEILING = 4.50
 """US dollars an hour: max_hourly_cost of sky/train_a100.yaml."""
-WITHIN = 30
+WITHIN = 60
 """Seconds in which what needs no machine has to be refused; 5 of a free computer."""
-
-
-@pytest.fixture(autouse=True)
-def all_is_well_again(world: World) -> Iterator[None]:
-    yield
-    world.buckets.allow()
-    world.sky.expire_login(False)
-    world.cloud.faults.clear()
 
 
 def test_no_gpu_quota(world: World, project: Path) -> None:
     """As every new project has it: the message names the quota, and SkyPilot does not go through all regions."""
     world.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)
     refused = world.sky.run(*launch("train_a100", "-c", "none", RUN_NAME="none"), cwd=project)
-    print(f"refused after {refused.seconds:.0f} s; asked {world.asked_for()}")
+    figure(f"refused after {refused.seconds:.0f} s; asked {world.asked_for()}")
     assert refused.code == 1
     assert "QUOTA_EXCEEDED" in refused.out and "Quota 'GPUS_ALL_REGIONS' exceeded.  Limit: 0.0 globally" in refused.out
     assert len(world.asked_for()) == 2, "one for spot, one on demand"
@@ -44,7 +36,7 @@ def test_no_spot_quota(world: World, project: Path) -> None:
         world.cloud.market.set_quota("PREEMPTIBLE_NVIDIA_A100_GPUS", 0, region)
     launched = world.sky.run(*launch("train_a100", "-d", "-c", "dear", RUN_NAME="dear"), cwd=project).ok()
     machine, asked = world.cloud.machine("dear"), world.asked_for()
-    print(f"launch {launched.seconds:.0f} s; asked {asked}")
+    figure(f"launch {launched.seconds:.0f} s; asked {asked}")
     assert f"Found no quota for a2-highgpu-1g spot instances in region {machine.wish.region} in GCP" in launched.out
     assert len(asked) == 1, "SkyPilot looks at the quota before it wants a machine"
     assert machine.wish.gpu == "A100" and not machine.wish.spot
@@ -57,7 +49,7 @@ def test_no_spot_quota(world: World, project: Path) -> None:
 def test_an_expired_login(world: World, project: Path) -> None:
     world.sky.expire_login()
     refused = world.sky.run(*launch("train_a100", "-c", "old", RUN_NAME="old"), cwd=project)
-    print(f"refused after {refused.seconds:.0f} s")
+    figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < WITHIN
     assert (
         "finetune: Google refuses this login, which has expired or been withdrawn; run `gcloud auth login` and "
@@ -71,7 +63,7 @@ def test_an_expired_login(world: World, project: Path) -> None:
 def test_a_forbidden_bucket(world: World, project: Path) -> None:
     world.buckets.forbid(BUCKET)
     refused = world.sky.run(*launch("train_a100", "-c", "shut", RUN_NAME="shut"), cwd=project)
-    print(f"refused after {refused.seconds:.0f} s")
+    figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < WITHIN
     assert (
         f"finetune: bucket gs://{BUCKET}: Google forbids this account to see it; ask for the role Storage Admin, or launch "
@@ -86,7 +78,7 @@ def test_a_bucket_that_may_only_be_read(world: World, project: Path) -> None:
     world.buckets.make("read-only")
     world.buckets.forbid("read-only", "storage.objects.create", "storage.objects.delete")
     refused = world.sky.run(*launch("train_a100", "-c", "ro", RUN_NAME="ro", BUCKET="read-only"), cwd=project)
-    print(f"refused after {refused.seconds:.0f} s")
+    figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < WITHIN
     assert (
         "finetune: bucket gs://read-only: this account lacks storage.objects.create, storage.objects.delete, so a run could not "
@@ -114,7 +106,7 @@ def test_a_minute_of_refused_machines(world: World, project: Path) -> None:
     words = launch("train_a100", "-d", "-c", "later", "--retry-until-up", RUN_NAME="later")
     launched = world.sky.run(*words, cwd=project).ok()
     at = [call.at - began for call in world.cloud.calls if call.path.endswith("/bulkInsert")]
-    print(f"launch {launched.seconds:.0f} s; asked {len(at)} times, the last after {at[-1]:.0f} s")
+    figure(f"launch {launched.seconds:.0f} s; asked {len(at)} times, the last after {at[-1]:.0f} s")
     assert "Got return code 'backendError' in " in launched.out
     assert len(at) > 2 and at[-1] > 50, "the minute was felt"
     (stretch,) = world.cloud.bill.stretches
@@ -126,7 +118,7 @@ def test_a_minute_of_refused_machines(world: World, project: Path) -> None:
 def test_a_minute_without_any_api(world: World, project: Path) -> None:
     world.cloud.faults.add("", 503, "backendError", seconds=60)
     refused = world.sky.run(*launch("train_a100", "-c", "down", RUN_NAME="down"), cwd=project)
-    print(f"refused after {refused.seconds:.0f} s")
+    figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1
     assert "googleapiclient error (HttpError): <HttpError 503" in refused.out
     world.cloud.faults.clear()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from reckoning import check_nothing_left
+from table import figure
 from training import Run, launch
 from whole import NAME, Whole
 from world import World
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.cloud
 def test_a_run_is_scored(world: World, project: Path, whole: Whole) -> None:
     """`sky launch sky/evaluate.yaml` of a run in the bucket: both models scored, the report beside it."""
     scored = world.sky.run(*launch("evaluate", "-c", "score", "-i", "0", "--down", RUN_NAME=NAME), cwd=project).ok()
-    print(f"launch to the report: {scored.seconds:.0f} s")
+    figure(f"launch to the report: {scored.seconds:.0f} s")
     run = Run(world, NAME)
     assert {"eval.json", "report.html", "report.md", "summary.json"} <= set(run.objects())
     summary = json.loads(run.read("summary.json"))

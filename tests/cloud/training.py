@@ -163,7 +163,7 @@ class Run:
         deadline = time.monotonic() + seconds
         while max(self.committed(), default=0) < step:
             assert time.monotonic() < deadline, f"{self.name}: no checkpoint of step {step}; {self.last_words()}"
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     def wait_for_half_a_checkpoint(self, seconds: float = 240) -> int:
         """The step of a checkpoint newer than all committed ones, of which some files are in the bucket."""
@@ -173,7 +173,7 @@ class Run:
             if newest > max(self.committed(), default=0):
                 return newest
             assert time.monotonic() < deadline, f"{self.name}: no checkpoint is on its way; {self.last_words()}"
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def wait_for_status(self, status: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds

@@ -38,6 +38,23 @@ class World:
     site: Site
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def empty(self) -> None:
+        """No machines and disks, nothing on the bill, nothing that anybody is forbidden or short of."""
+        self.all_well()
+        self.cloud.wipe()
+        self.cloud.bill.stretches.clear()
+        self.cloud.calls.clear()
+
+    def all_well(self) -> None:
+        """Takes back all trouble that was ordered; machines stay."""
+        self.site.write_back = self.site.upload_bytes_per_second = self.site.disk_bytes = 0
+        self.buckets.allow()
+        self.cloud.faults.clear()
+        self.sky.expire_login(False)
+        for instance in self.cloud.machines():
+            if isinstance(instance.hardware, Machine) and instance.hardware.booted:
+                self.cloud.mend(instance)
+
     def machine(self, cluster: str = "") -> Machine:
         """The hardware of the newest running machine."""
         hardware = self.cloud.machine(cluster).hardware

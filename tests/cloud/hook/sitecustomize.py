@@ -5,7 +5,6 @@ a machine, by /etc/ft-machine.json. Knows Python 3.10, because SkyPilot's runtim
 """
 
 import importlib.abc
-import importlib.util
 import json
 import os
 import pathlib
@@ -84,11 +83,18 @@ def _controller_utils(module):
     module.get_number_of_jobs_controllers = lambda: 1
 
 
+def _events(module):
+    """On a machine SkyPilot looks once a minute whether it is idle, and every five whether a job's process has gone."""
+    module.StopEvent.EVENT_INTERVAL_SECONDS = 20
+    module.JobSchedulerEvent.EVENT_INTERVAL_SECONDS = 60
+
+
 CHANGES = {
     "google.auth": _google_auth,
     "googleapiclient.discovery": _discovery,
     "google.cloud.storage.client": _storage,
     "sky.backends.backend_utils": _backend_utils,
+    "sky.skylet.events": _events,
     "sky.utils.controller_utils": _controller_utils,
 }
 
@@ -96,17 +102,11 @@ CHANGES = {
 class _Finder(importlib.abc.MetaPathFinder):
     """Lets the others find a module, and changes it after it was loaded."""
 
-    def __init__(self):
-        self.busy = set()
-
     def find_spec(self, name, path=None, target=None):
-        if name not in CHANGES or name in self.busy:
+        if name not in CHANGES:
             return None
-        self.busy.add(name)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self.busy.discard(name)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module
