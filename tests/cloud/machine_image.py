@@ -25,6 +25,8 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PYTHON = "/opt/python3.10"
 PACKAGES = "/usr/local/lib/ft-python"
 RUNTIME = f"/home/{USER}/skypilot-runtime/lib/python3.10/site-packages"
+RAY = {"RAY_worker_niceness": "5"}
+"""By itself Ray gives jobs 15, at which training here starves: several machines share these processors."""
 SSHD = """\
 Port 22
 UsePAM no
@@ -100,7 +102,7 @@ def lay_out(layer: Path) -> None:
     os.setxattr(layer / "var" / "tmp", "trusted.overlay.opaque", b"y")  # a machine is not to see this computer's
     (layer / "var" / "tmp").chmod(0o1777)
     (layer / "etc" / "ssh").mkdir(parents=True)
-    (layer / "etc" / "ssh" / "sshd_config").write_text(SSHD + "".join(set_env()), encoding="utf-8")
+    (layer / "etc" / "ssh" / "sshd_config").write_text(SSHD + set_env(), encoding="utf-8")
     (layer / "etc" / "fuse.conf").write_text("user_allow_other\n", encoding="utf-8")
     (layer / "etc" / "sudoers.d").mkdir(mode=0o750)
     (layer / "etc" / "sudoers.d" / "ft-cloud").write_text(f"{USER} ALL=(ALL) NOPASSWD:ALL\n", encoding="utf-8")
@@ -146,10 +148,10 @@ def machine_requirements() -> list[str]:
     return [line.split("#")[0].strip() for line in lines if line.startswith(("uv==", "mfusepy=="))]
 
 
-def set_env() -> list[str]:
+def set_env() -> str:
     """sshd's line for the variables of every session; it reads only the first such line."""
-    found = [f'{name}="{text}"' for name, text in sorted(registry_env().items())]
-    return [f"SetEnv {' '.join(found)}\n"] if found else []
+    found = [f'{name}="{text}"' for name, text in sorted((registry_env() | RAY).items())]
+    return f"SetEnv {' '.join(found)}\n"
 
 
 def make_user(booted: Booted) -> None:
