@@ -25,9 +25,9 @@ HERE = Path(__file__).resolve().parent
 PROJECT = "text2sql-test"
 ACCOUNT = "you@example.com"
 CONFIG = "jobs:\n  controller:\n    consolidation_mode: true\n"
-API_SERVER_GB = "6"
-"""What the API server takes for the memory of its computer: at 24 GB it starts some 30 processes, each of which has everything
-still to load when its turn comes."""
+API_SERVER_GB = "10"
+"""What the API server takes for the memory of its computer. Of 24 GB it starts 61 processes for short requests; of 6 GB 6, all
+busy with its own daemons, and each request waits five seconds for a process of its own (measured)."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
