@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import os
-import shutil
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google_fixture import GoogleHandler, google_for_gcloud
 
 from finetune.cloud import gcloud_ask, quota
 from finetune.cloud.gcloud_ask import ask
@@ -39,39 +36,16 @@ ANSWERS = {
 }
 
 
-class Google(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        code, value = ANSWERS[self.path.partition("?")[0]]
-        body = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+class Google(GoogleHandler):
+    def answer(self) -> tuple[int, dict[str, Any]]:
+        return ANSWERS[self.path.partition("?")[0]]
 
 
 @pytest.fixture
 def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The real gcloud, logged in with a made-up token, and Google's APIs on this machine."""
-    if shutil.which("gcloud") is None:
-        pytest.skip("gcloud is not installed")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Google)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    (tmp_path / "token").write_text("made-up")
-    for name in [name for name in os.environ if name.startswith("CLOUDSDK_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
-    monkeypatch.setenv("CLOUDSDK_AUTH_ACCESS_TOKEN_FILE", str(tmp_path / "token"))
-    monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE", f"{address}/compute/v1/")
-    monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE", f"{address}/storage/v1/")
     monkeypatch.setattr(gcloud_ask, "SECONDS", 60.0)
-    yield
-    server.shutdown()
-    server.server_close()
+    with google_for_gcloud(Google, tmp_path, monkeypatch):
+        yield
 
 
 def test_the_real_gcloud_answers_what_is_read(google: None) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
-import json
-import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +11,7 @@ import pytest
 import real_sky
 from gce_bill import Stretch
 from gce_market import Wish
+from google_fixture import GoogleHandler, google_for_gcloud
 from real import RealCloud
 from real_bill import RealBill
 from real_gcloud import Gcloud, RealBuckets, machine_of
@@ -192,12 +189,12 @@ def test_the_bucket_under_the_scenarios_name(gcloud: Gcloud, stand_in: StandIn) 
     assert RealBuckets(gcloud, "other", "alias").names() == []
 
 
-class Google(http.server.BaseHTTPRequestHandler):
+class Google(GoogleHandler):
     """Compute and storage, as far as the real gcloud asks them here."""
 
     asked: ClassVar[list[str]] = []
 
-    def do_GET(self) -> None:
+    def answer(self) -> tuple[int, object]:
         parts = urlsplit(self.path)
         self.asked.append(f"{self.command} {parts.path}")
         answer: object = {"error": {"code": 404, "message": "not here"}}
@@ -217,16 +214,7 @@ class Google(http.server.BaseHTTPRequestHandler):
             answer = _object("runs/a/run.json")
         elif parts.path.endswith("/b/real"):
             answer = {"kind": "storage#bucket", "name": "real"}
-        body = json.dumps(answer).encode()
-        self.send_response(404 if isinstance(answer, dict) and "error" in answer else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_POST = do_DELETE = do_GET
-
-    def log_message(self, *_: object) -> None: ...
+        return 404 if isinstance(answer, dict) and "error" in answer else 200, answer
 
 
 def _object(name: str) -> dict[str, str]:
@@ -236,21 +224,9 @@ def _object(name: str) -> dict[str, str]:
 
 @pytest.fixture
 def real_gcloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gcloud]:
-    """The installed program, with a made-up token, and Google's APIs on this computer."""
-    if shutil.which("gcloud") is None:
-        pytest.skip("gcloud is not installed")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Google)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    (tmp_path / "token").write_text("made-up")
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
-    monkeypatch.setenv("CLOUDSDK_AUTH_ACCESS_TOKEN_FILE", str(tmp_path / "token"))
-    monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE", f"{address}/compute/v1/")
-    monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE", f"{address}/storage/v1/")
     Google.asked.clear()
-    yield Gcloud("p")
-    server.shutdown()
-    server.server_close()
+    with google_for_gcloud(Google, tmp_path, monkeypatch):
+        yield Gcloud("p")
 
 
 def test_the_real_gcloud_understands_what_is_asked(real_gcloud: Gcloud) -> None:
