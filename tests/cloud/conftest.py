@@ -15,7 +15,6 @@ for folder in (HERE.parent, HERE):  # tests/ for its fixtures, and our own modul
         sys.path.insert(0, str(folder))
 
 import machine_image  # noqa: E402
-from machine_process import Booted  # noqa: E402
 from machine_project import checkout  # noqa: E402
 from possible import REQUIRED, missing  # noqa: E402
 from training import add_training  # noqa: E402
@@ -85,11 +84,6 @@ def bare_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     skip_unless_possible()
     folder = tmp_path_factory.mktemp("image") / "layer"
     machine_image.lay_out(folder / "upper")
-    settings = {"name": "image", "folder": str(folder), "image": None, "network": None, "services": [], "env": {}}
-    booted = Booted(settings, own_network=False)
-    try:
-        booted.boot()
+    with machine_image.running(folder) as booted:
         machine_image.make_user(booted)
-    finally:
-        booted.power_off()
     return folder / "upper"

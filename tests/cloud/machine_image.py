@@ -11,7 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from machine_process import Booted
 from possible import python310
@@ -76,23 +79,23 @@ def prepare(folder: Path, home: Path, env: dict[str, str]) -> Path:
         return layer
     shutil.rmtree(folder, ignore_errors=True)
     lay_out(layer)
-    settings = {
-        "name": "image",
-        "folder": str(folder / "layer"),
-        "image": None,
-        "network": None,
-        "services": [],
-        "env": {},
-    }
-    booted = Booted(settings, own_network=False)
-    try:
-        booted.boot()
+    with running(folder / "layer") as booted:
         make_user(booted)
         install(booted, wheel, wheel_hash, layer)
-    finally:
-        booted.power_off()
     done.write_text(wheel_hash)
     return layer
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Booted]:
+    """The image whose layer is `folder`/upper, in the network of this computer, so that things can be installed in it."""
+    settings: dict[str, Any] = {"name": "image", "folder": str(folder), "image": None, "network": None, "services": []}
+    booted = Booted(settings | {"env": {}}, own_network=False)
+    try:
+        booted.boot()
+        yield booted
+    finally:
+        booted.power_off()
 
 
 def lay_out(layer: Path) -> None:

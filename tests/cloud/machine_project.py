@@ -11,8 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from machine_image import USER, check, user_env
-from machine_process import Booted
+from machine_image import USER, check, running, user_env
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKDIR = f"/home/{USER}/sky_workdir"
@@ -49,10 +48,7 @@ def prepare_project(image: Path) -> None:
     if done.exists() and done.read_text() == key:
         return
     folder = image / "layer"
-    settings = {"name": "image", "folder": str(folder), "image": None, "network": None, "services": [], "env": {}}
-    booted = Booted(settings, own_network=False)
-    try:
-        booted.boot()
+    with running(folder) as booted:
         place = folder / "upper" / WORKDIR[1:]
         shutil.rmtree(place, ignore_errors=True)
         checkout(place)
@@ -63,6 +59,4 @@ def prepare_project(image: Path) -> None:
         packages = f"/home/{USER}/finetune-env/lib/python3.11/site-packages"
         booted.run(["python3.11", "-m", "compileall", "-q", "-j", "2", packages], user=USER, env=env, timeout=900)
         check(booted.run(["rm", "-rf", WORKDIR, f"/home/{USER}/.cache"], env=user_env()))
-    finally:
-        booted.power_off()
     done.write_text(key)
