@@ -36,18 +36,18 @@ import stat
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
+
+from json_server import JsonHandler, serving
 
 Json = dict[str, Any]
 HERE = Path(__file__).resolve().parent
@@ -240,38 +240,20 @@ def bucket_stand_in() -> Iterator[tuple[Buckets, dict[str, str]]]:
     """
     buckets = Buckets()
 
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, status: int, body: Json) -> None:
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def do_GET(self) -> None:
+    class Handler(JsonHandler):
+        def answer(self) -> tuple[int, Json]:
             path = urlsplit(self.path).path
+            if self.command == "POST":
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                buckets.asked.append(f"POST {path} {body['name']}")
+                buckets.made[body["name"]] = body
+                return 200, body
             buckets.asked.append(f"GET {path}")
             name = path.removeprefix("/storage/v1/b/")
             if name in buckets.forbidden:
-                self.reply(403, {"error": {"code": 403, "message": "does not have storage.buckets.get access"}})
-                return
+                return 403, {"error": {"code": 403, "message": "does not have storage.buckets.get access"}}
             found = buckets.made.get(name)
-            self.reply(200 if found else 404, found or {"error": {"code": 404, "message": f"no bucket {name}"}})
+            return 200 if found else 404, found or {"error": {"code": 404, "message": f"no bucket {name}"}}
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            buckets.asked.append(f"POST {urlsplit(self.path).path} {body['name']}")
-            buckets.made[body["name"]] = body
-            self.reply(200, body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield buckets, {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.server_port}"}
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as address:
+        yield buckets, {"STORAGE_EMULATOR_HOST": address}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google_fixture import GoogleHandler, google_for_gcloud
+from google_fixture import google_for_gcloud
+from json_server import JsonHandler
 
 from finetune.cloud import gcloud_ask, quota
 from finetune.cloud.gcloud_ask import ask
@@ -36,7 +37,7 @@ ANSWERS = {
 }
 
 
-class Google(GoogleHandler):
+class Google(JsonHandler):
     def answer(self) -> tuple[int, dict[str, Any]]:
         return ANSWERS[self.path.partition("?")[0]]
 

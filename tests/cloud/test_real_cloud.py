@@ -11,7 +11,8 @@ import pytest
 import real_sky
 from gce_bill import Stretch
 from gce_market import Wish
-from google_fixture import GoogleHandler, google_for_gcloud
+from google_fixture import google_for_gcloud
+from json_server import JsonHandler
 from real import RealCloud
 from real_bill import RealBill
 from real_gcloud import Gcloud, RealBuckets, machine_of
@@ -189,7 +190,7 @@ def test_the_bucket_under_the_scenarios_name(gcloud: Gcloud, stand_in: StandIn) 
     assert RealBuckets(gcloud, "other", "alias").names() == []
 
 
-class Google(GoogleHandler):
+class Google(JsonHandler):
     """Compute and storage, as far as the real gcloud asks them here."""
 
     asked: ClassVar[list[str]] = []
