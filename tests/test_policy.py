@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from catalog_fixture import lay_out_catalog
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from json_server import JsonHandler, serving
 from sky_home import SkyWorker, bucket_stand_in, fake_gcloud_home
 
 from finetune.cloud.instance import Machine, price_in
@@ -302,18 +301,9 @@ def test_an_expired_login_is_told_before_anything_starts(tmp_path: Path) -> None
 
 @contextmanager
 def token_service_that_refuses() -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_response(400)
-            self.end_headers()
-            self.wfile.write(b'{"error": "invalid_grant", "error_description": "Token has been expired or revoked."}')
+    class Handler(JsonHandler):
+        def answer(self) -> tuple[int, Json]:
+            return 400, {"error": "invalid_grant", "error_description": "Token has been expired or revoked."}
 
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/token"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Handler) as address:
+        yield f"{address}/token"

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.cloud.gcloud import bucket_name, local_login
@@ -47,50 +50,78 @@ def fill_bucket(task: Any, say: Any) -> None:
     say(f"finetune: bucket gs://{name}" + ("" if known or by_address else ", to be made"))
 
 
+@dataclass
+class _Answer:
+    """What Google has said about a bucket so far. lacking: of NEEDED; error: of one of several libraries."""
+
+    is_there: bool = False
+    lacking: list[str] = field(default_factory=list)
+    error: Exception | None = None
+
+
 def _is_there(name: str) -> bool:
     """Whether the bucket has been made. False too when Google gives no answer within SECONDS: SkyPilot asks again, and then
     says what is wrong."""
     from google.auth.exceptions import RefreshError
-    from sky.adaptors import gcp
 
-    answers: list[bool | Exception] = []
-    allowed: list[str] = list(NEEDED)
-    try:
-        client = gcp.storage_client()  # its import takes most of a second, which is not Google's
-    except Exception:  # SkyPilot says what is wrong
-        return False
-
-    def look() -> None:
-        try:
-            bucket = client.lookup_bucket(name)
-            answers.append(bucket is not None)
-            if bucket is not None:
-                allowed[:] = bucket.test_iam_permissions(list(NEEDED))  # no answer to it is no reason against a launch
-        except Exception as error:  # of several libraries below
-            answers.append(error)
-        finally:
-            retries.setLevel(level)
-
-    retries = logging.getLogger("urllib3.connectionpool")
-    level = retries.level
-    retries.setLevel(logging.ERROR)  # without network it would warn of each attempt
-    asking = threading.Thread(target=look, daemon=True)
-    asking.start()
-    asking.join(SECONDS)
-    answer = answers[0] if answers else False
-    if isinstance(answer, RefreshError) and not answer.retryable:
+    answer = _ask(name)
+    if isinstance(answer.error, RefreshError) and not answer.error.retryable:
         raise UserError(
             "Google refuses this login, which has expired or been withdrawn; run `gcloud auth login` and "
             "`gcloud auth application-default login`"
         )
-    if getattr(answer, "code", None) == FORBIDDEN:
+    if getattr(answer.error, "code", None) == FORBIDDEN:
         raise UserError(
             f"bucket gs://{name}: Google forbids this account to see it; ask for the role Storage Admin, or launch with "
             f"--env {VARIABLE}=NAME"
         )
-    if lacking := [one for one in NEEDED if one not in allowed]:
+    if answer.lacking:
         raise UserError(
-            f"bucket gs://{name}: this account lacks {', '.join(lacking)}, so a run could not keep its checkpoints there; ask "
-            f"for the role Storage Object Admin on it, or launch with --env {VARIABLE}=NAME"
+            f"bucket gs://{name}: this account lacks {', '.join(answer.lacking)}, so a run could not keep its checkpoints "
+            f"there; ask for the role Storage Object Admin on it, or launch with --env {VARIABLE}=NAME"
         )
-    return answer is True
+    return answer.is_there
+
+
+def _ask(name: str) -> _Answer:
+    """The answer after SECONDS at most."""
+    from sky.adaptors import gcp
+
+    answer = _Answer()
+    try:
+        client = gcp.storage_client()  # its import takes most of a second, which is not Google's
+    except Exception:  # SkyPilot says what is wrong
+        return answer
+
+    def look() -> None:
+        try:
+            bucket = client.lookup_bucket(name)
+        except Exception as error:
+            answer.error = error
+            return
+        answer.is_there = bucket is not None
+        if bucket is not None:
+            with suppress(Exception):  # no answer to it is no reason against a launch
+                allowed = bucket.test_iam_permissions(list(NEEDED))
+                answer.lacking = [one for one in NEEDED if one not in allowed]
+
+    def look_quietly() -> None:
+        with _no_warnings_of_retries():  # here, because it may outlast our patience
+            look()
+
+    asking = threading.Thread(target=look_quietly, daemon=True)
+    asking.start()
+    asking.join(SECONDS)
+    return answer
+
+
+@contextmanager
+def _no_warnings_of_retries() -> Iterator[None]:
+    """Without a network the library below would warn of each attempt."""
+    retries = logging.getLogger("urllib3.connectionpool")
+    level = retries.level
+    retries.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        retries.setLevel(level)

@@ -190,9 +190,10 @@ class Instances:
         with instance.lock:
             if instance.hardware:
                 instance.hardware.power_off()
-                instance.hardware.discard()
             instance.status = TERMINATED
             self._turn_over(instance, why, running=None)
+            if instance.hardware:
+                instance.hardware.discard()  # takes seconds, which are this computer's and not on the bill
             with self.lock:
                 self.found.pop((instance.wish.zone, instance.name), None)
 

@@ -47,7 +47,7 @@ class Done:
 
 
 def make_home(home: Path) -> None:
-    """A login to Google Cloud that is none, SkyPilot's settings and its price catalog. Skips the test without a catalog."""
+    """A login to Google Cloud that is none, SkyPilot's settings and its price catalog."""
     gcloud = home / ".config" / "gcloud"
     (gcloud / "configurations").mkdir(parents=True)
     (gcloud / "active_config").write_text("default")

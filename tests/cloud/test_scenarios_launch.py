@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from reckoning import catalog_price, check_nothing_left, reckon
 from table import figure
-from training import BUCKET, LONG_SAVE_STEPS, STEPS, Run, launch, long_run, wait_for_tensorboard
+from training import BUCKET, LONG_SAVE_STEPS, SHORT, STEPS, Run, launch, long_run, wait_for_tensorboard
 from whole import Whole
 from world import World
 
@@ -36,7 +36,7 @@ def test_train_a100_as_typed(world: World, whole: Whole) -> None:
     assert any(name.startswith("data/") for name in world.buckets.objects(BUCKET))
 
 
-def test_out_of_stock(world: World, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_stock(world: World, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scenario 2: no spot A100 anywhere, none on demand in the two cheapest regions; the next cheapest gets the launch."""
     monkeypatch.setenv("HOME", str(world.sky.home))  # the catalog that SkyPilot has there
     offers = load_catalog().offers("A100", machine="a2-highgpu-1g", spot=False)
@@ -48,14 +48,15 @@ def test_out_of_stock(world: World, project: Path, monkeypatch: pytest.MonkeyPat
         if offer.region in gone:
             code = "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS"
             world.cloud.market.set_stock(0, gpu="A100", spot=False, zone=offer.zone, code=code)
-    launched = world.sky.run(*launch("train_a100", "-d", "-c", "stock", RUN_NAME="stock"), cwd=project).ok()
+    launched = world.sky.run(*launch("train_a100", "-c", "stock", overrides=SHORT, RUN_NAME="stock"), cwd=project).ok()
     wish, asked = world.cloud.machine("stock").wish, world.asked_for()
-    figure(f"launch {launched.seconds:.0f} s; asked {asked}")
+    figure(f"launch to the end of training: {launched.seconds:.0f} s; asked {asked}")
     assert (wish.spot, wish.region) == (False, left.region)
     assert {zone.rpartition("-")[0] for _, spot, zone in asked if not spot} == {*gone, left.region}
     price = catalog_price(world.sky.home)
     assert all(price(stretch) <= CEILING for stretch in world.cloud.bill.stretches)
     world.sky.run("down", "-y", "stock").ok()
+    reckon(Run(world, "stock"), tmp_path)
     check_nothing_left(world)
 
 
@@ -63,7 +64,8 @@ def test_the_cheapest_in_the_order_of_the_plan(world: World, project: Path) -> N
     """Scenario 3: the first kinds of machine of `finetune plan` are out of stock; the next one of it gets the launch."""
     planned = world.sky.program("finetune", "plan", MISTRAL, "--json", cwd=project).ok()
     rows = [row for row in json.loads(planned.out)["rows"] if row["chosen"]]
-    kinds = [(row["gpu"], row["spot"]) for row in sorted(rows, key=lambda row: row["usd"])]
+    rows.sort(key=lambda row: row["usd"])
+    kinds = [(row["gpu"], row["spot"]) for row in rows]
     for gpu, spot in kinds[:GONE]:
         world.cloud.market.set_stock(0, gpu=gpu, spot=spot)
     words = launch("train_cheapest", "-d", "-c", "cheap", RUN_NAME="cheap", CONFIG=MISTRAL)
@@ -73,6 +75,8 @@ def test_the_cheapest_in_the_order_of_the_plan(world: World, project: Path) -> N
     figure(f"launch {launched.seconds:.0f} s; planned {kinds}, asked {asked}")
     assert asked == kinds[: GONE + 1]
     assert (wish.gpu, wish.spot) == kinds[GONE]
+    (stretch,) = world.cloud.bill.stretches
+    assert catalog_price(world.sky.home)(stretch) == pytest.approx(rows[GONE]["usd_per_hour"], abs=1e-4)
     world.sky.run("down", "-y", "cheap").ok()
     check_nothing_left(world)
 

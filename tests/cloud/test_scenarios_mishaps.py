@@ -96,10 +96,15 @@ def test_a_disk_that_is_full_at_once(world: World, project: Path, tmp_path: Path
     run = Run(world, "brim")
     run.wait_for_step(2 * LONG_SAVE_STEPS)
     world.machine("brim").fill_disk()
-    began = time.monotonic()
+    filled = time.time()
     world.cloud.assert_empty(AUTOSTOP_SECONDS)
-    figure(f"gone after {time.monotonic() - began:.0f} s")
-    assert kept_in(run, tmp_path).name == f"step-{max(run.committed())}"
+    assert kept_in(run, tmp_path / "stopped").name == f"step-{max(run.committed())}"
+    (attempt,), (stretch,) = run.account(tmp_path / "ledger").attempts, world.cloud.bill.stretches
+    figure(
+        f"gone after {time.time() - filled:.0f} s; full after {filled - stretch.began:.1f} s, ledger {attempt.seconds:.1f} s, "
+        f"bill {stretch.seconds:.1f} s"
+    )
+    assert attempt.seconds > filled - stretch.began - 2 * HEARTBEAT_SECONDS, "the ledger has it up to then"
     check_nothing_left(world)
 
 

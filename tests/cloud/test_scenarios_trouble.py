@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from reckoning import catalog_price, check_nothing_left
+from reckoning import catalog_price, check_nothing_left, reckon
 from table import figure
-from training import BUCKET, launch
+from training import BUCKET, SHORT, Run, launch
 from world import World
 
 pytestmark = pytest.mark.cloud
@@ -16,6 +16,8 @@ CEILING = 4.50
 """US dollars an hour: max_hourly_cost of sky/train_a100.yaml."""
 WITHIN = 60
 """Seconds in which what needs no machine has to be refused; 5 of a free computer."""
+AUTOSTOP_SECONDS = 180
+"""In which an idle machine has to be gone with -i 0."""
 
 
 def test_no_gpu_quota(world: World, project: Path) -> None:
@@ -29,20 +31,21 @@ def test_no_gpu_quota(world: World, project: Path) -> None:
     check_no_machine_ever(world)
 
 
-def test_no_spot_quota(world: World, project: Path) -> None:
+def test_no_spot_quota(world: World, project: Path, tmp_path: Path) -> None:
     """Lands on demand, which has a quota of its own, under the ceiling."""
     regions = {zone.rpartition("-")[0] for zone in world.cloud.compute.zones}
     for region in regions:
         world.cloud.market.set_quota("PREEMPTIBLE_NVIDIA_A100_GPUS", 0, region)
-    launched = world.sky.run(*launch("train_a100", "-d", "-c", "dear", RUN_NAME="dear"), cwd=project).ok()
+    launched = world.sky.run(*launch("train_a100", "-c", "dear", overrides=SHORT, RUN_NAME="dear"), cwd=project).ok()
     machine, asked = world.cloud.machine("dear"), world.asked_for()
-    figure(f"launch {launched.seconds:.0f} s; asked {asked}")
+    figure(f"launch to the end of training: {launched.seconds:.0f} s; asked {asked}")
     assert f"Found no quota for a2-highgpu-1g spot instances in region {machine.wish.region} in GCP" in launched.out
     assert len(asked) == 1, "SkyPilot looks at the quota before it wants a machine"
     assert machine.wish.gpu == "A100" and not machine.wish.spot
     price = catalog_price(world.sky.home)
     assert price(world.cloud.bill.stretches[-1]) <= CEILING
     world.sky.run("down", "-y", "dear").ok()
+    reckon(Run(world, "dear"), tmp_path)
     check_nothing_left(world)
 
 
@@ -98,20 +101,32 @@ def test_a_bucket_that_the_user_has_made(world: World, project: Path) -> None:
     check_no_machine_ever(world)
 
 
-def test_a_minute_of_refused_machines(world: World, project: Path) -> None:
+def test_a_minute_of_refused_machines(world: World, project: Path, tmp_path: Path) -> None:
     """SkyPilot takes a 503 for a zone that has nothing. Within the minute it is through all of them on a free computer, and
-    begins again half a minute later; on a busy one it lands on a later candidate. Neither is above the ceiling."""
+    begins again half a minute later; on a busy one it lands on a later candidate. Neither is above the ceiling.
+
+    When the machine is to go, that is refused too: it asks again."""
     world.cloud.faults.add("bulkInsert", 503, "backendError", seconds=60)
     began = time.time()
-    words = launch("train_a100", "-d", "-c", "later", "--retry-until-up", RUN_NAME="later")
+    begin = ("train_a100", "-d", "-c", "later", "-i", "0", "--down", "--retry-until-up")
+    words = launch(*begin, overrides=SHORT, RUN_NAME="later")
     launched = world.sky.run(*words, cwd=project).ok()
     at = [call.at - began for call in world.cloud.calls if call.path.endswith("/bulkInsert")]
     figure(f"launch {launched.seconds:.0f} s; asked {len(at)} times, the last after {at[-1]:.0f} s")
     assert "Got return code 'backendError' in " in launched.out
     assert len(at) > 2 and at[-1] > 50, "the minute was felt"
+
+    run = Run(world, "later")
+    run.wait_for_status("done")
+    trained = time.time()
+    world.cloud.faults.add("^DELETE .*/instances/", 503, "backendError", times=1)
+    world.cloud.assert_empty(AUTOSTOP_SECONDS)
     (stretch,) = world.cloud.bill.stretches
-    assert catalog_price(world.sky.home)(stretch) <= CEILING
-    world.sky.run("down", "-y", "later").ok()
+    assert stretch.ended and catalog_price(world.sky.home)(stretch) <= CEILING
+    asked = [call for call in world.cloud.calls if call.at > trained and call.method == "DELETE"]
+    figure(f"gone {stretch.ended - trained:.0f} s after the end of training, asked for {len(asked)} times")
+    assert len(asked) > 1, "the first was refused"
+    reckon(run, tmp_path)
     check_nothing_left(world)
 
 

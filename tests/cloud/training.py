@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ BUCKET = "finetune-text2sql-test-you"
 CONFIG = "tiny/run.yaml"
 STEPS, SAVE_STEPS, LOGGING_STEPS = 300, 20, 5
 LONG_SAVE_STEPS = 100
+SHORT = "training.max_steps=40"
+"""Overrides for a run whose machine is what matters."""
 HEARTBEAT_SECONDS = 1
 """Instead of 30: attempts here last a minute."""
 
@@ -94,9 +97,9 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[Skipped]]:
     return CheckpointStore(run / "checkpoints", run_id=run_id).latest_valid()
 
 
-def long_run(steps: int) -> str:
+def long_run(steps: int, save_steps: int = LONG_SAVE_STEPS) -> str:
     """Overrides for a run that lasts while something happens to it, at some 40 steps a second."""
-    return f"training.max_steps={steps} training.logging_steps=25 checkpoint.save_steps={LONG_SAVE_STEPS}"
+    return f"training.max_steps={steps} training.logging_steps=25 checkpoint.save_steps={save_steps}"
 
 
 @dataclass
@@ -165,15 +168,22 @@ class Run:
             assert time.monotonic() < deadline, f"{self.name}: no checkpoint of step {step}; {self.last_words()}"
             time.sleep(0.5)
 
-    def wait_for_half_a_checkpoint(self, seconds: float = 240) -> int:
-        """The step of a checkpoint newer than all committed ones, of which some files are in the bucket."""
+    def wait_for_half_a_checkpoint(self, since: float, seconds: float = 240) -> int:
+        """The step of a checkpoint newer than all committed ones, of which some files are in the bucket, written after `since`
+        (seconds since the epoch): a machine that was lost before may have left another half."""
         deadline = time.monotonic() + seconds
         while True:
             newest = max((step for step, _ in self._checkpoint_files()), default=0)
-            if newest > max(self.committed(), default=0):
+            if newest > max(self.committed(), default=0) and self._written_after(since, newest):
                 return newest
             assert time.monotonic() < deadline, f"{self.name}: no checkpoint is on its way; {self.last_words()}"
             time.sleep(0.2)
+
+    def _written_after(self, since: float, step: int) -> bool:
+        with suppress(urllib.error.HTTPError):  # put aside between the two questions
+            files = [file for one, file in self._checkpoint_files() if one == step]
+            return any(self.updated(f"checkpoints/step-{step}/{file}") > since for file in files)
+        return False
 
     def wait_for_status(self, status: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
