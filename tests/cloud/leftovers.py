@@ -2,8 +2,8 @@
 
 A session owns a folder ft-cloud-<slot> of the temporary folder, with the process that owns it written in it. Making the folder
 is what takes the slot, and the slot names everything else: the bridge ft-bridge<slot>, interfaces ft<slot>v*, addresses
-10.128.<16 slot>.0/20, and processes, which are known by a HOME inside the folder. Whatever bears such a name, and whose owner
-is gone, is provably left over.
+10.128.<16 slot>.0/20, SkyPilot's user and with it /tmp/sky_ssh_<user>, and processes, which are known by a HOME inside the
+folder. Whatever bears such a name, and whose owner is gone, is provably left over.
 """
 
 from __future__ import annotations
@@ -28,6 +28,16 @@ OWNER = "owner"
 
 def place(slot: int) -> Path:
     return Path(tempfile.gettempdir()) / f"ft-cloud-{slot}"
+
+
+def sky_user(slot: int) -> str:
+    """What SkyPilot knows a user by, in place of a hash of name and computer."""
+    return f"ftcloud{slot}"
+
+
+def sky_ssh(slot: int) -> Path:
+    """Where that user's SkyPilot keeps its connections: in /tmp, whatever the environment says."""
+    return Path("/tmp") / f"sky_ssh_{sky_user(slot)}"
 
 
 def birth(pid: int) -> str:
@@ -79,6 +89,7 @@ def clean(slot: int) -> None:
     folder = place(slot)
     end_processes(folder)
     close_site(slot)
+    shutil.rmtree(sky_ssh(slot), ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ import os
 import pwd
 import select
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -94,8 +95,7 @@ def mount_system(root: Path, own_network: bool) -> None:
     run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", str(dev))
     for name in DEVICES:
         if Path("/dev", name).exists():
-            (dev / name).touch()
-            run("mount", "--bind", f"/dev/{name}", str(dev / name))
+            open_to_all(Path("/dev", name), dev / name)
     for name, target in LINKS.items():
         (dev / name).symlink_to(target)
     for name in ("pts", "shm"):
@@ -104,6 +104,17 @@ def mount_system(root: Path, own_network: bool) -> None:
     run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", str(dev / "shm"))
     run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", str(root / "run"))
     (root / "run" / "sshd").mkdir()
+
+
+def open_to_all(device: Path, path: Path) -> None:
+    """The device at `path` too, for every user as on Google's images: without udev /dev/fuse is root's alone."""
+    about = device.stat()
+    if about.st_mode & 0o666 == 0o666:
+        path.touch()
+        run("mount", "--bind", str(device), str(path))
+        return
+    os.mknod(path, stat.S_IFCHR | 0o666, about.st_rdev)
+    path.chmod(0o666)
 
 
 def enter(root: Path) -> None:

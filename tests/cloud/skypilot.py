@@ -46,8 +46,8 @@ class Done:
         return self
 
 
-def make_home(home: Path) -> None:
-    """A login to Google Cloud that is none, SkyPilot's settings and its price catalog."""
+def make_home(home: Path, user: str) -> None:
+    """A login to Google Cloud that is none, SkyPilot's settings, its price catalog and the `user` that it has to be."""
     gcloud = home / ".config" / "gcloud"
     (gcloud / "configurations").mkdir(parents=True)
     (gcloud / "active_config").write_text("default")
@@ -58,6 +58,7 @@ def make_home(home: Path) -> None:
     (gcloud / "application_default_credentials.json").write_text(json.dumps(login | {"quota_project_id": PROJECT}))
     lay_out_catalog(home, source=shared_catalog())
     (home / ".sky" / "config.yaml").write_text(CONFIG)
+    (home / ".sky" / "user_hash").write_text(user)
     (home / "bin").mkdir()
     for program in ("gcloud", "gsutil", "ft_storage.py"):
         shutil.copy(HERE / "programs" / program, home / "bin")

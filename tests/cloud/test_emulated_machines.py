@@ -69,6 +69,7 @@ def test_a_machine_sees_itself_and_nothing_of_this_computer(cloud: Cloud) -> Non
     )
     assert inside(machine, "nvidia-smi --list-gpus | grep -c '^GPU '") == "1"
     assert inside(machine, "sudo -n id -u; hostname; cat /proc/1/comm | head -c 6") == "0\none-compute\npython"
+    assert inside(machine, "stat -c %a /dev/null /dev/fuse") == "666\n666", "also where this computer has no udev"
     inside(machine, "sudo rm -rf /usr/share/doc /etc/passwd-")
     assert Path("/usr/share/doc").is_dir()
 

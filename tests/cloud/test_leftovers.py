@@ -62,11 +62,12 @@ def test_what_a_killed_session_left_is_removed(bare_image: Path) -> None:
         "the server, as it were, and a process that has written over its environment"
     )
     assert Path(f"/sys/class/net/ft-bridge{slot}").exists() and folder.exists()
+    leftovers.sky_ssh(slot).mkdir(exist_ok=True)
     bystander = subprocess.Popen(["sleep", "100"], env={"HOME": str(folder) + "-not", "PATH": "/bin:/usr/bin"})
     again, _ = leftovers.take_slot()
     assert again == slot or not folder.exists(), "also where another place would do"
     assert not leftovers.ours(folder) and not Path(f"/sys/class/net/ft-bridge{slot}").exists()
-    assert bystander.poll() is None
+    assert bystander.poll() is None and not leftovers.sky_ssh(slot).exists()
     bystander.kill()
     bystander.wait()
     leftovers.clean(again)

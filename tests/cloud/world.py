@@ -18,7 +18,7 @@ from buckets import Buckets
 from catalog_fixture import CATALOG, VMS
 from gce import Cloud
 from gce_instances import parse_wish
-from leftovers import clean, take_slot
+from leftovers import clean, sky_user, take_slot
 from machine import Machine, Site, close_site, open_site
 from machine_project import prepare_project
 from skypilot import PROJECT, SkyPilot, environment, make_home
@@ -82,7 +82,7 @@ def emulated_world() -> Iterator[World]:
         site.api, site.bucket = f"http://{site.google}:{API_PORT}", f"http://{site.google}:{BUCKET_PORT}"
         home = folder / "home"
         home.mkdir()
-        make_home(home)
+        make_home(home, sky_user(slot))
         with timed(seconds, "bridge"):
             open_site(site)
             at_end.callback(close_site, slot)

@@ -74,6 +74,12 @@ def _storage(module):
     module.Client.__init__ = init
 
 
+def _constants(module):
+    """SkyPilot keeps this log in /tmp, for good."""
+    if os.environ.get("TMPDIR"):
+        module.HA_PERSISTENT_RECOVERY_LOG_PATH = os.environ["TMPDIR"] + "/{}ha_recovery.log"
+
+
 def _backend_utils(module):
     module._TEST_IP_LIST = [API + "/network"] * 2
 
@@ -94,6 +100,7 @@ CHANGES = {
     "googleapiclient.discovery": _discovery,
     "google.cloud.storage.client": _storage,
     "sky.backends.backend_utils": _backend_utils,
+    "sky.skylet.constants": _constants,
     "sky.skylet.events": _events,
     "sky.utils.controller_utils": _controller_utils,
 }
