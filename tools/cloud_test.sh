@@ -58,13 +58,12 @@ emulated() {
     say "skipped, because the emulated cloud cannot be had here: $reason"
     exit 0
   fi
-  scratch=$(mktemp -d)
-  # shellcheck disable=SC2064  # this folder
-  trap "rm -rf '$scratch'" EXIT
+  scratch=$("$PYTHON" "$HERE/leftovers.py" begin $$)
+  trap '"$PYTHON" "$HERE/leftovers.py" end $$' EXIT  # also of what Ctrl-C has kept the tests from removing
   junit="$scratch/junit.xml"
   export FT_CLOUD_IMAGE="${FT_CLOUD_IMAGE:-$scratch/image}"  # the processes share it
   "$PYTHON" -m pytest -vv -ra -m cloud --numprocesses "$WORLDS" --dist loadgroup "$HERE" "${only[@]}" \
-    --junitxml="$junit" -o junit_duration_report=call -o junit_logging=system-out "$@" || code=$?
+    --basetemp="$scratch/pytest" --junitxml="$junit" -o junit_duration_report=call -o junit_logging=system-out "$@" || code=$?
   if [ "$code" -eq 5 ]; then
     say "no test has ${SCENARIO:-the marker cloud} in its name"
     exit 2

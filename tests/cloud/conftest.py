@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ LONGEST = (
 )
 """Ends of the names of the tests that take minutes, the longest first."""
 
+FAILED = pytest.StashKey[bool]()
+FORGET_SECONDS = 90
+"""For which a job that is cancelled is waited for."""
+ALIVE = ("PENDING", "STARTING", "RUNNING", "RECOVERING", "CANCELLING")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that processes which share them are done at about the same time. Tests of other folders stay."""
@@ -59,18 +65,38 @@ def skip_unless_possible() -> None:
         pytest.skip(f"the emulated cloud: {reason}")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
+    return report
+
+
 @pytest.fixture
-def world(whole_world: World) -> Iterator[World]:
-    """With nothing in it. After the test nothing may be left of what it launched: that is asserted, then everything is wiped."""
+def world(whole_world: World, request: pytest.FixtureRequest) -> Iterator[World]:
+    """With nothing in it. After the test nothing may be left of what it launched, and nothing may have gone wrong in the
+    emulation itself: that is asserted, then everything is wiped."""
     whole_world.empty()
     yield whole_world
     try:
         whole_world.cloud.assert_empty()
+        assert not whole_world.cloud.defects, f"of the emulated cloud itself: {whole_world.cloud.defects}"
     finally:
-        if whole_world.cloud.machines():  # SkyPilot is to forget them too, or the next test meets them
-            whole_world.all_well()
-            whole_world.sky.run("down", "--all", "--yes", "--purge")
+        if whole_world.cloud.machines() or request.node.stash.get(FAILED, False):
+            forget(whole_world)
         whole_world.empty()
+
+
+def forget(world: World) -> None:
+    """SkyPilot is to forget what is left too, or the next test meets it: a managed job gets a new machine for a wiped one."""
+    world.all_well()
+    world.sky.run("jobs", "cancel", "--all", "--yes")
+    deadline = time.monotonic() + FORGET_SECONDS
+    while any(word in world.sky.run("jobs", "queue", "--skip-finished").out for word in ALIVE):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(3)
+    world.sky.run("down", "--all", "--yes", "--purge")
 
 
 @pytest.fixture(scope="session")

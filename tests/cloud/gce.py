@@ -61,6 +61,12 @@ class Cloud:
     def calls(self) -> list[Call]:
         return self.server.calls
 
+    @property
+    def defects(self) -> list[str]:
+        """What SkyPilot has asked for and nobody has written, or what the emulation itself got wrong: it may have tried the next
+        zone then, and the test would not know."""
+        return [*self.server.defects, *self.compute.operations.defects]
+
     def machines(self, cluster: str = "") -> list[Instance]:
         """Those that exist, stopped ones included, newest last. cluster: the beginning of SkyPilot's name for it."""
         with self.instances.lock:
@@ -133,6 +139,9 @@ class Cloud:
         """Everything that was made goes away, and every order given by a test is forgotten."""
         for instance in self.machines():
             self.instances.delete(instance, why)
+        self.instances.disks.clear()
+        self.server.defects.clear()
+        self.compute.operations.defects.clear()
         self.market.reset()
         self.faults.clear()
         self.project.denied.clear()

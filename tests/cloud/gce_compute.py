@@ -172,18 +172,22 @@ class Compute:
     def wait_operation(self, call: Call, operation: str, **_: str) -> Json:
         return self.operations.wait(operation)
 
-    # Disks: each instance has its own, which goes when it is deleted
+    # Disks
 
     def disks(self, zone: str | None = None) -> list[Json]:
         with self.instances.lock:
             return [
-                {"name": one.name, "sizeGb": str(one.disk_gb), "type": one.disk_type, "zone": one.wish.zone}
-                for one in self.instances.found.values()
-                if zone in (None, one.wish.zone)
+                {"name": one.name, "sizeGb": str(one.gb), "type": one.kind, "zone": one.zone}
+                for one in self.instances.disks.values()
+                if zone in (None, one.zone)
             ]
 
     def resize_disk(self, call: Call, project: str, zone: str, name: str) -> Json:
-        self.instances.get(zone, name).disk_gb = int(call.body["sizeGb"])
+        if (zone, name) not in self.instances.disks:
+            raise ApiError(
+                404, "notFound", f"The resource 'projects/{project}/zones/{zone}/disks/{name}' was not found"
+            )
+        self.instances.disks[zone, name].gb = int(call.body["sizeGb"])
         return self.operations.begin("resize", name, None, zone)
 
     # The project, its regions and quotas

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -126,13 +127,15 @@ class _Server(ThreadingHTTPServer):
 
 
 class ApiServer:
-    """Serves routes in threads of its own until `stop`. calls: all that was asked, in order."""
+    """Serves routes in threads of its own until `stop`. calls: all that was asked, in order; defects: what it could not answer,
+    because nobody has written it or it is wrong."""
 
     def __init__(
         self, address: tuple[str, int], routes: list[tuple[tuple[str, re.Pattern[str]], Handler]], faults: Faults
     ) -> None:
         self.routes, self.faults = routes, faults
         self.calls: list[Call] = []
+        self.defects: list[str] = []
         self._server = _Server(address, self._handler())
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -155,7 +158,12 @@ class ApiServer:
                     return 200, handler(call, **{name: unquote(text) for name, text in found.groupdict().items()})
             raise ApiError(501, "notImplemented", f"the emulated Google Cloud does not know {call.method} {call.path}")
         except ApiError as error:
+            if error.status == HTTPStatus.NOT_IMPLEMENTED:
+                self.defects.append(error.message)
             return error.status, error.body()
+        except Exception as error:
+            self.defects.append(f"{call.method} {call.path}: {error!r}")
+            return 500, ApiError(500, "internalError", f"emulated cloud: {error!r}").body()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         outer = self

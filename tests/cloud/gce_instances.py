@@ -30,8 +30,19 @@ class Hardware(Protocol):
 
 
 @dataclass
+class Disk:
+    """Made with its machine. auto_delete: whether it goes with it; one that stays costs for ever."""
+
+    name: str
+    zone: str
+    gb: int
+    kind: str
+    auto_delete: bool
+
+
+@dataclass
 class Instance:
-    """address: its own, internal and external in one."""
+    """address: its own, internal and external in one. disks: the first is what it boots from."""
 
     name: str
     id: int
@@ -42,8 +53,7 @@ class Instance:
     labels: dict[str, str]
     metadata: list[Json]
     tags: list[str]
-    disk_gb: int
-    disk_type: str
+    disks: list[Disk]
     scheduling: Json
     status: str = "PROVISIONING"
     hardware: Hardware | None = None
@@ -52,6 +62,10 @@ class Instance:
     fingerprints: int = 1
     stretch: Stretch | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def disk_gb(self) -> int:
+        return sum(disk.gb for disk in self.disks)
 
     def json(self, base: str) -> Json:
         """As compute.instances.get answers."""
@@ -84,11 +98,12 @@ class Instance:
             ],
             "disks": [
                 {
-                    "boot": True,
-                    "autoDelete": True,
-                    "source": f"{zone}/disks/{self.name}",
-                    "diskSizeGb": str(self.disk_gb),
+                    "boot": disk is self.disks[0],
+                    "autoDelete": disk.auto_delete,
+                    "source": f"{zone}/disks/{disk.name}",
+                    "diskSizeGb": str(disk.gb),
                 }
+                for disk in self.disks
             ],
             "creationTimestamp": self.created,
             "lastStartTimestamp": self.started or self.created,
@@ -117,8 +132,19 @@ def parse_wish(zone: str, properties: Json) -> Wish:
     return Wish(zone, machine_type, gpu, gpus, spot)
 
 
+def parse_disks(name: str, zone: str, properties: Json) -> list[Disk]:
+    """Of a machine, from the body of an insert: they outlive it unless the body says otherwise, as at Google."""
+    disks = []
+    for number, asked in enumerate(properties.get("disks") or [{"autoDelete": True}]):
+        about = asked.get("initializeParams", {})
+        kind = str(about.get("diskType", "pd-standard")).rsplit("/", 1)[-1]
+        own = f"{name}-{number}" if number else name
+        disks.append(Disk(own, zone, int(about.get("diskSizeGb", 10)), kind, bool(asked.get("autoDelete"))))
+    return disks
+
+
 class Instances:
-    """All instances by (zone, name), and the bill of their lives.
+    """All instances and disks by (zone, name), and the bill of the instances' lives.
 
     Args:
         build: makes the hardware of a new instance; None for instances that are only written down.
@@ -128,6 +154,7 @@ class Instances:
     def __init__(self, project: str, addresses: Any, build: Callable[[Instance], Hardware] | None) -> None:
         self.project, self.addresses, self.build = project, iter(addresses), build
         self.found: dict[tuple[str, str], Instance] = {}
+        self.disks: dict[tuple[str, str], Disk] = {}
         self.bill = Bill()
         self.ids = itertools.count(4_520_031_799_277_581_759)
         self.lock = threading.RLock()
@@ -145,7 +172,6 @@ class Instances:
 
     def create(self, name: str, wish: Wish, properties: Json) -> Instance:
         """Written down, not yet running."""
-        disk = (properties.get("disks") or [{}])[0].get("initializeParams", {})
         scheduling = dict(properties.get("scheduling") or {})
         instance = Instance(
             name=name,
@@ -157,8 +183,7 @@ class Instances:
             labels=dict(properties.get("labels") or {}),
             metadata=list((properties.get("metadata") or {}).get("items") or []),
             tags=list((properties.get("tags") or {}).get("items") or []),
-            disk_gb=int(disk.get("diskSizeGb", 10)),
-            disk_type=str(disk.get("diskType", "pd-standard")).rsplit("/", 1)[-1],
+            disks=parse_disks(name, wish.zone, properties),
             scheduling=scheduling,
             created=now(),
         )
@@ -166,6 +191,7 @@ class Instances:
             if (wish.zone, name) in self.found:
                 raise ApiError(409, "alreadyExists", f"The resource '{name}' already exists")
             self.found[wish.zone, name] = instance
+            self.disks |= {(disk.zone, disk.name): disk for disk in instance.disks}
         return instance
 
     def power_on(self, instance: Instance) -> None:
@@ -176,26 +202,32 @@ class Instances:
                 instance.hardware = instance.hardware or self.build(instance)
                 instance.hardware.boot()
             instance.status, instance.started = RUNNING, now()
-            self._turn_over(instance, "started", running=True)
+            self._turn_over(instance, "started", time.time(), running=True)
 
     def power_off(self, instance: Instance, why: str) -> None:
         """At once; its disk stays, and costs."""
         with instance.lock:
-            if instance.hardware:
-                instance.hardware.power_off()
-            instance.status = TERMINATED
-            self._turn_over(instance, why, running=False)
+            self._cut_power(instance, why, running=False)
 
     def delete(self, instance: Instance, why: str) -> None:
+        """With the disks that were made to go with it."""
         with instance.lock:
+            self._cut_power(instance, why, running=None)
             if instance.hardware:
-                instance.hardware.power_off()
-            instance.status = TERMINATED
-            self._turn_over(instance, why, running=None)
-            if instance.hardware:
-                instance.hardware.discard()  # takes seconds, which are this computer's and not on the bill
+                instance.hardware.discard()
             with self.lock:
                 self.found.pop((instance.wish.zone, instance.name), None)
+                for disk in instance.disks:
+                    if disk.auto_delete:
+                        self.disks.pop((disk.zone, disk.name), None)
+
+    def _cut_power(self, instance: Instance, why: str, *, running: bool | None) -> None:
+        """What this computer needs for it, and to clear a disk away, are not seconds of the bill."""
+        at = time.time()
+        if instance.hardware:
+            instance.hardware.power_off()
+        instance.status = TERMINATED
+        self._turn_over(instance, why, at, running=running)
 
     def end_spot(self, instance: Instance, why: str) -> None:
         """As the cloud ends a spot machine: deletes or stops it, as was asked for at its making."""
@@ -204,9 +236,8 @@ class Instances:
         if still and instance.status != TERMINATED:
             (self.delete if instance.spot_action == "DELETE" else self.power_off)(instance, why)
 
-    def _turn_over(self, instance: Instance, why: str, *, running: bool | None) -> None:
+    def _turn_over(self, instance: Instance, why: str, at: float, *, running: bool | None) -> None:
         """Ends the present stretch of the bill and begins the next; running None begins none."""
-        at = time.time()
         if instance.stretch and instance.stretch.ended is None:
             instance.stretch.ended, instance.stretch.end = at, why
         if running is None:

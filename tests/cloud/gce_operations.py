@@ -15,10 +15,11 @@ WAIT_SECONDS = 20.0
 
 
 class Operations:
-    """All of them, by name."""
+    """All of them, by name. defects: what went wrong in the emulation itself."""
 
     def __init__(self) -> None:
         self.found: dict[str, Json] = {}
+        self.defects: list[str] = []
         self.changed = threading.Condition()
         self.numbers = itertools.count(1)
 
@@ -60,7 +61,8 @@ class Operations:
             self._end(name, None)
         except ApiError as error:
             self._end(name, {"code": error.reason, "message": error.message})
-        except Exception as error:  # a defect of the emulation: SkyPilot and the test are both to see it
+        except Exception as error:  # SkyPilot and the test are both to see it
+            self.defects.append(f"{self.found[name]['operationType']} {self.found[name]['targetLink']}: {error!r}")
             self._end(name, {"code": "INTERNAL_ERROR", "message": f"emulated cloud: {type(error).__name__}: {error}"})
 
     def _end(self, name: str, error: Json | None) -> None:

@@ -75,11 +75,6 @@ def open_site(site: Site) -> None:
         subprocess.run(command.split(), check=True, capture_output=True)
 
 
-def close_site(slot: int) -> None:
-    """Also where there is none, and by its name alone. Interfaces of machines go with the machines."""
-    subprocess.run(["ip", "link", "delete", f"ft-bridge{slot}"], check=False, capture_output=True)
-
-
 class Machine:
     """The hardware of an instance (gce_instances.Hardware). Raises AssertionError with its log if it does not start."""
 

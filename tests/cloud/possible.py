@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import os
 import shutil
 import subprocess
@@ -30,6 +32,8 @@ SYSTEM_PYTHON = Path("/usr/bin/python3")
 """Of Debian's package python3: the stand-ins for Google's programs run with it on the machines."""
 REQUIRED = "FT_CLOUD_REQUIRED"
 """Set to 1 where these tests are to run: what would skip them fails them then."""
+ADDRESSES, BRIDGE = ipaddress.ip_network("10.128.0.0/17"), "ft-bridge"
+"""Of the machines of all slots (leftovers.SLOTS, machine.Site), and what their bridges' names begin with."""
 PYENVS = ("pyenv/shims", "pyenv/bin")
 """Ends of the folders that pyenv puts on PATH."""
 ATTEMPT = """\
@@ -67,8 +71,26 @@ def reasons() -> Iterator[str]:
         yield "no python3.11 in /usr/bin (Debian 12 has it), which tools/machine_setup.sh wants on the machines"
     if root and not lacking:
         refused = kernel_refuses()
+        if own := own_network():
+            yield f"the machines' addresses ({ADDRESSES}) are of a network that this computer is in: {own}"
         if refused:
             yield f"namespaces, overlay mounts or bridges are not allowed: {refused}"
+
+
+def own_network() -> str:
+    """An address among those of the machines that this computer has or reaches, other than by their own bridges; "" without one.
+
+    A wider route, such as a VPN's to 10.0.0.0/8, stays as it is: theirs is narrower, and theirs alone.
+    """
+    command = ["ip", "-json", "-4", "route", "show", "table", "all"]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    for row in json.loads(asked.stdout or "[]"):
+        if str(row.get("dev", "")).startswith(BRIDGE):
+            continue
+        for place in (row.get("dst", "default"), row.get("gateway", "default")):
+            if place != "default" and ipaddress.ip_network(place, strict=False).subnet_of(ADDRESSES):
+                return f"{place} on {row.get('dev', 'no device')}"
+    return ""
 
 
 def kernel_refuses() -> str:

@@ -22,6 +22,10 @@ KINDS = ("cluster", "job")
 ENDING = ("down", "stop", "start", "cancel", "autostop")
 """Commands that change what runs."""
 GONE_SECONDS, COMMAND_SECONDS = 240.0, 600.0
+PAUSE_SECONDS, SILENT_SECONDS = 5.0, 60.0
+"""Between two questions to Google, and for how long at least it is asked again where it does not answer."""
+FAULTS = (AssertionError, subprocess.TimeoutExpired)
+"""Of gcloud: it has failed, or taken too long."""
 PROGRAMS = "FT_REAL_PROGRAMS"
 """For tests of this module: a folder of programs that go before all others."""
 
@@ -112,22 +116,30 @@ def take_down(sky: RealSky, gcloud: Gcloud, seconds: float = GONE_SECONDS) -> li
         said.append(_attempt(sky, "jobs", "cancel", "-y", "-n", name))
     for name in names["cluster"]:
         said.append(_attempt(sky, "down", "-y", name))
-    left = _wait_until_gone(gcloud, sky.prefix, seconds if any(names.values()) else 0)
+    try:
+        left = _delete_machines(gcloud, sky.prefix, seconds if any(names.values()) else 0, said)
+    except FAULTS as error:
+        look = f"gcloud compute instances list --filter=name~^{sky.prefix}"
+        return [*said, f"LEFT, PERHAPS, AND COSTING MONEY: {str(error).splitlines()[0]}; look with `{look}`"]
+    if left:
+        return [*said, f"LEFT, AND COSTING MONEY: {', '.join(left)}"]
+    sky.settled |= {name for kind in KINDS for name in names[kind]}
+    return [*said, f"no machine and no disk of {sky.prefix}... is left"]
+
+
+def _delete_machines(gcloud: Gcloud, prefix: str, seconds: float, said: list[str]) -> list[str]:
+    """Those that are there after `seconds`. Returns machines and disks that are left all the same; raises one of FAULTS where
+    Google does not answer."""
+    left = _wait_until_gone(gcloud, prefix, seconds)
     for machine in left:
         said.append(f"gcloud compute instances delete {machine.name}: it had outlived `sky down`")
         try:
             gcloud.delete(machine)
-        except (AssertionError, subprocess.TimeoutExpired) as error:
+        except FAULTS as error:
             said.append(str(error))
     if left:
-        left = _wait_until_gone(gcloud, sky.prefix, 60)
-    disks = gcloud.disks(sky.prefix)
-    if left or disks:
-        said.append(f"LEFT, AND COSTING MONEY: {', '.join([*(machine.name for machine in left), *disks])}")
-    else:
-        said.append(f"no machine and no disk of {sky.prefix}... is left")
-        sky.settled |= {name for kind in KINDS for name in names[kind]}
-    return said
+        left = _wait_until_gone(gcloud, prefix, 60)
+    return [*(machine.name for machine in left), *gcloud.disks(prefix)]
 
 
 def _attempt(sky: RealSky, *words: str) -> str:
@@ -141,7 +153,13 @@ def _attempt(sky: RealSky, *words: str) -> str:
 
 
 def _wait_until_gone(gcloud: Gcloud, prefix: str, seconds: float) -> list[RealMachine]:
-    deadline = time.monotonic() + seconds
-    while (left := gcloud.machines(prefix)) and time.monotonic() < deadline:
-        time.sleep(5)
-    return left
+    began = time.monotonic()
+    while True:
+        try:
+            left = gcloud.machines(prefix)
+            if not left or time.monotonic() - began > seconds:
+                return left
+        except FAULTS:
+            if time.monotonic() - began > max(seconds, SILENT_SECONDS):
+                raise
+        time.sleep(PAUSE_SECONDS)

@@ -19,7 +19,10 @@ with (folder / "calls").open("a") as log:
     log.write(json.dumps(["gcloud", *sys.argv[1:]]) + "\\n")
 state = json.loads((folder / "state").read_text())
 what, place = " ".join(words[:3]), words[3] if len(words) > 3 else ""
-if what == "compute instances list":  # --filter is not heeded: whoever asks has to look for himself
+if what == "compute instances list" and state["silent"]:
+    (folder / "state").write_text(json.dumps(state | dict(silent=state["silent"] - 1)))
+    sys.exit("ERROR: (gcloud.compute.instances.list) the network is unreachable")
+elif what == "compute instances list":  # --filter is not heeded: whoever asks has to look for himself
     print(json.dumps(state["machines"]))
 elif what == "compute disks list":
     print(json.dumps([dict(name=name) for name in state["disks"]]))
@@ -60,6 +63,7 @@ EMPTY: Json = {
     "objects": {},
     "buckets": [],
     "stubborn": [],
+    "silent": 0,
     "launch_seconds": 0,
     "down_seconds": 0,
 }

@@ -21,7 +21,7 @@ T4 = {
     ],
     "scheduling": {"provisioningModel": "SPOT", "preemptible": True, "instanceTerminationAction": "DELETE"},
     "labels": {"ray-cluster-name": "c"},
-    "disks": [{"initializeParams": {"diskSizeGb": 60}}],
+    "disks": [{"autoDelete": True, "initializeParams": {"diskSizeGb": 60}}],
 }
 
 
@@ -86,6 +86,38 @@ def test_a_stopped_machine_pays_its_disk_and_starts_again(cloud: Cloud) -> None:
         (False, "started"),
         (True, ""),
     ]
+
+
+def test_a_disk_that_was_not_made_to_go_stays(cloud: Cloud) -> None:
+    data = {"initializeParams": {"diskSizeGb": 100, "diskType": "zones/z/diskTypes/pd-ssd"}}
+    make(cloud, "one-compute", disks=[*T4["disks"], data])
+    (stretch,) = cloud.bill.stretches
+    assert stretch.disk_gb == 160
+    ask(cloud, "DELETE", f"/compute/v1/projects/p/zones/{ZONE}/instances/one-compute")
+    with pytest.raises(AssertionError, match=r"disks left in the cloud.*one-compute-1.*pd-ssd"):
+        cloud.assert_empty()
+    _, found = ask(cloud, "GET", f"/compute/v1/projects/p/zones/{ZONE}/disks")
+    assert [row["sizeGb"] for row in found["items"]] == ["100"]
+    cloud.wipe()
+    cloud.assert_empty()
+
+
+def test_the_bill_ends_when_the_power_is_cut(cloud: Cloud) -> None:
+    """What this computer needs to end a machine's processes and to remove its disk is not Google's to charge."""
+
+    class Slow:
+        def boot(self) -> None: ...
+
+        def power_off(self) -> None:
+            time.sleep(0.4)
+
+        def discard(self) -> None:
+            time.sleep(0.4)
+
+    cloud.instances.build = lambda instance: Slow()  # type: ignore[assignment,return-value]
+    make(cloud, "one-compute")
+    cloud.crash(cloud.machine("one"))
+    assert cloud.bill.stretches[0].seconds < 0.4
 
 
 def test_stock_counts_what_runs(cloud: Cloud) -> None:
@@ -155,7 +187,22 @@ def test_a_stale_fingerprint_is_refused(cloud: Cloud) -> None:
 def test_what_is_not_known_is_said(cloud: Cloud) -> None:
     status, body = ask(cloud, "GET", "/compute/v1/projects/p/global/addresses")
     assert status == 501 and "/global/addresses" in body["error"]["message"]
+    assert cloud.defects == [body["error"]["message"]]
     assert ask(cloud, "GET", f"/compute/v1/projects/p/zones/{ZONE}/instances/none")[0] == 404
+    cloud.wipe()
+    assert not cloud.defects
+
+
+def test_what_goes_wrong_in_the_emulation_is_said(cloud: Cloud) -> None:
+    cloud.instances.build = lambda instance: 1 / 0  # type: ignore[assignment,return-value]
+    ((code, _),) = errors(make(cloud, "one-compute"))
+    assert code == "INTERNAL_ERROR"
+    assert ask(cloud, "POST", f"/compute/v1/projects/p/zones/{ZONE}/instances/bulkInsert", {})[0] == 500
+    assert (
+        len(cloud.defects) == 2
+        and "ZeroDivisionError" in "".join(cloud.defects)
+        and "KeyError" in cloud.defects[0] + cloud.defects[1]
+    )
 
 
 @pytest.mark.parametrize(

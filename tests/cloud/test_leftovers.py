@@ -75,6 +75,30 @@ def test_what_a_killed_session_left_is_removed(bare_image: Path) -> None:
     assert not Path(tempfile.gettempdir(), f"ft-cloud-{again}").exists()
 
 
+def test_the_folder_that_the_processes_of_a_session_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes at the session's end, or if that was killed when the next begins; and with it what installs something there."""
+    monkeypatch.setattr(leftovers, "place", lambda slot: tmp_path / f"ft-cloud-{slot}")
+    leftovers.main("begin", os.getpid())
+    kept = leftovers.shared(os.getpid())
+    killed = subprocess.Popen(["sleep", "100"])
+    leftovers.main("begin", killed.pid)
+    gone = leftovers.shared(killed.pid)
+    (gone / "image").mkdir()
+    installing = subprocess.Popen(["sh", "-c", "sleep 100", "--target", f"{gone}/image/packages"])
+    leftovers.main("begin", os.getpid())
+    assert gone.exists() and kept.exists() and installing.poll() is None, (
+        "it is not touched as long as its process lives"
+    )
+    killed.kill()
+    time.sleep(0.1)  # dead, though nobody has asked about it
+    leftovers.main("begin", os.getpid())
+    assert not gone.exists() and kept.exists()
+    assert installing.wait(timeout=10) == -signal.SIGKILL
+    killed.wait()
+    leftovers.main("end", os.getpid())
+    assert not list(tmp_path.glob(f"{leftovers.SHARED}*"))
+
+
 def test_sessions_that_begin_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They find the same leftovers; each removes some and none takes away what another has made in their place."""
 

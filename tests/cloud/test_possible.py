@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
+import json
+import os
 import sys
 from pathlib import Path
 
 import possible
 import pytest
+from leftovers import SLOTS
+from machine import Site
 
 
 def build(folder: Path, version: str) -> Path:
@@ -58,6 +63,30 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -
     assert said.startswith("it needs root (network namespaces, overlay mounts); ")
     assert "Debian packages are missing: apt-get install no-such-package" in said
     assert "pyenv install 3.10" in said
+
+
+@pytest.mark.parametrize(
+    ("routes", "said"),
+    [
+        ([{"dst": "default", "dev": "eth0"}, {"dst": "10.0.0.0/16", "dev": "eth0"}], ""),
+        ([{"dst": "10.128.16.0/20", "dev": "ft-bridge1"}], ""),
+        ([{"dst": "10.128.0.1", "dev": "ens4"}], "10.128.0.1 on ens4"),
+        ([{"dst": "default", "gateway": "10.128.0.1", "dev": "ens4"}], "10.128.0.1 on ens4"),
+        ([{"type": "local", "dst": "10.128.20.5", "dev": "ens4"}, {"dst": "default"}], "10.128.20.5 on ens4"),
+        ([{"dst": "10.0.0.0/8", "dev": "vpn"}], ""),
+    ],
+)
+def test_a_computer_that_is_in_the_machines_network(
+    routes: list[dict[str, str]], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine of Google's us-central1 is: its gateway would be taken from it."""
+    program = tmp_path / "ip"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{json.dumps(routes)}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert possible.own_network() == said
+    last = Site(SLOTS - 1, tmp_path, tmp_path, "", "").machine_addresses()[-1]
+    assert ipaddress.ip_address(last) in possible.ADDRESSES
 
 
 def test_make_installs_what_is_asked_for() -> None:

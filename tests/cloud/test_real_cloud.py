@@ -118,6 +118,23 @@ def test_taking_down_goes_on_after_a_failure(sky: RealSky, gcloud: Gcloud, stand
     assert said[-1] == f"LEFT, AND COSTING MONEY: {OURS}look-disk"
 
 
+def test_taking_down_asks_again(
+    sky: RealSky, gcloud: Gcloud, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real_sky, "PAUSE_SECONDS", 0.01)
+    stand_in.lay_out(machines=[*OTHERS, MINE], stubborn=[f"{OURS}look"], silent=3)
+    sky.run("launch", "-y", "-c", f"{OURS}look", "x.yaml").ok()
+    assert take_down(sky, gcloud, seconds=0)[-1] == f"no machine and no disk of {OURS}... is left"
+    assert stand_in.machines() == [row["name"] for row in OTHERS]
+    monkeypatch.setattr(real_sky, "SILENT_SECONDS", 0.2)
+    stand_in.lay_out(machines=[MINE], silent=10**6)
+    sky.run("launch", "-y", "-c", f"{OURS}more", "x.yaml").ok()
+    last = take_down(sky, gcloud, seconds=0)[-1]
+    assert last.startswith("LEFT, PERHAPS, AND COSTING MONEY: gcloud ")
+    assert last.endswith(f"exit code 1; look with `gcloud compute instances list --filter=name~^{OURS}`")
+    assert sky.names()["cluster"] == [f"{OURS}more"], "it is not settled"
+
+
 def test_taking_down_does_not_wait_for_ever(
     sky: RealSky, gcloud: Gcloud, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

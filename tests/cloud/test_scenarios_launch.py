@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from reckoning import catalog_price, check_nothing_left, reckon
 from table import figure
-from training import BUCKET, LONG_SAVE_STEPS, SHORT, STEPS, Run, launch, long_run, wait_for_tensorboard
+from training import LONG_SAVE_STEPS, SHORT, STEPS, Run, launch, long_run, wait_for_tensorboard
 from whole import Whole
 from world import World
 
@@ -33,7 +33,7 @@ def test_train_a100_as_typed(world: World, whole: Whole) -> None:
     assert whole.machine.wish.gpu == "A100" and whole.machine.wish.spot
     assert (whole.record["status"], whole.record["steps"]["done"]) == ("done", STEPS)
     assert whole.committed[-1] == STEPS
-    assert any(name.startswith("data/") for name in world.buckets.objects(BUCKET))
+    assert any(name.startswith("data/") for name in whole.objects), "synced into a bucket that was not there before"
 
 
 def test_out_of_stock(world: World, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +104,9 @@ def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Pa
     run = Run(world, "look")
     run.wait_for_step(LONG_SAVE_STEPS)
     assert "UP" in world.sky.run("status", "look").ok().out
-    with world.sky.ssh("look", "-N", "-L", "6006:localhost:6006"):
+    with world.sky.ssh("look", "-N", "-o", "ExitOnForwardFailure=yes", "-L", "6006:localhost:6006") as tunnel:
         wait_for_tensorboard("look/tensorboard", seconds=90)
+        assert tunnel.poll() is None, "another TensorBoard has answered: port 6006 of this computer was taken"
     world.sky.run("stop", "-y", "look").ok()
     assert "STOPPED" in world.sky.run("status", "--refresh", "look").ok().out
     stopped = max(run.committed())

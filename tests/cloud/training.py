@@ -84,10 +84,11 @@ def wait_for_tensorboard(run: str, seconds: float = 180) -> None:
     """Until TensorBoard on localhost:6006 shows the run, among others of the bucket; it looks for new ones every minute."""
     deadline = time.monotonic() + seconds
     shown: list[str] = []
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while run not in shown:
         assert time.monotonic() < deadline, f"TensorBoard on localhost:6006 shows {shown}"
         time.sleep(0.5)
-        with suppress(OSError), urllib.request.urlopen("http://localhost:6006/data/runs", timeout=10) as answer:
+        with suppress(OSError), opener.open("http://localhost:6006/data/runs", timeout=10) as answer:
             shown = json.load(answer)
 
 

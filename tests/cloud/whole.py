@@ -8,7 +8,7 @@ from typing import Any
 
 from gce import Instance
 from reckoning import Reckoning, check_nothing_left, reckon
-from training import Run, launch
+from training import BUCKET, Run, launch
 from world import World
 
 NAME = "whole"
@@ -16,7 +16,8 @@ NAME = "whole"
 
 @dataclass(frozen=True)
 class Whole:
-    """said: what `sky launch` printed; machine: the only one that it took; seconds: from Return to the end of training."""
+    """said: what `sky launch` printed; machine: the only one that it took; seconds: from Return to the end of training; objects:
+    of the bucket, which was not there before."""
 
     said: str
     seconds: float
@@ -24,11 +25,15 @@ class Whole:
     record: dict[str, Any]
     adapter_hash: str
     committed: list[int]
+    objects: list[str]
     reckoning: Reckoning
 
 
 def launch_whole(world: World, project: Path, folder: Path) -> Whole:
     """`sky launch sky/train_a100.yaml` until its machine has gone away by itself."""
+    if BUCKET in world.buckets.names():  # of earlier tests
+        world.sky.run("storage", "delete", "-y", BUCKET).ok()
+    assert BUCKET not in world.buckets.names()
     words = launch("train_a100", "-c", NAME, "-i", "1", "--down", RUN_NAME=NAME)
     launched = world.sky.run(*words, cwd=project).ok()
     machine = world.cloud.machine(NAME)
@@ -36,4 +41,13 @@ def launch_whole(world: World, project: Path, folder: Path) -> Whole:
     world.cloud.assert_empty(240)
     reckoning = reckon(run, folder)
     check_nothing_left(world)
-    return Whole(launched.out, launched.seconds, machine, run.record(), run.adapter_hash(), run.committed(), reckoning)
+    return Whole(
+        said=launched.out,
+        seconds=launched.seconds,
+        machine=machine,
+        record=run.record(),
+        adapter_hash=run.adapter_hash(),
+        committed=run.committed(),
+        objects=world.buckets.objects(BUCKET),
+        reckoning=reckoning,
+    )

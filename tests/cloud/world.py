@@ -18,8 +18,8 @@ from buckets import Buckets
 from catalog_fixture import CATALOG, VMS
 from gce import Cloud
 from gce_instances import parse_wish
-from leftovers import clean, sky_user, take_slot
-from machine import Machine, Site, close_site, open_site
+from leftovers import clean, close_site, sky_user, take_slot
+from machine import Machine, Site, open_site
 from machine_project import prepare_project
 from skypilot import PROJECT, SkyPilot, environment, make_home
 
@@ -76,7 +76,7 @@ def emulated_world() -> Iterator[World]:
         slot, folder = take_slot()
         at_end.callback(clean, slot)
         seconds: dict[str, float] = {}
-        image = Path(os.environ.get(IMAGE_VARIABLE) or folder / "image")
+        image = Path(os.environ.get(IMAGE_VARIABLE) or folder / "image").resolve()
         image.mkdir(parents=True, exist_ok=True)
         site = Site(slot, folder / "machines", image / "layer" / "layer" / "upper", api="", bucket="")
         site.api, site.bucket = f"http://{site.google}:{API_PORT}", f"http://{site.google}:{BUCKET_PORT}"

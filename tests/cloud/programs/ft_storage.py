@@ -84,3 +84,7 @@ class Storage:
 
     def delete(self, name):
         self.call("DELETE", f"{self.objects}/{urllib.parse.quote(name, safe='')}").close()
+
+    def delete_bucket(self):
+        """One that is empty."""
+        self.call("DELETE", self.place).close()
