@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,11 +91,6 @@ def emulated_world() -> Iterator[World]:
             buckets = Buckets(site.google, folder / "bucket", image / "packages")
             at_end.callback(buckets.stop)
         env = environment(home, site.api, site.bucket)
-        with timed(seconds, "image"), alone(image):  # several sessions may share it
-            reuse_wheel(image, home)
-            machine_image.prepare(image / "layer", home, env)
-            keep_wheel(image, home)
-            prepare_project(image / "layer")
         cloud = Cloud(
             (site.google, API_PORT),
             PROJECT,
@@ -104,12 +100,23 @@ def emulated_world() -> Iterator[World]:
         )
         at_end.enter_context(cloud)
         sky = SkyPilot(home, env)
-        with timed(seconds, "API server"):
-            sky.start()
-            at_end.callback(sky.stop)
-        with timed(seconds, "sky check"):
-            sky.run("check", "gcp").ok()
+        at_end.callback(sky.stop)
+        with ThreadPoolExecutor(1) as beside:  # neither needs the other
+            started = beside.submit(start, sky, seconds)
+            with timed(seconds, "image"), alone(image):  # several sessions may share it
+                reuse_wheel(image, home)
+                machine_image.prepare(image / "layer", home, env)
+                keep_wheel(image, home)
+                prepare_project(image / "layer")
+            started.result()
         yield World(cloud, buckets, sky, site, seconds)
+
+
+def start(sky: SkyPilot, seconds: dict[str, float]) -> None:
+    with timed(seconds, "API server"):
+        sky.start()
+    with timed(seconds, "sky check"):
+        sky.run("check", "gcp").ok()
 
 
 @contextmanager

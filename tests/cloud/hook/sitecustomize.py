@@ -91,7 +91,7 @@ def _controller_utils(module):
 
 def _events(module):
     """On a machine SkyPilot looks once a minute whether it is idle, and every five whether a job's process has gone."""
-    module.StopEvent.EVENT_INTERVAL_SECONDS = 20
+    module.EVENT_CHECKING_INTERVAL_SECONDS = module.StopEvent.EVENT_INTERVAL_SECONDS = 5
     module.JobSchedulerEvent.EVENT_INTERVAL_SECONDS = 60
 
 
