@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gce_filter import matches
-from gce_http import ApiError, Call, Handler, Json, route
+from gce_http import ApiError, Call, Handler, Json, not_found, route
 from gce_instances import STOPPING, TERMINATED, Instance, Instances, parse_wish
 from gce_market import GPUS_ALL_REGIONS, PLENTY, Market
 from gce_operations import Operations
@@ -184,9 +184,7 @@ class Compute:
 
     def resize_disk(self, call: Call, project: str, zone: str, name: str) -> Json:
         if (zone, name) not in self.instances.disks:
-            raise ApiError(
-                404, "notFound", f"The resource 'projects/{project}/zones/{zone}/disks/{name}' was not found"
-            )
+            raise not_found(f"projects/{project}/zones/{zone}/disks/{name}")
         self.instances.disks[zone, name].gb = int(call.body["sizeGb"])
         return self.operations.begin("resize", name, None, zone)
 
@@ -253,7 +251,7 @@ class Compute:
 
     def get_firewall(self, call: Call, project: str, name: str) -> Json:
         if name not in self.firewalls:
-            raise ApiError(404, "notFound", f"The resource 'projects/{project}/global/firewalls/{name}' was not found")
+            raise not_found(f"projects/{project}/global/firewalls/{name}")
         return self.firewalls[name]
 
     def delete_firewall(self, call: Call, project: str, name: str) -> Json:

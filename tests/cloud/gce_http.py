@@ -32,6 +32,11 @@ class ApiError(Exception):
         return {"error": {"code": self.status, "message": self.message, "errors": [detail]}}
 
 
+def not_found(what: str) -> ApiError:
+    """what: the resource, by its path."""
+    return ApiError(404, "notFound", f"The resource '{what}' was not found")
+
+
 @dataclass(frozen=True)
 class Call:
     """What was asked: at: seconds since the epoch; body: the decoded JSON, {} without one."""

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from gce_bill import Bill, Stretch
-from gce_http import ApiError, Json
+from gce_http import ApiError, Json, not_found
 from gce_market import ACCELERATORS, BUILT_IN, Wish
 
 RUNNING, STOPPING, TERMINATED = "RUNNING", "STOPPING", "TERMINATED"
@@ -166,8 +166,7 @@ class Instances:
     def get(self, zone: str, name: str) -> Instance:
         with self.lock:
             if (zone, name) not in self.found:
-                what = f"projects/{self.project}/zones/{zone}/instances/{name}"
-                raise ApiError(404, "notFound", f"The resource '{what}' was not found")
+                raise not_found(f"projects/{self.project}/zones/{zone}/instances/{name}")
             return self.found[zone, name]
 
     def create(self, name: str, wish: Wish, properties: Json) -> Instance:

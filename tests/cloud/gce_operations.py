@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from gce_http import ApiError, Json
+from gce_http import ApiError, Json, not_found
 from gce_instances import now
 
 WAIT_SECONDS = 20.0
@@ -47,7 +47,7 @@ class Operations:
     def get(self, name: str) -> Json:
         with self.changed:
             if name not in self.found:
-                raise ApiError(404, "notFound", f"The resource 'operations/{name}' was not found")
+                raise not_found(f"operations/{name}")
             return dict(self.found[name])
 
     def wait(self, name: str) -> Json:
