@@ -49,6 +49,11 @@ class Site:
     def bridge(self) -> str:
         return f"ft-bridge{self.slot}"
 
+    @property
+    def link_address(self) -> str:
+        """Of the bridge; 02 is for addresses that no manufacturer has given."""
+        return f"02:66:74:00:00:{self.slot:02x}"
+
     def address(self, number: int) -> str:
         return f"10.128.{16 * self.slot + number // 256}.{number % 256}"
 
@@ -65,9 +70,13 @@ class Site:
 
 
 def open_site(site: Site) -> None:
-    """The bridge that the machines hang on, with the addresses of SkyPilot's computer and of Google's services."""
+    """The bridge that the machines hang on, with the addresses of SkyPilot's computer and of Google's services.
+
+    Its link address is set by hand: left alone it is that of one of the machines, changes when one comes or goes, and the others
+    talk to the old one until they ask again, for up to a minute.
+    """
     for command in (
-        f"ip link add {site.bridge} type bridge",
+        f"ip link add {site.bridge} address {site.link_address} type bridge",
         f"ip address add {site.laptop}/20 dev {site.bridge}",
         f"ip address add {site.google}/20 dev {site.bridge}",
         f"ip link set {site.bridge} up",

@@ -74,6 +74,18 @@ def test_a_machine_sees_itself_and_nothing_of_this_computer(cloud: Cloud) -> Non
     assert Path("/usr/share/doc").is_dir()
 
 
+def test_a_machine_that_comes_or_goes_is_not_noticed_by_the_others(cloud: Cloud, site: Site) -> None:
+    """They know this computer by its link address, and would talk to the old one for a while."""
+    link = Path("/sys/class/net", site.bridge, "address")
+    before = link.read_text()
+    machine = rent(cloud)
+    assert before.split()[0] in inside(
+        machine, f"curl -s http://{site.google}:{API_PORT}/; ip neigh show {site.google}"
+    )
+    machine.power_off()
+    assert link.read_text() == before
+
+
 def test_the_metadata_server_tells_of_a_preemption(cloud: Cloud) -> None:
     machine = rent(cloud)
     ask = "curl -s -m 15 -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/"

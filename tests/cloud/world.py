@@ -87,8 +87,10 @@ def emulated_world() -> Iterator[World]:
         with timed(seconds, "bridge"):
             open_site(site)
             at_end.callback(close_site, slot)
-        with timed(seconds, "bucket"):
-            buckets = Buckets(site.google, folder / "bucket", image / "packages")
+        packages = image / "packages"
+        packages.mkdir(exist_ok=True)
+        with timed(seconds, "bucket"), alone(packages):  # one session installs them
+            buckets = Buckets(site.google, folder / "bucket", packages)
             at_end.callback(buckets.stop)
         env = environment(home, site.api, site.bucket)
         cloud = Cloud(
