@@ -115,9 +115,16 @@ def taken(request: Any, forbidden: dict[str, list[str]]) -> tuple[HTTPStatus, st
     return (HTTPStatus.CONFLICT, TAKEN) if denied == [] else None
 
 
+def keep_in_memory(storage: Any) -> None:
+    """The emulator writes what it knows of all objects at every change of one, for its next start: 75 ms of a processor after a
+    quarter of an hour of scenarios (measured). It has no next start. storage: its module of that name."""
+    storage.Storage._write_config_to_file = lambda _: None
+
+
 if __name__ == "__main__":
     from gcp_storage_emulator import __main__ as emulator
-    from gcp_storage_emulator import server
+    from gcp_storage_emulator import server, storage
 
     guard(server)
+    keep_in_memory(storage)
     sys.exit(emulator.main(sys.argv[1:]))

@@ -121,6 +121,7 @@ def check_machine(stretch: Stretch, attempt: Attempt, usd_per_hour: float) -> No
 
 def check_nothing_left(world: World) -> None:
     """Neither SkyPilot nor the cloud has a machine."""
-    status = world.sky.run("status", "--refresh").ok().out
+    alone = ("--no-show-managed-jobs", "--no-show-services")  # each is a process of its own
+    status = world.sky.run("status", "--refresh", *alone).ok().out
     assert "No existing clusters" in status, status
     world.cloud.assert_empty()

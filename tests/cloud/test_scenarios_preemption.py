@@ -29,7 +29,7 @@ from world import World
 pytestmark = pytest.mark.cloud
 SLOW_UPLOADS = 40_000
 """Bytes a second: a checkpoint of the tiny model takes seconds."""
-BUDGET_SECONDS = 300
+BUDGET_SECONDS = 240
 """Of a machine, that the budget of scenario 5 pays for."""
 NOTHING_SECONDS = 20
 """In which nothing may happen to a run that was stopped at its budget; the controller looks more often."""
