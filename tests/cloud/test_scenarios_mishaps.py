@@ -6,14 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from machine import Machine
 from reckoning import check_nothing_left, reckon
 from table import figure
-from training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run, newest_checkpoint
+from training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run, newest_checkpoint, signal_trainer
 from world import World
 
 pytestmark = pytest.mark.cloud
-TRAINER = "^/home/gcpuser/finetune-env/bin/python .*finetune train"
 HOURS = 0.02
 """MAX_HOURS of the run that hangs."""
 DISK = 1 << 30
@@ -22,19 +20,18 @@ CUT_SECONDS = 120
 NOTICED_SECONDS = 240
 """In which SkyPilot has to notice that the line is cut, or mended: it waits for every ssh to time out."""
 AUTOSTOP_SECONDS = 240
-"""In which an idle machine has to be gone with -i 0."""
+"""In which an idle machine has to be gone with -i 1."""
 
 
 def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
     """Its process is stopped, and with it its own watch over the budget: MAX_HOURS of the script that started it ends it."""
     steps = 1200
-    begin = ("train_a100", "-d", "-c", "hang", "-i", "0", "--down")
+    begin = ("train_a100", "-d", "-c", "hang", "-i", "1", "--down")
     words = launch(*begin, overrides=long_run(steps), RUN_NAME="hang", MAX_HOURS=HOURS, GRACE_SECONDS=5)
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "hang")
     run.wait_for_step(LONG_SAVE_STEPS)
-    machine = world.machine("hang")
-    assert run_inside(machine, "pkill", "-STOP", "-f", TRAINER) == 0
+    signal_trainer(world.machine("hang"), "STOP")
     stopped = time.time()
     ended = world.sky.run("logs", "hang")
     print(ended.out[-1500:])
@@ -61,7 +58,7 @@ def test_a_disk_that_is_nearly_full(world: World, project: Path, tmp_path: Path)
     """The run is stopped while there is still room to save it, and for SkyPilot to end the job."""
     world.site.disk_bytes = DISK
     steps = 600
-    words = launch("train_a100", "-d", "-c", "full", "-i", "0", "--down", RUN_NAME="full", overrides=long_run(steps))
+    words = launch("train_a100", "-d", "-c", "full", "-i", "1", "--down", RUN_NAME="full", overrides=long_run(steps))
     world.sky.run(*words, cwd=project).ok()
     world.site.disk_bytes = 0
     run = Run(world, "full")
@@ -93,7 +90,7 @@ def test_a_disk_that_is_nearly_full(world: World, project: Path, tmp_path: Path)
 def test_a_disk_that_is_full_at_once(world: World, project: Path, tmp_path: Path) -> None:
     """Nobody can write a line any more, SkyPilot included: the room that was kept lets it end the job all the same."""
     world.site.disk_bytes = DISK
-    words = launch("train_a100", "-d", "-c", "brim", "-i", "0", "--down", RUN_NAME="brim", overrides=long_run(9000))
+    words = launch("train_a100", "-d", "-c", "brim", "-i", "1", "--down", RUN_NAME="brim", overrides=long_run(9000))
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "brim")
     run.wait_for_step(2 * LONG_SAVE_STEPS)
@@ -148,11 +145,6 @@ def refreshed(world: World, cluster: str, word: str, seconds: float) -> str:
         if word in status:
             return status
         assert time.monotonic() < deadline, f"not {word} after {seconds:.0f} s"
-
-
-def run_inside(machine: Machine, *command: str) -> int:
-    assert machine.booted
-    return machine.booted.run(command).returncode
 
 
 def kept_in(run: Run, folder: Path) -> Path:

@@ -17,7 +17,7 @@ CEILING = 4.50
 WITHIN = 60
 """Seconds in which what needs no machine has to be refused; 5 of a free computer."""
 AUTOSTOP_SECONDS = 180
-"""In which an idle machine has to be gone with -i 0."""
+"""In which an idle machine has to be gone with -i 1."""
 
 
 def test_no_gpu_quota(world: World, project: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_minute_of_refused_machines(world: World, project: Path, tmp_path: Pat
     When the machine is to go, that is refused too: it asks again."""
     world.cloud.faults.add("bulkInsert", 503, "backendError", seconds=60)
     began = time.time()
-    begin = ("train_a100", "-d", "-c", "later", "-i", "0", "--down", "--retry-until-up")
+    begin = ("train_a100", "-d", "-c", "later", "-i", "1", "--down", "--retry-until-up")
     words = launch(*begin, overrides=SHORT, RUN_NAME="later")
     launched = world.sky.run(*words, cwd=project).ok()
     at = [call.at - began for call in world.cloud.calls if call.path.endswith("/bulkInsert")]

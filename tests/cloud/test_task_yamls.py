@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cloud
 @pytest.mark.xdist_group("whole")
 def test_a_run_is_scored(world: World, project: Path, whole: Whole) -> None:
     """`sky launch sky/evaluate.yaml` of a run in the bucket: both models scored, the report beside it."""
-    scored = world.sky.run(*launch("evaluate", "-c", "score", "-i", "0", "--down", RUN_NAME=NAME), cwd=project).ok()
+    scored = world.sky.run(*launch("evaluate", "-c", "score", "-i", "1", "--down", RUN_NAME=NAME), cwd=project).ok()
     figure(f"launch to the report: {scored.seconds:.0f} s")
     run = Run(world, NAME)
     assert {"eval.json", "report.html", "report.md", "summary.json"} <= set(run.objects())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from machine import Machine
 from world import World
 
 from chaos.world import World as Station
@@ -27,6 +28,7 @@ STEPS, SAVE_STEPS, LOGGING_STEPS = 300, 20, 5
 LONG_SAVE_STEPS = 100
 SHORT = "training.max_steps=40"
 """Overrides for a run whose machine is what matters."""
+TRAINER = "^/home/gcpuser/finetune-env/bin/python .*finetune train"
 HEARTBEAT_SECONDS = 1
 """Instead of 30: attempts here last a minute."""
 
@@ -70,6 +72,12 @@ def launch(task: str, *options: str, overrides: str = "", **env: object) -> list
     jobs = ["jobs"] if options[:1] == ("--jobs",) else []
     words = [*jobs, "launch", "-y", *options[len(jobs) :], f"sky/{task}.yaml"]
     return words + [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
+
+
+def signal_trainer(machine: Machine, name: str) -> None:
+    """STOP or CONT, or another signal, to the process that trains on the machine."""
+    assert machine.booted
+    assert machine.booted.run(["pkill", f"-{name}", "-f", TRAINER]).returncode == 0, "nothing trains there"
 
 
 def steps_in_tensorboard(run: Path) -> list[int]:
