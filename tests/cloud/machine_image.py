@@ -75,7 +75,7 @@ def prepare(folder: Path, home: Path, env: dict[str, str]) -> Path:
     layer, done = folder / "layer" / "upper", folder / "done"
     if done.exists() and done.read_text() == wheel_hash:
         put_programs(layer)
-        put_hook(layer)
+        put_hook(layer, RUNTIME)
         return layer
     shutil.rmtree(folder, ignore_errors=True)
     lay_out(layer)
@@ -127,8 +127,9 @@ def put_programs(layer: Path) -> None:
         put(HERE / "programs" / program, programs, 0o755)
 
 
-def put_hook(layer: Path) -> None:
-    put(HERE / "hook" / "sitecustomize.py", layer / RUNTIME[1:], 0o644)
+def put_hook(layer: Path, packages: str) -> None:
+    """Into one of the machines' Python environments. packages: its folder of packages, as the machine has it."""
+    put(HERE / "hook" / "sitecustomize.py", layer / packages[1:], 0o644)
 
 
 def put(file: Path, folder: Path, mode: int) -> None:
@@ -184,7 +185,7 @@ def install(booted: Booted, wheel: Path, wheel_hash: str, layer: Path) -> None:
     )
     for script in (constants.UV_INSTALLATION_COMMANDS, constants.SKY_USER_ENV_CREATION_COMMANDS, runtime):
         check(booted.run(["bash", "-c", script], user=USER, env=user_env()))
-    put_hook(layer)
+    put_hook(layer, RUNTIME)
     compiling = [f"/home/{USER}/skypilot-runtime/bin/python", "-m", "compileall", "-q", "-j", "2", RUNTIME]
     booted.run(compiling, user=USER, env=user_env())  # else every machine does it; some files of other Pythons fail
     check(

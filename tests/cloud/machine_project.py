@@ -11,10 +11,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from machine_image import USER, check, running, user_env
+from machine_image import USER, check, put_hook, running, user_env
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKDIR = f"/home/{USER}/sky_workdir"
+PACKAGES = f"/home/{USER}/finetune-env/lib/python3.11/site-packages"
 SETTINGS = {"FINETUNE_ALLOW_CPU": "1", "UV_TORCH_BACKEND": "auto"}
 """The first is to be handed to `sky launch --env` as well, because there is no GPU; the second is what the script finds by
 itself on every GPU but the V100, and is part of the stamp."""
@@ -45,9 +46,10 @@ def prepare_project(image: Path) -> None:
     """
     done = image / "project"
     key = fingerprint()
-    if done.exists() and done.read_text() == key:
-        return
     folder = image / "layer"
+    if done.exists() and done.read_text() == key:
+        put_hook(folder / "upper", PACKAGES)
+        return
     with running(folder) as booted:
         place = folder / "upper" / WORKDIR[1:]
         shutil.rmtree(place, ignore_errors=True)
@@ -56,7 +58,7 @@ def prepare_project(image: Path) -> None:
         env = user_env() | SETTINGS
         command = f"cd {WORKDIR} && bash tools/machine_setup.sh"
         check(booted.run(["bash", "-c", command], user=USER, env=env, timeout=1800))
-        packages = f"/home/{USER}/finetune-env/lib/python3.11/site-packages"
-        booted.run(["python3.11", "-m", "compileall", "-q", "-j", "2", packages], user=USER, env=env, timeout=900)
+        put_hook(folder / "upper", PACKAGES)
+        booted.run(["python3.11", "-m", "compileall", "-q", "-j", "2", PACKAGES], user=USER, env=env, timeout=900)
         check(booted.run(["rm", "-rf", WORKDIR, f"/home/{USER}/.cache"], env=user_env()))
     done.write_text(key)

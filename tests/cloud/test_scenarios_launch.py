@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from reckoning import catalog_price, check_nothing_left, reckon
 from table import figure
-from training import LONG_SAVE_STEPS, SHORT, STEPS, Run, launch, long_run, signal_trainer, wait_for_tensorboard
+from training import LONG_SAVE_STEPS, SHORT, STEPS, Run, launch, long_run, wait_for_tensorboard
 from whole import Whole
 from world import World
 
@@ -99,15 +99,13 @@ def test_a_ceiling_below_every_price(world: World, project: Path) -> None:
 
 def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Path) -> None:
     """Scenario 9: status, logs, TensorBoard through ssh, stop in the middle, start, the same launch goes on, cancel, down."""
-    words = launch("train_a100", "-d", "-c", "look", overrides=long_run(LONG), RUN_NAME="look")
+    words = launch("train_a100", "-d", "-c", "look", overrides=long_run(LONG), RUN_NAME="look", FT_STEP_SECONDS=0.1)
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "look")
     run.wait_for_step(LONG_SAVE_STEPS)
     assert "UP" in world.sky.run("status", "look").ok().out
     with world.sky.ssh("look", "-N", "-o", "ExitOnForwardFailure=yes", "-L", "6006:localhost:6006") as tunnel:
-        signal_trainer(world.machine("look"), "STOP")  # TensorBoard looks once a minute; others need the processors
         wait_for_tensorboard("look/tensorboard", seconds=90)
-        signal_trainer(world.machine("look"), "CONT")
         assert tunnel.poll() is None, "another TensorBoard has answered: port 6006 of this computer was taken"
     world.sky.run("stop", "-y", "look").ok()
     assert "STOPPED" in world.sky.run("status", "--refresh", "look").ok().out

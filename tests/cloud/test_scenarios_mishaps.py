@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from reckoning import check_nothing_left, reckon
 from table import figure
-from training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run, newest_checkpoint, signal_trainer
+from training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run, newest_checkpoint
 from world import World
 
 pytestmark = pytest.mark.cloud
+TRAINER = "^/home/gcpuser/finetune-env/bin/python .*finetune train"
 HOURS = 0.02
 """MAX_HOURS of the run that hangs."""
 DISK = 1 << 30
@@ -31,7 +32,8 @@ def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "hang")
     run.wait_for_step(LONG_SAVE_STEPS)
-    signal_trainer(world.machine("hang"), "STOP")
+    booted = world.machine("hang").booted
+    assert booted and booted.run(["pkill", "-STOP", "-f", TRAINER]).returncode == 0
     stopped = time.time()
     ended = world.sky.run("logs", "hang")
     print(ended.out[-1500:])

@@ -29,8 +29,8 @@ from world import World
 pytestmark = pytest.mark.cloud
 SLOW_UPLOADS = 40_000
 """Bytes a second: a checkpoint of the tiny model takes seconds."""
-BUDGET_SECONDS = 240
-"""Of a machine, that the budget of scenario 5 pays for."""
+BUDGET_SECONDS = 300
+"""Of a machine, that the budget of scenario 5 pays for: the third attempt has to begin in it, and may after 180 on a busy computer."""
 NOTHING_SECONDS = 20
 """In which nothing may happen to a run that was stopped at its budget; the controller looks more often."""
 
@@ -91,8 +91,9 @@ def test_preempted_three_times(world: World, project: Path, whole: Whole, tmp_pa
 def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> None:
     """Scenario 5: after the second preemption; nothing restarts the run, and a higher budget does."""
     budget = round(BUDGET_SECONDS * usd_per_hour(world, project) / 3600, 4)
-    long = {"overrides": f"{long_run(100 * STEPS, save_steps=1000)} checkpoint.every_minutes=0.15", "RUN_NAME": "poor"}
-    words = launch("train_spot", "--jobs", "-d", "-n", "poor", MAX_RUN_USD=budget, **long)
+    long = f"{long_run(100 * STEPS, save_steps=1000)} checkpoint.every_minutes=0.15"
+    begin = ("train_spot", "--jobs", "-d", "-n", "poor")
+    words = launch(*begin, overrides=long, RUN_NAME="poor", MAX_RUN_USD=budget, FT_STEP_SECONDS=0.2)
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "poor")
     machine = world.cloud.wait_for_machine("poor", 180)

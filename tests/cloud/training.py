@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from machine import Machine
 from world import World
 
 from chaos.world import World as Station
@@ -28,7 +27,6 @@ STEPS, SAVE_STEPS, LOGGING_STEPS = 300, 20, 5
 LONG_SAVE_STEPS = 100
 SHORT = "training.max_steps=40"
 """Overrides for a run whose machine is what matters."""
-TRAINER = "^/home/gcpuser/finetune-env/bin/python .*finetune train"
 HEARTBEAT_SECONDS = 1
 """Instead of 30: attempts here last a minute."""
 
@@ -74,12 +72,6 @@ def launch(task: str, *options: str, overrides: str = "", **env: object) -> list
     return words + [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
 
 
-def signal_trainer(machine: Machine, name: str) -> None:
-    """STOP or CONT, or another signal, to the process that trains on the machine."""
-    assert machine.booted
-    assert machine.booted.run(["pkill", f"-{name}", "-f", TRAINER]).returncode == 0, "nothing trains there"
-
-
 def steps_in_tensorboard(run: Path) -> list[int]:
     """Steps of the training loss, in the order of the event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -107,7 +99,8 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[Skipped]]:
 
 
 def long_run(steps: int, save_steps: int = LONG_SAVE_STEPS) -> str:
-    """Overrides for a run that lasts while something happens to it, at some 40 steps a second."""
+    """Overrides for a run that lasts while something happens to it, at some 40 steps a second; --env FT_STEP_SECONDS=0.1 has it
+    rest for so long after each."""
     return f"training.max_steps={steps} training.logging_steps=25 checkpoint.save_steps={save_steps}"
 
 

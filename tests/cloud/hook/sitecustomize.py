@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 
 
 def _settings():
@@ -95,6 +96,13 @@ def _events(module):
     module.JobSchedulerEvent.EVENT_INTERVAL_SECONDS = 60
 
 
+def _optimizer(module):
+    """A processor rests while a GPU computes a step. Here it computes itself, and is to be left to others for so many seconds."""
+    seconds = float(os.environ.get("FT_STEP_SECONDS", "0"))
+    if seconds:
+        module.register_optimizer_step_post_hook(lambda *_: time.sleep(seconds))
+
+
 CHANGES = {
     "google.auth": _google_auth,
     "googleapiclient.discovery": _discovery,
@@ -103,6 +111,7 @@ CHANGES = {
     "sky.skylet.constants": _constants,
     "sky.skylet.events": _events,
     "sky.utils.controller_utils": _controller_utils,
+    "torch.optim.optimizer": _optimizer,
 }
 
 
