@@ -30,7 +30,7 @@ pytestmark = pytest.mark.cloud
 SLOW_UPLOADS = 40_000
 """Bytes a second: a checkpoint of the tiny model takes seconds."""
 BUDGET_SECONDS = 300
-"""Of a machine, that the budget of scenario 5 pays for: the third attempt has to begin in it, and may after 180 on a busy computer."""
+"""Of a machine, that the budget of scenario 5 pays for. The third attempt has to begin in them: on a busy computer after 180."""
 NOTHING_SECONDS = 20
 """In which nothing may happen to a run that was stopped at its budget; the controller looks more often."""
 
