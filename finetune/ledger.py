@@ -33,7 +33,8 @@ class Attempt:
     """One attempt of a run, as its file tells it.
 
     seconds: on the meter. usd_per_hour: None where the machine has no price. step: the last one told. reason: of its end; None
-    while it goes on, or if it was killed. problems: what in the file cannot be used.
+    while it goes on, or if it was killed. seconds_before: of `seconds`, those before it began (boot, set-up). problems: what in
+    the file cannot be used.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Attempt:
     step: int | None = None
     reason: str | None = None
     token: str | None = None
+    seconds_before: float = 0.0
     problems: tuple[str, ...] = ()
 
     @property
@@ -260,6 +262,7 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
         step=next((line["step"] for line in reversed(lines) if isinstance(line.get("step"), int)), None),
         reason=next((str(line.get("reason")) for line in reversed(lines) if line["event"] == "end"), None),
         token=token if isinstance(token, str) else None,
+        seconds_before=_number(first.get(METERED)) or 0.0,
         problems=problems,
     )
 

@@ -25,6 +25,8 @@ HEARTBEAT_VARIABLE = "FINETUNE_HEARTBEAT_SECONDS"
 HEARTBEAT_SECONDS = 30.0
 SAVE_SECONDS = 20.0
 """Kept free for a save before a ceiling, at least."""
+MOST_KEPT_SECONDS = 900.0
+"""For a start on another machine. Before one that took longer its machine stood idle, which no recovery does."""
 HARD_SECONDS = 5.0
 """Before the ceiling the run is ended: time for a last line in the ledger and for run.json."""
 RETRY_SECONDS = 1.0
@@ -58,7 +60,10 @@ class Meter:
 
     usd_per_hour, basis: the machine's price and its source. time_to_save: seconds that a save needs now. ask_stop: sets a flag
     for the end of the step. hard_stop: records the stop and ends the process. The hooks are called by a thread, with the reason
-    in words. last_resort: whether faulthandler's timer, of which a process has one, is set where there is a ceiling.
+    in words. restart_usd_per_hour: of the dearest machine on which the run may begin again, where this one may be taken away. A
+    start costs before the ledger can be looked at there, so what the longest one of this run would cost on that machine is kept
+    free before the ceilings. last_resort: whether faulthandler's timer, of which a process has one, is set where there is a
+    ceiling.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Meter:
         time_to_save: Callable[[], float] = lambda: SAVE_SECONDS,
         ask_stop: Callable[[str], None] = lambda reason: None,
         hard_stop: Callable[[str], None] = lambda reason: None,
+        restart_usd_per_hour: float | None = None,
         last_resort: bool = True,
     ) -> None:
         """Reads what earlier attempts have cost. Raises UserError where the ledger's folder cannot be listed."""
@@ -80,6 +86,7 @@ class Meter:
         self.step: int | None = None  # optimizer steps done; the training loop sets it
         self._time, self._price, self._basis = time, usd_per_hour, basis
         self._say, self._time_to_save, self._ask_stop, self._hard_stop = say, time_to_save, ask_stop, hard_stop
+        self._kept = self._kept_free(restart_usd_per_hour)
         self._heartbeat = heartbeat_seconds()
         self._resumed_step: int | None = None
         self._log: AttemptLog | None = None
@@ -96,12 +103,15 @@ class Meter:
 
     def check_start(self, save_interval_seconds: float) -> str | None:
         """Why this attempt must not begin: less is left than the work between two saves costs. None if it may."""
-        left = self._seconds_left()
+        name, left = self._nearest()
         if left >= save_interval_seconds:
             return None
+        kept = (
+            f" and the {_duration(self._kept[name])} kept for a start after a preemption" if name in self._kept else ""
+        )
         return (
-            f"{self.spent().text}: less than the {_duration(save_interval_seconds)} between two checkpoints; raise "
-            f"{self._nearest()} to go on"
+            f"{self.spent().text}: less than the {_duration(save_interval_seconds)} between two checkpoints{kept}; raise "
+            f"{name} to go on"
         )
 
     def begin(self, *, attempt: int, machine: dict[str, Any], resumed_step: int | None) -> None:
@@ -185,9 +195,19 @@ class Meter:
     def _seconds_left(self) -> float:
         return min(self._limits().values(), default=math.inf)
 
-    def _nearest(self) -> str:
-        limits = self._limits()
-        return min(limits, key=lambda name: limits[name], default="the budget")
+    def _nearest(self) -> tuple[str, float]:
+        """The key of the ceiling that stops the run first, and the seconds until then, less what is kept free before it."""
+        room = {name: left - self._kept.get(name, 0.0) for name, left in self._limits().items()}
+        return min(room.items(), key=lambda item: item[1], default=("the budget", math.inf))
+
+    def _kept_free(self, restart_usd_per_hour: float | None) -> dict[str, float]:
+        """Seconds of this machine for a start of the run on another, by the name of the ceiling's key."""
+        if restart_usd_per_hour is None:
+            return {}
+        starts = [self._time.seconds(), *(attempt.seconds_before for attempt in self.earlier.attempts)]
+        seconds = min(max(starts), MOST_KEPT_SECONDS)
+        dearer = max(1.0, restart_usd_per_hour / self._price) if self._price else 1.0
+        return {"budget.max_run_usd": seconds * dearer, "budget.max_hours": seconds}
 
     def _text(self, usd: float | None, left: float) -> str:
         parts = []
@@ -221,14 +241,18 @@ class Meter:
             self._timer.set(left)
         if left <= HARD_SECONDS and not self._stopped:
             self._write_end("budget_stop")
-            self._hard_stop(f"{self._nearest()}: {self.spent().text}; the run did not stop by itself")
+            self._hard_stop(f"{self._nearest()[0]}: {self.spent().text}; the run did not stop by itself")
             self._stopped = True
+        name, room = self._nearest()
         save = self._save_seconds()
-        if left <= save and not self._asked:
+        if room <= save and not self._asked:
             self._asked = True
-            self._ask_stop(f"{self._nearest()}: {self.spent().text}")
+            kept = (
+                f"; {_duration(self._kept[name])} are kept for a start after a preemption" if name in self._kept else ""
+            )
+            self._ask_stop(f"{name}: {self.spent().text}{kept}")
         due = [self._heartbeat, left - HARD_SECONDS if left > HARD_SECONDS else RETRY_SECONDS]
-        return max(0.05, min([*due, left - save] if left > save else due))
+        return max(0.05, min([*due, room - save] if room > save else due))
 
     def _save_seconds(self) -> float:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune import ranks
 from finetune.callbacks import Throughput
-from finetune.cloud.instance import PREEMPTED, MachinePrice, PreemptionWatch, facts, rented
+from finetune.cloud.instance import PREEMPTED, MachinePrice, PreemptionWatch, dearest_usd_per_hour, facts, rented
 from finetune.config import RunConfig
 from finetune.errors import EXIT_OK
 from finetune.ledger import Attempt, Ledger
@@ -36,6 +36,7 @@ class Spending:
         """Raises UserError where the ledger cannot be read."""
         self._config, self._stop, self._attempt, self._first_step = config, stop, attempt, step
         self._price, self._time = price, MachineTime(rented=rented())
+        self._machine = facts() if ranks.first() and rented() else {}
         self._progress: Callable[[], tuple[int, int]] = lambda: (step, 0)
         self._throughput: Throughput | None = None
         self._hard_stop: Callable[[], None] = lambda: None
@@ -51,6 +52,7 @@ class Spending:
                 time_to_save=stop.time_to_save,
                 ask_stop=lambda reason: stop.ask("budget", f"the budget is nearly used up ({reason})"),
                 hard_stop=self._end_now,
+                restart_usd_per_hour=dearest_usd_per_hour() if self._machine.get("spot") else None,
             )
 
     @property
@@ -66,7 +68,7 @@ class Spending:
             return
         for problem in self._meter.earlier.problems:
             say(f"ledger: {problem}")
-        self._meter.begin(attempt=self._attempt, machine=_machine(), resumed_step=self._first_step or None)
+        self._meter.begin(attempt=self._attempt, machine=self._machine, resumed_step=self._first_step or None)
         try:
             yield
         finally:
@@ -76,7 +78,7 @@ class Spending:
         """An attempt that ends before it begins has cost the machine's boot and set-up all the same."""
         if self._meter:
             log = self._meter.ledger.begin(
-                attempt=self._attempt, machine=_machine(), usd_per_hour=self._price.usd_per_hour if self._price else None,
+                attempt=self._attempt, machine=self._machine, usd_per_hour=self._price.usd_per_hour if self._price else None,
                 basis=self._price.basis if self._price else None, seconds_before=self._time.take(),
                 resumed_step=self._first_step or None,
             )  # fmt: skip
@@ -176,10 +178,6 @@ class Spending:
         finally:
             ranks.end_all(reason, EXIT_OK)
             os._exit(EXIT_OK)
-
-
-def _machine() -> dict[str, Any]:
-    return facts() if rented() else {}
 
 
 def _told(attempt: Attempt) -> dict[str, Any]:

@@ -257,6 +257,7 @@ def _refused(session: Session, refusal: str, *, stopped_before: bool) -> int:
     if ranks.first():
         session.spending.book("budget_stop")
         adapter_from(session.run, session.resume_from)
+        session.recorder.write(stop={"reason": "budget", "detail": refusal, "seconds": 0.0})
     return _close(session, "budget_stop", _step_of(session) or 0)
 
 

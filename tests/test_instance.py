@@ -21,6 +21,7 @@ from finetune.cloud.instance import (
     VARIABLE,
     Machine,
     PreemptionWatch,
+    dearest_usd_per_hour,
     facts,
     gpu_of,
     machine_price,
@@ -141,6 +142,12 @@ def test_the_table_of_this_job_wins_over_the_one_kept_at_set_up(
     monkeypatch.setenv(VARIABLE, json.dumps(TABLE | {"offers": OFFERS[2:3]}))
     found = machine_price()
     assert found and found.usd_per_hour == 1.1
+
+
+def test_the_dearest_machine_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dearest_usd_per_hour() is None
+    monkeypatch.setenv(VARIABLE, json.dumps(TABLE))
+    assert dearest_usd_per_hour() == max(offer["usd_per_hour"] for offer in OFFERS)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(TABLE | {"offers": [{"usd_per_hour": 1}]}),

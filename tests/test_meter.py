@@ -130,6 +130,48 @@ def test_a_run_with_less_left_than_a_save_interval_costs_must_not_begin(run: Run
     assert run.meter().check_start(1e9) is None
 
 
+def test_a_machine_that_may_be_taken_away_keeps_the_longest_start_free(run: Run) -> None:
+    run.age = 300.0
+    run.begin().close("preempted")
+    run.age = 120.0
+    meter = run.begin(dollars=2.0, restart_usd_per_hour=0.5, time_to_save=lambda: 30.0)  # 2000 s, 300 of them are spent
+    assert meter.check_start(1280.0) is None
+    reason = meter.check_start(1281.0)
+    assert (
+        reason
+        and "less than the 21.4 min between two checkpoints and the 5.0 min kept for a start after a preemption"
+        in reason
+    )
+    run.age = 1700.0 - 300 - 35
+    time.sleep(4 * BEAT)
+    assert not run.asked
+    run.age += 6.0
+    wait_until(lambda: run.asked)
+    assert run.asked[0].endswith("5.5 min left; 5.0 min are kept for a start after a preemption")
+    time.sleep(4 * BEAT)
+    assert not run.ended
+    run.age = 1700.0 - 4
+    wait_until(lambda: run.ended)
+
+
+def test_the_time_that_a_machine_stood_idle_before_is_no_start(run: Run) -> None:
+    run.age = 7200.0
+    meter = run.meter(hours=3.0, restart_usd_per_hour=9.0)
+    assert meter.check_start(2700.0) is None
+    reason = meter.check_start(2701.0)
+    assert reason and "the 15.0 min kept for a start" in reason
+
+
+def test_a_start_on_a_dearer_machine_is_kept_free_in_dollars(run: Run) -> None:
+    run.age = 100.0
+    meter = run.meter(
+        dollars=1.0, hours=1.0, restart_usd_per_hour=18.0
+    )  # 900 s are left, 500 of them for 100 s at $18/h
+    assert meter.check_start(400.0) is None
+    reason = meter.check_start(401.0)
+    assert reason and "the 8.3 min kept for a start" in reason and "raise budget.max_run_usd" in reason
+
+
 def test_this_attempt_is_told_with_the_seconds_up_to_now(run: Run) -> None:
     run.begin(usd=1.8).close("preempted")
     meter = run.meter()

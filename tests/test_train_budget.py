@@ -120,12 +120,33 @@ def test_what_is_left_of_an_interrupted_run_that_cannot_pay_for_more_is_an_adapt
     clock.seconds = 80.0  # boot and set-up of the next machine
     assert main(["train", "--resume", str(run)]) == 0
     record = record_of(run)
-    assert record["status"] == "budget_stop"
+    assert (record["status"], record["stop"]["reason"]) == ("budget_stop", "budget")
     saved = (run / "checkpoints" / "step-2" / "adapter_model.safetensors").read_bytes()
     assert adapter_of(run) == saved
     assert (run / "adapter" / "prompt.json").is_file() and (run / "adapter" / "tokenizer.json").is_file()
     attempts = Ledger(run / "ledger").account().attempts
     assert [(attempt.seconds, attempt.reason) for attempt in attempts] == [(3500.0, "failed"), (80.0, "budget_stop")]
+
+
+@pytest.mark.parametrize(("spot", "spent"), [(True, 2570.0), (False, 2770.0)])
+def test_a_run_on_a_spot_machine_stops_while_another_start_can_be_paid(
+    spot: bool,
+    spent: float,
+    tiny_config: ConfigWriter,
+    tmp_path: Path,
+    clock: FakeTime,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Taken away a moment later, it would cross its ceiling by a boot and a set-up before it can look at its ledger."""
+    monkeypatch.setattr("finetune.spending.rented", lambda: True)
+    monkeypatch.setattr("finetune.spending.facts", lambda: {"spot": spot})
+    monkeypatch.setattr("finetune.spending.dearest_usd_per_hour", lambda: 3.6)
+    clock.seconds = 200.0  # boot and set-up
+    pass_time(clock, 2, spent, monkeypatch)
+    assert main(["train", str(tiny_config(budget={"max_hours": 2785 / 3600}, checkpoint=OFTEN))]) == 0
+    record = record_of(tmp_path / "runs" / "tiny-001")
+    assert (record["status"], record["steps"]["done"]) == ("budget_stop", 2)
+    assert ("3.3 min are kept for a start after a preemption" in record["stop"]["detail"]) == spot
 
 
 HANGS = """

@@ -64,6 +64,13 @@ def machine_price() -> MachinePrice | None:
     return price_in(table, this_machine()) if table is not None else None
 
 
+def dearest_usd_per_hour() -> float | None:
+    """Of all machines on which the launch may go on after this one; None where no price table came with it. Raises UserError for
+    a table that cannot be read."""
+    table = _table()
+    return max(offer["usd_per_hour"] for offer in table["offers"]) if table is not None else None
+
+
 def rented() -> bool:
     """Whether our launch policy started this machine, so that it costs money from its boot."""
     return _table_text() is not None

@@ -128,8 +128,10 @@ def put_programs(layer: Path) -> None:
 
 
 def put_hook(layer: Path, packages: str) -> None:
-    """Into one of the machines' Python environments. packages: its folder of packages, as the machine has it."""
-    put(HERE / "hook" / "sitecustomize.py", layer / packages[1:], 0o644)
+    """Into one of the machines' Python environments. packages: its folder of packages, as the machine has it. By a .pth file,
+    because Debian's Python brings a sitecustomize of its own, which comes first."""
+    for name in ("ft_cloud_hook.py", "ft_cloud_hook.pth"):
+        put(HERE / "hook" / name, layer / packages[1:], 0o644)
 
 
 def put(file: Path, folder: Path, mode: int) -> None:

@@ -34,6 +34,8 @@ BOOT_SECONDS, SHARE = 30.0, 0.05
 """By which a machine's time may differ between bill and ledger: Google counts from before the kernel runs; and a share of it."""
 STEP, JOB = 1500.0, 3600.0
 """Seconds for which a first checkpoint is waited for (a real set-up downloads 3 GB), and a job's end."""
+BUDGET_HOURS = 0.75
+"""Of a machine: a start, some training, and what is kept for another start, on the dearest machine."""
 LONG = "training.max_steps=20000"
 """A run that is not over before it is disturbed: a GPU does the tiny one's steps in less than a minute."""
 
@@ -132,7 +134,7 @@ def test_a_budget_that_runs_out(world: RealWorld, project: Path, tmp_path: Path)
     """The run stops before its dollars are over, says so, and the machine goes away by itself."""
     text = (project / "sky" / "train_t4.yaml").read_text(encoding="utf-8")
     (project / "sky" / "budget.yaml").write_text(text.replace("    - {use_spot: false}\n", ""), encoding="utf-8")
-    budget = round(0.4 * admitted(project / "sky" / "budget.yaml", load_catalog())[0].usd_per_hour, 3)
+    budget = round(BUDGET_HOURS * admitted(project / "sky" / "budget.yaml", load_catalog())[0].usd_per_hour, 3)
     name = world.name("budget")
     often = f"{LONG} checkpoint.every_minutes=0.5"  # a budget that does not last until the next checkpoint is refused
     more = {"RUN_NAME": name, "MAX_RUN_USD": budget, **ON_A_GPU}

@@ -29,8 +29,10 @@ from world import World
 pytestmark = pytest.mark.cloud
 SLOW_UPLOADS = 40_000
 """Bytes a second: a checkpoint of the tiny model takes seconds."""
-BUDGET_SECONDS = 300
-"""Of a machine, that the budget of scenario 5 pays for. The third attempt has to begin in them: on a busy computer after 180."""
+BUDGET_SECONDS = 420
+"""Of a machine, that the budget of scenario 5 pays for. At the third attempt, what is kept for a start still fits."""
+FIRST_SECONDS, REST_SECONDS = 9, 0.2
+"""Of training, to the first checkpoint of scenario 5; of them, after each step at least."""
 NOTHING_SECONDS = 20
 """In which nothing may happen to a run that was stopped at its budget; the controller looks more often."""
 
@@ -91,14 +93,15 @@ def test_preempted_three_times(world: World, project: Path, whole: Whole, tmp_pa
 def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> None:
     """Scenario 5: after the second preemption; nothing restarts the run, and a higher budget does."""
     budget = round(BUDGET_SECONDS * usd_per_hour(world, project) / 3600, 4)
-    long = f"{long_run(100 * STEPS, save_steps=1000)} checkpoint.every_minutes=0.15"
-    begin = ("train_spot", "--jobs", "-d", "-n", "poor")
-    words = launch(*begin, overrides=long, RUN_NAME="poor", MAX_RUN_USD=budget, FT_STEP_SECONDS=0.2)
+    long = f"{long_run(100 * STEPS, save_steps=1000)} checkpoint.every_minutes={FIRST_SECONDS / 60}"
+    begin = ("train_spot", "--jobs", "-d", "-n", "poor", "--gpus", "L4:1", "--instance-type", "g2-standard-8")
+    words = launch(*begin, overrides=long, RUN_NAME="poor", MAX_RUN_USD=budget, FT_STEP_SECONDS=REST_SECONDS)
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "poor")
     machine = world.cloud.wait_for_machine("poor", 180)
-    for _ in range(2):
+    for number in (1, 2):
         run.wait_for_step(max(run.committed(), default=0) + 1)
+        assert max(run.committed()) < number * 2 * FIRST_SECONDS / REST_SECONDS, "it does not rest after its steps"
         world.cloud.crash(machine)
         machine = world.cloud.wait_for_machine("poor", 300, other_than=machine)
     run.wait_for_status("budget_stop")
@@ -106,11 +109,11 @@ def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> 
     world.cloud.assert_empty(60)
     reckoning = reckon(run, tmp_path / "stopped")
     figure(f"budget ${budget}")
-    assert budget * 0.9 < reckoning.ledger_usd <= budget
+    assert budget / 2 < reckoning.ledger_usd <= budget
     assert reckoning.bill_usd - reckoning.tail_usd < budget * (1 + HEARTBEAT_SECONDS / BUDGET_SECONDS)
     newest, passed_over = newest_checkpoint(tmp_path / "stopped" / "poor")
     assert newest and newest.name == f"step-{run.record()['steps']['done']}" and not passed_over
-    assert run.record()["stop"]["reason"] == "budget"
+    assert run.record()["stop"]["reason"] == "budget" and "kept for a start" in run.record()["stop"]["detail"]
     machines = len(world.cloud.bill.stretches)
     time.sleep(NOTHING_SECONDS)
     assert len(world.cloud.bill.stretches) == machines and not world.cloud.machines(), "something has restarted it"
@@ -126,10 +129,10 @@ def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> 
 
 
 def usd_per_hour(world: World, project: Path) -> float:
-    """Of the machine on which the policy would have sky/train_spot.yaml begin."""
+    """Of the cheapest L4 of sky/train_spot.yaml."""
     planned = world.sky.program("finetune", "plan", CONFIG, "--json", cwd=project).ok().out
     rows = json.loads(planned[planned.index("{") :])["rows"]
-    usable = [row for row in rows if row["chosen"] and row["spot"] and row["gpu"] in ("A100", "L4")]
+    usable = [row for row in rows if row["chosen"] and row["spot"] and row["gpu"] == "L4"]
     return float(min(usable, key=lambda row: float(row["usd"]))["usd_per_hour"])
 
 

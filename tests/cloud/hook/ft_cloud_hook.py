@@ -1,0 +1,140 @@
+"""Points Google's client libraries at the emulated cloud. SkyPilot's processes have it on PYTHONPATH, the machines' environments
+among their packages.
+
+Works from outside: modules are changed when they are loaded, and only if an emulated cloud is named, by FT_CLOUD_API or, on
+a machine, by /etc/ft-machine.json. Knows Python 3.10, because SkyPilot's runtime on the machines is that.
+"""
+
+import importlib.abc
+import json
+import os
+import pathlib
+import sys
+import time
+
+
+def _settings():
+    if os.environ.get("FT_CLOUD_API"):
+        return (
+            os.environ["FT_CLOUD_API"],
+            os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
+            os.environ.get("FT_CLOUD_LOGIN", ""),
+        )
+    try:
+        machine = json.loads(pathlib.Path("/etc/ft-machine.json").read_text(encoding="utf-8"))
+        return machine["api"], machine["project"], ""
+    except (OSError, ValueError, KeyError):
+        return "", "", ""
+
+
+API, PROJECT, LOGIN = _settings()
+
+
+def _credentials():
+    from google.auth import credentials, exceptions
+
+    class Login(credentials.AnonymousCredentials):
+        """Needs no token. While the file LOGIN holds "expired", it is refused as an old login is."""
+
+        def before_request(self, request, method, url, headers):
+            try:
+                expired = pathlib.Path(LOGIN).read_text(encoding="utf-8").strip() == "expired"
+            except OSError:
+                expired = False
+            if expired:
+                raise exceptions.RefreshError(
+                    "invalid_grant: Token has been expired or revoked.", {"error": "invalid_grant"}
+                )
+
+    return Login()
+
+
+def _google_auth(module):
+    module.default = lambda *args, **kwargs: (_credentials(), PROJECT)
+
+
+def _discovery(module):
+    real = module.build
+
+    def build(service, version, *args, **kwargs):
+        path = f"/{service}/{version}/" if service == "compute" else "/"
+        kwargs["client_options"] = {"api_endpoint": API + path}
+        kwargs["credentials"] = _credentials()
+        kwargs["static_discovery"] = True
+        return real(service, version, *args, **kwargs)
+
+    module.build = build
+
+
+def _storage(module):
+    """For an emulator this library goes without any login, and would never notice that ours has expired."""
+    real = module.Client.__init__
+
+    def init(self, *args, **kwargs):
+        real(self, *args, **({"credentials": _credentials()} | kwargs))
+
+    module.Client.__init__ = init
+
+
+def _constants(module):
+    """SkyPilot keeps this log in /tmp, for good."""
+    if os.environ.get("TMPDIR"):
+        module.HA_PERSISTENT_RECOVERY_LOG_PATH = os.environ["TMPDIR"] + "/{}ha_recovery.log"
+
+
+def _backend_utils(module):
+    module._TEST_IP_LIST = [API + "/network"] * 2
+
+
+def _controller_utils(module):
+    """SkyPilot starts as many controllers of managed jobs as memory allows, a dozen on 24 GB; one is enough for a test."""
+    module.get_number_of_jobs_controllers = lambda: 1
+
+
+def _events(module):
+    """On a machine SkyPilot looks once a minute whether it is idle, and every five whether a job's process has gone."""
+    module.EVENT_CHECKING_INTERVAL_SECONDS = module.StopEvent.EVENT_INTERVAL_SECONDS = 5
+    module.JobSchedulerEvent.EVENT_INTERVAL_SECONDS = 60
+
+
+def _optimizer(module):
+    """A processor rests while a GPU computes a step. Here it computes itself, and is to be left to others for so many seconds."""
+    seconds = float(os.environ.get("FT_STEP_SECONDS", "0"))
+    if seconds:
+        module.register_optimizer_step_post_hook(lambda *_: time.sleep(seconds))
+
+
+CHANGES = {
+    "google.auth": _google_auth,
+    "googleapiclient.discovery": _discovery,
+    "google.cloud.storage.client": _storage,
+    "sky.backends.backend_utils": _backend_utils,
+    "sky.skylet.constants": _constants,
+    "sky.skylet.events": _events,
+    "sky.utils.controller_utils": _controller_utils,
+    "torch.optim.optimizer": _optimizer,
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Lets the others find a module, and changes it after it was loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in CHANGES:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            CHANGES[name](module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if API:
+    sys.meta_path.insert(0, _Finder())
