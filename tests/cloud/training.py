@@ -27,6 +27,8 @@ STEPS, SAVE_STEPS, LOGGING_STEPS = 300, 20, 5
 LONG_SAVE_STEPS = 100
 SHORT = "training.max_steps=40"
 """Overrides for a run whose machine is what matters."""
+TELLING = ("run.json", *(f"ledger/attempt-{number:03d}.jsonl" for number in range(1, 6)))
+"""Of a run's files, for a failure."""
 HEARTBEAT_SECONDS = 1
 """Instead of 30: attempts here last a minute."""
 
@@ -156,11 +158,15 @@ class Run:
         return Ledger(self.fetch(folder) / "ledger").account()
 
     def last_words(self) -> str:
-        """For a failure: what lies in the bucket, and the ends of the job's logs on the machines that are there."""
-        found = [f"in the bucket: {self.objects()}"]
+        """For a failure: what lies in the bucket, and the ends of the job's logs on the machines that are there, of those that
+        SkyPilot has fetched, and of its controller's."""
+        objects = self.objects()
+        found = [f"in the bucket: {objects}"]
+        found += [f"{name}: {self.read(name).decode()[-1500:]}" for name in objects if name in TELLING]
         for instance in self.world.cloud.machines():
-            logs = (self.world.site.folder / instance.name).glob("upper/home/*/sky_logs/*/tasks/*.log")
-            found += [f"{instance.name} {log.name}: {log.read_text(errors='replace')[-1500:]}" for log in logs]
+            found += _ends(self.world.site.folder / instance.name, "upper/home/*/sky_logs/*/tasks/*.log")
+        for logs in ("managed_jobs/**/*.log", "jobs_controller/*.log"):
+            found += _ends(self.world.sky.home / "sky_logs", logs)
         return "\n".join(found)
 
     def wait_for_step(self, step: int, seconds: float = 240) -> None:
@@ -192,3 +198,8 @@ class Run:
         while "run.json" not in self.objects() or self.record()["status"] != status:
             assert time.monotonic() < deadline, f"{self.name}: not {status} after {seconds:.0f} s; {self.last_words()}"
             time.sleep(0.5)
+
+
+def _ends(folder: Path, logs: str) -> list[str]:
+    """Of the files of that pattern below the folder."""
+    return [f"{path.relative_to(folder)}: {path.read_text(errors='replace')[-2500:]}" for path in folder.glob(logs)]
