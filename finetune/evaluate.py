@@ -170,7 +170,7 @@ def _ask(
     result = {
         "model": exam.config.model.name,
         "adapter": None,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "dtype": device.dtype_name,
     }
     return result | score(rows), rows
