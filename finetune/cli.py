@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run", type=Path, metavar="RUN")
 
+    demo = _add(
+        commands, "demo", _demo, "score, train, score again and report, in about so many minutes on any machine",
+        "finetune demo configs/demo_cpu.yaml --minutes 10",
+    )  # fmt: skip
+    _add_config(demo)
+    demo.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=10.0,
+        metavar="N",
+        help="how long it may take; the pace of this machine decides what fits (default: 10)",
+    )
+
     generate = _add(commands, "generate", _generate, "answer one question with SQL",
                     'finetune generate runs/demo --db shop.sqlite --run "Which customers ordered twice in May?"')  # fmt: skip
     generate.add_argument("run_folder", type=Path, metavar="RUN")
@@ -133,6 +147,13 @@ def _add(
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected minutes, more than 0")
+    return minutes
 
 
 def _quiet_libraries() -> None:
@@ -172,21 +193,10 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _data_prepare(arguments: argparse.Namespace) -> int:
-    from finetune.data import prepare
-    from finetune.prompts import PromptTemplate
+    from finetune.data import prepare_data
 
     config = _loaded(arguments)
-    prepared = prepare(
-        config.data.sources,
-        Path(config.data.output_dir),
-        template=PromptTemplate(config.data.schema_format),
-        max_seq_length=config.model.max_seq_length,
-        max_train_records=config.data.max_train_records,
-        tokenizer=_tokenizer_if_installed(config),
-        tokenizer_name=config.model.name,
-        timeout_seconds=config.evaluation.timeout_seconds,
-        **_split_arguments(config),
-    )
+    prepared = prepare_data(config, _tokenizer_if_installed(config))
     counts = prepared.manifest["counts"]
     print(f"{prepared.folder}: {'written' if prepared.changed else 'unchanged'}, "
           + ", ".join(f"{count} {split}" for split, count in counts.items()))  # fmt: skip
@@ -285,6 +295,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print(f"{name:>6}: execution accuracy {result['execution_accuracy']:.1%} ({right}), "
               f"valid SQL {result['valid_sql_rate']:.1%}")  # fmt: skip
     return EXIT_OK
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    deadline = time.monotonic() + 60 * arguments.minutes
+    config = _loaded(arguments)
+    from finetune.console import outliving_readers
+    from finetune.demo.run import run_demo
+
+    with outliving_readers():
+        code = run_demo(config, arguments.config, deadline)
+    if code == EXIT_OK:
+        run = Path(config.training.output_dir) / str(config.training.run_name)
+        _report(argparse.Namespace(run=run))
+    return code
 
 
 def _report(arguments: argparse.Namespace) -> int:

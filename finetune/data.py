@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.config import SourceSection
+from finetune.config import RunConfig, SourceSection
 from finetune.data_check import GOLD_TIMEOUT_SECONDS, Findings, check
 from finetune.data_split import SplitBy
 from finetune.data_stats import per_database, skeleton_overlap, token_counts, token_summary
@@ -120,6 +120,25 @@ def prepare(
     except OSError as error:
         raise disk_error(error, output_dir) from error
     return _read_manifest(output_dir, changed=changed)
+
+
+def prepare_data(config: RunConfig, tokenizer: Any = None) -> Prepared:
+    """`prepare` with what the config says. tokenizer: as there."""
+    data = config.data
+    return prepare(
+        data.sources,
+        Path(data.output_dir),
+        template=PromptTemplate(data.schema_format),
+        max_seq_length=config.model.max_seq_length,
+        val_fraction=data.val_fraction,
+        test_fraction=data.test_fraction,
+        split_by=data.split_by,
+        seed=data.seed,
+        max_train_records=data.max_train_records,
+        tokenizer=tokenizer,
+        tokenizer_name=config.model.name,
+        timeout_seconds=config.evaluation.timeout_seconds,
+    )
 
 
 def load_prepared(output_dir: Path, *, progress: bool = True) -> Prepared:

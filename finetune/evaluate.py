@@ -62,13 +62,18 @@ class Exam:
         return [self.template.render_record(record) for record in self.records]
 
 
-def evaluate_base(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
-    """Score the base model of a config, or read the score if the same one was made before. Returns it (see scoring.score)."""
+def evaluate_base(
+    config: RunConfig, *, loaded: tuple[Any, PreTrainedTokenizerBase] | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Score the base model of a config, or read the score if the same one was made before. Returns it (see scoring.score).
+
+    loaded: the model, perhaps with adapters, and its tokenizer, where they are in memory already.
+    """
     exam = _exam(config, PromptTemplate(config.data.schema_format))
     kept = _kept_base(exam)
     if kept is None:
         device = choose_device(config.model.torch_dtype)
-        model, tokenizer = _load(config, device)
+        model, tokenizer = loaded or _load(config, device)
         kept = _score_base(exam, model, tokenizer, device, progress)
     return kept[0]
 

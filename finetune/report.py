@@ -120,6 +120,8 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
     valid = f"ran without an error{only}" if models else "not evaluated"
     attempts = source.run.get("attempts") or 1
     clock = "wall clock" if attempts == 1 else f"wall clock of {attempts} attempts"
+    steps, examples = dig(source.run, "steps.done"), dig(source.run, "step.questions")
+    trained = f"{steps:,} steps of {examples} examples, {clock}" if steps and examples else clock
     memory = dig(source.run, "peak_memory_gib.kind") or "not recorded"
     price = source.run.get("spent_basis") or "no price was given"
 
@@ -132,7 +134,7 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
     found = [
         Tile("Execution accuracy", shares("execution_accuracy"), scored, "measured"),
         Tile("Valid SQL", shares("valid_sql_rate"), valid, "measured"),
-        Tile("Training time", figure("minutes", "{:,.1f} min"), clock, "measured"),
+        Tile("Training time", figure("minutes", "{:,.1f} min"), trained, "measured"),
         Tile("Throughput", figure("tokens_per_second", "{:,.0f} tokens/s"), "without padding", "measured"),
         Tile("Peak memory", figure("peak_memory_gib", "{:.2f} GiB"), memory, "measured"),
         Tile("Cost", figure("spent_usd", "${:,.2f}"), price, "estimated"),

@@ -60,7 +60,7 @@ def config(tiny_config: Callable[..., Path]) -> Path:
 
 
 def test_all_the_agreed_commands_are_there() -> None:
-    agreed = "doctor, data prepare, data check, plan, machine, train, evaluate, report, generate, config"
+    agreed = "doctor, data prepare, data check, plan, machine, train, evaluate, report, generate, config, demo"
     assert {tuple(name.split()) for name in agreed.split(", ")} | {(), ("data",)} == set(COMMANDS)
 
 

@@ -33,7 +33,7 @@ TRAINING = (
 """The parts of one run."""
 
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("", "cloud"),  # the packages' own __init__.py
+    ("", "cloud", "demo"),  # the packages' own __init__.py
     ("errors",),
     ("files", "hardware", "console", "credentials", "ranks", "torchrun", "faults", "cloud.metadata"),
     ("gpus", "config_schema", "machine_time", "checkpoint_disk"),
@@ -57,7 +57,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         *("evaluate", "generate", "ask", "export", "cloud.bucket", "cloud.fresh_catalog", "cloud.policy"),
     ),
     ("report", "report_source", "report_plots", "doctor", "doctor_check", "doctor_cloud"),
-    ("cli_cloud",),
+    ("cli_cloud", "demo.schedule", "demo.pace", "demo.run"),
     ("cli",),
     ("__main__",),
 )
@@ -72,6 +72,7 @@ NEIGHBOURS = (
     {"doctor", "doctor_check", "doctor_cloud"},
     {"cloud.prices", "cloud.catalog_file", "cloud.disks", "cloud.machines"},
     {"cloud.gcloud", "cloud.gcloud_ask", "cloud.quota"},
+    {"demo.schedule", "demo.pace", "demo.run"},
     {"cloud.policy", "cloud.bucket", "cloud.fresh_catalog"},
     {"cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"},
 )
@@ -100,6 +101,8 @@ TRAINING = {
     "export",
     "ranks",
     "torchrun",
+    "demo.pace",
+    "demo.run",
     *NEIGHBOURS[0],
     *NEIGHBOURS[1],
     *NEIGHBOURS[2],

@@ -1,0 +1,116 @@
+"""The pace of this machine at the demo's own work: a step of training and a few tokens of answers, timed for some seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.config import RunConfig, questions_per_step
+from finetune.data import Prepared
+from finetune.demo.schedule import Pace
+from finetune.generate import generate_answers
+from finetune.lean_model import IGNORED
+from finetune.padded import answer_loss
+from finetune.prompts import Encoded, PromptTemplate, completion, encode_examples
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+PROMPTS, TOKENS = 8, 8
+"""Of the timed answers. Eight at once cost a question no less than the evaluation's larger batches do."""
+SAMPLE = 64
+"""Training records from which the timed step is taken."""
+
+
+def measure(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    data: Prepared,
+    load_seconds: float,
+) -> Pace:
+    """Leaves torch with the number of threads that was fastest: all cores, or one less where another program keeps a core busy,
+    for which every thread of a step would have to wait."""
+    template = PromptTemplate(config.data.schema_format)
+    batch, mean_tokens = _usual_batch(tokenizer, config, data, template)
+    seconds, threads = _fastest(lambda: _train(model, batch))
+    torch.set_num_threads(threads)
+    step_seconds = seconds * mean_tokens * len(batch["labels"]) / batch["labels"].numel()
+    prompts = [template.render_record(record) for record in data.records(config.evaluation.split)[:PROMPTS]]
+    return Pace(step_seconds, _question_seconds(model, tokenizer, prompts, config), load_seconds, threads)
+
+
+def _fastest(step: Callable[[], None]) -> tuple[float, int]:
+    """(seconds, threads) of the faster way; the first pass, which pays for allocations, is not timed."""
+    step()
+    cores = torch.get_num_threads()
+    timed = []
+    for threads in sorted({cores, max(1, cores - 1)}, reverse=True):
+        torch.set_num_threads(threads)
+        timed.append((_seconds(step), threads))
+    return min(timed)
+
+
+def _usual_batch(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig, data: Prepared, template: PromptTemplate
+) -> tuple[dict[str, torch.Tensor], float]:
+    """One optimizer step's examples, those of middling length among a sample, (rows, tokens), padded on the right; and the
+    sample's mean length (tokens)."""
+    records = data.records("train")[:SAMPLE]
+    encoded = encode_examples(
+        tokenizer,
+        [template.render_record(record) for record in records],
+        [completion(record.sql) for record in records],
+    )
+    encoded.sort(key=lambda example: len(example.input_ids))
+    size = questions_per_step(config.training)
+    start = max(0, (len(encoded) - size) // 2)
+    mean = sum(len(example.input_ids) for example in encoded) / len(encoded)
+    return _padded(encoded[start : start + size]), mean
+
+
+def _padded(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    shape = len(examples), max(len(example.input_ids) for example in examples)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, IGNORED),
+    }
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.input_ids)
+        batch["input_ids"][row, : len(ids)] = ids
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["labels"][row, example.prompt_tokens : len(ids)] = ids[example.prompt_tokens :]
+    return batch
+
+
+def _train(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """The passes of a step; its gradients are thrown away."""
+    model.train()
+    torch.autograd.backward(answer_loss(model, batch))
+    model.zero_grad(set_to_none=True)
+
+
+def _question_seconds(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], config: RunConfig
+) -> float:
+    """Of the base model's answer to one question, drawn out to the last allowed token."""
+
+    def answer(tokens: int) -> None:
+        generate_answers(model, tokenizer, prompts, batch_size=len(prompts), max_new_tokens=tokens, progress=False)
+
+    with model.disable_adapter():
+        answer(1)  # allocations
+        first = _seconds(lambda: answer(1))
+        more = max(0.0, _seconds(lambda: answer(1 + TOKENS)) - first)
+    return (first + more / TOKENS * (config.evaluation.max_new_tokens - 1)) / len(prompts)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

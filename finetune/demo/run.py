@@ -1,0 +1,93 @@
+"""`finetune demo`: prepare, score, train, score again and report, in as many examples and questions as fit into the minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.config import RunConfig, questions_per_step
+from finetune.data import prepare_data
+from finetune.demo.pace import measure
+from finetune.demo.schedule import questions_that_fit, training_that_fits
+from finetune.errors import EXIT_OK, UserError
+from finetune.evaluate import evaluate_base, evaluate_run
+from finetune.model import attach_lora, choose_device, load_base, load_tokenizer
+from finetune.report import write_report
+from finetune.runs import RunFolder, open_run
+from finetune.train import resume, start
+from finetune.train_parts import say
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
+    """The demo of a config with a `training.run_name`, until about `deadline` (time.monotonic()); returns the exit code.
+
+    A demo that was interrupted goes on as it was planned then. Raises UserError for what no run can begin with.
+    """
+    if not config.training.run_name:
+        raise UserError(f"{config_file}: training.run_name: the demo needs a name, by which it finds its run again")
+    folder = Path(config.training.output_dir) / config.training.run_name
+    code = _go_on(open_run(folder)) if folder.exists() else _begin(config, config_file, deadline)
+    if code != EXIT_OK:
+        return code
+    run = open_run(folder)
+    if not _is_newer(run.eval_json, run.adapter / "adapter_model.safetensors"):
+        evaluate_run(run)
+    write_report(run.path)
+    return EXIT_OK
+
+
+def _go_on(run: RunFolder) -> int:
+    if run.adapter.is_dir():
+        say(f"{run.path} is trained already; `make demo-fresh` starts over")
+        return EXIT_OK
+    return resume(run)
+
+
+def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
+    """Everything up to the trained adapter. How many questions is decided by the pace, how many steps by the time that is left
+    once the base model has answered them, and before the first of them, because the learning rate's course follows from it."""
+    tokenizer = load_tokenizer(config.model)
+    data = prepare_data(config, tokenizer)
+    model, load_seconds = _load(config)
+    began = time.monotonic()
+    pace = measure(model, tokenizer, config, data, load_seconds)
+    measured = time.monotonic()
+    asked = config.evaluation.max_questions or data.manifest["counts"][config.evaluation.split]
+    config = _with(config, "evaluation", max_questions=questions_that_fit(deadline - measured, pace, asked))
+    say(f"this machine takes {pace.step_seconds:.2f} s for a training step ({pace.threads} threads) and up to "
+        f"{pace.question_seconds:.2f} s for an answer (measured for {measured - began:.0f} s): "
+        f"{config.evaluation.max_questions} questions fit")  # fmt: skip
+    base = evaluate_base(config, loaded=(model, tokenizer))
+    del model
+    counts, examples = data.manifest["counts"], questions_per_step(config.training)
+    fitting = training_that_fits(
+        deadline - time.monotonic(),
+        pace,
+        base["seconds"],
+        most=counts["train"] // examples,
+        validation_steps=counts["val"] / examples,
+        eval_steps=config.training.eval_steps,
+    )
+    say(f"{fitting.steps} training steps fit: {fitting.steps * examples} of {counts['train']} examples")
+    return start(_with(config, "training", max_steps=fitting.steps, eval_steps=fitting.eval_steps), config_file)
+
+
+def _load(config: RunConfig) -> tuple[PeftModel, float]:
+    """The base model with new adapters, and the seconds that it took."""
+    began = time.monotonic()
+    device = choose_device(config.model.torch_dtype)
+    base = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
+    return attach_lora(base, config.lora), time.monotonic() - began
+
+
+def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def _is_newer(path: Path, than: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime > than.stat().st_mtime

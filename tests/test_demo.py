@@ -1,0 +1,138 @@
+"""`finetune demo`: what fits into its minutes, at which pace, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from train_helpers import at_step
+
+from finetune import cli
+from finetune.demo import pace as pace_of
+from finetune.demo import run as demo
+from finetune.demo.schedule import (
+    LEAST_QUESTIONS,
+    LEAST_STEPS,
+    REPORT_SECONDS,
+    TUNED_SHARE,
+    Pace,
+    questions_that_fit,
+    training_that_fits,
+)
+from finetune.errors import EXIT_TRANSIENT
+
+ConfigWriter = Callable[..., Path]
+SLOW = Pace(step_seconds=6.0, question_seconds=2.0, load_seconds=10.0, threads=2)
+FAST = Pace(step_seconds=1.2, question_seconds=0.5, load_seconds=3.0, threads=2)
+
+
+def test_both_models_answers_fit_into_their_share_of_the_time() -> None:
+    asked = questions_that_fit(540, SLOW, most=150)
+    assert 0.9 * 0.35 * 540 < asked * 2.0 * (1 + TUNED_SHARE) <= 0.35 * 540
+    assert questions_that_fit(540, FAST, most=150) == 150
+    assert questions_that_fit(1, SLOW, most=150) == LEAST_QUESTIONS
+    assert questions_that_fit(1, SLOW, most=6) == 6, "not more than there are"
+
+
+@pytest.mark.parametrize("pace", [SLOW, FAST])
+@pytest.mark.parametrize("eval_steps", [0, 50])
+def test_training_and_all_that_follows_fit_into_the_time_left(pace: Pace, eval_steps: int) -> None:
+    found = training_that_fits(400, pace, 90.0, most=10_000, validation_steps=5, eval_steps=eval_steps)
+    validations = found.steps // eval_steps + 1 if found.eval_steps else 0
+    after = TUNED_SHARE * 90 + 2 * pace.load_seconds + REPORT_SECONDS
+    validation = 0.5 * 5 * pace.step_seconds
+    needed = found.steps * pace.step_seconds + validations * validation + after
+    assert 400 - 2 * pace.step_seconds - validation < needed <= 400
+    assert found.eval_steps == eval_steps
+
+
+def test_a_validation_that_would_take_the_time_away_is_left_out() -> None:
+    assert training_that_fits(400, SLOW, 90.0, most=500, validation_steps=24, eval_steps=100).eval_steps == 0
+    assert training_that_fits(4000, SLOW, 90.0, most=5000, validation_steps=24, eval_steps=100).eval_steps == 100
+
+
+def test_however_slow_a_few_steps_are_trained_and_never_more_than_there_are_examples() -> None:
+    assert training_that_fits(1, SLOW, 90.0, most=500, validation_steps=24, eval_steps=0).steps == LEAST_STEPS
+    assert training_that_fits(10_000, FAST, 9.0, most=200, validation_steps=24, eval_steps=0).steps == 200
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_beside_a_busy_program_one_thread_less_is_used(busy: bool) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+
+        def step() -> None:
+            time.sleep(0.05 if (torch.get_num_threads() == 3) == busy else 0.01)
+
+        seconds, threads = pace_of._fastest(step)
+        assert threads == (2 if busy else 3) and 0.01 <= seconds < 0.05
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tiny_config: ConfigWriter, tiny_data: Path, tmp_path: Path) -> Path:
+    """A demo of its own prepared data; its four steps are not what the minutes allow."""
+    source = {"kind": "jsonl", "path": str(tiny_data.parent / "records.jsonl")}
+    source["databases"] = str(tiny_data.parent / "databases")
+    return tiny_config(
+        data={"sources": [source], "output_dir": str(tmp_path / "prepared")},
+        training={"run_name": "demo"},
+        evaluation={"max_new_tokens": 4},
+    )
+
+
+def test_the_demo_trains_and_asks_as_many_as_fit(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "questions_that_fit", lambda *_: 3)
+    assert cli.main(["demo", str(config), "--minutes", "0.5"]) == 0
+    run = config.parent / "runs" / "demo"
+    record, scores = json.loads((run / "run.json").read_text()), json.loads((run / "eval.json").read_text())
+    assert record["steps"] == {"done": 6, "planned": 6}, "24 examples, 4 a step, though the config says 4 steps"
+    assert {name: model["questions"] for name, model in scores["models"].items()} == {"base": 3, "tuned": 3}
+    printed = capsys.readouterr()
+    assert "3 questions fit" in printed.err and "6 training steps fit: 24 of 24 examples" in printed.err
+    assert "execution accuracy: 0.0% before" in printed.out and "report.html" in printed.out
+    assert "6 steps of 4 examples" in (run / "report.html").read_text()
+
+    evaluated = (run / "eval.json").stat().st_mtime_ns
+    assert cli.main(["demo", str(config)]) == 0
+    assert "is trained already" in capsys.readouterr().err
+    assert (run / "eval.json").stat().st_mtime_ns == evaluated, "nothing is done again"
+
+
+def test_an_interrupted_demo_goes_on_as_it_was_planned(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        at_step(3, lambda: signal.raise_signal(signal.SIGTERM), patched)
+        assert cli.main(["demo", str(config)]) == EXIT_TRANSIENT
+    run = config.parent / "runs" / "demo"
+    assert not (run / "adapter").exists()
+    monkeypatch.setattr(demo, "measure", lambda *_: pytest.fail("planned a second time"))
+    assert cli.main(["demo", str(config), "--minutes", "99"]) == 0
+    record = json.loads((run / "run.json").read_text())
+    assert record["steps"] == {"done": 6, "planned": 6} and record["attempts"] == 2
+    assert (run / "report.html").is_file()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf", "ten"])
+def test_minutes_are_a_number_above_zero(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo", "configs/demo_cpu.yaml", "--minutes", minutes])
+    assert stopped.value.code == 2 and "--minutes" in capsys.readouterr().err
+
+
+def test_a_demo_without_a_name_cannot_find_its_run_again(
+    tiny_config: ConfigWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", str(tiny_config())]) == 2
+    assert "training.run_name" in capsys.readouterr().err
