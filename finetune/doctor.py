@@ -21,6 +21,7 @@ from finetune.doctor_check import Check, Need, Status
 from finetune.doctor_check import absent as _absent
 from finetune.doctor_cloud import cloud_checks
 from finetune.errors import EXIT_MISSING, EXIT_OK
+from finetune.files import mend_line_ends, with_carriage_returns
 from finetune.hardware import (
     GIB,
     Driver,
@@ -62,6 +63,7 @@ def examine(need: Need = "train", root: Path = CHECKOUT, regions: list[str] | No
             *package_checks(need, root),
             *gpu_checks(need, hardware, driver.result(), torch),
             *machine_checks(need, hardware),
+            *line_end_checks(root),
             *key_checks(),
             *cloud.result(),
         ]
@@ -85,6 +87,17 @@ def render(checks: list[Check]) -> str:
     count = sum(check.status == "missing" for check in checks)
     lines += ["", f"{count} missing" if count else "nothing that is needed is missing"]
     return "\n".join(lines)
+
+
+def line_end_checks(root: Path) -> Iterator[Check]:
+    """The scripts and the Makefile of the checkout: bash and make read no Windows line ends. No row where there are none."""
+    scripts = [root / "Makefile", *sorted((root / "tools").glob("*.sh"))]
+    bad = [path.relative_to(root) for path in with_carriage_returns(scripts)]
+    if bad:
+        what = f"CR LF in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
+        yield Check("line ends", "missing", what, "LF", f"run `{mend_line_ends(bad)}` in {root}")
+    elif any(path.is_file() for path in scripts):
+        yield Check("line ends", "ok", "LF", "LF")
 
 
 def package_checks(need: Need, root: Path) -> Iterator[Check]:

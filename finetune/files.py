@@ -6,8 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -66,6 +67,23 @@ def sha256_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def with_carriage_returns(paths: Iterable[Path]) -> list[Path]:
+    """Those of the files that have Windows line ends, which bash and make cannot read; what cannot be opened has none."""
+    found = []
+    for path in paths:
+        try:
+            if b"\r\n" in path.read_bytes():
+                found.append(path)
+        except OSError:
+            continue
+    return found
+
+
+def mend_line_ends(paths: Iterable[Path]) -> str:
+    """The command that gives files the line ends of Unix."""
+    return f"sed -i 's/\\r$//' {shlex.join(map(str, paths))}"
 
 
 def disk_error(error: OSError, path: Path) -> UserError:

@@ -30,6 +30,7 @@ from finetune.cloud.prices import Catalog
 from finetune.cloud.run_size import run_size
 from finetune.config import PlanSection, load_config
 from finetune.errors import NotEstimated, UserError
+from finetune.files import mend_line_ends, with_carriage_returns
 from finetune.gpus import GPUS
 
 CONFIG, OVERRIDES, BUDGET, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_RUN_USD", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
@@ -50,6 +51,8 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
         task = user_request.task
         say = print if user_request.at_client_side else _silent
         try:
+            if user_request.at_client_side:
+                _check_scripts(task)
             if _asks_for_gpu_on_gcp(task):
                 _apply(user_request, say)
             fill_bucket(task, say)
@@ -61,6 +64,23 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
 
 def _silent(*_: object) -> None:
     """On the API server nobody reads along."""
+
+
+def _check_scripts(task: sky.Task) -> None:
+    """Raises UserError where bash on the rented machine would stumble over Windows line ends: in the scripts of `workdir` that
+    the task names, and in those beside them."""
+    if not isinstance(task.workdir, str):
+        return
+    workdir = Path(task.workdir).expanduser()
+    commands = "\n".join(part for part in (task.setup, task.run) if isinstance(part, str))
+    named = [workdir / word for word in re.findall(r"[\w./-]+\.sh\b", commands)]
+    scripts = {path for folder in {one.parent for one in named if one.is_file()} for path in folder.glob("*.sh")}
+    if bad := with_carriage_returns(sorted(scripts)):
+        names = [path.relative_to(workdir) for path in bad]
+        raise UserError(
+            f"{', '.join(map(str, names))}: with Windows line ends (CR LF), over which bash fails on the machine; mend them in "
+            f"{workdir} by {mend_line_ends(names)}"
+        )
 
 
 def _apply(request: sky.UserRequest, say: Any) -> None:

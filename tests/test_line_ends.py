@@ -1,0 +1,176 @@
+"""Line ends: a checkout has those of Unix, and a file with those of Windows works, or one line says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from catalog_fixture import lay_out_catalog
+from data_examples import row, write_jsonl
+from sky_home import SkyWorker, fake_gcloud_home
+
+from finetune.config import load_config, to_dict
+from finetune.doctor import line_end_checks
+from finetune.records import read_records
+
+ROOT = Path(__file__).resolve().parents[1]
+POLICY = "finetune.cloud.policy.CostPolicy"
+
+
+def git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def to_windows(path: Path) -> Path:
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+    return path
+
+
+# --- a checkout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As a Windows user's git checks the project out."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    git(ROOT, "-c", "core.autocrlf=true", "clone", "--quiet", "--no-tags", f"file://{ROOT}", str(folder))
+    git(folder, "config", "core.autocrlf", "true")
+    return folder
+
+
+def windows_files(folder: Path) -> set[str]:
+    """Tracked text files with a CR."""
+    names = git(folder, "ls-files", "-z").split("\0")
+    texts = [name for name in names if name and not name.endswith(".png")]
+    assert len(texts) > 300
+    return {name for name in texts if b"\r" in (folder / name).read_bytes()}
+
+
+def test_a_checkout_with_autocrlf_has_no_carriage_return(clone: Path) -> None:
+    assert windows_files(clone) == set()
+    for script in sorted((clone / "tools").glob("*.sh")):
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_it_is_gitattributes_that_keeps_them_out(clone: Path, tmp_path: Path) -> None:
+    """The same checkout without our attributes: that git then writes carriage returns is what makes the test above one."""
+    bare = tmp_path / "without"
+    git(clone, "clone", "--quiet", "--no-checkout", f"file://{clone}", str(bare))
+    (bare / ".git" / "info" / "attributes").write_text("* text=auto !eol\n")
+    git(bare, "-c", "core.autocrlf=true", "checkout", "--quiet")
+    assert {"Makefile", "tools/machine_setup.sh", "sky/train_t4.yaml", "data/build.py"} <= windows_files(bare)
+
+
+# --- a working copy that has them already
+
+
+def test_doctor_names_the_scripts_and_the_command_that_mends_them(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    [good] = line_end_checks(tmp_path)
+    assert (good.status, good.found) == ("ok", "LF")
+    to_windows(tmp_path / "Makefile")
+    to_windows(tmp_path / "tools" / "machine_setup.sh")
+    [bad] = line_end_checks(tmp_path)
+    assert (bad.status, bad.found) == ("missing", "CR LF in Makefile and 1 more")
+    command = bad.advice.split("`")[1]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "Makefile").read_bytes() == (ROOT / "Makefile").read_bytes()
+    assert [check.status for check in line_end_checks(tmp_path)] == ["ok"]
+    assert list(line_end_checks(tmp_path / "tools")) == []  # an installed package has no scripts
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
+    home = tmp_path_factory.mktemp("home")
+    env = fake_gcloud_home(home)
+    lay_out_catalog(home)
+    with SkyWorker(env, ROOT) as running:
+        yield running
+
+
+@pytest.mark.parametrize("request_name", ["CLUSTER_LAUNCH", "JOBS_LAUNCH"])
+def test_a_launch_with_windows_scripts_is_refused_by_one_line(
+    worker: SkyWorker, tmp_path: Path, request_name: str
+) -> None:
+    """The faulty one is the one that the named script reads, not the one that the task names."""
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    task = yaml.safe_load((ROOT / "sky" / "train_t4.yaml").read_text(encoding="utf-8")) | {"workdir": str(tmp_path)}
+    assert "error" not in worker.ask("optimize", task, policy=POLICY, request=request_name)
+    to_windows(tmp_path / "tools" / "machine_common.sh")
+    answer = worker.ask("optimize", task, policy=POLICY, request=request_name)
+    assert answer["error"] == "UserRequestRejectedByPolicy"
+    said = answer["message"]
+    assert "tools/machine_common.sh: with Windows line ends (CR LF)" in said
+    assert r"by sed -i 's/\r$//' tools/machine_common.sh" in said
+    to_windows(tmp_path / "tools" / "machine_room.sh")
+    assert (
+        "tools/machine_common.sh, tools/machine_room.sh"
+        in worker.ask("optimize", task, policy=POLICY, request=request_name)["message"]
+    )
+
+
+def test_a_windows_task_file_is_the_same_task(worker: SkyWorker, tmp_path: Path) -> None:
+    """Its commands too, which become scripts on the machine; also those of several lines."""
+    text = (ROOT / "sky" / "train_t4.yaml").read_text(encoding="utf-8")
+    text = text.replace("run: bash tools/machine_train.sh", "run: |\n  set -e\n  bash tools/machine_train.sh")
+    assert "run: |" in text
+    unix, windows = tmp_path / "unix.yaml", tmp_path / "windows.yaml"
+    for path in (unix, windows):
+        path.write_text(text, encoding="utf-8")
+    to_windows(windows)
+    answers = [worker.ask("optimize", path, policy=POLICY, request="CLUSTER_LAUNCH") for path in (unix, windows)]
+    assert "error" not in answers[0], answers[0]
+    assert answers[0]["sent"] == answers[1]["sent"]
+    assert "\r" not in json.dumps(answers[1]["sent"])
+
+
+# --- a user's own files
+
+
+def test_a_windows_config_is_the_same_run(tmp_path: Path) -> None:
+    for source in sorted((ROOT / "configs").rglob("*.yaml")):
+        copy = to_windows(Path(shutil.copy(source, tmp_path)))
+        assert b"\r\n" in copy.read_bytes()
+        assert to_dict(load_config(copy)) == to_dict(load_config(source))
+
+
+def test_windows_records_are_the_same_records(tmp_path: Path) -> None:
+    unix = write_jsonl(tmp_path / "unix.jsonl", [row(n) for n in range(3)])
+    windows = to_windows(Path(shutil.copy(unix, tmp_path / "windows.jsonl")))
+    assert read_records(windows) == read_records(unix)
+
+
+def test_a_windows_schema_is_the_same_schema(tmp_path: Path) -> None:
+    ask = pytest.importorskip("finetune.ask", exc_type=ImportError)
+    text = "-- a shop\nCREATE TABLE item (\n  id INTEGER, -- its number\n  name TEXT\n);\nCREATE TABLE shop (id INTEGER);\n"
+    unix, windows = tmp_path / "unix.sql", tmp_path / "windows.sql"
+    for path in (unix, windows):
+        path.write_text(text, encoding="utf-8")
+    to_windows(windows)
+    assert ask.schema_of(windows) == ask.schema_of(unix)
+    assert "\r" not in ask.schema_of(windows)
+
+
+def test_the_shipped_set_from_windows_files_is_the_same_byte_for_byte(tmp_path: Path) -> None:
+    """CSV, SQL and YAML; the hash of the prepared set hangs on them."""
+    built = []
+    for name in ("unix", "windows"):
+        folder = tmp_path / name
+        shutil.copytree(ROOT / "data", folder, ignore=shutil.ignore_patterns("built", "prepared", "__pycache__"))
+        if name == "windows":
+            for path in [*folder.rglob("*.csv"), *folder.rglob("*.sql"), *folder.rglob("*.yaml")]:
+                to_windows(path)
+        subprocess.run([sys.executable, "build.py"], cwd=folder, check=True, capture_output=True)
+        built.append({path.name: path.read_bytes() for path in sorted((folder / "built").rglob("*.*")) if path.is_file()})
+    assert len(built[0]) == 10
+    assert built[0] == built[1]
