@@ -116,18 +116,20 @@ class Watch:
     def __init__(self, run: Path) -> None:
         self._file = run / "run.json"
         self._seen = self._stamp()
-        self._before = steps_done(run)
-        self._moved = False
+        self._before: int | None = None
+        self._begun = self._moved = False
         self.done: int | None = None
         self.changed: float | None = None  # monotonic seconds
 
     def look(self) -> None:
-        """An attempt first leaves the number as the one before it had it; what counts is a number that changes."""
+        """An attempt first writes the step that it goes on from; what counts is a number that changes after that."""
         stamp = self._stamp()
         if stamp == self._seen:
             return
         self._seen, self.changed = stamp, time.monotonic()
         now = steps_done(self._file.parent)
+        if not self._begun:
+            self._begun, self._before = True, now
         self._moved = self._moved or now != self._before
         if self._moved:
             self.done = now

@@ -84,13 +84,18 @@ class History(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After a resume, the rows up to the checkpoint come from the trainer's saved log."""
-        self.rows = [row for row in map(_history_row, state.log_history) if row]
+        self.rows = history_rows(state.log_history)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         row = _history_row(state.log_history[-1]) if state.log_history else None
         if row and state.is_world_process_zero:
             self.rows.append(row)
             self._write(self.rows)
+
+
+def history_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of run.json's history from the log of a trainer's state."""
+    return [row for row in map(_history_row, log_history) if row]
 
 
 def _history_row(entry: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from finetune import ranks
-from finetune.callbacks import Throughput
+from finetune.callbacks import Throughput, history_rows
 from finetune.config import RunConfig, config_hash, to_dict
 from finetune.data import Prepared
 from finetune.hardware import detect
@@ -120,21 +123,60 @@ def _gib(size: int) -> float:
     return round(size / GIB, 3)
 
 
+def describe_progress(state: TrainerState) -> dict[str, Any]:
+    """How far a run is, as its trainer's state or that of a checkpoint has it."""
+    history = history_rows(state.log_history)
+    losses = [row["loss"] for row in history if "loss" in row]
+    validation = [row["eval_loss"] for row in history if "eval_loss" in row]
+    return {
+        "history": history,
+        "steps": {"done": state.global_step, "planned": state.max_steps},
+        "epochs": state.epoch,
+        "tokens": {"trained": int(state.num_input_tokens_seen)},
+        "losses": {
+            "first": losses[0] if losses else None,
+            "last": losses[-1] if losses else None,
+            "eval_first": validation[0] if validation else None,
+            "eval_last": validation[-1] if validation else None,
+        },
+    }
+
+
 class RunRecorder:
     """Keeps a run's record and its file up to date during one attempt, which began at `began` (time.monotonic()).
 
-    Of several ranks only the first writes the file.
+    While the attempt trains the record is as far as the last logged step. Once it has ended, however that was, it is as far as
+    the newest checkpoint: what was trained after that is lost. So it is at the start of an attempt, too, where the one before it
+    was killed. newest: the checkpoint that this attempt goes on from. Of several ranks only the first writes the file.
     """
 
-    def __init__(self, run: RunFolder, record: dict[str, Any], spending: Spending, began: float) -> None:
-        self.record = record
+    def __init__(
+        self, run: RunFolder, record: dict[str, Any], spending: Spending, began: float, newest: Path | None = None
+    ) -> None:
+        self.record, self.newest = record, newest
         self._run, self._spending = run, spending
         self._seconds_before = float(record.get("wall_seconds") or 0.0)  # of earlier attempts
         self._began = began
         self._reason: str | None = None
+        self._lock = threading.RLock()  # the threads of the saver and of the meter write, too
+        self._saved = _progress_at(newest) if newest and ranks.first() else None
+        self.record.update(self._as_saved())
+
+    def committed(self, checkpoint: Path) -> None:
+        """There is a newer checkpoint. It may be one that was still being copied when the attempt ended."""
+        progress = _progress_at(checkpoint)
+        with self._lock:
+            self.newest, self._saved = checkpoint, progress
+            if self._reason:
+                self._put(self._as_saved())
 
     def write(self, **values: Any) -> None:
-        """Add values, bring time and dollars up to date, write run.json."""
+        """Add values, bring time and dollars up to date, write run.json; nothing once the attempt has ended."""
+        with self._lock:
+            if self._reason is None:
+                self._put(values)
+
+    def _put(self, values: dict[str, Any]) -> None:
         seconds = time.monotonic() - self._began
         self.record.update(
             values, wall_seconds=round(self._seconds_before + seconds, 1), **self._spending.record(self._reason)
@@ -146,38 +188,40 @@ class RunRecorder:
         self.write(step=describe_step(plan), memory=describe_memory(plan))
 
     def progress(
-        self,
-        state: Any,
-        throughput: Throughput,
-        history: list[dict[str, Any]],
-        plan: StepPlan,
-        stepper: Stepper,
-        saves: Saves,
+        self, state: TrainerState, throughput: Throughput, plan: StepPlan, stepper: Stepper, saves: Saves
     ) -> None:
         """Write steps, tokens, speed, memory and losses as the trainer's state and its stepper have them."""
-        losses = [row["loss"] for row in history if "loss" in row]
-        validation = [row["eval_loss"] for row in history if "eval_loss" in row]
         self.write(
-            history=history,
-            steps={"done": state.global_step, "planned": state.max_steps},
-            epochs=state.epoch,
-            tokens={"trained": int(state.num_input_tokens_seen)},
+            **describe_progress(state),
             tokens_per_second=throughput.per_second() or self.record.get("tokens_per_second"),
             step=describe_step(plan, stepper),
             memory=describe_memory(plan),
             saves=saves.to_dict(throughput.wall_seconds()),
             peak_memory_gib=_higher(peak_memory(), self.record.get("peak_memory_gib")),
-            losses={
-                "first": losses[0] if losses else None,
-                "last": losses[-1] if losses else None,
-                "eval_first": validation[0] if validation else None,
-                "eval_last": validation[-1] if validation else None,
-            },
         )
 
-    def close(self, status: str) -> None:
-        self._reason = status
-        self.write(status=status, ended_at=utc_now())
+    def close(self, status: str, **values: Any) -> None:
+        """The attempt has ended. Called again, it adds values."""
+        with self._lock:
+            self._reason = status
+            self._put(self._as_saved() | {"status": status, "ended_at": utc_now()} | values)
+
+    def _as_saved(self) -> dict[str, Any]:
+        """Of the record what has to agree with the newest checkpoint; nothing for a run that has neither."""
+        saved = self._saved
+        if saved is None:
+            if "steps" not in self.record:
+                return {}
+            saved = describe_progress(TrainerState(max_steps=self.record["steps"]["planned"], epoch=0.0))
+        saves = self.record.get("saves") or Saves().to_dict(0.0)
+        step = saved["steps"]["done"] or None
+        if saves["committed_step"] != step:
+            saves = saves | {"committed_step": step, "commit_seconds": None, "bytes": None}
+        return saved | {"saves": saves}
+
+
+def _progress_at(checkpoint: Path) -> dict[str, Any]:
+    return describe_progress(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
 
 
 def peak_memory() -> dict[str, Any]:

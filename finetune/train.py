@@ -27,7 +27,15 @@ from finetune.spending import Spending
 from finetune.step_plan import StepPlan, plan_step, worst_micro_batch
 from finetune.stopping import EndOfStep, StepAbandoned, Stop, StopSignals
 from finetune.tracking import trackers
-from finetune.train_end import adapter_from, foreseeable, remove_halves, save_adapter, tell_end
+from finetune.train_end import (
+    adapter_from,
+    adapter_is_of,
+    foreseeable,
+    remove_halves,
+    save_adapter,
+    stop_hanging,
+    tell_end,
+)
 from finetune.train_parts import Inputs, Parts, inputs_of, load_parts, say
 from finetune.train_resume import check_same_steps, check_unfinished, newest_checkpoint, store_of
 from finetune.trainer import AnswerTrainer, build_trainer, trainer_arguments
@@ -85,14 +93,14 @@ def _attempt(run: RunFolder, inputs: Inputs, record: dict[str, Any], found: Path
     stop = Stop(say)
     step = read_manifest(found)["step"] if found else 0
     spending = Spending(run, inputs.config, inputs.price, stop, attempt=int(record["attempts"]), step=step)
-    recorder, before = RunRecorder(run, record, spending, began), record.get("status")
+    recorder, before = RunRecorder(run, record, spending, began, found), record.get("status")
     session = Session(run, inputs, recorder, spending, stop, found)
     ranks.on_failure(lambda: _close_failed(session, RuntimeError()))
     if refusal := spending.nothing_left():
-        return _refused(session, refusal, stopped_before=before == "budget_stop")
+        return _refused(session, refusal, before)
     try:
         recorder.write(status="running", ended_at=None)  # first of all: a folder without run.json is no run
-        with spending.metered(hard_stop=lambda: recorder.close("budget_stop")):
+        with spending.metered(hard_stop=lambda: stop_hanging(run, recorder)):
             return _fit(session, load_parts(inputs))
     except BaseException as error:
         expected = foreseeable(error, run.path)
@@ -118,8 +126,8 @@ def _fit(session: Session, parts: Parts) -> int:
     saver = _saver(session) if ranks.first() else None
     snapshots = Snapshots(trainer, saver, run, inputs.config, inputs.data, inputs.template, session.attempt)
 
-    def write(rows: list[dict[str, Any]]) -> None:
-        recorder.progress(trainer.state, throughput, rows, plan, trainer.stepper, snapshots.saves)
+    def write(_: object = None) -> None:
+        recorder.progress(trainer.state, throughput, plan, trainer.stepper, snapshots.saves)
 
     history = History(write)
     session.spending.follow(lambda: (trainer.state.global_step, trainer.state.max_steps), throughput)
@@ -133,7 +141,7 @@ def _fit(session: Session, parts: Parts) -> int:
                 _committed(session, saver, snapshots)
     with suppress(OSError):
         Path(trainer.args.output_dir).rmdir()  # unless a snapshot is kept in it
-    write(history.rows)
+    write()
     return _finish(session, trainer, parts, ends)
 
 
@@ -184,6 +192,7 @@ def _saver(session: Session) -> Saver:
 
     def committed(done: Committed) -> None:
         session.stop.save_took(done.seconds)
+        session.recorder.committed(done.folder)
         session.spending.note("commit", step=done.step, seconds=round(done.seconds, 3), bytes=done.bytes)
 
     return Saver(store, say, committed)
@@ -247,23 +256,32 @@ def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfS
     return _close(session, status, trainer.state.global_step)
 
 
-def _refused(session: Session, refusal: str, *, stopped_before: bool) -> int:
+def _refused(session: Session, refusal: str, before: str | None) -> int:
     """The budget does not pay for another save. What an earlier attempt has learned becomes the adapter, and the run has stopped
-    at its budget. Raises UserError where somebody wants more of it all the same, and for a run that would only begin."""
-    if stopped_before or session.resume_from is None:
-        _remove_unbegun(session)
+    at its budget. Raises UserError where somebody wants more of it all the same, and where nothing was learned yet.
+
+    before: the status that the attempt before this one has left.
+    """
+    step = _step_of(session)
+    if step is None or (
+        before == "budget_stop" and ranks.from_first(lambda: adapter_is_of(session.run, session.recorder, step))
+    ):
+        if not _remove_unbegun(session) and before != "budget_stop" and ranks.first():
+            session.spending.book("failed")
+            session.recorder.close("failed")
         raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})")
     say(refusal)
     if ranks.first():
         session.spending.book("budget_stop")
+        assert session.resume_from
         adapter_from(session.run, session.resume_from)
         session.recorder.write(stop={"reason": "budget", "detail": refusal, "seconds": 0.0})
-    return _close(session, "budget_stop", _step_of(session) or 0)
+    return _close(session, "budget_stop", step)
 
 
 def _close(session: Session, status: str, step: int) -> int:
     session.spending.end(status)
-    session.recorder.close(status)
+    session.recorder.close(status, **({} if status == "interrupted" else {"adapter_step": step}))
     tell_end(session.run, status, step)
     return EXIT_TRANSIENT if status == "interrupted" else EXIT_OK
 

@@ -6,18 +6,23 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 
 from finetune import faults
+from finetune.checkpoint import read_manifest
 from finetune.errors import UserError
 from finetune.files import disk_error
 from finetune.prompts import PromptTemplate
+from finetune.run_record import RunRecorder
 from finetune.runs import RunFolder
 from finetune.train_parts import Parts, say
 
-TEMPORARY_ADAPTER = ".adapter.tmp"
+TEMPORARY_ADAPTER, TEMPORARY_COPY = ".adapter.tmp", ".adapter-of-checkpoint.tmp"
+ADAPTER_SECONDS = 1.5
+"""For the adapter where the budget ends a run that hangs, of the meter's HARD_SECONDS before the ceiling."""
 OF_ADAPTER = ("adapter_*", "README.md", "tokenizer*", "special_tokens_map.json", "chat_template*", "prompt.json")
 """What of a checkpoint makes an adapter folder, which is complete in itself."""
 
@@ -33,7 +38,7 @@ def save_adapter(run: RunFolder, model: torch.nn.Module, parts: Parts, template:
 
 def adapter_from(run: RunFolder, checkpoint: Path) -> None:
     """The adapter folder from a checkpoint, without loading the model."""
-    temporary = _fresh(run)
+    temporary = _fresh(run, TEMPORARY_COPY)
     temporary.mkdir()
     for pattern in OF_ADAPTER:
         for path in checkpoint.glob(pattern):
@@ -41,8 +46,33 @@ def adapter_from(run: RunFolder, checkpoint: Path) -> None:
     _into_place(run, temporary)
 
 
-def _fresh(run: RunFolder) -> Path:
-    temporary = run.path / TEMPORARY_ADAPTER
+def adapter_is_of(run: RunFolder, recorder: RunRecorder, step: int) -> bool:
+    """Whether the run's adapter is that of this step. It is not where the budget has ended a run that hung."""
+    return run.adapter.is_dir() and bool(recorder.record.get("adapter_step", step) == step)
+
+
+def stop_hanging(run: RunFolder, recorder: RunRecorder) -> None:
+    """The process is about to be ended at its ceiling, by a thread: the run becomes what its newest checkpoint has."""
+    recorder.close("budget_stop")
+    newest = recorder.newest
+    if newest is None:
+        return
+
+    def make_adapter() -> None:
+        try:
+            adapter_from(run, newest)
+        except OSError as error:
+            say(f"{run.adapter}: not written ({error}); `finetune train --resume {run.path}` does it")
+            return
+        recorder.close("budget_stop", adapter_step=int(read_manifest(newest)["step"]))
+
+    copying = threading.Thread(target=make_adapter, name="adapter", daemon=True)
+    copying.start()
+    copying.join(ADAPTER_SECONDS)
+
+
+def _fresh(run: RunFolder, name: str = TEMPORARY_ADAPTER) -> Path:
+    temporary = run.path / name
     shutil.rmtree(temporary, ignore_errors=True)
     return temporary
 
@@ -74,7 +104,8 @@ def foreseeable(error: BaseException, folder: Path) -> UserError | None:
 
 
 def remove_halves(run: RunFolder) -> None:
-    shutil.rmtree(run.path / TEMPORARY_ADAPTER, ignore_errors=True)
+    for name in (TEMPORARY_ADAPTER, TEMPORARY_COPY):
+        shutil.rmtree(run.path / name, ignore_errors=True)
 
 
 def tell_end(run: RunFolder, status: str, step: int) -> None:

@@ -24,6 +24,30 @@ def steps_in(record: dict[str, Any]) -> list[int]:
     return [row["step"] for row in record["history"] if "loss" in row]
 
 
+def check_agrees(run: Path) -> dict[str, Any]:
+    """run.json is as far as the newest checkpoint; returns it."""
+    from finetune.checkpoint import newest_first
+
+    record = record_of(run)
+    whole = [folder for folder in newest_first(run / "checkpoints") if (folder / "manifest.json").is_file()]
+    if not whole:
+        assert (record["steps"]["done"], record["tokens"], record["history"]) == (0, {"trained": 0}, [])
+        assert set(record["losses"].values()) == {None}
+        assert record["saves"]["committed_step"] is None
+        return record
+    state = json.loads((whole[0] / "trainer_state.json").read_text(encoding="utf-8"))
+    step, losses = state["global_step"], [entry for entry in state["log_history"] if "loss" in entry]
+    assert whole[0].name == f"step-{step}"
+    assert record["steps"] == {"done": step, "planned": state["max_steps"]}
+    assert record["epochs"] == state["epoch"]
+    assert record["tokens"]["trained"] == state["num_input_tokens_seen"] > 0
+    assert steps_in(record) == [entry["step"] for entry in losses]
+    assert record["losses"]["first"] == losses[0]["loss"]
+    assert record["losses"]["last"] == losses[-1]["loss"]
+    assert record["saves"]["committed_step"] == step
+    return record
+
+
 def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something in the middle of a training step."""
     from finetune.callbacks import Throughput
