@@ -149,7 +149,7 @@ def busy(step: Any, texts: Any, result: dict[str, Any], out: Path) -> None:
         for row in rows
         if row.self_device_time_total
     ]
-    out.write_text("\n".join(lines) + "\n")
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     result["gpu_ms"] = round(sum(row.self_device_time_total for row in rows) / 1000, 1)
     result["kernels"] = sum(row.count for row in rows)
     result["profiled_tokens"] = sum(map(len, texts[0]))

@@ -31,6 +31,7 @@ from benchmarks.throughput_peer import Peer
 from benchmarks.throughput_recipe import BATCH, LONGEST, Recipe
 from benchmarks.throughput_report import last_turn, plot, summarise, table
 from finetune.config import LoraSection, TrainingSection
+from finetune.console import print_anything
 from finetune.errors import EXIT_MISSING, EXIT_USER_ERROR, UserError
 from finetune.files import write_json
 from finetune.hardware import GROWING_SEGMENTS
@@ -68,6 +69,7 @@ VARIANTS = {
 
 
 def main() -> None:
+    print_anything()
     arguments = parse()
     try:
         check(arguments)

@@ -46,6 +46,7 @@ class Peer:
             try:
                 self._process = subprocess.Popen(
                     self.command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                    encoding="utf-8",
                     start_new_session=True,
                 )  # fmt: skip
             except OSError as error:

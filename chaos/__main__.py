@@ -21,10 +21,12 @@ from chaos.plan import Plan
 from chaos.rented import on_a_rented_machine
 from chaos.soak import Bench, Run, killed_over_and_over, uninterrupted
 from chaos.world import KINDS, Kind, make_world
+from finetune.console import print_anything
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 if everything held, 1 if not, 2 for a wrong argument."""
+    print_anything()
     parsed = _parser().parse_args(arguments)
     seed = random.SystemRandom().randrange(10**6) if parsed.seed is None else parsed.seed
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import io
 import json
 import sqlite3
 import sys
@@ -180,6 +181,9 @@ def move_files(staging: Path, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: prints one line. Exit code 2, with one line on stderr, if a file is broken."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack characters of a folder's name
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description="Build the shipped text-to-SQL data set.")
     parser.add_argument("--out", type=Path, default=HERE / "built", help="folder (default: data/built)")
     out: Path = parser.parse_args(arguments).out

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli_cloud import add_commands as add_cloud_commands
+from finetune.console import print_anything, typed_text
 from finetune.errors import EXIT_MISSING, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ OVERRIDES = "key=value pairs that override the config, such as training.num_trai
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 something is missing, 2 the user's mistake, 75 interrupted."""
+    print_anything()
     parsed = _parse(arguments)
     _quiet_libraries()
     try:
@@ -30,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone is caught
         return code
     except UserError as error:
-        print(f"finetune: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"finetune: {_one_line(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except UnicodeEncodeError as error:
+        print(f"finetune: {_not_encoded(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
@@ -38,6 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+
+
+def _one_line(error: UserError) -> str:
+    """The message; where it may have named a file that is there under a name which this locale cannot spell, that too."""
+    message = " ".join(str(error).splitlines())
+    try:
+        os.fsencode(message)
+    except UnicodeEncodeError:
+        return f"{message} ({_unspelt()})"
+    return message
+
+
+def _not_encoded(error: UnicodeEncodeError) -> str:
+    """Printing never comes to this: it is a file name that the locale cannot spell, or a value that is no text at all."""
+    utf_8 = sys.getfilesystemencoding().lower() == "utf-8"
+    return f"{error.object!a}: {'not text in UTF-8; give it another name' if utf_8 else _unspelt()}"
+
+
+def _unspelt() -> str:
+    return (
+        f"this locale's encoding, {sys.getfilesystemencoding().lower()}, has no such characters: set PYTHONUTF8=1, or a UTF-8 "
+        "locale such as LC_ALL=C.UTF-8"
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -120,12 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     generate = _add(commands, "generate", _generate, "answer one question with SQL",
                     'finetune generate runs/demo --db shop.sqlite --run "Which customers ordered twice in May?"')  # fmt: skip
     generate.add_argument("run_folder", type=Path, metavar="RUN")
-    generate.add_argument("question", metavar="QUESTION")
+    generate.add_argument("question", type=_text, metavar="QUESTION")
     generate.add_argument(
         "--db", type=Path, required=True, metavar="FILE", help="a SQLite file, or a schema as .sql file"
     )
     generate.add_argument("--run", action="store_true", help="also run the SQL, read-only, and print the rows")
-    generate.add_argument("--evidence", metavar="TEXT", help="a hint that the prompt shows with the question")
+    generate.add_argument(
+        "--evidence", type=_text, metavar="TEXT", help="a hint that the prompt shows with the question"
+    )
     generate.add_argument("--base", action="store_true", help="ask the base model instead of the tuned one")
     return parser
 
@@ -154,6 +184,13 @@ def _minutes(text: str) -> float:
     if not 0 < minutes < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected minutes, more than 0")
     return minutes
+
+
+def _text(argument: str) -> str:
+    try:
+        return typed_text(argument)
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, found {argument!a}") from None
 
 
 def _quiet_libraries() -> None:

@@ -1,16 +1,41 @@
-"""Prints that outlive their reader: the end of a log's reader must not be the end of a run.
+"""Prints that reach the terminal that there is, and that outlive their reader.
 
-When a machine shuts down, every process of it gets SIGTERM at once, also the one that reads what training prints. The next line
-would then raise BrokenPipeError, between the notice and the checkpoint.
+A terminal may lack the characters of a question or a file name: then they are shown as escapes. And the end of a log's reader
+must not be the end of a run. When a machine shuts down, every process of it gets SIGTERM at once, also the one that reads what
+training prints; the next line would then raise BrokenPipeError, between the notice and the checkpoint.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+
+def print_anything() -> None:
+    """From now on stdout and stderr show what their encoding lacks as \\xfc or \\u2192 instead of raising UnicodeEncodeError.
+
+    Half a surrogate pair, as Python writes bytes of a file name that are no text, is no character of UTF-8 either. What
+    PYTHONIOENCODING asks for such characters stays.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def typed_text(text: str) -> str:
+    """What was meant by an argument that is text, not a file name: bytes beyond the locale's encoding are read as UTF-8.
+
+    Raises UnicodeDecodeError where they are none.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode()
+    return text
 
 
 class _Heard:

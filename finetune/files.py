@@ -20,6 +20,7 @@ from finetune.errors import UserError
 def atomic_file(path: Path) -> Iterator[IO[str]]:
     """Write UTF-8 text to a temporary file in the same folder; it takes the name `path` only if the block succeeds.
 
+    Half a surrogate pair, which a file name may hold, is written as its escape (\\udcff), which JSON reads as what it was.
     Raises UserError when the disk is full or the folder cannot be written.
     """
     temporary = ""
@@ -27,7 +28,7 @@ def atomic_file(path: Path) -> Iterator[IO[str]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.fchmod(handle, 0o644)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         os.replace(temporary, path)
     except OSError as error:
@@ -48,6 +49,11 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
+
+
+def as_text(path: Path) -> str:
+    """A path for people to read; bytes of it that are no text are written as escapes."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:

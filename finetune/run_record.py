@@ -19,6 +19,7 @@ from finetune import ranks
 from finetune.callbacks import Throughput, history_rows
 from finetune.config import RunConfig, config_hash, to_dict
 from finetune.data import Prepared
+from finetune.files import as_text
 from finetune.hardware import detect
 from finetune.memory import GIB
 from finetune.model import Device, parameter_counts
@@ -42,7 +43,7 @@ def new_record(
         "run_name": run.path.name,
         "started_at": utc_now(),
         "ended_at": None,
-        "config_file": str(config_file),
+        "config_file": as_text(config_file),
         "config": to_dict(config),
         "config_hash": config_hash(config),
         "data": {

@@ -23,7 +23,7 @@ from typing import Any
 
 from finetune.config import RunConfig, TrainingSection, load_config, to_yaml
 from finetune.errors import UserError
-from finetune.files import disk_error, read_json, write_json, write_text
+from finetune.files import as_text, disk_error, read_json, write_json, write_text
 
 RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors",
@@ -91,18 +91,21 @@ def create_run(config: RunConfig, config_file: Path) -> RunFolder:
     """A new folder for a new run; one that is there already is never used.
 
     `training.run_name` names it, else the config file's name and the first free number. Raises UserError when the named
-    folder is taken or cannot be made.
+    folder is taken or cannot be made, and UnicodeEncodeError when its path is not text.
     """
     check_name_is_free(config.training)
     root = Path(config.training.output_dir)
     name = config.training.run_name
+    str(
+        (root / (name or config_file.stem)).absolute()
+    ).encode()  # else the tokenizer could not be saved when all is trained
     try:
         root.mkdir(parents=True, exist_ok=True)
         folder = RunFolder(_claim(root / name) if name else _claim_numbered(root, config_file.stem))
     except OSError as error:
         raise disk_error(error, root) from error
     try:
-        write_text(folder.config_yaml, f"# finetune train {config_file}\n{to_yaml(config)}")
+        write_text(folder.config_yaml, f"# finetune train {as_text(config_file)}\n{to_yaml(config)}")
     except BaseException:
         folder.path.rmdir()
         raise
@@ -160,12 +163,10 @@ def git_state() -> tuple[str | None, bool]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
 
 
 def package_versions() -> dict[str, str]:

@@ -42,7 +42,8 @@ def scratch_folder(run_id: str) -> Path:
 def save_what_was_left(store: CheckpointStore) -> None:
     """The newest snapshot that an earlier attempt on this machine could not get into the store is put there now."""
     left = sorted(
-        _scratch(store.run_id).glob(f"*/{LABELS}"), key=lambda path: int(json.loads(path.read_text())["step"])
+        _scratch(store.run_id).glob(f"*/{LABELS}"),
+        key=lambda path: int(json.loads(path.read_text(encoding="utf-8"))["step"]),
     )
     if not left:
         return

@@ -171,6 +171,8 @@ def test_the_shipped_set_from_windows_files_is_the_same_byte_for_byte(tmp_path: 
             for path in [*folder.rglob("*.csv"), *folder.rglob("*.sql"), *folder.rglob("*.yaml")]:
                 to_windows(path)
         subprocess.run([sys.executable, "build.py"], cwd=folder, check=True, capture_output=True)
-        built.append({path.name: path.read_bytes() for path in sorted((folder / "built").rglob("*.*")) if path.is_file()})
+        built.append(
+            {path.name: path.read_bytes() for path in sorted((folder / "built").rglob("*.*")) if path.is_file()}
+        )
     assert len(built[0]) == 10
     assert built[0] == built[1]

@@ -29,6 +29,7 @@ from finetune.cloud.plan import OnGpu, run_on
 from finetune.cloud.prices import Catalog
 from finetune.cloud.run_size import run_size
 from finetune.config import PlanSection, load_config
+from finetune.console import print_anything
 from finetune.errors import NotEstimated, UserError
 from finetune.files import mend_line_ends, with_carriage_returns
 from finetune.gpus import GPUS
@@ -52,6 +53,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
         say = print if user_request.at_client_side else _silent
         try:
             if user_request.at_client_side:
+                print_anything()
                 _check_scripts(task)
             if _asks_for_gpu_on_gcp(task):
                 _apply(user_request, say)
