@@ -76,6 +76,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides += rest
+    if hasattr(parsed, "overrides"):  # values for a config, which is UTF-8 everywhere
+        try:
+            parsed.overrides = [typed_text(word) for word in parsed.overrides]
+        except UnicodeDecodeError as error:
+            parser.error(f"KEY=VALUE: expected text in UTF-8, found {error.object!r}")
     return parsed
 
 
