@@ -104,8 +104,8 @@ def test_a_file_name_that_the_locale_cannot_spell_is_told(tmp_path: Path) -> Non
 
 
 def test_rejected_records_are_listed(terminal: dict[str, str], tmp_path: Path) -> None:
-    """Their ids come from the user's file, and go to stdout, which Python alone lets fail."""
-    wrong = json.dumps(row(2, id=UNSAID, sql="SELECT ((("), ensure_ascii=False)
+    """Their texts come from the user's file, and go to stdout, on which Python alone would fail."""
+    wrong = json.dumps(row(2, schema=f"CREATE TABL {UNSAID}"), ensure_ascii=False)
     records = write_jsonl(tmp_path / "records.jsonl", [row(1), wrong])
     config = tmp_path / "c.yaml"
     config.write_text(
