@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli_cloud import add_commands as add_cloud_commands
-from finetune.console import print_anything, typed_text
+from finetune.console import not_encoded, one_line, print_anything, typed_text
 from finetune.errors import EXIT_MISSING, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone is caught
         return code
     except UserError as error:
-        print(f"finetune: {_one_line(error)}", file=sys.stderr)
+        print(f"finetune: {one_line(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except UnicodeEncodeError as error:
-        print(f"finetune: {_not_encoded(error)}", file=sys.stderr)
+        print(f"finetune: {not_encoded(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
@@ -43,29 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-
-
-def _one_line(error: UserError) -> str:
-    """The message; where it may have named a file that is there under a name which this locale cannot spell, that too."""
-    message = " ".join(str(error).splitlines())
-    try:
-        os.fsencode(message)
-    except UnicodeEncodeError:
-        return f"{message} ({_unspelt()})"
-    return message
-
-
-def _not_encoded(error: UnicodeEncodeError) -> str:
-    """Printing never comes to this: it is a file name that the locale cannot spell, or a value that is no text at all."""
-    utf_8 = sys.getfilesystemencoding().lower() == "utf-8"
-    return f"{error.object!a}: {'not text in UTF-8; give it another name' if utf_8 else _unspelt()}"
-
-
-def _unspelt() -> str:
-    return (
-        f"this locale's encoding, {sys.getfilesystemencoding().lower()}, has no such characters: set PYTHONUTF8=1, or a UTF-8 "
-        "locale such as LC_ALL=C.UTF-8"
-    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -114,12 +92,20 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _add(
         commands, "train", _train, "fine-tune the model of a config",
-        "finetune train configs/demo_cpu.yaml training.num_train_epochs=1\n  finetune train --resume runs/demo",
+        "finetune train configs/demo_cpu.yaml training.num_train_epochs=1\n  finetune train --resume runs/demo\n"
+        "  finetune train --resume runs/demo --max-run-usd 20",
     )  # fmt: skip
     train.add_argument(
         "--resume", action="store_true", help="go on with the run whose folder is given instead of a config"
     )
     train.add_argument("target", type=Path, metavar="CONFIG|RUN", help="a config file; with --resume a run folder")
+    for option, unit, what in (("--max-run-usd", "USD", "dollars"), ("--max-hours", "HOURS", "hours")):
+        train.add_argument(
+            option,
+            metavar=unit,
+            help=f"ceiling in {what}, all attempts together: the same as the override budget.{_budget_key(option)}={unit}; with "
+            "--resume it is written into config.yaml of the run folder, where it stays",
+        )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
     evaluate = _add(
@@ -296,7 +282,30 @@ def _train(arguments: argparse.Namespace) -> int:
         return _train_here(arguments)
 
 
+def _budget_key(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _typed_ceilings(arguments: argparse.Namespace) -> dict[str, float]:
+    """By their keys in the section budget. Raises UserError for what is no number above 0."""
+    ceilings = {}
+    for option in ("--max-run-usd", "--max-hours"):
+        text = getattr(arguments, key := _budget_key(option))
+        if text is None:
+            continue
+        if any(word.startswith(f"budget.{key}=") for word in arguments.overrides):
+            raise UserError(f"{option}: is the same as budget.{key}=, which is given too; leave one of them out")
+        try:
+            ceilings[key] = float(text)
+        except ValueError:
+            ceilings[key] = math.nan
+        if not 0 < ceilings[key] < math.inf:
+            raise UserError(f"{option}: expected a number above 0, found {text!r}")
+    return ceilings
+
+
 def _train_here(arguments: argparse.Namespace) -> int:
+    ceilings = _typed_ceilings(arguments)
     if arguments.resume:
         if arguments.overrides:
             raise UserError("--resume takes the config in the run folder; overrides would make it another run")
@@ -305,7 +314,8 @@ def _train_here(arguments: argparse.Namespace) -> int:
         run = open_run(arguments.target)
         from finetune.train import resume
 
-        return resume(run)
+        return resume(run, ceilings)
+    arguments.overrides += [f"budget.{key}={value!r}" for key, value in ceilings.items()]
     config = _loaded(arguments, arguments.target)
     from finetune.train import start
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -56,6 +59,7 @@ __all__ = [
     "questions_per_step",
     "to_dict",
     "to_yaml",
+    "with_numbers",
 ]
 
 
@@ -73,6 +77,53 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     for override in overrides or []:
         _merge_override(tree, override, problems)
     return _checked(tree, str(path), problems)
+
+
+def with_numbers(text: str, section: str, numbers: Mapping[str, float], wanted: RunConfig) -> str:
+    """A config's YAML with these values in one of its sections: `wanted`, which has them already. Comments and the rest stay.
+
+    A YAML in which a value cannot be set by itself, because others refer to it, becomes that of the whole resolved config.
+    """
+    edited = text
+    for name, value in numbers.items():
+        edited = _with_number(edited, section, name, repr(value))
+    try:
+        if to_dict(from_dict(_tree(edited), "")) == to_dict(wanted):
+            return edited
+    except Exception:  # no YAML any more, or not this config
+        pass
+    comments = "".join(takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
+    return comments + to_yaml(wanted)
+
+
+def _with_number(text: str, section: str, name: str, shown: str) -> str:
+    root = yaml.compose(text)
+    node = _child(root, section)
+    if node is None:
+        return f"{text.rstrip()}\n{section}:\n  {name}: {shown}\n"
+    old = _child(node, name)
+    if old is not None:
+        begin, end, new = old.start_mark.index, old.end_mark.index, shown
+    elif isinstance(node, yaml.MappingNode) and node.value and not node.flow_style:
+        key = node.value[0][0].start_mark
+        begin = end = key.index
+        new = f"{name}: {shown}\n{' ' * key.column}"
+    elif isinstance(node, yaml.MappingNode):
+        begin = end = node.start_mark.index + 1
+        new = f"{name}: {shown}" + (", " if node.value else "")
+    else:  # a section whose keys are all commented out
+        begin, end, new = node.start_mark.index, node.end_mark.index, f"{{{name}: {shown}}}"
+    return text[:begin] + (" " if text[begin - 1] == ":" else "") + new + text[end:]
+
+
+def _child(node: yaml.Node | None, name: str) -> yaml.Node | None:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for key, value in pairs if key.value == name), None)
+
+
+def _tree(text: str) -> dict[str, Any]:
+    tree = OmegaConf.to_container(OmegaConf.create(text))
+    return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
 
 
 def questions_per_step(training: TrainingSection, gpus: int = 1) -> int:

@@ -38,6 +38,29 @@ def typed_text(text: str) -> str:
     return text
 
 
+def one_line(message: str) -> str:
+    """An error's message; where it may have named a file that is there under a name which this locale cannot spell, that too."""
+    message = " ".join(message.splitlines())
+    try:
+        os.fsencode(message)
+    except UnicodeEncodeError:
+        return f"{message} ({_unspelt()})"
+    return message
+
+
+def not_encoded(error: UnicodeEncodeError) -> str:
+    """What to say of it. Printing never raises it: it is a file name that the locale cannot spell, or one that is no text."""
+    utf_8 = sys.getfilesystemencoding().lower() == "utf-8"
+    return f"{error.object!a}: {'not text in UTF-8; give it another name' if utf_8 else _unspelt()}"
+
+
+def _unspelt() -> str:
+    return (
+        f"this locale's encoding, {sys.getfilesystemencoding().lower()}, has no such characters: set PYTHONUTF8=1, or a UTF-8 "
+        "locale such as LC_ALL=C.UTF-8"
+    )
+
+
 class _Heard:
     """A text stream that is written to as long as somebody reads it, and then to nobody."""
 

@@ -15,7 +15,6 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from finetune.console import print_anything
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR
 
 GRACE_SECONDS = 180
@@ -26,7 +25,6 @@ SHARE = 0.9
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the processes, wait for them; returns the exit code of the run."""
-    print_anything()
     logging.disable(logging.CRITICAL)  # the processes have told what there is to tell
     grace = int(SHARE * float(os.environ.get("GRACE_SECONDS") or GRACE_SECONDS))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(grace))

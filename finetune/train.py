@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from datasets import Dataset
 from finetune import ranks
 from finetune.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.checkpoint import read_manifest
-from finetune.config import RunConfig, config_hash, to_dict
+from finetune.config import RunConfig, config_hash, load_config, to_dict
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.proof import check_resumed
 from finetune.run_record import RunRecorder, describe_attempt, new_record
@@ -37,7 +38,7 @@ from finetune.train_end import (
     tell_end,
 )
 from finetune.train_parts import Inputs, Parts, inputs_of, load_parts, say
-from finetune.train_resume import check_same_steps, check_unfinished, newest_checkpoint, store_of
+from finetune.train_resume import check_same_steps, check_unfinished, newest_checkpoint, set_ceilings, store_of
 from finetune.trainer import AnswerTrainer, build_trainer, trainer_arguments
 
 
@@ -71,20 +72,24 @@ def start(config: RunConfig, config_file: Path) -> int:
         return _attempt(run, inputs, ranks.from_first(lambda: record), None, began)
 
 
-def resume(run: RunFolder) -> int:
+def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
     """Go on with a run from its newest valid checkpoint, with the config in its folder; returns the exit code.
 
+    ceilings: keys of the section budget, such as max_run_usd, to be put into that config once nothing else stands in the way.
     `resume_rules` says what may have been changed there since. Raises UserError for other changes, for other data, and for a run
     that is done or has no budget left.
     """
     began = time.monotonic()
     with ranks.together():
-        config, record = ranks.from_first(lambda: (run.config(), run.record()))
+        typed = [f"budget.{name}={value!r}" for name, value in (ceilings or {}).items()]
+        config, record = ranks.from_first(lambda: (load_config(run.config_yaml, typed), run.record()))
         check_unfinished(run, record)
         inputs = inputs_of(config)
         store = store_of(run, config, record["run_id"])
         path = record.get("step", {}).get("path")
         found = ranks.from_first(lambda: newest_checkpoint(run, store, config, inputs.data, path))
+        if ceilings:
+            ranks.from_first(lambda: set_ceilings(run, config, ceilings, found))
         record.update(attempts=record.get("attempts", 1) + 1, config=to_dict(config), config_hash=config_hash(config))
         return _attempt(run, inputs, record, found, began)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune import ranks
 from finetune.checkpoint import CheckpointStore, Skipped, read_manifest
-from finetune.config import RunConfig, load_config, to_dict
+from finetune.config import RunConfig, load_config, to_dict, with_numbers
 from finetune.data import Prepared
 from finetune.errors import UserError
+from finetune.files import write_text
 from finetune.resume_rules import decide, refusal
 from finetune.runs import RunFolder
 from finetune.snapshots import CONFIG, save_what_was_left
@@ -52,6 +54,21 @@ def newest_checkpoint(
     store.clean()
     say(f"resuming from {found}" if found else f"{run.path}: no checkpoint to go on from, starting from the beginning")
     return found
+
+
+def set_ceilings(run: RunFolder, config: RunConfig, ceilings: Mapping[str, float], found: Path | None) -> None:
+    """Put ceilings (keys of the section budget) into the run's config.yaml, as an edit would. config: with them.
+
+    Where there is no checkpoint whose config they are compared with (`newest_checkpoint`), what changes is printed here.
+    """
+    before = run.config()
+    if to_dict(before) == to_dict(config):
+        return
+    if found is None:
+        for change in decide(to_dict(before), to_dict(config), gpus=ranks.count()).applies:
+            say(str(change))
+    text = run.config_yaml.read_text(encoding="utf-8")
+    write_text(run.config_yaml, with_numbers(text, "budget", ceilings, config))
 
 
 def _latest(store: CheckpointStore) -> tuple[Path | None, list[Skipped]]:
