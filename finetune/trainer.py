@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
 
 from finetune import ranks, rng
 from finetune.batching import StepSampler, micro_batches
@@ -32,6 +33,23 @@ from finetune.stepper import Example, LeanPath, Step, Stepper, collate, spoilt
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+
+@contextmanager
+def _not_importable(package: str) -> Iterator[None]:
+    """Inside, `import package` raises ImportError, as where it is not installed; one that is imported already stays so."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+with _not_importable("wandb"):  # TRL imports it for its model card alone (we make none): a quarter of a run's start-up
+    from trl import SFTConfig, SFTTrainer
 
 CPU_PADDING = 16
 """Batches on a CPU are padded to multiples of this many tokens. With every length a shape of its own, oneDNN's kernels were
