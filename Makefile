@@ -7,9 +7,12 @@ DEMO := configs/demo_cpu.yaml
 RUN := runs/demo
 DEMO_MINUTES ?= 10
 CHAOS_KILLS ?= 50
+# Workers of the tests: one for each core that may be used, 8 at most; each takes 1.2 GiB
+WORKERS ?= logical
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder --durations 10
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-fresh test test-slow cloud-test chaos check format constraints clean
+.PHONY: help setup demo demo-fresh test test-slow test-all cloud-test chaos check format constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,11 +36,16 @@ demo-fresh:  ## the demo from the beginning; an earlier one is kept beside it
 	@if [ -d $(RUN) ]; then mv $(RUN) $(RUN)-$$(date +%Y%m%d-%H%M%S); fi
 	@$(MAKE) --no-print-directory demo
 
-test: $(READY)  ## run the tests that need neither GPU, cloud nor much time
-	@$(BIN)/python -m pytest
+test: $(READY)  ## run the tests that need neither GPU, cloud nor much time, on all cores
+	@$(PYTEST)
 
-test-slow: $(READY)  ## run the slow tests: the whole Spider set, the real small model
-	@$(BIN)/python -m pytest -m slow
+test-slow: $(READY)  ## run the slow tests: the real small model, prices and machines beside SkyPilot's own answers
+	@$(PYTEST) -m 'slow and not repeat'
+
+test-all: check  ## everything there is but GPUs: all tests, 50 kills, every emulated cloud scenario (an hour; as root)
+	@$(PYTEST) -m 'not gpu and not cloud'
+	@$(MAKE) --no-print-directory chaos CHAOS_KILLS=50
+	@FT_CLOUD_REQUIRED=1 $(MAKE) --no-print-directory cloud-test
 
 # A project costs money, so it is taken from the command line alone, not from a variable that happens to be set.
 typed = $(if $(filter command,$(origin $(1))),$($(1)))

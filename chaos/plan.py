@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from chaos.attempt import Kill
+from chaos.attempt import How, Kill
 from chaos.damage import TARGETS, Target
 from chaos.world import Kind
 from finetune.faults import PLACES
@@ -18,13 +18,16 @@ SHARE_DAMAGED = 0.3
 """Of the kills after which checkpoints are damaged."""
 SHARE_NEW_MACHINE = 0.5
 """Of the kills after which the run goes on elsewhere: nothing is left of the local disk."""
+SPARE = 2
+"""Of the last kills, how many may come before a run has a checkpoint: the damages that are still due begin so much earlier."""
 LAST_PLACE = "adapter"
 """Only a run that has made all its steps comes there."""
 
 
 class Plan:
     """Draws kills until `kills` have come about, over at least `runs` runs. Each place comes first, once, where there are as
-    many kills as places."""
+    many kills as places; what is left of them goes to the other ways to die, once each, before chance has its say. Then each
+    kind of damage comes at least once, too, where there is a checkpoint to damage."""
 
     def __init__(self, kills: int, seed: int, runs: int) -> None:
         self.wanted, self.left = kills, kills
@@ -34,6 +37,7 @@ class Plan:
         self._places = [place for place in PLACES if place != LAST_PLACE and enough]
         self.draws.shuffle(self._places)
         self._last_place_due = enough
+        self._ways: list[How] = ["notice", "step", "start"][: max(0, kills - len(PLACES))]
         self._targets: list[Target] = list(TARGETS) if enough else []
 
     def quota(self) -> int:
@@ -51,7 +55,8 @@ class Plan:
             return self.draws.choice([self._at_start(), Kill("place", "ledger", self.draws.randint(1, 12))])
         if self._places:
             return self._at(self._places[0], kind, steps)
-        how = self.draws.choices(["place", "step", "start", "notice"], weights=[5, 4, 1, 1])[0]
+        any_way: How = self.draws.choices(["place", "step", "start", "notice"], weights=[5, 4, 1, 1])[0]
+        how = self._ways[0] if self._ways else any_way
         if how == "place":
             return self._at(self.draws.choice([place for place in PLACES if place != LAST_PLACE]), kind, steps)
         if how == "start":
@@ -65,15 +70,21 @@ class Plan:
             self._last_place_due = False
         elif kill.place in self._places:
             self._places.remove(kill.place)
+        elif kill.how in self._ways:
+            self._ways.remove(kill.how)
 
     def missed(self, kill: Kill) -> None:
         """The attempt ended before: another place comes first the next time."""
         if kill.place in self._places:
             self._places.remove(kill.place)
             self._places.append(kill.place)
+        elif kill.how in self._ways:
+            self._ways.append(self._ways.pop(self._ways.index(kill.how)))
 
-    def damage(self) -> Target | None:
-        if self.draws.random() >= SHARE_DAMAGED:
+    def damage(self, anything: bool = True) -> Target | None:
+        """What is damaged after the last kill. anything: whether there is a checkpoint."""
+        due = len(self._targets) + SPARE > self.left
+        if (self.draws.random() >= SHARE_DAMAGED and not due) or not anything:
             return None
         return self._targets.pop(0) if self._targets else self.draws.choices(TARGETS, weights=[5, 3, 1])[0]
 

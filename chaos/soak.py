@@ -13,6 +13,7 @@ from chaos.observe import (
     Curve,
     adapter_hash,
     booked,
+    checkpoints,
     history,
     in_flight,
     leftovers,
@@ -157,7 +158,7 @@ def killed_over_and_over(bench: Bench, kind: Kind, name: str, plan: Plan) -> Run
 
 def _misfortune(bench: Bench, run: Run, plan: Plan) -> None:
     """What happens to checkpoints and machine while nobody trains."""
-    target = plan.damage()
+    target = plan.damage(bool(checkpoints(run.folder)))
     damage = tuple(spoil(run.folder, target, plan.draws)) if target else ()
     if plan.new_machine():
         bench.replace_machine()

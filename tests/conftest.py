@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +17,8 @@ from data_examples import jsonl_source, make_database, row, run_prepare, write_j
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks/, however pytest is started
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model is slower on more; subprocesses inherit it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a job in a shell's background has it, and all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ConfigWriter = Callable[..., Path]
 
@@ -25,6 +28,33 @@ TEMPLATES = [
     ("List the names of all items dearer than {n}, the dearest first.",
      "SELECT name FROM item WHERE price > {n} ORDER BY price DESC"),
 ]  # fmt: skip
+
+
+LONGEST = (
+    *("test_train_ranks", "test_sky_tasks", "test_prices_skypilot", "test_tracking", "test_train_stop", "test_chaos"),
+    *(
+        "test_policy_more",
+        "test_policy_ceiling",
+        "test_policy",
+        "test_sky_plain",
+        "test_policy_cli",
+        "test_data_spider",
+    ),
+)
+"""Test files that begin first, the longest before the others, so that no worker waits for another at the end; the seconds are in
+docs/testing.md."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first. Tests that share a fixture of their module go to one worker, or each would make it anew."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    for item in items:
+        shared = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+        grouped = any(item.iter_markers("xdist_group"))
+        if not grouped and any(definitions[-1].scope == "module" for definitions in shared):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

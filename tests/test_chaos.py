@@ -264,6 +264,23 @@ def test_the_plan_reaches_every_place_and_is_repeated_by_its_seed() -> None:
     assert set(Plan(50, 0, 3).not_reached()) == set(PLACES)
 
 
+def test_thirteen_kills_are_enough_for_every_place_every_way_and_every_damage() -> None:
+    for seed in range(50):
+        plan, kills, damages = Plan(13, seed, 3), [], []
+        while plan.left:
+            quota = plan.quota()
+            for number in range(quota):
+                kills.append(plan.kill(KIND, 8, first=not number, last=number + 1 == quota))
+                if kills[-1].how == "notice" and seed % 2:  # the attempt was gone before the kill came
+                    plan.missed(kills[-1])
+                    kills.append(plan.kill(KIND, 8, first=False, last=number + 1 == quota))
+                plan.came_about(kills[-1])
+                damages.append(plan.damage(anything=number > 0))
+        assert {kill.place for kill in kills if kill.how == "place"} == set(PLACES)
+        assert {kill.how for kill in kills} == {"place", "step", "start", "notice"}
+        assert {target for target in damages if target} == set(TARGETS)
+
+
 def test_a_disk_is_filled_and_freed(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         if disk is None:
@@ -281,6 +298,7 @@ def test_a_disk_is_filled_and_freed(tmp_path: Path) -> None:
 # --- the short version
 
 
+@pytest.mark.repeat  # CI runs `make chaos` itself
 def test_runs_that_are_killed_end_like_one_that_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     code = main(["--kills", "4", "--seed", "7", "--kinds", "dropout", "--no-extras"])
