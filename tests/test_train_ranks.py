@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from train_helpers import change, record_of, steps_in
@@ -87,18 +86,41 @@ def largest_difference(run: Path, other: Path) -> float:
 # --- the same run
 
 
-@pytest.mark.parametrize(("sections", "tolerance"), [(STOCK, 2e-6), (LEAN, 2e-4)])
+BOTH = """
+import sys
+from finetune import ranks
+from finetune.cli import main
+with ranks.together():
+    codes = [main(["train", config, "training.run_name=two"]) for config in sys.argv[1:]]
+sys.exit(max(codes))
+"""
+"""Both configs in one pair of processes, whose start takes longer than the training."""
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The config file of a run called `two` -> what was said in it; its folder is runs/two beside the file."""
+    folders = [tmp_path_factory.mktemp(kernels) for kernels in ("stock", "lean")]
+    configs = [str(write_config(folder, **sections)) for folder, sections in zip(folders, (STOCK, LEAN), strict=True)]
+    script = folders[0] / "both.py"
+    script.write_text(BOTH)
+    code, said = finish(start(two(*configs, script=(str(script),))))
+    assert code == 0, said
+    ends = [number for number, line in enumerate(said, 1) if "done; the adapter is in" in line]
+    assert len(ends) == 2, said
+    return dict(zip(configs, (said[: ends[0]], said[ends[0] :]), strict=True))
+
+
+@pytest.mark.parametrize(("number", "tolerance"), [(0, 2e-6), (1, 2e-4)], ids=["stock", "lean"])
 def test_two_processes_learn_what_one_does(
-    sections: dict[str, Any], tolerance: float, tiny_config: ConfigWriter, tmp_path: Path
+    number: int, tolerance: float, in_two_processes: dict[str, list[str]]
 ) -> None:
     """Adapters reach 0.15 here. Between one and two processes they differed by 2.6e-7 (stock) and 2.6e-5 (lean, where Adam
     divides by gradients near zero), measured."""
-    config = tiny_config(**sections)
-    assert main(["train", str(config), "training.run_name=one"]) == 0
-    code, said = finish(start(two("train", str(config), "training.run_name=two")))
-    one, other = tmp_path / "runs" / "one", tmp_path / "runs" / "two"
-    assert code == 0, said
-    assert len([line for line in said if "done; the adapter is in" in line]) == 1
+    config, said = list(in_two_processes.items())[number]
+    assert main(["train", config, "training.run_name=one"]) == 0
+    runs = Path(config).parent / "runs"
+    one, other = runs / "one", runs / "two"
     assert len([line for line in said if line.startswith("2 processes, each with")]) == 1
     for key in ("loss", "eval_loss"):
         assert losses(other, key) == pytest.approx(losses(one, key), rel=1e-5)
@@ -107,13 +129,14 @@ def test_two_processes_learn_what_one_does(
     record, alone = record_of(other), record_of(one)
     assert record["tokens"] == alone["tokens"]
     assert (record["step"]["ranks"], alone["step"]["ranks"]) == (2, 1)
+    assert record["step"]["path"] == ("stock", "lean")[number]
     assert record["step"]["questions"] == alone["step"]["questions"] == 5
     saved = list(checkpoint.newest_first(other / "checkpoints"))
     assert [folder.name for folder in saved] == ["step-8", "step-6"]
     for folder in saved:
         assert checkpoint.fault(folder) is None
         assert {"rng-0.pt", "rng-1.pt"} <= set(checkpoint.read_manifest(folder)["files"])
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
+    assert sorted(path.name for path in runs.iterdir()) == ["one", "two"]
     assert not list((other / "checkpoints").glob("checkpoint-*"))
 
 
