@@ -20,6 +20,8 @@ SHARE_NEW_MACHINE = 0.5
 """Of the kills after which the run goes on elsewhere: nothing is left of the local disk."""
 SPARE = 2
 """Of the last kills, how many may come before a run has a checkpoint: the damages that are still due begin so much earlier."""
+OTHER_WAYS: tuple[How, ...] = ("notice", "step", "start")
+"""To die, than at a place."""
 LAST_PLACE = "adapter"
 """Only a run that has made all its steps comes there."""
 
@@ -37,7 +39,7 @@ class Plan:
         self._places = [place for place in PLACES if place != LAST_PLACE and enough]
         self.draws.shuffle(self._places)
         self._last_place_due = enough
-        self._ways: list[How] = ["notice", "step", "start"][: max(0, kills - len(PLACES))]
+        self._ways: list[How] = list(OTHER_WAYS[: max(0, kills - len(PLACES))])
         self._targets: list[Target] = list(TARGETS) if enough else []
 
     def quota(self) -> int:
@@ -55,8 +57,7 @@ class Plan:
             return self.draws.choice([self._at_start(), Kill("place", "ledger", self.draws.randint(1, 12))])
         if self._places:
             return self._at(self._places[0], kind, steps)
-        any_way: How = self.draws.choices(["place", "step", "start", "notice"], weights=[5, 4, 1, 1])[0]
-        how = self._ways[0] if self._ways else any_way
+        how = self._ways[0] if self._ways else self.draws.choices(("place", *OTHER_WAYS), weights=[5, 1, 4, 1])[0]
         if how == "place":
             return self._at(self.draws.choice([place for place in PLACES if place != LAST_PLACE]), kind, steps)
         if how == "start":
@@ -83,7 +84,7 @@ class Plan:
 
     def damage(self, anything: bool = True) -> Target | None:
         """What is damaged after the last kill. anything: whether there is a checkpoint."""
-        due = len(self._targets) + SPARE > self.left
+        due = bool(self._targets) and len(self._targets) + SPARE > self.left
         if (self.draws.random() >= SHARE_DAMAGED and not due) or not anything:
             return None
         return self._targets.pop(0) if self._targets else self.draws.choices(TARGETS, weights=[5, 3, 1])[0]
