@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -235,18 +236,30 @@ KINDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("sections", KINDS)
+@pytest.fixture(scope="module")
+def whole_of(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Call it with a place in KINDS for the config file of that kind, whose uninterrupted run is tiny-001."""
+
+    @cache
+    def made(kind: int) -> Path:
+        config = write_config(tmp_path_factory.mktemp("whole"), **KINDS[kind], checkpoint={"save_steps": 100})
+        assert main(["train", str(config)]) == 0
+        return config
+
+    return made
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
 @pytest.mark.parametrize("step", [5, 6, 7])
 def test_a_resumed_run_is_byte_for_byte_the_uninterrupted_one(
-    sections: dict[str, Any], step: int, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: int, step: int, whole_of: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of an epoch, at its last step, and at the first of the next."""
-    config = tiny_config(**sections, checkpoint={"save_steps": 100})
-    assert main(["train", str(config)]) == 0
+    config = whole_of(kind)
+    whole, run = (config.parent / "runs" / name for name in ("tiny-001", f"at-{step}"))
     with monkeypatch.context() as patched:
         at_step(step, lambda: signal.raise_signal(signal.SIGTERM), patched)
-        assert main(["train", str(config)]) == 75
-    whole, run = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
+        assert main(["train", str(config), f"training.run_name={run.name}"]) == 75
     assert main(["train", "--resume", str(run)]) == 0
     assert adapter_of(run) == adapter_of(whole)
     told = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
