@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -55,6 +56,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         grouped = any(item.iter_markers("xdist_group"))
         if not grouped and any(definitions[-1].scope == "module" for definitions in shared):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """The modules that tests have imported stay: no search for garbage, of which every training has one, looks at them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

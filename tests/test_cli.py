@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shlex
 import statistics
@@ -36,6 +37,18 @@ def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Ite
 
 
 COMMANDS = list(commands(cli._parser()))
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_large_imports_leave_the_search_for_garbage_on(imported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if imported:
+        monkeypatch.setitem(sys.modules, "transformers", sys)
+    else:
+        monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    with pytest.raises(ImportError), cli._large_imports():
+        assert gc.isenabled() == imported
+        import finetune.no_such_module  # type: ignore[import-not-found]  # noqa: F401
+    assert gc.isenabled()
 
 
 def run(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
