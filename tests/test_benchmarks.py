@@ -242,7 +242,7 @@ def test_unsloth_prepares_the_texts_itself_and_pads_fewer_rows_where_it_must(
     assert how(SimpleNamespace(args=rectangular)) == f"padded (Unsloth refused padding-free), {padded_shape}"
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_trl_and_ours_train_the_same_texts_to_the_same_losses(tiny_model: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "benchmarks.throughput", str(tiny_model), "--device", "cpu", "--longest", "50",

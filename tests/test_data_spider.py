@@ -13,7 +13,7 @@ from finetune.records import SPLITS
 SPIDER = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "spider"
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.repeat,
     pytest.mark.skipif(not SPIDER.is_dir(), reason="the shared Spider folder is not beside this checkout"),
 ]
 

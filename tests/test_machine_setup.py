@@ -204,7 +204,7 @@ def test_uv_elsewhere_on_the_path_will_do(machine: RentedMachine) -> None:
     assert (code, len(machine.called("pip"))) == (0, 1), said
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_a_real_installation_trains_and_a_second_launch_takes_seconds(tmp_path: Path) -> None:
     """With the real uv and packages, on a CPU: minutes, and as much download as pip's settings here make it."""
     home, checkout = tmp_path / "home", tmp_path / "checkout"

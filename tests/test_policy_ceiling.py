@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POLICY = "finetune.cloud.policy.CostPolicy"
 KINDS = [(gpu, spot) for gpu in ("A100", "L4", "T4", "V100", "A100-80GB") for spot in (True, False)]
 GRID = [0.1, 0.25, 0.31, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 6.0, 10.0]
-"""US dollars per hour; the slow tests add every price of the catalog, a cent less and a cent more."""
+"""US dollars per hour; the tests marked repeat add every price of the catalog, a cent less and a cent more."""
 FEW = [0.1, 0.31, 0.8, 1.5, 3.0, 10.0]
 
 
@@ -94,7 +94,7 @@ def test_prices_that_look_wrong_are_reached_only_on_request(worker: SkyWorker) -
     assert doubtful <= {zone for zone, _ in places(trusting["reachable"])}
 
 
-@pytest.mark.parametrize("ceiling", [0.4, *(pytest.param(usd, marks=pytest.mark.slow) for usd in (1.0, 3.7))])
+@pytest.mark.parametrize("ceiling", [0.4, *(pytest.param(usd, marks=pytest.mark.repeat) for usd in (1.0, 3.7))])
 def test_the_provisioner_itself_asks_google_for_nothing_above_the_ceiling(worker: SkyWorker, ceiling: float) -> None:
     """Not what could be reached but what the real provisioner asks for, zone after zone, when nothing is in stock."""
     wanted = task("T4", True, ceiling)
@@ -132,7 +132,7 @@ def test_without_spot_quota_the_on_demand_machine_is_the_next(worker: SkyWorker)
     assert launched["spot"] is False and launched["region"].startswith("us-")
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 @pytest.mark.parametrize(("gpu", "spot"), KINDS)
 def test_every_price_of_the_snapshot_as_a_ceiling(worker: SkyWorker, gpu: str, spot: bool) -> None:
     cents = {round(offer.usd_per_hour + step, 2) for offer in offers(gpu, spot) for step in (-0.01, 0.01)}
@@ -140,7 +140,7 @@ def test_every_price_of_the_snapshot_as_a_ceiling(worker: SkyWorker, gpu: str, s
     check_reach(worker, gpu, spot, sorted({*GRID, *cents, *exact}), snapshot(), all_of=True)
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_the_whole_slice_of_the_real_catalog(tmp_path: Path) -> None:
     """Every region of the shared catalog; more regions than candidates are handed over, so not all that is allowed is reached."""
     shared = shared_catalog()

@@ -112,7 +112,7 @@ def test_the_offers_are_in_exactly_the_zones_that_skypilot_would_try(small: Comp
         assert sorted(ours) == theirs
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_the_shared_slice_has_the_prices_that_skypilot_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shared_catalog()
     if source is None:

@@ -189,7 +189,7 @@ def read(path: Path) -> bytes:
         return b""
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_a_dry_run_goes_past_the_clients_policy_once_and_breaks_the_ceiling(
     typed: dict[str, str], folder: Path, home: Path
 ) -> None:
@@ -202,7 +202,7 @@ def test_a_dry_run_goes_past_the_clients_policy_once_and_breaks_the_ceiling(
     assert "policy at" not in (home / "server.log").read_text(), "the server, started here, reads no .sky.yaml"
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_even_a_dry_run_makes_the_bucket(
     typed: dict[str, str], folder: Path, stand_in: tuple[Buckets, dict[str, str]]
 ) -> None:
@@ -212,7 +212,7 @@ def test_even_a_dry_run_makes_the_bucket(
     assert len([call for call in stand_in[0].asked if call.startswith("POST")]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_a_refusal_ends_the_command_and_asks_nobody(
     typed: dict[str, str], folder: Path, tmp_path: Path, stand_in: tuple[Buckets, dict[str, str]]
 ) -> None:
@@ -230,7 +230,7 @@ def test_a_refusal_ends_the_command_and_asks_nobody(
     assert "text2sql-never" not in stand_in[0].made
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_the_prompt_shows_what_was_chosen_after_the_policy(typed: dict[str, str], folder: Path) -> None:
     for command, name in (["launch"], "launch"), (["jobs", "launch"], "jobs.launch"):
         done = run_sky(typed, folder, *command, "t.yaml", typed="n\n")
@@ -241,7 +241,7 @@ def test_the_prompt_shows_what_was_chosen_after_the_policy(typed: dict[str, str]
         )
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_exec_knows_no_client_policy(typed: dict[str, str], tmp_path: Path, folder: Path) -> None:
     (tmp_path / ".sky.yaml").write_text("admin_policy: policies.Refuses\n")
     (tmp_path / "t.yaml").write_text((folder / "t.yaml").read_text())

@@ -152,7 +152,7 @@ def processes_of(parent: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("receiver", ["torchrun", pytest.param("rank 1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("receiver", ["torchrun", pytest.param("rank 1", marks=pytest.mark.repeat)])
 def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
     receiver: str, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
@@ -261,7 +261,7 @@ def test_a_mistake_that_all_find_is_told_once(tiny_config: ConfigWriter, tmp_pat
     ("fault", "code", "message"),
     [
         ("UserError('its own fault')", 2, "process 1: its own fault"),
-        pytest.param("ValueError('a bug')", 1, "process 1: ValueError: a bug", marks=pytest.mark.slow),
+        pytest.param("ValueError('a bug')", 1, "process 1: ValueError: a bug", marks=pytest.mark.repeat),
     ],
 )
 def test_a_fault_of_one_process_ends_both_and_is_told_by_the_first(

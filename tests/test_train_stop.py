@@ -249,8 +249,14 @@ def whole_of(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactor
     return made
 
 
-@pytest.mark.parametrize("kind", range(len(KINDS)))
-@pytest.mark.parametrize("step", [5, 6, 7])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        pytest.param(kind, step, marks=[] if kind == number else [pytest.mark.repeat])
+        for number, step in enumerate((5, 6, 7))
+        for kind in range(len(KINDS))
+    ],
+)
 def test_a_resumed_run_is_byte_for_byte_the_uninterrupted_one(
     kind: int, step: int, whole_of: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
