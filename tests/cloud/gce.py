@@ -21,6 +21,7 @@ from gce_http import ApiServer, Call, Faults
 from gce_instances import RUNNING, STOPPING, TERMINATED, Hardware, Instance, Instances
 from gce_market import Market
 from gce_project import Project
+from pace import wait_until
 
 NOTICE_SECONDS = 30.0
 """Between Google's notice of a preemption and the power cut."""
@@ -75,19 +76,28 @@ class Cloud:
     def machine(self, cluster: str = "") -> Instance:
         """The newest that runs. Raises AssertionError where none does."""
         found = [one for one in self.machines(cluster) if one.status == RUNNING]
-        assert found, f"no machine {cluster} runs; there are {[(one.name, one.status) for one in self.machines()]}"
+        assert found, f"no machine {cluster} runs; {self._told()}"
         return found[-1]
+
+    def _told(self) -> str:
+        """For a failure: the machines that there are, and what was asked of the API last."""
+        there = [(one.name, one.wish.zone, one.status) for one in self.machines()]
+        last = [(time.strftime("%X", time.localtime(call.at)), call.method, call.path) for call in self.calls[-30:]]
+        return "\n".join([f"there are {there}; asked of the API:", *map(" ".join, last)])
 
     def wait_for_machine(
         self, cluster: str = "", seconds: float = 120, *, other_than: Instance | None = None
     ) -> Instance:
         """As `machine`, once one runs that is not `other_than`."""
-        deadline = time.monotonic() + seconds
-        while True:
-            found = [one for one in self.machines(cluster) if one.status == RUNNING and one is not other_than]
-            if found or time.monotonic() > deadline:
-                return found[-1] if found else self.machine(cluster)
-            time.sleep(0.1)
+        found: list[Instance] = []
+
+        def come() -> bool:
+            found[:] = [one for one in self.machines(cluster) if one.status == RUNNING and one is not other_than]
+            return bool(found)
+
+        there = "no other machine" if other_than else "no machine"
+        wait_until(come, seconds, lambda waited: f"{there} {cluster} after {waited:.0f} s; {self._told()}", every=0.1)
+        return found[-1]
 
     def preempt(self, instance: Instance, notice: float = NOTICE_SECONDS) -> threading.Thread:
         """Google's way: the metadata server says so, the system begins to shut down (SIGTERM to all), then the power is cut.
@@ -128,11 +138,7 @@ class Cloud:
 
     def assert_empty(self, seconds: float = 20) -> None:
         """Raises AssertionError if a machine or disk is left after that time."""
-        deadline = time.monotonic() + seconds
-        while self.machines() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        left = [(one.name, one.wish.zone, one.status) for one in self.machines()]
-        assert not left, f"left in the cloud: {left}"
+        wait_until(lambda: not self.machines(), seconds, lambda _: f"left in the cloud; {self._told()}", every=0.1)
         assert not self.compute.disks(), f"disks left in the cloud: {self.compute.disks()}"
 
     def wipe(self, why: str = "wiped") -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from catalog_fixture import lay_out_catalog, shared_catalog
 from leftovers import end_processes
 from machine_image import registry_env
+from pace import patience
 
 HERE = Path(__file__).resolve().parent
 PROJECT = "text2sql-test"
@@ -114,7 +115,8 @@ class SkyPilot:
             self.server.wait(timeout=30)
 
     def run(self, *words: str, cwd: Path | None = None, typed: str = "", timeout: float = 600, **env: str) -> Done:
-        """`sky WORDS`, with `typed` as its standard input. Raises AssertionError with its output when the time is up."""
+        """`sky WORDS`, with `typed` as its standard input. Raises AssertionError with its output when the time is up, `timeout`
+        by the measure of pace.py."""
         return self.program("sky", *words, cwd=cwd, typed=typed, timeout=timeout, **env)
 
     def program(self, *words: str, cwd: Path | None = None, typed: str = "", timeout: float = 600, **env: str) -> Done:
@@ -126,11 +128,11 @@ class SkyPilot:
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         try:
-            out, _ = process.communicate(typed, timeout=timeout)
+            out, _ = process.communicate(typed, timeout=patience(timeout))
         except subprocess.TimeoutExpired:
             process.kill()
             out, _ = process.communicate()
-            raise AssertionError(f"{command}: not done in {timeout:.0f} s\n{out[-6000:]}") from None
+            raise AssertionError(f"{command}: not done in {patience(timeout):.0f} s\n{out[-6000:]}") from None
         seconds = time.monotonic() - began
         print(f"{time.strftime('%X')} after {seconds:.1f} s, exit code {process.returncode}: {command[:100]}")
         return Done(command, process.returncode, out, seconds)
@@ -166,7 +168,8 @@ class SkyPilot:
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
-    def _wait(self, url: str, log: Path, seconds: float = 120) -> None:
+    def _wait(self, url: str, log: Path, seconds: float = 300) -> None:
+        """The pace is measured later, so the bound is ample."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

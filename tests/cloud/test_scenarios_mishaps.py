@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pace import patience, wait_until
 from reckoning import check_nothing_left, reckon
 from table import figure
 from training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run, newest_checkpoint
@@ -14,7 +15,7 @@ from world import World
 pytestmark = pytest.mark.cloud
 TRAINER = "^/home/gcpuser/finetune-env/bin/python .*finetune train"
 HOURS = 0.02
-"""MAX_HOURS of the run that hangs."""
+"""MAX_HOURS of the run that hangs, by the measure of pace.py: it has to get to its first checkpoint in them."""
 DISK = 1 << 30
 """Bytes of a machine's disk that can fill."""
 CUT_SECONDS = 120
@@ -26,9 +27,9 @@ AUTOSTOP_SECONDS = 240
 
 def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
     """Its process is stopped, and with it its own watch over the budget: MAX_HOURS of the script that started it ends it."""
-    steps = 1200
+    steps, hours = 1200, round(patience(HOURS), 4)
     begin = ("train_a100", "-d", "-c", "hang", "-i", "1", "--down")
-    words = launch(*begin, overrides=long_run(steps), RUN_NAME="hang", MAX_HOURS=HOURS, GRACE_SECONDS=5)
+    words = launch(*begin, overrides=long_run(steps), RUN_NAME="hang", MAX_HOURS=hours, GRACE_SECONDS=5)
     world.sky.run(*words, cwd=project).ok()
     run = Run(world, "hang")
     run.wait_for_step(LONG_SAVE_STEPS)
@@ -40,16 +41,15 @@ def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
     figure(f"ended {time.time() - stopped:.0f} s after it hung")
     assert ended.code == 0, "the exit code of the job"
     assert (
-        f"machine: {HOURS:.4f} hours are over (MAX_HOURS={HOURS}, MAX_RUN_USD=25): stopped, the newest checkpoint is kept in "
+        f"machine: {hours:.4f} hours are over (MAX_HOURS={hours}, MAX_RUN_USD=25): stopped, the newest checkpoint is kept in "
         "/bucket/runs/hang; to go on, launch again with --env RUN_NAME=hang and a higher limit" in ended.out
     )
     kept = max(run.committed())
     assert kept_in(run, tmp_path / "stopped").name == f"step-{kept}" and kept < steps
     (attempt,) = run.account(tmp_path / "ledger").attempts
     (stretch,) = world.cloud.bill.stretches
-    assert attempt.reason is None and abs(attempt.seconds - (stopped - stretch.began)) < 2 * HEARTBEAT_SECONDS + 2, (
-        "the ledger has it up to the moment in which it hung"
-    )
+    off = abs(attempt.seconds - (stopped - stretch.began))
+    assert attempt.reason is None and off < patience(4 * HEARTBEAT_SECONDS), "the ledger has it up to when it hung"
 
     world.cloud.assert_empty(AUTOSTOP_SECONDS)
     figure(f"the machine went away {world.cloud.bill.stretches[0].seconds:.0f} s after it began")
@@ -105,7 +105,7 @@ def test_a_disk_that_is_full_at_once(world: World, project: Path, tmp_path: Path
         f"gone after {time.time() - filled:.0f} s; full after {filled - stretch.began:.1f} s, ledger {attempt.seconds:.1f} s, "
         f"bill {stretch.seconds:.1f} s"
     )
-    assert attempt.seconds > filled - stretch.began - 2 * HEARTBEAT_SECONDS, "the ledger has it up to then"
+    assert attempt.seconds > filled - stretch.began - patience(2 * HEARTBEAT_SECONDS), "the ledger has it up to then"
     check_nothing_left(world)
 
 
@@ -140,13 +140,16 @@ def test_a_cut_line(world: World, project: Path, tmp_path: Path) -> None:
 def refreshed(world: World, cluster: str, word: str, seconds: float) -> str:
     """What `sky status --refresh` says, once that word is in it. It gives its old answer where the look of the server itself,
     which may have begun before, does not end within 20 s."""
-    deadline = time.monotonic() + seconds
-    while True:
+    status = ""
+
+    def come() -> bool:
+        nonlocal status
         status = world.sky.run("status", "--refresh", cluster).ok().out
         print(status)
-        if word in status:
-            return status
-        assert time.monotonic() < deadline, f"not {word} after {seconds:.0f} s"
+        return word in status
+
+    wait_until(come, seconds, lambda waited: f"not {word} after {waited:.0f} s:\n{status}", every=0)
+    return status
 
 
 def kept_in(run: Run, folder: Path) -> Path:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pace import patience
 from reckoning import catalog_price, check_nothing_left, reckon
 from table import figure
 from training import BUCKET, SHORT, Run, launch
@@ -16,6 +17,8 @@ CEILING = 4.50
 """US dollars an hour: max_hourly_cost of sky/train_a100.yaml."""
 WITHIN = 60
 """Seconds in which what needs no machine has to be refused; 5 of a free computer."""
+MINUTE = 60
+"""Seconds for which Google's API refuses everything, or machines. These three are by the measure of pace.py."""
 AUTOSTOP_SECONDS = 180
 """In which an idle machine has to be gone with -i 1."""
 
@@ -53,7 +56,7 @@ def test_an_expired_login(world: World, project: Path) -> None:
     world.sky.expire_login()
     refused = world.sky.run(*launch("train_a100", "-c", "old", RUN_NAME="old"), cwd=project)
     figure(f"refused after {refused.seconds:.0f} s")
-    assert refused.code == 1 and refused.seconds < WITHIN
+    assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
         "finetune: Google refuses this login, which has expired or been withdrawn; run `gcloud auth login` and "
         "`gcloud auth application-default login`" in refused.out
@@ -67,7 +70,7 @@ def test_a_forbidden_bucket(world: World, project: Path) -> None:
     world.buckets.forbid(BUCKET)
     refused = world.sky.run(*launch("train_a100", "-c", "shut", RUN_NAME="shut"), cwd=project)
     figure(f"refused after {refused.seconds:.0f} s")
-    assert refused.code == 1 and refused.seconds < WITHIN
+    assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
         f"finetune: bucket gs://{BUCKET}: Google forbids this account to see it; ask for the role Storage Admin, or launch "
         "with --env BUCKET=NAME" in refused.out
@@ -82,7 +85,7 @@ def test_a_bucket_that_may_only_be_read(world: World, project: Path) -> None:
     world.buckets.forbid("read-only", "storage.objects.create", "storage.objects.delete")
     refused = world.sky.run(*launch("train_a100", "-c", "ro", RUN_NAME="ro", BUCKET="read-only"), cwd=project)
     figure(f"refused after {refused.seconds:.0f} s")
-    assert refused.code == 1 and refused.seconds < WITHIN
+    assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
         "finetune: bucket gs://read-only: this account lacks storage.objects.create, storage.objects.delete, so a run could not "
         "keep its checkpoints there; ask for the role Storage Object Admin on it, or launch with --env BUCKET=NAME"
@@ -106,7 +109,7 @@ def test_a_minute_of_refused_machines(world: World, project: Path, tmp_path: Pat
     begins again half a minute later; on a busy one it lands on a later candidate. Neither is above the ceiling.
 
     When the machine is to go, that is refused too: it asks again."""
-    world.cloud.faults.add("bulkInsert", 503, "backendError", seconds=60)
+    world.cloud.faults.add("bulkInsert", 503, "backendError", seconds=patience(MINUTE))
     began = time.time()
     begin = ("train_a100", "-d", "-c", "later", "-i", "1", "--down", "--retry-until-up")
     words = launch(*begin, overrides=SHORT, RUN_NAME="later")
@@ -114,7 +117,7 @@ def test_a_minute_of_refused_machines(world: World, project: Path, tmp_path: Pat
     at = [call.at - began for call in world.cloud.calls if call.path.endswith("/bulkInsert")]
     figure(f"launch {launched.seconds:.0f} s; asked {len(at)} times, the last after {at[-1]:.0f} s")
     assert "Got return code 'backendError' in " in launched.out
-    assert len(at) > 2 and at[-1] > 50, "the minute was felt"
+    assert len(at) > 2 and at[-1] > patience(MINUTE) - 10, "the minute was felt"
 
     run = Run(world, "later")
     run.wait_for_status("done")
@@ -131,7 +134,7 @@ def test_a_minute_of_refused_machines(world: World, project: Path, tmp_path: Pat
 
 
 def test_a_minute_without_any_api(world: World, project: Path) -> None:
-    world.cloud.faults.add("", 503, "backendError", seconds=60)
+    world.cloud.faults.add("", 503, "backendError", seconds=patience(MINUTE))
     refused = world.sky.run(*launch("train_a100", "-c", "down", RUN_NAME="down"), cwd=project)
     figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1

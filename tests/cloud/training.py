@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pace import wait_until
 from world import World
 
 from chaos.world import World as Station
@@ -84,14 +85,15 @@ def steps_in_tensorboard(run: Path) -> list[int]:
 
 def wait_for_tensorboard(run: str, seconds: float = 180) -> None:
     """Until TensorBoard on localhost:6006 shows the run, among others of the bucket; it looks for new ones every minute."""
-    deadline = time.monotonic() + seconds
     shown: list[str] = []
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while run not in shown:
-        assert time.monotonic() < deadline, f"TensorBoard on localhost:6006 shows {shown}"
-        time.sleep(0.5)
+
+    def come() -> bool:
         with suppress(OSError), opener.open("http://localhost:6006/data/runs", timeout=10) as answer:
-            shown = json.load(answer)
+            shown[:] = json.load(answer)
+        return run in shown
+
+    wait_until(come, seconds, lambda waited: f"TensorBoard on localhost:6006 shows {shown} after {waited:.0f} s")
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[Skipped]]:
@@ -171,21 +173,20 @@ class Run:
 
     def wait_for_step(self, step: int, seconds: float = 240) -> None:
         """Until a checkpoint of that step or a later one is committed."""
-        deadline = time.monotonic() + seconds
-        while max(self.committed(), default=0) < step:
-            assert time.monotonic() < deadline, f"{self.name}: no checkpoint of step {step}; {self.last_words()}"
-            time.sleep(0.5)
+        self._wait(lambda: max(self.committed(), default=0) >= step, seconds, f"no checkpoint of step {step}")
 
     def wait_for_half_a_checkpoint(self, since: float, seconds: float = 240) -> int:
         """The step of a checkpoint newer than all committed ones, of which some files are in the bucket, written after `since`
         (seconds since the epoch): a machine that was lost before may have left another half."""
-        deadline = time.monotonic() + seconds
-        while True:
+        newest = 0
+
+        def come() -> bool:
+            nonlocal newest
             newest = max((step for step, _ in self._checkpoint_files()), default=0)
-            if newest > max(self.committed(), default=0) and self._written_after(since, newest):
-                return newest
-            assert time.monotonic() < deadline, f"{self.name}: no checkpoint is on its way; {self.last_words()}"
-            time.sleep(0.2)
+            return newest > max(self.committed(), default=0) and self._written_after(since, newest)
+
+        self._wait(come, seconds, "no checkpoint is on its way", every=0.2)
+        return newest
 
     def _written_after(self, since: float, step: int) -> bool:
         with suppress(urllib.error.HTTPError):  # put aside between the two questions
@@ -194,10 +195,13 @@ class Run:
         return False
 
     def wait_for_status(self, status: str, seconds: float = 240) -> None:
-        deadline = time.monotonic() + seconds
-        while "run.json" not in self.objects() or self.record()["status"] != status:
-            assert time.monotonic() < deadline, f"{self.name}: not {status} after {seconds:.0f} s; {self.last_words()}"
-            time.sleep(0.5)
+        self._wait(lambda: "run.json" in self.objects() and self.record()["status"] == status, seconds, f"not {status}")
+
+    def _wait(self, come: Callable[[], bool], seconds: float, lacking: str, every: float = 0.5) -> None:
+        def failure(waited: float) -> str:
+            return f"{self.name}: {lacking} after {waited:.0f} s; {self.last_words()}"
+
+        wait_until(come, seconds, failure, every=every)
 
 
 def _ends(folder: Path, logs: str) -> list[str]:

@@ -22,6 +22,7 @@ from gce_instances import parse_wish
 from leftovers import clean, close_site, sky_user, take_slot
 from machine import Machine, Site, open_site
 from machine_project import prepare_project
+from pace import PACE
 from skypilot import PROJECT, SkyPilot, environment, make_home
 
 API_PORT = 8080
@@ -111,6 +112,8 @@ def emulated_world() -> Iterator[World]:
                 keep_wheel(image, home)
                 prepare_project(image / "layer")
             started.result()
+        with timed(seconds, "sky status"):
+            PACE.measure(lambda: sky.run("status"))
         yield World(cloud, buckets, sky, site, seconds)
 
 
