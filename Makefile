@@ -12,11 +12,11 @@ WORKERS ?= logical
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder --durations 10
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-fresh test test-slow test-all cloud-test chaos check format constraints clean
+.PHONY: help setup demo demo-fresh test test-slow test-all cloud-test cloud-test-short chaos check format constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## install everything into .venv (the other targets do it by themselves)
 
@@ -50,7 +50,10 @@ test-all: check  ## everything there is but GPUs: all tests, 50 kills, every emu
 # A project costs money, so it is taken from the command line alone, not from a variable that happens to be set.
 typed = $(if $(filter command,$(origin $(1))),$($(1)))
 cloud-test: $(READY)  ## the real SkyPilot on an emulated Google Cloud, as root (SCENARIO=name; GCP_PROJECT=project: for money)
-	@GCP_PROJECT='$(call typed,GCP_PROJECT)' YES='$(call typed,YES)' SCENARIO='$(SCENARIO)' bash tools/cloud_test.sh
+	@SUITE=whole GCP_PROJECT='$(call typed,GCP_PROJECT)' YES='$(call typed,YES)' SCENARIO='$(SCENARIO)' bash tools/cloud_test.sh
+
+cloud-test-short: $(READY)  ## one guard for each kind of those scenarios, as in CI
+	@SUITE=short SCENARIO='$(SCENARIO)' GCP_PROJECT='' bash tools/cloud_test.sh
 
 chaos: $(READY)  ## kill training runs over and over (CHAOS_KILLS=50) and compare how they end
 	@$(BIN)/python -m chaos --kills $(CHAOS_KILLS)

@@ -4,7 +4,8 @@
 #
 #   tools/cloud_test.sh [PYTEST ARGUMENT...]
 #
-# Environment: SCENARIO          a part of tests' names, as pytest's -k has it
+# Environment: SUITE=short       one guard for each kind of scenario, instead of all of them
+#              SCENARIO          a part of tests' names, as pytest's -k has it
 #              FT_CLOUD_REQUIRED=1  fail where the emulated cloud cannot be had, instead of skipping it
 #              FT_CLOUD_IMAGE    a folder that keeps the machines' image from one session to the next
 #              GCP_PROJECT       a project of Google Cloud; YES=1 answers the question
@@ -14,6 +15,15 @@ cd "$(dirname "$0")/.."
 readonly PYTHON=.venv/bin/python HERE=tests/cloud
 readonly WORLDS=2  # side by side; a third makes all of them too slow on 2 cores
 only=()
+case "${SUITE:-whole}" in
+  whole) suite="cloud and not cloud_short(only=True)" ;;
+  short) suite=cloud_short ;;
+  *)
+    printf 'cloud-test: SUITE: expected short or whole, found %s\n' "$SUITE" >&2
+    exit 2
+    ;;
+esac
+readonly suite
 [ -z "${SCENARIO:-}" ] || only=(-k "$SCENARIO")
 
 say() { printf 'cloud-test: %s\n' "$*" >&2; }
@@ -62,10 +72,10 @@ emulated() {
   trap '"$PYTHON" "$HERE/leftovers.py" end $$' EXIT  # also of what Ctrl-C has kept the tests from removing
   junit="$scratch/junit.xml"
   export FT_CLOUD_IMAGE="${FT_CLOUD_IMAGE:-$scratch/image}"  # the processes share it
-  "$PYTHON" -m pytest -vv -ra -m cloud --numprocesses "$WORLDS" --dist loadgroup "$HERE" "${only[@]}" \
+  "$PYTHON" -m pytest -vv -ra -m "$suite" --numprocesses "$WORLDS" --dist loadgroup "$HERE" "${only[@]}" \
     --basetemp="$scratch/pytest" --junitxml="$junit" -o junit_duration_report=call -o junit_logging=system-out "$@" || code=$?
   if [ "$code" -eq 5 ]; then
-    say "no test has ${SCENARIO:-the marker cloud} in its name"
+    say "no test of this suite has ${SCENARIO:-a mark} in its name"
     exit 2
   fi
   if [ -s "$junit" ]; then

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,9 @@ for folder in (HERE.parent, HERE):  # tests/ for its fixtures, and our own modul
 
 import machine_image  # noqa: E402
 from machine_project import checkout  # noqa: E402
+from pace import PACE, wait_until  # noqa: E402
 from possible import REQUIRED, missing  # noqa: E402
+from table import figure  # noqa: E402
 from training import add_training  # noqa: E402
 from whole import Whole, launch_whole  # noqa: E402
 from world import World, emulated_world  # noqa: E402
@@ -27,6 +29,7 @@ LONGEST = (
     "stopping_and_starting",
     "test_a_cut_line",
     "run_that_hangs",
+    "budget_that_ends",
     "nearly_full",
     "refused_machines",
     "full_at_once",
@@ -34,26 +37,37 @@ LONGEST = (
 )
 """Ends of the names of the tests that take minutes, the longest first."""
 
+SHORT, GROUP = "cloud_short", "xdist_group"
+"""Markers: of tests in the short suite, and of those that one process is to run."""
 FAILED = pytest.StashKey[bool]()
 FORGET_SECONDS = 90
 """For which a job that is cancelled is waited for."""
 ALIVE = ("PENDING", "STARTING", "RUNNING", "RECOVERING", "CANCELLING")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that processes which share them are done at about the same time. Tests of other folders stay."""
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest first, so that processes which share them are done at about the same time. Tests of other folders stay.
+
+    Of the short suite one process has the tests with the group "whole" and the other has the rest: pytest-xdist hands out some
+    ahead, and with so few one process would get too many.
+    """
 
     def place(item: pytest.Item) -> int:
         named = [place for place, end in enumerate(LONGEST) if item.name.endswith(end)]
         return named[0] if named and item.get_closest_marker("cloud") else len(LONGEST)
 
     items.sort(key=place)
+    for item in items:
+        if config.option.markexpr == SHORT and item.get_closest_marker(SHORT) and not item.get_closest_marker(GROUP):
+            item.add_marker(pytest.mark.xdist_group("rest"))
 
 
 @pytest.fixture(scope="session")
 def whole_world() -> Iterator[World]:
     skip_unless_possible()
     with emulated_world() as world:
+        figure(f"pace {PACE.factor:.1f}; seconds of the preparation: {world.seconds}")
         yield world
 
 
@@ -91,11 +105,12 @@ def forget(world: World) -> None:
     """SkyPilot is to forget what is left too, or the next test meets it: a managed job gets a new machine for a wiped one."""
     world.all_well()
     world.sky.run("jobs", "cancel", "--all", "--yes")
-    deadline = time.monotonic() + FORGET_SECONDS
-    while any(word in world.sky.run("jobs", "queue", "--skip-finished").out for word in ALIVE):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(3)
+
+    def come() -> bool:
+        return not any(word in world.sky.run("jobs", "queue", "--skip-finished").out for word in ALIVE)
+
+    with suppress(AssertionError):
+        wait_until(come, FORGET_SECONDS, lambda waited: f"a job is there after {waited:.0f} s", every=3)
     world.sky.run("down", "--all", "--yes", "--purge")
 
 

@@ -25,6 +25,7 @@ GONE = 2
 """Kinds of machine, the first of the plan, that are out of stock in scenario 3."""
 
 
+@pytest.mark.cloud_short
 @pytest.mark.xdist_group("whole")
 def test_train_a100_as_typed(world: World, whole: Whole) -> None:
     """Scenario 1: policy, spot machine, bucket, data, set-up, training, checkpoints in the bucket, autodown."""
@@ -36,6 +37,7 @@ def test_train_a100_as_typed(world: World, whole: Whole) -> None:
     assert any(name.startswith("data/") for name in whole.objects), "synced into a bucket that was not there before"
 
 
+@pytest.mark.cloud_short
 def test_out_of_stock(world: World, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scenario 2: no spot A100 anywhere, none on demand in the two cheapest regions; the next cheapest gets the launch."""
     monkeypatch.setenv("HOME", str(world.sky.home))  # the catalog that SkyPilot has there
@@ -81,6 +83,7 @@ def test_the_cheapest_in_the_order_of_the_plan(world: World, project: Path) -> N
     check_nothing_left(world)
 
 
+@pytest.mark.cloud_short
 def test_a_ceiling_below_every_price(world: World, project: Path) -> None:
     """Scenario 6: refused before anything is asked for that costs money."""
     task = (project / "sky" / "train_a100.yaml").read_text(encoding="utf-8")

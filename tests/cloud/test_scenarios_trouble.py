@@ -23,6 +23,7 @@ AUTOSTOP_SECONDS = 180
 """In which an idle machine has to be gone with -i 1."""
 
 
+@pytest.mark.cloud_short
 def test_no_gpu_quota(world: World, project: Path) -> None:
     """As every new project has it: the message names the quota, and SkyPilot does not go through all regions."""
     world.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)
