@@ -75,8 +75,8 @@ def start(config: RunConfig, config_file: Path) -> int:
 def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
     """Go on with a run from its newest valid checkpoint, with the config in its folder; returns the exit code.
 
-    ceilings: keys of the section budget, such as max_run_usd, to be put into that config once nothing else stands in the way.
-    `resume_rules` says what may have been changed there since. Raises UserError for other changes, for other data, and for a run
+    `resume_rules` says what may have been changed there since. ceilings: keys of the section budget, such as max_run_usd, to be
+    written into it once nothing else stands in the way. Raises UserError for other changes, for other data, and for a run
     that is done or has no budget left.
     """
     began = time.monotonic()
@@ -197,8 +197,8 @@ def _saver(session: Session) -> Saver:
 
     def committed(done: Committed) -> None:
         session.stop.save_took(done.seconds)
-        session.recorder.committed(done.folder)
         session.spending.note("commit", step=done.step, seconds=round(done.seconds, 3), bytes=done.bytes)
+        session.recorder.committed(done.folder)
 
     return Saver(store, say, committed)
 
