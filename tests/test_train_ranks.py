@@ -69,7 +69,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
     """Exit code, and the lines that were said, those of progress bars left out."""
-    out, _ = process.communicate(timeout=180)
+    out, _ = process.communicate(timeout=600)
     return process.returncode, [line for line in re.split("[\r\n]+", out) if line.strip() and "%|" not in line]
 
 
@@ -161,7 +161,7 @@ def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
     config, runs = tiny_config(**LONG), tmp_path / "runs"
     assert main(["train", str(config), "training.run_name=whole"]) == 0
     process = start(two("train", str(config), "training.run_name=run"))
-    run, deadline = runs / "run", time.monotonic() + 120
+    run, deadline = runs / "run", time.monotonic() + 600
     while not ((run / "run.json").is_file() and len(record_of(run)["history"]) > 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
