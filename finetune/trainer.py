@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,27 +27,12 @@ from finetune.records import Record
 from finetune.step_loader import StepLoader
 from finetune.step_plan import StepPlan
 from finetune.stepper import Example, LeanPath, Step, Stepper, collate, spoilt
+from finetune.trl_without_wandb import SFTConfig, SFTTrainer
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-
-@contextmanager
-def _not_importable(package: str) -> Iterator[None]:
-    """Inside, `import package` raises ImportError, as where it is not installed; one that is imported already stays so."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
-
-
-with _not_importable("wandb"):  # TRL imports it for its model card alone (we make none): a quarter of a run's start-up
-    from trl import SFTConfig, SFTTrainer
 
 CPU_PADDING = 16
 """Batches on a CPU are padded to multiples of this many tokens. With every length a shape of its own, oneDNN's kernels were

@@ -25,6 +25,7 @@ TRAINING = (
         "step_plan",
         "stepper",
         "trainer",
+        "trl_without_wandb",
         "train_parts",
     ),
     *("stopping", "proof", "snapshots", "spending", "tracking", "run_record"),

@@ -23,7 +23,8 @@ from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.padded import answer_loss  # noqa: E402
 from finetune.prompts import PromptTemplate, completion, encode_prompts  # noqa: E402
 from finetune.records import Record, read_records  # noqa: E402
-from finetune.trainer import IGNORED, Examples, _not_importable, one_gpu_a_process, tokenise  # noqa: E402
+from finetune.trainer import IGNORED, Examples, one_gpu_a_process, tokenise  # noqa: E402
+from finetune.trl_without_wandb import not_importable  # noqa: E402
 
 TEMPLATE = PromptTemplate()
 
@@ -343,8 +344,8 @@ def test_one_process_keeps_to_one_gpu_of_a_machine_that_has_several(tmp_path: Pa
 
 
 def test_a_package_that_is_only_in_the_way_is_not_imported() -> None:
-    with _not_importable("this"), pytest.raises(ImportError):
+    with not_importable("this"), pytest.raises(ImportError):
         importlib.import_module("this")
     assert "this" not in sys.modules
-    with _not_importable("json"):
+    with not_importable("json"):
         assert importlib.import_module("json") is sys.modules["json"]
