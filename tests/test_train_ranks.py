@@ -189,6 +189,7 @@ def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
 
 SLOW = """
 import os, sys, time
+import finetune.train
 from finetune import spending
 from finetune.machine_time import MachineTime, process_age
 from finetune.stepper import Stepper
@@ -203,7 +204,7 @@ Stepper.run = run
 from finetune.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-"""The meter runs faster than time, and steps take theirs."""
+"""The meter runs faster than time once all is imported, and steps take theirs."""
 
 
 def slow(tmp_path: Path, delay: str, factor: int) -> tuple[str, ...]:
@@ -240,7 +241,7 @@ def test_a_process_that_hangs_does_not_keep_the_others_beyond_the_ceiling(
     begun = time.monotonic()
     code, said = finish(start(two("train", str(config), script=slow(tmp_path, hang, 20))))
     assert code == 0, said
-    assert time.monotonic() - begun < 90
+    assert time.monotonic() - begun < 300  # of which the start is most on a busy machine; it hangs for 600
     assert any("the run did not stop by itself" in line for line in said)
     assert record_of(tmp_path / "runs" / "tiny-001")["status"] == "budget_stop"
 
