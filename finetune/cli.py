@@ -381,17 +381,22 @@ def _demo(arguments: argparse.Namespace) -> int:
     with outliving_readers():
         code = run_demo(config, arguments.config, deadline)
     if code == EXIT_OK:
-        run = Path(config.training.output_dir) / str(config.training.run_name)
-        _report(argparse.Namespace(run=run))
+        _tell_result(Path(config.training.output_dir) / str(config.training.run_name))
     return code
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    _tell_result(arguments.run)
+    return EXIT_OK
+
+
+def _tell_result(folder: Path) -> None:
+    """Write a run's report; print its score and where it lies."""
     from finetune.report import write_report
     from finetune.report_source import read_run
     from finetune.runs import open_run
 
-    run = open_run(arguments.run)
+    run = open_run(folder)
     summary = write_report(run.path)
     before, after = summary["base_execution_accuracy"], summary["tuned_execution_accuracy"]
     if summary["questions"]:
@@ -400,7 +405,6 @@ def _report(arguments: argparse.Namespace) -> int:
     else:
         print("execution accuracy: unknown, because the run was not evaluated")
     print(f"report: {run.path / 'report.html'}")
-    return EXIT_OK
 
 
 def _percent(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`finetune demo`: prepare, score, train, score again and report, in as many examples and questions as fit into the minutes."""
+"""`finetune demo`: prepare, score, train and score again, in as many examples and questions as fit into the minutes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from finetune.demo.schedule import questions_that_fit, training_that_fits
 from finetune.errors import EXIT_OK, UserError
 from finetune.evaluate import evaluate_base, evaluate_run
 from finetune.model import attach_lora, choose_device, load_base, load_tokenizer
-from finetune.report import write_report
 from finetune.runs import RunFolder, open_run
 from finetune.train import resume, start
 from finetune.train_parts import say
@@ -37,7 +36,6 @@ def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
     run = open_run(folder)
     if not _is_newer(run.eval_json, run.adapter / "adapter_model.safetensors"):
         evaluate_run(run)
-    write_report(run.path)
     return EXIT_OK
 
 
