@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-STATUS_SECONDS = 4.0
+STATUS_SECONDS = 5.0
 """Of `sky status` on that computer, while the other world begins as well."""
 MOST = 5.0
 """No factor is above it: a budget that pays for more lasts too long, and a scenario that fails is to end."""
