@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from data_examples import jsonl_source, make_database, row, run_prepare, write_jsonl
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks/, however pytest is started
+from tests.helpers.data_examples import jsonl_source, make_database, row, run_prepare, write_jsonl
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model is slower on more; subprocesses inherit it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a job in a shell's background has it, and all that it starts

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import SCHEMA, make_database
-from run_examples import copy_run
 
 from finetune import ask as asking
 from finetune import cli
@@ -20,6 +18,8 @@ from finetune.generate import generate_answers
 from finetune.model import choose_device, load_adapter, load_base, load_tokenizer
 from finetune.prompts import PromptTemplate
 from finetune.runs import RunFolder
+from tests.helpers.data_examples import SCHEMA, make_database
+from tests.helpers.run_examples import copy_run
 
 QUESTION = "How many items cost more than 3 euros?"
 

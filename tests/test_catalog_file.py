@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from catalog_fixture import CATALOG, HEADER, gpu, host, lay_out_catalog, write_prices
 
 from finetune.cloud.catalog_file import VMS, Row, read_clouds, read_prices, skypilot_folder
 from finetune.errors import UserError
+from tests.helpers.catalog_fixture import CATALOG, HEADER, gpu, host, lay_out_catalog, write_prices
 
 ZONE = "us-east1-b"
 WHOLE = [host(ZONE), gpu(ZONE)]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import files_of
 
 from finetune import checkpoint, checkpoint_manifest
 from finetune.checkpoint import CheckpointStore, Skipped
 from finetune.checkpoint_disk import PIECE
 from finetune.errors import UserError
+from tests.helpers.data_examples import files_of
 
 CONFIG, DATA = "c" * 64, "d" * 64
 HASHES = {"config_hash": CONFIG, "data_hash": DATA}

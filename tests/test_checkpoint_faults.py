@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import pytest
-from data_examples import files_of
-from test_checkpoint import CONFIG, DATA, names, put, snapshot
 
 from finetune import faults
 from finetune.checkpoint import CheckpointStore, Disk
 from finetune.errors import UserError
+from tests.helpers.data_examples import files_of
+from tests.test_checkpoint import CONFIG, DATA, names, put, snapshot
 
 FULL = r"store: no space left on the disk; free some or choose another output folder"
 

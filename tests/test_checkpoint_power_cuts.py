@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from data_examples import files_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from finetune import checkpoint
 from finetune.checkpoint import CheckpointStore, Disk
+from tests.helpers.data_examples import files_of
 
 MOMENTS = (0.0, 0.4, 1.0)
 """How much of an operation is done when the power goes: nothing, a part (of what can be done in parts), all of it."""

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import make_database, row, write_jsonl
-from report_fixtures import build_run, rows, write_evaluation
 
 from finetune import cli, doctor
 from finetune.config import load_config
 from finetune.doctor import Check
 from finetune.errors import UserError
 from finetune.runs import RunFolder
+from tests.helpers.data_examples import make_database, row, write_jsonl
+from tests.helpers.report_fixtures import build_run, rows, write_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "matplotlib", "jinja2", "sqlglot", "omegaconf", "numpy")

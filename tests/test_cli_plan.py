@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from catalog_fixture import lay_out_catalog, shared_catalog
-from plan_examples import run_values, write_manifest
 
 from finetune.cli import main
+from tests.helpers.catalog_fixture import lay_out_catalog, shared_catalog
+from tests.helpers.plan_examples import run_values, write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "configs" / "mistral_7b_qlora.yaml"

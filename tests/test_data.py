@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import (
+
+from finetune.config import SourceSection
+from finetune.data import load_prepared
+from finetune.data_check import Findings, check
+from finetune.errors import UserError
+from finetune.files import sha256_file
+from finetune.prompts import PromptTemplate
+from finetune.records import SPLITS
+from tests.helpers.data_examples import (
     SCHEMA,
     files_of,
     jsonl_source,
@@ -21,14 +29,6 @@ from data_examples import (
     without,
     write_jsonl,
 )
-
-from finetune.config import SourceSection
-from finetune.data import load_prepared
-from finetune.data_check import Findings, check
-from finetune.errors import UserError
-from finetune.files import sha256_file
-from finetune.prompts import PromptTemplate
-from finetune.records import SPLITS
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import SCHEMA, make_database, read_jsonl, row, run_prepare
 
 from finetune.config import SourceSection
 from finetune.data_sources import open_source
 from finetune.errors import UserError
 from finetune.records import SPLITS
+from tests.helpers.data_examples import SCHEMA, make_database, read_jsonl, row, run_prepare
 
 TABLES = [
     {

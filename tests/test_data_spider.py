@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from data_examples import read_jsonl, run_prepare
 
 from finetune.config import SourceSection
 from finetune.data import Prepared
 from finetune.data_split import question_key, sql_key
 from finetune.records import SPLITS
+from tests.helpers.data_examples import read_jsonl, run_prepare
 
 SPIDER = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "spider"
 

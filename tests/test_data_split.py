@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import jsonl_source, read_jsonl, row, run_prepare, write_jsonl
 
 from finetune.data_split import assign_splits, question_key, sql_key, sql_skeleton, thin_out
 from finetune.errors import UserError
 from finetune.records import SPLITS, Record, Split
+from tests.helpers.data_examples import jsonl_source, read_jsonl, row, run_prepare, write_jsonl
 
 
 def paraphrases(count: int, seed: int = 0) -> list[Record]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_helpers import at_step
 
 from finetune import cli
 from finetune.demo import pace as pace_of
@@ -25,6 +24,7 @@ from finetune.demo.schedule import (
     training_that_fits,
 )
 from finetune.errors import EXIT_TRANSIENT
+from tests.helpers.train_helpers import at_step
 
 ConfigWriter = Callable[..., Path]
 SLOW = Pace(step_seconds=6.0, question_seconds=2.0, load_seconds=10.0, threads=2)

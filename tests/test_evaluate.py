@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
-from run_examples import copy_run, prepare_shop
 
 from finetune import cli, evaluate
 from finetune.config import load_config, to_yaml
@@ -23,6 +21,8 @@ from finetune.prompts import PromptTemplate
 from finetune.report import write_report
 from finetune.runs import RunFolder, open_run
 from finetune.scoring import Row, wilson_interval
+from tests.helpers.data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
+from tests.helpers.run_examples import copy_run, prepare_shop
 
 ConfigWriter = Callable[..., Path]
 Answers = Callable[[str], str]

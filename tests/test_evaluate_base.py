@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import SCHEMA, read_jsonl
-from run_examples import copy_run, prepare_shop
 
 from finetune import evaluate
 from finetune.config import load_config
 from finetune.evaluate import evaluate_base, evaluate_run
 from finetune.runs import RunFolder
+from tests.helpers.data_examples import SCHEMA, read_jsonl
+from tests.helpers.run_examples import copy_run, prepare_shop
 
 ConfigWriter = Callable[..., Path]
 

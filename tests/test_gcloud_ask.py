@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google_fixture import google_for_gcloud
-from json_server import JsonHandler
 
 from finetune.cloud import gcloud_ask, quota
 from finetune.cloud.gcloud_ask import ask
+from tests.helpers.google_fixture import google_for_gcloud
+from tests.helpers.json_server import JsonHandler
 
 
 def error(code: int, message: str, reason: str) -> tuple[int, dict[str, Any]]:

@@ -14,7 +14,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from lean_examples import (  # noqa: E402
+from finetune import attention, lean_torch  # noqa: E402
+from finetune.attention import Segments  # noqa: E402
+from finetune.fit import Limits  # noqa: E402
+from finetune.flat import FlatAdapters  # noqa: E402
+from finetune.lean_model import IGNORED, LeanModel, ops_for, pack  # noqa: E402
+from finetune.paged_state import page_again  # noqa: E402
+from finetune.stepper import LeanPath, Stepper, collate  # noqa: E402
+from tests.helpers.lean_examples import (  # noqa: E402
     adapters,
     labelled,
     lean_gradients,
@@ -26,14 +33,6 @@ from lean_examples import (  # noqa: E402
     texts,
     worst_error,
 )
-
-from finetune import attention, lean_torch  # noqa: E402
-from finetune.attention import Segments  # noqa: E402
-from finetune.fit import Limits  # noqa: E402
-from finetune.flat import FlatAdapters  # noqa: E402
-from finetune.lean_model import IGNORED, LeanModel, ops_for, pack  # noqa: E402
-from finetune.paged_state import page_again  # noqa: E402
-from finetune.stepper import LeanPath, Stepper, collate  # noqa: E402
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 pytestmark = [

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from metadata_server import MetadataServer
 
 from finetune.cli import main
 from finetune.cloud import instance
@@ -31,6 +30,7 @@ from finetune.cloud.instance import (
     wall_hours,
 )
 from finetune.errors import UserError
+from tests.helpers.metadata_server import MetadataServer
 
 OFFERS = [
     {"gpu": "T4", "zone": "us-central1-a", "spot": True, "usd_per_hour": 0.3},

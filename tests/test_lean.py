@@ -9,7 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from lean_examples import (  # noqa: E402
+from finetune import lean_torch  # noqa: E402
+from finetune.lean_model import IGNORED, LeanModel  # noqa: E402
+from tests.helpers.lean_examples import (  # noqa: E402
     CPU,
     LAYERS,
     PROJECTIONS,
@@ -25,9 +27,6 @@ from lean_examples import (  # noqa: E402
     texts,
     worst_error,
 )
-
-from finetune import lean_torch  # noqa: E402
-from finetune.lean_model import IGNORED, LeanModel  # noqa: E402
 
 CLOSE = 1e-5
 

@@ -10,7 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from lean_examples import (  # noqa: E402
+from transformers import AutoModelForCausalLM, GPT2Config  # noqa: E402
+
+from finetune import lean_model, lean_torch  # noqa: E402
+from finetune.lean_model import IGNORED, LeanModel, Scratch, ops_for, pack, why_not  # noqa: E402
+from tests.helpers.lean_examples import (  # noqa: E402
     CPU,
     LAYERS,
     VOCABULARY,
@@ -23,10 +27,6 @@ from lean_examples import (  # noqa: E402
     texts,
     worst_error,
 )
-from transformers import AutoModelForCausalLM, GPT2Config  # noqa: E402
-
-from finetune import lean_model, lean_torch  # noqa: E402
-from finetune.lean_model import IGNORED, LeanModel, Scratch, ops_for, pack, why_not  # noqa: E402
 
 # --- packing
 

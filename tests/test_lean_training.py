@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_helpers import adapter_of, at_step, record_of
+
+from tests.helpers.train_helpers import adapter_of, at_step, record_of
 
 torch = pytest.importorskip("torch")
 
-from lean_examples import ON_CPU, adapters, labelled, losses, stock_loss, trainer_for  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -23,6 +23,7 @@ from finetune.prompts import PromptTemplate  # noqa: E402
 from finetune.records import read_records  # noqa: E402
 from finetune.stepper import LeanPath  # noqa: E402
 from finetune.trainer import Examples, tokenise  # noqa: E402
+from tests.helpers.lean_examples import ON_CPU, adapters, labelled, losses, stock_loss, trainer_for  # noqa: E402
 
 
 @pytest.fixture(scope="module")

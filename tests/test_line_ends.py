@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from catalog_fixture import lay_out_catalog
-from data_examples import row, write_jsonl
-from sky_home import SkyWorker, fake_gcloud_home
 
 from finetune.config import load_config, to_dict
 from finetune.doctor import line_end_checks
 from finetune.records import read_records
+from tests.helpers.catalog_fixture import lay_out_catalog
+from tests.helpers.data_examples import row, write_jsonl
+from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICY = "finetune.cloud.policy.CostPolicy"

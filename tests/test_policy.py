@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from catalog_fixture import lay_out_catalog
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from json_server import JsonHandler, serving
-from sky_home import SkyWorker, bucket_stand_in, fake_gcloud_home
 
 from finetune.cloud.instance import Machine, price_in
+from tests.helpers.catalog_fixture import lay_out_catalog
+from tests.helpers.json_server import JsonHandler, serving
+from tests.helpers.sky_home import SkyWorker, bucket_stand_in, fake_gcloud_home
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICY = "finetune.cloud.policy.CostPolicy"

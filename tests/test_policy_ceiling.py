@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from catalog_fixture import lay_out_catalog, shared_catalog
-from sky_home import SkyWorker, fake_gcloud_home
 
 from finetune.cloud.catalog_file import read_prices
 from finetune.cloud.prices import SNAPSHOT, Catalog, Offer, read_clouds
 from finetune.gpus import GPUS
+from tests.helpers.catalog_fixture import lay_out_catalog, shared_catalog
+from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICY = "finetune.cloud.policy.CostPolicy"

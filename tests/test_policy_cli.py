@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from catalog_fixture import lay_out_catalog, needs_skypilot
-from sky_home import Buckets, bucket_stand_in, fake_gcloud_home, run_sky, sky_server
+
+from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
+from tests.helpers.sky_home import Buckets, bucket_stand_in, fake_gcloud_home, run_sky, sky_server
 
 pytestmark = [pytest.mark.slow, needs_skypilot]
 ROOT = Path(__file__).resolve().parents[1]

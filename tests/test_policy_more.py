@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from catalog_fixture import CATALOG, lay_out_catalog, shared_catalog
-from sky_home import SkyWorker, fake_gcloud_home
 
 from finetune.cloud.catalog_file import VMS
 from finetune.cloud.prices import SNAPSHOT
+from tests.helpers.catalog_fixture import CATALOG, lay_out_catalog, shared_catalog
+from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICY = "finetune.cloud.policy.CostPolicy"
@@ -116,7 +116,7 @@ def test_prices_that_arrive_late_are_those_that_count(tmp_path: Path, seconds: f
     threading.Thread(target=server.serve_forever, daemon=True).start()
     program = [
         sys.executable,
-        str(Path(__file__).with_name("slow_prices.py")),
+        str(ROOT / "tests" / "helpers" / "slow_prices.py"),
         f"http://127.0.0.1:{server.server_port}",
     ]
     done = subprocess.run(program, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -151,7 +151,7 @@ def test_a_cluster_that_exists_is_taken_at_its_own_price(
     env = fake_gcloud_home(tmp_path, pythonpath=ROOT)
     task = {"run": "true", "resources": wanted, "envs": {"MAX_RUN_USD": "5"}}
     typed = json.dumps({"machine": machine, "status": "STOPPED", "task": task})
-    program = [sys.executable, str(Path(__file__).with_name("existing_cluster.py"))]
+    program = [sys.executable, str(ROOT / "tests" / "helpers" / "existing_cluster.py")]
     done = subprocess.run(
         program, input=typed, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

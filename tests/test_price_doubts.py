@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from catalog_fixture import gpu, host, lay_out_catalog, shared_catalog, write_prices
 
 from finetune.cloud.prices import Catalog, load_catalog
 from finetune.gpus import GPUS
+from tests.helpers.catalog_fixture import gpu, host, lay_out_catalog, shared_catalog, write_prices
 
 A100 = "a2-highgpu-1g"
 

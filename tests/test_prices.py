@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from catalog_fixture import CATALOG, gpu, host, lay_out_catalog, price_rows, shared_catalog, write_prices
 
 from finetune.cloud.catalog_file import VMS
 from finetune.cloud.disks import disk_usd_per_hour
 from finetune.cloud.prices import SNAPSHOT, Catalog, Offer, load_catalog
 from finetune.errors import UserError
+from tests.helpers.catalog_fixture import CATALOG, gpu, host, lay_out_catalog, price_rows, shared_catalog, write_prices
 
 A100 = "a2-highgpu-1g"
 

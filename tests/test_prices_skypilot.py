@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from catalog_fixture import CATALOG, lay_out_catalog, needs_skypilot, price_rows, shared_catalog
 
 from finetune.cloud import catalog_file, prices
 from finetune.cloud.disks import TIERS, disk_type
 from finetune.cloud.machines import N1_LIMITS, OWN_MACHINES, fits
 from finetune.errors import UserError
+from tests.helpers.catalog_fixture import CATALOG, lay_out_catalog, needs_skypilot, price_rows, shared_catalog
 
 pytestmark = needs_skypilot
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 DISK_MACHINES = (
     *("n1-highmem-8", "g2-standard-8", "a2-highgpu-1g", "a2-ultragpu-1g", "a3-highgpu-1g", "a3-ultragpu-8g"),
     *("n2-standard-8", "n2-standard-64", "n4-standard-8", "a4-highgpu-8g", "g4-standard-48", "e2-standard-4"),
@@ -29,11 +29,11 @@ DISK_MACHINES = (
 
 
 def ask(program: str, home: Path, *arguments: str, asked: Any = None) -> str:
-    """Standard output of a program in tests/ that imports SkyPilot."""
+    """Standard output of a program in tests/helpers/ that imports SkyPilot."""
     environment = {name: value for name, value in os.environ.items() if name != "SKY_RUNTIME_DIR"}
     environment |= {"HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1", "NO_PROXY": "127.0.0.1"}
-    environment["PYTHONPATH"] = str(TESTS.parent)
-    command = [sys.executable, str(TESTS / program), *arguments]
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / program), *arguments]
     done = subprocess.run(
         command, input=json.dumps(asked), cwd=home, env=environment, capture_output=True, text=True, timeout=120
     )

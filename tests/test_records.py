@@ -3,12 +3,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_examples import row, without, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import UserError
 from finetune.records import Record, read_records, write_records
+from tests.helpers.data_examples import row, without, write_jsonl
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip() != "")
 NAMES = st.text("abcdefgäß_0 -.", min_size=1).filter(lambda text: text.strip() != "" and not text.startswith("."))

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixtures import MODEL, Page, build_run, history, rows, write, write_evaluation
 
 from finetune import report, report_plots
 from finetune.errors import UserError
+from tests.helpers.report_fixtures import MODEL, Page, build_run, history, rows, write, write_evaluation
 
 OUTPUTS = ("report.html", "report.md", "summary.json")
 EVIL = "<script>alert('x')</script>\n# Heading\n```\n| [link](javascript:x) & \"quotes\""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixtures import Page, build_run, spending, write
 
 from finetune.errors import UserError
 from finetune.report import write_report
 from finetune.report_source import read_run
+from tests.helpers.report_fixtures import Page, build_run, spending, write
 
 
 @pytest.fixture

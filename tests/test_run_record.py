@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_helpers import FakeTime, adapter_of, at_step, change, check_agrees, record_of, steps_in
+
+from tests.helpers.train_helpers import FakeTime, adapter_of, at_step, change, check_agrees, record_of, steps_in
 
 torch = pytest.importorskip("torch")
 

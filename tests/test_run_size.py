@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import jsonl_source, row, run_prepare, write_jsonl
-from plan_examples import run_config, write_manifest
-from train_helpers import record_of
 
 from finetune.cloud.run_size import RunSize, run_size
 from finetune.config import load_config
 from finetune.errors import UserError
+from tests.helpers.data_examples import jsonl_source, row, run_prepare, write_jsonl
+from tests.helpers.plan_examples import run_config, write_manifest
+from tests.helpers.train_helpers import record_of
 
 
 def size(**sections: dict[str, Any]) -> RunSize:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import files_of
 
 from finetune import runs
 from finetune.config import RunConfig, config_hash, from_dict, load_config
 from finetune.errors import UserError
 from finetune.runs import RunFolder, create_run, git_state, open_run, package_versions
+from tests.helpers.data_examples import files_of
 
 FILE = Path("configs/tiny.yaml")
 

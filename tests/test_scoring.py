@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import make_database, row
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from finetune.records import Record
 from finetune.scoring import Row, as_dict, gain, judge, score, wilson_interval
 from finetune.sql.compare import Rule
 from finetune.sql.sandbox import SqlSandbox
+from tests.helpers.data_examples import make_database, row
 
 ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n"
 HUGE = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 100001) SELECT x FROM n"

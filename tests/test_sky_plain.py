@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from catalog_fixture import lay_out_catalog, needs_skypilot
-from sky_home import Buckets, SkyWorker, bucket_stand_in, fake_gcloud_home, run_sky, sky_server
+
+from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
+from tests.helpers.sky_home import Buckets, SkyWorker, bucket_stand_in, fake_gcloud_home, run_sky, sky_server
 
 pytestmark = needs_skypilot
 

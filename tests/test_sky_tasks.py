@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
-from catalog_fixture import lay_out_catalog, needs_skypilot
 
 from finetune.config import load_config
 from finetune.errors import EXIT_TRANSIENT, EXIT_USER_ERROR
 from finetune.gpus import GPUS
+from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "sky").rglob("*.y*ml"))
@@ -49,7 +49,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                  "finetune/__pycache__/x.pyc", "finetune/model.py", "tests/runs/x", "wandb/x"):  # fmt: skip
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).touch()
-    worker = Path(__file__).with_name("sky_tasks_worker.py")
+    worker = ROOT / "tests" / "helpers" / "sky_tasks_worker.py"
     quiet = {"HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1", "PATH": os.environ["PATH"]}
     done = subprocess.run(
         [sys.executable, str(worker), *TASKS],

@@ -12,14 +12,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from lean_examples import LAYERS, lora_model  # noqa: E402
-
 from finetune.config import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.memory import GIB  # noqa: E402
 from finetune.model import Device  # noqa: E402
 from finetune.step_plan import StepPlan, plan_step, worst_micro_batch  # noqa: E402
+from tests.helpers.lean_examples import LAYERS, lora_model  # noqa: E402
 
 ON_CPU = Device(torch.device("cpu"), torch.float32)
 ON_GPU = Device(torch.device("cuda"), torch.bfloat16)

@@ -10,13 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from lean_examples import LAYERS, adapters, labelled, lora_model, stock_gradients, texts, worst_error  # noqa: E402
-
 from finetune.errors import UserError  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.flat import FlatAdapters  # noqa: E402
 from finetune.lean_model import IGNORED, LeanModel  # noqa: E402
 from finetune.stepper import BAD_STEPS, Example, LeanPath, LossWatch, Step, Stepper, collate  # noqa: E402
+from tests.helpers.lean_examples import LAYERS, adapters, labelled, lora_model, stock_gradients, texts, worst_error  # noqa: E402
 
 LENGTHS = (30, 7, 12, 3, 25, 18, 9, 16)
 TOKENS = sum(LENGTHS)

@@ -12,10 +12,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from data_examples import make_database, row, write_jsonl
 
 from finetune.console import typed_text
 from finetune.files import read_json, write_json, write_text
+from tests.helpers.data_examples import make_database, row, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ROOT = Path(__file__).resolve().parents[1]

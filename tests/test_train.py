@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_helpers import adapter_of, record_of, steps_in
+
+from tests.helpers.train_helpers import adapter_of, record_of, steps_in
 
 torch = pytest.importorskip("torch")
 

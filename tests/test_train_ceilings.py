@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from train_helpers import FakeTime, at_step, change, record_of
 
 from finetune.config import from_dict, load_config, to_dict, with_numbers
+from tests.helpers.train_helpers import FakeTime, at_step, change, record_of
 
 torch = pytest.importorskip("torch")
 

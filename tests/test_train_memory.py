@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from train_helpers import adapter_of, at_step, record_of
+
+from tests.helpers.train_helpers import adapter_of, at_step, record_of
 
 torch = pytest.importorskip("torch")
 

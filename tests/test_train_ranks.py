@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from train_helpers import change, record_of, steps_in
+
+from tests.helpers.train_helpers import change, record_of, steps_in
 
 torch = pytest.importorskip("torch")
 

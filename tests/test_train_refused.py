@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import files_of
-from train_helpers import at_step, change, record_of
+
+from tests.helpers.data_examples import files_of
+from tests.helpers.train_helpers import at_step, change, record_of
 
 torch = pytest.importorskip("torch")
 

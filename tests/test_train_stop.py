@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from metadata_server import MetadataServer
-from train_helpers import adapter_of, at_step, change, record_of, steps_in
+
+from tests.helpers.metadata_server import MetadataServer
+from tests.helpers.train_helpers import adapter_of, at_step, change, record_of, steps_in
 
 torch = pytest.importorskip("torch")
 

@@ -11,8 +11,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from lean_examples import ON_CPU as CPU  # noqa: E402
-from lean_examples import losses, trainer_for  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
@@ -25,6 +23,8 @@ from finetune.prompts import PromptTemplate, completion, encode_prompts  # noqa:
 from finetune.records import Record, read_records  # noqa: E402
 from finetune.trainer import IGNORED, Examples, one_gpu_a_process, tokenise  # noqa: E402
 from finetune.trl_without_wandb import not_importable  # noqa: E402
+from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
+from tests.helpers.lean_examples import losses, trainer_for  # noqa: E402
 
 TEMPLATE = PromptTemplate()
 

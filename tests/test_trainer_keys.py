@@ -10,9 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from lean_examples import ON_CPU as CPU  # noqa: E402
-from lean_examples import adapters, section, trainer_for  # noqa: E402
-
 from finetune.config import LoraSection, ModelSection, QuantizationSection, TrainingSection  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
@@ -20,6 +17,8 @@ from finetune.prompts import PromptTemplate  # noqa: E402
 from finetune.records import read_records  # noqa: E402
 from finetune.step_plan import StepPlan  # noqa: E402
 from finetune.trainer import AnswerTrainer, Examples, tokenise, trainer_arguments  # noqa: E402
+from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
+from tests.helpers.lean_examples import adapters, section, trainer_for  # noqa: E402
 
 
 @pytest.fixture(scope="module")

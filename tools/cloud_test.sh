@@ -12,7 +12,7 @@
 # Exit codes: 0 passed, or skipped with the reason printed; 1 failed; 2 the user's mistake.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-readonly PYTHON=.venv/bin/python HERE=tests/cloud
+readonly PYTHON=.venv/bin/python HERE=tests/emulated_cloud PACKAGE=tests.emulated_cloud
 readonly WORLDS=2  # side by side; a third makes all of them too slow on 2 cores
 only=()
 case "${SUITE:-whole}" in
@@ -59,7 +59,7 @@ install_packages() {
 emulated() {
   local reason scratch junit code=0
   install_packages
-  if ! reason=$("$PYTHON" "$HERE/possible.py"); then
+  if ! reason=$("$PYTHON" -m "$PACKAGE.possible"); then
     [ -n "$reason" ] || exit 1  # it failed itself, and has said how
     if [ "${FT_CLOUD_REQUIRED:-}" = 1 ]; then
       say "failed, because FT_CLOUD_REQUIRED=1 and the emulated cloud cannot be had here: $reason"
@@ -68,8 +68,8 @@ emulated() {
     say "skipped, because the emulated cloud cannot be had here: $reason"
     exit 0
   fi
-  scratch=$("$PYTHON" "$HERE/leftovers.py" begin $$)
-  trap '"$PYTHON" "$HERE/leftovers.py" end $$' EXIT  # also of what Ctrl-C has kept the tests from removing
+  scratch=$("$PYTHON" -m "$PACKAGE.leftovers" begin $$)
+  trap '"$PYTHON" -m "$PACKAGE.leftovers" end $$' EXIT  # also of what Ctrl-C has kept the tests from removing
   junit="$scratch/junit.xml"
   export FT_CLOUD_IMAGE="${FT_CLOUD_IMAGE:-$scratch/image}"  # the processes share it
   "$PYTHON" -m pytest -vv -ra -m "$suite" --numprocesses "$WORLDS" --dist loadgroup "$HERE" "${only[@]}" \
@@ -79,12 +79,12 @@ emulated() {
     exit 2
   fi
   if [ -s "$junit" ]; then
-    "$PYTHON" "$HERE/table.py" "$junit" || code=1
+    "$PYTHON" -m "$PACKAGE.table" "$junit" || code=1
   fi
   exit "$code"
 }
 
 if [ -n "${GCP_PROJECT:-}" ]; then
-  exec "$PYTHON" "$HERE/real_run.py" "$GCP_PROJECT" "${only[@]}" "$@"
+  exec "$PYTHON" -m "$PACKAGE.real_run" "$GCP_PROJECT" "${only[@]}" "$@"
 fi
 emulated "$@"

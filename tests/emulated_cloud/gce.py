@@ -1,0 +1,157 @@
+"""An emulated Google Cloud: the API that SkyPilot calls, and the hand of fate for tests.
+
+with Cloud(("10.128.15.254", 8080), "project", zones, addresses, build) as cloud:
+    cloud.market.set_stock(0, gpu="A100", spot=True)              # none anywhere
+    cloud.market.set_quota("GPUS_ALL_REGIONS", 0)
+    cloud.faults.add("bulkInsert", 503, "backendError", seconds=60)
+    cloud.preempt(cloud.machine("train"), notice=2)
+    cloud.bill.usd(price)
+    cloud.assert_empty()
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from tests.emulated_cloud.gce_bill import Bill
+from tests.emulated_cloud.gce_compute import Compute
+from tests.emulated_cloud.gce_http import ApiServer, Call, Faults
+from tests.emulated_cloud.gce_instances import RUNNING, STOPPING, TERMINATED, Hardware, Instance, Instances
+from tests.emulated_cloud.gce_market import Market
+from tests.emulated_cloud.gce_project import Project
+from tests.emulated_cloud.pace import wait_until
+
+NOTICE_SECONDS = 30.0
+"""Between Google's notice of a preemption and the power cut."""
+
+
+class Cloud:
+    """See the module. market: stock and quotas; faults: API errors and latency; project: permissions; bill: what was used."""
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        project: str,
+        zones: Iterable[str],
+        addresses: Iterable[str],
+        build: Callable[[Instance], Hardware] | None = None,
+    ) -> None:
+        self.market, self.faults, self.project = Market(), Faults(), Project(project)
+        self.instances = Instances(project, addresses, build)
+        self.compute = Compute(project, self.instances, self.market, sorted(set(zones)))
+        self.server = ApiServer(address, [*self.compute.routes(), *self.project.routes()], self.faults)
+
+    def __enter__(self) -> Cloud:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+        self.wipe("the test is over")
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def bill(self) -> Bill:
+        return self.instances.bill
+
+    @property
+    def calls(self) -> list[Call]:
+        return self.server.calls
+
+    @property
+    def defects(self) -> list[str]:
+        """What SkyPilot has asked for and nobody has written, or what the emulation itself got wrong: it may have tried the next
+        zone then, and the test would not know."""
+        return [*self.server.defects, *self.compute.operations.defects]
+
+    def machines(self, cluster: str = "") -> list[Instance]:
+        """Those that exist, stopped ones included, newest last. cluster: the beginning of SkyPilot's name for it."""
+        with self.instances.lock:
+            return [one for one in self.instances.found.values() if one.name.startswith(cluster)]
+
+    def machine(self, cluster: str = "") -> Instance:
+        """The newest that runs. Raises AssertionError where none does."""
+        found = [one for one in self.machines(cluster) if one.status == RUNNING]
+        assert found, f"no machine {cluster} runs; {self._told()}"
+        return found[-1]
+
+    def _told(self) -> str:
+        """For a failure: the machines that there are, and what was asked of the API last."""
+        there = [(one.name, one.wish.zone, one.status) for one in self.machines()]
+        last = [(time.strftime("%X", time.localtime(call.at)), call.method, call.path) for call in self.calls[-30:]]
+        return "\n".join([f"there are {there}; asked of the API:", *map(" ".join, last)])
+
+    def wait_for_machine(
+        self, cluster: str = "", seconds: float = 120, *, other_than: Instance | None = None
+    ) -> Instance:
+        """As `machine`, once one runs that is not `other_than`."""
+        found: list[Instance] = []
+
+        def come() -> bool:
+            found[:] = [one for one in self.machines(cluster) if one.status == RUNNING and one is not other_than]
+            return bool(found)
+
+        there = "no other machine" if other_than else "no machine"
+        wait_until(come, seconds, lambda waited: f"{there} {cluster} after {waited:.0f} s; {self._told()}", every=0.1)
+        return found[-1]
+
+    def preempt(self, instance: Instance, notice: float = NOTICE_SECONDS) -> threading.Thread:
+        """Google's way: the metadata server says so, the system begins to shut down (SIGTERM to all), then the power is cut.
+
+        notice: seconds between the two. Returns the thread that does it; join it to wait for the end.
+        """
+
+        def carry_out() -> None:
+            with instance.lock:
+                if instance.status != RUNNING:
+                    return
+                instance.status = STOPPING
+            if instance.hardware:
+                instance.hardware.notice()
+                instance.hardware.shut_down()
+            time.sleep(notice)
+            self.instances.end_spot(instance, "preempted")
+
+        thread = threading.Thread(target=carry_out, daemon=True)
+        thread.start()
+        return thread
+
+    def crash(self, instance: Instance, *, gone: bool = True) -> None:
+        """The power is cut without a word. gone: as the cloud ends a spot machine; else it is there, and stopped."""
+        if gone:
+            self.instances.end_spot(instance, "crashed")
+        else:
+            self.instances.power_off(instance, "crashed")
+
+    def cut_off(self, instance: Instance, what: str = "laptop") -> None:
+        """what: "laptop" (SkyPilot cannot reach it), "google" (it reaches neither API nor bucket), or "all"."""
+        assert instance.hardware
+        instance.hardware.cut(what)
+
+    def mend(self, instance: Instance) -> None:
+        assert instance.hardware
+        instance.hardware.mend()
+
+    def assert_empty(self, seconds: float = 20) -> None:
+        """Raises AssertionError if a machine or disk is left after that time."""
+        wait_until(lambda: not self.machines(), seconds, lambda _: f"left in the cloud; {self._told()}", every=0.1)
+        assert not self.compute.disks(), f"disks left in the cloud: {self.compute.disks()}"
+
+    def wipe(self, why: str = "wiped") -> None:
+        """Everything that was made goes away, and every order given by a test is forgotten."""
+        for instance in self.machines():
+            self.instances.delete(instance, why)
+        self.instances.disks.clear()
+        self.server.defects.clear()
+        self.compute.operations.defects.clear()
+        self.market.reset()
+        self.faults.clear()
+        self.project.denied.clear()
+        self.compute.boot_seconds = 0.0
+
+
+__all__ = ["RUNNING", "TERMINATED", "Cloud", "Instance"]

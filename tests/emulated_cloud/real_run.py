@@ -1,0 +1,146 @@
+"""`make cloud-test GCP_PROJECT=project`: the scenarios on a real project, after their cost and a yes.
+
+Whatever becomes of them, what they have launched is taken down at the end.
+
+python -m tests.emulated_cloud.real_run PROJECT [-k NAME] [PYTEST ARGUMENT...]
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+HERE = Path(__file__).resolve().parent
+
+from finetune.cloud.gcloud import SET_PROJECT, bucket_name, local_login  # noqa: E402
+from finetune.cloud.prices import Catalog, load_catalog  # noqa: E402
+from finetune.errors import UserError  # noqa: E402
+from tests.emulated_cloud import real_cost  # noqa: E402
+from tests.emulated_cloud.real_gcloud import Gcloud  # noqa: E402
+from tests.emulated_cloud.real_sky import RealSky, take_down  # noqa: E402
+
+PROJECT, NAMES, LAUNCHED = "FT_REAL_PROJECT", "FT_REAL_PREFIX", "FT_REAL_LAUNCHED"
+"""What the scenarios' process is told."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code: that of the scenarios, 1 if something is left, 2 where nothing was begun."""
+    try:
+        project, *rest = arguments
+        chosen = selected(rest)
+        catalog = check(project)
+        print(real_cost.table([real_cost.cost(one, catalog) for one in chosen], project, catalog.source))
+        agree()
+    except UserError as error:
+        print(f"cloud-test: {error}", file=sys.stderr)
+        return 2
+    return play(project, rest)
+
+
+def selected(arguments: Sequence[str]) -> list[real_cost.Scenario]:
+    """Those that pytest will run: its -k knows more than we do, so it is asked."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-m",
+        "cloud",
+        "--collect-only",
+        "-q",
+        *words(arguments),
+    ]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parents[1]).stdout
+    collect = [line.rpartition("::")[2] for line in listed.splitlines() if "::" in line]
+    found = [one for one in real_cost.SCENARIOS if one.test in collect]
+    if not found:
+        known = ", ".join(one.test.removeprefix("test_") for one in real_cost.SCENARIOS)
+        raise UserError(
+            f"SCENARIO={os.environ.get('SCENARIO', '')}: none of those that a real project can play: {known}"
+        )
+    return found
+
+
+def words(arguments: Sequence[str]) -> list[str]:
+    return [str(HERE / "real_scenarios.py"), *arguments]
+
+
+def check(project: str) -> Catalog:
+    """The price catalog. Raises UserError for what is missing on this computer."""
+    if shutil.which("gcloud") is None:
+        raise UserError("gcloud is not installed: https://cloud.google.com/sdk/docs/install")
+    login = local_login()
+    if login.project != project:
+        raise UserError(f"GCP_PROJECT={project}, but SkyPilot would launch in {login.project}; first: {SET_PROJECT}")
+    return load_catalog(allow_snapshot=False)
+
+
+def agree() -> None:
+    """Raises UserError unless the user types yes, or has set YES=1."""
+    if os.environ.get("YES") == "1":
+        print("YES=1")
+        return
+    try:
+        answer = input("\nType yes to spend it: ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() != "yes":
+        raise UserError("no `yes`: nothing was launched")
+
+
+def play(project: str, arguments: Sequence[str]) -> int:
+    """Runs the scenarios, and takes down what they have launched, whatever has become of them."""
+    prefix = f"ftreal-{secrets.token_hex(2)}-"
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    sky, gcloud = RealSky(prefix, folder / "launched"), Gcloud(project)
+    env = dict(os.environ) | {PROJECT: project, NAMES: prefix, LAUNCHED: str(sky.launched)}
+    print(
+        f"clusters, jobs and runs of this session begin with {prefix}; if this process is killed with -9, look for them with"
+    )
+    print(
+        f"`sky status`, `sky jobs queue` and `gcloud compute instances list --filter=name~^{prefix} --project={project}`"
+    )
+    command = [sys.executable, "-m", "pytest", "-vv", "-s", "-ra", "-m", "cloud", *words(arguments)]
+    stopping: list[int] = []
+    tests: list[subprocess.Popen[bytes]] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        """We wait for the end of the scenarios' process: Ctrl-C reaches it too, other signals are handed on."""
+        stopping.append(number)
+        if number != signal.SIGINT and tests:
+            tests[0].send_signal(signal.SIGINT)
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    tests.append(subprocess.Popen(command, env=env, cwd=HERE.parents[1]))
+    code = tests[0].wait()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # taking down is not interrupted, in the programs that it calls neither
+    managed = bool(sky.names()["job"])
+    print("\n".join(said := take_down(sky, gcloud)))
+    tell_what_stays(prefix, project, managed)
+    shutil.rmtree(folder, ignore_errors=True)
+    return 1 if stopping or said[-1].startswith("LEFT") else code
+
+
+def tell_what_stays(prefix: str, project: str, managed: bool) -> None:
+    bucket = bucket_name(local_login())
+    print(f"the runs stay: gcloud storage rm --recursive 'gs://{bucket}/runs/{prefix}*' --project={project}")
+    if managed and not real_cost.consolidated():
+        print(
+            "SkyPilot's jobs controller stays as well, if it had to make one, and stops itself: `sky status` shows it"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""At the end of a scenario: what SkyPilot says is there, what the emulated Google would charge, what our ledger has."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.cloud.catalog_file import VMS
+from finetune.cloud.disks import disk_usd_per_hour
+from finetune.ledger import Attempt
+from tests.emulated_cloud.gce_bill import Price, Stretch
+from tests.emulated_cloud.table import figure
+from tests.emulated_cloud.training import Run
+from tests.emulated_cloud.world import World
+from tests.helpers.catalog_fixture import CATALOG
+
+TOLERANCE = 0.02
+DISK_TIER = "medium"
+
+
+def catalog_price(home: Path) -> Price:
+    """US dollars an hour by the rows of SkyPilot's catalog (host and GPU of the zone) and the disk's list price."""
+    with (home / CATALOG / VMS).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def price(stretch: Stretch) -> float:
+        disk = disk_usd_per_hour(stretch.disk_gb, DISK_TIER, stretch.zone.rpartition("-")[0], stretch.machine_type)
+        if not stretch.running:
+            return disk
+        column = "SpotPrice" if stretch.spot else "Price"
+        here = [row for row in rows if row["AvailabilityZone"] == stretch.zone]
+        host = [row for row in here if row["InstanceType"] == stretch.machine_type]
+        gpu = [
+            row
+            for row in here
+            if not row["InstanceType"]
+            and row["AcceleratorName"] == stretch.gpu
+            and float(row["AcceleratorCount"]) == stretch.gpus
+        ]
+        return sum(float(row[column]) for row in (host[0], gpu[0])) + disk
+
+    return price
+
+
+@dataclass(frozen=True)
+class Reckoning:
+    """Seconds and US dollars of a run's machines, by the bill and by our ledger.
+
+    bill_usd: all of it. tail_seconds, tail_usd: of machines on which an attempt ended by itself, from its last word in the bucket
+    (by the bucket's clock) to the machine's end: idle until autostop, a controller or a preemption took it away, which no ledger
+    inside it can see.
+    """
+
+    bill_seconds: float
+    bill_usd: float
+    ledger_seconds: float
+    ledger_usd: float
+    tail_seconds: float
+    tail_usd: float
+
+    @property
+    def difference(self) -> float:
+        """Of the ledger from the bill without the tails, as a share of it."""
+        return self.ledger_usd / (self.bill_usd - self.tail_usd) - 1
+
+    def __str__(self) -> str:
+        return (
+            f"bill {self.bill_seconds:.1f} s ${self.bill_usd:.4f}, of that idle after a run's end {self.tail_seconds:.1f} s "
+            f"${self.tail_usd:.4f}; ledger {self.ledger_seconds:.1f} s ${self.ledger_usd:.4f} ({self.difference:+.2%})"
+        )
+
+
+def reckon(run: Run, folder: Path) -> Reckoning:
+    """Holds the bill of the one run that the machines were for against its ledger (fetched into `folder`), and prints both.
+
+    Raises AssertionError where they differ by more than 2%, attempts and machines do not match one to one, or zone, kind or
+    price of one are told wrongly.
+    """
+    bill, account = run.world.cloud.bill, run.account(folder)
+    price = catalog_price(run.world.sky.home)
+    print(bill.table(price))
+    stretches = [one for one in bill.stretches if one.running]
+    assert not account.problems, account.problems
+    assert len(stretches) == len(account.attempts), (stretches, account.attempts)
+    for stretch, attempt in zip(stretches, account.attempts, strict=True):
+        check_machine(stretch, attempt, price(stretch))
+        print(f"attempt {attempt.number}: {attempt.seconds:.1f} s on the ledger, {stretch.seconds:.1f} s on the bill")
+    tails = [idle(run, stretch, attempt) for stretch, attempt in zip(stretches, account.attempts, strict=True)]
+    assert account.usd is not None
+    result = Reckoning(
+        bill_seconds=sum(one.seconds for one in stretches),
+        bill_usd=bill.usd(price),
+        ledger_seconds=sum(one.seconds for one in account.attempts),
+        ledger_usd=account.usd,
+        tail_seconds=sum(tails),
+        tail_usd=sum(tail * price(stretch) / 3600 for tail, stretch in zip(tails, stretches, strict=True)),
+    )
+    figure(str(result))
+    assert abs(result.difference) < TOLERANCE, str(result)
+    return result
+
+
+def idle(run: Run, stretch: Stretch, attempt: Attempt) -> float:
+    """Seconds of a machine after an attempt that ended by itself; one that was killed with its machine leaves none."""
+    if attempt.reason is None:
+        return 0.0
+    assert stretch.ended is not None
+    return max(0.0, stretch.ended - run.updated(f"ledger/{attempt.file}"))
+
+
+def check_machine(stretch: Stretch, attempt: Attempt, usd_per_hour: float) -> None:
+    told = (attempt.zone, attempt.gpu, attempt.spot)
+    assert told == (stretch.zone, stretch.gpu, stretch.spot), (
+        f"attempt {attempt.number} of {stretch.machine} says {told}"
+    )
+    assert attempt.usd_per_hour is not None
+    assert abs(attempt.usd_per_hour - usd_per_hour) < 1e-4, (attempt.usd_per_hour, usd_per_hour)
+
+
+def check_nothing_left(world: World) -> None:
+    """Neither SkyPilot nor the cloud has a machine."""
+    alone = ("--no-show-managed-jobs", "--no-show-services")  # each is a process of its own
+    status = world.sky.run("status", "--refresh", *alone).ok().out
+    assert "No existing clusters" in status, status
+    world.cloud.assert_empty()

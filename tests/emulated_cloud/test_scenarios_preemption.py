@@ -1,0 +1,216 @@
+"""`sky jobs launch sky/train_spot.yaml` on machines that are taken away: nothing is lost, nothing overspent."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.emulated_cloud.gce import Instance
+from tests.emulated_cloud.pace import patience, wait_until
+from tests.emulated_cloud.reckoning import check_nothing_left, reckon
+from tests.emulated_cloud.table import figure
+from tests.emulated_cloud.training import (
+    CONFIG,
+    HEARTBEAT_SECONDS,
+    LOGGING_STEPS,
+    SAVE_STEPS,
+    STEPS,
+    Run,
+    launch,
+    long_run,
+    newest_checkpoint,
+    steps_in_tensorboard,
+)
+from tests.emulated_cloud.whole import Whole
+from tests.emulated_cloud.world import World
+
+pytestmark = pytest.mark.cloud
+SLOW_UPLOADS = 40_000
+"""Bytes a second: a checkpoint of the tiny model takes seconds."""
+BUDGET_SECONDS, SHORT_BUDGET_SECONDS = 340, 170
+"""Of a machine, by the measure of pace.py, that the budget of scenario 5 pays for, with two preemptions and with none. Four
+starts fit into the first, two into the second, and some training: at the last attempt one more start is kept free."""
+FIRST_SECONDS, REST_SECONDS = 9, 0.2
+"""Of training, to the first checkpoint of scenario 5; of them, after each step at least."""
+NOTHING_SECONDS = 20
+"""In which nothing may happen to a run that was stopped at its budget; the controller looks more often."""
+
+
+@pytest.mark.xdist_group("whole")
+@pytest.mark.cloud_short(only=True)
+def test_preempted_once(world: World, project: Path, whole: Whole, tmp_path: Path) -> None:
+    """Scenario 4 in short: with notice."""
+    run = launch_preempted(world, project, "once")
+    preempt_with_notice(run, world.cloud.wait_for_machine("once", 180))
+    check_preempted(run, whole, tmp_path, ["interrupted", "done"])
+
+
+@pytest.mark.xdist_group("whole")
+def test_preempted_three_times(world: World, project: Path, whole: Whole, tmp_path: Path) -> None:
+    """Scenario 4: with notice, without, and in the middle of a checkpoint's upload."""
+    run = launch_preempted(world, project, "thrice")
+    first = world.cloud.wait_for_machine("thrice", 180)
+    second = preempt_with_notice(run, first)
+
+    run.wait_for_step(max(run.committed()) + 2 * SAVE_STEPS)
+    world.site.upload_bytes_per_second = SLOW_UPLOADS  # of the next machine
+    began = time.monotonic()
+    sell_out(world, second)
+    world.cloud.crash(second)
+    third = world.cloud.wait_for_machine("thrice", 300, other_than=second)
+    third_came = time.time()
+    figure(f"without notice: on a new machine after {time.monotonic() - began:.0f} s, from step {max(run.committed())}")
+
+    half = run.wait_for_half_a_checkpoint(since=third_came)
+    world.site.upload_bytes_per_second = 0
+    sell_out(world, third)
+    world.cloud.crash(third)
+    began = time.monotonic()
+    assert half not in run.committed(), "the upload was over: no half checkpoint is tested"
+    world.cloud.wait_for_machine("thrice", 300, other_than=third)
+    figure(f"during the upload of step {half}: on a new machine after {time.monotonic() - began:.0f} s")
+
+    check_preempted(run, whole, tmp_path, ["interrupted", None, None, "done"])
+    assert [stretch.end for stretch in world.cloud.bill.stretches].count("crashed") == 2
+
+
+def launch_preempted(world: World, project: Path, name: str) -> Run:
+    world.sky.run(*launch("train_spot", "--jobs", "-d", "-n", name, RUN_NAME=name), cwd=project).ok()
+    return Run(world, name)
+
+
+def preempt_with_notice(run: Run, machine: Instance) -> Instance:
+    """After the run's first checkpoints; returns the machine that it goes on on."""
+    cloud = run.world.cloud
+    run.wait_for_step(2 * SAVE_STEPS)
+    began = time.monotonic()
+    sell_out(run.world, machine)
+    cloud.preempt(machine)
+    other = cloud.wait_for_machine(run.name, 300, other_than=machine)
+    figure(f"with notice: on a new machine after {time.monotonic() - began:.0f} s, from step {max(run.committed())}")
+    return other
+
+
+def check_preempted(run: Run, whole: Whole, folder: Path, reasons: list[str | None]) -> None:
+    """That it ends as if nothing had happened. reasons: for which its attempts ended; with notice it can still say so."""
+    world, recoveries = run.world, len(reasons) - 1
+    run.wait_for_status("done", 400)
+    queue = wait_for_job(world, run.name, "SUCCEEDED")
+    assert re.search(rf"\s{recoveries}\s+SUCCEEDED", queue), f"{recoveries} recoveries\n{queue}"
+    world.cloud.assert_empty(60)
+    record = run.record()
+    assert (record["status"], record["steps"]["done"], record["attempts"]) == ("done", STEPS, len(reasons))
+    assert run.adapter_hash() == whole.adapter_hash
+    fetched = run.fetch(folder)
+    assert steps_in_tensorboard(fetched) == [1, *range(LOGGING_STEPS, STEPS + 1, LOGGING_STEPS)]
+    assert {name.rpartition("-")[2] for name in wandb_runs(fetched)} == {run.name}
+    zones = {stretch.zone for stretch in world.cloud.bill.stretches}
+    assert len(zones) == len(reasons), "each on a machine elsewhere"
+    assert [attempt.reason for attempt in run.account(folder).attempts] == reasons
+    figure(
+        f"{recoveries} recoveries, {len(zones)} zones, the adapter byte for byte that of a run without interruptions"
+    )
+    reckon(run, folder)
+    check_nothing_left(world)
+
+
+@pytest.mark.cloud_short(only=True)
+def test_a_budget_that_ends(world: World, project: Path, tmp_path: Path) -> None:
+    """Scenario 5 in short: without a preemption, and Google refuses once to take the machine away."""
+    run, _, budget = launch_poor(world, project, SHORT_BUDGET_SECONDS)
+    run.wait_for_step(1)
+    world.cloud.faults.add("^DELETE .*/instances/", 503, "backendError", times=1)
+    check_budget_stop(run, budget, tmp_path)
+    asked = [call for call in world.cloud.calls if call.method == "DELETE" and "/instances/" in call.path]
+    figure(f"its machine's going away was asked for {len(asked)} times")
+    assert len(asked) > 1, "the first was refused"
+    assert run.record()["attempts"] == 1
+    check_nothing_left(world)
+
+
+def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> None:
+    """Scenario 5: after the second preemption; nothing restarts the run, and a higher budget does."""
+    run, words, budget = launch_poor(world, project, BUDGET_SECONDS)
+    machine = world.cloud.wait_for_machine("poor", 180)
+    for number in (1, 2):
+        run.wait_for_step(max(run.committed(), default=0) + 1)
+        assert max(run.committed()) < number * 2 * FIRST_SECONDS / REST_SECONDS, "it does not rest after its steps"
+        world.cloud.crash(machine)
+        machine = world.cloud.wait_for_machine("poor", 300, other_than=machine)
+    check_budget_stop(run, budget, tmp_path)
+
+    words[words.index(f"MAX_RUN_USD={budget}")] = "MAX_RUN_USD=5"
+    world.sky.run(*words, cwd=project).ok()
+    run.wait_for_step(max(run.committed()) + 1)
+    world.sky.run("jobs", "cancel", "-y", "-n", "poor").ok()
+    world.cloud.assert_empty(120)
+    assert run.record()["attempts"] == 4
+    reckon(run, tmp_path / "cancelled")
+    check_nothing_left(world)
+
+
+def launch_poor(world: World, project: Path, seconds: float) -> tuple[Run, list[str], float]:
+    """A managed job in the region with the cheapest L4, so that another start costs what the first did. Returned are the words
+    of its launch too, and its budget in US dollars, for so many seconds of a machine by the measure of pace.py."""
+    region, usd_per_hour = cheapest_l4(world, project)
+    budget = round(patience(seconds) * usd_per_hour / 3600, 4)
+    long = f"{long_run(100 * STEPS, save_steps=1000)} checkpoint.every_minutes={FIRST_SECONDS / 60}"
+    machine = ("--gpus", "L4:1", "--instance-type", "g2-standard-8", "--infra", f"gcp/{region}")
+    begin = ("train_spot", "--jobs", "-d", "-n", "poor", *machine)
+    words = launch(*begin, overrides=long, RUN_NAME="poor", MAX_RUN_USD=budget, FT_STEP_SECONDS=REST_SECONDS)
+    world.sky.run(*words, cwd=project).ok()
+    return Run(world, "poor"), words, budget
+
+
+def check_budget_stop(run: Run, budget: float, folder: Path) -> None:
+    """Waits until the run has ended at its budget, and that nothing restarts it."""
+    world = run.world
+    run.wait_for_status("budget_stop")
+    wait_for_job(world, "poor", "SUCCEEDED")
+    world.cloud.assert_empty(60)
+    reckoning = reckon(run, folder / "stopped")
+    figure(f"budget ${budget}")
+    assert budget / 3 < reckoning.ledger_usd <= budget
+    assert reckoning.bill_usd - reckoning.tail_usd < budget * (1 + HEARTBEAT_SECONDS / BUDGET_SECONDS)
+    newest, passed_over = newest_checkpoint(folder / "stopped" / "poor")
+    assert newest and newest.name == f"step-{run.record()['steps']['done']}" and not passed_over
+    assert run.record()["stop"]["reason"] == "budget" and "kept for a start" in run.record()["stop"]["detail"]
+    machines = len(world.cloud.bill.stretches)
+    time.sleep(NOTHING_SECONDS)
+    assert len(world.cloud.bill.stretches) == machines and not world.cloud.machines(), "something has restarted it"
+
+
+def cheapest_l4(world: World, project: Path) -> tuple[str, float]:
+    """Region and US dollars an hour, of those that sky/train_spot.yaml may take."""
+    planned = world.sky.program("finetune", "plan", CONFIG, "--json", cwd=project).ok().out
+    rows = json.loads(planned[planned.index("{") :])["rows"]
+    usable = [row for row in rows if row["chosen"] and row["spot"] and row["gpu"] == "L4"]
+    cheapest = min(usable, key=lambda row: float(row["usd"]))
+    return cheapest["region"], float(cheapest["usd_per_hour"])
+
+
+def sell_out(world: World, machine: Instance) -> None:
+    """Whoever takes a spot machine away needs it: there is none left in its zone."""
+    world.cloud.market.set_stock(0, zone=machine.wish.zone, spot=True)
+
+
+def wandb_runs(run: Path) -> list[str]:
+    return [folder.name for folder in (run / "wandb").glob("offline-run-*")]
+
+
+def wait_for_job(world: World, name: str, status: str, seconds: float = 300) -> str:
+    """The line of `sky jobs queue` about the newest job of that name, once it is in that state."""
+    line = queue = ""
+
+    def come() -> bool:
+        nonlocal line, queue
+        queue = world.sky.run("jobs", "queue", "--all").ok().out
+        line = next((line for line in queue.splitlines() if f" {name} " in line), "")
+        return status in line
+
+    wait_until(come, seconds, lambda waited: f"{name}: not {status} after {waited:.0f} s\n{queue}", every=3)
+    return line

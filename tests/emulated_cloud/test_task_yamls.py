@@ -1,0 +1,29 @@
+"""Task YAMLs beside those that train: the real SkyPilot on the emulated cloud."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.emulated_cloud.reckoning import check_nothing_left
+from tests.emulated_cloud.table import figure
+from tests.emulated_cloud.training import Run, launch
+from tests.emulated_cloud.whole import NAME, Whole
+from tests.emulated_cloud.world import World
+
+pytestmark = pytest.mark.cloud
+
+
+@pytest.mark.xdist_group("whole")
+def test_a_run_is_scored(world: World, project: Path, whole: Whole) -> None:
+    """`sky launch sky/evaluate.yaml` of a run in the bucket: both models scored, the report beside it."""
+    scored = world.sky.run(*launch("evaluate", "-c", "score", "-i", "1", "--down", RUN_NAME=NAME), cwd=project).ok()
+    figure(f"launch to the report: {scored.seconds:.0f} s")
+    run = Run(world, NAME)
+    assert {"eval.json", "report.html", "report.md", "summary.json"} <= set(run.objects())
+    summary = json.loads(run.read("summary.json"))
+    assert summary["status"] == whole.record["status"] == "done"
+    world.cloud.assert_empty(180)
+    check_nothing_left(world)

@@ -1,0 +1,209 @@
+"""What the emulated machines train, as a user would launch it: a tiny model with its data in a checkout of the project."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chaos.world import World as Station
+from chaos.world import make_world
+from finetune.checkpoint import CheckpointStore, Skipped
+from finetune.ledger import Account, Ledger
+from tests.emulated_cloud.pace import wait_until
+from tests.emulated_cloud.world import World
+
+BUCKET = "finetune-text2sql-test-you"
+"""What `BUCKET: auto` becomes: finetune-<project>-<user>."""
+CONFIG = "tiny/run.yaml"
+STEPS, SAVE_STEPS, LOGGING_STEPS = 300, 20, 5
+LONG_SAVE_STEPS = 100
+SHORT = "training.max_steps=40"
+"""Overrides for a run whose machine is what matters."""
+TELLING = ("run.json", *(f"ledger/attempt-{number:03d}.jsonl" for number in range(1, 6)))
+"""Of a run's files, for a failure."""
+HEARTBEAT_SECONDS = 1
+"""Instead of 30: attempts here last a minute."""
+
+
+def add_training(checkout: Path) -> None:
+    """Lays model, prepared data and config into `checkout`, from where SkyPilot takes them to the machine."""
+    make_world(checkout / "tiny")
+    station = Station(Path("tiny"))
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name": str(station.model), "max_seq_length": 256},
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+        "quantization": {"load_in_4bit": False},
+        "data": {
+            "sources": [{"kind": "jsonl", "path": str(station.folder / "records.jsonl")}],
+            "output_dir": str(station.data),
+        },
+        "training": {
+            "effective_batch_size": 3,
+            "max_steps": STEPS,
+            "learning_rate": 1e-3,
+            "optim": "adamw_torch",
+            "logging_steps": LOGGING_STEPS,
+            "eval_steps": 0,
+        },
+        "checkpoint": {"save_steps": SAVE_STEPS, "every_minutes": None},
+        "tracking": {"wandb": "offline"},
+    }
+    (checkout / CONFIG).write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def launch(task: str, *options: str, overrides: str = "", **env: object) -> list[str]:
+    """The words of `sky launch TASK` or, with --jobs as the first option, of `sky jobs launch TASK`, for the tiny training."""
+    settings = {
+        "CONFIG": CONFIG,
+        "FINETUNE_ALLOW_CPU": 1,
+        "FINETUNE_HEARTBEAT_SECONDS": HEARTBEAT_SECONDS,
+        "OMP_NUM_THREADS": 1,
+        **({"OVERRIDES": overrides} if overrides else {}),
+        **env,
+    }
+    jobs = ["jobs"] if options[:1] == ("--jobs",) else []
+    words = [*jobs, "launch", "-y", *options[len(jobs) :], f"sky/{task}.yaml"]
+    return words + [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
+
+
+def steps_in_tensorboard(run: Path) -> list[int]:
+    """Steps of the training loss, in the order of the event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+def wait_for_tensorboard(run: str, seconds: float = 180) -> None:
+    """Until TensorBoard on localhost:6006 shows the run, among others of the bucket; it looks for new ones every minute."""
+    shown: list[str] = []
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def come() -> bool:
+        with suppress(OSError), opener.open("http://localhost:6006/data/runs", timeout=10) as answer:
+            shown[:] = json.load(answer)
+        return run in shown
+
+    wait_until(come, seconds, lambda waited: f"TensorBoard on localhost:6006 shows {shown} after {waited:.0f} s")
+
+
+def newest_checkpoint(run: Path) -> tuple[Path | None, list[Skipped]]:
+    """Of a fetched run: the newest checkpoint of which every byte verifies, and those that were passed over."""
+    run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
+    return CheckpointStore(run / "checkpoints", run_id=run_id).latest_valid()
+
+
+def long_run(steps: int, save_steps: int = LONG_SAVE_STEPS) -> str:
+    """Overrides for a run that lasts while something happens to it, at some 40 steps a second; --env FT_STEP_SECONDS=0.1 has it
+    rest for so long after each."""
+    return f"training.max_steps={steps} training.logging_steps=25 checkpoint.save_steps={save_steps}"
+
+
+@dataclass
+class Run:
+    """A run as it lies in the bucket."""
+
+    world: World
+    name: str
+
+    @property
+    def prefix(self) -> str:
+        return f"runs/{self.name}/"
+
+    def objects(self) -> list[str]:
+        """Names below the run's folder; none while there is no bucket."""
+        if BUCKET not in self.world.buckets.names():
+            return []
+        return [name.removeprefix(self.prefix) for name in self.world.buckets.objects(BUCKET, self.prefix)]
+
+    def read(self, name: str) -> bytes:
+        return self.world.buckets.read(BUCKET, self.prefix + name)
+
+    def record(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self.read("run.json"))
+        return value
+
+    def updated(self, name: str) -> float:
+        """When a file was last written, in seconds since the epoch: by the bucket's clock, not by that of the run."""
+        return self.world.buckets.updated(BUCKET, self.prefix + name)
+
+    def adapter_hash(self) -> str:
+        return hashlib.sha256(self.read("adapter/adapter_model.safetensors")).hexdigest()
+
+    def committed(self) -> list[int]:
+        """Steps of the checkpoints whose manifest is there."""
+        return sorted(step for step, file in self._checkpoint_files() if file == "manifest.json")
+
+    def _checkpoint_files(self) -> list[tuple[int, str]]:
+        """(step, name below its folder) of everything in the checkpoints' folders."""
+        found = [name.split("/", 2) for name in self.objects() if name.startswith("checkpoints/step-")]
+        return [(int(folder.removeprefix("step-")), file) for _, folder, file in found]
+
+    def fetch(self, folder: Path) -> Path:
+        """A copy on this computer, as `gcloud storage cp -r` makes it."""
+        for name in self.objects():
+            path = folder / self.name / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.read(name))
+        return folder / self.name
+
+    def account(self, folder: Path) -> Account:
+        return Ledger(self.fetch(folder) / "ledger").account()
+
+    def last_words(self) -> str:
+        """For a failure: what lies in the bucket, and the ends of the job's logs on the machines that are there, of those that
+        SkyPilot has fetched, and of its controller's."""
+        objects = self.objects()
+        found = [f"in the bucket: {objects}"]
+        found += [f"{name}: {self.read(name).decode()[-1500:]}" for name in objects if name in TELLING]
+        for instance in self.world.cloud.machines():
+            found += _ends(self.world.site.folder / instance.name, "upper/home/*/sky_logs/*/tasks/*.log")
+        for logs in ("managed_jobs/**/*.log", "jobs_controller/*.log"):
+            found += _ends(self.world.sky.home / "sky_logs", logs)
+        return "\n".join(found)
+
+    def wait_for_step(self, step: int, seconds: float = 240) -> None:
+        """Until a checkpoint of that step or a later one is committed."""
+        self._wait(lambda: max(self.committed(), default=0) >= step, seconds, f"no checkpoint of step {step}")
+
+    def wait_for_half_a_checkpoint(self, since: float, seconds: float = 240) -> int:
+        """The step of a checkpoint newer than all committed ones, of which some files are in the bucket, written after `since`
+        (seconds since the epoch): a machine that was lost before may have left another half."""
+        newest = 0
+
+        def come() -> bool:
+            nonlocal newest
+            newest = max((step for step, _ in self._checkpoint_files()), default=0)
+            return newest > max(self.committed(), default=0) and self._written_after(since, newest)
+
+        self._wait(come, seconds, "no checkpoint is on its way", every=0.2)
+        return newest
+
+    def _written_after(self, since: float, step: int) -> bool:
+        with suppress(urllib.error.HTTPError):  # put aside between the two questions
+            files = [file for one, file in self._checkpoint_files() if one == step]
+            return any(self.updated(f"checkpoints/step-{step}/{file}") > since for file in files)
+        return False
+
+    def wait_for_status(self, status: str, seconds: float = 240) -> None:
+        self._wait(lambda: "run.json" in self.objects() and self.record()["status"] == status, seconds, f"not {status}")
+
+    def _wait(self, come: Callable[[], bool], seconds: float, lacking: str, every: float = 0.5) -> None:
+        def failure(waited: float) -> str:
+            return f"{self.name}: {lacking} after {waited:.0f} s; {self.last_words()}"
+
+        wait_until(come, seconds, failure, every=every)
+
+
+def _ends(folder: Path, logs: str) -> list[str]:
+    """Of the files of that pattern below the folder."""
+    return [f"{path.relative_to(folder)}: {path.read_text(errors='replace')[-2500:]}" for path in folder.glob(logs)]

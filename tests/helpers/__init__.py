@@ -1,0 +1,1 @@
+"""What tests of several packages share, and programs that they start."""
