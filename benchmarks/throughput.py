@@ -31,10 +31,10 @@ from benchmarks.throughput_peer import Peer
 from benchmarks.throughput_recipe import BATCH, LONGEST, Recipe
 from benchmarks.throughput_report import last_turn, plot, summarise, table
 from finetune.config import LoraSection, TrainingSection
-from finetune.console import print_anything
 from finetune.errors import EXIT_MISSING, EXIT_USER_ERROR, UserError
-from finetune.files import write_json
 from finetune.hardware import GROWING_SEGMENTS
+from finetune.runtime.console import print_anything
+from finetune.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_LATER = 1

@@ -21,7 +21,7 @@ from chaos.plan import Plan
 from chaos.rented import on_a_rented_machine
 from chaos.soak import Bench, Run, killed_over_and_over, uninterrupted
 from chaos.world import KINDS, Kind, make_world
-from finetune.console import print_anything
+from finetune.runtime.console import print_anything
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

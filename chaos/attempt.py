@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.faults import PLACES, VARIABLE
+from finetune.runtime.fault_injection import PLACES, VARIABLE
 
 BEAT_SECONDS = 0.05
 """Of the heartbeats in the ledger; a kill between two of them loses less than this from it."""
@@ -33,9 +33,9 @@ How = Literal["place", "step", "start", "notice"]
 class Kill:
     """When an attempt dies.
 
-    place: at one of the places of finetune/faults.py, when it comes there for the `count`-th time. step: `delay` seconds after
-    the attempt has completed `count` steps. start: `delay` seconds after it was started. notice: like step, but told before by
-    SIGTERM, and killed `delay` seconds later if it is still there.
+    place: at one of the places of finetune/runtime/fault_injection.py, when it comes there for the `count`-th time.
+    step: `delay` seconds after the attempt has completed `count` steps. start: `delay` seconds after it was started.
+    notice: like step, but told before by SIGTERM, and killed `delay` seconds later if it is still there.
     """
 
     how: How

@@ -13,9 +13,9 @@ import yaml
 
 from finetune.config import SourceSection
 from finetune.data import prepare
-from finetune.files import write_text
 from finetune.prompts import PromptTemplate
 from finetune.records import Record, Split, write_records
+from finetune.runtime.files import write_text
 
 SCHEMA = "CREATE TABLE train (id INTEGER PRIMARY KEY, name TEXT, leaves REAL);"
 QUESTIONS: tuple[tuple[str, str], ...] = (

@@ -21,11 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune import faults
 from finetune.checkpoint_disk import DISK, Disk
 from finetune.checkpoint_manifest import MANIFEST, Unfit, check_files, manifest_of, manifest_text, right_sizes
 from finetune.errors import UserError
-from finetune.files import disk_error
+from finetune.runtime import fault_injection
+from finetune.runtime.files import disk_error
 
 __all__ = ["MANIFEST", "CheckpointStore", "Disk", "Skipped", "fault", "newest_first", "read_manifest", "step_folder"]
 
@@ -78,7 +78,7 @@ class CheckpointStore:
             files = self._copy(source, target)
             manifest = {"step": step, "number": number, "run_id": self.run_id, "attempt": attempt}
             manifest |= {"config_hash": config_hash, "data_hash": data_hash, "saved_at": datetime.now(UTC).isoformat()}
-            faults.place("manifest")
+            fault_injection.place("manifest")
             self._disk.write_text(target / MANIFEST, manifest_text({**manifest, "files": files}))
             self._disk.sync_folder(target)
         except (OSError, UserError) as error:
@@ -87,7 +87,7 @@ class CheckpointStore:
             if isinstance(error, UserError):
                 raise
             raise self._told(error, source) from error
-        faults.place("committed")
+        fault_injection.place("committed")
         self._damaged.discard(target)
         return target
 
@@ -209,7 +209,7 @@ class CheckpointStore:
         for folder in [*reversed(folders), target, self.root]:
             self._disk.sync_folder(folder)
         for name, (size, sha256) in written.items():
-            faults.place("verify")
+            fault_injection.place("verify")
             if self._disk.hash_file(target / name) != (size, sha256):
                 raise UserError(
                     f"{target / name}: other bytes came back than were written; the disk or bucket is at fault"
@@ -224,7 +224,7 @@ class CheckpointStore:
             return
         if not (folder / MANIFEST).is_dir():
             self._disk.remove_file(folder / MANIFEST)
-        faults.place("prune")
+        fault_injection.place("prune")
         for where, folders, files in os.walk(folder, topdown=False):
             links = [name for name in folders if (Path(where) / name).is_symlink()]
             for name in [*files, *links]:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from finetune import faults
+from finetune.runtime import fault_injection
 
 PIECE = 4 * 2**20
 """Bytes copied or hashed at a time."""
@@ -27,7 +27,7 @@ class Disk:
 
     def copy_file(self, source: Path, target: Path) -> tuple[int, str]:
         """Copy in pieces; returns bytes and SHA-256 (hex) of what was read. A file at `target` is overwritten."""
-        faults.place("copy")
+        fault_injection.place("copy")
         digest, size = hashlib.sha256(), 0
         with source.open("rb") as reading, target.open("wb", buffering=0) as writing:
             half = os.fstat(reading.fileno()).st_size // 2
@@ -36,7 +36,7 @@ class Disk:
                 digest.update(piece)
                 size += len(piece)
                 if size == half:
-                    faults.place("half-copy")
+                    fault_injection.place("half-copy")
             _sync(writing.fileno())
         return size, digest.hexdigest()
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli_cloud import add_commands as add_cloud_commands
-from finetune.console import not_encoded, one_line, print_anything, typed_text
 from finetune.errors import EXIT_MISSING, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
+from finetune.runtime.console import not_encoded, one_line, print_anything, typed_text
 
 if TYPE_CHECKING:
     from finetune.config import RunConfig
@@ -292,10 +292,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from finetune.hardware import let_segments_grow
 
     let_segments_grow()
-    from finetune import ranks
-    from finetune.console import outliving_readers
+    from finetune.runtime import distributed
+    from finetune.runtime.console import outliving_readers
 
-    with outliving_readers(), ranks.together():  # so that a fault of all processes is told once
+    with outliving_readers(), distributed.together():  # so that a fault of all processes is told once
         return _train_here(arguments)
 
 
@@ -373,7 +373,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     config = _loaded(arguments)
-    from finetune.console import outliving_readers
+    from finetune.runtime.console import outliving_readers
 
     with _large_imports():
         from finetune.demo.run import run_demo

@@ -27,9 +27,9 @@ from finetune.data_check import GOLD_TIMEOUT_SECONDS, Findings, check
 from finetune.data_split import SplitBy
 from finetune.data_stats import per_database, skeleton_overlap, token_counts, token_summary
 from finetune.errors import UserError
-from finetune.files import disk_error, read_json, sha256_file, write_json, write_text
 from finetune.prompts import PromptTemplate
 from finetune.records import SPLITS, Record, Split, read_records, write_records
+from finetune.runtime.files import disk_error, read_json, sha256_file, write_json, write_text
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"

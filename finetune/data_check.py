@@ -10,8 +10,8 @@ from finetune.config import SourceSection
 from finetune.data_sources import open_source
 from finetune.data_split import SplitBy, assign_splits, drop_duplicates, find_leaks, thin_out
 from finetune.data_validate import Accepted, Rejection, stopping_problem, validate
-from finetune.files import sha256_file
 from finetune.records import SPLITS, Record, Split
+from finetune.runtime.files import sha256_file
 
 GOLD_TIMEOUT_SECONDS = 10.0
 """Wall-clock limit of one gold query: the default of evaluation.timeout_seconds, under which gold has to run again."""

@@ -16,12 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.credentials import huggingface_home, huggingface_token_present, wandb_key_present
 from finetune.doctor_check import Check, Need, Status
 from finetune.doctor_check import absent as _absent
 from finetune.doctor_cloud import cloud_checks
 from finetune.errors import EXIT_MISSING, EXIT_OK
-from finetune.files import mend_line_ends, with_carriage_returns
 from finetune.hardware import (
     GIB,
     Driver,
@@ -32,6 +30,8 @@ from finetune.hardware import (
     runs_on,
     torch_build,
 )
+from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
+from finetune.runtime.files import mend_line_ends, with_carriage_returns
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

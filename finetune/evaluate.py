@@ -23,7 +23,6 @@ from finetune.config import RunConfig
 from finetune.data import Prepared, load_prepared
 from finetune.data_split import unit_hash
 from finetune.errors import UserError
-from finetune.files import atomic_file, write_json
 from finetune.generate import generate_answers
 from finetune.model import (
     Device,
@@ -37,6 +36,7 @@ from finetune.model import (
 from finetune.prompts import PromptTemplate, load_template
 from finetune.records import Record, read_lines
 from finetune.runs import RunFolder
+from finetune.runtime.files import atomic_file, write_json
 from finetune.scoring import Row, as_dict, gain, judge, score
 from finetune.sql.sandbox import SqlSandbox
 

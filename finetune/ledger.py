@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune import faults
 from finetune.errors import UserError
-from finetune.files import atomic_file, disk_error
+from finetune.runtime import fault_injection
+from finetune.runtime.files import atomic_file, disk_error
 
 KEPT_BEAT_SECONDS = 600.0
 """A heartbeat replaces the one before it, but for one every so many seconds: the file of a long run stays small."""
@@ -213,7 +213,7 @@ class AttemptLog:
         text = "".join(json.dumps(line, allow_nan=False, default=str) + "\n" for line in self._lines)
         with atomic_file(self.path) as file:
             file.write(text[: len(text) // 2])
-            faults.place("ledger")
+            fault_injection.place("ledger")
             file.write(text[len(text) // 2 :])
         self._written = True
 

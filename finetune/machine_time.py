@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.files import write_json
+from finetune.runtime.files import write_json
 
 MARKER = Path(".finetune") / "metered.json"
 """In the home folder of a rented machine."""

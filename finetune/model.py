@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 
 from finetune.config import LoraSection, ModelSection, QuantizationSection
 from finetune.errors import UserError
-from finetune.files import disk_error, sha256_file
 from finetune.hardware import dtype_for
+from finetune.runtime.files import disk_error, sha256_file
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import UserError
-from finetune.files import write_text
+from finetune.runtime.files import write_text
 from finetune.sql.schema import compact, parse_ddl
 from finetune.sql.text import on_one_line
 

@@ -15,9 +15,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.files import write_json, write_text
 from finetune.report_plots import counts, draw_plots, group_bars
 from finetune.report_source import Json, Source, attempt_rows, dig, memory_lines, number, read_run, spending_lines
+from finetune.runtime.files import write_json, write_text
 
 EXAMPLES = 4  # shown of each kind
 MOST_CHARACTERS = 600  # shown of one answer; a base model may ramble on for pages

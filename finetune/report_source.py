@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.files import read_json
 from finetune.records import read_lines
+from finetune.runtime.files import read_json
 
 Json = dict[str, Any]
 

@@ -15,17 +15,17 @@ import torch
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from finetune import ranks
 from finetune.callbacks import Throughput, history_rows
 from finetune.config import RunConfig, config_hash, to_dict
 from finetune.data import Prepared
-from finetune.files import as_text
 from finetune.hardware import detect
 from finetune.memory import GIB
 from finetune.model import Device, parameter_counts
 from finetune.prompts import PromptTemplate
 from finetune.records import SPLITS
 from finetune.runs import RunFolder, git_state, package_versions, utc_now
+from finetune.runtime import distributed
+from finetune.runtime.files import as_text
 from finetune.snapshots import Saves
 from finetune.spending import Spending
 from finetune.step_plan import StepPlan
@@ -92,7 +92,7 @@ def describe_step(plan: StepPlan, stepper: Stepper | None = None) -> dict[str, A
         "path": plan.path,
         "why": plan.why,
         "questions": plan.questions,
-        "ranks": ranks.count(),
+        "ranks": distributed.count(),
         "micro_batch_tokens": limits.tokens,
         "rows": stepper.rows if stepper else plan.rows,
         "kept_layers": limits.kept_layers if plan.path == "lean" else None,
@@ -160,7 +160,7 @@ class RunRecorder:
         self._began = began
         self._reason: str | None = None
         self._lock = threading.RLock()  # the threads of the saver and of the meter write, too
-        self._saved = _progress_at(newest) if newest and ranks.first() else None
+        self._saved = _progress_at(newest) if newest and distributed.first() else None
         self.record.update(self._as_saved())
 
     def committed(self, checkpoint: Path) -> None:
@@ -182,7 +182,7 @@ class RunRecorder:
         self.record.update(
             values, wall_seconds=round(self._seconds_before + seconds, 1), **self._spending.record(self._reason)
         )
-        if ranks.first():
+        if distributed.first():
             self._run.write_record(self.record)
 
     def planned(self, plan: StepPlan) -> None:

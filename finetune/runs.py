@@ -23,7 +23,7 @@ from typing import Any
 
 from finetune.config import RunConfig, TrainingSection, load_config, to_yaml
 from finetune.errors import UserError
-from finetune.files import as_text, disk_error, read_json, write_json, write_text
+from finetune.runtime.files import as_text, disk_error, read_json, write_json, write_text
 
 RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.checkpoint import CheckpointStore, read_manifest
 from finetune.errors import UserError
-from finetune.files import disk_error
+from finetune.runtime.files import disk_error
 
 PATIENCE = 3
 """Failed saves in a row after which training would only spend money on what it cannot keep."""

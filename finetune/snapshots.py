@@ -15,17 +15,17 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune import faults
 from finetune.checkpoint import CheckpointStore
 from finetune.config import RunConfig, config_hash, to_yaml
 from finetune.data import Prepared
 from finetune.errors import UserError
-from finetune.files import write_json, write_text
 from finetune.prompts import PromptTemplate
 from finetune.proof import PROBE, probe_of
 from finetune.runs import RunFolder
+from finetune.runtime import fault_injection
+from finetune.runtime.console import say
+from finetune.runtime.files import write_json, write_text
 from finetune.saver import Committed, Saver
-from finetune.train_parts import say
 from finetune.trainer import AnswerTrainer
 
 CONFIG, DATA_MANIFEST, WINDOW, LABELS = "config.yaml", "data-manifest.json", "window.json", "labels.json"
@@ -121,7 +121,7 @@ class Snapshots(TrainerCallback):
             (folder / "ledger").mkdir()
             for path in self.run.ledger.glob("attempt-*.jsonl"):
                 shutil.copyfile(path, folder / "ledger" / path.name)
-        faults.place("snapshot")
+        fault_injection.place("snapshot")
         labels = {
             "step": state.global_step,
             "config_hash": config_hash(self.config),

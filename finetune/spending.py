@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from finetune import ranks
 from finetune.callbacks import Throughput
 from finetune.cloud.instance import PREEMPTED, MachinePrice, PreemptionWatch, dearest_usd_per_hour, facts, rented
 from finetune.config import RunConfig
@@ -17,8 +16,9 @@ from finetune.ledger import Attempt, Ledger
 from finetune.machine_time import MachineTime
 from finetune.meter import Ceilings, Meter
 from finetune.runs import RunFolder
-from finetune.stopping import NOTICE_SECONDS, Stop
-from finetune.train_parts import say
+from finetune.runtime import distributed
+from finetune.runtime.console import say
+from finetune.runtime.stop_request import NOTICE_SECONDS, Stop
 
 LEAST_MINUTES = 1.0
 """That must be left of a budget where the config counts steps alone: what those take is not known before the first."""
@@ -36,12 +36,12 @@ class Spending:
         """Raises UserError where the ledger cannot be read."""
         self._config, self._stop, self._attempt, self._first_step = config, stop, attempt, step
         self._price, self._time = price, MachineTime(rented=rented())
-        self._machine = facts() if ranks.first() and rented() else {}
+        self._machine = facts() if distributed.first() and rented() else {}
         self._progress: Callable[[], tuple[int, int]] = lambda: (step, 0)
         self._throughput: Throughput | None = None
         self._hard_stop: Callable[[], None] = lambda: None
         self._meter = None
-        if ranks.first():
+        if distributed.first():
             self._meter = Meter(
                 Ledger(run.ledger),
                 self._time,
@@ -107,7 +107,7 @@ class Spending:
     def nothing_left(self) -> str | None:
         """Why this attempt must not begin; None if it may. The same for all processes."""
         minutes = self._config.checkpoint.every_minutes or LEAST_MINUTES
-        return ranks.from_first(lambda: self._meter.check_start(60 * minutes) if self._meter else None)
+        return distributed.from_first(lambda: self._meter.check_start(60 * minutes) if self._meter else None)
 
     def note(self, event: str, **facts: Any) -> None:
         if self._meter:
@@ -176,7 +176,7 @@ class Spending:
         try:
             self._hard_stop()
         finally:
-            ranks.end_all(reason, EXIT_OK)
+            distributed.end_all(reason, EXIT_OK)
             os._exit(EXIT_OK)
 
 

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from finetune import ranks, rng
+from finetune import rng
 from finetune.batching import micro_batches, share
 from finetune.errors import UserError
 from finetune.fit import Limits
 from finetune.flat import FlatAdapters
 from finetune.lean_model import IGNORED, LeanModel, Packed, pack
+from finetune.runtime import distributed
 
 Example = dict[str, Any]
 """input_ids and labels, lists of int of one length, and that length."""
@@ -124,8 +125,8 @@ class Stepper:
         while loss is None:
             self._shrink(step.mine)
             loss = self._pieces(step)
-        ranks.add_up(self.adapters.gradient)  # a rank without questions in this step adds nothing
-        ranks.add_up(loss)
+        distributed.add_up(self.adapters.gradient)  # a rank without questions in this step adds nothing
+        distributed.add_up(loss)
         self.watch.put(loss)
         return loss
 

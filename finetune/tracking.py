@@ -26,9 +26,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import rewrite_logs
 
 from finetune.config import TrackingSection
-from finetune.credentials import wandb_key_present
 from finetune.errors import UserError
-from finetune.files import write_text
+from finetune.runtime.credentials import wandb_key_present
+from finetune.runtime.files import write_text
 
 Mode = Literal["online", "offline"]
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from finetune import ranks
 from finetune.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.checkpoint import read_manifest
 from finetune.config import RunConfig, config_hash, load_config, to_dict
@@ -22,11 +21,14 @@ from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.proof import check_resumed
 from finetune.run_record import RunRecorder, describe_attempt, new_record
 from finetune.runs import RunFolder, check_name_is_free, create_run
+from finetune.runtime import distributed
+from finetune.runtime.console import say
+from finetune.runtime.stop_request import Stop, StopSignals
 from finetune.saver import Committed, Saver
 from finetune.snapshots import WINDOW, Snapshots, scratch_folder
 from finetune.spending import Spending
 from finetune.step_plan import StepPlan, plan_step, worst_micro_batch
-from finetune.stopping import EndOfStep, StepAbandoned, Stop, StopSignals
+from finetune.stopping import EndOfStep, StepAbandoned
 from finetune.tracking import trackers
 from finetune.train_end import (
     adapter_from,
@@ -37,7 +39,7 @@ from finetune.train_end import (
     stop_hanging,
     tell_end,
 )
-from finetune.train_parts import Inputs, Parts, inputs_of, load_parts, say
+from finetune.train_parts import Inputs, Parts, inputs_of, load_parts
 from finetune.train_resume import check_same_steps, check_unfinished, newest_checkpoint, set_ceilings, store_of
 from finetune.trainer import AnswerTrainer, build_trainer, trainer_arguments
 
@@ -64,12 +66,12 @@ def start(config: RunConfig, config_file: Path) -> int:
     Raises UserError for what no run can begin with; then no folder is left behind.
     """
     began = time.monotonic()
-    with ranks.together():
-        ranks.from_first(lambda: check_name_is_free(config.training))
+    with distributed.together():
+        distributed.from_first(lambda: check_name_is_free(config.training))
         inputs = inputs_of(config)
-        run = ranks.from_first(lambda: create_run(config, config_file))
+        run = distributed.from_first(lambda: create_run(config, config_file))
         record = new_record(run, config, config_file, inputs.data, inputs.template)
-        return _attempt(run, inputs, ranks.from_first(lambda: record), None, began)
+        return _attempt(run, inputs, distributed.from_first(lambda: record), None, began)
 
 
 def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
@@ -80,16 +82,16 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
     that is done or has no budget left.
     """
     began = time.monotonic()
-    with ranks.together():
+    with distributed.together():
         typed = [f"budget.{name}={value!r}" for name, value in (ceilings or {}).items()]
-        config, record = ranks.from_first(lambda: (load_config(run.config_yaml, typed), run.record()))
+        config, record = distributed.from_first(lambda: (load_config(run.config_yaml, typed), run.record()))
         check_unfinished(run, record)
         inputs = inputs_of(config)
         store = store_of(run, config, record["run_id"])
         path = record.get("step", {}).get("path")
-        found = ranks.from_first(lambda: newest_checkpoint(run, store, config, inputs.data, path))
+        found = distributed.from_first(lambda: newest_checkpoint(run, store, config, inputs.data, path))
         if ceilings:
-            ranks.from_first(lambda: set_ceilings(run, config, ceilings, found))
+            distributed.from_first(lambda: set_ceilings(run, config, ceilings, found))
         record.update(attempts=record.get("attempts", 1) + 1, config=to_dict(config), config_hash=config_hash(config))
         return _attempt(run, inputs, record, found, began)
 
@@ -100,7 +102,7 @@ def _attempt(run: RunFolder, inputs: Inputs, record: dict[str, Any], found: Path
     spending = Spending(run, inputs.config, inputs.price, stop, attempt=int(record["attempts"]), step=step)
     recorder, before = RunRecorder(run, record, spending, began, found), record.get("status")
     session = Session(run, inputs, recorder, spending, stop, found)
-    ranks.on_failure(lambda: _close_failed(session, RuntimeError()))
+    distributed.on_failure(lambda: _close_failed(session, RuntimeError()))
     if refusal := spending.nothing_left():
         return _refused(session, refusal, before)
     try:
@@ -128,7 +130,7 @@ def _fit(session: Session, parts: Parts) -> int:
         every_minutes=inputs.config.checkpoint.every_minutes,
     )
     trainer.stepper.between = ends.abandon_if_too_late
-    saver = _saver(session) if ranks.first() else None
+    saver = _saver(session) if distributed.first() else None
     snapshots = Snapshots(trainer, saver, run, inputs.config, inputs.data, inputs.template, session.attempt)
 
     def write(_: object = None) -> None:
@@ -160,10 +162,10 @@ def _describe(session: Session, parts: Parts) -> None:
 def _plan(session: Session, parts: Parts) -> StepPlan:
     """How a step is computed on this GPU; its questions may not change from one attempt to the next."""
     inputs, record = session.inputs, session.recorder.record
-    plan = plan_step(inputs.config, parts.model, inputs.device, parts.train.dataset["length"], gpus=ranks.count())
+    plan = plan_step(inputs.config, parts.model, inputs.device, parts.train.dataset["length"], gpus=distributed.count())
     if session.resume_from:
         check_same_steps(session.run, inputs.config, plan, record.get("step", {}))
-    say(str(plan) if ranks.count() == 1 else f"{ranks.count()} processes, each with {plan}")
+    say(str(plan) if distributed.count() == 1 else f"{distributed.count()} processes, each with {plan}")
     session.recorder.planned(plan)
     return plan
 
@@ -171,7 +173,7 @@ def _plan(session: Session, parts: Parts) -> StepPlan:
 def _trainer(session: Session, parts: Parts, plan: StepPlan, throughput: Throughput) -> AnswerTrainer:
     config, device = session.inputs.config, session.inputs.device
     validates = bool(config.training.eval_steps and len(parts.validation.dataset))
-    scratch = ranks.from_first(lambda: scratch_folder(session.recorder.record["run_id"]))
+    scratch = distributed.from_first(lambda: scratch_folder(session.recorder.record["run_id"]))
     arguments = trainer_arguments(
         config.training, device, plan, checkpoints=scratch, run_name=session.run.path.name, validates=validates
     )
@@ -187,8 +189,8 @@ def _trainer(session: Session, parts: Parts, plan: StepPlan, throughput: Through
         plan,
         say,
     )
-    ranks.draw_apart(config.training.seed)
-    ranks.same_everywhere(trainer.stepper.adapters.parameter.data)
+    distributed.draw_apart(config.training.seed)
+    distributed.same_everywhere(trainer.stepper.adapters.parameter.data)
     return trainer
 
 
@@ -256,7 +258,7 @@ def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfS
     """Save the adapter unless the run is to go on, close the record, say how it ended; returns the exit code."""
     done = trainer.state.global_step >= trainer.state.max_steps
     status = "done" if done else "budget_stop" if ends.budget_stop else "interrupted"
-    if status != "interrupted" and ranks.first():
+    if status != "interrupted" and distributed.first():
         save_adapter(session.run, trainer.model, parts, session.inputs.template)
     return _close(session, status, trainer.state.global_step)
 
@@ -269,14 +271,14 @@ def _refused(session: Session, refusal: str, before: str | None) -> int:
     """
     step = _step_of(session)
     if step is None or (
-        before == "budget_stop" and ranks.from_first(lambda: adapter_is_of(session.run, session.recorder, step))
+        before == "budget_stop" and distributed.from_first(lambda: adapter_is_of(session.run, session.recorder, step))
     ):
-        if not _remove_unbegun(session) and before != "budget_stop" and ranks.first():
+        if not _remove_unbegun(session) and before != "budget_stop" and distributed.first():
             session.spending.book("failed")
             session.recorder.close("failed")
         raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})")
     say(refusal)
-    if ranks.first():
+    if distributed.first():
         session.spending.book("budget_stop")
         assert session.resume_from
         adapter_from(session.run, session.resume_from)
@@ -293,7 +295,7 @@ def _close(session: Session, status: str, step: int) -> int:
 
 def _close_failed(session: Session, error: BaseException) -> None:
     """Leave a run folder that says how the run ended, without half an adapter; none at all if the run never began."""
-    if not ranks.first():
+    if not distributed.first():
         return
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     try:
@@ -309,7 +311,7 @@ def _close_failed(session: Session, error: BaseException) -> None:
 def _remove_unbegun(session: Session) -> bool:
     """A new run for which nothing was loaded yet leaves no folder behind; returns whether this is one."""
     unbegun = session.attempt == 1 and "hardware" not in session.recorder.record
-    if unbegun and ranks.first():
+    if unbegun and distributed.first():
         shutil.rmtree(session.run.path, ignore_errors=True)
         with suppress(OSError):
             session.run.path.parent.rmdir()  # unless there is something else in it

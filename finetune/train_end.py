@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from finetune import faults
 from finetune.checkpoint import read_manifest
 from finetune.errors import UserError
-from finetune.files import disk_error
 from finetune.prompts import PromptTemplate
 from finetune.run_record import RunRecorder
 from finetune.runs import RunFolder
-from finetune.train_parts import Parts, say
+from finetune.runtime import fault_injection
+from finetune.runtime.console import say
+from finetune.runtime.files import disk_error
+from finetune.train_parts import Parts
 
 TEMPORARY_ADAPTER, TEMPORARY_COPY = ".adapter.tmp", ".adapter-of-checkpoint.tmp"
 ADAPTER_SECONDS = 1.5
@@ -78,7 +79,7 @@ def _fresh(run: RunFolder, name: str = TEMPORARY_ADAPTER) -> Path:
 
 
 def _into_place(run: RunFolder, temporary: Path) -> None:
-    faults.place("adapter")
+    fault_injection.place("adapter")
     if run.adapter.exists():  # of an attempt that stopped at its budget
         shutil.rmtree(run.adapter)
     os.replace(temporary, run.adapter)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from finetune import ranks
 from finetune.cloud.instance import MachinePrice, machine_price
 from finetune.config import BudgetSection, RunConfig, TrackingSection
-from finetune.credentials import wandb_key_present
 from finetune.data import Prepared, load_prepared
 from finetune.errors import UserError
 from finetune.model import Device, attach_lora, choose_device, load_base, load_tokenizer
 from finetune.prompts import PromptTemplate
 from finetune.records import Split
+from finetune.runtime.console import say
+from finetune.runtime.credentials import wandb_key_present
 from finetune.trainer import Examples, tokenise
 
 if TYPE_CHECKING:
@@ -102,8 +99,3 @@ def price_of(budget: BudgetSection) -> MachinePrice | None:
 def _check_tracking(tracking: TrackingSection) -> None:
     if tracking.wandb == "online" and not wandb_key_present():
         raise UserError("tracking.wandb: online needs a key; set WANDB_API_KEY or run `wandb login`, or use offline")
-
-
-def say(message: str) -> None:
-    if ranks.first():
-        tqdm.write(message, file=sys.stderr)  # on a line of its own, also while a bar is shown

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune import ranks
 from finetune.checkpoint import CheckpointStore, Skipped, read_manifest
 from finetune.config import RunConfig, load_config, to_dict, with_numbers
 from finetune.data import Prepared
 from finetune.errors import UserError
-from finetune.files import write_text
 from finetune.resume_rules import decide, refusal
 from finetune.runs import RunFolder
+from finetune.runtime import distributed
+from finetune.runtime.console import say
+from finetune.runtime.files import write_text
 from finetune.snapshots import CONFIG, save_what_was_left
 from finetune.step_plan import StepPlan
-from finetune.train_parts import say
 
 PAUSES = (2.0, 5.0, 0.0)
 """Seconds before a store that has trouble reading is asked again."""
@@ -65,7 +65,7 @@ def set_ceilings(run: RunFolder, config: RunConfig, ceilings: Mapping[str, float
     if to_dict(before) == to_dict(config):
         return
     if found is None:
-        for change in decide(to_dict(before), to_dict(config), gpus=ranks.count()).applies:
+        for change in decide(to_dict(before), to_dict(config), gpus=distributed.count()).applies:
             say(str(change))
     text = run.config_yaml.read_text(encoding="utf-8")
     write_text(run.config_yaml, with_numbers(text, "budget", ceilings, config))
@@ -88,7 +88,7 @@ def check_same(run: RunFolder, folder: Path, config: RunConfig, data: Prepared, 
     """
     if read_manifest(folder)["data_hash"] != data.manifest_hash:
         raise UserError(f"{folder}: was trained on other data; prepare the same data again, or start a new run")
-    decisions = decide(to_dict(load_config(folder / CONFIG)), to_dict(config), gpus=ranks.count(), path=path)
+    decisions = decide(to_dict(load_config(folder / CONFIG)), to_dict(config), gpus=distributed.count(), path=path)
     for change in decisions.applies:
         say(str(change))
     if error := refusal(decisions, run.config_yaml):
@@ -101,8 +101,8 @@ def check_same_steps(run: RunFolder, config: RunConfig, plan: StepPlan, before: 
     questions, path = before.get("questions", plan.questions), before.get("path", plan.path)
     if questions != plan.questions:
         raise UserError(
-            f"{run.path}: began with {questions} questions a step, and {ranks.count()} GPUs make it {plan.questions}; go on with "
-            "as many GPUs as it began with"
+            f"{run.path}: began with {questions} questions a step, and {distributed.count()} GPUs make it "
+            f"{plan.questions}; go on with as many GPUs as it began with"
         )
     if path != plan.path and config.training.group_by_length:
         raise UserError(

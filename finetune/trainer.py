@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
-from finetune import ranks, rng
+from finetune import rng
 from finetune.batching import StepSampler, micro_batches
 from finetune.callbacks import Throughput
 from finetune.config import TrainingSection
@@ -24,6 +24,7 @@ from finetune.padded import PaddedPath, answer_loss
 from finetune.paged_state import page_again
 from finetune.prompts import Encoded, PromptTemplate, completion, encode_examples
 from finetune.records import Record
+from finetune.runtime import distributed
 from finetune.step_loader import StepLoader
 from finetune.step_plan import StepPlan
 from finetune.stepper import Example, LeanPath, Step, Stepper, collate, spoilt
@@ -83,7 +84,7 @@ class AnswerTrainer(SFTTrainer):
     """Of the last save, on the local disk."""
 
     def get_train_dataloader(self) -> StepLoader:
-        share = partial(collate, rank=ranks.rank(), ranks=ranks.count())
+        share = partial(collate, rank=distributed.rank(), ranks=distributed.count())
         return StepLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=share)
 
     def training_step(self, model: Any, inputs: dict[str, Step], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -125,12 +126,12 @@ class AnswerTrainer(SFTTrainer):
         size = self.args.per_device_eval_batch_size
         total, path = torch.zeros((), device=self.args.device), self.stepper.path
         path.begin()
-        for start in range(ranks.rank() * size, len(examples), ranks.count() * size):
+        for start in range(distributed.rank() * size, len(examples), distributed.count() * size):
             batch = examples[start : start + size]
             lengths = [example["length"] for example in batch]
             for piece in micro_batches(lengths, tokens=self.stepper.limits.tokens, padded=path.padded):
                 total += path.validation_loss([batch[row] for row in piece], max(labelled, 1))
-        return ranks.add_up(total)
+        return distributed.add_up(total)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL would put one among the checkpoints at every save, and have an offline W&B run warn each time."""
@@ -195,12 +196,12 @@ class AnswerTrainer(SFTTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Of all ranks, by the first of them: the folders of other hosts are not this one."""
-        for rank, states in enumerate(ranks.to_first(rng.capture()) or []):
+        for rank, states in enumerate(distributed.to_first(rng.capture()) or []):
             rng.save(states, rng.file_of(Path(output_dir), rank))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            rng.restore(rng.load(rng.file_of(Path(checkpoint), ranks.rank())))
+            rng.restore(rng.load(rng.file_of(Path(checkpoint), distributed.rank())))
 
 
 def build_trainer(

@@ -19,7 +19,7 @@ from chaos.observe import in_flight, is_whole, leftovers, newest_local, newest_w
 from chaos.plan import Plan
 from chaos.soak import Bench, Life, NotOurs, Run
 from chaos.world import USD_PER_HOUR, World, kind_of
-from finetune.faults import PLACES
+from finetune.runtime.fault_injection import PLACES
 
 KIND = kind_of("float32")
 

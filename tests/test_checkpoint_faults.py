@@ -14,9 +14,9 @@ from typing import BinaryIO, NoReturn
 
 import pytest
 
-from finetune import faults
 from finetune.checkpoint import CheckpointStore, Disk
 from finetune.errors import UserError
+from finetune.runtime import fault_injection
 from tests.helpers.data_examples import files_of
 from tests.test_checkpoint import CONFIG, DATA, names, put, snapshot
 
@@ -243,7 +243,7 @@ def test_a_kill_at_a_place_leaves_the_newest_whole_one(
     tmp_path: Path, place: str, count: int, left: dict[str, int], newest: str
 ) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(snapshot(tmp_path, 1))]
-    environment = {**os.environ, faults.VARIABLE: f"{place}:{count}"}
+    environment = {**os.environ, fault_injection.VARIABLE: f"{place}:{count}"}
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     folders = {p.name: sum(f.is_file() for f in p.rglob("*")) for p in (tmp_path / "store").iterdir()}
     assert folders == left

@@ -15,9 +15,9 @@ from finetune.config import SourceSection
 from finetune.data import load_prepared
 from finetune.data_check import Findings, check
 from finetune.errors import UserError
-from finetune.files import sha256_file
 from finetune.prompts import PromptTemplate
 from finetune.records import SPLITS
+from finetune.runtime.files import sha256_file
 from tests.helpers.data_examples import (
     SCHEMA,
     files_of,

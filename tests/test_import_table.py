@@ -1,4 +1,7 @@
-"""Imports point one way. The table is docs/architecture.md's; a new module fails until it has a place."""
+"""Imports point one way: a package imports what stands above it in the table, as far as its own row allows.
+
+docs/architecture.md draws the same. A new package fails until it has a row, and a row that nothing needs fails, too.
+"""
 
 from __future__ import annotations
 
@@ -14,102 +17,142 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "finetune"
 
-TRAINING = (
-    *(
-        "callbacks",
-        "flat",
-        "padded",
-        "paged_state",
-        "rng",
-        "step_loader",
-        "step_plan",
-        "stepper",
-        "trainer",
-        "trl_without_wandb",
-        "train_parts",
-    ),
-    *("stopping", "proof", "snapshots", "spending", "tracking", "run_record"),
-    *("train", "train_resume", "train_end"),
-)
-"""The parts of one run."""
-
-ROWS: tuple[tuple[str, ...], ...] = (
-    ("", "cloud", "demo"),  # the packages' own __init__.py
-    ("errors",),
-    ("files", "hardware", "console", "credentials", "ranks", "torchrun", "faults", "cloud.metadata"),
-    ("gpus", "config_schema", "machine_time", "checkpoint_disk"),
-    ("config_rules", "checkpoint_manifest"),
-    ("config",),
-    (
-        *("prompts", "memory", "shapes", "speed", "sql", "checkpoint", "ledger", "records", "runs"),
-        *("lean_memory", "fit", "batching"),
-        *("saver", "meter", "resume_rules"),
-        *("cloud.prices", "cloud.catalog_file", "cloud.disks", "cloud.machines"),
-        *("cloud.instance", "cloud.gcloud", "cloud.gcloud_ask", "cloud.quota", "cloud.run_size"),
-    ),
-    (
-        *("data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"),
-        *("model", "scoring", "memory_table"),
-        *("attention", "lean_torch", "lean_kernels", "lean_triton", "lean", "lean_model"),
-        *("cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"),
-    ),
-    (
-        *TRAINING,
-        *("evaluate", "generate", "ask", "export", "cloud.bucket", "cloud.fresh_catalog", "cloud.policy"),
-    ),
-    ("report", "report_source", "report_plots", "doctor", "doctor_check", "doctor_cloud"),
-    ("cli_cloud", "demo.schedule", "demo.pace", "demo.run"),
-    ("cli",),
-    ("__main__",),
-)
-"""A module imports only from the rows above its own. `sql` stands for everything in finetune/sql/."""
-
-NEIGHBOURS = (
-    {"data", "data_check", "data_sources", "data_split", "data_stats", "data_validate"},
-    {*TRAINING},
-    {"attention", "lean_torch", "lean_kernels", "lean_triton", "lean", "lean_model"},
-    {"evaluate", "generate", "ask"},
-    {"report", "report_source", "report_plots"},
-    {"doctor", "doctor_check", "doctor_cloud"},
-    {"cloud.prices", "cloud.catalog_file", "cloud.disks", "cloud.machines"},
-    {"cloud.gcloud", "cloud.gcloud_ask", "cloud.quota"},
-    {"demo.schedule", "demo.pace", "demo.run"},
-    {"cloud.policy", "cloud.bucket", "cloud.fresh_catalog"},
-    {"cloud.plan", "cloud.plan_table", "cloud.plan_write", "cloud.candidates"},
-)
-"""Modules of one row that are parts of one thing: they may import each other, without a circle."""
-
-ALSO = {
-    *(("prompts", "sql"), ("prompts", "records"), ("memory", "shapes"), ("speed", "memory"), ("speed", "shapes")),
-    *(
-        ("lean_memory", "memory"),
-        ("lean_memory", "shapes"),
-        ("fit", "lean_memory"),
-        ("fit", "memory"),
-        ("fit", "shapes"),
-    ),
-    ("fit", "speed"),
-    *(
-        ("saver", "checkpoint"),
-        ("meter", "ledger"),
-    ),
-    *(("checkpoint_disk", "checkpoint_manifest"), ("checkpoint_manifest", "checkpoint_disk")),
+MAY_IMPORT = {
+    "errors": "",
+    "runtime": "errors",
+    "sql": "errors",
+    "demo": "errors runtime",
+    "__main__": "",
 }
-"""(importer, imported) within one row."""
-
-TRAINING = {
+"""Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
+without those of training/step/, which has a row of its own."""
+MOVING = {
+    "ask",
+    "attention",
+    "batching",
+    "callbacks",
+    "checkpoint",
+    "checkpoint_disk",
+    "checkpoint_manifest",
+    "cli",
+    "cli_cloud",
+    "cloud.bucket",
+    "cloud.candidates",
+    "cloud.catalog_file",
+    "cloud.disks",
+    "cloud.fresh_catalog",
+    "cloud.gcloud",
+    "cloud.gcloud_ask",
+    "cloud.instance",
+    "cloud.machines",
+    "cloud.metadata",
+    "cloud.plan",
+    "cloud.plan_table",
+    "cloud.plan_write",
+    "cloud.policy",
+    "cloud.prices",
+    "cloud.quota",
+    "cloud.run_size",
+    "config",
+    "config_rules",
+    "config_schema",
+    "data",
+    "data_check",
+    "data_sources",
+    "data_split",
+    "data_stats",
+    "data_validate",
+    "doctor",
+    "doctor_check",
+    "doctor_cloud",
+    "evaluate",
+    "fit",
+    "flat",
+    "generate",
+    "gpus",
+    "hardware",
+    "lean",
+    "lean_kernels",
+    "lean_memory",
+    "lean_model",
+    "lean_torch",
+    "lean_triton",
+    "ledger",
+    "machine_time",
+    "memory",
+    "memory_table",
+    "meter",
     "model",
-    "export",
-    "ranks",
-    "torchrun",
+    "padded",
+    "paged_state",
+    "prompts",
+    "proof",
+    "records",
+    "report",
+    "report_plots",
+    "report_source",
+    "resume_rules",
+    "rng",
+    "run_record",
+    "runs",
+    "saver",
+    "scoring",
+    "shapes",
+    "snapshots",
+    "speed",
+    "spending",
+    "step_loader",
+    "step_plan",
+    "stepper",
+    "stopping",
+    "tracking",
+    "train",
+    "train_end",
+    "train_parts",
+    "train_resume",
+    "trainer",
+    "trl_without_wandb",
+}
+"""Modules that have not moved into a package yet: they may import anything, and anything may import them."""
+
+NEEDS_TORCH = (
+    "ask",
+    "attention",
+    "batching",
+    "callbacks",
     "demo.pace",
     "demo.run",
-    *NEIGHBOURS[0],
-    *NEIGHBOURS[1],
-    *NEIGHBOURS[2],
-    *NEIGHBOURS[3],
-}
-"""What runs on a GPU machine, without SkyPilot: of cloud/ it sees `instance` and its questions alone, and cloud/ none of it."""
+    "evaluate",
+    "flat",
+    "generate",
+    "lean",
+    "lean_kernels",
+    "lean_model",
+    "lean_torch",
+    "lean_triton",
+    "model",
+    "padded",
+    "paged_state",
+    "proof",
+    "rng",
+    "run_record",
+    "runtime.torchrun",
+    "snapshots",
+    "spending",
+    "step_loader",
+    "step_plan",
+    "stepper",
+    "stopping",
+    "tracking",
+    "train",
+    "train_end",
+    "train_parts",
+    "train_resume",
+    "trainer",
+    "trl_without_wandb",
+)
+"""Packages and modules that the extra `train` is for. All others load on a laptop that only plans, launches, prepares data
+without token counts, or writes reports."""
 
 HEAVY = (
     "torch",
@@ -122,41 +165,41 @@ HEAVY = (
     "tensorboard",
     "wandb",
 )
-SKY = "sky"
+SKY, POLICY = "sky", "cloud.policy"
 
 
-def module_names() -> dict[str, Path]:
-    """Dotted name inside finetune -> file; "" is the package itself."""
-    paths = sorted(PACKAGE.rglob("*.py"))
+def module_files() -> dict[str, Path]:
+    """Dotted name inside finetune -> file; without the packages' own __init__.py, which have nothing in them."""
+    paths = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
     assert len(paths) > 5
-    parts = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in paths}
-    return {".".join(part for part in names if part != "__init__"): path for path, names in parts.items()}
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
 
 
-MODULES = module_names()
+MODULES = module_files()
 
 
-def entry(module: str) -> str:
-    """The name under which the table lists a module."""
-    return "sql" if module.partition(".")[0] == "sql" else module
+def row(module: str) -> str:
+    """The package under which the table lists a module; "" if it does not."""
+    if module in MOVING:
+        return ""
+    while module and module not in MAY_IMPORT:
+        module = module.rpartition(".")[0]
+    return module
 
 
-def row(module: str) -> int:
-    return next((number for number, names in enumerate(ROWS) if entry(module) in names), len(ROWS))
+def needs_torch(module: str) -> bool:
+    return any(module == name or row(module) == name for name in NEEDS_TORCH)
 
 
-def imported_names(tree: ast.AST, package: str) -> set[str]:
+def imported_names(tree: ast.AST) -> set[str]:
     """Everything that the import statements in the tree name, with what they take from there."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            origin = node.module or ""
-            if node.level:
-                above = package.split(".")
-                origin = ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])])
-            names |= {f"{origin}.{alias.name}" for alias in node.names}
+            assert not node.level, "no relative imports: whole names are what one searches for"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and "import_module" in ast.dump(node.func):
             names |= {str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)}
     return names
@@ -165,14 +208,12 @@ def imported_names(tree: ast.AST, package: str) -> set[str]:
 @cache
 def imports(module: str) -> frozenset[str]:
     """The modules of ours that a module imports, function-level and TYPE_CHECKING imports included."""
-    path = MODULES[module]
-    here = ["finetune", *module.split(".")] if module else ["finetune"]
-    package = ".".join(here if path.name == "__init__.py" else here[:-1])
     found = set()
-    for name in imported_names(ast.parse(path.read_text(encoding="utf-8")), package):
+    for name in imported_names(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         first, _, rest = name.partition(".")
-        while first == "finetune" and rest not in MODULES:  # finetune.sql.schema.compact -> sql.schema
+        while first == "finetune" and rest and rest not in MODULES:  # finetune.sql.schema.compact -> sql.schema
             rest = rest.rpartition(".")[0]
+        assert first != "finetune" or rest, f"finetune.{module} imports {name}, which is no module"
         if first == "finetune" and rest != module:
             found.add(rest)
     return frozenset(found)
@@ -189,12 +230,6 @@ def reached(module: str) -> set[str]:
     return found
 
 
-def may_import(importer: str, imported: str) -> bool:
-    mine, other = entry(importer), entry(imported)
-    neighbours = mine == other == "sql" or any({mine, other} <= group for group in NEIGHBOURS)
-    return neighbours or (mine, other) in ALSO or row(imported) < row(importer)
-
-
 def python(program: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True, timeout=60
@@ -203,18 +238,32 @@ def python(program: str) -> str:
     return done.stdout.strip()
 
 
-def test_every_module_has_one_place_in_the_table() -> None:
-    listed = [name for names in ROWS for name in names]
-    assert len(listed) == len(set(listed))
-    unplaced = {entry(module) for module in MODULES} - set(listed)
-    assert not unplaced, "give these a row in the table, and in docs/architecture.md"
-    assert {name for group in (*NEIGHBOURS, TRAINING, *ALSO) for name in group} <= set(listed)
+def test_every_module_has_a_row_and_every_row_a_module() -> None:
+    rows = {module: row(module) for module in MODULES}
+    assert not [module for module, name in rows.items() if not name and module not in MOVING], "give these a row"
+    assert set(MAY_IMPORT) == set(rows.values()) - {""}
+    assert all(needs_torch(module) == (module in NEEDS_TORCH) or row(module) in NEEDS_TORCH for module in MODULES)
+    assert all(name in MODULES or name in MAY_IMPORT for name in NEEDS_TORCH)
+    packages = [
+        path for path in PACKAGE.rglob("__init__.py") if imported_names(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not packages, "an __init__.py that imports makes every import of the package heavy"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_rows_above_its_own(module: str) -> None:
-    wrong = sorted(other for other in imports(module) if not may_import(module, other))
-    assert not wrong, f"finetune.{module} may not import these"
+def test_the_table_allows_imports_from_above_alone() -> None:
+    listed = list(MAY_IMPORT)
+    for place, (package, allowed) in enumerate(MAY_IMPORT.items()):
+        assert set(allowed.split()) <= set(listed[:place]), f"{package} would import from beside or below it"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_what_its_row_says(package: str) -> None:
+    inside = [module for module in MODULES if row(module) == package]
+    used = {(module, other) for module in inside for other in imports(module) if row(other) not in (package, "")}
+    allowed = set(MAY_IMPORT[package].split())
+    wrong = sorted(f"{module} -> {other}" for module, other in used if row(other) not in allowed)
+    assert not wrong, f"finetune.{package} may not import these"
+    assert allowed == {row(other) for _, other in used}, f"finetune.{package} no longer needs all that its row allows"
 
 
 def test_no_imports_go_in_a_circle() -> None:
@@ -222,12 +271,13 @@ def test_no_imports_go_in_a_circle() -> None:
 
 
 def test_training_and_cloud_do_not_know_each_other() -> None:
-    for module in MODULES:
-        if entry(module) in TRAINING:
-            seen = {other for other in reached(module) if other.startswith("cloud.")}
-            assert seen <= {"cloud.instance", "cloud.metadata"}, f"finetune.{module} is of training"
-        if module.startswith("cloud"):
-            assert not reached(module) & TRAINING, f"finetune.{module} is of cloud/"
+    work = [module for module in MODULES if row(module).split(".")[0] in ("training", "evaluation", "budget")]
+    cloud = [module for module in MODULES if row(module).split(".")[0] == "cloud"]
+    assert MOVING or (work and cloud)
+    for module in [*work, *filter(needs_torch, MODULES)]:
+        assert not reached(module) & set(cloud), f"finetune.{module} runs on a GPU machine, which has no SkyPilot"
+    for module in cloud:
+        assert not [name for name in reached(module) if needs_torch(name)], f"finetune.{module} runs without torch"
 
 
 def test_only_the_policy_imports_skypilot_when_it_is_loaded() -> None:
@@ -236,8 +286,8 @@ def test_only_the_policy_imports_skypilot_when_it_is_loaded() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 node.body = []  # what a function imports is not loaded with the module
-        names = {name.partition(".")[0] for name in imported_names(tree, "finetune")}
-        assert SKY not in names or module == "cloud.policy", f"finetune.{module} imports {SKY} at its top level"
+        names = {name.partition(".")[0] for name in imported_names(tree)}
+        assert SKY not in names or module == POLICY, f"finetune.{module} imports {SKY} at its top level"
 
 
 def test_the_folder_of_task_files_is_no_package() -> None:
@@ -245,8 +295,8 @@ def test_the_folder_of_task_files_is_no_package() -> None:
 
 
 def test_a_laptop_needs_nothing_of_training_to_load_what_it_uses() -> None:
-    modules = [m for m in MODULES if entry(m) not in TRAINING | {"cloud.policy", "__main__"}]
-    imports_ = "; ".join(f"import finetune.{module}" for module in modules if module)
+    modules = [module for module in MODULES if not needs_torch(module) and module not in (POLICY, "__main__")]
+    imports_ = "; ".join(f"import finetune.{module}" for module in modules)
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in (*HEAVY, SKY))
     assert python(f"import sys; {blocked}; {imports_}; print('loaded')") == "loaded"
 

@@ -266,7 +266,7 @@ TWO = "GPU 0: NVIDIA L4 (UUID: GPU-1)\nGPU 1: NVIDIA L4 (UUID: GPU-2)"
 PYTHON = """\
 #!/usr/bin/env bash
 case "$*" in
-  "-m finetune.torchrun "*) echo "$*" >>"$CALLS"; exit "${FAKE_CODE:-0}" ;;
+  "-m finetune.runtime.torchrun "*) echo "$*" >>"$CALLS"; exit "${FAKE_CODE:-0}" ;;
 esac
 exec %s "$@"
 """
@@ -285,11 +285,12 @@ def test_one_process_per_gpu_trains_where_there_are_several(machine: RentedMachi
     code, said = machine.run("machine_train.sh", FAKE_CODE="75")
     assert code == 75, said
     assert machine.calls()[-1] == (
-        "-m finetune.torchrun --nproc-per-node 2 -m finetune train config.yaml " + ENDS.format(bucket=machine.bucket)
+        "-m finetune.runtime.torchrun --nproc-per-node 2 -m finetune train config.yaml "
+        + ENDS.format(bucket=machine.bucket)
     )
     folder = begin_run(machine, "interrupted")
     machine.run("machine_train.sh")
-    assert machine.calls()[-1] == f"-m finetune.torchrun --nproc-per-node 2 -m finetune train --resume {folder}"
+    assert machine.calls()[-1] == f"-m finetune.runtime.torchrun --nproc-per-node 2 -m finetune train --resume {folder}"
 
 
 @pytest.mark.parametrize(("listed", "visible"), [(TWO.partition("\n")[0], ""), (TWO, "1"), ("", "")])
@@ -307,6 +308,6 @@ def test_the_nodes_of_a_task_find_the_first_of_them(machine: RentedMachine, list
     code, said = machine.run("machine_train.sh", **nodes)
     assert code == 0, said
     assert machine.calls()[-1] == (
-        "-m finetune.torchrun --nnodes 2 --node-rank 1 --master-addr 10.0.0.4 --master-port 29500 "
+        "-m finetune.runtime.torchrun --nnodes 2 --node-rank 1 --master-addr 10.0.0.4 --master-port 29500 "
         f"--nproc-per-node {processes} -m finetune train config.yaml " + ENDS.format(bucket=machine.bucket)
     )

@@ -13,16 +13,9 @@ import pytest
 pytest.importorskip("torch")
 from transformers import TrainerControl, TrainerState
 
-from finetune import ranks
-from finetune.stopping import (
-    NOTICE_SECONDS,
-    ONE_SIGNAL_SECONDS,
-    SAVE_SECONDS,
-    EndOfStep,
-    StepAbandoned,
-    Stop,
-    StopSignals,
-)
+from finetune.runtime import distributed
+from finetune.runtime.stop_request import NOTICE_SECONDS, ONE_SIGNAL_SECONDS, SAVE_SECONDS, Stop, StopSignals
+from finetune.stopping import EndOfStep, StepAbandoned
 
 
 class Clock:
@@ -188,13 +181,13 @@ def test_several_processes_end_the_step(stop: Stop, clock: Clock, monkeypatch: p
 
 
 def test_all_processes_stop_when_one_was_asked(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "any_of_each", lambda flags: [True, False, False])
+    monkeypatch.setattr(distributed, "any_of_each", lambda flags: [True, False, False])
     control = end(ends(stop, clock), 3)
     assert control.should_save and control.should_training_stop
 
 
 def test_the_clock_of_one_process_saves_on_all(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "any_of_each", lambda flags: [False, False, True])
+    monkeypatch.setattr(distributed, "any_of_each", lambda flags: [False, False, True])
     control = end(ends(stop, clock), 3)
     assert control.should_save and not control.should_training_stop
 
@@ -231,7 +224,7 @@ def test_a_second_ctrl_c_exits_at_once(stop: Stop, clock: Clock) -> None:
 
 SECOND_TERM = f"""
 import os, signal, time
-from finetune.stopping import Stop, StopSignals
+from finetune.runtime.stop_request import Stop, StopSignals
 with StopSignals(Stop(lambda text: print(text, flush=True))):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep({ONE_SIGNAL_SECONDS} + 0.2)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.console import typed_text
-from finetune.files import read_json, write_json, write_text
+from finetune.runtime.console import typed_text
+from finetune.runtime.files import read_json, write_json, write_text
 from tests.helpers.data_examples import make_database, row, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("no_keys")

@@ -21,10 +21,10 @@ torch = pytest.importorskip("torch")
 from finetune import checkpoint  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.config import config_hash, load_config  # noqa: E402
-from finetune.files import sha256_file  # noqa: E402
 from finetune.model import load_tokenizer  # noqa: E402
 from finetune.prompts import PromptTemplate, encode_examples, load_template  # noqa: E402
 from finetune.records import read_records  # noqa: E402
+from finetune.runtime.files import sha256_file  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,8 +19,9 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from finetune import checkpoint, torchrun  # noqa: E402
+from finetune import checkpoint  # noqa: E402
 from finetune.cli import main  # noqa: E402
+from finetune.runtime import torchrun  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("no_keys"),
@@ -59,7 +60,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def two(*arguments: str, script: tuple[str, ...] = ("-m", "finetune")) -> list[str]:
-    return [sys.executable, "-m", "finetune.torchrun", "--nproc-per-node", "2", *script, *arguments]
+    return [sys.executable, "-m", "finetune.runtime.torchrun", "--nproc-per-node", "2", *script, *arguments]
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
@@ -89,7 +90,7 @@ def largest_difference(run: Path, other: Path) -> float:
 
 BOTH = """
 import sys
-from finetune import ranks
+from finetune.runtime import distributed as ranks
 from finetune.cli import main
 with ranks.together():
     codes = [main(["train", config, "training.run_name=two"]) for config in sys.argv[1:]]

@@ -20,8 +20,9 @@ torch = pytest.importorskip("torch")
 
 from safetensors import SafetensorError  # noqa: E402
 
-from finetune import checkpoint, faults, train  # noqa: E402
+from finetune import checkpoint, train  # noqa: E402
 from finetune.cli import main  # noqa: E402
+from finetune.runtime import fault_injection  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ConfigWriter = Callable[..., Path]
@@ -267,7 +268,7 @@ def test_an_adapter_that_cannot_be_saved_leaves_no_half_and_is_saved_by_resume(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(faults, "place", full)
+        patched.setattr(fault_injection, "place", full)
         refused(["train", str(tiny_config())], r"runs/tiny-001: no space left on the disk", capsys)
     run = tmp_path / "runs" / "tiny-001"
     names = {path.name for path in run.iterdir()}

@@ -214,7 +214,7 @@ def test_a_step_that_would_end_too_late_is_given_up_and_the_state_before_it_save
     config = tiny_config(training={"max_steps": 6}, lora={"lora_dropout": 0.2}, checkpoint={"save_steps": 100})
     assert main(["train", str(config)]) == 0
     with monkeypatch.context() as patched:
-        patched.setattr("finetune.stopping.NOTICE_SECONDS", 1.0)  # less than the time for saving
+        patched.setattr("finetune.runtime.stop_request.NOTICE_SECONDS", 1.0)  # less than the time for saving
         at_step(4, lambda: signal.raise_signal(signal.SIGTERM), patched)
         assert main(["train", str(config)]) == 75
     whole, run = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))

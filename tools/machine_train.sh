@@ -29,11 +29,11 @@ set_trainer() {  # sets `trainer`: what stands for `finetune train`. One process
   count=$(gpus)
   trainer=(finetune train)
   if [ "${SKYPILOT_NUM_NODES:-1}" -gt 1 ]; then
-    trainer=(python -m finetune.torchrun --nnodes "$SKYPILOT_NUM_NODES" --node-rank "$SKYPILOT_NODE_RANK"
+    trainer=(python -m finetune.runtime.torchrun --nnodes "$SKYPILOT_NUM_NODES" --node-rank "$SKYPILOT_NODE_RANK"
       --master-addr "$(head -n 1 <<<"$SKYPILOT_NODE_IPS")" --master-port 29500
       --nproc-per-node "$((count > 1 ? count : 1))" -m finetune train)
   elif [ "$count" -gt 1 ]; then
-    trainer=(python -m finetune.torchrun --nproc-per-node "$count" -m finetune train)
+    trainer=(python -m finetune.runtime.torchrun --nproc-per-node "$count" -m finetune train)
   fi
 }
 

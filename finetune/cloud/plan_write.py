@@ -9,7 +9,7 @@ import yaml
 
 from finetune.cloud.plan import Plan, Row
 from finetune.errors import UserError
-from finetune.files import write_text
+from finetune.runtime.files import write_text
 
 LISTS = ("ordered", "any_of")
 REPLACED = {"accelerators", "instance_type", "use_spot"}

@@ -29,10 +29,10 @@ from finetune.cloud.plan import OnGpu, run_on
 from finetune.cloud.prices import Catalog
 from finetune.cloud.run_size import run_size
 from finetune.config import PlanSection, load_config
-from finetune.console import print_anything
 from finetune.errors import NotEstimated, UserError
-from finetune.files import mend_line_ends, with_carriage_returns
 from finetune.gpus import GPUS
+from finetune.runtime.console import print_anything
+from finetune.runtime.files import mend_line_ends, with_carriage_returns
 
 CONFIG, OVERRIDES, BUDGET, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_RUN_USD", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
 """Environment variables of our task YAMLs."""

@@ -15,8 +15,8 @@ from finetune.errors import EXIT_OK, UserError
 from finetune.evaluate import evaluate_base, evaluate_run
 from finetune.model import attach_lora, choose_device, load_base, load_tokenizer
 from finetune.runs import RunFolder, open_run
+from finetune.runtime.console import say
 from finetune.train import resume, start
-from finetune.train_parts import say
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -1,4 +1,4 @@
-"""`python -m finetune.torchrun`: torchrun, with exit codes that a managed job can go by.
+"""`python -m finetune.runtime.torchrun`: torchrun, with exit codes that a managed job can go by.
 
 It takes torchrun's arguments. torchrun itself exits with 1 however a run ended, and gives it 30 seconds to save its work when it
 is told to stop. Here the code is that of `finetune train` (2 the user's mistake, 75 interrupted), and the time GRACE_SECONDS.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.credentials import huggingface_home, huggingface_token_present, wandb_key_present
+from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
 
 VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME",

@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from tqdm import tqdm
+
+from finetune.runtime import distributed
+
 
 def print_anything() -> None:
     """From now on stdout and stderr show what their encoding lacks as \\xfc or \\u2192 instead of raising UnicodeEncodeError.
@@ -107,3 +111,8 @@ def outliving_readers() -> Iterator[None]:
         sys.stderr.flush()
     finally:
         sys.stdout, sys.stderr = before
+
+
+def say(message: str) -> None:
+    if distributed.first():
+        tqdm.write(message, file=sys.stderr)  # on a line of its own, also while a bar is shown

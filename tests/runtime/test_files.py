@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 
 from finetune.errors import UserError
-from finetune.files import atomic_file, disk_error, read_json, sha256_file, write_json, write_text
+from finetune.runtime.files import atomic_file, disk_error, read_json, sha256_file, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.console import outliving_readers
+from finetune.runtime.console import outliving_readers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PRINTS = """
 import os, sys
-from finetune.console import outliving_readers
+from finetune.runtime.console import outliving_readers
 with outliving_readers():
     print("heard", flush=True)
     sys.stdin.readline()
