@@ -32,7 +32,7 @@ from benchmarks.throughput_recipe import BATCH, LONGEST, Recipe
 from benchmarks.throughput_report import last_turn, plot, summarise, table
 from finetune.config import LoraSection, TrainingSection
 from finetune.errors import EXIT_MISSING, EXIT_USER_ERROR, UserError
-from finetune.hardware import GROWING_SEGMENTS
+from finetune.machine.hardware import GROWING_SEGMENTS
 from finetune.runtime.console import print_anything
 from finetune.runtime.files import write_json
 

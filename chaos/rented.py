@@ -13,7 +13,7 @@ from chaos.observe import booked
 from chaos.soak import Bench, Run, last_line
 from chaos.world import USD_PER_HOUR, Kind
 from finetune.errors import EXIT_OK
-from finetune.machine_time import machine_age
+from finetune.machine.billed_time import machine_age
 
 OFFER = {"gpu": "L4", "zone": "us-central1-a", "spot": True, "usd_per_hour": USD_PER_HOUR}
 PRICES = json.dumps({"basis": "made up", "ceiling_usd_per_hour": None, "offers": [OFFER]})

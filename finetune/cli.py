@@ -289,7 +289,7 @@ def _large_imports() -> Iterator[None]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from finetune.hardware import let_segments_grow
+    from finetune.machine.hardware import let_segments_grow
 
     let_segments_grow()
     from finetune.runtime import distributed

@@ -120,7 +120,7 @@ def _ceilings(arguments: argparse.Namespace, config: RunConfig) -> Ceilings:
 
 
 def _machine(arguments: argparse.Namespace) -> int:
-    from finetune.cloud.instance import machine_price, this_machine, wall_hours
+    from finetune.machine.price import machine_price, this_machine, wall_hours
 
     price = machine_price()
     hours = wall_hours(price, max_run_usd=arguments.max_run_usd, max_hours=arguments.max_hours)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from finetune.config_schema import RunConfig
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 
 
 def impossible_values(config: RunConfig) -> list[str]:

@@ -125,7 +125,7 @@ class BudgetSection:
 class PlanSection:
     """What `finetune plan` has to assume, because nothing here has measured it."""
 
-    gpus: list[str] = field(default_factory=lambda: ["A100", "L4", "T4", "V100"])  # names of finetune/gpus.py
+    gpus: list[str] = field(default_factory=lambda: ["A100", "L4", "T4", "V100"])  # names of finetune/machine/gpus.py
     disk_gib: int = 200  # of the machine, as the task YAMLs ask for
     setup_minutes: float = 12.0  # paid before the first step: boot, packages, download of the model, loading
     spot_preemptions_per_hour: float = 0.05  # one in 20 hours; Google publishes no rate for GPUs

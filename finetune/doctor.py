@@ -20,16 +20,7 @@ from finetune.doctor_check import Check, Need, Status
 from finetune.doctor_check import absent as _absent
 from finetune.doctor_cloud import cloud_checks
 from finetune.errors import EXIT_MISSING, EXIT_OK
-from finetune.hardware import (
-    GIB,
-    Driver,
-    Hardware,
-    TorchBuild,
-    detect,
-    nvidia_driver,
-    runs_on,
-    torch_build,
-)
+from finetune.machine.hardware import GIB, Driver, Hardware, TorchBuild, detect, nvidia_driver, runs_on, torch_build
 from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
 from finetune.runtime.files import mend_line_ends, with_carriage_returns
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from finetune.config import RunConfig, questions_per_step
 from finetune.errors import UserError
-from finetune.gpus import GPUS, Gpu
 from finetune.lean_memory import LeanLoad, lean_estimate
+from finetune.machine.gpus import GPUS, Gpu
 from finetune.memory import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, fits, largest_rows, workload_of
 from finetune.shapes import ModelShape
 from finetune.speed import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes

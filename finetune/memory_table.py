@@ -8,7 +8,7 @@ from dataclasses import replace
 from finetune.config import RunConfig, questions_per_step
 from finetune.errors import UserError
 from finetune.fit import MARGIN, Fitted, fit_on, usual_step_tokens
-from finetune.gpus import GPUS, Gpu
+from finetune.machine.gpus import GPUS, Gpu
 from finetune.memory import (
     CONTEXT_GIB,
     GIB,
@@ -30,8 +30,8 @@ def memory_table(config: RunConfig, gpus: list[str]) -> str:
     """Aligned plain text: what the run chooses on each GPU, and the parts of its step's peak there (GiB).
 
     On the stock way (training.kernels) the parts are those of each dtype with checkpointing on and off, and the GPUs' verdicts
-    come after. Everything is estimated for the longest batch that the config allows. gpus: names of finetune.gpus.GPUS. Raises
-    UserError for another name, and for a model whose shape is not known.
+    come after. Everything is estimated for the longest batch that the config allows. gpus: names of
+    finetune.machine.gpus.GPUS. Raises UserError for another name, and for a model whose shape is not known.
     """
     if not gpus:
         raise UserError(f"plan.gpus: name at least one GPU; known: {', '.join(GPUS)}")

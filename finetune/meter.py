@@ -19,7 +19,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.ledger import Attempt, AttemptLog, Ledger
-from finetune.machine_time import MachineTime
+from finetune.machine.billed_time import MachineTime
 
 HEARTBEAT_VARIABLE = "FINETUNE_HEARTBEAT_SECONDS"
 HEARTBEAT_SECONDS = 30.0

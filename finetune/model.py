@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from finetune.config import LoraSection, ModelSection, QuantizationSection
 from finetune.errors import UserError
-from finetune.hardware import dtype_for
+from finetune.machine.hardware import dtype_for
 from finetune.runtime.files import disk_error, sha256_file
 
 if TYPE_CHECKING:

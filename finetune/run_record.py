@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from finetune.callbacks import Throughput, history_rows
 from finetune.config import RunConfig, config_hash, to_dict
 from finetune.data import Prepared
-from finetune.hardware import detect
+from finetune.machine.hardware import detect
 from finetune.memory import GIB
 from finetune.model import Device, parameter_counts
 from finetune.prompts import PromptTemplate

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from finetune.gpus import Gpu
+    from finetune.machine.gpus import Gpu
     from finetune.memory import ModelShape
 
 
@@ -49,8 +49,8 @@ class Speed:
 class Measurement:
     """One measured configuration of our training step; whoever measures another adds a row to MEASURED.
 
-    gpu: its name in finetune.gpus.GPUS. linear_parameters: of the model's shape; another model with the same projections is as
-    fast, since its head sees labelled tokens alone.
+    gpu: its name in finetune.machine.gpus.GPUS. linear_parameters: of the model's shape; another model with the same
+    projections is as fast, since its head sees labelled tokens alone.
     rows: questions in a micro-batch. mean_tokens: of one question with its answer.
     """
 

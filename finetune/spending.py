@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.callbacks import Throughput
-from finetune.cloud.instance import PREEMPTED, MachinePrice, PreemptionWatch, dearest_usd_per_hour, facts, rented
 from finetune.config import RunConfig
 from finetune.errors import EXIT_OK
 from finetune.ledger import Attempt, Ledger
-from finetune.machine_time import MachineTime
+from finetune.machine.billed_time import MachineTime
+from finetune.machine.preemption import PREEMPTED, PreemptionWatch
+from finetune.machine.price import MachinePrice, dearest_usd_per_hour, facts, rented
 from finetune.meter import Ceilings, Meter
 from finetune.runs import RunFolder
 from finetune.runtime import distributed

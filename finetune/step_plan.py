@@ -13,9 +13,9 @@ from finetune.batching import steps_of_epoch
 from finetune.config import RunConfig, questions_per_step
 from finetune.errors import UserError
 from finetune.fit import Limits, choose
-from finetune.gpus import Gpu, known_gpu
 from finetune.lean_memory import LeanLoad, lean_estimate
 from finetune.lean_model import FAMILIES, LeanModel, why_not
+from finetune.machine.gpus import Gpu, known_gpu
 from finetune.memory import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, largest_rows, workload_of
 from finetune.model import Device
 from finetune.shapes import LLAMA_LIKE, ModelShape, shape_from_config

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.cloud.instance import MachinePrice, machine_price
 from finetune.config import BudgetSection, RunConfig, TrackingSection
 from finetune.data import Prepared, load_prepared
 from finetune.errors import UserError
+from finetune.machine.price import MachinePrice, machine_price
 from finetune.model import Device, attach_lora, choose_device, load_base, load_tokenizer
 from finetune.prompts import PromptTemplate
 from finetune.records import Split

@@ -14,9 +14,9 @@ from finetune.cloud.candidates import (
     shorten,
     table,
 )
-from finetune.cloud.instance import Machine, price_in
 from finetune.cloud.prices import Offer
 from finetune.errors import UserError
+from finetune.machine.price import Machine, price_in
 
 
 def candidate(

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from finetune.config import RunConfig, config_hash, from_dict, load_config, questions_per_step, to_dict, to_yaml
 from finetune.errors import UserError
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SMALLEST: dict[str, Any] = {

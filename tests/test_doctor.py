@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune import doctor, hardware
+from finetune import doctor
 from finetune.cloud import gcloud_ask
 from finetune.doctor_check import Check, Need
-from finetune.hardware import Driver, Gpu, Hardware, TorchBuild
+from finetune.machine import hardware
+from finetune.machine.hardware import Driver, Gpu, Hardware, TorchBuild
 
 ROOT = Path(__file__).resolve().parents[1]
 V100 = Gpu("Tesla V100-SXM2-16GB", 16.0, (7, 0))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from finetune.config import RunConfig, load_config
 from finetune.errors import UserError
 from finetune.fit import ALIKE, MARGIN, MOST_TOKENS, Limits, TooSmall, choose, fit_on, usual_step_tokens
-from finetune.gpus import GPUS, Gpu
 from finetune.lean_memory import LeanLoad, lean_estimate
+from finetune.machine.gpus import GPUS, Gpu
 from finetune.memory import CONTEXT_GIB, GIB, SHAPES, Workload, estimate, fits, largest_rows, workload_of
 from finetune.speed import LeanStep, lean_step_seconds, step_sizes
 

@@ -6,7 +6,7 @@ import pytest
 
 from finetune.cloud.machines import N1_LIMITS, check_machine, fits
 from finetune.errors import UserError
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 
 
 @pytest.mark.parametrize(("gpu", "count"), [(gpu, count) for gpu, rows in N1_LIMITS.items() for count in rows])

@@ -11,7 +11,7 @@ import pytest
 from finetune.config import RunConfig, load_config
 from finetune.errors import UserError
 from finetune.fit import fit_on, usual_step_tokens
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 from finetune.memory import CONTEXT_GIB, GIB, SHAPES, estimate, fits, largest_rows, workload_of
 from finetune.memory_table import memory_table
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from finetune.errors import UserError
 from finetune.ledger import Ledger
-from finetune.machine_time import MachineTime
+from finetune.machine.billed_time import MachineTime
 from finetune.meter import HEARTBEAT_VARIABLE, Ceilings, Meter, heartbeat_seconds
 
 BEAT = 0.1

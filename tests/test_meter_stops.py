@@ -22,7 +22,7 @@ PROGRAM = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
 from finetune.ledger import Ledger
-from finetune.machine_time import MachineTime, process_age
+from finetune.machine.billed_time import MachineTime, process_age
 from finetune.meter import Ceilings, Meter
 
 folder, how, ceiling = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])

@@ -26,7 +26,7 @@ from finetune.cloud.plan import (
 from finetune.cloud.run_size import run_size
 from finetune.config import CheckpointSection, PlanSection
 from finetune.errors import UserError
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 from finetune.shapes import SHAPES
 from finetune.speed import LeanStep, Speed, lean_speed
 from tests.helpers.plan_examples import (

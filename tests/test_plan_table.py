@@ -14,7 +14,7 @@ import pytest
 from finetune.cloud.plan import Ceilings, Plan
 from finetune.cloud.plan_table import HEADER, render, to_json
 from finetune.cloud.prices import load_catalog
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 from finetune.shapes import SHAPES
 from finetune.speed import training_speed
 from tests.helpers.catalog_fixture import lay_out_catalog

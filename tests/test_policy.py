@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from finetune.cloud.instance import Machine, price_in
+from finetune.machine.price import Machine, price_in
 from tests.helpers.catalog_fixture import lay_out_catalog
 from tests.helpers.json_server import JsonHandler, serving
 from tests.helpers.sky_home import SkyWorker, bucket_stand_in, fake_gcloud_home

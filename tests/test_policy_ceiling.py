@@ -10,7 +10,7 @@ import pytest
 
 from finetune.cloud.catalog_file import read_prices
 from finetune.cloud.prices import SNAPSHOT, Catalog, Offer, read_clouds
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import lay_out_catalog, shared_catalog
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.cloud.prices import Catalog, load_catalog
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import gpu, host, lay_out_catalog, shared_catalog, write_prices
 
 A100 = "a2-highgpu-1g"

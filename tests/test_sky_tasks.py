@@ -18,7 +18,7 @@ import yaml
 
 from finetune.config import load_config
 from finetune.errors import EXIT_TRANSIENT, EXIT_USER_ERROR
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 from finetune.memory import SHAPES, shape_of
 from finetune.speed import (
     FILL,

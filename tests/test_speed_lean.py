@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 from finetune.memory import SHAPES
 from finetune.speed import LEAN_STEP, LeanStep, lean_gpu_seconds, lean_speed, lean_step_seconds
 

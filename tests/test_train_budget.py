@@ -154,7 +154,7 @@ HANGS = """
 import sys, time
 import finetune.train
 from finetune import spending
-from finetune.machine_time import MachineTime, process_age
+from finetune.machine.billed_time import MachineTime, process_age
 from finetune.stepper import Stepper
 origin = process_age()
 spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: 20 * (process_age() - origin))
@@ -204,7 +204,7 @@ def machine_costs(usd_per_hour: float, monkeypatch: pytest.MonkeyPatch, home: Pa
 def test_the_price_and_the_boot_of_the_machine_count_before_the_configs(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.machine_time import machine_age
+    from finetune.machine.billed_time import machine_age
 
     machine_costs(36.0, monkeypatch, tmp_path)
     assert main(["train", str(tiny_config(training={"max_steps": 1}, budget={"usd_per_hour": 1.0}))]) == 0

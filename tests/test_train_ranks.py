@@ -193,7 +193,7 @@ SLOW = """
 import os, sys, time
 import finetune.train
 from finetune import spending
-from finetune.machine_time import MachineTime, process_age
+from finetune.machine.billed_time import MachineTime, process_age
 from finetune.stepper import Stepper
 origin = process_age()
 spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: {factor} * (process_age() - origin))

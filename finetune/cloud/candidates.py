@@ -209,7 +209,7 @@ def table(found: Sequence[Entry], shown: int) -> str:
 
 
 def price_table(found: Sequence[Entry], basis: str) -> dict[str, object]:
-    """What the job gets, so that it knows its own price (`instance.price_in` reads it)."""
+    """What the job gets, so that it knows its own price (`machine.price.price_in` reads it)."""
     asked = [entry.best.wanted for entry in found]
     known = [wanted.ceiling for wanted in asked if wanted.ceiling is not None]
     return {

@@ -15,7 +15,7 @@ from finetune.cloud.run_size import RunSize, run_size
 from finetune.config import CheckpointSection, PlanSection, RunConfig, questions_per_step
 from finetune.errors import NotEstimated, UserError
 from finetune.fit import Fitted, Limits, fit_on, usual_step_tokens
-from finetune.gpus import GPUS, Gpu
+from finetune.machine.gpus import GPUS, Gpu
 from finetune.shapes import ModelShape
 from finetune.speed import LeanStep, Speed, lean_speed, training_speed
 

@@ -24,13 +24,13 @@ from finetune.cloud.bucket import fill_bucket
 from finetune.cloud.candidates import Candidate, Entry, Wanted
 from finetune.cloud.disks import disk_usd_per_hour
 from finetune.cloud.fresh_catalog import catalog_for_launch
-from finetune.cloud.instance import VARIABLE
 from finetune.cloud.plan import OnGpu, run_on
 from finetune.cloud.prices import Catalog
 from finetune.cloud.run_size import run_size
 from finetune.config import PlanSection, load_config
 from finetune.errors import NotEstimated, UserError
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
+from finetune.machine.price import VARIABLE
 from finetune.runtime.console import print_anything
 from finetune.runtime.files import mend_line_ends, with_carriage_returns
 

@@ -10,7 +10,7 @@ from finetune.cloud.catalog_file import read_prices
 from finetune.cloud.plan import Ceilings, Plan, Row, plan_run
 from finetune.cloud.prices import Catalog
 from finetune.config import RunConfig, from_dict
-from finetune.gpus import GPUS
+from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import gpu, host, write_prices
 
 HOST_USD, HOST_SPOT_USD = 0.10, 0.05

@@ -74,7 +74,7 @@ class FakeTime:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         from finetune import spending
-        from finetune.machine_time import MachineTime
+        from finetune.machine.billed_time import MachineTime
 
         self.seconds = 0.0
         monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.05")

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from finetune.cloud import metadata
-from finetune.cloud.metadata import NOBODY, Caller, value
+from finetune.machine import metadata
+from finetune.machine.metadata import NOBODY, Caller, value
 from tests.helpers.metadata_server import PREFIX, MetadataServer, etag
 
 

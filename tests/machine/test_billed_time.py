@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from finetune import machine_time
 from finetune.errors import UserError
-from finetune.machine_time import MARKER, MachineTime, machine_age, machine_identity, process_age
+from finetune.machine import billed_time
+from finetune.machine.billed_time import MARKER, MachineTime, machine_age, machine_identity, process_age
 
 
 class Age:
@@ -45,7 +45,7 @@ def test_a_machine_is_as_old_as_its_first_process() -> None:
 
 def test_a_process_is_as_old_as_it_runs() -> None:
     program = (
-        "import time; time.sleep(0.5); from finetune.machine_time import process_age as age; before = age(); "
+        "import time; time.sleep(0.5); from finetune.machine.billed_time import process_age as age; before = age(); "
         "time.sleep(0.3); print(before, age())"
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
@@ -137,7 +137,7 @@ def test_the_clock_on_the_wall_takes_no_part(tmp_path: Path, monkeypatch: pytest
 
 
 def test_without_proc_the_time_since_loading_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_time, "_started", lambda process: None)
+    monkeypatch.setattr(billed_time, "_started", lambda process: None)
     assert machine_age() is None and machine_identity() is None
     mine = MachineTime(rented=True, home=tmp_path)
     assert 0 < mine.seconds() == pytest.approx(process_age(), abs=5)

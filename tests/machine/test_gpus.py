@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.gpus import known_gpu
+from finetune.machine.gpus import known_gpu
 
 
 @pytest.mark.parametrize(

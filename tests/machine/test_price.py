@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import main
-from finetune.cloud import instance
-from finetune.cloud.instance import (
+from finetune.errors import UserError
+from finetune.machine import price as machine_price_module
+from finetune.machine.preemption import MAINTENANCE, PREEMPTED, PreemptionWatch
+from finetune.machine.price import (
     KEPT,
-    MAINTENANCE,
-    PREEMPTED,
     VARIABLE,
     Machine,
-    PreemptionWatch,
     dearest_usd_per_hour,
     facts,
     gpu_of,
@@ -29,7 +28,6 @@ from finetune.cloud.instance import (
     this_machine,
     wall_hours,
 )
-from finetune.errors import UserError
 from tests.helpers.metadata_server import MetadataServer
 
 OFFERS = [
@@ -159,7 +157,7 @@ def test_a_broken_table_is_an_error_not_a_free_machine(text: str, monkeypatch: p
 
 
 def test_hours_that_a_budget_buys_count_from_boot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instance, "machine_age", lambda: 1800.0)
+    monkeypatch.setattr(machine_price_module, "machine_age", lambda: 1800.0)
     price = price_in(TABLE, Machine("us-central1-a", False, "T4"))  # $0.80
     assert wall_hours(price, max_run_usd=8.0, max_hours=None) == pytest.approx(9.5)
     assert wall_hours(price, max_run_usd=8.0, max_hours=2.0) == 2.0

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune import hardware
-from finetune.hardware import Driver, Gpu, TorchBuild, program_output
+from finetune.machine import hardware
+from finetune.machine.hardware import Driver, Gpu, TorchBuild, program_output
 
 
 @pytest.fixture(autouse=True)

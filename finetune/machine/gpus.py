@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.hardware import dtype_for
+from finetune.machine.hardware import dtype_for
 
 GIB = 2**30
 

@@ -1,0 +1,81 @@
+"""When Google takes the rented machine away: its metadata server is asked all the time, and a notice is told once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from finetune.machine import metadata
+from finetune.machine.price import rented
+
+PREEMPTED, MAINTENANCE = "preempted", "maintenance-event"
+ALARMS = {PREEMPTED: "TRUE", MAINTENANCE: "TERMINATE_ON_HOST_MAINTENANCE"}
+"""The values of instance/KEY that mean that this machine goes. A preempted one has up to 30 s from then; one with a GPU whose
+host is to be repaired, an hour, and only if somebody has asked before."""
+HOLD_SECONDS = 10
+"""For which the metadata server holds an answer back when nothing changes. A line that died without a sign is noticed only
+after that, so it is short against the 30 s of a preemption, too."""
+FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.1, 2.0
+"""Between two questions to a server that is busy or gone."""
+REST_SECONDS = 0.5
+"""Between two that are answered, for servers that hold nothing back."""
+
+
+class PreemptionWatch:
+    """Tells when Google announces that it takes this machine away. Silent off Google Cloud, where its threads end at once.
+
+    on_notice: called by a thread, once for each of ALARMS with its key; it should do no more than to set a flag. Use as a context
+    manager, or call `start` and `close`.
+    """
+
+    def __init__(self, on_notice: Callable[[str], None]) -> None:
+        self._on_notice = on_notice
+        self._closed = threading.Event()
+        self._stays = rented()
+        self._callers = {key: metadata.Caller() for key in ALARMS}
+        self._threads = [
+            threading.Thread(target=self._listen, args=(key,), name=f"metadata {key}", daemon=True) for key in ALARMS
+        ]
+
+    def start(self) -> PreemptionWatch:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def listening(self) -> bool:
+        """Whether a notice would still be heard."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def close(self) -> None:
+        """Ends the threads, in the middle of a question too."""
+        self._closed.set()
+        for caller in self._callers.values():
+            caller.hang_up()
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(metadata.CONNECT_SECONDS + 1)
+
+    def __enter__(self) -> PreemptionWatch:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _listen(self, key: str) -> None:
+        caller, etag, pause = self._callers[key], "", FIRST_PAUSE_SECONDS
+        answers = 0
+        while not self._closed.is_set():
+            answer = caller.ask(key, last_etag=etag, wait_seconds=HOLD_SECONDS if etag else 0)
+            answers += 1
+            if answer.value.upper() == ALARMS[key]:
+                self._on_notice(key)
+                return
+            elsewhere = answer == metadata.NOBODY and answers == 1 and not self._stays
+            if elsewhere or 400 <= answer.status < 500:  # or not a key of this server
+                return
+            if answer.status == metadata.OK:
+                etag, pause = answer.etag, FIRST_PAUSE_SECONDS
+                self._closed.wait(REST_SECONDS)
+            else:
+                self._closed.wait(pause)
+                pause = min(2 * pause, LAST_PAUSE_SECONDS)
