@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.checkpoint import CheckpointStore
+from finetune.checkpoint.async_saver import Committed, Saver
+from finetune.checkpoint.store import CheckpointStore
 from finetune.config import RunConfig, config_hash, to_yaml
 from finetune.data import Prepared
 from finetune.errors import UserError
@@ -25,7 +26,6 @@ from finetune.runs import RunFolder
 from finetune.runtime import fault_injection
 from finetune.runtime.console import say
 from finetune.runtime.files import write_json, write_text
-from finetune.saver import Committed, Saver
 from finetune.trainer import AnswerTrainer
 
 CONFIG, DATA_MANIFEST, WINDOW, LABELS = "config.yaml", "data-manifest.json", "window.json", "labels.json"

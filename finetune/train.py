@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 
 from finetune.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
-from finetune.checkpoint import read_manifest
+from finetune.checkpoint.async_saver import Committed, Saver
+from finetune.checkpoint.store import read_manifest
 from finetune.config import RunConfig, config_hash, load_config, to_dict
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.proof import check_resumed
@@ -24,7 +25,6 @@ from finetune.runs import RunFolder, check_name_is_free, create_run
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import Stop, StopSignals
-from finetune.saver import Committed, Saver
 from finetune.snapshots import WINDOW, Snapshots, scratch_folder
 from finetune.spending import Spending
 from finetune.step_plan import StepPlan, plan_step, worst_micro_batch

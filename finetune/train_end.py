@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.checkpoint import read_manifest
+from finetune.checkpoint.store import read_manifest
 from finetune.errors import UserError
 from finetune.prompts import PromptTemplate
 from finetune.run_record import RunRecorder

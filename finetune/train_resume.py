@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint import CheckpointStore, Skipped, read_manifest
+from finetune.checkpoint.store import CheckpointStore, Skipped, read_manifest
 from finetune.config import RunConfig, load_config, to_dict, with_numbers
 from finetune.data import Prepared
 from finetune.errors import UserError

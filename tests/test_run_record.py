@@ -19,7 +19,7 @@ from tests.helpers.train_helpers import FakeTime, adapter_of, at_step, change, c
 
 torch = pytest.importorskip("torch")
 
-from finetune.checkpoint import CheckpointStore  # noqa: E402
+from finetune.checkpoint.store import CheckpointStore  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 
@@ -108,7 +108,7 @@ def test_a_copy_that_is_committed_after_the_end_still_counts(
         return put(self, source, **labels)
 
     monkeypatch.setattr(CheckpointStore, "put", late)
-    monkeypatch.setattr("finetune.saver.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("finetune.checkpoint.async_saver.CLOSE_SECONDS", 0.1)
     fails_at(4, ["train", str(tiny_config())])
     assert record_of(run)["status"] == "failed"
     check_agrees(run)  # none yet

@@ -18,7 +18,7 @@ from tests.helpers.train_helpers import adapter_of, record_of, steps_in
 
 torch = pytest.importorskip("torch")
 
-from finetune import checkpoint  # noqa: E402
+from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.config import config_hash, load_config  # noqa: E402
 from finetune.model import load_tokenizer  # noqa: E402
@@ -117,9 +117,11 @@ def test_the_adapter_folder_is_complete_in_itself(tiny_run: Path, tiny_data: Pat
 
 
 def test_checkpoints_verify_and_only_the_last_are_kept(tiny_run: Path) -> None:
-    kept = [folder.name for folder in checkpoint.newest_first(tiny_run / "checkpoints")]
+    kept = [folder.name for folder in checkpoint_store.newest_first(tiny_run / "checkpoints")]
     assert kept == ["step-6", "step-4"]
-    assert all(checkpoint.fault(folder) is None for folder in checkpoint.newest_first(tiny_run / "checkpoints"))
+    assert all(
+        checkpoint_store.fault(folder) is None for folder in checkpoint_store.newest_first(tiny_run / "checkpoints")
+    )
     saves = record_of(tiny_run)["saves"]
     assert (saves["count"], saves["committed_step"]) == (3, 6)
     assert 0 < saves["stall_share"] < 1 and saves["bytes"] > 10_000
@@ -127,7 +129,7 @@ def test_checkpoints_verify_and_only_the_last_are_kept(tiny_run: Path) -> None:
 
 def test_a_checkpoint_carries_what_the_run_was_made_of(tiny_run: Path, tiny_data: Path) -> None:
     folder = tiny_run / "checkpoints" / "step-4"
-    manifest = checkpoint.read_manifest(folder)
+    manifest = checkpoint_store.read_manifest(folder)
     assert {"config.yaml", "prompt.json", "data-manifest.json", "probe.json", "ledger/attempt-001.jsonl"} <= set(
         manifest["files"]
     )

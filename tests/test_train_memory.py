@@ -13,7 +13,8 @@ from tests.helpers.train_helpers import adapter_of, at_step, record_of
 
 torch = pytest.importorskip("torch")
 
-from finetune import checkpoint, run_record, train  # noqa: E402
+from finetune import run_record, train  # noqa: E402
+from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.memory import GIB, MemoryEstimate  # noqa: E402
@@ -138,8 +139,8 @@ def test_numbers_that_are_none_end_the_run_without_a_spoilt_checkpoint(
     ]
     run = tmp_path / "runs" / "tiny-001"
     assert record_of(run)["status"] == "failed"
-    for folder in checkpoint.newest_first(run / "checkpoints"):
-        assert checkpoint.fault(folder) is None
+    for folder in checkpoint_store.newest_first(run / "checkpoints"):
+        assert checkpoint_store.fault(folder) is None
         assert all(bool(torch.isfinite(value).all()) for value in adapter_values(folder))
     assert not list((run / "checkpoints").glob("checkpoint-*"))
     assert not (run / "adapter").exists()
@@ -162,8 +163,8 @@ def test_the_checkpoint_before_the_fault_is_kept(
     assert "the loss is not finite; resume from the last checkpoint" in capsys.readouterr().err
     run = tmp_path / "runs" / "tiny-001"
     assert record_of(run)["status"] == "failed"
-    assert [folder.name for folder in checkpoint.newest_first(run / "checkpoints")] == ["step-3", "step-2"]
-    assert checkpoint.fault(run / "checkpoints" / "step-3") is None
+    assert [folder.name for folder in checkpoint_store.newest_first(run / "checkpoints")] == ["step-3", "step-2"]
+    assert checkpoint_store.fault(run / "checkpoints" / "step-3") is None
 
 
 def adapter_values(folder: Path) -> list[Any]:

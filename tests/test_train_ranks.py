@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from finetune import checkpoint  # noqa: E402
+from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.runtime import torchrun  # noqa: E402
 
@@ -133,11 +133,11 @@ def test_two_processes_learn_what_one_does(
     assert (record["step"]["ranks"], alone["step"]["ranks"]) == (2, 1)
     assert record["step"]["path"] == ("stock", "lean")[number]
     assert record["step"]["questions"] == alone["step"]["questions"] == 5
-    saved = list(checkpoint.newest_first(other / "checkpoints"))
+    saved = list(checkpoint_store.newest_first(other / "checkpoints"))
     assert [folder.name for folder in saved] == ["step-8", "step-6"]
     for folder in saved:
-        assert checkpoint.fault(folder) is None
-        assert {"rng-0.pt", "rng-1.pt"} <= set(checkpoint.read_manifest(folder)["files"])
+        assert checkpoint_store.fault(folder) is None
+        assert {"rng-0.pt", "rng-1.pt"} <= set(checkpoint_store.read_manifest(folder)["files"])
     assert sorted(path.name for path in runs.iterdir()) == ["one", "two"]
     assert not list((other / "checkpoints").glob("checkpoint-*"))
 
@@ -176,7 +176,7 @@ def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
     at = stopped["steps"]["done"]
     assert stopped["status"] == "interrupted"
     assert 3 <= at < 60
-    assert [folder.name for folder in checkpoint.newest_first(run / "checkpoints")] == [f"step-{at}"]
+    assert [folder.name for folder in checkpoint_store.newest_first(run / "checkpoints")] == [f"step-{at}"]
     assert (run / "checkpoints" / f"step-{at}" / "rng-1.pt").is_file()
 
     code, said = finish(start(two("train", "--resume", str(run))))
@@ -278,8 +278,8 @@ def test_a_fault_of_one_process_ends_both_and_is_told_by_the_first(
     assert ended == code
     assert [line for line in said if line.startswith("finetune: ")] == [f"finetune: {message}"]
     assert record_of(run)["status"] == "failed"
-    assert [folder.name for folder in checkpoint.newest_first(run / "checkpoints")] == ["step-2"]
-    assert checkpoint.fault(run / "checkpoints" / "step-2") is None
+    assert [folder.name for folder in checkpoint_store.newest_first(run / "checkpoints")] == ["step-2"]
+    assert checkpoint_store.fault(run / "checkpoints" / "step-2") is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ torch = pytest.importorskip("torch")
 
 from safetensors import SafetensorError  # noqa: E402
 
-from finetune import checkpoint, train  # noqa: E402
+from finetune import train  # noqa: E402
+from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.runtime import fault_injection  # noqa: E402
 
@@ -230,7 +231,9 @@ def test_a_full_disk_is_told_in_one_line(
         assert record_of(run)["status"] == "failed" or f"{run / 'run.json'}: no space left" in said
         assert not (run / "adapter").exists()
         assert list(run.rglob("checkpoint-*")) == []
-        assert all(checkpoint.fault(folder) is None for folder in checkpoint.newest_first(run / "checkpoints"))
+        assert all(
+            checkpoint_store.fault(folder) is None for folder in checkpoint_store.newest_first(run / "checkpoints")
+        )
 
 
 FAULTS = [

@@ -22,7 +22,7 @@ from tests.helpers.train_helpers import adapter_of, at_step, change, record_of, 
 
 torch = pytest.importorskip("torch")
 
-from finetune import checkpoint  # noqa: E402
+from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
@@ -79,7 +79,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_from_it(
     assert first["ended_at"] is not None
     assert 3 <= stopped_at < 40
     assert steps_in(first) == list(range(1, stopped_at + 1))
-    assert checkpoint.fault(run / "checkpoints" / f"step-{stopped_at}") is None
+    assert checkpoint_store.fault(run / "checkpoints" / f"step-{stopped_at}") is None
     assert (first["stop"]["reason"], first["saves"]["committed_step"]) == ("signal", stopped_at)
     assert f"the checkpoint of step {stopped_at} is committed" in said
     assert not (run / "adapter").exists()
@@ -95,7 +95,9 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_from_it(
     assert record["wall_seconds"] > first["wall_seconds"]
     assert record["started_at"] == first["started_at"]
     assert record["tokens"] == whole["tokens"]
-    assert [path.name for path in checkpoint.newest_first(uninterrupted / "checkpoints")] == ["step-40"]  # at the end
+    assert [path.name for path in checkpoint_store.newest_first(uninterrupted / "checkpoints")] == [
+        "step-40"
+    ]  # at the end
     numbers = ("step", "epoch", "loss", "learning_rate", "grad_norm")
     assert [[row[name] for name in numbers] for row in record["history"]] == [
         [row[name] for name in numbers] for row in whole["history"]
@@ -113,7 +115,7 @@ def test_sigterm_saves_at_the_end_of_the_step_in_which_it_comes(
         assert main(["train", str(config)]) == 75
     whole, run = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
     assert record_of(run)["status"] == "interrupted"
-    assert [path.name for path in checkpoint.newest_first(run / "checkpoints")] == ["step-3"]
+    assert [path.name for path in checkpoint_store.newest_first(run / "checkpoints")] == ["step-3"]
     assert main(["train", "--resume", str(run)]) == 0
     assert record_of(run)["tokens"] == record_of(whole)["tokens"]
     assert adapter_of(run) == adapter_of(whole)  # within one epoch, resume is exact
@@ -151,7 +153,7 @@ def test_a_second_ctrl_c_exits_at_once_and_leaves_no_half_of_a_save(
         assert main(["train", str(tiny_config(training={"max_steps": 5}))]) == 75
     run = tmp_path / "runs" / "tiny-001"
     assert record_of(run)["status"] == "interrupted"
-    assert [path.name for path in checkpoint.newest_first(run / "checkpoints")] == ["step-2"]
+    assert [path.name for path in checkpoint_store.newest_first(run / "checkpoints")] == ["step-2"]
     assert main(["train", "--resume", str(run)]) == 0
     assert steps_in(record_of(run)) == [1, 2, 3, 4, 5]
 
@@ -171,7 +173,7 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(
     for folder in checkpoints.iterdir():
         if not (folder / "manifest.json").is_file():
             shutil.rmtree(folder)
-    newest, older = list(checkpoint.newest_first(checkpoints))[:2]
+    newest, older = list(checkpoint_store.newest_first(checkpoints))[:2]
     size = (newest / "adapter_model.safetensors").stat().st_size
     weights = newest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])  # a copy that was cut off
@@ -188,7 +190,7 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(
     assert steps_in(record) == list(range(1, 31))
     names = {path.name for path in checkpoints.iterdir() if path.is_dir()}
     assert names == {f"damaged-{newest.name}", "step-28", "step-30"}
-    assert checkpoint.fault(checkpoints / "step-30") is None
+    assert checkpoint_store.fault(checkpoints / "step-30") is None
 
 
 def test_a_snapshot_that_was_not_copied_yet_is_saved_by_the_next_attempt_on_the_machine(
@@ -311,9 +313,9 @@ def interrupted_copy(run: Path, folder: Path) -> Path:
 
 def reseal(folder: Path) -> None:
     """A manifest that fits what is in the folder now."""
-    from finetune.checkpoint import CheckpointStore
+    from finetune.checkpoint.store import CheckpointStore
 
-    manifest = checkpoint.read_manifest(folder)
+    manifest = checkpoint_store.read_manifest(folder)
     moved = folder.rename(folder.with_name("moved"))
     (moved / "manifest.json").unlink()
     labels = {name: manifest[name] for name in ("step", "config_hash", "data_hash", "attempt")}

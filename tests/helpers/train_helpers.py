@@ -26,7 +26,7 @@ def steps_in(record: dict[str, Any]) -> list[int]:
 
 def check_agrees(run: Path) -> dict[str, Any]:
     """run.json is as far as the newest checkpoint; returns it."""
-    from finetune.checkpoint import newest_first
+    from finetune.checkpoint.store import newest_first
 
     record = record_of(run)
     whole = [folder for folder in newest_first(run / "checkpoints") if (folder / "manifest.json").is_file()]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.checkpoint import CheckpointStore, read_manifest
+from finetune.checkpoint.store import CheckpointStore, read_manifest
 from finetune.errors import UserError
 from finetune.runtime.files import disk_error
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from finetune import checkpoint, checkpoint_manifest
-from finetune.checkpoint import CheckpointStore, Skipped
-from finetune.checkpoint_disk import PIECE
+from finetune.checkpoint import manifest as checkpoint_manifest
+from finetune.checkpoint import store as checkpoint_store
+from finetune.checkpoint.filesystem import PIECE
+from finetune.checkpoint.store import CheckpointStore, Skipped
 from finetune.errors import UserError
 from tests.helpers.data_examples import files_of
 
@@ -46,7 +47,7 @@ def names(store: CheckpointStore) -> set[str]:
 
 def reseal(folder: Path, **changes: Any) -> None:
     """A manifest with other facts, as a program that knows how to seal one would write it."""
-    manifest = {**checkpoint.read_manifest(folder), **changes}
+    manifest = {**checkpoint_store.read_manifest(folder), **changes}
     (folder / "manifest.json").write_text(checkpoint_manifest.manifest_text(manifest))
 
 
@@ -55,7 +56,7 @@ def test_a_checkpoint_holds_the_snapshot_and_says_what_it_is(tmp_path: Path, sto
     assert folder == store.root / "step-7"
     expected = files_of(tmp_path / "snapshot-7")
     assert {name: files_of(folder)[name] for name in expected} == expected
-    manifest = checkpoint.read_manifest(folder)
+    manifest = checkpoint_store.read_manifest(folder)
     assert manifest.pop("saved_at").endswith("+00:00")
     entries = {
         str(path.relative_to(folder)): {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -64,7 +65,7 @@ def test_a_checkpoint_holds_the_snapshot_and_says_what_it_is(tmp_path: Path, sto
     assert manifest.pop("files") == entries
     assert manifest == {"step": 7, "number": 1, "run_id": "run-a", "attempt": 3, **HASHES}
     assert store.latest_valid() == (folder, [])
-    assert checkpoint.fault(folder) is None
+    assert checkpoint_store.fault(folder) is None
 
 
 def test_a_file_of_several_pieces_arrives_whole(tmp_path: Path, store: CheckpointStore) -> None:
@@ -143,7 +144,7 @@ def test_what_is_not_whole_is_passed_over_with_its_reason(store: CheckpointStore
     assert found == older
     assert [(item.folder, item.damaged) for item in skipped] == [(folder, name in DAMAGE)]
     assert reason in skipped[0].reason
-    assert reason in (checkpoint.fault(folder) or "")
+    assert reason in (checkpoint_store.fault(folder) or "")
     assert put(store, 7) == folder  # it is replaced
     assert store.latest_valid() == (folder, [])
 
@@ -168,9 +169,9 @@ def test_a_manifest_that_cannot_be_read_is_a_user_error(store: CheckpointStore) 
     folder = put(store, 7)
     edit_without_seal(folder)
     with pytest.raises(UserError, match=r"step-7: the manifest has changed since it was written"):
-        checkpoint.read_manifest(folder)
+        checkpoint_store.read_manifest(folder)
     with pytest.raises(UserError, match=r"step-8: no manifest"):
-        checkpoint.read_manifest(store.root / "step-8")
+        checkpoint_store.read_manifest(store.root / "step-8")
 
 
 def test_the_newest_is_the_one_with_the_highest_step_whatever_the_clock_said(store: CheckpointStore) -> None:
@@ -205,7 +206,7 @@ def test_a_checkpoint_of_another_run_is_neither_used_nor_touched(store: Checkpoi
     assert [folder.name for folder in store.prune()] == ["step-2", "step-1"]
     assert store.clean() == []
     assert other.latest_valid()[0] == theirs[1]
-    assert checkpoint.read_manifest(store.root / "step-3")["number"] == 3  # theirs do not count
+    assert checkpoint_store.read_manifest(store.root / "step-3")["number"] == 3  # theirs do not count
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
@@ -220,7 +221,7 @@ def test_a_file_or_a_link_in_place_of_a_checkpoint_is_told_and_left(
         shutil.copytree(kept, tmp_path / "elsewhere" / "step-9")
         target.symlink_to(tmp_path / "elsewhere" / "step-9")
     before = files_of(tmp_path)
-    assert list(checkpoint.newest_first(store.root)) == [kept]
+    assert list(checkpoint_store.newest_first(store.root)) == [kept]
     assert store.latest_valid() == (kept, [Skipped(target, f"is a {kind}, not a folder", False)])
     with pytest.raises(UserError, match=rf"step-9: is a {kind}, not a folder; move it away"):
         put(store, 9)
@@ -256,7 +257,12 @@ def test_prune_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
         put(store, step)
         store.prune()
     assert names(store) == {"step-30", "step-60", "step-90", "step-100"}
-    assert [checkpoint.read_manifest(f)["number"] for f in checkpoint.newest_first(store.root)] == [10, 9, 6, 3]
+    assert [checkpoint_store.read_manifest(f)["number"] for f in checkpoint_store.newest_first(store.root)] == [
+        10,
+        9,
+        6,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("how", ["a byte has changed", "a file is cut short", "a file is gone", "no manifest"])
@@ -286,5 +292,5 @@ def test_the_number_of_a_checkpoint_is_its_place_among_those_of_earlier_steps(st
     for step in (10, 20, 30):
         put(store, step)
     (store.root / "step-20" / "weights.bin").unlink()
-    assert checkpoint.read_manifest(put(store, 20))["number"] == 2
-    assert checkpoint.read_manifest(put(store, 40))["number"] == 4
+    assert checkpoint_store.read_manifest(put(store, 20))["number"] == 2
+    assert checkpoint_store.read_manifest(put(store, 40))["number"] == 4

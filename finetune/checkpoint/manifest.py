@@ -8,7 +8,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from finetune.checkpoint_disk import Disk
+from finetune.checkpoint.filesystem import Disk
 
 MANIFEST = "manifest.json"
 _SEAL = "manifest_sha256"

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune import checkpoint
-from finetune.checkpoint import CheckpointStore, Disk
+from finetune.checkpoint import store as checkpoint_store
+from finetune.checkpoint.filesystem import Disk
+from finetune.checkpoint.store import CheckpointStore
 from tests.helpers.data_examples import files_of
 
 MOMENTS = (0.0, 0.4, 1.0)
@@ -230,7 +231,7 @@ class Life(RuleBasedStateMachine):
         self.step = at
         if self.survive(lambda: [self.store.put_aside(item) for item in skipped] + self.store.clean()):
             folders = [path for path in self.root.iterdir() if path.name.startswith("step-")] if found else []
-            assert all(checkpoint.fault(path) is None for path in folders if int(path.name[5:]) >= at)
+            assert all(checkpoint_store.fault(path) is None for path in folders if int(path.name[5:]) >= at)
             assert all((path / "manifest.json").is_file() for path in folders)
 
     @rule(operation=st.integers(0, 25), done=st.sampled_from(MOMENTS))
@@ -247,7 +248,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def prune(self) -> None:
         before = [step for step in sorted(self.good) if (self.root / f"step-{step}" / "manifest.json").is_file()]
-        numbers = {step: checkpoint.read_manifest(self.root / f"step-{step}")["number"] for step in before}
+        numbers = {step: checkpoint_store.read_manifest(self.root / f"step-{step}")["number"] for step in before}
         whole = self.survive(self.store.prune)
         every = self.keep["keep_every"]
         stay = {s for s in before if s in before[-self.keep["keep_last"] :] or (every and numbers[s] % every == 0)}
@@ -271,7 +272,7 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def all_that_is_good_verifies(self) -> None:
         for step in getattr(self, "good", ()):
-            assert checkpoint.fault(self.root / f"step-{step}") is None
+            assert checkpoint_store.fault(self.root / f"step-{step}") is None
 
     def teardown(self) -> None:
         if hasattr(self, "scratch"):

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune import saver as saver_module
-from finetune.checkpoint import CheckpointStore, Disk, read_manifest
+from finetune.checkpoint import async_saver as saver_module
+from finetune.checkpoint.async_saver import Committed, Saver
+from finetune.checkpoint.filesystem import Disk
+from finetune.checkpoint.store import CheckpointStore, read_manifest
 from finetune.errors import UserError
-from finetune.saver import Committed, Saver
 
 QUICK = 0.25
 """Seconds within which a call has not waited for a copy, on a busy machine."""
@@ -292,8 +293,8 @@ def test_a_fault_that_nobody_foresaw_is_heard_of(bench: Bench, monkeypatch: pyte
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from finetune.checkpoint import CheckpointStore, Disk
-from finetune.saver import Saver
+from finetune.checkpoint.store import CheckpointStore; from finetune.checkpoint.filesystem import Disk
+from finetune.checkpoint.async_saver import Saver
 
 class Slow(Disk):
     def copy_file(self, source, target):

@@ -14,11 +14,12 @@ from typing import BinaryIO, NoReturn
 
 import pytest
 
-from finetune.checkpoint import CheckpointStore, Disk
+from finetune.checkpoint.filesystem import Disk
+from finetune.checkpoint.store import CheckpointStore
 from finetune.errors import UserError
 from finetune.runtime import fault_injection
+from tests.checkpoint.test_store import CONFIG, DATA, names, put, snapshot
 from tests.helpers.data_examples import files_of
-from tests.test_checkpoint import CONFIG, DATA, names, put, snapshot
 
 FULL = r"store: no space left on the disk; free some or choose another output folder"
 
@@ -219,7 +220,7 @@ def test_two_writers_of_one_step_never_make_a_mixture(tmp_path: Path, same_bytes
 KILLED = """
 import sys
 from pathlib import Path
-from finetune.checkpoint import CheckpointStore
+from finetune.checkpoint.store import CheckpointStore
 root, source = Path(sys.argv[1]), Path(sys.argv[2])
 store = CheckpointStore(root, run_id="r", keep_last=1)
 for step in (1, 2):

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint_disk import DISK, Disk
-from finetune.checkpoint_manifest import MANIFEST, Unfit, check_files, manifest_of, manifest_text, right_sizes
+from finetune.checkpoint.filesystem import DISK, Disk
+from finetune.checkpoint.manifest import MANIFEST, Unfit, check_files, manifest_of, manifest_text, right_sizes
 from finetune.errors import UserError
 from finetune.runtime import fault_injection
 from finetune.runtime.files import disk_error
