@@ -9,7 +9,7 @@ from finetune.generate import generate_answers
 from finetune.model import choose_device, load_adapter, load_base, load_tokenizer, require_adapter
 from finetune.prompts import extract_sql, load_template
 from finetune.runs import RunFolder
-from finetune.sql.sandbox import SqlSandbox
+from finetune.sql.engines.sqlite import SqlSandbox
 from finetune.sql.schema import ddl_of_database, is_create_table, parse_ddl
 from finetune.sql.text import on_one_line, statements
 

@@ -38,7 +38,7 @@ from finetune.records import Record, read_lines
 from finetune.runs import RunFolder
 from finetune.runtime.files import atomic_file, write_json
 from finetune.scoring import Row, as_dict, gain, judge, score
-from finetune.sql.sandbox import SqlSandbox
+from finetune.sql.engines.sqlite import SqlSandbox
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

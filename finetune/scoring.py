@@ -14,7 +14,7 @@ from finetune.prompts import extract_sql
 from finetune.records import Record
 from finetune.sql.compare import Rule, as_test_suite_runs_it, gold_is_ordered, results_equal
 from finetune.sql.difficulty import difficulty
-from finetune.sql.sandbox import SqlSandbox
+from finetune.sql.engines.sqlite import SqlSandbox
 
 CORRECT = "correct"
 RAN = (CORRECT, "wrong_rows")

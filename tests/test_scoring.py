@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from finetune.records import Record
 from finetune.scoring import Row, as_dict, gain, judge, score, wilson_interval
 from finetune.sql.compare import Rule
-from finetune.sql.sandbox import SqlSandbox
+from finetune.sql.engines.sqlite import SqlSandbox
 from tests.helpers.data_examples import make_database, row
 
 ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n"

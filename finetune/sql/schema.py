@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.sql.sandbox import read_only_uri
+from finetune.sql.engines.sqlite import read_only_uri
 from finetune.sql.tables import Column, ForeignKey, Table
 from finetune.sql.text import on_one_line, shortened, statements
 

@@ -1,6 +1,6 @@
 """Runs SQL that nobody has read, written by a model, against a SQLite file, and gives back rows or a reason.
 
-One query costs about a millisecond, because one worker process (`sandbox_worker.py`) serves them all; it is
+One query costs about a millisecond, because one worker process (`sql/engines/sqlite_worker.py`) serves them all; it is
 started again after it had to be killed. The promises, each held by a test:
 
 - The file is opened read-only, and an authorizer lets a statement do nothing but read: no writes, no ATTACH
@@ -40,7 +40,7 @@ ErrorKind = Literal["sql_error", "timeout", "too_large", "forbidden", "crashed"]
 
 SQLITE_HEADER = b"SQLite format 3\x00"
 """The first 16 bytes of every SQLite 3 file (https://sqlite.org/fileformat.html)."""
-WORKER = Path(__file__).with_name("sandbox_worker.py")
+WORKER = Path(__file__).with_name("sqlite_worker.py")
 START_SECONDS = 30.0
 READ_BYTES = 1 << 16
 

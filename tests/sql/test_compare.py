@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.sql.compare import Row, Rows, Rule, as_test_suite_runs_it, gold_is_ordered, results_equal
-from finetune.sql.sandbox import SqlSandbox
+from finetune.sql.engines.sqlite import SqlSandbox
 from finetune.sql.text import without_distinct
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CASES = SHARED / "evaluator_cases.jsonl"
 
 

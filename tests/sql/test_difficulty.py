@@ -16,7 +16,7 @@ from finetune.errors import UserError
 from finetune.sql.difficulty import difficulty
 from finetune.sql.parsing import parses
 
-SPIDER = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "spider"
+SPIDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "spider"
 
 LABELLED = [
     ("SELECT name FROM ship", "easy"),

@@ -1,4 +1,4 @@
-"""The child process of `sandbox.SqlSandbox`: `python -I -S sandbox_worker.py LIMITS`. Standard library only.
+"""The child process of `sqlite.SqlSandbox`: `python -I -S sql/engines/sqlite_worker.py LIMITS`. Standard library only.
 
 One JSON object a line comes in on stdin: uri, sql, names_only, timeout_seconds, max_rows. Out goes one JSON
 array per row, then one JSON object that ends the answer, with the columns or the error. BLOBs travel as

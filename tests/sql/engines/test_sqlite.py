@@ -1,4 +1,4 @@
-"""One hostile query, or more, for each promise that `finetune.sql.sandbox` makes."""
+"""One hostile query, or more, for each promise that `finetune.sql.engines.sqlite` makes."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 from finetune.errors import UserError
-from finetune.sql.sandbox import QueryResult, SqlSandbox
+from finetune.sql.engines.sqlite import QueryResult, SqlSandbox
 
 ENDLESS = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT count(*) FROM t"
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's limits are set and read on Linux only")
@@ -305,7 +305,7 @@ def test_an_interrupted_query_does_not_answer_the_next_one(
 ) -> None:
     sandbox.run(database, "SELECT 1", 5)
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.sql.sandbox._is_complete", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("finetune.sql.engines.sqlite._is_complete", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             sandbox.run(database, "SELECT 'late'", 5)
     assert sandbox.run(database, "SELECT 'next'", 5).rows == [("next",)]
@@ -315,7 +315,7 @@ def test_the_worker_ends_when_its_parent_is_killed(database: Path) -> None:
     script = (
         "import sys, threading\n"
         "from pathlib import Path\n"
-        "from finetune.sql.sandbox import SqlSandbox\n"
+        "from finetune.sql.engines.sqlite import SqlSandbox\n"
         "box, path = SqlSandbox(), Path(sys.argv[1])\n"
         "box.run(path, 'SELECT 1', 5)\n"
         "print(box._worker.pid, flush=True)\n"

@@ -22,7 +22,7 @@ from finetune.sql.schema import (
     quoted,
 )
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 SPIDER = SHARED / "spider"
 
 SHOP = """

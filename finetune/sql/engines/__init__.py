@@ -1,0 +1,1 @@
+"""Who runs SQL that nobody trusts, one file an engine."""
