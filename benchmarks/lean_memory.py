@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from finetune import lean_torch
-from finetune.config import LoraSection, ModelSection, QuantizationSection
+from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.flat import FlatAdapters
 from finetune.lean_memory import LeanLoad, lean_estimate
 from finetune.lean_model import IGNORED, LeanModel, pack

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from finetune import lean_torch
-from finetune.config import LoraSection, ModelSection, QuantizationSection
+from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.flat import FlatAdapters
 from finetune.lean_model import IGNORED, LeanModel, ops_for, pack
 from finetune.model import adapters_to_float32, attach_lora, choose_device, load_base, load_tokenizer

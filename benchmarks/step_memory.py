@@ -24,7 +24,7 @@ from datasets import Dataset
 
 from finetune import memory
 from finetune.callbacks import Throughput
-from finetune.config import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection
+from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection
 from finetune.machine.gpus import GIB
 from finetune.model import Device, attach_lora, choose_device, load_base, load_tokenizer
 from finetune.step_plan import plan_step

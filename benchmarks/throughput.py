@@ -30,7 +30,7 @@ import torch
 from benchmarks.throughput_peer import Peer
 from benchmarks.throughput_recipe import BATCH, LONGEST, Recipe
 from benchmarks.throughput_report import last_turn, plot, summarise, table
-from finetune.config import LoraSection, TrainingSection
+from finetune.config.schema import LoraSection, TrainingSection
 from finetune.errors import EXIT_MISSING, EXIT_USER_ERROR, UserError
 from finetune.machine.hardware import GROWING_SEGMENTS
 from finetune.runtime.console import print_anything

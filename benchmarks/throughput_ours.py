@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from benchmarks.throughput_recipe import BATCH, Recipe, Texts
 from finetune.callbacks import BeforeFirstStep, Throughput
-from finetune.config import RunConfig, from_dict
+from finetune.config.load import from_dict
+from finetune.config.schema import RunConfig
 from finetune.machine.hardware import let_segments_grow
 from finetune.model import attach_lora, choose_device, load_base, load_tokenizer
 from finetune.step_plan import plan_step

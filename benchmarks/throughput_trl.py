@@ -10,7 +10,7 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.throughput_recipe import Recipe, Texts, sft_options
-from finetune.config import LoraSection, ModelSection, QuantizationSection
+from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.model import adapters_to_float32, attach_lora, choose_device, load_base, load_tokenizer
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from finetune.config import SourceSection
+from finetune.config.schema import SourceSection
 from finetune.data import prepare
 from finetune.prompts import PromptTemplate
 from finetune.records import Record, Split, write_records

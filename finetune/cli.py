@@ -20,7 +20,7 @@ from finetune.errors import EXIT_MISSING, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERR
 from finetune.runtime.console import not_encoded, one_line, print_anything, typed_text
 
 if TYPE_CHECKING:
-    from finetune.config import RunConfig
+    from finetune.config.schema import RunConfig
 
 OVERRIDES = "key=value pairs that override the config, such as training.num_train_epochs=1"
 
@@ -206,7 +206,7 @@ def _regions() -> list[str] | None:
     """The regions whose quota matters; None, all of them, where the price catalog cannot be read."""
     from finetune.cloud.plan import regions_in_question
     from finetune.cloud.prices import load_catalog
-    from finetune.config import PlanSection
+    from finetune.config.schema import PlanSection
 
     try:
         return regions_in_question(load_catalog(), PlanSection())
@@ -216,7 +216,7 @@ def _regions() -> list[str] | None:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from finetune.config import to_yaml
+    from finetune.config.load import to_yaml
 
     print(to_yaml(_loaded(arguments)), end="")
     return EXIT_OK
@@ -427,6 +427,6 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _loaded(arguments: argparse.Namespace, path: Path | None = None) -> RunConfig:
-    from finetune.config import load_config
+    from finetune.config.load import load_config
 
     return load_config(path or arguments.config, arguments.overrides)

@@ -14,7 +14,7 @@ from finetune.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
     from finetune.cloud.plan import Ceilings
-    from finetune.config import RunConfig
+    from finetune.config.schema import RunConfig
 
 AddCommand = Callable[..., argparse.ArgumentParser]
 
@@ -64,7 +64,7 @@ def _positive(text: str) -> float:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from finetune.config import load_config
+    from finetune.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.memory:

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.config import RunConfig, SourceSection
+from finetune.config.schema import RunConfig, SourceSection
 from finetune.data_check import GOLD_TIMEOUT_SECONDS, Findings, check
 from finetune.data_split import SplitBy
 from finetune.data_stats import per_database, skeleton_overlap, token_counts, token_summary

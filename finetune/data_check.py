@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.config import SourceSection
+from finetune.config.schema import SourceSection
 from finetune.data_sources import open_source
 from finetune.data_split import SplitBy, assign_splits, drop_duplicates, find_leaks, thin_out
 from finetune.data_validate import Accepted, Rejection, stopping_problem, validate

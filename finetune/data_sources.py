@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from finetune.config import SourceSection
+from finetune.config.schema import SourceSection
 from finetune.errors import UserError
 from finetune.records import FIELDS, read_lines
 from finetune.sql.schema import ddl_of_spider_entry

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from finetune.config import RunConfig
+from finetune.config.schema import RunConfig
 from finetune.data import Prepared, load_prepared
 from finetune.data_split import unit_hash
 from finetune.errors import UserError

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from finetune.config import RunConfig, questions_per_step
+from finetune.config.load import questions_per_step
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.lean_memory import LeanLoad, lean_estimate
 from finetune.machine.gpus import GPUS, Gpu

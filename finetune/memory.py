@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from finetune.config import RunConfig
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.shapes import PROJECTIONS, SHAPES, ModelShape, projection_names, shape_of
 

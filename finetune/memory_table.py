@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from finetune.config import RunConfig, questions_per_step
+from finetune.config.load import questions_per_step
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.fit import MARGIN, Fitted, fit_on, usual_step_tokens
 from finetune.machine.gpus import GPUS, Gpu

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from finetune.config import LoraSection, ModelSection, QuantizationSection
+from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.errors import UserError
 from finetune.machine.hardware import dtype_for
 from finetune.runtime.files import disk_error, sha256_file

@@ -16,7 +16,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from finetune.callbacks import Throughput, history_rows
-from finetune.config import RunConfig, config_hash, to_dict
+from finetune.config.load import config_hash, to_dict
+from finetune.config.schema import RunConfig
 from finetune.data import Prepared
 from finetune.machine.hardware import detect
 from finetune.memory import GIB

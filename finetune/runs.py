@@ -21,7 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from finetune.config import RunConfig, TrainingSection, load_config, to_yaml
+from finetune.config.load import load_config, to_yaml
+from finetune.config.schema import RunConfig, TrainingSection
 from finetune.errors import UserError
 from finetune.runtime.files import as_text, disk_error, read_json, write_json, write_text
 

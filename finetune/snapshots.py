@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.checkpoint.async_saver import Committed, Saver
 from finetune.checkpoint.store import CheckpointStore
-from finetune.config import RunConfig, config_hash, to_yaml
+from finetune.config.load import config_hash, to_yaml
+from finetune.config.schema import RunConfig
 from finetune.data import Prepared
 from finetune.errors import UserError
 from finetune.prompts import PromptTemplate

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.callbacks import Throughput
-from finetune.config import RunConfig
+from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK
 from finetune.ledger import Attempt, Ledger
 from finetune.machine.billed_time import MachineTime

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from finetune.batching import steps_of_epoch
-from finetune.config import RunConfig, questions_per_step
+from finetune.config.load import questions_per_step
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.fit import Limits, choose
 from finetune.lean_memory import LeanLoad, lean_estimate

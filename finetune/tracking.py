@@ -25,7 +25,7 @@ import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import rewrite_logs
 
-from finetune.config import TrackingSection
+from finetune.config.schema import TrackingSection
 from finetune.errors import UserError
 from finetune.runtime.credentials import wandb_key_present
 from finetune.runtime.files import write_text

@@ -17,7 +17,8 @@ from datasets import Dataset
 from finetune.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.checkpoint.async_saver import Committed, Saver
 from finetune.checkpoint.store import read_manifest
-from finetune.config import RunConfig, config_hash, load_config, to_dict
+from finetune.config.load import config_hash, load_config, to_dict
+from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.proof import check_resumed
 from finetune.run_record import RunRecorder, describe_attempt, new_record

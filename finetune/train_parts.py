@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config import BudgetSection, RunConfig, TrackingSection
+from finetune.config.schema import BudgetSection, RunConfig, TrackingSection
 from finetune.data import Prepared, load_prepared
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice, machine_price

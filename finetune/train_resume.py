@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint.store import CheckpointStore, Skipped, read_manifest
-from finetune.config import RunConfig, load_config, to_dict, with_numbers
+from finetune.config.load import load_config, to_dict, with_numbers
+from finetune.config.resume_rules import decide, refusal
+from finetune.config.schema import RunConfig
 from finetune.data import Prepared
 from finetune.errors import UserError
-from finetune.resume_rules import decide, refusal
 from finetune.runs import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback
 from finetune import rng
 from finetune.batching import StepSampler, micro_batches
 from finetune.callbacks import Throughput
-from finetune.config import TrainingSection
+from finetune.config.schema import TrainingSection
 from finetune.flat import FlatAdapters
 from finetune.lean_model import IGNORED
 from finetune.model import Device, adapters_to_float32

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from finetune import cli, doctor
-from finetune.config import load_config
+from finetune.config.load import load_config
 from finetune.doctor import Check
 from finetune.errors import UserError
 from finetune.runs import RunFolder

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetune.config import SourceSection
+from finetune.config.schema import SourceSection
 from finetune.data import load_prepared
 from finetune.data_check import Findings, check
 from finetune.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.config import SourceSection
+from finetune.config.schema import SourceSection
 from finetune.data_sources import open_source
 from finetune.errors import UserError
 from finetune.records import SPLITS

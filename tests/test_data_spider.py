@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import SourceSection
+from finetune.config.schema import SourceSection
 from finetune.data import Prepared
 from finetune.data_split import question_key, sql_key
 from finetune.records import SPLITS

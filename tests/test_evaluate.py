@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from finetune import cli, evaluate
-from finetune.config import load_config, to_yaml
+from finetune.config.load import load_config, to_yaml
 from finetune.data import load_prepared
 from finetune.errors import UserError
 from finetune.evaluate import evaluate_base, evaluate_run

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from finetune import evaluate
-from finetune.config import load_config
+from finetune.config.load import load_config
 from finetune.evaluate import evaluate_base, evaluate_run
 from finetune.runs import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl

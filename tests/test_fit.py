@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.config import RunConfig, load_config
+from finetune.config.load import load_config
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.fit import ALIKE, MARGIN, MOST_TOKENS, Limits, TooSmall, choose, fit_on, usual_step_tokens
 from finetune.lean_memory import LeanLoad, lean_estimate

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config import ModelSection, QuantizationSection
+from finetune.config.schema import ModelSection, QuantizationSection
 from finetune.errors import UserError
 from finetune.generate import generate_answers
 from finetune.model import Device, load_base, load_tokenizer

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "machine": "errors runtime",
     "checkpoint": "errors runtime",
     "sql": "errors",
-    "demo": "errors runtime",
+    "config": "errors machine",
+    "demo": "errors runtime config",
     "__main__": "",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
@@ -50,9 +51,6 @@ MOVING = {
     "cloud.prices",
     "cloud.quota",
     "cloud.run_size",
-    "config",
-    "config_rules",
-    "config_schema",
     "data",
     "data_check",
     "data_sources",
@@ -85,7 +83,6 @@ MOVING = {
     "report",
     "report_plots",
     "report_source",
-    "resume_rules",
     "rng",
     "run_record",
     "runs",

@@ -16,7 +16,7 @@ from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from finetune.cli import main  # noqa: E402
-from finetune.config import LoraSection, ModelSection, QuantizationSection  # noqa: E402
+from finetune.config.schema import LoraSection, ModelSection, QuantizationSection  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.prompts import PromptTemplate  # noqa: E402

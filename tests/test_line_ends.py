@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.config import load_config, to_dict
+from finetune.config.load import load_config, to_dict
 from finetune.doctor import line_end_checks
 from finetune.records import read_records
 from tests.helpers.catalog_fixture import lay_out_catalog

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import load_config
+from finetune.config.load import load_config
 from tests.helpers.machine_fixture import CONFIG, RentedMachine, begin_run, gone, rent, wait_for
 
 SLOW_TO_STOP = """

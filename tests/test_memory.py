@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.config import from_dict, load_config
+from finetune.config.load import from_dict, load_config
 from finetune.errors import UserError
 from finetune.memory import (
     CONTEXT_GIB,

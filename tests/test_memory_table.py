@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import RunConfig, load_config
+from finetune.config.load import load_config
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.fit import fit_on, usual_step_tokens
 from finetune.machine.gpus import GPUS

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.config import LoraSection, QuantizationSection
+from finetune.config.schema import LoraSection, QuantizationSection
 from finetune.model import (
     Device,
     adapters_to_float32,

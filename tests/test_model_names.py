@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetune import model as models
-from finetune.config import QuantizationSection
+from finetune.config.schema import QuantizationSection
 from finetune.errors import UserError
 from finetune.model import (
     cache_folder,

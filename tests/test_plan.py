@@ -24,7 +24,7 @@ from finetune.cloud.plan import (
     save_interval,
 )
 from finetune.cloud.run_size import run_size
-from finetune.config import CheckpointSection, PlanSection
+from finetune.config.schema import CheckpointSection, PlanSection
 from finetune.errors import UserError
 from finetune.machine.gpus import GPUS
 from finetune.shapes import SHAPES

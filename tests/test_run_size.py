@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.cloud.run_size import RunSize, run_size
-from finetune.config import load_config
+from finetune.config.load import load_config
 from finetune.errors import UserError
 from tests.helpers.data_examples import jsonl_source, row, run_prepare, write_jsonl
 from tests.helpers.plan_examples import run_config, write_manifest

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from finetune import runs
-from finetune.config import RunConfig, config_hash, from_dict, load_config
+from finetune.config.load import config_hash, from_dict, load_config
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.runs import RunFolder, create_run, git_state, open_run, package_versions
 from tests.helpers.data_examples import files_of

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.config import load_config
+from finetune.config.load import load_config
 from finetune.errors import EXIT_TRANSIENT, EXIT_USER_ERROR
 from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from finetune.config import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection  # noqa: E402
+from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.memory import GIB  # noqa: E402

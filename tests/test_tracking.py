@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.config import TrackingSection
+from finetune.config.schema import TrackingSection
 from finetune.tracking import EventFile, WeightsAndBiases, logged_points, trackers, wandb_mode, wandb_run_id
 
 SAVED_EVERY, VALIDATED_EVERY = 10, 5

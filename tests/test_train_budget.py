@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
-from finetune.config import config_hash, load_config  # noqa: E402
+from finetune.config.load import config_hash, load_config  # noqa: E402
 from finetune.ledger import Ledger  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")

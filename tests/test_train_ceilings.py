@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.config import from_dict, load_config, to_dict, with_numbers
+from finetune.config.load import from_dict, load_config, to_dict, with_numbers
 from tests.helpers.train_helpers import FakeTime, at_step, change, record_of
 
 torch = pytest.importorskip("torch")

@@ -15,7 +15,7 @@ from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
-from finetune.config import LoraSection, ModelSection, QuantizationSection  # noqa: E402
+from finetune.config.schema import LoraSection, ModelSection, QuantizationSection  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.padded import answer_loss  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from finetune.config import LoraSection, ModelSection, QuantizationSection, TrainingSection  # noqa: E402
+from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, TrainingSection  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.prompts import PromptTemplate  # noqa: E402

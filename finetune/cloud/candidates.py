@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from finetune.cloud.plan import OnGpu, RunCost, run_cost
 from finetune.cloud.prices import Catalog, Offer
-from finetune.config import PlanSection
+from finetune.config.schema import PlanSection
 from finetune.errors import UserError
 
 LIMIT = 24

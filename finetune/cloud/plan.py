@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from finetune import memory
 from finetune.cloud.prices import Catalog, Offer
 from finetune.cloud.run_size import RunSize, run_size
-from finetune.config import CheckpointSection, PlanSection, RunConfig, questions_per_step
+from finetune.config.load import questions_per_step
+from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
 from finetune.fit import Fitted, Limits, fit_on, usual_step_tokens
 from finetune.machine.gpus import GPUS, Gpu

@@ -27,7 +27,8 @@ from finetune.cloud.fresh_catalog import catalog_for_launch
 from finetune.cloud.plan import OnGpu, run_on
 from finetune.cloud.prices import Catalog
 from finetune.cloud.run_size import run_size
-from finetune.config import PlanSection, load_config
+from finetune.config.load import load_config
+from finetune.config.schema import PlanSection
 from finetune.errors import NotEstimated, UserError
 from finetune.machine.gpus import GPUS
 from finetune.machine.price import VARIABLE

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config import RunConfig, SourceSection, questions_per_step
+from finetune.config.load import questions_per_step
+from finetune.config.schema import RunConfig, SourceSection
 from finetune.errors import NotEstimated, UserError
 
 MANIFEST = "manifest.json"

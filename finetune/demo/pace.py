@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.config import RunConfig, questions_per_step
+from finetune.config.load import questions_per_step
+from finetune.config.schema import RunConfig
 from finetune.data import Prepared
 from finetune.demo.schedule import Pace
 from finetune.generate import generate_answers

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.config import RunConfig, questions_per_step
+from finetune.config.load import questions_per_step
+from finetune.config.schema import RunConfig
 from finetune.data import prepare_data
 from finetune.demo.pace import measure
 from finetune.demo.schedule import questions_that_fit, training_that_fits

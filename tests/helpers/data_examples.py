@@ -5,7 +5,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from finetune.config import SourceSection
+from finetune.config.schema import SourceSection
 from finetune.data import Prepared, prepare
 from finetune.prompts import PromptTemplate
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from finetune.callbacks import Throughput
-from finetune.config import RunConfig, TrainingSection
+from finetune.config.schema import RunConfig, TrainingSection
 from finetune.lean_model import IGNORED, LeanModel, Packed, pack
 from finetune.model import Device
 from finetune.step_plan import StepPlan, plan_step

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.config import load_config, to_yaml
+from finetune.config.load import load_config, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SET = "data/prepared/shop"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config import ModelSection, QuantizationSection
+from finetune.config.schema import ModelSection, QuantizationSection
 from finetune.errors import UserError
 from finetune.model import Device
 

@@ -9,7 +9,8 @@ from typing import Any
 from finetune.cloud.catalog_file import read_prices
 from finetune.cloud.plan import Ceilings, Plan, Row, plan_run
 from finetune.cloud.prices import Catalog
-from finetune.config import RunConfig, from_dict
+from finetune.config.load import from_dict
+from finetune.config.schema import RunConfig
 from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import gpu, host, write_prices
 

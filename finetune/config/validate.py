@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from finetune.config_schema import RunConfig
+from finetune.config.schema import RunConfig
 from finetune.machine.gpus import GPUS
 
 

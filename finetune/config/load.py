@@ -20,48 +20,13 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config_rules import impossible_values
-from finetune.config_schema import (
-    BudgetSection,
-    CheckpointSection,
-    DataSection,
-    Dtype,
-    EvaluationSection,
-    LoraSection,
-    ModelSection,
-    PlanSection,
-    QuantizationSection,
+from finetune.config.schema import (
     RunConfig,
     SourceSection,
-    TrackingSection,
     TrainingSection,
 )
+from finetune.config.validate import impossible_values
 from finetune.errors import UserError
-
-__all__ = [
-    "EFFECTIVE_BATCH",
-    "BudgetSection",
-    "CheckpointSection",
-    "DataSection",
-    "Dtype",
-    "EvaluationSection",
-    "LoraSection",
-    "ModelSection",
-    "PlanSection",
-    "QuantizationSection",
-    "RunConfig",
-    "SourceSection",
-    "TrackingSection",
-    "TrainingSection",
-    "config_hash",
-    "from_dict",
-    "load_config",
-    "questions_per_step",
-    "to_dict",
-    "to_yaml",
-    "with_numbers",
-]
-
 
 EFFECTIVE_BATCH = 16
 """Questions per optimizer step where the config does not say: the guide's 4 x 4."""

@@ -12,9 +12,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from finetune.config import RunConfig, from_dict, to_dict
+from finetune.config.load import from_dict, to_dict
+from finetune.config.resume_rules import BATCH_KEYS, ORDER_KEYS, RULES, decide, refusal
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.resume_rules import BATCH_KEYS, ORDER_KEYS, RULES, decide, refusal
 
 SOURCES = [{"kind": "jsonl", "path": "a.jsonl"}, {"kind": "spider", "path": "spider", "files": ["train.json"]}]
 
@@ -216,6 +217,6 @@ def test_the_refusal_names_file_changes_and_what_to_do() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, finetune.resume_rules; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, finetune.config.resume_rules; print('torch' in sys.modules or 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from finetune.config import RunConfig, config_hash, from_dict, load_config, questions_per_step, to_dict, to_yaml
+from finetune.config.load import config_hash, from_dict, load_config, questions_per_step, to_dict, to_yaml
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.machine.gpus import GPUS
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALLEST: dict[str, Any] = {
     "model": {"name": "some/model"},
     "data": {"output_dir": "out", "sources": [{"kind": "jsonl", "path": "data.jsonl"}]},

@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from finetune.config import RunConfig, TrainingSection, questions_per_step
+from finetune.config.load import questions_per_step
+from finetune.config.schema import RunConfig, TrainingSection
 from finetune.errors import UserError
 
 Values = dict[str, Any]
@@ -113,7 +114,8 @@ UNKNOWN = Rule(False, "this version of finetune does not know the key")
 
 
 def decide(before: Values, now: Values, *, gpus: int = 1, path: str | None = None) -> Decisions:
-    """What becomes of each key in which two resolved configs (`config.to_dict`) differ: the checkpoint's and the edited one.
+    """What becomes of each key in which two resolved configs (`config.load.to_dict`) differ: the checkpoint's and the
+    edited one.
 
     A key that one of them lacks counts as its default, so that checkpoints of earlier versions can be gone on with. gpus: of
     this attempt. path: the way in which the attempts before computed steps (`step.path` of run.json: lean or stock), where
