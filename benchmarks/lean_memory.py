@@ -23,8 +23,9 @@ from finetune.flat import FlatAdapters
 from finetune.lean_memory import LeanLoad, lean_estimate
 from finetune.lean_model import IGNORED, LeanModel, pack
 from finetune.memory import Workload
-from finetune.model import adapters_to_float32, attach_lora, choose_device, load_base
-from finetune.shapes import shape_of
+from finetune.models.architectures import shape_of
+from finetune.models.device import choose_device
+from finetune.models.load import adapters_to_float32, attach_lora, load_base
 
 GIB = 2**30
 TEXT, ANSWER = 300, 37

@@ -25,7 +25,8 @@ from finetune import lean_torch
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.flat import FlatAdapters
 from finetune.lean_model import IGNORED, LeanModel, ops_for, pack
-from finetune.model import adapters_to_float32, attach_lora, choose_device, load_base, load_tokenizer
+from finetune.models.device import choose_device
+from finetune.models.load import adapters_to_float32, attach_lora, load_base, load_tokenizer
 
 ANSWER_TOKENS = 37
 VARIANTS: dict[str, dict[str, Any]] = {

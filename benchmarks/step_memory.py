@@ -26,7 +26,8 @@ from finetune import memory
 from finetune.callbacks import Throughput
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection
 from finetune.machine.gpus import GIB
-from finetune.model import Device, attach_lora, choose_device, load_base, load_tokenizer
+from finetune.models.device import Device, choose_device
+from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.step_plan import plan_step
 from finetune.trainer import IGNORED, build_trainer, trainer_arguments
 

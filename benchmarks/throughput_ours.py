@@ -14,7 +14,8 @@ from finetune.callbacks import BeforeFirstStep, Throughput
 from finetune.config.load import from_dict
 from finetune.config.schema import RunConfig
 from finetune.machine.hardware import let_segments_grow
-from finetune.model import attach_lora, choose_device, load_base, load_tokenizer
+from finetune.models.device import choose_device
+from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.step_plan import plan_step
 from finetune.train import rehearse
 from finetune.trainer import build_trainer, trainer_arguments

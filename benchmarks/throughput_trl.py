@@ -11,7 +11,8 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.throughput_recipe import Recipe, Texts, sft_options
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
-from finetune.model import adapters_to_float32, attach_lora, choose_device, load_base, load_tokenizer
+from finetune.models.device import choose_device
+from finetune.models.load import adapters_to_float32, attach_lora, load_base, load_tokenizer
 
 
 def plain_trainer(recipe: Recipe, texts: Texts) -> Any:

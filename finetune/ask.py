@@ -6,7 +6,8 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.generate import generate_answers
-from finetune.model import choose_device, load_adapter, load_base, load_tokenizer, require_adapter
+from finetune.models.device import choose_device
+from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter
 from finetune.prompts import extract_sql, load_template
 from finetune.runs import RunFolder
 from finetune.sql.engines.sqlite import SqlSandbox

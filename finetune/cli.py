@@ -268,7 +268,7 @@ def _tokenizer_if_installed(config: RunConfig) -> Any:
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
         print("transformers is not installed here: token counts stay unknown", file=sys.stderr)
         return None
-    from finetune.model import load_tokenizer
+    from finetune.models.load import load_tokenizer
 
     return load_tokenizer(config.model)
 

@@ -18,3 +18,7 @@ class UserError(Exception):
 
 class NotEstimated(UserError):
     """A run whose work or memory cannot be estimated beforehand; it may be launched all the same."""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

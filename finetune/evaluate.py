@@ -24,15 +24,8 @@ from finetune.data import Prepared, load_prepared
 from finetune.data_split import unit_hash
 from finetune.errors import UserError
 from finetune.generate import generate_answers
-from finetune.model import (
-    Device,
-    choose_device,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-    require_adapter,
-    weights_identity,
-)
+from finetune.models.device import Device, choose_device
+from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter, weights_identity
 from finetune.prompts import PromptTemplate, load_template
 from finetune.records import Record, read_lines
 from finetune.runs import RunFolder

@@ -15,7 +15,7 @@ from finetune.errors import UserError
 from finetune.lean_memory import LeanLoad, lean_estimate
 from finetune.machine.gpus import GPUS, Gpu
 from finetune.memory import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, fits, largest_rows, workload_of
-from finetune.shapes import ModelShape
+from finetune.models.architectures import ModelShape
 from finetune.speed import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
 
 MOST_TOKENS = 32_768

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from finetune.memory import CUBLAS_BYTES, ITEM_BYTES, LABELLED, MemoryEstimate, Workload, base_bytes
-from finetune.shapes import ModelShape, projection_names
+from finetune.models.architectures import ModelShape, projection_names
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 HEAD_ROWS = 1024

@@ -14,7 +14,7 @@ from typing import Literal
 
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.shapes import PROJECTIONS, SHAPES, ModelShape, projection_names, shape_of
+from finetune.models.architectures import PROJECTIONS, SHAPES, ModelShape, projection_names, shape_of
 
 __all__ = [
     "CONTEXT_GIB",

@@ -21,7 +21,8 @@ from finetune.config.schema import RunConfig
 from finetune.data import Prepared
 from finetune.machine.hardware import detect
 from finetune.memory import GIB
-from finetune.model import Device, parameter_counts
+from finetune.models.device import Device
+from finetune.models.load import parameter_counts
 from finetune.prompts import PromptTemplate
 from finetune.records import SPLITS
 from finetune.runs import RunFolder, git_state, package_versions, utc_now

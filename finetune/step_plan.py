@@ -18,8 +18,8 @@ from finetune.lean_memory import LeanLoad, lean_estimate
 from finetune.lean_model import FAMILIES, LeanModel, why_not
 from finetune.machine.gpus import Gpu, known_gpu
 from finetune.memory import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, largest_rows, workload_of
-from finetune.model import Device
-from finetune.shapes import LLAMA_LIKE, ModelShape, shape_from_config
+from finetune.models.architectures import LLAMA_LIKE, ModelShape, shape_from_config
+from finetune.models.device import Device
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -10,7 +10,8 @@ from finetune.config.schema import BudgetSection, RunConfig, TrackingSection
 from finetune.data import Prepared, load_prepared
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice, machine_price
-from finetune.model import Device, attach_lora, choose_device, load_base, load_tokenizer
+from finetune.models.device import Device, choose_device
+from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.prompts import PromptTemplate
 from finetune.records import Split
 from finetune.runtime.console import say

@@ -19,7 +19,8 @@ from finetune.callbacks import Throughput
 from finetune.config.schema import TrainingSection
 from finetune.flat import FlatAdapters
 from finetune.lean_model import IGNORED
-from finetune.model import Device, adapters_to_float32
+from finetune.models.device import Device
+from finetune.models.load import adapters_to_float32
 from finetune.padded import PaddedPath, answer_loss
 from finetune.paged_state import page_again
 from finetune.prompts import Encoded, PromptTemplate, completion, encode_examples

@@ -15,7 +15,8 @@ from finetune import ask as asking
 from finetune import cli
 from finetune.ask import ROWS_SHOWN, schema_of
 from finetune.generate import generate_answers
-from finetune.model import choose_device, load_adapter, load_base, load_tokenizer
+from finetune.models.device import choose_device
+from finetune.models.load import load_adapter, load_base, load_tokenizer
 from finetune.prompts import PromptTemplate
 from finetune.runs import RunFolder
 from tests.helpers.data_examples import SCHEMA, make_database

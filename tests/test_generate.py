@@ -12,7 +12,8 @@ import torch
 from finetune.config.schema import ModelSection, QuantizationSection
 from finetune.errors import UserError
 from finetune.generate import generate_answers
-from finetune.model import Device, load_base, load_tokenizer
+from finetune.models.device import Device
+from finetune.models.load import load_base, load_tokenizer
 
 PROMPTS = [
     "How many items?",

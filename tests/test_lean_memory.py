@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune.lean_memory import LeanLoad, cache_bytes, copies_bytes, kept_bytes, lean_estimate
 from finetune.memory import GIB, SHAPES, ModelShape, Workload
-from finetune.shapes import PROJECTIONS
+from finetune.models.architectures import PROJECTIONS
 
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
 TOLERANCE = 0.03

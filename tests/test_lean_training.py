@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
-from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
+from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.prompts import PromptTemplate  # noqa: E402
 from finetune.records import read_records  # noqa: E402
 from finetune.stepper import LeanPath  # noqa: E402

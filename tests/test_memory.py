@@ -28,7 +28,7 @@ from finetune.memory import (
     largest_rows,
     workload_of,
 )
-from finetune.shapes import PROJECTIONS
+from finetune.models.architectures import PROJECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 ANCHORS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "h100_anchors.json"

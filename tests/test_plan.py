@@ -27,7 +27,7 @@ from finetune.cloud.run_size import run_size
 from finetune.config.schema import CheckpointSection, PlanSection
 from finetune.errors import UserError
 from finetune.machine.gpus import GPUS
-from finetune.shapes import SHAPES
+from finetune.models.architectures import SHAPES
 from finetune.speed import LeanStep, Speed, lean_speed
 from tests.helpers.plan_examples import (
     ALL,

@@ -46,7 +46,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in ("sky", ".sky.yaml", ".skyignore"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile)(ROOT / name, checkout / name)
     for name in ("data/prepared/set/manifest.json", "data/built/x", "runs/r/run.json", ".venv/bin/python", ".env",
-                 "finetune/__pycache__/x.pyc", "finetune/model.py", "tests/runs/x", "wandb/x"):  # fmt: skip
+                 "finetune/__pycache__/x.pyc", "finetune/models/load.py", "tests/runs/x", "wandb/x"):  # fmt: skip
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).touch()
     worker = ROOT / "tests" / "helpers" / "sky_tasks_worker.py"

@@ -16,7 +16,7 @@ from finetune.config.schema import LoraSection, ModelSection, QuantizationSectio
 from finetune.errors import UserError  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.memory import GIB  # noqa: E402
-from finetune.model import Device  # noqa: E402
+from finetune.models.device import Device  # noqa: E402
 from finetune.step_plan import StepPlan, plan_step, worst_micro_batch  # noqa: E402
 from tests.helpers.lean_examples import LAYERS, lora_model  # noqa: E402
 

@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.config.load import config_hash, load_config  # noqa: E402
-from finetune.model import load_tokenizer  # noqa: E402
+from finetune.models.load import load_tokenizer  # noqa: E402
 from finetune.prompts import PromptTemplate, encode_examples, load_template  # noqa: E402
 from finetune.records import read_records  # noqa: E402
 from finetune.runtime.files import sha256_file  # noqa: E402

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
-from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
+from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.padded import answer_loss  # noqa: E402
 from finetune.prompts import PromptTemplate, completion, encode_prompts  # noqa: E402
 from finetune.records import Record, read_records  # noqa: E402

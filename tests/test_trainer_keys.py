@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, TrainingSection  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
-from finetune.model import attach_lora, load_base, load_tokenizer  # noqa: E402
+from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.prompts import PromptTemplate  # noqa: E402
 from finetune.records import read_records  # noqa: E402
 from finetune.step_plan import StepPlan  # noqa: E402

@@ -17,7 +17,7 @@ from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
 from finetune.fit import Fitted, Limits, fit_on, usual_step_tokens
 from finetune.machine.gpus import GPUS, Gpu
-from finetune.shapes import ModelShape
+from finetune.models.architectures import ModelShape
 from finetune.speed import LeanStep, Speed, lean_speed, training_speed
 
 VALIDATION_COST = 1 / 3

@@ -14,7 +14,8 @@ from finetune.demo.pace import measure
 from finetune.demo.schedule import questions_that_fit, training_that_fits
 from finetune.errors import EXIT_OK, UserError
 from finetune.evaluate import evaluate_base, evaluate_run
-from finetune.model import attach_lora, choose_device, load_base, load_tokenizer
+from finetune.models.device import choose_device
+from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.runs import RunFolder, open_run
 from finetune.runtime.console import say
 from finetune.train import resume, start

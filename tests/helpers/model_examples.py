@@ -1,4 +1,4 @@
-"""What the tests of model.py share: short names for configs, and a way to damage a folder."""
+"""What the tests of models/load.py share: short names for configs, and a way to damage a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from finetune.config.schema import ModelSection, QuantizationSection
 from finetune.errors import UserError
-from finetune.model import Device
+from finetune.models.device import Device
 
 CPU = Device(torch.device("cpu"), torch.float32)
 WHOLE = QuantizationSection(load_in_4bit=False)

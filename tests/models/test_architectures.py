@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import UserError
-from finetune.shapes import PROJECTIONS, SHAPES, ModelShape, shape_of
+from finetune.models.architectures import PROJECTIONS, SHAPES, ModelShape, shape_of
 
 CONFIG = {
     "model_type": "llama",

@@ -5,11 +5,6 @@ Nothing here assumes a CPU or a GPU: the compute capability decides.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,47 +12,15 @@ import torch
 from safetensors import SafetensorError
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
-from finetune.errors import UserError
-from finetune.machine.hardware import dtype_for
-from finetune.runtime.files import disk_error, sha256_file
+from finetune.errors import UserError, first_line
+from finetune.models.device import Device
+from finetune.models.gguf import PACKAGE_PREFIX, unpacked_gguf
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGE_PREFIX = "package://"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where the model lives and in which dtype it computes."""
-
-    place: torch.device
-    dtype: torch.dtype
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-
-def choose_device(torch_dtype: str) -> Device:
-    """This process's GPU if there is one, and the dtype asked for, `auto` by compute capability."""
-    if torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", "0"))
-        capability = torch.cuda.get_device_capability(index)
-        device = torch.device("cuda", index)
-    else:
-        capability, device = None, torch.device("cpu")
-    name = dtype_for(capability) if torch_dtype == "auto" else torch_dtype
-    if name == "bfloat16" and capability is not None and capability < (8, 0):
-        raise UserError(
-            f"model.torch_dtype: bfloat16 needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; "
-            "use auto or float16"
-        )
-    if name == "float16" and device.type == "cpu":
-        raise UserError("model.torch_dtype: float16 does not train on a CPU; use auto")
-    return Device(device, getattr(torch, name))
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -167,7 +130,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter does not load on this base model: {_first_line(error)}") from error
+        raise UserError(f"{folder}: the adapter does not load on this base model: {first_line(error)}") from error
 
 
 def adapters_to_float32(model: torch.nn.Module) -> None:
@@ -192,7 +155,7 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
 def resolve_name(name: str) -> str:
     """A hub id or folder that transformers can load; `package://module/file.gguf` is unpacked into a cache first."""
     if name.startswith(PACKAGE_PREFIX):
-        return str(_unpacked_gguf(name))
+        return str(unpacked_gguf(name))
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -217,12 +180,6 @@ def weights_identity(section: ModelSection) -> list[Any]:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def cache_folder() -> Path:
-    """Where unpacked models are kept: FINETUNE_CACHE, else the user's cache folder."""
-    base = os.environ.get("FINETUNE_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / ("" if os.environ.get("FINETUNE_CACHE") else "finetune") / "models"
-
-
 def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
     source = resolve_name(section.name)
     hub = not Path(source).exists()
@@ -239,7 +196,7 @@ def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
         advice = "is the hub reachable, and HF_TOKEN set if the model is gated?" if hub else "is the folder complete?"
         if isinstance(error, torch.OutOfMemoryError):
             advice = "4-bit weights need the least memory: quantization.load_in_4bit=true"
-        raise UserError(f"model.name: cannot load {section.name}: {_first_line(error)} ({advice})") from error
+        raise UserError(f"model.name: cannot load {section.name}: {first_line(error)} ({advice})") from error
 
 
 def _bits_and_bytes(section: QuantizationSection, device: Device) -> Any:
@@ -251,51 +208,3 @@ def _bits_and_bytes(section: QuantizationSection, device: Device) -> Any:
         bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=device.dtype,
     )
-
-
-def _unpacked_gguf(name: str) -> Path:
-    """The GGUF file inside an installed package as a folder of float32 safetensors, made once and kept."""
-    module, _, file = name.removeprefix(PACKAGE_PREFIX).partition("/")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"model.name: {name}: the package {module} is not installed (`make demo` installs what it needs)"
-        )
-    gguf = Path(next(iter(spec.submodule_search_locations))) / file
-    if gguf.suffix != ".gguf" or not gguf.is_file():
-        raise UserError(f"model.name: {name}: no GGUF file {file!r} in the package {module}")
-    target = cache_folder() / f"{gguf.stem}-{sha256_file(gguf)[:16]}"
-    if (target / "config.json").is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpacking-"))
-        try:
-            _unpack_gguf(gguf, temporary)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        if not (target / "config.json").is_file():  # else another process was faster
-            raise disk_error(error, target) from error
-    except SafetensorError as error:  # its own name for a full disk, too
-        raise UserError(f"{target}: cannot be written: {_first_line(error)}") from error
-    return target
-
-
-def _unpack_gguf(gguf: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF metadata of the tokenizer names <|im_start|> as its end; the model's config knows better.
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    tokenizer.clean_up_tokenization_spaces = False  # else decoding would take blanks out of SQL
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

