@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from finetune import lean_torch
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.flat import FlatAdapters
 from finetune.lean_memory import LeanLoad, lean_estimate
-from finetune.lean_model import IGNORED, LeanModel, pack
 from finetune.memory import Workload
 from finetune.models.architectures import shape_of
 from finetune.models.device import choose_device
+from finetune.models.fused import ops_torch
+from finetune.models.fused.model import IGNORED, LeanModel, pack
 from finetune.models.load import adapters_to_float32, attach_lora, load_base
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def measured(model: Any, tokens: int, kept: int, cached: int, *, old_gpu: bool) 
 
     gc.collect()
     torch.cuda.empty_cache()
-    options: dict[str, Any] = {"ops": lean_torch, "way": "efficient"} if old_gpu else {}
+    options: dict[str, Any] = {"ops": ops_torch, "way": "efficient"} if old_gpu else {}
     lean = LeanModel(model, model.get_base_model().dtype, cached_layers=cached, **options)
     flat = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
     optimizer = PagedAdamW8bit([flat.parameter], lr=1e-5)

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from finetune import lean_torch
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.flat import FlatAdapters
-from finetune.lean_model import IGNORED, LeanModel, ops_for, pack
 from finetune.models.device import choose_device
+from finetune.models.fused import ops_torch
+from finetune.models.fused.model import IGNORED, LeanModel, ops_for, pack
 from finetune.models.load import adapters_to_float32, attach_lora, load_base, load_tokenizer
 
 ANSWER_TOKENS = 37
@@ -103,7 +103,7 @@ def one_round(
 
     lean = LeanModel(
         model, model.get_base_model().dtype, cached_layers=variant["cached"], way=variant.get("way"),
-        ops=lean_torch if variant.get("torch_ops") else ops_for(torch.device("cuda")),
+        ops=ops_torch if variant.get("torch_ops") else ops_for(torch.device("cuda")),
     )  # fmt: skip
     lean.dropout = variant["dropout"]
     result["ops"], result["way"] = lean.ops.__name__.rpartition(".")[2], lean.way

@@ -1,7 +1,9 @@
-"""GPU memory of a step on the lean way (finetune/lean.py), added up as finetune/memory.py does for the stock way. No torch.
+"""GPU memory of a step on the lean way (finetune/models/fused/layer.py), added up as finetune/memory.py does for the
+stock way. No torch.
 
-The byte counts follow line by line from finetune/lean.py, lean_triton.py or lean_torch.py, and the kernels of attention.py;
-tests/test_lean_memory.py runs those on a CPU under a meter. Only RESERVE is set by measurement.
+The byte counts follow line by line from finetune/models/fused/layer.py, models/fused/ops_triton.py or
+models/fused/ops_torch.py, and the kernels of models/fused/attention.py; tests/test_lean_memory.py runs those on a CPU
+under a meter. Only RESERVE is set by measurement.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from finetune.models.architectures import ModelShape, projection_names
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 HEAD_ROWS = 1024
-"""Labelled tokens whose logits are made at a time (finetune/lean_model.py)."""
+"""Labelled tokens whose logits are made at a time (finetune/models/fused/model.py)."""
 RESERVE = 0.29
 """Share of what comes and goes in one layer that torch's allocator holds beyond the peak, with segments that can grow
 (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). Found in the four cells FITTED of tests/test_lean_memory.py."""

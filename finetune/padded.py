@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetune.fit import Limits
-from finetune.lean_model import IGNORED
+from finetune.models.fused.model import IGNORED
 from finetune.stepper import Example
 
 

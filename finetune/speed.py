@@ -5,7 +5,7 @@ Arithmetic without torch, for `finetune plan`. Tokens are those of prompt and an
 A micro-batch (one forward and backward pass) takes as long as the slower of two that run side by side: the host, whose Python
 process launches kernels, which no GPU makes faster, and the GPU. The GPU's time is a sum, here of an H100 with Mistral-7B:
 
-                         stock layers (TRL, PEFT), checkpointing       lean layers (finetune/lean.py), all kept
+                         stock layers (TRL, PEFT), checkpointing       lean layers (finetune/models/fused/layer.py), all kept
     host                 21.6 ms a layer                               4.75 ms a layer
     matrix products      57 us a padded token                          38 us a token
     memory traffic       139 us a padded token                         18 us a token

@@ -15,11 +15,11 @@ from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.fit import Limits, choose
 from finetune.lean_memory import LeanLoad, lean_estimate
-from finetune.lean_model import FAMILIES, LeanModel, why_not
 from finetune.machine.gpus import Gpu, known_gpu
 from finetune.memory import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, largest_rows, workload_of
 from finetune.models.architectures import LLAMA_LIKE, ModelShape, shape_from_config
 from finetune.models.device import Device
+from finetune.models.fused.model import FAMILIES, LeanModel, why_not
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -19,7 +19,7 @@ from finetune.batching import micro_batches, share
 from finetune.errors import UserError
 from finetune.fit import Limits
 from finetune.flat import FlatAdapters
-from finetune.lean_model import IGNORED, LeanModel, Packed, pack
+from finetune.models.fused.model import IGNORED, LeanModel, Packed, pack
 from finetune.runtime import distributed
 
 Example = dict[str, Any]
@@ -65,7 +65,7 @@ class Path(Protocol):
 
 
 class LeanPath:
-    """Questions one behind the other, through finetune/lean.py's layers."""
+    """Questions one behind the other, through finetune/models/fused/layer.py's layers."""
 
     padded = False
 

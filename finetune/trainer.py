@@ -18,8 +18,8 @@ from finetune.batching import StepSampler, micro_batches
 from finetune.callbacks import Throughput
 from finetune.config.schema import TrainingSection
 from finetune.flat import FlatAdapters
-from finetune.lean_model import IGNORED
 from finetune.models.device import Device
+from finetune.models.fused.model import IGNORED
 from finetune.models.load import adapters_to_float32
 from finetune.padded import PaddedPath, answer_loss
 from finetune.paged_state import page_again

@@ -24,15 +24,15 @@ MAY_IMPORT = {
     "checkpoint": "errors runtime",
     "sql": "errors",
     "config": "errors machine",
+    "models.fused": "",
     "models": "errors runtime machine config",
-    "demo": "errors runtime config models",
+    "demo": "errors runtime config models.fused models",
     "__main__": "",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
 without those of training/step/, which has a row of its own."""
 MOVING = {
     "ask",
-    "attention",
     "batching",
     "callbacks",
     "cli",
@@ -65,12 +65,7 @@ MOVING = {
     "fit",
     "flat",
     "generate",
-    "lean",
-    "lean_kernels",
     "lean_memory",
-    "lean_model",
-    "lean_torch",
-    "lean_triton",
     "ledger",
     "memory",
     "memory_table",
@@ -106,7 +101,6 @@ MOVING = {
 
 NEEDS_TORCH = (
     "ask",
-    "attention",
     "batching",
     "callbacks",
     "demo.pace",
@@ -114,12 +108,8 @@ NEEDS_TORCH = (
     "evaluate",
     "flat",
     "generate",
-    "lean",
-    "lean_kernels",
-    "lean_model",
-    "lean_torch",
-    "lean_triton",
     "models.device",
+    "models.fused",
     "models.gguf",
     "models.load",
     "padded",

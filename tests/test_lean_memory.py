@@ -1,4 +1,5 @@
-"""The lean estimate against what was measured on one H100, and in itself (finetune/lean.py itself: test_lean_memory_meter.py)."""
+"""The lean estimate against what was measured on one H100, and in itself (finetune/models/fused/layer.py itself:
+test_lean_memory_meter.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The lean estimate's byte counts against a meter: finetune/lean.py runs on this machine's CPU, and every tensor is counted.
+"""The lean estimate's byte counts against a meter: finetune/models/fused/layer.py runs on this machine's CPU, and every
+tensor is counted.
 
 Kernels that a CPU has not are stood in for by functions that allocate what the kernel's source allocates and compute nothing.
 """
@@ -21,9 +22,9 @@ transformers = pytest.importorskip("transformers")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from finetune import attention, lean_torch  # noqa: E402
 from finetune.flat import FlatAdapters  # noqa: E402
-from finetune.lean_model import IGNORED, LeanModel, pack  # noqa: E402
+from finetune.models.fused import attention, ops_torch  # noqa: E402
+from finetune.models.fused.model import IGNORED, LeanModel, pack  # noqa: E402
 
 SLIM = ModelShape("slim", 128, 4, 8, 2, 16, 448, 96)
 WIDE_HEAD = replace(SLIM, vocab=4000)
@@ -36,7 +37,7 @@ LOAD = Workload(1, max(LENGTHS), lora_r=2, four_bit=False)
 
 
 def triton_like() -> SimpleNamespace:
-    """What finetune/lean_triton.py allocates, but for sums in parts, which are small."""
+    """What finetune/models/fused/ops_triton.py allocates, but for sums in parts, which are small."""
     return SimpleNamespace(
         lora_down=lambda x, a, r, p, seed: x.new_empty(x.shape[0], a.shape[0]),
         lora_input_grad_=lambda *_: None,
@@ -99,7 +100,7 @@ def measured(shape: ModelShape, lean: LeanLoad, labelled: int) -> int:
         parameter.data = parameter.data.float()
     flat = FlatAdapters(adapters)
     flat.begin()
-    ops = triton_like() if lean.on_ampere else lean_torch
+    ops = triton_like() if lean.on_ampere else ops_torch
     path = LeanModel(model, torch.bfloat16, ops=ops, way="flash" if lean.on_ampere else "efficient")  # type: ignore[arg-type]
     path.dropout = lean.load.lora_dropout
     weights = [group.weight() for layer in path.layers for group in layer.groups]
@@ -144,11 +145,12 @@ def test_the_peak_is_what_really_is_alive(
     shape: ModelShape, labelled: int, modules: tuple[str, ...], dropout: float, ampere: bool, kept: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("finetune.attention.forward", kernel_forward)
-    monkeypatch.setattr("finetune.attention.backward", kernel_backward)
+    monkeypatch.setattr("finetune.models.fused.attention.forward", kernel_forward)
+    monkeypatch.setattr("finetune.models.fused.attention.backward", kernel_backward)
     monkeypatch.setattr("torch.Tensor.logsumexp", logsumexp)
     monkeypatch.setattr(
-        "finetune.lean_torch._product_in_float32", lambda left, right: torch.zeros(left.shape[0], right.shape[1])
+        "finetune.models.fused.ops_torch._product_in_float32",
+        lambda left, right: torch.zeros(left.shape[0], right.shape[1]),
     )
     load = replace(LOAD, lora_modules=modules, lora_dropout=dropout)
     lean = LeanLoad(

@@ -1,4 +1,4 @@
-"""States of paged optimizers that went through a file. What only a GPU shows is in test_gpu_lean.py."""
+"""States of paged optimizers that went through a file. What only a GPU shows is in tests/models/fused/test_gpu.py."""
 
 from __future__ import annotations
 

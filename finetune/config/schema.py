@@ -91,7 +91,7 @@ class TrainingSection:
     gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: for as few layers as memory demands
     max_memory_gib: float | None = None  # of the GPU's memory use no more than this; null: all of it
     kernels: Literal["auto", "lean", "stock"] = (
-        "auto"  # lean: our layer (finetune/lean.py); stock: transformers' and PEFT's
+        "auto"  # lean: our layer (finetune/models/fused/layer.py); stock: transformers' and PEFT's
     )
     group_by_length: bool = True  # padded batches (stock kernels): examples of like length share an optimizer step
     logging_steps: int = 10

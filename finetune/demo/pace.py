@@ -13,7 +13,7 @@ from finetune.config.schema import RunConfig
 from finetune.data import Prepared
 from finetune.demo.schedule import Pace
 from finetune.generate import generate_answers
-from finetune.lean_model import IGNORED
+from finetune.models.fused.model import IGNORED
 from finetune.padded import answer_loss
 from finetune.prompts import Encoded, PromptTemplate, completion, encode_examples
 

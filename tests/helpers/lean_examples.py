@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from finetune.callbacks import Throughput
 from finetune.config.schema import RunConfig, TrainingSection
-from finetune.lean_model import IGNORED, LeanModel, Packed, pack
 from finetune.models.device import Device
+from finetune.models.fused.model import IGNORED, LeanModel, Packed, pack
 from finetune.step_plan import StepPlan, plan_step
 from finetune.trainer import AnswerTrainer, Examples, build_trainer, trainer_arguments
 

@@ -1,4 +1,5 @@
-"""The lean way through a PEFT model: from packed questions to the loss on their answers, over finetune/lean.py's layers.
+"""The lean way through a PEFT model: from packed questions to the loss on their answers, over
+finetune/models/fused/layer.py's layers.
 
 The model stays transformers' and PEFT's: parameters, names and saved adapters are theirs. This only reads them.
 """
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from finetune import attention, lean_torch
-from finetune.attention import Segments
-from finetune.lean import Batch, Group, Layer
+from finetune.models.fused import attention, ops_torch
+from finetune.models.fused.attention import Segments
+from finetune.models.fused.layer import Batch, Group, Layer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that carries no loss, as in torch.nn.functional.cross_entropy."""
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-"""The models of transformers whose layers are what finetune/lean.py computes: RMSNorm, rotary embedding, grouped-query attention,
-SwiGLU; Qwen2 with a bias on q, k and v."""
+"""The models of transformers whose layers are what finetune/models/fused/layer.py computes: RMSNorm, rotary embedding,
+grouped-query attention, SwiGLU; Qwen2 with a bias on q, k and v."""
 PLAIN_LORA = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.lora_[AB]\.default\.weight$")
 HEAD_ROWS = 1024
 """Labelled tokens whose logits are made at a time."""
@@ -226,11 +227,11 @@ def ops_for(device: torch.device) -> ModuleType:
     """Triton's operations where it works (compute capability >= 8.0 and Triton installed), else torch's."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         try:
-            from finetune import lean_triton
+            from finetune.models.fused import ops_triton
         except ImportError:
-            return lean_torch
-        return lean_triton
-    return lean_torch
+            return ops_torch
+        return ops_triton
+    return ops_torch
 
 
 def _layer(number: int, layer: Any, config: Any, dtype: torch.dtype, scratch: Scratch, *, cached: bool) -> Layer:

@@ -1,6 +1,8 @@
-"""On a CUDA GPU of compute capability 8.0 or newer: finetune/lean_triton.py against finetune/lean_torch.py in float32.
+"""On a CUDA GPU of compute capability 8.0 or newer: finetune/models/fused/ops_triton.py against
+finetune/models/fused/ops_torch.py in float32.
 
-Run with `pytest -m gpu -s tests/test_gpu_lean_ops.py`; the last test prints the memory rate that each kernel reaches.
+Run with `pytest -m gpu -s tests/models/fused/test_gpu_ops.py`; the last test prints the memory rate that each kernel
+reaches.
 """
 
 import math
@@ -11,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from finetune import lean_torch  # noqa: E402
+from finetune.models.fused import ops_torch  # noqa: E402
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 pytestmark = [
@@ -19,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not CAPABLE, reason="no CUDA GPU of compute capability 8.0 or newer on this machine"),
 ]
 if CAPABLE:
-    from finetune import lean_triton as ops
+    from finetune.models.fused import ops_triton as ops
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOKENS = [1, 17, 500, 4901]
@@ -65,12 +67,12 @@ def revealed_masks(tokens: int, width: int, n: int, r: int, p: float, seed: int)
 def test_without_dropout_triton_is_torch(dtype, tokens: int, width: int, n: int, r: int) -> None:
     x, a, g = inputs(tokens, width, n, r, dtype)
     full = (x.float(), a.float(), g.float())
-    assert_near(ops.lora_down(x, a, r, 0.0, 3), lean_torch.lora_down(full[0], full[1], r, 0.0, 3), dtype)
-    assert_near(ops.lora_a_grad(g, x, r, 0.0, 3), lean_torch.lora_a_grad(full[2], full[0], r, 0.0, 3), torch.float32)
+    assert_near(ops.lora_down(x, a, r, 0.0, 3), ops_torch.lora_down(full[0], full[1], r, 0.0, 3), dtype)
+    assert_near(ops.lora_a_grad(g, x, r, 0.0, 3), ops_torch.lora_a_grad(full[2], full[0], r, 0.0, 3), torch.float32)
     own = normal(tokens, width, seed=4, dtype=dtype, spare=32)
     expected = own.float().clone()
     ops.lora_input_grad_(own, g, a, r, 0.0, 3)
-    lean_torch.lora_input_grad_(expected, full[2], full[1], r, 0.0, 3)
+    ops_torch.lora_input_grad_(expected, full[2], full[1], r, 0.0, 3)
     assert_near(own, expected, dtype)
 
 
@@ -144,12 +146,12 @@ def test_the_torch_operations_in_half_precision(dtype, p: float) -> None:
     for i in range(2):
         one_g, one_a = torch.zeros_like(g), torch.zeros_like(a)
         one_g[:, i * 16], one_a[i * 16] = 1.0, 1.0
-        lean_torch.lora_input_grad_(masks[i], one_g, one_a, 16, p, 7)
+        ops_torch.lora_input_grad_(masks[i], one_g, one_a, 16, p, 7)
     kept = masks.gt(0).float() / (1 - p)
     down = torch.cat([(kept[i] * x.float()) @ a[i * 16 : i * 16 + 16].float().T for i in range(2)], dim=1)
     a_grad = torch.cat([g[:, i * 16 : i * 16 + 16].float().T @ (kept[i] * x.float()) for i in range(2)])
-    assert_near(lean_torch.lora_down(x, a, 16, p, 7), down, dtype)
-    assert_near(lean_torch.lora_a_grad(g, x, 16, p, 7), a_grad, torch.float32)
+    assert_near(ops_torch.lora_down(x, a, 16, p, 7), down, dtype)
+    assert_near(ops_torch.lora_a_grad(g, x, 16, p, 7), a_grad, torch.float32)
 
 
 @pytest.mark.parametrize("table", [torch.float32, None])
@@ -161,7 +163,7 @@ def test_rope(dtype, tokens: int, table) -> None:
     for inverse in (False, True):
         x = normal(tokens, (HEADS + 8) * HEAD_DIM, dtype=dtype, spare=64)
         expected = x.float().clone()
-        lean_torch.rope_(expected, cos.float(), sin.float(), HEADS, HEAD_DIM, inverse)
+        ops_torch.rope_(expected, cos.float(), sin.float(), HEADS, HEAD_DIM, inverse)
         ops.rope_(x, cos, sin, HEADS, HEAD_DIM, inverse)
         assert_near(x, expected, dtype)
         assert torch.equal(x[:, HEADS * HEAD_DIM :].float(), expected[:, HEADS * HEAD_DIM :])
@@ -175,9 +177,9 @@ def test_rms_norm(dtype, tokens: int, width: int) -> None:
     weight, residual = normal(width, seed=2, dtype=dtype), normal(tokens, width, seed=3, dtype=dtype)
     y = ops.rms_norm(x, weight, 1e-5)
     assert y.dtype == dtype
-    assert_near(y, lean_torch.rms_norm(x.float(), weight.float(), 1e-5), dtype)
+    assert_near(y, ops_torch.rms_norm(x.float(), weight.float(), 1e-5), dtype)
     for rest in (None, residual):
-        expected = lean_torch.rms_norm_backward(
+        expected = ops_torch.rms_norm_backward(
             dy.float(), x.float(), weight.float(), 1e-5, None if rest is None else rest.float()
         )
         assert_near(ops.rms_norm_backward(dy, x, weight, 1e-5, rest), expected, dtype)
@@ -189,10 +191,10 @@ def test_rms_norm(dtype, tokens: int, width: int) -> None:
 def test_swiglu(dtype, tokens: int, width: int) -> None:
     gate_up, d = normal(tokens, 2 * width, dtype=dtype), normal(tokens, width, seed=1, dtype=dtype)
     full = gate_up.float().clone()
-    assert_near(ops.swiglu(gate_up), lean_torch.swiglu(full), dtype)
+    assert_near(ops.swiglu(gate_up), ops_torch.swiglu(full), dtype)
     ops.swiglu_backward_(gate_up, d)
-    assert_near(d, lean_torch.swiglu(full), dtype)
-    lean_torch.swiglu_backward_(full, normal(tokens, width, seed=1, dtype=dtype).float())
+    assert_near(d, ops_torch.swiglu(full), dtype)
+    ops_torch.swiglu_backward_(full, normal(tokens, width, seed=1, dtype=dtype).float())
     assert_near(gate_up, full, dtype, steps=4.0)
 
 

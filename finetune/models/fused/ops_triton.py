@@ -1,10 +1,10 @@
 # mypy: disable-error-code="import-not-found, no-untyped-def, no-untyped-call, untyped-decorator"
 """The small operations of the lean training layer by Triton kernels, for CUDA with compute capability 8.0 or newer.
 
-Same functions, arguments and results as finetune/lean_torch.py, which is the reference; only the dropout masks differ.
-The three LoRA operations move x (or dx) through memory once, whatever the number n of projections that share it
-(for n > 3 once per three). No atomics: the same call gives the same bytes. Where sums are split, the parts are float32
-and are added in a fixed order. Triton launches on the current CUDA device, so that must be the tensors' own.
+Same functions, arguments and results as finetune/models/fused/ops_torch.py, which is the reference; only the dropout
+masks differ. The three LoRA operations move x (or dx) through memory once, whatever the number n of projections that
+share it (for n > 3 once per three). No atomics: the same call gives the same bytes. Where sums are split, the parts are
+float32 and are added in a fixed order. Triton launches on the current CUDA device, so that must be the tensors' own.
 
 Dropout masks come from a hash of (seed, row, column) per element; three projections take 10 of its 32 bits each. The
 keep probability is therefore a multiple of 1/1024 (p = 0.05 becomes 51/1024 = 0.0498), and kept values are scaled by
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune import lean_kernels as kernels
-from finetune.lean_torch import stream_key
+from finetune.models.fused import triton_kernels as kernels
+from finetune.models.fused.ops_torch import stream_key
 
 SHARED = 3
 """Projections per pass over x: one 32-bit hash holds three 10-bit masks."""

@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from finetune import lean_torch  # noqa: E402
-from finetune.lean_model import IGNORED, LeanModel  # noqa: E402
+from finetune.models.fused import ops_torch  # noqa: E402
+from finetune.models.fused.model import IGNORED, LeanModel  # noqa: E402
 from tests.helpers.lean_examples import (  # noqa: E402
     CPU,
     LAYERS,
@@ -183,13 +183,13 @@ def test_layers_groups_and_micro_batches_draw_different_masks() -> None:
     lean = LeanModel(model, torch.float32)
     ids, labels = texts((12, 9))
     seeds = []
-    original = lean_torch.lora_down
+    original = ops_torch.lora_down
 
     class Watched:
         """lean_torch, with the seeds of its calls noted."""
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(lean_torch, name)
+            return getattr(ops_torch, name)
 
         def lora_down(self, x: Any, a: Any, r: int, p: float, seed: int) -> Any:
             seeds.append((seed, p))
@@ -288,7 +288,7 @@ def test_a_text_that_comes_twice_has_twice_the_gradient() -> None:
 def test_what_a_kept_layer_holds_is_freed_by_its_backward_pass() -> None:
     import weakref
 
-    from finetune.lean import Kept
+    from finetune.models.fused.layer import Kept
 
     model = lora_model()
     ids, labels = texts()
@@ -333,11 +333,12 @@ def test_gate_and_up_are_gone_when_attentions_backward_pass_begins(monkeypatch: 
     """They are more than half of what a layer keeps, and attention's gradients need the room."""
     import weakref
 
-    from finetune import attention, lean
+    from finetune.models.fused import attention
+    from finetune.models.fused import layer as fused_layer
 
     made: list[Any] = []
     alive: list[int] = []
-    product, backward = lean_torch.swiglu, attention.backward
+    product, backward = ops_torch.swiglu, attention.backward
 
     def watched(gate_up: Any) -> Any:
         made.append(weakref.ref(gate_up))
@@ -347,8 +348,8 @@ def test_gate_and_up_are_gone_when_attentions_backward_pass_begins(monkeypatch: 
         alive.append(sum(ref() is not None for ref in made))
         return backward(*given)
 
-    monkeypatch.setattr(lean_torch, "swiglu", watched)
-    monkeypatch.setattr(lean.attention, "backward", counted)
+    monkeypatch.setattr(ops_torch, "swiglu", watched)
+    monkeypatch.setattr(fused_layer.attention, "backward", counted)
     ids, labels = texts()
     LeanModel(lora_model(), torch.float32).loss(packed(ids, labels), kept_layers=LAYERS).backward()
     assert len(made) >= LAYERS

@@ -1,5 +1,6 @@
 # mypy: disable-error-code="import-not-found, no-untyped-def, no-untyped-call, untyped-decorator"
-"""The Triton kernels behind finetune/lean_triton.py, which says what each computes and how it is launched."""
+"""The Triton kernels behind finetune/models/fused/ops_triton.py, which says what each computes and how it is
+launched."""
 
 from __future__ import annotations
 

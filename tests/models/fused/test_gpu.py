@@ -1,6 +1,6 @@
 """On a CUDA GPU of compute capability 8.0 or newer: the lean layers in 16 bits are no further from float32 than the stock path.
 
-Run with `pytest -m gpu -s tests/test_gpu_lean.py`; it prints the errors that it compares.
+Run with `pytest -m gpu -s tests/models/fused/test_gpu.py`; it prints the errors that it compares.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from finetune import attention, lean_torch  # noqa: E402
-from finetune.attention import Segments  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.flat import FlatAdapters  # noqa: E402
-from finetune.lean_model import IGNORED, LeanModel, ops_for, pack  # noqa: E402
+from finetune.models.fused import attention, ops_torch  # noqa: E402
+from finetune.models.fused.attention import Segments  # noqa: E402
+from finetune.models.fused.model import IGNORED, LeanModel, ops_for, pack  # noqa: E402
 from finetune.paged_state import page_again  # noqa: E402
 from finetune.stepper import LeanPath, Stepper, collate  # noqa: E402
 from tests.helpers.lean_examples import (  # noqa: E402
@@ -121,7 +121,7 @@ def test_another_text_changes_no_bit_of_a_texts_loss(way: Any) -> None:
 def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_stock_path(family: str, head_dim: int) -> None:
     """Both against float32 on the same weights; the stock path as it trains: autocast, each text alone, unpadded."""
     full, half = (small_mistral(dtype, family=family, head_dim=head_dim) for dtype in (torch.float32, torch.bfloat16))
-    ways = {"triton": ops_for(GPU), "torch": lean_torch}
+    ways = {"triton": ops_for(GPU), "torch": ops_torch}
     layers = {name: LeanModel(half, torch.bfloat16, ops=ops) for name, ops in ways.items()}
     errors = dict.fromkeys(("stock", *ways), 0.0)
     for seed in range(3):  # one batch's rounding errors differ by 5% either way
@@ -147,7 +147,7 @@ def test_in_float16_with_scaled_losses_too(way: Any, ops: str) -> None:
     ids, labels = texts(LENGTHS)
     _, exact = stock_gradients(small_mistral(), ids, labels)
     half = small_mistral(torch.float16)
-    lean = LeanModel(half, torch.float16, way=way, ops=lean_torch if ops == "torch" else ops_for(GPU))
+    lean = LeanModel(half, torch.float16, way=way, ops=ops_torch if ops == "torch" else ops_for(GPU))
     (lean.loss(on_gpu(), kept_layers=2) * scale).backward()
     found = {name: gradient / scale for name, gradient in take_gradients(half).items()}
     for row, wanted in zip(ids, labels, strict=True):
@@ -190,7 +190,7 @@ def test_float16_overflow_is_skipped_by_the_scaler() -> None:
 @pytest.mark.parametrize("ops", ["triton", "torch"])
 def test_with_dropout_a_layer_computed_again_gives_the_same_gradients(ops: str, dtype: Any) -> None:
     model = small_mistral(dtype, dropout=0.1)
-    lean = LeanModel(model, dtype, ops=lean_torch if ops == "torch" else ops_for(GPU))
+    lean = LeanModel(model, dtype, ops=ops_torch if ops == "torch" else ops_for(GPU))
     batch = on_gpu(SHORT)
     loss, kept = lean_gradients(model, batch, kept_layers=LAYERS, seed=3, lean=lean)
     again_loss, again = lean_gradients(model, batch, kept_layers=0, seed=3, lean=lean)

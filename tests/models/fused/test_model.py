@@ -12,8 +12,9 @@ pytest.importorskip("peft")
 
 from transformers import AutoModelForCausalLM, GPT2Config  # noqa: E402
 
-from finetune import lean_model, lean_torch  # noqa: E402
-from finetune.lean_model import IGNORED, LeanModel, Scratch, ops_for, pack, why_not  # noqa: E402
+from finetune.models.fused import model as fused_model  # noqa: E402
+from finetune.models.fused import ops_torch  # noqa: E402
+from finetune.models.fused.model import IGNORED, LeanModel, Scratch, ops_for, pack, why_not  # noqa: E402
 from tests.helpers.lean_examples import (  # noqa: E402
     CPU,
     LAYERS,
@@ -178,7 +179,7 @@ def test_scratch_is_one_buffer_that_only_grows() -> None:
 
 
 def test_ops_on_a_cpu_are_torchs() -> None:
-    assert ops_for(CPU) is lean_torch
+    assert ops_for(CPU) is ops_torch
 
 
 # --- the loss
@@ -190,7 +191,7 @@ def test_the_head_in_blocks_is_the_head_in_one(monkeypatch: pytest.MonkeyPatch) 
     lean = LeanModel(model, torch.float32)
     expected = lean_gradients(model, packed(ids, labels), lean=lean)
     for rows in (1, 7, labelled(labels), labelled(labels) - 1):
-        monkeypatch.setattr(lean_model, "HEAD_ROWS", rows)
+        monkeypatch.setattr(fused_model, "HEAD_ROWS", rows)
         loss, found = lean_gradients(model, packed(ids, labels), lean=lean)
         assert loss == pytest.approx(expected[0], rel=1e-6)
         assert worst_error(found, expected[1]) < 1e-5
@@ -201,14 +202,14 @@ def test_the_heads_gradient_is_cross_entropys_and_scales_with_what_comes_after()
     weight, targets = torch.randn(VOCABULARY, 16) * 3, torch.randint(VOCABULARY, (9,))
     expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
     (gradient,) = torch.autograd.grad(expected * 2.5, hidden)
-    found = lean_model._HeadLoss.apply(hidden, weight, targets)
+    found = fused_model._HeadLoss.apply(hidden, weight, targets)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert (torch.autograd.grad(found * 2.5, hidden)[0] - gradient).norm() < 1e-5 * gradient.norm()
 
 
 def test_the_head_is_exact_where_a_plain_exponential_would_overflow() -> None:
     hidden, weight = torch.full((1, 4), 50.0, requires_grad=True), torch.tensor([[10.0] * 4, [-10.0] * 4])
-    loss = lean_model._HeadLoss.apply(hidden, weight, torch.tensor([1]))
+    loss = fused_model._HeadLoss.apply(hidden, weight, torch.tensor([1]))
     assert loss.item() == 4000.0
     assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
 

@@ -1,4 +1,4 @@
-"""finetune/attention.py's loop against attention written out with a mask, in float64."""
+"""finetune/models/fused/attention.py's loop against attention written out with a mask, in float64."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from finetune import attention  # noqa: E402
-from finetune.attention import Segments  # noqa: E402
+from finetune.models.fused import attention  # noqa: E402
+from finetune.models.fused.attention import Segments  # noqa: E402
 
 CPU = torch.device("cpu")
 

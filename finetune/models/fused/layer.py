@@ -2,7 +2,7 @@
 
 Why by hand: PEFT, transformers and autograd together launch some 380 kernels a layer and keep 142 KB a token of Mistral-7B.
 Here it is about 100 launches and 92 KB, or 8 KB where the layer is computed again in the backward pass (gradient
-checkpointing). Nothing is approximated; tests/test_lean.py holds every gradient against the stock path.
+checkpointing). Nothing is approximated; tests/models/fused/test_layer.py holds every gradient against the stock path.
 
 With y = x W' + s drop(x) A' B' for a projection (W frozen, A and B trained, s = alpha / r, ' transposes, drop is LoRA's dropout):
 
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune import attention
-from finetune.attention import Attended, Segments
+from finetune.models.fused import attention
+from finetune.models.fused.attention import Attended, Segments
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Batch:
     """What every layer needs of a packed micro-batch. cos, sin: (tokens, head_dim). seed: of this micro-batch's dropout.
 
     rows: the tokens that the loss looks at; the last layer goes on with these alone once attention has seen all tokens.
-    ops: finetune.lean_torch or finetune.lean_triton. dropout: LoRA's, 0 outside training.
+    ops: finetune.models.fused.ops_torch or finetune.models.fused.ops_triton. dropout: LoRA's, 0 outside training.
     """
 
     segments: Segments
@@ -47,8 +47,8 @@ class Batch:
 class Group:
     """Projections with one input: their frozen weights as one matrix, their adapters as one pair.
 
-    weight: gives (sum of outputs, inputs) in the compute dtype (finetune.lean_model.Weights). adapters: (A, B) of each
-    projection, None where it has none.
+    weight: gives (sum of outputs, inputs) in the compute dtype (finetune.models.fused.model.Weights). adapters: (A, B)
+    of each projection, None where it has none.
     a (n r, inputs) and b (sum of outputs, n r) are copies in the compute dtype that `refresh` brings up to date.
     """
 

@@ -1,4 +1,5 @@
-"""finetune/lean_torch.py against autograd of the plain formulas and against transformers' own modules, on CPU."""
+"""finetune/models/fused/ops_torch.py against autograd of the plain formulas and against transformers' own modules, on
+CPU."""
 
 import math
 
@@ -10,7 +11,7 @@ pytest.importorskip("transformers")
 from torch.nn import functional  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, rotate_half  # noqa: E402
 
-from finetune import lean_torch as ops  # noqa: E402
+from finetune.models.fused import ops_torch as ops  # noqa: E402
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 GROUPS = [(1, 16), (2, 8), (3, 16), (4, 5)]

@@ -5,7 +5,8 @@ Projections that read the same input form a group of n; their LoRA A matrices (r
 Dropout is PEFT's: each projection i has its own mask over x, and kept values are scaled by 1/(1-p). Masks are never
 stored: `stream_key(seed, i)` seeds the generator of projection i, so that forward and backward draw the same one,
 provided that x and dx have the same shape and dtype. Nothing here is recorded by autograd: call it where that is off.
-finetune/lean_triton.py has the same functions with other masks: one layer must take all of them from one module.
+finetune/models/fused/ops_triton.py has the same functions with other masks: one layer must take all of them from one
+module.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Causal attention over sequences that lie one behind the other without padding; no token sees another sequence.
 
-Forward and backward are called by hand (finetune/lean.py keeps what lies between), so these are plain functions. Three ways,
+Forward and backward are called by hand (finetune/models/fused/layer.py keeps what lies between), so these are plain
+functions. Three ways,
 by hardware: FlashAttention-2 inside torch (compute capability >= 8.0), torch's memory-efficient kernel (older GPUs in float16),
 and torch's SDPA on one sequence after the other (everywhere, CPU included).
 """
