@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from finetune.config.schema import SourceSection
-from finetune.data import prepare
-from finetune.prompts import PromptTemplate
-from finetune.records import Record, Split, write_records
+from finetune.data.prepare import prepare
+from finetune.data.prompts import PromptTemplate
+from finetune.data.records import Record, Split, write_records
 from finetune.runtime.files import write_text
 
 SCHEMA = "CREATE TABLE train (id INTEGER PRIMARY KEY, name TEXT, leaves REAL);"

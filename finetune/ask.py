@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune.data.prompts import extract_sql, load_template
 from finetune.errors import UserError
 from finetune.generate import generate_answers
 from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter
-from finetune.prompts import extract_sql, load_template
 from finetune.runs import RunFolder
 from finetune.sql.engines.sqlite import SqlSandbox
 from finetune.sql.schema import ddl_of_database, is_create_table, parse_ddl

@@ -223,7 +223,7 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _data_prepare(arguments: argparse.Namespace) -> int:
-    from finetune.data import prepare_data
+    from finetune.data.prepare import prepare_data
 
     config = _loaded(arguments)
     prepared = prepare_data(config, _tokenizer_if_installed(config))
@@ -234,7 +234,7 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from finetune.data_check import check
+    from finetune.data.check import check
 
     config = _loaded(arguments)
     findings = check(

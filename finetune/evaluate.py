@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from finetune.config.schema import RunConfig
-from finetune.data import Prepared, load_prepared
-from finetune.data_split import unit_hash
+from finetune.data.prepared import Prepared, load_prepared
+from finetune.data.prompts import PromptTemplate, load_template
+from finetune.data.records import Record, read_lines
+from finetune.data.split import unit_hash
 from finetune.errors import UserError
 from finetune.generate import generate_answers
 from finetune.models.device import Device, choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter, weights_identity
-from finetune.prompts import PromptTemplate, load_template
-from finetune.records import Record, read_lines
 from finetune.runs import RunFolder
 from finetune.runtime.files import atomic_file, write_json
 from finetune.scoring import Row, as_dict, gain, judge, score

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from finetune.data.prompts import answer_is_complete, encode_prompts
 from finetune.errors import UserError
-from finetune.prompts import answer_is_complete, encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.data.records import read_lines
 from finetune.errors import UserError
-from finetune.records import read_lines
 from finetune.runtime.files import read_json
 
 Json = dict[str, Any]

@@ -18,13 +18,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from finetune.callbacks import Throughput, history_rows
 from finetune.config.load import config_hash, to_dict
 from finetune.config.schema import RunConfig
-from finetune.data import Prepared
+from finetune.data.prepared import Prepared
+from finetune.data.prompts import PromptTemplate
+from finetune.data.records import SPLITS
 from finetune.machine.hardware import detect
 from finetune.memory import GIB
 from finetune.models.device import Device
 from finetune.models.load import parameter_counts
-from finetune.prompts import PromptTemplate
-from finetune.records import SPLITS
 from finetune.runs import RunFolder, git_state, package_versions, utc_now
 from finetune.runtime import distributed
 from finetune.runtime.files import as_text

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.prompts import extract_sql
-from finetune.records import Record
+from finetune.data.prompts import extract_sql
+from finetune.data.records import Record
 from finetune.sql.compare import Rule, as_test_suite_runs_it, gold_is_ordered, results_equal
 from finetune.sql.difficulty import difficulty
 from finetune.sql.engines.sqlite import SqlSandbox

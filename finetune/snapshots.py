@@ -19,9 +19,9 @@ from finetune.checkpoint.async_saver import Committed, Saver
 from finetune.checkpoint.store import CheckpointStore
 from finetune.config.load import config_hash, to_yaml
 from finetune.config.schema import RunConfig
-from finetune.data import Prepared
+from finetune.data.prepared import Prepared
+from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
-from finetune.prompts import PromptTemplate
 from finetune.proof import PROBE, probe_of
 from finetune.runs import RunFolder
 from finetune.runtime import fault_injection

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from finetune.checkpoint.store import read_manifest
+from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
-from finetune.prompts import PromptTemplate
 from finetune.run_record import RunRecorder
 from finetune.runs import RunFolder
 from finetune.runtime import fault_injection

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import BudgetSection, RunConfig, TrackingSection
-from finetune.data import Prepared, load_prepared
+from finetune.data.prepared import Prepared, load_prepared
+from finetune.data.prompts import PromptTemplate
+from finetune.data.records import Split
+from finetune.data.tokenize import Examples, tokenise
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice, machine_price
 from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
-from finetune.prompts import PromptTemplate
-from finetune.records import Split
 from finetune.runtime.console import say
 from finetune.runtime.credentials import wandb_key_present
-from finetune.trainer import Examples, tokenise
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -11,7 +11,7 @@ from finetune.checkpoint.store import CheckpointStore, Skipped, read_manifest
 from finetune.config.load import load_config, to_dict, with_numbers
 from finetune.config.resume_rules import decide, refusal
 from finetune.config.schema import RunConfig
-from finetune.data import Prepared
+from finetune.data.prepared import Prepared
 from finetune.errors import UserError
 from finetune.runs import RunFolder
 from finetune.runtime import distributed

@@ -1,10 +1,9 @@
-"""TRL's SFTTrainer for text-to-SQL: our keys mapped to the libraries', tokenised examples, loss on the answer only."""
+"""TRL's SFTTrainer for text-to-SQL: our keys mapped to the libraries', loss on the answer only."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,6 @@ from finetune.models.fused.model import IGNORED
 from finetune.models.load import adapters_to_float32
 from finetune.padded import PaddedPath, answer_loss
 from finetune.paged_state import page_again
-from finetune.prompts import Encoded, PromptTemplate, completion, encode_examples
-from finetune.records import Record
 from finetune.runtime import distributed
 from finetune.step_loader import StepLoader
 from finetune.step_plan import StepPlan
@@ -39,33 +36,6 @@ if TYPE_CHECKING:
 CPU_PADDING = 16
 """Batches on a CPU are padded to multiples of this many tokens. With every length a shape of its own, oneDNN's kernels were
 compiled anew and the heap fell apart: 412 tokens/s at the start of a run were 252 at its end (docs/log.md)."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenised examples that fit, and how many were too long. Columns: input_ids, labels (IGNORED on the prompt), length."""
-
-    dataset: Dataset
-    too_long: int
-
-
-def tokenise(
-    records: Sequence[Record], template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> Examples:
-    """Every record whose prompt, answer and end-of-text token fit into max_tokens; nothing is ever cut."""
-    prompts = [template.render_record(record) for record in records]
-    encoded = encode_examples(tokenizer, prompts, [completion(record.sql) for record in records])
-    kept = [example for example in encoded if len(example.input_ids) <= max_tokens]
-    columns = {
-        "input_ids": [example.input_ids for example in kept],
-        "labels": [_labels(example) for example in kept],
-        "length": [len(example.input_ids) for example in kept],
-    }
-    return Examples(Dataset.from_dict(columns), len(encoded) - len(kept))
-
-
-def _labels(example: Encoded) -> list[int]:
-    return [IGNORED] * example.prompt_tokens + example.input_ids[example.prompt_tokens :]
 
 
 class AnswerTrainer(SFTTrainer):

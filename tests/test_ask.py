@@ -14,10 +14,10 @@ import pytest
 from finetune import ask as asking
 from finetune import cli
 from finetune.ask import ROWS_SHOWN, schema_of
+from finetune.data.prompts import PromptTemplate
 from finetune.generate import generate_answers
 from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
-from finetune.prompts import PromptTemplate
 from finetune.runs import RunFolder
 from tests.helpers.data_examples import SCHEMA, make_database
 from tests.helpers.run_examples import copy_run

@@ -14,10 +14,10 @@ import pytest
 
 from finetune import cli, evaluate
 from finetune.config.load import load_config, to_yaml
-from finetune.data import load_prepared
+from finetune.data.prepared import load_prepared
+from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.evaluate import evaluate_base, evaluate_run
-from finetune.prompts import PromptTemplate
 from finetune.report import write_report
 from finetune.runs import RunFolder, open_run
 from finetune.scoring import Row, wilson_interval

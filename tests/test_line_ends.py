@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from finetune.config.load import load_config, to_dict
+from finetune.data.records import read_records
 from finetune.doctor import line_end_checks
-from finetune.records import read_records
 from tests.helpers.catalog_fixture import lay_out_catalog
 from tests.helpers.data_examples import row, write_jsonl
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home

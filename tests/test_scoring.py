@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.records import Record
+from finetune.data.records import Record
 from finetune.scoring import Row, as_dict, gain, judge, score, wilson_interval
 from finetune.sql.compare import Rule
 from finetune.sql.engines.sqlite import SqlSandbox

@@ -21,9 +21,9 @@ torch = pytest.importorskip("torch")
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.config.load import config_hash, load_config  # noqa: E402
+from finetune.data.prompts import PromptTemplate, encode_examples, load_template  # noqa: E402
+from finetune.data.records import read_records  # noqa: E402
 from finetune.models.load import load_tokenizer  # noqa: E402
-from finetune.prompts import PromptTemplate, encode_examples, load_template  # noqa: E402
-from finetune.records import read_records  # noqa: E402
 from finetune.runtime.files import sha256_file  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")

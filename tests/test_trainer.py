@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection  # noqa: E402
+from finetune.data.prompts import PromptTemplate, completion, encode_prompts  # noqa: E402
+from finetune.data.records import Record, read_records  # noqa: E402
+from finetune.data.tokenize import Examples, tokenise  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.padded import answer_loss  # noqa: E402
-from finetune.prompts import PromptTemplate, completion, encode_prompts  # noqa: E402
-from finetune.records import Record, read_records  # noqa: E402
-from finetune.trainer import IGNORED, Examples, one_gpu_a_process, tokenise  # noqa: E402
+from finetune.trainer import IGNORED, one_gpu_a_process  # noqa: E402
 from finetune.trl_without_wandb import not_importable  # noqa: E402
 from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
 from tests.helpers.lean_examples import losses, trainer_for  # noqa: E402

@@ -11,12 +11,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, TrainingSection  # noqa: E402
+from finetune.data.prompts import PromptTemplate  # noqa: E402
+from finetune.data.records import read_records  # noqa: E402
+from finetune.data.tokenize import Examples, tokenise  # noqa: E402
 from finetune.fit import Limits  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
-from finetune.prompts import PromptTemplate  # noqa: E402
-from finetune.records import read_records  # noqa: E402
 from finetune.step_plan import StepPlan  # noqa: E402
-from finetune.trainer import AnswerTrainer, Examples, tokenise, trainer_arguments  # noqa: E402
+from finetune.trainer import AnswerTrainer, trainer_arguments  # noqa: E402
 from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
 from tests.helpers.lean_examples import adapters, section, trainer_for  # noqa: E402
 

@@ -10,12 +10,12 @@ import torch
 
 from finetune.config.load import questions_per_step
 from finetune.config.schema import RunConfig
-from finetune.data import Prepared
+from finetune.data.prepared import Prepared
+from finetune.data.prompts import Encoded, PromptTemplate, completion, encode_examples
 from finetune.demo.schedule import Pace
 from finetune.generate import generate_answers
 from finetune.models.fused.model import IGNORED
 from finetune.padded import answer_loss
-from finetune.prompts import Encoded, PromptTemplate, completion, encode_examples
 
 if TYPE_CHECKING:
     from peft import PeftModel

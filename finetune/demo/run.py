@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.load import questions_per_step
 from finetune.config.schema import RunConfig
-from finetune.data import prepare_data
+from finetune.data.prepare import prepare_data
 from finetune.demo.pace import measure
 from finetune.demo.schedule import questions_that_fit, training_that_fits
 from finetune.errors import EXIT_OK, UserError

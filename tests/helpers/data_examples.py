@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import SourceSection
-from finetune.data import Prepared, prepare
-from finetune.prompts import PromptTemplate
+from finetune.data.prepare import prepare
+from finetune.data.prepared import Prepared
+from finetune.data.prompts import PromptTemplate
 
 SCHEMA = "CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL);"
 

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from finetune.config.schema import SourceSection
+from finetune.data.records import FIELDS, read_lines
 from finetune.errors import UserError
-from finetune.records import FIELDS, read_lines
 from finetune.sql.schema import ddl_of_spider_entry
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -14,8 +14,8 @@ import sqlglot
 from sqlglot import TokenType
 from tqdm import tqdm
 
-from finetune.data_validate import DUPLICATE_ID, DUPLICATE_QUESTION, LEAK, Accepted, Rejection
-from finetune.records import Record, Split
+from finetune.data.records import Record, Split
+from finetune.data.validate import DUPLICATE_ID, DUPLICATE_QUESTION, LEAK, Accepted, Rejection
 
 SplitBy = Literal["question", "database"]
 

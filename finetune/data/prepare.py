@@ -16,47 +16,32 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from finetune.config.schema import RunConfig, SourceSection
-from finetune.data_check import GOLD_TIMEOUT_SECONDS, Findings, check
-from finetune.data_split import SplitBy
-from finetune.data_stats import per_database, skeleton_overlap, token_counts, token_summary
+from finetune.data.check import GOLD_TIMEOUT_SECONDS, Findings, check
+from finetune.data.prepared import (
+    DATABASES,
+    MANIFEST,
+    MANIFEST_FORMAT,
+    Prepared,
+    database_name,
+    fingerprint,
+    first_fault,
+    read_manifest,
+)
+from finetune.data.prompts import PromptTemplate
+from finetune.data.records import SPLITS, write_records
+from finetune.data.split import SplitBy
+from finetune.data.stats import per_database, skeleton_overlap, token_counts, token_summary
 from finetune.errors import UserError
-from finetune.prompts import PromptTemplate
-from finetune.records import SPLITS, Record, Split, read_records, write_records
-from finetune.runtime.files import disk_error, read_json, sha256_file, write_json, write_text
+from finetune.runtime.files import disk_error, write_json, write_text
 
-MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
-DATABASES = "databases"
-MANIFEST_FORMAT = 1
-PREPARE_COMMAND = "finetune data prepare CONFIG"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared folder whose files match their manifest; `changed` says whether `prepare` just wrote it.
-
-    manifest_hash: SHA-256 (hex) of manifest.json, which stands for all of the data.
-    """
-
-    folder: Path
-    manifest: dict[str, Any]
-    manifest_hash: str
-    changed: bool = False
-
-    def records(self, split: Split) -> list[Record]:
-        return read_records(self.folder / f"{split}.jsonl")
-
-    def database(self, record: Record) -> Path | None:
-        """The SQLite file of a val or test record's database, None when its source had none."""
-        name = _database_name(record.db_id)
-        return self.folder / name if name in self.manifest["files"] else None
 
 
 def prepare(
@@ -119,7 +104,7 @@ def prepare(
         changed = _write(folder, findings, manifest, progress)
     except OSError as error:
         raise disk_error(error, output_dir) from error
-    return _read_manifest(output_dir, changed=changed)
+    return read_manifest(output_dir, changed=changed)
 
 
 def prepare_data(config: RunConfig, tokenizer: Any = None) -> Prepared:
@@ -139,17 +124,6 @@ def prepare_data(config: RunConfig, tokenizer: Any = None) -> Prepared:
         tokenizer_name=config.model.name,
         timeout_seconds=config.evaluation.timeout_seconds,
     )
-
-
-def load_prepared(output_dir: Path, *, progress: bool = True) -> Prepared:
-    """A folder that `prepare` wrote, here or on another machine, after checking every file against the manifest.
-
-    Raises UserError when the folder, its manifest or a file is missing, or a file has changed.
-    """
-    prepared = _read_manifest(output_dir)
-    if fault := _first_fault(output_dir, prepared.manifest, progress):
-        raise UserError(f"{fault}; run `{PREPARE_COMMAND}` again")
-    return prepared
 
 
 def _counts(findings: Findings) -> dict[str, Any]:
@@ -202,7 +176,7 @@ def _write(folder: Path, findings: Findings, manifest: dict[str, Any], progress:
             write_records(new / f"{split}.jsonl", findings.records(split))
         write_text(new / REJECTED, "".join(_json_line(item.row()) for item in findings.rejections))
         _copy_databases(findings, new, progress)
-        manifest["files"] = {str(path.relative_to(new)): _fingerprint(path) for path in _files(new)}
+        manifest["files"] = {str(path.relative_to(new)): fingerprint(path) for path in _files(new)}
         write_json(new / MANIFEST, manifest)
         if _same(new, folder, progress):
             return False
@@ -219,28 +193,20 @@ def _copy_databases(findings: Findings, folder: Path, progress: bool) -> None:
     held_out = [*findings.splits["val"], *findings.splits["test"]]
     databases = {item.record.db_id: item.database for item in held_out if item.database}
     for db_id, source in tqdm(sorted(databases.items()), desc="Copying databases", delay=1, disable=not progress):
-        target = folder / _database_name(db_id)
+        target = folder / database_name(db_id)
         target.parent.mkdir(parents=True)
         shutil.copyfile(source, target)
-
-
-def _database_name(db_id: str) -> str:
-    return f"{DATABASES}/{db_id}/{db_id}.sqlite"
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _fingerprint(path: Path) -> dict[str, int | str]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
 def _same(new: Path, folder: Path, progress: bool) -> bool:
     old = folder / MANIFEST
     if not old.is_file() or old.read_bytes() != (new / MANIFEST).read_bytes():
         return False
-    return _first_fault(folder, json.loads(old.read_text(encoding="utf-8")), progress) is None
+    return first_fault(folder, json.loads(old.read_text(encoding="utf-8")), progress) is None
 
 
 def _swap_in(new: Path, folder: Path, old: Path) -> None:
@@ -268,22 +234,3 @@ def _check_replaceable(folder: Path, name: Path) -> None:
         raise UserError(
             f"{name}: data.output_dir holds other things than a prepared set ({strangers[0]}); choose another folder"
         )
-
-
-def _read_manifest(folder: Path, changed: bool = False) -> Prepared:
-    path = folder / MANIFEST
-    manifest = read_json(path, PREPARE_COMMAND)
-    if manifest.get("format") != MANIFEST_FORMAT or not isinstance(manifest.get("files"), dict):
-        raise UserError(f"{path}: not a manifest of this version; run `{PREPARE_COMMAND}` again")
-    return Prepared(folder, manifest, sha256_file(path), changed)
-
-
-def _first_fault(folder: Path, manifest: dict[str, Any], progress: bool) -> str | None:
-    """The first file that is not as the manifest says, None when all are."""
-    for name, expected in tqdm(manifest["files"].items(), desc="Verifying data", delay=1, disable=not progress):
-        path = folder / name
-        if not path.is_file():
-            return f"{path}: missing, though {MANIFEST} lists it"
-        if _fingerprint(path) != expected:
-            return f"{path}: changed since it was prepared (its SHA-256 differs from {MANIFEST})"
-    return None

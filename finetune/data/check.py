@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.config.schema import SourceSection
-from finetune.data_sources import open_source
-from finetune.data_split import SplitBy, assign_splits, drop_duplicates, find_leaks, thin_out
-from finetune.data_validate import Accepted, Rejection, stopping_problem, validate
-from finetune.records import SPLITS, Record, Split
+from finetune.data.records import SPLITS, Record, Split
+from finetune.data.sources import open_source
+from finetune.data.split import SplitBy, assign_splits, drop_duplicates, find_leaks, thin_out
+from finetune.data.validate import Accepted, Rejection, stopping_problem, validate
 from finetune.runtime.files import sha256_file
 
 GOLD_TIMEOUT_SECONDS = 10.0
@@ -54,7 +54,7 @@ def check(
     timeout_seconds: float = GOLD_TIMEOUT_SECONDS,
     progress: bool = True,
 ) -> Findings:
-    """Read, validate and split everything; the arguments are those of `data.prepare`.
+    """Read, validate and split everything; the arguments are those of `prepare.prepare`.
 
     Raises UserError only where a source cannot be read at all; everything else is in the findings.
     """

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.data_split import sql_skeleton
-from finetune.prompts import PromptTemplate, completion, encode_examples
-from finetune.records import Record
+from finetune.data.prompts import PromptTemplate, completion, encode_examples
+from finetune.data.records import Record
+from finetune.data.split import sql_skeleton
 
 _BATCH = 256
 _PERCENTILES = (50, 90, 95, 99)

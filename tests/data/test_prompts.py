@@ -9,9 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune import prompts
-from finetune.errors import UserError
-from finetune.prompts import (
+from finetune.data import prompts
+from finetune.data.prompts import (
     PromptTemplate,
     answer_is_complete,
     completion,
@@ -20,6 +19,7 @@ from finetune.prompts import (
     extract_sql,
     load_template,
 )
+from finetune.errors import UserError
 
 DDL = """
 CREATE TABLE singer (singer_id INTEGER PRIMARY KEY, name TEXT NOT NULL);

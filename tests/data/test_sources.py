@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import SourceSection
-from finetune.data_sources import open_source
+from finetune.data.records import SPLITS
+from finetune.data.sources import open_source
 from finetune.errors import UserError
-from finetune.records import SPLITS
 from tests.helpers.data_examples import SCHEMA, make_database, read_jsonl, row, run_prepare
 
 TABLES = [

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finetune.data.records import Record, read_records, write_records
 from finetune.errors import UserError
-from finetune.records import Record, read_records, write_records
 from tests.helpers.data_examples import row, without, write_jsonl
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip() != "")

@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.data_sources import Candidate, Source
+from finetune.data.records import REQUIRED, Record, field_problems
+from finetune.data.sources import Candidate, Source
 from finetune.errors import UserError
-from finetune.records import REQUIRED, Record, field_problems
 from finetune.sql.engines.sqlite import SqlSandbox
 from finetune.sql.parsing import parses
 from finetune.sql.schema import ddl_of_database, parse_ddl

@@ -21,7 +21,7 @@ from finetune.sql.schema import compact, parse_ddl
 from finetune.sql.text import on_one_line
 
 if TYPE_CHECKING:
-    from finetune.records import Record
+    from finetune.data.records import Record
 
 PROMPT_VERSION = "1"
 PROMPT_FILE = "prompt.json"

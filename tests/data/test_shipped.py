@@ -22,7 +22,7 @@ from sqlglot import exp, parse_one
 
 from finetune.sql.difficulty import difficulty
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 TRAINED = {"bike_shop", "clinic", "library", "film_club", "cargo_line", "school"}
 UNSEEN = "farm_market"
 EVERY = TRAINED | {UNSEEN}

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from finetune.config.schema import SourceSection
-from finetune.data import Prepared
-from finetune.data_split import question_key, sql_key
-from finetune.records import SPLITS
+from finetune.data.prepared import Prepared
+from finetune.data.records import SPLITS
+from finetune.data.split import question_key, sql_key
 from tests.helpers.data_examples import read_jsonl, run_prepare
 
-SPIDER = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "spider"
+SPIDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "spider"
 
 pytestmark = [
     pytest.mark.repeat,

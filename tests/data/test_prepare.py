@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import SourceSection
-from finetune.data import load_prepared
-from finetune.data_check import Findings, check
+from finetune.data.check import Findings, check
+from finetune.data.prepared import load_prepared
+from finetune.data.prompts import PromptTemplate
+from finetune.data.records import SPLITS
 from finetune.errors import UserError
-from finetune.prompts import PromptTemplate
-from finetune.records import SPLITS
 from finetune.runtime.files import sha256_file
 from tests.helpers.data_examples import (
     SCHEMA,

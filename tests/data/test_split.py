@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from finetune.data_split import assign_splits, question_key, sql_key, sql_skeleton, thin_out
+from finetune.data.records import SPLITS, Record, Split
+from finetune.data.split import assign_splits, question_key, sql_key, sql_skeleton, thin_out
 from finetune.errors import UserError
-from finetune.records import SPLITS, Record, Split
 from tests.helpers.data_examples import jsonl_source, read_jsonl, row, run_prepare, write_jsonl
 
 

@@ -1,0 +1,1 @@
+"""From sources to a prepared folder, and from its records to tokens."""

@@ -1,0 +1,77 @@
+"""A prepared folder as it is read: here or on another machine, once every file has been checked against the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from finetune.data.records import Record, Split, read_records
+from finetune.errors import UserError
+from finetune.runtime.files import read_json, sha256_file
+
+MANIFEST = "manifest.json"
+DATABASES = "databases"
+MANIFEST_FORMAT = 1
+PREPARE_COMMAND = "finetune data prepare CONFIG"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared folder whose files match their manifest; `changed` says whether `prepare` just wrote it.
+
+    manifest_hash: SHA-256 (hex) of manifest.json, which stands for all of the data.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    manifest_hash: str
+    changed: bool = False
+
+    def records(self, split: Split) -> list[Record]:
+        return read_records(self.folder / f"{split}.jsonl")
+
+    def database(self, record: Record) -> Path | None:
+        """The SQLite file of a val or test record's database, None when its source had none."""
+        name = database_name(record.db_id)
+        return self.folder / name if name in self.manifest["files"] else None
+
+
+def load_prepared(output_dir: Path, *, progress: bool = True) -> Prepared:
+    """A folder that `prepare` wrote, here or on another machine, after checking every file against the manifest.
+
+    Raises UserError when the folder, its manifest or a file is missing, or a file has changed.
+    """
+    prepared = read_manifest(output_dir)
+    if fault := first_fault(output_dir, prepared.manifest, progress):
+        raise UserError(f"{fault}; run `{PREPARE_COMMAND}` again")
+    return prepared
+
+
+def database_name(db_id: str) -> str:
+    return f"{DATABASES}/{db_id}/{db_id}.sqlite"
+
+
+def fingerprint(path: Path) -> dict[str, int | str]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def read_manifest(folder: Path, changed: bool = False) -> Prepared:
+    path = folder / MANIFEST
+    manifest = read_json(path, PREPARE_COMMAND)
+    if manifest.get("format") != MANIFEST_FORMAT or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{path}: not a manifest of this version; run `{PREPARE_COMMAND}` again")
+    return Prepared(folder, manifest, sha256_file(path), changed)
+
+
+def first_fault(folder: Path, manifest: dict[str, Any], progress: bool) -> str | None:
+    """The first file that is not as the manifest says, None when all are."""
+    for name, expected in tqdm(manifest["files"].items(), desc="Verifying data", delay=1, disable=not progress):
+        path = folder / name
+        if not path.is_file():
+            return f"{path}: missing, though {MANIFEST} lists it"
+        if fingerprint(path) != expected:
+            return f"{path}: changed since it was prepared (its SHA-256 differs from {MANIFEST})"
+    return None
