@@ -1,4 +1,4 @@
-"""Peak memory of lean training steps on a GPU, cell by cell, beside finetune/lean_memory.py's estimate.
+"""Peak memory of lean training steps on a GPU, cell by cell, beside finetune/estimate/memory_fused.py's estimate.
 
     python -m benchmarks.lean_memory MODELFOLDER [--dtype bfloat16]
 
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
+from finetune.estimate.memory_fused import LeanLoad, lean_estimate
+from finetune.estimate.memory_hf import Workload
 from finetune.flat import FlatAdapters
-from finetune.lean_memory import LeanLoad, lean_estimate
-from finetune.memory import Workload
 from finetune.models.architectures import shape_of
 from finetune.models.device import choose_device
 from finetune.models.fused import ops_torch

@@ -1,4 +1,5 @@
-"""Real training steps of the stock layers (training.kernels=stock) on a GPU: memory against finetune/memory.py, and speed.
+"""Real training steps of the stock layers (training.kernels=stock) on a GPU: memory against
+finetune/estimate/memory_hf.py, and speed.
 
     python -m benchmarks.step_memory /tmp/mistral --dtype bfloat16
 
@@ -22,9 +23,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from finetune import memory
 from finetune.callbacks import Throughput
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection
+from finetune.estimate import memory_hf
 from finetune.machine.gpus import GIB
 from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
@@ -76,9 +77,9 @@ def measure(
         )
     except torch.OutOfMemoryError:
         return result | {"out_of_memory": True}
-    shape = memory.shape_of(str(model.config._name_or_path))
+    shape = memory_hf.shape_of(str(model.config._name_or_path))
     assert shape is not None
-    load = memory.Workload(
+    load = memory_hf.Workload(
         rows,
         tokens,
         dtype=device.dtype_name,
@@ -86,7 +87,7 @@ def measure(
         lora_r=lora.r,
         lora_dropout=lora.lora_dropout,
     )
-    estimated = memory.estimate(shape, load)
+    estimated = memory_hf.estimate(shape, load)
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return result | {
         "peak_gib": round(peak / GIB, 3),

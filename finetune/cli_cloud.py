@@ -70,7 +70,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.memory:
         if arguments.json or arguments.write:
             raise UserError("--memory: prints a table of its own; leave out --json and --write")
-        from finetune.memory_table import memory_table
+        from finetune.estimate.memory_table import memory_table
 
         print(memory_table(config, config.plan.gpus))
         return EXIT_OK

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from finetune.fit import Limits
+from finetune.estimate.fit import Limits
 from finetune.models.fused.model import IGNORED
 from finetune.stepper import Example
 

@@ -21,8 +21,8 @@ from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.data.records import SPLITS
+from finetune.estimate.memory_hf import GIB
 from finetune.machine.hardware import detect
-from finetune.memory import GIB
 from finetune.models.device import Device
 from finetune.models.load import parameter_counts
 from finetune.runs import RunFolder, git_state, package_versions, utc_now

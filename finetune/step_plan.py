@@ -13,10 +13,10 @@ from finetune.batching import steps_of_epoch
 from finetune.config.load import questions_per_step
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.fit import Limits, choose
-from finetune.lean_memory import LeanLoad, lean_estimate
+from finetune.estimate.fit import Limits, choose
+from finetune.estimate.memory_fused import LeanLoad, lean_estimate
+from finetune.estimate.memory_hf import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, largest_rows, workload_of
 from finetune.machine.gpus import Gpu, known_gpu
-from finetune.memory import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, largest_rows, workload_of
 from finetune.models.architectures import LLAMA_LIKE, ModelShape, shape_from_config
 from finetune.models.device import Device
 from finetune.models.fused.model import FAMILIES, LeanModel, why_not

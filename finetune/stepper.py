@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune import rng
 from finetune.batching import micro_batches, share
 from finetune.errors import UserError
-from finetune.fit import Limits
+from finetune.estimate.fit import Limits
 from finetune.flat import FlatAdapters
 from finetune.models.fused.model import IGNORED, LeanModel, Packed, pack
 from finetune.runtime import distributed

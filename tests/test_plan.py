@@ -26,9 +26,9 @@ from finetune.cloud.plan import (
 from finetune.cloud.run_size import run_size
 from finetune.config.schema import CheckpointSection, PlanSection
 from finetune.errors import UserError
+from finetune.estimate.speed import LeanStep, Speed, lean_speed
 from finetune.machine.gpus import GPUS
 from finetune.models.architectures import SHAPES
-from finetune.speed import LeanStep, Speed, lean_speed
 from tests.helpers.plan_examples import (
     ALL,
     HOST_SPOT_USD,

@@ -14,9 +14,9 @@ import pytest
 from finetune.cloud.plan import Ceilings, Plan
 from finetune.cloud.plan_table import HEADER, render, to_json
 from finetune.cloud.prices import load_catalog
+from finetune.estimate.speed import training_speed
 from finetune.machine.gpus import GPUS
 from finetune.models.architectures import SHAPES
-from finetune.speed import training_speed
 from tests.helpers.catalog_fixture import lay_out_catalog
 from tests.helpers.plan_examples import ALL, plan_of, priced, run_config, with_a_wrong_price, write_manifest
 

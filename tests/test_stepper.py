@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from finetune.errors import UserError  # noqa: E402
-from finetune.fit import Limits  # noqa: E402
+from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.flat import FlatAdapters  # noqa: E402
 from finetune.models.fused.model import IGNORED, LeanModel  # noqa: E402
 from finetune.stepper import BAD_STEPS, Example, LeanPath, LossWatch, Step, Stepper, collate  # noqa: E402

@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch")
 from finetune import run_record, train  # noqa: E402
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
-from finetune.fit import Limits  # noqa: E402
-from finetune.memory import GIB, MemoryEstimate  # noqa: E402
+from finetune.estimate.fit import Limits  # noqa: E402
+from finetune.estimate.memory_hf import GIB, MemoryEstimate  # noqa: E402
 from finetune.step_plan import StepPlan, worst_micro_batch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")

@@ -14,7 +14,7 @@ from finetune.config.schema import LoraSection, ModelSection, QuantizationSectio
 from finetune.data.prompts import PromptTemplate  # noqa: E402
 from finetune.data.records import read_records  # noqa: E402
 from finetune.data.tokenize import Examples, tokenise  # noqa: E402
-from finetune.fit import Limits  # noqa: E402
+from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.step_plan import StepPlan  # noqa: E402
 from finetune.trainer import AnswerTrainer, trainer_arguments  # noqa: E402

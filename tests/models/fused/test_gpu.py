@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from finetune.fit import Limits  # noqa: E402
+from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.flat import FlatAdapters  # noqa: E402
 from finetune.models.fused import attention, ops_torch  # noqa: E402
 from finetune.models.fused.attention import Segments  # noqa: E402

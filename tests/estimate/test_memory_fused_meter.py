@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from finetune.lean_memory import FLASH_BLOCK, LeanLoad, lean_estimate
-from finetune.memory import CUBLAS_BYTES, ModelShape, Workload
+from finetune.estimate.memory_fused import FLASH_BLOCK, LeanLoad, lean_estimate
+from finetune.estimate.memory_hf import CUBLAS_BYTES, Workload
+from finetune.models.architectures import ModelShape
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -8,21 +8,20 @@ from dataclasses import replace
 from finetune.config.load import questions_per_step
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.fit import MARGIN, Fitted, fit_on, usual_step_tokens
-from finetune.machine.gpus import GPUS, Gpu
-from finetune.memory import (
+from finetune.estimate.fit import MARGIN, Fitted, fit_on, usual_step_tokens
+from finetune.estimate.memory_hf import (
     CONTEXT_GIB,
     GIB,
     GRID_PEAK_ERROR,
     PEAK_ERROR,
     RESERVED_ERROR,
-    ModelShape,
     Workload,
     estimate,
     largest_rows,
-    shape_of,
     workload_of,
 )
+from finetune.machine.gpus import GPUS, Gpu
+from finetune.models.architectures import ModelShape, shape_of
 
 PARTS = ("base", "adapters", "gradients", "optimizer", "activations", "logits", "workspace", "reserve")
 

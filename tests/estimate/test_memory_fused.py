@@ -1,5 +1,5 @@
 """The lean estimate against what was measured on one H100, and in itself (finetune/models/fused/layer.py itself:
-test_lean_memory_meter.py)."""
+tests/estimate/test_memory_fused_meter.py)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.lean_memory import LeanLoad, cache_bytes, copies_bytes, kept_bytes, lean_estimate
-from finetune.memory import GIB, SHAPES, ModelShape, Workload
-from finetune.models.architectures import PROJECTIONS
+from finetune.estimate.memory_fused import LeanLoad, cache_bytes, copies_bytes, kept_bytes, lean_estimate
+from finetune.estimate.memory_hf import GIB, Workload
+from finetune.models.architectures import PROJECTIONS, SHAPES, ModelShape
 
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
 TOLERANCE = 0.03
@@ -218,7 +218,7 @@ def test_the_parts_add_up(drawn: tuple[ModelShape, LeanLoad]) -> None:
 
 @given(loads(), st.sampled_from(["tokens", "kept_layers", "cached_layers", "texts", "labelled"]), st.integers(1, 4096))
 def test_more_never_needs_less(drawn: tuple[ModelShape, LeanLoad], field: str, more: int) -> None:
-    """What finetune/fit.py searches by halves relies on it."""
+    """What finetune/estimate/fit.py searches by halves relies on it."""
     shape, lean = drawn
     most = {"kept_layers": shape.layers, "cached_layers": shape.layers, "labelled": 1.0}
     larger = replace(lean, **{field: min(getattr(lean, field) + more, most.get(field, 10**6))})

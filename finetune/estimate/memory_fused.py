@@ -1,9 +1,9 @@
-"""GPU memory of a step on the lean way (finetune/models/fused/layer.py), added up as finetune/memory.py does for the
-stock way. No torch.
+"""GPU memory of a step on the lean way (finetune/models/fused/layer.py), added up as finetune/estimate/memory_hf.py
+does for the stock way. No torch.
 
 The byte counts follow line by line from finetune/models/fused/layer.py, models/fused/ops_triton.py or
-models/fused/ops_torch.py, and the kernels of models/fused/attention.py; tests/test_lean_memory.py runs those on a CPU
-under a meter. Only RESERVE is set by measurement.
+models/fused/ops_torch.py, and the kernels of models/fused/attention.py; tests/estimate/test_memory_fused.py runs those
+on a CPU under a meter. Only RESERVE is set by measurement.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from finetune.memory import CUBLAS_BYTES, ITEM_BYTES, LABELLED, MemoryEstimate, Workload, base_bytes
+from finetune.estimate.memory_hf import CUBLAS_BYTES, ITEM_BYTES, LABELLED, MemoryEstimate, Workload, base_bytes
 from finetune.models.architectures import ModelShape, projection_names
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -19,7 +19,8 @@ HEAD_ROWS = 1024
 """Labelled tokens whose logits are made at a time (finetune/models/fused/model.py)."""
 RESERVE = 0.29
 """Share of what comes and goes in one layer that torch's allocator holds beyond the peak, with segments that can grow
-(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). Found in the four cells FITTED of tests/test_lean_memory.py."""
+(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). Found in the four cells FITTED of
+tests/estimate/test_memory_fused.py."""
 FLASH_BLOCK = 128
 """Tokens to which FlashAttention's backward pass pads every text in its float32 sums, as a whole block more at most."""
 LOOP_SCORES = 4
@@ -73,7 +74,8 @@ class _Moment:
 
 
 def lean_estimate(shape: ModelShape, lean: LeanLoad) -> MemoryEstimate:
-    """Bytes at the peak of a step. Estimated; tests/test_lean_memory.py says how far it was from what was measured.
+    """Bytes at the peak of a step. Estimated; tests/estimate/test_memory_fused.py says how far it was from what was
+    measured.
 
     Adapters and their gradients are float32 and always there (finetune/flat.py). Paged optimizer state counts, though torch does
     not count it.

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from finetune.machine.gpus import Gpu
-    from finetune.memory import ModelShape
+    from finetune.models.architectures import ModelShape
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ class LeanStep:
     """An optimizer step on the lean way. questions: in it, of mean_tokens each. tokens: that one micro-batch holds at most.
 
     rows: questions in a micro-batch where the config names a number. kept_layers, cached_layers: so many keep their activations,
-    their unpacked weights (finetune/fit.py). labelled: share of the tokens whose rows the last layer's MLP computes.
+    their unpacked weights (finetune/estimate/fit.py). labelled: share of the tokens whose rows the last layer's MLP
+    computes.
     """
 
     questions: int

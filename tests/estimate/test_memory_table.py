@@ -11,12 +11,13 @@ import pytest
 from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.fit import fit_on, usual_step_tokens
+from finetune.estimate.fit import fit_on, usual_step_tokens
+from finetune.estimate.memory_hf import CONTEXT_GIB, GIB, estimate, fits, largest_rows, workload_of
+from finetune.estimate.memory_table import memory_table
 from finetune.machine.gpus import GPUS
-from finetune.memory import CONTEXT_GIB, GIB, SHAPES, estimate, fits, largest_rows, workload_of
-from finetune.memory_table import memory_table
+from finetune.models.architectures import SHAPES
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "mistral_7b_qlora.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "mistral_7b_qlora.yaml"
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
 
 

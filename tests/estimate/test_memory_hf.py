@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 
 from finetune.config.load import from_dict, load_config
 from finetune.errors import UserError
-from finetune.memory import (
+from finetune.estimate.memory_hf import (
     CONTEXT_GIB,
     GIB,
     GRID_PEAK_ERROR,
     PEAK_ERROR,
     RESERVED_ERROR,
-    SHAPES,
-    ModelShape,
     Workload,
     base_bytes,
     estimate,
@@ -28,10 +26,10 @@ from finetune.memory import (
     largest_rows,
     workload_of,
 )
-from finetune.models.architectures import PROJECTIONS
+from finetune.models.architectures import PROJECTIONS, SHAPES, ModelShape
 
-ROOT = Path(__file__).resolve().parents[1]
-ANCHORS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "h100_anchors.json"
+ROOT = Path(__file__).resolve().parents[2]
+ANCHORS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "h100_anchors.json"
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
 H100_GIB = 79.1
 BENCHMARKED = Workload(
@@ -282,7 +280,9 @@ def test_gradients_wait_for_the_next_micro_batch_only_when_accumulating() -> Non
 
 def test_the_workload_of_the_mistral_config() -> None:
     config = load_config(ROOT / "configs" / "mistral_7b_qlora.yaml")
-    assert workload_of(config, "float16") == Workload(1, 2048, dtype="float16")  # as many rows as fit: finetune/fit.py
+    assert workload_of(config, "float16") == Workload(
+        1, 2048, dtype="float16"
+    )  # as many rows as fit: finetune/estimate/fit.py
 
 
 def test_every_setting_of_a_config_reaches_the_workload() -> None:

@@ -52,7 +52,7 @@ lengths that vary leave more behind (up to 1.5 times the peak was seen), which t
 GRID_PEAK_ERROR, PEAK_ERROR, RESERVED_ERROR = 0.001, 0.01, 0.03
 """How far the estimate is at most from what was measured on one H100 80GB with torch 2.11 and Mistral-7B's shape in NF4: peak in
 46 cells of a grid (bfloat16 adapters, no dropout, no padding), peak in ten cells of our own trainer, where it is 0.2 to 0.7%
-too high, mostly for paged state, and reserved in all 56. tests/test_memory.py holds them."""
+too high, mostly for paged state, and reserved in all 56. tests/estimate/test_memory_hf.py holds them."""
 ADAMW_8BIT_BYTES, ADAMW_BYTES = 2 + 8 / 256, 8.0
 """Optimizer state per parameter: two moments, of one byte with a float32 scale per block of 256, or of float32. Paged state
 (bitsandbytes pages tensors of 100,000 elements and more: half of Mistral's) is memory that the GPU may hand to the host; it

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.fit import ALIKE, MARGIN, MOST_TOKENS, Limits, TooSmall, choose, fit_on, usual_step_tokens
-from finetune.lean_memory import LeanLoad, lean_estimate
+from finetune.estimate.fit import ALIKE, MARGIN, MOST_TOKENS, Limits, TooSmall, choose, fit_on, usual_step_tokens
+from finetune.estimate.memory_fused import LeanLoad, lean_estimate
+from finetune.estimate.memory_hf import CONTEXT_GIB, GIB, Workload, estimate, fits, largest_rows, workload_of
+from finetune.estimate.speed import LeanStep, lean_step_seconds, step_sizes
 from finetune.machine.gpus import GPUS, Gpu
-from finetune.memory import CONTEXT_GIB, GIB, SHAPES, Workload, estimate, fits, largest_rows, workload_of
-from finetune.speed import LeanStep, lean_step_seconds, step_sizes
+from finetune.models.architectures import SHAPES
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "mistral_7b_qlora.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "mistral_7b_qlora.yaml"
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
 BFLOAT16, FLOAT16 = Workload(1, 2048), Workload(1, 2048, dtype="float16")
 

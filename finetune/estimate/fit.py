@@ -1,6 +1,7 @@
 """What fits on a GPU: how many tokens a micro-batch holds, how many layers keep their activations or unpacked weights.
 
-Arithmetic over finetune/lean_memory.py, without torch: a run decides with it, and `finetune plan` foretells the decision.
+Arithmetic over finetune/estimate/memory_fused.py, without torch: a run decides with it, and `finetune plan` foretells
+the decision.
 """
 
 from __future__ import annotations
@@ -12,11 +13,20 @@ from dataclasses import dataclass, replace
 from finetune.config.load import questions_per_step
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.lean_memory import LeanLoad, lean_estimate
+from finetune.estimate.memory_fused import LeanLoad, lean_estimate
+from finetune.estimate.memory_hf import (
+    CONTEXT_GIB,
+    GIB,
+    MemoryEstimate,
+    Workload,
+    estimate,
+    fits,
+    largest_rows,
+    workload_of,
+)
+from finetune.estimate.speed import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
 from finetune.machine.gpus import GPUS, Gpu
-from finetune.memory import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, fits, largest_rows, workload_of
 from finetune.models.architectures import ModelShape
-from finetune.speed import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
 
 MOST_TOKENS = 32_768
 """More tokens in one micro-batch gain nothing: an H100's matrix products are as fast from 2,000 on."""
@@ -117,7 +127,8 @@ def choose(
     texts: int = 16,
     gpu: Gpu | None = None,
 ) -> Limits:
-    """The limits for a GPU that reports memory_gib (GiB) in all: of those that fit, the fastest by finetune/speed.py.
+    """The limits for a GPU that reports memory_gib (GiB) in all: of those that fit, the fastest by
+    finetune/estimate/speed.py.
 
     longest: tokens of the longest text, which must fit as a whole. usual_step: tokens of nearly every optimizer step; beyond it a
     micro-batch need not grow. checkpointing: True computes every layer again, False none, None as few as possible. rows: texts in

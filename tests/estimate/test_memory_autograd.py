@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune.memory import SHAPES, ModelShape, Workload, estimate, kept_per_layer
+from finetune.estimate.memory_hf import Workload, estimate, kept_per_layer
+from finetune.models.architectures import SHAPES, ModelShape
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -138,7 +139,7 @@ def test_the_peak_of_a_step_is_the_one_that_really_comes(
     monkeypatch.setattr(
         "torch.nn.functional.dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0]
     )
-    monkeypatch.setattr("finetune.memory.LABELLED", 0)
+    monkeypatch.setattr("finetune.estimate.memory_hf.LABELLED", 0)
     load = replace(
         PLAIN,
         tokens=96,

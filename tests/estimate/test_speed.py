@@ -12,9 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.machine.gpus import GPUS
-from finetune.memory import SHAPES, shape_of
-from finetune.speed import (
+from finetune.estimate.speed import (
     FILL,
     MEASURED,
     MISTRAL_7B,
@@ -27,8 +25,10 @@ from finetune.speed import (
     projection_widths,
     training_speed,
 )
+from finetune.machine.gpus import GPUS
+from finetune.models.architectures import SHAPES, shape_of
 
-ANCHORS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "h100_anchors.json"
+ANCHORS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "h100_anchors.json"
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
 H100 = GPUS["H100"]
 UNMEASURED = ["T4", "V100", "L4", "A100", "A100-80GB"]
@@ -137,7 +137,7 @@ def test_of_two_measurements_the_one_with_texts_of_like_length_speaks(monkeypatc
     assert training_speed(H100, MISTRAL, rows=4, mean_tokens=230, checkpointing=True).tokens_per_second == 1431
     near, far = (replace(MEASURED[0], mean_tokens=mean, tokens_per_second=mean) for mean in (300, 280))
     for table in ((near, far), (far, near)):
-        monkeypatch.setattr("finetune.speed.MEASURED", table)
+        monkeypatch.setattr("finetune.estimate.speed.MEASURED", table)
         assert training_speed(H100, MISTRAL, rows=4, mean_tokens=295, checkpointing=True).tokens_per_second == 300
 
 
@@ -160,7 +160,7 @@ def test_another_model_of_the_same_shape_is_as_fast_as_the_measured_one() -> Non
 
 @pytest.mark.parametrize("measured", MEASURED, ids=lambda row: f"{row.mean_tokens}-{row.checkpointing}")
 def test_without_its_measurement_the_h100_is_estimated_close_to_it(measured: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("finetune.speed.MEASURED", ())
+    monkeypatch.setattr("finetune.estimate.speed.MEASURED", ())
     speed = training_speed(
         H100, MISTRAL, rows=measured.rows, mean_tokens=measured.mean_tokens, checkpointing=measured.checkpointing
     )
