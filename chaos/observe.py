@@ -8,7 +8,7 @@ import logging
 import re
 from pathlib import Path
 
-from finetune.ledger import Ledger
+from finetune.budget.ledger import Ledger
 
 Curve = list[tuple[int, float]]
 """(step, loss) in the order in which they stand there."""

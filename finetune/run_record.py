@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from finetune.budget.run_budget import Spending
 from finetune.callbacks import Throughput, history_rows
 from finetune.config.load import config_hash, to_dict
 from finetune.config.schema import RunConfig
@@ -29,7 +30,6 @@ from finetune.runs import RunFolder, git_state, package_versions, utc_now
 from finetune.runtime import distributed
 from finetune.runtime.files import as_text
 from finetune.snapshots import Saves
-from finetune.spending import Spending
 from finetune.step_plan import StepPlan
 from finetune.stepper import Stepper
 

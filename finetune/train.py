@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from finetune.budget.run_budget import Spending
 from finetune.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.checkpoint.async_saver import Committed, Saver
 from finetune.checkpoint.store import read_manifest
@@ -27,7 +28,6 @@ from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import Stop, StopSignals
 from finetune.snapshots import WINDOW, Snapshots, scratch_folder
-from finetune.spending import Spending
 from finetune.step_plan import StepPlan, plan_step, worst_micro_batch
 from finetune.stopping import EndOfStep, StepAbandoned
 from finetune.tracking import trackers
@@ -138,7 +138,7 @@ def _fit(session: Session, parts: Parts) -> int:
         recorder.progress(trainer.state, throughput, plan, trainer.stepper, snapshots.saves)
 
     history = History(write)
-    session.spending.follow(lambda: (trainer.state.global_step, trainer.state.max_steps), throughput)
+    session.spending.follow(lambda: (trainer.state.global_step, trainer.state.max_steps), throughput.wall_seconds)
     with StopSignals(session.stop), ProgressBar(history, session.spending.short) as bar, session.spending.notices():
         tracking = trackers(inputs.config.tracking, run.path, run.path.name, _step_of(session), say)
         for callback in (*tracking, history, bar, ends, snapshots, _before(session, trainer, plan)):

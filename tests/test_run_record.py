@@ -226,7 +226,7 @@ def test_a_budget_that_is_used_up_before_the_first_save_says_that_nothing_was_le
 
 HANGS = """
 import sys, time
-from finetune import spending
+from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
 from finetune.stepper import Stepper
 origin = process_age()

@@ -16,10 +16,10 @@ from tests.helpers.train_helpers import FakeTime, adapter_of, at_step, change, r
 
 torch = pytest.importorskip("torch")
 
+from finetune.budget.ledger import Ledger  # noqa: E402
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.config.load import config_hash, load_config  # noqa: E402
-from finetune.ledger import Ledger  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,9 +139,9 @@ def test_a_run_on_a_spot_machine_stops_while_another_start_can_be_paid(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Taken away a moment later, it would cross its ceiling by a boot and a set-up before it can look at its ledger."""
-    monkeypatch.setattr("finetune.spending.rented", lambda: True)
-    monkeypatch.setattr("finetune.spending.facts", lambda: {"spot": spot})
-    monkeypatch.setattr("finetune.spending.dearest_usd_per_hour", lambda: 3.6)
+    monkeypatch.setattr("finetune.budget.run_budget.rented", lambda: True)
+    monkeypatch.setattr("finetune.budget.run_budget.facts", lambda: {"spot": spot})
+    monkeypatch.setattr("finetune.budget.run_budget.dearest_usd_per_hour", lambda: 3.6)
     clock.seconds = 200.0  # boot and set-up
     pass_time(clock, 2, spent, monkeypatch)
     assert main(["train", str(tiny_config(budget={"max_hours": 2785 / 3600}, checkpoint=OFTEN))]) == 0
@@ -153,7 +153,7 @@ def test_a_run_on_a_spot_machine_stops_while_another_start_can_be_paid(
 HANGS = """
 import sys, time
 import finetune.train
-from finetune import spending
+from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
 from finetune.stepper import Stepper
 origin = process_age()

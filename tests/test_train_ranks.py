@@ -192,7 +192,7 @@ def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
 SLOW = """
 import os, sys, time
 import finetune.train
-from finetune import spending
+from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
 from finetune.stepper import Stepper
 origin = process_age()

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from finetune.budget.ledger import Ledger
 from finetune.cloud.gcloud import bucket_name, local_login
 from finetune.cloud.prices import load_catalog
-from finetune.ledger import Ledger
 from tests.emulated_cloud.machine_project import checkout
 from tests.emulated_cloud.real import RealCloud, RealWorld
 from tests.emulated_cloud.real_cost import SCENARIOS, admitted

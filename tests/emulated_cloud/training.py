@@ -16,8 +16,8 @@ import yaml
 
 from chaos.world import World as Station
 from chaos.world import make_world
+from finetune.budget.ledger import Account, Ledger
 from finetune.checkpoint.store import CheckpointStore, Skipped
-from finetune.ledger import Account, Ledger
 from tests.emulated_cloud.pace import wait_until
 from tests.emulated_cloud.world import World
 

@@ -73,12 +73,12 @@ class FakeTime:
     """Seconds on the meter of every attempt, set by hand; the meter looks at them twenty times a second."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-        from finetune import spending
+        from finetune.budget import run_budget
         from finetune.machine.billed_time import MachineTime
 
         self.seconds = 0.0
         monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.05")
-        monkeypatch.setattr(spending, "MachineTime", lambda rented: MachineTime(rented=rented, home=home, age=self))
+        monkeypatch.setattr(run_budget, "MachineTime", lambda rented: MachineTime(rented=rented, home=home, age=self))
 
     def __call__(self) -> float:
         return self.seconds

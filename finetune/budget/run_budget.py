@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from finetune.callbacks import Throughput
+from finetune.budget.ledger import Attempt, Ledger
+from finetune.budget.meter import Ceilings, Meter
 from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK
-from finetune.ledger import Attempt, Ledger
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.preemption import PREEMPTED, PreemptionWatch
 from finetune.machine.price import MachinePrice, dearest_usd_per_hour, facts, rented
-from finetune.meter import Ceilings, Meter
 from finetune.runs import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say
@@ -39,7 +38,7 @@ class Spending:
         self._price, self._time = price, MachineTime(rented=rented())
         self._machine = facts() if distributed.first() and rented() else {}
         self._progress: Callable[[], tuple[int, int]] = lambda: (step, 0)
-        self._throughput: Throughput | None = None
+        self._wall_seconds: Callable[[], float] | None = None
         self._hard_stop: Callable[[], None] = lambda: None
         self._meter = None
         if distributed.first():
@@ -101,9 +100,9 @@ class Spending:
         else:  # up to an hour ahead; the machine's own shutdown brings a SIGTERM
             say("Google announces maintenance that will stop this machine; training goes on until then")
 
-    def follow(self, progress: Callable[[], tuple[int, int]], throughput: Throughput) -> None:
-        """progress: optimizer steps done and planned."""
-        self._progress, self._throughput = progress, throughput
+    def follow(self, progress: Callable[[], tuple[int, int]], wall_seconds: Callable[[], float]) -> None:
+        """progress: optimizer steps done and planned. wall_seconds: since this attempt's first step began."""
+        self._progress, self._wall_seconds = progress, wall_seconds
 
     def nothing_left(self) -> str | None:
         """Why this attempt must not begin; None if it may. The same for all processes."""
@@ -167,9 +166,9 @@ class Spending:
 
     def _projected(self) -> float | None:
         done, planned = self._progress()
-        if self._meter is None or self._throughput is None or not planned:
+        if self._meter is None or self._wall_seconds is None or not planned:
             return None
-        return self._meter.projected_usd(done, planned, self._throughput.wall_seconds())
+        return self._meter.projected_usd(done, planned, self._wall_seconds())
 
     def _end_now(self, reason: str) -> None:
         """The run did not stop by itself: a step hangs. The last committed checkpoint is what there is."""

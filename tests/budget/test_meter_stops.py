@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from finetune.ledger import Attempt, Ledger
-from finetune.meter import HEARTBEAT_VARIABLE
+from finetune.budget.ledger import Attempt, Ledger
+from finetune.budget.watchdog import HEARTBEAT_VARIABLE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BEAT, CEILING = 0.5, 8.0
 WAYS = ("sleeps", "spins", "holds the lock", "hook hangs", "ends")
 
 PROGRAM = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
-from finetune.ledger import Ledger
+from finetune.budget.ledger import Ledger
 from finetune.machine.billed_time import MachineTime, process_age
-from finetune.meter import Ceilings, Meter
+from finetune.budget.meter import Ceilings, Meter
 
 folder, how, ceiling = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 

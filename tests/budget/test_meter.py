@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.budget.ledger import Ledger
+from finetune.budget.meter import Ceilings, Meter
+from finetune.budget.watchdog import HEARTBEAT_VARIABLE, heartbeat_seconds
 from finetune.errors import UserError
-from finetune.ledger import Ledger
 from finetune.machine.billed_time import MachineTime
-from finetune.meter import HEARTBEAT_VARIABLE, Ceilings, Meter, heartbeat_seconds
 
 BEAT = 0.1
 
@@ -58,7 +59,7 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     monkeypatch.setenv(HEARTBEAT_VARIABLE, str(BEAT))
-    monkeypatch.setattr("finetune.meter.RETRY_SECONDS", BEAT)
+    monkeypatch.setattr("finetune.budget.meter.RETRY_SECONDS", BEAT)
     run = Run(tmp_path)
     yield run
     for meter in run.meters:

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.budget.ledger import KEPT_BEAT_SECONDS, METERED, AttemptLog, Ledger
 from finetune.errors import UserError
-from finetune.ledger import KEPT_BEAT_SECONDS, METERED, AttemptLog, Ledger
 
 MACHINE = {"zone": "us-central1-a", "gpu": "A100", "spot": True, "id": "4520031799277581759"}
 
@@ -252,7 +252,7 @@ def test_a_fault_of_the_folder_is_a_user_error_and_the_next_line_brings_what_is_
 def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path) -> None:
     program = (
         "import resource, sys; from pathlib import Path; from finetune.errors import UserError\n"
-        "from finetune.ledger import Ledger\n"
+        "from finetune.budget.ledger import Ledger\n"
         "log = Ledger(Path(sys.argv[1])).begin(attempt=1, machine={}, usd_per_hour=1.0, basis='b', seconds_before=0, "
         "resumed_step=None)\n"
         "log.beat(60.0, 1)\n"
@@ -290,7 +290,7 @@ def test_a_slow_write_does_not_undo_a_later_one(tmp_path: Path, monkeypatch: pyt
 
 def test_a_kill_in_the_middle_of_a_write_leaves_the_lines_before_it(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from finetune.ledger import Ledger\n"
+        "import sys; from pathlib import Path; from finetune.budget.ledger import Ledger\n"
         "log = Ledger(Path(sys.argv[1])).begin(attempt=1, machine={}, usd_per_hour=1.0, basis='b', seconds_before=0, "
         "resumed_step=None)\n"
         "for n in range(9): log.beat(600.0 * n, n)\n"

@@ -8,30 +8,23 @@ of C that needs no lock, ends the process at the ceiling.
 
 from __future__ import annotations
 
-import faulthandler
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune.budget.ledger import Attempt, AttemptLog, Ledger
+from finetune.budget.watchdog import HARD_SECONDS, LastResort, heartbeat_seconds
 from finetune.errors import UserError
-from finetune.ledger import Attempt, AttemptLog, Ledger
 from finetune.machine.billed_time import MachineTime
 
-HEARTBEAT_VARIABLE = "FINETUNE_HEARTBEAT_SECONDS"
-HEARTBEAT_SECONDS = 30.0
 SAVE_SECONDS = 20.0
 """Kept free for a save before a ceiling, at least."""
 MOST_KEPT_SECONDS = 900.0
 """For a start on another machine. Before one that took longer its machine stood idle, which no recovery does."""
-HARD_SECONDS = 5.0
-"""Before the ceiling the run is ended: time for a last line in the ledger and for run.json."""
 RETRY_SECONDS = 1.0
-DAY_SECONDS = 86400.0
-STDERR = 2
 END_SECONDS = 15.0
 """For the ledger's last line when a run closes; a store that takes longer is left alone."""
 
@@ -95,7 +88,7 @@ class Meter:
         self._wake, self._ended, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._asked = self._stopped = False
         self._faults: dict[str, str] = {}
-        self._timer = _LastResort() if last_resort else None
+        self._timer = LastResort() if last_resort else None
         self._threads = [
             threading.Thread(target=work, name=f"meter {name}", daemon=True)
             for name, work in (("ceilings", self._watch), ("ledger", self._write))
@@ -309,45 +302,6 @@ class Meter:
         if what not in self._faults:
             self._faults[what] = message
             self._say(message)
-
-
-class _LastResort:
-    """faulthandler's timer: at the ceiling it writes where every thread hangs to stderr, and exits with 1.
-
-    1, because nothing of Python can run any more that would say so in run.json; 1 is not a code that is retried.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._set = self._cancelled = False
-
-    def set(self, seconds: float) -> None:
-        """Anew, unless the end is so near that a timer put off would never fire."""
-        with self._lock:
-            if self._cancelled or (self._set and seconds <= HARD_SECONDS):
-                return
-            faulthandler.dump_traceback_later(min(max(seconds, HARD_SECONDS), DAY_SECONDS), exit=True, file=STDERR)
-            self._set = True
-
-    def cancel(self) -> None:
-        with self._lock:
-            self._cancelled = True
-            if self._set:
-                faulthandler.cancel_dump_traceback_later()
-
-
-def heartbeat_seconds() -> float:
-    """FINETUNE_HEARTBEAT_SECONDS, for tests; else 30. Raises UserError for what is no number above 0."""
-    text = os.environ.get(HEARTBEAT_VARIABLE)
-    try:
-        seconds = float(text) if text else HEARTBEAT_SECONDS
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= HEARTBEAT_SECONDS:
-        raise UserError(
-            f"{HEARTBEAT_VARIABLE}: expected seconds above 0 and at most {HEARTBEAT_SECONDS:g}, found {text!r}"
-        )
-    return seconds
 
 
 def _duration(seconds: float) -> str:
