@@ -9,7 +9,7 @@ from finetune.errors import UserError
 from finetune.generate import generate_answers
 from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter
-from finetune.runs import RunFolder
+from finetune.run_folder import RunFolder
 from finetune.sql.engines.sqlite import SqlSandbox
 from finetune.sql.schema import ddl_of_database, is_create_table, parse_ddl
 from finetune.sql.text import on_one_line, statements

@@ -326,7 +326,7 @@ def _train_here(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         if arguments.overrides:
             raise UserError("--resume takes the config in the run folder; overrides would make it another run")
-        from finetune.runs import open_run
+        from finetune.run_folder import open_run
 
         run = open_run(arguments.target)
         with _large_imports():
@@ -345,7 +345,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.target.is_dir():
         if arguments.overrides:
             raise UserError("a run is evaluated with the config in its folder; overrides go with a config file")
-        from finetune.runs import open_run
+        from finetune.run_folder import open_run
 
         run = open_run(arguments.target)
         with _large_imports():
@@ -394,7 +394,7 @@ def _tell_result(folder: Path) -> None:
     """Write a run's report; print its score and where it lies."""
     from finetune.report import write_report
     from finetune.report_source import read_run
-    from finetune.runs import open_run
+    from finetune.run_folder import open_run
 
     run = open_run(folder)
     summary = write_report(run.path)
@@ -412,7 +412,7 @@ def _percent(value: float | None) -> str:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from finetune.runs import open_run
+    from finetune.run_folder import open_run
 
     run = open_run(arguments.run_folder)
     from finetune.ask import ask, is_schema, run_and_format

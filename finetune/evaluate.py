@@ -28,7 +28,7 @@ from finetune.errors import UserError
 from finetune.generate import generate_answers
 from finetune.models.device import Device, choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter, weights_identity
-from finetune.runs import RunFolder
+from finetune.run_folder import RunFolder
 from finetune.runtime.files import atomic_file, write_json
 from finetune.scoring import Row, as_dict, gain, judge, score
 from finetune.sql.engines.sqlite import SqlSandbox

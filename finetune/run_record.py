@@ -26,7 +26,7 @@ from finetune.estimate.memory_hf import GIB
 from finetune.machine.hardware import detect
 from finetune.models.device import Device
 from finetune.models.load import parameter_counts
-from finetune.runs import RunFolder, git_state, package_versions, utc_now
+from finetune.run_folder import RunFolder, git_state, package_versions, utc_now
 from finetune.runtime import distributed
 from finetune.runtime.files import as_text
 from finetune.snapshots import Saves

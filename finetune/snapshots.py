@@ -23,7 +23,7 @@ from finetune.data.prepared import Prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.proof import PROBE, probe_of
-from finetune.runs import RunFolder
+from finetune.run_folder import RunFolder
 from finetune.runtime import fault_injection
 from finetune.runtime.console import say
 from finetune.runtime.files import write_json, write_text

@@ -22,8 +22,8 @@ from finetune.config.load import config_hash, load_config, to_dict
 from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.proof import check_resumed
+from finetune.run_folder import RunFolder, check_name_is_free, create_run
 from finetune.run_record import RunRecorder, describe_attempt, new_record
-from finetune.runs import RunFolder, check_name_is_free, create_run
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import Stop, StopSignals

@@ -14,8 +14,8 @@ import torch
 from finetune.checkpoint.store import read_manifest
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
+from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecorder
-from finetune.runs import RunFolder
 from finetune.runtime import fault_injection
 from finetune.runtime.console import say
 from finetune.runtime.files import disk_error

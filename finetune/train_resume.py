@@ -13,7 +13,7 @@ from finetune.config.resume_rules import decide, refusal
 from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
 from finetune.errors import UserError
-from finetune.runs import RunFolder
+from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.files import write_text

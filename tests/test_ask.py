@@ -18,7 +18,7 @@ from finetune.data.prompts import PromptTemplate
 from finetune.generate import generate_answers
 from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
-from finetune.runs import RunFolder
+from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, make_database
 from tests.helpers.run_examples import copy_run
 

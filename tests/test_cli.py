@@ -19,7 +19,7 @@ from finetune import cli, doctor
 from finetune.config.load import load_config
 from finetune.doctor import Check
 from finetune.errors import UserError
-from finetune.runs import RunFolder
+from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import make_database, row, write_jsonl
 from tests.helpers.report_fixtures import build_run, rows, write_evaluation
 

@@ -19,7 +19,7 @@ from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.evaluate import evaluate_base, evaluate_run
 from finetune.report import write_report
-from finetune.runs import RunFolder, open_run
+from finetune.run_folder import RunFolder, open_run
 from finetune.scoring import Row, wilson_interval
 from tests.helpers.data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop

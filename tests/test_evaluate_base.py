@@ -14,7 +14,7 @@ import pytest
 from finetune import evaluate
 from finetune.config.load import load_config
 from finetune.evaluate import evaluate_base, evaluate_run
-from finetune.runs import RunFolder
+from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop
 

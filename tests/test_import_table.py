@@ -26,10 +26,11 @@ MAY_IMPORT = {
     "config": "errors machine",
     "models.fused": "",
     "models": "errors runtime machine config",
+    "run_folder": "errors runtime config",
     "data": "errors runtime sql config models.fused",
     "estimate": "errors machine config models",
-    "budget": "errors runtime machine config",
-    "demo": "errors runtime config models.fused models data",
+    "budget": "errors runtime machine config run_folder",
+    "demo": "errors runtime config models.fused models run_folder data",
     "__main__": "",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
@@ -69,7 +70,6 @@ MOVING = {
     "report_source",
     "rng",
     "run_record",
-    "runs",
     "scoring",
     "snapshots",
     "step_loader",

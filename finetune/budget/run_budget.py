@@ -15,7 +15,7 @@ from finetune.errors import EXIT_OK
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.preemption import PREEMPTED, PreemptionWatch
 from finetune.machine.price import MachinePrice, dearest_usd_per_hour, facts, rented
-from finetune.runs import RunFolder
+from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import NOTICE_SECONDS, Stop

@@ -16,7 +16,7 @@ from finetune.errors import EXIT_OK, UserError
 from finetune.evaluate import evaluate_base, evaluate_run
 from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
-from finetune.runs import RunFolder, open_run
+from finetune.run_folder import RunFolder, open_run
 from finetune.runtime.console import say
 from finetune.train import resume, start
 

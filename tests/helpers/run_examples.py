@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from finetune.runs import RunFolder
+from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import jsonl_source, make_database, row, run_prepare, write_jsonl
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from finetune import runs
+from finetune import run_folder
 from finetune.config.load import config_hash, from_dict, load_config
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.runs import RunFolder, create_run, git_state, open_run, package_versions
+from finetune.run_folder import RunFolder, create_run, git_state, open_run, package_versions
 from tests.helpers.data_examples import files_of
 
 FILE = Path("configs/tiny.yaml")
@@ -83,7 +83,9 @@ def test_runs_that_start_at_once_get_folders_of_their_own(root: Path) -> None:
 
 
 def test_of_runs_that_start_at_once_under_one_name_one_gets_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "check_name_is_free", lambda training: None)  # all of them looked at the same moment
+    monkeypatch.setattr(
+        run_folder, "check_name_is_free", lambda training: None
+    )  # all of them looked at the same moment
 
     def start(_: int) -> str:
         try:
@@ -101,7 +103,7 @@ def test_a_folder_whose_config_cannot_be_written_does_not_stay(root: Path, monke
     def full(path: Path, text: str) -> None:
         raise UserError(f"{path}: no space left on the disk")
 
-    monkeypatch.setattr(runs, "write_text", full)
+    monkeypatch.setattr(run_folder, "write_text", full)
     with pytest.raises(UserError, match="no space left"):
         create_run(config(root), FILE)
     assert list(root.iterdir()) == []
@@ -136,7 +138,7 @@ def test_the_commit_is_that_of_the_code_and_changes_to_it_show(tmp_path: Path, m
     code = tmp_path / "checkout" / "finetune" / "runs.py"
     code.parent.mkdir(parents=True)
     code.write_text("# code\n")
-    monkeypatch.setattr(runs, "__file__", str(code))
+    monkeypatch.setattr(run_folder, "__file__", str(code))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     assert git_state() == (None, False)
 
@@ -156,5 +158,5 @@ def test_the_commit_is_that_of_the_code_and_changes_to_it_show(tmp_path: Path, m
 
 
 def test_package_versions_are_those_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "RECORDED_PACKAGES", ("omegaconf", "no-such-package-here"))
+    monkeypatch.setattr(run_folder, "RECORDED_PACKAGES", ("omegaconf", "no-such-package-here"))
     assert package_versions() == {"omegaconf": metadata.version("omegaconf")}
