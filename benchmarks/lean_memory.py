@@ -20,12 +20,12 @@ import torch
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
 from finetune.estimate.memory_hf import Workload
-from finetune.flat import FlatAdapters
 from finetune.models.architectures import shape_of
 from finetune.models.device import choose_device
 from finetune.models.fused import ops_torch
 from finetune.models.fused.model import IGNORED, LeanModel, pack
 from finetune.models.load import adapters_to_float32, attach_lora, load_base
+from finetune.training.step.optimizer import FlatAdapters
 
 GIB = 2**30
 TEXT, ANSWER = 300, 37

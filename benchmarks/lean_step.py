@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
-from finetune.flat import FlatAdapters
 from finetune.models.device import choose_device
 from finetune.models.fused import ops_torch
 from finetune.models.fused.model import IGNORED, LeanModel, ops_for, pack
 from finetune.models.load import adapters_to_float32, attach_lora, load_base, load_tokenizer
+from finetune.training.step.optimizer import FlatAdapters
 
 ANSWER_TOKENS = 37
 VARIANTS: dict[str, dict[str, Any]] = {

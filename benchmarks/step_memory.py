@@ -29,8 +29,8 @@ from finetune.estimate import memory_hf
 from finetune.machine.gpus import GIB
 from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
-from finetune.step_plan import plan_step
 from finetune.trainer import IGNORED, build_trainer, trainer_arguments
+from finetune.training.step.plan import plan_step
 
 ANSWER_TOKENS = 37
 CELLS = [(1, 512, False), (2, 1024, False), (4, 512, True), (4, 1024, True), (4, 2048, True), (7, 2048, True)]

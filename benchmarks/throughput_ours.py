@@ -16,9 +16,9 @@ from finetune.config.schema import RunConfig
 from finetune.machine.hardware import let_segments_grow
 from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
-from finetune.step_plan import plan_step
 from finetune.train import rehearse
 from finetune.trainer import build_trainer, trainer_arguments
+from finetune.training.step.plan import plan_step
 
 
 def our_trainer(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple[Any, str]:

@@ -30,8 +30,8 @@ from finetune.run_folder import RunFolder, git_state, package_versions, utc_now
 from finetune.runtime import distributed
 from finetune.runtime.files import as_text
 from finetune.snapshots import Saves
-from finetune.step_plan import StepPlan
-from finetune.stepper import Stepper
+from finetune.training.step.plan import StepPlan
+from finetune.training.step.runner import Stepper
 
 
 def new_record(

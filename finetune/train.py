@@ -28,7 +28,6 @@ from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import Stop, StopSignals
 from finetune.snapshots import WINDOW, Snapshots, scratch_folder
-from finetune.step_plan import StepPlan, plan_step, worst_micro_batch
 from finetune.stopping import EndOfStep, StepAbandoned
 from finetune.tracking import trackers
 from finetune.train_end import (
@@ -43,6 +42,7 @@ from finetune.train_end import (
 from finetune.train_parts import Inputs, Parts, inputs_of, load_parts
 from finetune.train_resume import check_same_steps, check_unfinished, newest_checkpoint, set_ceilings, store_of
 from finetune.trainer import AnswerTrainer, build_trainer, trainer_arguments
+from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
 
 
 @dataclass(frozen=True)

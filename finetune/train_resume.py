@@ -18,7 +18,7 @@ from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.files import write_text
 from finetune.snapshots import CONFIG, save_what_was_left
-from finetune.step_plan import StepPlan
+from finetune.training.step.plan import StepPlan
 
 PAUSES = (2.0, 5.0, 0.0)
 """Seconds before a store that has trouble reading is asked again."""

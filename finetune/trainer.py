@@ -12,20 +12,19 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
-from finetune import rng
-from finetune.batching import StepSampler, micro_batches
 from finetune.callbacks import Throughput
 from finetune.config.schema import TrainingSection
-from finetune.flat import FlatAdapters
 from finetune.models.device import Device
 from finetune.models.fused.model import IGNORED
 from finetune.models.load import adapters_to_float32
-from finetune.padded import PaddedPath, answer_loss
-from finetune.paged_state import page_again
 from finetune.runtime import distributed
-from finetune.step_loader import StepLoader
-from finetune.step_plan import StepPlan
-from finetune.stepper import Example, LeanPath, Step, Stepper, collate, spoilt
+from finetune.training.step import rng
+from finetune.training.step.hf_path import PaddedPath, answer_loss
+from finetune.training.step.optimizer import FlatAdapters, page_again
+from finetune.training.step.packing import micro_batches
+from finetune.training.step.plan import StepPlan
+from finetune.training.step.runner import Example, LeanPath, Step, Stepper, collate, spoilt
+from finetune.training.step.sampler import StepLoader, StepSampler
 from finetune.trl_without_wandb import SFTConfig, SFTTrainer
 
 if TYPE_CHECKING:

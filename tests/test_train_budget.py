@@ -155,7 +155,7 @@ import sys, time
 import finetune.train
 from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
-from finetune.stepper import Stepper
+from finetune.training.step.runner import Stepper
 origin = process_age()
 spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: 20 * (process_age() - origin))
 original, steps = Stepper.run, []

@@ -18,7 +18,7 @@ from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.estimate.memory_hf import GIB, MemoryEstimate  # noqa: E402
-from finetune.step_plan import StepPlan, worst_micro_batch  # noqa: E402
+from finetune.training.step.plan import StepPlan, worst_micro_batch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ConfigWriter = Callable[..., Path]

@@ -46,7 +46,7 @@ LONG = {"training": STEPS | {"kernels": "stock", "max_steps": 60, "eval_steps": 
 FAULT = """
 import os, sys
 from finetune.errors import UserError
-from finetune.stepper import Stepper
+from finetune.training.step.runner import Stepper
 original, steps = Stepper.run, []
 def run(self, step):
     steps.append(step)
@@ -194,7 +194,7 @@ import os, sys, time
 import finetune.train
 from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
-from finetune.stepper import Stepper
+from finetune.training.step.runner import Stepper
 origin = process_age()
 spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: {factor} * (process_age() - origin))
 original, steps = Stepper.run, []

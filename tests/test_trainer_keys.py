@@ -16,8 +16,8 @@ from finetune.data.records import read_records  # noqa: E402
 from finetune.data.tokenize import Examples, tokenise  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
-from finetune.step_plan import StepPlan  # noqa: E402
 from finetune.trainer import AnswerTrainer, trainer_arguments  # noqa: E402
+from finetune.training.step.plan import StepPlan  # noqa: E402
 from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
 from tests.helpers.lean_examples import adapters, section, trainer_for  # noqa: E402
 
@@ -65,7 +65,7 @@ def another_value(hint: Any, value: Any) -> Any:
 
 OURS_TO_THEIRS: dict[str, str] = {"warmup_ratio": "warmup_steps"}
 NAMES_THE_FOLDER = {"output_dir", "run_name"}  # runs.create_run reads these
-MAKE_THE_PLAN = {  # step_plan reads these; tests/test_step_plan.py
+MAKE_THE_PLAN = {  # step_plan reads these; tests/training/step/test_plan.py
     "effective_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_memory_gib", "kernels",
     "group_by_length",
 }  # fmt: skip

@@ -15,7 +15,7 @@ from finetune.data.prompts import Encoded, PromptTemplate, completion, encode_ex
 from finetune.demo.schedule import Pace
 from finetune.generate import generate_answers
 from finetune.models.fused.model import IGNORED
-from finetune.padded import answer_loss
+from finetune.training.step.hf_path import answer_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel

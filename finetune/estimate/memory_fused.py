@@ -77,8 +77,8 @@ def lean_estimate(shape: ModelShape, lean: LeanLoad) -> MemoryEstimate:
     """Bytes at the peak of a step. Estimated; tests/estimate/test_memory_fused.py says how far it was from what was
     measured.
 
-    Adapters and their gradients are float32 and always there (finetune/flat.py). Paged optimizer state counts, though torch does
-    not count it.
+    Adapters and their gradients are float32 and always there (finetune/training/step/optimizer.py). Paged optimizer
+    state counts, though torch does not count it.
     """
     load = lean.load
     lora = shape.lora_parameters(load.lora_r, load.lora_modules)

@@ -281,7 +281,7 @@ def workload_of(config: RunConfig, dtype: str) -> Workload:
         four_bit=config.quantization.load_in_4bit,
         double_quant=config.quantization.bnb_4bit_use_double_quant,
         lora_dropout=config.lora.lora_dropout,
-        accumulating=True,  # the flat tensor of all gradients (finetune/flat.py) is always there
+        accumulating=True,  # the flat tensor of all gradients (finetune/training/step/optimizer.py) is always there
     )
 
 

@@ -23,9 +23,9 @@ transformers = pytest.importorskip("transformers")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from finetune.flat import FlatAdapters  # noqa: E402
 from finetune.models.fused import attention, ops_torch  # noqa: E402
 from finetune.models.fused.model import IGNORED, LeanModel, pack  # noqa: E402
+from finetune.training.step.optimizer import FlatAdapters  # noqa: E402
 
 SLIM = ModelShape("slim", 128, 4, 8, 2, 16, 448, 96)
 WIDE_HEAD = replace(SLIM, vocab=4000)

@@ -18,8 +18,8 @@ from finetune.config.schema import RunConfig, TrainingSection
 from finetune.data.tokenize import Examples
 from finetune.models.device import Device
 from finetune.models.fused.model import IGNORED, LeanModel, Packed, pack
-from finetune.step_plan import StepPlan, plan_step
 from finetune.trainer import AnswerTrainer, build_trainer, trainer_arguments
+from finetune.training.step.plan import StepPlan, plan_step
 
 CPU = torch.device("cpu")
 ON_CPU = Device(CPU, torch.float32)

@@ -15,12 +15,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from finetune.estimate.fit import Limits  # noqa: E402
-from finetune.flat import FlatAdapters  # noqa: E402
 from finetune.models.fused import attention, ops_torch  # noqa: E402
 from finetune.models.fused.attention import Segments  # noqa: E402
 from finetune.models.fused.model import IGNORED, LeanModel, ops_for, pack  # noqa: E402
-from finetune.paged_state import page_again  # noqa: E402
-from finetune.stepper import LeanPath, Stepper, collate  # noqa: E402
+from finetune.training.step.optimizer import FlatAdapters, page_again  # noqa: E402
+from finetune.training.step.runner import LeanPath, Stepper, collate  # noqa: E402
 from tests.helpers.lean_examples import (  # noqa: E402
     adapters,
     labelled,

@@ -22,7 +22,7 @@ from finetune.data.records import read_records  # noqa: E402
 from finetune.data.tokenize import Examples, tokenise  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
-from finetune.stepper import LeanPath  # noqa: E402
+from finetune.training.step.runner import LeanPath  # noqa: E402
 from tests.helpers.lean_examples import ON_CPU, adapters, labelled, losses, stock_loss, trainer_for  # noqa: E402
 
 

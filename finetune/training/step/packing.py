@@ -9,8 +9,7 @@ from __future__ import annotations
 import heapq
 import random
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TypeVar
 
 WINDOW_STEPS = 50
@@ -21,35 +20,6 @@ EVEN_ENOUGH = 0.005
 
 Batches = list[list[int]]
 Item = TypeVar("Item")
-
-
-@dataclass(eq=False)
-class StepSampler:
-    """The optimizer steps of an epoch, as `batch_sampler` of a `step_loader.StepLoader`.
-
-    Each iteration is the whole epoch that was set last; torch's own DataLoader would set none and repeat the first.
-    """
-
-    lengths: Sequence[int]
-    questions: int
-    seed: int
-    by_length: bool = False
-    epoch: int = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, of the iterations that begin from now on."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Steps in an epoch."""
-        return -(-len(self.lengths) // self.questions)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(
-            steps_of_epoch(
-                self.lengths, questions=self.questions, seed=self.seed, epoch=self.epoch, by_length=self.by_length
-            )
-        )
 
 
 def steps_of_epoch(lengths: Sequence[int], *, questions: int, seed: int, epoch: int, by_length: bool) -> Batches:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from finetune.batching import steps_of_epoch
 from finetune.config.load import questions_per_step
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
@@ -20,6 +19,7 @@ from finetune.machine.gpus import Gpu, known_gpu
 from finetune.models.architectures import LLAMA_LIKE, ModelShape, shape_from_config
 from finetune.models.device import Device
 from finetune.models.fused.model import FAMILIES, LeanModel, why_not
+from finetune.training.step.packing import steps_of_epoch
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -14,8 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from finetune.batching import StepSampler, steps_of_epoch
-from finetune.step_loader import StepLoader
+from finetune.training.step.packing import steps_of_epoch
+from finetune.training.step.sampler import StepLoader, StepSampler
 
 LENGTHS = [(37 * n) % 101 + 1 for n in range(14)]
 QUESTIONS, SEED, EPOCHS = 4, 17, 3

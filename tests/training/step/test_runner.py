@@ -12,9 +12,9 @@ pytest.importorskip("peft")
 
 from finetune.errors import UserError  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
-from finetune.flat import FlatAdapters  # noqa: E402
 from finetune.models.fused.model import IGNORED, LeanModel  # noqa: E402
-from finetune.stepper import BAD_STEPS, Example, LeanPath, LossWatch, Step, Stepper, collate  # noqa: E402
+from finetune.training.step.optimizer import FlatAdapters  # noqa: E402
+from finetune.training.step.runner import BAD_STEPS, Example, LeanPath, LossWatch, Step, Stepper, collate  # noqa: E402
 from tests.helpers.lean_examples import LAYERS, adapters, labelled, lora_model, stock_gradients, texts, worst_error  # noqa: E402
 
 LENGTHS = (30, 7, 12, 3, 25, 18, 9, 16)

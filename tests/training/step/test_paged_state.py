@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.paged_state import page_again
+from finetune.training.step.optimizer import page_again
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

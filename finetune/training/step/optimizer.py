@@ -1,14 +1,16 @@
-"""All adapters in one tensor, so that the optimizer takes one step instead of hundreds.
+"""What the optimizer sees: all adapters in one tensor, so that it takes one step instead of hundreds.
 
 bitsandbytes waits for the GPU after every parameter: 448 times a step for Mistral-7B, 45 ms of 312 on an H100. Every adapter
 becomes a part of one tensor and stays what it is to PEFT. The parts begin at multiples of 256 numbers, the block size of 8-bit
 optimizer states, so that each block belongs to one adapter and the result is that of separate steps (apart from adapters below
-4,096 numbers, whose states bitsandbytes would leave in 32 bits).
+4,096 numbers, whose states bitsandbytes would leave in 32 bits). After a resume a paged optimizer's states go back to paged
+memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,3 +52,23 @@ class FlatAdapters:
             if adapter.data_ptr() != place:
                 raise RuntimeError("an adapter is no longer part of the flat tensor that the optimizer changes")
             adapter.grad = gradient
+
+
+PAGED = ("state1", "state2")
+"""The states that bitsandbytes pages, one number for each of the parameter's."""
+
+
+def page_again(optimizer: Any) -> None:
+    """Moves the loaded states of a paged bitsandbytes optimizer to where its own `init_state` would have put them.
+
+    The numbers stay as they are; other optimizers are left alone.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if not getattr(inner, "is_paged", False):
+        return
+    for parameter, state in inner.state.items():
+        for name in PAGED:
+            if name in state:
+                buffer = inner.get_state_buffer(parameter, dtype=state[name].dtype)
+                buffer.copy_(state[name])
+                state[name] = buffer

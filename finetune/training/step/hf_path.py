@@ -9,7 +9,7 @@ import torch
 
 from finetune.estimate.fit import Limits
 from finetune.models.fused.model import IGNORED
-from finetune.stepper import Example
+from finetune.training.step.runner import Example
 
 
 class PaddedPath:

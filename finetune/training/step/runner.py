@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from finetune import rng
-from finetune.batching import micro_batches, share
 from finetune.errors import UserError
 from finetune.estimate.fit import Limits
-from finetune.flat import FlatAdapters
 from finetune.models.fused.model import IGNORED, LeanModel, Packed, pack
 from finetune.runtime import distributed
+from finetune.training.step import rng
+from finetune.training.step.optimizer import FlatAdapters
+from finetune.training.step.packing import micro_batches, share
 
 Example = dict[str, Any]
 """input_ids and labels, lists of int of one length, and that length."""

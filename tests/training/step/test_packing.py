@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.batching import WINDOW_STEPS, StepSampler, micro_batches, share, steps_of_epoch
+from finetune.training.step.packing import WINDOW_STEPS, micro_batches, share, steps_of_epoch
+from finetune.training.step.sampler import StepSampler
 
 LENGTHS = [(37 * n) % 101 + 1 for n in range(10)]  # 1, 38, 75, 11, 48, 85, 21, 58, 95, 31
 some_lengths = st.lists(st.integers(1, 60), max_size=40)
