@@ -23,14 +23,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from finetune.callbacks import Throughput
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection
 from finetune.estimate import memory_hf
 from finetune.machine.gpus import GIB
 from finetune.models.device import Device, choose_device
+from finetune.models.fused.model import IGNORED
 from finetune.models.load import attach_lora, load_base, load_tokenizer
-from finetune.trainer import IGNORED, build_trainer, trainer_arguments
+from finetune.training.arguments import trainer_arguments
+from finetune.training.callbacks import Throughput
 from finetune.training.step.plan import plan_step
+from finetune.training.trainer import build_trainer
 
 ANSWER_TOKENS = 37
 CELLS = [(1, 512, False), (2, 1024, False), (4, 512, True), (4, 1024, True), (4, 2048, True), (7, 2048, True)]

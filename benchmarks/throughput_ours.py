@@ -10,15 +10,16 @@ from typing import Any
 from datasets import Dataset
 
 from benchmarks.throughput_recipe import BATCH, Recipe, Texts
-from finetune.callbacks import BeforeFirstStep, Throughput
 from finetune.config.load import from_dict
 from finetune.config.schema import RunConfig
 from finetune.machine.hardware import let_segments_grow
 from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
-from finetune.train import rehearse
-from finetune.trainer import build_trainer, trainer_arguments
+from finetune.training.arguments import trainer_arguments
+from finetune.training.callbacks import BeforeFirstStep, Throughput
+from finetune.training.run import rehearse
 from finetune.training.step.plan import plan_step
+from finetune.training.trainer import build_trainer
 
 
 def our_trainer(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple[Any, str]:

@@ -330,13 +330,13 @@ def _train_here(arguments: argparse.Namespace) -> int:
 
         run = open_run(arguments.target)
         with _large_imports():
-            from finetune.train import resume
+            from finetune.training.run import resume
 
         return resume(run, ceilings)
     arguments.overrides += [f"budget.{key}={value!r}" for key, value in ceilings.items()]
     config = _loaded(arguments, arguments.target)
     with _large_imports():
-        from finetune.train import start
+        from finetune.training.run import start
 
     return start(config, arguments.target)
 

@@ -31,14 +31,15 @@ MAY_IMPORT = {
     "estimate": "errors machine config models",
     "budget": "errors runtime machine config run_folder",
     "training.step": "errors runtime machine config models.fused models estimate",
-    "demo": "errors runtime config models.fused models run_folder data training.step",
+    "training": "errors runtime machine checkpoint config models.fused models "
+    "run_folder data estimate budget training.step",
+    "demo": "errors runtime config models.fused models run_folder data training.step training",
     "__main__": "",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
 without those of training/step/, which has a row of its own."""
 MOVING = {
     "ask",
-    "callbacks",
     "cli",
     "cli_cloud",
     "cloud.bucket",
@@ -61,27 +62,15 @@ MOVING = {
     "doctor_cloud",
     "evaluate",
     "generate",
-    "proof",
     "report",
     "report_plots",
     "report_source",
-    "run_record",
     "scoring",
-    "snapshots",
-    "stopping",
-    "tracking",
-    "train",
-    "train_end",
-    "train_parts",
-    "train_resume",
-    "trainer",
-    "trl_without_wandb",
 }
 """Modules that have not moved into a package yet: they may import anything, and anything may import them."""
 
 NEEDS_TORCH = (
     "ask",
-    "callbacks",
     "data.tokenize",
     "demo.pace",
     "demo.run",
@@ -91,19 +80,9 @@ NEEDS_TORCH = (
     "models.fused",
     "models.gguf",
     "models.load",
-    "proof",
-    "run_record",
     "runtime.torchrun",
-    "snapshots",
-    "stopping",
-    "tracking",
-    "train",
-    "train_end",
-    "train_parts",
-    "train_resume",
-    "trainer",
+    "training",
     "training.step",
-    "trl_without_wandb",
 )
 """Packages and modules that the extra `train` is for. All others load on a laptop that only plans, launches, prepares data
 without token counts, or writes reports."""

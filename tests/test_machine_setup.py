@@ -228,9 +228,7 @@ def test_a_real_installation_trains_and_a_second_launch_takes_seconds(tmp_path: 
         seconds.append(time.monotonic() - begun)
     assert seconds[1] < 5, seconds
     pinned = importlib.metadata.version("transformers")
-    question = (
-        "import torch, finetune.train, transformers; print(torch.__version__.split('+')[0], transformers.__version__)"
-    )
+    question = "import torch, finetune.training.run, transformers; print(torch.__version__.split('+')[0], transformers.__version__)"  # noqa: E501
     answer = subprocess.run(
         [str(home / "finetune-env/bin/python"), "-c", question],
         env=env,

@@ -150,7 +150,7 @@ def test_the_attempt_after_a_kill_corrects_what_the_killed_one_has_left(
     left = record_of(run)
     assert left["status"] == "running" and left["steps"]["done"] == 5
     wait = run / "checkpoints" / "step-4" / "manifest.json"
-    monkeypatch.setattr("finetune.train.load_parts", lambda inputs: fail())
+    monkeypatch.setattr("finetune.training.run.load_parts", lambda inputs: fail())
     with pytest.raises(RuntimeError, match="on fire"):
         main(["train", "--resume", str(run)])
     assert wait.is_file()
@@ -250,7 +250,7 @@ def test_a_budget_that_ends_a_hanging_step_ends_at_the_newest_checkpoint(
 ) -> None:
     """The last checkpoint is of step 2, the last log of step 3. Where the adapter takes too long the next attempt makes it."""
     monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.1")
-    slow = "from finetune import train_end\ntrain_end.adapter_from = lambda *_: time.sleep(600)"
+    slow = "from finetune.training import adapter as train_end\ntrain_end.adapter_from = lambda *_: time.sleep(600)"
     config = tiny_config(
         training={"max_steps": 9},
         budget={"max_hours": 300 / 3600},

@@ -2,7 +2,7 @@
 
 One YAML is one run. `load_config` merges file and dotlist overrides into `RunConfig`, and reports every mistake at once:
 where it stands, what was expected, and the nearest valid name. Values keep the names of the original training guide;
-the one place that maps them to the libraries' own names is `trainer.trainer_arguments`.
+the one place that maps them to the libraries' own names is `arguments.trainer_arguments`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.run_folder import RunFolder, open_run
 from finetune.runtime.console import say
-from finetune.train import resume, start
+from finetune.training.run import resume, start
 
 if TYPE_CHECKING:
     from peft import PeftModel

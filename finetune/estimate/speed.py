@@ -78,7 +78,8 @@ MEASURED = (
 optimizer steps of 4 x 4, the first left out): 1,496.8, and on another machine 1,568.1 in float16. Plain TRL did as much with
 float32 adapters (1,508 and 1,516: a_fp16 and a0_fp16_kbitprep of h100_anchors.json in ../shared/reference), and 1,677 to 1,738
 with bfloat16 ones (b_bf16, b_bf16_rep, d_grouped). The second: c_nogc and d_grouped_nogc of that file, two machines, bfloat16
-adapters; our trainer was not measured without checkpointing. The third: tests/test_gpu.py in bfloat16 on three machines."""
+adapters; our trainer was not measured without checkpointing. The third: tests/training/test_gpu.py in bfloat16 on three
+machines."""
 
 SAME_LENGTH = 0.10
 """A measurement speaks for texts whose mean length differs by at most this share; where the host decides, speed grows with it."""

@@ -13,13 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from finetune.callbacks import Throughput
 from finetune.config.schema import RunConfig, TrainingSection
 from finetune.data.tokenize import Examples
 from finetune.models.device import Device
 from finetune.models.fused.model import IGNORED, LeanModel, Packed, pack
-from finetune.trainer import AnswerTrainer, build_trainer, trainer_arguments
+from finetune.training.arguments import trainer_arguments
+from finetune.training.callbacks import Throughput
 from finetune.training.step.plan import StepPlan, plan_step
+from finetune.training.trainer import AnswerTrainer, build_trainer
 
 CPU = torch.device("cpu")
 ON_CPU = Device(CPU, torch.float32)

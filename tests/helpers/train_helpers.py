@@ -50,7 +50,7 @@ def check_agrees(run: Path) -> dict[str, Any]:
 
 def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something in the middle of a training step."""
-    from finetune.callbacks import Throughput
+    from finetune.training.callbacks import Throughput
 
     original = Throughput.on_step_begin
 

@@ -27,7 +27,7 @@ from finetune.models.load import load_tokenizer  # noqa: E402
 from finetune.runtime.files import sha256_file  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ConfigWriter = Callable[..., Path]
 Shown = pytest.CaptureFixture[str]
 

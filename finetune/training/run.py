@@ -15,22 +15,16 @@ import torch
 from datasets import Dataset
 
 from finetune.budget.run_budget import Spending
-from finetune.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.checkpoint.async_saver import Committed, Saver
 from finetune.checkpoint.store import read_manifest
 from finetune.config.load import config_hash, load_config, to_dict
 from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
-from finetune.proof import check_resumed
 from finetune.run_folder import RunFolder, check_name_is_free, create_run
-from finetune.run_record import RunRecorder, describe_attempt, new_record
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import Stop, StopSignals
-from finetune.snapshots import WINDOW, Snapshots, scratch_folder
-from finetune.stopping import EndOfStep, StepAbandoned
-from finetune.tracking import trackers
-from finetune.train_end import (
+from finetune.training.adapter import (
     adapter_from,
     adapter_is_of,
     foreseeable,
@@ -39,10 +33,16 @@ from finetune.train_end import (
     stop_hanging,
     tell_end,
 )
-from finetune.train_parts import Inputs, Parts, inputs_of, load_parts
-from finetune.train_resume import check_same_steps, check_unfinished, newest_checkpoint, set_ceilings, store_of
-from finetune.trainer import AnswerTrainer, build_trainer, trainer_arguments
+from finetune.training.arguments import trainer_arguments
+from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
+from finetune.training.record import RunRecorder, describe_attempt, new_record
+from finetune.training.resume import check_same_steps, check_unfinished, newest_checkpoint, set_ceilings, store_of
+from finetune.training.save_policy import EndOfStep, StepAbandoned
+from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
+from finetune.training.snapshot import WINDOW, Snapshots, check_resumed, scratch_folder
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
+from finetune.training.tracking import trackers
+from finetune.training.trainer import AnswerTrainer, build_trainer
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from finetune.data.records import read_records  # noqa: E402
 from finetune.data.tokenize import Examples, tokenise  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
-from finetune.trainer import AnswerTrainer, trainer_arguments  # noqa: E402
+from finetune.training.arguments import trainer_arguments  # noqa: E402
 from finetune.training.step.plan import StepPlan  # noqa: E402
+from finetune.training.trainer import AnswerTrainer  # noqa: E402
 from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
 from tests.helpers.lean_examples import adapters, section, trainer_for  # noqa: E402
 

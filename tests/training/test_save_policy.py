@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState
 
 from finetune.runtime import distributed
 from finetune.runtime.stop_request import NOTICE_SECONDS, ONE_SIGNAL_SECONDS, SAVE_SECONDS, Stop, StopSignals
-from finetune.stopping import EndOfStep, StepAbandoned
+from finetune.training.save_policy import EndOfStep, StepAbandoned
 
 
 class Clock:

@@ -22,7 +22,7 @@ from finetune.cli import main  # noqa: E402
 from finetune.config.load import config_hash, load_config  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ConfigWriter = Callable[..., Path]
 Shown = pytest.CaptureFixture[str]
 
@@ -152,7 +152,7 @@ def test_a_run_on_a_spot_machine_stops_while_another_start_can_be_paid(
 
 HANGS = """
 import sys, time
-import finetune.train
+import finetune.training.run
 from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
 from finetune.training.step.runner import Stepper

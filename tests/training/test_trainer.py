@@ -20,10 +20,11 @@ from finetune.data.prompts import PromptTemplate, completion, encode_prompts  # 
 from finetune.data.records import Record, read_records  # noqa: E402
 from finetune.data.tokenize import Examples, tokenise  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
+from finetune.models.fused.model import IGNORED  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
-from finetune.trainer import IGNORED, one_gpu_a_process  # noqa: E402
+from finetune.training.arguments import one_gpu_a_process  # noqa: E402
 from finetune.training.step.hf_path import answer_loss  # noqa: E402
-from finetune.trl_without_wandb import not_importable  # noqa: E402
+from finetune.training.trl_without_wandb import not_importable  # noqa: E402
 from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
 from tests.helpers.lean_examples import losses, trainer_for  # noqa: E402
 

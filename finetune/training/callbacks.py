@@ -1,6 +1,6 @@
 """What happens around the training steps: speed is measured, the run record is kept up to date, and a bar shows the time left.
 
-When a run saves and stops is decided in `stopping`, what is saved in `snapshots`."""
+When a run saves and stops is decided in `save_policy`, what is saved in `snapshot`."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ConfigWriter = Callable[..., Path]
 Shown = pytest.CaptureFixture[str]
 

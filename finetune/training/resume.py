@@ -17,7 +17,7 @@ from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.files import write_text
-from finetune.snapshots import CONFIG, save_what_was_left
+from finetune.training.snapshot import CONFIG, save_what_was_left
 from finetune.training.step.plan import StepPlan
 
 PAUSES = (2.0, 5.0, 0.0)

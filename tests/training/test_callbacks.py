@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from finetune import callbacks
-from finetune.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
+from finetune.training import callbacks
+from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 
 ARGS: Any = None
 

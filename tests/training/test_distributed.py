@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("no_keys"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="for a CPU; GPUs would be two of them"),
 ]
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ConfigWriter = Callable[..., Path]
 
 STEPS = {
@@ -191,7 +191,7 @@ def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
 
 SLOW = """
 import os, sys, time
-import finetune.train
+import finetune.training.run
 from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
 from finetune.training.step.runner import Stepper

@@ -15,11 +15,11 @@ from finetune.checkpoint.store import read_manifest
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.run_folder import RunFolder
-from finetune.run_record import RunRecorder
 from finetune.runtime import fault_injection
 from finetune.runtime.console import say
 from finetune.runtime.files import disk_error
-from finetune.train_parts import Parts
+from finetune.training.record import RunRecorder
+from finetune.training.setup import Parts
 
 TEMPORARY_ADAPTER, TEMPORARY_COPY = ".adapter.tmp", ".adapter-of-checkpoint.tmp"
 ADAPTER_SECONDS = 1.5

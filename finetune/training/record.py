@@ -16,7 +16,6 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from finetune.budget.run_budget import Spending
-from finetune.callbacks import Throughput, history_rows
 from finetune.config.load import config_hash, to_dict
 from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
@@ -29,7 +28,8 @@ from finetune.models.load import parameter_counts
 from finetune.run_folder import RunFolder, git_state, package_versions, utc_now
 from finetune.runtime import distributed
 from finetune.runtime.files import as_text
-from finetune.snapshots import Saves
+from finetune.training.callbacks import Throughput, history_rows
+from finetune.training.snapshot import Saves
 from finetune.training.step.plan import StepPlan
 from finetune.training.step.runner import Stepper
 

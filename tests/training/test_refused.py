@@ -20,10 +20,10 @@ torch = pytest.importorskip("torch")
 
 from safetensors import SafetensorError  # noqa: E402
 
-from finetune import train  # noqa: E402
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.runtime import fault_injection  # noqa: E402
+from finetune.training import run as training_run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ConfigWriter = Callable[..., Path]
@@ -126,7 +126,7 @@ def test_a_run_is_never_overwritten(
     assert main(["train", str(config)]) == 0
     before = files_of(tmp_path / "runs")
     with monkeypatch.context() as patched:  # a taken name is refused before minutes of loading
-        patched.setattr(train, "load_parts", lambda inputs: pytest.fail("loaded"))
+        patched.setattr(training_run, "load_parts", lambda inputs: pytest.fail("loaded"))
         refused(["train", str(config)], r"runs/mine: is there already, and a run is never overwritten", capsys)
     assert files_of(tmp_path / "runs") == before
     for expected in ("tiny-001", "tiny-002"):
@@ -140,7 +140,7 @@ def test_dollars_without_a_price_are_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # no price table was kept there
     monkeypatch.delenv("FINETUNE_PRICES", raising=False)
-    monkeypatch.setattr(train, "load_parts", lambda inputs: pytest.fail("loaded"))
+    monkeypatch.setattr(training_run, "load_parts", lambda inputs: pytest.fail("loaded"))
     message = r"^finetune: budget\.max_run_usd: the price of this machine is not known .*; set budget\.usd_per_hour$"
     refused(["train", str(tiny_config(budget={"max_run_usd": 5.0}))], message, capsys)
     monkeypatch.setenv("FINETUNE_PRICES", "{")

@@ -13,11 +13,12 @@ from tests.helpers.train_helpers import adapter_of, at_step, record_of
 
 torch = pytest.importorskip("torch")
 
-from finetune import run_record, train  # noqa: E402
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli import main  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.estimate.memory_hf import GIB, MemoryEstimate  # noqa: E402
+from finetune.training import record as run_record  # noqa: E402
+from finetune.training import run as training_run  # noqa: E402
 from finetune.training.step.plan import StepPlan, worst_micro_batch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
@@ -59,15 +60,15 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_learned(
     config = tiny_config(**sections, lora={"lora_dropout": 0.3})
     assert main(["train", str(config)]) == 0
     rehearsed: list[int] = []
-    rehearse = train.rehearse
+    rehearse = training_run.rehearse
 
     def watched(trainer: Any, plan: StepPlan, examples: Any) -> None:
         run = trainer.stepper.rehearse
         trainer.stepper.rehearse = lambda worst: (rehearsed.extend(example["length"] for example in worst), run(worst))
         rehearse(trainer, plan, examples)
 
-    monkeypatch.setattr(train, "rehearse", watched)
-    monkeypatch.setattr(train, "rehearses", lambda device: True)
+    monkeypatch.setattr(training_run, "rehearse", watched)
+    monkeypatch.setattr(training_run, "rehearses", lambda device: True)
     assert main(["train", str(config)]) == 0
     one, other = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
     assert len(rehearsed) == 6
@@ -151,13 +152,13 @@ def test_the_checkpoint_before_the_fault_is_kept(
 ) -> None:
     """An adapter that holds an infinite number from the beginning of step 4 on, as an overflow would leave it."""
     held: list[Any] = []
-    original = train.build_trainer
+    original = training_run.build_trainer
 
     def build(*arguments: Any, **more: Any) -> Any:
         held.append(original(*arguments, **more))
         return held[0]
 
-    monkeypatch.setattr(train, "build_trainer", build)
+    monkeypatch.setattr(training_run, "build_trainer", build)
     at_step(4, lambda: held[0].stepper.adapters.parameter.data[:9].fill_(torch.inf), monkeypatch)
     assert main(["train", str(tiny_config(training={"max_steps": 9}, checkpoint={"save_steps": 1}))]) == 2
     assert "the loss is not finite; resume from the last checkpoint" in capsys.readouterr().err
