@@ -349,7 +349,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
         run = open_run(arguments.target)
         with _large_imports():
-            from finetune.evaluate import evaluate_run
+            from finetune.evaluation.run import evaluate_run
 
         scores = evaluate_run(run, base=not arguments.no_base)["models"]
     else:
@@ -359,7 +359,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.target}: no such run folder or config file")
         config = _loaded(arguments, arguments.target)
         with _large_imports():
-            from finetune.evaluate import evaluate_base
+            from finetune.evaluation.run import evaluate_base
 
         scores = {"base": evaluate_base(config)}
     for name, result in scores.items():
@@ -415,7 +415,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from finetune.run_folder import open_run
 
     run = open_run(arguments.run_folder)
-    from finetune.ask import ask, is_schema, run_and_format
+    from finetune.evaluation.ask import ask, is_schema, run_and_format
 
     if arguments.run and is_schema(arguments.db):
         raise UserError(f"{arguments.db}: a schema has no rows; give a SQLite file to --db to use --run")

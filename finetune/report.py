@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import html
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from finetune.evaluation.statistics import mcnemar_exact, paired_interval
 from finetune.report_plots import counts, draw_plots, group_bars
 from finetune.report_source import Json, Source, attempt_rows, dig, memory_lines, number, read_run, spending_lines
 from finetune.runtime.files import write_json, write_text
@@ -140,22 +140,6 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
         Tile("Cost", figure("spent_usd", "${:,.2f}"), price, "estimated"),
     ]
     return [tile if tile.value else replace(tile, value="unknown", basis="unknown") for tile in found]
-
-
-def mcnemar_exact(won: int, lost: int) -> float:
-    """Two-sided p of McNemar's exact test; `won` and `lost` count the pairs on which the two models differ.
-
-    Twice the smaller tail of a binomial distribution with probability 1/2, at most 1 (McNemar 1947).
-    """
-    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
-    return float(min(1, 2 * tail / 2 ** (won + lost)))
-
-
-def paired_interval(won: int, lost: int, questions: int) -> tuple[float, float]:
-    """95% interval of the gain, in shares: Wald's after adding 1/2 to each cell (Agresti and Min 2005)."""
-    n, plus, minus = questions + 2, won + 0.5, lost + 0.5
-    half = 1.959964 * math.sqrt(plus + minus - (plus - minus) ** 2 / n) / n
-    return (plus - minus) / n - half, (plus - minus) / n + half
 
 
 def significance(source: Source) -> list[str]:

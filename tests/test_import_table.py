@@ -33,13 +33,13 @@ MAY_IMPORT = {
     "training.step": "errors runtime machine config models.fused models estimate",
     "training": "errors runtime machine checkpoint config models.fused models "
     "run_folder data estimate budget training.step",
-    "demo": "errors runtime config models.fused models run_folder data training.step training",
+    "evaluation": "errors runtime sql config models run_folder data",
+    "demo": "errors runtime config models.fused models run_folder data training.step training evaluation",
     "__main__": "",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
 without those of training/step/, which has a row of its own."""
 MOVING = {
-    "ask",
     "cli",
     "cli_cloud",
     "cloud.bucket",
@@ -60,22 +60,19 @@ MOVING = {
     "doctor",
     "doctor_check",
     "doctor_cloud",
-    "evaluate",
-    "generate",
     "report",
     "report_plots",
     "report_source",
-    "scoring",
 }
 """Modules that have not moved into a package yet: they may import anything, and anything may import them."""
 
 NEEDS_TORCH = (
-    "ask",
     "data.tokenize",
     "demo.pace",
     "demo.run",
-    "evaluate",
-    "generate",
+    "evaluation.ask",
+    "evaluation.generate",
+    "evaluation.run",
     "models.device",
     "models.fused",
     "models.gguf",

@@ -151,7 +151,7 @@ def test_windows_records_are_the_same_records(tmp_path: Path) -> None:
 
 
 def test_a_windows_schema_is_the_same_schema(tmp_path: Path) -> None:
-    ask = pytest.importorskip("finetune.ask", exc_type=ImportError)
+    ask = pytest.importorskip("finetune.evaluation.ask", exc_type=ImportError)
     text = "-- a shop\nCREATE TABLE item (\n  id INTEGER, -- its number\n  name TEXT\n);\nCREATE TABLE shop (id INTEGER);\n"
     unix, windows = tmp_path / "unix.sql", tmp_path / "windows.sql"
     for path in (unix, windows):

@@ -16,6 +16,7 @@ import pytest
 
 from finetune import report, report_plots
 from finetune.errors import UserError
+from finetune.evaluation import statistics
 from tests.helpers.report_fixtures import MODEL, Page, build_run, history, rows, write, write_evaluation
 
 OUTPUTS = ("report.html", "report.md", "summary.json")
@@ -249,15 +250,15 @@ def test_the_same_run_gives_the_same_bytes(full: Path) -> None:
 def test_mcnemar_p_is_the_share_of_coin_tosses_at_least_as_uneven(won: int, lost: int) -> None:
     tosses = list(product((0, 1), repeat=won + lost))
     as_uneven = [toss for toss in tosses if abs(2 * sum(toss) - won - lost) >= abs(won - lost)]
-    assert report.mcnemar_exact(won, lost) == pytest.approx(len(as_uneven) / len(tosses))
-    assert 0 <= report.mcnemar_exact(1000 * won, 1000 * lost) <= 1
+    assert statistics.mcnemar_exact(won, lost) == pytest.approx(len(as_uneven) / len(tosses))
+    assert 0 <= statistics.mcnemar_exact(1000 * won, 1000 * lost) <= 1
 
 
 def test_the_paired_interval_is_that_of_agresti_and_min() -> None:
-    low, high = report.paired_interval(won=41, lost=0, questions=150)
+    low, high = statistics.paired_interval(won=41, lost=0, questions=150)
     # by hand: (42 - 1) / 152 -+ 1.96 * sqrt(42 - 41^2 / 152) / 152
     assert (round(low, 4), round(high, 4)) == (0.198, 0.3415)
-    assert report.paired_interval(0, 41, 150) == pytest.approx((-high, -low))
+    assert statistics.paired_interval(0, 41, 150) == pytest.approx((-high, -low))
 
 
 def test_a_gain_that_chance_may_explain_is_called_so(run_dir: Path) -> None:

@@ -122,7 +122,7 @@ def test_rejected_records_are_listed(terminal: dict[str, str], tmp_path: Path) -
 
 GENERATES = """
 import sys
-from finetune import ask
+from finetune.evaluation import ask
 def say(model, tokenizer, prompts, **_):
     assert "\\u2192" in prompts[0], prompts
     return [("SELECT name FROM item", 5)]

@@ -13,7 +13,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
 from finetune.data.prompts import Encoded, PromptTemplate, completion, encode_examples
 from finetune.demo.schedule import Pace
-from finetune.generate import generate_answers
+from finetune.evaluation.generate import generate_answers
 from finetune.models.fused.model import IGNORED
 from finetune.training.step.hf_path import answer_loss
 

@@ -13,7 +13,7 @@ from finetune.data.prepare import prepare_data
 from finetune.demo.pace import measure
 from finetune.demo.schedule import questions_that_fit, training_that_fits
 from finetune.errors import EXIT_OK, UserError
-from finetune.evaluate import evaluate_base, evaluate_run
+from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.run_folder import RunFolder, open_run

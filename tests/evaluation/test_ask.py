@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from finetune import ask as asking
 from finetune import cli
-from finetune.ask import ROWS_SHOWN, schema_of
 from finetune.data.prompts import PromptTemplate
-from finetune.generate import generate_answers
+from finetune.evaluation import ask as asking
+from finetune.evaluation.ask import ROWS_SHOWN, schema_of
+from finetune.evaluation.generate import generate_answers
 from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
 from finetune.run_folder import RunFolder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from finetune.data.prompts import extract_sql
 from finetune.data.records import Record
+from finetune.evaluation.statistics import wilson_interval
 from finetune.sql.compare import Rule, as_test_suite_runs_it, gold_is_ordered, results_equal
 from finetune.sql.difficulty import difficulty
 from finetune.sql.engines.sqlite import SqlSandbox
@@ -124,16 +124,6 @@ def gain(base: Iterable[Row], tuned: Iterable[Row]) -> dict[str, int]:
         "both": pairs[True, True],
         "neither": pairs[False, False],
     }
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson 1927), 95% by default; sane near 0 and 1 and for few trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    share, square = successes / trials, z * z / trials
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding may pass over the share
 
 
 def as_dict(row: Row) -> dict[str, Any]:

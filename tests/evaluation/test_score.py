@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.records import Record
-from finetune.scoring import Row, as_dict, gain, judge, score, wilson_interval
+from finetune.evaluation.score import Row, as_dict, gain, judge, score
+from finetune.evaluation.statistics import wilson_interval
 from finetune.sql.compare import Rule
 from finetune.sql.engines.sqlite import SqlSandbox
 from tests.helpers.data_examples import make_database, row

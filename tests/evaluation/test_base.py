@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from finetune import evaluate
 from finetune.config.load import load_config
-from finetune.evaluate import evaluate_base, evaluate_run
+from finetune.evaluation import run as evaluation_run
+from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop
@@ -30,9 +30,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(settings["description"].partition(" ")[0])
         return [("SELECT 1", 3)] * len(prompts)
 
-    monkeypatch.setattr(evaluate, "generate_answers", answer)
-    monkeypatch.setattr(evaluate, "_load", lambda *_: (None, None))
-    monkeypatch.setattr(evaluate, "load_adapter", lambda *_: None)
+    monkeypatch.setattr(evaluation_run, "generate_answers", answer)
+    monkeypatch.setattr(evaluation_run, "_load", lambda *_: (None, None))
+    monkeypatch.setattr(evaluation_run, "load_adapter", lambda *_: None)
     return names
 
 
@@ -46,7 +46,7 @@ def only_kept(tmp_path: Path) -> Path:
 
 
 def verdicts(kept: Path) -> list[str]:
-    return [line["verdict"] for line in read_jsonl(kept / evaluate.ROWS)]
+    return [line["verdict"] for line in read_jsonl(kept / evaluation_run.ROWS)]
 
 
 def test_the_base_models_score_is_kept_for_all_runs_of_its_output_folder(
@@ -58,10 +58,10 @@ def test_the_base_models_score_is_kept_for_all_runs_of_its_output_folder(
     results = [evaluate_run(run, progress=False) for run in runs]
     assert asked == ["base", "tuned", "tuned"]
     kept = only_kept(tmp_path)
-    assert json.loads((kept / evaluate.SCORE).read_text()) == alone
+    assert json.loads((kept / evaluation_run.SCORE).read_text()) == alone
     for run, result in zip(runs, results, strict=True):
         assert result["models"]["base"] == alone | {"rows": "eval/base.jsonl"}
-        assert read_jsonl(run.eval_rows("base")) == read_jsonl(kept / evaluate.ROWS)
+        assert read_jsonl(run.eval_rows("base")) == read_jsonl(kept / evaluation_run.ROWS)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_other_databases_or_prompts_are_scored_anew(
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda kept: (kept / evaluate.ROWS).unlink(),
-        lambda kept: (kept / evaluate.ROWS).write_text('{"id": "r30"}\n'),
-        lambda kept: (kept / evaluate.ROWS).write_text('{"id": "r3'),
-        lambda kept: (kept / evaluate.SCORE).unlink(),
-        lambda kept: (kept / evaluate.SCORE).write_text("{"),
+        lambda kept: (kept / evaluation_run.ROWS).unlink(),
+        lambda kept: (kept / evaluation_run.ROWS).write_text('{"id": "r30"}\n'),
+        lambda kept: (kept / evaluation_run.ROWS).write_text('{"id": "r3'),
+        lambda kept: (kept / evaluation_run.SCORE).unlink(),
+        lambda kept: (kept / evaluation_run.SCORE).write_text("{"),
     ],
 )
 def test_a_kept_score_that_cannot_be_read_is_made_again(

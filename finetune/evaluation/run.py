@@ -25,12 +25,12 @@ from finetune.data.prompts import PromptTemplate, load_template
 from finetune.data.records import Record, read_lines
 from finetune.data.split import unit_hash
 from finetune.errors import UserError
-from finetune.generate import generate_answers
+from finetune.evaluation.generate import generate_answers
+from finetune.evaluation.score import Row, as_dict, gain, judge, score
 from finetune.models.device import Device, choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter, weights_identity
 from finetune.run_folder import RunFolder
 from finetune.runtime.files import atomic_file, write_json
-from finetune.scoring import Row, as_dict, gain, judge, score
 from finetune.sql.engines.sqlite import SqlSandbox
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.data.prompts import extract_sql, load_template
 from finetune.errors import UserError
-from finetune.generate import generate_answers
+from finetune.evaluation.generate import generate_answers
 from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter
 from finetune.run_folder import RunFolder

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
-from finetune import cli, evaluate
+from finetune import cli
 from finetune.config.load import load_config, to_yaml
 from finetune.data.prepared import load_prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
-from finetune.evaluate import evaluate_base, evaluate_run
+from finetune.evaluation import run as evaluation_run
+from finetune.evaluation.run import evaluate_base, evaluate_run
+from finetune.evaluation.score import Row
+from finetune.evaluation.statistics import wilson_interval
 from finetune.report import write_report
 from finetune.run_folder import RunFolder, open_run
-from finetune.scoring import Row, wilson_interval
 from tests.helpers.data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop
 
@@ -56,7 +58,7 @@ def speak(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> Callable[..., lis
             asked.append(name)
             return [({"base": base, "tuned": tuned}[name](gold[prompt]), 3) for prompt in prompts]
 
-        monkeypatch.setattr(evaluate, "generate_answers", answer)
+        monkeypatch.setattr(evaluation_run, "generate_answers", answer)
         return asked
 
     return play
@@ -155,7 +157,7 @@ def test_the_base_model_under_a_switched_off_adapter_answers_as_it_does_alone(
     shutil.rmtree(run.path.parent / "base")
     evaluate_base(run.config(), progress=False)
     (kept,) = (run.path.parent / "base").iterdir()
-    assert answers(read_jsonl(kept / evaluate.ROWS)) == answers(base)
+    assert answers(read_jsonl(kept / evaluation_run.ROWS)) == answers(base)
 
 
 def test_without_base_only_the_tuned_model_is_asked(run: RunFolder, speak: Any) -> None:
@@ -194,7 +196,7 @@ def test_another_data_seed_takes_another_sample(tiny_config: ConfigWriter, speak
         config = load_config(tiny_config(data={"seed": seed}, evaluation={"max_questions": 2}))
         evaluate_base(config, progress=False)
     for kept in (Path(config.training.output_dir) / "base").iterdir():
-        samples.add(tuple(line["id"] for line in read_jsonl(kept / evaluate.ROWS)))
+        samples.add(tuple(line["id"] for line in read_jsonl(kept / evaluation_run.ROWS)))
     assert len(samples) > 1
 
 
@@ -215,7 +217,7 @@ def test_records_without_a_database_are_left_out_and_counted(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copy_run(tiny_run, tmp_path / "runs", data={"output_dir": str(two_databases(tmp_path))})
-    monkeypatch.setattr(evaluate, "generate_answers", lambda m, t, prompts, **_: [("SELECT 1", 3)] * len(prompts))
+    monkeypatch.setattr(evaluation_run, "generate_answers", lambda m, t, prompts, **_: [("SELECT 1", 3)] * len(prompts))
     result = evaluate_run(run, progress=False)
     assert (result["questions"], result["without_database"]) == (2, 1)
     assert {line["db_id"] for line in read_jsonl(run.eval_rows("tuned"))} == {"shop"}
@@ -230,7 +232,7 @@ def test_a_split_without_any_database_is_an_error_before_a_model_is_loaded(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path, databases=False))}))
-    monkeypatch.setattr(evaluate, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluation_run, "load_base", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"no record of the split test comes with a database.*data\.sources"):
         evaluate_base(config, progress=False)
 
@@ -242,7 +244,7 @@ def test_a_run_without_adapter_is_an_error_before_a_model_is_loaded(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(run.adapter)
-    monkeypatch.setattr(evaluate, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluation_run, "load_base", lambda *_, **__: pytest.fail("loaded"))
     assert cli.main(["evaluate", str(run.path)]) == 2
     assert capsys.readouterr().err == (
         f"finetune: {run.adapter}: no adapter in it; run `finetune train` to the end, or name another run\n"
