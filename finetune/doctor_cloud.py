@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.cloud import gcloud_ask, quota
-from finetune.cloud.gcloud import (
+from finetune.cloud.gcloud import cli as gcloud_cli
+from finetune.cloud.gcloud import quota
+from finetune.cloud.gcloud.cli import Answer, ask
+from finetune.cloud.gcloud.config import (
     LOG_IN,
     LOG_IN_APPLICATIONS,
     SET_PROJECT,
@@ -23,7 +25,6 @@ from finetune.cloud.gcloud import (
     local_login,
     skypilot_setting,
 )
-from finetune.cloud.gcloud_ask import Answer, ask
 from finetune.doctor_check import Check, Need, Status, absent
 from finetune.errors import UserError
 
@@ -51,11 +52,11 @@ def cloud_checks(need: Need, regions: list[str] | None = None) -> list[Check]:
     with ThreadPoolExecutor(max_workers=5) as pool:
         project = f"--project={login.project}"
         first = pool.submit(gcloud_checks, need)
-        token = pool.submit(lambda: replace(ask(gcloud_ask.TOKEN), output=""))  # only whether there is one
-        listed = pool.submit(ask, gcloud_ask.REGIONS, project)
-        everywhere = pool.submit(ask, gcloud_ask.PROJECT, project)
-        bucket = pool.submit(ask, gcloud_ask.BUCKET, f"gs://{bucket_name(login)}", project)
-    expired = gcloud_ask.EXPIRED in {call.result().trouble for call in (listed, everywhere, bucket)}
+        token = pool.submit(lambda: replace(ask(gcloud_cli.TOKEN), output=""))  # only whether there is one
+        listed = pool.submit(ask, gcloud_cli.REGIONS, project)
+        everywhere = pool.submit(ask, gcloud_cli.PROJECT, project)
+        bucket = pool.submit(ask, gcloud_cli.BUCKET, f"gs://{bucket_name(login)}", project)
+    expired = gcloud_cli.EXPIRED in {call.result().trouble for call in (listed, everywhere, bucket)}
     return [
         *login_checks(need, first.result(), login, expired, token.result()),
         all_regions_check(need, everywhere.result()),
@@ -71,7 +72,7 @@ def gcloud_checks(need: Need) -> list[Check]:
         advice = "to launch on Google Cloud install its CLI: cloud.google.com/sdk"
         return [Check("gcloud", absent("cloud", need), "not on PATH", "", advice)]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        account, project = pool.map(ask, (gcloud_ask.ACCOUNT, gcloud_ask.CONFIGURED_PROJECT))
+        account, project = pool.map(ask, (gcloud_cli.ACCOUNT, gcloud_cli.CONFIGURED_PROJECT))
     account = replace(account, output=_masked(account.output))
     log_in = f"{LOG_IN} && {LOG_IN_APPLICATIONS}"
     return [
@@ -85,7 +86,7 @@ def login_checks(need: Need, rows: list[Check], login: Login, expired: bool, tok
     status = absent("cloud", need)
     for row in rows:
         if row.name == "gcloud login" and row.status == "ok" and expired:
-            found = f"{row.found}, {gcloud_ask.EXPIRED}"
+            found = f"{row.found}, {gcloud_cli.EXPIRED}"
             yield replace(row, status=status, found=found, advice=f"run `{LOG_IN}`")
         elif row.name == "gcloud project" and row.status == "ok" and row.found != login.project:
             found = f"{row.found}, but SkyPilot uses {login.project}"
@@ -94,7 +95,7 @@ def login_checks(need: Need, rows: list[Check], login: Login, expired: bool, tok
         else:
             yield row
     if token.trouble:
-        advice = f"run `{LOG_IN_APPLICATIONS}`" if token.trouble == gcloud_ask.EXPIRED else token.advice
+        advice = f"run `{LOG_IN_APPLICATIONS}`" if token.trouble == gcloud_cli.EXPIRED else token.advice
         yield Check("SkyPilot's login", status, token.trouble, "", advice)
     else:
         yield Check("SkyPilot's login", "ok", "application default credentials work")
@@ -191,10 +192,10 @@ def _count(limit: float) -> str:
 def bucket_check(need: Need, answer: Answer, login: Login) -> Check:
     """Whether the bucket is there. Its name is shown without the user, which the row of the login masks too."""
     name = f"gs://{bucket_name(replace(login, account=login.account[:1]))}..."
-    if answer.trouble == gcloud_ask.NOT_FOUND:
+    if answer.trouble == gcloud_cli.NOT_FOUND:
         return Check("bucket", "info", f"{name} is not there yet", "", "it is made at the first launch")
     advice = answer.advice
-    if answer.trouble == gcloud_ask.FORBIDDEN:
+    if answer.trouble == gcloud_cli.FORBIDDEN:
         advice = "it is another's, or this account lacks the role Storage Admin in the project: ask its owner for that"
     if answer.trouble:
         return Check("bucket", absent("cloud", need), f"{name}: {answer.trouble}", "", advice)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune import doctor
-from finetune.cloud import gcloud_ask
+from finetune.cloud.gcloud import cli as gcloud_cli
 from finetune.doctor_check import Check, Need
 from finetune.machine import hardware
 from finetune.machine.hardware import Driver, Gpu, Hardware, TorchBuild
@@ -335,7 +335,7 @@ def test_no_secret_nor_a_part_of_one_is_printed(
 def test_a_gcloud_or_nvidia_smi_that_hangs_does_not_hang_doctor(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gcloud_ask, "SECONDS", 0.3)
+    monkeypatch.setattr(gcloud_cli, "SECONDS", 0.3)
     monkeypatch.setattr(hardware, "NVIDIA_SMI_SECONDS", 0.3)
     program("gcloud", "/bin/sleep 60")
     program("nvidia-smi", "/bin/sleep 60")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune import doctor
-from finetune.cloud import gcloud_ask
+from finetune.cloud.gcloud import cli as gcloud_cli
 from finetune.doctor_check import Check
 from finetune.doctor_cloud import cloud_checks, controller_check, gcloud_checks, sky_program_check
 
@@ -285,7 +285,7 @@ def test_gcloud_that_is_not_installed_is_one_row(gcloud: Gcloud) -> None:
 
 
 def test_a_gcloud_that_hangs_costs_its_time_limit_once(gcloud: Gcloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gcloud_ask, "SECONDS", 1.0)
+    monkeypatch.setattr(gcloud_cli, "SECONDS", 1.0)
     gcloud(seconds=60)
     start = time.monotonic()
     found = rows()

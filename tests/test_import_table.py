@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "training": "errors runtime machine checkpoint config models.fused models "
     "run_folder data estimate budget training.step",
     "evaluation": "errors runtime sql config models run_folder data",
+    "cloud.gcloud": "errors",
     "demo": "errors runtime config models.fused models run_folder data training.step training evaluation",
     "__main__": "",
 }
@@ -47,15 +48,12 @@ MOVING = {
     "cloud.catalog_file",
     "cloud.disks",
     "cloud.fresh_catalog",
-    "cloud.gcloud",
-    "cloud.gcloud_ask",
     "cloud.machines",
     "cloud.plan",
     "cloud.plan_table",
     "cloud.plan_write",
     "cloud.policy",
     "cloud.prices",
-    "cloud.quota",
     "cloud.run_size",
     "doctor",
     "doctor_check",

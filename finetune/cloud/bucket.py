@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.cloud.gcloud import bucket_name, local_login
+from finetune.cloud.gcloud.config import bucket_name, local_login
 from finetune.errors import UserError
 
 VARIABLE = "BUCKET"

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.cloud.gcloud import Login, bucket_name, local_login
+from finetune.cloud.gcloud.config import Login, bucket_name, local_login
 from finetune.errors import UserError
 
 USER = {

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud import gcloud_ask, quota
-from finetune.cloud.gcloud_ask import ask
+from finetune.cloud.gcloud import cli as gcloud_cli
+from finetune.cloud.gcloud import quota
+from finetune.cloud.gcloud.cli import ask
 from tests.helpers.google_fixture import google_for_gcloud
 from tests.helpers.json_server import JsonHandler
 
@@ -44,29 +45,29 @@ class Google(JsonHandler):
 
 @pytest.fixture
 def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(gcloud_ask, "SECONDS", 60.0)
+    monkeypatch.setattr(gcloud_cli, "SECONDS", 60.0)
     with google_for_gcloud(Google, tmp_path, monkeypatch):
         yield
 
 
 def test_the_real_gcloud_answers_what_is_read(google: None) -> None:
-    regions = ask(gcloud_ask.REGIONS, "--project=fine")
+    regions = ask(gcloud_cli.REGIONS, "--project=fine")
     assert quota.read_regions(regions.output)["us-central1"]["NVIDIA_T4_GPUS"] == quota.Quota(1, 0)
-    project = ask(gcloud_ask.PROJECT, "--project=fine")
+    project = ask(gcloud_cli.PROJECT, "--project=fine")
     assert quota.read_project(project.output) == {"GPUS_ALL_REGIONS": quota.Quota(1, 0)}
-    bucket = ask(gcloud_ask.BUCKET, "gs://there", "--project=fine")
+    bucket = ask(gcloud_cli.BUCKET, "gs://there", "--project=fine")
     assert json.loads(bucket.output) == {"location": "US-CENTRAL1"}
 
 
 @pytest.mark.parametrize(
     ("question", "arguments", "trouble"),
     [
-        (gcloud_ask.REGIONS, ["--project=off"], "the API is off in this project"),
-        (gcloud_ask.REGIONS, ["--project=forbidden"], gcloud_ask.FORBIDDEN),
-        (gcloud_ask.REGIONS, ["--project=gone"], gcloud_ask.NOT_FOUND),
-        (gcloud_ask.REGIONS, ["--project=stale"], gcloud_ask.EXPIRED),
-        (gcloud_ask.BUCKET, ["gs://absent", "--project=fine"], gcloud_ask.NOT_FOUND),
-        (gcloud_ask.BUCKET, ["gs://denied", "--project=fine"], gcloud_ask.FORBIDDEN),
+        (gcloud_cli.REGIONS, ["--project=off"], "the API is off in this project"),
+        (gcloud_cli.REGIONS, ["--project=forbidden"], gcloud_cli.FORBIDDEN),
+        (gcloud_cli.REGIONS, ["--project=gone"], gcloud_cli.NOT_FOUND),
+        (gcloud_cli.REGIONS, ["--project=stale"], gcloud_cli.EXPIRED),
+        (gcloud_cli.BUCKET, ["gs://absent", "--project=fine"], gcloud_cli.NOT_FOUND),
+        (gcloud_cli.BUCKET, ["gs://denied", "--project=fine"], gcloud_cli.FORBIDDEN),
     ],
 )
 def test_the_real_gclouds_refusals_are_recognised(
@@ -83,14 +84,14 @@ def test_the_real_gclouds_refusals_are_recognised(
         (
             "There was a problem refreshing your current auth tokens: Reauthentication failed. cannot prompt during"
             " non-interactive execution.\nPlease run:\n\n  $ gcloud auth login",
-            gcloud_ask.EXPIRED,
+            gcloud_cli.EXPIRED,
         ),
         (
             "There was a problem refreshing auth tokens for account jane.roe@example.com: ('invalid_grant: Bad Request',"
             " {'error': 'invalid_grant', 'error_description': 'Bad Request'})",
-            gcloud_ask.EXPIRED,
+            gcloud_cli.EXPIRED,
         ),
-        ("You do not currently have an active account selected.\nPlease run: ...", gcloud_ask.EXPIRED),
+        ("You do not currently have an active account selected.\nPlease run: ...", gcloud_cli.EXPIRED),
         (
             "There was a problem refreshing your current auth tokens: HTTPSConnectionPool(host='oauth2.googleapis.com',"
             " port=443): Max retries exceeded with url: /token (Caused by NameResolutionError(...))",
@@ -105,7 +106,7 @@ def test_the_real_gclouds_refusals_are_recognised(
     ],
 )
 def test_other_refusals_that_gcloud_is_known_to_print(text: str, trouble: str) -> None:
-    found, advice = gcloud_ask.meaning(f"ERROR: (gcloud.compute.regions.list) {text}", "look by hand")
+    found, advice = gcloud_cli.meaning(f"ERROR: (gcloud.compute.regions.list) {text}", "look by hand")
     assert found == trouble
     assert "jane" not in found + advice and ("by hand" in advice) is (trouble == "gcloud failed")
 
@@ -115,9 +116,9 @@ def test_a_gcloud_that_hangs_is_killed_with_what_it_started(tmp_path: Path, monk
     stand_in.write_text(f"#!/bin/sh\n/bin/sleep 60 &\necho $! > {tmp_path}/child\nwait\n")
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(gcloud_ask, "SECONDS", 0.5)
+    monkeypatch.setattr(gcloud_cli, "SECONDS", 0.5)
     start = time.monotonic()
-    answer = ask(gcloud_ask.REGIONS, "--project=p")
+    answer = ask(gcloud_cli.REGIONS, "--project=p")
     assert time.monotonic() - start < 10
     assert answer.trouble == "no answer within 0.5 s" and "gcloud compute regions list" in answer.advice
     child = int((tmp_path / "child").read_text())
@@ -131,4 +132,4 @@ def test_a_gcloud_that_hangs_is_killed_with_what_it_started(tmp_path: Path, monk
 
 def test_a_gcloud_that_cannot_be_started_is_an_answer_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "cannot be started" in ask(gcloud_ask.TOKEN).trouble
+    assert "cannot be started" in ask(gcloud_cli.TOKEN).trouble

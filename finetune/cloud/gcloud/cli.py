@@ -11,7 +11,7 @@ import signal
 import subprocess
 from dataclasses import dataclass
 
-from finetune.cloud.gcloud import LOG_IN, LOG_IN_APPLICATIONS
+from finetune.cloud.gcloud.config import LOG_IN, LOG_IN_APPLICATIONS
 
 SECONDS = 15.0
 """Per call. gcloud itself takes half a second to start (measured on two cores), Google's answer one or two."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cloud import quota
-from finetune.cloud.quota import Quota
+from finetune.cloud.gcloud import quota
+from finetune.cloud.gcloud.quota import Quota
 
 REGIONS = [
     {
