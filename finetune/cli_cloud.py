@@ -74,10 +74,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
         print(memory_table(config, config.plan.gpus))
         return EXIT_OK
+    from finetune.cloud.catalog.offers import load_catalog
     from finetune.cloud.plan import plan_run
     from finetune.cloud.plan_table import render, to_json
     from finetune.cloud.plan_write import write_order
-    from finetune.cloud.prices import load_catalog
 
     plan = plan_run(
         config,

@@ -14,7 +14,7 @@ from finetune.cloud.candidates import (
     shorten,
     table,
 )
-from finetune.cloud.prices import Offer
+from finetune.cloud.catalog.offers import Offer
 from finetune.errors import UserError
 from finetune.machine.price import Machine, price_in
 

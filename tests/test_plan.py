@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud.disks import disk_usd_per_hour
+from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.plan import (
     VALIDATION_COST,
     Ceilings,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud.catalog_file import read_prices
-from finetune.cloud.prices import SNAPSHOT, Catalog, Offer, read_clouds
+from finetune.cloud.catalog.csv_file import read_clouds, read_prices
+from finetune.cloud.catalog.offers import SNAPSHOT, Catalog, Offer
 from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import lay_out_catalog, shared_catalog
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud.catalog_file import VMS
-from finetune.cloud.prices import SNAPSHOT
+from finetune.cloud.catalog.csv_file import VMS
+from finetune.cloud.catalog.offers import SNAPSHOT
 from tests.helpers.catalog_fixture import CATALOG, lay_out_catalog, shared_catalog
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 

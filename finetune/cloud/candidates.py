@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.plan import OnGpu, RunCost, run_cost
-from finetune.cloud.prices import Catalog, Offer
 from finetune.config.schema import PlanSection
 from finetune.errors import UserError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from finetune.cloud.prices import Catalog, Offer
+from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.run_size import RunSize, run_size
 from finetune.config.load import questions_per_step
 from finetune.config.schema import CheckpointSection, PlanSection, RunConfig

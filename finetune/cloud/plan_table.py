@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.cloud.disks import LISTED
+from finetune.cloud.catalog.disks import LISTED
+from finetune.cloud.catalog.offers import Offer
 from finetune.cloud.plan import OnGpu, Plan, Row
-from finetune.cloud.prices import Offer
 
 HEADER = ("", "GPU", "bought as", "best zone", "memory GiB", "tokens/s", "hours", "$/h", "$ for the run", "lost", "")
 

@@ -22,10 +22,10 @@ from sky.utils.status_lib import ClusterStatus
 from finetune.cloud import candidates
 from finetune.cloud.bucket import fill_bucket
 from finetune.cloud.candidates import Candidate, Entry, Wanted
-from finetune.cloud.disks import disk_usd_per_hour
-from finetune.cloud.fresh_catalog import catalog_for_launch
+from finetune.cloud.catalog.disks import disk_usd_per_hour
+from finetune.cloud.catalog.offers import Catalog
+from finetune.cloud.catalog.refresh import catalog_for_launch
 from finetune.cloud.plan import OnGpu, run_on
-from finetune.cloud.prices import Catalog
 from finetune.cloud.run_size import run_size
 from finetune.config.load import load_config
 from finetune.config.schema import PlanSection

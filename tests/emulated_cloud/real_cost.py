@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from finetune.cloud.disks import disk_usd_per_hour
+from finetune.cloud.catalog.disks import disk_usd_per_hour
+from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.gcloud.config import skypilot_setting
-from finetune.cloud.prices import Catalog, Offer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,8 +20,8 @@ from types import FrameType
 
 HERE = Path(__file__).resolve().parent
 
+from finetune.cloud.catalog.offers import Catalog, load_catalog  # noqa: E402
 from finetune.cloud.gcloud.config import SET_PROJECT, bucket_name, local_login  # noqa: E402
-from finetune.cloud.prices import Catalog, load_catalog  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from tests.emulated_cloud import real_cost  # noqa: E402
 from tests.emulated_cloud.real_gcloud import Gcloud  # noqa: E402

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from finetune.budget.ledger import Ledger
+from finetune.cloud.catalog.offers import load_catalog
 from finetune.cloud.gcloud.config import bucket_name, local_login
-from finetune.cloud.prices import load_catalog
 from tests.emulated_cloud.machine_project import checkout
 from tests.emulated_cloud.real import RealCloud, RealWorld
 from tests.emulated_cloud.real_cost import SCENARIOS, admitted

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.budget.ledger import Attempt
-from finetune.cloud.catalog_file import VMS
-from finetune.cloud.disks import disk_usd_per_hour
+from finetune.cloud.catalog.csv_file import VMS
+from finetune.cloud.catalog.disks import disk_usd_per_hour
 from tests.emulated_cloud.gce_bill import Price, Stretch
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import Run

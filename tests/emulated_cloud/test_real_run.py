@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cloud.disks import disk_usd_per_hour
-from finetune.cloud.prices import load_catalog
+from finetune.cloud.catalog.disks import disk_usd_per_hour
+from finetune.cloud.catalog.offers import load_catalog
 from tests.emulated_cloud.real_cost import SCENARIOS, Scenario, admitted, controller_usd_per_hour, cost, table
 from tests.emulated_cloud.real_sky import PROGRAMS
 from tests.emulated_cloud.real_stand_in import StandIn, instance

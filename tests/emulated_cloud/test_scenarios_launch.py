@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cloud.prices import load_catalog
+from finetune.cloud.catalog.offers import load_catalog
 from tests.emulated_cloud.reckoning import catalog_price, check_nothing_left, reckon
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import LONG_SAVE_STEPS, SHORT, STEPS, Run, launch, long_run, wait_for_tensorboard

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.cloud.catalog_file import VMS
+from finetune.cloud.catalog.csv_file import VMS
 from tests.emulated_cloud import machine_image
 from tests.emulated_cloud.buckets import PORT as BUCKET_PORT
 from tests.emulated_cloud.buckets import Buckets

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cloud.catalog_file import VMS
-from finetune.cloud.prices import SNAPSHOT
+from finetune.cloud.catalog.csv_file import VMS
+from finetune.cloud.catalog.offers import SNAPSHOT
 
 CATALOG = Path(".sky") / "catalogs" / "v8"
 HEADER = "InstanceType,vCPUs,MemoryGiB,AcceleratorName,AcceleratorCount,GpuInfo,Region,AvailabilityZone,Price,SpotPrice"

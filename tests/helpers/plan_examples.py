@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.cloud.catalog_file import read_prices
+from finetune.cloud.catalog.csv_file import read_prices
+from finetune.cloud.catalog.offers import Catalog
 from finetune.cloud.plan import Ceilings, Plan, Row, plan_run
-from finetune.cloud.prices import Catalog
 from finetune.config.load import from_dict
 from finetune.config.schema import RunConfig
 from finetune.machine.gpus import GPUS

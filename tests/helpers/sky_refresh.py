@@ -11,8 +11,8 @@ import sys
 
 from sky.skylet import constants
 
-from finetune.cloud.catalog_file import VMS, skypilot_folder
-from finetune.cloud.prices import load_catalog, refresh_catalog
+from finetune.cloud.catalog.csv_file import VMS, skypilot_folder
+from finetune.cloud.catalog.offers import load_catalog, refresh_catalog
 from finetune.errors import UserError
 
 

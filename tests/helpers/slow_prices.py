@@ -12,8 +12,8 @@ from sky import exceptions, skypilot_config
 from sky.server.requests.request_names import AdminPolicyRequestName
 from sky.skylet import constants
 
+from finetune.cloud.catalog.offers import load_catalog
 from finetune.cloud.policy import CostPolicy
-from finetune.cloud.prices import load_catalog
 
 constants.HOSTED_CATALOG_DIR_URL = sys.argv[1]
 CEILING = 1.0

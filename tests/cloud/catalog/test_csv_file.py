@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cloud.catalog_file import VMS, Row, read_clouds, read_prices, skypilot_folder
+from finetune.cloud.catalog.csv_file import VMS, Row, read_clouds, read_prices, skypilot_folder
 from finetune.errors import UserError
 from tests.helpers.catalog_fixture import CATALOG, HEADER, gpu, host, lay_out_catalog, write_prices
 

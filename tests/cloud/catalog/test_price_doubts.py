@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud.prices import Catalog, load_catalog
+from finetune.cloud.catalog.offers import Catalog, load_catalog
 from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import gpu, host, lay_out_catalog, shared_catalog, write_prices
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.cloud.disks import DEAREST, TIERS, USD_PER_MONTH, disk_type, disk_usd_per_hour
+from finetune.cloud.catalog.disks import DEAREST, TIERS, USD_PER_MONTH, disk_type, disk_usd_per_hour
 from finetune.errors import UserError
 
 

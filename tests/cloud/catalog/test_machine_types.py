@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.cloud.machines import N1_LIMITS, check_machine, fits
+from finetune.cloud.catalog.machine_types import N1_LIMITS, check_machine, fits
 from finetune.errors import UserError
 from finetune.machine.gpus import GPUS
 

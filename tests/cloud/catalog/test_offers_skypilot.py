@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud import catalog_file, prices
-from finetune.cloud.disks import TIERS, disk_type
-from finetune.cloud.machines import N1_LIMITS, OWN_MACHINES, fits
+from finetune.cloud.catalog import csv_file
+from finetune.cloud.catalog import offers as offers_module
+from finetune.cloud.catalog.disks import TIERS, disk_type
+from finetune.cloud.catalog.machine_types import N1_LIMITS, OWN_MACHINES, fits
 from finetune.errors import UserError
 from tests.helpers.catalog_fixture import CATALOG, lay_out_catalog, needs_skypilot, price_rows, shared_catalog
 
 pytestmark = needs_skypilot
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 DISK_MACHINES = (
     *("n1-highmem-8", "g2-standard-8", "a2-highgpu-1g", "a2-ultragpu-1g", "a3-highgpu-1g", "a3-ultragpu-8g"),
     *("n2-standard-8", "n2-standard-64", "n4-standard-8", "a4-highgpu-8g", "g4-standard-48", "e2-standard-4"),
@@ -41,9 +42,9 @@ def ask(program: str, home: Path, *arguments: str, asked: Any = None) -> str:
     return done.stdout
 
 
-def all_offers(folder: Path) -> list[prices.Offer]:
+def all_offers(folder: Path) -> list[offers_module.Offer]:
     """Every offer of a catalog: all GPUs on all hosts that they come with, spot and on-demand."""
-    catalog = prices.load_catalog(allow_snapshot=False)
+    catalog = offers_module.load_catalog(allow_snapshot=False)
     rows = [row for row in price_rows(folder) if row["GpuInfo"]]
     gpus = sorted({(row["AcceleratorName"], int(row["AcceleratorCount"])) for row in rows})
     offers = []
@@ -53,7 +54,7 @@ def all_offers(folder: Path) -> list[prices.Offer]:
     return offers
 
 
-def compared(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[prices.Offer], dict[str, Any]]:
+def compared(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[offers_module.Offer], dict[str, Any]]:
     """(our offers of the catalog under home, what SkyPilot says to them and to everything else that it is asked)."""
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("SKY_RUNTIME_DIR", raising=False)
@@ -71,14 +72,14 @@ def compared(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[prices.O
 
 
 def change(home: Path, old: str, new: str) -> None:
-    path = home / CATALOG / catalog_file.VMS
+    path = home / CATALOG / csv_file.VMS
     text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[prices.Offer], dict[str, Any]]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[offers_module.Offer], dict[str, Any]]:
     home = tmp_path_factory.mktemp("home")
     lay_out_catalog(home)
     change(home, ",us-east4-b,0.37,0.1566\n", ",us-east4-b,0.37,\n")  # a T4 that is not sold as spot
@@ -87,10 +88,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[prices.Offer],
         return compared(home, patch)
 
 
-Compared = tuple[list[prices.Offer], dict[str, Any]]
+Compared = tuple[list[offers_module.Offer], dict[str, Any]]
 
 
-def assert_same_prices(offers: list[prices.Offer], said: list[float]) -> None:
+def assert_same_prices(offers: list[offers_module.Offer], said: list[float]) -> None:
     differing = [
         (offer, usd)
         for offer, usd in zip(offers, said, strict=True)
@@ -127,7 +128,7 @@ def test_the_shared_slice_has_the_prices_that_skypilot_tells(tmp_path: Path, mon
 def assert_same_machines(asked: dict[str, Any]) -> None:
     sizes = {
         row["InstanceType"]: (float(row["vCPUs"]), float(row["MemoryGiB"]))
-        for row in price_rows(catalog_file.skypilot_folder())
+        for row in price_rows(csv_file.skypilot_folder())
         if row["InstanceType"]
     }
     ours = [fits(gpu, count, machine, sizes[machine]) for gpu, count, machine in asked["attach"]]
@@ -163,9 +164,9 @@ def test_a_tier_is_the_disk_that_skypilot_takes_or_is_refused(small: Compared) -
 
 def test_skypilot_reads_the_same_file(small: Compared) -> None:
     said = small[1]["said"]
-    assert said["schema"] == catalog_file.SCHEMA
-    assert said["path"].endswith(str(CATALOG / catalog_file.VMS))
-    assert said["hours"] == prices.REFRESH_HOURS
+    assert said["schema"] == csv_file.SCHEMA
+    assert said["path"].endswith(str(CATALOG / csv_file.VMS))
+    assert said["hours"] == offers_module.REFRESH_HOURS
 
 
 def test_a_refresh_fetches_what_is_missing_and_survives_a_dead_network(tmp_path: Path) -> None:

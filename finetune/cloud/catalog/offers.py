@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from finetune.cloud.catalog_file import (
+from finetune.cloud.catalog.csv_file import (
     ACCELERATORS,
     MEND,
     VMS,
@@ -24,8 +24,8 @@ from finetune.cloud.catalog_file import (
     read_prices,
     skypilot_folder,
 )
-from finetune.cloud.disks import disk_usd_per_hour, local_ssd_usd_per_hour
-from finetune.cloud.machines import check_machine, fits
+from finetune.cloud.catalog.disks import disk_usd_per_hour, local_ssd_usd_per_hour
+from finetune.cloud.catalog.machine_types import check_machine, fits
 from finetune.errors import UserError
 
 __all__ = ["Catalog", "Offer", "disk_usd_per_hour", "load_catalog", "refresh_catalog"]

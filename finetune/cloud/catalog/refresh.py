@@ -7,7 +7,7 @@ import threading
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune.cloud.prices import REFRESH_HOURS, Catalog, load_catalog, refresh_catalog
+from finetune.cloud.catalog.offers import REFRESH_HOURS, Catalog, load_catalog, refresh_catalog
 from finetune.errors import UserError
 
 REFRESH_SECONDS = 10.0

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud.catalog_file import VMS
-from finetune.cloud.disks import disk_usd_per_hour
-from finetune.cloud.prices import SNAPSHOT, Catalog, Offer, load_catalog
+from finetune.cloud.catalog.csv_file import VMS
+from finetune.cloud.catalog.disks import disk_usd_per_hour
+from finetune.cloud.catalog.offers import SNAPSHOT, Catalog, Offer, load_catalog
 from finetune.errors import UserError
 from tests.helpers.catalog_fixture import CATALOG, gpu, host, lay_out_catalog, price_rows, shared_catalog, write_prices
 

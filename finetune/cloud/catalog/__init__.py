@@ -1,0 +1,1 @@
+"""What a machine costs in a zone, and whether to believe it."""
