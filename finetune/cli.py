@@ -205,7 +205,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _regions() -> list[str] | None:
     """The regions whose quota matters; None, all of them, where the price catalog cannot be read."""
     from finetune.cloud.catalog.offers import load_catalog
-    from finetune.cloud.plan import regions_in_question
+    from finetune.cloud.plan.plan import regions_in_question
     from finetune.config.schema import PlanSection
 
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
-    from finetune.cloud.plan import Ceilings
+    from finetune.cloud.plan.plan import Ceilings
     from finetune.config.schema import RunConfig
 
 AddCommand = Callable[..., argparse.ArgumentParser]
@@ -75,9 +75,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(memory_table(config, config.plan.gpus))
         return EXIT_OK
     from finetune.cloud.catalog.offers import load_catalog
-    from finetune.cloud.plan import plan_run
-    from finetune.cloud.plan_table import render, to_json
-    from finetune.cloud.plan_write import write_order
+    from finetune.cloud.plan.plan import plan_run
+    from finetune.cloud.plan.table import render, to_json
+    from finetune.cloud.plan.task_yaml import write_order
 
     plan = plan_run(
         config,
@@ -110,7 +110,7 @@ def _typed(arguments: argparse.Namespace) -> str:
 
 
 def _ceilings(arguments: argparse.Namespace, config: RunConfig) -> Ceilings:
-    from finetune.cloud.plan import Ceilings
+    from finetune.cloud.plan.plan import Ceilings
 
     return Ceilings(
         usd_per_hour=arguments.max_hourly_usd,

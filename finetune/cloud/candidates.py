@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.cloud.catalog.offers import Catalog, Offer
-from finetune.cloud.plan import OnGpu, RunCost, run_cost
+from finetune.cloud.plan.plan import OnGpu, RunCost, run_cost
 from finetune.config.schema import PlanSection
 from finetune.errors import UserError
 

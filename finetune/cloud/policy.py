@@ -25,8 +25,8 @@ from finetune.cloud.candidates import Candidate, Entry, Wanted
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.catalog.offers import Catalog
 from finetune.cloud.catalog.refresh import catalog_for_launch
-from finetune.cloud.plan import OnGpu, run_on
-from finetune.cloud.run_size import run_size
+from finetune.cloud.plan.plan import OnGpu, run_on
+from finetune.cloud.plan.workload import run_size
 from finetune.config.load import load_config
 from finetune.config.schema import PlanSection
 from finetune.errors import NotEstimated, UserError

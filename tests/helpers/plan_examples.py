@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.cloud.catalog.csv_file import read_prices
 from finetune.cloud.catalog.offers import Catalog
-from finetune.cloud.plan import Ceilings, Plan, Row, plan_run
+from finetune.cloud.plan.plan import Ceilings, Plan, Row, plan_run
 from finetune.config.load import from_dict
 from finetune.config.schema import RunConfig
 from finetune.machine.gpus import GPUS

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from finetune.cloud.catalog.offers import Catalog, Offer
-from finetune.cloud.run_size import RunSize, run_size
+from finetune.cloud.plan.workload import RunSize, run_size
 from finetune.config.load import questions_per_step
 from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError

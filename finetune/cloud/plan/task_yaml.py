@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from finetune.cloud.plan import Plan, Row
+from finetune.cloud.plan.plan import Plan, Row
 from finetune.errors import UserError
 from finetune.runtime.files import write_text
 

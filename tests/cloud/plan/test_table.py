@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from finetune.cloud.catalog.offers import load_catalog
-from finetune.cloud.plan import Ceilings, Plan
-from finetune.cloud.plan_table import HEADER, render, to_json
+from finetune.cloud.plan.plan import Ceilings, Plan
+from finetune.cloud.plan.table import HEADER, render, to_json
 from finetune.estimate.speed import training_speed
 from finetune.machine.gpus import GPUS
 from finetune.models.architectures import SHAPES

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from finetune.cloud.catalog.disks import disk_usd_per_hour
-from finetune.cloud.plan import (
+from finetune.cloud.plan.plan import (
     VALIDATION_COST,
     Ceilings,
     OnGpu,
@@ -23,7 +23,7 @@ from finetune.cloud.plan import (
     run_on,
     save_interval,
 )
-from finetune.cloud.run_size import run_size
+from finetune.cloud.plan.workload import run_size
 from finetune.config.schema import CheckpointSection, PlanSection
 from finetune.errors import UserError
 from finetune.estimate.speed import LeanStep, Speed, lean_speed

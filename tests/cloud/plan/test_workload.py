@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud.run_size import RunSize, run_size
+from finetune.cloud.plan.workload import RunSize, run_size
 from finetune.config.load import load_config
 from finetune.errors import UserError
 from tests.helpers.data_examples import jsonl_source, row, run_prepare, write_jsonl

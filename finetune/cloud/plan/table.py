@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.cloud.catalog.disks import LISTED
 from finetune.cloud.catalog.offers import Offer
-from finetune.cloud.plan import OnGpu, Plan, Row
+from finetune.cloud.plan.plan import OnGpu, Plan, Row
 
 HEADER = ("", "GPU", "bought as", "best zone", "memory GiB", "tokens/s", "hours", "$/h", "$ for the run", "lost", "")
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.cloud.plan import Ceilings, Plan
-from finetune.cloud.plan_write import write_order
+from finetune.cloud.plan.plan import Ceilings, Plan
+from finetune.cloud.plan.task_yaml import write_order
 from finetune.errors import UserError
 from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 from tests.helpers.plan_examples import plan_of, priced, run_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 COMMAND = "finetune plan configs/c.yaml --spot"
 HEAD = """\
 # sky launch task.yaml      (any_of: in a comment)

@@ -1,0 +1,1 @@
+"""What a run would take and cost on each GPU, against ceilings."""
