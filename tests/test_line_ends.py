@@ -20,7 +20,7 @@ from tests.helpers.data_examples import row, write_jsonl
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 
 ROOT = Path(__file__).resolve().parents[1]
-POLICY = "finetune.cloud.policy.CostPolicy"
+POLICY = "finetune.cloud.launch.policy.CostPolicy"
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -83,7 +83,7 @@ def consolidated() -> bool:
 def controller_usd_per_hour(catalog: Catalog) -> float:
     if consolidated():
         return 0.0
-    from finetune.cloud.policy import CONTROLLER  # SkyPilot comes with it, in seconds
+    from finetune.cloud.launch.policy import CONTROLLER  # SkyPilot comes with it, in seconds
 
     machine, disk = CONTROLLER
     return (catalog.cpu_machine_usd(machine) or 0.0) + disk_usd_per_hour(disk, "medium", "")

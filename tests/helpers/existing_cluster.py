@@ -1,4 +1,5 @@
-"""Started by test_policy_more.py: is a cluster that exists taken under the policy? Reads JSON lines, prints "yes", or why not.
+"""Started by tests/cloud/launch/test_policy_more.py: is a cluster that exists taken under the policy? Reads JSON lines,
+prints "yes", or why not.
 
 Each line: machine (resources of the cluster), status, task. Nothing is launched.
 """
@@ -24,7 +25,7 @@ for number, line in enumerate(sys.stdin):
     dag = Dag()
     dag.add(Task.from_yaml_config(asked["task"]))
     try:
-        dag = sky_worker.as_sent(dag, {"policy": "finetune.cloud.policy.CostPolicy", "op": "launch"}, name)
+        dag = sky_worker.as_sent(dag, {"policy": "finetune.cloud.launch.policy.CostPolicy", "op": "launch"}, name)
         backends.CloudVmRayBackend().check_resources_fit_cluster(handle, dag.tasks[0])
         print("result: yes")
     except exceptions.ResourcesMismatchError:

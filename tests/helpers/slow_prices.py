@@ -1,4 +1,5 @@
-"""Started by test_policy_more.py: the policy while SkyPilot's price server takes its time. Arguments: URL of that server.
+"""Started by tests/cloud/launch/test_policy_more.py: the policy while SkyPilot's price server takes its time.
+Arguments: URL of that server.
 
 Prints whether every zone that is handed over is still below the ceiling by the catalog that lies there afterwards.
 """
@@ -13,7 +14,7 @@ from sky.server.requests.request_names import AdminPolicyRequestName
 from sky.skylet import constants
 
 from finetune.cloud.catalog.offers import load_catalog
-from finetune.cloud.policy import CostPolicy
+from finetune.cloud.launch.policy import CostPolicy
 
 constants.HOSTED_CATALOG_DIR_URL = sys.argv[1]
 CEILING = 1.0

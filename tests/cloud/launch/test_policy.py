@@ -17,8 +17,8 @@ from tests.helpers.catalog_fixture import lay_out_catalog
 from tests.helpers.json_server import JsonHandler, serving
 from tests.helpers.sky_home import SkyWorker, bucket_stand_in, fake_gcloud_home
 
-ROOT = Path(__file__).resolve().parents[1]
-POLICY = "finetune.cloud.policy.CostPolicy"
+ROOT = Path(__file__).resolve().parents[3]
+POLICY = "finetune.cloud.launch.policy.CostPolicy"
 T4 = {"infra": "gcp", "accelerators": "T4:1", "instance_type": "n1-highmem-8", "max_hourly_cost": 1.0, "disk_size": 200}
 A100 = T4 | {"accelerators": "A100:1", "instance_type": "a2-highgpu-1g"}
 ENVS = {"CONFIG": "configs/mistral_7b_qlora.yaml", "MAX_RUN_USD": "25"}

@@ -19,12 +19,12 @@ import sky
 from sky import exceptions, global_user_state
 from sky.utils.status_lib import ClusterStatus
 
-from finetune.cloud import candidates
-from finetune.cloud.bucket import fill_bucket
-from finetune.cloud.candidates import Candidate, Entry, Wanted
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.catalog.offers import Catalog
 from finetune.cloud.catalog.refresh import catalog_for_launch
+from finetune.cloud.launch import candidates
+from finetune.cloud.launch.bucket import fill_bucket
+from finetune.cloud.launch.candidates import Candidate, Entry, Wanted
 from finetune.cloud.plan.plan import OnGpu, run_on
 from finetune.cloud.plan.workload import run_size
 from finetune.config.load import load_config

@@ -14,8 +14,8 @@ from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import lay_out_catalog, shared_catalog
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 
-ROOT = Path(__file__).resolve().parents[1]
-POLICY = "finetune.cloud.policy.CostPolicy"
+ROOT = Path(__file__).resolve().parents[3]
+POLICY = "finetune.cloud.launch.policy.CostPolicy"
 KINDS = [(gpu, spot) for gpu in ("A100", "L4", "T4", "V100", "A100-80GB") for spot in (True, False)]
 GRID = [0.1, 0.25, 0.31, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 6.0, 10.0]
 """US dollars per hour; the tests marked repeat add every price of the catalog, a cent less and a cent more."""

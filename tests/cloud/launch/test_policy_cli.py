@@ -13,7 +13,7 @@ from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 from tests.helpers.sky_home import Buckets, bucket_stand_in, fake_gcloud_home, run_sky, sky_server
 
 pytestmark = [pytest.mark.slow, needs_skypilot]
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 LEFT_OUT = (".venv", ".git", "runs", ".whl", ".*_cache", ".hypothesis", "built", "prepared", "__pycache__")
 
 

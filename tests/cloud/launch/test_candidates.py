@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.cloud.candidates import (
+from finetune.cloud.catalog.offers import Offer
+from finetune.cloud.launch.candidates import (
     Candidate,
     Wanted,
     check_ceiling,
@@ -14,7 +15,6 @@ from finetune.cloud.candidates import (
     shorten,
     table,
 )
-from finetune.cloud.catalog.offers import Offer
 from finetune.errors import UserError
 from finetune.machine.price import Machine, price_in
 

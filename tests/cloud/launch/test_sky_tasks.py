@@ -21,7 +21,7 @@ from finetune.errors import EXIT_TRANSIENT, EXIT_USER_ERROR
 from finetune.machine.gpus import GPUS
 from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 TASKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "sky").rglob("*.y*ml"))
 TRAINING = [path for path in TASKS if Path(path).name.startswith("train_")]
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tools").rglob("*.sh"))
@@ -169,7 +169,7 @@ def test_the_training_tasks_differ_in_their_machines_alone() -> None:
 
 @needs_skypilot
 def test_plain_commands_obey_our_policy(loaded: dict[str, Any]) -> None:
-    assert loaded["policy"] == "finetune.cloud.policy.CostPolicy"
+    assert loaded["policy"] == "finetune.cloud.launch.policy.CostPolicy"
 
 
 @needs_skypilot

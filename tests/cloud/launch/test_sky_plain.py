@@ -1,5 +1,5 @@
 """What the real SkyPilot does without our policy. Where one of these fails, upstream has changed: read what the failing
-test says, and look again at finetune/cloud/policy.py, which exists because of it."""
+test says, and look again at finetune/cloud/launch/policy.py, which exists because of it."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from finetune.cloud.catalog.offers import SNAPSHOT
 from tests.helpers.catalog_fixture import CATALOG, lay_out_catalog, shared_catalog
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 
-ROOT = Path(__file__).resolve().parents[1]
-POLICY = "finetune.cloud.policy.CostPolicy"
+ROOT = Path(__file__).resolve().parents[3]
+POLICY = "finetune.cloud.launch.policy.CostPolicy"
 T4 = {"infra": "gcp", "accelerators": "T4:1", "instance_type": "n1-highmem-8", "max_hourly_cost": 1.0, "disk_size": 200}
 ENVS = {"CONFIG": "configs/mistral_7b_qlora.yaml", "MAX_RUN_USD": "25"}
 TOO_BIG = {"OVERRIDES": "training.per_device_train_batch_size=16 training.gradient_checkpointing=false"}
