@@ -392,8 +392,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _tell_result(folder: Path) -> None:
     """Write a run's report; print its score and where it lies."""
-    from finetune.report import write_report
-    from finetune.report_source import read_run
+    from finetune.report.render import write_report
+    from finetune.report.source import read_run
     from finetune.run_folder import open_run
 
     run = open_run(folder)

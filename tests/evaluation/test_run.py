@@ -21,7 +21,7 @@ from finetune.evaluation import run as evaluation_run
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.evaluation.score import Row
 from finetune.evaluation.statistics import wilson_interval
-from finetune.report import write_report
+from finetune.report.render import write_report
 from finetune.run_folder import RunFolder, open_run
 from tests.helpers.data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop

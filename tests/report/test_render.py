@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from finetune import report, report_plots
 from finetune.errors import UserError
 from finetune.evaluation import statistics
+from finetune.report import plots as report_plots
+from finetune.report import render as report_render
 from tests.helpers.report_fixtures import MODEL, Page, build_run, history, rows, write, write_evaluation
 
 OUTPUTS = ("report.html", "report.md", "summary.json")
@@ -27,7 +28,7 @@ EVIL = "<script>alert('x')</script>\n# Heading\n```\n| [link](javascript:x) & \"
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a finished, evaluated run; tests only read it."""
     run_dir = build_run(tmp_path_factory.mktemp("report") / "demo")
-    report.write_report(run_dir)
+    report_render.write_report(run_dir)
     return run_dir
 
 
@@ -52,7 +53,7 @@ def texts(run_dir: Path) -> tuple[str, str]:
 
 
 def caveats(run_dir: Path) -> str:
-    return "\n".join(report.caveats(report.read_run(run_dir)))
+    return "\n".join(report_render.caveats(report_render.read_run(run_dir)))
 
 
 def test_summary_holds_exactly_the_agreed_keys_and_the_figures_of_the_run(full: Path) -> None:
@@ -86,13 +87,13 @@ def test_sections_stand_in_the_agreed_order(full: Path) -> None:
 
 
 def test_every_key_figure_says_where_it_comes_from(run_dir: Path) -> None:
-    source = report.read_run(run_dir)
-    basis = {tile.label: tile.basis for tile in report.tiles(source, report.summarise(source))}
+    source = report_render.read_run(run_dir)
+    basis = {tile.label: tile.basis for tile in report_render.tiles(source, report_render.summarise(source))}
     assert basis.pop("Cost") == "unknown"
     assert len(basis) == 5 and set(basis.values()) == {"measured"}
     change(run_dir / "run.json", spent_usd=0.4149, spent_basis="measured hours x catalog price of 2026-11-20")
-    source = report.read_run(run_dir)
-    cost = report.tiles(source, report.summarise(source))[-1]
+    source = report_render.read_run(run_dir)
+    cost = report_render.tiles(source, report_render.summarise(source))[-1]
     assert (cost.value, cost.basis) == ("$0.41", "estimated") and "2026-11-20" in cost.note
 
 
@@ -141,7 +142,7 @@ def test_untrusted_text_stays_text(run_dir: Path) -> None:
         row["error"] = row["error"] and EVIL
     write_evaluation(run_dir, base=base, tuned=tuned, split=EVIL, rule=EVIL)
     change(run_dir / "run.json", run_name=EVIL, model={"name": EVIL}, packages={EVIL: EVIL}, status=EVIL)
-    report.write_report(run_dir)
+    report_render.write_report(run_dir)
     html, markdown = ((run_dir / name).read_text(encoding="utf-8") for name in OUTPUTS[:2])
     page = Page(html)
     assert "script" not in {tag for tag, _ in page.tags} and page.text.count("<script>alert('x')") > 10
@@ -179,7 +180,7 @@ def fail_at_once(run_dir: Path) -> None:
 )
 def test_a_missing_part_is_named_and_does_not_stop_the_report(run_dir: Path, harm: Any, said: str) -> None:
     harm(run_dir)
-    summary = report.write_report(run_dir)
+    summary = report_render.write_report(run_dir)
     assert all(said in text for text in texts(run_dir))
     assert summary == json.loads((run_dir / "summary.json").read_text()) and len(summary) == 9
     assert not any(re.search(r"\bNone\b(?!\.| found)|undefined", text) for text in texts(run_dir))
@@ -187,14 +188,14 @@ def test_a_missing_part_is_named_and_does_not_stop_the_report(run_dir: Path, har
 
 def test_without_history_each_plot_says_that_nothing_was_logged(run_dir: Path) -> None:
     change(run_dir / "run.json", history=[])
-    report.write_report(run_dir)
+    report_render.write_report(run_dir)
     html = texts(run_dir)[0]
     assert "No loss was logged." in html and html.count("Nothing was logged.") == 3
 
 
 def test_figures_that_are_no_numbers_become_null(run_dir: Path) -> None:
     change(run_dir / "run.json", tokens_per_second=float("nan"), wall_seconds=None, peak_memory_gib=None)
-    summary = report.summarise(report.read_run(run_dir))
+    summary = report_render.summarise(report_render.read_run(run_dir))
     assert [summary[key] for key in ("tokens_per_second", "minutes", "peak_memory_gib")] == [None] * 3
 
 
@@ -220,13 +221,13 @@ def test_a_broken_input_is_a_users_error_and_nothing_is_written(
     if text is not None:
         (run_dir / file).write_text(text)
     with pytest.raises(UserError, match=message):
-        report.write_report(run_dir)
+        report_render.write_report(run_dir)
     assert not any((run_dir / name).exists() for name in OUTPUTS)
 
 
 def test_a_full_disk_leaves_the_old_report_as_it_was(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "draw_plots", lambda *_: [])
-    report.write_report(run_dir)
+    monkeypatch.setattr(report_render, "draw_plots", lambda *_: [])
+    report_render.write_report(run_dir)
     change(run_dir / "run.json", run_name="another")
     before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
 
@@ -235,13 +236,13 @@ def test_a_full_disk_leaves_the_old_report_as_it_was(run_dir: Path, monkeypatch:
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="no space left"):
-        report.write_report(run_dir)
+        report_render.write_report(run_dir)
     assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()} == before
 
 
 def test_the_same_run_gives_the_same_bytes(full: Path) -> None:
-    source = report.read_run(full)
-    assert report.render(source, report.summarise(source)) == {
+    source = report_render.read_run(full)
+    assert report_render.render(source, report_render.summarise(source)) == {
         name: (full / name).read_text(encoding="utf-8") for name in OUTPUTS[:2]
     }
 
@@ -262,16 +263,16 @@ def test_the_paired_interval_is_that_of_agresti_and_min() -> None:
 
 
 def test_a_gain_that_chance_may_explain_is_called_so(run_dir: Path) -> None:
-    assert "Chance alone hardly explains" in report.significance(report.read_run(run_dir))[2]
+    assert "Chance alone hardly explains" in report_render.significance(report_render.read_run(run_dir))[2]
     change(run_dir / "eval.json", gain={"won": 6, "lost": 3, "both": 40, "neither": 101})
-    sentences = report.significance(report.read_run(run_dir))
+    sentences = report_render.significance(report_render.read_run(run_dir))
     assert "won 6 questions and lost 3; 40 were right and 101 wrong" in sentences[0]
     assert "+2.0 points, 95% interval -2.1 to +6.0" in sentences[1]
     assert "probability 0.51" in sentences[2] and "Chance alone may explain" in sentences[2]
 
 
 def test_examples_are_sorted_into_won_lost_and_still_wrong(run_dir: Path) -> None:
-    groups = report.examples(report.read_run(run_dir))
+    groups = report_render.examples(report_render.read_run(run_dir))
     gain = json.loads((run_dir / "eval.json").read_text())["gain"]
     assert [(group.title, group.total) for group in groups] == [
         ("Won", gain["won"]),
@@ -279,31 +280,31 @@ def test_examples_are_sorted_into_won_lost_and_still_wrong(run_dir: Path) -> Non
         ("Still wrong", gain["neither"]),
     ]
     for group, right in zip(groups, [(False, True), (True, False), (False, False)], strict=True):
-        assert len(group.shown) == min(group.total, report.EXAMPLES)
+        assert len(group.shown) == min(group.total, report_render.EXAMPLES)
         for row, (gold, base, tuned) in group.shown:
             assert gold.text == row["gold"]
             assert (base.verdict == "correct", tuned.verdict == "correct") == right
 
 
 def test_examples_do_not_depend_on_the_order_of_the_answers(run_dir: Path) -> None:
-    before = report.examples(report.read_run(run_dir))
+    before = report_render.examples(report_render.read_run(run_dir))
     assert [row["id"][-4:] for row, _ in before[0].shown] == ["0042", "0008", "0140", "0026"]
     for path in (run_dir / "eval").iterdir():
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    assert report.examples(report.read_run(run_dir)) == before
+    assert report_render.examples(report_render.read_run(run_dir)) == before
 
 
 def test_a_rambling_answer_is_cut_and_says_so(run_dir: Path) -> None:
     base, tuned = rows(1)
     tuned[0] |= {"prediction": "", "answer": "word " * 400, "verdict": "no_sql"}
     write_evaluation(run_dir, base=base, tuned=tuned)
-    answer = report.examples(report.read_run(run_dir))[2].shown[0][1][2]
+    answer = report_render.examples(report_render.read_run(run_dir))[2].shown[0][1][2]
     assert answer.text.endswith("… (1400 more characters)") and len(answer.text) < 650
 
 
 def test_errors_are_counted_by_kind() -> None:
     messages = ["no such column: a", "no such column: b", 'near "FROM": syntax error', None]
-    found = report.common_errors([{"error": message} for message in messages])
+    found = report_render.common_errors([{"error": message} for message in messages])
     assert found == [("no such column", 2, "a"), ('near "FROM"', 1, "syntax error")]
 
 
@@ -362,7 +363,7 @@ def test_with_many_databases_the_plot_shows_the_largest_and_the_markdown_all(run
     for row in base + tuned:
         row["db_id"] += f"_{int(row['id'][-4:]) % 5}"
     write_evaluation(run_dir, base=base, tuned=tuned)
-    report.write_report(run_dir)
+    report_render.write_report(run_dir)
     html, markdown = texts(run_dir)
     assert "the 8 of 30 with most questions; all are in report.md" in html
     assert len(re.findall(r"^\| \S+\\_\d \|", markdown, re.MULTILINE)) == 30
@@ -384,6 +385,6 @@ def test_plots_ignore_and_keep_the_users_matplotlib_settings() -> None:
 
 def test_importing_the_report_loads_no_heavy_library() -> None:
     heavy = {"matplotlib", "jinja2", "omegaconf", "torch", "transformers", "sqlglot", "numpy"}
-    code = f"import sys, finetune.report; print(*({heavy!r} & set(sys.modules)))"
+    code = f"import sys, finetune.report.render; print(*({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -1,6 +1,6 @@
 """What a run was worth, on one page: run.json + eval.json -> report.html, report.md and summary.json.
 
-This file owns the figures and the sentences, the templates the layout, `report_plots` the plots, `report_source` what
+This file owns the figures and the sentences, the templates the layout, `plots` the plots, `source` what
 they are made from. A part that is missing (no evaluation, no base model, a run that stopped early) is named; it does not
 stop the report.
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.evaluation.statistics import mcnemar_exact, paired_interval
-from finetune.report_plots import counts, draw_plots, group_bars
-from finetune.report_source import Json, Source, attempt_rows, dig, memory_lines, number, read_run, spending_lines
+from finetune.report.plots import counts, draw_plots, group_bars
+from finetune.report.source import Json, Source, attempt_rows, dig, memory_lines, number, read_run, spending_lines
 from finetune.runtime.files import write_json, write_text
 
 EXAMPLES = 4  # shown of each kind
@@ -251,7 +251,7 @@ def render(source: Source, summary: Json) -> dict[str, str]:
     from omegaconf import OmegaConf
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("finetune"),
+        loader=jinja2.PackageLoader("finetune.report"),
         autoescape=lambda name: ".html" in str(name),
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,

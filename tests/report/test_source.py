@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from finetune.errors import UserError
-from finetune.report import write_report
-from finetune.report_source import read_run
+from finetune.report.render import write_report
+from finetune.report.source import read_run
 from tests.helpers.report_fixtures import Page, build_run, spending, write
 
 
