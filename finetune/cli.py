@@ -195,7 +195,7 @@ def _quiet_libraries() -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from finetune.doctor import examine, exit_code, render
+    from finetune.doctor.local import examine, exit_code, render
 
     checks = examine("cloud", regions=_regions()) if arguments.cloud else examine("train")
     print(render(checks))

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from finetune import cli, doctor
+from finetune import cli
 from finetune.config.load import load_config
-from finetune.doctor import Check
+from finetune.doctor import local as local_doctor
+from finetune.doctor.check import Check
 from finetune.errors import UserError
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import make_database, row, write_jsonl
@@ -99,7 +100,7 @@ def test_help_imports_nothing_heavy() -> None:
     program = f"""
 import contextlib, io, sys
 for name in {HEAVY}: sys.modules[name] = None
-from finetune import cli, doctor
+from finetune import cli; from finetune.doctor import local as doctor
 for command in {COMMANDS}:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
         cli.main([*command, "--help"])
@@ -360,11 +361,11 @@ def test_doctor_requires_what_is_asked_for_and_no_more(
     def examine(asked: str, regions: list[str] | None = None) -> list[Check]:
         assert (regions is not None) == (asked == "cloud"), "the regions of the plan, whose quota matters"
         return [
-            Check("torch", doctor._absent("train", asked), "none"),
-            Check("sky", doctor._absent("cloud", asked), ""),
+            Check("torch", local_doctor._absent("train", asked), "none"),
+            Check("sky", local_doctor._absent("cloud", asked), ""),
         ]  # type: ignore[arg-type]
 
-    monkeypatch.setattr(doctor, "examine", examine)
+    monkeypatch.setattr(local_doctor, "examine", examine)
     assert cli.main(["doctor", *arguments]) == 1
     missing = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("missing")]
     assert missing == [{"train": "torch", "cloud": "sky"}[need]]

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "cloud.plan": "errors runtime machine config models estimate cloud.catalog",
     "cloud.launch": "errors runtime machine config cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime data evaluation",
+    "doctor": "errors runtime machine cloud.gcloud",
     "demo": "errors runtime config models.fused models run_folder data training.step training evaluation",
     "__main__": "",
 }
@@ -47,9 +48,6 @@ without those of training/step/, which has a row of its own."""
 MOVING = {
     "cli",
     "cli_cloud",
-    "doctor",
-    "doctor_check",
-    "doctor_cloud",
 }
 """Modules that have not moved into a package yet: they may import anything, and anything may import them."""
 

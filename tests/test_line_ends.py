@@ -14,7 +14,7 @@ import yaml
 
 from finetune.config.load import load_config, to_dict
 from finetune.data.records import read_records
-from finetune.doctor import line_end_checks
+from finetune.doctor.local import line_end_checks
 from tests.helpers.catalog_fixture import lay_out_catalog
 from tests.helpers.data_examples import row, write_jsonl
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune import doctor
 from finetune.cloud.gcloud import cli as gcloud_cli
-from finetune.doctor_check import Check
-from finetune.doctor_cloud import cloud_checks, controller_check, gcloud_checks, sky_program_check
+from finetune.doctor import local as local_doctor
+from finetune.doctor.check import Check
+from finetune.doctor.cloud import cloud_checks, controller_check, gcloud_checks, sky_program_check
 
 STAND_IN = f"""#!{sys.executable} -IS
 import json, pathlib, sys, time
@@ -110,7 +110,7 @@ def rows(regions: list[str] | None = None) -> dict[str, Check]:
     checks = cloud_checks("cloud", regions)
     assert len({check.name for check in checks}) == len(checks)
     assert all(check.advice for check in checks if check.status in ("missing", "warning"))
-    table = doctor.render(checks)
+    table = local_doctor.render(checks)
     for secret in ("jane.roe", "jane-roe", "SecretToken", "SecretRefresh", "ClientSecret"):
         assert secret not in table
     return {check.name: check for check in checks}
@@ -160,7 +160,7 @@ def test_no_quota_for_any_gpu_is_missing(gcloud: Gcloud) -> None:
     found = rows()
     gpu_rows = [check for name, check in found.items() if name.startswith("quota ") and "regions" not in name]
     assert len(gpu_rows) == 8 and {check.status for check in gpu_rows} == {"missing"}
-    assert doctor.exit_code(gpu_rows) == 1
+    assert local_doctor.exit_code(gpu_rows) == 1
 
 
 def test_spot_uses_the_ordinary_quota_where_no_preemptible_one_is_listed(gcloud: Gcloud) -> None:
@@ -273,7 +273,7 @@ def test_gcloud_needs_a_login_and_a_project(
 ) -> None:
     gcloud(account=account, configured=project)
     assert [check.status for check in gcloud_checks("cloud")] == [login, configured]
-    assert doctor.exit_code(gcloud_checks("train")) == 0
+    assert local_doctor.exit_code(gcloud_checks("train")) == 0
 
 
 def test_gcloud_that_is_not_installed_is_one_row(gcloud: Gcloud) -> None:

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.doctor_check import Check, Need, Status
-from finetune.doctor_check import absent as _absent
-from finetune.doctor_cloud import cloud_checks
+from finetune.doctor.check import Check, Need, Status
+from finetune.doctor.check import absent as _absent
+from finetune.doctor.cloud import cloud_checks
 from finetune.errors import EXIT_MISSING, EXIT_OK
 from finetune.machine.hardware import GIB, Driver, Hardware, TorchBuild, detect, nvidia_driver, runs_on, torch_build
 from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 PROJECT = "finetune-text2sql"
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 DISK_GIB = {"demo": 3.0, "7B": 20.0}
 """Estimated: a 7.24e9-parameter model in 16 bits is 13.5 GiB to download, the rest are checkpoints."""
 RAM_GIB = 7.5

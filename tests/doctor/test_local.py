@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune import doctor
 from finetune.cloud.gcloud import cli as gcloud_cli
-from finetune.doctor_check import Check, Need
+from finetune.doctor import local as local_doctor
+from finetune.doctor.check import Check, Need
 from finetune.machine import hardware
 from finetune.machine.hardware import Driver, Gpu, Hardware, TorchBuild
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 V100 = Gpu("Tesla V100-SXM2-16GB", 16.0, (7, 0))
 T4 = Gpu("Tesla T4", 15.0, (7, 5))
 A100 = Gpu("NVIDIA A100-SXM4-40GB", 40.0, (8, 0))
@@ -82,7 +82,7 @@ def test_every_package_of_the_extras_train_and_cloud_has_a_row() -> None:
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["train"], *extras["cloud"]]
     names = {re.split(r"[\[<>=!~ ]", requirement)[0] for requirement in wanted}
-    rows = {check.name for check in doctor.package_checks("train", ROOT)}
+    rows = {check.name for check in local_doctor.package_checks("train", ROOT)}
     assert len(names) > 10
     assert rows == names | {"Python"}
 
@@ -105,7 +105,7 @@ def test_a_version_is_judged_by_its_minimum_and_then_its_pin(
     install: Callable[..., None], version: str, pin: str | None, status: str
 ) -> None:
     install("torch", version)
-    check = doctor.package_check("torch", ">=2.11", pin, "train", "train")
+    check = local_doctor.package_check("torch", ">=2.11", pin, "train", "train")
     assert (check.status, check.found) == (status, version)
     assert ("pip install" in check.advice) == (status != "ok")
 
@@ -124,7 +124,7 @@ def test_a_version_is_judged_by_its_minimum_and_then_its_pin(
     ],
 )
 def test_an_absent_package_counts_as_missing_only_where_it_is_needed(extra: str, need: Need, status: str) -> None:
-    check = doctor.package_check("no-such-package", ">=1", None, extra, need)
+    check = local_doctor.package_check("no-such-package", ">=1", None, extra, need)
     assert (check.status, check.found) == (status, "not installed")
     assert "pip install" in check.advice
 
@@ -134,15 +134,15 @@ def test_pins_are_read_from_the_checkouts_constraints_and_their_absence_is_fine(
 ) -> None:
     install("finetune-text2sql", "9", "Requires-Python: >=3.11", 'Requires-Dist: Some_Tool>=1; extra == "train"')
     install("some-tool", "1.5")
-    assert [check.status for check in doctor.package_checks("train", tmp_path)] == ["ok", "ok"]
+    assert [check.status for check in local_doctor.package_checks("train", tmp_path)] == ["ok", "ok"]
     (tmp_path / "constraints.txt").write_text("# pinned\nsome.tool==1.6 ; python_version > '3'  # why\n")
-    check = row(list(doctor.package_checks("train", tmp_path)), "Some_Tool")
+    check = row(list(local_doctor.package_checks("train", tmp_path)), "Some_Tool")
     assert (check.status, check.needed) == ("warning", ">=1, pinned 1.6")
 
 
 def test_a_python_that_is_too_old_is_missing(install: Callable[..., None], tmp_path: Path) -> None:
     install("finetune-text2sql", "9", "Requires-Python: >=99")
-    (check,) = doctor.package_checks("train", tmp_path)
+    (check,) = local_doctor.package_checks("train", tmp_path)
     assert (check.name, check.status) == ("Python", "missing")
     assert "Python >=99" in check.advice
 
@@ -159,13 +159,13 @@ def test_the_folder_of_task_files_does_not_pass_for_skypilot(
     monkeypatch.delitem(sys.modules, "sky", raising=False)  # a test before this one may have imported SkyPilot
     install("finetune-text2sql", "9", "Requires-Python: >=3", 'Requires-Dist: skypilot>=0.14; extra == "cloud"')
 
-    check = row(list(doctor.package_checks("cloud", tmp_path)), "skypilot")
+    check = row(list(local_doctor.package_checks("cloud", tmp_path)), "skypilot")
     assert check.status == "missing"
     assert "not installed" in check.found and "only the folder sky/" in check.found
     assert "pip install" in check.advice
 
     install("skypilot", "0.14.1")  # its metadata is left over, its module is not
-    check = row(list(doctor.package_checks("cloud", tmp_path)), "skypilot")
+    check = row(list(local_doctor.package_checks("cloud", tmp_path)), "skypilot")
     assert check.status == "missing" and "install it again" in check.advice
 
 
@@ -180,10 +180,10 @@ def test_an_installed_skypilot_is_ok_until_the_checkouts_folder_hides_it(
     monkeypatch.delitem(sys.modules, "sky", raising=False)  # a test before this one may have imported SkyPilot
     install("finetune-text2sql", "9", "Requires-Python: >=3", 'Requires-Dist: skypilot>=0.14; extra == "cloud"')
     install("skypilot", "0.14.1")
-    assert row(list(doctor.package_checks("cloud", tmp_path)), "skypilot").status == "ok"
+    assert row(list(local_doctor.package_checks("cloud", tmp_path)), "skypilot").status == "ok"
 
     (tmp_path / "sky" / "__init__.py").touch()
-    check = row(list(doctor.package_checks("cloud", tmp_path)), "skypilot")
+    check = row(list(local_doctor.package_checks("cloud", tmp_path)), "skypilot")
     assert check.status == "missing" and "delete sky/__init__.py" in check.advice
 
 
@@ -219,7 +219,7 @@ def test_gpu_driver_and_torch_build_must_fit_together(
 ) -> None:
     gpu = torch.gpu if torch else None
     machine = Hardware("Linux", "cpu", 2, 16.0, gpu, hardware.dtype_for(gpu.compute_capability if gpu else None))
-    checks = list(doctor.gpu_checks("train", machine, driver, torch))
+    checks = list(local_doctor.gpu_checks("train", machine, driver, torch))
     found = {check.name: check.advice for check in checks if check.status in ("missing", "warning")}
     assert set(found) == {{"torch": "torch build", "driver": "NVIDIA driver"}[name] for name in failing}
     for advice in failing.values():
@@ -228,8 +228,8 @@ def test_gpu_driver_and_torch_build_must_fit_together(
 
 def test_an_nvidia_gpu_with_a_cpu_build_of_torch_is_missing_to_train_and_no_matter_to_launch() -> None:
     machine = Hardware("Linux", "cpu", 2, 16.0, None, "float32")
-    train = doctor.gpu_checks("train", machine, Driver("580.65.06", T4), TorchBuild(None))
-    cloud = doctor.gpu_checks("cloud", machine, Driver("580.65.06", T4), TorchBuild(None))
+    train = local_doctor.gpu_checks("train", machine, Driver("580.65.06", T4), TorchBuild(None))
+    cloud = local_doctor.gpu_checks("cloud", machine, Driver("580.65.06", T4), TorchBuild(None))
     assert row(list(train), "torch build").status == "missing"
     assert row(list(cloud), "torch build").status == "info"
 
@@ -237,16 +237,16 @@ def test_an_nvidia_gpu_with_a_cpu_build_of_torch_is_missing_to_train_and_no_matt
 def test_a_gpu_hidden_by_the_environment_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     machine = Hardware("Linux", "cpu", 2, 16.0, None, "float32")
-    checks = list(doctor.gpu_checks("train", machine, Driver("580.65.06", A100), TorchBuild("13.0")))
+    checks = list(local_doctor.gpu_checks("train", machine, Driver("580.65.06", A100), TorchBuild("13.0")))
     assert row(checks, "torch build").advice == "unset CUDA_VISIBLE_DEVICES"
 
 
 def test_a_laptop_without_gpu_is_info_only() -> None:
     machine = Hardware("macOS", "Apple M3", 8, 16.0, None, "float32")
-    checks = list(doctor.gpu_checks("train", machine, None, TorchBuild(None)))
+    checks = list(local_doctor.gpu_checks("train", machine, None, TorchBuild(None)))
     assert row(checks, "GPU").status == "info"
     assert row(checks, "compute dtype").found == "float32"
-    assert doctor.exit_code(checks) == 0
+    assert local_doctor.exit_code(checks) == 0
 
 
 def test_a_gpu_that_cannot_be_started_is_a_row_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +257,9 @@ def test_a_gpu_that_cannot_be_started_is_a_row_and_no_traceback(monkeypatch: pyt
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
-    checks = doctor.examine()
+    checks = local_doctor.examine()
     assert "devices are busy" in row(checks, "torch build").found
-    assert doctor.exit_code(checks) == 1
+    assert local_doctor.exit_code(checks) == 1
 
 
 # machine
@@ -279,12 +279,12 @@ def test_free_disk_is_judged_by_what_a_run_writes(
     monkeypatch: pytest.MonkeyPatch, free_gib: float, need: Need, status: str
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gib * 2**30))
-    checks = list(doctor.machine_checks(need, Hardware("Linux", "cpu", 2, 16.0, None, "float32")))
+    checks = list(local_doctor.machine_checks(need, Hardware("Linux", "cpu", 2, 16.0, None, "float32")))
     assert [check.status for check in checks if check.name.startswith("disk")] == [status, status]
 
 
 def test_little_memory_is_a_warning() -> None:
-    checks = list(doctor.machine_checks("train", Hardware("Linux", "cpu", 2, 3.8, None, "float32")))
+    checks = list(local_doctor.machine_checks("train", Hardware("Linux", "cpu", 2, 3.8, None, "float32")))
     assert row(checks, "RAM").status == "warning"
 
 
@@ -293,27 +293,27 @@ def test_little_memory_is_a_warning() -> None:
 
 def test_keys_are_found_in_the_environment_and_in_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
-    assert not doctor.huggingface_token_present() and not doctor.wandb_key_present()
+    assert not local_doctor.huggingface_token_present() and not local_doctor.wandb_key_present()
 
     (home / ".cache" / "huggingface").mkdir(parents=True)
     (home / ".cache" / "huggingface" / "token").write_text("")
-    assert not doctor.huggingface_token_present()
+    assert not local_doctor.huggingface_token_present()
     (home / ".cache" / "huggingface" / "token").write_text("hf_x")
-    assert doctor.huggingface_token_present()
+    assert local_doctor.huggingface_token_present()
 
     (home / ".netrc").write_text("machine example.com\n  login me\n  password secret\n")
-    assert not doctor.wandb_key_present()
+    assert not local_doctor.wandb_key_present()
     (home / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
-    assert doctor.wandb_key_present()
+    assert local_doctor.wandb_key_present()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com/path")
-    assert not doctor.wandb_key_present()
+    assert not local_doctor.wandb_key_present()
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    assert doctor.wandb_key_present()
+    assert local_doctor.wandb_key_present()
 
 
 def test_a_broken_netrc_is_no_key_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "home" / ".netrc").write_text("machine api.wandb.ai password\n  junk junk\n")
-    assert not doctor.wandb_key_present()
+    assert not local_doctor.wandb_key_present()
 
 
 def test_no_secret_nor_a_part_of_one_is_printed(
@@ -324,8 +324,8 @@ def test_no_secret_nor_a_part_of_one_is_printed(
         monkeypatch.setenv(name, secret)
     (tmp_path / "home" / ".netrc").write_text("machine api.wandb.ai login user password NetrcSecretValue\n")
     program("gcloud", 'case "$*" in *auth*) echo jane.roe@example.com;; *) echo my-project;; esac')
-    checks = doctor.examine("all")
-    table = doctor.render(checks)
+    checks = local_doctor.examine("all")
+    table = local_doctor.render(checks)
     assert row(checks, "Hugging Face token").found == row(checks, "W&B key").found == "present"
     for secret in [*secrets.values(), "NetrcSecretValue", "jane.roe"]:
         assert not [piece for piece in (secret[i : i + 5] for i in range(len(secret) - 4)) if piece in table]
@@ -340,11 +340,11 @@ def test_a_gcloud_or_nvidia_smi_that_hangs_does_not_hang_doctor(
     program("gcloud", "/bin/sleep 60")
     program("nvidia-smi", "/bin/sleep 60")
     start = time.monotonic()
-    checks = doctor.examine("cloud")
+    checks = local_doctor.examine("cloud")
     assert time.monotonic() - start < 10
     assert row(checks, "gcloud login").found == row(checks, "gcloud project").found == "no answer"
     assert row(checks, "NVIDIA driver").status == "warning"
-    assert doctor.exit_code(checks) == 1
+    assert local_doctor.exit_code(checks) == 1
 
 
 # the table
@@ -352,11 +352,11 @@ def test_a_gcloud_or_nvidia_smi_that_hangs_does_not_hang_doctor(
 
 def test_every_failing_row_says_what_to_do_and_the_exit_code_follows_the_need() -> None:
     for need in ("train", "cloud", "all"):
-        checks = doctor.examine(need)
+        checks = local_doctor.examine(need)
         assert all(check.advice for check in checks if check.status in ("missing", "warning"))
         assert len({check.name for check in checks}) == len(checks)
         missing = [check for check in checks if check.status == "missing"]
-        assert doctor.exit_code(checks) == (1 if missing else 0)
+        assert local_doctor.exit_code(checks) == (1 if missing else 0)
         if need != "train":
             assert "gcloud" in {check.name for check in missing}
 
@@ -366,7 +366,7 @@ def test_the_table_is_aligned_and_ends_with_a_verdict() -> None:
         Check("Python", "ok", "3.11.7", ">=3.11"),
         Check("a longer name", "missing", "nothing", "something", "do this"),
     ]
-    assert doctor.render(checks).splitlines() == [
+    assert local_doctor.render(checks).splitlines() == [
         "         check          found    needed",
         "ok       Python         3.11.7   >=3.11",
         "missing  a longer name  nothing  something",
@@ -374,12 +374,12 @@ def test_the_table_is_aligned_and_ends_with_a_verdict() -> None:
         "",
         "1 missing",
     ]
-    assert doctor.render(checks[:1]).endswith("nothing that is needed is missing")
+    assert local_doctor.render(checks[:1]).endswith("nothing that is needed is missing")
 
 
 def test_of_the_heavy_packages_only_torch_is_imported() -> None:
     program = (
-        "import sys; from finetune.doctor import examine, render; render(examine('all')); "
+        "import sys; from finetune.doctor.local import examine, render; render(examine('all')); "
         "heavy = {'transformers', 'trl', 'peft', 'bitsandbytes', 'datasets', 'wandb', 'sky'}; "
         "print(heavy & set(sys.modules))"
     )

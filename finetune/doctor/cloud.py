@@ -25,7 +25,7 @@ from finetune.cloud.gcloud.config import (
     local_login,
     skypilot_setting,
 )
-from finetune.doctor_check import Check, Need, Status, absent
+from finetune.doctor.check import Check, Need, Status, absent
 from finetune.errors import UserError
 
 HOME_REGION = "us-central1"

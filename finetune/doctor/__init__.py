@@ -1,0 +1,1 @@
+"""Is this machine, account, quota and bucket ready?"""
