@@ -138,7 +138,7 @@ def tiny_config(write_config: ConfigWriter, tmp_path: Path) -> ConfigWriter:
 @pytest.fixture(scope="session")
 def tiny_run(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run: one epoch of 6 steps, a validation loss every 3. Copy it before changing anything."""
-    from finetune.cli import main
+    from finetune.cli.main import main
 
     folder = tmp_path_factory.mktemp("tiny")
     training = {"max_steps": -1, "num_train_epochs": 1, "eval_steps": 3}

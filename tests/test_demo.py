@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import cli
+from finetune.cli import main as cli
 from finetune.demo import pace as pace_of
 from finetune.demo import run as demo
 from finetune.demo.schedule import (

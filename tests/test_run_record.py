@@ -20,7 +20,7 @@ from tests.helpers.train_helpers import FakeTime, adapter_of, at_step, change, c
 torch = pytest.importorskip("torch")
 
 from finetune.checkpoint.store import CheckpointStore  # noqa: E402
-from finetune.cli import main  # noqa: E402
+from finetune.cli.main import main  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
@@ -239,7 +239,7 @@ def run(self, step):
     return original(self, step)
 Stepper.run = run
 ADAPTER
-from finetune.cli import main
+from finetune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

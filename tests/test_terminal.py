@@ -58,7 +58,7 @@ def python(terminal: dict[str, str], *words: str, cwd: Path = ROOT) -> tuple[int
 
 ASKS_ALL = """
 import sys
-from finetune.cli import main
+from finetune.cli.main import main
 name = sys.argv[1]
 for words in (
     ["train", name], ["train", "--resume", name], ["evaluate", name], ["report", name], ["config", name], ["plan", name],
@@ -127,7 +127,7 @@ def say(model, tokenizer, prompts, **_):
     assert "\\u2192" in prompts[0], prompts
     return [("SELECT name FROM item", 5)]
 ask.generate_answers = say
-from finetune.cli import main
+from finetune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

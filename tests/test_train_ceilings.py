@@ -14,7 +14,7 @@ from tests.helpers.train_helpers import FakeTime, at_step, change, record_of
 
 torch = pytest.importorskip("torch")
 
-from finetune.cli import main  # noqa: E402
+from finetune.cli.main import main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ConfigWriter = Callable[..., Path]

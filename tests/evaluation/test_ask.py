@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetune import cli
+from finetune.cli import main as cli
 from finetune.data.prompts import PromptTemplate
 from finetune.evaluation import ask as asking
 from finetune.evaluation.ask import ROWS_SHOWN, schema_of

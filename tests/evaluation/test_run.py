@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune import cli
+from finetune.cli import main as cli
 from finetune.config.load import load_config, to_yaml
 from finetune.data.prepared import load_prepared
 from finetune.data.prompts import PromptTemplate

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli import main
+from finetune.cli.main import main
 from finetune.errors import UserError
 from finetune.machine import price as machine_price_module
 from finetune.machine.preemption import MAINTENANCE, PREEMPTED, PreemptionWatch

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from finetune.budget.ledger import Ledger  # noqa: E402
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
-from finetune.cli import main  # noqa: E402
+from finetune.cli.main import main  # noqa: E402
 from finetune.config.load import config_hash, load_config  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
@@ -165,7 +165,7 @@ def run(self, step):
         time.sleep(600)
     return original(self, step)
 Stepper.run = run
-from finetune.cli import main
+from finetune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

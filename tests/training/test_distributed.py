@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
-from finetune.cli import main  # noqa: E402
+from finetune.cli.main import main  # noqa: E402
 from finetune.runtime import torchrun  # noqa: E402
 
 pytestmark = [
@@ -54,7 +54,7 @@ def run(self, step):
         raise {fault}
     return original(self, step)
 Stepper.run = run
-from finetune.cli import main
+from finetune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -91,7 +91,7 @@ def largest_difference(run: Path, other: Path) -> float:
 BOTH = """
 import sys
 from finetune.runtime import distributed as ranks
-from finetune.cli import main
+from finetune.cli.main import main
 with ranks.together():
     codes = [main(["train", config, "training.run_name=two"]) for config in sys.argv[1:]]
 sys.exit(max(codes))
@@ -203,7 +203,7 @@ def run(self, step):
     {delay}
     return original(self, step)
 Stepper.run = run
-from finetune.cli import main
+from finetune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 """The meter runs faster than time once all is imported, and steps take theirs."""

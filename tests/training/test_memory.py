@@ -14,7 +14,7 @@ from tests.helpers.train_helpers import adapter_of, at_step, record_of
 torch = pytest.importorskip("torch")
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
-from finetune.cli import main  # noqa: E402
+from finetune.cli.main import main  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.estimate.memory_hf import GIB, MemoryEstimate  # noqa: E402
 from finetune.training import record as run_record  # noqa: E402

@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 from safetensors import SafetensorError  # noqa: E402
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
-from finetune.cli import main  # noqa: E402
+from finetune.cli.main import main  # noqa: E402
 from finetune.runtime import fault_injection  # noqa: E402
 from finetune.training import run as training_run  # noqa: E402
 

@@ -19,7 +19,7 @@ from tests.helpers.train_helpers import adapter_of, record_of, steps_in
 torch = pytest.importorskip("torch")
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
-from finetune.cli import main  # noqa: E402
+from finetune.cli.main import main  # noqa: E402
 from finetune.config.load import config_hash, load_config  # noqa: E402
 from finetune.data.prompts import PromptTemplate, encode_examples, load_template  # noqa: E402
 from finetune.data.records import read_records  # noqa: E402

@@ -23,7 +23,7 @@ from tests.helpers.train_helpers import adapter_of, at_step, change, record_of, 
 torch = pytest.importorskip("torch")
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
-from finetune.cli import main  # noqa: E402
+from finetune.cli.main import main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ROOT = Path(__file__).resolve().parents[2]

@@ -80,7 +80,7 @@ def test_the_trainer_itself_plans_the_same_steps_and_validation_passes(
     tiny_config: Callable[..., Path], tmp_path: Path, no_keys: None
 ) -> None:
     pytest.importorskip("torch")
-    from finetune.cli import main
+    from finetune.cli.main import main
 
     config = tiny_config(training={"max_steps": -1, "num_train_epochs": 0.4, "eval_steps": 2})  # 2.4 steps
     assert main(["train", str(config)]) == 0

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from finetune.cli import main  # noqa: E402
+from finetune.cli.main import main  # noqa: E402
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection  # noqa: E402
 from finetune.data.prompts import PromptTemplate  # noqa: E402
 from finetune.data.records import read_records  # noqa: E402

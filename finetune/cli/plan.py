@@ -1,38 +1,38 @@
-"""The commands that deal with rented machines: `plan` and `machine`. Part of the command line (cli.py)."""
+"""`finetune plan`: what the run would cost on each GPU."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.cli.arguments import OVERRIDES, add_command, positive
 from finetune.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
     from finetune.cloud.plan.plan import Ceilings
     from finetune.config.schema import RunConfig
 
-AddCommand = Callable[..., argparse.ArgumentParser]
 
-
-def add_commands(commands: Any, add: AddCommand, overrides_help: str) -> None:
-    plan = add(
-        commands, "plan", _plan, "what the run would cost on each GPU: memory, hours, dollars, and which to take",
+def add(commands: Any) -> None:
+    plan = add_command(
+        commands,
+        "plan",
+        _plan,
+        "what the run would cost on each GPU: memory, hours, dollars, and which to take",
         "finetune plan configs/mistral_7b_qlora.yaml --max-run-usd 20\n"
         "  finetune plan configs/mistral_7b_qlora.yaml --memory",
-    )  # fmt: skip
-    plan.add_argument("config", type=Path, metavar="CONFIG")
-    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
-    plan.add_argument(
-        "--max-run-usd", type=_positive, metavar="USD", help="ceiling for the whole run (default: budget.max_run_usd)"
     )
-    plan.add_argument("--max-hourly-usd", type=_positive, metavar="USD", help="ceiling for the machine, an hour")
+    plan.add_argument("config", type=Path, metavar="CONFIG")
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     plan.add_argument(
-        "--max-hours", type=_positive, metavar="HOURS", help="ceiling for the run (default: budget.max_hours)"
+        "--max-run-usd", type=positive, metavar="USD", help="ceiling for the whole run (default: budget.max_run_usd)"
+    )
+    plan.add_argument("--max-hourly-usd", type=positive, metavar="USD", help="ceiling for the machine, an hour")
+    plan.add_argument(
+        "--max-hours", type=positive, metavar="HOURS", help="ceiling for the run (default: budget.max_hours)"
     )
     kinds = plan.add_mutually_exclusive_group()
     kinds.add_argument("--spot", dest="spot", action="store_const", const=True, help="spot machines only")
@@ -44,23 +44,6 @@ def add_commands(commands: Any, add: AddCommand, overrides_help: str) -> None:
         "--write", type=Path, metavar="TASK", help="put the order into this task YAML, such as sky/train_cheapest.yaml"
     )
     plan.add_argument("--json", action="store_true", help="the plan for programs")
-
-    machine = add(commands, "machine", _machine, "what this rented machine costs an hour", "finetune machine")
-    machine.add_argument(
-        "--max-run-usd", type=_positive, metavar="USD", help="dollars that this machine may still cost"
-    )
-    machine.add_argument("--max-hours", type=_positive, metavar="HOURS", help="hours that it may go on at most")
-    machine.add_argument("--wall-hours", action="store_true", help="print only the hours that both allow from now")
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -117,26 +100,3 @@ def _ceilings(arguments: argparse.Namespace, config: RunConfig) -> Ceilings:
         run_usd=arguments.max_run_usd or config.budget.max_run_usd,
         hours=arguments.max_hours or config.budget.max_hours,
     )
-
-
-def _machine(arguments: argparse.Namespace) -> int:
-    from finetune.machine.price import machine_price, this_machine, wall_hours
-
-    price = machine_price()
-    hours = wall_hours(price, max_run_usd=arguments.max_run_usd, max_hours=arguments.max_hours)
-    if arguments.wall_hours:
-        if hours is None:
-            raise UserError(
-                "--wall-hours: nothing limits it: give --max-hours, or --max-run-usd on a machine with a price"
-            )
-        print(f"{hours:.4f}")
-        return EXIT_OK
-    if price is None:
-        raise UserError("no price came with this machine: it was not launched by SkyPilot under our policy (.sky.yaml)")
-    machine = this_machine()
-    kind = {True: "spot", False: "on-demand", None: "spot or on-demand unknown"}[machine.spot]
-    where = f"{machine.gpu or 'GPU unknown'}, {kind}, {machine.zone or 'zone unknown'}"
-    print(f"{where}: ${price.usd_per_hour:.4f} an hour ({price.basis})")
-    if hours is not None:
-        print(f"may go on for {hours:.2f} h")
-    return EXIT_OK

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.cli import main
+from finetune.cli.main import main
 from tests.helpers.catalog_fixture import lay_out_catalog, shared_catalog
 from tests.helpers.plan_examples import run_values, write_manifest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "configs" / "mistral_7b_qlora.yaml"
 Shown = pytest.CaptureFixture[str]
 
@@ -73,7 +73,7 @@ BLOCKED = """
 import sys
 for name in ("torch", "sky", "transformers", "numpy", "pandas"):
     sys.modules[name] = None
-from finetune.cli import main
+from finetune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

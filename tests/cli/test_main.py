@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from finetune import cli
+from finetune.cli import arguments as arguments_module
+from finetune.cli import config as config_module
+from finetune.cli import main as cli
 from finetune.config.load import load_config
 from finetune.doctor import local as local_doctor
 from finetune.doctor.check import Check
@@ -24,7 +26,7 @@ from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import make_database, row, write_jsonl
 from tests.helpers.report_fixtures import build_run, rows, write_evaluation
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "matplotlib", "jinja2", "sqlglot", "omegaconf", "numpy")
 
 
@@ -46,7 +48,7 @@ def test_large_imports_leave_the_search_for_garbage_on(imported: bool, monkeypat
         monkeypatch.setitem(sys.modules, "transformers", sys)
     else:
         monkeypatch.delitem(sys.modules, "transformers", raising=False)
-    with pytest.raises(ImportError), cli._large_imports():
+    with pytest.raises(ImportError), arguments_module._large_imports():
         assert gc.isenabled() == imported
         import finetune.no_such_module  # type: ignore[import-not-found]  # noqa: F401
     assert gc.isenabled()
@@ -100,7 +102,7 @@ def test_help_imports_nothing_heavy() -> None:
     program = f"""
 import contextlib, io, sys
 for name in {HEAVY}: sys.modules[name] = None
-from finetune import cli; from finetune.doctor import local as doctor
+from finetune.cli import main as cli; from finetune.doctor import local as doctor
 for command in {COMMANDS}:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
         cli.main([*command, "--help"])
@@ -203,7 +205,7 @@ def test_a_message_of_several_lines_is_put_on_one(
     def fail(_: argparse.Namespace) -> int:
         raise UserError("first line\nsecond line")
 
-    monkeypatch.setattr(cli, "_config", fail)
+    monkeypatch.setattr(config_module, "_config", fail)
     assert cli.main(["config", str(config)]) == 2
     assert capsys.readouterr().err == "finetune: first line second line\n"
 
@@ -214,7 +216,7 @@ def test_ctrl_c_exits_with_the_code_that_may_be_retried(
     def interrupted(_: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_config", interrupted)
+    monkeypatch.setattr(config_module, "_config", interrupted)
     assert cli.main(["config", str(config)]) == 75
     assert capsys.readouterr() == ("", "finetune: interrupted\n")
 

@@ -1,0 +1,98 @@
+"""What the commands share: how one is added, and how a config and its overrides are read."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.runtime.console import typed_text
+
+if TYPE_CHECKING:
+    from finetune.config.schema import RunConfig
+
+
+OVERRIDES = "key=value pairs that override the config, such as training.num_train_epochs=1"
+
+
+def add_command(
+    commands: Any, name: str, command: Callable[[argparse.Namespace], int] | None, summary: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def loaded(arguments: argparse.Namespace, path: Path | None = None) -> RunConfig:
+    from finetune.config.load import load_config
+
+    return load_config(path or arguments.config, arguments.overrides)
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
+
+
+@contextmanager
+def large_imports() -> Iterator[None]:
+    """Around the import of torch and transformers. A fifth of its CPU time was the search for garbage among half a million
+    objects that stay; they are left out of every later search, too."""
+    if "transformers" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def text(argument: str) -> str:
+    try:
+        return typed_text(argument)
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, found {argument!a}") from None
+
+
+def tell_result(folder: Path) -> None:
+    """Write a run's report; print its score and where it lies."""
+    from finetune.report.render import write_report
+    from finetune.report.source import read_run
+    from finetune.run_folder import open_run
+
+    run = open_run(folder)
+    summary = write_report(run.path)
+    before, after = summary["base_execution_accuracy"], summary["tuned_execution_accuracy"]
+    if summary["questions"]:
+        print(f"execution accuracy: {_percent(before)} before, {_percent(after)} after, on {summary['questions']} "
+              f"{read_run(run.path).which_questions}")  # fmt: skip
+    else:
+        print("execution accuracy: unknown, because the run was not evaluated")
+    print(f"report: {run.path / 'report.html'}")
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"

@@ -1,0 +1,51 @@
+"""`finetune demo`: all of it, in so many minutes."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune.cli.arguments import add_command, add_config, large_imports, loaded, tell_result
+from finetune.errors import EXIT_OK
+
+
+def add(commands: Any) -> None:
+    demo = add_command(
+        commands,
+        "demo",
+        _demo,
+        "score, train, score again and report, in about so many minutes on any machine",
+        "finetune demo configs/demo_cpu.yaml --minutes 10",
+    )
+    add_config(demo)
+    demo.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=10.0,
+        metavar="N",
+        help="how long it may take; the pace of this machine decides what fits (default: 10)",
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    deadline = time.monotonic() + 60 * arguments.minutes
+    config = loaded(arguments)
+    from finetune.runtime.console import outliving_readers
+
+    with large_imports():
+        from finetune.demo.run import run_demo
+
+    with outliving_readers():
+        code = run_demo(config, arguments.config, deadline)
+    if code == EXIT_OK:
+        tell_result(Path(config.training.output_dir) / str(config.training.run_name))
+    return code
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected minutes, more than 0")
+    return minutes

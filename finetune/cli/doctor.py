@@ -1,0 +1,38 @@
+"""`finetune doctor`: is this machine, account, quota and bucket ready?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from finetune.cli.arguments import add_command
+from finetune.errors import UserError
+
+
+def add(commands: Any) -> None:
+    doctor = add_command(commands, "doctor", _doctor, "check this machine, accounts and packages", "finetune doctor")
+    doctor.add_argument(
+        "--cloud", action="store_true", help="what launching on Google Cloud needs counts, not what training here needs"
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from finetune.doctor.local import examine, exit_code, render
+
+    checks = examine("cloud", regions=_regions()) if arguments.cloud else examine("train")
+    print(render(checks))
+    return exit_code(checks)
+
+
+def _regions() -> list[str] | None:
+    """The regions whose quota matters; None, all of them, where the price catalog cannot be read."""
+    from finetune.cloud.catalog.offers import load_catalog
+    from finetune.cloud.plan.plan import regions_in_question
+    from finetune.config.schema import PlanSection
+
+    try:
+        return regions_in_question(load_catalog(), PlanSection())
+    except UserError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return None

@@ -1,0 +1,45 @@
+"""`finetune generate`: one question, answered with SQL."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from finetune.cli.arguments import add_command, text
+from finetune.errors import EXIT_OK, UserError
+
+
+def add(commands: Any) -> None:
+    generate = add_command(
+        commands,
+        "generate",
+        _generate,
+        "answer one question with SQL",
+        'finetune generate runs/demo --db shop.sqlite --run "Which customers ordered twice in May?"',
+    )
+    generate.add_argument("run_folder", type=Path, metavar="RUN")
+    generate.add_argument("question", type=text, metavar="QUESTION")
+    generate.add_argument(
+        "--db", type=Path, required=True, metavar="FILE", help="a SQLite file, or a schema as .sql file"
+    )
+    generate.add_argument("--run", action="store_true", help="also run the SQL, read-only, and print the rows")
+    generate.add_argument(
+        "--evidence", type=text, metavar="TEXT", help="a hint that the prompt shows with the question"
+    )
+    generate.add_argument("--base", action="store_true", help="ask the base model instead of the tuned one")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from finetune.run_folder import open_run
+
+    run = open_run(arguments.run_folder)
+    from finetune.evaluation.ask import ask, is_schema, run_and_format
+
+    if arguments.run and is_schema(arguments.db):
+        raise UserError(f"{arguments.db}: a schema has no rows; give a SQLite file to --db to use --run")
+    sql = ask(run, arguments.db, arguments.question, evidence=arguments.evidence, base=arguments.base)
+    print(sql)
+    if arguments.run:
+        print(run_and_format(arguments.db, sql, run.config().evaluation.timeout_seconds))
+    return EXIT_OK

@@ -1,0 +1,39 @@
+"""`finetune machine`: what this rented machine costs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from finetune.cli.arguments import add_command, positive
+from finetune.errors import EXIT_OK, UserError
+
+
+def add(commands: Any) -> None:
+    machine = add_command(commands, "machine", _machine, "what this rented machine costs an hour", "finetune machine")
+    machine.add_argument("--max-run-usd", type=positive, metavar="USD", help="dollars that this machine may still cost")
+    machine.add_argument("--max-hours", type=positive, metavar="HOURS", help="hours that it may go on at most")
+    machine.add_argument("--wall-hours", action="store_true", help="print only the hours that both allow from now")
+
+
+def _machine(arguments: argparse.Namespace) -> int:
+    from finetune.machine.price import machine_price, this_machine, wall_hours
+
+    price = machine_price()
+    hours = wall_hours(price, max_run_usd=arguments.max_run_usd, max_hours=arguments.max_hours)
+    if arguments.wall_hours:
+        if hours is None:
+            raise UserError(
+                "--wall-hours: nothing limits it: give --max-hours, or --max-run-usd on a machine with a price"
+            )
+        print(f"{hours:.4f}")
+        return EXIT_OK
+    if price is None:
+        raise UserError("no price came with this machine: it was not launched by SkyPilot under our policy (.sky.yaml)")
+    machine = this_machine()
+    kind = {True: "spot", False: "on-demand", None: "spot or on-demand unknown"}[machine.spot]
+    where = f"{machine.gpu or 'GPU unknown'}, {kind}, {machine.zone or 'zone unknown'}"
+    print(f"{where}: ${price.usd_per_hour:.4f} an hour ({price.basis})")
+    if hours is not None:
+        print(f"may go on for {hours:.2f} h")
+    return EXIT_OK

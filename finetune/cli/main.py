@@ -1,0 +1,74 @@
+"""The command line: the only place that parses arguments and prints results. Heavy modules are imported by the
+sub-command that needs them, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from finetune.cli import config, data, demo, doctor, evaluate, generate, machine, plan, report, train
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
+from finetune.runtime.console import not_encoded, one_line, print_anything, typed_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 something is missing, 2 the user's mistake, 75 interrupted."""
+    print_anything()
+    parsed = _parse(arguments)
+    _quiet_libraries()
+    try:
+        code: int = parsed.command(parsed)
+        sys.stdout.flush()  # here, where a reader that has gone is caught
+        return code
+    except UserError as error:
+        print(f"finetune: {one_line(str(error))}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except UnicodeEncodeError as error:
+        print(f"finetune: {not_encoded(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("finetune: interrupted", file=sys.stderr)
+        return EXIT_TRANSIENT
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """KEY=VALUE pairs may also come after an option, where argparse alone no longer takes them."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    if hasattr(parsed, "overrides"):  # values for a config, which is UTF-8 everywhere
+        try:
+            parsed.overrides = [typed_text(word) for word in parsed.overrides]
+        except UnicodeDecodeError as error:
+            parser.error(f"KEY=VALUE: expected text in UTF-8, found {error.object!r}")
+    return parsed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune",
+        description="Fine-tune a model for text-to-SQL, and measure what it learned.",
+        epilog="example:\n  finetune train configs/demo_cpu.yaml\n  finetune evaluate runs/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in (doctor, data, config, plan, machine, train, evaluate, demo, report, generate):
+        command.add(commands)
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """What libraries say on their own is rarely for the user; an explicit setting of theirs wins."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a hub kernel that we do not use
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report its use to the hub

@@ -1,0 +1,22 @@
+"""`finetune report`: the run on one page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from finetune.cli.arguments import add_command, tell_result
+from finetune.errors import EXIT_OK
+
+
+def add(commands: Any) -> None:
+    report = add_command(
+        commands, "report", _report, "write report.html, report.md and summary.json", "finetune report runs/demo"
+    )
+    report.add_argument("run", type=Path, metavar="RUN")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    tell_result(arguments.run)
+    return EXIT_OK

@@ -1,0 +1,87 @@
+"""`finetune train`: a new run, or one that goes on."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded
+from finetune.errors import UserError
+
+
+def add(commands: Any) -> None:
+    train = add_command(
+        commands,
+        "train",
+        _train,
+        "fine-tune the model of a config",
+        "finetune train configs/demo_cpu.yaml training.num_train_epochs=1\n  finetune train --resume runs/demo\n"
+        "  finetune train --resume runs/demo --max-run-usd 20",
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on with the run whose folder is given instead of a config"
+    )
+    train.add_argument("target", type=Path, metavar="CONFIG|RUN", help="a config file; with --resume a run folder")
+    for option, unit, what in (("--max-run-usd", "USD", "dollars"), ("--max-hours", "HOURS", "hours")):
+        train.add_argument(
+            option,
+            metavar=unit,
+            help=f"ceiling in {what}, all attempts together: the same as the override budget.{_budget_key(option)}={unit}; with "
+            "--resume it is written into config.yaml of the run folder, where it stays",
+        )
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from finetune.machine.hardware import let_segments_grow
+
+    let_segments_grow()
+    from finetune.runtime import distributed
+    from finetune.runtime.console import outliving_readers
+
+    with outliving_readers(), distributed.together():  # so that a fault of all processes is told once
+        return _train_here(arguments)
+
+
+def _train_here(arguments: argparse.Namespace) -> int:
+    ceilings = _typed_ceilings(arguments)
+    if arguments.resume:
+        if arguments.overrides:
+            raise UserError("--resume takes the config in the run folder; overrides would make it another run")
+        from finetune.run_folder import open_run
+
+        run = open_run(arguments.target)
+        with large_imports():
+            from finetune.training.run import resume
+
+        return resume(run, ceilings)
+    arguments.overrides += [f"budget.{key}={value!r}" for key, value in ceilings.items()]
+    config = loaded(arguments, arguments.target)
+    with large_imports():
+        from finetune.training.run import start
+
+    return start(config, arguments.target)
+
+
+def _typed_ceilings(arguments: argparse.Namespace) -> dict[str, float]:
+    """By their keys in the section budget. Raises UserError for what is no number above 0."""
+    ceilings = {}
+    for option in ("--max-run-usd", "--max-hours"):
+        text = getattr(arguments, key := _budget_key(option))
+        if text is None:
+            continue
+        if any(word.startswith(f"budget.{key}=") for word in arguments.overrides):
+            raise UserError(f"{option}: is the same as budget.{key}=, which is given too; leave one of them out")
+        try:
+            ceilings[key] = float(text)
+        except ValueError:
+            ceilings[key] = math.nan
+        if not 0 < ceilings[key] < math.inf:
+            raise UserError(f"{option}: expected a number above 0, found {text!r}")
+    return ceilings
+
+
+def _budget_key(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
