@@ -50,10 +50,10 @@ test-all: check  ## everything there is but GPUs: all tests, 50 kills, every emu
 # A project costs money, so it is taken from the command line alone, not from a variable that happens to be set.
 typed = $(if $(filter command,$(origin $(1))),$($(1)))
 cloud-test: $(READY)  ## the real SkyPilot on an emulated Google Cloud, as root (SCENARIO=name; GCP_PROJECT=project: for money)
-	@SUITE=whole GCP_PROJECT='$(call typed,GCP_PROJECT)' YES='$(call typed,YES)' SCENARIO='$(SCENARIO)' bash tools/cloud_test.sh
+	@SUITE=whole GCP_PROJECT='$(call typed,GCP_PROJECT)' YES='$(call typed,YES)' SCENARIO='$(SCENARIO)' bash dev/cloud_test.sh
 
 cloud-test-short: $(READY)  ## one guard for each kind of those scenarios, as in CI
-	@SUITE=short SCENARIO='$(SCENARIO)' GCP_PROJECT='' bash tools/cloud_test.sh
+	@SUITE=short SCENARIO='$(SCENARIO)' GCP_PROJECT='' bash dev/cloud_test.sh
 
 chaos: $(READY)  ## kill training runs over and over (CHAOS_KILLS=50) and compare how they end
 	@$(BIN)/python -m chaos --kills $(CHAOS_KILLS)
@@ -69,7 +69,7 @@ format: $(READY)  ## format the code
 	@$(BIN)/ruff format .
 
 constraints: $(READY)  ## renew constraints.txt from what the extras resolve to today
-	@$(BIN)/python tools/constraints.py
+	@$(BIN)/python dev/constraints.py
 
 clean:  ## remove .venv and caches; runs and data stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

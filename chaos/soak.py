@@ -81,7 +81,7 @@ class Bench:
         return self.runs / name
 
     def one_attempt(self, run: Run, kill: Kill | None, *, deed: Deed | None = None, full_disk: bool = False) -> Attempt:
-        """What a managed job runs, as tools/machine_train.sh decides it: a new run, or the one that has a record."""
+        """What a managed job runs, as on_machine/train.sh decides it: a new run, or the one that has a record."""
         before = set(booked(run.folder))
         begun = (run.folder / "run.json").is_file()
         if not begun:
@@ -115,7 +115,7 @@ class Bench:
 
 
 class NotOurs(Exception):
-    """The run's folder holds files, but no record: tools/machine_train.sh does not touch it, and the run is stuck."""
+    """The run's folder holds files, but no record: on_machine/train.sh does not touch it, and the run is stuck."""
 
 
 def uninterrupted(bench: Bench, kind: Kind) -> Run:

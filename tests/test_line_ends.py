@@ -67,7 +67,7 @@ def test_it_is_gitattributes_that_keeps_them_out(clone: Path, tmp_path: Path) ->
     git(clone, "clone", "--quiet", "--no-checkout", f"file://{clone}", str(bare))
     (bare / ".git" / "info" / "attributes").write_text("* text=auto !eol\n")
     git(bare, "-c", "core.autocrlf=true", "checkout", "--quiet")
-    assert {"Makefile", "tools/machine_setup.sh", "sky/train_t4.yaml", "data/build.py"} <= windows_files(bare)
+    assert {"Makefile", "on_machine/setup.sh", "sky/train_t4.yaml", "data/build.py"} <= windows_files(bare)
 
 
 # --- a working copy that has them already
@@ -79,7 +79,7 @@ def test_doctor_names_the_scripts_and_the_command_that_mends_them(tmp_path: Path
     [good] = line_end_checks(tmp_path)
     assert (good.status, good.found) == ("ok", "LF")
     to_windows(tmp_path / "Makefile")
-    to_windows(tmp_path / "tools" / "machine_setup.sh")
+    to_windows(tmp_path / "tools" / "setup.sh")
     [bad] = line_end_checks(tmp_path)
     assert (bad.status, bad.found) == ("missing", "CR LF in Makefile and 1 more")
     command = bad.advice.split("`")[1]
@@ -106,15 +106,15 @@ def test_a_launch_with_windows_scripts_is_refused_by_one_line(
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
     task = yaml.safe_load((ROOT / "sky" / "train_t4.yaml").read_text(encoding="utf-8")) | {"workdir": str(tmp_path)}
     assert "error" not in worker.ask("optimize", task, policy=POLICY, request=request_name)
-    to_windows(tmp_path / "tools" / "machine_common.sh")
+    to_windows(tmp_path / "tools" / "common.sh")
     answer = worker.ask("optimize", task, policy=POLICY, request=request_name)
     assert answer["error"] == "UserRequestRejectedByPolicy"
     said = answer["message"]
-    assert "tools/machine_common.sh: with Windows line ends (CR LF)" in said
-    assert r"by sed -i 's/\r$//' tools/machine_common.sh" in said
-    to_windows(tmp_path / "tools" / "machine_room.sh")
+    assert "on_machine/common.sh: with Windows line ends (CR LF)" in said
+    assert r"by sed -i 's/\r$//' on_machine/common.sh" in said
+    to_windows(tmp_path / "tools" / "room.sh")
     assert (
-        "tools/machine_common.sh, tools/machine_room.sh"
+        "on_machine/common.sh, on_machine/room.sh"
         in worker.ask("optimize", task, policy=POLICY, request=request_name)["message"]
     )
 
@@ -122,7 +122,7 @@ def test_a_launch_with_windows_scripts_is_refused_by_one_line(
 def test_a_windows_task_file_is_the_same_task(worker: SkyWorker, tmp_path: Path) -> None:
     """Its commands too, which become scripts on the machine; also those of several lines."""
     text = (ROOT / "sky" / "train_t4.yaml").read_text(encoding="utf-8")
-    text = text.replace("run: bash tools/machine_train.sh", "run: |\n  set -e\n  bash tools/machine_train.sh")
+    text = text.replace("run: bash on_machine/train.sh", "run: |\n  set -e\n  bash on_machine/train.sh")
     assert "run: |" in text
     unix, windows = tmp_path / "unix.yaml", tmp_path / "windows.yaml"
     for path in (unix, windows):

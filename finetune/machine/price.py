@@ -21,7 +21,7 @@ from finetune.machine.hardware import nvidia_driver
 
 VARIABLE = "FINETUNE_PRICES"
 KEPT = Path(".finetune") / "prices.json"
-"""In the home folder; written by tools/machine_setup.sh."""
+"""In the home folder; written by on_machine/setup.sh."""
 
 
 @dataclass(frozen=True)

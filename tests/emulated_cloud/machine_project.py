@@ -1,4 +1,5 @@
-"""The project's own part of the machines' image: what tools/machine_setup.sh installs, by that script, before any machine starts.
+"""The project's own part of the machines' image: what on_machine/setup.sh installs, by that script, before any machine
+starts.
 
 On a rented machine this takes minutes and the registry; here it is done once, as the machine's user, in the folder that
 SkyPilot will sync the project to. A launch then finds the stamp of a set-up that is whole, as a second launch on a machine does.
@@ -36,7 +37,7 @@ def checkout(folder: Path) -> Path:
 
 
 def fingerprint() -> str:
-    files = [ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "tools" / "machine_setup.sh"]
+    files = [ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "on_machine" / "setup.sh"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -58,7 +59,7 @@ def prepare_project(image: Path) -> None:
         checkout(place)
         check(booted.run(["chown", "-R", f"{USER}:{USER}", WORKDIR], env=user_env()))
         env = user_env() | SETTINGS
-        command = f"cd {WORKDIR} && bash tools/machine_setup.sh"
+        command = f"cd {WORKDIR} && bash on_machine/setup.sh"
         check(booted.run(["bash", "-c", command], user=USER, env=env, timeout=1800))
         put_hook(folder / "upper", PACKAGES)
         compiling = ["python3.11", "-m", "compileall", "-q", "-j", "2", "-x", NOT_COMPILED, PACKAGES]

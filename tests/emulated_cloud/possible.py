@@ -69,7 +69,7 @@ def reasons() -> Iterator[str]:
     if python310() is None:
         yield "no Python 3.10 in a folder of its own, which SkyPilot's runtime on the machines wants: pyenv install 3.10"
     if not shutil.which("python3.11", path="/usr/local/bin:/usr/bin"):
-        yield "no python3.11 in /usr/bin (Debian 12 has it), which tools/machine_setup.sh wants on the machines"
+        yield "no python3.11 in /usr/bin (Debian 12 has it), which on_machine/setup.sh wants on the machines"
     if root and not lacking:
         refused = kernel_refuses()
         if own := own_network():

@@ -1,4 +1,5 @@
-"""A rented machine for the scripts of tools/: a checkout, a home, a bucket, and stand-ins for the programs that cost money.
+"""A rented machine for the scripts of on_machine/: a checkout, a home, a bucket, and stand-ins for the programs that
+cost money.
 
 The stand-ins record how they were called; the scripts, bash, timeout and `finetune config` are the real ones.
 """
@@ -104,7 +105,7 @@ class RentedMachine:
 
     def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
         """The script as SkyPilot starts it, in the root of the checkout; its words come on stderr."""
-        command = ["bash", f"tools/{script}", *arguments]
+        command = ["bash", f"on_machine/{script}", *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(
             command,
@@ -133,7 +134,7 @@ def rent(folder: Path) -> RentedMachine:
     """A machine whose set-up is done: programs in ~/finetune-env, an empty bucket, a checkout with scripts and config.yaml."""
     machine = RentedMachine(folder)
     machine.bucket.mkdir(parents=True)
-    shutil.copytree(ROOT / "tools", machine.checkout / "tools")
+    shutil.copytree(ROOT / "on_machine", machine.checkout / "on_machine")
     (machine.checkout / "config.yaml").write_text(CONFIG, encoding="utf-8")
     (machine.checkout / "data").mkdir()
     (machine.checkout / "data" / "build.py").write_text("open('data/was-built', 'w').close()\n", encoding="utf-8")

@@ -362,7 +362,7 @@ def test_the_id_is_that_of_the_user_then_of_the_folder_then_of_the_task(
     monkeypatch.setenv("SKYPILOT_TASK_ID", TASK)
     of_task = wandb_run_id(tmp_path, "mine")
     assert re.fullmatch(r"mine-[0-9a-f]{8}", of_task) and wandb_run_id(tmp_path, "mine") == of_task
-    assert wandb_run_id(tmp_path, TASK) == TASK  # as tools/machine_train.sh names it
+    assert wandb_run_id(tmp_path, TASK) == TASK  # as on_machine/train.sh names it
     monkeypatch.setenv("SKYPILOT_TASK_ID", "another")
     assert wandb_run_id(tmp_path, "mine") != of_task
     (tmp_path / "wandb-run-id").write_text("kept\n")

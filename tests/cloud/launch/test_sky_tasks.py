@@ -24,7 +24,9 @@ from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 ROOT = Path(__file__).resolve().parents[3]
 TASKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "sky").rglob("*.y*ml"))
 TRAINING = [path for path in TASKS if Path(path).name.startswith("train_")]
-SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tools").rglob("*.sh"))
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT)) for folder in ("on_machine", "dev") for path in (ROOT / folder).rglob("*.sh")
+)
 ONE_GPU = {
     "sky/train_a100.yaml": "A100",
     "sky/train_t4.yaml": "T4",

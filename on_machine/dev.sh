@@ -3,8 +3,8 @@
 # wants its token, which stays out of SkyPilot's log.
 #
 # Environment: MAX_RUN_USD, MAX_HOURS. Ends by itself when nothing has run for IDLE_SECONDS, so that autostop can do its work.
-# shellcheck source=tools/machine_common.sh
-. "$(dirname "$0")/machine_common.sh"
+# shellcheck source=on_machine/common.sh
+. "$(dirname "$0")/common.sh"
 
 readonly IDLE_SECONDS=1800
 require_bucket

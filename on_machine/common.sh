@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the scripts share that run on a rented machine; each begins with: . "$(dirname "$0")/machine_common.sh"
+# What the scripts share that run on a rented machine; each begins with: . "$(dirname "$0")/common.sh"
 #
-# ~/finetune-env              the environment, made by tools/machine_setup.sh
+# ~/finetune-env              the environment, made by on_machine/setup.sh
 # /bucket/runs/<run>          run folders: they outlive the machine
 # /bucket/data/<set>-<id>     prepared sets; <id> begins the SHA-256 of manifest.json, so such a folder never changes
 # /bucket/data/by-config/<h>  which of them was last used for a config whose data section has the hash <h>
@@ -146,7 +146,7 @@ limit_hours() {  # hours that MAX_RUN_USD and MAX_HOURS leave to this machine, f
 }
 
 # run_limited HOURS COMMAND...: sets `code` to the command's exit code, to 124 when its time was up, to 2 when the disk was nearly
-# full (tools/machine_room.sh). Then, and when we get SIGTERM, the command gets SIGTERM and has GRACE_SECONDS to save its work. It
+# full (on_machine/room.sh). Then, and when we get SIGTERM, the command gets SIGTERM and has GRACE_SECONDS to save its work. It
 # gets it once, because a second one means: at once (without --foreground `timeout` sends two), and it alone, because it still
 # needs the processes that it has started.
 run_limited() {
@@ -156,7 +156,7 @@ run_limited() {
   timeout --foreground --signal=TERM --kill-after="$GRACE_SECONDS" "${hours}h" "$@" &
   child=$!
   rm -f "$STATE/room.full"
-  (setsid bash tools/machine_room.sh "$child" "$STATE/room" </dev/null >/dev/null 2>&1 &)  # outlives us where SkyPilot ends us
+  (setsid bash on_machine/room.sh "$child" "$STATE/room" </dev/null >/dev/null 2>&1 &)  # outlives us where SkyPilot ends us
   trap 'trap : TERM INT; kill -TERM "$child" 2>/dev/null || true' TERM INT
   while :; do  # `wait` also ends when a signal arrives; asked again, it still knows how the command ended
     wait "$child" || true

@@ -1,4 +1,5 @@
-"""How prepared data travel between laptop, bucket and machine (fetch_data of tools/machine_common.sh), with the real scripts."""
+"""How prepared data travel between laptop, bucket and machine (fetch_data of on_machine/common.sh), with the real
+scripts."""
 
 from __future__ import annotations
 
@@ -28,14 +29,14 @@ def keep_set_of_a_run(machine: RentedMachine) -> str:
 
 def test_data_that_came_along_are_used_and_kept_for_the_next_machine(machine: RentedMachine, tmp_path: Path) -> None:
     lay_out_set(machine.checkout / SET, "on the laptop")
-    machine.run("machine_train.sh")
+    machine.run("train.sh")
     assert not machine.called("data")
     (kept,) = sets_in(machine)
     assert kept.name == f"shop-{sha256(kept / 'manifest.json')[:12]}"
     assert (kept / "databases/shop/shop.sqlite").read_text() == "on the laptop"
     second = rent(tmp_path / "second")
     second.env["FINETUNE_MOUNT"] = str(machine.bucket)
-    code, said = second.run("machine_train.sh", RUN_NAME="other")
+    code, said = second.run("train.sh", RUN_NAME="other")
     assert code == 0, said
     assert not second.called("data")
     assert (second.checkout / SET / "manifest.json").read_text() == '{"made": "on the laptop"}'
@@ -43,7 +44,7 @@ def test_data_that_came_along_are_used_and_kept_for_the_next_machine(machine: Re
 
 
 def test_data_that_are_nowhere_are_prepared_and_kept(machine: RentedMachine) -> None:
-    code, said = machine.run("machine_train.sh", OVERRIDES="data.seed=3")
+    code, said = machine.run("train.sh", OVERRIDES="data.seed=3")
     assert code == 0, said
     assert machine.called("data") == ["data prepare config.yaml data.seed=3"]
     assert (machine.checkout / "data/was-built").exists(), "the config names data/built"
@@ -52,37 +53,37 @@ def test_data_that_are_nowhere_are_prepared_and_kept(machine: RentedMachine) -> 
 
 
 def test_data_made_by_another_config_are_not_used(machine: RentedMachine, tmp_path: Path) -> None:
-    machine.run("machine_train.sh")
+    machine.run("train.sh")
     second = rent(tmp_path / "second")
     second.env["FINETUNE_MOUNT"] = str(machine.bucket)
-    second.run("machine_train.sh", RUN_NAME="other", OVERRIDES="data.max_train_records=5")
+    second.run("train.sh", RUN_NAME="other", OVERRIDES="data.max_train_records=5")
     assert second.called("data") == ["data prepare config.yaml data.max_train_records=5"]
 
 
 def test_what_an_earlier_job_left_here_is_not_used_for_another_config(machine: RentedMachine, tmp_path: Path) -> None:
-    machine.run("machine_train.sh")
-    machine.run("machine_train.sh", RUN_NAME="again")
+    machine.run("train.sh")
+    machine.run("train.sh", RUN_NAME="again")
     assert len(machine.called("data")) == 1
-    machine.run("machine_train.sh", RUN_NAME="other", OVERRIDES="data.seed=2")
+    machine.run("train.sh", RUN_NAME="other", OVERRIDES="data.seed=2")
     assert machine.called("data")[1:] == ["data prepare config.yaml data.seed=2"]
     second = rent(tmp_path / "second")
     second.env["FINETUNE_MOUNT"] = str(machine.bucket)
-    second.run("machine_train.sh")
-    second.run("machine_train.sh", RUN_NAME="other", OVERRIDES="data.seed=3")
+    second.run("train.sh")
+    second.run("train.sh", RUN_NAME="other", OVERRIDES="data.seed=3")
     assert second.called("data") == ["data prepare config.yaml data.seed=3"]
 
 
 def test_half_a_copy_in_the_bucket_does_not_count(machine: RentedMachine, tmp_path: Path) -> None:
     lay_out_set(machine.checkout / SET, "on the laptop")
-    machine.run("machine_train.sh")
+    machine.run("train.sh")
     (kept,) = sets_in(machine)
     (kept / "manifest.json").unlink()
     (kept / "databases" / "shop" / "shop.sqlite").write_text("hal")
     second = rent(tmp_path / "second")
     second.env["FINETUNE_MOUNT"] = str(machine.bucket)
-    second.run("machine_train.sh", RUN_NAME="second")
+    second.run("train.sh", RUN_NAME="second")
     assert second.called("data prepare"), "the laptop's are not whole there"
-    machine.run("machine_train.sh", RUN_NAME="third")
+    machine.run("train.sh", RUN_NAME="third")
     assert (kept / "manifest.json").exists()
     assert (kept / "databases/shop/shop.sqlite").read_text() == "on the laptop"
 
@@ -92,12 +93,12 @@ def test_a_copy_that_was_cut_off_does_not_count_either(machine: RentedMachine) -
     lay_out_set(machine.checkout / SET, "prepared again since")
     begin_run(machine, "interrupted", data={"manifest_sha256": sha})
     machine.program(machine.home / "finetune-env" / "bin", "cp", "#!/bin/sh\nexit 1\n")
-    assert machine.run("machine_train.sh")[0] == 1
+    assert machine.run("train.sh")[0] == 1
     assert not (machine.checkout / SET / "manifest.json").exists()
     assert not machine.called("train")
 
 
-@pytest.mark.parametrize("script", ["machine_train.sh", "machine_evaluate.sh"])
+@pytest.mark.parametrize("script", ["train.sh", "evaluate.sh"])
 def test_a_run_gets_its_own_data_back_though_others_came_along(machine: RentedMachine, script: str) -> None:
     sha = keep_set_of_a_run(machine)
     lay_out_set(machine.checkout / SET, "prepared again since")

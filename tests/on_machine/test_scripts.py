@@ -1,4 +1,4 @@
-"""tools/machine_train.sh, _evaluate.sh and _dev.sh, run for real on a machine whose expensive programs are stand-ins."""
+"""on_machine/train.sh, evaluate.sh and dev.sh, run for real on a machine whose expensive programs are stand-ins."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def machine(tmp_path: Path) -> RentedMachine:
 
 
 def test_a_new_run_begins_in_the_bucket_under_its_ceiling(machine: RentedMachine) -> None:
-    code, said = machine.run("machine_train.sh", MAX_RUN_USD="7.5", OVERRIDES="lora.r=4 training.seed=1")
+    code, said = machine.run("train.sh", MAX_RUN_USD="7.5", OVERRIDES="lora.r=4 training.seed=1")
     assert code == 0, said
     assert machine.calls()[-2:] == [
         "machine --wall-hours --max-run-usd 7.5 --max-hours 24",
@@ -52,7 +52,7 @@ def test_a_new_run_begins_in_the_bucket_under_its_ceiling(machine: RentedMachine
 @pytest.mark.parametrize("status", ["interrupted", "running", "failed", "budget_stop"])
 def test_an_interrupted_run_goes_on_under_the_ceiling_typed_last(machine: RentedMachine, status: str) -> None:
     folder = begin_run(machine, status)
-    code, said = machine.run("machine_train.sh", MAX_RUN_USD="40")
+    code, said = machine.run("train.sh", MAX_RUN_USD="40")
     assert code == 0, said
     assert machine.called("train") == [f"train --resume {folder}"]
     config = load_config(folder / "config.yaml")
@@ -63,7 +63,7 @@ def test_an_interrupted_run_goes_on_under_the_ceiling_typed_last(machine: Rented
 
 def test_a_finished_run_is_left_alone(machine: RentedMachine) -> None:
     begin_run(machine, "done")
-    code, said = machine.run("machine_train.sh")
+    code, said = machine.run("train.sh")
     assert (code, machine.calls()) == (0, [])
     assert "run is done" in said
 
@@ -72,7 +72,7 @@ def test_an_attempt_that_was_cut_off_before_its_first_record_is_begun_again(mach
     folder = begin_run(machine, "running")
     (folder / "run.json").unlink()
     (folder / ".run.json.x1.tmp").touch()
-    code, said = machine.run("machine_train.sh")
+    code, said = machine.run("train.sh")
     assert code == 0, said
     assert machine.called("train config.yaml")
     assert not folder.exists(), "`finetune train` refuses a name that is taken"
@@ -82,7 +82,7 @@ def test_a_folder_of_something_else_is_not_touched(machine: RentedMachine) -> No
     folder = begin_run(machine, "running")
     (folder / "run.json").unlink()
     (folder / "thesis.txt").touch()
-    code, said = machine.run("machine_train.sh")
+    code, said = machine.run("train.sh")
     assert (code, machine.calls()) == (2, [])
     assert str(folder) in said
     assert (folder / "config.yaml").exists()
@@ -94,17 +94,17 @@ def test_a_folder_of_something_else_is_not_touched(machine: RentedMachine) -> No
 def test_without_a_name_the_run_is_named_after_the_job_also_on_the_next_machine(machine: RentedMachine) -> None:
     task = "sky-managed-2026-11-22-15-12-31-123456_train spot/a:b_12-0"
     name = "sky-managed-2026-11-22-15-12-31-123456_train-spot-a-b_12-0"
-    machine.run("machine_train.sh", RUN_NAME="", SKYPILOT_TASK_ID=task)
+    machine.run("train.sh", RUN_NAME="", SKYPILOT_TASK_ID=task)
     assert f"training.run_name={name}" in machine.called("train")[0]
     assert {f"WANDB_RUN_ID={name}", f"WANDB_NAME={name}", "WANDB_RESUME=allow"} <= set(machine.seen_environment())
     begin_run(machine, "interrupted", name)
-    machine.run("machine_train.sh")
+    machine.run("train.sh")
     assert machine.called("train")[1] == f"train --resume {machine.run_folder(name)}"
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", ".hidden", "two words", "a" * 101, "-flag"])
 def test_a_name_that_is_no_folder_is_refused(machine: RentedMachine, name: str) -> None:
-    code, said = machine.run("machine_train.sh", RUN_NAME=name)
+    code, said = machine.run("train.sh", RUN_NAME=name)
     assert (code, machine.calls()) == (2, [])
     assert "RUN_NAME" in said
     assert len(said.splitlines()) == 1
@@ -122,13 +122,13 @@ def test_a_name_that_is_no_folder_is_refused(machine: RentedMachine, name: str) 
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(machine: RentedMachine, variable: str, value: str) -> None:
-    code, said = machine.run("machine_train.sh", **{variable: value})
+    code, said = machine.run("train.sh", **{variable: value})
     assert (code, machine.called("train")) == (2, [])
     assert variable in said
 
 
 def test_empty_secrets_count_as_none_and_others_arrive(machine: RentedMachine) -> None:
-    machine.run("machine_train.sh", WANDB_API_KEY="", HF_TOKEN="token-of-mine")
+    machine.run("train.sh", WANDB_API_KEY="", HF_TOKEN="token-of-mine")
     seen = machine.seen_environment()
     assert "HF_TOKEN=token-of-mine" in seen
     assert not [line for line in seen if line.startswith("WANDB_API_KEY")]
@@ -136,14 +136,14 @@ def test_empty_secrets_count_as_none_and_others_arrive(machine: RentedMachine) -
 
 def test_without_a_bucket_nothing_starts(machine: RentedMachine) -> None:
     machine.bucket.rmdir()
-    code, said = machine.run("machine_train.sh")
+    code, said = machine.run("train.sh")
     assert (code, machine.calls()) == (2, [])
     assert "no bucket" in said
 
 
 def test_a_broken_config_is_the_users_mistake(machine: RentedMachine) -> None:
     (machine.checkout / "config.yaml").write_text(CONFIG + "trainnig: {}\n")
-    code, said = machine.run("machine_train.sh")
+    code, said = machine.run("train.sh")
     assert (code, machine.calls()) == (2, [])
     assert "trainnig" in said
     assert not (machine.bucket / "runs").exists()
@@ -154,12 +154,12 @@ def test_a_broken_config_is_the_users_mistake(machine: RentedMachine) -> None:
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
 def test_the_exit_code_of_training_is_the_jobs(machine: RentedMachine, code: int) -> None:
-    assert machine.run("machine_train.sh", FAKE_CODE=str(code))[0] == code
+    assert machine.run("train.sh", FAKE_CODE=str(code))[0] == code
 
 
 @pytest.mark.parametrize("work", [SLOW_TO_STOP, DEAF], ids=["saves", "hangs"])
 def test_when_the_hours_are_over_the_job_ends_well_and_is_not_restarted(machine: RentedMachine, work: str) -> None:
-    code, said = machine.run("machine_train.sh", FAKE_HOURS="0.0004", FAKE_WORK=work)
+    code, said = machine.run("train.sh", FAKE_HOURS="0.0004", FAKE_WORK=work)
     assert code == 0, said
     assert "0.0004 hours are over" in said
     assert "RUN_NAME=run" in said
@@ -167,7 +167,7 @@ def test_when_the_hours_are_over_the_job_ends_well_and_is_not_restarted(machine:
 
 def test_a_preemption_notice_reaches_training_and_it_alone_once(machine: RentedMachine) -> None:
     machine.env["FAKE_WORK"] = SLOW_TO_STOP
-    process = machine.start("machine_train.sh")
+    process = machine.start("train.sh")
     wait_for(machine.folder / "calls.ready")
     wait_for(machine.folder / "calls.tensorboard")
     process.send_signal(signal.SIGTERM)
@@ -181,7 +181,7 @@ def test_a_preemption_notice_reaches_training_and_it_alone_once(machine: RentedM
 
 def test_tensorboard_shows_all_runs_to_this_machine_alone(machine: RentedMachine) -> None:
     machine.env["FAKE_WORK"] = "import time; time.sleep(1)"
-    code, said = machine.run("machine_train.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "mine"}')
+    code, said = machine.run("train.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "mine"}')
     assert code == 0, said
     call = next(line for line in (machine.folder / "calls").read_text().splitlines() if line.startswith("tensorboard"))
     assert call.startswith(f"tensorboard --logdir {machine.bucket}/runs --host 127.0.0.1 --port 6006")
@@ -190,13 +190,13 @@ def test_tensorboard_shows_all_runs_to_this_machine_alone(machine: RentedMachine
 
 
 def test_an_unknown_price_leaves_the_wall_clock(machine: RentedMachine) -> None:
-    code, said = machine.run("machine_train.sh", FAKE_HOURS="", MAX_HOURS="3")
+    code, said = machine.run("train.sh", FAKE_HOURS="", MAX_HOURS="3")
     assert code == 0, said
     assert "at most 3 hours" in said
 
 
 def test_a_budget_that_the_machine_has_used_up_starts_nothing(machine: RentedMachine) -> None:
-    code, said = machine.run("machine_train.sh", FAKE_HOURS="0.0000")
+    code, said = machine.run("train.sh", FAKE_HOURS="0.0000")
     assert (code, machine.called("train")) == (2, [])
     assert "MAX_RUN_USD" in said
 
@@ -206,7 +206,7 @@ def test_a_budget_that_the_machine_has_used_up_starts_nothing(machine: RentedMac
 
 def test_a_named_run_is_scored_and_reported(machine: RentedMachine) -> None:
     begin_run(machine, "done")
-    code, said = machine.run("machine_evaluate.sh", BUCKET="my-bucket")
+    code, said = machine.run("evaluate.sh", BUCKET="my-bucket")
     assert code == 0, said
     assert machine.calls()[-2:] == [f"evaluate {machine.run_folder()}", f"report {machine.run_folder()}"]
     assert "gs://my-bucket/runs/run/report.html" in said
@@ -219,36 +219,36 @@ def test_without_a_name_the_newest_trained_run_is_scored_or_that_of_this_job(mac
             adapter.parent.mkdir()
             adapter.touch()
             os.utime(adapter, (10_000 - age, 10_000 - age))
-    machine.run("machine_evaluate.sh", RUN_NAME="", SKYPILOT_TASK_ID="job")
+    machine.run("evaluate.sh", RUN_NAME="", SKYPILOT_TASK_ID="job")
     assert machine.called("evaluate") == [f"evaluate {machine.run_folder('new')}"]
     begin_run(machine, "done", "job")
-    machine.run("machine_evaluate.sh")
+    machine.run("evaluate.sh")
     assert machine.called("evaluate")[1:] == [f"evaluate {machine.run_folder('job')}"]
 
 
 def test_a_run_that_is_not_there_is_named_with_those_that_are(machine: RentedMachine) -> None:
     begin_run(machine, "done", "other")
-    code, said = machine.run("machine_evaluate.sh")
+    code, said = machine.run("evaluate.sh")
     assert (code, machine.calls()) == (2, [])
     assert "other/" in said
 
 
 def test_a_failed_evaluation_is_not_reported(machine: RentedMachine) -> None:
     begin_run(machine, "done")
-    assert machine.run("machine_evaluate.sh", FAKE_CODE="2")[0] == 2
+    assert machine.run("evaluate.sh", FAKE_CODE="2")[0] == 2
     assert not machine.called("report")
 
 
 def test_an_evaluation_that_takes_too_long_fails(machine: RentedMachine) -> None:
     begin_run(machine, "done")
-    code, said = machine.run("machine_evaluate.sh", FAKE_HOURS="0.0004", FAKE_WORK="import time; time.sleep(30)")
+    code, said = machine.run("evaluate.sh", FAKE_HOURS="0.0004", FAKE_WORK="import time; time.sleep(30)")
     assert code == 2
     assert "not scored in 0.0004 hours" in said
     assert not machine.called("report")
 
 
 def test_jupyter_listens_to_this_machine_alone_keeps_its_token_and_ends_when_idle(machine: RentedMachine) -> None:
-    code, said = machine.run("machine_dev.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "dev"}')
+    code, said = machine.run("dev.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "dev"}')
     assert code == 0, said
     (call,) = machine.called("jupyter")
     assert {"--ip=127.0.0.1", "--port=8888", "--no-browser", "--ServerApp.shutdown_no_activity_timeout=1800"} <= set(
@@ -282,21 +282,21 @@ def with_gpus(machine: RentedMachine, listed: str) -> None:
 
 def test_one_process_per_gpu_trains_where_there_are_several(machine: RentedMachine) -> None:
     with_gpus(machine, TWO)
-    code, said = machine.run("machine_train.sh", FAKE_CODE="75")
+    code, said = machine.run("train.sh", FAKE_CODE="75")
     assert code == 75, said
     assert machine.calls()[-1] == (
         "-m finetune.runtime.torchrun --nproc-per-node 2 -m finetune train config.yaml "
         + ENDS.format(bucket=machine.bucket)
     )
     folder = begin_run(machine, "interrupted")
-    machine.run("machine_train.sh")
+    machine.run("train.sh")
     assert machine.calls()[-1] == f"-m finetune.runtime.torchrun --nproc-per-node 2 -m finetune train --resume {folder}"
 
 
 @pytest.mark.parametrize(("listed", "visible"), [(TWO.partition("\n")[0], ""), (TWO, "1"), ("", "")])
 def test_one_gpu_or_none_needs_one_process(machine: RentedMachine, listed: str, visible: str) -> None:
     with_gpus(machine, listed)
-    code, said = machine.run("machine_train.sh", CUDA_VISIBLE_DEVICES=visible)
+    code, said = machine.run("train.sh", CUDA_VISIBLE_DEVICES=visible)
     assert code == 0, said
     assert machine.calls()[-1] == "train config.yaml " + ENDS.format(bucket=machine.bucket)
 
@@ -305,7 +305,7 @@ def test_one_gpu_or_none_needs_one_process(machine: RentedMachine, listed: str, 
 def test_the_nodes_of_a_task_find_the_first_of_them(machine: RentedMachine, listed: str, processes: int) -> None:
     with_gpus(machine, listed)
     nodes = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5", "SKYPILOT_NODE_RANK": "1"}
-    code, said = machine.run("machine_train.sh", **nodes)
+    code, said = machine.run("train.sh", **nodes)
     assert code == 0, said
     assert machine.calls()[-1] == (
         "-m finetune.runtime.torchrun --nnodes 2 --node-rank 1 --master-addr 10.0.0.4 --master-port 29500 "

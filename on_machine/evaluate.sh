@@ -3,8 +3,8 @@
 #
 # Environment: RUN_NAME (empty: the run of this job, else the newest trained one), MAX_RUN_USD, MAX_HOURS.
 # Exit codes: those of `finetune evaluate`; 2 when the limit was too low.
-# shellcheck source=tools/machine_common.sh
-. "$(dirname "$0")/machine_common.sh"
+# shellcheck source=on_machine/common.sh
+. "$(dirname "$0")/common.sh"
 
 run_to_score() {
   local name

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Watches the disk of a rented machine while a process runs, outside the job's own processes: tools/machine_room.sh PID FILE
+# Watches the disk of a rented machine while a process runs, outside the job's own processes: on_machine/room.sh PID FILE
 #
 # A full disk ends more than the run. SkyPilot, which can then write neither a job's log nor its end, has it RUNNING for ever,
 # and autostop never takes the machine away. So a hundredth of the disk is kept as FILE, 2 GiB at most. When as little is left

@@ -2,7 +2,7 @@
 # The tests of the cloud path; `make cloud-test` calls this. Either the real SkyPilot on an emulated Google Cloud, for nothing, or,
 # where GCP_PROJECT is set, on that project, for money, after a table of what it costs at most and a `yes`.
 #
-#   tools/cloud_test.sh [PYTEST ARGUMENT...]
+#   dev/cloud_test.sh [PYTEST ARGUMENT...]
 #
 # Environment: SUITE=short       one guard for each kind of scenario, instead of all of them
 #              SCENARIO          a part of tests' names, as pytest's -k has it

@@ -2,7 +2,7 @@
 # Makes ~/finetune-env on a rented machine from constraints.txt, with the PyTorch build that its GPU can run.
 # A second launch finds its stamp and installs nothing.
 #
-#   bash tools/machine_setup.sh [ARGUMENT...]     further arguments go to one more `uv pip install`
+#   bash on_machine/setup.sh [ARGUMENT...]     further arguments go to one more `uv pip install`
 #
 # Environment: UV_TORCH_BACKEND  the build to take instead, such as cu128 (uv's names)
 #              FINETUNE_ALLOW_CPU=1  do without a GPU
