@@ -47,8 +47,6 @@ MAY_IMPORT = {
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
 without those of training/step/, which has a row of its own."""
-MOVING = {}
-"""Modules that have not moved into a package yet: they may import anything, and anything may import them."""
 
 NEEDS_TORCH = (
     "data.tokenize",
@@ -94,8 +92,6 @@ MODULES = module_files()
 
 def row(module: str) -> str:
     """The package under which the table lists a module; "" if it does not."""
-    if module in MOVING:
-        return ""
     while module and module not in MAY_IMPORT:
         module = module.rpartition(".")[0]
     return module
@@ -154,7 +150,7 @@ def python(program: str) -> str:
 
 def test_every_module_has_a_row_and_every_row_a_module() -> None:
     rows = {module: row(module) for module in MODULES}
-    assert not [module for module, name in rows.items() if not name and module not in MOVING], "give these a row"
+    assert not [module for module, name in rows.items() if not name], "give these a row"
     assert set(MAY_IMPORT) == set(rows.values()) - {""}
     assert all(needs_torch(module) == (module in NEEDS_TORCH) or row(module) in NEEDS_TORCH for module in MODULES)
     assert all(name in MODULES or name in MAY_IMPORT for name in NEEDS_TORCH)
@@ -187,7 +183,7 @@ def test_no_imports_go_in_a_circle() -> None:
 def test_training_and_cloud_do_not_know_each_other() -> None:
     work = [module for module in MODULES if row(module).split(".")[0] in ("training", "evaluation", "budget")]
     cloud = [module for module in MODULES if row(module).split(".")[0] == "cloud"]
-    assert MOVING or (work and cloud)
+    assert work and cloud
     for module in [*work, *filter(needs_torch, MODULES)]:
         assert not reached(module) & set(cloud), f"finetune.{module} runs on a GPU machine, which has no SkyPilot"
     for module in cloud:

@@ -18,7 +18,7 @@ from finetune.runtime.files import read_json, write_json, write_text
 from tests.helpers.data_examples import make_database, row, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("no_keys")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ConfigWriter = Callable[..., Path]
 LOCALES = ("PYTHONIOENCODING", "PYTHONUTF8", "PYTHONCOERCECLOCALE", "LC_ALL", "LC_CTYPE", "LANG", "LANGUAGE")
 TERMINALS = {
