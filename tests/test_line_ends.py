@@ -57,7 +57,7 @@ def windows_files(folder: Path) -> set[str]:
 
 def test_a_checkout_with_autocrlf_has_no_carriage_return(clone: Path) -> None:
     assert windows_files(clone) == set()
-    for script in sorted((clone / "tools").glob("*.sh")):
+    for script in sorted((clone / "on_machine").glob("*.sh")):
         subprocess.run(["bash", "-n", str(script)], check=True)
 
 
@@ -74,19 +74,19 @@ def test_it_is_gitattributes_that_keeps_them_out(clone: Path, tmp_path: Path) ->
 
 
 def test_doctor_names_the_scripts_and_the_command_that_mends_them(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    shutil.copytree(ROOT / "on_machine", tmp_path / "on_machine")
     shutil.copy(ROOT / "Makefile", tmp_path)
     [good] = line_end_checks(tmp_path)
     assert (good.status, good.found) == ("ok", "LF")
     to_windows(tmp_path / "Makefile")
-    to_windows(tmp_path / "tools" / "setup.sh")
+    to_windows(tmp_path / "on_machine" / "setup.sh")
     [bad] = line_end_checks(tmp_path)
     assert (bad.status, bad.found) == ("missing", "CR LF in Makefile and 1 more")
     command = bad.advice.split("`")[1]
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert (tmp_path / "Makefile").read_bytes() == (ROOT / "Makefile").read_bytes()
     assert [check.status for check in line_end_checks(tmp_path)] == ["ok"]
-    assert list(line_end_checks(tmp_path / "tools")) == []  # an installed package has no scripts
+    assert list(line_end_checks(tmp_path / "on_machine")) == []  # an installed package has no scripts
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +103,16 @@ def test_a_launch_with_windows_scripts_is_refused_by_one_line(
     worker: SkyWorker, tmp_path: Path, request_name: str
 ) -> None:
     """The faulty one is the one that the named script reads, not the one that the task names."""
-    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    shutil.copytree(ROOT / "on_machine", tmp_path / "on_machine")
     task = yaml.safe_load((ROOT / "sky" / "train_t4.yaml").read_text(encoding="utf-8")) | {"workdir": str(tmp_path)}
     assert "error" not in worker.ask("optimize", task, policy=POLICY, request=request_name)
-    to_windows(tmp_path / "tools" / "common.sh")
+    to_windows(tmp_path / "on_machine" / "common.sh")
     answer = worker.ask("optimize", task, policy=POLICY, request=request_name)
     assert answer["error"] == "UserRequestRejectedByPolicy"
     said = answer["message"]
     assert "on_machine/common.sh: with Windows line ends (CR LF)" in said
     assert r"by sed -i 's/\r$//' on_machine/common.sh" in said
-    to_windows(tmp_path / "tools" / "room.sh")
+    to_windows(tmp_path / "on_machine" / "room.sh")
     assert (
         "on_machine/common.sh, on_machine/room.sh"
         in worker.ask("optimize", task, policy=POLICY, request=request_name)["message"]

@@ -63,7 +63,7 @@ class Saver:
         self._fault: UserError | None = None
         self._failures = 0  # saves in a row; one that is tried again counts once
         self._committed: Committed | None = None
-        self._closing = False
+        self._closing = self._closed = False
         self._thread: threading.Thread | None = None
         self._taken_so_far = 0
 
@@ -114,7 +114,7 @@ class Saver:
             return self._committed
 
     def close(self) -> None:
-        """End the thread, after the copy that is running where that takes less than CLOSE_SECONDS. What is not committed then
+        """End the thread, after the copies that run and wait where they take less than CLOSE_SECONDS. What is not committed then
         is said; its snapshot stays. May be called twice."""
         with self._changed:
             already, self._closing = self._closing, True
@@ -122,6 +122,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)
         with self._changed:
+            self._closed = True
             left = self._waiting or self._running or self._failed
         if left is not None and not already:
             self._tell(f"step {left.step} is not in {self._store.root}; its snapshot stays in {left.snapshot}")
@@ -163,15 +164,16 @@ class Saver:
         """The next save to be tried; None when the saver closes."""
         with self._changed:
             again = None if self._failed is None else time.monotonic() + RETRY_SECONDS
-            while not self._closing:
-                if self._waiting is not None:
+            while True:
+                if self._waiting is not None and not self._closed:
                     self._running, self._waiting = self._waiting, None
                     return self._running
+                if self._closing:
+                    return None
                 if again is not None and time.monotonic() >= again:
                     self._running = self._failed
                     return self._running
                 self._changed.wait(None if again is None else max(0.0, again - time.monotonic()))
-            return None
 
     def _commit(self, save: _Save) -> Committed:
         folder = self._store.put(

@@ -82,7 +82,7 @@ def render(checks: list[Check]) -> str:
 
 def line_end_checks(root: Path) -> Iterator[Check]:
     """The scripts and the Makefile of the checkout: bash and make read no Windows line ends. No row where there are none."""
-    scripts = [root / "Makefile", *sorted((root / "tools").glob("*.sh"))]
+    scripts = [root / "Makefile", *sorted((root / "on_machine").glob("*.sh"))]
     bad = [path.relative_to(root) for path in with_carriage_returns(scripts)]
     if bad:
         what = f"CR LF in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")

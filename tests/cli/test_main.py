@@ -48,7 +48,7 @@ def test_large_imports_leave_the_search_for_garbage_on(imported: bool, monkeypat
         monkeypatch.setitem(sys.modules, "transformers", sys)
     else:
         monkeypatch.delitem(sys.modules, "transformers", raising=False)
-    with pytest.raises(ImportError), arguments_module._large_imports():
+    with pytest.raises(ImportError), arguments_module.large_imports():
         assert gc.isenabled() == imported
         import finetune.no_such_module  # type: ignore[import-not-found]  # noqa: F401
     assert gc.isenabled()

@@ -123,7 +123,7 @@ def test_two_processes_learn_what_one_does(
     assert main(["train", config, "training.run_name=one"]) == 0
     runs = Path(config).parent / "runs"
     one, other = runs / "one", runs / "two"
-    assert len([line for line in said if line.startswith("2 processes, each with")]) == 1
+    assert len([line for line in said if "2 processes, each with" in line]) == 1
     for key in ("loss", "eval_loss"):
         assert losses(other, key) == pytest.approx(losses(one, key), rel=1e-5)
     assert losses(one, "loss")[0] - losses(one, "loss")[-1] > 0.2

