@@ -40,9 +40,10 @@ MAY_IMPORT = {
     "cloud.launch": "errors runtime machine config cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime data evaluation",
     "doctor": "errors runtime machine cloud.gcloud",
+    "job": "errors runtime machine config run_folder",
     "demo": "errors runtime config models.fused models run_folder data training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate training "
-    "evaluation cloud.catalog cloud.plan report doctor demo",
+    "evaluation cloud.catalog cloud.plan report doctor job demo",
     "__main__": "cli",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from finetune.cli import config, data, demo, doctor, evaluate, generate, machine, plan, report, train
+from finetune.cli import config, data, demo, doctor, evaluate, generate, job, machine, plan, report, train
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
 from finetune.runtime.console import not_encoded, one_line, print_anything, typed_text
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (doctor, data, config, plan, machine, train, evaluate, demo, report, generate):
+    for command in (doctor, data, config, plan, machine, train, evaluate, demo, report, generate, job):
         command.add(commands)
     return parser
 

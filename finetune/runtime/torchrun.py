@@ -18,7 +18,7 @@ from torch.distributed.run import parse_args, run
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR
 
 GRACE_SECONDS = 180
-"""For a checkpoint to be saved where the environment does not say; the default of on_machine/common.sh, too."""
+"""For a checkpoint to be saved where the environment does not say; the default of finetune/job/settings.py, too."""
 SHARE = 0.9
 """Of that time, so that the processes are gone before whoever waits for us gives up."""
 

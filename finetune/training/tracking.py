@@ -71,7 +71,7 @@ def wandb_run_id(run_folder: Path, run_name: str) -> str:
     run's folder; else made from the run's name and SKYPILOT_TASK_ID, which a managed job keeps when it is recovered; else from
     the name and a random number, since another run of that name may be in the project.
 
-    At most 128 characters, of A-Z a-z 0-9 _ - alone. A task that names its run after itself, as on_machine/common.sh
+    At most 128 characters, of A-Z a-z 0-9 _ - alone. A task that names its run after itself, as finetune/job/settings.py
     does, has that name as its id.
     """
     if given := os.environ.get("WANDB_RUN_ID", "").strip():

@@ -76,8 +76,11 @@ def config(tiny_config: Callable[..., Path]) -> Path:
 
 
 def test_all_the_agreed_commands_are_there() -> None:
-    agreed = "doctor, data prepare, data check, plan, machine, train, evaluate, report, generate, config, demo"
-    assert {tuple(name.split()) for name in agreed.split(", ")} | {(), ("data",)} == set(COMMANDS)
+    agreed = (
+        "doctor, data prepare, data check, plan, machine, train, evaluate, report, generate, config, demo, job train, "
+        "job evaluate, job dev"
+    )
+    assert {tuple(name.split()) for name in agreed.split(", ")} | {(), ("data",), ("job",)} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

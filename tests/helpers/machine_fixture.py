@@ -1,7 +1,7 @@
 """A rented machine for the scripts of on_machine/: a checkout, a home, a bucket, and stand-ins for the programs that
 cost money.
 
-The stand-ins record how they were called; the scripts, bash, timeout and `finetune config` are the real ones.
+The stand-ins record how they were called; the scripts, bash and `finetune job` are the real ones.
 """
 
 from __future__ import annotations
@@ -32,12 +32,7 @@ FINETUNE = """\
 #!/usr/bin/env bash
 here="$(dirname "$0")"
 case $1 in
-  config) exec "$here/python" -m finetune "$@" ;;  # the real one
-  machine)
-    echo "$*" >>"$CALLS"
-    [ -n "${FAKE_HOURS-1}" ] || exit 2
-    echo "${FAKE_HOURS-1}"
-    exit ;;
+  job) exec "$here/python" -m finetune "$@" ;;  # the real one
   data)
     echo "$*" >>"$CALLS"
     mkdir -p data/prepared/shop/databases/shop
@@ -51,7 +46,7 @@ env | grep -E '^(WANDB|HF)_' >"$CALLS.env"
 [ -z "${FAKE_WORK:-}" ] || exec "$here/python" -c "$FAKE_WORK"
 exit "${FAKE_CODE:-0}"
 """
-"""$1 decides; FAKE_HOURS is what `finetune machine` prints (empty: it fails), FAKE_CODE the exit code of the rest."""
+"""$1 decides; FAKE_CODE is the exit code of what is neither a job nor data."""
 
 RECORDER = '#!/usr/bin/env bash\necho "${0##*/} $*" >>"$CALLS"\n'
 TENSORBOARD = RECORDER + 'echo $$ >"$CALLS.tensorboard"\nexec sleep 60\n'
@@ -100,6 +95,7 @@ class RentedMachine:
             "CONFIG": "config.yaml",
             "RUN_NAME": "run",
             "GRACE_SECONDS": "2",
+            "GCE_METADATA_HOST": "127.0.0.1:9",  # nobody listens on the discard port
         }
         return base | self.env
 

@@ -1,4 +1,4 @@
-"""How prepared data travel between laptop, bucket and machine (fetch_data of on_machine/common.sh), with the real
+"""How prepared data travel between laptop, bucket and machine (finetune/job/cache.py), with the real
 scripts."""
 
 from __future__ import annotations
@@ -92,8 +92,12 @@ def test_a_copy_that_was_cut_off_does_not_count_either(machine: RentedMachine) -
     sha = keep_set_of_a_run(machine)
     lay_out_set(machine.checkout / SET, "prepared again since")
     begin_run(machine, "interrupted", data={"manifest_sha256": sha})
-    machine.program(machine.home / "finetune-env" / "bin", "cp", "#!/bin/sh\nexit 1\n")
-    assert machine.run("train.sh")[0] == 1
+    database = machine.bucket / "data" / f"shop-{sha[:12]}" / "databases/shop/shop.sqlite"
+    database.unlink()
+    database.symlink_to("what the bucket does not give")
+    code, said = machine.run("train.sh")
+    assert code == 1 and len(said.splitlines()) == 2, said
+    assert "shop.sqlite" in said
     assert not (machine.checkout / SET / "manifest.json").exists()
     assert not machine.called("train")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config.load import load_config
 from tests.helpers.machine_fixture import CONFIG, RentedMachine, begin_run, gone, rent, wait_for
 
 SLOW_TO_STOP = """
@@ -31,6 +31,12 @@ sys.exit(75)
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 
 
+def prices(usd_per_hour: float) -> str:
+    """A launch's price table with one machine."""
+    offer = {"gpu": "T4", "zone": "us-central1-a", "spot": True, "usd_per_hour": usd_per_hour}
+    return json.dumps({"basis": "a test", "ceiling_usd_per_hour": None, "offers": [offer]})
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> RentedMachine:
     return rent(tmp_path)
@@ -42,22 +48,23 @@ def machine(tmp_path: Path) -> RentedMachine:
 def test_a_new_run_begins_in_the_bucket_under_its_ceiling(machine: RentedMachine) -> None:
     code, said = machine.run("train.sh", MAX_RUN_USD="7.5", OVERRIDES="lora.r=4 training.seed=1")
     assert code == 0, said
-    assert machine.calls()[-2:] == [
-        "machine --wall-hours --max-run-usd 7.5 --max-hours 24",
+    assert machine.calls()[-1] == (
         f"train config.yaml lora.r=4 training.seed=1 training.output_dir={machine.bucket}/runs training.run_name=run "
-        "budget.max_run_usd=7.5",
-    ]
+        "budget.max_run_usd=7.5"
+    )
+    assert "training for at most 24.0000 hours" in said
 
 
 @pytest.mark.parametrize("status", ["interrupted", "running", "failed", "budget_stop"])
 def test_an_interrupted_run_goes_on_under_the_ceiling_typed_last(machine: RentedMachine, status: str) -> None:
     folder = begin_run(machine, status)
+    before = (folder / "config.yaml").read_text()
     code, said = machine.run("train.sh", MAX_RUN_USD="40")
     assert code == 0, said
-    assert machine.called("train") == [f"train --resume {folder}"]
-    config = load_config(folder / "config.yaml")
-    assert config.budget.max_run_usd == 40.0
-    assert config.model.name == "some/model"
+    assert machine.called("train") == [f"train --resume {folder} --max-run-usd 40"]
+    assert (folder / "config.yaml").read_text() == before, (
+        "`finetune train` writes the ceiling, once nothing is in its way"
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "run.json"]
 
 
@@ -99,7 +106,7 @@ def test_without_a_name_the_run_is_named_after_the_job_also_on_the_next_machine(
     assert {f"WANDB_RUN_ID={name}", f"WANDB_NAME={name}", "WANDB_RESUME=allow"} <= set(machine.seen_environment())
     begin_run(machine, "interrupted", name)
     machine.run("train.sh")
-    assert machine.called("train")[1] == f"train --resume {machine.run_folder(name)}"
+    assert machine.called("train")[1] == f"train --resume {machine.run_folder(name)} --max-run-usd 25"
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", ".hidden", "two words", "a" * 101, "-flag"])
@@ -117,6 +124,7 @@ def test_a_name_that_is_no_folder_is_refused(machine: RentedMachine, name: str) 
         ("MAX_RUN_USD", "all"),
         ("MAX_HOURS", "0"),
         ("MAX_HOURS", "0.0"),
+        ("GRACE_SECONDS", "soon"),
         ("CONFIG", ""),
         ("RUN_NAME", ""),
     ],
@@ -159,7 +167,7 @@ def test_the_exit_code_of_training_is_the_jobs(machine: RentedMachine, code: int
 
 @pytest.mark.parametrize("work", [SLOW_TO_STOP, DEAF], ids=["saves", "hangs"])
 def test_when_the_hours_are_over_the_job_ends_well_and_is_not_restarted(machine: RentedMachine, work: str) -> None:
-    code, said = machine.run("train.sh", FAKE_HOURS="0.0004", FAKE_WORK=work)
+    code, said = machine.run("train.sh", MAX_HOURS="0.0004", FAKE_WORK=work)
     assert code == 0, said
     assert "0.0004 hours are over" in said
     assert "RUN_NAME=run" in said
@@ -190,13 +198,14 @@ def test_tensorboard_shows_all_runs_to_this_machine_alone(machine: RentedMachine
 
 
 def test_an_unknown_price_leaves_the_wall_clock(machine: RentedMachine) -> None:
-    code, said = machine.run("train.sh", FAKE_HOURS="", MAX_HOURS="3")
+    code, said = machine.run("train.sh", FINETUNE_PRICES="{torn", MAX_HOURS="3")
     assert code == 0, said
-    assert "at most 3 hours" in said
+    assert "FINETUNE_PRICES" in said and "MAX_HOURS=3 alone limits its time" in said
+    assert "at most 3.0000 hours" in said
 
 
 def test_a_budget_that_the_machine_has_used_up_starts_nothing(machine: RentedMachine) -> None:
-    code, said = machine.run("train.sh", FAKE_HOURS="0.0000")
+    code, said = machine.run("train.sh", FINETUNE_PRICES=prices(usd_per_hour=1e9))
     assert (code, machine.called("train")) == (2, [])
     assert "MAX_RUN_USD" in said
 
@@ -241,7 +250,7 @@ def test_a_failed_evaluation_is_not_reported(machine: RentedMachine) -> None:
 
 def test_an_evaluation_that_takes_too_long_fails(machine: RentedMachine) -> None:
     begin_run(machine, "done")
-    code, said = machine.run("evaluate.sh", FAKE_HOURS="0.0004", FAKE_WORK="import time; time.sleep(30)")
+    code, said = machine.run("evaluate.sh", MAX_HOURS="0.0004", FAKE_WORK="import time; time.sleep(30)")
     assert code == 2
     assert "not scored in 0.0004 hours" in said
     assert not machine.called("report")
@@ -290,7 +299,9 @@ def test_one_process_per_gpu_trains_where_there_are_several(machine: RentedMachi
     )
     folder = begin_run(machine, "interrupted")
     machine.run("train.sh")
-    assert machine.calls()[-1] == f"-m finetune.runtime.torchrun --nproc-per-node 2 -m finetune train --resume {folder}"
+    assert machine.calls()[-1] == (
+        f"-m finetune.runtime.torchrun --nproc-per-node 2 -m finetune train --resume {folder} --max-run-usd 25"
+    )
 
 
 @pytest.mark.parametrize(("listed", "visible"), [(TWO.partition("\n")[0], ""), (TWO, "1"), ("", "")])

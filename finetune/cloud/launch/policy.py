@@ -187,7 +187,7 @@ def _run_budget(task: sky.Task, say: Any) -> float:
 
 
 def _positive(name: str, text: str, unit: str) -> float:
-    """A number as on_machine/common.sh reads it, which would otherwise refuse it on a machine that is paid for."""
+    """A number as finetune/job/settings.py reads it, which would otherwise refuse it on a machine that is paid for."""
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) or not float(text) > 0:
         raise UserError(f"envs.{name}: expected a positive number of {unit}, found {text!r}; write it like 25 or 0.5")
     return float(text)

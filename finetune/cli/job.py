@@ -1,0 +1,68 @@
+"""`finetune job train`, `finetune job evaluate` and `finetune job dev`: what the scripts of on_machine/ call."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from finetune.cli.arguments import add_command
+from finetune.errors import EXIT_MISSING
+
+if TYPE_CHECKING:
+    from finetune.job.settings import JobSettings
+
+
+def add(commands: Any) -> None:
+    job = add_command(commands, "job", None, "do the work of a rented machine, in the bucket", "finetune job train")
+    jobs = job.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add(jobs, "train", _train, "begin a run, or go on with it", "CONFIG OVERRIDES RUN_NAME MAX_RUN_USD MAX_HOURS")
+    _add(jobs, "evaluate", _evaluate, "score a run and write its report", "RUN_NAME MAX_RUN_USD MAX_HOURS")
+    _add(jobs, "dev", _dev, "serve JupyterLab and TensorBoard through ssh", "MAX_RUN_USD MAX_HOURS")
+
+
+def _add(jobs: Any, name: str, work: Callable[[JobSettings], int], summary: str, variables: str) -> None:
+    parser = add_command(jobs, name, lambda _: _run(work), summary, f"finetune job {name}")
+    parser.description = f"{parser.description} Settings come from the environment, as sky/*.yaml set it: {variables}."
+
+
+def _train(settings: JobSettings) -> int:
+    from finetune.job.train import train
+
+    return train(settings)
+
+
+def _evaluate(settings: JobSettings) -> int:
+    from finetune.job.evaluate import evaluate
+
+    return evaluate(settings)
+
+
+def _dev(settings: JobSettings) -> int:
+    from finetune.job.dev import dev
+
+    return dev(settings)
+
+
+def _run(work: Callable[[JobSettings], int]) -> int:
+    from finetune.job.programs import ProgramFailed, say
+    from finetune.job.settings import read_settings
+    from finetune.runtime.console import outliving_readers
+
+    signal.signal(signal.SIGTERM, _end)
+    settings = read_settings(os.environ)
+    settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with outliving_readers():  # so that the exit code is that of the work
+        try:
+            return work(settings)
+        except ProgramFailed as failed:
+            return failed.code
+        except OSError as error:  # such as a bucket that does not answer
+            say(str(error))
+            return EXIT_MISSING
+
+
+def _end(number: int, _: object) -> None:
+    """So that the programs that were started end, too; code as a shell has it."""
+    raise SystemExit(128 + number)

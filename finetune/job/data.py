@@ -1,0 +1,39 @@
+"""The data of a job: from the bucket, or prepared on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.config.load import load_config, to_dict
+from finetune.job.cache import DataCache
+from finetune.job.programs import call, say
+from finetune.job.settings import JobSettings
+from finetune.run_folder import RunFolder
+
+BUILT = Path("data") / "built"
+BUILDER = Path("data") / "build.py"
+"""Makes the sets of BUILT, which are not in git."""
+
+
+def data_of_config(config_file: Path, overrides: list[str], settings: JobSettings) -> None:
+    """For a new run: whatever set the config has."""
+    _lay_out(config_file, overrides, "", settings)
+
+
+def data_of_run(run: RunFolder, settings: JobSettings) -> None:
+    """For a run that has begun: the set that it began with. Raises UserError where its record cannot be read."""
+    used = (run.record().get("data") or {}).get("manifest_sha256") or ""
+    _lay_out(run.config_yaml, [], str(used), settings)
+
+
+def _lay_out(config_file: Path, overrides: list[str], wanted: str, settings: JobSettings) -> None:
+    config = load_config(config_file, overrides)
+
+    def prepare() -> None:
+        say("data: prepared neither here nor in the bucket; preparing it on this machine, which costs its time")
+        named = str(to_dict(config)["data"]["sources"])
+        if f"{BUILT.as_posix()}/" in named and not (BUILT / "train.jsonl").exists():
+            call(["python", str(BUILDER)], settings.environment)
+        call(["finetune", "data", "prepare", str(config_file), *overrides], settings.environment)
+
+    DataCache(settings.mount / "data", settings.state).lay_out(config, wanted, prepare)

@@ -1,0 +1,48 @@
+"""`finetune job evaluate`: scores a run of the bucket and writes its report there."""
+
+from __future__ import annotations
+
+from finetune.errors import EXIT_OK, UserError
+from finetune.job.data import data_of_run
+from finetune.job.limits import hours_left, run_limited
+from finetune.job.programs import call, say
+from finetune.job.settings import JobSettings
+from finetune.run_folder import RunFolder
+
+
+def evaluate(settings: JobSettings) -> int:
+    """Exit codes: those of `finetune evaluate`; 2 when the limit was too low."""
+    settings.require_bucket()
+    run = run_to_score(settings)
+    say(f"scoring {run.path}")
+    data_of_run(run, settings)
+    hours = hours_left(settings)
+    ended = run_limited(["finetune", "evaluate", str(run.path)], hours, settings)
+    if ended.out_of_time:
+        raise UserError(f"not scored in {hours:.4f} hours ({settings.limits}); launch again with a higher limit")
+    if ended.code != EXIT_OK:
+        return ended.code
+    call(["finetune", "report", str(run.path)], settings.environment)
+    say(f"the report is in the bucket: gcloud storage cp gs://{settings.bucket}/runs/{run.path.name}/report.html .")
+    return EXIT_OK
+
+
+def run_to_score(settings: JobSettings) -> RunFolder:
+    """The run of RUN_NAME; without it that of this job, else the newest trained one. Raises UserError where there is none."""
+    name = settings.name_of_run()
+    if not settings.run_name and not (settings.runs / name).is_dir():
+        name = _newest_trained(settings)
+    run = RunFolder(settings.runs / name)
+    if not run.config_yaml.is_file():
+        there = sorted(path.name for path in settings.runs.glob("*") if path.is_dir())
+        listed = " ".join(f"{other}/" for other in there) or "nothing"
+        raise UserError(f"{run.path}: no such run; there: {listed}")
+    return run
+
+
+def _newest_trained(settings: JobSettings) -> str:
+    trained = settings.runs.glob("*/adapter/adapter_config.json")
+    newest = max(trained, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise UserError(f"{settings.runs}: no run there is trained; train one first, or name it by --env RUN_NAME=NAME")
+    return newest.parents[1].name

@@ -1,0 +1,65 @@
+"""The programs that a job calls, and what it says about them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.job.settings import JobSettings
+
+TENSORBOARD_PORT = 6006
+
+
+class ProgramFailed(Exception):
+    """A program that the job needs has failed, and said why; the job ends with its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+def say(message: str) -> None:
+    print(f"machine: {message}", file=sys.stderr, flush=True)
+
+
+def shell_code(code: int) -> int:
+    """An exit code as a shell has it: 128 and its number for a signal."""
+    return code if code >= 0 else 128 - code
+
+
+def call(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a program to its end; it ends with us. Raises ProgramFailed."""
+    with subprocess.Popen(command, env=environment) as program:
+        try:
+            code = program.wait()
+        except BaseException:
+            program.terminate()
+            raise
+    if code:
+        raise ProgramFailed(shell_code(code))
+
+
+@contextmanager
+def tensorboard(settings: JobSettings) -> Iterator[None]:
+    """While the block runs TensorBoard shows all runs of the bucket to whoever comes in by ssh."""
+    words = ["tensorboard", "--logdir", str(settings.runs), "--host", "127.0.0.1", "--port", str(TENSORBOARD_PORT)]
+    log = settings.state / "tensorboard.log"
+    with log.open("wb") as file:
+        program = subprocess.Popen(
+            [*words, "--reload_interval", "60"], env=settings.environment, stdout=file, stderr=file
+        )
+    try:
+        say(
+            f"TensorBoard: ssh -L {TENSORBOARD_PORT}:localhost:{TENSORBOARD_PORT} {settings.cluster}, then "
+            f"http://localhost:{TENSORBOARD_PORT}"
+        )
+        yield
+    finally:
+        program.terminate()
+
+
+def last_lines(path: Path, count: int) -> str:
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])

@@ -1,0 +1,137 @@
+"""A job's environment as one typed object. The task YAMLs of sky/ set RUN_NAME, CONFIG, OVERRIDES, MAX_RUN_USD, MAX_HOURS and
+BUCKET; SkyPilot sets SKYPILOT_*."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from finetune.errors import UserError
+
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
+DEFAULTS = {"MAX_RUN_USD": "25", "MAX_HOURS": "24", "GRACE_SECONDS": "180", "FINETUNE_MOUNT": "/bucket"}
+LONGEST_NAME = 100
+"""Of a run, in characters; W&B takes 128."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Where the task has num_nodes: how many there are, which of them this is, the address of the first."""
+
+    count: int
+    rank: int
+    first: str
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """max_run_usd, max_hours and grace_seconds read in messages as they were typed. grace_seconds: from SIGTERM until a program
+    that does not end is killed. environment: for the programs that the job starts."""
+
+    mount: Path
+    state: Path
+    run_name: str
+    task_id: str
+    config: str
+    overrides: list[str]
+    max_run_usd: Decimal
+    max_hours: Decimal
+    grace_seconds: Decimal
+    bucket: str
+    cluster: str
+    nodes: Nodes | None
+    environment: dict[str, str]
+
+    @property
+    def runs(self) -> Path:
+        return self.mount / "runs"
+
+    @property
+    def limits(self) -> str:
+        return f"MAX_HOURS={self.max_hours}, MAX_RUN_USD={self.max_run_usd}"
+
+    def name_of_run(self) -> str:
+        """RUN_NAME, or SkyPilot's id of the task, which stays the same when a managed job is recovered on another machine.
+
+        Only characters that a folder, a bucket and W&B's run ids (none of /\\#?%:) all take.
+        """
+        if self.run_name:
+            return self.run_name
+        if not self.task_id:
+            raise UserError("RUN_NAME: empty, and no SKYPILOT_TASK_ID to name the run after")
+        return re.sub(r"[^A-Za-z0-9_-]", "-", self.task_id)[:LONGEST_NAME]
+
+    def require_bucket(self) -> None:
+        """Raises UserError where there is nothing that outlives the machine."""
+        if not (self.mount.is_dir() and os.access(self.mount, os.W_OK)):
+            raise UserError(f"{self.mount}: no bucket is mounted there; launch with a task of sky/")
+
+
+def read_settings(given: Mapping[str, str]) -> JobSettings:
+    """The settings in an environment. Raises UserError that names every variable which means nothing."""
+    values = {name: given.get(name) or default for name, default in DEFAULTS.items()}
+    problems: list[str] = []
+    numbers = {name: _positive(name, values[name], problems) for name in ("MAX_RUN_USD", "MAX_HOURS", "GRACE_SECONDS")}
+    name = given.get("RUN_NAME", "")
+    if name and not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
+        problems.append(
+            f"RUN_NAME: expected at most {LONGEST_NAME} of A-Z a-z 0-9 . _ - with a letter or digit first, found {name!r}"
+        )
+    nodes = _nodes(given, problems)
+    if problems:
+        raise UserError("; ".join(problems))
+    environment = {key: value for key, value in given.items() if value or key not in SECRETS}
+    return JobSettings(
+        mount=Path(values["FINETUNE_MOUNT"]),
+        state=Path(given.get("HOME") or Path.home()) / ".finetune",
+        run_name=name,
+        task_id=given.get("SKYPILOT_TASK_ID", ""),
+        config=given.get("CONFIG", ""),
+        overrides=given.get("OVERRIDES", "").split(),
+        max_run_usd=numbers["MAX_RUN_USD"],
+        max_hours=numbers["MAX_HOURS"],
+        grace_seconds=numbers["GRACE_SECONDS"],
+        bucket=given.get("BUCKET") or "BUCKET",
+        cluster=_cluster(given),
+        nodes=nodes,
+        environment=environment | {"GRACE_SECONDS": values["GRACE_SECONDS"]},
+    )
+
+
+def _positive(name: str, text: str, problems: list[str]) -> Decimal:
+    """As the launch policy reads it, too."""
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) and Decimal(text) > 0:
+        return Decimal(text)
+    problems.append(f"{name}: expected a number above 0, found {text!r}")
+    return Decimal(1)
+
+
+def _nodes(given: Mapping[str, str], problems: list[str]) -> Nodes | None:
+    found = {name: given.get(f"SKYPILOT_{name}", "") for name in ("NUM_NODES", "NODE_RANK", "NODE_IPS")}
+    if not found["NUM_NODES"]:
+        return None
+    for name in ("NUM_NODES", "NODE_RANK"):
+        if not re.fullmatch(r"[0-9]+", found[name] or "0", re.ASCII):
+            problems.append(f"SKYPILOT_{name}: expected a whole number, found {found[name]!r}")
+            return None
+    count = int(found["NUM_NODES"])
+    if count <= 1:
+        return None
+    first = (found["NODE_IPS"].split() or [""])[0]
+    if not first:
+        problems.append(f"SKYPILOT_NODE_IPS: expected the addresses of {count} nodes, found none")
+    return Nodes(count, int(found["NODE_RANK"] or 0), first)
+
+
+def _cluster(given: Mapping[str, str]) -> str:
+    """For the commands that we tell; SkyPilot's variable holds more than the name."""
+    try:
+        name = json.loads(given.get("SKYPILOT_CLUSTER_INFO") or "{}").get("cluster_name")
+    except (ValueError, AttributeError):
+        name = None
+    return str(name or "CLUSTER")

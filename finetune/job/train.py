@@ -1,0 +1,107 @@
+"""`finetune job train`: trains into the bucket, a run from its beginning, or one that was interrupted from its newest checkpoint.
+
+Where the task has num_nodes, SkyPilot runs this on every node.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.errors import EXIT_OK, UserError
+from finetune.job.data import data_of_config, data_of_run
+from finetune.job.limits import hours_left, run_limited
+from finetune.job.programs import say, tensorboard
+from finetune.job.settings import JobSettings
+from finetune.run_folder import RunFolder
+
+NODES_PORT = 29500
+
+
+def train(settings: JobSettings) -> int:
+    """Exit codes: 0 done, or stopped at a limit with a checkpoint kept; 2 the user's mistake; 75 interrupted, to be run again."""
+    settings.require_bucket()
+    name = settings.name_of_run()
+    wandb = {"WANDB_RUN_ID": name, "WANDB_NAME": name, "WANDB_RESUME": "allow"}
+    settings = replace(settings, environment=settings.environment | wandb)
+    run = RunFolder(settings.runs / name)
+    remove_unbegun(run)
+    if not run.run_json.exists():
+        words = _begin(run, settings)
+    elif run.record().get("status") != "done":
+        words = _go_on(run, settings)
+    else:
+        say(f"{run.path} is done; {_score(name)}")
+        return EXIT_OK
+    hours = hours_left(settings)
+    with tensorboard(settings):
+        say(f"training for at most {hours:.4f} hours on this machine")
+        ended = run_limited([*trainer(settings), *words], hours, settings)
+    if ended.out_of_time:
+        say(
+            f"{hours:.4f} hours are over ({settings.limits}): stopped, the newest checkpoint is kept in {run.path}; to go on, "
+            f"launch again with --env RUN_NAME={name} and a higher limit"
+        )
+        return EXIT_OK  # a managed job must not restart it
+    if ended.code == EXIT_OK:
+        say(f"ended; {_score(name)}")
+    return ended.code
+
+
+def remove_unbegun(run: RunFolder) -> None:
+    """Remove what is left of an attempt that was cut off between making its folder and its first record. Raises UserError where
+    the folder is something else."""
+    if not run.path.is_dir() or run.run_json.exists():
+        return
+    for path in run.path.rglob("*"):
+        if path.name != run.config_yaml.name and not (path.name.startswith(".") and path.suffix == ".tmp"):
+            raise UserError(f"{run.path}: holds files, but no run.json; choose another RUN_NAME")
+    shutil.rmtree(run.path)
+
+
+def trainer(settings: JobSettings) -> list[str]:
+    """What stands for `finetune train`: one process for each GPU where there are several."""
+    count, nodes = max(gpus(settings), 1), settings.nodes
+    if nodes is None and count == 1:
+        return ["finetune", "train"]
+    where = []
+    if nodes:
+        where = ["--nnodes", str(nodes.count), "--node-rank", str(nodes.rank)]
+        where += ["--master-addr", nodes.first, "--master-port", str(NODES_PORT)]
+    several = ["--nproc-per-node", str(count), "-m", "finetune", "train"]
+    return ["python", "-m", "finetune.runtime.torchrun", *where, *several]
+
+
+def gpus(settings: JobSettings) -> int:
+    """How many GPUs this job may use."""
+    if visible := settings.environment.get("CUDA_VISIBLE_DEVICES"):
+        return len([word for word in visible.split(",") if word])
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], env=settings.environment, capture_output=True, text=True, check=False
+        ).stdout
+    except OSError:
+        return 0
+    return len([line for line in listed.splitlines() if line.startswith("GPU ")])
+
+
+def _begin(run: RunFolder, settings: JobSettings) -> list[str]:
+    if not settings.config:
+        raise UserError("CONFIG: expected a config file such as configs/mistral_7b_qlora.yaml")
+    data_of_config(Path(settings.config), settings.overrides, settings)
+    name = run.path.name
+    say(f"new run {run.path}; if it is interrupted, the same launch with --env RUN_NAME={name} goes on with it")
+    place = [f"training.output_dir={settings.runs}", f"training.run_name={name}"]
+    return [settings.config, *settings.overrides, *place, f"budget.max_run_usd={settings.max_run_usd}"]
+
+
+def _go_on(run: RunFolder, settings: JobSettings) -> list[str]:
+    data_of_run(run, settings)
+    say(f"going on with {run.path}")
+    return ["--resume", str(run.path), "--max-run-usd", str(settings.max_run_usd)]  # the ceiling typed last holds
+
+
+def _score(name: str) -> str:
+    return f"score it with: sky launch sky/evaluate.yaml --env RUN_NAME={name}"
