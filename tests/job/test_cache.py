@@ -1,0 +1,120 @@
+"""The data cache in the bucket: its keys, and that a set is there whole or not at all, also for two jobs at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.config.load import load_config, to_yaml
+from finetune.errors import UserError
+from finetune.job import cache
+from finetune.job.cache import DataCache, copy_set, data_key, set_id
+from tests.helpers.machine_fixture import CONFIG, ROOT, lay_out_set, sha256
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    return tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_key_is_the_one_under_which_buckets_already_hold_sets(path: Path) -> None:
+    """The scripts of earlier versions made it from what `finetune config` prints."""
+    printed = yaml.safe_load(to_yaml(load_config(path)))["data"]
+    earlier = hashlib.sha256(json.dumps(printed, sort_keys=True).encode()).hexdigest()[:12]
+    assert data_key(load_config(path)) == earlier
+
+
+def test_the_key_follows_the_data_section_alone(config: Path) -> None:
+    key = data_key(load_config(config))
+    assert data_key(load_config(config, ["lora.r=4", "training.seed=7"])) == key
+    assert data_key(load_config(config, ["data.seed=7"])) != key
+
+
+def test_a_set_is_known_by_its_manifest(tmp_path: Path) -> None:
+    assert set_id(tmp_path) == ""
+    lay_out_set(tmp_path / "set", "one")
+    assert set_id(tmp_path / "set") == sha256(tmp_path / "set" / "manifest.json")[:12]
+
+
+def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay_out_set(tmp_path / "set", "one")
+    names = []
+    replace = cache.os.replace
+
+    def cut_off(source: Path, target: Path) -> None:
+        if Path(target).name == "manifest.json":
+            raise OSError("the machine has gone")
+        names.append(Path(target).name)
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.os, "replace", cut_off)
+        with pytest.raises(OSError, match="gone"):
+            copy_set(tmp_path / "set", tmp_path / "copy")
+    assert names == ["shop.sqlite", "train.jsonl"]
+    assert set_id(tmp_path / "copy") == ""
+    copy_set(tmp_path / "set", tmp_path / "copy")
+    assert tree(tmp_path / "copy") == tree(tmp_path / "set")
+
+
+def test_two_jobs_copy_one_set_at_once_and_a_third_reads_it(tmp_path: Path) -> None:
+    """As soon as the manifest is there every file is whole, and stays so while the other job is still writing."""
+    lay_out_set(tmp_path / "set", "x" * 200_000)
+    whole, target, torn = tree(tmp_path / "set"), tmp_path / "bucket" / "set", []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            if set_id(target) and (found := tree(target)) != whole:
+                torn.append({name: len(text) for name, text in found.items()})
+
+    def write() -> None:
+        for _ in range(30):
+            copy_set(tmp_path / "set", target)
+
+    reader = threading.Thread(target=read)
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    reader.join()
+    assert not torn
+    assert tree(target) == whole
+    assert not list(target.rglob("*.part"))
+
+
+def test_a_set_laid_out_here_has_nothing_of_the_one_before(config: Path, tmp_path: Path) -> None:
+    loaded = load_config(config)
+    folder = Path(loaded.data.output_dir)
+    lay_out_set(tmp_path / "new", "new")
+    kept = DataCache(tmp_path / "bucket", tmp_path / "state")
+    copy_set(tmp_path / "new", kept.bucket / f"{folder.name}-{set_id(tmp_path / 'new')}")
+    lay_out_set(folder, "old")
+    (folder / "databases" / "gone").mkdir()
+    (folder / "databases" / "gone" / "gone.sqlite").touch()
+    kept.lay_out(loaded, sha256(tmp_path / "new" / "manifest.json"), prepare=unexpected)
+    assert tree(folder) == tree(tmp_path / "new")
+
+
+def test_a_preparation_that_leaves_no_set_is_told(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.output_dir"):
+        DataCache(tmp_path / "bucket", tmp_path / "state").lay_out(load_config(config), "", prepare=lambda: None)
+
+
+def unexpected() -> None:
+    raise AssertionError("the set is in the bucket")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".part")]
+    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in files}

@@ -1,0 +1,122 @@
+"""The end of a limited program, with real processes: its code, its time, signals, a disk that fills up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.job.limits import Ended, hours_left, run_limited
+from finetune.job.programs import ProgramFailed, call
+from finetune.job.settings import JobSettings, read_settings
+from tests.helpers.machine_fixture import gone, wait_for
+
+HOUR = 1.0
+SECOND = 1 / 3600
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobSettings:
+    monkeypatch.chdir(tmp_path)  # without on_machine/room.sh
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GRACE_SECONDS", "0.5")
+    (tmp_path / ".finetune").mkdir()
+    return read_settings(os.environ)
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-c", program]
+
+
+@pytest.mark.parametrize(
+    ("program", "code"), [("", 0), ("raise SystemExit(75)", 75), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
+def test_the_code_is_the_programs_as_a_shell_has_it(program: str, code: int, settings: JobSettings) -> None:
+    assert run_limited(python(program), HOUR, settings) == Ended(code, out_of_time=False)
+
+
+def test_a_program_whose_time_is_up_is_told_and_then_killed(settings: JobSettings) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    began = time.monotonic()
+    assert run_limited(python(deaf), 0.5 * SECOND, settings) == Ended(137, out_of_time=True)
+    assert time.monotonic() - began >= 1.0, "half a second, and half a second of grace"
+
+
+def test_a_disk_that_was_full_is_no_reason_to_run_again(
+    settings: JobSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = settings.state / "room.full"
+    assert run_limited(python(f"open({str(full)!r}, 'w').write('12'); exit(75)"), HOUR, settings) == Ended(2, False)
+    assert "the disk was nearly full (12 MiB left)" in capsys.readouterr().err
+    assert run_limited(python("exit(75)"), HOUR, settings) == Ended(75, False), (
+        "what an earlier job left does not count"
+    )
+
+
+def test_signals_are_ours_again_afterwards(settings: JobSettings) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    run_limited(python(""), HOUR, settings)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_signal_that_comes_while_the_program_starts_is_not_lost(
+    settings: JobSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = subprocess.Popen
+
+    def signalled(*words: object, **more: object) -> subprocess.Popen[bytes]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*words, **more)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(subprocess, "Popen", signalled)
+    monkeypatch.setattr("finetune.job.limits._watch_room", lambda *_: None)
+    assert run_limited(python("import time; time.sleep(60)"), HOUR, settings) == Ended(143, out_of_time=False)
+
+
+def test_the_watcher_of_the_disk_is_nobodys_child_and_ends_with_the_program(settings: JobSettings) -> None:
+    script = Path("on_machine") / "room.sh"
+    script.parent.mkdir()
+    script.write_text('echo "$$ $PPID $1 $2" >"$2.told"; while kill -0 "$1"; do sleep 0.1; done\n', encoding="utf-8")
+    told = settings.state / "room.told"
+    program = f"import os, time\nwhile not os.path.exists({str(told)!r}): time.sleep(0.02)\ntime.sleep(0.3)"
+    assert run_limited(python(program), HOUR, settings).code == 0
+    watcher, parent, _, file = told.read_text(encoding="utf-8").split()
+    assert int(parent) != os.getpid() and file == str(settings.state / "room")
+    assert gone(int(watcher))
+
+
+def test_a_program_that_the_job_needs_ends_with_the_job(settings: JobSettings, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        wait_for(tmp_path / "pid")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def end(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, end)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(SystemExit):
+            call(["bash", "-c", "echo $$ >part; mv part pid; exec sleep 60"], settings.environment)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        thread.join()
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_program_that_fails_says_with_which_code(settings: JobSettings) -> None:
+    with pytest.raises(ProgramFailed) as failed:
+        call(python("exit(2)"), settings.environment)
+    assert failed.value.code == 2
+
+
+def test_hours_without_a_price_are_those_of_the_clock(settings: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FINETUNE_PRICES", raising=False)
+    assert hours_left(settings) == 24.0

@@ -1,0 +1,73 @@
+"""A job's environment: what it may say, and one line for what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.job.settings import Nodes, read_settings
+
+GIVEN = {"HOME": "/home/me", "RUN_NAME": "run", "CONFIG": "configs/a.yaml", "MAX_RUN_USD": "7.5", "MAX_HOURS": "3"}
+NODES = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5"}
+
+
+def test_settings_are_read_and_shown_as_they_were_typed() -> None:
+    settings = read_settings(GIVEN | {"OVERRIDES": " lora.r=4  training.seed=1 ", "BUCKET": ""})
+    assert (settings.config, settings.overrides) == ("configs/a.yaml", ["lora.r=4", "training.seed=1"])
+    assert (settings.limits, settings.bucket) == ("MAX_HOURS=3, MAX_RUN_USD=7.5", "BUCKET")
+    assert (settings.state, settings.runs) == (Path("/home/me/.finetune"), Path("/bucket/runs"))
+
+
+def test_what_is_not_set_or_empty_has_a_default() -> None:
+    settings = read_settings({"MAX_HOURS": "", "HOME": "/home/me"})
+    assert (settings.max_run_usd, settings.max_hours, settings.grace_seconds) == (25, 24, 180)
+    assert settings.environment["GRACE_SECONDS"] == "180", "finetune.runtime.torchrun reads it"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("MAX_RUN_USD", "MAX_HOURS", "GRACE_SECONDS") for value in ("0", "1e3", "-1", "٣")),
+        ("RUN_NAME", "run\n"),
+        ("RUN_NAME", "a/b"),
+    ],
+)
+def test_a_value_that_means_nothing_is_named_in_one_line(name: str, value: str) -> None:
+    with pytest.raises(UserError) as raised:
+        read_settings(GIVEN | {name: value})
+    said = str(raised.value)
+    assert said.startswith(f"{name}: expected ") and repr(value) in said
+    assert len(said.splitlines()) == 1
+
+
+def test_all_wrong_values_are_named_at_once() -> None:
+    with pytest.raises(UserError, match=r"MAX_RUN_USD: .*; MAX_HOURS: .*; RUN_NAME: "):
+        read_settings({"MAX_RUN_USD": "all", "MAX_HOURS": "no", "RUN_NAME": "../up"})
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"SKYPILOT_NUM_NODES": "two"}, "SKYPILOT_NUM_NODES"),
+        ({"SKYPILOT_NODE_RANK": "first"}, "SKYPILOT_NODE_RANK"),
+        ({"SKYPILOT_NODE_IPS": ""}, "SKYPILOT_NODE_IPS"),
+    ],
+)
+def test_nodes_that_cannot_find_each_other_are_refused(changed: dict[str, str], named: str) -> None:
+    assert read_settings(GIVEN | NODES).nodes == Nodes(2, 1, "10.0.0.4")
+    assert read_settings(GIVEN | NODES | {"SKYPILOT_NUM_NODES": "1"}).nodes is None
+    with pytest.raises(UserError, match=f"^{named}: "):
+        read_settings(GIVEN | NODES | changed)
+
+
+def test_empty_secrets_do_not_reach_the_programs() -> None:
+    seen = read_settings(GIVEN | {"WANDB_API_KEY": "", "HF_TOKEN": "mine", "EMPTY": ""}).environment
+    assert "WANDB_API_KEY" not in seen
+    assert (seen["HF_TOKEN"], seen["EMPTY"]) == ("mine", "")
+
+
+@pytest.mark.parametrize("info", ["", "{torn", "[]", '{"cluster_name": null}'])
+def test_a_cluster_without_a_name_does_not_end_a_job(info: str) -> None:
+    assert read_settings(GIVEN | {"SKYPILOT_CLUSTER_INFO": info}).cluster == "CLUSTER"
