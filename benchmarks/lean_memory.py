@@ -20,10 +20,11 @@ import torch
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
 from finetune.estimate.memory_hf import Workload
+from finetune.example import Example
 from finetune.models.architectures import shape_of
 from finetune.models.device import choose_device
 from finetune.models.fused import ops_torch
-from finetune.models.fused.model import IGNORED, LeanModel, pack
+from finetune.models.fused.model import LeanModel, pack
 from finetune.models.load import adapters_to_float32, attach_lora, load_base
 from finetune.training.step.optimizer import FlatAdapters
 
@@ -82,13 +83,13 @@ def measured(model: Any, tokens: int, kept: int, cached: int, *, old_gpu: bool) 
     flat = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
     optimizer = PagedAdamW8bit([flat.parameter], lr=1e-5)
     ids = torch.randint(10, 30000, (tokens // TEXT, TEXT)).tolist()
-    labels = [[IGNORED] * (TEXT - ANSWER) + row[-ANSWER:] for row in ids]
+    targets = [Example(row, TEXT - ANSWER).targets for row in ids]
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         lean.refresh()
         flat.begin()
         for _ in range(2):
-            lean.loss(pack(ids, labels, lean.device), kept_layers=kept).backward()
+            lean.loss(pack(ids, targets, lean.device), kept_layers=kept).backward()
         torch.nn.utils.clip_grad_norm_([flat.parameter], 1.0)
         optimizer.step()
     torch.cuda.synchronize()

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
+from finetune.example import Example
 from finetune.models.device import choose_device
 from finetune.models.fused import ops_torch
-from finetune.models.fused.model import IGNORED, LeanModel, ops_for, pack
+from finetune.models.fused.model import LeanModel, ops_for, pack
 from finetune.models.load import adapters_to_float32, attach_lora, load_base, load_tokenizer
 from finetune.training.step.optimizer import FlatAdapters
 
@@ -92,7 +93,7 @@ def texts(count: int, vocabulary: int) -> list[tuple[list[list[int]], list[list[
     for _ in range(count):
         lengths = [min(2048, max(ANSWER_TOKENS + 8, round(draw.lognormvariate(5.409, 0.814)))) for _ in range(16)]
         ids = [[draw.randrange(10, vocabulary) for _ in range(length)] for length in lengths]
-        result.append((ids, [[IGNORED] * (len(row) - ANSWER_TOKENS) + row[-ANSWER_TOKENS:] for row in ids]))
+        result.append((ids, [Example(row, len(row) - ANSWER_TOKENS).targets for row in ids]))
     return result
 
 
@@ -111,22 +112,22 @@ def one_round(
     optimizer = PagedAdamW8bit([flat.parameter], lr=1e-5)
     torch.cuda.reset_peak_memory_stats()
 
-    def step(ids: Any, labels: Any) -> tuple[float, torch.Tensor]:
+    def step(ids: Any, targets: Any) -> tuple[float, torch.Tensor]:
         began = time.perf_counter()
         lean.refresh()
         flat.begin()
-        loss = lean.loss(pack(ids, labels, lean.device), kept_layers=variant["kept"])
+        loss = lean.loss(pack(ids, targets, lean.device), kept_layers=variant["kept"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_([flat.parameter], 1.0)
         optimizer.step()
         return time.perf_counter() - began, loss.detach()
 
-    for ids, labels in steps[:2]:
-        step(ids, labels)
+    for ids, targets in steps[:2]:
+        step(ids, targets)
     torch.cuda.synchronize()
-    for ids, labels in steps:
+    for ids, targets in steps:
         began = time.perf_counter()
-        host, loss = step(ids, labels)
+        host, loss = step(ids, targets)
         torch.cuda.synchronize()
         result["rates"].append(sum(map(len, ids)) / (time.perf_counter() - began))
         result["host"].append(host)

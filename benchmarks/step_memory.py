@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection
+from finetune.data.tokenize import Examples
 from finetune.estimate import memory_hf
+from finetune.example import Example
 from finetune.machine.gpus import GIB
 from finetune.models.device import Device, choose_device
-from finetune.models.fused.model import IGNORED
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import Throughput
@@ -116,8 +116,7 @@ def train(
 ) -> Throughput:
     """One epoch over random texts of the given lengths, through our trainer."""
     texts = [torch.randint(10, len(tokenizer), (length,)).tolist() for length in lengths]
-    labels = [[IGNORED] * (len(text) - ANSWER_TOKENS) + text[-ANSWER_TOKENS:] for text in texts]
-    examples = Dataset.from_dict({"input_ids": texts, "labels": labels, "length": lengths})
+    examples = Examples.of(Example(text, len(text) - ANSWER_TOKENS) for text in texts)
     section = TrainingSection(
         num_train_epochs=1,
         per_device_train_batch_size=rows,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
-from benchmarks.throughput_recipe import BATCH, Recipe, Texts
+from benchmarks.throughput_recipe import ANSWER_TOKENS, BATCH, Recipe, Texts
 from finetune.config.load import from_dict
 from finetune.config.schema import RunConfig
+from finetune.data.tokenize import Examples
+from finetune.example import Example
 from finetune.machine.hardware import let_segments_grow
 from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
@@ -34,7 +34,7 @@ def our_trainer(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple
     arguments = trainer_arguments(
         config.training, device, plan, checkpoints=Path(tempfile.mkdtemp()), run_name="throughput", validates=False
     )
-    examples = Dataset.from_dict(texts.columns() | {"length": texts.lengths})
+    examples = Examples.of(Example(ids, len(ids) - ANSWER_TOKENS) for ids in texts.ids)
     tokenizer = load_tokenizer(config.model)
     trainer = build_trainer(arguments, model, tokenizer, examples, None, Throughput(), config.training, device, plan)
     trainer.sampler = InOrder(len(texts.ids))  # type: ignore[assignment]

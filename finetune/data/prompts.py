@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import UserError
+from finetune.example import Example
 from finetune.runtime.files import write_text
 from finetune.sql.schema import compact, parse_ddl
 from finetune.sql.text import on_one_line
@@ -100,30 +101,18 @@ def load_template(folder: Path) -> PromptTemplate:
     return template
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of prompt, answer and end-of-text token; the first `prompt_tokens` of them are the prompt."""
-
-    input_ids: list[int]
-    prompt_tokens: int
-
-    @property
-    def answer_tokens(self) -> int:
-        return len(self.input_ids) - self.prompt_tokens
-
-
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """Prompts as token ids, with the special tokens that the tokenizer puts in front."""
     ids: list[list[int]] = tokenizer(list(prompts))["input_ids"] if prompts else []
     return ids
 
 
-def encode_examples(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
+def encode_examples(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[Example]:
     """Training examples as token ids. Prompt and answer are tokenised apart and joined, so that the ids before the answer
     are exactly those that generation starts from, whatever the tokenizer does at the seam."""
     ends = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else []
     return [
-        Encoded([*start, *end, tokenizer.eos_token_id], len(start))
+        Example([*start, *end, tokenizer.eos_token_id], len(start))
         for start, end in zip(encode_prompts(tokenizer, prompts), ends, strict=True)
     ]
 

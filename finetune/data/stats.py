@@ -41,7 +41,7 @@ def token_counts(
             batch = records[start : start + _BATCH]
             prompts = [template.render_record(record) for record in batch]
             examples = encode_examples(tokenizer, prompts, [completion(r.sql) for r in batch])
-            counts += [TokenCount(len(example.input_ids), example.answer_tokens) for example in examples]
+            counts += [TokenCount(len(example), example.answer_tokens) for example in examples]
             bar.update(len(batch))
     return counts
 

@@ -11,10 +11,10 @@ import torch
 from finetune.config.load import questions_per_step
 from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
-from finetune.data.prompts import Encoded, PromptTemplate, completion, encode_examples
+from finetune.data.prompts import PromptTemplate, completion, encode_examples
 from finetune.demo.schedule import Pace
 from finetune.evaluation.generate import generate_answers
-from finetune.models.fused.model import IGNORED
+from finetune.example import IGNORED, Example
 from finetune.training.step.hf_path import answer_loss
 
 if TYPE_CHECKING:
@@ -67,25 +67,24 @@ def _usual_batch(
         [template.render_record(record) for record in records],
         [completion(record.sql) for record in records],
     )
-    encoded.sort(key=lambda example: len(example.input_ids))
+    encoded.sort(key=len)
     size = questions_per_step(config.training)
     start = max(0, (len(encoded) - size) // 2)
-    mean = sum(len(example.input_ids) for example in encoded) / len(encoded)
+    mean = sum(len(example) for example in encoded) / len(encoded)
     return _padded(encoded[start : start + size]), mean
 
 
-def _padded(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-    shape = len(examples), max(len(example.input_ids) for example in examples)
+def _padded(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    shape = len(examples), max(len(example) for example in examples)
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.long),
         "attention_mask": torch.zeros(shape, dtype=torch.long),
         "labels": torch.full(shape, IGNORED),
     }
     for row, example in enumerate(examples):
-        ids = torch.tensor(example.input_ids)
-        batch["input_ids"][row, : len(ids)] = ids
-        batch["attention_mask"][row, : len(ids)] = 1
-        batch["labels"][row, example.prompt_tokens : len(ids)] = ids[example.prompt_tokens :]
+        batch["input_ids"][row, : len(example)] = torch.tensor(example.ids)
+        batch["attention_mask"][row, : len(example)] = 1
+        batch["labels"][row, : len(example)] = torch.tensor(example.labels)
     return batch
 
 

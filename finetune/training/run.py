@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 
 from finetune.budget.run_budget import Spending
 from finetune.checkpoint.async_saver import Committed, Saver
 from finetune.checkpoint.store import read_manifest
 from finetune.config.load import config_hash, load_config, to_dict
 from finetune.config.schema import RunConfig
+from finetune.data.tokenize import Examples
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.run_folder import RunFolder, check_name_is_free, create_run
 from finetune.runtime import distributed
@@ -155,7 +155,7 @@ def _fit(session: Session, parts: Parts) -> int:
 
 def _describe(session: Session, parts: Parts) -> None:
     inputs = session.inputs
-    used = {"train": len(parts.train.dataset), "val": len(parts.validation.dataset)}
+    used = {"train": len(parts.train), "val": len(parts.validation)}
     session.recorder.record["data"].update(path=inputs.config.data.output_dir, used=used)
     session.recorder.write(**describe_attempt(inputs.config, inputs.device, parts.model))
 
@@ -163,7 +163,7 @@ def _describe(session: Session, parts: Parts) -> None:
 def _plan(session: Session, parts: Parts) -> StepPlan:
     """How a step is computed on this GPU; its questions may not change from one attempt to the next."""
     inputs, record = session.inputs, session.recorder.record
-    plan = plan_step(inputs.config, parts.model, inputs.device, parts.train.dataset["length"], gpus=distributed.count())
+    plan = plan_step(inputs.config, parts.model, inputs.device, parts.train.lengths, gpus=distributed.count())
     if session.resume_from:
         check_same_steps(session.run, inputs.config, plan, record.get("step", {}))
     say(str(plan) if distributed.count() == 1 else f"{distributed.count()} processes, each with {plan}")
@@ -173,7 +173,7 @@ def _plan(session: Session, parts: Parts) -> StepPlan:
 
 def _trainer(session: Session, parts: Parts, plan: StepPlan, throughput: Throughput) -> AnswerTrainer:
     config, device = session.inputs.config, session.inputs.device
-    validates = bool(config.training.eval_steps and len(parts.validation.dataset))
+    validates = bool(config.training.eval_steps and len(parts.validation))
     scratch = distributed.from_first(lambda: scratch_folder(session.recorder.record["run_id"]))
     arguments = trainer_arguments(
         config.training, device, plan, checkpoints=scratch, run_name=session.run.path.name, validates=validates
@@ -182,8 +182,8 @@ def _trainer(session: Session, parts: Parts, plan: StepPlan, throughput: Through
         arguments,
         parts.model,
         parts.tokenizer,
-        parts.train.dataset,
-        parts.validation.dataset if validates else None,
+        parts.train,
+        parts.validation if validates else None,
         throughput,
         config.training,
         device,
@@ -216,7 +216,7 @@ def _before(session: Session, trainer: AnswerTrainer, plan: StepPlan) -> BeforeF
 
     actions = [go_on]
     if rehearses(trainer.args.device):
-        actions.append(lambda: rehearse(trainer, plan, trainer.train_dataset))
+        actions.append(lambda: rehearse(trainer, plan, trainer.train_examples))
     return BeforeFirstStep(*actions)
 
 
@@ -224,11 +224,11 @@ def rehearses(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def rehearse(trainer: AnswerTrainer, plan: StepPlan, train: Dataset) -> None:
+def rehearse(trainer: AnswerTrainer, plan: StepPlan, train: Examples) -> None:
     """The largest micro-batch comes first, with gradients that are thrown away: memory that does not suffice shows after
     seconds, not after hours."""
     worst = worst_micro_batch(
-        train["length"], plan.limits, plan.rows, questions=plan.questions, padded=plan.path == "stock"
+        train.lengths, plan.limits, plan.rows, questions=plan.questions, padded=plan.path == "stock"
     )
     trainer.model.train()
     trainer.stepper.rehearse([train[index] for index in worst])

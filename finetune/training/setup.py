@@ -79,7 +79,7 @@ def _examples(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, split: Split) 
     examples = tokenise(inputs.data.records(split), inputs.template, tokenizer, limit)
     if examples.too_long:
         say(f"{split}: {examples.too_long} examples are longer than model.max_seq_length={limit} tokens and left out")
-    if split == "train" and not len(examples.dataset):
+    if split == "train" and not len(examples):
         raise UserError(f"model.max_seq_length: no training example fits into {limit} tokens")
     return examples
 

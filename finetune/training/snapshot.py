@@ -149,9 +149,9 @@ differently; adapters that were lost are further off as soon as anything has bee
 
 def probe_of(trainer: AnswerTrainer) -> dict[str, Any]:
     """Mean negative log-likelihood (nats) of the fixed examples' answers, without dropout; the random state stays as it is."""
-    examples = sorted(enumerate(trainer.train_dataset["length"]), key=lambda item: (item[1], item[0]))[:EXAMPLES]
+    examples = sorted(enumerate(trainer.train_examples.lengths), key=lambda item: (item[1], item[0]))[:EXAMPLES]
     indices = [index for index, _ in examples]
-    loss = float(trainer.loss_of([trainer.train_dataset[index] for index in indices]))
+    loss = float(trainer.loss_of([trainer.train_examples[index] for index in indices]))
     return {"examples": indices, "loss": loss if math.isfinite(loss) else None}
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from finetune.config.schema import TrainingSection
+from finetune.data.tokenize import Examples
+from finetune.example import Example
 from finetune.models.device import Device
-from finetune.models.fused.model import IGNORED
 from finetune.models.load import adapters_to_float32
 from finetune.runtime import distributed
 from finetune.training.callbacks import Throughput
@@ -23,7 +23,7 @@ from finetune.training.step.hf_path import PaddedPath, answer_loss
 from finetune.training.step.optimizer import FlatAdapters, page_again
 from finetune.training.step.packing import micro_batches
 from finetune.training.step.plan import StepPlan
-from finetune.training.step.runner import Example, LeanPath, Step, Stepper, collate, spoilt
+from finetune.training.step.runner import LeanPath, Step, Stepper, collate, spoilt
 from finetune.training.step.sampler import StepLoader, StepSampler
 from finetune.training.trl_without_wandb import SFTConfig, SFTTrainer
 
@@ -42,6 +42,8 @@ class AnswerTrainer(SFTTrainer):
     throughput: Throughput
     stepper: Stepper
     sampler: StepSampler
+    train_examples: Examples
+    validation_examples: Examples | None
     control: Any
     more_logs: Callable[[], dict[str, float]] = staticmethod(dict)
     """Series that go to the trackers with every loss."""
@@ -50,7 +52,8 @@ class AnswerTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> StepLoader:
         share = partial(collate, rank=distributed.rank(), ranks=distributed.count())
-        return StepLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=share)
+        examples: Any = self.train_examples  # torch's types ask for its own Dataset; any sequence will do
+        return StepLoader(examples, batch_sampler=self.sampler, collate_fn=share)
 
     def training_step(self, model: Any, inputs: dict[str, Step], num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
@@ -59,7 +62,7 @@ class AnswerTrainer(SFTTrainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean negative log-likelihood (nats) of the labelled tokens of all validation examples, over all ranks. transformers'
         own is a mean of batch means, which hangs on how examples are dealt out to batches and ranks."""
-        metrics = {"eval_loss": float(self.loss_of(list(self.eval_dataset)))}
+        metrics = {"eval_loss": float(self.loss_of(list(self.validation_examples or ())))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -86,14 +89,14 @@ class AnswerTrainer(SFTTrainer):
     def loss_of(self, examples: list[Example]) -> torch.Tensor:
         """Mean negative log-likelihood (nats) of the examples' labelled tokens, over all ranks, without dropout. Every rank
         computes its share of the batches, the longest examples first."""
-        examples = sorted(examples, key=lambda example: -example["length"])
-        labelled = sum(label != IGNORED for example in examples for label in example["labels"][1:])
+        examples = sorted(examples, key=lambda example: -len(example))
+        labelled = sum(example.predicted for example in examples)
         size = self.args.per_device_eval_batch_size
         total, path = torch.zeros((), device=self.args.device), self.stepper.path
         path.begin()
         for start in range(distributed.rank() * size, len(examples), distributed.count() * size):
             batch = examples[start : start + size]
-            lengths = [example["length"] for example in batch]
+            lengths = [len(example) for example in batch]
             for piece in micro_batches(lengths, tokens=self.stepper.limits.tokens, padded=path.padded):
                 total += path.validation_loss([batch[row] for row in piece], max(labelled, 1))
         return distributed.add_up(total)
@@ -173,8 +176,8 @@ def build_trainer(
     arguments: SFTConfig,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    validation: Dataset | None,
+    train: Examples,
+    validation: Examples | None,
     throughput: Throughput,
     training: TrainingSection,
     device: Device,
@@ -185,19 +188,20 @@ def build_trainer(
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
+        train_dataset=train.dataset,
+        eval_dataset=validation.dataset if validation else None,
         processing_class=tokenizer,
         callbacks=[throughput],
     )
     trainer.throughput = throughput
+    trainer.train_examples, trainer.validation_examples = train, validation
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     adapters_to_float32(trainer.model)
     # without DistributedDataParallel: the Stepper sums the gradients
     trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
     by_length = training.group_by_length and plan.path == "stock"
-    trainer.sampler = StepSampler(list(train["length"]), plan.questions, training.seed, by_length)
+    trainer.sampler = StepSampler(train.lengths, plan.questions, training.seed, by_length)
     trainer.stepper = Stepper(
         LeanPath(plan.lean_model(model, device)) if plan.path == "lean" else PaddedPath(trainer),
         plan.limits,

@@ -132,8 +132,8 @@ def test_training_sees_the_very_ids_that_generation_starts_from_then_answer_and_
     prompts_, answers = ["ab", ""], ["c", "de"]
     encoded = encode_examples(CharTokenizer(), prompts_, answers)
     for tokens, prompt, answer in zip(encoded, encode_prompts(CharTokenizer(), prompts_), answers, strict=True):
-        assert tokens.input_ids[: tokens.prompt_tokens] == prompt
-        assert tokens.input_ids[tokens.prompt_tokens :] == [ord(char) for char in answer] + [0]
+        assert tokens.ids[: tokens.answer_start] == prompt
+        assert tokens.ids[tokens.answer_start :] == [ord(char) for char in answer] + [0]
         assert tokens.answer_tokens == len(answer) + 1
     assert encode_examples(CharTokenizer(), [], []) == []
     assert encode_prompts(CharTokenizer(), []) == []

@@ -23,8 +23,9 @@ transformers = pytest.importorskip("transformers")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from finetune.example import IGNORED, targets_of  # noqa: E402
 from finetune.models.fused import attention, ops_torch  # noqa: E402
-from finetune.models.fused.model import IGNORED, LeanModel, pack  # noqa: E402
+from finetune.models.fused.model import LeanModel, pack  # noqa: E402
 from finetune.training.step.optimizer import FlatAdapters  # noqa: E402
 
 SLIM = ModelShape("slim", 128, 4, 8, 2, 16, 448, 96)
@@ -129,9 +130,9 @@ def measured(shape: ModelShape, lean: LeanLoad, labelled: int) -> int:
             return result
 
     ids = [[1] * length for length in LENGTHS]
-    labels = [[IGNORED] * (length - labelled) + [1] * labelled for length in LENGTHS]
+    targets = [targets_of([IGNORED] * (length - labelled) + [1] * labelled) for length in LENGTHS]
     with Meter():
-        packed = pack(ids, labels, path.device)
+        packed = pack(ids, targets, path.device)
         path.loss(packed, kept_layers=lean.kept_layers).backward()
     return peak
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from finetune.config.schema import RunConfig, TrainingSection
 from finetune.data.tokenize import Examples
+from finetune.example import IGNORED, targets_of
 from finetune.models.device import Device
-from finetune.models.fused.model import IGNORED, LeanModel, Packed, pack
+from finetune.models.fused.model import LeanModel, Packed, pack
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import Throughput
 from finetune.training.step.plan import StepPlan, plan_step
@@ -102,8 +103,8 @@ def labelled(labels: Sequence[Sequence[int]]) -> int:
     return sum(label != IGNORED for row in labels for label in row[1:])
 
 
-def packed(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> Packed:
-    return pack(ids, labels, CPU)
+def packed(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], device: torch.device = CPU) -> Packed:
+    return pack(ids, [targets_of(row) for row in labels], device)
 
 
 def stock_loss(model: Any, ids: Sequence[int], labels: Sequence[int]) -> Tensor:
@@ -225,7 +226,7 @@ def trainer_for(
 ) -> AnswerTrainer:  # fmt: skip
     """The trainer of `finetune train` in the working directory. plan: what to change of the plan that it would make."""
     training = section(**changes)
-    made = replace(plan_for(training, model, examples.dataset["length"]), **(plan or {}))
+    made = replace(plan_for(training, model, examples.lengths), **(plan or {}))
     arguments = trainer_arguments(
         training,
         ON_CPU,
@@ -234,10 +235,8 @@ def trainer_for(
         run_name="run",
         validates=validates,
     )
-    validation = examples.dataset if validates else None
-    return build_trainer(
-        arguments, model, tokenizer, examples.dataset, validation, Throughput(), training, ON_CPU, made, say
-    )
+    validation = examples if validates else None
+    return build_trainer(arguments, model, tokenizer, examples, validation, Throughput(), training, ON_CPU, made, say)
 
 
 def losses(trainer: Any) -> list[float]:

@@ -64,7 +64,7 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_learned(
 
     def watched(trainer: Any, plan: StepPlan, examples: Any) -> None:
         run = trainer.stepper.rehearse
-        trainer.stepper.rehearse = lambda worst: (rehearsed.extend(example["length"] for example in worst), run(worst))
+        trainer.stepper.rehearse = lambda worst: (rehearsed.extend(len(example) for example in worst), run(worst))
         rehearse(trainer, plan, examples)
 
     monkeypatch.setattr(training_run, "rehearse", watched)

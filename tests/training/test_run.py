@@ -190,7 +190,7 @@ def lengths_of(path: Path, tokenizer: Any) -> list[int]:
     """Tokens of prompt, answer and end-of-text token of every record."""
     records = read_records(path)
     prompts = [PromptTemplate().render_record(record) for record in records]
-    return [len(item.input_ids) for item in encode_examples(tokenizer, prompts, [record.sql for record in records])]
+    return [len(item) for item in encode_examples(tokenizer, prompts, [record.sql for record in records])]
 
 
 # --- W&B

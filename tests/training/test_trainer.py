@@ -20,7 +20,7 @@ from finetune.data.prompts import PromptTemplate, completion, encode_prompts  # 
 from finetune.data.records import Record, read_records  # noqa: E402
 from finetune.data.tokenize import Examples, tokenise  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
-from finetune.models.fused.model import IGNORED  # noqa: E402
+from finetune.example import IGNORED  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.training.arguments import one_gpu_a_process  # noqa: E402
 from finetune.training.step.hf_path import answer_loss  # noqa: E402
@@ -68,16 +68,18 @@ def adapter(model: Any) -> dict[str, Any]:
 def test_labels_are_exactly_the_answer_and_the_end_of_text_token(
     examples: Examples, records: list[Record], tokenizer: Any
 ) -> None:
-    assert len(examples.dataset) == len(records) == 24
+    assert len(examples) == len(records) == 24
     assert examples.too_long == 0
-    for record, row in zip(records, examples.dataset, strict=True):
+    for record, row in zip(records, examples, strict=True):
         [prompt] = encode_prompts(tokenizer, [TEMPLATE.render_record(record)])
-        assert row["input_ids"][: len(prompt)] == prompt
-        assert row["labels"][: len(prompt)] == [IGNORED] * len(prompt)
-        assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
-        assert row["labels"][-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(row["labels"][len(prompt) : -1]) == completion(record.sql)
-        assert tokenizer.decode(row["input_ids"], skip_special_tokens=True) == (
+        assert row.ids[: len(prompt)] == prompt
+        assert row.labels[: len(prompt)] == [IGNORED] * len(prompt)
+        assert row.labels[len(prompt) :] == row.ids[len(prompt) :]
+        assert row.labels[-1] == tokenizer.eos_token_id
+        assert row.targets == [*row.labels[1:], IGNORED]
+        assert row.predicted == row.answer_tokens == len(row) - len(prompt)
+        assert tokenizer.decode(row.labels[len(prompt) : -1]) == completion(record.sql)
+        assert tokenizer.decode(row.ids, skip_special_tokens=True) == (
             TEMPLATE.render_record(record) + completion(record.sql)
         )
 
@@ -85,15 +87,15 @@ def test_labels_are_exactly_the_answer_and_the_end_of_text_token(
 def test_examples_that_are_too_long_are_left_out_and_counted_never_cut(
     examples: Examples, records: list[Record], tokenizer: Any
 ) -> None:
-    lengths = examples.dataset["length"]
-    assert lengths == [len(ids) for ids in examples.dataset["input_ids"]]
+    lengths = examples.lengths
+    assert lengths == [len(example.ids) for example in examples]
     longest = max(lengths)
     assert tokenise(records, TEMPLATE, tokenizer, longest).too_long == 0
     fewer = tokenise(records, TEMPLATE, tokenizer, longest - 1)
-    assert fewer.too_long == list(lengths).count(longest) > 0
-    assert fewer.dataset.to_list() == [row for row in examples.dataset.to_list() if row["length"] < longest]
+    assert fewer.too_long == lengths.count(longest) > 0
+    assert list(fewer) == [row for row in examples if len(row) < longest]
     nothing = tokenise(records, TEMPLATE, tokenizer, 16)
-    assert (len(nothing.dataset), nothing.too_long) == (0, 24)
+    assert (len(nothing), nothing.too_long) == (0, 24)
 
 
 @pytest.mark.parametrize("kernels", ["lean", "stock"])
@@ -106,12 +108,12 @@ def test_an_epoch_of_steps_holds_every_example_whole_and_once(
     )  # fmt: skip
     steps = [batch["step"] for batch in trainer.get_train_dataloader()]
     assert [len(step.mine) for step in steps] == [7, 7, 7, 3]
-    assert sorted((row["input_ids"], row["labels"]) for step in steps for row in step.mine) == sorted(
-        (row["input_ids"], row["labels"]) for row in examples.dataset
+    assert sorted((row.ids, row.labels) for step in steps for row in step.mine) == sorted(
+        (row.ids, row.labels) for row in examples
     )
     for step in steps:
-        assert step.tokens == sum(row["length"] for row in step.mine)
-        assert step.labelled == sum(label != IGNORED for row in step.mine for label in row["labels"])
+        assert step.tokens == sum(len(row) for row in step.mine)
+        assert step.labelled == sum(label != IGNORED for row in step.mine for label in row.labels)
 
 
 def test_padded_micro_batches_carry_no_loss_on_padding(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
@@ -134,7 +136,7 @@ def test_padded_micro_batches_carry_no_loss_on_padding(tiny_model: Path, tokeniz
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             assert torch.all(labels[mask == 0] == IGNORED)
             found.append((ids[mask == 1].tolist(), labels[mask == 1].tolist()))
-    assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in step.mine)
+    assert sorted(found) == sorted((row.ids, row.labels) for row in step.mine)
 
 
 def test_grouping_by_length_is_for_padded_batches(tiny_model: Path, tokenizer: Any, records: list[Record]) -> None:
@@ -145,7 +147,7 @@ def test_grouping_by_length_is_for_padded_batches(tiny_model: Path, tokenizer: A
         trainer = trainer_for(
             model, tokenizer, many, group_by_length=group, per_device_train_batch_size=4, kernels=kernels
         )
-        steps = [[row["length"] for row in batch["step"].mine] for batch in trainer.get_train_dataloader()]
+        steps = [[len(row) for row in batch["step"].mine] for batch in trainer.get_train_dataloader()]
         return sum(len(step) * max(step) - sum(step) for step in steps)
 
     assert padding(True, "stock") < 0.75 * padding(False, "stock")
@@ -157,14 +159,14 @@ def test_grouping_by_length_is_for_padded_batches(tiny_model: Path, tokenizer: A
 
 def batch_of(examples: Examples, rows: list[int], tokenizer: Any) -> dict[str, Any]:
     """Padded on the right, as the trainer's collator does it."""
-    chosen = [examples.dataset[i] for i in rows]
-    width = max(row["length"] for row in chosen) + 3
+    chosen = [examples[i] for i in rows]
+    width = max(map(len, chosen)) + 3
 
     def padded(name: str, value: int) -> Any:
-        return torch.tensor([row[name] + [value] * (width - row["length"]) for row in chosen])
+        return torch.tensor([getattr(row, name) + [value] * (width - len(row)) for row in chosen])
 
-    ids = padded("input_ids", tokenizer.pad_token_id)
-    mask = torch.tensor([[1] * row["length"] + [0] * (width - row["length"]) for row in chosen])
+    ids = padded("ids", tokenizer.pad_token_id)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in chosen])
     return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED)}
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from finetune.example import IGNORED
 from finetune.models.fused import attention, ops_torch
 from finetune.models.fused.attention import Segments
 from finetune.models.fused.layer import Batch, Group, Layer
@@ -22,8 +23,6 @@ from finetune.models.fused.layer import Batch, Group, Layer
 if TYPE_CHECKING:
     from peft import PeftModel
 
-IGNORED = -100
-"""The label of a token that carries no loss, as in torch.nn.functional.cross_entropy."""
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """The models of transformers whose layers are what finetune/models/fused/layer.py computes: RMSNorm, rotary embedding,
 grouped-query attention, SwiGLU; Qwen2 with a bias on q, k and v."""
@@ -44,17 +43,17 @@ class Packed:
     segments: Segments
 
 
-def pack(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], device: torch.device) -> Packed:
-    """Row i of ids and labels is one example; a label belongs to its own token, which the token before it predicts."""
+def pack(ids: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], device: torch.device) -> Packed:
+    """Row i of ids and targets is one text; targets say what each of its tokens has to predict, or IGNORED."""
     lengths = [len(row) for row in ids]
     flat = torch.tensor([token for row in ids for token in row])
-    wanted = torch.tensor([label for row in labels for label in (*row[1:], IGNORED)])
+    wanted = torch.tensor([target for row in targets for target in row])
     rows = (wanted != IGNORED).nonzero().squeeze(1)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    flat, positions, rows, targets = (
+    flat, positions, rows, wanted = (
         tensor.to(device, non_blocking=True) for tensor in (flat, positions, rows, wanted[rows])
     )
-    return Packed(flat, positions, rows, targets, Segments.of(lengths, device))
+    return Packed(flat, positions, rows, wanted, Segments.of(lengths, device))
 
 
 def why_not(model: PeftModel, longest: int) -> str | None:

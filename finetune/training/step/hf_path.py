@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from finetune.estimate.fit import Limits
-from finetune.models.fused.model import IGNORED
-from finetune.training.step.runner import Example
+from finetune.example import IGNORED, Example, batch_targets
 
 
 class PaddedPath:
@@ -32,18 +31,21 @@ class PaddedPath:
         return True
 
     def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> torch.Tensor:
-        trainer = self.trainer
-        batch = trainer._prepare_inputs(trainer.data_collator(list(examples)))
+        trainer, batch = self.trainer, self._batch(examples)
         with trainer.compute_loss_context_manager():
             result: torch.Tensor = trainer.compute_loss(trainer.model, batch, num_items_in_batch=labelled)
         return result
 
     def validation_loss(self, examples: Sequence[Example], labelled: int) -> torch.Tensor:
-        trainer = self.trainer
-        batch = trainer._prepare_inputs(trainer.data_collator(list(examples)))
+        trainer, batch = self.trainer, self._batch(examples)
         trainer.model.eval()
         with torch.no_grad(), trainer.accelerator.autocast():
             return answer_loss(trainer.model, batch, labelled)
+
+    def _batch(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        rows = [{"input_ids": example.ids, "labels": example.labels} for example in examples]
+        batch: dict[str, torch.Tensor] = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
+        return batch
 
 
 def answer_loss(model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -56,9 +58,9 @@ def answer_loss(model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch:
     hidden = causal.get_decoder()(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
     ).last_hidden_state
-    targets = inputs["labels"][:, 1:]
+    targets = batch_targets(inputs["labels"])
     labelled = targets != IGNORED
-    logits = causal.get_output_embeddings()(hidden[:, :-1][labelled]).float()
+    logits = causal.get_output_embeddings()(hidden[labelled]).float()
     total = torch.nn.functional.cross_entropy(logits, targets[labelled], reduction="sum")
     count = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     return total / count.clamp(min=1)

@@ -9,21 +9,19 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.estimate.fit import Limits
-from finetune.models.fused.model import IGNORED, LeanModel, Packed, pack
+from finetune.example import Example
+from finetune.models.fused.model import LeanModel, Packed, pack
 from finetune.runtime import distributed
 from finetune.training.step import rng
 from finetune.training.step.optimizer import FlatAdapters
 from finetune.training.step.packing import micro_batches, share
-
-Example = dict[str, Any]
-"""input_ids and labels, lists of int of one length, and that length."""
 
 BAD_STEPS = 10
 """So many steps without a finite loss, one after the other, end the run."""
@@ -40,8 +38,8 @@ class Step:
 
 def collate(examples: list[Example], *, rank: int, ranks: int) -> dict[str, Step]:
     """A dict, as transformers' Trainer expects of a batch; the same on every rank but for `mine`."""
-    lengths = [len(example["input_ids"]) for example in examples]
-    labelled = sum(label != IGNORED for example in examples for label in example["labels"][1:])
+    lengths = [len(example) for example in examples]
+    labelled = sum(example.predicted for example in examples)
     mine = [examples[position] for position in share(lengths, rank=rank, ranks=ranks)]
     return {"step": Step(mine, sum(lengths), labelled)}
 
@@ -86,8 +84,8 @@ class LeanPath:
             return self.lean.loss(self._packed(examples), labelled, kept_layers=0, training=False)
 
     def _packed(self, examples: Sequence[Example]) -> Packed:
-        ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
-        return pack(ids, labels, self.lean.device)
+        ids, targets = [example.ids for example in examples], [example.targets for example in examples]
+        return pack(ids, targets, self.lean.device)
 
 
 class Stepper:
@@ -155,11 +153,11 @@ class Stepper:
 
     def _held(self, examples: Sequence[Example]) -> int:
         """Tokens of a micro-batch, padding included."""
-        lengths = [len(example["input_ids"]) for example in examples]
+        lengths = [len(example) for example in examples]
         return len(lengths) * max(lengths) if self.path.padded else sum(lengths)
 
     def _micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
-        lengths = [len(example["input_ids"]) for example in examples]
+        lengths = [len(example) for example in examples]
         pieces = micro_batches(lengths, tokens=self.limits.tokens, padded=self.path.padded, rows=self.rows)
         return [[examples[position] for position in piece] for piece in pieces]
 
@@ -168,7 +166,7 @@ class Stepper:
         gc.collect()
         torch.cuda.empty_cache()
         self.out_of_memory += 1
-        before, longest = self.limits, max(len(example["input_ids"]) for example in examples)
+        before, longest = self.limits, max(len(example) for example in examples)
         largest = max(self._held(piece) for piece in self._micro_batches(examples))
         if largest > longest:
             self.limits = replace(before, tokens=max(longest, min(before.tokens, largest) // 2))

@@ -15,9 +15,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from finetune.estimate.fit import Limits  # noqa: E402
+from finetune.example import IGNORED, Example  # noqa: E402
 from finetune.models.fused import attention, ops_torch  # noqa: E402
 from finetune.models.fused.attention import Segments  # noqa: E402
-from finetune.models.fused.model import IGNORED, LeanModel, ops_for, pack  # noqa: E402
+from finetune.models.fused.model import LeanModel, ops_for  # noqa: E402
 from finetune.training.step.optimizer import FlatAdapters, page_again  # noqa: E402
 from finetune.training.step.runner import LeanPath, Stepper, collate  # noqa: E402
 from tests.helpers.lean_examples import (  # noqa: E402
@@ -25,6 +26,7 @@ from tests.helpers.lean_examples import (  # noqa: E402
     labelled,
     lean_gradients,
     lora_model,
+    packed,
     put_stated_masks,
     stock_gradients,
     stock_loss,
@@ -69,7 +71,7 @@ def total_error(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def on_gpu(lengths: Sequence[int] = LENGTHS) -> Any:
-    return pack(*texts(lengths), GPU)
+    return packed(*texts(lengths), GPU)
 
 
 # --- attention
@@ -106,9 +108,9 @@ def test_another_text_changes_no_bit_of_a_texts_loss(way: Any) -> None:
     ids, labels = texts(LENGTHS)
     labels[2] = [IGNORED] * len(labels[2])
     with torch.no_grad():
-        before = lean.loss(pack(ids, labels, GPU), kept_layers=0, training=False)
+        before = lean.loss(packed(ids, labels, GPU), kept_layers=0, training=False)
         ids[2] = [(token + 7) % 96 for token in ids[2]]
-        after = lean.loss(pack(ids, labels, GPU), kept_layers=0, training=False)
+        after = lean.loss(packed(ids, labels, GPU), kept_layers=0, training=False)
     assert torch.equal(before, after)
 
 
@@ -130,7 +132,7 @@ def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_stock_path(family: 
             loss, stock = stock_gradients(half, ids, labels)
         errors["stock"] += total_error(stock, exact) / 3
         for name, lean in layers.items():
-            ours, found = lean_gradients(half, pack(ids, labels, GPU), kept_layers=2, lean=lean)
+            ours, found = lean_gradients(half, packed(ids, labels, GPU), kept_layers=2, lean=lean)
             assert ours == pytest.approx(loss, rel=2e-3)
             errors[name] += total_error(found, exact) / 3
     print(f"\n{family}, heads of {head_dim}, bfloat16 against float32: {errors}")
@@ -170,7 +172,7 @@ def test_float16_overflow_is_skipped_by_the_scaler() -> None:
         skips_bad_steps=True,
     )  # fmt: skip
     ids, labels = texts(LENGTHS)
-    step = collate([{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)], rank=0, ranks=1)["step"]
+    step = collate([Example(row, labels[i].count(IGNORED)) for i, row in enumerate(ids)], rank=0, ranks=1)["step"]
     before, moved = flat.parameter.detach().clone(), []
     for _ in range(50):
         assert torch.isfinite(stepper.run(step))
@@ -205,7 +207,7 @@ def test_in_float32_the_triton_way_is_the_stock_path_under_the_same_masks(p: flo
     """256 of 1,024 levels are 0.25 exactly."""
     model = small_mistral(dropout=p)
     ids, labels = texts((211,))
-    batch = pack(ids, labels, GPU)
+    batch = packed(ids, labels, GPU)
     lean = LeanModel(model, torch.float32, ops=ops_for(GPU))
     loss, found = lean_gradients(model, batch, kept_layers=kept_layers, seed=5, lean=lean)
     torch.manual_seed(5)
@@ -297,7 +299,7 @@ def test_real_want_of_memory_is_survived() -> None:
     said: list[str] = []
     path = LeanPath(LeanModel(model, torch.bfloat16))
     ids, labels = texts([300] * 64)
-    step = collate([{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)], rank=0, ranks=1)["step"]
+    step = collate([Example(row, labels[i].count(IGNORED)) for i, row in enumerate(ids)], rank=0, ranks=1)["step"]
 
     def stepper() -> Stepper:
         return Stepper(

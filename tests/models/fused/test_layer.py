@@ -9,8 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+from finetune.example import IGNORED  # noqa: E402
 from finetune.models.fused import ops_torch  # noqa: E402
-from finetune.models.fused.model import IGNORED, LeanModel  # noqa: E402
+from finetune.models.fused.model import LeanModel  # noqa: E402
 from tests.helpers.lean_examples import (  # noqa: E402
     CPU,
     LAYERS,

@@ -12,9 +12,10 @@ pytest.importorskip("peft")
 
 from transformers import AutoModelForCausalLM, GPT2Config  # noqa: E402
 
+from finetune.example import IGNORED  # noqa: E402
 from finetune.models.fused import model as fused_model  # noqa: E402
 from finetune.models.fused import ops_torch  # noqa: E402
-from finetune.models.fused.model import IGNORED, LeanModel, Scratch, ops_for, pack, why_not  # noqa: E402
+from finetune.models.fused.model import LeanModel, Scratch, ops_for, pack, why_not  # noqa: E402
 from tests.helpers.lean_examples import (  # noqa: E402
     CPU,
     LAYERS,
@@ -33,7 +34,7 @@ from tests.helpers.lean_examples import (  # noqa: E402
 
 
 def test_pack_puts_each_label_on_the_token_before_it() -> None:
-    batch = pack([[5, 6, 7, 8], [9], [1, 2, 3]], [[IGNORED, IGNORED, 7, 8], [9], [IGNORED, 2, IGNORED]], CPU)
+    batch = pack([[5, 6, 7, 8], [9], [1, 2, 3]], [[IGNORED, 7, 8, IGNORED], [IGNORED], [2, IGNORED, IGNORED]], CPU)
     assert batch.ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3]
     assert batch.rows.tolist() == [1, 2, 5]
     assert batch.targets.tolist() == [7, 8, 2]  # the 9 is the first of its text: nothing predicts it

@@ -102,15 +102,15 @@ def test_the_losses_do_not_depend_on_micro_batches_nor_on_what_is_kept(
 LEAN = {"kernels": "lean", "learning_rate": 2e-2, "max_steps": 6, "group_by_length": False}
 
 
-def plain_loss(folder: Path, adapter: Path, rows: list[dict[str, Any]]) -> float:
+def plain_loss(folder: Path, adapter: Path, rows: Examples) -> float:
     """Mean negative log-likelihood (nats) of the labels, by transformers and PEFT alone."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter).eval()
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows:
-            total += stock_loss(model, row["input_ids"], row["labels"]).item()
-            count += labelled([row["labels"]])
+            total += stock_loss(model, row.ids, row.labels).item()
+            count += labelled([row.labels])
     return total / count
 
 
@@ -124,7 +124,7 @@ def test_the_adapter_of_a_lean_run_loads_with_plain_peft(
     assert "lean layers (training.kernels)" in capsys.readouterr().err
     saved = tmp_path / "runs" / "tiny-001"
     [found] = [row["eval_loss"] for row in record_of(saved)["history"] if row.get("eval_loss")]
-    rows = tokenise(read_records(tiny_data / "val.jsonl"), PromptTemplate(), tokenizer, 1024).dataset.to_list()
+    rows = tokenise(read_records(tiny_data / "val.jsonl"), PromptTemplate(), tokenizer, 1024)
     assert len(rows) == 6
     assert plain_loss(tiny_model, saved / "adapter", rows) == pytest.approx(found, rel=1e-5)
 

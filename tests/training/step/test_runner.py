@@ -12,9 +12,10 @@ pytest.importorskip("peft")
 
 from finetune.errors import UserError  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
-from finetune.models.fused.model import IGNORED, LeanModel  # noqa: E402
+from finetune.example import Example  # noqa: E402
+from finetune.models.fused.model import LeanModel  # noqa: E402
 from finetune.training.step.optimizer import FlatAdapters  # noqa: E402
-from finetune.training.step.runner import BAD_STEPS, Example, LeanPath, LossWatch, Step, Stepper, collate  # noqa: E402
+from finetune.training.step.runner import BAD_STEPS, LeanPath, LossWatch, Step, Stepper, collate  # noqa: E402
 from tests.helpers.lean_examples import LAYERS, adapters, labelled, lora_model, stock_gradients, texts, worst_error  # noqa: E402
 
 LENGTHS = (30, 7, 12, 3, 25, 18, 9, 16)
@@ -24,9 +25,8 @@ WHOLE = Limits(1000, LAYERS)
 
 def examples(lengths: Sequence[int] = LENGTHS) -> list[Example]:
     """The first half of the texts carries one label each, the rest half their tokens: labels are spread unevenly."""
-    ids, labels = texts(lengths)
-    few = [[*[IGNORED] * (len(row) - 1), row[-1]] if i < len(ids) // 2 else row for i, row in enumerate(labels)]
-    return [{"input_ids": row, "labels": few[i], "length": len(row)} for i, row in enumerate(ids)]
+    ids, _ = texts(lengths)
+    return [Example(row, len(row) - 1 if i < len(ids) // 2 else max(1, len(row) // 2)) for i, row in enumerate(ids)]
 
 
 def step_of(rows: list[Example]) -> Step:
@@ -55,7 +55,7 @@ class Cramped:
         return self.path.validation_loss(rows, count)
 
     def loss(self, rows: Sequence[Example], count: int, limits: Limits) -> Any:
-        tokens = sum(len(row["input_ids"]) for row in rows)
+        tokens = sum(map(len, rows))
         self.seen.append((tokens, limits.kept_layers))
         loss = self.path.loss(rows, count, limits)
         if tokens <= self.room and limits.kept_layers <= self.kept:
@@ -112,7 +112,7 @@ def undisturbed(limits: Limits = WHOLE) -> tuple[float, dict[str, Any]]:
 def test_a_step_has_the_stock_gradients_in_any_micro_batches(limits: Limits, rows: int | None) -> None:
     """Over the labels of the whole step: those of a text with one label weigh no more than others."""
     bench, mine = Bench(limits, rows=rows), examples()
-    ids, labels = ([row[name] for row in mine] for name in ("input_ids", "labels"))
+    ids, labels = [row.ids for row in mine], [row.labels for row in mine]
     expected_loss, expected = stock_gradients(bench.model, ids, labels)
     loss = bench.stepper.run(step_of(mine))
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
@@ -151,7 +151,7 @@ def test_a_step_sees_the_optimizers_last_change() -> None:
     with torch.no_grad():
         bench.flat.parameter.mul_(1.5)
     loss = bench.stepper.run(step_of(examples()))
-    ids, labels = ([row[name] for row in examples()] for name in ("input_ids", "labels"))
+    ids, labels = [row.ids for row in examples()], [row.labels for row in examples()]
     found = bench.gradients()
     bench.model.zero_grad()
     expected_loss, expected = stock_gradients(bench.model, ids, labels)
@@ -164,7 +164,7 @@ def test_the_validation_loss_is_that_of_the_adapters_as_they_are() -> None:
     bench.stepper.run(step_of(rows))
     with torch.no_grad():
         bench.flat.parameter.mul_(1.5)  # the optimizer's step, after which validation comes
-    ids, labels = ([row[name] for row in rows] for name in ("input_ids", "labels"))
+    ids, labels = [row.ids for row in rows], [row.labels for row in rows]
     bench.model.eval()
     expected, _ = stock_gradients(bench.model, ids, labels)
     before = torch.get_rng_state()
@@ -177,10 +177,10 @@ def test_the_validation_loss_is_that_of_the_adapters_as_they_are() -> None:
 
 def test_collate_counts_the_whole_step_on_every_rank() -> None:
     rows = examples()
-    rows[0]["labels"][0] = rows[0]["input_ids"][0]  # no token comes before it, so none predicts it: it does not count
+    rows[0] = Example(rows[0].ids, 0)  # no token comes before it, so none predicts it: it does not count
     shares = [collate(rows, rank=rank, ranks=3)["step"] for rank in range(3)]
-    assert {(step.tokens, step.labelled) for step in shares} == {(TOKENS, labelled([row["labels"] for row in rows]))}
-    assert sorted(row["length"] for step in shares for row in step.mine) == sorted(LENGTHS)
+    assert {(step.tokens, step.labelled) for step in shares} == {(TOKENS, labelled([row.labels for row in rows]))}
+    assert sorted(len(row) for step in shares for row in step.mine) == sorted(LENGTHS)
 
 
 def test_a_process_without_questions_has_a_loss_and_gradients_of_zero() -> None:
