@@ -32,7 +32,7 @@ from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import Throughput
 from finetune.training.step.plan import plan_step
-from finetune.training.trainer import build_trainer
+from finetune.training.trainer import Hooks, build_trainer
 
 ANSWER_TOKENS = 37
 CELLS = [(1, 512, False), (2, 1024, False), (4, 512, True), (4, 1024, True), (4, 2048, True), (7, 2048, True)]
@@ -136,7 +136,7 @@ def train(
             run_name="memory",
             validates=False,
         )
-        build_trainer(training, model, tokenizer, examples, None, throughput, section, device, plan).train()
+        build_trainer(training, model, tokenizer, examples, None, section, device, plan, Hooks(throughput)).train()
     return throughput
 
 

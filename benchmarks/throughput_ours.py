@@ -19,7 +19,7 @@ from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import BeforeFirstStep, Throughput
 from finetune.training.run import rehearse
 from finetune.training.step.plan import plan_step
-from finetune.training.trainer import build_trainer
+from finetune.training.trainer import AnswerTrainer, Hooks
 
 
 def our_trainer(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple[Any, str]:
@@ -36,8 +36,9 @@ def our_trainer(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple
     )
     examples = Examples.of(Example(ids, len(ids) - ANSWER_TOKENS) for ids in texts.ids)
     tokenizer = load_tokenizer(config.model)
-    trainer = build_trainer(arguments, model, tokenizer, examples, None, Throughput(), config.training, device, plan)
-    trainer.sampler = InOrder(len(texts.ids))  # type: ignore[assignment]
+    trainer = AnswerTrainer(
+        arguments, model, tokenizer, examples, None, InOrder(len(texts.ids)), device, plan, Hooks(Throughput())
+    )
     trainer.add_callback(BeforeFirstStep(lambda: rehearse(trainer, plan, examples)))
     return trainer, str(plan)
 

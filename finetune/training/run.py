@@ -42,7 +42,7 @@ from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
 from finetune.training.snapshot import WINDOW, Snapshots, check_resumed, scratch_folder
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
 from finetune.training.tracking import trackers
-from finetune.training.trainer import AnswerTrainer, build_trainer
+from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,13 @@ def _fit(session: Session, parts: Parts) -> int:
     _describe(session, parts)
     plan = _plan(session, parts)
     throughput = Throughput()
-    trainer = _trainer(session, parts, plan, throughput)
-    trainer.more_logs = session.spending.series  # type: ignore[method-assign]
     ends = EndOfStep(
         session.stop,
         save_steps=inputs.config.checkpoint.save_steps,
         every_minutes=inputs.config.checkpoint.every_minutes,
     )
-    trainer.stepper.between = ends.abandon_if_too_late
+    hooks = Hooks(throughput, session.spending.series, ends.abandon_if_too_late, say)
+    trainer = _trainer(session, parts, plan, hooks)
     saver = _saver(session) if distributed.first() else None
     snapshots = Snapshots(trainer, saver, run, inputs.config, inputs.data, inputs.template, session.attempt)
 
@@ -171,7 +170,7 @@ def _plan(session: Session, parts: Parts) -> StepPlan:
     return plan
 
 
-def _trainer(session: Session, parts: Parts, plan: StepPlan, throughput: Throughput) -> AnswerTrainer:
+def _trainer(session: Session, parts: Parts, plan: StepPlan, hooks: Hooks) -> AnswerTrainer:
     config, device = session.inputs.config, session.inputs.device
     validates = bool(config.training.eval_steps and len(parts.validation))
     scratch = distributed.from_first(lambda: scratch_folder(session.recorder.record["run_id"]))
@@ -184,11 +183,10 @@ def _trainer(session: Session, parts: Parts, plan: StepPlan, throughput: Through
         parts.tokenizer,
         parts.train,
         parts.validation if validates else None,
-        throughput,
         config.training,
         device,
         plan,
-        say,
+        hooks,
     )
     distributed.draw_apart(config.training.seed)
     distributed.same_everywhere(trainer.stepper.adapters.parameter.data)

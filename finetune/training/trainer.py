@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import PrinterCallback, ProgressCallback
@@ -19,7 +20,7 @@ from finetune.models.load import adapters_to_float32
 from finetune.runtime import distributed
 from finetune.training.callbacks import Throughput
 from finetune.training.step import rng
-from finetune.training.step.hf_path import PaddedPath, answer_loss
+from finetune.training.step.hf_path import PaddedPath
 from finetune.training.step.optimizer import FlatAdapters, page_again
 from finetune.training.step.packing import micro_batches
 from finetune.training.step.plan import StepPlan
@@ -32,6 +33,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class Sampler(Protocol):
+    """The optimizer steps of an epoch, each as indices of examples: a StepSampler, or another order."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[int]]: ...
+
+
+def no_series() -> dict[str, float]:
+    return {}
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a trainer reports to and is interrupted by.
+
+    more_logs: series that go to the trackers with every loss. between_micro_batches: called before each; what it raises ends the
+    step.
+    """
+
+    throughput: Throughput
+    more_logs: Callable[[], dict[str, float]] = no_series
+    between_micro_batches: Callable[[], None] = nothing
+    say: Callable[[str], None] = print
+
+
 class AnswerTrainer(SFTTrainer):
     """SFTTrainer that gets whole optimizer steps from its loader and leaves their passes to a Stepper.
 
@@ -39,16 +72,57 @@ class AnswerTrainer(SFTTrainer):
     sum of gradients over several ranks, are the Stepper's business.
     """
 
-    throughput: Throughput
-    stepper: Stepper
-    sampler: StepSampler
-    train_examples: Examples
-    validation_examples: Examples | None
     control: Any
-    more_logs: Callable[[], dict[str, float]] = staticmethod(dict)
-    """Series that go to the trackers with every loss."""
     save_seconds = 0.0
     """Of the last save, on the local disk."""
+
+    def __init__(
+        self,
+        arguments: SFTConfig,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Examples,
+        validation: Examples | None,
+        sampler: Sampler,
+        device: Device,
+        plan: StepPlan,
+        hooks: Hooks,
+    ) -> None:
+        """With adapters in float32 and without the libraries' own printing and bars."""
+        self.train_examples, self.validation_examples, self.sampler = train, validation, sampler
+        self.hooks = hooks
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train.dataset,
+            eval_dataset=validation.dataset if validation else None,
+            processing_class=tokenizer,
+            callbacks=[hooks.throughput],
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        adapters_to_float32(self.model)
+        # without DistributedDataParallel: the Stepper sums the gradients
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.stepper = Stepper(
+            LeanPath(plan.lean_model(model, device)) if plan.path == "lean" else self._padded_path(),
+            plan.limits,
+            FlatAdapters([parameter for parameter in self.model.parameters() if parameter.requires_grad]),
+            rows=plan.rows,
+            backward=self.accelerator.backward,
+            say=hooks.say,
+            between=hooks.between_micro_batches,
+            skips_bad_steps=bool(arguments.fp16),
+        )
+
+    def _padded_path(self) -> PaddedPath:
+        """TRL's fused head scores only labelled tokens where Triton runs. Elsewhere it scores every prompt token too, which on
+        two cores took more than half of each step (171 tokens/s with it, see docs/log.md); and it waits for all GPUs."""
+        alone = self.args.world_size == 1 and self.args.device.type != "cpu"
+        return PaddedPath(
+            self.model, self.data_collator, self.args.device, self.accelerator.autocast,
+            fused_loss=partial(super().compute_loss, self.model) if alone else None,
+        )  # fmt: skip
 
     def get_train_dataloader(self) -> StepLoader:
         share = partial(collate, rank=distributed.rank(), ranks=distributed.count())
@@ -67,23 +141,12 @@ class AnswerTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """TRL's fused head scores only labelled tokens where Triton runs. Elsewhere it scores every prompt token too, which on
-        two cores took more than half of each step (171 tokens/s with it, see docs/log.md); and it waits for all GPUs."""
-        alone = self.args.world_size == 1 and inputs["input_ids"].device.type != "cpu"
-        if return_outputs or alone:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.accelerator.autocast():
-            return answer_loss(model, inputs, num_items_in_batch)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        speed = self.throughput.take_window() if "loss" in logs else None
+        speed = self.hooks.throughput.take_window() if "loss" in logs else None
         if speed is not None:
             logs["tokens_per_second"] = speed  # here, so that TensorBoard and W&B get it too
         if "loss" in logs:
-            logs |= self.more_logs()
+            logs |= self.hooks.more_logs()
         super().log(logs, start_time)
 
     def loss_of(self, examples: list[Example]) -> torch.Tensor:
@@ -178,37 +241,12 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train: Examples,
     validation: Examples | None,
-    throughput: Throughput,
     training: TrainingSection,
     device: Device,
     plan: StepPlan,
-    say: Callable[[str], None] = print,
+    hooks: Hooks,
 ) -> AnswerTrainer:
-    """The trainer with adapters in float32 and without the libraries' own printing and bars."""
-    trainer = AnswerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train.dataset,
-        eval_dataset=validation.dataset if validation else None,
-        processing_class=tokenizer,
-        callbacks=[throughput],
-    )
-    trainer.throughput = throughput
-    trainer.train_examples, trainer.validation_examples = train, validation
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    adapters_to_float32(trainer.model)
-    # without DistributedDataParallel: the Stepper sums the gradients
-    trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+    """The trainer of `finetune train`, whose steps are those of the plan."""
     by_length = training.group_by_length and plan.path == "stock"
-    trainer.sampler = StepSampler(train.lengths, plan.questions, training.seed, by_length)
-    trainer.stepper = Stepper(
-        LeanPath(plan.lean_model(model, device)) if plan.path == "lean" else PaddedPath(trainer),
-        plan.limits,
-        FlatAdapters([parameter for parameter in trainer.model.parameters() if parameter.requires_grad]),
-        rows=plan.rows,
-        backward=trainer.accelerator.backward,
-        say=say,
-        skips_bad_steps=bool(arguments.fp16),
-    )
-    return trainer
+    sampler = StepSampler(train.lengths, plan.questions, training.seed, by_length)
+    return AnswerTrainer(arguments, model, tokenizer, train, validation, sampler, device, plan, hooks)

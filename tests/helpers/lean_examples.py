@@ -21,7 +21,7 @@ from finetune.models.fused.model import LeanModel, Packed, pack
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import Throughput
 from finetune.training.step.plan import StepPlan, plan_step
-from finetune.training.trainer import AnswerTrainer, build_trainer
+from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
 
 CPU = torch.device("cpu")
 ON_CPU = Device(CPU, torch.float32)
@@ -236,7 +236,8 @@ def trainer_for(
         validates=validates,
     )
     validation = examples if validates else None
-    return build_trainer(arguments, model, tokenizer, examples, validation, Throughput(), training, ON_CPU, made, say)
+    hooks = Hooks(Throughput(), say=say)
+    return build_trainer(arguments, model, tokenizer, examples, validation, training, ON_CPU, made, hooks)
 
 
 def losses(trainer: Any) -> list[float]:

@@ -120,13 +120,10 @@ def test_padded_micro_batches_carry_no_loss_on_padding(tiny_model: Path, tokeniz
     trainer = trainer_for(
         lora_model(tiny_model), tokenizer, examples, effective_batch_size=8, per_device_train_batch_size=3
     )
-    seen, original = [], trainer.compute_loss
-
-    def watched(model: Any, inputs: Any, **more: Any) -> Any:
-        seen.append(inputs)
-        return original(model, inputs, **more)
-
-    trainer.compute_loss = watched  # type: ignore[method-assign]
+    seen: list[Any] = []
+    path: Any = trainer.stepper.path
+    original = path.batch
+    path.batch = lambda rows: (seen.append(original(rows)), seen[-1])[1]
     step = next(iter(trainer.get_train_dataloader()))["step"]
     trainer.training_step(trainer.model, {"step": step})
     assert [len(batch["input_ids"]) for batch in seen] == [3, 3, 2]
@@ -210,7 +207,7 @@ def test_the_answer_loss_is_that_of_trl(
     trainer = trainer_for(random_adapter_model, tokenizer, examples)
     batch = batch_of(examples, [0, 1, 2, 5, 7], tokenizer)
     theirs = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=items)
-    ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+    ours = answer_loss(trainer.model, dict(batch), items)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
@@ -220,7 +217,7 @@ def test_on_a_cpu_only_answers_pass_the_head(tiny_model: Path, examples: Example
     head = trainer.model.get_base_model().get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:-1].numel()))
     batch = batch_of(examples, [0, 1, 2], tokenizer)
-    trainer.compute_loss(trainer.model, batch)
+    trainer.stepper.path.loss([examples[i] for i in (0, 1, 2)], 1, trainer.stepper.limits)
     assert rows == [int((batch["labels"] != IGNORED).sum())]
 
 

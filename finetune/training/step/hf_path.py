@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,45 +11,59 @@ import torch
 from finetune.estimate.fit import Limits
 from finetune.example import IGNORED, Example, batch_targets
 
+Batch = dict[str, torch.Tensor]
+
 
 class PaddedPath:
-    """A stepper.Path: rows padded to the longest. trainer: a trainer.AnswerTrainer, whose model it trains."""
+    """A runner.Path: rows padded to the longest.
+
+    model: a PeftModel. collate: makes a batch of rows with input_ids and labels. autocast: a context in which the forward pass
+    takes its dtype. fused_loss: of a batch in place of `answer_loss`, for training steps, with its own autocast.
+    """
 
     padded = True
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        model: Any,
+        collate: Callable[[list[dict[str, list[int]]]], Batch],
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        fused_loss: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
+        self.model, self.device = model, device
+        self._collate, self._autocast, self._fused_loss = collate, autocast, fused_loss
 
     def begin(self) -> None:
         pass
 
     def spare(self) -> bool:
-        model = self.trainer.model
-        if model.is_gradient_checkpointing:
+        if self.model.is_gradient_checkpointing:
             return False
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.enable_input_require_grads()
         return True
 
     def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> torch.Tensor:
-        trainer, batch = self.trainer, self._batch(examples)
-        with trainer.compute_loss_context_manager():
-            result: torch.Tensor = trainer.compute_loss(trainer.model, batch, num_items_in_batch=labelled)
-        return result
+        batch = self.batch(examples)
+        if self._fused_loss is not None:
+            return self._fused_loss(batch, num_items_in_batch=labelled)
+        with self._autocast():
+            return answer_loss(self.model, batch, labelled)
 
     def validation_loss(self, examples: Sequence[Example], labelled: int) -> torch.Tensor:
-        trainer, batch = self.trainer, self._batch(examples)
-        trainer.model.eval()
-        with torch.no_grad(), trainer.accelerator.autocast():
-            return answer_loss(trainer.model, batch, labelled)
+        batch = self.batch(examples)
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            return answer_loss(self.model, batch, labelled)
 
-    def _batch(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """input_ids, attention_mask and labels, each (rows, tokens), on the model's device."""
         rows = [{"input_ids": example.ids, "labels": example.labels} for example in examples]
-        batch: dict[str, torch.Tensor] = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
-        return batch
+        return {name: tensor.to(self.device) for name, tensor in self._collate(rows).items()}
 
 
-def answer_loss(model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
+def answer_loss(model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
     """Mean negative log-likelihood (nats) of the labelled tokens; the logits of other tokens are never made.
 
     inputs: input_ids, attention_mask, labels, each (rows, tokens). num_items_in_batch: labelled tokens of the whole

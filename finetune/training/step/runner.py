@@ -92,6 +92,7 @@ class Stepper:
     """Runs steps and keeps account of what went wrong in them.
 
     rows: questions in a micro-batch where the config names a number. backward: the accelerator's, which scales float16 losses.
+    between: called before every micro-batch of a step; what it raises ends the step.
     """
 
     def __init__(
@@ -103,17 +104,16 @@ class Stepper:
         rows: int | None,
         backward: Callable[[Tensor], None],
         say: Callable[[str], None],
+        between: Callable[[], None] = lambda: None,
         skips_bad_steps: bool = False,
     ) -> None:
         self.path, self.limits, self.rows = path, limits, rows
         self.adapters = adapters
         self.out_of_memory = 0
         self.watch = LossWatch(skips_bad_steps)
-        self.between: Callable[[], None] = lambda: None
-        """Called before every micro-batch of a step; what it raises ends the step."""
         self.rng_before: rng.States = {}
         """Random states at the beginning of the step in progress."""
-        self._backward, self._say = backward, say
+        self._backward, self._say, self._between = backward, say, between
 
     def run(self, step: Step) -> Tensor:
         """Gradients of the whole step in the parameters, over all GPUs; returns the step's loss, detached."""
@@ -143,7 +143,7 @@ class Stepper:
         self.path.begin()
         try:
             for examples in self._micro_batches(step.mine):
-                self.between()
+                self._between()
                 loss = self.path.loss(examples, step.labelled, self.limits)
                 self._backward(loss)
                 total += loss.detach()
