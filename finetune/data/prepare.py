@@ -2,7 +2,7 @@
 
     train.jsonl  val.jsonl  test.jsonl     records, each with its split
     rejected.jsonl                         file, line, reason, detail and the raw record of what was left out
-    databases/<db_id>/<db_id>.sqlite       copies of the databases that val and test are evaluated on
+    databases/<db_id>/<db_id>.sqlite       copies of the databases of val and test (.sqlite: the engine's suffix)
     manifest.json                          counts, token lengths, settings, SHA-256 of every other file; written last
 
 The same inputs give the same bytes. The folder appears whole or not at all.
@@ -191,10 +191,10 @@ def _json_line(value: Any) -> str:
 
 def _copy_databases(findings: Findings, folder: Path, progress: bool) -> None:
     held_out = [*findings.splits["val"], *findings.splits["test"]]
-    databases = {item.record.db_id: item.database for item in held_out if item.database}
-    for db_id, source in tqdm(sorted(databases.items()), desc="Copying databases", delay=1, disable=not progress):
-        target = folder / database_name(db_id)
-        target.parent.mkdir(parents=True)
+    databases = {name: item.database for item in held_out if item.database and (name := database_name(item.record))}
+    for name, source in tqdm(sorted(databases.items()), desc="Copying databases", delay=1, disable=not progress):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from finetune.data.records import Record, Split, read_records
 from finetune.errors import UserError
 from finetune.runtime.files import read_json, sha256_file
+from finetune.sql.engines.registry import engine_for
 
 MANIFEST = "manifest.json"
 DATABASES = "databases"
@@ -34,9 +35,9 @@ class Prepared:
         return read_records(self.folder / f"{split}.jsonl")
 
     def database(self, record: Record) -> Path | None:
-        """The SQLite file of a val or test record's database, None when its source had none."""
-        name = database_name(record.db_id)
-        return self.folder / name if name in self.manifest["files"] else None
+        """The file of a val or test record's database, None when its source had none or no engine runs its dialect."""
+        name = database_name(record)
+        return self.folder / name if name and name in self.manifest["files"] else None
 
 
 def load_prepared(output_dir: Path, *, progress: bool = True) -> Prepared:
@@ -50,8 +51,10 @@ def load_prepared(output_dir: Path, *, progress: bool = True) -> Prepared:
     return prepared
 
 
-def database_name(db_id: str) -> str:
-    return f"{DATABASES}/{db_id}/{db_id}.sqlite"
+def database_name(record: Record) -> str | None:
+    """Where a prepared folder has a record's database, if it has it; None where no engine runs the record's dialect."""
+    engine = engine_for(record.dialect)
+    return f"{DATABASES}/{record.db_id}/{record.db_id}{engine.suffix}" if engine else None
 
 
 def fingerprint(path: Path) -> dict[str, int | str]:

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from finetune.data.records import REQUIRED, Record, field_problems
 from finetune.data.sources import Candidate, Source
 from finetune.errors import UserError
-from finetune.sql.engines.sqlite import SqlSandbox
+from finetune.sql.engines.base import Engine
+from finetune.sql.engines.registry import ENGINES, engine_for, open_sessions
 from finetune.sql.parsing import parses
-from finetune.sql.schema import ddl_of_database, parse_ddl
+from finetune.sql.schema import parse_ddl
 
 MALFORMED = "malformed"
 DATABASE_MISSING = "database_missing"
@@ -48,7 +49,7 @@ databases or the wrong dialect should stop the run, not shrink the data set to w
 
 @dataclass(frozen=True)
 class Accepted:
-    """A record, where it came from, and the SQLite file of its database if there is one."""
+    """A record, where it came from, and the file of its database if there is one that an engine can run it on."""
 
     record: Record
     candidate: Candidate
@@ -81,17 +82,20 @@ def validate(
 ) -> tuple[list[Accepted], list[Rejection]]:
     """Sort one source's candidates into usable records and rejections, each in the source's order.
 
-    timeout_seconds limits each gold query; records of another dialect than sqlite are not run.
+    timeout_seconds limits each gold query; records of a dialect without an engine are not run.
     """
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
-    with SqlSandbox() as sandbox:
+    with open_sessions() as session:
 
         @functools.cache  # one gold query often answers several paraphrases
-        def gold_error(database: Path, sql: str) -> str | None:
-            return sandbox.run(database, sql, timeout_seconds).error
+        def gold_error(dialect: str, database: Path, sql: str) -> str | None:
+            return session(dialect).run(database, sql, timeout_seconds).error
 
-        schema_of = functools.cache(ddl_of_database)
+        @functools.cache
+        def schema_of(dialect: str, database: Path) -> str:
+            return ENGINES[dialect].schema(database)
+
         for candidate in tqdm(source.candidates, desc="Checking records", unit="record", delay=1, disable=not progress):
             try:
                 record, database = _record(candidate, source, schema_of)
@@ -102,30 +106,29 @@ def validate(
     return accepted, rejections
 
 
-def _record(candidate: Candidate, source: Source, schema_of: Callable[[Path], str]) -> tuple[Record, Path | None]:
+def _record(candidate: Candidate, source: Source, schema_of: Callable[[str, Path], str]) -> tuple[Record, Path | None]:
     required = REQUIRED if source.schemas is None else [name for name in REQUIRED if name != "schema"]
     problems = [candidate.problem] if candidate.problem else field_problems(candidate.fields, required)
     if problems:
         raise _Fault(MALFORMED, "; ".join(problems))
     fields = dict(candidate.fields)
-    database = None
+    database, engine = None, engine_for(fields["dialect"])
     try:
-        if source.databases and fields["dialect"] == "sqlite":
-            database = _find_database(source.databases, fields["db_id"])
+        if source.databases and engine:
+            database = _find_database(source.databases, fields["db_id"], engine)
         if "schema" not in fields:
-            fields["schema"] = schema_of(database) if database else _listed_schema(fields["db_id"], source)
+            known = schema_of(fields["dialect"], database) if database else _listed_schema(fields["db_id"], source)
+            fields["schema"] = known
     except UserError as error:
         raise _Fault(DATABASE_UNREADABLE, str(error)) from None
     return Record(**fields), database
 
 
-def _find_database(folder: Path, db_id: str) -> Path:
-    path = folder / db_id / f"{db_id}.sqlite"
+def _find_database(folder: Path, db_id: str, engine: Engine) -> Path:
+    path = folder / db_id / f"{db_id}{engine.suffix}"
     if not path.is_file():
         raise _Fault(DATABASE_MISSING, f"no file {path}")
-    log = path.with_name(f"{path.name}-wal")
-    if log.exists() and log.stat().st_size:  # a copy of the file alone would be another database
-        raise UserError(f"{path}: has changes that only stand in {log.name}; close the program that writes to it")
+    engine.check(path)
     return path
 
 
@@ -136,7 +139,7 @@ def _listed_schema(db_id: str, source: Source) -> str:
     return source.schemas[db_id]
 
 
-def _check_texts(record: Record, database: Path | None, gold_error: Callable[[Path, str], str | None]) -> None:
+def _check_texts(record: Record, database: Path | None, gold_error: Callable[[str, Path, str], str | None]) -> None:
     """Schema and gold SQL parse in the record's dialect, and the gold runs on the database."""
     try:
         problem = parses(record.sql, record.dialect)
@@ -149,7 +152,7 @@ def _check_texts(record: Record, database: Path | None, gold_error: Callable[[Pa
     if database is None:
         return
     try:
-        problem = gold_error(database, record.sql)
+        problem = gold_error(record.dialect, database, record.sql)
     except UserError as error:
         raise _Fault(DATABASE_UNREADABLE, str(error)) from None
     if problem:

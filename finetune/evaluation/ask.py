@@ -10,8 +10,8 @@ from finetune.evaluation.generate import generate_answers
 from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter
 from finetune.run_folder import RunFolder
-from finetune.sql.engines.sqlite import SqlSandbox
-from finetune.sql.schema import ddl_of_database, is_create_table, parse_ddl
+from finetune.sql.engines.registry import DEFAULT, engine_of_file
+from finetune.sql.schema import is_create_table, parse_ddl
 from finetune.sql.text import on_one_line, statements
 
 ROWS_SHOWN = 50
@@ -33,7 +33,8 @@ def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None =
     model = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
     if not base:
         model = load_adapter(model, run.adapter)
-    prompt = template.render(schema=schema, question=question, evidence=evidence)
+    dialect = DEFAULT if is_schema(database) else engine_of_file(database).dialect
+    prompt = template.render(schema=schema, question=question, dialect=dialect, evidence=evidence)
     [(answer, _)] = generate_answers(
         model, tokenizer, [prompt], batch_size=1, max_new_tokens=config.evaluation.max_new_tokens, progress=False
     )
@@ -44,9 +45,9 @@ def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None =
 
 
 def schema_of(path: Path) -> str:
-    """The CREATE TABLE statements, one a line, of a SQLite file or of a .sql file. Raises UserError if there are none."""
+    """The CREATE TABLE statements, one a line, of a database or of a .sql file. Raises UserError if there are none."""
     if not is_schema(path):
-        return ddl_of_database(path)
+        return engine_of_file(path).schema(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -62,14 +63,14 @@ def schema_of(path: Path) -> str:
 
 
 def is_schema(path: Path) -> bool:
-    """Whether a --db file is a schema as text, which has no rows; any other file is taken for a SQLite database."""
+    """Whether a --db file is a schema as text, which has no rows; any other file is a database."""
     return path.suffix.lower() == ".sql"
 
 
 def run_and_format(database: Path, sql: str, timeout_seconds: float) -> str:
     """The rows of a query as an aligned text table, at most ROWS_SHOWN of them."""
-    with SqlSandbox() as sandbox:
-        result = sandbox.run(database, sql, timeout_seconds)
+    with engine_of_file(database).open() as session:
+        result = session.run(database, sql, timeout_seconds)
     if result.rows is None:
         raise UserError(f"the SQL does not run: {result.error}")
     cells = [list(result.columns)] + [

@@ -31,7 +31,7 @@ from finetune.models.device import Device, choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter, weights_identity
 from finetune.run_folder import RunFolder
 from finetune.runtime.files import atomic_file, write_json
-from finetune.sql.engines.sqlite import SqlSandbox
+from finetune.sql.engines.registry import open_sessions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,7 +149,7 @@ def _ask(
     )
     seconds = time.monotonic() - started
     questions = zip(exam.records, exam.databases, prompts, answers, strict=True)
-    with SqlSandbox() as sandbox:
+    with open_sessions() as session:
         rows = [
             judge(
                 record,
@@ -157,7 +157,7 @@ def _ask(
                 prompt,
                 answer,
                 new_tokens,
-                sandbox=sandbox,
+                sandbox=session(record.dialect),
                 rule=evaluation.rule,
                 timeout_seconds=evaluation.timeout_seconds,
             )

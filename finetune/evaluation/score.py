@@ -14,7 +14,7 @@ from finetune.data.records import Record
 from finetune.evaluation.statistics import wilson_interval
 from finetune.sql.compare import Rule, as_test_suite_runs_it, gold_is_ordered, results_equal
 from finetune.sql.difficulty import difficulty
-from finetune.sql.engines.sqlite import SqlSandbox
+from finetune.sql.engines.base import Session
 
 CORRECT = "correct"
 RAN = (CORRECT, "wrong_rows")
@@ -52,7 +52,7 @@ def judge(
     answer: str,
     new_tokens: int,
     *,
-    sandbox: SqlSandbox,
+    sandbox: Session,
     rule: Rule,
     timeout_seconds: float,
 ) -> Row:
@@ -78,7 +78,7 @@ def judge(
 
 
 def _verdict(
-    record: Record, database: Path, prediction: str, sandbox: SqlSandbox, rule: Rule, timeout_seconds: float
+    record: Record, database: Path, prediction: str, sandbox: Session, rule: Rule, timeout_seconds: float
 ) -> tuple[str, str | None, float, bool]:
     if not prediction:
         return "no_sql", None, 0.0, False

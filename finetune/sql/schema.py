@@ -1,6 +1,6 @@
 """What a database looks like: its DDL, the tables and keys in it, and a short rendering for prompts.
 
-The schema of a record is DDL text, one CREATE TABLE per line, as `ddl_of_database` and `ddl_of_spider_entry`
+The schema of a record is DDL text, one CREATE TABLE per line, as an engine's `schema` and `ddl_of_spider_entry`
 write it. Tables only: views, indexes, triggers and virtual tables do not appear.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.sql.engines.sqlite import read_only_uri
 from finetune.sql.tables import Column, ForeignKey, Table
 from finetune.sql.text import on_one_line, shortened, statements
 
@@ -30,27 +29,6 @@ RESERVED = frozenset(_KEYWORDS.split())
 
 SPIDER_TYPES = {"text": " TEXT", "number": " NUMERIC", "time": " DATETIME", "boolean": " BOOLEAN"}
 """Spider's own names of types; what it calls "others" is left without a type, as SQLite allows."""
-
-
-def ddl_of_database(path: Path) -> str:
-    """The CREATE TABLE statements of a SQLite file in order of creation, one a line, without comments.
-
-    Raises UserError for a file that is missing, damaged or no SQLite file, and for one without tables.
-    """
-    uri = read_only_uri(path)
-    try:
-        with closing(sqlite3.connect(uri, uri=True)) as connection:
-            found = connection.execute(
-                "SELECT name, sql FROM sqlite_master"
-                r" WHERE type = 'table' AND name NOT LIKE 'sqlite\_%' ESCAPE '\' ORDER BY rowid"
-            ).fetchall()
-    except sqlite3.Error as error:
-        raise UserError(f"{path}: damaged, or not a SQLite file ({error})") from None
-    virtual = tuple(f"{name}_" for name, sql in found if sql.upper().startswith("CREATE VIRTUAL"))
-    tables = [sql for name, sql in found if sql.upper().startswith("CREATE TABLE") and not name.startswith(virtual)]
-    if not tables:
-        raise UserError(f"{path}: the database has no tables")
-    return "\n".join(f"{on_one_line(sql)};" for sql in tables)
 
 
 def create_database(ddl: str, path: Path, *, source: str = "the schema") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import UserError
+from finetune.sql.engines.sqlite import ddl_of_database
 from finetune.sql.schema import (
     RESERVED,
     Column,
@@ -16,7 +17,6 @@ from finetune.sql.schema import (
     Table,
     compact,
     create_database,
-    ddl_of_database,
     ddl_of_spider_entry,
     parse_ddl,
     quoted,

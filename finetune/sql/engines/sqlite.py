@@ -24,19 +24,18 @@ import json
 import os
 import selectors
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from finetune.errors import UserError
-from finetune.sql.text import double_quotes_as_names
-
-SqlValue = None | int | float | str | bytes
-ErrorKind = Literal["sql_error", "timeout", "too_large", "forbidden", "crashed"]
+from finetune.sql.engines.base import MAX_ROWS, MEMORY_BYTES, RESULT_BYTES, ErrorKind, QueryResult
+from finetune.sql.text import double_quotes_as_names, on_one_line
 
 SQLITE_HEADER = b"SQLite format 3\x00"
 """The first 16 bytes of every SQLite 3 file (https://sqlite.org/fileformat.html)."""
@@ -45,28 +44,30 @@ START_SECONDS = 30.0
 READ_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class QueryResult:
-    """What came of one query: rows and columns, or an error.
+class SqliteEngine:
+    """SQLite, in a worker process: see `Engine`."""
 
-    Text that is not UTF-8 has its odd bytes written as ``\\xe9``, so that it can be compared and printed.
-    """
+    dialect = "sqlite"
+    suffix = ".sqlite"
 
-    rows: list[tuple[SqlValue, ...]] | None
-    columns: tuple[str, ...]
-    error: str | None
-    """One line, for example ``no such column: nmae``."""
-    error_kind: ErrorKind | None
-    seconds: float
-    """Wall-clock time, measured from the request to the last row."""
-    double_quoted_text: bool = False
-    """A "double-quoted name" matched nothing, and SQLite read it as text: see `SqlSandbox.run`."""
+    def check(self, database: Path) -> None:
+        log = database.with_name(f"{database.name}-wal")
+        if log.exists() and log.stat().st_size:  # a copy of the file alone would be another database
+            raise UserError(
+                f"{database}: has changes that only stand in {log.name}; close the program that writes to it"
+            )
+
+    def schema(self, database: Path) -> str:
+        return ddl_of_database(database)
+
+    def open(self, *, memory_bytes: int = MEMORY_BYTES, max_result_bytes: int = RESULT_BYTES) -> "SqlSandbox":
+        return SqlSandbox(memory_bytes=memory_bytes, max_result_bytes=max_result_bytes)
 
 
 class SqlSandbox:
     """Runs queries one after the other in a worker process. Use it in a `with` statement, from one thread."""
 
-    def __init__(self, *, memory_bytes: int = 512 << 20, max_result_bytes: int = 32 << 20) -> None:
+    def __init__(self, *, memory_bytes: int = MEMORY_BYTES, max_result_bytes: int = RESULT_BYTES) -> None:
         """`memory_bytes`: the worker's address space. `max_result_bytes`: a result as JSON, and any value."""
         self._limits = {"memory_bytes": memory_bytes, "max_result_bytes": max_result_bytes}
         self._worker: subprocess.Popen[bytes] | None = None
@@ -95,7 +96,7 @@ class SqlSandbox:
         database: Path,
         sql: str,
         timeout_seconds: float,
-        max_rows: int = 100_000,
+        max_rows: int = MAX_ROWS,
         *,
         double_quoted_text: bool = True,
     ) -> QueryResult:
@@ -197,6 +198,27 @@ class SqlSandbox:
         if status == -signal.SIGXCPU:
             return _failure("timeout", "the query used up its CPU time", seconds)
         return _failure("crashed", f"the SQL worker ended during the query (status {status})", seconds)
+
+
+def ddl_of_database(path: Path) -> str:
+    """The CREATE TABLE statements of a SQLite file in order of creation, one a line, without comments.
+
+    Raises UserError for a file that is missing, damaged or no SQLite file, and for one without tables.
+    """
+    uri = read_only_uri(path)
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            found = connection.execute(
+                "SELECT name, sql FROM sqlite_master"
+                r" WHERE type = 'table' AND name NOT LIKE 'sqlite\_%' ESCAPE '\' ORDER BY rowid"
+            ).fetchall()
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: damaged, or not a SQLite file ({error})") from None
+    virtual = tuple(f"{name}_" for name, sql in found if sql.upper().startswith("CREATE VIRTUAL"))
+    tables = [sql for name, sql in found if sql.upper().startswith("CREATE TABLE") and not name.startswith(virtual)]
+    if not tables:
+        raise UserError(f"{path}: the database has no tables")
+    return "\n".join(f"{on_one_line(sql)};" for sql in tables)
 
 
 def read_only_uri(database: Path) -> str:

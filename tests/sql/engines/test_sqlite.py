@@ -15,7 +15,8 @@ from unittest.mock import Mock
 import pytest
 
 from finetune.errors import UserError
-from finetune.sql.engines.sqlite import QueryResult, SqlSandbox
+from finetune.sql.engines.base import QueryResult
+from finetune.sql.engines.sqlite import SqlSandbox
 
 ENDLESS = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT count(*) FROM t"
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's limits are set and read on Linux only")

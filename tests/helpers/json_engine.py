@@ -1,0 +1,64 @@
+"""A toy SQL engine: a database is a JSON file {table: [row, ...]}, and sqlglot's own executor runs DuckDB's dialect on it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sqlglot.errors import SqlglotError
+from sqlglot.executor import execute
+
+from finetune.errors import UserError
+from finetune.sql.engines.base import MAX_ROWS, MEMORY_BYTES, RESULT_BYTES, QueryResult
+
+TYPES = {int: "INTEGER", float: "DOUBLE", str: "VARCHAR"}
+
+
+def read(database: Path) -> Any:
+    try:
+        return json.loads(database.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{database}: not readable as JSON ({error})") from None
+
+
+class JsonSession:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        pass
+
+    def run(self, database: Path, sql: str, timeout_seconds: float, max_rows: int = MAX_ROWS) -> QueryResult:
+        tables, started = read(database), time.monotonic()
+        try:
+            result = execute(sql, tables=tables, dialect="duckdb")
+        except SqlglotError as error:
+            return QueryResult(None, (), str(error).splitlines()[0], "sql_error", time.monotonic() - started)
+        if len(result.rows) > max_rows:
+            return QueryResult(None, (), f"more than {max_rows} rows", "too_large", time.monotonic() - started)
+        return QueryResult(result.rows, tuple(result.columns), None, None, time.monotonic() - started)
+
+
+class JsonEngine:
+    dialect = "duckdb"
+    suffix = ".json"
+
+    def check(self, database: Path) -> None:
+        read(database)
+
+    def schema(self, database: Path) -> str:
+        return "\n".join(
+            f"CREATE TABLE {table} ({', '.join(f'{name} {TYPES[type(value)]}' for name, value in rows[0].items())});"
+            for table, rows in read(database).items()
+        )
+
+    def open(self, *, memory_bytes: int = MEMORY_BYTES, max_result_bytes: int = RESULT_BYTES) -> JsonSession:
+        return JsonSession()
