@@ -13,7 +13,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
 from finetune.data.prompts import PromptTemplate, completion, encode_examples
 from finetune.demo.schedule import Pace
-from finetune.evaluation.generate import generate_answers
+from finetune.evaluation.generators.hf import generate_answers
 from finetune.example import IGNORED, Example
 from finetune.training.step.hf_path import answer_loss
 

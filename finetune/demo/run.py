@@ -13,6 +13,7 @@ from finetune.data.prepare import prepare_data
 from finetune.demo.pace import measure
 from finetune.demo.schedule import questions_that_fit, training_that_fits
 from finetune.errors import EXIT_OK, UserError
+from finetune.evaluation.generators.hf import HfModel
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
@@ -62,7 +63,7 @@ def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
     say(f"this machine takes {pace.step_seconds:.2f} s for a training step ({pace.threads} threads) and up to "
         f"{pace.question_seconds:.2f} s for an answer (measured for {measured - began:.0f} s): "
         f"{config.evaluation.max_questions} questions fit")  # fmt: skip
-    base = evaluate_base(config, loaded=(model, tokenizer))
+    base = evaluate_base(config, loaded=HfModel(model, tokenizer, choose_device(config.model.torch_dtype)))
     del model
     counts, examples = data.manifest["counts"], questions_per_step(config.training)
     fitting = training_that_fits(

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from finetune.data.prompts import extract_sql, load_template
 from finetune.errors import UserError
-from finetune.evaluation.generate import generate_answers
-from finetune.models.device import choose_device
-from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter
+from finetune.evaluation.generators.registry import DEFAULT as DEFAULT_GENERATOR
+from finetune.evaluation.generators.registry import generator_named
+from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
-from finetune.sql.engines.registry import DEFAULT, engine_of_file
+from finetune.sql.engines.registry import DEFAULT as DEFAULT_DIALECT
+from finetune.sql.engines.registry import engine_of_file
 from finetune.sql.schema import is_create_table, parse_ddl
 from finetune.sql.text import on_one_line, statements
 
@@ -28,15 +29,11 @@ def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None =
     require_adapter(run.adapter)
     template = load_template(run.adapter)
     config = run.config()
-    device = choose_device(config.model.torch_dtype)
-    tokenizer = load_tokenizer(config.model)
-    model = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
-    if not base:
-        model = load_adapter(model, run.adapter)
-    dialect = DEFAULT if is_schema(database) else engine_of_file(database).dialect
+    model = generator_named(DEFAULT_GENERATOR).load(config, None if base else run.adapter)
+    dialect = DEFAULT_DIALECT if is_schema(database) else engine_of_file(database).dialect
     prompt = template.render(schema=schema, question=question, dialect=dialect, evidence=evidence)
-    [(answer, _)] = generate_answers(
-        model, tokenizer, [prompt], batch_size=1, max_new_tokens=config.evaluation.max_new_tokens, progress=False
+    [(answer, _)] = model.answers(
+        [prompt], tuned=not base, batch_size=1, max_new_tokens=config.evaluation.max_new_tokens, progress=False
     )
     sql = extract_sql(answer)
     if not sql:

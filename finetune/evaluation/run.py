@@ -12,10 +12,9 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,16 +24,14 @@ from finetune.data.prompts import PromptTemplate, load_template
 from finetune.data.records import Record, read_lines
 from finetune.data.split import unit_hash
 from finetune.errors import UserError
-from finetune.evaluation.generate import generate_answers
+from finetune.evaluation.generators.base import Generator, LoadedModel
+from finetune.evaluation.generators.registry import DEFAULT, generator_named
 from finetune.evaluation.score import Row, as_dict, gain, judge, score
-from finetune.models.device import Device, choose_device
-from finetune.models.load import load_adapter, load_base, load_tokenizer, require_adapter, weights_identity
+from finetune.models.device import choose_device
+from finetune.models.load import require_adapter, weights_identity
 from finetune.run_folder import RunFolder
 from finetune.runtime.files import atomic_file, write_json
 from finetune.sql.engines.registry import open_sessions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ROWS = "rows.jsonl"
 SCORE = "score.json"
@@ -45,6 +42,7 @@ class Exam:
     """The questions of one evaluation, each with the database that it is judged on, and how they are asked."""
 
     config: RunConfig
+    generator: Generator
     data: Prepared
     template: PromptTemplate
     records: list[Record]
@@ -56,38 +54,36 @@ class Exam:
 
 
 def evaluate_base(
-    config: RunConfig, *, loaded: tuple[Any, PreTrainedTokenizerBase] | None = None, progress: bool = True
+    config: RunConfig, *, loaded: LoadedModel | None = None, generator: str = DEFAULT, progress: bool = True
 ) -> dict[str, Any]:
     """Score the base model of a config, or read the score if the same one was made before. Returns it (see scoring.score).
 
-    loaded: the model, perhaps with adapters, and its tokenizer, where they are in memory already.
+    loaded: the model, perhaps with an adapter, where it is in memory already. generator: who answers, by its name in
+    evaluation/generators/registry.py.
     """
-    exam = _exam(config, PromptTemplate(config.data.schema_format))
-    kept = _kept_base(exam)
-    if kept is None:
-        device = choose_device(config.model.torch_dtype)
-        model, tokenizer = loaded or _load(config, device)
-        kept = _score_base(exam, model, tokenizer, device, progress)
+    exam = _exam(config, generator_named(generator), PromptTemplate(config.data.schema_format))
+    kept = _kept_base(exam) or _score_base(exam, loaded or exam.generator.load(config, None), progress)
     return kept[0]
 
 
-def evaluate_run(run: RunFolder, *, base: bool = True, progress: bool = True) -> dict[str, Any]:
+def evaluate_run(
+    run: RunFolder, *, base: bool = True, generator: str = DEFAULT, progress: bool = True
+) -> dict[str, Any]:
     """Score a run's adapter and, unless `base` is False, its base model; writes eval.json and eval/*.jsonl in the run
-    folder and returns eval.json's content. Raises UserError when adapter, data or a database is missing."""
+    folder and returns eval.json's content. Raises UserError when adapter, data or a database is missing.
+    generator: as in `evaluate_base`."""
     config = run.config()
     require_adapter(run.adapter)
-    exam = _exam(config, load_template(run.adapter))
+    exam = _exam(config, generator_named(generator), load_template(run.adapter))
     trained_on = run.record().get("data") if run.run_json.is_file() else None
     if trained_on and trained_on.get("manifest_sha256") != exam.data.manifest_hash:
         _say(f"{exam.data.folder}: not the data that {run.path} was trained with, which may have held these questions")
-    device = choose_device(config.model.torch_dtype)
-    model, tokenizer = _load(config, device)
-    model = load_adapter(model, run.adapter)
+    model = exam.generator.load(config, run.adapter)
     scores: dict[str, dict[str, Any]] = {}
     rows: dict[str, list[Row]] = {}
     if base:
-        scores["base"], rows["base"] = _kept_base(exam) or _score_base(exam, model, tokenizer, device, progress)
-    scores["tuned"], rows["tuned"] = _ask(exam, model, tokenizer, device, "tuned model", progress)
+        scores["base"], rows["base"] = _kept_base(exam) or _score_base(exam, model, progress)
+    scores["tuned"], rows["tuned"] = _ask(exam, model, progress, tuned=True)
     scores["tuned"]["adapter"] = str(run.adapter)
     for name in rows:
         _write_rows(run.eval_rows(name), rows[name])
@@ -106,7 +102,7 @@ def evaluate_run(run: RunFolder, *, base: bool = True, progress: bool = True) ->
     return result
 
 
-def _exam(config: RunConfig, template: PromptTemplate) -> Exam:
+def _exam(config: RunConfig, generator: Generator, template: PromptTemplate) -> Exam:
     data = load_prepared(Path(config.data.output_dir))
     records = data.records(config.evaluation.split)
     asked = [(r, database) for r in records if (database := data.database(r))]
@@ -123,25 +119,17 @@ def _exam(config: RunConfig, template: PromptTemplate) -> Exam:
     if limit is not None and limit < len(asked):
         chosen = sorted(asked, key=lambda pair: unit_hash(config.data.seed, pair[0].id))[:limit]
         asked = [pair for pair in asked if pair in chosen]
-    return Exam(config, data, template, [r for r, _ in asked], [d for _, d in asked], without_database)
+    return Exam(config, generator, data, template, [r for r, _ in asked], [d for _, d in asked], without_database)
 
 
-def _load(config: RunConfig, device: Device) -> tuple[Any, PreTrainedTokenizerBase]:
-    model = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
-    return model, load_tokenizer(config.model)
-
-
-def _ask(
-    exam: Exam, model: Any, tokenizer: PreTrainedTokenizerBase, device: Device, name: str, progress: bool
-) -> tuple[dict[str, Any], list[Row]]:
-    """Generate and judge all answers of one model."""
+def _ask(exam: Exam, model: LoadedModel, progress: bool, *, tuned: bool) -> tuple[dict[str, Any], list[Row]]:
+    """Generate and judge all answers of the tuned or of the base model."""
     evaluation = exam.config.evaluation
-    prompts = exam.prompts()
+    prompts, name = exam.prompts(), "tuned model" if tuned else "base model"
     started = time.monotonic()
-    answers = generate_answers(
-        model,
-        tokenizer,
+    answers = model.answers(
         prompts,
+        tuned=tuned,
         batch_size=evaluation.batch_size,
         max_new_tokens=evaluation.max_new_tokens,
         description=f"{name} answers",
@@ -169,22 +157,14 @@ def _ask(
         "model": exam.config.model.name,
         "adapter": None,
         "seconds": round(seconds, 3),
-        "dtype": device.dtype_name,
+        "dtype": model.dtype_name,
     }
     return result | score(rows), rows
 
 
-def _score_base(
-    exam: Exam, model: Any, tokenizer: PreTrainedTokenizerBase, device: Device, progress: bool
-) -> tuple[dict[str, Any], list[Row]]:
+def _score_base(exam: Exam, model: LoadedModel, progress: bool) -> tuple[dict[str, Any], list[Row]]:
     """Ask the base model, an adapter switched off if there is one, and keep the result for later runs."""
-    adapter_off = (
-        model.disable_adapter()
-        if hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
-        else nullcontext()
-    )
-    with adapter_off:
-        result, rows = _ask(exam, model, tokenizer, device, "base model", progress)
+    result, rows = _ask(exam, model, progress, tuned=False)
     folder = _base_folder(exam)
     _write_rows(folder / ROWS, rows)
     write_json(folder / SCORE, result)
@@ -217,6 +197,8 @@ def _base_folder(exam: Exam) -> Path:
             for record, prompt, database in zip(exam.records, exam.prompts(), exam.databases, strict=True)
         ],
     }
+    if exam.generator is not generator_named(DEFAULT):  # which the scores that are kept already do not name
+        depends["generator"] = [exam.generator.name, exam.generator.version]
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
     name = Path(exam.config.model.name).name or "model"
     return Path(exam.config.training.output_dir) / "base" / f"{name}-{key}"

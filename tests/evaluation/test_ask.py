@@ -13,9 +13,9 @@ import pytest
 
 from finetune.cli import main as cli
 from finetune.data.prompts import PromptTemplate
-from finetune.evaluation import ask as asking
 from finetune.evaluation.ask import ROWS_SHOWN, schema_of
-from finetune.evaluation.generate import generate_answers
+from finetune.evaluation.generators import hf
+from finetune.evaluation.generators.hf import generate_answers
 from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
 from finetune.run_folder import RunFolder
@@ -52,9 +52,9 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
             prompts.extend(asked)
             return [(text, 5)] * len(asked)
 
-        monkeypatch.setattr(asking, "generate_answers", say)
+        monkeypatch.setattr(hf, "generate_answers", say)
         for name in ("load_base", "load_adapter", "load_tokenizer"):
-            monkeypatch.setattr(asking, name, lambda *_, **__: None)
+            monkeypatch.setattr(hf, name, lambda *_, **__: None)
         return prompts
 
     return play
@@ -63,7 +63,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in the arguments has to be found before minutes go into loading a model."""
-    monkeypatch.setattr(asking, "load_base", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(hf, "load_base", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
 def generate(run: RunFolder, database: Path, *more: str, question: str = QUESTION) -> int:
@@ -88,7 +88,7 @@ def test_the_tuned_model_answers_or_on_request_the_base_model(
         heard.append(generate_answers(*arguments, **more))
         return heard[-1]
 
-    monkeypatch.setattr(asking, "generate_answers", listen)
+    monkeypatch.setattr(hf, "generate_answers", listen)
     generate(run, database)
     generate(run, database, "--base")
     assert heard == expected and heard[0] != heard[1]

@@ -13,6 +13,7 @@ import pytest
 
 from finetune.config.load import load_config
 from finetune.evaluation import run as evaluation_run
+from finetune.evaluation.generators import hf
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl
@@ -30,9 +31,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(settings["description"].partition(" ")[0])
         return [("SELECT 1", 3)] * len(prompts)
 
-    monkeypatch.setattr(evaluation_run, "generate_answers", answer)
-    monkeypatch.setattr(evaluation_run, "_load", lambda *_: (None, None))
-    monkeypatch.setattr(evaluation_run, "load_adapter", lambda *_: None)
+    monkeypatch.setattr(hf, "generate_answers", answer)
+    for name in ("load_base", "load_adapter", "load_tokenizer"):
+        monkeypatch.setattr(hf, name, lambda *_, **__: None)
     return names
 
 

@@ -18,6 +18,7 @@ from finetune.data.prepared import load_prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.evaluation import run as evaluation_run
+from finetune.evaluation.generators import hf
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.evaluation.score import Row
 from finetune.evaluation.statistics import wilson_interval
@@ -58,7 +59,7 @@ def speak(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> Callable[..., lis
             asked.append(name)
             return [({"base": base, "tuned": tuned}[name](gold[prompt]), 3) for prompt in prompts]
 
-        monkeypatch.setattr(evaluation_run, "generate_answers", answer)
+        monkeypatch.setattr(hf, "generate_answers", answer)
         return asked
 
     return play
@@ -217,7 +218,7 @@ def test_records_without_a_database_are_left_out_and_counted(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copy_run(tiny_run, tmp_path / "runs", data={"output_dir": str(two_databases(tmp_path))})
-    monkeypatch.setattr(evaluation_run, "generate_answers", lambda m, t, prompts, **_: [("SELECT 1", 3)] * len(prompts))
+    monkeypatch.setattr(hf, "generate_answers", lambda m, t, prompts, **_: [("SELECT 1", 3)] * len(prompts))
     result = evaluate_run(run, progress=False)
     assert (result["questions"], result["without_database"]) == (2, 1)
     assert {line["db_id"] for line in read_jsonl(run.eval_rows("tuned"))} == {"shop"}
@@ -232,7 +233,7 @@ def test_a_split_without_any_database_is_an_error_before_a_model_is_loaded(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path, databases=False))}))
-    monkeypatch.setattr(evaluation_run, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(hf, "load_base", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"no record of the split test comes with a database.*data\.sources"):
         evaluate_base(config, progress=False)
 
@@ -244,7 +245,7 @@ def test_a_run_without_adapter_is_an_error_before_a_model_is_loaded(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(run.adapter)
-    monkeypatch.setattr(evaluation_run, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(hf, "load_base", lambda *_, **__: pytest.fail("loaded"))
     assert cli.main(["evaluate", str(run.path)]) == 2
     assert capsys.readouterr().err == (
         f"finetune: {run.adapter}: no adapter in it; run `finetune train` to the end, or name another run\n"

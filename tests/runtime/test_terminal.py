@@ -122,11 +122,11 @@ def test_rejected_records_are_listed(terminal: dict[str, str], tmp_path: Path) -
 
 GENERATES = """
 import sys
-from finetune.evaluation import ask
+from finetune.evaluation.generators import hf
 def say(model, tokenizer, prompts, **_):
     assert "\\u2192" in prompts[0], prompts
     return [("SELECT name FROM item", 5)]
-ask.generate_answers = say
+hf.generate_answers = say
 from finetune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """

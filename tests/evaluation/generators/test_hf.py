@@ -11,7 +11,7 @@ import torch
 
 from finetune.config.schema import ModelSection, QuantizationSection
 from finetune.errors import UserError
-from finetune.evaluation.generate import generate_answers
+from finetune.evaluation.generators.hf import generate_answers
 from finetune.models.device import Device
 from finetune.models.load import load_base, load_tokenizer
 
@@ -110,7 +110,7 @@ def ids_of(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, batch_si
         marks[str(len(marks))] = list(ids)
         return str(len(marks) - 1)
 
-    monkeypatch.setattr("finetune.evaluation.generate.AnswersComplete", NeverComplete)
+    monkeypatch.setattr("finetune.evaluation.generators.hf.AnswersComplete", NeverComplete)
     monkeypatch.setattr(tokenizer, "decode", decode)
     answers = ask(model, tokenizer, PROMPTS, batch_size, tokens=24)
     monkeypatch.undo()

@@ -1,21 +1,73 @@
-"""Greedy answers of a model to prompts, in batches: the same code for evaluation, for the base model and for `generate`."""
+"""Greedy answers by transformers, in batches: the same code for evaluation, for the base model and for `generate`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from finetune.config.schema import RunConfig
 from finetune.data.prompts import answer_is_complete, encode_prompts
 from finetune.errors import UserError
+from finetune.evaluation.generators.base import Answer
+from finetune.models.device import Device, choose_device
+from finetune.models.load import load_adapter, load_base, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MAY_END_AN_ANSWER = frozenset(";#`\n")
+
+
+class HfGenerator:
+    """transformers' own `generate`: see `Generator`."""
+
+    name = "hf"
+    version = str(transformers.__version__)
+
+    def load(self, config: RunConfig, adapter: Path | None) -> HfModel:
+        device = choose_device(config.model.torch_dtype)
+        model: Any = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
+        tokenizer = load_tokenizer(config.model)
+        return HfModel(model if adapter is None else load_adapter(model, adapter), tokenizer, device)
+
+
+class HfModel:
+    """A model of transformers, perhaps with PEFT's adapters, and its tokenizer: see `LoadedModel`."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, device: Device) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self.dtype_name = device.dtype_name
+
+    def answers(
+        self,
+        prompts: Sequence[str],
+        *,
+        tuned: bool,
+        batch_size: int,
+        max_new_tokens: int,
+        description: str = "generate",
+        progress: bool = True,
+    ) -> list[Answer]:
+        model = self._model
+        has_adapter = hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
+        with model.disable_adapter() if has_adapter and not tuned else nullcontext():
+            answers = generate_answers(
+                model,
+                self._tokenizer,
+                prompts,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                description=description,
+                progress=progress,
+            )
+        return [Answer(*answer) for answer in answers]
 
 
 class AnswersComplete(StoppingCriteria):

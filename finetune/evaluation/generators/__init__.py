@@ -1,0 +1,1 @@
+"""Who turns prompts into answers, one file a generator."""

@@ -1,0 +1,73 @@
+"""A second answer generator is one module and one entry of the registry: `evaluate` then scores what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.config.load import load_config
+from finetune.data.prepared import load_prepared
+from finetune.data.prompts import PromptTemplate
+from finetune.errors import UserError
+from finetune.evaluation.generators import hf
+from finetune.evaluation.generators.registry import GENERATORS
+from finetune.evaluation.run import evaluate_base, evaluate_run
+from tests.helpers.data_examples import read_jsonl
+from tests.helpers.dict_generator import DictGenerator
+from tests.helpers.run_examples import copy_run
+
+ConfigWriter = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "load_base", lambda *_, **__: pytest.fail("a model of transformers was loaded"))
+
+
+@pytest.fixture
+def gold(tiny_data: Path) -> dict[str, str]:
+    """The gold SQL of the test split by prompt."""
+    records = load_prepared(tiny_data, progress=False).records("test")
+    return {PromptTemplate().render_record(record): record.sql for record in records}
+
+
+def test_its_answers_are_scored_for_the_tuned_and_the_base_model(
+    tiny_run: Path, tmp_path: Path, gold: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_run(tiny_run, tmp_path / "runs")
+    prompts = list(gold)
+    toy = DictGenerator(base={prompts[0]: gold[prompts[0]]}, tuned=gold)
+    monkeypatch.setitem(GENERATORS, "dict", toy)
+    models = evaluate_run(run, generator="dict", progress=False)["models"]
+    assert toy.adapters == [run.adapter]
+    assert (models["base"]["correct"], models["tuned"]["correct"]) == (1, len(gold))
+    assert models["base"]["verdicts"] == {"correct": 1, "no_sql": len(gold) - 1}
+    assert models["tuned"]["dtype"] == "words"
+    assert [line["new_tokens"] for line in read_jsonl(run.eval_rows("tuned"))] == [
+        len(g.split()) for g in gold.values()
+    ]
+
+
+def test_its_base_score_is_kept_apart_from_other_generators_and_versions(
+    tiny_config: ConfigWriter, gold: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, toy, other = load_config(tiny_config()), DictGenerator(base=gold), DictGenerator(base={})
+    monkeypatch.setitem(GENERATORS, "dict", toy)
+    monkeypatch.setitem(GENERATORS, "other", other)
+    monkeypatch.setattr(other, "name", "other")
+    for _ in range(2):
+        assert evaluate_base(config, generator="dict", progress=False)["execution_accuracy"] == 1.0
+        assert evaluate_base(config, generator="other", progress=False)["execution_accuracy"] == 0.0
+    assert toy.adapters == other.adapters == [None]  # loaded once, then kept
+    monkeypatch.setattr(toy, "version", "2")
+    evaluate_base(config, generator="dict", progress=False)
+    assert len(toy.adapters) == 2
+    with pytest.raises(pytest.fail.Exception, match="transformers"):
+        evaluate_base(config, progress=False)
+
+
+def test_a_name_that_is_not_registered_is_an_error_that_lists_the_known_ones(tiny_config: ConfigWriter) -> None:
+    with pytest.raises(UserError, match=r"no answer generator is called 'vllm'; known: hf"):
+        evaluate_base(load_config(tiny_config()), generator="vllm", progress=False)
