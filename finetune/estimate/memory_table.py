@@ -21,7 +21,7 @@ from finetune.estimate.memory_hf import (
     workload_of,
 )
 from finetune.machine.gpus import GPUS, Gpu
-from finetune.models.architectures import ModelShape, shape_of
+from finetune.models.architectures import FAMILIES, ModelShape, shape_of
 
 PARTS = ("base", "adapters", "gradients", "optimizer", "activations", "logits", "workspace", "reserve")
 
@@ -48,9 +48,10 @@ def known_shape(model_name: str) -> ModelShape:
     """The model's shape; UserError with what to do where it is not known."""
     shape = shape_of(model_name)
     if shape is None:
+        *names, last = (family.name for family in FAMILIES.values())
         raise UserError(
             f"model.name: the shape of {model_name} is not known, so its memory cannot be estimated; download its config.json "
-            "into a folder and name that folder (Llama, Mistral and Qwen2 models)"
+            f"into a folder and name that folder ({', '.join(names)} and {last} models)"
         )
     return shape
 

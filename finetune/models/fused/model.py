@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune.example import IGNORED
+from finetune.models.architectures import FAMILIES
 from finetune.models.fused import attention, ops_torch
 from finetune.models.fused.attention import Segments
 from finetune.models.fused.layer import Batch, Group, Layer
@@ -23,9 +24,6 @@ from finetune.models.fused.layer import Batch, Group, Layer
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-"""The models of transformers whose layers are what finetune/models/fused/layer.py computes: RMSNorm, rotary embedding,
-grouped-query attention, SwiGLU; Qwen2 with a bias on q, k and v."""
 PLAIN_LORA = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.lora_[AB]\.default\.weight$")
 HEAD_ROWS = 1024
 """Labelled tokens whose logits are made at a time."""
@@ -60,8 +58,9 @@ def why_not(model: PeftModel, longest: int) -> str | None:
     """Why this model cannot go the lean way, in a few words; None if it can. longest: tokens of the longest example."""
     base = model.get_base_model()
     name, config = type(base).__name__, base.config
-    if name not in FAMILIES:
-        return f"{name} is none of {', '.join(FAMILIES)}"
+    known = [family.causal_lm for family in FAMILIES.values()]
+    if name not in known:
+        return f"{name} is none of {', '.join(known)}"
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
         return f"texts of {longest} tokens are longer than the model's attention window of {window}"

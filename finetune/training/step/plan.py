@@ -16,9 +16,9 @@ from finetune.estimate.fit import Limits, choose
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
 from finetune.estimate.memory_hf import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, largest_rows, workload_of
 from finetune.machine.gpus import Gpu, known_gpu
-from finetune.models.architectures import LLAMA_LIKE, ModelShape, shape_from_config
+from finetune.models.architectures import FAMILIES, ModelShape, shape_from_config
 from finetune.models.device import Device
-from finetune.models.fused.model import FAMILIES, LeanModel, why_not
+from finetune.models.fused.model import LeanModel, why_not
 from finetune.training.step.packing import steps_of_epoch
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _path(config: RunConfig, model: PeftModel, device: Device, longest: int) -> 
         return "stock", reason
     if device.place.type == "cpu":
         return "stock", "on a CPU"
-    return "lean", f"one of {', '.join(name.removesuffix('ForCausalLM') for name in FAMILIES)} on a GPU"
+    return "lean", f"one of {', '.join(family.name for family in FAMILIES.values())} on a GPU"
 
 
 def _stock(
@@ -151,8 +151,7 @@ def _stock(
 
 
 def _shape(model: PeftModel) -> ModelShape | None:
-    values = model.get_base_model().config.to_dict()
-    return shape_from_config(values, Path("config.json")) if values.get("model_type") in LLAMA_LIKE else None
+    return shape_from_config(model.get_base_model().config.to_dict(), Path("config.json"))
 
 
 def _gpu(device: Device) -> Gpu:
