@@ -31,8 +31,10 @@ MAY_IMPORT = {
     "data": "errors example runtime sql config",
     "estimate": "errors machine config models",
     "budget": "errors runtime machine config run_folder",
-    "training.step": "errors example runtime machine config models.fused models estimate",
-    "training": "errors example runtime machine checkpoint config models run_folder data estimate budget training.step",
+    "training.objectives": "errors example data",
+    "training.step": "errors example runtime machine config models.fused models estimate training.objectives",
+    "training": "errors example runtime machine checkpoint config models "
+    "run_folder data estimate budget training.objectives training.step",
     "evaluation": "errors runtime sql config models run_folder data",
     "cloud.gcloud": "errors",
     "cloud.catalog": "errors",
@@ -47,7 +49,7 @@ MAY_IMPORT = {
     "__main__": "cli",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
-without those of training/step/, which has a row of its own."""
+without those of training/step/ and training/objectives/, which have rows of their own."""
 
 NEEDS_TORCH = (
     "data.tokenize",
@@ -63,6 +65,7 @@ NEEDS_TORCH = (
     "models.load",
     "runtime.torchrun",
     "training",
+    "training.objectives",
     "training.step",
 )
 """Packages and modules that the extra `train` is for. All others load on a laptop that only plans, launches, prepares data

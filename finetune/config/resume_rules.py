@@ -79,6 +79,7 @@ _REFUSED: dict[str, tuple[str, ...]] = {
         *("quantization.load_in_4bit", "quantization.bnb_4bit_quant_type", "quantization.bnb_4bit_use_double_quant"),
     ),
     "the run computes in this precision": ("model.torch_dtype", "model.cpu_bf16_matmul"),
+    "the run learns by this loss": ("training.objective",),
     "it decides which questions are trained on": ("model.max_seq_length",),
     "the adapter has this shape": ("lora.r", "lora.target_modules"),
     "the adapter was trained with this factor": ("lora.lora_alpha",),

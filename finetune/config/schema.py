@@ -68,6 +68,7 @@ class TrainingSection:
     output_dir: str = "runs"
     run_name: str | None = None  # null: a new numbered folder named after the config file
     seed: int = 42
+    objective: str = "sft"  # what is optimised, by its name in finetune/training/objectives/registry.py
     num_train_epochs: float = 3.0
     max_steps: int = -1  # -1: as many as the epochs take
     effective_batch_size: int | None = (

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
@@ -54,10 +54,14 @@ class Examples:
 
 
 def tokenise(
-    records: Sequence[Record], template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    records: Sequence[Record],
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    encode: Callable[[Any, Sequence[str], Sequence[str]], list[Example]] = encode_examples,
 ) -> Examples:
-    """Every record whose prompt, answer and end-of-text token fit into max_tokens; nothing is ever cut."""
+    """Every record whose example fits into max_tokens; nothing is ever cut. encode: from tokenizer, prompts and answers."""
     prompts = [template.render_record(record) for record in records]
-    encoded = encode_examples(tokenizer, prompts, [completion(record.sql) for record in records])
+    encoded = encode(tokenizer, prompts, [completion(record.sql) for record in records])
     kept = [example for example in encoded if len(example) <= max_tokens]
     return Examples.of(kept, len(encoded) - len(kept))

@@ -17,6 +17,7 @@ from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.runtime.console import say
 from finetune.runtime.credentials import wandb_key_present
+from finetune.training.objectives.registry import objective_named
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,6 +50,7 @@ class Parts:
 def inputs_of(config: RunConfig) -> Inputs:
     """Checked, without loading a model. Raises UserError for what no run can begin with."""
     _check_tracking(config.tracking)
+    objective_named(config.training.objective)
     price = price_of(config.budget)
     device = choose_device(config.model.torch_dtype)
     if device.place.type == "cpu" and config.training.optim in GPU_OPTIMIZERS:
@@ -76,7 +78,8 @@ def load_parts(inputs: Inputs) -> Parts:
 
 def _examples(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, split: Split) -> Examples:
     limit = inputs.config.model.max_seq_length
-    examples = tokenise(inputs.data.records(split), inputs.template, tokenizer, limit)
+    encode = objective_named(inputs.config.training.objective).encode
+    examples = tokenise(inputs.data.records(split), inputs.template, tokenizer, limit, encode)
     if examples.too_long:
         say(f"{split}: {examples.too_long} examples are longer than model.max_seq_length={limit} tokens and left out")
     if split == "train" and not len(examples):

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer for text-to-SQL: whole optimizer steps, loss on the answer only."""
+"""TRL's SFTTrainer for text-to-SQL: whole optimizer steps, loss on what the objective learns alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from finetune.models.device import Device
 from finetune.models.load import adapters_to_float32
 from finetune.runtime import distributed
 from finetune.training.callbacks import Throughput
+from finetune.training.objectives.objective import Objective
+from finetune.training.objectives.registry import objective_named
+from finetune.training.objectives.sft import SFT
 from finetune.training.step import rng
 from finetune.training.step.hf_path import PaddedPath
 from finetune.training.step.optimizer import FlatAdapters, page_again
@@ -87,6 +90,7 @@ class AnswerTrainer(SFTTrainer):
         device: Device,
         plan: StepPlan,
         hooks: Hooks,
+        objective: Objective = SFT,
     ) -> None:
         """With adapters in float32 and without the libraries' own printing and bars."""
         self.train_examples, self.validation_examples, self.sampler = train, validation, sampler
@@ -105,7 +109,9 @@ class AnswerTrainer(SFTTrainer):
         # without DistributedDataParallel: the Stepper sums the gradients
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.stepper = Stepper(
-            LeanPath(plan.lean_model(model, device)) if plan.path == "lean" else self._padded_path(),
+            LeanPath(plan.lean_model(model, device), objective)
+            if plan.path == "lean"
+            else self._padded_path(objective),
             plan.limits,
             FlatAdapters([parameter for parameter in self.model.parameters() if parameter.requires_grad]),
             rows=plan.rows,
@@ -115,13 +121,13 @@ class AnswerTrainer(SFTTrainer):
             skips_bad_steps=bool(arguments.fp16),
         )
 
-    def _padded_path(self) -> PaddedPath:
+    def _padded_path(self, objective: Objective) -> PaddedPath:
         """TRL's fused head scores only labelled tokens where Triton runs. Elsewhere it scores every prompt token too, which on
         two cores took more than half of each step (171 tokens/s with it, see docs/log.md); and it waits for all GPUs."""
-        alone = self.args.world_size == 1 and self.args.device.type != "cpu"
+        fused = objective.fused and self.args.world_size == 1 and self.args.device.type != "cpu"
         return PaddedPath(
-            self.model, self.data_collator, self.args.device, self.accelerator.autocast,
-            fused_loss=partial(super().compute_loss, self.model) if alone else None,
+            self.model, self.data_collator, self.args.device, self.accelerator.autocast, objective.token_loss,
+            fused_loss=partial(super().compute_loss, self.model) if fused else None,
         )  # fmt: skip
 
     def get_train_dataloader(self) -> StepLoader:
@@ -134,7 +140,7 @@ class AnswerTrainer(SFTTrainer):
         return self.stepper.run(inputs["step"])
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean negative log-likelihood (nats) of the labelled tokens of all validation examples, over all ranks. transformers'
+        """Mean loss of the learned tokens of all validation examples, over all ranks. transformers'
         own is a mean of batch means, which hangs on how examples are dealt out to batches and ranks."""
         metrics = {"eval_loss": float(self.loss_of(list(self.validation_examples or ())))}
         self.log(metrics)
@@ -150,7 +156,7 @@ class AnswerTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def loss_of(self, examples: list[Example]) -> torch.Tensor:
-        """Mean negative log-likelihood (nats) of the examples' labelled tokens, over all ranks, without dropout. Every rank
+        """Mean loss of the examples' learned tokens, over all ranks, without dropout. Every rank
         computes its share of the batches, the longest examples first."""
         examples = sorted(examples, key=lambda example: -len(example))
         labelled = sum(example.predicted for example in examples)
@@ -249,4 +255,5 @@ def build_trainer(
     """The trainer of `finetune train`, whose steps are those of the plan."""
     by_length = training.group_by_length and plan.path == "stock"
     sampler = StepSampler(train.lengths, plan.questions, training.seed, by_length)
-    return AnswerTrainer(arguments, model, tokenizer, train, validation, sampler, device, plan, hooks)
+    objective = objective_named(training.objective)
+    return AnswerTrainer(arguments, model, tokenizer, train, validation, sampler, device, plan, hooks, objective)

@@ -61,7 +61,14 @@ SETTLED = (
     *("model.name", "model.revision", "model.max_seq_length", "model.torch_dtype", "lora.r", "lora.target_modules"),
     *("lora.lora_alpha", "lora.lora_dropout", "quantization.load_in_4bit", "training.seed", "training.learning_rate"),
     *("training.lr_scheduler_type", "training.warmup_ratio", "training.num_train_epochs", "training.max_steps"),
-    *("training.optim", "training.weight_decay", "training.max_grad_norm", "data.sources", "data.seed"),
+    *(
+        "training.objective",
+        "training.optim",
+        "training.weight_decay",
+        "training.max_grad_norm",
+        "data.sources",
+        "data.seed",
+    ),
     *("data.split_by", "data.val_fraction", "data.test_fraction", "data.schema_format", "data.max_train_records"),
 )
 FREE = (

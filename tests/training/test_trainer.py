@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from finetune.data.tokenize import Examples, tokenise  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from finetune.example import IGNORED  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
+from finetune.training import trainer as training_trainer  # noqa: E402
 from finetune.training.arguments import one_gpu_a_process  # noqa: E402
 from finetune.training.step.hf_path import answer_loss  # noqa: E402
 from finetune.training.trl_without_wandb import not_importable  # noqa: E402
@@ -29,6 +31,7 @@ from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
 from tests.helpers.lean_examples import losses, trainer_for  # noqa: E402
 
 TEMPLATE = PromptTemplate()
+SET_FROM_OUTSIDE = r"\b(trainer|stepper)(\.\w+)+(, \w+(\.\w+)*)* = "
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +241,18 @@ def test_a_loss_that_is_no_number_is_seen_and_its_adapters_are_not_saved(
         trainer._save_checkpoint(trainer.model, None)
     assert [loss == loss for loss in losses(trainer)] == [False]
     assert list(Path("out").glob("*")) == []
+
+
+# --- how it is built
+
+
+def test_nothing_is_set_on_a_trainer_from_outside() -> None:
+    """All that it works with comes in when it is built."""
+    folder = Path(training_trainer.__file__).parent
+    lines = {path: path.read_text(encoding="utf-8").splitlines() for path in folder.rglob("*.py")}
+    assert len(lines) > 10
+    assert not [f"{path}: {line}" for path, text in lines.items() for line in text if re.search(SET_FROM_OUTSIDE, line)]
+    assert re.search(SET_FROM_OUTSIDE, "    trainer.stepper.between = ends.abandon")
 
 
 # --- what is trained

@@ -7,13 +7,14 @@ The model stays transformers' and PEFT's: parameters, names and saved adapters a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from finetune.example import IGNORED
 from finetune.models.architectures import FAMILIES
@@ -132,13 +133,21 @@ class LeanModel:
         result: Tensor = self.decoder.norm(x)
         return result
 
-    def loss(self, packed: Packed, count: int | None = None, *, kept_layers: int, training: bool = True) -> Tensor:
-        """Summed negative log-likelihood (nats) of the labelled tokens over `count`, by default their number.
+    def loss(
+        self, packed: Packed, count: int | None = None, *, kept_layers: int, training: bool = True,
+        token_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Summed loss of the labelled tokens over `count`, by default their number.
 
+        token_loss: logits (tokens, vocabulary) in float32 and targets (tokens,) to a sum; None: negative log-likelihood (nats).
         kept_layers: so many of the last layers keep what their backward pass needs, the others are computed again.
         """
         hidden = self.hidden(packed, kept_layers=kept_layers, training=training)
-        total: Tensor = _HeadLoss.apply(hidden, self._head, packed.targets)  # type: ignore[no-untyped-call]
+        total: Tensor
+        if token_loss is None:
+            total = _HeadLoss.apply(hidden, self._head, packed.targets)  # type: ignore[no-untyped-call]
+        else:
+            total = _loss_in_blocks(hidden, self._head, packed.targets, token_loss)
         return total / max(1, packed.targets.numel() if count is None else count)
 
 
@@ -165,6 +174,20 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return (ctx.gradient.float() * gradients[0]).to(ctx.gradient.dtype), None, None
+
+
+def _loss_in_blocks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_loss: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Sum of token_loss; the backward pass makes a block's logits again, so that one block's are held at a time."""
+
+    def of_block(rows: Tensor, wanted: Tensor) -> Tensor:
+        return token_loss((rows @ weight.t()).float(), wanted)
+
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for rows, wanted in zip(torch.split(hidden, HEAD_ROWS), torch.split(targets, HEAD_ROWS), strict=True):
+        total = total + checkpoint(of_block, rows, wanted, use_reentrant=False)
+    return total
 
 
 class Scratch:

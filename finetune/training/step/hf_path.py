@@ -1,4 +1,4 @@
-"""The libraries' own way through a step: padded rows, TRL's collator and loss, PEFT's layers; and the loss on answers alone."""
+"""The libraries' own way through a step: padded rows, TRL's collator and loss, PEFT's layers; loss on learned tokens alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 from finetune.estimate.fit import Limits
 from finetune.example import IGNORED, Example, batch_targets
+from finetune.training.objectives.objective import TokenLoss
+from finetune.training.objectives.sft import negative_log_likelihood
 
 Batch = dict[str, torch.Tensor]
 
@@ -18,7 +20,8 @@ class PaddedPath:
     """A runner.Path: rows padded to the longest.
 
     model: a PeftModel. collate: makes a batch of rows with input_ids and labels. autocast: a context in which the forward pass
-    takes its dtype. fused_loss: of a batch in place of `answer_loss`, for training steps, with its own autocast.
+    takes its dtype. token_loss: an Objective's. fused_loss: of a batch in place of `answer_loss`, for training steps, with its
+    own autocast.
     """
 
     padded = True
@@ -29,10 +32,12 @@ class PaddedPath:
         collate: Callable[[list[dict[str, list[int]]]], Batch],
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
+        token_loss: TokenLoss,
         fused_loss: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.model, self.device = model, device
-        self._collate, self._autocast, self._fused_loss = collate, autocast, fused_loss
+        self._collate, self._autocast = collate, autocast
+        self._token_loss, self._fused_loss = token_loss, fused_loss
 
     def begin(self) -> None:
         pass
@@ -49,13 +54,13 @@ class PaddedPath:
         if self._fused_loss is not None:
             return self._fused_loss(batch, num_items_in_batch=labelled)
         with self._autocast():
-            return answer_loss(self.model, batch, labelled)
+            return answer_loss(self.model, batch, labelled, self._token_loss)
 
     def validation_loss(self, examples: Sequence[Example], labelled: int) -> torch.Tensor:
         batch = self.batch(examples)
         self.model.eval()
         with torch.no_grad(), self._autocast():
-            return answer_loss(self.model, batch, labelled)
+            return answer_loss(self.model, batch, labelled, self._token_loss)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """input_ids, attention_mask and labels, each (rows, tokens), on the model's device."""
@@ -63,8 +68,10 @@ class PaddedPath:
         return {name: tensor.to(self.device) for name, tensor in self._collate(rows).items()}
 
 
-def answer_loss(model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-    """Mean negative log-likelihood (nats) of the labelled tokens; the logits of other tokens are never made.
+def answer_loss(
+    model: Any, inputs: Batch, num_items_in_batch: Any = None, token_loss: TokenLoss = negative_log_likelihood
+) -> torch.Tensor:
+    """Mean loss of the labelled tokens; the logits of other tokens are never made.
 
     inputs: input_ids, attention_mask, labels, each (rows, tokens). num_items_in_batch: labelled tokens of the whole
     optimizer step, over which accumulated micro-batches are normalised; None normalises over this batch.
@@ -76,6 +83,6 @@ def answer_loss(model: Any, inputs: Batch, num_items_in_batch: Any = None) -> to
     targets = batch_targets(inputs["labels"])
     labelled = targets != IGNORED
     logits = causal.get_output_embeddings()(hidden[labelled]).float()
-    total = torch.nn.functional.cross_entropy(logits, targets[labelled], reduction="sum")
+    total = token_loss(logits, targets[labelled])
     count = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     return total / count.clamp(min=1)

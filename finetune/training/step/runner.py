@@ -19,6 +19,8 @@ from finetune.estimate.fit import Limits
 from finetune.example import Example
 from finetune.models.fused.model import LeanModel, Packed, pack
 from finetune.runtime import distributed
+from finetune.training.objectives.objective import Objective
+from finetune.training.objectives.sft import SFT
 from finetune.training.step import rng
 from finetune.training.step.optimizer import FlatAdapters
 from finetune.training.step.packing import micro_batches, share
@@ -50,7 +52,7 @@ class Path(Protocol):
     padded: bool
 
     def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> Tensor:
-        """Summed negative log-likelihood of the answers over `labelled`; part of autograd's graph."""
+        """Summed loss of the learned tokens over `labelled`; part of autograd's graph."""
 
     def begin(self) -> None:
         """Called before the micro-batches of a step."""
@@ -63,12 +65,13 @@ class Path(Protocol):
 
 
 class LeanPath:
-    """Questions one behind the other, through finetune/models/fused/layer.py's layers."""
+    """Questions one behind the other, through finetune/models/fused/layer.py's layers, to the objective's loss."""
 
     padded = False
 
-    def __init__(self, lean: LeanModel) -> None:
+    def __init__(self, lean: LeanModel, objective: Objective = SFT) -> None:
         self.lean = lean
+        self._token_loss = None if objective.fused else objective.token_loss
 
     def begin(self) -> None:
         self.lean.refresh()
@@ -77,11 +80,15 @@ class LeanPath:
         return self.lean.forget_cached()
 
     def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> Tensor:
-        return self.lean.loss(self._packed(examples), labelled, kept_layers=limits.kept_layers)
+        return self.lean.loss(
+            self._packed(examples), labelled, kept_layers=limits.kept_layers, token_loss=self._token_loss
+        )
 
     def validation_loss(self, examples: Sequence[Example], labelled: int) -> Tensor:
         with torch.no_grad():
-            return self.lean.loss(self._packed(examples), labelled, kept_layers=0, training=False)
+            return self.lean.loss(
+                self._packed(examples), labelled, kept_layers=0, training=False, token_loss=self._token_loss
+            )
 
     def _packed(self, examples: Sequence[Example]) -> Packed:
         ids, targets = [example.ids for example in examples], [example.targets for example in examples]

@@ -1,0 +1,1 @@
+"""What training optimises: one file an objective, and their registry."""

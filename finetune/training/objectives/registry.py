@@ -1,0 +1,16 @@
+"""The training objectives, by the name that `training.objective` of a config takes."""
+
+from __future__ import annotations
+
+from finetune.errors import UserError
+from finetune.training.objectives.objective import Objective
+from finetune.training.objectives.sft import SFT
+
+OBJECTIVES: dict[str, Objective] = {"sft": SFT}
+
+
+def objective_named(name: str) -> Objective:
+    """Raises UserError for a name that is not registered."""
+    if name not in OBJECTIVES:
+        raise UserError(f"training.objective: {name!r} is none of {', '.join(sorted(OBJECTIVES))}")
+    return OBJECTIVES[name]
