@@ -31,30 +31,43 @@ TEMPLATES = [
 
 
 LONGEST = (
-    *("test_train_ranks", "test_sky_tasks", "test_prices_skypilot", "test_tracking", "test_train_stop", "test_chaos"),
     *(
-        "test_policy_more",
-        "test_policy_ceiling",
-        "test_policy",
-        "test_sky_plain",
-        "test_policy_cli",
-        "test_data_spider",
+        "training/test_distributed",
+        "cloud/launch/test_sky_tasks",
+        "runtime/test_terminal",
+        "cloud/catalog/test_offers_skypilot",
+    ),
+    *(
+        "training/test_tracking",
+        "training/test_stop",
+        "training/test_record",
+        "test_chaos",
+        "cloud/launch/test_policy_more",
+    ),
+    *(
+        "cloud/launch/test_policy_ceiling",
+        "cloud/launch/test_policy",
+        "cloud/launch/test_policy_cli",
+        "data/test_spider",
     ),
 )
 """Test files that begin first, the longest before the others, so that no worker waits for another at the end; the seconds are in
 docs/testing.md."""
+HERE = Path(__file__).resolve().parent
+assert all((HERE / f"{name}.py").is_file() for name in LONGEST), "a file of LONGEST has moved"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first. Tests that share a fixture of their module go to one worker, or each would make it anew."""
     place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    file = {item: item.path.relative_to(HERE).with_suffix("").as_posix() for item in items}
+    items.sort(key=lambda item: place.get(file[item], len(place)))
     for item in items:
         shared = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
         grouped = any(item.iter_markers("xdist_group"))
         if not grouped and any(definitions[-1].scope == "module" for definitions in shared):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+            item.add_marker(pytest.mark.xdist_group(file[item]))
 
 
 def pytest_collection_finish() -> None:
