@@ -21,6 +21,7 @@ from finetune.config.schema import LoraSection, ModelSection, QuantizationSectio
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
 from finetune.estimate.memory_hf import Workload
 from finetune.example import Example
+from finetune.machine.hardware import GIB
 from finetune.models.architectures import shape_of
 from finetune.models.device import choose_device
 from finetune.models.fused import ops_torch
@@ -28,7 +29,6 @@ from finetune.models.fused.model import LeanModel, pack
 from finetune.models.load import adapters_to_float32, attach_lora, load_base
 from finetune.training.step.optimizer import FlatAdapters
 
-GIB = 2**30
 TEXT, ANSWER = 300, 37
 CELLS = (
     (600, 32, 0), (1500, 32, 32), (3000, 32, 0), (3000, 0, 0), (6000, 32, 32), (6000, 16, 0),

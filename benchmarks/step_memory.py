@@ -26,7 +26,7 @@ from finetune.config.schema import LoraSection, ModelSection, QuantizationSectio
 from finetune.data.tokenize import Examples
 from finetune.estimate import memory_hf
 from finetune.example import Example
-from finetune.machine.gpus import GIB
+from finetune.machine.hardware import GIB
 from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.training.arguments import trainer_arguments

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from finetune.runtime.console import print_anything
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 if everything held, 1 if not, 2 for a wrong argument."""
     print_anything()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the attempt in progress ends with us
     parsed = _parser().parse_args(arguments)
     seed = random.SystemRandom().randrange(10**6) if parsed.seed is None else parsed.seed
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))

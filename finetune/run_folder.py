@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -121,6 +122,17 @@ def open_run(path: Path) -> RunFolder:
         there = f"; runs there: {', '.join(found)}" if found else ""
         raise UserError(f"{path}: not a run folder (no config.yaml in it){there}")
     return folder
+
+
+def remove_unbegun(run: RunFolder) -> None:
+    """Remove what is left of an attempt that was cut off between making its folder and its first record. Raises UserError where
+    the folder is something else."""
+    if not run.path.is_dir() or run.run_json.exists():
+        return
+    for path in run.path.rglob("*"):
+        if path.name != run.config_yaml.name and not (path.name.startswith(".") and path.suffix == ".tmp"):
+            raise UserError(f"{run.path}: holds files, but no run.json; choose another name for the run")
+    shutil.rmtree(run.path)
 
 
 def _claim(path: Path) -> Path:

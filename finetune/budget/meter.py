@@ -20,7 +20,7 @@ from finetune.budget.watchdog import HARD_SECONDS, LastResort, heartbeat_seconds
 from finetune.errors import UserError
 from finetune.machine.billed_time import MachineTime
 
-SAVE_SECONDS = 20.0
+KEPT_FOR_SAVE_SECONDS = 20.0
 """Kept free for a save before a ceiling, at least."""
 MOST_KEPT_SECONDS = 900.0
 """For a start on another machine. Before one that took longer its machine stood idle, which no recovery does."""
@@ -68,7 +68,7 @@ class Meter:
         basis: str | None,
         ceilings: Ceilings,
         say: Callable[[str], None],
-        time_to_save: Callable[[], float] = lambda: SAVE_SECONDS,
+        time_to_save: Callable[[], float] = lambda: KEPT_FOR_SAVE_SECONDS,
         ask_stop: Callable[[str], None] = lambda reason: None,
         hard_stop: Callable[[str], None] = lambda reason: None,
         restart_usd_per_hour: float | None = None,
@@ -249,10 +249,10 @@ class Meter:
 
     def _save_seconds(self) -> float:
         try:
-            return max(SAVE_SECONDS, self._time_to_save())
+            return max(KEPT_FOR_SAVE_SECONDS, self._time_to_save())
         except Exception as error:
             self._complain("save", f"the time to save is not known: {error!r}")
-            return SAVE_SECONDS
+            return KEPT_FOR_SAVE_SECONDS
 
     def _write_end(self, reason: str) -> None:
         """The last line, by the writing thread; a store that does not answer is not waited for."""

@@ -20,7 +20,7 @@ from finetune.runtime.files import disk_error
 PATIENCE = 3
 """Failed saves in a row after which training would only spend money on what it cannot keep."""
 RETRY_SECONDS = 30.0
-CLOSE_SECONDS = 5.0
+CLOSE_SECONDS = 4.0  # less than the other ranks wait for the first (runtime/distributed.py)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from finetune.evaluation.generators.hf import HfModel
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
-from finetune.run_folder import RunFolder, open_run
+from finetune.run_folder import RunFolder, open_run, remove_unbegun
 from finetune.runtime.console import say
 from finetune.training.run import resume, start
 
@@ -33,6 +33,7 @@ def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
     if not config.training.run_name:
         raise UserError(f"{config_file}: training.run_name: the demo needs a name, by which it finds its run again")
     folder = Path(config.training.output_dir) / config.training.run_name
+    remove_unbegun(RunFolder(folder))
     code = _go_on(open_run(folder)) if folder.exists() else _begin(config, config_file, deadline)
     if code != EXIT_OK:
         return code
@@ -70,7 +71,7 @@ def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
         deadline - time.monotonic(),
         pace,
         base["seconds"],
-        most=counts["train"] // examples,
+        most=max(1, counts["train"] // examples),
         validation_steps=counts["val"] / examples,
         eval_steps=config.training.eval_steps,
     )

@@ -26,6 +26,7 @@ from finetune.estimate.memory_hf import (
 )
 from finetune.estimate.speed import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
 from finetune.machine.gpus import GPUS, Gpu
+from finetune.machine.hardware import dtype_for
 from finetune.models.architectures import ModelShape
 
 MOST_TOKENS = 32_768
@@ -78,7 +79,7 @@ def fit_on(config: RunConfig, shape: ModelShape, gpu: Gpu, *, usual_step: float)
     Raises UserError for projections and dtypes that memory is not known for.
     """
     training = config.training
-    dtype = gpu.dtype if config.model.torch_dtype == "auto" else config.model.torch_dtype
+    dtype = dtype_for(gpu.compute_capability, config.model.torch_dtype)
     load, there = workload_of(config, dtype), min(gpu.memory_gib, training.max_memory_gib or math.inf)
     questions = questions_per_step(training)
     named = training.per_device_train_batch_size

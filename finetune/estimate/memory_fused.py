@@ -12,11 +12,9 @@ import math
 from dataclasses import dataclass
 
 from finetune.estimate.memory_hf import CUBLAS_BYTES, ITEM_BYTES, LABELLED, MemoryEstimate, Workload, base_bytes
-from finetune.models.architectures import ModelShape, projection_names
+from finetune.models.architectures import HEAD_ROWS, ModelShape, projection_names
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-HEAD_ROWS = 1024
-"""Labelled tokens whose logits are made at a time (finetune/models/fused/model.py)."""
 RESERVE = 0.29
 """Share of what comes and goes in one layer that torch's allocator holds beyond the peak, with segments that can grow
 (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). Found in the four cells FITTED of

@@ -14,6 +14,7 @@ from typing import Literal
 
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
+from finetune.machine.hardware import GIB
 from finetune.models.architectures import PROJECTIONS, SHAPES, ModelShape, projection_names, shape_of
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "workload_of",
 ]
 
-GIB = 2**30
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 CUBLAS_BYTES = 64 * 2**20

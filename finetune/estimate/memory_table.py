@@ -21,6 +21,7 @@ from finetune.estimate.memory_hf import (
     workload_of,
 )
 from finetune.machine.gpus import GPUS, Gpu
+from finetune.machine.hardware import dtype_for
 from finetune.models.architectures import FAMILIES, ModelShape, shape_of
 
 PARTS = ("base", "adapters", "gradients", "optimizer", "activations", "logits", "workspace", "reserve")
@@ -179,7 +180,7 @@ def _verdict(config: RunConfig, gpu: Gpu, fitting: bool) -> str:
 
 
 def _dtype(config: RunConfig, gpu: Gpu) -> str:
-    return gpu.dtype if config.model.torch_dtype == "auto" else config.model.torch_dtype
+    return dtype_for(gpu.compute_capability, config.model.torch_dtype)
 
 
 def _labels(config: RunConfig) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from finetune.evaluation.score import Row, as_dict, gain, judge, score
 from finetune.models.device import choose_device
 from finetune.models.load import require_adapter, weights_identity
 from finetune.run_folder import RunFolder
+from finetune.runtime.console import say
 from finetune.runtime.files import atomic_file, write_json
 from finetune.sql.engines.registry import open_sessions
 
@@ -77,7 +77,7 @@ def evaluate_run(
     exam = _exam(config, generator_named(generator), load_template(run.adapter))
     trained_on = run.record().get("data") if run.run_json.is_file() else None
     if trained_on and trained_on.get("manifest_sha256") != exam.data.manifest_hash:
-        _say(f"{exam.data.folder}: not the data that {run.path} was trained with, which may have held these questions")
+        say(f"{exam.data.folder}: not the data that {run.path} was trained with, which may have held these questions")
     model = exam.generator.load(config, run.adapter)
     scores: dict[str, dict[str, Any]] = {}
     rows: dict[str, list[Row]] = {}
@@ -113,7 +113,7 @@ def _exam(config: RunConfig, generator: Generator, template: PromptTemplate) -> 
             "give data.sources[..].databases and run `finetune data prepare CONFIG` again"
         )
     if without_database:
-        _say(f"{data.folder}: {without_database} of {len(records)} {config.evaluation.split} records come without a "
+        say(f"{data.folder}: {without_database} of {len(records)} {config.evaluation.split} records come without a "
              "database and are left out")  # fmt: skip
     limit = config.evaluation.max_questions
     if limit is not None and limit < len(asked):
@@ -207,7 +207,3 @@ def _base_folder(exam: Exam) -> Path:
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     with atomic_file(path) as file:
         file.writelines(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -47,11 +47,12 @@ class DataCache:
             kept = wanted or _text(self.bucket / "by-config" / key)
             if kept and (self._kept(folder, kept) / MANIFEST).is_file():
                 say(f"data: {self._kept(folder, kept)} -> {folder}")
-                (folder / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(folder / DATABASES, ignore_errors=True)
+                _remove_set(folder)
                 copy_set(self._kept(folder, kept), folder)
                 write_text(self._laid_for(kept), key)
                 return
+            if not here:
+                _remove_set(folder)
             prepare()
             here = set_id(folder)
             if not here:
@@ -79,6 +80,14 @@ def set_id(folder: Path) -> str:
     """The id of the prepared set in a folder, "" where there is none."""
     manifest = folder / MANIFEST
     return sha256_file(manifest)[:ID_LENGTH] if manifest.is_file() else ""
+
+
+def _remove_set(folder: Path) -> None:
+    """What `copy_set` may have laid there, whole or cut off: `data prepare` refuses a folder with other files."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder / DATABASES, ignore_errors=True)
+    for path in [*folder.glob("*.jsonl"), *folder.glob(f".*{PART}")]:
+        path.unlink(missing_ok=True)
 
 
 def copy_set(source: Path, target: Path) -> None:

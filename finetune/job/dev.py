@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from finetune.errors import EXIT_OK
+from finetune.errors import EXIT_OK, UserError
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import last_lines, say, tensorboard
 from finetune.job.settings import JobSettings
@@ -48,5 +48,9 @@ def dev(settings: JobSettings) -> int:
 
 def _link(link: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if link.exists() and not link.is_symlink():
+        raise UserError(
+            f"{link}: is in the working directory already, where the bucket's notebooks belong; give yours another name"
+        )
     link.unlink(missing_ok=True)
     link.symlink_to(folder)

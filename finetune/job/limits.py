@@ -62,6 +62,8 @@ def run_limited(command: Sequence[str], hours: float, settings: JobSettings, out
         ending.of(program)
         _watch_room(program.pid, settings.state / "room")
         while (code := _ended(program)) is None:
+            if not ending.asked and full.exists():
+                ending.was_told()
             if not ending.asked and time.monotonic() >= ends:
                 out_of_time = True
                 ending.ask()
@@ -93,6 +95,10 @@ class _Ending:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace
         self._tell()
+
+    def was_told(self) -> None:
+        """Somebody else has sent it SIGTERM; its time runs all the same."""
+        self._deadline, self._told = time.monotonic() + self._grace, True
 
     def of(self, program: subprocess.Popen[bytes]) -> None:
         self._program = program

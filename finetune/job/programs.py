@@ -47,10 +47,15 @@ def tensorboard(settings: JobSettings) -> Iterator[None]:
     """While the block runs TensorBoard shows all runs of the bucket to whoever comes in by ssh."""
     words = ["tensorboard", "--logdir", str(settings.runs), "--host", "127.0.0.1", "--port", str(TENSORBOARD_PORT)]
     log = settings.state / "tensorboard.log"
-    with log.open("wb") as file:
-        program = subprocess.Popen(
-            [*words, "--reload_interval", "60"], env=settings.environment, stdout=file, stderr=file
-        )
+    try:
+        with log.open("wb") as file:
+            program = subprocess.Popen(
+                [*words, "--reload_interval", "60"], env=settings.environment, stdout=file, stderr=file
+            )
+    except OSError as error:  # the job is worth more than its picture
+        say(f"TensorBoard does not start: {error}")
+        yield
+        return
     try:
         say(
             f"TensorBoard: ssh -L {TENSORBOARD_PORT}:localhost:{TENSORBOARD_PORT} {settings.cluster}, then "

@@ -5,7 +5,6 @@ Where the task has num_nodes, SkyPilot runs this on every node.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from finetune.job.data import data_of_config, data_of_run
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
 from finetune.job.settings import JobSettings
-from finetune.run_folder import RunFolder
+from finetune.run_folder import RunFolder, remove_unbegun
 
 NODES_PORT = 29500
 
@@ -48,17 +47,6 @@ def train(settings: JobSettings) -> int:
     if ended.code == EXIT_OK:
         say(f"ended; {_score(name)}")
     return ended.code
-
-
-def remove_unbegun(run: RunFolder) -> None:
-    """Remove what is left of an attempt that was cut off between making its folder and its first record. Raises UserError where
-    the folder is something else."""
-    if not run.path.is_dir() or run.run_json.exists():
-        return
-    for path in run.path.rglob("*"):
-        if path.name != run.config_yaml.name and not (path.name.startswith(".") and path.suffix == ".tmp"):
-            raise UserError(f"{run.path}: holds files, but no run.json; choose another RUN_NAME")
-    shutil.rmtree(run.path)
 
 
 def trainer(settings: JobSettings) -> list[str]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from finetune.machine.hardware import dtype_for
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Gpu:

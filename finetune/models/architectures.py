@@ -12,6 +12,8 @@ from finetune.errors import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of one decoder layer, which can be stored in 4 bits and can carry LoRA."""
+HEAD_ROWS = 1024
+"""Labelled tokens whose logits the fused layers' head makes at a time."""
 
 
 @dataclass(frozen=True)

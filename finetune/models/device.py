@@ -31,7 +31,7 @@ def choose_device(torch_dtype: str) -> Device:
         device = torch.device("cuda", index)
     else:
         capability, device = None, torch.device("cpu")
-    name = dtype_for(capability) if torch_dtype == "auto" else torch_dtype
+    name = dtype_for(capability, torch_dtype)
     if name == "bfloat16" and capability is not None and capability < (8, 0):
         raise UserError(
             f"model.torch_dtype: bfloat16 needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; "

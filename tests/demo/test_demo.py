@@ -124,6 +124,14 @@ def test_an_interrupted_demo_goes_on_as_it_was_planned(
     capsys.readouterr()
 
 
+def test_a_demo_that_was_killed_before_its_first_record_begins_anew(config: Path) -> None:
+    run = config.parent / "runs" / "demo"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("# cut off\n")
+    assert cli.main(["demo", str(config)]) == 0
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+
+
 @pytest.mark.parametrize("minutes", ["0", "-3", "nan", "inf", "ten"])
 def test_minutes_are_a_number_above_zero(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -118,3 +118,20 @@ def unexpected() -> None:
 def tree(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".part")]
     return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in files}
+
+
+def test_what_a_cut_off_copy_has_left_does_not_keep_data_from_being_prepared(config: Path, tmp_path: Path) -> None:
+    """`finetune data prepare` refuses a folder that holds other things than a prepared set."""
+    loaded = load_config(config)
+    folder = Path(loaded.data.output_dir)
+    (folder / "databases").mkdir(parents=True)
+    for name in (".train.jsonl.ab12.part", "train.jsonl"):
+        (folder / name).write_text("half", encoding="utf-8")
+
+    def prepare() -> None:
+        assert list(folder.iterdir()) == []
+        lay_out_set(folder, "one")
+
+    (tmp_path / "state").mkdir()
+    DataCache(tmp_path / "bucket", tmp_path / "state").lay_out(loaded, "", prepare)
+    assert set_id(folder)

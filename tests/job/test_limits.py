@@ -48,6 +48,14 @@ def test_a_program_whose_time_is_up_is_told_and_then_killed(settings: JobSetting
     assert time.monotonic() - began >= 1.0, "half a second, and half a second of grace"
 
 
+def test_a_program_that_does_not_end_on_a_full_disk_is_killed(settings: JobSettings) -> None:
+    """on_machine/room.sh has told it to end, not we."""
+    full = settings.state / "room.full"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    fills = f"open({str(full)!r}, 'w').write('12'); time.sleep(60)"
+    assert run_limited(python(deaf + fills), HOUR, settings) == Ended(2, False)
+
+
 def test_a_disk_that_was_full_is_no_reason_to_run_again(
     settings: JobSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:

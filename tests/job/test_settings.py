@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
+from finetune.job.dev import _link
 from finetune.job.settings import Nodes, read_settings
 
 GIVEN = {"HOME": "/home/me", "RUN_NAME": "run", "CONFIG": "configs/a.yaml", "MAX_RUN_USD": "7.5", "MAX_HOURS": "3"}
@@ -71,3 +72,14 @@ def test_empty_secrets_do_not_reach_the_programs() -> None:
 @pytest.mark.parametrize("info", ["", "{torn", "[]", '{"cluster_name": null}'])
 def test_a_cluster_without_a_name_does_not_end_a_job(info: str) -> None:
     assert read_settings(GIVEN | {"SKYPILOT_CLUSTER_INFO": info}).cluster == "CLUSTER"
+
+
+def test_a_folder_of_the_users_is_not_replaced_by_the_link_to_the_bucket(tmp_path: Path) -> None:
+    mine, bucket = tmp_path / "notebooks", tmp_path / "bucket"
+    mine.mkdir()
+    with pytest.raises(UserError, match="notebooks"):
+        _link(mine, bucket)
+    mine.rmdir()
+    for _ in range(2):
+        _link(mine, bucket)
+    assert mine.resolve() == bucket

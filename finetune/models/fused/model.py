@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from finetune.example import IGNORED
-from finetune.models.architectures import FAMILIES
+from finetune.models.architectures import FAMILIES, HEAD_ROWS
 from finetune.models.fused import attention, ops_torch
 from finetune.models.fused.attention import Segments
 from finetune.models.fused.layer import Batch, Group, Layer
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PLAIN_LORA = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.lora_[AB]\.default\.weight$")
-HEAD_ROWS = 1024
-"""Labelled tokens whose logits are made at a time."""
 
 
 @dataclass(frozen=True)
