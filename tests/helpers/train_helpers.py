@@ -82,3 +82,30 @@ class FakeTime:
 
     def __call__(self) -> float:
         return self.seconds
+
+
+HANGS = """
+import sys, time
+import finetune.training.run  # before the fast clock: its seconds are not the run's
+from finetune.budget import run_budget as spending
+from finetune.machine.billed_time import MachineTime, process_age
+from finetune.training.step.runner import Stepper
+origin = process_age()
+spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: 20 * (process_age() - origin))
+original, steps = Stepper.run, []
+def run(self, step):
+    steps.append(step)
+    if len(steps) == STEP:
+        time.sleep(600)
+    return original(self, step)
+Stepper.run = run
+MORE
+from finetune.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def hanging_program(step: int, more: str = "") -> str:
+    """`finetune` as a program for python -c whose so many-th step hangs for ten minutes, on a clock twenty times as fast. more:
+    Python that it runs before the command."""
+    return HANGS.replace("STEP", str(step)).replace("MORE", more)

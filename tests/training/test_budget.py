@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.train_helpers import FakeTime, adapter_of, at_step, change, record_of, steps_in
+from tests.helpers.train_helpers import FakeTime, adapter_of, at_step, change, hanging_program, record_of, steps_in
 
 torch = pytest.importorskip("torch")
 
@@ -150,26 +150,6 @@ def test_a_run_on_a_spot_machine_stops_while_another_start_can_be_paid(
     assert ("3.3 min are kept for a start after a preemption" in record["stop"]["detail"]) == spot
 
 
-HANGS = """
-import sys, time
-import finetune.training.run
-from finetune.budget import run_budget as spending
-from finetune.machine.billed_time import MachineTime, process_age
-from finetune.training.step.runner import Stepper
-origin = process_age()
-spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: 20 * (process_age() - origin))
-original, steps = Stepper.run, []
-def run(self, step):
-    steps.append(step)
-    if len(steps) == 3:
-        time.sleep(600)
-    return original(self, step)
-Stepper.run = run
-from finetune.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_a_step_that_hangs_does_not_cross_the_ceiling(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -177,7 +157,11 @@ def test_a_step_that_hangs_does_not_cross_the_ceiling(
     monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.1")
     config = tiny_config(budget={"max_hours": 300 / 3600}, checkpoint={"every_minutes": 2.0, "save_steps": 1})
     done = subprocess.run(
-        [sys.executable, "-c", HANGS, "train", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", hanging_program(3), "train", str(config)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     run = tmp_path / "runs" / "tiny-001"
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.train_helpers import FakeTime, adapter_of, at_step, change, check_agrees, record_of, steps_in
+from tests.helpers.train_helpers import (
+    FakeTime,
+    adapter_of,
+    at_step,
+    change,
+    check_agrees,
+    hanging_program,
+    record_of,
+    steps_in,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -224,27 +233,6 @@ def test_a_budget_that_is_used_up_before_the_first_save_says_that_nothing_was_le
     assert [row["reason"] for row in record["attempt_log"]][-1] == "failed"
 
 
-HANGS = """
-import sys, time
-import finetune.training.run  # before the fast clock: its seconds are not the run's
-from finetune.budget import run_budget as spending
-from finetune.machine.billed_time import MachineTime, process_age
-from finetune.training.step.runner import Stepper
-origin = process_age()
-spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: 20 * (process_age() - origin))
-original, steps = Stepper.run, []
-def run(self, step):
-    steps.append(step)
-    if len(steps) == 4:
-        time.sleep(600)
-    return original(self, step)
-Stepper.run = run
-ADAPTER
-from finetune.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("in_time", [True, False], ids=["adapter in time", "adapter too slow"])
 def test_a_budget_that_ends_a_hanging_step_ends_at_the_newest_checkpoint(
     in_time: bool, tiny_config: ConfigWriter, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
@@ -257,7 +245,7 @@ def test_a_budget_that_ends_a_hanging_step_ends_at_the_newest_checkpoint(
         budget={"max_hours": 300 / 3600},
         checkpoint={"every_minutes": 2.0, "save_steps": 2},
     )
-    program = HANGS.replace("ADAPTER", "" if in_time else slow)
+    program = hanging_program(4, "" if in_time else slow)
     done = subprocess.run(
         [sys.executable, "-c", program, "train", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=500
     )
