@@ -10,6 +10,7 @@ from chaos import checks
 from chaos.attempt import BEAT_SECONDS
 from chaos.soak import Run
 from chaos.world import USD_PER_HOUR
+from finetune.runtime.table import aligned
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def table(outcome: Outcome) -> list[str]:
     ]
     rows = [[str(value(run)) for _, value in columns] for run in [*outcome.whole.values(), *outcome.all_killed]]
     rows.insert(0, [name for name, _ in columns])
-    widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 def _largest_loss(run: Run) -> str:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "models.fused": "example models",
     "run_folder": "errors runtime config",
     "data": "errors example runtime sql config",
-    "estimate": "errors machine config models",
+    "estimate": "errors runtime machine config models",
     "budget": "errors runtime machine config run_folder",
     "training.objectives": "errors example data",
     "training.step": "errors example runtime machine config models.fused models estimate training.objectives",

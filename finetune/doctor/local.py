@@ -23,6 +23,7 @@ from finetune.errors import EXIT_MISSING, EXIT_OK
 from finetune.machine.hardware import GIB, Driver, Hardware, TorchBuild, detect, nvidia_driver, runs_on, torch_build
 from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
 from finetune.runtime.files import mend_line_ends, with_carriage_returns
+from finetune.runtime.table import aligned
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -68,13 +69,12 @@ def exit_code(checks: list[Check]) -> int:
 def render(checks: list[Check]) -> str:
     """The rows as aligned plain text, each with its advice in the line below it."""
     rows = [("", "check", "found", "needed"), *((c.status, c.name, c.found, c.needed) for c in checks)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = []
-    for row, advice in zip(rows, ["", *(check.advice for check in checks)], strict=True):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        lines.append("  ".join([*cells, row[3]]).rstrip())
-        if advice:
-            lines.append(f"{'':{widths[0]}}  -> {advice}")
+    first, *others = aligned(rows)
+    lines, indent = [first], max(len(row[0]) for row in rows)
+    for line, check in zip(others, checks, strict=True):
+        lines.append(line)
+        if check.advice:
+            lines.append(f"{'':{indent}}  -> {check.advice}")
     count = sum(check.status == "missing" for check in checks)
     lines += ["", f"{count} missing" if count else "nothing that is needed is missing"]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from finetune.estimate.memory_hf import (
 from finetune.machine.gpus import GPUS, Gpu
 from finetune.machine.hardware import dtype_for
 from finetune.models.architectures import FAMILIES, ModelShape, shape_of
+from finetune.runtime.table import aligned
 
 PARTS = ("base", "adapters", "gradients", "optimizer", "activations", "logits", "workspace", "reserve")
 
@@ -86,7 +87,7 @@ def _choices(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted]) ->
         table.append(
             [name, _dtype(config, gpu), f"{limits.tokens:,}", *layers, needed, f"{found.memory_gib:.1f}", verdict]
         )
-    return _aligned(table)
+    return aligned(table, "lr")
 
 
 def _lean_parts(config: RunConfig, fitted: dict[str, Fitted]) -> list[str]:
@@ -98,7 +99,7 @@ def _lean_parts(config: RunConfig, fitted: dict[str, Fitted]) -> list[str]:
     table += [[labels[part], *(_gib(found.needed.parts[part]) for found in fitted.values())] for part in PARTS]
     table.append(["CUDA context", *[f"{CONTEXT_GIB:.2f}"] * len(fitted)])
     table.append(["sum", *(_gib(found.needed.reserved + CONTEXT_GIB * GIB) for found in fitted.values())])
-    return _aligned(table)
+    return aligned(table, "lr")
 
 
 def _lean_footnotes(config: RunConfig) -> list[str]:
@@ -136,7 +137,7 @@ def _stock_parts(config: RunConfig, shape: ModelShape, loads: Sequence[Workload]
     table += [[_labels(config)[part], *(_gib(one.parts[part]) for one in needed)] for part in PARTS]
     table.append(["CUDA context", *[f"{CONTEXT_GIB:.2f}"] * len(needed)])
     table.append(["sum", *(_gib(one.reserved + CONTEXT_GIB * GIB) for one in needed)])
-    return _aligned(table)
+    return aligned(table, "lr")
 
 
 def _stock_verdicts(
@@ -151,7 +152,7 @@ def _stock_verdicts(
         largest = largest if verdict != NO_BFLOAT16 else [0, 0]
         sizes = [str(found.rows), f"{found.needed_gib:.2f}", f"{found.memory_gib:.1f}"]
         table.append([name, load.dtype, *sizes, verdict, *(str(n) if n else "none" for n in largest)])
-    return _aligned(table)
+    return aligned(table, "lr")
 
 
 def _stock_footnotes(config: RunConfig) -> list[str]:
@@ -199,13 +200,3 @@ def _labels(config: RunConfig) -> dict[str, str]:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    """Rows of text under each other: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = []
-    for first, *rest in table:
-        cells = [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return lines

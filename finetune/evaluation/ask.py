@@ -10,6 +10,7 @@ from finetune.evaluation.generators.registry import DEFAULT as DEFAULT_GENERATOR
 from finetune.evaluation.generators.registry import generator_named
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
+from finetune.runtime.table import aligned
 from finetune.sql.engines.registry import DEFAULT as DEFAULT_DIALECT
 from finetune.sql.engines.registry import engine_of_file
 from finetune.sql.schema import is_create_table, parse_ddl
@@ -73,9 +74,7 @@ def run_and_format(database: Path, sql: str, timeout_seconds: float) -> str:
     cells = [list(result.columns)] + [
         ["NULL" if v is None else str(v) for v in row] for row in result.rows[:ROWS_SHOWN]
     ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(result.columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = aligned(cells, rule=True)
     count, hidden = len(result.rows), len(result.rows) - ROWS_SHOWN
     lines.append(f"({count} row{'' if count == 1 else 's'}{f', {hidden} not shown' if hidden > 0 else ''})")
     return "\n".join(lines)

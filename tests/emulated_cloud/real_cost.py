@@ -12,6 +12,7 @@ import yaml
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.gcloud.config import skypilot_setting
+from finetune.runtime.table import aligned
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,21 +114,13 @@ def table(costs: Sequence[Cost], project: str, source: str) -> str:
     head = ("scenario", "what", "dearest machine", "$/h from", "to", "minutes", "$ at most")
     rows = [head, *(_row(one) for one in costs)]
     rows.append(("all of them", "", "", "", "", "", f"{sum(one.usd for one in costs):.2f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "  ".join(
-            text.ljust(width) if at < 3 else text.rjust(width)
-            for at, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
     return "\n".join(
         [
             f"On project {project}, in US dollars, estimated: the minutes after which machines are taken down x the dearest",
             f"machine that the task's ceiling admits (a managed job: and its controller). Prices: {source}; disks by list price.",
             "Not in it: the bucket, traffic, external addresses, taxes.",
             "",
-            *lines,
+            *aligned(rows, "lllr"),
             "",
             "Left to the emulated cloud (make cloud-test without GCP_PROJECT):",
             *(f"  {what}: {why}" for what, why in NOT_HERE),

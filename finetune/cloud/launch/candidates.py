@@ -13,6 +13,7 @@ from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.plan.plan import OnGpu, RunCost, run_cost
 from finetune.config.schema import PlanSection
 from finetune.errors import UserError
+from finetune.runtime.table import aligned
 
 LIMIT = 24
 """Candidates that are handed to SkyPilot: its optimizer takes seconds over a hundred, at every fail-over again, and prints
@@ -196,13 +197,7 @@ def table(found: Sequence[Entry], shown: int) -> str:
         rows.append(
             (f"{place}.", f"{best.name}, {best.offer.machine}", where, f"{best.offer.usd_per_hour:.3f}", hours, usd)
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = aligned(rows, "lllr")
     if len(found) > shown:
         lines.append(f"... and {len(found) - shown} more")
     return "\n".join(lines)

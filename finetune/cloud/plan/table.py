@@ -7,8 +7,10 @@ from typing import Any
 from finetune.cloud.catalog.disks import LISTED
 from finetune.cloud.catalog.offers import Offer
 from finetune.cloud.plan.plan import OnGpu, Plan, Row
+from finetune.runtime.table import aligned
 
 HEADER = ("", "GPU", "bought as", "best zone", "memory GiB", "tokens/s", "hours", "$/h", "$ for the run", "lost", "")
+ALIGN = "llllrrrrrrl"
 
 
 def render(plan: Plan, origin: str) -> str:
@@ -20,7 +22,7 @@ def render(plan: Plan, origin: str) -> str:
         f"prices: {plan.catalog.source}; host + GPU + {plan.assumptions.disk_gib} GiB disk "
         f"(Google's list price of {LISTED})",
         "",
-        *_aligned([HEADER, *(_cells(place, row) for place, row in enumerate(plan.rows, start=1))]),
+        *aligned([HEADER, *(_cells(place, row) for place, row in enumerate(plan.rows, start=1))], ALIGN),
         "",
         *_notes(plan),
     ]
@@ -64,18 +66,6 @@ def _step(on_gpu: OnGpu) -> str:
 def _passed_over(row: Row, offer: Offer) -> str:
     name = f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}"
     return f"  {name} in {offer.zone} at ${offer.usd_per_hour:.3f}/h: {'; '.join(offer.doubts)}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    left = {0, 1, 2, 3, len(HEADER) - 1}
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _notes(plan: Plan) -> list[str]:
