@@ -25,7 +25,7 @@ from finetune.estimate.memory_hf import (
     workload_of,
 )
 from finetune.estimate.speed import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
-from finetune.machine.gpus import GPUS, Gpu
+from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.machine.hardware import dtype_for
 from finetune.models.architectures import ModelShape
 
@@ -73,7 +73,7 @@ class Fitted:
         return self.needed.reserved / GIB + CONTEXT_GIB + margin
 
 
-def fit_on(config: RunConfig, shape: ModelShape, gpu: Gpu, *, usual_step: float) -> Fitted:
+def fit_on(config: RunConfig, shape: ModelShape, gpu: GpuSpec, *, usual_step: float) -> Fitted:
     """What a run of this config will do on a GPU, as far as its model and memory decide. usual_step: as for `choose`.
 
     Raises UserError for projections and dtypes that memory is not known for.
@@ -126,7 +126,7 @@ def choose(
     rows: int | None = None,
     ampere: bool | None = None,
     texts: int = 16,
-    gpu: Gpu | None = None,
+    gpu: GpuSpec | None = None,
 ) -> Limits:
     """The limits for a GPU that reports memory_gib (GiB) in all: of those that fit, the fastest by
     finetune/estimate/speed.py.

@@ -20,7 +20,7 @@ from finetune.estimate.memory_hf import (
     largest_rows,
     workload_of,
 )
-from finetune.machine.gpus import GPUS, Gpu
+from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.machine.hardware import dtype_for
 from finetune.models.architectures import FAMILIES, ModelShape, shape_of
 from finetune.runtime.table import aligned
@@ -174,13 +174,13 @@ def _stock_footnotes(config: RunConfig) -> list[str]:
 NO_BFLOAT16 = "no bfloat16"
 
 
-def _verdict(config: RunConfig, gpu: Gpu, fitting: bool) -> str:
+def _verdict(config: RunConfig, gpu: GpuSpec, fitting: bool) -> str:
     if _dtype(config, gpu) == "bfloat16" and gpu.dtype != "bfloat16":
         return NO_BFLOAT16
     return "yes" if fitting else "no"
 
 
-def _dtype(config: RunConfig, gpu: Gpu) -> str:
+def _dtype(config: RunConfig, gpu: GpuSpec) -> str:
     return dtype_for(gpu.compute_capability, config.model.torch_dtype)
 
 

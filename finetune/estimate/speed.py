@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from finetune.machine.gpus import Gpu
+    from finetune.machine.gpus import GpuSpec
     from finetune.models.architectures import ModelShape
 
 
@@ -131,7 +131,7 @@ SPREAD = (0.21, 0.35, 0.49, 0.66, 0.92, 1.38, 2.99)
 ones wait for the host even where the mean one does not."""
 
 
-def training_speed(gpu: Gpu, shape: ModelShape, *, rows: int, mean_tokens: float, checkpointing: bool) -> Speed:
+def training_speed(gpu: GpuSpec, shape: ModelShape, *, rows: int, mean_tokens: float, checkpointing: bool) -> Speed:
     """Real tokens a second of QLoRA training (NF4, adapters on all seven projections, batches grouped by length).
 
     rows: questions in a micro-batch. mean_tokens: mean length of a question with its prompt and answer, in tokens.
@@ -158,7 +158,7 @@ def training_speed(gpu: Gpu, shape: ModelShape, *, rows: int, mean_tokens: float
 
 
 def micro_batch_seconds(
-    gpu: Gpu, shape: ModelShape, padded_tokens: float, *, checkpointing: bool, cost: StepCost = PLAIN
+    gpu: GpuSpec, shape: ModelShape, padded_tokens: float, *, checkpointing: bool, cost: StepCost = PLAIN
 ) -> float:
     """Wall time of one micro-batch of that many tokens with padding: the slower of host and GPU."""
     host = cost.host_per_layer if checkpointing else cost.host_per_layer_kept
@@ -166,7 +166,7 @@ def micro_batch_seconds(
 
 
 def gpu_seconds(
-    gpu: Gpu, shape: ModelShape, padded_tokens: float, *, checkpointing: bool, cost: StepCost = PLAIN
+    gpu: GpuSpec, shape: ModelShape, padded_tokens: float, *, checkpointing: bool, cost: StepCost = PLAIN
 ) -> float:
     """Time that the GPU is busy with one micro-batch.
 
@@ -260,7 +260,7 @@ LENGTH_SPREAD = 0.97
 (223) and 95th percentile (853 tokens) of the benchmarks."""
 
 
-def lean_speed(gpu: Gpu, shape: ModelShape, step: LeanStep) -> Speed:
+def lean_speed(gpu: GpuSpec, shape: ModelShape, step: LeanStep) -> Speed:
     """Tokens a second of whole optimizer steps on the lean way (adapters on all seven projections).
 
     Measured where LEAN_MEASURED has the GPU, shape and kind of step, and it is one micro-batch; else estimated.
@@ -289,7 +289,7 @@ def step_sizes(step: LeanStep) -> list[float]:
     return [mean * max(0.1, 1 + deviation * size) for size in STEP_SIZES]
 
 
-def lean_step_seconds(gpu: Gpu, shape: ModelShape, tokens: float, step: LeanStep) -> float:
+def lean_step_seconds(gpu: GpuSpec, shape: ModelShape, tokens: float, step: LeanStep) -> float:
     """Wall time of an optimizer step of so many tokens, in micro-batches of one size."""
     pieces = math.ceil(step.questions / step.rows) if step.rows else math.ceil(tokens / step.tokens)
     again = shape.layers - step.kept_layers
@@ -305,7 +305,7 @@ def packed_layers(shape: ModelShape, step: LeanStep) -> tuple[int, int]:
     return packed, max(0, packed - step.kept_layers)
 
 
-def lean_gpu_seconds(gpu: Gpu, shape: ModelShape, tokens: float, step: LeanStep) -> float:
+def lean_gpu_seconds(gpu: GpuSpec, shape: ModelShape, tokens: float, step: LeanStep) -> float:
     """Time that the GPU is busy with one micro-batch.
 
     As `gpu_seconds`, but what is computed again leaves out down_proj, and behind the last layer's attention go labelled rows

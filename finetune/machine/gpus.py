@@ -11,8 +11,8 @@ from finetune.machine.hardware import dtype_for
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One GPU model.
+class GpuSpec:
+    """One GPU model: what its data sheet says of it. What this machine has is a `hardware.DetectedGpu`.
 
     memory_gib: what CUDA reports as total, which is less than the name says (ECC and the driver's share).
     tflops: peak dense matrix rate in the 16-bit type that we compute in, TFLOP/s, from NVIDIA's data sheets.
@@ -35,12 +35,12 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("T4", (7, 5), 14.5, 65.0, 320.0, "n1-highmem-8"),
-        Gpu("V100", (7, 0), 15.7, 125.0, 900.0, "n1-highmem-8"),
-        Gpu("L4", (8, 9), 22.0, 121.0, 300.0, "g2-standard-8"),
-        Gpu("A100", (8, 0), 39.4, 312.0, 1555.0, "a2-highgpu-1g"),
-        Gpu("A100-80GB", (8, 0), 79.2, 312.0, 2039.0, "a2-ultragpu-1g"),
-        Gpu("H100", (9, 0), 79.1, 989.0, 3350.0),
+        GpuSpec("T4", (7, 5), 14.5, 65.0, 320.0, "n1-highmem-8"),
+        GpuSpec("V100", (7, 0), 15.7, 125.0, 900.0, "n1-highmem-8"),
+        GpuSpec("L4", (8, 9), 22.0, 121.0, 300.0, "g2-standard-8"),
+        GpuSpec("A100", (8, 0), 39.4, 312.0, 1555.0, "a2-highgpu-1g"),
+        GpuSpec("A100-80GB", (8, 0), 79.2, 312.0, 2039.0, "a2-ultragpu-1g"),
+        GpuSpec("H100", (9, 0), 79.1, 989.0, 3350.0),
     )
 }
 """Memory as CUDA reports it, rounded down (H100: measured; the others: from out-of-memory messages in public issues). N1 hosts
@@ -48,7 +48,7 @@ T4 and V100 with 8 vCPU and 52 GB; an A100 comes only with its own a2 machine, a
 types)."""
 
 
-def known_gpu(name: str, compute_capability: tuple[int, int], memory_gib: float) -> Gpu:
+def known_gpu(name: str, compute_capability: tuple[int, int], memory_gib: float) -> GpuSpec:
     """The entry of GPUS for a GPU that CUDA names so, or where there is none that of the same or the next older generation with
     the nearest memory: its speed is the best guess."""
     words = name.upper().replace("-", " ").split()

@@ -19,8 +19,11 @@ GROWING_SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """The first GPU, and how many of them there are. memory_gib is the total of one GPU, in GiB."""
+class DetectedGpu:
+    """The first GPU that was found here, and how many of them there are. memory_gib is the total of one GPU, in GiB.
+
+    What is known of its model is a `gpus.GpuSpec`.
+    """
 
     name: str
     memory_gib: float
@@ -33,7 +36,7 @@ class Driver:
     """What nvidia-smi says; version is "" and gpu None when it is on PATH and gives no answer."""
 
     version: str
-    gpu: Gpu | None
+    gpu: DetectedGpu | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class TorchBuild:
     """What the installed torch was built for, and what it finds."""
 
     cuda: str | None  # CUDA version, None in a CPU build
-    gpu: Gpu | None = None  # what it can use
+    gpu: DetectedGpu | None = None  # what it can use
     architectures: tuple[str, ...] = ()  # such as sm_80; empty while no GPU can be used
     broken: str = ""  # the error where it cannot be imported, or finds a GPU and cannot start it
 
@@ -54,7 +57,7 @@ class Hardware:
     cpu: str
     cores: int  # that this process may use
     ram_gib: float
-    gpu: Gpu | None
+    gpu: DetectedGpu | None
     dtype: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def torch_build() -> TorchBuild | None:
     except RuntimeError as error:
         return TorchBuild(torch.version.cuda, broken=str(error).splitlines()[0])
     memory_gib = round(first.total_memory / GIB, 1)
-    gpu = Gpu(first.name, memory_gib, (first.major, first.minor), torch.cuda.device_count())
+    gpu = DetectedGpu(first.name, memory_gib, (first.major, first.minor), torch.cuda.device_count())
     return TorchBuild(torch.version.cuda, gpu, tuple(torch.cuda.get_arch_list()))
 
 
@@ -144,7 +147,7 @@ def nvidia_driver() -> Driver | None:
     try:
         version, mebibytes, capability, name = (cell.strip() for cell in lines[0].split(",", 3))
         major, minor = capability.split(".")
-        gpu = Gpu(name, round(float(mebibytes) / 1024, 1), (int(major), int(minor)), len(lines))
+        gpu = DetectedGpu(name, round(float(mebibytes) / 1024, 1), (int(major), int(minor)), len(lines))
     except (ValueError, IndexError):
         return Driver("", None)
     return Driver(version, gpu)

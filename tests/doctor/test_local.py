@@ -19,12 +19,12 @@ from finetune.cloud.gcloud import cli as gcloud_cli
 from finetune.doctor import local as local_doctor
 from finetune.doctor.check import Check, Need
 from finetune.machine import hardware
-from finetune.machine.hardware import Driver, Gpu, Hardware, TorchBuild
+from finetune.machine.hardware import DetectedGpu, Driver, Hardware, TorchBuild
 
 ROOT = Path(__file__).resolve().parents[2]
-V100 = Gpu("Tesla V100-SXM2-16GB", 16.0, (7, 0))
-T4 = Gpu("Tesla T4", 15.0, (7, 5))
-A100 = Gpu("NVIDIA A100-SXM4-40GB", 40.0, (8, 0))
+V100 = DetectedGpu("Tesla V100-SXM2-16GB", 16.0, (7, 0))
+T4 = DetectedGpu("Tesla T4", 15.0, (7, 5))
+A100 = DetectedGpu("NVIDIA A100-SXM4-40GB", 40.0, (8, 0))
 CUDA_13 = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 KEYS = (
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME"),
@@ -196,10 +196,10 @@ def test_an_installed_skypilot_is_ok_until_the_checkouts_folder_hides_it(
         (TorchBuild("13.0", A100, CUDA_13), Driver("580.65.06", A100), {}),
         (TorchBuild("13.0", A100, CUDA_13), None, {}),
         (TorchBuild("12.6", V100, ("sm_70", "sm_80")), Driver("535.183.01", V100), {}),
-        (TorchBuild("12.6", Gpu("L4", 22.0, (8, 9)), ("sm_80", "sm_90")), Driver("550.1", A100), {}),
-        (TorchBuild("12.6", Gpu("B200", 180.0, (10, 0)), ("sm_90", "compute_90")), Driver("570.1", A100), {}),
+        (TorchBuild("12.6", DetectedGpu("L4", 22.0, (8, 9)), ("sm_80", "sm_90")), Driver("550.1", A100), {}),
+        (TorchBuild("12.6", DetectedGpu("B200", 180.0, (10, 0)), ("sm_90", "compute_90")), Driver("570.1", A100), {}),
         (
-            TorchBuild("12.6", Gpu("B200", 180.0, (10, 0)), ("sm_90",)),
+            TorchBuild("12.6", DetectedGpu("B200", 180.0, (10, 0)), ("sm_90",)),
             Driver("570.1", A100),
             {"torch": "sm_100"},
         ),

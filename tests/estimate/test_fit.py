@@ -17,7 +17,7 @@ from finetune.estimate.fit import ALIKE, MARGIN, MOST_TOKENS, Limits, TooSmall, 
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
 from finetune.estimate.memory_hf import CONTEXT_GIB, GIB, Workload, estimate, fits, largest_rows, workload_of
 from finetune.estimate.speed import LeanStep, lean_step_seconds, step_sizes
-from finetune.machine.gpus import GPUS, Gpu
+from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.models.architectures import SHAPES
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "mistral_7b_qlora.yaml"
@@ -46,7 +46,7 @@ def size(limits: Limits) -> tuple[int, int, int]:
     return limits.kept_layers, limits.tokens, limits.cached_layers
 
 
-def epoch(limits: Limits, gpu: Gpu, usual: int) -> float:
+def epoch(limits: Limits, gpu: GpuSpec, usual: int) -> float:
     """Seconds of a few steps of 16 questions, 95% of which stay below `usual` tokens."""
     step = LeanStep(16, usual / usual_step_tokens(16, 1), limits.tokens, limits.kept_layers, limits.cached_layers)
     return sum(lean_step_seconds(gpu, MISTRAL, tokens, step) for tokens in step_sizes(step))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.machine import hardware
-from finetune.machine.hardware import Driver, Gpu, TorchBuild, program_output
+from finetune.machine.hardware import DetectedGpu, Driver, TorchBuild, program_output
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_nvidia_smi_is_read_with_commas_in_names_and_several_gpus(
         "nvidia-smi",
         "echo '535.183.01, 16384, 7.0, Tesla V100, the old one'; echo '535.183.01, 16384, 7.0, x'",
     )
-    gpu = Gpu("Tesla V100, the old one", 16.0, (7, 0), 2)
+    gpu = DetectedGpu("Tesla V100, the old one", 16.0, (7, 0), 2)
     assert hardware.nvidia_driver() == Driver("535.183.01", gpu)
 
 
@@ -66,7 +66,7 @@ def test_torchs_gpu_is_read_with_memory_in_gib(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
-    gpu = Gpu("Tesla T4", 15.0, (7, 5), 2)
+    gpu = DetectedGpu("Tesla T4", 15.0, (7, 5), 2)
     assert hardware.torch_build() == TorchBuild("13.0", gpu, ("sm_75",))
     machine = hardware.detect()
     assert (machine.gpu, machine.dtype) == (gpu, "float16")
@@ -80,7 +80,7 @@ def test_without_torch_the_gpu_comes_from_nvidia_smi(
     program("nvidia-smi", "echo '580.65.06, 40960, 8.0, NVIDIA A100-SXM4-40GB'")
     assert hardware.torch_build() is None
     machine = hardware.detect()
-    assert machine.gpu == Gpu("NVIDIA A100-SXM4-40GB", 40.0, (8, 0))
+    assert machine.gpu == DetectedGpu("NVIDIA A100-SXM4-40GB", 40.0, (8, 0))
     assert machine.dtype == "bfloat16"
 
 

@@ -17,7 +17,7 @@ from finetune.errors import NotEstimated, UserError
 from finetune.estimate import memory_hf
 from finetune.estimate.fit import Fitted, Limits, fit_on, usual_step_tokens
 from finetune.estimate.speed import LeanStep, Speed, lean_speed, training_speed
-from finetune.machine.gpus import GPUS, Gpu
+from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.models.architectures import ModelShape
 
 VALIDATION_COST = 1 / 3
@@ -47,7 +47,7 @@ class OnGpu:
     None for all of it.
     """
 
-    gpu: Gpu
+    gpu: GpuSpec
     needed_gib: float
     fits: bool
     speed: Speed
@@ -124,7 +124,7 @@ def plan_run(
     return Plan(size, ceilings, config.plan, catalog, tuple(rows))
 
 
-def run_on(config: RunConfig, size: RunSize, gpu: Gpu) -> OnGpu:
+def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec) -> OnGpu:
     """Memory, speed and hours of the run on one GPU. Raises UserError when the model's shape is not known."""
     shape = memory_hf.shape_of(config.model.name)
     if shape is None:
@@ -167,7 +167,7 @@ def save_interval(section: CheckpointSection, work_hours: float, steps: int) -> 
     return min(hours, work_hours), key
 
 
-def _speed(config: RunConfig, size: RunSize, gpu: Gpu, shape: ModelShape, fitted: Fitted) -> Speed:
+def _speed(config: RunConfig, size: RunSize, gpu: GpuSpec, shape: ModelShape, fitted: Fitted) -> Speed:
     if fitted.limits is None:
         assert fitted.rows is not None
         return training_speed(

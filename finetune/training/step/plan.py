@@ -15,7 +15,7 @@ from finetune.errors import UserError
 from finetune.estimate.fit import Limits, choose
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
 from finetune.estimate.memory_hf import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, largest_rows, workload_of
-from finetune.machine.gpus import Gpu, known_gpu
+from finetune.machine.gpus import GpuSpec, known_gpu
 from finetune.models.architectures import FAMILIES, ModelShape, shape_from_config
 from finetune.models.device import Device
 from finetune.models.fused.model import LeanModel, why_not
@@ -154,7 +154,7 @@ def _shape(model: PeftModel) -> ModelShape | None:
     return shape_from_config(model.get_base_model().config.to_dict(), Path("config.json"))
 
 
-def _gpu(device: Device) -> Gpu:
+def _gpu(device: Device) -> GpuSpec:
     """The entry of gpus.GPUS that this device is, or is most like."""
     found = torch.cuda.get_device_properties(device.place)
     return known_gpu(found.name, (found.major, found.minor), found.total_memory / GIB)
