@@ -25,8 +25,6 @@ from tqdm import tqdm
 from finetune.config.schema import RunConfig, SourceSection
 from finetune.data.check import GOLD_TIMEOUT_SECONDS, Findings, check
 from finetune.data.prepared import (
-    DATABASES,
-    MANIFEST,
     MANIFEST_FORMAT,
     Prepared,
     database_name,
@@ -39,9 +37,8 @@ from finetune.data.records import SPLITS, write_records
 from finetune.data.split import SplitBy
 from finetune.data.stats import per_database, skeleton_overlap, token_counts, token_summary
 from finetune.errors import UserError
+from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, records_file
 from finetune.runtime.files import disk_error, write_json, write_text
-
-REJECTED = "rejected.jsonl"
 
 
 def prepare(
@@ -173,7 +170,7 @@ def _write(folder: Path, findings: Findings, manifest: dict[str, Any], progress:
         new = Path(scratch) / "new"
         new.mkdir()
         for split in SPLITS:
-            write_records(new / f"{split}.jsonl", findings.records(split))
+            write_records(new / records_file(split), findings.records(split))
         write_text(new / REJECTED, "".join(_json_line(item.row()) for item in findings.rejections))
         _copy_databases(findings, new, progress)
         manifest["files"] = {str(path.relative_to(new)): fingerprint(path) for path in _files(new)}
@@ -227,7 +224,7 @@ def _check_replaceable(folder: Path, name: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{name}: data.output_dir is a file; choose a folder")
-    ours = {MANIFEST, REJECTED, DATABASES, *(f"{split}.jsonl" for split in SPLITS)}
+    ours = {MANIFEST, REJECTED, DATABASES, *map(records_file, SPLITS)}
     present = {path.name for path in folder.iterdir()}
     strangers = sorted(present if MANIFEST not in present else present - ours)
     if strangers:

@@ -10,11 +10,10 @@ from tqdm import tqdm
 
 from finetune.data.records import Record, Split, read_records
 from finetune.errors import UserError
+from finetune.prepared_folder import DATABASES, MANIFEST, records_file
 from finetune.runtime.files import read_json, sha256_file
 from finetune.sql.engines.registry import engine_for
 
-MANIFEST = "manifest.json"
-DATABASES = "databases"
 MANIFEST_FORMAT = 1
 PREPARE_COMMAND = "finetune data prepare CONFIG"
 
@@ -32,7 +31,7 @@ class Prepared:
     changed: bool = False
 
     def records(self, split: Split) -> list[Record]:
-        return read_records(self.folder / f"{split}.jsonl")
+        return read_records(self.folder / records_file(split))
 
     def database(self, record: Record) -> Path | None:
         """The file of a val or test record's database, None when its source had none or no engine runs its dialect."""

@@ -19,9 +19,9 @@ from finetune.config.load import to_dict
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.job.programs import say
+from finetune.prepared_folder import DATABASES, MANIFEST
 from finetune.runtime.files import sha256_file, write_text
 
-MANIFEST, DATABASES = "manifest.json", "databases"
 ID_LENGTH = 12
 PART = ".part"
 

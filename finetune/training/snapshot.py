@@ -27,6 +27,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
+from finetune.prepared_folder import MANIFEST
 from finetune.run_folder import RunFolder
 from finetune.runtime import fault_injection
 from finetune.runtime.console import say
@@ -121,7 +122,7 @@ class Snapshots(TrainerCallback):
         write_json(folder / WINDOW, self.trainer.logging_window())
         write_text(folder / CONFIG, to_yaml(self.config))
         self.template.save(folder)
-        shutil.copyfile(self.data.folder / "manifest.json", folder / DATA_MANIFEST)
+        shutil.copyfile(self.data.folder / MANIFEST, folder / DATA_MANIFEST)
         if self.run.ledger.is_dir():
             (folder / "ledger").mkdir()
             for path in self.run.ledger.glob("attempt-*.jsonl"):

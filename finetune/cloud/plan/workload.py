@@ -10,8 +10,7 @@ from pathlib import Path
 from finetune.config.load import questions_per_step
 from finetune.config.schema import RunConfig, SourceSection
 from finetune.errors import NotEstimated, UserError
-
-MANIFEST = "manifest.json"
+from finetune.prepared_folder import MANIFEST
 
 
 @dataclass(frozen=True)
