@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
-from finetune.config.schema import SourceSection
+from finetune.config.schema import DataSection, SourceSection
 from finetune.data.prepare import prepare
-from finetune.data.prompts import PromptTemplate
 from finetune.data.records import Record, Split, write_records
 from finetune.runtime.files import write_text
 
@@ -115,17 +114,8 @@ def make_world(folder: Path) -> World:
     _database(folder / "databases" / "station" / "station.sqlite")
     write_records(folder / "records.jsonl", records)
     source = SourceSection(kind="jsonl", path=str(folder / "records.jsonl"), databases=str(folder / "databases"))
-    prepare(
-        [source],
-        folder / "prepared",
-        template=PromptTemplate(),
-        max_seq_length=256,
-        val_fraction=0.1,
-        test_fraction=0.1,
-        split_by="question",
-        seed=13,
-        progress=False,
-    )
+    data = DataSection([source], str(folder / "prepared"), val_fraction=0.1, test_fraction=0.1)
+    prepare(data, max_seq_length=256, timeout_seconds=10, progress=False)
     return World(folder)
 
 

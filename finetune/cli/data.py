@@ -51,12 +51,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     from finetune.data.check import check
 
     config = loaded(arguments)
-    findings = check(
-        config.data.sources,
-        max_train_records=config.data.max_train_records,
-        timeout_seconds=config.evaluation.timeout_seconds,
-        **_split_arguments(config),
-    )
+    findings = check(config.data, timeout_seconds=config.evaluation.timeout_seconds)
     for rejection in findings.rejections:
         print(rejection)
     for problem in findings.problems:
@@ -64,15 +59,6 @@ def _data_check(arguments: argparse.Namespace) -> int:
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
     print(f"{arguments.config}: {counts}, {len(findings.rejections)} rejected")
     return EXIT_MISSING if findings.rejections or findings.problems else EXIT_OK
-
-
-def _split_arguments(config: RunConfig) -> dict[str, Any]:
-    return {
-        "val_fraction": config.data.val_fraction,
-        "test_fraction": config.data.test_fraction,
-        "split_by": config.data.split_by,
-        "seed": config.data.seed,
-    }
 
 
 def _tokenizer_if_installed(config: RunConfig) -> Any:

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.config.schema import SourceSection
+from finetune.config.schema import DataSection, SourceSection
 from finetune.data.records import SPLITS, Record, Split
 from finetune.data.sources import open_source
-from finetune.data.split import SplitBy, assign_splits, drop_duplicates, find_leaks, thin_out
+from finetune.data.split import assign_splits, drop_duplicates, find_leaks, thin_out
 from finetune.data.validate import Accepted, Rejection, stopping_problem, validate
 from finetune.runtime.files import sha256_file
-
-GOLD_TIMEOUT_SECONDS = 10.0
-"""Wall-clock limit of one gold query: the default of evaluation.timeout_seconds, under which gold has to run again."""
 
 
 @dataclass(frozen=True)
@@ -43,42 +40,33 @@ class Findings:
         return [replace(item.record, split=split) for item in self.splits[split]]
 
 
-def check(
-    sources: Sequence[SourceSection],
-    *,
-    val_fraction: float,
-    test_fraction: float,
-    split_by: SplitBy,
-    seed: int,
-    max_train_records: int | None = None,
-    timeout_seconds: float = GOLD_TIMEOUT_SECONDS,
-    progress: bool = True,
-) -> Findings:
-    """Read, validate and split everything; the arguments are those of `prepare.prepare`.
+def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -> Findings:
+    """Read, validate and split everything. timeout_seconds: wall-clock limit of one gold query; evaluation.timeout_seconds, under
+    which gold has to run again.
 
     Raises UserError only where a source cannot be read at all; everything else is in the findings.
     """
-    accepted, rejections, counts, problems = _validate_all(sources, timeout_seconds, progress)
+    accepted, rejections, counts, problems = _validate_all(data.sources, timeout_seconds, progress)
     accepted, repeated = drop_duplicates(accepted)
     assigned = assign_splits(
         [item.record for item in accepted],
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        split_by=split_by,
-        seed=seed,
+        val_fraction=data.val_fraction,
+        test_fraction=data.test_fraction,
+        split_by=data.split_by,
+        seed=data.seed,
         progress=progress,
     )
-    leaks = find_leaks(accepted, assigned, split_by)
+    leaks = find_leaks(accepted, assigned, data.split_by)
     splits: dict[Split, list[Accepted]] = {split: [] for split in SPLITS}
     for index, (item, split) in enumerate(zip(accepted, assigned, strict=True)):
         if index not in leaks:
             splits[split].append(item)
-    left_out = _limit_train(splits, max_train_records, seed)
+    left_out = _limit_train(splits, data.max_train_records, data.seed)
     rejections = sorted(
         [*rejections, *repeated, *leaks.values()], key=lambda item: (item.candidate.file, item.candidate.line)
     )
     if not problems:  # else an empty split would only be a consequence
-        fractions = {"val": val_fraction, "test": test_fraction}
+        fractions = {"val": data.val_fraction, "test": data.test_fraction}
         problems = [*_empty_splits(splits, fractions), *ambiguous_databases(splits)]
     return Findings(splits, rejections, counts, left_out, problems)
 

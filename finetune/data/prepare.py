@@ -15,15 +15,14 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from finetune.config.schema import RunConfig, SourceSection
-from finetune.data.check import GOLD_TIMEOUT_SECONDS, Findings, check
+from finetune.config.schema import DataSection, RunConfig
+from finetune.data.check import Findings, check
 from finetune.data.prepared import (
     MANIFEST_FORMAT,
     Prepared,
@@ -34,7 +33,6 @@ from finetune.data.prepared import (
 )
 from finetune.data.prompts import PromptTemplate
 from finetune.data.records import SPLITS, write_records
-from finetune.data.split import SplitBy
 from finetune.data.stats import per_database, skeleton_overlap, token_counts, token_summary
 from finetune.errors import UserError
 from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, records_file
@@ -42,43 +40,27 @@ from finetune.runtime.files import disk_error, write_json, write_text
 
 
 def prepare(
-    sources: Sequence[SourceSection],
-    output_dir: Path,
+    data: DataSection,
     *,
-    template: PromptTemplate,
     max_seq_length: int,
-    val_fraction: float,
-    test_fraction: float,
-    split_by: SplitBy,
-    seed: int,
-    max_train_records: int | None = None,
+    timeout_seconds: float,
     tokenizer: Any = None,
     tokenizer_name: str | None = None,
-    timeout_seconds: float = GOLD_TIMEOUT_SECONDS,
     progress: bool = True,
 ) -> Prepared:
-    """Check all sources and write the prepared folder; an older prepared set there is replaced.
+    """Check all sources and write the prepared folder, data.output_dir; an older prepared set there is replaced.
 
-    split_by: what is kept together in one split, records that share a question or gold SQL, or whole databases.
-    max_seq_length (tokens): longer records are written and counted; training leaves them out.
-    max_train_records: a seeded sample of train. tokenizer: None leaves the token counts unknown (null).
-    timeout_seconds: for each gold query.
+    max_seq_length (tokens): longer records are written and counted; training leaves them out. timeout_seconds: for each gold
+    query. tokenizer: None leaves the token counts unknown (null).
 
     Raises UserError, before anything is written, when a source is unusable, a split ends up empty, or output_dir holds
     something else than a prepared set.
     """
+    output_dir = Path(data.output_dir)
     folder = Path(os.path.realpath(output_dir))
     _check_replaceable(folder, output_dir)
-    findings = check(
-        sources,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        split_by=split_by,
-        seed=seed,
-        max_train_records=max_train_records,
-        timeout_seconds=timeout_seconds,
-        progress=progress,
-    )
+    findings = check(data, timeout_seconds=timeout_seconds, progress=progress)
+    template = PromptTemplate(data.schema_format)
     if findings.problems:
         raise UserError("; ".join(findings.problems))
     manifest = {
@@ -86,16 +68,16 @@ def prepare(
         **_counts(findings),
         "tokens": _tokens(findings, template, tokenizer, max_seq_length, progress),
         "settings": {
-            "seed": seed,
-            "split_by": split_by,
-            "val_fraction": val_fraction,
-            "test_fraction": test_fraction,
-            "max_train_records": max_train_records,
+            "seed": data.seed,
+            "split_by": data.split_by,
+            "val_fraction": data.val_fraction,
+            "test_fraction": data.test_fraction,
+            "max_train_records": data.max_train_records,
             "max_seq_length": max_seq_length,
         },
         "prompt": template.identity(),
         "tokenizer": tokenizer_name if tokenizer is not None else None,
-        "sources": [asdict(section) | asdict(count) for section, count in zip(sources, findings.sources, strict=True)],
+        "sources": [asdict(one) | asdict(count) for one, count in zip(data.sources, findings.sources, strict=True)],
     }
     try:
         changed = _write(folder, findings, manifest, progress)
@@ -106,20 +88,12 @@ def prepare(
 
 def prepare_data(config: RunConfig, tokenizer: Any = None) -> Prepared:
     """`prepare` with what the config says. tokenizer: as there."""
-    data = config.data
     return prepare(
-        data.sources,
-        Path(data.output_dir),
-        template=PromptTemplate(data.schema_format),
+        config.data,
         max_seq_length=config.model.max_seq_length,
-        val_fraction=data.val_fraction,
-        test_fraction=data.test_fraction,
-        split_by=data.split_by,
-        seed=data.seed,
-        max_train_records=data.max_train_records,
+        timeout_seconds=config.evaluation.timeout_seconds,
         tokenizer=tokenizer,
         tokenizer_name=config.model.name,
-        timeout_seconds=config.evaluation.timeout_seconds,
     )
 
 

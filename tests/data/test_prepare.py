@@ -20,6 +20,7 @@ from finetune.errors import UserError
 from finetune.runtime.files import sha256_file
 from tests.helpers.data_examples import (
     SCHEMA,
+    data_section,
     files_of,
     jsonl_source,
     make_database,
@@ -39,9 +40,8 @@ def shop(tmp_path: Path) -> SourceSection:
     return jsonl_source(path, databases=str(tmp_path / "databases"))
 
 
-def run_check(sources: list[SourceSection], **changes: Any) -> Findings:
-    settings: dict[str, Any] = {"val_fraction": 0.2, "test_fraction": 0.2, "split_by": "question", "seed": 13}
-    return check(sources, progress=False, **(settings | changes))
+def run_check(sources: list[SourceSection], timeout_seconds: float = 10.0) -> Findings:
+    return check(data_section(sources, "nowhere"), timeout_seconds=timeout_seconds, progress=False)
 
 
 class Words:

@@ -5,10 +5,9 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import SourceSection
+from finetune.config.schema import DataSection, SourceSection
 from finetune.data.prepare import prepare
 from finetune.data.prepared import Prepared
-from finetune.data.prompts import PromptTemplate
 
 SCHEMA = "CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL);"
 
@@ -56,17 +55,29 @@ def jsonl_source(path: Path, **settings: Any) -> SourceSection:
     return SourceSection(kind="jsonl", path=str(path), **settings)
 
 
-def run_prepare(sources: list[SourceSection], output_dir: Path, **changes: Any) -> Prepared:
-    settings: dict[str, Any] = {
-        "template": PromptTemplate(),
-        "max_seq_length": 2048,
-        "val_fraction": 0.2,
-        "test_fraction": 0.2,
-        "split_by": "question",
-        "seed": 13,
-        "progress": False,
-    }
-    return prepare(sources, output_dir, **(settings | changes))
+def data_section(sources: list[SourceSection], output_dir: Path | str, **changes: Any) -> DataSection:
+    """With larger held-out splits than the default."""
+    return DataSection(sources, str(output_dir), **({"val_fraction": 0.2, "test_fraction": 0.2} | changes))
+
+
+def run_prepare(
+    sources: list[SourceSection],
+    output_dir: Path,
+    *,
+    max_seq_length: int = 2048,
+    tokenizer: Any = None,
+    tokenizer_name: str | None = None,
+    **changes: Any,
+) -> Prepared:
+    """changes: of the data section."""
+    return prepare(
+        data_section(sources, output_dir, **changes),
+        max_seq_length=max_seq_length,
+        timeout_seconds=10.0,
+        tokenizer=tokenizer,
+        tokenizer_name=tokenizer_name,
+        progress=False,
+    )
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
