@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "report": "errors runtime data evaluation",
     "doctor": "errors runtime machine cloud.gcloud",
     "job": "errors runtime machine config run_folder prepared_folder",
-    "demo": "errors example runtime config models run_folder data training.step training evaluation",
+    "demo": "errors runtime config models run_folder data training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate training "
     "evaluation cloud.catalog cloud.plan report doctor job demo",
     "__main__": "cli",

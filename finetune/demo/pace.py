@@ -14,8 +14,8 @@ from finetune.data.prepared import Prepared
 from finetune.data.prompts import PromptTemplate, completion, encode_examples
 from finetune.demo.schedule import Pace
 from finetune.evaluation.generators.hf import generate_answers
-from finetune.example import IGNORED, Example
-from finetune.training.step.hf_path import answer_loss
+from finetune.training.step.hf_path import answer_loss, padded
+from finetune.training.trl_without_wandb import DataCollatorForLanguageModeling
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,21 +74,8 @@ def _usual_batch(
     size = questions_per_step(config.training)
     start = max(0, (len(encoded) - size) // 2)
     mean = sum(len(example) for example in encoded) / len(encoded)
-    return _padded(encoded[start : start + size]), mean
-
-
-def _padded(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    shape = len(examples), max(len(example) for example in examples)
-    batch = {
-        "input_ids": torch.zeros(shape, dtype=torch.long),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, IGNORED),
-    }
-    for row, example in enumerate(examples):
-        batch["input_ids"][row, : len(example)] = torch.tensor(example.ids)
-        batch["attention_mask"][row, : len(example)] = 1
-        batch["labels"][row, : len(example)] = torch.tensor(example.labels)
-    return batch
+    collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+    return padded(encoded[start : start + size], collate), mean
 
 
 def _train(model: Any, batch: dict[str, torch.Tensor]) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["SFTConfig", "SFTTrainer"]
+__all__ = ["DataCollatorForLanguageModeling", "SFTConfig", "SFTTrainer"]
 
 
 @contextmanager
@@ -24,3 +24,4 @@ def not_importable(package: str) -> Iterator[None]:
 
 with not_importable("wandb"):  # TRL imports it for its model card alone (we make none): a quarter of a run's start-up
     from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling

@@ -14,6 +14,7 @@ from finetune.training.objectives.objective import TokenLoss
 from finetune.training.objectives.sft import negative_log_likelihood
 
 Batch = dict[str, torch.Tensor]
+Collate = Callable[[list[dict[str, list[int]]]], Batch]
 
 
 class PaddedPath:
@@ -29,7 +30,7 @@ class PaddedPath:
     def __init__(
         self,
         model: Any,
-        collate: Callable[[list[dict[str, list[int]]]], Batch],
+        collate: Collate,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
         token_loss: TokenLoss,
@@ -64,8 +65,12 @@ class PaddedPath:
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """input_ids, attention_mask and labels, each (rows, tokens), on the model's device."""
-        rows = [{"input_ids": example.ids, "labels": example.labels} for example in examples]
-        return {name: tensor.to(self.device) for name, tensor in self._collate(rows).items()}
+        return {name: tensor.to(self.device) for name, tensor in padded(examples, self._collate).items()}
+
+
+def padded(examples: Sequence[Example], collate: Collate) -> Batch:
+    """input_ids, attention_mask and labels, each (rows, tokens), as TRL's collator pads them."""
+    return collate([{"input_ids": example.ids, "labels": example.labels} for example in examples])
 
 
 def answer_loss(
