@@ -24,7 +24,7 @@ from finetune.estimate.memory_hf import (
     largest_rows,
     workload_of,
 )
-from finetune.estimate.speed import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
+from finetune.estimate.speed_fused import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
 from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.machine.hardware import dtype_for
 from finetune.models.architectures import ModelShape

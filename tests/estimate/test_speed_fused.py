@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.estimate.speed import LEAN_STEP, LeanStep, lean_gpu_seconds, lean_speed, lean_step_seconds
+from finetune.estimate.speed_fused import LEAN_STEP, LeanStep, lean_gpu_seconds, lean_speed, lean_step_seconds
 from finetune.machine.gpus import GPUS
 from finetune.models.architectures import SHAPES
 
@@ -47,8 +47,8 @@ def test_lean_estimates_meet_whole_steps_of_lean_step(
     kept: int, cached: int, dropout: bool, tokens_per_second: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """benchmarks/lean_step.py on one H100, 2026-11-22, when the optimizer took 45 ms more and the last layer had all its rows."""
-    monkeypatch.setattr("finetune.estimate.speed.LEAN_MEASURED", ())
-    monkeypatch.setattr("finetune.estimate.speed.LEAN_STEP", LEAN_STEP + 0.045)
+    monkeypatch.setattr("finetune.estimate.speed_fused.LEAN_MEASURED", ())
+    monkeypatch.setattr("finetune.estimate.speed_fused.LEAN_STEP", LEAN_STEP + 0.045)
     speed = lean_speed(
         H100, MISTRAL, replace(STEP, kept_layers=kept, cached_layers=cached, dropout=dropout, labelled=1.0)
     )
@@ -61,7 +61,7 @@ def test_lean_estimates_beside_the_throughput_benchmark(
     kept: int, cached: int, measured: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One H100, 2026-11-23. What the trainer does around its passes is not in the estimate, which is up to 12% too fast."""
-    monkeypatch.setattr("finetune.estimate.speed.LEAN_MEASURED", ())
+    monkeypatch.setattr("finetune.estimate.speed_fused.LEAN_MEASURED", ())
     step = replace(STEP, mean_tokens=322, tokens=6075, kept_layers=kept, cached_layers=cached)
     assert 1.0 < lean_speed(H100, MISTRAL, step).tokens_per_second / measured < 1.15
 

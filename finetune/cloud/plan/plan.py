@@ -16,7 +16,8 @@ from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
 from finetune.estimate import memory_hf
 from finetune.estimate.fit import Fitted, Limits, fit_on, usual_step_tokens
-from finetune.estimate.speed import LeanStep, Speed, lean_speed, training_speed
+from finetune.estimate.speed import Speed, training_speed
+from finetune.estimate.speed_fused import LeanStep, lean_speed
 from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.models.architectures import ModelShape
 

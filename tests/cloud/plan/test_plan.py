@@ -26,7 +26,8 @@ from finetune.cloud.plan.plan import (
 from finetune.cloud.plan.workload import run_size
 from finetune.config.schema import CheckpointSection, PlanSection
 from finetune.errors import UserError
-from finetune.estimate.speed import LeanStep, Speed, lean_speed
+from finetune.estimate.speed import Speed
+from finetune.estimate.speed_fused import LeanStep, lean_speed
 from finetune.machine.gpus import GPUS
 from finetune.models.architectures import SHAPES
 from tests.helpers.plan_examples import (
