@@ -23,6 +23,7 @@ import torch
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.example import Example
+from finetune.machine.hardware import GIB
 from finetune.models.device import choose_device
 from finetune.models.fused import ops_torch
 from finetune.models.fused.model import LeanModel, ops_for, pack
@@ -132,8 +133,8 @@ def one_round(
         result["rates"].append(sum(map(len, ids)) / (time.perf_counter() - began))
         result["host"].append(host)
     result["loss"] = round(float(loss), 4)
-    result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
+    result["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+    result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
     if profile:
         busy(step, steps[0], result, out)
 

@@ -27,6 +27,7 @@ from finetune.data.tokenize import Examples
 from finetune.estimate import memory_hf
 from finetune.example import Example
 from finetune.machine.hardware import GIB
+from finetune.models.architectures import shape_of
 from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.training.arguments import trainer_arguments
@@ -79,7 +80,7 @@ def measure(
         )
     except torch.OutOfMemoryError:
         return result | {"out_of_memory": True}
-    shape = memory_hf.shape_of(str(model.config._name_or_path))
+    shape = shape_of(str(model.config._name_or_path))
     assert shape is not None
     load = memory_hf.Workload(
         rows,

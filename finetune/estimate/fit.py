@@ -16,7 +16,6 @@ from finetune.errors import UserError
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
 from finetune.estimate.memory_hf import (
     CONTEXT_GIB,
-    GIB,
     MemoryEstimate,
     Workload,
     estimate,
@@ -26,7 +25,7 @@ from finetune.estimate.memory_hf import (
 )
 from finetune.estimate.speed_fused import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
 from finetune.machine.gpus import GPUS, GpuSpec
-from finetune.machine.hardware import dtype_for
+from finetune.machine.hardware import GIB, dtype_for
 from finetune.models.architectures import ModelShape
 
 MOST_TOKENS = 32_768

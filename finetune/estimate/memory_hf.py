@@ -14,25 +14,8 @@ from typing import Literal
 
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.machine.hardware import GIB
-from finetune.models.architectures import PROJECTIONS, SHAPES, ModelShape, projection_names, shape_of
-
-__all__ = [
-    "CONTEXT_GIB",
-    "GIB",
-    "GRID_PEAK_ERROR",
-    "PEAK_ERROR",
-    "RESERVED_ERROR",
-    "SHAPES",
-    "MemoryEstimate",
-    "ModelShape",
-    "Workload",
-    "estimate",
-    "fits",
-    "largest_rows",
-    "shape_of",
-    "workload_of",
-]
+from finetune.machine.hardware import GIB as GIB  # training/record.py takes it from here
+from finetune.models.architectures import PROJECTIONS, ModelShape, projection_names
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -57,7 +40,7 @@ ADAMW_8BIT_BYTES, ADAMW_BYTES = 2 + 8 / 256, 8.0
 """Optimizer state per parameter: two moments, of one byte with a float32 scale per block of 256, or of float32. Paged state
 (bitsandbytes pages tensors of 100,000 elements and more: half of Mistral's) is memory that the GPU may hand to the host; it
 counts here, though torch does not count it."""
-HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
+TRL_HEAD_ROWS, TRL_HEAD_COLUMNS = 4096, 32768
 """Tokens and vocabulary entries in one tile of TRL's fused head (trl 1.16, kernels/chunked_logprob.py)."""
 
 
@@ -224,7 +207,9 @@ def _head_moments(shape: ModelShape, load: Workload, kept: int, gradients: float
         logits = (item + 12) * shape.vocab * size
     else:  # the labelled hidden states, their float32 gradient, and one tile of logits with its product
         labelled = LABELLED * size
-        logits = round((item + 4) * hidden * labelled + min(labelled, HEAD_ROWS) * (item * HEAD_COLUMNS + 4 * hidden))
+        logits = round(
+            (item + 4) * hidden * labelled + min(labelled, TRL_HEAD_ROWS) * (item * TRL_HEAD_COLUMNS + 4 * hidden)
+        )
     norm_backward = norm + (4 * 4 + 2 * item) * hidden * size
     return [
         _Moment(kept, norm, logits, gradients=gradients),

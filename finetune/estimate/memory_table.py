@@ -11,7 +11,6 @@ from finetune.errors import UserError
 from finetune.estimate.fit import MARGIN, Fitted, fit_on, usual_step_tokens
 from finetune.estimate.memory_hf import (
     CONTEXT_GIB,
-    GIB,
     GRID_PEAK_ERROR,
     PEAK_ERROR,
     RESERVED_ERROR,
@@ -21,7 +20,7 @@ from finetune.estimate.memory_hf import (
     workload_of,
 )
 from finetune.machine.gpus import GPUS, GpuSpec
-from finetune.machine.hardware import dtype_for
+from finetune.machine.hardware import GIB, dtype_for
 from finetune.models.architectures import FAMILIES, ModelShape, shape_of
 from finetune.runtime.table import aligned
 

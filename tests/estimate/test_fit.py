@@ -15,9 +15,10 @@ from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.estimate.fit import ALIKE, MARGIN, MOST_TOKENS, Limits, TooSmall, choose, fit_on, usual_step_tokens
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
-from finetune.estimate.memory_hf import CONTEXT_GIB, GIB, Workload, estimate, fits, largest_rows, workload_of
+from finetune.estimate.memory_hf import CONTEXT_GIB, Workload, estimate, fits, largest_rows, workload_of
 from finetune.estimate.speed_fused import LeanStep, lean_step_seconds, step_sizes
 from finetune.machine.gpus import GPUS, GpuSpec
+from finetune.machine.hardware import GIB
 from finetune.models.architectures import SHAPES
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "mistral_7b_qlora.yaml"

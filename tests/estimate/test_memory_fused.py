@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.estimate.memory_fused import LeanLoad, cache_bytes, copies_bytes, kept_bytes, lean_estimate
-from finetune.estimate.memory_hf import GIB, Workload
+from finetune.estimate.memory_hf import Workload
+from finetune.machine.hardware import GIB
 from finetune.models.architectures import PROJECTIONS, SHAPES, ModelShape
 
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]

@@ -15,7 +15,6 @@ from finetune.config.load import from_dict, load_config
 from finetune.errors import UserError
 from finetune.estimate.memory_hf import (
     CONTEXT_GIB,
-    GIB,
     GRID_PEAK_ERROR,
     PEAK_ERROR,
     RESERVED_ERROR,
@@ -26,6 +25,7 @@ from finetune.estimate.memory_hf import (
     largest_rows,
     workload_of,
 )
+from finetune.machine.hardware import GIB
 from finetune.models.architectures import PROJECTIONS, SHAPES, ModelShape
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,10 @@ from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.estimate.fit import fit_on, usual_step_tokens
-from finetune.estimate.memory_hf import CONTEXT_GIB, GIB, estimate, fits, largest_rows, workload_of
+from finetune.estimate.memory_hf import CONTEXT_GIB, estimate, fits, largest_rows, workload_of
 from finetune.estimate.memory_table import memory_table
 from finetune.machine.gpus import GPUS
+from finetune.machine.hardware import GIB
 from finetune.models.architectures import SHAPES
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "mistral_7b_qlora.yaml"

@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
-from finetune.estimate.memory_hf import GIB, MemoryEstimate  # noqa: E402
+from finetune.estimate.memory_hf import MemoryEstimate  # noqa: E402
+from finetune.machine.hardware import GIB  # noqa: E402
 from finetune.training import record as run_record  # noqa: E402
 from finetune.training import run as training_run  # noqa: E402
 from finetune.training.step.plan import StepPlan, worst_micro_batch  # noqa: E402

@@ -14,12 +14,11 @@ from finetune.cloud.plan.workload import RunSize, run_size
 from finetune.config.load import questions_per_step
 from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
-from finetune.estimate import memory_hf
 from finetune.estimate.fit import Fitted, Limits, fit_on, usual_step_tokens
 from finetune.estimate.speed import Speed, training_speed
 from finetune.estimate.speed_fused import LeanStep, lean_speed
 from finetune.machine.gpus import GPUS, GpuSpec
-from finetune.models.architectures import ModelShape
+from finetune.models.architectures import SHAPES, ModelShape, shape_of
 
 VALIDATION_COST = 1 / 3
 """Cost of a token in a validation pass against one in training: forward alone, of forward and two backward products (4-bit
@@ -127,11 +126,11 @@ def plan_run(
 
 def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec) -> OnGpu:
     """Memory, speed and hours of the run on one GPU. Raises UserError when the model's shape is not known."""
-    shape = memory_hf.shape_of(config.model.name)
+    shape = shape_of(config.model.name)
     if shape is None:
         raise NotEstimated(
             f"model.name: the shape of {config.model.name} is not known here, so its memory and time cannot be estimated; "
-            f"known: {', '.join(memory_hf.SHAPES)}, and every local folder with a config.json"
+            f"known: {', '.join(SHAPES)}, and every local folder with a config.json"
         )
     questions = questions_per_step(config.training)
     fitted = fit_on(config, shape, gpu, usual_step=usual_step_tokens(questions, size.mean_tokens))

@@ -14,8 +14,9 @@ from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.estimate.fit import Limits, choose
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
-from finetune.estimate.memory_hf import CONTEXT_GIB, GIB, MemoryEstimate, Workload, estimate, largest_rows, workload_of
+from finetune.estimate.memory_hf import CONTEXT_GIB, MemoryEstimate, Workload, estimate, largest_rows, workload_of
 from finetune.machine.gpus import GpuSpec, known_gpu
+from finetune.machine.hardware import GIB
 from finetune.models.architectures import FAMILIES, ModelShape, shape_from_config
 from finetune.models.device import Device
 from finetune.models.fused.model import LeanModel, why_not

@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
-from finetune.estimate.memory_hf import GIB  # noqa: E402
+from finetune.machine.hardware import GIB  # noqa: E402
 from finetune.models.device import Device  # noqa: E402
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch  # noqa: E402
 from tests.helpers.lean_examples import LAYERS, lora_model  # noqa: E402
