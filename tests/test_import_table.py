@@ -83,7 +83,7 @@ HEAVY = (
     "tensorboard",
     "wandb",
 )
-SKY, POLICY = "sky", "cloud.launch.policy"
+SKY, WITH_SKY = "sky", ("cloud.launch.policy", "cloud.launch.sky_resources")
 
 
 def module_files() -> dict[str, Path]:
@@ -196,14 +196,14 @@ def test_training_and_cloud_do_not_know_each_other() -> None:
         assert not [name for name in reached(module) if needs_torch(name)], f"finetune.{module} runs without torch"
 
 
-def test_only_the_policy_imports_skypilot_when_it_is_loaded() -> None:
+def test_only_the_policy_and_its_resources_import_skypilot_when_they_are_loaded() -> None:
     for module, path in MODULES.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 node.body = []  # what a function imports is not loaded with the module
         names = {name.partition(".")[0] for name in imported_names(tree)}
-        assert SKY not in names or module == POLICY, f"finetune.{module} imports {SKY} at its top level"
+        assert SKY not in names or module in WITH_SKY, f"finetune.{module} imports {SKY} at its top level"
 
 
 def test_the_folder_of_task_files_is_no_package() -> None:
@@ -211,7 +211,7 @@ def test_the_folder_of_task_files_is_no_package() -> None:
 
 
 def test_a_laptop_needs_nothing_of_training_to_load_what_it_uses() -> None:
-    modules = [module for module in MODULES if not needs_torch(module) and module not in (POLICY, "__main__")]
+    modules = [module for module in MODULES if not needs_torch(module) and module not in (*WITH_SKY, "__main__")]
     imports_ = "; ".join(f"import finetune.{module}" for module in modules)
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in (*HEAVY, SKY))
     assert python(f"import sys; {blocked}; {imports_}; print('loaded')") == "loaded"

@@ -16,15 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import sky
-from sky import exceptions, global_user_state
-from sky.utils.status_lib import ClusterStatus
+from sky import exceptions
 
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.catalog.offers import Catalog
 from finetune.cloud.catalog.refresh import catalog_for_launch
 from finetune.cloud.launch import candidates
 from finetune.cloud.launch.bucket import fill_bucket
-from finetune.cloud.launch.candidates import Candidate, Entry, Wanted
+from finetune.cloud.launch.candidates import Candidate, Entry
+from finetune.cloud.launch.sky_resources import (
+    AUTOSTOP,
+    ask_for_cluster,
+    asks_for_gpu_on_gcp,
+    check_priceable,
+    nailed,
+    stops_by_itself,
+    wanted_machines,
+)
 from finetune.cloud.plan.plan import OnGpu, run_on
 from finetune.cloud.plan.workload import run_size
 from finetune.config.load import load_config
@@ -38,9 +46,7 @@ from finetune.runtime.files import mend_line_ends, with_carriage_returns
 CONFIG, OVERRIDES, BUDGET, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_RUN_USD", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
 """Environment variables of our task YAMLs."""
 DEFAULT_RUN_USD = 25.0
-AUTOSTOP = {"idle_minutes": 10, "down": True}
 SHOWN = 12
-Json = dict[str, Any]
 CONTROLLER = ("n2-standard-4", 50)
 """Machine and disk (GB) that SkyPilot 0.14 takes for its jobs controller unless jobs.controller.resources says otherwise."""
 
@@ -56,7 +62,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
             if user_request.at_client_side:
                 print_anything()
                 _check_scripts(task)
-            if _asks_for_gpu_on_gcp(task):
+            if asks_for_gpu_on_gcp(task):
                 _apply(user_request, say)
             fill_bucket(task, say)
             _fill_secrets(task)
@@ -89,13 +95,13 @@ def _check_scripts(task: sky.Task) -> None:
 def _apply(request: sky.UserRequest, say: Any) -> None:
     task = request.task
     name = request.request_name.value
-    _check_priceable(task)
+    check_priceable(task)
     if HOURS in task.envs:
         _positive(HOURS, task.envs[HOURS], "hours")
-    exists = _ask_for_cluster(request)
+    exists = ask_for_cluster(request)
     budget = _run_budget(task, say)
     catalog = catalog_for_launch(say)
-    wanted = _wanted(task, catalog)
+    wanted = wanted_machines(task, catalog)
     on_gpus, plan = _run(task, {one.gpu for one in wanted}, say)
     trusts = task.envs.get(TRUST) == "1"
     found = candidates.list_candidates(catalog, wanted, on_gpus, plan, trust_prices=trusts)
@@ -111,69 +117,12 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     if runs_where_it_is:
         return
     managed = request.request_options is None or name.startswith("jobs.")
-    if not managed and not all(_stops_by_itself(resources) for resources in task.resources):
+    if not managed and not all(stops_by_itself(resources) for resources in task.resources):
         say("finetune: no autostop: the machine goes down after {idle_minutes} idle minutes".format(**AUTOSTOP))
-    task.set_resources(_nailed(task, entries, catalog, managed, by_size=not exists))
+    task.set_resources(nailed(task, entries, catalog, managed, by_size=not exists))
     _report(entries, found, catalog, budget, say)
     if managed:
         _warn_of_controller(request, catalog, say)
-
-
-def _asks_for_gpu_on_gcp(task: sky.Task) -> bool:
-    """True when every alternative is a GPU that Google Cloud may provide. Raises UserError for a mixture."""
-    ours = [bool(_gpus(r)) and (r.cloud is None or r.cloud.is_same_cloud(sky.GCP())) for r in task.resources]
-    if any(ours) and not all(ours):
-        raise UserError(
-            "resources: some alternatives are GPUs on Google Cloud and some are not, and a ceiling can be held only for the "
-            "first; make two tasks of them"
-        )
-    return all(ours) and bool(ours)
-
-
-def _gpus(resources: sky.Resources) -> Json:
-    """GPU -> number, those that a machine type has built in included. SkyPilot tells them only once the cloud is named too."""
-    if resources.accelerators or resources.cloud is not None or resources.instance_type is None:
-        return resources.accelerators or {}
-    return sky.GCP().get_accelerators_from_instance_type(resources.instance_type) or {}
-
-
-def _check_priceable(task: sky.Task) -> None:
-    """Raises UserError for what would cost more than the machines of the price table."""
-    for resources in task.resources:
-        if resources.volumes:
-            raise UserError(
-                "resources.volumes: the price of extra disks is not known here, so the ceiling could not be held; use "
-                "disk_size, or the bucket"
-            )
-        strategy = (resources.job_recovery or {}).get("strategy")
-        if strategy == "FAILOVER":
-            raise UserError(
-                "resources.job_recovery: after a preemption FAILOVER takes any zone of the region, whatever it costs there; "
-                "use EAGER_NEXT_REGION"
-            )
-
-
-def _ask_for_cluster(request: sky.UserRequest) -> bool:
-    """Whether the launch names a cluster that exists. SkyPilot then takes its machine, running or stopped, whatever else the
-    list holds, and does not compare sizes: so the task is made to ask for that machine alone, and its price has to pass."""
-    options = request.request_options
-    name = options.cluster_name if options else None
-    machine = getattr(name and global_user_state.get_handle_from_cluster_name(name), "launched_resources", None)
-    if machine is None or not isinstance(machine.cloud, sky.GCP):
-        return False
-    fits = [resources for resources in request.task.resources if resources.less_demanding_than(machine)]
-    if fits and global_user_state.get_status_from_cluster_name(name) != ClusterStatus.INIT:
-        place = {"cloud": sky.GCP(), "region": machine.region, "zone": machine.zone, "use_spot": machine.use_spot}
-        what = {
-            "disk_size": machine.disk_size,
-            "disk_tier": machine.disk_tier,
-            "instance_type": machine.instance_type,
-            "accelerators": machine.accelerators,
-            "cpus": None,
-            "memory": None,
-        }
-        request.task.set_resources([resources.copy(**place, **what) for resources in fits])
-    return True
 
 
 def _run_budget(task: sky.Task, say: Any) -> float:
@@ -210,90 +159,6 @@ def _run(task: sky.Task, names: set[str], say: Any) -> tuple[dict[str, OnGpu], P
             f"finetune: WARNING: {error}; so it is ranked by price alone, and nobody has looked whether it fits in memory"
         )
         return {}, config.plan
-
-
-def _wanted(task: sky.Task, catalog: Catalog) -> list[Wanted]:
-    wanted = []
-    for place, resources in enumerate(task.resources):
-        candidates.check_ceiling(resources.max_hourly_cost, "resources.max_hourly_cost")
-        gpu, count = _gpu(resources)
-        wanted.append(
-            Wanted(
-                gpu=catalog.gpu_name(gpu),
-                count=count,
-                machine=resources.instance_type or _machine_of(resources, catalog),
-                spot=bool(resources.use_spot),
-                region=resources.region,
-                zone=resources.zone,
-                disk_gib=resources.disk_size,
-                disk_tier=resources.disk_tier.value if resources.disk_tier else "medium",
-                ceiling=resources.max_hourly_cost,
-                nodes=task.num_nodes,
-                place=place,
-            )
-        )
-    return wanted
-
-
-def _gpu(resources: sky.Resources) -> tuple[str, int]:
-    ((gpu, count),) = _gpus(resources).items()
-    if count != int(count):
-        raise UserError(f"resources.accelerators: {gpu}:{count} is not a whole number of GPUs")
-    return gpu, int(count)
-
-
-def _machine_of(resources: sky.Resources, catalog: Catalog) -> str:
-    """The machine type that SkyPilot would take where the task names none."""
-    gpu, count = _gpu(resources)
-    machines = catalog.machines_for(gpu, count)
-    feasible = sky.GCP().get_feasible_launchable_resources(resources.copy(cloud=sky.GCP()), 1)
-    if not feasible.resources_list:
-        raise UserError(
-            f"resources: SkyPilot finds no machine of Google Cloud for {gpu}:{count} with what else is asked for; "
-            f"name one by instance_type: {', '.join(machines) or 'the catalog has none'}"
-        )
-    return str(feasible.resources_list[0].instance_type)
-
-
-def _nailed(
-    task: sky.Task, entries: list[Entry], catalog: Catalog, managed: bool, by_size: bool
-) -> list[sky.Resources]:
-    """The ordered list: the alternatives that the task asked for, each nailed to a machine and a place.
-
-    A machine is spelled by its vCPUs and memory where SkyPilot takes just that one for them: with 24 candidates and a
-    catalog of 21,000 rows it optimises in 0.7 s then, and in 4.5 s with names (measured, 2 cores), at every fail-over.
-    """
-    asked = list(task.resources)
-    spelled: dict[tuple[str, str, int, bool], Json] = {}
-    nailed = []
-    for entry in entries:
-        offer, alternative = entry.best.offer, asked[entry.best.wanted.place]
-        kind = (offer.machine, offer.gpu, offer.count, offer.spot)
-        place = {"cloud": sky.GCP(), "region": offer.region, "zone": entry.zone, "use_spot": offer.spot}
-        one = alternative.copy(
-            **place, accelerators={offer.gpu: offer.count}, instance_type=None, cpus=None, memory=None
-        )
-        if not managed and not _stops_by_itself(alternative):
-            one = one.copy(autostop=AUTOSTOP)
-        if kind not in spelled:
-            spelled[kind] = _spelling(one, offer.machine, catalog) if by_size else {"instance_type": offer.machine}
-        nailed.append(one.copy(**spelled[kind]))
-    return nailed
-
-
-def _spelling(resources: sky.Resources, machine: str, catalog: Catalog) -> Json:
-    """How to ask SkyPilot for just this machine type."""
-    size = catalog.size_of(machine)
-    if size:
-        by_size = {"cpus": f"{size[0]:g}", "memory": f"{size[1]:g}"}
-        found = sky.GCP().get_feasible_launchable_resources(resources.copy(**by_size), 1).resources_list
-        if [one.instance_type for one in found] == [machine]:
-            return by_size
-    return {"instance_type": machine}
-
-
-def _stops_by_itself(resources: sky.Resources) -> bool:
-    return bool(resources.autostop_config and resources.autostop_config.enabled)
 
 
 def _report(entries: list[Entry], found: list[Candidate], catalog: Catalog, budget: float, say: Any) -> None:
