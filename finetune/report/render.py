@@ -1,7 +1,7 @@
 """What a run was worth, on one page: run.json + eval.json -> report.html, report.md and summary.json.
 
-This file owns the figures and the sentences, the templates the layout, `plots` the plots, `source` what
-they are made from. A part that is missing (no evaluation, no base model, a run that stopped early) is named; it does not
+This file owns the figures and the sentences, `caveats` the warnings, the templates the layout, `plots` the plots, `source`
+what they are made from. A part that is missing (no evaluation, no base model, a run that stopped early) is named; it does not
 stop the report.
 """
 
@@ -15,19 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.evaluation.statistics import mcnemar_exact, paired_interval
+from finetune.report.caveats import caveats, how_it_stopped
 from finetune.report.plots import counts, draw_plots, group_bars
 from finetune.report.source import Json, Source, attempt_rows, dig, memory_lines, number, read_run, spending_lines
 from finetune.runtime.files import write_json, write_text
 
 EXAMPLES = 4  # shown of each kind
 MOST_CHARACTERS = 600  # shown of one answer; a base model may ramble on for pages
-FEW_QUESTIONS = 200  # below it a 95% interval may span more than 13 points
-STOPPED = {
-    "interrupted": "was interrupted",
-    "budget_stop": "stopped at its budget",
-    "failed": "failed",
-    "running": "was not finished when this was written",
-}
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ def headline(source: Source) -> str:
     else:
         text += "; the base model was not evaluated, so the gain is unknown"
     if source.run.get("status") != "done":
-        text += f"; the run {_stop(source.run)}"
+        text += f"; the run {how_it_stopped(source.run)}"
     return f"Answers {text}."
 
 
@@ -196,55 +190,6 @@ def examples(source: Source) -> list[Examples]:
     ]
 
 
-def caveats(source: Source) -> list[str]:
-    """What a careful reader must know before quoting the result."""
-    found = _caveats_of_training(source.run) + _caveats_of_evaluation(source)
-    return [text for holds, text in found if holds]
-
-
-def _caveats_of_training(run: Json) -> list[tuple[bool, str]]:
-    history = run.get("history") or []
-    losses = [number(row, key) for row in history for key in ("loss", "eval_loss") if key in row]
-    validation = [row["eval_loss"] for row in history if number(row, "eval_loss") is not None]
-    last, lowest = (validation[-1], min(validation)) if validation else (0, 0)
-    return [
-        (run.get("status") != "done", f"The run {_stop(run)}: its training is not complete."),
-        (None in losses, "A logged loss was no finite number: training diverged there."),
-        (last > 1.02 * lowest, f"Validation loss ended at {last:.3g}, above its lowest value {lowest:.3g}."),
-        (not run.get("git_commit"), "The commit of the code that trained is unknown."),
-        (bool(run.get("git_dirty")), "The code had changes that are not in the commit of the run record."),
-    ]
-
-
-def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
-    base, tuned, run, evaluation = source.base, source.tuned, source.run, source.evaluation
-    if not base and not tuned:
-        return [(True, "No evaluation: a loss does not say whether the SQL returns the right rows.")]
-    asked, split = (tuned or base)["questions"], evaluation.get("split")
-    all_of_split = number(run, f"data.counts.{split}") or 0
-    other_prompt = evaluation.get("prompt_version") != run.get("prompt_version")
-    other_questions = bool(base and tuned) and base["questions"] != asked
-    no_gold = dig(tuned or base, "verdicts.gold_failed") or 0
-    recount = {name: sum(row["verdict"] == "correct" for row in rows) for name, rows in source.rows.items()}
-    wrong = [name for name, right in recount.items() if right != evaluation["models"][name]["correct"]]
-    return [
-        (not tuned, "The tuned model was not evaluated."),
-        (not base, "The base model was not evaluated: it may have answered many of the questions before."),
-        (other_questions, "Base and tuned model were asked different numbers of questions."),
-        (split != "test", f"The questions are of the {split} split, not of the test split."),
-        (asked < all_of_split, f"Asked were {asked} of the {all_of_split} questions of the {split} split."),
-        (source.other_data, "Evaluated on other data than training was prepared with: leaks are possible."),
-        (other_prompt, "Evaluated with another prompt version than training used."),
-        (
-            asked < FEW_QUESTIONS,
-            f"Few questions: each of the {asked} weighs {100 / max(asked, 1):.1f} points.",
-        ),
-        (no_gold > 0, f"Gold queries that failed: {no_gold}; these questions count as wrong."),
-        (bool(wrong), f"The single answers ({', '.join(wrong)}) do not add up to eval.json: evaluate again."),
-        (len(recount) < bool(base) + bool(tuned), "A file with single answers is missing: fewer examples."),
-    ]
-
-
 def render(source: Source, summary: Json) -> dict[str, str]:
     """File name -> page. What questions, SQL and error messages hold is escaped for the page's language."""
     import jinja2
@@ -279,12 +224,6 @@ def render(source: Source, summary: Json) -> dict[str, str]:
     }
     names = ("report.html", "report.md")
     return {name: environment.get_template(f"{name}.j2").render(content) for name in names}
-
-
-def _stop(run: Json) -> str:
-    how = STOPPED.get(str(run.get("status")), f"has the status {run.get('status')}")
-    done, planned = dig(run, "steps.done"), dig(run, "steps.planned")
-    return how if done is None else f"{how} after {done} of {planned} planned steps"
 
 
 def _answers(known: list[tuple[str, Json]]) -> list[Answer]:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -23,18 +21,17 @@ from urllib.request import urlopen
 
 import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import rewrite_logs
 
 from finetune.config.schema import TrackingSection
 from finetune.errors import UserError
 from finetune.runtime.credentials import wandb_key_present
 from finetune.runtime.files import write_text
+from finetune.training.tensorboard import TensorBoard, scalars
 
 Mode = Literal["online", "offline"]
 
 RUN_ID_FILE = "wandb-run-id"
 TENSORBOARD = "tensorboard"
-EVENT_FILES = "events.out.tfevents.*"
 ANSWER_SECONDS = 20.0
 OF_THE_WHOLE_RUN = ("train_runtime", "train_loss", "total_flos")
 """What transformers logs once more when training ends, at a step that has a row already."""
@@ -97,116 +94,6 @@ def check_server() -> None:
             pass
     except HTTPError:
         pass
-
-
-def scalars(logs: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one log by the names that transformers gives them: train/loss, eval/loss. The epoch comes with every log,
-    and is a point only where the loss is, so that a step has one."""
-    left_out = {"step"} if "loss" in logs else {"step", "epoch"}
-    kept = {key: value for key, value in logs.items() if key not in left_out and isinstance(value, int | float)}
-    return dict(rewrite_logs(kept))
-
-
-class TensorBoard(TrainerCallback):
-    """One folder for all attempts, one file in it for each."""
-
-    def __init__(self, folder: Path, resumed_step: int | None, say: Callable[[str], None]) -> None:
-        self._folder, self._resumed, self._say = folder, resumed_step or 0, say
-        self._file: EventFile | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        with self._or_without_it():
-            first, lost = self._resumed + 1, _lost_rows(state.log_history, logged_points(self._folder))
-            self._file = EventFile(self._folder, min([first, *(row["step"] for row in lost)]))
-            for row in lost:
-                self._file.add(scalars(row), row["step"])
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if self._file is not None and logs:
-            with self._or_without_it():
-                self._file.add(scalars(logs), state.global_step)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        with self._or_without_it():
-            if self._file is not None:
-                self._file.close()
-
-    @contextmanager
-    def _or_without_it(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._say(
-                f"TensorBoard: {self._folder}: {error.strerror or error}; the rest of this attempt is not logged there"
-            )
-            if self._file is not None:
-                with suppress(OSError):
-                    self._file.close()
-            self._file = None
-
-
-def _lost_rows(history: list[dict[str, Any]], there: set[tuple[str, int]]) -> list[dict[str, Any]]:
-    """The rows of the trainer's log from the first one on of which TensorBoard's files lack a point. TensorBoard wants the points
-    of a curve in order, so the later ones have to be written again too."""
-    lacking = [row["step"] for row in history if any((tag, row["step"]) not in there for tag in scalars(row))]
-    return [row for row in history if lacking and row["step"] >= min(lacking)]
-
-
-def logged_points(folder: Path) -> set[tuple[str, int]]:
-    """(tag, step) of each point that TensorBoard would show of the files in a folder; a torn file counts as far as it goes."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # type: ignore[import-untyped]
-    from tensorboard.compat.proto.event_pb2 import SessionLog  # type: ignore[import-untyped]
-
-    points: set[tuple[str, int]] = set()
-    for path in sorted(folder.glob(EVENT_FILES)):
-        for event in LegacyEventFileLoader(str(path)).Load():
-            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
-                points = {point for point in points if point[1] < event.step}
-            points.update((value.tag, event.step) for value in event.summary.value)
-    return points
-
-
-class EventFile:
-    """A new file of TensorBoard events, which takes back every earlier point from `first_step` on.
-
-    torch's SummaryWriter would do, but for two things: it names its file by the clock alone, and TensorBoard reads them by name,
-    so that a clock that is behind would turn the attempts round; and it writes in a thread that dies of a full disk.
-    """
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        """Raises OSError, as `add` and `close` do."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
-
-        self._event, self._summary = Event, Summary
-        folder.mkdir(parents=True, exist_ok=True)
-        stamps = [int(found[1]) for path in folder.glob(EVENT_FILES) if (found := re.search(r"\.(\d+)\.", path.name))]
-        stamp = max([int(time.time()), *(stamp + 1 for stamp in stamps)])
-        name = EVENT_FILES.replace("*", f"{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0")
-        self._records = RecordWriter((folder / name).open("xb"))
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._write(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        points = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=points)))
-
-    def _write(self, event: Any) -> None:
-        self._records.write(event.SerializeToString())
-        self._records.flush()
-
-    def close(self) -> None:
-        self._records.close()
 
 
 class WeightsAndBiases(TrainerCallback):

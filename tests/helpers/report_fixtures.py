@@ -56,6 +56,10 @@ def write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
+def change(path: Path, **changes: Any) -> None:
+    write(path, json.loads(path.read_text()) | changes)
+
+
 def write_evaluation(folder: Path, **changes: Any) -> None:
     """Write eval.json and eval/*.jsonl that agree; base=None or tuned=None leaves that model out."""
     models = {name: changes.pop(name) for name in ("base", "tuned")}

@@ -18,7 +18,7 @@ from finetune.errors import UserError
 from finetune.evaluation import statistics
 from finetune.report import plots as report_plots
 from finetune.report import render as report_render
-from tests.helpers.report_fixtures import MODEL, Page, build_run, history, rows, write, write_evaluation
+from tests.helpers.report_fixtures import MODEL, Page, build_run, change, history, rows, write, write_evaluation
 
 OUTPUTS = ("report.html", "report.md", "summary.json")
 EVIL = "<script>alert('x')</script>\n# Heading\n```\n| [link](javascript:x) & \"quotes\""
@@ -42,18 +42,10 @@ def run_dir(tmp_path: Path) -> Path:
     return build_run(tmp_path / "demo")
 
 
-def change(path: Path, **changes: Any) -> None:
-    write(path, json.loads(path.read_text()) | changes)
-
-
 def texts(run_dir: Path) -> tuple[str, str]:
     """The visible text of the HTML and the Markdown report."""
     html, markdown = ((run_dir / name).read_text(encoding="utf-8") for name in OUTPUTS[:2])
     return Page(html).text, markdown
-
-
-def caveats(run_dir: Path) -> str:
-    return "\n".join(report_render.caveats(report_render.read_run(run_dir)))
 
 
 def test_summary_holds_exactly_the_agreed_keys_and_the_figures_of_the_run(full: Path) -> None:
@@ -306,56 +298,6 @@ def test_errors_are_counted_by_kind() -> None:
     messages = ["no such column: a", "no such column: b", 'near "FROM": syntax error', None]
     found = report_render.common_errors([{"error": message} for message in messages])
     assert found == [("no such column", 2, "a"), ('near "FROM"', 1, "syntax error")]
-
-
-def ask(run_dir: Path, number: int = 600, **changes: Any) -> None:
-    base, tuned = rows(number)
-    write_evaluation(run_dir, base=base, tuned=tuned, **changes)
-
-
-def test_a_finished_run_with_many_questions_has_no_caveat(run_dir: Path) -> None:
-    ask(run_dir)
-    assert caveats(run_dir) == ""
-
-
-@pytest.mark.parametrize(
-    ("run_changes", "evaluation_changes", "said"),
-    [
-        ({"status": "budget_stop"}, {}, "stopped at its budget after 240 of 240"),
-        ({"git_dirty": True}, {}, "changes that are not in the commit"),
-        ({"git_commit": None}, {}, "commit of the code that trained is unknown"),
-        ({"history": [{"step": 1, "loss": None}]}, {}, "training diverged"),
-        (
-            {"history": [{"eval_loss": 0.5}, {"eval_loss": 0.7}]},
-            {},
-            "ended at 0.7, above its lowest value 0.5",
-        ),
-        ({"data": {"counts": {"test": 1034}, "manifest_sha256": "6f1e" * 16}}, {}, "600 of the 1034"),
-        ({}, {"data_manifest_sha256": "0" * 64}, "leaks are possible"),
-        ({}, {"prompt_version": "2"}, "another prompt version"),
-        ({}, {"split": "val"}, "of the val split, not of the test split"),
-    ],
-)
-def test_what_weakens_the_result_becomes_a_caveat(
-    run_dir: Path, run_changes: dict[str, Any], evaluation_changes: dict[str, Any], said: str
-) -> None:
-    ask(run_dir, **evaluation_changes)
-    change(run_dir / "run.json", **run_changes)
-    assert said in caveats(run_dir) and "\n" not in caveats(run_dir)
-
-
-def test_questions_whose_gold_query_fails_are_a_caveat(run_dir: Path) -> None:
-    base, tuned = rows(600)
-    tuned[1]["verdict"] = "gold_failed"
-    write_evaluation(run_dir, base=base, tuned=tuned)
-    assert caveats(run_dir) == "Gold queries that failed: 1; these questions count as wrong."
-
-
-def test_answers_that_do_not_add_up_to_the_scores_are_a_caveat(run_dir: Path) -> None:
-    ask(run_dir)
-    path = run_dir / "eval" / "tuned.jsonl"
-    path.write_text(path.read_text().replace('"correct"', '"wrong_rows"', 1))
-    assert caveats(run_dir) == "The single answers (tuned) do not add up to eval.json: evaluate again."
 
 
 def test_with_many_databases_the_plot_shows_the_largest_and_the_markdown_all(run_dir: Path) -> None:

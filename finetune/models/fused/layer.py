@@ -47,7 +47,7 @@ class Batch:
 class Group:
     """Projections with one input: their frozen weights as one matrix, their adapters as one pair.
 
-    weight: gives (sum of outputs, inputs) in the compute dtype (finetune.models.fused.model.Weights). adapters: (A, B)
+    weight: gives (sum of outputs, inputs) in the compute dtype (finetune.models.fused.base_weights.Weights). adapters: (A, B)
     of each projection, None where it has none.
     a (n r, inputs) and b (sum of outputs, n r) are copies in the compute dtype that `refresh` brings up to date.
     """

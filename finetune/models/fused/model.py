@@ -20,6 +20,7 @@ from finetune.example import IGNORED
 from finetune.models.architectures import FAMILIES, HEAD_ROWS
 from finetune.models.fused import attention, ops_torch
 from finetune.models.fused.attention import Segments
+from finetune.models.fused.base_weights import Scratch, Weights, joined_bias
 from finetune.models.fused.layer import Batch, Group, Layer
 
 if TYPE_CHECKING:
@@ -188,60 +189,6 @@ def _loss_in_blocks(
     return total
 
 
-class Scratch:
-    """One buffer in which 4-bit weights are unpacked, the next over the last: a stream runs its kernels in order."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self._buffer = torch.empty(0, dtype=dtype, device=device)
-
-    def matrix(self, rows: int, columns: int) -> Tensor:
-        if self._buffer.numel() < rows * columns:
-            self._buffer = torch.empty(rows * columns, dtype=self.dtype, device=self.device)
-        return self._buffer[: rows * columns].view(rows, columns)
-
-
-class Weights:
-    """The frozen weights of projections with one input under each other, (sum of outputs, inputs) in dtype.
-
-    Packed ones are unpacked at every use, into the scratch buffer, or once if `cached`.
-    """
-
-    def __init__(self, bases: Sequence[Any], dtype: torch.dtype, scratch: Scratch, *, cached: bool) -> None:
-        self._bases, self._scratch = bases, scratch
-        self._outputs, self._inputs = [base.out_features for base in bases], bases[0].in_features
-        self._packed = getattr(bases[0].weight, "quant_state", None) is not None
-        self._whole: Tensor | None = None
-        if not self._packed:
-            self._whole = _joined(bases, dtype)
-        elif cached:
-            shape = sum(self._outputs), self._inputs
-            self._whole = self._unpacked(torch.empty(shape, dtype=dtype, device=scratch.device))
-
-    def __call__(self) -> Tensor:
-        if self._whole is not None:
-            return self._whole
-        return self._unpacked(self._scratch.matrix(sum(self._outputs), self._inputs))
-
-    def forget(self) -> bool:
-        """Give the memory of cached weights back; returns whether there were any."""
-        cached = self._packed and self._whole is not None
-        if cached:
-            self._whole = None
-        return cached
-
-    def _unpacked(self, whole: Tensor) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        for base, part in zip(self._bases, torch.split(whole, self._outputs), strict=True):
-            packed, state = base.weight.data, base.weight.quant_state
-            if part.is_cuda and state.dtype == part.dtype:
-                dequantize_4bit(packed, state, out=part)
-            else:  # bitsandbytes 0.50 has no `out` on a CPU
-                part.copy_(dequantize_4bit(packed, state))
-        return whole
-
-
 def ops_for(device: torch.device) -> ModuleType:
     """Triton's operations where it works (compute capability >= 8.0 and Triton installed), else torch's."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
@@ -283,30 +230,9 @@ def _group(projections: Sequence[Any], dtype: torch.dtype, scratch: Scratch, *, 
         for projection in projections
     ]
     scaling = present[0].scaling["default"] if present else 1.0
-    return Group(Weights(bases, dtype, scratch, cached=cached), _bias(bases, dtype), outputs, adapters, scaling, dtype)
-
-
-def _bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
-    """The biases one after the other, zero where one has none; None where none has one."""
-    if all(base.bias is None for base in bases):
-        return None
-    device = bases[0].weight.device
-    none = [torch.zeros(base.out_features, dtype=dtype, device=device) for base in bases]
-    return torch.cat(
-        [zero if base.bias is None else base.bias.detach().to(dtype) for base, zero in zip(bases, none, strict=True)]
+    return Group(
+        Weights(bases, dtype, scratch, cached=cached), joined_bias(bases, dtype), outputs, adapters, scaling, dtype
     )
-
-
-def _joined(bases: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """Weights that are not quantised, in one tensor of which the modules' own become parts: no second copy stays."""
-    if len(bases) == 1:
-        whole: Tensor = bases[0].weight.detach().to(dtype)
-        return whole
-    whole = torch.cat([base.weight.detach().to(dtype) for base in bases])
-    if whole.dtype == bases[0].weight.dtype:
-        for base, part in zip(bases, torch.split(whole, [base.out_features for base in bases]), strict=True):
-            base.weight.data = part
-    return whole
 
 
 def _dropouts(model: Any) -> list[float]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config  # noqa: E402
 from finetune.example import IGNORED  # noqa: E402
 from finetune.models.fused import model as fused_model  # noqa: E402
 from finetune.models.fused import ops_torch  # noqa: E402
-from finetune.models.fused.model import LeanModel, Scratch, ops_for, pack, why_not  # noqa: E402
+from finetune.models.fused.model import LeanModel, ops_for, pack, why_not  # noqa: E402
 from tests.helpers.lean_examples import (  # noqa: E402
     CPU,
     LAYERS,
@@ -168,15 +168,6 @@ def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_stock_path() -> Non
     size = float(torch.stack([gradient.norm() for gradient in exact.values()]).norm())
     assert 0 < error(found) < 1.1 * error(stock)
     assert error(found) < 0.03 * size
-
-
-def test_scratch_is_one_buffer_that_only_grows() -> None:
-    scratch = Scratch(torch.float32, CPU)
-    small = scratch.matrix(3, 4)
-    large = scratch.matrix(10, 4)
-    assert large.shape == (10, 4)
-    assert scratch.matrix(2, 5).data_ptr() == large.data_ptr() != small.data_ptr()
-    assert scratch.matrix(8, 5).is_contiguous()
 
 
 def test_ops_on_a_cpu_are_torchs() -> None:
