@@ -186,7 +186,7 @@ def test_damage_is_damage(tmp_path: Path) -> None:
 def test_saves_that_had_begun_and_what_is_left_of_them(tmp_path: Path) -> None:
     run, temporary = tmp_path / "run", tmp_path / "tmp"
     save(run, 8)
-    assert in_flight(run, temporary) == leftovers(run) == []
+    assert in_flight(run, temporary) == [] and leftovers(run) == []
     (temporary / "finetune-x" / "checkpoint-24").mkdir(parents=True)
     (temporary / "finetune-x" / "checkpoint-8").mkdir(parents=True)
     (save(run, 16) / "manifest.json").unlink()

@@ -265,7 +265,8 @@ class Life(RuleBasedStateMachine):
         step = data.draw(st.sampled_from(sorted(self.good)))
         name = data.draw(st.sampled_from([*content_of(step), "manifest.json"]))
         path = self.root / f"step-{step}" / name
-        data.draw(st.sampled_from([path.unlink, lambda: path.write_bytes(path.read_bytes()[:-2])]))()
+        ways: list[Callable[[], object]] = [path.unlink, lambda: path.write_bytes(path.read_bytes()[:-2])]
+        data.draw(st.sampled_from(ways))()
         self.good.discard(step)
         self.resume()
 

@@ -20,7 +20,7 @@ from finetune.cli import config as config_module
 from finetune.cli import main as cli
 from finetune.config.load import load_config
 from finetune.doctor import local as local_doctor
-from finetune.doctor.check import Check
+from finetune.doctor.check import Check, Need, absent
 from finetune.errors import UserError
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import make_database, row, write_jsonl
@@ -363,12 +363,12 @@ def test_the_report_of_a_run_that_was_not_evaluated_claims_nothing(
 def test_doctor_requires_what_is_asked_for_and_no_more(
     arguments: list[str], need: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def examine(asked: str, regions: list[str] | None = None) -> list[Check]:
+    def examine(asked: Need, regions: list[str] | None = None) -> list[Check]:
         assert (regions is not None) == (asked == "cloud"), "the regions of the plan, whose quota matters"
         return [
-            Check("torch", local_doctor._absent("train", asked), "none"),
-            Check("sky", local_doctor._absent("cloud", asked), ""),
-        ]  # type: ignore[arg-type]
+            Check("torch", absent("train", asked), "none"),
+            Check("sky", absent("cloud", asked), ""),
+        ]
 
     monkeypatch.setattr(local_doctor, "examine", examine)
     assert cli.main(["doctor", *arguments]) == 1

@@ -17,7 +17,10 @@ from finetune.config.resume_rules import BATCH_KEYS, ORDER_KEYS, RULES, decide, 
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 
-SOURCES = [{"kind": "jsonl", "path": "a.jsonl"}, {"kind": "spider", "path": "spider", "files": ["train.json"]}]
+SOURCES: list[dict[str, Any]] = [
+    {"kind": "jsonl", "path": "a.jsonl"},
+    {"kind": "spider", "path": "spider", "files": ["train.json"]},
+]
 
 
 def resolved(**changes: Any) -> dict[str, Any]:

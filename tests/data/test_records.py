@@ -85,6 +85,6 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     write_records(path, [record])
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        write_records(path, [record, replace(record, question=object())])
+        write_records(path, [record, replace(record, question=object())])  # type: ignore[arg-type]
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -20,6 +20,7 @@ from finetune.doctor import local as local_doctor
 from finetune.doctor.check import Check, Need
 from finetune.machine import hardware
 from finetune.machine.hardware import DetectedGpu, Driver, Hardware, TorchBuild
+from finetune.runtime.credentials import huggingface_token_present, wandb_key_present
 
 ROOT = Path(__file__).resolve().parents[2]
 V100 = DetectedGpu("Tesla V100-SXM2-16GB", 16.0, (7, 0))
@@ -293,27 +294,27 @@ def test_little_memory_is_a_warning() -> None:
 
 def test_keys_are_found_in_the_environment_and_in_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
-    assert not local_doctor.huggingface_token_present() and not local_doctor.wandb_key_present()
+    assert not huggingface_token_present() and not wandb_key_present()
 
     (home / ".cache" / "huggingface").mkdir(parents=True)
     (home / ".cache" / "huggingface" / "token").write_text("")
-    assert not local_doctor.huggingface_token_present()
+    assert not huggingface_token_present()
     (home / ".cache" / "huggingface" / "token").write_text("hf_x")
-    assert local_doctor.huggingface_token_present()
+    assert huggingface_token_present()
 
     (home / ".netrc").write_text("machine example.com\n  login me\n  password secret\n")
-    assert not local_doctor.wandb_key_present()
+    assert not wandb_key_present()
     (home / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
-    assert local_doctor.wandb_key_present()
+    assert wandb_key_present()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com/path")
-    assert not local_doctor.wandb_key_present()
+    assert not wandb_key_present()
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    assert local_doctor.wandb_key_present()
+    assert wandb_key_present()
 
 
 def test_a_broken_netrc_is_no_key_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "home" / ".netrc").write_text("machine api.wandb.ai password\n  junk junk\n")
-    assert not local_doctor.wandb_key_present()
+    assert not wandb_key_present()
 
 
 def test_no_secret_nor_a_part_of_one_is_printed(

@@ -26,7 +26,7 @@ class Operations:
     def begin(self, kind: str, target: str, work: Callable[[], None] | None, zone: str = "") -> Json:
         """Starts `work` in a thread; an ApiError that it raises becomes the operation's error."""
         name = f"operation-{int(time.time() * 1000)}-{next(self.numbers)}"
-        operation = {
+        operation: Json = {
             "kind": "compute#operation",
             "name": name,
             "operationType": kind,

@@ -194,7 +194,7 @@ def serve(services: set[int]) -> None:
 def main(settings: dict[str, Any]) -> None:
     own_network = settings["network"] is not None
     print("namespaces", flush=True)
-    if sys.stdin.buffer.raw.readline().strip() != b"network":  # type: ignore[attr-defined]
+    if sys.stdin.buffer.raw.readline().strip() != b"network":  # type: ignore[union-attr]
         return
     run("mount", "--make-rprivate", "/")
     disk = sized_disk(Path(settings["folder"]), settings.get("disk_bytes", 0))

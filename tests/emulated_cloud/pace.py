@@ -18,7 +18,8 @@ MOST = 5.0
 
 
 class Answer(Protocol):
-    seconds: float
+    @property
+    def seconds(self) -> float: ...
 
     def ok(self) -> Answer: ...
 

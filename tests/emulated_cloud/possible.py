@@ -33,7 +33,7 @@ SYSTEM_PYTHON = Path("/usr/bin/python3")
 """Of Debian's package python3: the stand-ins for Google's programs run with it on the machines."""
 REQUIRED = "FT_CLOUD_REQUIRED"
 """Set to 1 where these tests are to run: what would skip them fails them then."""
-ADDRESSES, BRIDGE = ipaddress.ip_network("10.128.0.0/17"), "ft-bridge"
+ADDRESSES, BRIDGE = ipaddress.IPv4Network("10.128.0.0/17"), "ft-bridge"
 """Of the machines of all slots (leftovers.SLOTS, machine.Site), and what their bridges' names begin with."""
 PYENVS = ("pyenv/shims", "pyenv/bin")
 """Ends of the folders that pyenv puts on PATH."""
@@ -89,7 +89,7 @@ def own_network() -> str:
         if str(row.get("dev", "")).startswith(BRIDGE):
             continue
         for place in (row.get("dst", "default"), row.get("gateway", "default")):
-            if place != "default" and ipaddress.ip_network(place, strict=False).subnet_of(ADDRESSES):
+            if place != "default" and ipaddress.IPv4Network(place, strict=False).subnet_of(ADDRESSES):
                 return f"{place} on {row.get('dev', 'no device')}"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -23,8 +24,8 @@ class Status:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that have been slept; the time goes on by them alone."""
     slept: list[float] = []
-    monkeypatch.setattr(pace.time, "sleep", slept.append)
-    monkeypatch.setattr(pace.time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(slept))
     return slept
 
 

@@ -77,7 +77,7 @@ def launch(task: str, *options: str, overrides: str = "", **env: object) -> list
 
 def steps_in_tensorboard(run: Path) -> list[int]:
     """Steps of the training loss, in the order of the event files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return [event.step for event in events.Scalars("train/loss")]

@@ -114,7 +114,7 @@ def stock_loss(model: Any, ids: Sequence[int], labels: Sequence[int]) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
-def adapters(model: Any) -> dict[str, Tensor]:
+def adapters(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -144,7 +144,7 @@ def lean_gradients(
     lean = lean or LeanModel(model, torch.float32)
     torch.manual_seed(seed)
     loss = lean.loss(batch, kept_layers=kept_layers)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return loss.item(), take_gradients(model)
 
 
@@ -197,7 +197,9 @@ def put_stated_masks(model: Any, lean: LeanModel, seed: int, batch: Packed, p: f
     """Replace every Dropout of PEFT by the mask of a micro-batch of this seed; for one text, which is then not packed."""
     for layer, module in zip(lean.layers, model.get_base_model().get_decoder().layers, strict=True):
         for number, group in enumerate(GROUPS):
-            modules = [getattr(module.self_attn, name, None) or getattr(module.mlp, name, None) for name in group]
+            modules: list[Any] = [
+                getattr(module.self_attn, name, None) or getattr(module.mlp, name, None) for name in group
+            ]
             for stream, projection in enumerate(m for m in modules if hasattr(m, "lora_dropout")):
                 group_seed = (seed + 1_000_003 * (4 * layer.number + number)) % 2**31
                 rows = batch.rows if layer.last and number else None

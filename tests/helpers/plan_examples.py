@@ -58,7 +58,7 @@ def catalog_of(folder: Path, lines: list[str]) -> Catalog:
     return Catalog("a test's catalog", False, fetched, rows, {})
 
 
-def priced(folder: Path, zone: str = "us-central1-a", **gpus: tuple[object, object]) -> Catalog:
+def priced(folder: Path, zone: str = "us-central1-a", /, **gpus: tuple[object, object]) -> Catalog:
     """One zone that sells these GPUs at (on-demand, spot) US dollars an hour without host: priced(folder, T4=(0.4, 0.1))."""
     return catalog_of(folder, [line for name, prices in gpus.items() for line in machine(name, zone, *prices)])
 

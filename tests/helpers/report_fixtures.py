@@ -227,7 +227,7 @@ def spending() -> dict[str, Any]:
         (2280, 2280, "spot", 0.14, None),
         (2280, 2940, "on-demand", 0.92, "budget stop"),
     ]
-    log = [
+    log: list[dict[str, Any]] = [
         {
             "attempt": number,
             "started_at": f"2026-11-2{number}T0{number}:12:44+00:00",

@@ -33,7 +33,7 @@ def attaches(gpu: str, count: int, machine: str) -> bool:
 
 def zones(gpu: str, count: int, machine: str, spot: bool) -> list[str]:
     regions = clouds.GCP.regions_with_offering(machine, {gpu: count}, use_spot=spot, region=None, zone=None)
-    return sorted(zone.name for region in regions for zone in region.zones)
+    return sorted(zone.name for region in regions for zone in region.zones or ())
 
 
 def disk(machine: str, tier: str) -> str:

@@ -43,7 +43,7 @@ def describe_machine(resources: sky.Resources) -> dict[str, Any]:
         "machine": resources.instance_type,
         "spot": resources.use_spot,
         "disk_gb": resources.disk_size,
-        "disk_tier": resources.disk_tier.value,
+        "disk_tier": resources.disk_tier and resources.disk_tier.value,
         "ceiling": resources.max_hourly_cost,
         "autostop": autostop and [autostop.enabled, autostop.idle_minutes, autostop.down],
         "ports": resources.ports,

@@ -27,7 +27,8 @@ from sky.clouds.cloud import CloudCapability
 from sky.provision import common as provision_common
 from sky.provision import provisioner
 from sky.server.requests import request_names
-from sky.utils import admin_policy_utils, annotations, common, dag_utils
+from sky.utils import admin_policy_utils, common, dag_utils
+from sky.utils import annotations as sky_annotations
 
 Json = dict[str, Any]
 
@@ -125,7 +126,7 @@ def as_sent(dag: Any, ask: Json, name: str) -> Any:
     if ask.get("policy"):
         request = request_names.AdminPolicyRequestName[ask.get("request", "CLUSTER_LAUNCH")]
         autostop = [r.autostop_config for t in dag.tasks for r in t.resources if r.autostop_config is not None]
-        options = admin_policy.RequestOptions(
+        options: admin_policy.RequestOptions | None = admin_policy.RequestOptions(
             cluster_name=name,
             idle_minutes_to_autostop=autostop[0].idle_minutes if autostop else None,
             down=autostop[0].down if autostop else False,
@@ -152,7 +153,7 @@ def launch(dag: Any, ask: Json, name: str) -> Json:
         ask.get("code", "ZONE_RESOURCE_POOL_EXHAUSTED"),
         ask.get("message", "The zone does not have enough resources available to fulfill the request."),
     )
-    provisioner.bulk_provision = market.bulk_provision
+    provisioner.bulk_provision = market.bulk_provision  # type: ignore[assignment]
     result: Json = {"tried": market.tried, "launched": None}
     try:
         execution.launch(dag, cluster_name=name)
@@ -248,7 +249,7 @@ def main() -> None:
     gcp.build = lambda *_, **__: NoCompute()
     remember_lookups()
     for number, line in zip(count(), sys.stdin, strict=False):
-        annotations.clear_request_level_cache()
+        sky_annotations.clear_request_level_cache()
         with everything_printed() as printed:
             try:
                 result = answer(json.loads(line), f"test-{os.getpid()}-{number}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import yaml
 
 from finetune.config.load import load_config, to_yaml
 from finetune.errors import UserError
-from finetune.job import cache
 from finetune.job.cache import DataCache, copy_set, data_key, set_id
 from tests.helpers.machine_fixture import CONFIG, ROOT, lay_out_set, sha256
 
@@ -47,7 +47,7 @@ def test_a_set_is_known_by_its_manifest(tmp_path: Path) -> None:
 def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out_set(tmp_path / "set", "one")
     names = []
-    replace = cache.os.replace
+    replace = os.replace
 
     def cut_off(source: Path, target: Path) -> None:
         if Path(target).name == "manifest.json":
@@ -56,7 +56,7 @@ def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         replace(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache.os, "replace", cut_off)
+        patched.setattr(os, "replace", cut_off)
         with pytest.raises(OSError, match="gone"):
             copy_set(tmp_path / "set", tmp_path / "copy")
     assert names == ["shop.sqlite", "train.jsonl"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_settings_are_read_and_shown_as_they_were_typed() -> None:
 
 def test_what_is_not_set_or_empty_has_a_default() -> None:
     settings = read_settings({"MAX_HOURS": "", "HOME": "/home/me"})
-    assert (settings.max_run_usd, settings.max_hours, settings.grace_seconds) == (25, 24, 180)
+    assert (settings.max_run_usd, settings.max_hours, settings.grace_seconds) == tuple(map(Decimal, (25, 24, 180)))
     assert settings.environment["GRACE_SECONDS"] == "180", "finetune.runtime.torchrun reads it"
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ from finetune.machine.price import (
 )
 from tests.helpers.metadata_server import MetadataServer
 
-OFFERS = [
+OFFERS: list[dict[str, Any]] = [
     {"gpu": "T4", "zone": "us-central1-a", "spot": True, "usd_per_hour": 0.3},
     {"gpu": "T4", "zone": "us-central1-a", "spot": False, "usd_per_hour": 0.8},
     {"gpu": "V100", "zone": "us-central1-a", "spot": True, "usd_per_hour": 1.1},

@@ -18,6 +18,7 @@ from finetune.errors import UserError
 from finetune.evaluation import statistics
 from finetune.report import plots as report_plots
 from finetune.report import render as report_render
+from finetune.report.source import read_run
 from tests.helpers.report_fixtures import MODEL, Page, build_run, change, history, rows, write, write_evaluation
 
 OUTPUTS = ("report.html", "report.md", "summary.json")
@@ -79,12 +80,12 @@ def test_sections_stand_in_the_agreed_order(full: Path) -> None:
 
 
 def test_every_key_figure_says_where_it_comes_from(run_dir: Path) -> None:
-    source = report_render.read_run(run_dir)
+    source = read_run(run_dir)
     basis = {tile.label: tile.basis for tile in report_render.tiles(source, report_render.summarise(source))}
     assert basis.pop("Cost") == "unknown"
     assert len(basis) == 5 and set(basis.values()) == {"measured"}
     change(run_dir / "run.json", spent_usd=0.4149, spent_basis="measured hours x catalog price of 2026-11-20")
-    source = report_render.read_run(run_dir)
+    source = read_run(run_dir)
     cost = report_render.tiles(source, report_render.summarise(source))[-1]
     assert (cost.value, cost.basis) == ("$0.41", "estimated") and "2026-11-20" in cost.note
 
@@ -187,7 +188,7 @@ def test_without_history_each_plot_says_that_nothing_was_logged(run_dir: Path) -
 
 def test_figures_that_are_no_numbers_become_null(run_dir: Path) -> None:
     change(run_dir / "run.json", tokens_per_second=float("nan"), wall_seconds=None, peak_memory_gib=None)
-    summary = report_render.summarise(report_render.read_run(run_dir))
+    summary = report_render.summarise(read_run(run_dir))
     assert [summary[key] for key in ("tokens_per_second", "minutes", "peak_memory_gib")] == [None] * 3
 
 
@@ -233,7 +234,7 @@ def test_a_full_disk_leaves_the_old_report_as_it_was(run_dir: Path, monkeypatch:
 
 
 def test_the_same_run_gives_the_same_bytes(full: Path) -> None:
-    source = report_render.read_run(full)
+    source = read_run(full)
     assert report_render.render(source, report_render.summarise(source)) == {
         name: (full / name).read_text(encoding="utf-8") for name in OUTPUTS[:2]
     }
@@ -255,16 +256,16 @@ def test_the_paired_interval_is_that_of_agresti_and_min() -> None:
 
 
 def test_a_gain_that_chance_may_explain_is_called_so(run_dir: Path) -> None:
-    assert "Chance alone hardly explains" in report_render.significance(report_render.read_run(run_dir))[2]
+    assert "Chance alone hardly explains" in report_render.significance(read_run(run_dir))[2]
     change(run_dir / "eval.json", gain={"won": 6, "lost": 3, "both": 40, "neither": 101})
-    sentences = report_render.significance(report_render.read_run(run_dir))
+    sentences = report_render.significance(read_run(run_dir))
     assert "won 6 questions and lost 3; 40 were right and 101 wrong" in sentences[0]
     assert "+2.0 points, 95% interval -2.1 to +6.0" in sentences[1]
     assert "probability 0.51" in sentences[2] and "Chance alone may explain" in sentences[2]
 
 
 def test_examples_are_sorted_into_won_lost_and_still_wrong(run_dir: Path) -> None:
-    groups = report_render.examples(report_render.read_run(run_dir))
+    groups = report_render.examples(read_run(run_dir))
     gain = json.loads((run_dir / "eval.json").read_text())["gain"]
     assert [(group.title, group.total) for group in groups] == [
         ("Won", gain["won"]),
@@ -279,18 +280,18 @@ def test_examples_are_sorted_into_won_lost_and_still_wrong(run_dir: Path) -> Non
 
 
 def test_examples_do_not_depend_on_the_order_of_the_answers(run_dir: Path) -> None:
-    before = report_render.examples(report_render.read_run(run_dir))
+    before = report_render.examples(read_run(run_dir))
     assert [row["id"][-4:] for row, _ in before[0].shown] == ["0042", "0008", "0140", "0026"]
     for path in (run_dir / "eval").iterdir():
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    assert report_render.examples(report_render.read_run(run_dir)) == before
+    assert report_render.examples(read_run(run_dir)) == before
 
 
 def test_a_rambling_answer_is_cut_and_says_so(run_dir: Path) -> None:
     base, tuned = rows(1)
     tuned[0] |= {"prediction": "", "answer": "word " * 400, "verdict": "no_sql"}
     write_evaluation(run_dir, base=base, tuned=tuned)
-    answer = report_render.examples(report_render.read_run(run_dir))[2].shown[0][1][2]
+    answer = report_render.examples(read_run(run_dir))[2].shown[0][1][2]
     assert answer.text.endswith("… (1400 more characters)") and len(answer.text) < 650
 
 

@@ -12,15 +12,13 @@ from finetune.errors import UserError
 from finetune.sql.engines.sqlite import ddl_of_database
 from finetune.sql.schema import (
     RESERVED,
-    Column,
-    ForeignKey,
-    Table,
     compact,
     create_database,
     ddl_of_spider_entry,
     parse_ddl,
     quoted,
 )
+from finetune.sql.tables import Column, ForeignKey, Table
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 SPIDER = SHARED / "spider"

@@ -111,8 +111,8 @@ def test_gradients_are_clipped_over_all_adapters(
     before, norms = adapter(trainer.model), []
     original = trainer.training_step
 
-    def watched(*given: Any) -> Any:
-        loss = original(*given)
+    def watched(*given: Any, **named: Any) -> Any:
+        loss = original(*given, **named)
         norms.append(float(torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.requires_grad]).norm()))
         return loss
 

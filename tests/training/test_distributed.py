@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,9 +40,12 @@ STEPS = {
     "max_steps": 8,
     "eval_steps": 4,
 }
-STOCK = {"training": STEPS | {"kernels": "stock"}}
-LEAN = {"training": STEPS | {"kernels": "lean"}, "quantization": {"load_in_4bit": False}}
-LONG = {"training": STEPS | {"kernels": "stock", "max_steps": 60, "eval_steps": 0}, "checkpoint": {"save_steps": 100}}
+STOCK: dict[str, Any] = {"training": STEPS | {"kernels": "stock"}}
+LEAN: dict[str, Any] = {"training": STEPS | {"kernels": "lean"}, "quantization": {"load_in_4bit": False}}
+LONG: dict[str, Any] = {
+    "training": STEPS | {"kernels": "stock", "max_steps": 60, "eval_steps": 0},
+    "checkpoint": {"save_steps": 100},
+}
 
 FAULT = """
 import os, sys
@@ -147,7 +151,7 @@ def test_two_processes_learn_what_one_does(
 
 def processes_of(parent: int) -> dict[int, int]:
     """rank -> process id, of what torchrun has started."""
-    found = {}
+    found: dict[int, int] = {}
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         found |= {int(value[5:]): int(pid) for value in variables if value.startswith(b"RANK=")}

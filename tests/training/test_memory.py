@@ -21,6 +21,7 @@ from finetune.machine.hardware import GIB  # noqa: E402
 from finetune.training import record as run_record  # noqa: E402
 from finetune.training import run as training_run  # noqa: E402
 from finetune.training.step.plan import StepPlan, worst_micro_batch  # noqa: E402
+from finetune.training.trainer import build_trainer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ConfigWriter = Callable[..., Path]
@@ -65,7 +66,12 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_learned(
 
     def watched(trainer: Any, plan: StepPlan, examples: Any) -> None:
         run = trainer.stepper.rehearse
-        trainer.stepper.rehearse = lambda worst: (rehearsed.extend(len(example) for example in worst), run(worst))
+
+        def noted(worst: Any) -> None:
+            rehearsed.extend(len(example) for example in worst)
+            run(worst)
+
+        trainer.stepper.rehearse = noted
         rehearse(trainer, plan, examples)
 
     monkeypatch.setattr(training_run, "rehearse", watched)
@@ -153,7 +159,7 @@ def test_the_checkpoint_before_the_fault_is_kept(
 ) -> None:
     """An adapter that holds an infinite number from the beginning of step 4 on, as an overflow would leave it."""
     held: list[Any] = []
-    original = training_run.build_trainer
+    original = build_trainer
 
     def build(*arguments: Any, **more: Any) -> Any:
         held.append(original(*arguments, **more))

@@ -95,7 +95,7 @@ def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
     """(step, value) as TensorBoard shows them, read by its own reader."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
@@ -247,7 +247,7 @@ def records(folder: Path) -> Iterable[Any]:
     store = DataStore()
     store.open_for_scan(str(path))
     while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
         yield record
 

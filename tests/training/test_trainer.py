@@ -126,7 +126,12 @@ def test_padded_micro_batches_carry_no_loss_on_padding(tiny_model: Path, tokeniz
     seen: list[Any] = []
     path: Any = trainer.stepper.path
     original = path.batch
-    path.batch = lambda rows: (seen.append(original(rows)), seen[-1])[1]
+
+    def noted(rows: Any) -> Any:
+        seen.append(original(rows))
+        return seen[-1]
+
+    path.batch = noted
     step = next(iter(trainer.get_train_dataloader()))["step"]
     trainer.training_step(trainer.model, {"step": step})
     assert [len(batch["input_ids"]) for batch in seen] == [3, 3, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,8 +39,8 @@ def test_hosts_and_gpus_are_told_apart_and_kept_by_zone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("price", ["-0.1", "nan", "NaN", "inf", "-inf", "cheap", "1,5", "$3", " "])
 @pytest.mark.parametrize("column", ["usd", "spot"])
 def test_a_price_that_is_no_amount_of_money_is_refused_with_its_line(tmp_path: Path, price: str, column: str) -> None:
-    quoted = f'"{price}"'
-    path = write_prices(tmp_path, [*WHOLE, gpu("us-west1-a", **{column: quoted})])
+    quoted: dict[str, Any] = {column: f'"{price}"'}
+    path = write_prices(tmp_path, [*WHOLE, gpu("us-west1-a", **quoted)])
     name = "Price" if column == "usd" else "SpotPrice"
     assert refused(path).startswith(f"line 4: {name} is {price!r}, expected a number of zero or more")
 

@@ -25,7 +25,7 @@ def error(code: int, message: str, reason: str) -> tuple[int, dict[str, Any]]:
 QUOTAS = [{"metric": "NVIDIA_T4_GPUS", "limit": 1.0, "usage": 0.0}, {"metric": "CPUS", "limit": 24.0, "usage": 8.0}]
 DISABLED = "Compute Engine API has not been used in project 123456 before or it is disabled. Enable it by visiting ..."
 NO_BUCKET = "jane.roe@example.com does not have storage.buckets.get access to the Google Cloud Storage bucket."
-ANSWERS = {
+ANSWERS: dict[str, tuple[int, dict[str, Any]]] = {
     "/compute/v1/projects/fine/regions": (200, {"items": [{"name": "us-central1", "quotas": QUOTAS}]}),
     "/compute/v1/projects/fine": (200, {"quotas": [{"metric": "GPUS_ALL_REGIONS", "limit": 1.0, "usage": 0.0}]}),
     "/compute/v1/projects/off/regions": error(403, DISABLED, "accessNotConfigured"),

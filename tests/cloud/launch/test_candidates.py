@@ -7,6 +7,7 @@ import pytest
 from finetune.cloud.catalog.offers import Offer
 from finetune.cloud.launch.candidates import (
     Candidate,
+    Entry,
     Wanted,
     check_ceiling,
     entries,
@@ -28,7 +29,7 @@ def candidate(
     return Candidate(wanted, offer, None, refusal, given)
 
 
-def named(found: list) -> list[tuple[str, str | None, int]]:
+def named(found: list[Entry]) -> list[tuple[str, str | None, int]]:
     return [(entry.best.offer.region, entry.zone, len(entry.candidates)) for entry in found]
 
 

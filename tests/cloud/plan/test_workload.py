@@ -121,7 +121,7 @@ def test_a_folder_that_data_prepare_wrote_is_read(tiny_data: Path, tmp_path: Pat
     prepared = run_prepare([source], tmp_path / "prepared", tokenizer=Words(), tokenizer_name="words")
     total = prepared.manifest["tokens"]["train"]["total"]
     found = size(data={"output_dir": str(tmp_path / "prepared")}, training=training())
-    assert (found.records, found.mean_tokens * 8) == (8, pytest.approx(total))
+    assert found.records == 8 and found.mean_tokens * 8 == pytest.approx(total)
     assert found.basis.startswith("counted in ")
 
 
@@ -129,7 +129,7 @@ def test_a_folder_that_data_prepare_wrote_is_read(tiny_data: Path, tmp_path: Pat
     "text",
     [
         "", "{", "[]", "null", "{}", '{"counts": {}}', '{"counts": {"train": 5, "val": 1}}',
-        *(json.dumps({"counts": {"train": train, "val": val}, "tokens": tokens}) for train, val, tokens in [
+        *(json.dumps({"counts": {"train": train, "val": val}, "tokens": tokens}) for train, val, tokens in [  # type: ignore[var-annotated]
             (0, 0, None), (-1, 0, None), (5, -1, None), ("many", 0, None), (None, 0, None), (float("inf"), 0, None),
             (5, 1, 7), (5, 1, "x"), (5, 1, {"val": {}}), (5, 1, {"train": {"all": 1}}), (5, 1, {"train": {"total": 0}}),
             (5, 1, {"train": {"total": -9}}), (5, 1, {"train": {"total": float("nan")}}),
@@ -181,7 +181,7 @@ def test_local_sources_are_counted_less_what_is_held_out(tmp_path: Path) -> None
     jsonl = {"kind": "jsonl", "path": str(lines)}
     spider = {"kind": "spider", "path": str(tmp_path / "spider"), "files": ["one.json", "two.json"]}
     found = local(tmp_path, jsonl, spider)
-    assert (found.records, found.validation_tokens) == (80, pytest.approx(10 * found.mean_tokens))
+    assert found.records == 80 and found.validation_tokens == pytest.approx(10 * found.mean_tokens)
     assert found.basis.startswith(
         "80 training questions (counted in the local sources, less the held-out fractions), 300 "
     )
@@ -193,7 +193,7 @@ def test_local_sources_are_counted_less_what_is_held_out(tmp_path: Path) -> None
 def test_max_train_records_caps_what_is_trained_on_and_not_what_validates(tmp_path: Path) -> None:
     jsonl = {"kind": "jsonl", "path": str(write_jsonl(tmp_path / "a.jsonl", [row(n) for n in range(100)]))}
     found = local(tmp_path, jsonl, max_train_records=20)
-    assert (found.records, found.validation_tokens) == (20, pytest.approx(10 * found.mean_tokens))
+    assert found.records == 20 and found.validation_tokens == pytest.approx(10 * found.mean_tokens)
     assert found.basis.startswith("20 training questions (data.max_train_records, of 80: counted in the local sources")
     assert local(tmp_path, jsonl, max_train_records=200).records == 80
     capped = size(data={"max_train_records": 20}, plan={"records": 50})

@@ -11,9 +11,10 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 
-def _settings():
+def _settings() -> tuple[str, str, str]:
     if os.environ.get("FT_CLOUD_API"):
         return (
             os.environ["FT_CLOUD_API"],
@@ -30,13 +31,13 @@ def _settings():
 API, PROJECT, LOGIN = _settings()
 
 
-def _credentials():
+def _credentials() -> Any:
     from google.auth import credentials, exceptions
 
     class Login(credentials.AnonymousCredentials):
         """Needs no token. While the file LOGIN holds "expired", it is refused as an old login is."""
 
-        def before_request(self, request, method, url, headers):
+        def before_request(self, request: Any, method: str, url: str, headers: dict[str, str]) -> None:
             try:
                 expired = pathlib.Path(LOGIN).read_text(encoding="utf-8").strip() == "expired"
             except OSError:
@@ -49,14 +50,14 @@ def _credentials():
     return Login()
 
 
-def _google_auth(module):
+def _google_auth(module: Any) -> None:
     module.default = lambda *args, **kwargs: (_credentials(), PROJECT)
 
 
-def _discovery(module):
+def _discovery(module: Any) -> None:
     real = module.build
 
-    def build(service, version, *args, **kwargs):
+    def build(service: str, version: str, *args: Any, **kwargs: Any) -> Any:
         path = f"/{service}/{version}/" if service == "compute" else "/"
         kwargs["client_options"] = {"api_endpoint": API + path}
         kwargs["credentials"] = _credentials()
@@ -66,38 +67,38 @@ def _discovery(module):
     module.build = build
 
 
-def _storage(module):
+def _storage(module: Any) -> None:
     """For an emulator this library goes without any login, and would never notice that ours has expired."""
     real = module.Client.__init__
 
-    def init(self, *args, **kwargs):
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **({"credentials": _credentials()} | kwargs))
 
     module.Client.__init__ = init
 
 
-def _constants(module):
+def _constants(module: Any) -> None:
     """SkyPilot keeps this log in /tmp, for good."""
     if os.environ.get("TMPDIR"):
         module.HA_PERSISTENT_RECOVERY_LOG_PATH = os.environ["TMPDIR"] + "/{}ha_recovery.log"
 
 
-def _backend_utils(module):
+def _backend_utils(module: Any) -> None:
     module._TEST_IP_LIST = [API + "/network"] * 2
 
 
-def _controller_utils(module):
+def _controller_utils(module: Any) -> None:
     """SkyPilot starts as many controllers of managed jobs as memory allows, a dozen on 24 GB; one is enough for a test."""
     module.get_number_of_jobs_controllers = lambda: 1
 
 
-def _events(module):
+def _events(module: Any) -> None:
     """On a machine SkyPilot looks once a minute whether it is idle, and every five whether a job's process has gone."""
     module.EVENT_CHECKING_INTERVAL_SECONDS = module.StopEvent.EVENT_INTERVAL_SECONDS = 5
     module.JobSchedulerEvent.EVENT_INTERVAL_SECONDS = 60
 
 
-def _optimizer(module):
+def _optimizer(module: Any) -> None:
     """A processor rests while a GPU computes a step. Here it computes itself, and is to be left to others for so many seconds."""
     seconds = float(os.environ.get("FT_STEP_SECONDS", "0"))
     if seconds:
@@ -119,7 +120,7 @@ CHANGES = {
 class _Finder(importlib.abc.MetaPathFinder):
     """Lets the others find a module, and changes it after it was loaded."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in CHANGES:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
@@ -128,11 +129,11 @@ class _Finder(importlib.abc.MetaPathFinder):
             return spec
         load = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: Any) -> None:
             load(module)
             CHANGES[name](module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -1,5 +1,7 @@
 """One bucket of the emulated storage by its JSON API; gcsfuse and gsutil, as we play them, stand on it."""
 
+from __future__ import annotations
+
 import datetime
 import errno
 import http.client
@@ -9,13 +11,18 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
+from typing import IO, Any, BinaryIO
+
+About = tuple[int, int]
+"""Bytes of an object, and nanoseconds since the epoch of its last change."""
 
 
-def nanoseconds(moment):
+def nanoseconds(moment: str) -> int:
     return int(datetime.datetime.fromisoformat(moment).timestamp() * 1e9)
 
 
-def reason(error):
+def reason(error: urllib.error.HTTPError) -> Any:
     """What an answer says about itself, if it says so as Google does."""
     try:
         return json.load(error)["error"]["message"]
@@ -26,14 +33,16 @@ def reason(error):
 class Storage:
     """One bucket by its JSON API. Raises FileNotFoundError, and OSError for any other refusal."""
 
-    def __init__(self, endpoint, bucket):
+    def __init__(self, endpoint: str, bucket: str) -> None:
         self.objects = f"{endpoint}/storage/v1/b/{bucket}/o"
         self.place = f"{endpoint}/storage/v1/b/{bucket}"
         self.uploads = f"{endpoint}/upload/storage/v1/b/{bucket}/o"
         self.bucket = bucket
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def call(self, method, url, body=None, headers=None):
+    def call(
+        self, method: str, url: str, body: bytes | BinaryIO | None = None, headers: dict[str, str] | None = None
+    ) -> Any:
         try:
             request = urllib.request.Request(url, data=body, method=method, headers=headers or {})
             return self.opener.open(request, timeout=600)
@@ -45,10 +54,10 @@ class Storage:
         except (urllib.error.URLError, http.client.HTTPException):
             raise OSError(errno.EIO, "the storage cannot be reached") from None
 
-    def exists(self):
+    def exists(self) -> None:
         self.call("GET", self.place).close()
 
-    def list(self, prefix, delimiter=""):
+    def list(self, prefix: str, delimiter: str = "") -> tuple[dict[str, About], Sequence[str]]:
         """Object -> (bytes, nanoseconds since the epoch of its last change), and the folders below."""
         query = urllib.parse.urlencode(
             {"prefix": prefix, "maxResults": 10000} | ({"delimiter": delimiter} if delimiter else {})
@@ -58,11 +67,11 @@ class Storage:
         objects = {row["name"]: (int(row["size"]), nanoseconds(row["updated"])) for row in found.get("items", [])}
         return objects, found.get("prefixes", [])
 
-    def get(self, name, file):
+    def get(self, name: str, file: IO[bytes]) -> None:
         with self.call("GET", f"{self.objects}/{urllib.parse.quote(name, safe='')}?alt=media") as answer:
             shutil.copyfileobj(answer, file, 1 << 20)
 
-    def put(self, name, path):
+    def put(self, name: str, path: str) -> None:
         size = pathlib.Path(path).stat().st_size
         if size == 0:  # the storage's emulator breaks on an empty body
             about = json.dumps({"name": name})
@@ -78,13 +87,13 @@ class Storage:
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
             self.call("POST", f"{self.uploads}?{query}", file, headers).close()
 
-    def copy(self, old, new):
+    def copy(self, old: str, new: str) -> None:
         quoted = [urllib.parse.quote(name, safe="") for name in (old, new)]
         self.call("POST", f"{self.objects}/{quoted[0]}/copyTo/b/{self.bucket}/o/{quoted[1]}", b"").close()
 
-    def delete(self, name):
+    def delete(self, name: str) -> None:
         self.call("DELETE", f"{self.objects}/{urllib.parse.quote(name, safe='')}").close()
 
-    def delete_bucket(self):
+    def delete_bucket(self) -> None:
         """One that is empty."""
         self.call("DELETE", self.place).close()

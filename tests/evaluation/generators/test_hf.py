@@ -104,7 +104,7 @@ def test_decoding_is_greedy_whatever_the_model_folder_says(model: Any, tokenizer
 
 def ids_of(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, batch_size: int) -> list[list[int]]:
     """The very token ids of the answers to PROMPTS, in their order."""
-    marks = {}
+    marks: dict[str, list[int]] = {}
 
     def decode(ids: list[int], **_: Any) -> str:
         marks[str(len(marks))] = list(ids)

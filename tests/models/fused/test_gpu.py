@@ -89,13 +89,14 @@ def test_every_way_of_attention_is_the_same(dtype: Any, heads: int, kv_heads: in
     d_out = torch.randn(sum(lengths), heads, width, generator=draws, device=GPU).to(dtype)
     segments = Segments.of(lengths, GPU)
 
-    def run(way: Any, q: Any, k: Any, v: Any, d_out: Any) -> list[Any]:
+    def run(way: Any, parts: Any, d_out: Any) -> list[Any]:
+        q, k, v = parts
         attended = attention.forward(q, k, v, segments, way)
         return [attended.out, *attention.backward(d_out, q, k, v, attended, segments, way)]
 
     with torch.no_grad():
-        expected = run("loop", *(part.double() for part in parts), d_out.double())
-        found = run(way, *parts, d_out)
+        expected = run("loop", [part.double() for part in parts], d_out.double())
+        found = run(way, parts, d_out)
     limit = 4 * torch.finfo(dtype).eps
     for ours, exact in zip(found, expected, strict=True):
         assert ours.shape == exact.shape
@@ -267,11 +268,11 @@ def test_paged_states_go_on_from_a_file_bit_by_bit(kind: str, where: str, tmp_pa
     """transformers loads them onto the CPU for one process, and onto the GPU for several."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
 
-    def optimizer_of(values: torch.Tensor) -> tuple[torch.nn.Parameter, Any]:
+    def optimizer_of(values: Any) -> tuple[Any, Any]:
         parameter = torch.nn.Parameter(values.clone())
         return parameter, getattr(bitsandbytes.optim, kind)([parameter], lr=0.01, min_8bit_size=0)
 
-    def train(parameter: torch.nn.Parameter, optimizer: Any, seeds: range) -> None:
+    def train(parameter: Any, optimizer: Any, seeds: range) -> None:
         for seed in seeds:
             draws = torch.Generator("cuda").manual_seed(seed)
             parameter.grad = torch.randn(parameter.shape, generator=draws, device=GPU)

@@ -7,6 +7,7 @@ reaches.
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 
@@ -30,28 +31,28 @@ GROUPS = [(4096, 3, 16), (4096, 2, 16), (14336, 1, 16), (4096, 1, 64), (1000, 3,
 HEADS, HEAD_DIM = 40, 128
 
 
-def normal(*shape: int, seed: int = 0, dtype=torch.float32, spare: int = 0):
+def normal(*shape: int, seed: int = 0, dtype: Any = torch.float32, spare: int = 0) -> Any:
     """Normal values on the GPU; `spare` columns lie between the rows."""
     generator = torch.Generator("cuda").manual_seed(seed)
     wide = torch.randn(*shape[:-1], shape[-1] + spare, generator=generator, device="cuda").to(dtype)
     return wide[..., : shape[-1]]
 
 
-def assert_near(actual, expected, dtype, steps: float = 2.0) -> None:
+def assert_near(actual: Any, expected: Any, dtype: Any, steps: float = 2.0) -> None:
     """Within `steps` roundings of dtype of the largest value; for float32, sums over thousands in another order."""
     limit = 1e-4 if dtype == torch.float32 else steps * torch.finfo(dtype).eps
     error = (actual.float() - expected.float()).abs().max() / expected.float().abs().max()
     assert error <= limit, f"{error:.2e} of the largest value, expected at most {limit:.2e}"
 
 
-def inputs(tokens: int, width: int, n: int, r: int, dtype):
+def inputs(tokens: int, width: int, n: int, r: int, dtype: Any) -> tuple[Any, Any, Any]:
     x = normal(tokens, width, dtype=dtype, spare=64)
     a = normal(n * r, width, seed=1, dtype=dtype) / math.sqrt(width)
     g = normal(tokens, n * r, seed=2, dtype=dtype, spare=16)
     return x, a.contiguous(), g
 
 
-def revealed_masks(tokens: int, width: int, n: int, r: int, p: float, seed: int):
+def revealed_masks(tokens: int, width: int, n: int, r: int, p: float, seed: int) -> Any:
     """The scaled masks (n, T, K) float32 that lora_input_grad_ applies: g and a single out one projection each."""
     masks = torch.zeros(n, tokens, width, device="cuda")
     for i in range(n):
@@ -64,7 +65,7 @@ def revealed_masks(tokens: int, width: int, n: int, r: int, p: float, seed: int)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("width", "n", "r"), GROUPS)
-def test_without_dropout_triton_is_torch(dtype, tokens: int, width: int, n: int, r: int) -> None:
+def test_without_dropout_triton_is_torch(dtype: Any, tokens: int, width: int, n: int, r: int) -> None:
     x, a, g = inputs(tokens, width, n, r, dtype)
     full = (x.float(), a.float(), g.float())
     assert_near(ops.lora_down(x, a, r, 0.0, 3), ops_torch.lora_down(full[0], full[1], r, 0.0, 3), dtype)
@@ -79,7 +80,7 @@ def test_without_dropout_triton_is_torch(dtype, tokens: int, width: int, n: int,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("width", "n", "r"), GROUPS)
-def test_all_three_kernels_draw_the_same_masks(dtype, tokens: int, width: int, n: int, r: int) -> None:
+def test_all_three_kernels_draw_the_same_masks(dtype: Any, tokens: int, width: int, n: int, r: int) -> None:
     p, seed = 0.1, 2**41 + 5
     x, a, g = inputs(tokens, width, n, r, dtype)
     masks = revealed_masks(tokens, width, n, r, p, seed)
@@ -140,7 +141,7 @@ def test_a_and_g_may_be_float32_beside_a_bfloat16_x() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_torch_operations_in_half_precision(dtype, p: float) -> None:
+def test_the_torch_operations_in_half_precision(dtype: Any, p: float) -> None:
     x, a, g = inputs(1001, 4096, 2, 16, dtype)
     masks = torch.zeros(2, 1001, 4096, device="cuda", dtype=dtype)
     for i in range(2):
@@ -157,7 +158,7 @@ def test_the_torch_operations_in_half_precision(dtype, p: float) -> None:
 @pytest.mark.parametrize("table", [torch.float32, None])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_rope(dtype, tokens: int, table) -> None:
+def test_rope(dtype: Any, tokens: int, table: Any) -> None:
     angles = torch.outer(torch.arange(tokens), 10000 ** -torch.linspace(0, 1, HEAD_DIM // 2)).repeat(1, 2).cuda()
     cos, sin = angles.cos().to(table or dtype), angles.sin().to(table or dtype)
     for inverse in (False, True):
@@ -172,7 +173,7 @@ def test_rope(dtype, tokens: int, table) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("width", [4096, 1000])
-def test_rms_norm(dtype, tokens: int, width: int) -> None:
+def test_rms_norm(dtype: Any, tokens: int, width: int) -> None:
     x, dy = normal(tokens, width, dtype=dtype, spare=8), normal(tokens, width, seed=1, dtype=dtype)
     weight, residual = normal(width, seed=2, dtype=dtype), normal(tokens, width, seed=3, dtype=dtype)
     y = ops.rms_norm(x, weight, 1e-5)
@@ -188,7 +189,7 @@ def test_rms_norm(dtype, tokens: int, width: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("width", [14336, 1000])
-def test_swiglu(dtype, tokens: int, width: int) -> None:
+def test_swiglu(dtype: Any, tokens: int, width: int) -> None:
     gate_up, d = normal(tokens, 2 * width, dtype=dtype), normal(tokens, width, seed=1, dtype=dtype)
     full = gate_up.float().clone()
     assert_near(ops.swiglu(gate_up), ops_torch.swiglu(full), dtype)
@@ -219,7 +220,7 @@ def test_memory_rates() -> None:
     report("rope_            40 of 48 heads", 2 * 4901 * 5120 * 2, ops.rope_, heads, cos, cos, HEADS, HEAD_DIM)
 
 
-def report(name: str, size: int, operation, *arguments) -> None:
+def report(name: str, size: int, operation: Any, *arguments: Any) -> None:
     from triton.testing import do_bench
 
     milliseconds = do_bench(lambda: operation(*arguments), warmup=10, rep=50, return_mode="median")

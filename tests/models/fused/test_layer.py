@@ -247,7 +247,12 @@ def test_changing_one_text_leaves_the_others_bit_for_bit(changed: int) -> None:
     ids, labels = texts((7, 21, 5, 12, 6))
     inputs: list[Any] = []
     embedding = model.get_base_model().get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda *call: inputs.append(call[2].requires_grad_()) or inputs[-1])
+
+    def noted(*call: Any) -> Any:
+        inputs.append(call[2].requires_grad_())
+        return inputs[-1]
+
+    hook = embedding.register_forward_hook(noted)
     lean = LeanModel(model, torch.float32)
 
     def run(rows: Any) -> tuple[list[Any], list[float]]:
@@ -335,7 +340,6 @@ def test_gate_and_up_are_gone_when_attentions_backward_pass_begins(monkeypatch: 
     import weakref
 
     from finetune.models.fused import attention
-    from finetune.models.fused import layer as fused_layer
 
     made: list[Any] = []
     alive: list[int] = []
@@ -350,7 +354,7 @@ def test_gate_and_up_are_gone_when_attentions_backward_pass_begins(monkeypatch: 
         return backward(*given)
 
     monkeypatch.setattr(ops_torch, "swiglu", watched)
-    monkeypatch.setattr(fused_layer.attention, "backward", counted)
+    monkeypatch.setattr(attention, "backward", counted)
     ids, labels = texts()
     LeanModel(lora_model(), torch.float32).loss(packed(ids, labels), kept_layers=LAYERS).backward()
     assert len(made) >= LAYERS

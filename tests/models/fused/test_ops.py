@@ -2,6 +2,7 @@
 CPU."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -18,16 +19,16 @@ GROUPS = [(1, 16), (2, 8), (3, 16), (4, 5)]
 """(projections, rank)"""
 
 
-def normal(*shape: int, seed: int = 0, dtype=torch.float32):
+def normal(*shape: int, seed: int = 0, dtype: Any = torch.float32) -> Any:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def slice_of_wider(*shape: int, seed: int = 0):
+def slice_of_wider(*shape: int, seed: int = 0) -> Any:
     """A (T, C) view whose rows lie in a wider tensor."""
     return normal(shape[0], shape[1] + 7, seed=seed)[:, 3 : 3 + shape[1]]
 
 
-def revealed_masks(tokens: int, width: int, n: int, r: int, p: float, seed: int):
+def revealed_masks(tokens: int, width: int, n: int, r: int, p: float, seed: int) -> Any:
     """The scaled masks (n, T, K) that lora_input_grad_ applies: g and a single out one projection each."""
     masks = torch.zeros(n, tokens, width)
     for i in range(n):
@@ -37,7 +38,7 @@ def revealed_masks(tokens: int, width: int, n: int, r: int, p: float, seed: int)
     return masks
 
 
-def down_by_formula(x, a, masks, r: int):
+def down_by_formula(x: Any, a: Any, masks: Any, r: int) -> Any:
     return torch.cat([(mask * x) @ a[i * r : (i + 1) * r].T for i, mask in enumerate(masks)], dim=1)
 
 
@@ -125,7 +126,7 @@ def test_rope_and_its_transpose_where_the_two_halves_of_the_tables_differ() -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rms_norm_is_llamas(dtype) -> None:
+def test_rms_norm_is_llamas(dtype: Any) -> None:
     norm = LlamaRMSNorm(64, eps=1e-3).to(dtype)
     norm.weight.data = normal(64, seed=1, dtype=dtype)
     x = normal(33, 70, dtype=dtype)[:, 2:66]
@@ -151,7 +152,7 @@ def test_rms_norm_backward_is_autograds(with_residual: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_swiglu_and_its_gradient_are_autograds(dtype) -> None:
+def test_swiglu_and_its_gradient_are_autograds(dtype: Any) -> None:
     gate_up = normal(17, 48, dtype=dtype).requires_grad_()
     d = normal(17, 24, seed=1, dtype=dtype)
     gate, up = gate_up.chunk(2, dim=-1)

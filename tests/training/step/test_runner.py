@@ -170,7 +170,7 @@ def test_the_validation_loss_is_that_of_the_adapters_as_they_are() -> None:
     before = torch.get_rng_state()
     bench.stepper.path.begin()
     pieces = [bench.stepper.path.validation_loss(rows[i : i + 3], labelled(labels)) for i in (0, 3, 6)]
-    assert sum(pieces).item() == pytest.approx(expected, rel=1e-5)
+    assert sum(piece.item() for piece in pieces) == pytest.approx(expected, rel=1e-5)
     assert not any(piece.requires_grad for piece in pieces)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -202,9 +202,9 @@ def test_out_of_memory_begins_the_step_again_in_smaller_pieces(backward_too: boo
     if backward_too:
         original = bench.stepper._shrink
 
-        def mend(*arguments: Any) -> None:
+        def mend(*arguments: Any, **named: Any) -> None:
             bench.path._handle.remove()  # type: ignore[union-attr]
-            original(*arguments)
+            original(*arguments, **named)
 
         bench.stepper._shrink = mend  # type: ignore[method-assign]
     loss = bench.stepper.run(step_of(examples()))
@@ -279,7 +279,7 @@ def test_when_nothing_is_left_to_give_the_run_ends(rows: int | None) -> None:
 def test_another_error_is_not_taken_for_want_of_memory() -> None:
     bench = Bench(room=1000)
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     bench.stepper.path.loss = broken  # type: ignore[method-assign]
@@ -361,7 +361,8 @@ def test_the_last_that_a_step_gives_up_are_unpacked_weights() -> None:
             spared.append(True)
             return len(spared) == 1
 
-    bench.stepper.path = Full(bench.path.path if bench.path else bench.stepper.path, room=1000)
+    assert bench.path is not None
+    bench.stepper.path = Full(bench.path.path, room=1000)
     bench.stepper.run(step_of(examples()))
     assert spared == [True]
     assert bench.stepper.limits == Limits(30, 0, 0)

@@ -50,7 +50,7 @@ class StepTrainer(Trainer):
         sampler = StepSampler(LENGTHS, questions=QUESTIONS, seed=SEED, by_length=self.by_length)
         return StepLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collate, num_workers=self.workers)
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         self.seen.append(inputs["index"].tolist())
         return super().training_step(model, inputs, num_items_in_batch)
 
