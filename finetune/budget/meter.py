@@ -19,6 +19,7 @@ from finetune.budget.ledger import Attempt, AttemptLog, Ledger
 from finetune.budget.watchdog import HARD_SECONDS, LastResort, heartbeat_seconds
 from finetune.errors import UserError
 from finetune.machine.billed_time import MachineTime
+from finetune.machine.price import Ceilings
 
 KEPT_FOR_SAVE_SECONDS = 20.0
 """Kept free for a save before a ceiling, at least."""
@@ -27,14 +28,6 @@ MOST_KEPT_SECONDS = 900.0
 RETRY_SECONDS = 1.0
 END_SECONDS = 15.0
 """For the ledger's last line when a run closes; a store that takes longer is left alone."""
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Of all attempts together: US dollars, and hours on the meter. None: no such ceiling."""
-
-    max_run_usd: float | None = None
-    max_hours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -178,11 +171,11 @@ class Meter:
         """Seconds that each ceiling leaves, by the name of its key."""
         left: dict[str, float] = {}
         usd = self._usd()
-        if self.ceilings.max_run_usd is not None and usd is not None:
-            more = self.ceilings.max_run_usd - usd
+        if self.ceilings.run_usd is not None and usd is not None:
+            more = self.ceilings.run_usd - usd
             left["budget.max_run_usd"] = more / self._price * 3600 if self._price else math.copysign(math.inf, more)
-        if self.ceilings.max_hours is not None:
-            left["budget.max_hours"] = (self.ceilings.max_hours - self._hours()) * 3600
+        if self.ceilings.hours is not None:
+            left["budget.max_hours"] = (self.ceilings.hours - self._hours()) * 3600
         return left
 
     def _seconds_left(self) -> float:
@@ -205,11 +198,11 @@ class Meter:
     def _text(self, usd: float | None, left: float) -> str:
         parts = []
         if usd is not None:
-            limit = "" if self.ceilings.max_run_usd is None else f" of ${self.ceilings.max_run_usd:.2f}"
+            limit = "" if self.ceilings.run_usd is None else f" of ${self.ceilings.run_usd:.2f}"
             price = f" x ${self._price:g}/h, {self._basis}" if self._price is not None else ""
             parts.append(f"${usd:.2f}{limit} (measured hours{price})")
-        if usd is None or self.ceilings.max_hours is not None:
-            limit = "" if self.ceilings.max_hours is None else f" of {self.ceilings.max_hours:g} h"
+        if usd is None or self.ceilings.hours is not None:
+            limit = "" if self.ceilings.hours is None else f" of {self.ceilings.hours:g} h"
             parts.append(f"{self._hours():.2f}{limit or ' h'} (measured)")
         parts.append(f"{_duration(max(0.0, left))} left" if math.isfinite(left) else "no ceiling")
         return ", ".join(parts)

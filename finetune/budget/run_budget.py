@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.budget.ledger import Attempt, Ledger
-from finetune.budget.meter import Ceilings, Meter
+from finetune.budget.meter import Meter
 from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.preemption import PREEMPTED, PreemptionWatch
-from finetune.machine.price import MachinePrice, dearest_usd_per_hour, facts, rented
+from finetune.machine.price import Ceilings, MachinePrice, dearest_usd_per_hour, facts, rented
 from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say
@@ -126,7 +126,7 @@ class Spending:
         self._meter.step = self.step
         spent, projected = self._meter.spent(), self._projected()
         values = {
-            "spent_usd": spent.usd, "ceiling_usd": spent.ceilings.max_run_usd, "projected_usd": projected,
+            "spent_usd": spent.usd, "ceiling_usd": spent.ceilings.run_usd, "projected_usd": projected,
             "hours_on_meter": spent.hours,
         }  # fmt: skip
         return {name: round(value, 6) for name, value in values.items() if value is not None}
@@ -152,8 +152,8 @@ class Spending:
             "spending": {
                 "usd": None if spent.usd is None else round(spent.usd, 4),
                 "hours": round(spent.hours, 4),
-                "ceiling_usd": spent.ceilings.max_run_usd,
-                "ceiling_hours": spent.ceilings.max_hours,
+                "ceiling_usd": spent.ceilings.run_usd,
+                "ceiling_hours": spent.ceilings.hours,
                 "projected_usd": None if projected is None else round(projected, 4),
                 "basis": f"{spent.text}; projected: estimated from the pace so far",
             },

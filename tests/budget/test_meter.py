@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.budget.ledger import Ledger
-from finetune.budget.meter import Ceilings, Meter
+from finetune.budget.meter import Meter
 from finetune.budget.watchdog import HEARTBEAT_VARIABLE, heartbeat_seconds
 from finetune.errors import UserError
 from finetune.machine.billed_time import MachineTime
+from finetune.machine.price import Ceilings
 
 BEAT = 0.1
 

@@ -23,7 +23,8 @@ import ctypes, os, sys, threading, time
 from pathlib import Path
 from finetune.budget.ledger import Ledger
 from finetune.machine.billed_time import MachineTime, process_age
-from finetune.budget.meter import Ceilings, Meter
+from finetune.budget.meter import Meter
+from finetune.machine.price import Ceilings
 
 folder, how, ceiling = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 
