@@ -52,8 +52,8 @@ class Kill:
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """What was seen of an attempt.
+class EndedProcess:
+    """What was seen of the process of an attempt, from its start to its end.
 
     seconds: from its start to its death; where it was not killed, to its last word in run.json. leaving: seconds from there
     to the end of the process, in which Python takes itself apart. resumed: the step that it said to go on from, 0 for the
@@ -154,7 +154,7 @@ def steps_done(run: Path) -> int | None:
 
 def attempt(
     machine: Machine, arguments: list[str], run: Path, kill: Kill | None, log: Path, deed: Deed | None = None
-) -> Attempt:
+) -> EndedProcess:
     """Start `finetune train ARGUMENTS`, kill it as told, wait until it is gone. log: file for what it says."""
     watch = Watch(run)
     command = [sys.executable, "-m", "finetune", "train", *arguments]
@@ -180,7 +180,7 @@ def attempt(
     ended = gone if process.returncode < 0 or watch.changed is None else min(gone, watch.changed)
     said = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     resumed = resumed_step(said, fresh="--resume" not in arguments)
-    return Attempt(kill, process.returncode, ended - began, resumed, watch.done, said, gone - ended, hung)
+    return EndedProcess(kill, process.returncode, ended - began, resumed, watch.done, said, gone - ended, hung)
 
 
 def _until_gone(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from chaos.attempt import Attempt, Deed, Kill, Machine, attempt
+from chaos.attempt import Deed, EndedProcess, Kill, Machine, attempt
 from chaos.damage import spoil
 from chaos.observe import (
     Curve,
@@ -39,7 +39,7 @@ class Life:
     newer snapshot where the machine is still there. booked: seconds in the ledger, None if it never began there.
     """
 
-    attempt: Attempt
+    attempt: EndedProcess
     whole: int
     in_flight: tuple[int, ...]
     damage: tuple[str, ...]
@@ -80,7 +80,9 @@ class Bench:
     def folder(self, name: str) -> Path:
         return self.runs / name
 
-    def one_attempt(self, run: Run, kill: Kill | None, *, deed: Deed | None = None, full_disk: bool = False) -> Attempt:
+    def one_attempt(
+        self, run: Run, kill: Kill | None, *, deed: Deed | None = None, full_disk: bool = False
+    ) -> EndedProcess:
         """What a managed job runs, as on_machine/train.sh decides it: a new run, or the one that has a record."""
         before = set(booked(run.folder))
         begun = (run.folder / "run.json").is_file()

@@ -12,7 +12,7 @@ import pytest
 
 from chaos import checks
 from chaos.__main__ import main
-from chaos.attempt import BEAT_SECONDS, Attempt, Kill, Machine, Watch, attempt, resumed_step
+from chaos.attempt import BEAT_SECONDS, EndedProcess, Kill, Machine, Watch, attempt, resumed_step
 from chaos.damage import TARGETS, spoil
 from chaos.full_disk import fill, free, small_disk
 from chaos.observe import in_flight, is_whole, leftovers, newest_local, newest_whole
@@ -38,7 +38,7 @@ def life(
     output: str = "",
     full_disk: bool = False,
 ) -> Life:
-    made = Attempt(Kill("step") if killed else None, -9 if killed else 0, seconds, resumed, done, output)
+    made = EndedProcess(Kill("step") if killed else None, -9 if killed else 0, seconds, resumed, done, output)
     return Life(made, whole, in_flight, damage, whole if left is None else left, booked, full_disk)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.machine.price import MachinePrice
 from finetune.runtime import fault_injection
 from finetune.runtime.files import atomic_file, disk_error
 
@@ -32,7 +33,7 @@ Line = dict[str, Any]
 class Attempt:
     """One attempt of a run, as its file tells it.
 
-    seconds: on the meter. usd_per_hour: None where the machine has no price. step: the last one told. reason: of its end; None
+    seconds: on the meter. price: of its machine; None where that has none. step: the last one told. reason: of its end; None
     while it goes on, or if it was killed. seconds_before: of `seconds`, those before it began (boot, set-up). problems: what in
     the file cannot be used.
     """
@@ -40,8 +41,7 @@ class Attempt:
     number: int
     file: str
     seconds: float = 0.0
-    usd_per_hour: float | None = None
-    basis: str | None = None
+    price: MachinePrice | None = None
     machine: dict[str, Any] = field(default_factory=dict)
     began_at: str | None = None
     resumed_step: int | None = None
@@ -56,8 +56,12 @@ class Attempt:
         return self.seconds / 3600
 
     @property
+    def usd_per_hour(self) -> float | None:
+        return None if self.price is None else self.price.usd_per_hour
+
+    @property
     def usd(self) -> float | None:
-        return None if self.usd_per_hour is None else self.hours * self.usd_per_hour
+        return None if self.price is None else self.hours * self.price.usd_per_hour
 
     @property
     def zone(self) -> str | None:
@@ -118,39 +122,17 @@ class Ledger:
         """One more than the highest number in the folder, readable or not. Raises UserError like `account`."""
         return max((number for number, _ in self._files()), default=0) + 1
 
-    def begin(
-        self,
-        *,
-        attempt: int,
-        machine: dict[str, Any],
-        usd_per_hour: float | None,
-        basis: str | None,
-        seconds_before: float,
-        resumed_step: int | None,
+    def new_attempt(
+        self, number: int, *, machine: dict[str, Any], price: MachinePrice | None, resumed_step: int | None
     ) -> AttemptLog:
-        """Opens the file of an attempt, with the next free number where `attempt` is taken.
+        """An attempt whose file is written by `AttemptLog.begin`, with the next free number where this one is taken by then.
 
-        machine: facts for people, such as zone, gpu, spot. seconds_before: on the meter before now. Raises UserError where the
-        folder cannot be written.
+        machine: facts for people, such as zone, gpu, spot. price: of the machine.
         """
-        begin = {
-            "event": "begin",
-            "at": _now(),
-            "attempt": attempt,
-            "token": secrets.token_hex(8),
-            METERED: round(seconds_before, 3),
-            "step": resumed_step,
-            "usd_per_hour": usd_per_hour,
-            "basis": basis,
-            "machine": machine,
-        }
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".attempt-*.jsonl.*.tmp"):  # of attempts that were killed as they wrote
-                leftover.unlink(missing_ok=True)
-        except OSError as error:
-            raise disk_error(error, self.folder) from error
-        return AttemptLog(self, begin)
+        usd_per_hour, basis = (price.usd_per_hour, price.basis) if price else (None, None)
+        begin = {"event": "begin", "at": None, "attempt": number, "token": secrets.token_hex(8), METERED: None}
+        facts = {"step": resumed_step, "usd_per_hour": usd_per_hour, "basis": basis, "machine": machine}
+        return AttemptLog(self, begin | facts)
 
     def path(self, number: int) -> Path:
         return self.folder / f"attempt-{number:03d}.jsonl"
@@ -166,14 +148,26 @@ class Ledger:
 
 
 class AttemptLog:
-    """The file of the attempt that runs. Any thread may write; each call raises UserError where the file cannot be written, and
-    the next one that succeeds brings what is missing."""
+    """The file of the attempt that runs, from `begin` on. Any thread may write; each call raises UserError where the file cannot
+    be written, and the next one that succeeds brings what is missing."""
 
     def __init__(self, ledger: Ledger, begin: Line) -> None:
         self._ledger, self._lines = ledger, [begin]
         self._lock = threading.Lock()
         self._written = False
-        self._write()
+
+    def begin(self, seconds_before: float) -> None:
+        """Opens the file. seconds_before: on the meter before now."""
+        folder = self._ledger.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".attempt-*.jsonl.*.tmp"):  # of attempts that were killed as they wrote
+                leftover.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        with self._lock:
+            self._lines[0].update({"at": _now(), METERED: round(seconds_before, 3)})
+            self._write()
 
     @property
     def number(self) -> int:
@@ -254,8 +248,7 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
         number,
         name,
         seconds=max((seconds for line in lines if (seconds := _number(line.get(METERED))) is not None), default=0.0),
-        usd_per_hour=_number(first.get("usd_per_hour")),
-        basis=first.get("basis"),
+        price=_price(first),
         machine=machine if isinstance(machine, dict) else {},
         began_at=first.get("at"),
         resumed_step=first.get("step"),
@@ -265,6 +258,11 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
         seconds_before=_number(first.get(METERED)) or 0.0,
         problems=problems,
     )
+
+
+def _price(begin: Line) -> MachinePrice | None:
+    usd_per_hour = _number(begin.get("usd_per_hour"))
+    return None if usd_per_hour is None else MachinePrice(usd_per_hour, str(begin.get("basis") or ""))
 
 
 def _line(row: str) -> Line | None:

@@ -1,20 +1,21 @@
-"""What a run costs while it trains: the meter of this attempt, tied to the run, its request to stop and Google's notices."""
+"""The budget of a run while it trains: what it has cost, its ceilings, its request to stop, and Google's notices."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from finetune.budget.ledger import Attempt, Ledger
-from finetune.budget.meter import Ceilings, Meter
+from finetune.budget.meter import Meter
+from finetune.budget.watchdog import Watchdog
 from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.preemption import PREEMPTED, PreemptionWatch
-from finetune.machine.price import MachinePrice, dearest_usd_per_hour, facts, rented
+from finetune.machine.price import Ceilings, MachinePrice, dearest_usd_per_hour, facts, rented
 from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say
@@ -24,73 +25,131 @@ LEAST_MINUTES = 1.0
 """That must be left of a budget where the config counts steps alone: what those take is not known before the first."""
 
 
-class Spending:
-    """Of one attempt. Only the first of several processes has a meter; to the others nothing is known and nothing happens.
+class RunBudget(Protocol):
+    """Of one attempt. Rank 0 keeps it; on the other ranks nothing is known of it and nothing happens."""
 
-    step: optimizer steps done before this attempt.
-    """
+    def metered(self, hard_stop: Callable[[], None]) -> AbstractContextManager[None]:
+        """Around the whole attempt. hard_stop: what to do before the process is ended where it does not stop by itself."""
+
+    def book(self, reason: str) -> None:
+        """An attempt that ends before it begins has cost the machine's boot and set-up all the same."""
+
+    def notices(self) -> AbstractContextManager[None]:
+        """While Google may announce that it takes the machine away."""
+
+    def follow(self, progress: Callable[[], tuple[int, int]], wall_seconds: Callable[[], float]) -> None:
+        """progress: optimizer steps done and planned. wall_seconds: since this attempt's first step began."""
+
+    def nothing_left(self) -> str | None:
+        """Why this attempt must not begin; None if it may. Rank 0 decides for all."""
+
+    def note(self, event: str, **facts: Any) -> None:
+        """A line of the ledger, such as a checkpoint; never raises and never waits."""
+
+    def end(self, reason: str) -> None:
+        """The last line of this attempt; what comes later is not on its meter."""
+
+    def series(self) -> dict[str, float]:
+        """For the trackers, with every loss: US dollars."""
+
+    def short(self) -> str:
+        """For the bar: spent of the ceiling, and what the run will have cost."""
+
+    def record(self, reason: str | None = None) -> dict[str, Any]:
+        """For run.json. reason: how this attempt ended, once it has."""
+
+
+def open_budget(
+    run: RunFolder, config: RunConfig, price: MachinePrice | None, stop: Stop, *, attempt: int, step: int
+) -> RunBudget:
+    """Of the attempt that begins. step: optimizer steps done before it. Raises UserError where the ledger cannot be read."""
+    if distributed.first():
+        return FirstRankBudget(run, config, price, stop, attempt=attempt, step=step)
+    return OtherRankBudget()
+
+
+class OtherRankBudget:
+    """Nothing happens. The methods are those of RunBudget."""
+
+    def metered(self, hard_stop: Callable[[], None]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def book(self, reason: str) -> None:
+        pass
+
+    def notices(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def follow(self, progress: Callable[[], tuple[int, int]], wall_seconds: Callable[[], float]) -> None:
+        pass
+
+    def nothing_left(self) -> str | None:
+        return None
+
+    def note(self, event: str, **facts: Any) -> None:
+        pass
+
+    def end(self, reason: str) -> None:
+        pass
+
+    def series(self) -> dict[str, float]:
+        return {}
+
+    def short(self) -> str:
+        return ""
+
+    def record(self, reason: str | None = None) -> dict[str, Any]:
+        return {}
+
+
+class FirstRankBudget:
+    """Ties the meter, the ledger and the watchdog to the run. The methods are those of RunBudget."""
 
     def __init__(
         self, run: RunFolder, config: RunConfig, price: MachinePrice | None, stop: Stop, *, attempt: int, step: int
     ) -> None:
-        """Raises UserError where the ledger cannot be read."""
-        self._config, self._stop, self._attempt, self._first_step = config, stop, attempt, step
-        self._price, self._time = price, MachineTime(rented=rented())
-        self._machine = facts() if distributed.first() and rented() else {}
+        self._stop, self._first_step = stop, step
+        self._save_minutes = config.checkpoint.every_minutes or LEAST_MINUTES
         self._progress: Callable[[], tuple[int, int]] = lambda: (step, 0)
-        self._wall_seconds: Callable[[], float] | None = None
+        self._wall_seconds: Callable[[], float] = lambda: 0.0
         self._hard_stop: Callable[[], None] = lambda: None
-        self._meter = None
-        if distributed.first():
-            self._meter = Meter(
-                Ledger(run.ledger),
-                self._time,
-                usd_per_hour=price.usd_per_hour if price else None,
-                basis=price.basis if price else None,
-                ceilings=Ceilings(config.budget.max_run_usd, config.budget.max_hours),
-                say=say,
-                time_to_save=stop.time_to_save,
-                ask_stop=lambda reason: stop.ask("budget", f"the budget is nearly used up ({reason})"),
-                hard_stop=self._end_now,
-                restart_usd_per_hour=dearest_usd_per_hour() if self._machine.get("spot") else None,
-            )
-
-    @property
-    def step(self) -> int:
-        return self._progress()[0]
+        ledger, machine = Ledger(run.ledger), facts() if rented() else {}
+        self._meter = Meter(
+            ledger.account(),
+            MachineTime(rented=rented()),
+            price,
+            Ceilings(run_usd=config.budget.max_run_usd, hours=config.budget.max_hours),
+            restart_usd_per_hour=dearest_usd_per_hour() if machine.get("spot") else None,
+        )
+        self._log = ledger.new_attempt(attempt, machine=machine, price=price, resumed_step=step or None)
+        self._watchdog = Watchdog(
+            self._meter,
+            self._log,
+            say=say,
+            time_to_save=stop.time_to_save,
+            ask_stop=lambda reason: stop.ask("budget", f"the budget is nearly used up ({reason})"),
+            hard_stop=self._end_now,
+        )
 
     @contextmanager
     def metered(self, hard_stop: Callable[[], None]) -> Iterator[None]:
-        """Around the whole attempt. hard_stop: what to do before the process is ended where it does not stop by itself."""
         self._hard_stop = hard_stop
-        if self._meter is None:
-            yield
-            return
         for problem in self._meter.earlier.problems:
             say(f"ledger: {problem}")
-        self._meter.begin(attempt=self._attempt, machine=self._machine, resumed_step=self._first_step or None)
+        self._watchdog.start()
         try:
             yield
         finally:
-            self._meter.close("failed")
+            self._watchdog.close("failed")
 
     def book(self, reason: str) -> None:
-        """An attempt that ends before it begins has cost the machine's boot and set-up all the same."""
-        if self._meter:
-            log = self._meter.ledger.begin(
-                attempt=self._attempt, machine=self._machine, usd_per_hour=self._price.usd_per_hour if self._price else None,
-                basis=self._price.basis if self._price else None, seconds_before=self._time.take(),
-                resumed_step=self._first_step or None,
-            )  # fmt: skip
-            log.end(self._time.take(), reason, self._first_step or None)
-            self._time.mark()
+        time = self._meter.time
+        self._log.begin(time.take())
+        self._log.end(time.take(), reason, self._first_step or None)
+        time.mark()
 
     @contextmanager
     def notices(self) -> Iterator[None]:
-        """While Google may announce that it takes the machine away."""
-        if self._meter is None:
-            yield
-            return
         with PreemptionWatch(self._on_notice):
             yield
 
@@ -101,50 +160,38 @@ class Spending:
             say("Google announces maintenance that will stop this machine; training goes on until then")
 
     def follow(self, progress: Callable[[], tuple[int, int]], wall_seconds: Callable[[], float]) -> None:
-        """progress: optimizer steps done and planned. wall_seconds: since this attempt's first step began."""
         self._progress, self._wall_seconds = progress, wall_seconds
 
     def nothing_left(self) -> str | None:
-        """Why this attempt must not begin; None if it may. The same for all processes."""
-        minutes = self._config.checkpoint.every_minutes or LEAST_MINUTES
-        return distributed.from_first(lambda: self._meter.check_start(60 * minutes) if self._meter else None)
+        return self._meter.check_start(60 * self._save_minutes)
 
     def note(self, event: str, **facts: Any) -> None:
-        if self._meter:
-            self._meter.note(event, **facts)
+        self._watchdog.note(event, **facts)
 
     def end(self, reason: str) -> None:
-        """The last line of this attempt; what comes later is not on its meter."""
-        if self._meter:
-            self._meter.step = self.step
-            self._meter.close(reason)
+        self._watchdog.reached(self._step)
+        self._watchdog.close(reason)
 
     def series(self) -> dict[str, float]:
-        """For the trackers, with every loss: US dollars."""
-        if self._meter is None:
-            return {}
-        self._meter.step = self.step
+        self._watchdog.reached(self._step)
         spent, projected = self._meter.spent(), self._projected()
         values = {
-            "spent_usd": spent.usd, "ceiling_usd": spent.ceilings.max_run_usd, "projected_usd": projected,
+            "spent_usd": spent.usd, "ceiling_usd": spent.ceilings.run_usd, "projected_usd": projected,
             "hours_on_meter": spent.hours,
         }  # fmt: skip
         return {name: round(value, 6) for name, value in values.items() if value is not None}
 
     def short(self) -> str:
-        """For the bar: spent of the ceiling, and what the run will have cost."""
-        if self._meter is None or (usd := self._meter.spent().usd) is None:
+        spent = self._meter.spent()
+        if spent.usd is None:
             return ""
-        ceiling, projected = self._config.budget.max_run_usd, self._projected()
-        parts = [f"${usd:.2f}" + (f" of ${ceiling:.2f}" if ceiling else "")]
+        ceiling, projected = spent.ceilings.run_usd, self._projected()
+        parts = [f"${spent.usd:.2f}" + (f" of ${ceiling:.2f}" if ceiling else "")]
         if projected is not None:
             parts.append(f"${projected:.2f} at the end (est.)")
         return ", ".join(parts)
 
     def record(self, reason: str | None = None) -> dict[str, Any]:
-        """For run.json. reason: how this attempt ended, once it has."""
-        if self._meter is None:
-            return {}
         spent, projected = self._meter.spent(), self._projected()
         return {
             "spent_usd": None if spent.usd is None else round(spent.usd, 4),
@@ -152,23 +199,26 @@ class Spending:
             "spending": {
                 "usd": None if spent.usd is None else round(spent.usd, 4),
                 "hours": round(spent.hours, 4),
-                "ceiling_usd": spent.ceilings.max_run_usd,
-                "ceiling_hours": spent.ceilings.max_hours,
+                "ceiling_usd": spent.ceilings.run_usd,
+                "ceiling_hours": spent.ceilings.hours,
                 "projected_usd": None if projected is None else round(projected, 4),
                 "basis": f"{spent.text}; projected: estimated from the pace so far",
             },
             "attempt_log": [*map(_told, self._meter.earlier.attempts), _told(self._this(reason))],
         }
 
+    @property
+    def _step(self) -> int:
+        return self._progress()[0]
+
     def _this(self, reason: str | None) -> Attempt:
-        assert self._meter is not None
-        return replace(self._meter.this_attempt(), step=self.step, reason=reason)
+        return replace(self._log.told(), seconds=self._meter.time.seconds(), step=self._step, reason=reason)
 
     def _projected(self) -> float | None:
         done, planned = self._progress()
-        if self._meter is None or self._wall_seconds is None or not planned:
+        if not planned:
             return None
-        return self._meter.projected_usd(done, planned, self._wall_seconds())
+        return self._meter.projected_usd(done - self._first_step, planned - done, self._wall_seconds())
 
     def _end_now(self, reason: str) -> None:
         """The run did not stop by itself: a step hangs. The last committed checkpoint is what there is."""

@@ -1,4 +1,10 @@
-"""What ends a process that no longer listens, and how often the ledger hears that one is alive."""
+"""Holds a run's ceilings whatever the training loop does, and keeps its ledger up to date while it trains.
+
+Two threads: one watches the ceilings, the other writes, so that a bucket that does not answer cannot keep the first from its
+work. Before a ceiling the run is asked to stop while there is time to save; if it has not stopped, it is ended shortly before
+the ceiling; and if a call that holds Python's global lock keeps even that from happening, the timer of `faulthandler`, a thread
+of C that needs no lock, ends the process at the ceiling.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +12,199 @@ import faulthandler
 import math
 import os
 import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
 
+from finetune.budget.ledger import AttemptLog
+from finetune.budget.meter import Meter, duration
 from finetune.errors import UserError
 
 HEARTBEAT_VARIABLE = "FINETUNE_HEARTBEAT_SECONDS"
 HEARTBEAT_SECONDS = 30.0
+KEPT_FOR_SAVE_SECONDS = 20.0
+"""Kept free for a save before a ceiling, at least."""
 HARD_SECONDS = 5.0
 """Before the ceiling the run is ended: time for a last line in the ledger and for run.json."""
+RETRY_SECONDS = 1.0
+END_SECONDS = 15.0
+"""For the ledger's last line when a run closes; a store that takes longer is left alone."""
 DAY_SECONDS = 86400.0
 STDERR = 2
+THREADS = "budget "
+"""Their names begin so."""
+
+
+class Event(Protocol):
+    """What is used of threading.Event. A test has one that waits for seconds which it lets pass by itself."""
+
+    def is_set(self) -> bool: ...
+
+    def set(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> bool: ...
+
+
+class Watchdog:
+    """Of one attempt, from `start` to `close`.
+
+    log: not yet begun. time_to_save: seconds that a save needs now. ask_stop: sets a flag for the end of the step. hard_stop:
+    records the stop and ends the process. The hooks are called by a thread, with the reason in words. last_resort: whether
+    faulthandler's timer, of which a process has one, is set where there is a ceiling. event: makes what the threads wait in.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        log: AttemptLog,
+        *,
+        say: Callable[[str], None],
+        time_to_save: Callable[[], float],
+        ask_stop: Callable[[str], None],
+        hard_stop: Callable[[str], None],
+        last_resort: bool = True,
+        event: Callable[[], Event] = threading.Event,
+    ) -> None:
+        """Raises UserError like `heartbeat_seconds`."""
+        self._meter, self._log = meter, log
+        self._say, self._time_to_save, self._ask_stop, self._hard_stop = say, time_to_save, ask_stop, hard_stop
+        self._step = log.told().resumed_step
+        self._heartbeat = heartbeat_seconds()
+        self._notes: deque[tuple[str, dict[str, Any]]] = deque()
+        self._end: str | None = None  # why the attempt ends, for the writer
+        self._wake, self._ended, self._closing = event(), event(), event()
+        self._started = self._asked = self._stopped = False
+        self._faults: dict[str, str] = {}
+        self._timer = LastResort() if last_resort else None
+        self._threads = [
+            threading.Thread(target=work, name=f"{THREADS}{name}", daemon=True)
+            for name, work in (("ceilings", self._watch), ("ledger", self._write))
+        ]
+
+    def start(self) -> None:
+        """Begins the attempt in the ledger and starts the threads. Raises UserError where the ledger cannot be written."""
+        self._log.begin(self._meter.time.take())
+        self._started = True
+        self._keep("marker", self._meter.time.mark)
+        for thread in self._threads:
+            thread.start()
+
+    def reached(self, step: int) -> None:
+        """So many optimizer steps are done, for the next heartbeats."""
+        self._step = step
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Into the ledger, soon, by the writing thread; never raises and never waits."""
+        self._notes.append((event, facts))
+        self._wake.set()
+
+    def close(self, reason: str) -> None:
+        """Writes the end of an attempt that has begun, and lets go of the ceilings; a second call does nothing. Never raises."""
+        if self._closing.is_set():
+            return
+        self._end = reason
+        self._closing.set()
+        self._wake.set()
+        for thread in reversed(self._threads):
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(END_SECONDS)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._started and not self._ended.is_set():
+            self._say(
+                f"{self._log.path}: the end of this attempt is not in it, nor what it cost since its last line there"
+            )
+
+    def _watch(self) -> None:
+        """The thread that holds the ceilings; it outlives whatever the hooks raise."""
+        while not self._closing.is_set():
+            wait = RETRY_SECONDS
+            try:
+                wait = self._hold()
+                self._faults.pop("ceilings", None)
+            except Exception as error:
+                self._complain("ceilings", f"the watch over the budget goes on after: {error!r}")
+            self._closing.wait(wait)
+
+    def _hold(self) -> float:
+        """One look at the ceilings; returns seconds until the next one."""
+        left = self._meter.seconds_left()
+        if math.isinf(left) and left > 0:
+            return self._heartbeat
+        if self._timer is not None:
+            self._timer.set(left)
+        if left <= HARD_SECONDS and not self._stopped:
+            self._write_end("budget_stop")
+            self._hard_stop(f"{self._meter.room().key}: {self._meter.spent().text}; the run did not stop by itself")
+            self._stopped = True
+        room, save = self._meter.room(), self._save_seconds()
+        if room.seconds <= save and not self._asked:
+            self._asked = True
+            kept = (
+                f"; {duration(room.kept_seconds)} are kept for a start after a preemption"
+                if room.kept_seconds is not None
+                else ""
+            )
+            self._ask_stop(f"{room.key}: {self._meter.spent().text}{kept}")
+        due = [self._heartbeat, left - HARD_SECONDS if left > HARD_SECONDS else RETRY_SECONDS]
+        return max(0.05, min([*due, room.seconds - save] if room.seconds > save else due))
+
+    def _save_seconds(self) -> float:
+        try:
+            return max(KEPT_FOR_SAVE_SECONDS, self._time_to_save())
+        except Exception as error:
+            self._complain("save", f"the time to save is not known: {error!r}")
+            return KEPT_FOR_SAVE_SECONDS
+
+    def _write_end(self, reason: str) -> None:
+        """The last line, by the writing thread; a store that does not answer is not waited for."""
+        self._end = reason
+        self._wake.set()
+        self._ended.wait(HARD_SECONDS / 2)
+
+    def _write(self) -> None:
+        """The thread that writes: heartbeats, notes, the end."""
+        while not self._ended.is_set():
+            near = max(RETRY_SECONDS, self._meter.seconds_left() / 2)
+            self._wake.wait(min(self._heartbeat, near))
+            self._wake.clear()
+            closing = (
+                self._closing.is_set()
+            )  # looked at before the end is: else a close in between would go without a line
+            if self._keep("ledger", self._record):
+                self._keep("marker", self._meter.time.mark)
+            if closing:
+                return
+
+    def _record(self) -> None:
+        seconds, reason = self._meter.time.take(), self._end
+        while self._notes:
+            event, facts = self._notes.popleft()
+            self._log.note(event, **facts)
+        if reason is None:
+            self._log.beat(seconds, self._step)
+        else:
+            self._log.end(seconds, reason, self._step)
+            self._ended.set()
+
+    def _keep(self, what: str, action: Callable[[], object]) -> bool:
+        try:
+            action()
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else repr(error)
+            self._complain(what, f"the {what} is not up to date, and is tried again at each heartbeat: {why}")
+            return False
+        if self._faults.pop(what, None):
+            self._say(f"the {what} is written again")
+        return True
+
+    def _complain(self, what: str, message: str) -> None:
+        """Once, until it works again."""
+        if what not in self._faults:
+            self._faults[what] = message
+            self._say(message)
 
 
 class LastResort:

@@ -17,10 +17,10 @@ def add(commands: Any) -> None:
 
 
 def _machine(arguments: argparse.Namespace) -> int:
-    from finetune.machine.price import machine_price, this_machine, wall_hours
+    from finetune.machine.price import Ceilings, machine_price, this_machine, wall_hours
 
     price = machine_price()
-    hours = wall_hours(price, max_run_usd=arguments.max_run_usd, max_hours=arguments.max_hours)
+    hours = wall_hours(price, Ceilings(arguments.max_run_usd, arguments.max_hours))
     if arguments.wall_hours:
         if hours is None:
             raise UserError(

@@ -12,8 +12,8 @@ from finetune.cli.arguments import OVERRIDES, add_command, positive
 from finetune.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
-    from finetune.cloud.plan.plan import Ceilings
     from finetune.config.schema import RunConfig
+    from finetune.machine.price import Ceilings
 
 
 def add(commands: Any) -> None:
@@ -93,7 +93,7 @@ def _typed(arguments: argparse.Namespace) -> str:
 
 
 def _ceilings(arguments: argparse.Namespace, config: RunConfig) -> Ceilings:
-    from finetune.cloud.plan.plan import Ceilings
+    from finetune.machine.price import Ceilings
 
     return Ceilings(
         usd_per_hour=arguments.max_hourly_usd,

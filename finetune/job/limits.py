@@ -14,7 +14,7 @@ from typing import IO
 from finetune.errors import EXIT_USER_ERROR, UserError
 from finetune.job.programs import say, shell_code
 from finetune.job.settings import JobSettings
-from finetune.machine.price import machine_price, wall_hours
+from finetune.machine.price import Ceilings, machine_price, wall_hours
 
 LOOK_SECONDS = 0.2
 ROOM_SCRIPT = Path("on_machine") / "room.sh"
@@ -33,7 +33,7 @@ def hours_left(settings: JobSettings) -> float:
     """Hours that MAX_RUN_USD and MAX_HOURS leave to this machine, from now. Raises UserError when there are none."""
     most = float(settings.max_hours)
     try:
-        left = wall_hours(machine_price(), max_run_usd=float(settings.max_run_usd), max_hours=most)
+        left = wall_hours(machine_price(), Ceilings(run_usd=float(settings.max_run_usd), hours=most))
     except UserError as error:
         say(str(error))
         say(f"the price of this machine is not known: MAX_HOURS={settings.max_hours} alone limits its time")

@@ -41,6 +41,19 @@ class MachinePrice:
     basis: str
 
 
+@dataclass(frozen=True)
+class Ceilings:
+    """What must not be crossed; None: no such ceiling.
+
+    run_usd: US dollars, hours: billed hours of machines, both of a whole run with all its attempts. usd_per_hour: US dollars for
+    an hour of a machine; it is held where a machine is chosen (`finetune plan`), not while a run trains.
+    """
+
+    run_usd: float | None = None
+    hours: float | None = None
+    usd_per_hour: float | None = None
+
+
 def machine_price() -> MachinePrice | None:
     """The price of this machine; None where no price table came with the launch, such as on a laptop.
 
@@ -105,12 +118,12 @@ def gpu_of(name: str) -> str | None:
     return None
 
 
-def wall_hours(price: MachinePrice | None, *, max_run_usd: float | None, max_hours: float | None) -> float | None:
+def wall_hours(price: MachinePrice | None, ceilings: Ceilings) -> float | None:
     """Hours for which a run may go on from now: what its dollars buy at this price, less the machine's uptime, which is
-    on the meter too, but never more than max_hours. None: no limit."""
-    limits = [] if max_hours is None else [max_hours]
-    if price is not None and max_run_usd is not None:
-        limits.append(max(0.0, max_run_usd / price.usd_per_hour - (machine_age() or 0.0) / 3600))
+    on the meter too, but never more than its hours. None: no limit."""
+    limits = [] if ceilings.hours is None else [ceilings.hours]
+    if price is not None and ceilings.run_usd is not None:
+        limits.append(max(0.0, ceilings.run_usd / price.usd_per_hour - (machine_age() or 0.0) / 3600))
     return min(limits, default=None)
 
 

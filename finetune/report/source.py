@@ -157,9 +157,9 @@ def spending_lines(run: Json) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One attempt of the run as text, "–" where it is not known: what it ran on, from which step to which, for how long, for how
-    much, and how it ended."""
+class AttemptRow:
+    """One attempt of the run as a row of text, "–" where it is not known: what it ran on, from which step to which, for how long,
+    for how much, and how it ended."""
 
     number: str
     started: str
@@ -172,17 +172,17 @@ class Attempt:
     end: str
 
 
-def attempt_rows(run: Json) -> list[Attempt]:
+def attempt_rows(run: Json) -> list[AttemptRow]:
     """From the run's attempt_log; empty for a run that has none."""
     return [_attempt(entry) for entry in run.get("attempt_log") or []]
 
 
-def _attempt(entry: Json) -> Attempt:
+def _attempt(entry: Json) -> AttemptRow:
     spot = entry.get("spot")
     kind = ("spot" if spot else "on-demand") if isinstance(spot, bool) else None
     machine = ", ".join(str(part) for part in (entry.get("gpu"), entry.get("machine"), kind) if part)
     steps = [entry.get("from_step"), entry.get("to_step")]
-    return Attempt(
+    return AttemptRow(
         number=_or_dash(entry.get("attempt")),
         started=re.sub(r"T(\d\d:\d\d).*(\+00:00|Z)$", r" \1", _or_dash(entry.get("started_at"))),
         machine=machine or UNKNOWN,

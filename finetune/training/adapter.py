@@ -23,7 +23,7 @@ from finetune.training.setup import Parts
 
 TEMPORARY_ADAPTER, TEMPORARY_COPY = ".adapter.tmp", ".adapter-of-checkpoint.tmp"
 ADAPTER_SECONDS = 1.5
-"""For the adapter where the budget ends a run that hangs, of the meter's HARD_SECONDS before the ceiling."""
+"""For the adapter where the budget ends a run that hangs, of the watchdog's HARD_SECONDS before the ceiling."""
 OF_ADAPTER = ("adapter_*", "README.md", "tokenizer*", "special_tokens_map.json", "chat_template*", "prompt.json")
 """What of a checkpoint makes an adapter folder, which is complete in itself."""
 

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from finetune.budget.run_budget import Spending
+from finetune.budget.run_budget import RunBudget
 from finetune.config.load import config_hash, to_dict
 from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
@@ -154,7 +154,7 @@ class RunRecorder:
     """
 
     def __init__(
-        self, run: RunFolder, record: dict[str, Any], spending: Spending, began: float, newest: Path | None = None
+        self, run: RunFolder, record: dict[str, Any], spending: RunBudget, began: float, newest: Path | None = None
     ) -> None:
         self.record, self.newest = record, newest
         self._run, self._spending = run, spending

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetune.budget.run_budget import Spending
+from finetune.budget.run_budget import RunBudget, open_budget
 from finetune.checkpoint.async_saver import Committed, Saver
 from finetune.checkpoint.store import read_manifest
 from finetune.config.load import config_hash, load_config, to_dict
@@ -52,7 +52,7 @@ class Session:
     run: RunFolder
     inputs: Inputs
     recorder: RunRecorder
-    spending: Spending
+    spending: RunBudget
     stop: Stop
     resume_from: Path | None = None
 
@@ -100,11 +100,11 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
 def _attempt(run: RunFolder, inputs: Inputs, record: dict[str, Any], found: Path | None, began: float) -> int:
     stop = Stop(say)
     step = read_manifest(found)["step"] if found else 0
-    spending = Spending(run, inputs.config, inputs.price, stop, attempt=int(record["attempts"]), step=step)
+    spending = open_budget(run, inputs.config, inputs.price, stop, attempt=int(record["attempts"]), step=step)
     recorder, before = RunRecorder(run, record, spending, began, found), record.get("status")
     session = Session(run, inputs, recorder, spending, stop, found)
     distributed.on_failure(lambda: _close_failed(session, RuntimeError()))
-    if refusal := spending.nothing_left():
+    if refusal := distributed.from_first(spending.nothing_left):
         return _refused(session, refusal, before)
     try:
         recorder.write(status="running", ended_at=None)  # first of all: a folder without run.json is no run

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,20 @@ from hypothesis import strategies as st
 
 from finetune.budget.ledger import KEPT_BEAT_SECONDS, METERED, AttemptLog, Ledger
 from finetune.errors import UserError
+from finetune.machine.price import MachinePrice
 
 MACHINE = {"zone": "us-central1-a", "gpu": "A100", "spot": True, "id": "4520031799277581759"}
 
 
 def begin(ledger: Ledger, attempt: int = 1, usd: float | None = 3.6, before: float = 0.0, **facts: Any) -> AttemptLog:
-    return ledger.begin(
-        attempt=attempt,
+    log = ledger.new_attempt(
+        attempt,
         machine=facts.pop("machine", MACHINE),
-        usd_per_hour=usd,
-        basis="a catalog of today",
-        seconds_before=before,
+        price=None if usd is None else MachinePrice(usd, "a catalog of today"),
         resumed_step=facts.pop("resumed_step", None),
     )
+    log.begin(before)
+    return log
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -62,7 +62,8 @@ def test_seconds_times_price_over_all_attempts(tmp_path: Path) -> None:
         21,
         None,
     )
-    assert (one.zone, one.gpu, one.spot, one.basis) == ("us-central1-a", "A100", True, "a catalog of today")
+    assert (one.zone, one.gpu, one.spot) == ("us-central1-a", "A100", True)
+    assert one.price == MachinePrice(3.6, "a catalog of today")
     assert (two.number, two.usd, two.hours, two.reason, two.step, two.resumed_step) == (2, 1.8, 2, None, 30, 20)
     assert (two.zone, two.gpu, two.spot) == (None, None, None)
     assert (account.usd, account.hours, account.problems) == (pytest.approx(5.4), 3, ())
@@ -71,6 +72,25 @@ def test_seconds_times_price_over_all_attempts(tmp_path: Path) -> None:
 def test_an_attempt_that_was_killed_at_once_has_cost_its_boot(tmp_path: Path) -> None:
     begin(Ledger(tmp_path), before=720.0)
     assert Ledger(tmp_path).account().usd == pytest.approx(0.72)
+
+
+def test_the_first_line_of_a_file_is_what_earlier_versions_read_and_wrote(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path), before=12.3456, resumed_step=8)
+    first = lines(log.path)[0]
+    at, token = first["at"], first["token"]
+    assert log.path.read_text() == (
+        f'{{"event": "begin", "at": "{at}", "attempt": 1, "token": "{token}", "metered_seconds": 12.346, "step": 8, '
+        '"usd_per_hour": 3.6, "basis": "a catalog of today", "machine": {"zone": "us-central1-a", "gpu": "A100", "spot": true, '
+        '"id": "4520031799277581759"}}\n'
+    )
+    assert at and len(token) == 16
+
+
+def test_an_attempt_is_told_before_it_begins_and_leaves_no_file(tmp_path: Path) -> None:
+    log = Ledger(tmp_path / "ledger").new_attempt(2, machine=MACHINE, price=MachinePrice(3.6, "b"), resumed_step=8)
+    told = log.told()
+    assert (told.number, told.zone, told.usd, told.resumed_step, told.began_at) == (2, "us-central1-a", 0.0, 8, None)
+    assert not (tmp_path / "ledger").exists()
 
 
 def test_attempts_without_a_price_are_named(tmp_path: Path) -> None:
@@ -253,8 +273,7 @@ def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path) -> None:
     program = (
         "import resource, sys; from pathlib import Path; from finetune.errors import UserError\n"
         "from finetune.budget.ledger import Ledger\n"
-        "log = Ledger(Path(sys.argv[1])).begin(attempt=1, machine={}, usd_per_hour=1.0, basis='b', seconds_before=0, "
-        "resumed_step=None)\n"
+        "log = Ledger(Path(sys.argv[1])).new_attempt(1, machine={}, price=None, resumed_step=None); log.begin(0)\n"
         "log.beat(60.0, 1)\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
@@ -271,28 +290,41 @@ def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path) -> None:
 
 def test_a_slow_write_does_not_undo_a_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = begin(Ledger(tmp_path))
-    rename, slow = os.replace, threading.Event()
+    rename, slow, waits = os.replace, threading.Event(), threading.Event()
+
+    class TellingLock:
+        """Tells when somebody has to wait for it."""
+
+        lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if not self.lock.acquire(blocking=False):
+                waits.set()
+                self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
 
     def rename_slowly(source: str, target: Path) -> None:
         if not slow.is_set():
             slow.set()
-            time.sleep(0.3)
+            waits.wait(5)
         rename(source, target)
 
+    monkeypatch.setattr(log, "_lock", TellingLock())
     monkeypatch.setattr(os, "replace", rename_slowly)
     first = threading.Thread(target=lambda: log.note("saved", step=1))
     first.start()
     slow.wait()
     log.note("saved", step=2)
     first.join()
-    assert [line["step"] for line in lines(log.path)] == [None, 1, 2]
+    assert waits.is_set() and [line["step"] for line in lines(log.path)] == [None, 1, 2]
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_the_lines_before_it(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from finetune.budget.ledger import Ledger\n"
-        "log = Ledger(Path(sys.argv[1])).begin(attempt=1, machine={}, usd_per_hour=1.0, basis='b', seconds_before=0, "
-        "resumed_step=None)\n"
+        "log = Ledger(Path(sys.argv[1])).new_attempt(1, machine={}, price=None, resumed_step=None); log.begin(0)\n"
         "for n in range(9): log.beat(600.0 * n, n)\n"
     )
     environment = os.environ | {"FINETUNE_FAULT": "ledger:5"}  # the first is that of `begin`

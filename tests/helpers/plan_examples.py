@@ -8,10 +8,11 @@ from typing import Any
 
 from finetune.cloud.catalog.csv_file import read_prices
 from finetune.cloud.catalog.offers import Catalog
-from finetune.cloud.plan.plan import Ceilings, Plan, Row, plan_run
+from finetune.cloud.plan.plan import Plan, Row, plan_run
 from finetune.config.load import from_dict
 from finetune.config.schema import RunConfig
 from finetune.machine.gpus import GPUS
+from finetune.machine.price import Ceilings
 from tests.helpers.catalog_fixture import gpu, host, write_prices
 
 HOST_USD, HOST_SPOT_USD = 0.10, 0.05

@@ -70,7 +70,7 @@ def change(path: Path, section: str, **values: Any) -> None:
 
 
 class FakeTime:
-    """Seconds on the meter of every attempt, set by hand; the meter looks at them twenty times a second."""
+    """Seconds on the meter of every attempt, set by hand; the watchdog looks at them twenty times a second."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         from finetune.budget import run_budget

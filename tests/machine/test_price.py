@@ -19,6 +19,7 @@ from finetune.machine.preemption import MAINTENANCE, PREEMPTED, PreemptionWatch
 from finetune.machine.price import (
     KEPT,
     VARIABLE,
+    Ceilings,
     Machine,
     dearest_usd_per_hour,
     facts,
@@ -160,11 +161,11 @@ def test_a_broken_table_is_an_error_not_a_free_machine(text: str, monkeypatch: p
 def test_hours_that_a_budget_buys_count_from_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_price_module, "machine_age", lambda: 1800.0)
     price = price_in(TABLE, Machine("us-central1-a", False, "T4"))  # $0.80
-    assert wall_hours(price, max_run_usd=8.0, max_hours=None) == pytest.approx(9.5)
-    assert wall_hours(price, max_run_usd=8.0, max_hours=2.0) == 2.0
-    assert wall_hours(price, max_run_usd=0.1, max_hours=2.0) == 0.0
-    assert wall_hours(None, max_run_usd=8.0, max_hours=2.0) == 2.0
-    assert wall_hours(None, max_run_usd=8.0, max_hours=None) is None
+    assert wall_hours(price, Ceilings(8.0, None)) == pytest.approx(9.5)
+    assert wall_hours(price, Ceilings(8.0, 2.0)) == 2.0
+    assert wall_hours(price, Ceilings(0.1, 2.0)) == 0.0
+    assert wall_hours(None, Ceilings(8.0, 2.0)) == 2.0
+    assert wall_hours(None, Ceilings(8.0, None)) is None
 
 
 def test_the_command_prints_price_and_hours(

@@ -127,6 +127,9 @@ def test_what_is_left_of_an_interrupted_run_that_cannot_pay_for_more_is_an_adapt
     assert (run / "adapter" / "prompt.json").is_file() and (run / "adapter" / "tokenizer.json").is_file()
     attempts = Ledger(run / "ledger").account().attempts
     assert [(attempt.seconds, attempt.reason) for attempt in attempts] == [(3500.0, "failed"), (80.0, "budget_stop")]
+    assert [(row["attempt"], row["started_at"]) for row in record["attempt_log"]] == [
+        (attempt.number, attempt.began_at) for attempt in attempts
+    ]
 
 
 @pytest.mark.parametrize(("spot", "spent"), [(True, 2570.0), (False, 2770.0)])

@@ -18,6 +18,7 @@ from finetune.estimate.fit import Fitted, Limits, fit_on, usual_step_tokens
 from finetune.estimate.speed import Speed, training_speed
 from finetune.estimate.speed_fused import LeanStep, lean_speed
 from finetune.machine.gpus import GPUS, GpuSpec
+from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES, ModelShape, shape_of
 
 VALIDATION_COST = 1 / 3
@@ -28,15 +29,6 @@ base: one of the two), so 1/3 is on the safe side. Estimated."""
 MOST_PREEMPTIONS = 5.0
 """Preemptions expected between two checkpoints, from which on a run is refused: it would start such a stretch over e^5 = 148
 times before it once got through."""
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """US dollars and hours; None is no ceiling."""
-
-    usd_per_hour: float | None = None
-    run_usd: float | None = None
-    hours: float | None = None
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "tokens": round(size.tokens),
             "basis": size.basis,
         },
-        "ceilings": vars(plan.ceilings),
+        "ceilings": {key: getattr(plan.ceilings, key) for key in ("usd_per_hour", "run_usd", "hours")},
         "assumptions": vars(plan.assumptions),
         "rows": [_row_json(row) for row in plan.rows],
     }

@@ -15,7 +15,6 @@ import pytest
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.plan.plan import (
     VALIDATION_COST,
-    Ceilings,
     OnGpu,
     RunCost,
     ceiling_refusals,
@@ -29,6 +28,7 @@ from finetune.errors import UserError
 from finetune.estimate.speed import Speed
 from finetune.estimate.speed_fused import LeanStep, lean_speed
 from finetune.machine.gpus import GPUS
+from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES
 from tests.helpers.plan_examples import (
     ALL,
@@ -286,7 +286,7 @@ def test_each_ceiling_refuses_with_both_numbers(tmp_path: Path) -> None:
 def test_a_refusal_that_is_close_shows_the_decimals_that_decide(
     usd_per_hour: float, usd: float, hours: float, said: list[str]
 ) -> None:
-    assert ceiling_refusals(usd_per_hour, RunCost(hours, usd, 0.0, 0.0, 0.0), Ceilings(2.98, 5.68, 6.0)) == said
+    assert ceiling_refusals(usd_per_hour, RunCost(hours, usd, 0.0, 0.0, 0.0), Ceilings(5.68, 6.0, 2.98)) == said
 
 
 def test_what_does_not_fit_is_refused_with_needed_and_there(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from finetune.cloud.catalog.offers import load_catalog
-from finetune.cloud.plan.plan import Ceilings, Plan
+from finetune.cloud.plan.plan import Plan
 from finetune.cloud.plan.table import HEADER, render, to_json
 from finetune.estimate.speed import training_speed
 from finetune.machine.gpus import GPUS
+from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES
 from tests.helpers.catalog_fixture import lay_out_catalog
 from tests.helpers.plan_examples import ALL, plan_of, priced, run_config, with_a_wrong_price, write_manifest

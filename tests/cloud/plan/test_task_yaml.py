@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.cloud.plan.plan import Ceilings, Plan
+from finetune.cloud.plan.plan import Plan
 from finetune.cloud.plan.task_yaml import write_order
 from finetune.errors import UserError
+from finetune.machine.price import Ceilings
 from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 from tests.helpers.plan_examples import plan_of, priced, run_config
 

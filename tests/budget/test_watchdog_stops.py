@@ -1,4 +1,5 @@
-"""Runs that hang, each a process of its own: the meter ends them before their ceiling, or at it, whatever they hang in."""
+"""Runs that hang, each a process of its own, in real time: the watchdog ends them before their ceiling or at it, whatever they
+hang in."""
 
 from __future__ import annotations
 
@@ -22,8 +23,10 @@ PROGRAM = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
 from finetune.budget.ledger import Ledger
+from finetune.budget.meter import Meter
+from finetune.budget.watchdog import Watchdog
 from finetune.machine.billed_time import MachineTime, process_age
-from finetune.budget.meter import Ceilings, Meter
+from finetune.machine.price import Ceilings, MachinePrice
 
 folder, how, ceiling = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 
@@ -33,9 +36,12 @@ def hard_stop(reason):
         time.sleep(60)
     os._exit(0)
 
-meter = Meter(Ledger(folder), MachineTime(rented=False), usd_per_hour=3600.0, basis="b", ceilings=Ceilings(ceiling, None),
-              say=print, ask_stop=lambda reason: print("asked:", reason, flush=True), hard_stop=hard_stop)
-meter.begin(attempt=1, machine={}, resumed_step=None)
+ledger, price = Ledger(folder), MachinePrice(3600.0, "b")
+meter = Meter(ledger.account(), MachineTime(rented=False), price, Ceilings(run_usd=ceiling))
+log = ledger.new_attempt(1, machine={}, price=price, resumed_step=None)
+watchdog = Watchdog(meter, log, say=print, time_to_save=lambda: 0.0, hard_stop=hard_stop,
+                    ask_stop=lambda reason: print("asked:", reason, flush=True))
+watchdog.start()
 time.sleep(1.2)
 if how == "sleeps":
     time.sleep(60)
@@ -46,7 +52,7 @@ elif how == "hook hangs":
 elif how == "holds the lock":
     ctypes.PyDLL(None).sleep(60)
 elif how == "ends":
-    meter.close("done")
+    watchdog.close("done")
     time.sleep(max(0.0, ceiling - process_age()) + 1)
     print("still here")
 """
