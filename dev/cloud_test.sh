@@ -7,13 +7,14 @@
 # Environment: SUITE=short       one guard for each kind of scenario, instead of all of them
 #              SCENARIO          a part of tests' names, as pytest's -k has it
 #              FT_CLOUD_REQUIRED=1  fail where the emulated cloud cannot be had, instead of skipping it
+#              FT_CLOUD_PACE     is measured: how many times as long as in tests/emulated_cloud/pace.py things take here
 #              FT_CLOUD_IMAGE    a folder that keeps the machines' image from one session to the next
 #              GCP_PROJECT       a project of Google Cloud; YES=1 answers the question
 # Exit codes: 0 passed, or skipped with the reason printed; 1 failed; 2 the user's mistake.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly PYTHON=.venv/bin/python HERE=tests/emulated_cloud PACKAGE=tests.emulated_cloud
-readonly WORLDS=2  # side by side; a third makes all of them too slow on 2 cores
+readonly WORLDS=2  # side by side, as in pace.py; a third makes all of them too slow on 2 cores
 only=()
 case "${SUITE:-whole}" in
   whole) suite="cloud and not cloud_short(only=True)" ;;
@@ -68,6 +69,8 @@ emulated() {
     say "skipped, because the emulated cloud cannot be had here: $reason"
     exit 0
   fi
+  FT_CLOUD_PACE=$("$PYTHON" -m "$PACKAGE.pace")  # before the worlds: they would slow each other down
+  export FT_CLOUD_PACE
   scratch=$("$PYTHON" -m "$PACKAGE.leftovers" begin $$)
   trap '"$PYTHON" -m "$PACKAGE.leftovers" end $$' EXIT  # also of what Ctrl-C has kept the tests from removing
   junit="$scratch/junit.xml"

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from finetune.cli import config, data, demo, doctor, evaluate, generate, job, machine, plan, report, train
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
@@ -72,3 +73,14 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a hub kernel that we do not use
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report its use to the hub
+
+
+class _Callable(ModuleType):
+    """`from finetune.cli import main; main()` is the console script of an environment that was installed while finetune/cli.py
+    was one file. It gets this module in place of the function, and would fail from a `git pull` to the next `make setup`."""
+
+    def __call__(self) -> int:
+        return main()
+
+
+sys.modules[__name__].__class__ = _Callable

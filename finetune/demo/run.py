@@ -19,6 +19,7 @@ from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.run_folder import RunFolder, open_run, remove_unbegun
 from finetune.runtime.console import say
+from finetune.training.resume import keep_threads
 from finetune.training.run import resume, start
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
     """The demo of a config with a `training.run_name`, until about `deadline` (time.monotonic()); returns the exit code.
 
-    A demo that was interrupted goes on as it was planned then. Raises UserError for what no run can begin with.
+    A demo that was interrupted goes on as it was planned then, on as many threads. Raises UserError for what no run can begin
+    with.
     """
     if not config.training.run_name:
         raise UserError(f"{config_file}: training.run_name: the demo needs a name, by which it finds its run again")
@@ -46,6 +48,8 @@ def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
 def _go_on(run: RunFolder) -> int:
     if run.adapter.is_dir():
         say(f"{run.path} is trained already; `make demo-fresh` starts over")
+        device = choose_device(run.config().model.torch_dtype).place
+        keep_threads(run.record(), device)  # answers that are still missing are to be those of a demo in one go
         return EXIT_OK
     return resume(run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,14 +31,35 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """SIGTERM and SIGINT that come while the block runs are handled at its end. For the start of a program: a handler that raises
+    in the middle of it would leave a program that nobody knows of."""
+    came: list[int] = []
+    earlier = {
+        number: signal.signal(number, lambda which, _: came.append(which)) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        for which in came[:1]:
+            signal.raise_signal(which)
+
+
 def call(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run a program to its end; it ends with us. Raises ProgramFailed."""
-    with subprocess.Popen(command, env=environment) as program:
-        try:
-            code = program.wait()
-        except BaseException:
+    program: subprocess.Popen[bytes] | None = None
+    try:
+        with signals_later():
+            program = subprocess.Popen(command, env=environment)
+        code = program.wait()
+    except BaseException:
+        if program is not None:
             program.terminate()
-            raise
+            program.wait()
+        raise
     if code:
         raise ProgramFailed(shell_code(code))
 
@@ -47,23 +69,25 @@ def tensorboard(settings: JobSettings) -> Iterator[None]:
     """While the block runs TensorBoard shows all runs of the bucket to whoever comes in by ssh."""
     words = ["tensorboard", "--logdir", str(settings.runs), "--host", "127.0.0.1", "--port", str(TENSORBOARD_PORT)]
     log = settings.state / "tensorboard.log"
+    program: subprocess.Popen[bytes] | None = None
     try:
-        with log.open("wb") as file:
-            program = subprocess.Popen(
-                [*words, "--reload_interval", "60"], env=settings.environment, stdout=file, stderr=file
-            )
-    except OSError as error:  # the job is worth more than its picture
-        say(f"TensorBoard does not start: {error}")
-        yield
-        return
-    try:
+        try:
+            with log.open("wb") as file, signals_later():
+                program = subprocess.Popen(
+                    [*words, "--reload_interval", "60"], env=settings.environment, stdout=file, stderr=file
+                )
+        except OSError as error:  # the job is worth more than its picture
+            say(f"TensorBoard does not start: {error}")
+            yield
+            return
         say(
             f"TensorBoard: ssh -L {TENSORBOARD_PORT}:localhost:{TENSORBOARD_PORT} {settings.cluster}, then "
             f"http://localhost:{TENSORBOARD_PORT}"
         )
         yield
     finally:
-        program.terminate()
+        if program is not None:
+            program.terminate()
 
 
 def last_lines(path: Path, count: int) -> str:

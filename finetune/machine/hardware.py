@@ -93,11 +93,16 @@ def detect() -> Hardware:
     return Hardware(
         platform=platform.platform(),
         cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         ram_gib=round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB, 1),
         gpu=gpu,
         dtype=dtype_for(gpu.compute_capability if gpu else None),
     )
+
+
+def usable_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def torch_build() -> TorchBuild | None:

@@ -59,6 +59,7 @@ def new_record(
         "python": sys.version.split()[0],
         "packages": package_versions(),
         "seed": config.training.seed,
+        "threads": torch.get_num_threads(),
         "attempts": 1,
         "wall_seconds": 0.0,
         "history": [],

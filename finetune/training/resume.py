@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune.checkpoint.store import CheckpointStore, Skipped, read_manifest
 from finetune.config.load import load_config, to_dict, with_numbers
 from finetune.config.resume_rules import decide, refusal
 from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
 from finetune.errors import UserError
+from finetune.machine.hardware import usable_cores
 from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say
@@ -36,6 +39,22 @@ def check_unfinished(run: RunFolder, record: dict[str, Any]) -> None:
         raise UserError(
             f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`"
         )
+
+
+def keep_threads(record: dict[str, Any], device: torch.device) -> None:
+    """On a processor, compute on as many threads as the run began with: sums are taken in another order on another number, and
+    the run would end with other bytes than without the interruption. Where the run began on more cores than this process may
+    use, it goes on with those, and says so.
+
+    record: run.json; one of before threads were recorded changes nothing.
+    """
+    began = record.get("threads")
+    if began is None or device.type != "cpu":
+        return
+    threads = min(began, max(1, usable_cores() // distributed.count()))
+    if threads < began:
+        say(f"began with {began} threads, and there are cores for {threads}: the numbers may differ in the last digits")
+    torch.set_num_threads(threads)
 
 
 def newest_checkpoint(

@@ -36,7 +36,14 @@ from finetune.training.adapter import (
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.training.record import RunRecorder, describe_attempt, new_record
-from finetune.training.resume import check_same_steps, check_unfinished, newest_checkpoint, set_ceilings, store_of
+from finetune.training.resume import (
+    check_same_steps,
+    check_unfinished,
+    keep_threads,
+    newest_checkpoint,
+    set_ceilings,
+    store_of,
+)
 from finetune.training.save_policy import EndOfStep, StepAbandoned
 from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
 from finetune.training.snapshot import WINDOW, Snapshots, check_resumed, scratch_folder
@@ -88,6 +95,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
         config, record = distributed.from_first(lambda: (load_config(run.config_yaml, typed), run.record()))
         check_unfinished(run, record)
         inputs = inputs_of(config)
+        keep_threads(record, inputs.device.place)
         store = store_of(run, config, record["run_id"])
         path = record.get("step", {}).get("path")
         found = distributed.from_first(lambda: newest_checkpoint(run, store, config, inputs.data, path))

@@ -139,6 +139,17 @@ def test_python_dash_m_finetune_is_the_command(config: Path) -> None:
     assert done.stderr == "finetune: missing.yaml: no such config file; see configs/ for examples\n"
 
 
+def test_a_console_script_of_when_the_command_line_was_one_file_still_works(config: Path) -> None:
+    program = (
+        "import sys\nfrom finetune.cli import main\nif __name__ == '__main__':\n    sys.exit(main())"  # pip's, of then
+    )
+    words = [sys.executable, "-c", program, "config"]
+    done = subprocess.run([*words, str(config)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "max_steps: 4" in done.stdout
+    done = subprocess.run([*words, "missing.yaml"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("finetune: missing.yaml: ")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -24,6 +24,9 @@ from finetune.demo.schedule import (
     training_that_fits,
 )
 from finetune.errors import EXIT_TRANSIENT
+from finetune.evaluation.run import evaluate_run
+from finetune.run_folder import RunFolder
+from finetune.training import resume
 from tests.helpers.train_helpers import at_step
 
 ConfigWriter = Callable[..., Path]
@@ -122,6 +125,65 @@ def test_an_interrupted_demo_goes_on_as_it_was_planned(
     assert record["steps"] == {"done": 6, "planned": 6} and record["attempts"] == 2
     assert (run / "report.html").is_file()
     capsys.readouterr()
+
+
+def test_an_interrupted_demo_goes_on_with_as_many_threads_as_it_had_chosen(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of its training, and before the answers of what it has trained."""
+    used: dict[str, int] = {}
+    evaluate, before = evaluate_run, torch.get_num_threads()
+
+    def killed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    def answered(run: RunFolder) -> None:
+        used["answers"] = torch.get_num_threads()
+        evaluate(run)
+
+    def go_on(code: int) -> None:
+        torch.set_num_threads(2)  # as a new process has them
+        assert cli.main(["demo", str(config)]) == code
+
+    monkeypatch.setattr(resume, "usable_cores", lambda: 2)
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(pace_of, "_fastest", lambda step: (0.1, 1))
+            at_step(3, lambda: signal.raise_signal(signal.SIGTERM), patched)
+            go_on(EXIT_TRANSIENT)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(demo, "evaluate_run", killed)
+            at_step(5, lambda: used.update(training=torch.get_num_threads()), patched)
+            go_on(EXIT_TRANSIENT)
+        monkeypatch.setattr(demo, "evaluate_run", answered)
+        go_on(0)
+    finally:
+        torch.set_num_threads(before)
+    assert used == {"training": 1, "answers": 1}
+
+
+@pytest.mark.parametrize(
+    ("began", "device", "threads", "told"),
+    [(1, "cpu", 1, False), (2, "cpu", 2, False), (3, "cpu", 2, True), (1, "cuda", 2, False), (None, "cpu", 2, False)],
+)
+def test_threads_of_a_resumed_run(
+    began: int | None,
+    device: str,
+    threads: int,
+    told: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here are two cores; fewer than it began with are told."""
+    monkeypatch.setattr(resume, "usable_cores", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        resume.keep_threads({} if began is None else {"threads": began}, torch.device(device))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert ("began with 3 threads, and there are cores for 2" in capsys.readouterr().err) == told
 
 
 def test_a_demo_that_was_killed_before_its_first_record_begins_anew(config: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tests.emulated_cloud.bucket_server import FORBIDDEN, TESTS_OWN
+from tests.emulated_cloud.pace import patience
 
 HERE = Path(__file__).resolve().parent
 PORT = 9023
@@ -47,14 +48,14 @@ class Buckets:
         self.process = subprocess.Popen(command, env=env, cwd=folder, stdout=self.log, stderr=self.log)
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._opener.addheaders = [(TESTS_OWN, "1")]
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + patience(30)
         while not self._answers():
             assert self.process.poll() is None and time.monotonic() < deadline, Path(self.log.name).read_text()
             time.sleep(0.05)
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=patience(30))
         self.log.close()
 
     def forbid(self, bucket: str, *permissions: str) -> None:

@@ -30,6 +30,8 @@ LONGEST = (
     "out_of_stock",
 )
 """Ends of the names of the tests that take minutes, the longest first."""
+FIRST_OF_REST = "out_of_stock"
+"""Of the short suite's tests: by its start the one with the budget knows what a start takes here."""
 
 SHORT, GROUP = "cloud_short", "xdist_group"
 """Markers: of tests in the short suite, and of those that one process is to run."""
@@ -52,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return named[0] if named and item.get_closest_marker("cloud") else len(LONGEST)
 
     items.sort(key=place)
+    if config.option.markexpr == SHORT:
+        items.sort(key=lambda item: not item.name.endswith(FIRST_OF_REST))
     for item in items:
         if config.option.markexpr == SHORT and item.get_closest_marker(SHORT) and not item.get_closest_marker(GROUP):
             item.add_marker(pytest.mark.xdist_group("rest"))
@@ -126,6 +130,7 @@ def whole(whole_world: World, project: Path, tmp_path_factory: pytest.TempPathFa
 def bare_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The layer of an image with a user and sshd's settings, without SkyPilot's runtime."""
     skip_unless_possible()
+    PACE.learn()
     folder = tmp_path_factory.mktemp("image") / "layer"
     machine_image.lay_out(folder / "upper")
     with machine_image.running(folder) as booted:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.emulated_cloud.pace import patience
+
 HERE = Path(__file__).resolve().parent
 UNSHARE = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--propagation", "private"]
 
@@ -56,8 +58,10 @@ class Booted:
         """At once and for all of its processes, as pulling the plug."""
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(timeout=30)
-        deadline = time.monotonic() + 10  # --kill-child is carried out by the kernel, not waited for by anybody
+        self.process.wait(timeout=patience(30))
+        deadline = time.monotonic() + patience(
+            10
+        )  # --kill-child is carried out by the kernel, not waited for by anybody
         while Path(f"/proc/{self.init}/ns/pid").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         for stream in (self.process.stdin, self.process.stdout, self.log):
@@ -74,7 +78,12 @@ class Booted:
         inside = ["nsenter", "--target", str(self.init), "--all", "--root", "--wd", "--"]
         as_user = [] if user == "root" else ["runuser", "-u", user, "--"]
         return subprocess.run(
-            [*inside, *as_user, *command], capture_output=True, text=True, env=env, timeout=timeout, check=False
+            [*inside, *as_user, *command],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=patience(timeout),
+            check=False,
         )
 
     def _expect(self, word: str) -> None:

@@ -10,6 +10,7 @@ from finetune.budget.ledger import Attempt
 from finetune.cloud.catalog.csv_file import VMS
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from tests.emulated_cloud.gce_bill import Price, Stretch
+from tests.emulated_cloud.pace import PACE
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import Run
 from tests.emulated_cloud.world import World
@@ -85,7 +86,11 @@ def reckon(run: Run, folder: Path) -> Reckoning:
     assert len(stretches) == len(account.attempts), (stretches, account.attempts)
     for stretch, attempt in zip(stretches, account.attempts, strict=True):
         check_machine(stretch, attempt, price(stretch))
-        print(f"attempt {attempt.number}: {attempt.seconds:.1f} s on the ledger, {stretch.seconds:.1f} s on the bill")
+        figure(
+            f"attempt {attempt.number}: a start of {attempt.seconds_before:.1f} s; {attempt.seconds:.1f} s on the ledger, "
+            f"{stretch.seconds:.1f} s on the bill"
+        )
+        PACE.starts.append(attempt.seconds_before)
     tails = [idle(run, stretch, attempt) for stretch, attempt in zip(stretches, account.attempts, strict=True)]
     assert account.usd is not None
     result = Reckoning(

@@ -112,7 +112,7 @@ class SkyPilot:
         self.run("api", "stop", timeout=60)
         end_processes(self.home.parent)
         if self.server:
-            self.server.wait(timeout=30)
+            self.server.wait(timeout=patience(30))
 
     def run(self, *words: str, cwd: Path | None = None, typed: str = "", timeout: float = 600, **env: str) -> Done:
         """`sky WORDS`, with `typed` as its standard input. Raises AssertionError with its output when the time is up, `timeout`
@@ -148,7 +148,7 @@ class SkyPilot:
             yield process
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=patience(30))
 
     def expire_login(self, expired: bool = True) -> None:
         """As if Google no longer took the login."""
@@ -162,16 +162,15 @@ class SkyPilot:
             cwd=self.home,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=patience(timeout),
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
     def _wait(self, url: str, log: Path, seconds: float = 300) -> None:
-        """The pace is measured later, so the bound is ample."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patience(seconds)
         while time.monotonic() < deadline:
             try:
                 opener.open(url, timeout=30).close()

@@ -15,6 +15,7 @@ from tests.emulated_cloud.buckets import PORT, Buckets
 from tests.emulated_cloud.gce import Cloud
 from tests.emulated_cloud.gce_instances import parse_wish
 from tests.emulated_cloud.machine import Machine, Site, open_site
+from tests.emulated_cloud.pace import patience
 
 pytestmark = pytest.mark.cloud
 HERE = Path(__file__).resolve().parent
@@ -100,11 +101,11 @@ def test_the_metadata_server_tells_of_a_preemption(cloud: Cloud) -> None:
     asked = subprocess.Popen(
         [*enter, "curl", "-s", "-H", "Metadata-Flavor:Google", url], stdout=subprocess.PIPE, text=True
     )
-    time.sleep(0.5)
+    time.sleep(patience(0.5))
     assert asked.poll() is None, "the answer is held back"
-    began = time.monotonic()
-    ended = cloud.preempt(cloud.machine(), notice=1.0)
-    assert asked.communicate(timeout=5)[0] == "TRUE" and time.monotonic() - began < 0.8
+    began, notice = time.monotonic(), patience(1.0)
+    ended = cloud.preempt(cloud.machine(), notice=notice)
+    assert asked.communicate(timeout=patience(5))[0] == "TRUE" and time.monotonic() - began < 0.8 * notice
     ended.join()
     assert machine.booted is None and not cloud.machines(), "it is off, and a spot machine of SkyPilot's is deleted"
 
@@ -113,11 +114,12 @@ def test_a_preempted_machine_terminates_its_processes_first(cloud: Cloud) -> Non
     machine = rent(cloud)
     inside(
         machine,
-        "nohup bash -c 'trap \"echo caught > ~/caught; exit\" TERM; while :; do sleep 0.1; done' >/dev/null 2>&1 & sleep 0.5",
+        "nohup bash -c 'trap \"echo caught > ~/caught; exit\" TERM; while :; do sleep 0.1; done' >/dev/null 2>&1 & "
+        f"sleep {patience(0.5)}",
     )
     instance = cloud.machine()
     instance.spot_action = "STOP"
-    cloud.preempt(instance, notice=1.0).join()
+    cloud.preempt(instance, notice=patience(1.0)).join()
     assert (machine.upper / "home" / "gcpuser" / "caught").read_text() == "caught\n"
     cloud.instances.power_on(instance)
     assert inside(machine, "cat ~/caught") == "caught", "its disk outlives a stop"
@@ -131,7 +133,7 @@ def test_a_cut_line_is_cut_on_one_side(cloud: Cloud, site: Site) -> None:
     def both() -> tuple[bool, bool]:
         return subprocess.run(knock, capture_output=True, check=False).returncode == 0, inside(machine, api) == "200"
 
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + patience(5)
     while both() != (True, True):
         assert time.monotonic() < deadline, "sshd does not listen"
     for what, expected in (("laptop", (False, True)), ("google", (True, False)), ("all", (False, False))):
@@ -166,10 +168,10 @@ def test_a_closed_file_is_in_the_bucket(cloud: Cloud, buckets: Buckets) -> None:
 
 
 def test_what_was_not_uploaded_is_lost_with_the_machine(cloud: Cloud, buckets: Buckets, site: Site) -> None:
-    site.write_back = 3
+    site.write_back = patience(3)
     machine = rent(cloud)
     mount(buckets, machine)
-    inside(machine, "echo early > /bucket/early; sleep 6; echo late > /bucket/late")
+    inside(machine, f"echo early > /bucket/early; sleep {patience(6)}; echo late > /bucket/late")
     assert inside(machine, "cat /bucket/early /bucket/late") == "early\nlate"
     cloud.crash(cloud.machine())
     assert buckets.objects("ft-bucket") == ["early"]

@@ -152,20 +152,20 @@ def test_faults_strike_as_often_and_as_long_as_ordered(cloud: Cloud) -> None:
     cloud.faults.add("GET .*/zones$", 503, "backendError", times=2)
     zones = "/compute/v1/projects/p/zones"
     assert [ask(cloud, "GET", zones)[0] for _ in range(3)] == [503, 503, 200]
-    cloud.faults.add("regions", 429, "rateLimitExceeded", seconds=0.3)
+    cloud.faults.add("regions", 429, "rateLimitExceeded", seconds=1.0)
     status, body = ask(cloud, "GET", "/compute/v1/projects/p/regions")
     assert (status, body["error"]["errors"][0]["reason"]) == (429, "rateLimitExceeded")
-    time.sleep(0.4)
+    time.sleep(1.1)
     assert ask(cloud, "GET", "/compute/v1/projects/p/regions")[0] == 200
 
 
 def test_a_preempted_spot_machine_is_deleted_after_its_notice(cloud: Cloud) -> None:
     make(cloud, "one-compute")
-    cloud.preempt(cloud.machine("one"), notice=0.3)
+    cloud.preempt(cloud.machine("one"), notice=1.0)
     time.sleep(0.1)
     assert [one.status for one in cloud.machines()] == ["STOPPING"]
     cloud.assert_empty(5)
-    assert cloud.bill.stretches[0].end == "preempted" and cloud.bill.stretches[0].seconds >= 0.3
+    assert cloud.bill.stretches[0].end == "preempted" and cloud.bill.stretches[0].seconds >= 1.0
 
 
 def test_a_crashed_machine_that_stays_is_stopped(cloud: Cloud) -> None:

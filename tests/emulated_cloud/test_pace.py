@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from tests.emulated_cloud import pace
-
-
-@dataclass(frozen=True)
-class Status:
-    seconds: float
-    code: int = 0
-
-    def ok(self) -> Status:
-        assert self.code == 0
-        return self
 
 
 @pytest.fixture
@@ -29,24 +19,54 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, *factors: float) -> float:
+@pytest.fixture(autouse=True)
+def new_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "PACE", pace.Pace())
-    answers = [Status(factor * pace.STATUS_SECONDS) for factor in factors]
-    pace.PACE.measure(lambda: answers.pop(0))
-    return pace.patience(100)
 
 
-def test_bounds_follow_the_shorter_of_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pace.patience(100) == 100, "before it was measured"
-    assert measured(monkeypatch, 4.0, 2.0) == pytest.approx(200)
-    assert measured(monkeypatch, 0.5, 0.4) == 100, "never less"
-    assert measured(monkeypatch, 90.0, 80.0) == 100 * pace.MOST, "nor without end"
-    with pytest.raises(AssertionError):
-        pace.Pace().measure(lambda: Status(1.0, code=1))
+def measured(*factors: float) -> float:
+    looks = [factor * pace.IMPORT_SECONDS for factor in factors]
+    return pace.measure(lambda: looks.pop(0))
 
 
-def test_a_wait_ends_when_it_has_come_or_with_last_words(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
-    measured(monkeypatch, 2.0, 2.0)
+def test_the_factor_follows_the_shorter_of_two_looks_after_one_that_does_not_count() -> None:
+    assert measured(0.1, 4.0, 2.0) == pytest.approx(2.0)
+    assert measured(9.0, 0.5, 0.4) == 1.0, "never less"
+    assert measured(9.0, 90.0, 80.0) == pace.MOST, "nor without end"
+
+
+def test_a_look_is_as_many_processes_as_worlds_and_one_that_fails_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pace, "LOADING", f"import os; open(f'{tmp_path}/{{os.getpid()}}', 'w').close()")
+    assert pace.load_side_by_side() > 0
+    assert len(list(tmp_path.iterdir())) == pace.WORLDS
+    monkeypatch.setattr(pace, "LOADING", "raise SystemExit(3)")
+    with pytest.raises(AssertionError, match=r"exit codes \[3, 3\]"):
+        pace.load_side_by_side()
+
+
+def test_a_world_takes_the_factor_of_the_session_and_measures_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "measure", lambda: 3.0)
+    assert pace.patience(100) == 100, "before it is known"
+    monkeypatch.setenv(pace.VARIABLE, "2.50")
+    pace.PACE.learn()
+    assert pace.patience(100) == 250
+    monkeypatch.delenv(pace.VARIABLE)
+    pace.PACE.learn()
+    assert pace.patience(100) == 300
+
+
+def test_a_budget_pays_for_starts_as_they_were_seen_here() -> None:
+    pace.PACE.factor = 2.0
+    most = pace.START_MARGIN
+    assert pace.paid_seconds(2, 30) == pytest.approx(2 * most * 2 * pace.START_SECONDS + 60), "none was seen"
+    pace.PACE.starts += [40.0, 50.0, 45.0]
+    assert pace.paid_seconds(2, 30) == pytest.approx(2 * most * 50 + 60)
+
+
+def test_a_wait_ends_when_it_has_come_or_with_last_words(clock: list[float]) -> None:
+    pace.PACE.factor = 2.0
     pace.wait_until(lambda: len(clock) >= 3, 10, lambda waited: "never", every=5)
     assert clock == [5, 5, 5], "longer than 10 s, because this computer is half as fast"
     clock.clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulated_cloud.pace import patience, wait_until
+from tests.emulated_cloud.pace import paid_seconds, patience, wait_until
 from tests.emulated_cloud.reckoning import check_nothing_left, reckon
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run, newest_checkpoint
@@ -15,8 +15,8 @@ from tests.emulated_cloud.world import World
 
 pytestmark = pytest.mark.cloud
 TRAINER = "^/home/gcpuser/finetune-env/bin/python .*finetune train"
-HOURS = 0.02
-"""MAX_HOURS of the run that hangs, by the measure of pace.py: it has to get to its first checkpoint in them."""
+HANG_SECONDS = 45
+"""By the measure of pace.py, that MAX_HOURS of the run that hangs has besides its start, to get to its first checkpoint in."""
 DISK = 1 << 30
 """Bytes of a machine's disk that can fill."""
 CUT_SECONDS = 120
@@ -28,7 +28,7 @@ AUTOSTOP_SECONDS = 240
 
 def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
     """Its process is stopped, and with it its own watch over the budget: MAX_HOURS of the script that started it ends it."""
-    steps, hours = 1200, round(patience(HOURS), 4)
+    steps, hours = 1200, round(paid_seconds(1, HANG_SECONDS) / 3600, 4)
     begin = ("train_a100", "-d", "-c", "hang", "-i", "1", "--down")
     words = launch(*begin, overrides=long_run(steps), RUN_NAME="hang", MAX_HOURS=hours, GRACE_SECONDS=5)
     world.sky.run(*words, cwd=project).ok()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.emulated_cloud.gce import Instance
-from tests.emulated_cloud.pace import patience, wait_until
+from tests.emulated_cloud.pace import paid_seconds, wait_until
 from tests.emulated_cloud.reckoning import check_nothing_left, reckon
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import (
@@ -31,9 +31,9 @@ from tests.emulated_cloud.world import World
 pytestmark = pytest.mark.cloud
 SLOW_UPLOADS = 40_000
 """Bytes a second: a checkpoint of the tiny model takes seconds."""
-BUDGET_SECONDS, SHORT_BUDGET_SECONDS = 340, 170
-"""Of a machine, by the measure of pace.py, that the budget of scenario 5 pays for, with two preemptions and with none. Four
-starts fit into the first, two into the second, and some training: at the last attempt one more start is kept free."""
+TRAINING_SECONDS = 30
+"""By the measure of pace.py, that the budget of scenario 5 pays for besides the starts, of which one more than there are attempts
+is kept free. A start that is faster than was allowed for leaves the rest to training, too."""
 FIRST_SECONDS, REST_SECONDS = 9, 0.2
 """Of training, to the first checkpoint of scenario 5; of them, after each step at least."""
 NOTHING_SECONDS = 20
@@ -121,7 +121,7 @@ def check_preempted(run: Run, whole: Whole, folder: Path, reasons: list[str | No
 @pytest.mark.cloud_short(only=True)
 def test_a_budget_that_ends(world: World, project: Path, tmp_path: Path) -> None:
     """Scenario 5 in short: without a preemption, and Google refuses once to take the machine away."""
-    run, _, budget = launch_poor(world, project, SHORT_BUDGET_SECONDS)
+    run, _, budget = launch_poor(world, project, attempts=1)
     run.wait_for_step(1)
     world.cloud.faults.add("^DELETE .*/instances/", 503, "backendError", times=1)
     check_budget_stop(run, budget, tmp_path)
@@ -134,7 +134,7 @@ def test_a_budget_that_ends(world: World, project: Path, tmp_path: Path) -> None
 
 def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> None:
     """Scenario 5: after the second preemption; nothing restarts the run, and a higher budget does."""
-    run, words, budget = launch_poor(world, project, BUDGET_SECONDS)
+    run, words, budget = launch_poor(world, project, attempts=3)
     machine = world.cloud.wait_for_machine("poor", 180)
     for number in (1, 2):
         run.wait_for_step(max(run.committed(), default=0) + 1)
@@ -153,11 +153,13 @@ def test_a_budget_that_runs_out(world: World, project: Path, tmp_path: Path) -> 
     check_nothing_left(world)
 
 
-def launch_poor(world: World, project: Path, seconds: float) -> tuple[Run, list[str], float]:
+def launch_poor(world: World, project: Path, attempts: int) -> tuple[Run, list[str], float]:
     """A managed job in the region with the cheapest L4, so that another start costs what the first did. Returned are the words
-    of its launch too, and its budget in US dollars, for so many seconds of a machine by the measure of pace.py."""
+    of its launch too, and its budget in US dollars, which suffices for so many attempts."""
     region, usd_per_hour = cheapest_l4(world, project)
-    budget = round(patience(seconds) * usd_per_hour / 3600, 4)
+    seconds = paid_seconds(attempts + 1, attempts * TRAINING_SECONDS)
+    budget = round(seconds * usd_per_hour / 3600, 4)
+    figure(f"budget ${budget}, for {seconds:.0f} s")
     long = f"{long_run(100 * STEPS, save_steps=1000)} checkpoint.every_minutes={FIRST_SECONDS / 60}"
     machine = ("--gpus", "L4:1", "--instance-type", "g2-standard-8", "--infra", f"gcp/{region}")
     begin = ("train_spot", "--jobs", "-d", "-n", "poor", *machine)
@@ -173,9 +175,9 @@ def check_budget_stop(run: Run, budget: float, folder: Path) -> None:
     wait_for_job(world, "poor", "SUCCEEDED")
     world.cloud.assert_empty(60)
     reckoning = reckon(run, folder / "stopped")
-    figure(f"budget ${budget}")
     assert budget / 3 < reckoning.ledger_usd <= budget
-    assert reckoning.bill_usd - reckoning.tail_usd < budget * (1 + HEARTBEAT_SECONDS / BUDGET_SECONDS)
+    heartbeat = HEARTBEAT_SECONDS / reckoning.ledger_seconds * reckoning.ledger_usd
+    assert reckoning.bill_usd - reckoning.tail_usd < budget + heartbeat
     newest, passed_over = newest_checkpoint(folder / "stopped" / "poor")
     assert newest and newest.name == f"step-{run.record()['steps']['done']}" and not passed_over
     assert run.record()["stop"]["reason"] == "budget" and "kept for a start" in run.record()["stop"]["detail"]

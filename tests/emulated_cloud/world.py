@@ -75,6 +75,7 @@ class World:
 @contextmanager
 def emulated_world() -> Iterator[World]:
     """Everything is gone at its end; what a killed one left is removed by the next."""
+    PACE.learn()
     with ExitStack() as at_end:
         slot, folder = take_slot()
         at_end.callback(clean, slot)
@@ -113,8 +114,6 @@ def emulated_world() -> Iterator[World]:
                 keep_wheel(image, home)
                 prepare_project(image / "layer")
             started.result()
-        with timed(seconds, "sky status"):
-            PACE.measure(lambda: sky.run("status"))
         yield World(cloud, buckets, sky, site, seconds)
 
 

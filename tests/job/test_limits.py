@@ -8,12 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from finetune.cli.job import _end
 from finetune.job.limits import Ended, hours_left, run_limited
-from finetune.job.programs import ProgramFailed, call
+from finetune.job.programs import ProgramFailed, call, tensorboard
 from finetune.job.settings import JobSettings, read_settings
 from tests.helpers.machine_fixture import gone, wait_for
 
@@ -73,18 +76,66 @@ def test_signals_are_ours_again_afterwards(settings: JobSettings) -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_signal_that_comes_while_the_program_starts_is_not_lost(
-    settings: JobSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = subprocess.Popen
+def started_and_signalled(monkeypatch: pytest.MonkeyPatch, when: str) -> list[subprocess.Popen[bytes]]:
+    """The next program that is started gets us a SIGTERM just before it is there, or after, before anybody knows of it."""
+    start: Any = subprocess.Popen
+    started: list[subprocess.Popen[bytes]] = []
 
     def signalled(*words: object, **more: object) -> subprocess.Popen[bytes]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return start(*words, **more)  # type: ignore[call-overload, no-any-return]
+        monkeypatch.setattr(subprocess, "Popen", start)
+        if when == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        started.append(start(*words, **more))
+        if when == "after":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", signalled)
+    return started
+
+
+@pytest.fixture
+def job_that_ends() -> Iterator[None]:
+    """SIGTERM ends us, as `finetune job` has it."""
+    before = signal.signal(signal.SIGTERM, _end)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_that_comes_while_the_limited_program_starts_is_not_lost(
+    when: str, settings: JobSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("finetune.job.limits._watch_room", lambda *_: None)
+    started_and_signalled(monkeypatch, when)
     assert run_limited(python("import time; time.sleep(60)"), HOUR, settings) == Ended(143, out_of_time=False)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_that_comes_while_a_needed_program_starts_leaves_none_behind(
+    when: str, settings: JobSettings, monkeypatch: pytest.MonkeyPatch, job_that_ends: None
+) -> None:
+    started = started_and_signalled(monkeypatch, when)
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        call(python("import time; time.sleep(20)"), settings.environment)
+    assert ended.value.code == 143 and time.monotonic() - began < 15
+    assert all(gone(program.pid) for program in started)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_that_comes_while_tensorboard_starts_leaves_none_behind(
+    when: str, settings: JobSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job_that_ends: None
+) -> None:
+    program = tmp_path / "tensorboard"
+    program.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")  # by which the program is found
+    started = started_and_signalled(monkeypatch, when)
+    with pytest.raises(SystemExit), tensorboard(read_settings(os.environ)):
+        pytest.fail("the signal was lost")
+    for one in started:
+        assert one.wait(15) == -signal.SIGTERM
 
 
 def test_the_watcher_of_the_disk_is_nobodys_child_and_ends_with_the_program(settings: JobSettings) -> None:
@@ -99,23 +150,18 @@ def test_the_watcher_of_the_disk_is_nobodys_child_and_ends_with_the_program(sett
     assert gone(int(watcher))
 
 
-def test_a_program_that_the_job_needs_ends_with_the_job(settings: JobSettings, tmp_path: Path) -> None:
+def test_a_program_that_the_job_needs_ends_with_the_job(
+    settings: JobSettings, tmp_path: Path, job_that_ends: None
+) -> None:
     def interrupt() -> None:
         wait_for(tmp_path / "pid")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def end(*_: object) -> None:
-        raise SystemExit(143)
-
-    before = signal.signal(signal.SIGTERM, end)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    try:
-        with pytest.raises(SystemExit):
-            call(["bash", "-c", "echo $$ >part; mv part pid; exec sleep 60"], settings.environment)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        thread.join()
+    with pytest.raises(SystemExit):
+        call(["bash", "-c", "echo $$ >part; mv part pid; exec sleep 60"], settings.environment)
+    thread.join()
     assert gone(int((tmp_path / "pid").read_text()))
 
 
