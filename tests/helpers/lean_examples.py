@@ -69,7 +69,7 @@ def lora_model(
         elif "lora_A" in name:
             bound = parameter.shape[1] ** -0.5
             parameter.data = torch.nn.init.uniform_(torch.empty(parameter.shape), -bound, bound).to(device)
-    return model.train()  # type: ignore[no-any-return]
+    return model.train()
 
 
 def quantise(base: Any) -> None:
