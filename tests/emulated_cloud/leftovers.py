@@ -21,9 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+REMOVERS = 16
+"""Threads that remove files."""
 SLOTS = 8
 """Sessions at a time on one computer."""
 OWNER = "owner"
@@ -86,6 +89,21 @@ def share(pid: int) -> Path:
 
 def remove_shared(folder: Path) -> None:
     end_processes(folder)
+    remove_tree(folder)
+
+
+def remove_tree(folder: Path) -> None:
+    """An image has 30,000 files. Where each one's blocks are discarded on the disk, a file takes milliseconds of waiting, which
+    many at a time share (measured for half an image: more than 2 minutes one by one, 14 s with 16)."""
+
+    def remove(path: Path) -> None:
+        with suppress(OSError):
+            path.unlink()
+
+    with ThreadPoolExecutor(REMOVERS) as pool:
+        for inside, _, files in os.walk(folder):
+            for file in files:
+                pool.submit(remove, Path(inside, file))
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -128,7 +146,7 @@ def clean(slot: int) -> None:
     end_processes(folder)
     close_site(slot)
     shutil.rmtree(sky_ssh(slot), ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
 
 
 def close_site(slot: int) -> None:

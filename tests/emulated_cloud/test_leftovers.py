@@ -76,6 +76,20 @@ def test_what_a_killed_session_left_is_removed(bare_image: Path) -> None:
     assert not Path(tempfile.gettempdir(), f"ft-cloud-{again}").exists()
 
 
+def test_a_tree_goes_and_nothing_that_it_points_at(tmp_path: Path) -> None:
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    for number in range(40):
+        (tree / str(number)).mkdir(parents=True)
+        (tree / str(number) / "file").write_bytes(b"x" * 5000)
+    (tree / "to a folder").symlink_to(outside)
+    (tree / "to a file").symlink_to(outside / "file")
+    leftovers.remove_tree(tree)
+    assert not tree.exists() and (outside / "file").exists()
+    leftovers.remove_tree(tree)
+
+
 def test_the_folder_that_the_processes_of_a_session_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes at the session's end, or if that was killed when the next begins; and with it what installs something there."""
     monkeypatch.setattr(leftovers, "place", lambda slot: tmp_path / f"ft-cloud-{slot}")

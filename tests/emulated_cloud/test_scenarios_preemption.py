@@ -101,7 +101,6 @@ def check_preempted(run: Run, whole: Whole, folder: Path, reasons: list[str | No
     run.wait_for_status("done", 400)
     queue = wait_for_job(world, run.name, "SUCCEEDED")
     assert re.search(rf"\s{recoveries}\s+SUCCEEDED", queue), f"{recoveries} recoveries\n{queue}"
-    world.cloud.assert_empty(60)
     record = run.record()
     assert (record["status"], record["steps"]["done"], record["attempts"]) == ("done", STEPS, len(reasons))
     assert run.adapter_hash() == whole.adapter_hash
@@ -173,7 +172,6 @@ def check_budget_stop(run: Run, budget: float, folder: Path) -> None:
     world = run.world
     run.wait_for_status("budget_stop")
     wait_for_job(world, "poor", "SUCCEEDED")
-    world.cloud.assert_empty(60)
     reckoning = reckon(run, folder / "stopped")
     assert budget / 3 < reckoning.ledger_usd <= budget
     heartbeat = HEARTBEAT_SECONDS / reckoning.ledger_seconds * reckoning.ledger_usd
@@ -205,7 +203,12 @@ def wandb_runs(run: Path) -> list[str]:
 
 
 def wait_for_job(world: World, name: str, status: str, seconds: float = 300) -> str:
-    """The line of `sky jobs queue` about the newest job of that name, once it is in that state."""
+    """The line of `sky jobs queue` about the newest job of that name, once its machine has gone and it is in that state.
+
+    The machine first: to look into the cloud costs nothing, and `sky jobs queue` takes the processor for seconds from those who
+    are to take the machine away.
+    """
+    world.cloud.assert_empty(seconds)
     line = queue = ""
 
     def come() -> bool:
