@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "machine": "errors runtime",
     "checkpoint": "errors runtime",
     "sql": "errors",
+    "run_record": "errors runtime",
     "config": "errors machine",
     "models": "errors runtime machine config",
     "models.fused": "example models",
