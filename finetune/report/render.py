@@ -16,8 +16,20 @@ from pathlib import Path
 
 from finetune.evaluation.statistics import mcnemar_exact, paired_interval
 from finetune.report.plots import counts, draw_plots, group_bars
-from finetune.report.source import Json, Source, attempt_rows, dig, memory_lines, number, read_run, spending_lines
+from finetune.report.source import (
+    Json,
+    Source,
+    attempt_rows,
+    dig,
+    finite,
+    memory_lines,
+    number,
+    read_run,
+    spending_lines,
+)
+from finetune.run_record import RunRecord
 from finetune.runtime.files import write_json, write_text
+from finetune.runtime.typed_json import encode
 
 EXAMPLES = 4  # shown of each kind
 MOST_CHARACTERS = 600  # shown of one answer; a base model may ramble on for pages
@@ -73,17 +85,17 @@ def write_report(run_dir: Path) -> Json:
 
 def summarise(source: Source) -> Json:
     """What summary.json holds: shares from 0 to 1, minutes of training, GiB, US dollars; None: unknown."""
-    seconds = number(source.run, "wall_seconds")
+    run, seconds = source.run, finite(source.run.wall_seconds)
     return {
-        "status": source.run.get("status"),
-        "model": dig(source.run, "model.name"),
+        "status": run.status,
+        "model": run.model.name if run.model else None,
         "base_execution_accuracy": number(source.base, "execution_accuracy"),
         "tuned_execution_accuracy": number(source.tuned, "execution_accuracy"),
         "questions": (source.tuned or source.base).get("questions"),
         "minutes": None if seconds is None else round(seconds / 60, 2),
-        "peak_memory_gib": number(source.run, "peak_memory_gib.value"),
-        "tokens_per_second": number(source.run, "tokens_per_second"),
-        "spent_usd": number(source.run, "spent_usd"),
+        "peak_memory_gib": finite(run.peak_memory_gib.value) if run.peak_memory_gib else None,
+        "tokens_per_second": finite(run.tokens_per_second),
+        "spent_usd": finite(run.spent_usd),
     }
 
 
@@ -106,7 +118,7 @@ def headline(source: Source) -> str:
         text += f", {change} {base['correct']} ({base['execution_accuracy']:.1%})"
     else:
         text += "; the base model was not evaluated, so the gain is unknown"
-    if source.run.get("status") != "done":
+    if source.run.status != "done":
         text += f"; the run {_stop(source.run)}"
     return f"Answers {text}."
 
@@ -118,12 +130,12 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
     correct = " → ".join(str(model["correct"]) for model in models)
     scored = f"{correct} of {summary['questions']} questions{only}" if models else "not evaluated"
     valid = f"ran without an error{only}" if models else "not evaluated"
-    attempts = source.run.get("attempts") or 1
-    clock = "wall clock" if attempts == 1 else f"wall clock of {attempts} attempts"
-    steps, examples = dig(source.run, "steps.done"), dig(source.run, "step.questions")
+    run = source.run
+    clock = "wall clock" if run.attempts == 1 else f"wall clock of {run.attempts} attempts"
+    steps, examples = run.steps and run.steps.done, run.step and run.step.questions
     trained = f"{steps:,} steps of {examples} examples, {clock}" if steps and examples else clock
-    memory = dig(source.run, "peak_memory_gib.kind") or "not recorded"
-    price = source.run.get("spent_basis") or "no price was given"
+    memory = run.peak_memory_gib.kind if run.peak_memory_gib else "not recorded"
+    price = run.spent_basis or "no price was given"
 
     def shares(key: str) -> str:
         return " → ".join(f"{model[key]:.1%}" for model in models if number(model, key) is not None)
@@ -202,17 +214,17 @@ def caveats(source: Source) -> list[str]:
     return [text for holds, text in found if holds]
 
 
-def _caveats_of_training(run: Json) -> list[tuple[bool, str]]:
-    history = run.get("history") or []
-    losses = [number(row, key) for row in history for key in ("loss", "eval_loss") if key in row]
-    validation = [row["eval_loss"] for row in history if number(row, "eval_loss") is not None]
+def _caveats_of_training(run: RunRecord) -> list[tuple[bool, str]]:
+    history = run.history or []
+    losses = [finite(row[key]) for row in history for key in ("loss", "eval_loss") if key in row]
+    validation = [loss for row in history if (loss := finite(row.get("eval_loss"))) is not None]
     last, lowest = (validation[-1], min(validation)) if validation else (0, 0)
     return [
-        (run.get("status") != "done", f"The run {_stop(run)}: its training is not complete."),
+        (run.status != "done", f"The run {_stop(run)}: its training is not complete."),
         (None in losses, "A logged loss was no finite number: training diverged there."),
         (last > 1.02 * lowest, f"Validation loss ended at {last:.3g}, above its lowest value {lowest:.3g}."),
-        (not run.get("git_commit"), "The commit of the code that trained is unknown."),
-        (bool(run.get("git_dirty")), "The code had changes that are not in the commit of the run record."),
+        (not run.git_commit, "The commit of the code that trained is unknown."),
+        (bool(run.git_dirty), "The code had changes that are not in the commit of the run record."),
     ]
 
 
@@ -221,8 +233,9 @@ def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
     if not base and not tuned:
         return [(True, "No evaluation: a loss does not say whether the SQL returns the right rows.")]
     asked, split = (tuned or base)["questions"], evaluation.get("split")
-    all_of_split = number(run, f"data.counts.{split}") or 0
-    other_prompt = evaluation.get("prompt_version") != run.get("prompt_version")
+    counts = (run.data.counts if run.data else None) or {}
+    all_of_split = counts.get(str(split), 0)
+    other_prompt = evaluation.get("prompt_version") != run.prompt_version
     other_questions = bool(base and tuned) and base["questions"] != asked
     no_gold = dig(tuned or base, "verdicts.gold_failed") or 0
     recount = {name: sum(row["verdict"] == "correct" for row in rows) for name, rows in source.rows.items()}
@@ -262,11 +275,12 @@ def render(source: Source, summary: Json) -> dict[str, str]:
     groups = {key: group_bars(source.base.get(key) or {}, source.tuned.get(key) or {}) for key in keys}
     content = {
         "source": source,
+        "record": encode(source.run),
         "summary": summary,
         "headline": headline(source),
         "tiles": tiles(source, summary),
         "groups": groups,
-        "plots": draw_plots(source.run.get("history") or [], *groups.values()),
+        "plots": draw_plots(source.run.history or [], *groups.values()),
         "verdicts": verdicts(source),
         "errors": {name: common_errors(rows) for name, rows in source.rows.items()},
         "examples": examples(source),
@@ -281,10 +295,9 @@ def render(source: Source, summary: Json) -> dict[str, str]:
     return {name: environment.get_template(f"{name}.j2").render(content) for name in names}
 
 
-def _stop(run: Json) -> str:
-    how = STOPPED.get(str(run.get("status")), f"has the status {run.get('status')}")
-    done, planned = dig(run, "steps.done"), dig(run, "steps.planned")
-    return how if done is None else f"{how} after {done} of {planned} planned steps"
+def _stop(run: RunRecord) -> str:
+    how = STOPPED.get(str(run.status), f"has the status {run.status}")
+    return f"{how} after {run.steps.done} of {run.steps.planned} planned steps" if run.steps else how
 
 
 def _answers(known: list[tuple[str, Json]]) -> list[Answer]:
