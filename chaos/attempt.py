@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,8 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from finetune.errors import UserError
+from finetune.run_record import read_record
 from finetune.runtime.fault_injection import PLACES, VARIABLE
 
 BEAT_SECONDS = 0.05
@@ -145,11 +146,10 @@ class Watch:
 def steps_done(run: Path) -> int | None:
     """As run.json has it; None where there is none yet."""
     try:
-        record: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        steps = read_record(run / "run.json").steps
+    except UserError:
         return None
-    done: int | None = record.get("steps", {}).get("done")
-    return done
+    return steps.done if steps else None
 
 
 def attempt(

@@ -1,4 +1,4 @@
-"""What lies in a run's folder, read without the code that is on trial: checkpoints, snapshots, loss curves, adapter."""
+"""What lies in a run's folder: checkpoints, snapshots and adapter read without the code that is on trial; loss curves, ledger."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from finetune.budget.ledger import Ledger
+from finetune.run_record import read_record
 
 Curve = list[tuple[int, float]]
 """(step, loss) in the order in which they stand there."""
@@ -62,8 +63,9 @@ def adapter_hash(run: Path) -> str | None:
 
 def history(run: Path) -> Curve:
     """The losses of run.json."""
-    rows = json.loads((run / "run.json").read_text(encoding="utf-8"))["history"]
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    rows = read_record(run / "run.json").history or []
+    pairs = [(row.get("step"), row.get("loss")) for row in rows]
+    return [(int(step), loss) for step, loss in pairs if step is not None and loss is not None]
 
 
 def tensorboard(run: Path) -> Curve:

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from finetune.config.load import load_config, to_yaml
 from finetune.config.schema import RunConfig, TrainingSection
 from finetune.errors import UserError
-from finetune.runtime.files import as_text, disk_error, read_json, write_json, write_text
+from finetune.run_record import RunRecord, read_record, write_record
+from finetune.runtime.files import as_text, disk_error, write_text
 
 RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors",
@@ -71,11 +71,11 @@ class RunFolder:
     def config(self) -> RunConfig:
         return load_config(self.config_yaml)
 
-    def record(self) -> dict[str, Any]:
-        return read_json(self.run_json, "finetune train CONFIG")
+    def record(self) -> RunRecord:
+        return read_record(self.run_json)
 
-    def write_record(self, record: dict[str, Any]) -> None:
-        write_json(self.run_json, record)
+    def write_record(self, record: RunRecord) -> None:
+        write_record(self.run_json, record)
 
 
 def check_name_is_free(training: TrainingSection) -> None:

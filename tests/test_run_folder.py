@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -15,6 +16,7 @@ from finetune.config.load import config_hash, from_dict, load_config
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.run_folder import RunFolder, create_run, git_state, open_run, package_versions
+from finetune.run_record import RunRecord
 from tests.helpers.data_examples import files_of
 
 FILE = Path("configs/tiny.yaml")
@@ -130,8 +132,11 @@ def test_a_run_without_its_record_says_which_command_writes_it(root: Path) -> No
     run = create_run(config(root), FILE)
     with pytest.raises(UserError, match=r"run\.json: missing; run `finetune train CONFIG` first"):
         run.record()
-    run.write_record({"status": "running"})
-    assert RunFolder(run.path).record() == {"status": "running"}
+    record = RunRecord()
+    record.status = "running"
+    run.write_record(record)
+    assert RunFolder(run.path).record() == record
+    assert json.loads(run.run_json.read_text()) == {"status": "running"}
 
 
 def test_the_commit_is_that_of_the_code_and_changes_to_it_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,8 @@ def evaluate_run(
     config = run.config()
     require_adapter(run.adapter)
     exam = _exam(config, generator_named(generator), load_template(run.adapter))
-    trained_on = run.record().get("data") if run.run_json.is_file() else None
-    if trained_on and trained_on.get("manifest_sha256") != exam.data.manifest_hash:
+    trained_on = run.record().data if run.run_json.is_file() else None
+    if trained_on and trained_on.manifest_sha256 != exam.data.manifest_hash:
         say(f"{exam.data.folder}: not the data that {run.path} was trained with, which may have held these questions")
     model = exam.generator.load(config, run.adapter)
     scores: dict[str, dict[str, Any]] = {}

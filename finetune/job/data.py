@@ -22,8 +22,8 @@ def data_of_config(config_file: Path, overrides: list[str], settings: JobSetting
 
 def data_of_run(run: RunFolder, settings: JobSettings) -> None:
     """For a run that has begun: the set that it began with. Raises UserError where its record cannot be read."""
-    used = (run.record().get("data") or {}).get("manifest_sha256") or ""
-    _lay_out(run.config_yaml, [], str(used), settings)
+    used = run.record().data
+    _lay_out(run.config_yaml, [], (used and used.manifest_sha256) or "", settings)
 
 
 def _lay_out(config_file: Path, overrides: list[str], wanted: str, settings: JobSettings) -> None:

@@ -29,7 +29,7 @@ def train(settings: JobSettings) -> int:
     remove_unbegun(run)
     if not run.run_json.exists():
         words = _begin(run, settings)
-    elif run.record().get("status") != "done":
+    elif run.record().status != "done":
         words = _go_on(run, settings)
     else:
         say(f"{run.path} is done; {_score(name)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.report.source import Json, Source, dig, number
+from finetune.report.source import Source, dig, finite
+from finetune.run_record import RunRecord
 
 FEW_QUESTIONS = 200  # below it a 95% interval may span more than 13 points
 STOPPED = {
@@ -19,17 +20,17 @@ def caveats(source: Source) -> list[str]:
     return [text for holds, text in found if holds]
 
 
-def _caveats_of_training(run: Json) -> list[tuple[bool, str]]:
-    history = run.get("history") or []
-    losses = [number(row, key) for row in history for key in ("loss", "eval_loss") if key in row]
-    validation = [row["eval_loss"] for row in history if number(row, "eval_loss") is not None]
+def _caveats_of_training(run: RunRecord) -> list[tuple[bool, str]]:
+    history = run.history or []
+    losses = [finite(row[key]) for row in history for key in ("loss", "eval_loss") if key in row]
+    validation = [loss for row in history if (loss := finite(row.get("eval_loss"))) is not None]
     last, lowest = (validation[-1], min(validation)) if validation else (0, 0)
     return [
-        (run.get("status") != "done", f"The run {how_it_stopped(run)}: its training is not complete."),
+        (run.status != "done", f"The run {how_it_stopped(run)}: its training is not complete."),
         (None in losses, "A logged loss was no finite number: training diverged there."),
         (last > 1.02 * lowest, f"Validation loss ended at {last:.3g}, above its lowest value {lowest:.3g}."),
-        (not run.get("git_commit"), "The commit of the code that trained is unknown."),
-        (bool(run.get("git_dirty")), "The code had changes that are not in the commit of the run record."),
+        (not run.git_commit, "The commit of the code that trained is unknown."),
+        (bool(run.git_dirty), "The code had changes that are not in the commit of the run record."),
     ]
 
 
@@ -38,8 +39,9 @@ def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
     if not base and not tuned:
         return [(True, "No evaluation: a loss does not say whether the SQL returns the right rows.")]
     asked, split = (tuned or base)["questions"], evaluation.get("split")
-    all_of_split = number(run, f"data.counts.{split}") or 0
-    other_prompt = evaluation.get("prompt_version") != run.get("prompt_version")
+    counts = (run.data.counts if run.data else None) or {}
+    all_of_split = counts.get(str(split), 0)
+    other_prompt = evaluation.get("prompt_version") != run.prompt_version
     other_questions = bool(base and tuned) and base["questions"] != asked
     no_gold = dig(tuned or base, "verdicts.gold_failed") or 0
     recount = {name: sum(row["verdict"] == "correct" for row in rows) for name, rows in source.rows.items()}
@@ -62,7 +64,6 @@ def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
     ]
 
 
-def how_it_stopped(run: Json) -> str:
-    how = STOPPED.get(str(run.get("status")), f"has the status {run.get('status')}")
-    done, planned = dig(run, "steps.done"), dig(run, "steps.planned")
-    return how if done is None else f"{how} after {done} of {planned} planned steps"
+def how_it_stopped(run: RunRecord) -> str:
+    how = STOPPED.get(str(run.status), f"has the status {run.status}")
+    return f"{how} after {run.steps.done} of {run.steps.planned} planned steps" if run.steps else how

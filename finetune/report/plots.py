@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune.run_record import Row
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -68,7 +70,7 @@ def group_bars(base: dict[str, Any], tuned: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def draw_plots(history: Sequence[dict[str, Any]], difficulty: Sequence[Bar], databases: Sequence[Bar]) -> list[Plot]:
+def draw_plots(history: Sequence[Row], difficulty: Sequence[Bar], databases: Sequence[Bar]) -> list[Plot]:
     """All figures in the order in which the report shows them.
 
     history: logged rows of run.json, each with `step` and some of `loss`, `eval_loss`, `learning_rate`,
@@ -197,11 +199,11 @@ def counts(bar: Bar) -> str:
     return f"{' → '.join(known)} of {bar.questions}"
 
 
-def _series(history: Sequence[dict[str, Any]], key: str) -> Series:
+def _series(history: Sequence[Row], key: str) -> Series:
     points = {
-        row["step"]: float(row[key])
+        step: float(value)
         for row in history
-        if isinstance(row.get("step"), int | float) and isinstance(row.get(key), int | float)
+        if (step := row.get("step")) is not None and (value := row.get(key)) is not None
     }
     return sorted(points.items())
 

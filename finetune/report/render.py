@@ -17,8 +17,18 @@ from pathlib import Path
 from finetune.evaluation.statistics import mcnemar_exact, paired_interval
 from finetune.report.caveats import caveats, how_it_stopped
 from finetune.report.plots import counts, draw_plots, group_bars
-from finetune.report.source import Json, Source, attempt_rows, dig, memory_lines, number, read_run, spending_lines
+from finetune.report.source import (
+    Json,
+    Source,
+    attempt_rows,
+    finite,
+    memory_lines,
+    number,
+    read_run,
+    spending_lines,
+)
 from finetune.runtime.files import write_json, write_text
+from finetune.runtime.typed_json import encode
 
 EXAMPLES = 4  # shown of each kind
 MOST_CHARACTERS = 600  # shown of one answer; a base model may ramble on for pages
@@ -67,17 +77,17 @@ def write_report(run_dir: Path) -> Json:
 
 def summarise(source: Source) -> Json:
     """What summary.json holds: shares from 0 to 1, minutes of training, GiB, US dollars; None: unknown."""
-    seconds = number(source.run, "wall_seconds")
+    run, seconds = source.run, finite(source.run.wall_seconds)
     return {
-        "status": source.run.get("status"),
-        "model": dig(source.run, "model.name"),
+        "status": run.status,
+        "model": run.model.name if run.model else None,
         "base_execution_accuracy": number(source.base, "execution_accuracy"),
         "tuned_execution_accuracy": number(source.tuned, "execution_accuracy"),
         "questions": (source.tuned or source.base).get("questions"),
         "minutes": None if seconds is None else round(seconds / 60, 2),
-        "peak_memory_gib": number(source.run, "peak_memory_gib.value"),
-        "tokens_per_second": number(source.run, "tokens_per_second"),
-        "spent_usd": number(source.run, "spent_usd"),
+        "peak_memory_gib": finite(run.peak_memory_gib.value) if run.peak_memory_gib else None,
+        "tokens_per_second": finite(run.tokens_per_second),
+        "spent_usd": finite(run.spent_usd),
     }
 
 
@@ -100,7 +110,7 @@ def headline(source: Source) -> str:
         text += f", {change} {base['correct']} ({base['execution_accuracy']:.1%})"
     else:
         text += "; the base model was not evaluated, so the gain is unknown"
-    if source.run.get("status") != "done":
+    if source.run.status != "done":
         text += f"; the run {how_it_stopped(source.run)}"
     return f"Answers {text}."
 
@@ -112,12 +122,12 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
     correct = " → ".join(str(model["correct"]) for model in models)
     scored = f"{correct} of {summary['questions']} questions{only}" if models else "not evaluated"
     valid = f"ran without an error{only}" if models else "not evaluated"
-    attempts = source.run.get("attempts") or 1
-    clock = "wall clock" if attempts == 1 else f"wall clock of {attempts} attempts"
-    steps, examples = dig(source.run, "steps.done"), dig(source.run, "step.questions")
+    run = source.run
+    clock = "wall clock" if run.attempts == 1 else f"wall clock of {run.attempts} attempts"
+    steps, examples = run.steps and run.steps.done, run.step and run.step.questions
     trained = f"{steps:,} steps of {examples} examples, {clock}" if steps and examples else clock
-    memory = dig(source.run, "peak_memory_gib.kind") or "not recorded"
-    price = source.run.get("spent_basis") or "no price was given"
+    memory = run.peak_memory_gib.kind if run.peak_memory_gib else "not recorded"
+    price = run.spent_basis or "no price was given"
 
     def shares(key: str) -> str:
         return " → ".join(f"{model[key]:.1%}" for model in models if number(model, key) is not None)
@@ -207,11 +217,12 @@ def render(source: Source, summary: Json) -> dict[str, str]:
     groups = {key: group_bars(source.base.get(key) or {}, source.tuned.get(key) or {}) for key in keys}
     content = {
         "source": source,
+        "record": encode(source.run),
         "summary": summary,
         "headline": headline(source),
         "tiles": tiles(source, summary),
         "groups": groups,
-        "plots": draw_plots(source.run.get("history") or [], *groups.values()),
+        "plots": draw_plots(source.run.history or [], *groups.values()),
         "verdicts": verdicts(source),
         "errors": {name: common_errors(rows) for name, rows in source.rows.items()},
         "examples": examples(source),

@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune.data.records import read_lines
 from finetune.errors import UserError
+from finetune.run_record import AttemptRecord, MemoryRecord, RunRecord, SpendingRecord, read_record
 from finetune.runtime.files import read_json
 
 Json = dict[str, Any]
@@ -24,7 +25,7 @@ class Source:
     """All that the report is made from; `evaluation` and `rows` are empty where nothing was evaluated."""
 
     folder: Path
-    run: Json
+    run: RunRecord
     evaluation: Json
     rows: dict[str, list[Json]]
 
@@ -40,7 +41,8 @@ class Source:
     @property
     def other_data(self) -> bool:
         """Whether the questions come from other data than training was prepared with."""
-        return bool(self.evaluation.get("data_manifest_sha256") != dig(self.run, "data.manifest_sha256"))
+        trained_on = self.run.data.manifest_sha256 if self.run.data else None
+        return bool(self.evaluation.get("data_manifest_sha256") != trained_on)
 
     @property
     def which_questions(self) -> str:
@@ -55,10 +57,7 @@ def read_run(run_dir: Path) -> Source:
 
     Raises UserError where run.json is missing, or where one of them is broken or not as its writer writes it.
     """
-    run = read_json(run_dir / "run.json", "finetune train CONFIG")
-    for key in ("history", "attempt_log"):
-        if not _is_list_of(run.get(key) or [], dict):
-            raise UserError(f"{run_dir / 'run.json'}: {key}: expected a list of objects")
+    run = read_record(run_dir / "run.json")
     path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
     evaluation = read_json(path, command) if path.exists() else {}
     if problem := _evaluation_problem(evaluation):
@@ -126,34 +125,44 @@ def dig(record: Any, path: str) -> Any:
 def number(record: Json, path: str) -> float | None:
     """The finite number at a dotted path, else None."""
     value = dig(record, path)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return finite(value) if isinstance(value, int | float) else None
 
 
-def memory_lines(run: Json) -> list[tuple[str, str]]:
+def finite(value: float | None) -> float | None:
+    """None where it is unknown or no number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def memory_lines(run: RunRecord) -> list[tuple[str, str]]:
     """(what, predicted beside measured) for the memory of the GPU, as far as run.json has both; empty for a run on a CPU."""
     lines = []
-    for label, key in (("Peak, given out", "peak"), ("Peak, held by torch", "reserved")):
-        predicted, measured = (number(run, f"memory.{kind}_{key}_gib") for kind in ("predicted", "measured"))
+    memory = run.memory or MemoryRecord()
+    for label, predicted, measured in (
+        ("Peak, given out", finite(memory.predicted_peak_gib), finite(memory.measured_peak_gib)),
+        ("Peak, held by torch", finite(memory.predicted_reserved_gib), finite(memory.measured_reserved_gib)),
+    ):
         if predicted and measured:
             off = predicted / measured - 1
             lines.append((label, f"{predicted:.2f} GiB estimated, {measured:.2f} GiB measured ({off:+.1%})"))
     return lines
 
 
-def spending_lines(run: Json) -> list[tuple[str, str]]:
+def spending_lines(run: RunRecord) -> list[tuple[str, str]]:
     """(what, spent of ceiling) for dollars and hours of all attempts, and what the whole run would come to at this pace; empty
     for a run that has not recorded it."""
     lines = []
-    for label, key, form in (("Dollars", "usd", "${:,.2f}"), ("Hours", "hours", "{:,.2f} h")):
-        spent, ceiling = number(run, f"spending.{key}"), number(run, f"spending.ceiling_{key}")
+    spending = run.spending or SpendingRecord()
+    for label, spent, ceiling, form in (
+        ("Dollars", finite(spending.usd), finite(spending.ceiling_usd), "${:,.2f}"),
+        ("Hours", finite(spending.hours), finite(spending.ceiling_hours), "{:,.2f} h"),
+    ):
         if spent is not None:
             of = f"of {form.format(ceiling)} ({spent / ceiling:.0%})" if ceiling else "no ceiling"
             lines.append((label, f"{form.format(spent)} spent, {of}"))
-    projected = number(run, "spending.projected_usd")
+    projected = finite(spending.projected_usd)
     if projected is not None:
         lines.append(("Projected", f"${projected:,.2f} for the whole run (estimated)"))
-    basis = dig(run, "spending.basis")
-    return [*lines, ("Basis", str(basis))] if lines and basis else lines
+    return [*lines, ("Basis", spending.basis)] if lines and spending.basis else lines
 
 
 @dataclass(frozen=True)
@@ -172,26 +181,25 @@ class AttemptRow:
     end: str
 
 
-def attempt_rows(run: Json) -> list[AttemptRow]:
+def attempt_rows(run: RunRecord) -> list[AttemptRow]:
     """From the run's attempt_log; empty for a run that has none."""
-    return [_attempt(entry) for entry in run.get("attempt_log") or []]
+    return [_attempt(entry) for entry in run.attempt_log or []]
 
 
-def _attempt(entry: Json) -> AttemptRow:
-    spot = entry.get("spot")
-    kind = ("spot" if spot else "on-demand") if isinstance(spot, bool) else None
-    machine = ", ".join(str(part) for part in (entry.get("gpu"), entry.get("machine"), kind) if part)
-    steps = [entry.get("from_step"), entry.get("to_step")]
+def _attempt(entry: AttemptRecord) -> AttemptRow:
+    kind = None if entry.spot is None else "spot" if entry.spot else "on-demand"
+    machine = ", ".join(part for part in (entry.gpu, entry.machine, kind) if part)
+    steps = [entry.from_step, entry.to_step]
     return AttemptRow(
-        number=_or_dash(entry.get("attempt")),
-        started=re.sub(r"T(\d\d:\d\d).*(\+00:00|Z)$", r" \1", _or_dash(entry.get("started_at"))),
+        number=_or_dash(entry.attempt),
+        started=re.sub(r"T(\d\d:\d\d).*(\+00:00|Z)$", r" \1", _or_dash(entry.started_at)),
         machine=machine or UNKNOWN,
-        zone=_or_dash(entry.get("zone")),
+        zone=_or_dash(entry.zone),
         steps=" to ".join(_or_dash(step) for step in steps) if any(step is not None for step in steps) else UNKNOWN,
-        hours=_figure(entry, "hours", "{:,.2f}"),
-        price=_figure(entry, "usd_per_hour", "${:,.2f}"),
-        usd=_figure(entry, "usd", "${:,.2f}"),
-        end=_or_dash(entry.get("reason")),
+        hours=_figure(entry.hours, "{:,.2f}"),
+        price=_figure(entry.usd_per_hour, "${:,.2f}"),
+        usd=_figure(entry.usd, "${:,.2f}"),
+        end=_or_dash(entry.reason),
     )
 
 
@@ -199,9 +207,8 @@ def _or_dash(value: Any) -> str:
     return UNKNOWN if value is None else str(value)
 
 
-def _figure(entry: Json, key: str, form: str) -> str:
-    value = number(entry, key)
-    return UNKNOWN if value is None else form.format(value)
+def _figure(value: float | None, form: str) -> str:
+    return UNKNOWN if finite(value) is None else form.format(value)
 
 
 def _read_rows(path: Path, command: str) -> list[Json]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from finetune.data.prepared import Prepared
 from finetune.errors import UserError
 from finetune.machine.hardware import usable_cores
 from finetune.run_folder import RunFolder
+from finetune.run_record import RunRecord, StepRecord
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.files import write_text
@@ -27,28 +27,38 @@ PAUSES = (2.0, 5.0, 0.0)
 """Seconds before a store that has trouble reading is asked again."""
 
 
-def store_of(run: RunFolder, config: RunConfig, run_id: str) -> CheckpointStore:
+def store_of(run: RunFolder, config: RunConfig, record: RunRecord) -> CheckpointStore:
+    """Raises UserError for a run without an id, by which its checkpoints are known."""
     return CheckpointStore(
-        run.checkpoints, run_id=run_id, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
+        run.checkpoints,
+        run_id=id_of(run, record),
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
     )
 
 
-def check_unfinished(run: RunFolder, record: dict[str, Any]) -> None:
+def id_of(run: RunFolder, record: RunRecord) -> str:
+    if record.run_id is None:
+        raise UserError(f"{run.run_json}: run_id: missing; the run is too old to go on: start a new one")
+    return record.run_id
+
+
+def check_unfinished(run: RunFolder, record: RunRecord) -> None:
     """Raises UserError for a run that is done."""
-    if record.get("status") == "done":
+    if record.status == "done":
         raise UserError(
             f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`"
         )
 
 
-def keep_threads(record: dict[str, Any], device: torch.device) -> None:
+def keep_threads(record: RunRecord, device: torch.device) -> None:
     """On a processor, compute on as many threads as the run began with: sums are taken in another order on another number, and
     the run would end with other bytes than without the interruption. Where the run began on more cores than this process may
     use, it goes on with those, and says so.
 
     record: run.json; one of before threads were recorded changes nothing.
     """
-    began = record.get("threads")
+    began = record.threads
     if began is None or device.type != "cpu":
         return
     threads = min(began, max(1, usable_cores() // distributed.count()))
@@ -115,10 +125,11 @@ def check_same(run: RunFolder, folder: Path, config: RunConfig, data: Prepared, 
         raise error
 
 
-def check_same_steps(run: RunFolder, config: RunConfig, plan: StepPlan, before: dict[str, Any]) -> None:
+def check_same_steps(run: RunFolder, config: RunConfig, plan: StepPlan, before: StepRecord | None) -> None:
     """Raises UserError where this machine would make other optimizer steps of the data than the earlier attempts, as run.json
     has them (`before`)."""
-    questions, path = before.get("questions", plan.questions), before.get("path", plan.path)
+    before = before or StepRecord()
+    questions, path = before.questions or plan.questions, before.path or plan.path
     if questions != plan.questions:
         raise UserError(
             f"{run.path}: began with {questions} questions a step, and {distributed.count()} GPUs make it "

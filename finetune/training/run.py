@@ -3,69 +3,45 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from finetune.budget.run_budget import RunBudget, open_budget
+from finetune.budget.run_budget import open_budget
 from finetune.checkpoint.async_saver import Committed, Saver
 from finetune.checkpoint.store import read_manifest
 from finetune.config.load import config_hash, load_config, to_dict
 from finetune.config.schema import RunConfig
 from finetune.data.tokenize import Examples
-from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.run_folder import RunFolder, check_name_is_free, create_run
+from finetune.run_record import RunRecord
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import Stop, StopSignals
-from finetune.training.adapter import (
-    adapter_from,
-    adapter_is_of,
-    foreseeable,
-    remove_halves,
-    save_adapter,
-    stop_hanging,
-    tell_end,
-)
+from finetune.training.adapter import save_adapter
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
-from finetune.training.record import RunRecorder, describe_attempt, new_record
+from finetune.training.ending import clean_up, close, failures_recorded, refused, stop_hanging
+from finetune.training.record import RunRecorder, new_record
 from finetune.training.resume import (
     check_same_steps,
     check_unfinished,
+    id_of,
     keep_threads,
     newest_checkpoint,
     set_ceilings,
     store_of,
 )
 from finetune.training.save_policy import EndOfStep, StepAbandoned
+from finetune.training.session import Session
 from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
 from finetune.training.snapshot import WINDOW, Snapshots, check_resumed, scratch_folder
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
 from finetune.training.tracking import trackers
 from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
-
-
-@dataclass(frozen=True)
-class Session:
-    """What one attempt of a run works with. resume_from: the checkpoint that it goes on from."""
-
-    run: RunFolder
-    inputs: Inputs
-    recorder: RunRecorder
-    spending: RunBudget
-    stop: Stop
-    resume_from: Path | None = None
-
-    @property
-    def attempt(self) -> int:
-        return int(self.recorder.record["attempts"])
 
 
 def start(config: RunConfig, config_file: Path) -> int:
@@ -96,39 +72,36 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
         check_unfinished(run, record)
         inputs = inputs_of(config)
         keep_threads(record, inputs.device.place)
-        store = store_of(run, config, record["run_id"])
-        path = record.get("step", {}).get("path")
+        store = store_of(run, config, record)
+        path = record.step.path if record.step else None
         found = distributed.from_first(lambda: newest_checkpoint(run, store, config, inputs.data, path))
         if ceilings:
             distributed.from_first(lambda: set_ceilings(run, config, ceilings, found))
-        record.update(attempts=record.get("attempts", 1) + 1, config=to_dict(config), config_hash=config_hash(config))
+        record.attempts += 1
+        record.config, record.config_hash = to_dict(config), config_hash(config)
         return _attempt(run, inputs, record, found, began)
 
 
-def _attempt(run: RunFolder, inputs: Inputs, record: dict[str, Any], found: Path | None, began: float) -> int:
+def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | None, began: float) -> int:
     stop = Stop(say)
     step = read_manifest(found)["step"] if found else 0
-    spending = open_budget(run, inputs.config, inputs.price, stop, attempt=int(record["attempts"]), step=step)
-    recorder, before = RunRecorder(run, record, spending, began, found), record.get("status")
+    spending = open_budget(run, inputs.config, inputs.price, stop, attempt=record.attempts, step=step)
+    recorder, before = RunRecorder(run, record, spending, began), record.status
     session = Session(run, inputs, recorder, spending, stop, found)
-    distributed.on_failure(lambda: _close_failed(session, RuntimeError()))
-    if refusal := distributed.from_first(spending.nothing_left):
-        return _refused(session, refusal, before)
-    try:
-        recorder.write(status="running", ended_at=None)  # first of all: a folder without run.json is no run
-        with spending.metered(hard_stop=lambda: stop_hanging(run, recorder)):
-            return _fit(session, load_parts(inputs))
-    except BaseException as error:
-        expected = foreseeable(error, run.path)
-        _close_failed(session, error)
-        if expected:
-            raise expected from error
-        raise
+    distributed.on_failure(lambda: clean_up(session))
+    with failures_recorded(session):
+        recorder.go_on_from(found)
+        refusal = distributed.from_first(spending.nothing_left)
+        if refusal is None:
+            recorder.begin()  # first of all: a folder without run.json is no run
+            with spending.metered(hard_stop=lambda: stop_hanging(run, recorder)):
+                return _fit(session, load_parts(inputs))
+    return refused(session, refusal, before)
 
 
 def _fit(session: Session, parts: Parts) -> int:
     inputs, recorder, run = session.inputs, session.recorder, session.run
-    _describe(session, parts)
+    recorder.loaded(inputs, parts)
     plan = _plan(session, parts)
     throughput = Throughput()
     ends = EndOfStep(
@@ -139,7 +112,7 @@ def _fit(session: Session, parts: Parts) -> int:
     hooks = Hooks(throughput, session.spending.series, ends.abandon_if_too_late, say)
     trainer = _trainer(session, parts, plan, hooks)
     saver = _saver(session) if distributed.first() else None
-    snapshots = Snapshots(trainer, saver, run, inputs.config, inputs.data, inputs.template, session.attempt)
+    snapshots = Snapshots(trainer, saver, run, inputs.config, inputs.data, inputs.template, session.record.attempts)
 
     def write(_: object = None) -> None:
         recorder.progress(trainer.state, throughput, plan, trainer.stepper, snapshots.saves)
@@ -147,7 +120,7 @@ def _fit(session: Session, parts: Parts) -> int:
     history = History(write)
     session.spending.follow(lambda: (trainer.state.global_step, trainer.state.max_steps), throughput.wall_seconds)
     with StopSignals(session.stop), ProgressBar(history, session.spending.short) as bar, session.spending.notices():
-        tracking = trackers(inputs.config.tracking, run.path, run.path.name, _step_of(session), say)
+        tracking = trackers(inputs.config.tracking, run.path, run.path.name, session.resumed_step, say)
         for callback in (*tracking, history, bar, ends, snapshots, _before(session, trainer, plan)):
             trainer.add_callback(callback)
         with closing(saver) if saver else nullcontext():
@@ -160,19 +133,12 @@ def _fit(session: Session, parts: Parts) -> int:
     return _finish(session, trainer, parts, ends)
 
 
-def _describe(session: Session, parts: Parts) -> None:
-    inputs = session.inputs
-    used = {"train": len(parts.train), "val": len(parts.validation)}
-    session.recorder.record["data"].update(path=inputs.config.data.output_dir, used=used)
-    session.recorder.write(**describe_attempt(inputs.config, inputs.device, parts.model))
-
-
 def _plan(session: Session, parts: Parts) -> StepPlan:
     """How a step is computed on this GPU; its questions may not change from one attempt to the next."""
-    inputs, record = session.inputs, session.recorder.record
+    inputs, record = session.inputs, session.record
     plan = plan_step(inputs.config, parts.model, inputs.device, parts.train.lengths, gpus=distributed.count())
     if session.resume_from:
-        check_same_steps(session.run, inputs.config, plan, record.get("step", {}))
+        check_same_steps(session.run, inputs.config, plan, record.step)
     say(str(plan) if distributed.count() == 1 else f"{distributed.count()} processes, each with {plan}")
     session.recorder.planned(plan)
     return plan
@@ -181,7 +147,7 @@ def _plan(session: Session, parts: Parts) -> StepPlan:
 def _trainer(session: Session, parts: Parts, plan: StepPlan, hooks: Hooks) -> AnswerTrainer:
     config, device = session.inputs.config, session.inputs.device
     validates = bool(config.training.eval_steps and len(parts.validation))
-    scratch = distributed.from_first(lambda: scratch_folder(session.recorder.record["run_id"]))
+    scratch = distributed.from_first(lambda: scratch_folder(id_of(session.run, session.record)))
     arguments = trainer_arguments(
         config.training, device, plan, checkpoints=scratch, run_name=session.run.path.name, validates=validates
     )
@@ -202,7 +168,7 @@ def _trainer(session: Session, parts: Parts, plan: StepPlan, hooks: Hooks) -> An
 
 
 def _saver(session: Session) -> Saver:
-    store = store_of(session.run, session.inputs.config, session.recorder.record["run_id"])
+    store = store_of(session.run, session.inputs.config, session.record)
 
     def committed(done: Committed) -> None:
         session.stop.save_took(done.seconds)
@@ -258,7 +224,7 @@ def _committed(session: Session, saver: Saver, snapshots: Snapshots) -> None:
     request, waited = session.stop.first, session.stop.waited()
     if request and waited is not None and done:
         say(f"the checkpoint of step {done.step} is committed, {waited:.1f} s after {request.detail}")
-        session.recorder.write(stop={"reason": request.reason, "detail": request.detail, "seconds": round(waited, 2)})
+        session.recorder.stopped(request.reason, request.detail, waited)
 
 
 def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfStep) -> int:
@@ -267,63 +233,4 @@ def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfS
     status = "done" if done else "budget_stop" if ends.budget_stop else "interrupted"
     if status != "interrupted" and distributed.first():
         save_adapter(session.run, trainer.model, parts, session.inputs.template)
-    return _close(session, status, trainer.state.global_step)
-
-
-def _refused(session: Session, refusal: str, before: str | None) -> int:
-    """The budget does not pay for another save. What an earlier attempt has learned becomes the adapter, and the run has stopped
-    at its budget. Raises UserError where somebody wants more of it all the same, and where nothing was learned yet.
-
-    before: the status that the attempt before this one has left.
-    """
-    step = _step_of(session)
-    if step is None or (
-        before == "budget_stop" and distributed.from_first(lambda: adapter_is_of(session.run, session.recorder, step))
-    ):
-        if not _remove_unbegun(session) and before != "budget_stop" and distributed.first():
-            session.spending.book("failed")
-            session.recorder.close("failed")
-        raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})")
-    say(refusal)
-    if distributed.first():
-        session.spending.book("budget_stop")
-        assert session.resume_from
-        adapter_from(session.run, session.resume_from)
-        session.recorder.write(stop={"reason": "budget", "detail": refusal, "seconds": 0.0})
-    return _close(session, "budget_stop", step)
-
-
-def _close(session: Session, status: str, step: int) -> int:
-    session.spending.end(status)
-    session.recorder.close(status, **({} if status == "interrupted" else {"adapter_step": step}))
-    tell_end(session.run, status, step)
-    return EXIT_TRANSIENT if status == "interrupted" else EXIT_OK
-
-
-def _close_failed(session: Session, error: BaseException) -> None:
-    """Leave a run folder that says how the run ended, without half an adapter; none at all if the run never began."""
-    if not distributed.first():
-        return
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    try:
-        if _remove_unbegun(session):
-            return
-        remove_halves(session.run)
-        session.spending.end(status)
-        session.recorder.close(status)
-    except (OSError, UserError) as another:  # the fault that brought us here is the one to report
-        say(str(another))
-
-
-def _remove_unbegun(session: Session) -> bool:
-    """A new run for which nothing was loaded yet leaves no folder behind; returns whether this is one."""
-    unbegun = session.attempt == 1 and "hardware" not in session.recorder.record
-    if unbegun and distributed.first():
-        shutil.rmtree(session.run.path, ignore_errors=True)
-        with suppress(OSError):
-            session.run.path.parent.rmdir()  # unless there is something else in it
-    return unbegun
-
-
-def _step_of(session: Session) -> int | None:
-    return int(read_manifest(session.resume_from)["step"]) if session.resume_from else None
+    return close(session, status, trainer.state.global_step)

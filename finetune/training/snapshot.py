@@ -29,6 +29,7 @@ from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.prepared_folder import MANIFEST
 from finetune.run_folder import RunFolder
+from finetune.run_record import SavesRecord
 from finetune.runtime import fault_injection
 from finetune.runtime.console import say
 from finetune.runtime.files import write_json, write_text
@@ -73,17 +74,17 @@ class Saves:
     stall_seconds: float = 0.0
     committed: list[Committed] = field(default_factory=list)
 
-    def to_dict(self, training_seconds: float) -> dict[str, Any]:
-        """For run.json: all measured. share: of the seconds of this attempt in which training waited for a save."""
+    def record(self, training_seconds: float) -> SavesRecord:
+        """All measured. stall_share: of the seconds of this attempt in which training waited for a save."""
         last = self.committed[-1] if self.committed else None
-        return {
-            "count": self.count,
-            "stall_seconds": round(self.stall_seconds, 3),
-            "stall_share": round(self.stall_seconds / training_seconds, 5) if training_seconds > 0 else None,
-            "committed_step": last.step if last else None,
-            "commit_seconds": round(last.seconds, 3) if last else None,
-            "bytes": last.bytes if last else None,
-        }
+        return SavesRecord(
+            count=self.count,
+            stall_seconds=round(self.stall_seconds, 3),
+            stall_share=round(self.stall_seconds / training_seconds, 5) if training_seconds > 0 else None,
+            committed_step=last.step if last else None,
+            commit_seconds=round(last.seconds, 3) if last else None,
+            bytes=last.bytes if last else None,
+        )
 
 
 class Snapshots(TrainerCallback):

@@ -26,6 +26,7 @@ from finetune.demo.schedule import (
 from finetune.errors import EXIT_TRANSIENT
 from finetune.evaluation.run import evaluate_run
 from finetune.run_folder import RunFolder
+from finetune.run_record import RunRecord
 from finetune.training import resume
 from tests.helpers.train_helpers import at_step
 
@@ -179,7 +180,9 @@ def test_threads_of_a_resumed_run(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        resume.keep_threads({} if began is None else {"threads": began}, torch.device(device))
+        record = RunRecord()
+        record.threads = began
+        resume.keep_threads(record, torch.device(device))
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

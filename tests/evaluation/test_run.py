@@ -24,6 +24,7 @@ from finetune.evaluation.score import Row
 from finetune.evaluation.statistics import wilson_interval
 from finetune.report.render import write_report
 from finetune.run_folder import RunFolder, open_run
+from finetune.run_record import DataRecord
 from tests.helpers.data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop
 
@@ -85,8 +86,9 @@ def test_train_evaluate_and_report_fit_together(tiny_config: ConfigWriter, capsy
     result = scored(run.eval_json)
     assert (result["split"], result["questions"], result["rule"]) == ("test", 6, "test_suite")
     assert result["without_database"] == 0
-    assert result["data_manifest_sha256"] == run.record()["data"]["manifest_sha256"]
-    assert result["prompt_version"] == run.record()["prompt_version"]
+    record = run.record()
+    assert record.data and result["data_manifest_sha256"] == record.data.manifest_sha256
+    assert result["prompt_version"] == record.prompt_version
     assert sum(result["gain"].values()) == 6
     for name in ("base", "tuned"):
         scores = result["models"][name]
@@ -223,8 +225,9 @@ def test_records_without_a_database_are_left_out_and_counted(
     assert (result["questions"], result["without_database"]) == (2, 1)
     assert {line["db_id"] for line in read_jsonl(run.eval_rows("tuned"))} == {"shop"}
     assert "1 of 3 test records come without a database and are left out" in capsys.readouterr().err
-    data = {"counts": {"test": 3}, "manifest_sha256": result["data_manifest_sha256"]}
-    run.write_record(run.record() | {"data": data})
+    record = run.record()
+    record.data = DataRecord(counts={"test": 3}, manifest_sha256=result["data_manifest_sha256"])
+    run.write_record(record)
     write_report(run.path)
     assert "Asked were 2 of the 3 questions of the test split" in (run.path / "report.md").read_text()
 

@@ -163,7 +163,9 @@ def test_a_run_that_recorded_no_attempts_has_no_such_section(tmp_path: Path, val
 
 
 def test_what_an_attempt_does_not_know_is_a_dash(tmp_path: Path) -> None:
-    run_dir = build_run(tmp_path / "bare", attempt_log=[{"attempt": 1, "hours": "many", "spot": None, "from_step": 0}])
+    run_dir = build_run(
+        tmp_path / "bare", attempt_log=[{"attempt": 1, "hours": float("nan"), "spot": None, "from_step": 0}]
+    )
     write_report(run_dir)
     assert table((run_dir / "report.html").read_text()) == [["1", "–", "–", "–", "0 to –", "–", "–", "–", "–"]]
     assert "| 1 | – | – | – | 0 to – | – | – | – | – |" in pages(run_dir)[1]

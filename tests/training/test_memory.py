@@ -18,7 +18,7 @@ from finetune.cli.main import main  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.estimate.memory_hf import MemoryEstimate  # noqa: E402
 from finetune.machine.hardware import GIB  # noqa: E402
-from finetune.training import record as run_record  # noqa: E402
+from finetune.training import measurements  # noqa: E402
 from finetune.training import run as training_run  # noqa: E402
 from finetune.training.step.plan import StepPlan, worst_micro_batch  # noqa: E402
 from finetune.training.trainer import build_trainer  # noqa: E402
@@ -107,8 +107,8 @@ def test_the_record_follows_the_stepper_when_memory_did_not_suffice() -> None:
     stepper: Any = SimpleNamespace(
         limits=Limits(2048, 32, 8), rows=None, out_of_memory=1, watch=SimpleNamespace(bad_steps=3)
     )
-    found = run_record.describe_step(plan, stepper)
-    assert (found["micro_batch_tokens"], found["rows"], found["out_of_memory"], found["bad_steps"]) == (
+    found = measurements.describe_step(plan, stepper)
+    assert (found.micro_batch_tokens, found.rows, found.out_of_memory, found.bad_steps) == (
         2048,
         None,
         1,
@@ -121,12 +121,12 @@ def test_on_a_gpu_estimate_and_measurement_stand_side_by_side(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10 * GIB)
     needed = MemoryEstimate(0, 0, 0, 0, 0, 0, 0, peak=8 * GIB, reserve=GIB // 2)
-    found = run_record.describe_memory(StepPlan("lean", 16, None, Limits(4096, 32), False, needed, ""))
+    found = measurements.describe_memory(StepPlan("lean", 16, None, Limits(4096, 32), False, needed, ""))
     assert found is not None
-    assert list(found.values())[:4] == [8.0, 8.5, 9.0, 10.0]
-    assert "estimated" in found["basis"] and "measured" in found["basis"]
-    unknown = run_record.describe_memory(StepPlan("stock", 16, None, Limits(4096, 0), True, None, ""))
-    assert unknown is not None and list(unknown.values())[:4] == [None, None, 9.0, 10.0]
+    assert list(vars(found).values())[:4] == [8.0, 8.5, 9.0, 10.0]
+    assert found.basis and "estimated" in found.basis and "measured" in found.basis
+    unknown = measurements.describe_memory(StepPlan("stock", 16, None, Limits(4096, 0), True, None, ""))
+    assert unknown is not None and list(vars(unknown).values())[:4] == [None, None, 9.0, 10.0]
 
 
 # --- losses that are no numbers

@@ -239,7 +239,7 @@ def test_a_budget_that_ends_a_hanging_step_ends_at_the_newest_checkpoint(
 ) -> None:
     """The last checkpoint is of step 2, the last log of step 3. Where the adapter takes too long the next attempt makes it."""
     monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.1")
-    slow = "from finetune.training import adapter as train_end\ntrain_end.adapter_from = lambda *_: time.sleep(600)"
+    slow = "from finetune.training import ending\nending.adapter_from = lambda *_: time.sleep(600)"
     config = tiny_config(
         training={"max_steps": 9},
         budget={"max_hours": 300 / 3600},

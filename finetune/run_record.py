@@ -1,0 +1,228 @@
+"""run.json, the record of a run: what it was made of, how far it is, what it measured and what it has cost.
+
+The names are those of the file's keys. Nearly all may be absent: a run adds them as it learns them, and earlier versions of this
+tool did not know them all. Keys of a later version are kept. Seconds, tokens, GiB, US dollars; times are UTC, in ISO 8601.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.runtime.files import read_json, write_json
+from finetune.runtime.typed_json import Mismatch, decode, encode
+
+Row = Mapping[str, float | None]
+"""One log of training or validation: step, epoch, and some of loss, eval_loss, learning_rate, grad_norm, tokens_per_second."""
+
+
+@dataclass
+class DataRecord:
+    """The prepared set. counts: records by split; used: of those, how many were short enough."""
+
+    path: str | None = None
+    manifest_sha256: str | None = None
+    counts: Mapping[str, int] | None = None
+    used: Mapping[str, int] | None = None
+
+
+@dataclass
+class GpuRecord:
+    """memory_gib: of one of `count` GPUs."""
+
+    name: str | None = None
+    memory_gib: float | None = None
+    compute_capability: Sequence[int] | None = None
+    count: int | None = None
+
+
+@dataclass
+class HardwareRecord:
+    """The machine of the last attempt; gpu: None where it has none. dtype: in which it computed."""
+
+    platform: str | None = None
+    cpu: str | None = None
+    cores: int | None = None
+    ram_gib: float | None = None
+    gpu: GpuRecord | None = None
+    dtype: str | None = None
+
+
+@dataclass
+class ModelRecord:
+    """quantization: the type of the 4-bit weights, None where they are not in 4 bits."""
+
+    name: str | None = None
+    revision: str | None = None
+    parameters: int | None = None
+    trainable_parameters: int | None = None
+    quantization: str | None = None
+
+
+@dataclass
+class StepRecord:
+    """How an optimizer step is computed: as planned, and where memory did not suffice as it was done since.
+
+    questions and ranks (processes, each with its GPU): of the whole step; the rest for each rank. rows: None unless the config
+    names a number; then micro_batch_tokens do not limit it. out_of_memory, bad_steps: counted in the last attempt.
+    """
+
+    path: str | None = None
+    why: str | None = None
+    questions: int | None = None
+    ranks: int | None = None
+    micro_batch_tokens: int | None = None
+    rows: int | None = None
+    kept_layers: int | None = None
+    cached_layers: int | None = None
+    checkpointing: bool | None = None
+    out_of_memory: int | None = None
+    bad_steps: int | None = None
+
+
+@dataclass
+class MemoryRecord:
+    """GiB of the GPU of rank 0 at the peak of the last attempt, as torch's allocator gave out (peak) and held (reserved)."""
+
+    predicted_peak_gib: float | None = None
+    predicted_reserved_gib: float | None = None
+    measured_peak_gib: float | None = None
+    measured_reserved_gib: float | None = None
+    basis: str | None = None
+
+
+@dataclass
+class SavesRecord:
+    """What saving has cost the last attempt. stall_share: of its seconds of training; committed_step and on: the last save."""
+
+    count: int | None = None
+    stall_seconds: float | None = None
+    stall_share: float | None = None
+    committed_step: int | None = None
+    commit_seconds: float | None = None
+    bytes: int | None = None
+
+
+@dataclass
+class StepCount:
+    done: int
+    planned: int | None = None
+
+
+@dataclass
+class TokenCount:
+    trained: int | None = None
+
+
+@dataclass
+class LossesRecord:
+    first: float | None = None
+    last: float | None = None
+    eval_first: float | None = None
+    eval_last: float | None = None
+
+
+@dataclass
+class PeakMemory:
+    """Over all attempts. value: GiB; kind: what was measured."""
+
+    value: float
+    kind: str
+
+
+@dataclass
+class SpendingRecord:
+    """Over all attempts, against the ceilings; usd is None where no price is known."""
+
+    usd: float | None = None
+    hours: float | None = None
+    ceiling_usd: float | None = None
+    ceiling_hours: float | None = None
+    projected_usd: float | None = None
+    basis: str | None = None
+
+
+@dataclass
+class AttemptRecord:
+    """One attempt as the ledger has it. reason: how it ended, None while it runs or where it could not say."""
+
+    attempt: int | None = None
+    started_at: str | None = None
+    machine: str | None = None
+    zone: str | None = None
+    gpu: str | None = None
+    spot: bool | None = None
+    usd_per_hour: float | None = None
+    hours: float | None = None
+    usd: float | None = None
+    from_step: int | None = None
+    to_step: int | None = None
+    reason: str | None = None
+
+
+@dataclass
+class StopRecord:
+    """Who asked the last attempt to stop; seconds: from there to its checkpoint."""
+
+    reason: str | None = None
+    detail: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(init=False)
+class RunRecord:
+    """adapter_step: step of the adapter in the run's folder. attempts: how many have begun. threads: of torch at the start."""
+
+    status: str | None = None
+    run_id: str | None = None
+    run_name: str | None = None
+    started_at: str | None = None
+    ended_at: str | None = None
+    config_file: str | None = None
+    config: Mapping[str, Any] | None = None
+    config_hash: str | None = None
+    data: DataRecord | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    prompt_version: str | None = None
+    python: str | None = None
+    packages: Mapping[str, str] | None = None
+    seed: int | None = None
+    threads: int | None = None
+    attempts: int = 1
+    wall_seconds: float | None = None
+    history: Sequence[Row] | None = None
+    spent_usd: float | None = None
+    spent_basis: str | None = None
+    spending: SpendingRecord | None = None
+    attempt_log: Sequence[AttemptRecord] | None = None
+    hardware: HardwareRecord | None = None
+    model: ModelRecord | None = None
+    step: StepRecord | None = None
+    memory: MemoryRecord | None = None
+    steps: StepCount | None = None
+    epochs: float | None = None
+    tokens: TokenCount | None = None
+    losses: LossesRecord | None = None
+    tokens_per_second: float | None = None
+    saves: SavesRecord | None = None
+    peak_memory_gib: PeakMemory | None = None
+    stop: StopRecord | None = None
+    adapter_step: int | None = None
+
+
+def read_record(path: Path) -> RunRecord:
+    """Raises UserError where the file is missing or is none, with the key that is not as it should be."""
+    values = read_json(path, "finetune train CONFIG")
+    try:
+        return decode(RunRecord, values)
+    except Mismatch as mismatch:
+        raise UserError(f"{path}: {mismatch}") from mismatch
+
+
+def write_record(path: Path, record: RunRecord) -> None:
+    """Raises UserError when the disk is full or the folder cannot be written."""
+    write_json(path, encode(record))

@@ -1,0 +1,85 @@
+"""JSON objects with a type: a plain dataclass for each object, its fields named like the keys.
+
+vars() of an instance is the object as it stands in the file: keys that no field is named after are kept as they are, and a key
+that is absent there is absent here. A field that was never set reads as its default, so that has to be one that cannot change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+Kind = TypeVar("Kind")
+
+NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+class Mismatch(ValueError):
+    """A value is not as its type says. The message begins with the dotted key."""
+
+
+def decode(kind: type[Kind], value: Mapping[str, object]) -> Kind:
+    """The JSON object as an instance of the dataclass `kind`. Raises Mismatch."""
+    return _object(kind, value, "")
+
+
+def update(record: object, values: Mapping[str, object]) -> None:
+    """Set fields of a dataclass from a JSON object. Raises Mismatch."""
+    vars(record).update(vars(_object(type(record), values, "", partly=True)))
+
+
+def encode(value: object) -> Any:
+    """What `json.dump` takes: the inverse of `decode`."""
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    return value
+
+
+def _object(kind: type[Kind], values: Mapping[str, object], where: str, partly: bool = False) -> Kind:
+    made, fields = kind.__new__(kind), get_type_hints(kind)
+    for key, value in values.items():
+        vars(made)[key] = _checked(fields[key], value, where + key) if key in fields else value
+    for key in fields:
+        if not partly and not hasattr(made, key):
+            raise Mismatch(f"{where}{key}: missing")
+    return made
+
+
+def _checked(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, UnionType):  # X | None
+        if value is None:
+            return None
+        (kind,) = set(get_args(kind)) - {NoneType}
+    if not _has_shape(kind, value):
+        found = f", found {value!r:.40}" if kind in NAMES else ""
+        raise Mismatch(f"{where}: expected {_described(kind)}{found}")
+    if is_dataclass(kind):
+        return _object(kind, value, f"{where}.")  # type: ignore[arg-type]
+    if get_origin(kind) is Mapping:
+        return {key: _checked(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
+    if get_origin(kind) is Sequence:
+        return [_checked(get_args(kind)[0], item, f"{where}[{place}]") for place, item in enumerate(value)]
+    return value
+
+
+def _has_shape(kind: Any, value: object) -> bool:
+    """Whether it is at least of the kind: what stands in an object is another question."""
+    if get_origin(kind) is Sequence:
+        return isinstance(value, list) and all(_has_shape(get_args(kind)[0], item) for item in value)
+    if is_dataclass(kind) or get_origin(kind) is Mapping:
+        return isinstance(value, dict)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    if get_origin(kind) is Sequence:
+        return f"a list of {_described(get_args(kind)[0]).split(' ', 1)[1]}s"
+    return NAMES.get(kind, "an object")

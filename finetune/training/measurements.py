@@ -1,0 +1,150 @@
+"""What run.json says of an attempt: its machine, its model, its steps, its memory, and how far it is."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from finetune.config.schema import RunConfig
+from finetune.errors import UserError, first_line
+from finetune.estimate.memory_hf import GIB
+from finetune.machine.hardware import detect
+from finetune.models.device import Device
+from finetune.models.load import parameter_counts
+from finetune.run_record import (
+    HardwareRecord,
+    LossesRecord,
+    MemoryRecord,
+    ModelRecord,
+    PeakMemory,
+    Row,
+    RunRecord,
+    StepCount,
+    StepRecord,
+    TokenCount,
+)
+from finetune.runtime import distributed
+from finetune.runtime.typed_json import decode
+from finetune.training.callbacks import history_rows
+from finetune.training.step.plan import StepPlan
+from finetune.training.step.runner import Stepper
+
+
+def describe_hardware(device: Device) -> HardwareRecord:
+    return decode(HardwareRecord, replace(detect(), dtype=device.dtype_name).to_dict())
+
+
+def describe_model(config: RunConfig, model: torch.nn.Module) -> ModelRecord:
+    total, trainable = parameter_counts(model)
+    quantization = config.quantization
+    return ModelRecord(
+        name=config.model.name,
+        revision=config.model.revision,
+        parameters=total,
+        trainable_parameters=trainable,
+        quantization=quantization.bnb_4bit_quant_type if quantization.load_in_4bit else None,
+    )
+
+
+def describe_step(plan: StepPlan, stepper: Stepper | None = None) -> StepRecord:
+    """How an optimizer step is computed: as planned, and where memory did not suffice as the stepper has it now."""
+    limits = stepper.limits if stepper else plan.limits
+    return StepRecord(
+        path=plan.path,
+        why=plan.why,
+        questions=plan.questions,
+        ranks=distributed.count(),
+        micro_batch_tokens=limits.tokens,
+        rows=stepper.rows if stepper else plan.rows,
+        kept_layers=limits.kept_layers if plan.path == "lean" else None,
+        cached_layers=limits.cached_layers if plan.path == "lean" else None,
+        checkpointing=plan.checkpointing,
+        out_of_memory=stepper.out_of_memory if stepper else 0,
+        bad_steps=stepper.watch.bad_steps if stepper else 0,
+    )
+
+
+def describe_memory(plan: StepPlan) -> MemoryRecord | None:
+    """GiB of the GPU of rank 0 at the peak of this attempt, estimated before it and measured in it; None on a CPU.
+
+    What torch's allocator gave out and what it held; CUDA's own share is in neither.
+    """
+    if not torch.cuda.is_available():
+        return None
+    needed = plan.needed
+    return MemoryRecord(
+        predicted_peak_gib=_gib(needed.peak) if needed else None,
+        predicted_reserved_gib=_gib(needed.reserved) if needed else None,
+        measured_peak_gib=_gib(torch.cuda.max_memory_allocated()),
+        measured_reserved_gib=_gib(torch.cuda.max_memory_reserved()),
+        basis="predicted: estimated before the first step for the largest micro-batch; measured: torch.cuda's peaks so far",
+    )
+
+
+def _gib(size: int) -> float:
+    return round(size / GIB, 3)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: what of its record has to agree with its newest checkpoint."""
+
+    history: Sequence[Row]
+    steps: StepCount
+    epochs: float | None
+    tokens: TokenCount
+    losses: LossesRecord
+
+    def into(self, record: RunRecord) -> None:
+        record.history, record.steps, record.epochs = self.history, self.steps, self.epochs
+        record.tokens, record.losses = self.tokens, self.losses
+
+
+def progress_of(state: TrainerState) -> Progress:
+    """As a trainer's state, or that of a checkpoint, has it."""
+    history = history_rows(state.log_history)
+    losses = [row["loss"] for row in history if "loss" in row]
+    validation = [row["eval_loss"] for row in history if "eval_loss" in row]
+    return Progress(
+        history,
+        StepCount(state.global_step, state.max_steps),
+        state.epoch,
+        TokenCount(trained=int(state.num_input_tokens_seen)),
+        LossesRecord(
+            first=losses[0] if losses else None,
+            last=losses[-1] if losses else None,
+            eval_first=validation[0] if validation else None,
+            eval_last=validation[-1] if validation else None,
+        ),
+    )
+
+
+def progress_at(checkpoint: Path) -> Progress:
+    """Raises UserError where the checkpoint does not say it."""
+    file = checkpoint / TRAINER_STATE_NAME
+    try:
+        return progress_of(TrainerState.load_from_json(str(file)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        why = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UserError(f"{file}: how far the run is cannot be read ({why})") from error
+
+
+def peak_memory() -> PeakMemory:
+    """GiB, measured: what torch reserved on this GPU, or the resident peak of this process."""
+    if torch.cuda.is_available():
+        return PeakMemory(round(torch.cuda.max_memory_reserved() / 2**30, 3), "cuda reserved")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
+    return PeakMemory(round(peak / unit, 3), "process resident")
+
+
+def higher(peak: PeakMemory, earlier: PeakMemory | None) -> PeakMemory:
+    """The peak over all attempts, as far as they measured the same thing."""
+    return earlier if earlier and earlier.kind == peak.kind and earlier.value > peak.value else peak

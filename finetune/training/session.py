@@ -1,0 +1,34 @@
+"""What the steps of one attempt of a run hand from one to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.budget.run_budget import RunBudget
+from finetune.checkpoint.store import read_manifest
+from finetune.run_folder import RunFolder
+from finetune.run_record import RunRecord
+from finetune.runtime.stop_request import Stop
+from finetune.training.record import RunRecorder
+from finetune.training.setup import Inputs
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one attempt of a run works with. resume_from: the checkpoint that it goes on from."""
+
+    run: RunFolder
+    inputs: Inputs
+    recorder: RunRecorder
+    spending: RunBudget
+    stop: Stop
+    resume_from: Path | None = None
+
+    @property
+    def record(self) -> RunRecord:
+        return self.recorder.record
+
+    @property
+    def resumed_step(self) -> int | None:
+        return int(read_manifest(self.resume_from)["step"]) if self.resume_from else None

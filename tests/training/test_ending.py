@@ -1,0 +1,155 @@
+"""The end of an attempt does not depend on a folder that answers: what hangs is not waited for, what cannot be read is said."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.helpers.train_helpers import at_step, check_agrees, record_of
+
+torch = pytest.importorskip("torch")
+
+from transformers import TrainerState  # noqa: E402
+
+from finetune.cli.main import main  # noqa: E402
+from finetune.run_folder import RunFolder  # noqa: E402
+from finetune.run_record import RunRecord, StepCount  # noqa: E402
+from finetune.training import ending  # noqa: E402
+from finetune.training.record import RunRecorder  # noqa: E402
+from finetune.training.session import Session  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("no_keys")
+Shown = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> RunRecorder:
+    """Of a run that has begun, with two steps done."""
+    record = RunRecord()
+    record.status, record.attempts, record.steps = "running", 2, StepCount(2, 9)
+    spending: Any = SimpleNamespace(record=lambda reason: {}, end=lambda reason: None)
+    return RunRecorder(RunFolder(tmp_path), record, spending, time.monotonic())
+
+
+@pytest.fixture
+def hanging(recorder: RunRecorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A thread writes run.json to a folder that does not answer."""
+    begun, answers = threading.Event(), threading.Event()
+
+    def write(self: RunFolder, record: RunRecord) -> None:
+        begun.set()
+        answers.wait(60)
+
+    monkeypatch.setattr(RunFolder, "write_record", write)
+    writer = threading.Thread(target=recorder.begin, daemon=True)
+    writer.start()
+    assert begun.wait(10)
+    yield
+    answers.set()
+    writer.join()
+
+
+def by_the_budget(recorder: RunRecorder, run: RunFolder) -> None:
+    ending.stop_hanging(run, recorder)
+
+
+def by_another_process(recorder: RunRecorder, run: RunFolder) -> None:
+    nothing: Any = None
+    spending: Any = SimpleNamespace(end=lambda reason: None)
+    ending.clean_up(Session(run, nothing, recorder, spending, nothing))
+
+
+@pytest.mark.usefixtures("hanging")
+@pytest.mark.parametrize("end", [by_the_budget, by_another_process])
+def test_a_folder_that_hangs_does_not_keep_a_process_from_being_ended(
+    end: Callable[[RunRecorder, RunFolder], None],
+    recorder: RunRecorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Shown,
+) -> None:
+    """The thread that writes holds the lock of the record."""
+    monkeypatch.setattr(ending, "CLEAN_UP_SECONDS", 0.5)
+    last = threading.Thread(target=end, args=(recorder, RunFolder(tmp_path)), daemon=True)
+    last.start()
+    last.join(20)
+    assert not last.is_alive()
+    if end is by_the_budget:
+        assert f"{tmp_path / 'run.json'}: not written, its folder does not answer" in capsys.readouterr().err
+
+
+def no_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """trainer_state.json cannot be read in threads that are called so."""
+    load = TrainerState.load_from_json
+
+    def read(path: str) -> TrainerState:
+        if threading.current_thread().name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return load(path)
+
+    monkeypatch.setattr(TrainerState, "load_from_json", read)
+
+
+def test_a_checkpoint_that_does_not_say_how_far_it_is_fails_the_attempt_in_one_line(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run)
+    before = record_of(run) | {"status": "running", "ended_at": None}
+    (run / "run.json").write_text(json.dumps(before))
+    no_state("MainThread", monkeypatch)
+    assert main(["train", "--resume", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "step-6/trainer_state.json: how far the run is cannot be read" in said and "Traceback" not in said
+    assert f"{run / 'run.json'} stays behind it until the run goes on" in said
+    record = record_of(run)
+    assert (record["status"], record["attempts"]) == ("failed", 2) and record["ended_at"]
+    for key in ("steps", "history", "losses", "tokens", "saves"):
+        assert record[key] == before[key]
+
+
+def test_a_read_that_fails_behind_the_training_is_said_and_made_good_at_the_end(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
+) -> None:
+    """By the thread that saves."""
+    no_state("saver", monkeypatch)
+    at_step(6, lambda: 1 / 0, monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", str(tiny_config(training={"max_steps": 7}, checkpoint={"save_steps": 2, "keep_last": 5}))])
+    record = check_agrees(tmp_path / "runs" / "tiny-001")
+    assert (record["status"], record["steps"]["done"]) == ("failed", 4)
+    said = capsys.readouterr().err
+    for step in (2, 4):  # the thread went on saving after the first
+        assert f"step-{step}/trainer_state.json: how far the run is cannot be read" in said
+    assert said.count("which is tried again when the attempt ends") == 2
+
+
+def test_what_can_still_not_be_read_at_the_end_leaves_the_record_as_far_as_it_was(
+    recorder: RunRecorder, tmp_path: Path, capsys: Shown
+) -> None:
+    recorder.committed(tmp_path / "step-4")
+    assert recorder.newest == tmp_path / "step-4"
+    recorder.close("failed")
+    record = record_of(tmp_path)
+    assert (record["status"], record["steps"]) == ("failed", {"done": 2, "planned": 9})
+    lines = [line for line in capsys.readouterr().err.splitlines() if "step-4/trainer_state.json" in line]
+    assert len(lines) == 2 and lines[1].endswith("run.json stays behind it until the run goes on")
+
+
+def test_a_run_of_a_version_without_ids_is_refused_in_one_line(tiny_run: Path, tmp_path: Path, capsys: Shown) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run)
+    old = {key: value for key, value in record_of(run).items() if key != "run_id"} | {"status": "interrupted"}
+    (run / "run.json").write_text(json.dumps(old))
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "run.json: run_id: missing; the run is too old to go on" in capsys.readouterr().err
+    assert record_of(run) == old
