@@ -101,7 +101,7 @@ def test_of_runs_that_start_at_once_under_one_name_one_gets_it(root: Path, monke
 
 def test_a_folder_whose_config_cannot_be_written_does_not_stay(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> None:
-        raise UserError(f"{path}: no space left on the disk")
+        raise UserError(f"{path}: no space left on the disk", code="disk.full")
 
     monkeypatch.setattr(run_folder, "write_text", full)
     with pytest.raises(UserError, match="no space left"):

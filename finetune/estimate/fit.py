@@ -111,7 +111,7 @@ class TooSmall(UserError):
     """least: the limits that did not fit either."""
 
     def __init__(self, message: str, least: Limits) -> None:
-        super().__init__(message)
+        super().__init__(message, code="gpu.too_small")
         self.least = least
 
 

@@ -58,11 +58,11 @@ def read_run(run_dir: Path) -> Source:
     run = read_json(run_dir / "run.json", "finetune train CONFIG")
     for key in ("history", "attempt_log"):
         if not _is_list_of(run.get(key) or [], dict):
-            raise UserError(f"{run_dir / 'run.json'}: {key}: expected a list of objects")
+            raise UserError(f"{run_dir / 'run.json'}: {key}: expected a list of objects", code="report.bad_input")
     path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
     evaluation = read_json(path, command) if path.exists() else {}
     if problem := _evaluation_problem(evaluation):
-        raise UserError(f"{path}: {problem}; run `{command}` again")
+        raise UserError(f"{path}: {problem}; run `{command}` again", code="report.bad_input")
     rows = {
         name: _read_rows(run_dir / model["rows"], command)
         for name, model in (evaluation.get("models") or {}).items()
@@ -209,6 +209,6 @@ def _read_rows(path: Path, command: str) -> list[Json]:
     for line in read_lines(path):
         if line.problem or not isinstance(line.value, dict) or not {"id", "verdict"} <= set(line.value):
             problem = line.problem or "no answer with id and verdict"
-            raise UserError(f"{path}:{line.number}: {problem}; run `{command}` again")
+            raise UserError(f"{path}:{line.number}: {problem}; run `{command}` again", code="report.bad_input")
         rows.append(line.value)
     return rows

@@ -93,7 +93,8 @@ def foreseeable(error: BaseException, folder: Path) -> UserError | None:
         return UserError(
             "out of GPU memory, not in a step's passes, which begin again in smaller pieces, but in validation or beside them: "
             "lower training.per_device_eval_batch_size, set training.max_memory_gib below what the GPU has, or lower "
-            "model.max_seq_length"
+            "model.max_seq_length",
+            code="gpu.out_of_memory",
         )
     scratch = Path(tempfile.gettempdir())
     for place in (scratch, folder):

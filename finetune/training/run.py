@@ -275,7 +275,7 @@ def _refused(session: Session, refusal: str, before: str | None) -> int:
         if not _remove_unbegun(session) and before != "budget_stop" and distributed.first():
             session.spending.book("failed")
             session.recorder.close("failed")
-        raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})")
+        raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})", code="budget.exhausted")
     say(refusal)
     if distributed.first():
         session.spending.book("budget_stop")

@@ -206,7 +206,7 @@ def test_a_message_of_several_lines_is_put_on_one(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: argparse.Namespace) -> int:
-        raise UserError("first line\nsecond line")
+        raise UserError("first line\nsecond line", code="any.mistake")
 
     monkeypatch.setattr(config_module, "_config", fail)
     assert cli.main(["config", str(config)]) == 2

@@ -263,7 +263,7 @@ def test_a_mistake_that_all_find_is_told_once(tiny_config: ConfigWriter, tmp_pat
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
-        ("UserError('its own fault')", 2, "process 1: its own fault"),
+        ("UserError('its own fault', code='any.mistake')", 2, "process 1: its own fault"),
         pytest.param("ValueError('a bug')", 1, "process 1: ValueError: a bug", marks=pytest.mark.repeat),
     ],
 )

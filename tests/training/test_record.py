@@ -97,7 +97,7 @@ def test_a_last_save_that_fails_does_not_count(
 
     def refuse(self: CheckpointStore, source: Path, **labels: Any) -> Path:
         if labels["step"] > 2:
-            raise UserError("the bucket is gone")
+            raise UserError("the bucket is gone", code="checkpoint.store_vanished")
         return put(self, source, **labels)
 
     monkeypatch.setattr(CheckpointStore, "put", refuse)

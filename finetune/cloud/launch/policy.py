@@ -82,7 +82,8 @@ def _check_scripts(task: sky.Task) -> None:
         names = [path.relative_to(workdir) for path in bad]
         raise UserError(
             f"{', '.join(map(str, names))}: with Windows line ends (CR LF), over which bash fails on the machine; mend them in "
-            f"{workdir} by {mend_line_ends(names)}"
+            f"{workdir} by {mend_line_ends(names)}",
+            code="launch.windows_line_ends",
         )
 
 
@@ -107,7 +108,7 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
         table = candidates.price_table(entries, catalog.source)
         task.update_envs({VARIABLE: json.dumps(table, separators=(",", ":"))})
     elif not runs_where_it_is:
-        raise UserError(candidates.refusal_message(found, catalog.source))
+        raise UserError(candidates.refusal_message(found, catalog.source), code="launch.all_refused")
     if runs_where_it_is:
         return
     managed = request.request_options is None or name.startswith("jobs.")
@@ -125,7 +126,8 @@ def _asks_for_gpu_on_gcp(task: sky.Task) -> bool:
     if any(ours) and not all(ours):
         raise UserError(
             "resources: some alternatives are GPUs on Google Cloud and some are not, and a ceiling can be held only for the "
-            "first; make two tasks of them"
+            "first; make two tasks of them",
+            code="launch.mixed_alternatives",
         )
     return all(ours) and bool(ours)
 
@@ -143,13 +145,15 @@ def _check_priceable(task: sky.Task) -> None:
         if resources.volumes:
             raise UserError(
                 "resources.volumes: the price of extra disks is not known here, so the ceiling could not be held; use "
-                "disk_size, or the bucket"
+                "disk_size, or the bucket",
+                code="price.unknown",
             )
         strategy = (resources.job_recovery or {}).get("strategy")
         if strategy == "FAILOVER":
             raise UserError(
                 "resources.job_recovery: after a preemption FAILOVER takes any zone of the region, whatever it costs there; "
-                "use EAGER_NEXT_REGION"
+                "use EAGER_NEXT_REGION",
+                code="launch.unbounded_recovery",
             )
 
 
@@ -189,7 +193,10 @@ def _run_budget(task: sky.Task, say: Any) -> float:
 def _positive(name: str, text: str, unit: str) -> float:
     """A number as finetune/job/settings.py reads it, which would otherwise refuse it on a machine that is paid for."""
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) or not float(text) > 0:
-        raise UserError(f"envs.{name}: expected a positive number of {unit}, found {text!r}; write it like 25 or 0.5")
+        raise UserError(
+            f"envs.{name}: expected a positive number of {unit}, found {text!r}; write it like 25 or 0.5",
+            code="launch.bad_value",
+        )
     return float(text)
 
 
@@ -238,7 +245,9 @@ def _wanted(task: sky.Task, catalog: Catalog) -> list[Wanted]:
 def _gpu(resources: sky.Resources) -> tuple[str, int]:
     ((gpu, count),) = _gpus(resources).items()
     if count != int(count):
-        raise UserError(f"resources.accelerators: {gpu}:{count} is not a whole number of GPUs")
+        raise UserError(
+            f"resources.accelerators: {gpu}:{count} is not a whole number of GPUs", code="cloud.bad_gpu_count"
+        )
     return gpu, int(count)
 
 
@@ -250,7 +259,8 @@ def _machine_of(resources: sky.Resources, catalog: Catalog) -> str:
     if not feasible.resources_list:
         raise UserError(
             f"resources: SkyPilot finds no machine of Google Cloud for {gpu}:{count} with what else is asked for; "
-            f"name one by instance_type: {', '.join(machines) or 'the catalog has none'}"
+            f"name one by instance_type: {', '.join(machines) or 'the catalog has none'}",
+            code="launch.no_machine",
         )
     return str(feasible.resources_list[0].instance_type)
 
