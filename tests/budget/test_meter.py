@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from finetune.budget.ledger import Ledger
 from finetune.budget.meter import Ceilings, Meter
 from finetune.budget.watchdog import HEARTBEAT_VARIABLE, heartbeat_seconds
-from finetune.errors import UserError
 from finetune.machine.billed_time import MachineTime
+from tests.helpers.errors import raises
 
 BEAT = 0.1
 
@@ -277,7 +277,7 @@ def test_a_ledger_that_cannot_be_written_is_said_once_and_caught_up(run: Run) ->
 
 def test_a_ledger_that_never_could_be_written_refuses_the_run(run: Run) -> None:
     run.ledger.folder.write_text("a file where the folder belongs")
-    with pytest.raises(UserError, match="ledger"):
+    with raises("disk.error", match="ledger"):
         run.meter()
 
 
@@ -309,7 +309,7 @@ def test_the_clock_on_the_wall_may_jump(tmp_path: Path, run: Run, monkeypatch: p
 @pytest.mark.parametrize("text", ["0", "-1", "31", "nan", "often"])
 def test_a_heartbeat_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HEARTBEAT_VARIABLE, text)
-    with pytest.raises(UserError, match=HEARTBEAT_VARIABLE):
+    with raises("budget.bad_heartbeat", match=HEARTBEAT_VARIABLE):
         heartbeat_seconds()
     monkeypatch.delenv(HEARTBEAT_VARIABLE)
     assert heartbeat_seconds() == 30
