@@ -131,12 +131,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     if arguments.rounds < 1 or arguments.steps < 1:
-        raise UserError("--rounds, --steps: expected at least 1")
+        raise UserError("--rounds, --steps: expected at least 1", code="cli.bad_value")
     if arguments.warm_up < 0:
-        raise UserError("--warm-up: expected 0 or more steps")
+        raise UserError("--warm-up: expected 0 or more steps", code="cli.bad_value")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "no CUDA GPU on this machine; with --device cpu and a tiny model the benchmark runs all the same"
+            "no CUDA GPU on this machine; with --device cpu and a tiny model the benchmark runs all the same",
+            code="benchmark.no_gpu",
         )
 
 
@@ -153,11 +154,13 @@ def chosen(names: str, extra: list[str], ours_memory_gib: float | None = None) -
             known[name] = Variant("ours", dict(json.loads(settings)))
             names += f",{name}"
         except (ValueError, TypeError):
-            raise UserError(f"--ours {text}: expected NAME=JSON with an object of config keys and values") from None
+            raise UserError(
+                f"--ours {text}: expected NAME=JSON with an object of config keys and values", code="cli.bad_value"
+            ) from None
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
-        raise UserError(f"--variants {names}: expected names of {', '.join(known)}")
+        raise UserError(f"--variants {names}: expected names of {', '.join(known)}", code="cli.bad_value")
     return {name: _with_memory(known[name], memory) for name in wanted}
 
 
@@ -169,7 +172,8 @@ def make_recipe(arguments: argparse.Namespace, steps: int) -> Recipe:
     """The guide's values, which are the defaults of our config. Raises UserError where the model is no folder."""
     if not (arguments.model / "config.json").is_file():
         raise UserError(
-            f"{arguments.model}: no config.json in it; make a model with `python -m benchmarks.random_model`"
+            f"{arguments.model}: no config.json in it; make a model with `python -m benchmarks.random_model`",
+            code="model.incomplete",
         )
     training, lora, on_gpu = TrainingSection(), LoraSection(), arguments.device == "cuda"
     return Recipe(

@@ -84,7 +84,7 @@ def check_name_is_free(training: TrainingSection) -> None:
     if name is None:
         return
     if not name or Path(name).name != name or name.startswith("."):
-        raise UserError(f"training.run_name: expected a plain folder name, found {name!r}")
+        raise UserError(f"training.run_name: expected a plain folder name, found {name!r}", code="run.bad_name")
     if os.path.lexists(Path(training.output_dir) / name):
         raise _taken(Path(training.output_dir) / name)
 
@@ -120,7 +120,7 @@ def open_run(path: Path) -> RunFolder:
     if not folder.config_yaml.is_file():
         found = sorted(p.parent.name for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
         there = f"; runs there: {', '.join(found)}" if found else ""
-        raise UserError(f"{path}: not a run folder (no config.yaml in it){there}")
+        raise UserError(f"{path}: not a run folder (no config.yaml in it){there}", code="run.not_found")
     return folder
 
 
@@ -131,7 +131,9 @@ def remove_unbegun(run: RunFolder) -> None:
         return
     for path in run.path.rglob("*"):
         if path.name != run.config_yaml.name and not (path.name.startswith(".") and path.suffix == ".tmp"):
-            raise UserError(f"{run.path}: holds files, but no run.json; choose another name for the run")
+            raise UserError(
+                f"{run.path}: holds files, but no run.json; choose another name for the run", code="run.name_taken"
+            )
     shutil.rmtree(run.path)
 
 
@@ -146,7 +148,8 @@ def _claim(path: Path) -> Path:
 def _taken(path: Path) -> UserError:
     return UserError(
         f"{path}: is there already, and a run is never overwritten; go on with it by `finetune train --resume {path}`, "
-        f"or choose another training.run_name"
+        f"or choose another training.run_name",
+        code="run.name_taken",
     )
 
 

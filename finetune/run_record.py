@@ -220,7 +220,7 @@ def read_record(path: Path) -> RunRecord:
     try:
         return decode(RunRecord, values)
     except Mismatch as mismatch:
-        raise UserError(f"{path}: {mismatch}") from mismatch
+        raise UserError(f"{path}: {mismatch}", code="run.bad_record") from mismatch
 
 
 def write_record(path: Path, record: RunRecord) -> None:

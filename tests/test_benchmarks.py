@@ -19,6 +19,7 @@ from benchmarks import throughput
 from benchmarks.throughput_peer import Peer
 from benchmarks.throughput_recipe import ANSWER_TOKENS, BATCH, IGNORED, make_texts
 from benchmarks.throughput_report import plot, summarise, table
+from tests.helpers.errors import raises
 
 OBEDIENT = """
 import json, sys
@@ -191,15 +192,20 @@ def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_benchmark_for_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with raises("benchmark.no_gpu"):
+        throughput.check(throughput.parse(["model"]))
+
+
 def test_settings_of_ours_reach_the_config_and_wrong_ones_are_refused(tiny_model: Path) -> None:
     from benchmarks.throughput_ours import our_config
-    from finetune.errors import UserError
 
     recipe = throughput.make_recipe(throughput.parse([str(tiny_model), "--device", "cpu"]), steps=7)
     config = our_config(recipe, {"lora.lora_dropout": 0.25, "training.per_device_train_batch_size": 2})
     assert (config.lora.lora_dropout, config.training.per_device_train_batch_size) == (0.25, 2)
     assert (config.training.max_steps, config.training.effective_batch_size) == (7, BATCH)
-    with pytest.raises(UserError, match="lora_droput"):
+    with raises("config.unknown_key", match="lora_droput"):
         our_config(recipe, {"lora.lora_droput": 0.25})
 
 

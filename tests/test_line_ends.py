@@ -108,7 +108,7 @@ def test_a_launch_with_windows_scripts_is_refused_by_one_line(
     assert "error" not in worker.ask("optimize", task, policy=POLICY, request=request_name)
     to_windows(tmp_path / "on_machine" / "common.sh")
     answer = worker.ask("optimize", task, policy=POLICY, request=request_name)
-    assert answer["error"] == "UserRequestRejectedByPolicy"
+    assert (answer["error"], answer["code"]) == ("UserRequestRejectedByPolicy", "launch.windows_line_ends")
     said = answer["message"]
     assert "on_machine/common.sh: with Windows line ends (CR LF)" in said
     assert r"by sed -i 's/\r$//' on_machine/common.sh" in said

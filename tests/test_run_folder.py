@@ -18,6 +18,7 @@ from finetune.errors import UserError
 from finetune.run_folder import RunFolder, create_run, git_state, open_run, package_versions
 from finetune.run_record import RunRecord
 from tests.helpers.data_examples import files_of
+from tests.helpers.errors import raises
 
 FILE = Path("configs/tiny.yaml")
 
@@ -65,7 +66,7 @@ def test_a_name_that_is_taken_is_refused_and_what_is_there_stays(there: str, roo
     else:
         (root / "mine").symlink_to(root / "nowhere")
     before = files_of(root)
-    with pytest.raises(UserError, match=r"runs/mine: is there already.*--resume .*runs/mine.*training\.run_name"):
+    with raises("run.name_taken", match=r"runs/mine: is there already.*--resume .*runs/mine.*training\.run_name"):
         create_run(config(root, "mine"), Path("other.yaml"))
     assert files_of(root) == before
     assert [path.name for path in root.iterdir()] == ["mine"]
@@ -73,7 +74,7 @@ def test_a_name_that_is_taken_is_refused_and_what_is_there_stays(there: str, roo
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp", ".hidden"])
 def test_a_name_that_is_no_folder_name_is_refused(name: str, root: Path) -> None:
-    with pytest.raises(UserError, match=r"training\.run_name: expected a plain folder name"):
+    with raises("run.bad_name", match=r"training\.run_name: expected a plain folder name"):
         create_run(config(root, name), FILE)
     assert not root.exists()
 
@@ -103,34 +104,34 @@ def test_of_runs_that_start_at_once_under_one_name_one_gets_it(root: Path, monke
 
 def test_a_folder_whose_config_cannot_be_written_does_not_stay(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> None:
-        raise UserError(f"{path}: no space left on the disk")
+        raise UserError(f"{path}: no space left on the disk", code="disk.full")
 
     monkeypatch.setattr(run_folder, "write_text", full)
-    with pytest.raises(UserError, match="no space left"):
+    with raises("disk.full"):
         create_run(config(root), FILE)
     assert list(root.iterdir()) == []
 
 
 def test_an_output_folder_that_is_a_file_is_refused(root: Path) -> None:
     root.write_text("not a folder")
-    with pytest.raises(UserError, match=r"runs: File exists"):
+    with raises("disk.error", match=r"runs: File exists"):
         create_run(config(root), FILE)
-    with pytest.raises(UserError, match=r"runs/below: Not a directory"):
+    with raises("disk.error", match=r"runs/below: Not a directory"):
         create_run(config(root / "below"), FILE)
 
 
 def test_a_folder_that_is_no_run_is_named_with_the_runs_beside_it(root: Path) -> None:
     run = create_run(config(root), FILE)
     assert open_run(run.path) == run
-    with pytest.raises(UserError, match=r"runs/tiny-009: not a run folder.*; runs there: tiny-001"):
+    with raises("run.not_found", match=r"runs/tiny-009: not a run folder.*; runs there: tiny-001"):
         open_run(root / "tiny-009")
-    with pytest.raises(UserError, match=r"not a run folder \(no config.yaml in it\)$"):
+    with raises("run.not_found", match=r"not a run folder \(no config.yaml in it\)$"):
         open_run(root / "nowhere" / "x")
 
 
 def test_a_run_without_its_record_says_which_command_writes_it(root: Path) -> None:
     run = create_run(config(root), FILE)
-    with pytest.raises(UserError, match=r"run\.json: missing; run `finetune train CONFIG` first"):
+    with raises("file.missing", match=r"run\.json.*`finetune train CONFIG`"):
         run.record()
     record = RunRecord()
     record.status = "running"

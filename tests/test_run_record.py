@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.run_record import RunRecord, SavesRecord, StepCount, read_record, write_record
+from tests.helpers.errors import raises
 from tests.helpers.report_fixtures import run_record, spending
 
 
@@ -98,7 +98,7 @@ def test_a_value_of_another_type_is_one_line_with_file_and_key(
     values: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     path = written(tmp_path, values)
-    with pytest.raises(UserError) as caught:
+    with raises("run.bad_record") as caught:
         read_record(path)
     assert str(caught.value) == f"{path}: {said}"
 

@@ -202,7 +202,9 @@ class AttemptLog:
 
     def _write(self) -> None:
         if self._written and not self._ledger.folder.is_dir():  # made anew it would hide that the bucket is gone
-            raise UserError(f"{self._ledger.folder}: has vanished; is the bucket still mounted?")
+            raise UserError(
+                f"{self._ledger.folder}: has vanished; is the bucket still mounted?", code="budget.ledger_vanished"
+            )
         self._leave_to_others()
         text = "".join(json.dumps(line, allow_nan=False, default=str) + "\n" for line in self._lines)
         with atomic_file(self.path) as file:

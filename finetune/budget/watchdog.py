@@ -241,6 +241,7 @@ def heartbeat_seconds() -> float:
         seconds = math.nan
     if not 0 < seconds <= HEARTBEAT_SECONDS:
         raise UserError(
-            f"{HEARTBEAT_VARIABLE}: expected seconds above 0 and at most {HEARTBEAT_SECONDS:g}, found {text!r}"
+            f"{HEARTBEAT_VARIABLE}: expected seconds above 0 and at most {HEARTBEAT_SECONDS:g}, found {text!r}",
+            code="budget.bad_heartbeat",
         )
     return seconds

@@ -140,12 +140,16 @@ class Saver:
             save = self._waiting or self._running
             assert save is not None
             raise UserError(
-                f"{self._store.root}: step {save.step} was not saved within {timeout:g} s; its snapshot is in {save.snapshot}"
+                f"{self._store.root}: step {save.step} was not saved within {timeout:g} s; its snapshot is in {save.snapshot}",
+                code="checkpoint.timeout",
             )
 
     def _given_up(self, how_often: str) -> UserError:
-        assert self._failed is not None
-        return UserError(f"{self._fault} ({how_often}; step {self._failed.step} is kept in {self._failed.snapshot})")
+        assert self._failed is not None and self._fault is not None
+        return UserError(
+            f"{self._fault} ({how_often}; step {self._failed.step} is kept in {self._failed.snapshot})",
+            code=self._fault.code,
+        )
 
     def _work(self) -> None:
         while (save := self._next()) is not None:
@@ -155,7 +159,10 @@ class Saver:
             except UserError as error:
                 fault = error
             except Exception as error:  # whatever it is, training and `finish` have to hear of it
-                fault = UserError(f"{self._store.root}: step {save.step} could not be saved ({error!r})")
+                fault = UserError(
+                    f"{self._store.root}: step {save.step} could not be saved ({error!r})",
+                    code="checkpoint.save_failed",
+                )
             if committed is not None:
                 self._after_commit(save, committed)
             self._settle(save, committed, fault)

@@ -167,7 +167,9 @@ class CheckpointStore:
             return False
         unfit = self._unfit(target)
         if unfit is not None and unfit.foreign:
-            raise UserError(f"{target}: {unfit}; move it away, or choose another output folder")
+            raise UserError(
+                f"{target}: {unfit}; move it away, or choose another output folder", code="checkpoint.name_taken"
+            )
         if unfit is not None:
             self._remove(target)
         return unfit is None
@@ -201,7 +203,9 @@ class CheckpointStore:
         names = [str(p.relative_to(source)) for p in sorted(source.rglob("*")) if p.is_file()]
         names = [name for name in names if name != MANIFEST]
         if not names:
-            raise UserError(f"{source}: nothing to save there; the snapshot is empty or gone")
+            raise UserError(
+                f"{source}: nothing to save there; the snapshot is empty or gone", code="checkpoint.snapshot_missing"
+            )
         folders = sorted({parent for name in names for parent in (target / name).parents if target in parent.parents})
         for folder in [target, *folders]:
             self._disk.make_folder(folder)
@@ -212,7 +216,8 @@ class CheckpointStore:
             fault_injection.place("verify")
             if self._disk.hash_file(target / name) != (size, sha256):
                 raise UserError(
-                    f"{target / name}: other bytes came back than were written; the disk or bucket is at fault"
+                    f"{target / name}: other bytes came back than were written; the disk or bucket is at fault",
+                    code="checkpoint.write_corrupted",
                 )
         return {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in written.items()}
 
@@ -240,10 +245,13 @@ class CheckpointStore:
 
     def _told(self, error: OSError, source: Path | None = None) -> UserError:
         if source is not None and str(error.filename or "").startswith(str(source)):
-            return UserError(f"{source}: the snapshot cannot be read ({error.strerror})")
+            return UserError(
+                f"{source}: the snapshot cannot be read ({error.strerror})", code="checkpoint.snapshot_unreadable"
+            )
         if error.errno in _VANISHED:
             return UserError(
-                f"{self.root}: the store has vanished ({error.strerror}); is its bucket or disk still mounted?"
+                f"{self.root}: the store has vanished ({error.strerror}); is its bucket or disk still mounted?",
+                code="checkpoint.store_vanished",
             )
         return disk_error(error, self.root)
 
@@ -265,7 +273,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         return manifest_of(folder)
     except Unfit as unfit:
-        raise UserError(f"{folder}: {unfit}") from unfit
+        raise UserError(f"{folder}: {unfit}", code="checkpoint.corrupt") from unfit
     except OSError as error:
         raise disk_error(error, folder / MANIFEST) from error
 

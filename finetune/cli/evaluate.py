@@ -28,7 +28,10 @@ def add(commands: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.target.is_dir():
         if arguments.overrides:
-            raise UserError("a run is evaluated with the config in its folder; overrides go with a config file")
+            raise UserError(
+                "a run is evaluated with the config in its folder; overrides go with a config file",
+                code="cli.conflicting_options",
+            )
         from finetune.run_folder import open_run
 
         run = open_run(arguments.target)
@@ -38,9 +41,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         scores = evaluate_run(run, base=not arguments.no_base)["models"]
     else:
         if arguments.no_base:
-            raise UserError("--no-base goes with a run folder; a config's base model is all there is to score")
+            raise UserError(
+                "--no-base goes with a run folder; a config's base model is all there is to score",
+                code="cli.conflicting_options",
+            )
         if not arguments.target.exists():
-            raise UserError(f"{arguments.target}: no such run folder or config file")
+            raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
         config = loaded(arguments, arguments.target)
         with large_imports():
             from finetune.evaluation.run import evaluate_base

@@ -37,7 +37,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     from finetune.evaluation.ask import ask, is_schema, run_and_format
 
     if arguments.run and is_schema(arguments.db):
-        raise UserError(f"{arguments.db}: a schema has no rows; give a SQLite file to --db to use --run")
+        raise UserError(
+            f"{arguments.db}: a schema has no rows; give a SQLite file to --db to use --run",
+            code="cli.conflicting_options",
+        )
     sql = ask(run, arguments.db, arguments.question, evidence=arguments.evidence, base=arguments.base)
     print(sql)
     if arguments.run:

@@ -24,12 +24,16 @@ def _machine(arguments: argparse.Namespace) -> int:
     if arguments.wall_hours:
         if hours is None:
             raise UserError(
-                "--wall-hours: nothing limits it: give --max-hours, or --max-run-usd on a machine with a price"
+                "--wall-hours: nothing limits it: give --max-hours, or --max-run-usd on a machine with a price",
+                code="cli.missing_option",
             )
         print(f"{hours:.4f}")
         return EXIT_OK
     if price is None:
-        raise UserError("no price came with this machine: it was not launched by SkyPilot under our policy (.sky.yaml)")
+        raise UserError(
+            "no price came with this machine: it was not launched by SkyPilot under our policy (.sky.yaml)",
+            code="price.unknown",
+        )
     machine = this_machine()
     kind = {True: "spot", False: "on-demand", None: "spot or on-demand unknown"}[machine.spot]
     where = f"{machine.gpu or 'GPU unknown'}, {kind}, {machine.zone or 'zone unknown'}"

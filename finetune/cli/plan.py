@@ -52,7 +52,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.memory:
         if arguments.json or arguments.write:
-            raise UserError("--memory: prints a table of its own; leave out --json and --write")
+            raise UserError(
+                "--memory: prints a table of its own; leave out --json and --write", code="cli.conflicting_options"
+            )
         from finetune.estimate.memory_table import memory_table
 
         print(memory_table(config, config.plan.gpus))

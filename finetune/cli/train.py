@@ -49,7 +49,10 @@ def _train_here(arguments: argparse.Namespace) -> int:
     ceilings = _typed_ceilings(arguments)
     if arguments.resume:
         if arguments.overrides:
-            raise UserError("--resume takes the config in the run folder; overrides would make it another run")
+            raise UserError(
+                "--resume takes the config in the run folder; overrides would make it another run",
+                code="cli.conflicting_options",
+            )
         from finetune.run_folder import open_run
 
         run = open_run(arguments.target)
@@ -73,13 +76,16 @@ def _typed_ceilings(arguments: argparse.Namespace) -> dict[str, float]:
         if text is None:
             continue
         if any(word.startswith(f"budget.{key}=") for word in arguments.overrides):
-            raise UserError(f"{option}: is the same as budget.{key}=, which is given too; leave one of them out")
+            raise UserError(
+                f"{option}: is the same as budget.{key}=, which is given too; leave one of them out",
+                code="cli.conflicting_options",
+            )
         try:
             ceilings[key] = float(text)
         except ValueError:
             ceilings[key] = math.nan
         if not 0 < ceilings[key] < math.inf:
-            raise UserError(f"{option}: expected a number above 0, found {text!r}")
+            raise UserError(f"{option}: expected a number above 0, found {text!r}", code="cli.bad_value")
     return ceilings
 
 

@@ -26,7 +26,7 @@ from finetune.config.schema import (
     TrainingSection,
 )
 from finetune.config.validate import impossible_values
-from finetune.errors import UserError
+from finetune.errors import UserError, all_in_one
 
 EFFECTIVE_BATCH = 16
 """Questions per optimizer step where the config does not say: the guide's 4 x 4."""
@@ -38,7 +38,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     Raises UserError that lists every unknown key, ill-typed value, missing key and impossible value, each with its place.
     """
     tree = _read_yaml(path)
-    problems: list[str] = []
+    problems: list[UserError] = []
     for override in overrides or []:
         _merge_override(tree, override, problems)
     return _checked(tree, str(path), problems)
@@ -103,7 +103,8 @@ def questions_per_step(training: TrainingSection, gpus: int = 1) -> int:
     if wanted not in (None, product):
         raise UserError(
             f"training.effective_batch_size: {wanted} is not {product}, the product of per_device_train_batch_size, "
-            f"gradient_accumulation_steps and {gpus} GPUs; leave one of the three out"
+            f"gradient_accumulation_steps and {gpus} GPUs; leave one of the three out",
+            code="config.conflicting_values",
         )
     return product
 
@@ -120,17 +121,17 @@ def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
     return _checked(values, origin, [])
 
 
-def _checked(tree: dict[str, Any], origin: str, problems: list[str]) -> RunConfig:
+def _checked(tree: dict[str, Any], origin: str, problems: list[UserError]) -> RunConfig:
     values = _check_section(tree, RunConfig, "", problems)
     if not problems:
         try:
             config: RunConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))  # type: ignore[assignment]
         except OmegaConfBaseException as error:  # a ${reference} that leads nowhere or to another type
-            problems = [f"{error.full_key}: {_first_line(error)}"]
+            problems = [UserError(f"{error.full_key}: {_first_line(error)}", code="config.bad_reference")]
         else:
-            problems = impossible_values(config)
+            problems = [UserError(problem, code="config.bad_value") for problem in impossible_values(config)]
     if problems:
-        raise UserError(f"{origin}: " + "; ".join(problems))
+        raise all_in_one(problems, origin, code="config.several")
     return config
 
 
@@ -145,41 +146,51 @@ def config_hash(config: RunConfig) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such config file; see configs/ for examples")
+        raise UserError(f"{path}: no such config file; see configs/ for examples", code="config.not_found")
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}") from error
+        raise UserError(f"{path}: {_first_line(error)}", code="config.bad_yaml") from error
     except Exception as error:  # PyYAML raises several kinds, each with its line and column
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}", code="config.bad_yaml") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections such as model: and training:, found {type(tree).__name__}")
+        raise UserError(
+            f"{path}: expected sections such as model: and training:, found {type(tree).__name__}",
+            code="config.bad_yaml",
+        )
     return {str(key): value for key, value in tree.items()}
 
 
-def _merge_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+def _merge_override(tree: dict[str, Any], override: str, problems: list[UserError]) -> None:
     key, sign, text = override.partition("=")
     *sections, name = key.split(".")
     if not sign or not all([*sections, name]) or "[" in key:
-        problems.append(f"override {override!r}: expected key=value, such as training.num_train_epochs=1")
+        problems.append(
+            UserError(
+                f"override {override!r}: expected key=value, such as training.num_train_epochs=1",
+                code="config.bad_override",
+            )
+        )
         return
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except Exception as error:
-        problems.append(f"override {override!r}: {_first_line(error)}")
+        problems.append(UserError(f"override {override!r}: {_first_line(error)}", code="config.bad_override"))
         return
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
         if not isinstance(tree[section], dict):
-            problems.append(f"override {override!r}: {section} is not a section of keys")
+            problems.append(
+                UserError(f"override {override!r}: {section} is not a section of keys", code="config.bad_override")
+            )
             return
         tree = tree[section]
     assert isinstance(value, dict)
     tree[name] = value["value"]
 
 
-def _check_section(values: dict[Any, Any], schema: type, where: str, problems: list[str]) -> dict[str, Any]:
+def _check_section(values: dict[Any, Any], schema: type, where: str, problems: list[UserError]) -> dict[str, Any]:
     """Walk one section against its dataclass; append problems, return what passed."""
     known = {f.name: f for f in fields(schema)}
     hints = get_type_hints(schema)
@@ -187,33 +198,41 @@ def _check_section(values: dict[Any, Any], schema: type, where: str, problems: l
     for key, value in values.items():
         place = f"{where}{key}"
         if key not in known:
-            problems.append(f"unknown key {place}{_nearest(str(key), where, list(known))}")
+            problems.append(
+                UserError(f"unknown key {place}{_nearest(str(key), where, list(known))}", code="config.unknown_key")
+            )
         elif is_dataclass(hints[key]):
             if isinstance(value, dict) or value is None:  # None: all keys of the section are commented out
                 passed[key] = _check_section(value or {}, hints[key], f"{place}.", problems)
             else:
-                problems.append(f"{place}: expected a section of keys, found {value!r}")
+                problems.append(
+                    UserError(f"{place}: expected a section of keys, found {value!r}", code="config.bad_type")
+                )
         elif hints[key] == list[SourceSection]:
             passed[key] = _check_sources(value, place, problems)
         else:
             _check_leaf(schema, key, value, place, problems, passed)
     for name in known:
         if name not in values and known[name].default == MISSING:
-            problems.append(f"missing key {where}{name}")
+            problems.append(UserError(f"missing key {where}{name}", code="config.missing_key"))
     for name, hint in hints.items():
         if is_dataclass(hint) and name not in values:
             _check_section({}, hint, f"{where}{name}.", problems)  # type: ignore[arg-type]
     return passed
 
 
-def _check_sources(value: Any, place: str, problems: list[str]) -> list[dict[str, Any]]:
+def _check_sources(value: Any, place: str, problems: list[UserError]) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        problems.append(f"{place}: expected a list of sources, each with kind and path")
+        problems.append(
+            UserError(f"{place}: expected a list of sources, each with kind and path", code="config.bad_type")
+        )
         return []
     return [_check_section(item, SourceSection, f"{place}[{i}].", problems) for i, item in enumerate(value)]
 
 
-def _check_leaf(schema: type, key: str, value: Any, place: str, problems: list[str], passed: dict[str, Any]) -> None:
+def _check_leaf(
+    schema: type, key: str, value: Any, place: str, problems: list[UserError], passed: dict[str, Any]
+) -> None:
     hint = str(schema.__annotations__[key])
     fits = "bool" in hint or not isinstance(value, bool)  # OmegaConf would read true as 1
     fits = fits and (isinstance(value, list), isinstance(value, dict)) == ("list[" in hint, "dict[" in hint)
@@ -225,7 +244,9 @@ def _check_leaf(schema: type, key: str, value: Any, place: str, problems: list[s
     if fits and value != MISSING:
         passed[key] = value
     else:
-        problems.append(f"{place}: expected {_describe(schema, key)}, found {value!r}")
+        problems.append(
+            UserError(f"{place}: expected {_describe(schema, key)}, found {value!r}", code="config.bad_type")
+        )
 
 
 def _describe(schema: type, key: str) -> str:

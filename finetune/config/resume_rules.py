@@ -141,7 +141,9 @@ def refusal(decisions: Decisions, config_yaml: Path) -> UserError | None:
     if not decisions.refused:
         return None
     lines = "; ".join(map(str, decisions.refused))
-    return UserError(f"{config_yaml}: {lines}; put the earlier values back, or start a new run")
+    return UserError(
+        f"{config_yaml}: {lines}; put the earlier values back, or start a new run", code="resume.config_changed"
+    )
 
 
 def _same_questions(before: Values, now: Values, gpus: int) -> Rule:

@@ -62,7 +62,7 @@ def prepare(
     findings = check(data, timeout_seconds=timeout_seconds, progress=progress)
     template = PromptTemplate(data.schema_format)
     if findings.problems:
-        raise UserError("; ".join(findings.problems))
+        raise UserError("; ".join(findings.problems), code="data.refused")
     manifest = {
         "format": MANIFEST_FORMAT,
         **_counts(findings),
@@ -197,11 +197,12 @@ def _check_replaceable(folder: Path, name: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise UserError(f"{name}: data.output_dir is a file; choose a folder")
+        raise UserError(f"{name}: data.output_dir is a file; choose a folder", code="data.output_dir_taken")
     ours = {MANIFEST, REJECTED, DATABASES, *map(records_file, SPLITS)}
     present = {path.name for path in folder.iterdir()}
     strangers = sorted(present if MANIFEST not in present else present - ours)
     if strangers:
         raise UserError(
-            f"{name}: data.output_dir holds other things than a prepared set ({strangers[0]}); choose another folder"
+            f"{name}: data.output_dir holds other things than a prepared set ({strangers[0]}); choose another folder",
+            code="data.output_dir_taken",
         )

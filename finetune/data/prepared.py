@@ -46,7 +46,7 @@ def load_prepared(output_dir: Path, *, progress: bool = True) -> Prepared:
     """
     prepared = read_manifest(output_dir)
     if fault := first_fault(output_dir, prepared.manifest, progress):
-        raise UserError(f"{fault}; run `{PREPARE_COMMAND}` again")
+        raise UserError(f"{fault}; run `{PREPARE_COMMAND}` again", code="data.changed")
     return prepared
 
 
@@ -64,7 +64,9 @@ def read_manifest(folder: Path, changed: bool = False) -> Prepared:
     path = folder / MANIFEST
     manifest = read_json(path, PREPARE_COMMAND)
     if manifest.get("format") != MANIFEST_FORMAT or not isinstance(manifest.get("files"), dict):
-        raise UserError(f"{path}: not a manifest of this version; run `{PREPARE_COMMAND}` again")
+        raise UserError(
+            f"{path}: not a manifest of this version; run `{PREPARE_COMMAND}` again", code="data.bad_manifest"
+        )
     return Prepared(folder, manifest, sha256_file(path), changed)
 
 

@@ -90,13 +90,18 @@ def load_template(folder: Path) -> PromptTemplate:
         saved = json.loads(path.read_text(encoding="utf-8"))
         template = PromptTemplate(schema_format=saved["schema_format"], version=saved["version"])
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; it says which prompt this adapter was trained on") from None
+        raise UserError(
+            f"{path}: missing; it says which prompt this adapter was trained on", code="prompt.missing"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a prompt file ({error}); take the adapter folder from the run again") from error
+        raise UserError(
+            f"{path}: not a prompt file ({error}); take the adapter folder from the run again", code="prompt.corrupt"
+        ) from error
     if template.identity() != saved.get("identity"):
         raise UserError(
             f"{path}: the adapter was trained on prompt {saved.get('identity')}, this version of finetune renders "
-            f"{template.identity()}; use the finetune version that trained it"
+            f"{template.identity()}; use the finetune version that trained it",
+            code="prompt.mismatch",
         )
     return template
 

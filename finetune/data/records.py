@@ -50,7 +50,9 @@ class Line:
 def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a JSONL file, blank ones left out. Raises UserError when the file is missing or no file."""
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file")
+        raise UserError(
+            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file", code="data.not_found"
+        )
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
@@ -113,7 +115,7 @@ def read_records(path: Path) -> list[Record]:
     for line in read_lines(path):
         problems = [line.problem] if line.problem else field_problems(line.value)
         if problems:
-            raise UserError(f"{path}:{line.number}: {'; '.join(problems)}")
+            raise UserError(f"{path}:{line.number}: {'; '.join(problems)}", code="data.bad_record")
         records.append(Record(**line.value))
     return records
 

@@ -63,13 +63,19 @@ def open_source(section: SourceSection, key: str, *, progress: bool = True) -> S
     _check_dialect(section.dialect, f"{key}.dialect")
     databases = Path(section.databases) if section.databases else None
     if databases and not databases.is_dir():
-        raise UserError(f"{key}.databases: {databases}: no such folder; expected <db_id>/<db_id>.sqlite inside it")
+        raise UserError(
+            f"{key}.databases: {databases}: no such folder; expected <db_id>/<db_id>.sqlite inside it",
+            code="data.not_found",
+        )
     if section.kind == "jsonl":
         source = jsonl_source(Path(section.path), databases)
     elif section.kind == "spider":
         folder = _local_or_hub(section.path, section.revision, key)
         if not section.files:
-            raise UserError(f"{key}.files: expected the question files in {section.path}, such as [train_spider.json]")
+            raise UserError(
+                f"{key}.files: expected the question files in {section.path}, such as [train_spider.json]",
+                code="data.no_files",
+            )
         if folder is None:
             folder = _download(section.path, section.revision, section.files, key)
         source = spider_source(folder, section.files, databases, shown=Path(section.path))
@@ -85,7 +91,7 @@ def open_source(section: SourceSection, key: str, *, progress: bool = True) -> S
             progress=progress,
         )
     if not source.candidates:
-        raise UserError(f"{key}: {section.path}: empty, expected at least one example")
+        raise UserError(f"{key}: {section.path}: empty, expected at least one example", code="data.empty")
     settled = [_settle(candidate, section.dialect, section.split, key) for candidate in source.candidates]
     return replace(source, candidates=settled)
 
@@ -108,7 +114,10 @@ def spider_source(folder: Path, files: list[str], databases: Path | None, shown:
     databases = databases or (folder / "database" if (folder / "database").is_dir() else None)
     tables = folder / "tables.json"
     if databases is None and not tables.is_file():
-        raise UserError(f"{folder}: neither a folder database/ nor tables.json, so no schema for the questions")
+        raise UserError(
+            f"{folder}: neither a folder database/ nor tables.json, so no schema for the questions",
+            code="data.no_schema",
+        )
     schemas = {} if databases else _schemas(tables)
     candidates = [candidate for file in files for candidate in _spider_file(folder / file, shown / file)]
     return Source(candidates, databases, schemas, strict=False)
@@ -127,15 +136,17 @@ def _spider_file(path: Path, shown: Path) -> Iterator[Candidate]:
 
 def _json_array(path: Path) -> list[Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a JSON array")
+        raise UserError(f"{path}: no such file; expected a JSON array", code="data.not_found")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+        raise UserError(
+            f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})", code="data.bad_json"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON in UTF-8 ({error})") from None
+        raise UserError(f"{path}: not JSON in UTF-8 ({error})", code="data.bad_json") from None
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: expected a JSON array with at least one entry")
+        raise UserError(f"{path}: expected a JSON array with at least one entry", code="data.bad_json")
     return entries
 
 
@@ -143,7 +154,7 @@ def _schemas(tables: Path) -> dict[str, str]:
     schemas = {}
     for number, entry in enumerate(_json_array(tables), 1):
         if not isinstance(entry, dict) or not isinstance(entry.get("db_id"), str):
-            raise UserError(f"{tables} record {number}: expected an object with db_id")
+            raise UserError(f"{tables} record {number}: expected an object with db_id", code="data.bad_json")
         schemas[entry["db_id"]] = ddl_of_spider_entry(entry, source=str(tables))
     return schemas
 
@@ -167,7 +178,10 @@ def huggingface_source(
     dataset = _load_dataset(path, revision, subset, key)
     absent = [theirs for theirs in columns.values() if theirs not in dataset.column_names]
     if absent:
-        raise UserError(f"{key}.columns: {path} has no column {absent[0]!r}; it has {', '.join(dataset.column_names)}")
+        raise UserError(
+            f"{key}.columns: {path} has no column {absent[0]!r}; it has {', '.join(dataset.column_names)}",
+            code="data.missing_column",
+        )
     rows = tqdm(
         dataset.select_columns(sorted(set(columns.values()))),
         desc=f"Reading {path}",
@@ -199,13 +213,17 @@ def _our_fields(row: Mapping[str, Any], columns: Mapping[str, str], made_up_id: 
 def _check_columns(columns: Mapping[str, str], databases: Path | None, key: str) -> None:
     for ours in columns:
         if ours not in FIELDS:
-            raise UserError(f"{key}.columns.{ours}: no field of a record; expected some of {', '.join(FIELDS)}")
+            raise UserError(
+                f"{key}.columns.{ours}: no field of a record; expected some of {', '.join(FIELDS)}",
+                code="data.bad_columns",
+            )
     for ours in ("question", "sql"):
         if ours not in columns:
-            raise UserError(f"{key}.columns: lacks {ours}, the name of their column for it")
+            raise UserError(f"{key}.columns: lacks {ours}, the name of their column for it", code="data.bad_columns")
     if "schema" not in columns and not (databases and "db_id" in columns):
         raise UserError(
-            f"{key}.columns: lacks schema; name their column for it, or give db_id and the databases folder"
+            f"{key}.columns: lacks schema; name their column for it, or give db_id and the databases folder",
+            code="data.bad_columns",
         )
 
 
@@ -215,11 +233,16 @@ def _load_dataset(path: str, revision: str | None, subset: str | None, key: str)
         loaded = datasets.load_dataset(path, revision=revision, split=subset)
     except Exception as error:  # every file format, the hub and the network raise kinds of their own
         if revision is None:
-            raise UserError(f"{key}: {path}: cannot be read as a dataset ({_one_line(error)})") from error
+            raise UserError(
+                f"{key}: {path}: cannot be read as a dataset ({_one_line(error)})", code="data.unreadable"
+            ) from error
         raise _unreachable(path, revision, key, error) from error
     if isinstance(loaded, dict):
         if len(loaded) != 1:
-            raise UserError(f"{key}.subset: {path} has several splits, expected one of {', '.join(sorted(loaded))}")
+            raise UserError(
+                f"{key}.subset: {path} has several splits, expected one of {', '.join(sorted(loaded))}",
+                code="data.unknown_subset",
+            )
         return next(iter(loaded.values()))
     return loaded
 
@@ -236,7 +259,8 @@ def _download(path: str, revision: str | None, files: list[str], key: str) -> Pa
 def _unreachable(path: str, revision: str | None, key: str, error: Exception) -> UserError:
     return UserError(
         f"{key}: cannot fetch {path} at revision {revision} from the Hugging Face hub ({_one_line(error)}); check the "
-        "id, the revision, the network and HF_TOKEN, or give the path of a local copy"
+        "id, the revision, the network and HF_TOKEN, or give the path of a local copy",
+        code="data.hub_unreachable",
     )
 
 
@@ -247,13 +271,19 @@ def _local_or_hub(path: str, revision: str | None, key: str) -> Path | None:
         if local.is_dir():
             return local
         if local.exists():
-            raise UserError(f"{key}.path: {path}: expected a folder, found a file")
+            raise UserError(f"{key}.path: {path}: expected a folder, found a file", code="data.not_found")
         hint = "; a Hugging Face dataset id needs a revision (the commit to pin)" if _HUB_ID.fullmatch(path) else ""
-        raise UserError(f"{key}.path: {path}: no such folder in {Path.cwd()}{hint}")
+        raise UserError(f"{key}.path: {path}: no such folder in {Path.cwd()}{hint}", code="data.not_found")
     if local.exists():
-        raise UserError(f"{key}.revision: {path} is a local folder, which has no revision; remove the key")
+        raise UserError(
+            f"{key}.revision: {path} is a local folder, which has no revision; remove the key",
+            code="data.revision_of_folder",
+        )
     if not _HUB_ID.fullmatch(path):
-        raise UserError(f"{key}.path: {path}: no such folder, and no Hugging Face dataset id (owner/name) either")
+        raise UserError(
+            f"{key}.path: {path}: no such folder, and no Hugging Face dataset id (owner/name) either",
+            code="data.not_found",
+        )
     return None
 
 
@@ -276,14 +306,16 @@ def _check_dialect(dialect: str, key: str) -> None:
     try:
         Dialect.get_or_raise(dialect)
     except ValueError as error:
-        raise UserError(f"{key}: {error}") from None
+        raise UserError(f"{key}: {error}", code="sql.unknown_dialect") from None
 
 
 def _import(module: str, key: str) -> Any:
     try:
         return __import__(module)
     except ImportError:
-        raise UserError(f"{key}: needs the package {module}; pip install 'finetune-text2sql[train]'") from None
+        raise UserError(
+            f"{key}: needs the package {module}; pip install 'finetune-text2sql[train]'", code="install.missing_package"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:

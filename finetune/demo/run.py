@@ -33,7 +33,10 @@ def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
     with.
     """
     if not config.training.run_name:
-        raise UserError(f"{config_file}: training.run_name: the demo needs a name, by which it finds its run again")
+        raise UserError(
+            f"{config_file}: training.run_name: the demo needs a name, by which it finds its run again",
+            code="demo.no_run_name",
+        )
     folder = Path(config.training.output_dir) / config.training.run_name
     remove_unbegun(RunFolder(folder))
     code = _go_on(open_run(folder)) if folder.exists() else _begin(config, config_file, deadline)

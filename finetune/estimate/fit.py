@@ -109,8 +109,8 @@ def usual_step_tokens(questions: int, mean_tokens: float) -> float:
 class TooSmall(UserError):
     """least: the limits that did not fit either."""
 
-    def __init__(self, message: str, least: Limits) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, least: Limits, *, code: str) -> None:
+        super().__init__(message, code=code)
         self.least = least
 
 
@@ -166,7 +166,7 @@ def choose(
     if not found:
         last = Limits(least, shape.layers if checkpointing is False else 0)
         needed = lean_estimate(shape, _lean(load, last, ampere=ampere, texts=texts))
-        raise TooSmall(_too_small(needed, memory_gib, least, checkpointing), last)
+        raise TooSmall(_too_small(needed, memory_gib, least, checkpointing), last, code="gpu.too_small")
     times = [seconds(limits) for limits in found]
     return next(limits for limits, time in zip(found, times, strict=True) if time <= ALIKE * min(times))
 

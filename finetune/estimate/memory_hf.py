@@ -294,7 +294,9 @@ def largest_rows(shape: ModelShape, load: Workload, memory_gib: float) -> int:
 
 def _item_bytes(dtype: str) -> int:
     if dtype not in ITEM_BYTES:
-        raise UserError(f"model.torch_dtype: expected one of {', '.join(ITEM_BYTES)}, found {dtype}")
+        raise UserError(
+            f"model.torch_dtype: expected one of {', '.join(ITEM_BYTES)}, found {dtype}", code="model.bad_dtype"
+        )
     return ITEM_BYTES[dtype]
 
 

@@ -35,9 +35,9 @@ def memory_table(config: RunConfig, gpus: list[str]) -> str:
     finetune.machine.gpus.GPUS. Raises UserError for another name, and for a model whose shape is not known.
     """
     if not gpus:
-        raise UserError(f"plan.gpus: name at least one GPU; known: {', '.join(GPUS)}")
+        raise UserError(f"plan.gpus: name at least one GPU; known: {', '.join(GPUS)}", code="plan.no_gpu")
     if unknown := [name for name in gpus if name not in GPUS]:
-        raise UserError(f"plan.gpus: unknown {', '.join(unknown)}; known: {', '.join(GPUS)}")
+        raise UserError(f"plan.gpus: unknown {', '.join(unknown)}; known: {', '.join(GPUS)}", code="cloud.unknown_gpu")
     shape = known_shape(config.model.name)
     usual = usual_step_tokens(questions_per_step(config.training), config.plan.mean_tokens)
     fitted = {name: fit_on(config, shape, GPUS[name], usual_step=usual) for name in dict.fromkeys(gpus)}
@@ -52,7 +52,8 @@ def known_shape(model_name: str) -> ModelShape:
         *names, last = (family.name for family in FAMILIES.values())
         raise UserError(
             f"model.name: the shape of {model_name} is not known, so its memory cannot be estimated; download its config.json "
-            f"into a folder and name that folder ({', '.join(names)} and {last} models)"
+            f"into a folder and name that folder ({', '.join(names)} and {last} models)",
+            code="model.unknown_shape",
         )
     return shape
 

@@ -26,7 +26,7 @@ def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None =
     """
     schema = schema_of(database)
     if not question.strip():
-        raise UserError("the question is empty")
+        raise UserError("the question is empty", code="ask.empty_question")
     require_adapter(run.adapter)
     template = load_template(run.adapter)
     config = run.config()
@@ -38,7 +38,7 @@ def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None =
     )
     sql = extract_sql(answer)
     if not sql:
-        raise UserError(f"the model answered without SQL: {answer.strip()[:200]!r}")
+        raise UserError(f"the model answered without SQL: {answer.strip()[:200]!r}", code="ask.no_sql")
     return sql
 
 
@@ -49,14 +49,14 @@ def schema_of(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as text ({error})") from error
+        raise UserError(f"{path}: not readable as text ({error})", code="file.unreadable") from error
     ddl = "\n".join(on_one_line(statement) for statement in statements(text) if is_create_table(statement))
     if not ddl:
-        raise UserError(f"{path}: no CREATE TABLE statement in it")
+        raise UserError(f"{path}: no CREATE TABLE statement in it", code="sql.no_tables")
     try:
         parse_ddl(ddl)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}", code=error.code) from None
     return ddl
 
 
@@ -70,7 +70,7 @@ def run_and_format(database: Path, sql: str, timeout_seconds: float) -> str:
     with engine_of_file(database).open() as session:
         result = session.run(database, sql, timeout_seconds)
     if result.rows is None:
-        raise UserError(f"the SQL does not run: {result.error}")
+        raise UserError(f"the SQL does not run: {result.error}", code="ask.sql_failed")
     cells = [list(result.columns)] + [
         ["NULL" if v is None else str(v) for v in row] for row in result.rows[:ROWS_SHOWN]
     ]

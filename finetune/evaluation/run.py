@@ -110,7 +110,8 @@ def _exam(config: RunConfig, generator: Generator, template: PromptTemplate) -> 
     if not asked:
         raise UserError(
             f"{data.folder}: no record of the split {config.evaluation.split} comes with a database, so nothing can be executed; "
-            "give data.sources[..].databases and run `finetune data prepare CONFIG` again"
+            "give data.sources[..].databases and run `finetune data prepare CONFIG` again",
+            code="data.no_database",
         )
     if without_database:
         say(f"{data.folder}: {without_database} of {len(records)} {config.evaluation.split} records come without a "

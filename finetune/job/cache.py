@@ -56,7 +56,10 @@ class DataCache:
             prepare()
             here = set_id(folder)
             if not here:
-                raise UserError(f"{folder}: holds no {MANIFEST}, though the data were prepared; see data.output_dir")
+                raise UserError(
+                    f"{folder}: holds no {MANIFEST}, though the data were prepared; see data.output_dir",
+                    code="job.nothing_prepared",
+                )
             write_text(self._laid_for(here), key)
         if not (self._kept(folder, here) / MANIFEST).is_file():
             say(f"data: {folder} -> {self._kept(folder, here)}")

@@ -50,7 +50,8 @@ def _link(link: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if link.exists() and not link.is_symlink():
         raise UserError(
-            f"{link}: is in the working directory already, where the bucket's notebooks belong; give yours another name"
+            f"{link}: is in the working directory already, where the bucket's notebooks belong; give yours another name",
+            code="job.name_taken",
         )
     link.unlink(missing_ok=True)
     link.symlink_to(folder)

@@ -19,7 +19,10 @@ def evaluate(settings: JobSettings) -> int:
     hours = hours_left(settings)
     ended = run_limited(["finetune", "evaluate", str(run.path)], hours, settings)
     if ended.out_of_time:
-        raise UserError(f"not scored in {hours:.4f} hours ({settings.limits}); launch again with a higher limit")
+        raise UserError(
+            f"not scored in {hours:.4f} hours ({settings.limits}); launch again with a higher limit",
+            code="job.out_of_time",
+        )
     if ended.code != EXIT_OK:
         return ended.code
     call(["finetune", "report", str(run.path)], settings.environment)
@@ -36,7 +39,7 @@ def run_to_score(settings: JobSettings) -> RunFolder:
     if not run.config_yaml.is_file():
         there = sorted(path.name for path in settings.runs.glob("*") if path.is_dir())
         listed = " ".join(f"{other}/" for other in there) or "nothing"
-        raise UserError(f"{run.path}: no such run; there: {listed}")
+        raise UserError(f"{run.path}: no such run; there: {listed}", code="run.not_found")
     return run
 
 
@@ -44,5 +47,8 @@ def _newest_trained(settings: JobSettings) -> str:
     trained = settings.runs.glob("*/adapter/adapter_config.json")
     newest = max(trained, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
-        raise UserError(f"{settings.runs}: no run there is trained; train one first, or name it by --env RUN_NAME=NAME")
+        raise UserError(
+            f"{settings.runs}: no run there is trained; train one first, or name it by --env RUN_NAME=NAME",
+            code="run.none_trained",
+        )
     return newest.parents[1].name

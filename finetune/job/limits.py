@@ -41,7 +41,8 @@ def hours_left(settings: JobSettings) -> float:
     hours = round(most if left is None else left, 4)
     if not hours:
         raise UserError(
-            f"MAX_RUN_USD={settings.max_run_usd} is used up by the hours that this machine has run; raise it with --env"
+            f"MAX_RUN_USD={settings.max_run_usd} is used up by the hours that this machine has run; raise it with --env",
+            code="budget.exhausted",
         )
     return hours
 

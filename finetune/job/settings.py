@@ -63,13 +63,17 @@ class JobSettings:
         if self.run_name:
             return self.run_name
         if not self.task_id:
-            raise UserError("RUN_NAME: empty, and no SKYPILOT_TASK_ID to name the run after")
+            raise UserError(
+                "RUN_NAME: empty, and no SKYPILOT_TASK_ID to name the run after", code="job.missing_setting"
+            )
         return re.sub(r"[^A-Za-z0-9_-]", "-", self.task_id)[:LONGEST_NAME]
 
     def require_bucket(self) -> None:
         """Raises UserError where there is nothing that outlives the machine."""
         if not (self.mount.is_dir() and os.access(self.mount, os.W_OK)):
-            raise UserError(f"{self.mount}: no bucket is mounted there; launch with a task of sky/")
+            raise UserError(
+                f"{self.mount}: no bucket is mounted there; launch with a task of sky/", code="bucket.not_mounted"
+            )
 
 
 def read_settings(given: Mapping[str, str]) -> JobSettings:
@@ -84,7 +88,7 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
         )
     nodes = _nodes(given, problems)
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError("; ".join(problems), code="job.bad_setting")
     environment = {key: value for key, value in given.items() if value or key not in SECRETS}
     return JobSettings(
         mount=Path(values["FINETUNE_MOUNT"]),

@@ -77,7 +77,9 @@ def gpus(settings: JobSettings) -> int:
 
 def _begin(run: RunFolder, settings: JobSettings) -> list[str]:
     if not settings.config:
-        raise UserError("CONFIG: expected a config file such as configs/mistral_7b_qlora.yaml")
+        raise UserError(
+            "CONFIG: expected a config file such as configs/mistral_7b_qlora.yaml", code="job.missing_setting"
+        )
     data_of_config(Path(settings.config), settings.overrides, settings)
     name = run.path.name
     say(f"new run {run.path}; if it is interrupted, the same launch with --env RUN_NAME={name} goes on with it")

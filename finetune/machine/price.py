@@ -151,9 +151,11 @@ def _table() -> dict[str, Any] | None:
         ceiling = table["ceiling_usd_per_hour"]
         checked = {"basis": str(table["basis"]), "ceiling_usd_per_hour": None if ceiling is None else float(ceiling)}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place}: not a price table of our launch policy ({error!r}); launch again") from error
+        raise UserError(
+            f"{place}: not a price table of our launch policy ({error!r}); launch again", code="price.bad_table"
+        ) from error
     if not offers:
-        raise UserError(f"{place}: a price table without offers; launch again")
+        raise UserError(f"{place}: a price table without offers; launch again", code="price.bad_table")
     return {**checked, "offers": offers}
 
 

@@ -139,11 +139,15 @@ def shape_of(model_name: str) -> ModelShape | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing, so {model_name} is no model folder") from None
+        raise UserError(f"{path}: missing, so {model_name} is no model folder", code="model.incomplete") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download the model's config.json again") from error
+        raise UserError(
+            f"{path}: not readable as JSON ({error}); download the model's config.json again", code="model.bad_config"
+        ) from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object; download the model's config.json again")
+        raise UserError(
+            f"{path}: expected a JSON object; download the model's config.json again", code="model.bad_config"
+        )
     return shape_from_config(values, path)
 
 
@@ -158,7 +162,7 @@ def shape_from_config(values: dict[str, Any], path: Path) -> ModelShape | None:
         value = values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: {key}: expected a whole number above 0, found {value!r}")
+            raise UserError(f"{path}: {key}: expected a whole number above 0, found {value!r}", code="model.bad_config")
         return value
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
@@ -181,6 +185,7 @@ def projection_names(modules: tuple[str, ...]) -> set[str]:
     names = {module.rpartition(".")[2] for module in modules}
     if unknown := sorted(names - set(PROJECTIONS)):
         raise UserError(
-            f"lora.target_modules: memory is known for {', '.join(PROJECTIONS)}; not for {', '.join(unknown)}"
+            f"lora.target_modules: memory is known for {', '.join(PROJECTIONS)}; not for {', '.join(unknown)}",
+            code="lora.unknown_modules",
         )
     return names

@@ -35,8 +35,9 @@ def choose_device(torch_dtype: str) -> Device:
     if name == "bfloat16" and capability is not None and capability < (8, 0):
         raise UserError(
             f"model.torch_dtype: bfloat16 needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; "
-            "use auto or float16"
+            "use auto or float16",
+            code="model.bad_dtype",
         )
     if name == "float16" and device.type == "cpu":
-        raise UserError("model.torch_dtype: float16 does not train on a CPU; use auto")
+        raise UserError("model.torch_dtype: float16 does not train on a CPU; use auto", code="model.bad_dtype")
     return Device(device, getattr(torch, name))

@@ -29,11 +29,12 @@ def unpacked_gguf(name: str) -> Path:
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"model.name: {name}: the package {module} is not installed (`make demo` installs what it needs)"
+            f"model.name: {name}: the package {module} is not installed (`make demo` installs what it needs)",
+            code="install.missing_package",
         )
     gguf = Path(next(iter(spec.submodule_search_locations))) / file
     if gguf.suffix != ".gguf" or not gguf.is_file():
-        raise UserError(f"model.name: {name}: no GGUF file {file!r} in the package {module}")
+        raise UserError(f"model.name: {name}: no GGUF file {file!r} in the package {module}", code="model.not_found")
     target = cache_folder() / f"{gguf.stem}-{sha256_file(gguf)[:16]}"
     if (target / "config.json").is_file():
         return target
@@ -49,7 +50,7 @@ def unpacked_gguf(name: str) -> Path:
         if not (target / "config.json").is_file():  # else another process was faster
             raise disk_error(error, target) from error
     except SafetensorError as error:  # its own name for a full disk, too
-        raise UserError(f"{target}: cannot be written: {first_line(error)}") from error
+        raise UserError(f"{target}: cannot be written: {first_line(error)}", code="model.unpacking_failed") from error
     return target
 
 

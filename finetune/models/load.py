@@ -29,7 +29,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
     tokenizer = _load(section, AutoTokenizer.from_pretrained)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.name: the tokenizer of {section.name} has no end-of-text token, so answers cannot end")
+        raise UserError(
+            f"model.name: the tokenizer of {section.name} has no end-of-text token, so answers cannot end",
+            code="model.no_end_token",
+        )
     if tokenizer.pad_token_id is None:  # padding is masked everywhere, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -62,7 +65,10 @@ def load_base(
     if loaded["missing_keys"]:  # transformers would go on with random numbers
         first, *more = sorted(loaded["missing_keys"])
         others = f" and {len(more)} others" if more else ""
-        raise UserError(f"model.name: {section.name} lacks weights: {first}{others}; is the folder complete?")
+        raise UserError(
+            f"model.name: {section.name} lacks weights: {first}{others}; is the folder complete?",
+            code="model.incomplete",
+        )
     if dequantize and quantization.load_in_4bit:
         model = model.dequantize(dtype=device.dtype)
     _keep_one_layout(model)
@@ -103,7 +109,8 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
         linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
         raise UserError(
             f"lora.target_modules: {', '.join(unmatched)} match nothing in this model; its linear layers are "
-            f"{', '.join(sorted(linear - {'lm_head'}))}"
+            f"{', '.join(sorted(linear - {'lm_head'}))}",
+            code="lora.unknown_modules",
         )
     config = LoraConfig(
         r=section.r,
@@ -119,7 +126,9 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
 def require_adapter(folder: Path) -> None:
     """Raises UserError unless the folder holds a trained adapter; for callers that first load a base model for minutes."""
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: no adapter in it; run `finetune train` to the end, or name another run")
+        raise UserError(
+            f"{folder}: no adapter in it; run `finetune train` to the end, or name another run", code="adapter.missing"
+        )
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -130,7 +139,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter does not load on this base model: {first_line(error)}") from error
+        raise UserError(
+            f"{folder}: the adapter does not load on this base model: {first_line(error)}", code="adapter.mismatch"
+        ) from error
 
 
 def adapters_to_float32(model: torch.nn.Module) -> None:
@@ -159,12 +170,16 @@ def resolve_name(name: str) -> str:
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.name: {name} holds no config.json, so it is no model folder")
+            raise UserError(
+                f"model.name: {name} holds no config.json, so it is no model folder", code="model.incomplete"
+            )
         if not any(found for pattern in WEIGHT_FILES for found in folder.glob(pattern)):
-            raise UserError(f"model.name: {name} holds no weights (expected {WEIGHT_FILES[0]} files)")
+            raise UserError(
+                f"model.name: {name} holds no weights (expected {WEIGHT_FILES[0]} files)", code="model.incomplete"
+            )
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"model.name: no folder {name}; expected a local folder, a hub id such as mistralai/Mistral-7B-v0.1, "
-                        f"or {PACKAGE_PREFIX}<module>/<file>.gguf")  # fmt: skip
+                        f"or {PACKAGE_PREFIX}<module>/<file>.gguf", code="model.not_found")  # fmt: skip
     return name
 
 
@@ -184,7 +199,10 @@ def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
     source = resolve_name(section.name)
     hub = not Path(source).exists()
     if hub and section.revision is None:
-        raise UserError(f"model.revision: a hub model needs a pinned revision (the commit to load of {section.name})")
+        raise UserError(
+            f"model.revision: a hub model needs a pinned revision (the commit to load of {section.name})",
+            code="model.no_revision",
+        )
     try:
         return loader(
             source,
@@ -196,7 +214,9 @@ def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
         advice = "is the hub reachable, and HF_TOKEN set if the model is gated?" if hub else "is the folder complete?"
         if isinstance(error, torch.OutOfMemoryError):
             advice = "4-bit weights need the least memory: quantization.load_in_4bit=true"
-        raise UserError(f"model.name: cannot load {section.name}: {first_line(error)} ({advice})") from error
+        raise UserError(
+            f"model.name: cannot load {section.name}: {first_line(error)} ({advice})", code="model.load_failed"
+        ) from error
 
 
 def _bits_and_bytes(section: QuantizationSection, device: Device) -> Any:

@@ -61,7 +61,7 @@ def read_run(run_dir: Path) -> Source:
     path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
     evaluation = read_json(path, command) if path.exists() else {}
     if problem := _evaluation_problem(evaluation):
-        raise UserError(f"{path}: {problem}; run `{command}` again")
+        raise UserError(f"{path}: {problem}; run `{command}` again", code="report.bad_input")
     rows = {
         name: _read_rows(run_dir / model["rows"], command)
         for name, model in (evaluation.get("models") or {}).items()
@@ -216,6 +216,6 @@ def _read_rows(path: Path, command: str) -> list[Json]:
     for line in read_lines(path):
         if line.problem or not isinstance(line.value, dict) or not {"id", "verdict"} <= set(line.value):
             problem = line.problem or "no answer with id and verdict"
-            raise UserError(f"{path}:{line.number}: {problem}; run `{command}` again")
+            raise UserError(f"{path}:{line.number}: {problem}; run `{command}` again", code="report.bad_input")
         rows.append(line.value)
     return rows

@@ -174,7 +174,8 @@ def _connect() -> None:
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun --nproc-per-node: process {local} of this machine finds {torch.cuda.device_count()} GPUs; start as "
-                "many processes as there are GPUs"
+                "many processes as there are GPUs",
+                code="distributed.too_many_processes",
             )
         torch.cuda.set_device(local)
     else:  # accelerate would say "cpu:0": a place of its own to torch, to which it copies the model and cannot load a checkpoint
@@ -206,8 +207,11 @@ def _message(error: BaseException) -> str:
 
 
 def _publish(watch: _Watch, error: BaseException) -> dict[str, Any]:
-    """Put the fault into the store, unless another was first; returns the first one: rank, message, code."""
-    mine = {"rank": rank(), "message": _message(error), "code": _exit_code(error)}
+    """Put the fault into the store, unless another was first; returns the first one: rank, message, code (with which to
+    exit), and for a UserError user_code, its own."""
+    mine: dict[str, Any] = {"rank": rank(), "message": _message(error), "code": _exit_code(error)}
+    if isinstance(error, UserError):
+        mine["user_code"] = error.code
     with suppress(RuntimeError):  # the store has gone with the process that kept it
         mine = json.loads(watch.store.compare_set(FAILED, "", json.dumps(mine)))
     return mine
@@ -250,7 +254,7 @@ def _exit_at_once(code: int) -> None:
 
 def _raise_for(known: dict[str, Any], error: BaseException) -> NoReturn:
     if known["code"] == EXIT_USER_ERROR:
-        raise UserError(f"process {known['rank']}: {known['message']}") from error
+        raise UserError(f"process {known['rank']}: {known['message']}", code=known["user_code"]) from error
     print(f"finetune: process {known['rank']}: {known['message']}", file=sys.stderr)
     raise SystemExit(known["code"]) from None
 

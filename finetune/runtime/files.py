@@ -61,11 +61,13 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; run `{made_by}` first") from None
+        raise UserError(f"{path}: missing; run `{made_by}` first", code="file.missing") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); run `{made_by}` again") from error
+        raise UserError(
+            f"{path}: not readable as JSON ({error}); run `{made_by}` again", code="file.bad_json"
+        ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object; run `{made_by}` again")
+        raise UserError(f"{path}: expected a JSON object; run `{made_by}` again", code="file.bad_json")
     return value
 
 
@@ -95,10 +97,14 @@ def mend_line_ends(paths: Iterable[Path]) -> str:
 def disk_error(error: OSError, path: Path) -> UserError:
     """A UserError that says what to do about an OSError at `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path}: no space left on the disk; free some or choose another output folder")
+        return UserError(
+            f"{path}: no space left on the disk; free some or choose another output folder", code="disk.full"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"{path}: not writable ({error.strerror}); choose another output folder")
-    return UserError(f"{path}: {error.strerror or error}")
+        return UserError(
+            f"{path}: not writable ({error.strerror}); choose another output folder", code="disk.not_writable"
+        )
+    return UserError(f"{path}: {error.strerror or error}", code="disk.error")
 
 
 def _remove(path: str) -> None:

@@ -50,7 +50,7 @@ def parse_statements(sql: str, dialect: str) -> list[exp.Expr | None]:
     try:
         sqlglot.Dialect.get_or_raise(dialect)
     except ValueError as error:
-        raise UserError(f"SQL dialect {dialect!r}: {error}") from None
+        raise UserError(f"SQL dialect {dialect!r}: {error}", code="sql.unknown_dialect") from None
     try:
         return list(sqlglot.parse(sql, read=dialect))
     except (ParseError, TokenError) as error:

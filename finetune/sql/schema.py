@@ -38,7 +38,7 @@ def create_database(ddl: str, path: Path, *, source: str = "the schema") -> None
     (ATTACH), when the script creates no table, and when `path` exists. The file appears whole or not at all.
     """
     if path.exists():
-        raise UserError(f"{path}: exists already; remove it, or choose another name")
+        raise UserError(f"{path}: exists already; remove it, or choose another name", code="sql.database_exists")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with closing(sqlite3.connect(unfinished, isolation_level=None)) as connection:
@@ -48,13 +48,13 @@ def create_database(ddl: str, path: Path, *, source: str = "the schema") -> None
                 try:
                     connection.execute(statement)
                 except (sqlite3.Error, sqlite3.Warning) as error:
-                    raise UserError(f"{source}: {error}, in: {shortened(statement)}") from None
+                    raise UserError(f"{source}: {error}, in: {shortened(statement)}", code="sql.bad_schema") from None
             has_table = connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table'").fetchone()
         if not has_table:
-            raise UserError(f"{source}: no CREATE TABLE statement in it")
+            raise UserError(f"{source}: no CREATE TABLE statement in it", code="sql.no_tables")
         os.replace(unfinished, path)
     except (OSError, sqlite3.OperationalError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
+        raise UserError(f"{path}: cannot be written ({error})", code="disk.error") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -94,7 +94,7 @@ def ddl_of_spider_entry(entry: Mapping[str, Any], *, source: str = "tables.json"
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         name = entry.get("db_id", "an entry without db_id")
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{source}: {name}: not as Spider writes it ({problem})") from None
+        raise UserError(f"{source}: {name}: not as Spider writes it ({problem})", code="data.bad_json") from None
     return "\n".join(lines)
 
 
@@ -107,7 +107,7 @@ def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
     """
     creating = [statement for statement in statements(ddl) if is_create_table(statement)]
     if not creating:
-        raise UserError(f"schema: no CREATE TABLE statement in it: {shortened(ddl)}")
+        raise UserError(f"schema: no CREATE TABLE statement in it: {shortened(ddl)}", code="sql.no_tables")
     try:
         if dialect != "sqlite":
             raise sqlite3.NotSupportedError

@@ -41,7 +41,7 @@ def refused(session: Session, refusal: str, before: str | None) -> int:
         if not _remove_unbegun(session) and before != "budget_stop" and distributed.first():
             session.spending.book("failed")
             session.recorder.close("failed")
-        raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})")
+        raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})", code="budget.exhausted")
     say(refusal)
     if distributed.first():
         session.spending.book("budget_stop")
@@ -140,7 +140,8 @@ def foreseeable(error: BaseException, folder: Path) -> UserError | None:
         return UserError(
             "out of GPU memory, not in a step's passes, which begin again in smaller pieces, but in validation or beside them: "
             "lower training.per_device_eval_batch_size, set training.max_memory_gib below what the GPU has, or lower "
-            "model.max_seq_length"
+            "model.max_seq_length",
+            code="gpu.out_of_memory",
         )
     scratch = Path(tempfile.gettempdir())
     for place in (scratch, folder):

@@ -133,7 +133,9 @@ def progress_at(checkpoint: Path) -> Progress:
         return progress_of(TrainerState.load_from_json(str(file)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise UserError(f"{file}: how far the run is cannot be read ({why})") from error
+        raise UserError(
+            f"{file}: how far the run is cannot be read ({why})", code="checkpoint.unreadable_state"
+        ) from error
 
 
 def peak_memory() -> PeakMemory:

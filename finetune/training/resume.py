@@ -39,7 +39,9 @@ def store_of(run: RunFolder, config: RunConfig, record: RunRecord) -> Checkpoint
 
 def id_of(run: RunFolder, record: RunRecord) -> str:
     if record.run_id is None:
-        raise UserError(f"{run.run_json}: run_id: missing; the run is too old to go on: start a new one")
+        raise UserError(
+            f"{run.run_json}: run_id: missing; the run is too old to go on: start a new one", code="run.bad_record"
+        )
     return record.run_id
 
 
@@ -47,7 +49,8 @@ def check_unfinished(run: RunFolder, record: RunRecord) -> None:
     """Raises UserError for a run that is done."""
     if record.status == "done":
         raise UserError(
-            f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`"
+            f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`",
+            code="run.done",
         )
 
 
@@ -117,7 +120,10 @@ def check_same(run: RunFolder, folder: Path, config: RunConfig, data: Prepared, 
     path: of a step before, lean or stock (run.json). Raises UserError for changes that the rest of the run cannot take.
     """
     if read_manifest(folder)["data_hash"] != data.manifest_hash:
-        raise UserError(f"{folder}: was trained on other data; prepare the same data again, or start a new run")
+        raise UserError(
+            f"{folder}: was trained on other data; prepare the same data again, or start a new run",
+            code="resume.data_changed",
+        )
     decisions = decide(to_dict(load_config(folder / CONFIG)), to_dict(config), gpus=distributed.count(), path=path)
     for change in decisions.applies:
         say(str(change))
@@ -133,10 +139,12 @@ def check_same_steps(run: RunFolder, config: RunConfig, plan: StepPlan, before: 
     if questions != plan.questions:
         raise UserError(
             f"{run.path}: began with {questions} questions a step, and {distributed.count()} GPUs make it "
-            f"{plan.questions}; go on with as many GPUs as it began with"
+            f"{plan.questions}; go on with as many GPUs as it began with",
+            code="resume.batch_changed",
         )
     if path != plan.path and config.training.group_by_length:
         raise UserError(
             f"{run.path}: began with {path} layers, for which questions are grouped otherwise than for {plan.path} ones; go on "
-            f"with a machine like the first, or set training.kernels to {path}"
+            f"with a machine like the first, or set training.kernels to {path}",
+            code="resume.batch_changed",
         )

@@ -54,13 +54,17 @@ def inputs_of(config: RunConfig) -> Inputs:
     price = price_of(config.budget)
     device = choose_device(config.model.torch_dtype)
     if device.place.type == "cpu" and config.training.optim in GPU_OPTIMIZERS:
-        raise UserError(f"training.optim: {config.training.optim} needs a GPU; on a CPU use training.optim=adamw_torch")
+        raise UserError(
+            f"training.optim: {config.training.optim} needs a GPU; on a CPU use training.optim=adamw_torch",
+            code="training.optim_needs_gpu",
+        )
     data = load_prepared(Path(config.data.output_dir))
     template = PromptTemplate(config.data.schema_format)
     if data.manifest["prompt"] != template.identity():
         raise UserError(
             f"{data.folder}: was prepared for prompt {data.manifest['prompt']}, this config renders "
-            f"{template.identity()}; run `finetune data prepare CONFIG` again"
+            f"{template.identity()}; run `finetune data prepare CONFIG` again",
+            code="prompt.mismatch",
         )
     return Inputs(config, device, data, template, price)
 
@@ -83,7 +87,7 @@ def _examples(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, split: Split) 
     if examples.too_long:
         say(f"{split}: {examples.too_long} examples are longer than model.max_seq_length={limit} tokens and left out")
     if split == "train" and not len(examples):
-        raise UserError(f"model.max_seq_length: no training example fits into {limit} tokens")
+        raise UserError(f"model.max_seq_length: no training example fits into {limit} tokens", code="data.too_long")
     return examples
 
 
@@ -95,11 +99,15 @@ def price_of(budget: BudgetSection) -> MachinePrice | None:
         price = MachinePrice(budget.usd_per_hour, "budget.usd_per_hour of the config")
     if price is None and budget.max_run_usd is not None:
         raise UserError(
-            "budget.max_run_usd: the price of this machine is not known (no launch policy started it); set budget.usd_per_hour"
+            "budget.max_run_usd: the price of this machine is not known (no launch policy started it); set budget.usd_per_hour",
+            code="price.unknown",
         )
     return price
 
 
 def _check_tracking(tracking: TrackingSection) -> None:
     if tracking.wandb == "online" and not wandb_key_present():
-        raise UserError("tracking.wandb: online needs a key; set WANDB_API_KEY or run `wandb login`, or use offline")
+        raise UserError(
+            "tracking.wandb: online needs a key; set WANDB_API_KEY or run `wandb login`, or use offline",
+            code="tracking.no_key",
+        )

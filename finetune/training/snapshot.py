@@ -168,7 +168,8 @@ def check_resumed(trainer: AnswerTrainer, folder: Path) -> None:
     if abs(now - saved) > TOLERANCE[kind] * max(abs(saved), 1e-3):
         raise UserError(
             f"{folder}: the loaded model does not behave like the saved one (loss {now:.5f} instead of {saved:.5f} on the "
-            "same examples); the base model or a library has changed: restore it, or start a new run"
+            "same examples); the base model or a library has changed: restore it, or start a new run",
+            code="resume.model_changed",
         )
 
 
@@ -183,7 +184,8 @@ def _check_tensors(trainer: AnswerTrainer, folder: Path) -> None:
     if different:
         raise UserError(
             f"{folder}: {len(different)} of {len(saved)} adapters are not in the model that is about to train, such as "
-            f"{sorted(different)[0]}; this is a fault of ours or of peft: please report it with the versions in run.json"
+            f"{sorted(different)[0]}; this is a fault of ours or of peft: please report it with the versions in run.json",
+            code="resume.adapter_not_loaded",
         )
 
 

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.budget.ledger import KEPT_BEAT_SECONDS, METERED, AttemptLog, Ledger
-from finetune.errors import UserError
 from finetune.machine.price import MachinePrice
+from tests.helpers.errors import raises
 
 MACHINE = {"zone": "us-central1-a", "gpu": "A100", "spot": True, "id": "4520031799277581759"}
 
@@ -253,15 +253,15 @@ def test_a_fault_of_the_folder_is_a_user_error_and_the_next_line_brings_what_is_
     folder = tmp_path / "ledger"
     log = begin(Ledger(folder))
     away = folder.rename(tmp_path / "away")
-    with pytest.raises(UserError, match=r"has vanished"):
+    with raises("budget.ledger_vanished", match=r"has vanished"):
         log.note("saved", step=7)
     assert not folder.exists()
     folder.write_text("a file")
-    with pytest.raises(UserError, match="vanished"):
+    with raises("budget.ledger_vanished"):
         log.beat(30.0, 7)
-    with pytest.raises(UserError, match="ledger"):
+    with raises("disk.error", match="ledger"):
         Ledger(folder).account()
-    with pytest.raises(UserError, match="ledger"):
+    with raises("disk.error", match="ledger"):
         begin(Ledger(folder))
     folder.unlink()
     away.rename(folder)

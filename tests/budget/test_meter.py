@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.errors import UserError
 from tests.helpers.budget_run import BudgetRun
+from tests.helpers.errors import raises
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_the_projection_goes_by_the_pace_of_this_attempt(run: BudgetRun) -> None
 
 def test_a_ledger_that_cannot_be_listed_refuses_the_run(run: BudgetRun) -> None:
     run.ledger.folder.write_text("a file where the folder belongs")
-    with pytest.raises(UserError, match="ledger"):
+    with raises("disk.error", match="ledger"):
         run.meter()
 
 

@@ -15,10 +15,10 @@ import pytest
 
 from finetune.budget.meter import Meter
 from finetune.budget.watchdog import HEARTBEAT_VARIABLE, heartbeat_seconds
-from finetune.errors import UserError
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
 from tests.helpers.budget_run import BudgetRun
+from tests.helpers.errors import raises
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_an_attempt_that_never_began_has_no_end(run: BudgetRun) -> None:
     meter = BudgetRun(run.ledger.folder.parent / "another").meter()
     log = run.ledger.new_attempt(1, machine={}, price=meter.price, resumed_step=None)
     run.log = lambda *_: log  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="ledger"):
+    with raises("disk.error", match="ledger"):
         run.watch(meter)
     run.watchdogs[0].close("failed")
     assert not run.said and run.ledger.folder.is_file()
@@ -184,7 +184,7 @@ def test_the_clock_on_the_wall_may_jump(run: BudgetRun, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("text", ["0", "-1", "31", "nan", "often"])
 def test_a_heartbeat_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HEARTBEAT_VARIABLE, text)
-    with pytest.raises(UserError, match=HEARTBEAT_VARIABLE):
+    with raises("budget.bad_heartbeat", match=HEARTBEAT_VARIABLE):
         heartbeat_seconds()
     monkeypatch.delenv(HEARTBEAT_VARIABLE)
     assert heartbeat_seconds() == 30

@@ -19,7 +19,7 @@ from finetune.checkpoint import async_saver as saver_module
 from finetune.checkpoint.async_saver import Committed, Saver
 from finetune.checkpoint.filesystem import Disk
 from finetune.checkpoint.store import CheckpointStore, read_manifest
-from finetune.errors import UserError
+from tests.helpers.errors import raises
 
 QUICK = 0.25
 """Seconds within which a call has not waited for a copy, on a busy machine."""
@@ -150,32 +150,30 @@ def test_a_step_that_is_saved_twice_does_not_change_under_its_copy(bench: Bench,
 
 
 def test_a_snapshot_that_is_not_there_is_told_at_once(bench: Bench, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="snapshot-9: No such file or directory"):
+    with raises("disk.error", match="snapshot-9: No such file or directory"):
         bench.saver.submit(tmp_path / "snapshot-9", step=9, config_hash="c", data_hash="d", attempt=1)
     assert bench.saver.finish() is None
 
 
 @pytest.mark.parametrize(
-    ("code", "fault"),
+    ("number", "code"),
     [
-        (errno.ENOSPC, "no space left on the disk; free some or choose another output folder"),
-        (errno.EROFS, r"not writable \(Read-only file system\); choose another output folder"),
-        (errno.ENOTCONN, r"the store has vanished \(Transport endpoint is not connected\)"),
-        (errno.EIO, "Input/output error"),
+        (errno.ENOSPC, "disk.full"),
+        (errno.EROFS, "disk.not_writable"),
+        (errno.ENOTCONN, "checkpoint.store_vanished"),
+        (errno.EIO, "disk.error"),
     ],
 )
-def test_three_failed_saves_in_a_row_end_the_training(bench: Bench, code: int, fault: str) -> None:
+def test_three_failed_saves_in_a_row_end_the_training(bench: Bench, number: int, code: str) -> None:
     bench.gate.open.set()
-    bench.gate.error = code
+    bench.gate.error = number
     snapshots = []
     for step in (1, 2, 3):
         bench.saver.check()
         snapshots.append(bench.submit(step))
         bench.until(lambda: len(bench.said) == len(snapshots) and not bench.saver._running)
         assert [folder.exists() for folder in snapshots] == [False] * (step - 1) + [True]  # the newest is enough
-    with pytest.raises(
-        UserError, match=rf"store: {fault}.* \(3 saves in a row have failed; step 3 is kept in .*snapshot-3.save-3\)"
-    ):
+    with raises(code, match=r"store: .* \(3 saves in a row have failed; step 3 is kept in .*snapshot-3.save-3\)"):
         bench.saver.check()
     assert bench.said[0].startswith(f"step 1 is not saved: {bench.store.root}: ")
     assert bench.said[0].endswith(f"; its snapshot is kept in {snapshots[0]} and tried again")
@@ -203,9 +201,7 @@ def test_finish_tries_once_more_and_then_gives_up(bench: Bench) -> None:
     bench.gate.open.set()
     bench.gate.error = errno.ENOSPC
     snapshot = bench.submit(7)
-    with pytest.raises(
-        UserError, match=r"store: no space left .*\(tried twice; step 7 is kept in .*snapshot-7.save-1\)"
-    ):
+    with raises("disk.full", match=r"store: .*\(tried twice; step 7 is kept in .*snapshot-7.save-1\)"):
         bench.saver.finish()
     assert (bench.gate.tries, snapshot.exists(), bench.steps()) == (2, True, set())
     bench.gate.error = None
@@ -230,7 +226,9 @@ def test_a_failed_save_is_tried_again_while_nothing_newer_comes(bench: Bench, mo
 def test_finish_has_a_time_limit(bench: Bench) -> None:
     snapshot = bench.submit(1)
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"store: step 1 was not saved within 0\.2 s; its snapshot is in .*snapshot-1"):
+    with raises(
+        "checkpoint.timeout", match=r"store: step 1 was not saved within 0\.2 s; its snapshot is in .*snapshot-1"
+    ):
         bench.saver.finish(0.2)
     assert 0.2 <= time.monotonic() - began < SOON
     assert snapshot.exists()
@@ -286,7 +284,9 @@ def test_a_fault_that_nobody_foresaw_is_heard_of(bench: Bench, monkeypatch: pyte
 
     monkeypatch.setattr(bench.store, "put", broken)
     bench.submit(1)
-    with pytest.raises(UserError, match=r"step 1 could not be saved \(ValueError\('unforeseen'\)\) \(tried twice"):
+    with raises(
+        "checkpoint.save_failed", match=r"step 1 could not be saved \(ValueError\('unforeseen'\)\) \(tried twice"
+    ):
         bench.saver.finish(SOON)
 
 

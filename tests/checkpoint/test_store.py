@@ -15,8 +15,8 @@ from finetune.checkpoint import manifest as checkpoint_manifest
 from finetune.checkpoint import store as checkpoint_store
 from finetune.checkpoint.filesystem import PIECE
 from finetune.checkpoint.store import CheckpointStore, Skipped
-from finetune.errors import UserError
 from tests.helpers.data_examples import files_of
+from tests.helpers.errors import raises
 
 CONFIG, DATA = "c" * 64, "d" * 64
 HASHES = {"config_hash": CONFIG, "data_hash": DATA}
@@ -168,9 +168,9 @@ def test_clean_takes_cut_off_saves_and_put_aside_the_damaged_ones(store: Checkpo
 def test_a_manifest_that_cannot_be_read_is_a_user_error(store: CheckpointStore) -> None:
     folder = put(store, 7)
     edit_without_seal(folder)
-    with pytest.raises(UserError, match=r"step-7: the manifest has changed since it was written"):
+    with raises("checkpoint.corrupt", match=r"step-7: the manifest has changed since it was written"):
         checkpoint_store.read_manifest(folder)
-    with pytest.raises(UserError, match=r"step-8: no manifest"):
+    with raises("checkpoint.corrupt", match=r"step-8: no manifest"):
         checkpoint_store.read_manifest(store.root / "step-8")
 
 
@@ -196,8 +196,8 @@ def test_a_checkpoint_of_another_run_is_neither_used_nor_touched(store: Checkpoi
     assert (found, [item.damaged for item in skipped]) == (None, [False, False])
     assert skipped[0].reason == "is of another run (run-b)"
     assert store.put_aside(skipped[0]) is None
-    with pytest.raises(
-        UserError, match=r"step-20: is of another run \(run-b\); move it away, or choose another output"
+    with raises(
+        "checkpoint.name_taken", match=r"step-20: is of another run \(run-b\); move it away, or choose another output"
     ):
         put(store, 20)
     assert files_of(store.root) == before
@@ -223,7 +223,7 @@ def test_a_file_or_a_link_in_place_of_a_checkpoint_is_told_and_left(
     before = files_of(tmp_path)
     assert list(checkpoint_store.newest_first(store.root)) == [kept]
     assert store.latest_valid() == (kept, [Skipped(target, f"is a {kind}, not a folder", False)])
-    with pytest.raises(UserError, match=rf"step-9: is a {kind}, not a folder; move it away"):
+    with raises("checkpoint.name_taken", match=rf"step-9: is a {kind}, not a folder; move it away"):
         put(store, 9)
     assert (store.clean(), store.prune()) == ([], [])
     assert {name: files_of(tmp_path)[name] for name in before} == before
@@ -246,7 +246,7 @@ def test_a_valid_checkpoint_of_the_step_is_left_as_it_is(tmp_path: Path, store: 
 
 
 def test_a_snapshot_that_is_gone_is_told_and_leaves_nothing(tmp_path: Path, store: CheckpointStore) -> None:
-    with pytest.raises(UserError, match=r"gone: nothing to save there"):
+    with raises("checkpoint.snapshot_missing", match=r"gone: nothing to save there"):
         store.put(tmp_path / "gone", step=7, config_hash=CONFIG, data_hash=DATA, attempt=1)
     assert names(store) == set()
 

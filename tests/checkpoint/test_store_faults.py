@@ -20,8 +20,7 @@ from finetune.errors import UserError
 from finetune.runtime import fault_injection
 from tests.checkpoint.test_store import CONFIG, DATA, names, put, snapshot
 from tests.helpers.data_examples import files_of
-
-FULL = r"store: no space left on the disk; free some or choose another output folder"
+from tests.helpers.errors import raises
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_a_full_disk_is_told_and_the_half_copy_gives_its_room_back(
     mounted(f"size={kilobytes}k")
     store = CheckpointStore(tmp_path / "store", run_id="r")
     committed: list[Path] = []
-    with pytest.raises(UserError, match=FULL):
+    with raises("disk.full"):
         for step in (1, 2, 3):
             source = snapshot(tmp_path, step, 50_000)
             committed.append(store.put(source, step=step, config_hash=CONFIG, data_hash=DATA, attempt=1))
@@ -64,7 +63,7 @@ def test_a_full_disk_takes_the_save_again_once_there_is_room(tmp_path: Path, mou
     store = CheckpointStore(tmp_path / "store", run_id="r")
     (tmp_path / "store" / "large.log").write_bytes(bytes(40_000))
     source = snapshot(tmp_path, 1, 40_000)
-    with pytest.raises(UserError, match=FULL):
+    with raises("disk.full"):
         store.put(source, step=1, config_hash=CONFIG, data_hash=DATA, attempt=1)
     (tmp_path / "store" / "large.log").unlink()
     store.put(source, step=1, config_hash=CONFIG, data_hash=DATA, attempt=1)
@@ -79,7 +78,6 @@ def test_a_read_only_store_is_told_and_can_still_be_read(tmp_path: Path, mounted
     (put(store, 4) / "manifest.json").unlink()
     before = files_of(store.root)
     subprocess.run(["mount", "-o", "remount,ro", str(store.root)], check=True)
-    refused = r"store: not writable \(Read-only file system\); choose another output folder"
     found, skipped = store.latest_valid()
     assert found == kept[1]
     for call in (
@@ -89,7 +87,7 @@ def test_a_read_only_store_is_told_and_can_still_be_read(tmp_path: Path, mounted
         store.clean,
         lambda: store.put_aside(skipped[1]),
     ):
-        with pytest.raises(UserError, match=refused):
+        with raises("disk.not_writable", match="store: "):
             call()
     assert files_of(store.root) == before
 
@@ -102,23 +100,36 @@ def test_a_store_that_vanishes_is_not_made_anew_on_the_local_disk(tmp_path: Path
     put(CheckpointStore(tmp_path / "store", run_id="r"), 1)
     store = CheckpointStore(tmp_path / "store", run_id="r", disk=Vanishing())
     for _ in range(2):  # in the middle of a save, then before one
-        with pytest.raises(UserError, match=r"store: the store has vanished .*is its bucket or disk still mounted\?"):
+        with raises(
+            "checkpoint.store_vanished", match=r"store: the store has vanished .*is its bucket or disk still mounted\?"
+        ):
             put(store, 2)
         assert not store.root.exists()
 
 
 def test_a_run_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "gone" / "checkpoints", run_id="r")
-    with pytest.raises(UserError, match="the store has vanished"):
+    with raises("checkpoint.store_vanished"):
         store.put(snapshot(tmp_path, 1), step=1, config_hash=CONFIG, data_hash=DATA, attempt=1)
     assert not (tmp_path / "gone").exists()
+
+
+def test_a_snapshot_that_cannot_be_read_is_not_blamed_on_the_store(tmp_path: Path) -> None:
+    class Unreadable(Disk):
+        def copy_file(self, source: Path, target: Path) -> tuple[int, str]:
+            raise OSError(errno.EIO, "Input/output error", str(source))
+
+    store = CheckpointStore(tmp_path / "store", run_id="r", disk=Unreadable())
+    with raises("checkpoint.snapshot_unreadable", match=r"snapshot-\d: the snapshot cannot be read \(Input/output"):
+        put(store, 1)
+    assert names(store) == set()
 
 
 def test_a_store_that_is_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("mine")
     store = CheckpointStore(tmp_path / "store", run_id="r")
     for call in (lambda: put(store, 1), store.latest_valid, store.prune, store.clean):
-        with pytest.raises(UserError, match=r"store: the store has vanished \(Not a directory\)"):
+        with raises("checkpoint.store_vanished"):
             call()
 
 
@@ -150,7 +161,7 @@ def test_a_root_that_cannot_be_listed_is_not_taken_for_a_new_run(
     store = CheckpointStore(tmp_path / "store", run_id="r")
     put(store, 1)
     monkeypatch.setattr(Path, "iterdir", refuse)  # what a gcsfuse that died answers
-    with pytest.raises(UserError, match=r"the store has vanished \(Transport endpoint is not connected\)"):
+    with raises("checkpoint.store_vanished"):
         store.latest_valid()
 
 
@@ -161,8 +172,9 @@ def test_a_store_that_gives_back_other_bytes_does_not_get_a_manifest(tmp_path: P
 
     kept = put(CheckpointStore(tmp_path / "store", run_id="r"), 1)
     store = CheckpointStore(tmp_path / "store", run_id="r", disk=Flipping())
-    with pytest.raises(
-        UserError, match=r"step-2/.*: other bytes came back than were written; the disk or bucket is at"
+    with raises(
+        "checkpoint.write_corrupted",
+        match=r"step-2/.*: other bytes came back than were written; the disk or bucket is at",
     ):
         put(store, 2)
     assert names(store) == {"step-1"}

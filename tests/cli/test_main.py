@@ -24,6 +24,7 @@ from finetune.doctor.check import Check, Need, absent
 from finetune.errors import UserError
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import make_database, row, write_jsonl
+from tests.helpers.errors import reported
 from tests.helpers.report_fixtures import build_run, rows, write_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,43 +174,44 @@ def test_a_wrong_flag_or_argument_exits_with_2(arguments: list[str], capsys: pyt
     assert out == "" and err.startswith("usage: finetune")
 
 
-MISTAKES: list[tuple[str, str]] = [
-    ("config {tmp}/none.yaml", "no such config file"),
-    ("config {config} lora.rank=4", "unknown key lora.rank"),
-    ("config {config} lora.r=many training.max_steps=0", "lora.r: expected int"),
-    ("config {config} lora.r", "expected key=value"),
-    ("config {tmp}/broken.yaml", "not valid YAML"),
-    ("data check {tmp}/none.yaml", "no such config file"),
-    ("data check {config} data.sources[0].path=x", "expected key=value"),
-    ("data prepare {config} data.output_dir={tmp}", "data.output_dir holds other things"),
-    ("data prepare {config} model.name={tmp}/none", "no folder"),
-    ("train {config} data.output_dir={tmp}/none", "run `finetune data prepare CONFIG` first"),
-    ("train {config} model.name={tmp}", "holds no config.json"),
-    ("train {config} model.torch_dtype=float16", "model.torch_dtype"),
-    ("train {config} lora.target_modules=[query]", "query match nothing in this model"),
-    ("train {config} model.name=org/name", "model.revision"),
-    ("train --resume {tmp}/none", "not a run folder"),
-    ("train --resume {tmp} lora.r=8", "overrides would make it another run"),
-    ("evaluate {tmp}/none", "no such run folder or config file"),
-    ("evaluate {tmp}", "not a run folder"),
-    ("evaluate {config} --no-base", "--no-base goes with a run folder"),
-    ("evaluate {tmp} lora.r=8", "overrides go with a config file"),
-    ("evaluate {config} data.output_dir={tmp}/none", "missing; run `finetune data prepare CONFIG` first"),
-    ("report {tmp}", "not a run folder"),
-    ("generate {tmp} --db {tmp}/x.sqlite question", "not a run folder"),
+MISTAKES: list[tuple[str, str, str]] = [
+    ("config {tmp}/none.yaml", "config.not_found", "none.yaml"),
+    ("config {config} lora.rank=4", "config.unknown_key", "lora.rank"),
+    ("config {config} lora.r=many training.max_steps=0", "config.bad_type", "lora.r"),
+    ("config {config} lora.r", "config.bad_override", "lora.r"),
+    ("config {tmp}/broken.yaml", "config.bad_yaml", "broken.yaml"),
+    ("data check {tmp}/none.yaml", "config.not_found", "none.yaml"),
+    ("data check {config} data.sources[0].path=x", "config.bad_override", "data.sources[0].path"),
+    ("data prepare {config} data.output_dir={tmp}", "data.output_dir_taken", "data.output_dir"),
+    ("data prepare {config} model.name={tmp}/none", "model.not_found", "none"),
+    ("train {config} data.output_dir={tmp}/none", "file.missing", "`finetune data prepare CONFIG`"),
+    ("train {config} model.name={tmp}", "model.incomplete", "config.json"),
+    ("train {config} model.torch_dtype=float16", "model.bad_dtype", "model.torch_dtype"),
+    ("train {config} lora.target_modules=[query]", "lora.unknown_modules", "query"),
+    ("train {config} model.name=org/name", "model.no_revision", "model.revision"),
+    ("train --resume {tmp}/none", "run.not_found", "none"),
+    ("train --resume {tmp} lora.r=8", "cli.conflicting_options", "overrides would make it another run"),
+    ("evaluate {tmp}/none", "run.not_found", "no such run folder or config file"),
+    ("evaluate {tmp}", "run.not_found", "{tmp}"),
+    ("evaluate {config} --no-base", "cli.conflicting_options", "--no-base goes with a run folder"),
+    ("evaluate {tmp} lora.r=8", "cli.conflicting_options", "overrides go with a config file"),
+    ("evaluate {config} data.output_dir={tmp}/none", "file.missing", "`finetune data prepare CONFIG`"),
+    ("report {tmp}", "run.not_found", "{tmp}"),
+    ("generate {tmp} --db {tmp}/x.sqlite question", "run.not_found", "{tmp}"),
 ]
 
 
-@pytest.mark.parametrize(("command", "said"), MISTAKES, ids=[command for command, _ in MISTAKES])
+@pytest.mark.parametrize(("command", "code", "said"), MISTAKES, ids=[command for command, *_ in MISTAKES])
 def test_every_mistake_is_one_line_and_exit_code_2(
-    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str, said: str
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str, code: str, said: str
 ) -> None:
     (tmp_path / "broken.yaml").write_text("model: [\n\n  unclosed")
     before = sorted(tmp_path.rglob("*"))
-    assert cli.main(command.format(config=config, tmp=tmp_path).split()) == 2
+    with reported(code):
+        assert cli.main(command.format(config=config, tmp=tmp_path).split()) == 2
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.startswith("finetune: ") and err.count("\n") == 1 and said in err
+    assert err.startswith("finetune: ") and err.count("\n") == 1 and said.format(tmp=tmp_path) in err
     assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
 
 
@@ -217,7 +219,7 @@ def test_a_message_of_several_lines_is_put_on_one(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: argparse.Namespace) -> int:
-        raise UserError("first line\nsecond line")
+        raise UserError("first line\nsecond line", code="any.mistake")
 
     monkeypatch.setattr(config_module, "_config", fail)
     assert cli.main(["config", str(config)]) == 2

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from finetune.config.load import config_hash, from_dict, load_config, questions_per_step, to_dict, to_yaml
 from finetune.config.schema import RunConfig
-from finetune.errors import UserError
 from finetune.machine.gpus import GPUS
+from tests.helpers.errors import raises
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALLEST: dict[str, Any] = {
@@ -37,11 +37,10 @@ def merged(**sections: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def problems(path: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as caught:
+def problems(code: str, path: Path, *overrides: str) -> str:
+    with raises(code) as caught:
         load_config(path, list(overrides))
     message = str(caught.value)
-    assert "\n" not in message
     assert message.startswith(f"{path}: ")
     return message
 
@@ -101,7 +100,7 @@ def test_every_mistake_is_reported_at_once_with_its_place_and_the_nearest_name(t
         "data": {"sources": [{"kind": "xml", "pth": "p"}]},
         "max_seq_length": 5,
     }
-    message = problems(write(tmp_path, tree), "lora.rr=1", "nonsense")
+    message = problems("config.several", write(tmp_path, tree), "lora.rr=1", "nonsense")
     for part in (
         "unknown key modle (did you mean model?)",
         "unknown key training.learnin_rate (did you mean training.learning_rate?)",
@@ -146,7 +145,7 @@ def test_every_mistake_is_reported_at_once_with_its_place_and_the_nearest_name(t
 def test_an_ill_typed_value_is_refused_with_what_was_expected(
     tmp_path: Path, section: str, key: str, value: object, expected: str
 ) -> None:
-    message = problems(write(tmp_path, merged(**{section: {key: value}})))
+    message = problems("config.bad_type", write(tmp_path, merged(**{section: {key: value}})))
     assert f"{section}.{key}: expected {expected}, found {value!r}" in message
 
 
@@ -154,25 +153,36 @@ def test_an_ill_typed_value_is_refused_with_what_was_expected(
 def test_ill_typed_columns_of_a_source_are_refused(tmp_path: Path, columns: object) -> None:
     source = {**HUGGINGFACE, "columns": columns}
     assert "data.sources[0].columns: expected dict[str, str]" in problems(
-        write(tmp_path, merged(data={"sources": [source]}))
+        "config.bad_type", write(tmp_path, merged(data={"sources": [source]}))
     )
 
 
 @pytest.mark.parametrize("sources", [{}, "data.jsonl", ["data.jsonl"], None])
 def test_sources_that_are_no_list_of_sections_are_refused(tmp_path: Path, sources: object) -> None:
-    message = problems(write(tmp_path, merged(data={"sources": sources})))
+    message = problems("config.bad_type", write(tmp_path, merged(data={"sources": sources})))
     assert "data.sources: expected a list of sources" in message
 
 
 @pytest.mark.parametrize("value", [5, [1], "text"])
 def test_a_section_that_is_no_section_is_refused(tmp_path: Path, value: object) -> None:
-    message = problems(write(tmp_path, {**SMALLEST, "training": value}))
+    message = problems("config.bad_type", write(tmp_path, {**SMALLEST, "training": value}))
     assert f"training: expected a section of keys, found {value!r}" in message
 
 
-@pytest.mark.parametrize("value", ["${oc.env:NO_SUCH_VARIABLE}", "${lora.no_such_key}", "${oc.env:HOME}", "???"])
-def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: Path, value: str) -> None:
-    assert "training.seed" in problems(write(tmp_path, merged(training={"seed": value})))
+REFERENCE = "config.bad_reference"
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        ("${oc.env:NO_SUCH_VARIABLE}", REFERENCE),
+        ("${lora.no_such_key}", REFERENCE),
+        ("${oc.env:HOME}", REFERENCE),
+        ("???", "config.bad_type"),
+    ],
+)
+def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: Path, value: str, code: str) -> None:
+    assert "training.seed" in problems(code, write(tmp_path, merged(training={"seed": value})))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +243,7 @@ def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: P
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, section: str, key: str, value: object) -> None:
-    assert f"{section}.{key}" in problems(write(tmp_path, merged(**{section: {key: value}})))
+    assert f"{section}.{key}" in problems("config.bad_value", write(tmp_path, merged(**{section: {key: value}})))
 
 
 def test_what_is_just_possible_is_accepted(tmp_path: Path) -> None:
@@ -244,57 +254,57 @@ def test_what_is_just_possible_is_accepted(tmp_path: Path) -> None:
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
-    message = problems(write(tmp_path, merged(plan={"gpus": ["A100", "K80"]})))
+    message = problems("config.bad_value", write(tmp_path, merged(plan={"gpus": ["A100", "K80"]})))
     assert "plan.gpus: unknown GPU 'K80'; known: T4, V100, L4, A100" in message
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> None:
-    message = problems(write(tmp_path, merged(data={"val_fraction": 0.5, "test_fraction": 0.5})))
+    message = problems("config.bad_value", write(tmp_path, merged(data={"val_fraction": 0.5, "test_fraction": 0.5})))
     assert "nothing left to train on" in message
 
 
 def test_impossible_values_are_also_reported_all_at_once(tmp_path: Path) -> None:
-    message = problems(write(tmp_path, merged(lora={"r": 0}, checkpoint={"keep_last": 0})))
+    message = problems("config.bad_value", write(tmp_path, merged(lora={"r": 0}, checkpoint={"keep_last": 0})))
     assert "lora.r" in message and "checkpoint.keep_last" in message
 
 
 @pytest.mark.parametrize(
-    ("text", "part"),
+    ("text", "code", "part"),
     [
-        ("model: [\n", "not valid YAML"),
-        ("model: {name: a}\nmodel: {name: b}\n", "duplicate key model"),
-        ("- a list\n", "expected sections"),
-        ("training: {output_dir: '${oc.env:HOME'}\n", "BRACE_CLOSE"),
-        ("", "missing key model.name"),
+        ("model: [\n", "config.bad_yaml", "not valid YAML"),
+        ("model: {name: a}\nmodel: {name: b}\n", "config.bad_yaml", "duplicate key model"),
+        ("- a list\n", "config.bad_yaml", "expected sections"),
+        ("training: {output_dir: '${oc.env:HOME'}\n", "config.bad_yaml", "BRACE_CLOSE"),
+        ("", "config.missing_key", "missing key model.name"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, part: str) -> None:
-    assert part in problems(write(tmp_path, text))
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, code: str, part: str) -> None:
+    assert part in problems(code, write(tmp_path, text))
 
 
 def test_a_file_that_is_missing_a_folder_or_no_text_is_refused(tmp_path: Path) -> None:
-    assert "no such config file" in problems(tmp_path / "absent.yaml")
-    assert "no such config file" in problems(tmp_path)
+    assert "no such config file" in problems("config.not_found", tmp_path / "absent.yaml")
+    problems("config.not_found", tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    assert "not valid YAML" in problems(tmp_path / "binary.yaml")
+    problems("config.bad_yaml", tmp_path / "binary.yaml")
 
 
 @pytest.mark.parametrize("override", ["training.seed", "=3", "training.seed=[1", "data.sources[0].path=x"])
 def test_an_override_that_cannot_be_read_is_quoted(tmp_path: Path, override: str) -> None:
-    assert f"override {override!r}: " in problems(write(tmp_path, SMALLEST), override)
+    assert f"override {override!r}: " in problems("config.bad_override", write(tmp_path, SMALLEST), override)
 
 
 @pytest.mark.parametrize(
-    ("override", "key"),
+    ("override", "code", "key"),
     [
-        ("seed=1", "seed"),
-        ("training.sed=1", "training.sed"),
-        ("training.seed.x=1", "training.seed"),
-        ("a.b.c=1", "a"),
+        ("seed=1", "config.unknown_key", "seed"),
+        ("training.sed=1", "config.unknown_key", "training.sed"),
+        ("training.seed.x=1", "config.bad_type", "training.seed"),
+        ("a.b.c=1", "config.unknown_key", "a"),
     ],
 )
-def test_an_override_of_an_unknown_key_names_it(tmp_path: Path, override: str, key: str) -> None:
-    assert re.search(rf"(unknown key )?{key}[: ]", problems(write(tmp_path, SMALLEST), override))
+def test_an_override_of_an_unknown_key_names_it(tmp_path: Path, override: str, code: str, key: str) -> None:
+    assert re.search(rf"(unknown key )?{key}[: ]", problems(code, write(tmp_path, SMALLEST), override))
 
 
 # written and read again
@@ -309,9 +319,9 @@ def test_a_config_survives_yaml_json_and_dict(tmp_path: Path) -> None:
 
 def test_from_dict_is_as_strict_as_load_config(tmp_path: Path) -> None:
     values = to_dict(load_config(write(tmp_path, SMALLEST)))
-    for section, key, value in (("lora", "rr", 8), ("lora", "r", "many"), ("lora", "r", 0)):
-        with pytest.raises(UserError, match=rf"^run\.json: .*lora\.{key}"):
-            from_dict({**values, section: {**values[section], key: value}}, "run.json")
+    for key, value, code in (("rr", 8, "unknown_key"), ("r", "many", "bad_type"), ("r", 0, "bad_value")):
+        with raises(f"config.{code}", match=rf"^run\.json: .*lora\.{key}"):
+            from_dict({**values, "lora": {**values["lora"], key: value}}, "run.json")
 
 
 def test_the_hash_is_of_the_values_not_of_the_file(tmp_path: Path) -> None:
@@ -398,7 +408,9 @@ def test_questions_of_an_optimizer_step(keys: dict[str, Any], questions: int) ->
 
 def test_sizes_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     keys = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "effective_batch_size": 32}
-    with pytest.raises(UserError, match=r"effective_batch_size: 32 is not 16, the product of"):
+    with raises("config.conflicting_values", match=r"effective_batch_size: 32 is not 16, the product of"):
         questions_per_step(from_dict(merged(training=keys), "test").training)
     steps = {"gradient_accumulation_steps": 4}
-    assert "set training.effective_batch_size instead" in problems(write(tmp_path, merged(training=steps)))
+    assert "set training.effective_batch_size instead" in problems(
+        "config.bad_value", write(tmp_path, merged(training=steps))
+    )

@@ -15,7 +15,7 @@ import pytest
 from finetune.config.load import from_dict, to_dict
 from finetune.config.resume_rules import BATCH_KEYS, ORDER_KEYS, RULES, decide, refusal
 from finetune.config.schema import RunConfig
-from finetune.errors import UserError
+from tests.helpers.errors import raises
 
 SOURCES: list[dict[str, Any]] = [
     {"kind": "jsonl", "path": "a.jsonl"},
@@ -140,7 +140,7 @@ def test_batch_keys_that_contradict_each_other_are_the_users_error() -> None:
         training__per_device_train_batch_size=4,
         training__gradient_accumulation_steps=4,
     )
-    with pytest.raises(UserError, match=r"^training\.effective_batch_size: 9 is not 16"):
+    with raises("config.conflicting_values"):
         decide(resolved(), contradiction)
 
 

@@ -16,7 +16,6 @@ from finetune.data.check import Findings, check
 from finetune.data.prepared import load_prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.data.records import SPLITS
-from finetune.errors import UserError
 from finetune.runtime.files import sha256_file
 from tests.helpers.data_examples import (
     SCHEMA,
@@ -30,6 +29,7 @@ from tests.helpers.data_examples import (
     without,
     write_jsonl,
 )
+from tests.helpers.errors import raises
 
 
 @pytest.fixture
@@ -136,12 +136,12 @@ def test_changed_or_missing_file_is_noticed_when_loading(tmp_path: Path, shop: S
         (output / "test.jsonl").write_text((output / "test.jsonl").read_text().replace("item", "ITEM", 1))
     else:
         (output / "test.jsonl").unlink()
-    with pytest.raises(UserError, match=r"test\.jsonl: (changed since|missing).*data prepare"):
+    with raises("data.changed", match=r"test\.jsonl: (changed since|missing).*data prepare"):
         load_prepared(output)
 
 
 def test_loading_what_was_never_prepared_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"manifest\.json: missing; run `finetune data prepare"):
+    with raises("file.missing", match=r"manifest\.json.*`finetune data prepare"):
         load_prepared(tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_source_with_too_many_faulty_records_stops_and_names_the_first(
     changes, reason, _ = BAD_RECORDS[case]
     bad = [row(number) | changes for number in (100, 101, 102)]
     write_jsonl(Path(shop.path), [*(row(number) for number in range(20)), *bad])
-    with pytest.raises(UserError) as error:
+    with raises("data.refused") as error:
         run_prepare([shop], tmp_path / "prepared")
     assert str(error.value).startswith(f"{shop.path}:21: {reason}: ")
     assert "3 of 23 records" in str(error.value)
@@ -213,7 +213,7 @@ BAD_LINES = {
 def test_one_malformed_line_stops_and_nothing_is_written(tmp_path: Path, shop: SourceSection, case: str) -> None:
     before = {path.name for path in tmp_path.iterdir()}
     write_jsonl(Path(shop.path), [*(row(number) for number in range(100)), BAD_LINES[case], "{"])
-    with pytest.raises(UserError) as error:
+    with raises("data.refused") as error:
         run_prepare([shop], tmp_path / "prepared")
     assert str(error.value).startswith(f"{shop.path}:101: ")
     assert "and 1 more such lines" in str(error.value)
@@ -237,16 +237,16 @@ def test_check_lists_every_fault_and_writes_nothing(tmp_path: Path, shop: Source
 
 
 def test_missing_and_empty_data_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
+    with raises("data.not_found", match=r"absent\.jsonl"):
         run_prepare([jsonl_source(tmp_path / "absent.jsonl")], tmp_path / "prepared")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"data\.sources\[0\].*empty\.jsonl: empty"):
+    with raises("data.empty", match=r"data\.sources\[0\].*empty\.jsonl: empty"):
         run_prepare([jsonl_source(tmp_path / "empty.jsonl")], tmp_path / "prepared")
 
 
 def test_missing_folder_of_databases_is_named(tmp_path: Path, shop: SourceSection) -> None:
     shop.databases = str(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"data\.sources\[0\]\.databases: .*absent: no such folder"):
+    with raises("data.not_found", match=r"data\.sources\[0\]\.databases: .*absent: no such folder"):
         run_prepare([shop], tmp_path / "prepared")
 
 
@@ -255,12 +255,12 @@ def test_output_folder_with_other_things_is_refused(tmp_path: Path, shop: Source
     output.mkdir()
     run_prepare([shop], output)  # an empty folder is fine
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"output_dir holds other things.*notes\.txt"):
+    with raises("data.output_dir_taken", match=r"output_dir holds other things.*notes\.txt"):
         run_prepare([shop], output)
     foreign = write_jsonl(tmp_path / "foreign" / "train.jsonl", ["{}"])
-    with pytest.raises(UserError, match=r"output_dir holds other things.*train\.jsonl"):
+    with raises("data.output_dir_taken", match=r"train\.jsonl"):
         run_prepare([shop], foreign.parent)
-    with pytest.raises(UserError, match="output_dir is a file"):
+    with raises("data.output_dir_taken", match="output_dir is a file"):
         run_prepare([shop], foreign)
     assert foreign.read_text() == "{}\n"
 
@@ -276,7 +276,7 @@ def test_full_disk_leaves_the_old_set_and_no_remains(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(UserError, match="no space left on the disk"):
+    with raises("disk.full"):
         run_prepare([shop], output, seed=99)
     assert files_of(output) == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -296,7 +296,7 @@ def test_failure_while_swapping_brings_the_old_set_back(
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", rename_all_but_new)
-    with pytest.raises(UserError, match="prepared: Device or resource busy"):
+    with raises("disk.error", match="prepared: Device or resource busy"):
         run_prepare([shop], output, seed=99)
     assert files_of(output) == before
 
@@ -363,7 +363,7 @@ def test_dialect_of_the_source_holds_for_records_that_name_none(tmp_path: Path) 
 def test_one_db_id_for_two_different_databases_is_refused(tmp_path: Path, shop: SourceSection) -> None:
     make_database(tmp_path / "other", items=9)
     path = write_jsonl(tmp_path / "more.jsonl", [row(number) for number in range(200, 250)])
-    with pytest.raises(UserError, match=r"db_id 'shop' means .* and they differ; rename one"):
+    with raises("data.refused", match=r"db_id 'shop' means .* and they differ; rename one"):
         run_prepare([shop, jsonl_source(path, databases=str(tmp_path / "other"))], tmp_path / "prepared")
 
 
@@ -372,6 +372,6 @@ def test_database_with_changes_outside_its_file_is_refused(tmp_path: Path, shop:
         writer.execute("PRAGMA journal_mode = WAL")
         writer.execute("DELETE FROM item")
         writer.commit()
-        with pytest.raises(UserError, match=r"database_unreadable: .*changes that only stand in shop\.sqlite-wal"):
+        with raises("data.refused", match=r"database_unreadable: .*shop\.sqlite-wal"):
             run_prepare([shop], tmp_path / "prepared")
     run_prepare([shop], tmp_path / "prepared")

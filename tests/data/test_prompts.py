@@ -19,7 +19,7 @@ from finetune.data.prompts import (
     extract_sql,
     load_template,
 )
-from finetune.errors import UserError
+from tests.helpers.errors import raises
 
 DDL = """
 CREATE TABLE singer (singer_id INTEGER PRIMARY KEY, name TEXT NOT NULL);
@@ -90,7 +90,7 @@ def test_a_template_whose_text_has_changed_since_is_refused(
 ) -> None:
     PromptTemplate().save(tmp_path)
     monkeypatch.setattr(prompts, part, getattr(prompts, part) + "\n")
-    with pytest.raises(UserError, match=r"prompt\.json: the adapter was trained on prompt 1-ddl-"):
+    with raises("prompt.mismatch", match=r"prompt\.json: the adapter was trained on prompt 1-ddl-"):
         load_template(tmp_path)
 
 
@@ -99,19 +99,19 @@ def test_a_template_file_that_was_edited_is_refused(tmp_path: Path, change: dict
     PromptTemplate().save(tmp_path)
     path = tmp_path / prompts.PROMPT_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError, match=r"prompt\.json"):
+    with raises("prompt.mismatch"):
         load_template(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '"text"', "null"])
 def test_a_template_file_that_is_broken_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / prompts.PROMPT_FILE).write_text(content)
-    with pytest.raises(UserError, match=r"prompt\.json: not a prompt file"):
+    with raises("prompt.corrupt", match=r"prompt\.json: not a prompt file"):
         load_template(tmp_path)
 
 
 def test_an_adapter_without_a_template_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prompt\.json: missing"):
+    with raises("prompt.missing", match=r"prompt\.json: missing"):
         load_template(tmp_path)
 
 

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.data.records import Record, read_records, write_records
-from finetune.errors import UserError
 from tests.helpers.data_examples import row, without, write_jsonl
+from tests.helpers.errors import raises
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip() != "")
 NAMES = st.text("abcdefgäß_0 -.", min_size=1).filter(lambda text: text.strip() != "" and not text.startswith("."))
@@ -58,7 +58,7 @@ BAD_LINES = {
 def test_bad_line_is_named_with_file_line_and_field(tmp_path: Path, case: str) -> None:
     line, message = BAD_LINES[case]
     path = write_jsonl(tmp_path / "records.jsonl", [row(1), "", line, row(4)])
-    with pytest.raises(UserError) as error:
+    with raises("data.bad_record") as error:
         read_records(path)
     assert str(error.value).startswith(f"{path}:3: ")
     assert message in str(error.value)
@@ -68,14 +68,14 @@ def test_bad_line_is_named_with_file_line_and_field(tmp_path: Path, case: str) -
 def test_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_bytes(json.dumps(row(1)).encode() + b'\n{"id": "\xff"}\n')
-    with pytest.raises(UserError, match=r"records\.jsonl:2: not UTF-8"):
+    with raises("data.bad_record", match=r"records\.jsonl:2: not UTF-8"):
         read_records(path)
 
 
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with raises("data.not_found", match="no such file"):
         read_records(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="a folder; expected a JSONL file"):
+    with raises("data.not_found", match="a folder; expected a JSONL file"):
         read_records(tmp_path)
 
 

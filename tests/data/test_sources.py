@@ -10,8 +10,8 @@ import pytest
 from finetune.config.schema import SourceSection
 from finetune.data.records import SPLITS
 from finetune.data.sources import open_source
-from finetune.errors import UserError
 from tests.helpers.data_examples import SCHEMA, make_database, read_jsonl, row, run_prepare
+from tests.helpers.errors import raises
 
 TABLES = [
     {
@@ -93,30 +93,40 @@ def test_faulty_spider_entries_are_rejected_by_position(tmp_path: Path) -> None:
     assert rejected[1]["record"] == entries[8]
 
 
-SPIDER_MISTAKES: dict[str, tuple[Callable[[SourceSection, Path], object], str]] = {
+SPIDER_MISTAKES: dict[str, tuple[Callable[[SourceSection, Path], object], str, str]] = {
     "no question files": (
         lambda source, _: source.files.clear(),
+        "data.no_files",
         r"sources\[0\]\.files: expected the question files",
     ),
-    "missing question file": (lambda source, _: source.files.append("dev.json"), r"dev\.json: no such file"),
+    "missing question file": (
+        lambda source, _: source.files.append("dev.json"),
+        "data.not_found",
+        r"dev\.json: no such file",
+    ),
     "broken JSON": (
         lambda _, folder: (folder / "train.json").write_text("[\n{,}]"),
+        "data.bad_json",
         r"train\.json:2: not JSON",
     ),
     "no array": (
         lambda _, folder: (folder / "train.json").write_text("{}"),
+        "data.bad_json",
         "expected a JSON array",
     ),
     "empty array": (
         lambda _, folder: (folder / "train.json").write_text("[]"),
+        "data.bad_json",
         "at least one entry",
     ),
     "no schemas": (
         lambda _, folder: (folder / "tables.json").unlink(),
+        "data.no_schema",
         r"neither a folder database/ nor tables\.json",
     ),
     "broken tables.json": (
         lambda _, folder: (folder / "tables.json").write_text("[{}"),
+        "data.bad_json",
         r"tables\.json",
     ),
 }
@@ -124,31 +134,36 @@ SPIDER_MISTAKES: dict[str, tuple[Callable[[SourceSection, Path], object], str]] 
 
 @pytest.mark.parametrize("case", SPIDER_MISTAKES)
 def test_mistake_in_a_spider_folder_is_named(tmp_path: Path, case: str) -> None:
-    mistake, message = SPIDER_MISTAKES[case]
+    mistake, code, message = SPIDER_MISTAKES[case]
     source = spider_folder(tmp_path / "set", [entry(1)], databases=False)
     mistake(source, tmp_path / "set")
-    with pytest.raises(UserError, match=message):
+    with raises(code, match=message):
         open_source(source, "data.sources[0]")
 
 
 @pytest.mark.parametrize("kind", ["spider", "huggingface"])
 @pytest.mark.parametrize(
-    ("path", "revision", "message"),
+    ("path", "revision", "code", "message"),
     [
-        ("owner/name", None, "owner/name: no such folder in .*a Hugging Face dataset id needs a revision"),
-        ("./data/mine", None, r"\./data/mine: no such folder in [^;]*$"),
-        ("/data/mine", "abc", "/data/mine: no such folder, and no Hugging Face dataset id"),
-        ("here", "abc", r"sources\[0\]\.revision: here is a local folder"),
+        (
+            "owner/name",
+            None,
+            "data.not_found",
+            "owner/name: no such folder in .*a Hugging Face dataset id needs a revision",
+        ),
+        ("./data/mine", None, "data.not_found", r"\./data/mine: no such folder in [^;]*$"),
+        ("/data/mine", "abc", "data.not_found", "/data/mine: no such folder, and no Hugging Face dataset id"),
+        ("here", "abc", "data.revision_of_folder", r"sources\[0\]\.revision: here is a local folder"),
     ],
 )
 def test_hub_ids_are_told_from_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, path: str, revision: str | None, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, path: str, revision: str | None, code: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     columns = {"question": "q", "sql": "s", "schema": "c"}
     section = SourceSection(kind=kind, path=path, revision=revision, files=["train.json"], columns=columns)
-    with pytest.raises(UserError, match=message):
+    with raises(code, match=message):
         open_source(section, "data.sources[0]")
 
 
@@ -187,7 +202,9 @@ def test_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch, kind: 
     monkeypatch.setattr(module, "snapshot_download" if kind == "spider" else "load_dataset", fail)
     columns = {"question": "q", "sql": "s", "schema": "c"}
     section = SourceSection(kind=kind, path="owner/name", revision="abc", files=["train.json"], columns=columns)
-    with pytest.raises(UserError, match=r"cannot fetch owner/name at revision abc .*HF_TOKEN.*local copy") as error:
+    with raises(
+        "data.hub_unreachable", match=r"cannot fetch owner/name at revision abc .*HF_TOKEN.*local copy"
+    ) as error:
         open_source(section, "data.sources[0]")
     assert "\n" not in str(error.value)
 
@@ -236,27 +253,29 @@ def test_huggingface_dataset_may_name_databases_instead_of_schemas(tmp_path: Pat
     assert prepared.database(record) is not None
 
 
-HUGGINGFACE_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+HUGGINGFACE_MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown column": (
         {"columns": {"question": "q", "sql": "answer", "schema": "context"}},
+        "data.missing_column",
         "has no column 'q'; it has",
     ),
-    "unknown field": ({"columns": {"query": "answer"}}, r"columns\.query: no field of a record"),
-    "no question": ({"columns": {"sql": "answer"}}, "columns: lacks question"),
-    "no schema": ({"columns": {"question": "prompt", "sql": "answer"}}, "columns: lacks schema"),
+    "unknown field": ({"columns": {"query": "answer"}}, "data.bad_columns", r"columns\.query: no field of a record"),
+    "no question": ({"columns": {"sql": "answer"}}, "data.bad_columns", "columns: lacks question"),
+    "no schema": ({"columns": {"question": "prompt", "sql": "answer"}}, "data.bad_columns", "columns: lacks schema"),
     "several splits": (
         {"subset": None},
+        "data.unknown_subset",
         r"sources\[0\]\.subset: .* has several splits, expected one of test, train",
     ),
-    "unknown split": ({"subset": "dev"}, "cannot be read as a dataset .*dev"),
-    "unknown dialect": ({"dialect": "sqlit"}, r"sources\[0\]\.dialect: .*sqlit"),
+    "unknown split": ({"subset": "dev"}, "data.unreadable", "cannot be read as a dataset .*dev"),
+    "unknown dialect": ({"dialect": "sqlit"}, "sql.unknown_dialect", r"sources\[0\]\.dialect: .*sqlit"),
 }
 
 
 @pytest.mark.parametrize("case", HUGGINGFACE_MISTAKES)
 def test_mistake_in_a_huggingface_source_is_named(parquet: SourceSection, case: str) -> None:
-    changes, message = HUGGINGFACE_MISTAKES[case]
+    changes, code, message = HUGGINGFACE_MISTAKES[case]
     for name, value in changes.items():
         setattr(parquet, name, value)
-    with pytest.raises(UserError, match=message):
+    with raises(code, match=message):
         open_source(parquet, "data.sources[0]", progress=False)

@@ -8,8 +8,8 @@ import pytest
 
 from finetune.data.records import SPLITS, Record, Split
 from finetune.data.split import assign_splits, question_key, sql_key, sql_skeleton, thin_out
-from finetune.errors import UserError
 from tests.helpers.data_examples import jsonl_source, read_jsonl, row, run_prepare, write_jsonl
+from tests.helpers.errors import raises
 
 
 def paraphrases(count: int, seed: int = 0) -> list[Record]:
@@ -182,9 +182,7 @@ def test_source_may_give_all_its_records_one_split(tmp_path: Path) -> None:
 
 def test_record_that_contradicts_the_split_of_its_source_stops(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "q.jsonl", [row(1), row(2, split="test")])
-    with pytest.raises(
-        UserError, match=r"q\.jsonl:2: split: the record says 'test', but data\.sources\[0\]\.split says"
-    ):
+    with raises("data.refused", match=r"q\.jsonl:2: split: the record says 'test', but data\.sources\[0\]\.split says"):
         run_prepare([jsonl_source(path, split="train")], tmp_path / "prepared")
 
 
@@ -198,7 +196,7 @@ def test_record_that_contradicts_the_split_of_its_source_stops(tmp_path: Path) -
 )
 def test_split_that_ends_up_empty_stops(tmp_path: Path, empty: str, rows: list[dict[str, Any]]) -> None:
     source = jsonl_source(write_jsonl(tmp_path / "q.jsonl", rows))
-    with pytest.raises(UserError, match=f"the split {empty} is empty"):
+    with raises("data.refused", match=f"the split {empty} is empty"):
         run_prepare([source], tmp_path / "prepared")
     assert not (tmp_path / "prepared").exists()
 

@@ -28,6 +28,7 @@ from finetune.evaluation.run import evaluate_run
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord
 from finetune.training import resume
+from tests.helpers.errors import reported
 from tests.helpers.train_helpers import at_step
 
 ConfigWriter = Callable[..., Path]
@@ -207,5 +208,6 @@ def test_minutes_are_a_number_above_zero(minutes: str, capsys: pytest.CaptureFix
 def test_a_demo_without_a_name_cannot_find_its_run_again(
     tiny_config: ConfigWriter, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["demo", str(tiny_config())]) == 2
+    with reported("demo.no_run_name"):
+        assert cli.main(["demo", str(tiny_config())]) == 2
     assert "training.run_name" in capsys.readouterr().err

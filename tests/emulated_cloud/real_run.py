@@ -66,7 +66,8 @@ def selected(arguments: Sequence[str]) -> list[real_cost.Scenario]:
     if not found:
         known = ", ".join(one.test.removeprefix("test_") for one in real_cost.SCENARIOS)
         raise UserError(
-            f"SCENARIO={os.environ.get('SCENARIO', '')}: none of those that a real project can play: {known}"
+            f"SCENARIO={os.environ.get('SCENARIO', '')}: none of those that a real project can play: {known}",
+            code="real_cloud.unknown_scenario",
         )
     return found
 
@@ -78,10 +79,13 @@ def words(arguments: Sequence[str]) -> list[str]:
 def check(project: str) -> Catalog:
     """The price catalog. Raises UserError for what is missing on this computer."""
     if shutil.which("gcloud") is None:
-        raise UserError("gcloud is not installed: https://cloud.google.com/sdk/docs/install")
+        raise UserError("gcloud is not installed: https://cloud.google.com/sdk/docs/install", code="gcloud.not_set_up")
     login = local_login()
     if login.project != project:
-        raise UserError(f"GCP_PROJECT={project}, but SkyPilot would launch in {login.project}; first: {SET_PROJECT}")
+        raise UserError(
+            f"GCP_PROJECT={project}, but SkyPilot would launch in {login.project}; first: {SET_PROJECT}",
+            code="gcloud.other_project",
+        )
     return load_catalog(allow_snapshot=False)
 
 
@@ -95,7 +99,7 @@ def agree() -> None:
     except EOFError:
         answer = ""
     if answer.strip().lower() != "yes":
-        raise UserError("no `yes`: nothing was launched")
+        raise UserError("no `yes`: nothing was launched", code="real_cloud.not_agreed")
 
 
 def play(project: str, arguments: Sequence[str]) -> int:

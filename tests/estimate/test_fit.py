@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
-from finetune.errors import UserError
 from finetune.estimate.fit import ALIKE, MARGIN, MOST_TOKENS, Limits, TooSmall, choose, fit_on, usual_step_tokens
 from finetune.estimate.memory_fused import LeanLoad, lean_estimate
 from finetune.estimate.memory_hf import CONTEXT_GIB, Workload, estimate, fits, largest_rows, workload_of
@@ -20,6 +19,7 @@ from finetune.estimate.speed_fused import LeanStep, lean_step_seconds, step_size
 from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.machine.hardware import GIB
 from finetune.models.architectures import SHAPES
+from tests.helpers.errors import raises
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "mistral_7b_qlora.yaml"
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
@@ -73,26 +73,26 @@ def test_longer_texts_are_computed_again_in_as_many_layers_as_they_must() -> Non
     kept = [choose(MISTRAL, FLOAT16, 14.5, longest=longest, usual_step=8000).kept_layers
             for longest in (2048, 3000, 4000, 6000, 8000)]  # fmt: skip
     assert kept[0] == 32 and kept == sorted(kept, reverse=True) and len(set(kept)) == 5
-    with pytest.raises(
-        UserError, match=r"^GPU memory: 30,000 tokens in one micro-batch need about .* this GPU has 14\.5"
+    with raises(
+        "gpu.too_small", match=r"^GPU memory: 30,000 tokens in one micro-batch need about .* this GPU has 14\.5"
     ):
         choose(MISTRAL, FLOAT16, 14.5, longest=30_000, usual_step=8000)
 
 
 def test_what_the_config_says_about_checkpointing_is_obeyed() -> None:
     assert on("H100", checkpointing=True).kept_layers == 0
-    with pytest.raises(TooSmall, match=r"or set training\.gradient_checkpointing=auto") as caught:
+    with raises("gpu.too_small", match=r"or set training\.gradient_checkpointing=auto") as caught:
         choose(MISTRAL, FLOAT16, 14.5, longest=4000, usual_step=8000, checkpointing=False)
-    assert caught.value.least == Limits(4000, 32)
+    assert isinstance(caught.value, TooSmall) and caught.value.least == Limits(4000, 32)
     assert 0 < choose(MISTRAL, FLOAT16, 14.5, longest=4000, usual_step=8000).kept_layers < 32
 
 
 def test_a_number_of_rows_is_obeyed_and_must_fit_at_the_longest() -> None:
     assert on("A100", rows=4).tokens == 4 * 2048
     assert on("H100", rows=1).tokens == 2048  # also where more would fit
-    with pytest.raises(TooSmall) as caught:
+    with raises("gpu.too_small") as caught:
         on("T4", rows=16, checkpointing=False)
-    assert caught.value.least.tokens == 16 * 2048
+    assert isinstance(caught.value, TooSmall) and caught.value.least.tokens == 16 * 2048
 
 
 def test_a_micro_batch_grows_as_far_as_it_gains() -> None:

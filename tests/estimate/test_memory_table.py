@@ -10,13 +10,13 @@ import pytest
 
 from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
-from finetune.errors import UserError
 from finetune.estimate.fit import fit_on, usual_step_tokens
 from finetune.estimate.memory_hf import CONTEXT_GIB, estimate, fits, largest_rows, workload_of
 from finetune.estimate.memory_table import memory_table
 from finetune.machine.gpus import GPUS
 from finetune.machine.hardware import GIB
 from finetune.models.architectures import SHAPES
+from tests.helpers.errors import raises
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "mistral_7b_qlora.yaml"
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
@@ -187,13 +187,14 @@ def test_a_model_folder_needs_only_its_config(tmp_path: Path) -> None:
 
 
 def test_what_is_unknown_is_said_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"model\.name: the shape of some/model is not known.*config\.json.*name that folder"
+    with raises(
+        "model.unknown_shape",
+        match=r"model\.name: the shape of some/model is not known.*config\.json.*name that folder",
     ):
         memory_table(config("model.name=some/model"), ["A100"])
-    with pytest.raises(UserError, match=r"plan\.gpus: unknown A10, K80; known: T4, V100, L4"):
+    with raises("cloud.unknown_gpu", match=r"plan\.gpus: unknown A10, K80; known: T4, V100, L4"):
         memory_table(config(), ["A100", "A10", "K80"])
-    with pytest.raises(UserError, match=r"plan\.gpus: name at least one GPU"):
+    with raises("plan.no_gpu", match=r"plan\.gpus: name at least one GPU"):
         memory_table(config(), [])
-    with pytest.raises(UserError, match=r"lora\.target_modules: .* not for lm_head"):
+    with raises("lora.unknown_modules"):
         memory_table(config("lora.target_modules=[q_proj,lm_head]"), ["A100"])

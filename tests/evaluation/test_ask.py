@@ -20,6 +20,7 @@ from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, make_database
+from tests.helpers.errors import reported
 from tests.helpers.run_examples import copy_run
 
 QUESTION = "How many items cost more than 3 euros?"
@@ -120,7 +121,8 @@ def test_an_answer_without_sql_is_an_error(
     run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer(" \n")
-    assert generate(run, database) == 2
+    with reported("ask.no_sql"):
+        assert generate(run, database) == 2
     assert capsys.readouterr() == ("", "finetune: the model answered without SQL: ''\n")
 
 
@@ -150,31 +152,32 @@ def test_a_schema_file_keeps_all_its_tables_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "code", "said"),
     [
-        ("missing.sqlite", None, "no such database file"),
-        ("missing.sql", None, "not readable as text"),
-        ("folder.sqlite", "folder", "a SQLite file was expected, this is a folder"),
-        ("text.sqlite", b"not a database at all", "not a SQLite file"),
-        ("empty.sqlite", b"", "not a SQLite file; it is empty"),
-        ("damaged.sqlite", b"SQLite format 3\x00" + b"junk" * 300, "damaged, or not a SQLite file"),
-        ("empty.sql", b"", "no CREATE TABLE statement in it"),
-        ("comment.sql", b"-- CREATE TABLE item (id INTEGER);\n", "no CREATE TABLE statement in it"),
-        ("rows.sql", b"INSERT INTO item VALUES (1);", "no CREATE TABLE statement in it"),
-        ("broken.sql", b"CREATE TABLE item (id INTEGER", "schema: "),
-        ("bytes.sql", b"CREATE TABLE \xff\xfe (id INTEGER);", "not readable as text"),
+        ("missing.sqlite", None, "sql.database_missing", ""),
+        ("missing.sql", None, "file.unreadable", "not readable as text"),
+        ("folder.sqlite", "folder", "sql.database_missing", ""),
+        ("text.sqlite", b"not a database at all", "sql.database_corrupt", ""),
+        ("empty.sqlite", b"", "sql.database_corrupt", ""),
+        ("damaged.sqlite", b"SQLite format 3\x00" + b"junk" * 300, "sql.database_corrupt", ""),
+        ("empty.sql", b"", "sql.no_tables", "no CREATE TABLE statement in it"),
+        ("comment.sql", b"-- CREATE TABLE item (id INTEGER);\n", "sql.no_tables", ""),
+        ("rows.sql", b"INSERT INTO item VALUES (1);", "sql.no_tables", ""),
+        ("broken.sql", b"CREATE TABLE item (id INTEGER", "sql.bad_schema", "schema: "),
+        ("bytes.sql", b"CREATE TABLE \xff\xfe (id INTEGER);", "file.unreadable", ""),
     ],
 )
 @pytest.mark.usefixtures("no_model")
 def test_a_database_or_schema_that_cannot_be_read_is_one_line_that_names_it(
-    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: Any, said: str
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: Any, code: str, said: str
 ) -> None:
     path = tmp_path / name
     if content == "folder":
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    assert generate(run, path) == 2
+    with reported(code):
+        assert generate(run, path) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"finetune: {path}: ") and said in err
@@ -186,15 +189,17 @@ def test_a_database_without_tables_is_refused(
     with closing(sqlite3.connect(tmp_path / "bare.sqlite")) as connection:
         connection.execute("PRAGMA user_version = 1")
         connection.commit()
-    assert generate(run, tmp_path / "bare.sqlite") == 2
-    assert "the database has no tables" in capsys.readouterr().err
+    with reported("sql.no_tables"):
+        assert generate(run, tmp_path / "bare.sqlite") == 2
+    assert "bare.sqlite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])
 def test_an_empty_question_is_refused(
     run: RunFolder, database: Path, no_model: None, capsys: pytest.CaptureFixture[str], question: str
 ) -> None:
-    assert generate(run, database, question=question) == 2
+    with reported("ask.empty_question"):
+        assert generate(run, database, question=question) == 2
     assert capsys.readouterr().err == "finetune: the question is empty\n"
 
 
@@ -202,17 +207,17 @@ def test_a_run_without_adapter_is_refused(
     run: RunFolder, database: Path, no_model: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(run.adapter)
-    assert generate(run, database) == 2
-    assert capsys.readouterr().err.startswith(f"finetune: {run.adapter}: no adapter in it; run `finetune train`")
+    with reported("adapter.missing"):
+        assert generate(run, database) == 2
+    assert capsys.readouterr().err.startswith(f"finetune: {run.adapter}: ")
 
 
 def test_a_folder_that_is_no_run_is_refused_with_the_runs_beside_it(
     run: RunFolder, database: Path, no_model: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate(RunFolder(run.path.parent / "other"), database) == 2
-    assert capsys.readouterr().err == (
-        f"finetune: {run.path.parent / 'other'}: not a run folder (no config.yaml in it); runs there: {run.path.name}\n"
-    )
+    with reported("run.not_found"):
+        assert generate(RunFolder(run.path.parent / "other"), database) == 2
+    assert capsys.readouterr().err.startswith(f"finetune: {run.path.parent / 'other'}: ")
 
 
 # the rows
@@ -267,7 +272,8 @@ def test_sql_that_does_not_run_is_printed_and_is_an_error(
 ) -> None:
     before = database.read_bytes()
     answer(sql)
-    assert generate(run, database, "--run") == 2
+    with reported("ask.sql_failed"):
+        assert generate(run, database, "--run") == 2
     assert capsys.readouterr() == (f"{sql}\n", f"finetune: {said}\n")
     assert database.read_bytes() == before
 
@@ -277,15 +283,17 @@ def test_sql_that_runs_too_long_is_stopped_at_the_configs_timeout(
 ) -> None:
     run = copy_run(tiny_run, tmp_path / "runs", evaluation={"timeout_seconds": 0.2})
     answer("WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n")
-    assert generate(run, database, "--run") == 2
-    assert capsys.readouterr().err == "finetune: the SQL does not run: no answer within 0.2 seconds\n"
+    with reported("ask.sql_failed"):
+        assert generate(run, database, "--run") == 2
+    assert "no answer within 0.2 seconds" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_model")
 def test_a_schema_has_no_rows_to_run_on(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "shop.sql"
     path.write_text(SCHEMA)
-    assert generate(run, path, "--run") == 2
+    with reported("cli.conflicting_options"):
+        assert generate(run, path, "--run") == 2
     assert capsys.readouterr() == (
         "", f"finetune: {path}: a schema has no rows; give a SQLite file to --db to use --run\n"
     )  # fmt: skip

@@ -21,7 +21,7 @@ def read(database: Path) -> Any:
     try:
         return json.loads(database.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{database}: not readable as JSON ({error})") from None
+        raise UserError(f"{database}: not readable as JSON ({error})", code="sql.database_corrupt") from None
 
 
 class JsonSession:

@@ -13,8 +13,8 @@ In one process, for many questions (about 2 s to start, then 0.05 to 0.5 s a mac
 
 `task` is a dict as in a YAML, or a path. Each machine is a dict: machine, gpu, count, region, zone, spot; what is tried has
 disk_gb and disk_type as well, what is chosen or reachable SkyPilot's usd_per_hour (without disk). Every answer holds
-"sent" (the task as it left the client), "printed" (all output, policy's included), and "error" and "message" when
-SkyPilot or a policy refused. More arguments of ask():
+"sent" (the task as it left the client), "printed" (all output, policy's included), and "error", "message" and "code" (of
+our UserError) when SkyPilot or a policy refused. More arguments of ask():
     policy="finetune.cloud.launch.policy.CostPolicy"   applied as the client applies it; request="JOBS_LAUNCH" for other commands
     limit=3                                     the third machine asked for is handed out, whatever is in stock
     code="QUOTA_EXCEEDED", message="..."        another refusal than a stock-out, in Google's words

@@ -21,7 +21,7 @@ def attempt() -> str:
         refresh_catalog()
         return load_catalog(allow_snapshot=False).source
     except UserError as error:
-        return f"UserError: {error}"
+        return f"{error.code}: {error}"
 
 
 server, nobody = sys.argv[1:]

@@ -30,6 +30,8 @@ from sky.server.requests import request_names
 from sky.utils import admin_policy_utils, common, dag_utils
 from sky.utils import annotations as sky_annotations
 
+from finetune.errors import UserError
+
 Json = dict[str, Any]
 
 
@@ -111,6 +113,13 @@ def machine_of(resources: Any) -> Json:
         "spot": resources.use_spot,
         "usd_per_hour": float(resources.get_cost(3600)),
     }
+
+
+def code_of(error: BaseException | None) -> str | None:
+    """Of the UserError that our policy turned into SkyPilot's own error."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__context__
+    return error.code if error else None
 
 
 @contextmanager
@@ -254,7 +263,7 @@ def main() -> None:
             try:
                 result = answer(json.loads(line), f"test-{os.getpid()}-{number}")
             except (Exception, SystemExit) as error:
-                result = {"error": type(error).__name__, "message": plain(str(error))}
+                result = {"error": type(error).__name__, "message": plain(str(error)), "code": code_of(error)}
         print(json.dumps(result | {"printed": printed[0]}, default=str), file=replies, flush=True)
 
 

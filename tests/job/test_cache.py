@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from finetune.config.load import load_config, to_yaml
-from finetune.errors import UserError
 from finetune.job.cache import DataCache, copy_set, data_key, set_id
+from tests.helpers.errors import raises
 from tests.helpers.machine_fixture import CONFIG, ROOT, lay_out_set, sha256
 
 
@@ -107,7 +107,7 @@ def test_a_set_laid_out_here_has_nothing_of_the_one_before(config: Path, tmp_pat
 
 
 def test_a_preparation_that_leaves_no_set_is_told(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.output_dir"):
+    with raises("job.nothing_prepared", match=r"data\.output_dir"):
         DataCache(tmp_path / "bucket", tmp_path / "state").lay_out(load_config(config), "", prepare=lambda: None)
 
 

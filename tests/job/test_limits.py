@@ -9,15 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.cli.job import _end
+from finetune.job import evaluate as job_evaluate
+from finetune.job import limits
 from finetune.job.limits import Ended, hours_left, run_limited
 from finetune.job.programs import ProgramFailed, call, tensorboard
 from finetune.job.settings import JobSettings, read_settings
+from tests.helpers.errors import raises
 from tests.helpers.machine_fixture import gone, wait_for
 
 HOUR = 1.0
@@ -169,6 +173,25 @@ def test_a_program_that_fails_says_with_which_code(settings: JobSettings) -> Non
     with pytest.raises(ProgramFailed) as failed:
         call(python("exit(2)"), settings.environment)
     assert failed.value.code == 2
+
+
+def test_a_score_that_takes_too_long_is_an_error(
+    settings: JobSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings, mount=tmp_path, run_name="mine")
+    run = settings.runs / "mine"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    monkeypatch.setattr(job_evaluate, "data_of_run", lambda *_: None)
+    monkeypatch.setattr(job_evaluate, "run_limited", lambda *_: Ended(143, out_of_time=True))
+    with raises("job.out_of_time", match="^not scored in 24.0000 hours"):
+        job_evaluate.evaluate(settings)
+
+
+def test_hours_that_are_used_up_are_an_error(settings: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "wall_hours", lambda *_, **__: 0.0)
+    with raises("budget.exhausted", match="^MAX_RUN_USD=25 is used up"):
+        hours_left(settings)
 
 
 def test_hours_without_a_price_are_those_of_the_clock(settings: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.job.dev import _link
+from finetune.job.evaluate import run_to_score
 from finetune.job.settings import Nodes, read_settings
+from finetune.job.train import _begin
+from finetune.run_folder import RunFolder
+from tests.helpers.errors import raises
 
 GIVEN = {"HOME": "/home/me", "RUN_NAME": "run", "CONFIG": "configs/a.yaml", "MAX_RUN_USD": "7.5", "MAX_HOURS": "3"}
 NODES = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5"}
@@ -37,7 +40,7 @@ def test_what_is_not_set_or_empty_has_a_default() -> None:
     ],
 )
 def test_a_value_that_means_nothing_is_named_in_one_line(name: str, value: str) -> None:
-    with pytest.raises(UserError) as raised:
+    with raises("job.bad_setting") as raised:
         read_settings(GIVEN | {name: value})
     said = str(raised.value)
     assert said.startswith(f"{name}: expected ") and repr(value) in said
@@ -45,7 +48,7 @@ def test_a_value_that_means_nothing_is_named_in_one_line(name: str, value: str) 
 
 
 def test_all_wrong_values_are_named_at_once() -> None:
-    with pytest.raises(UserError, match=r"MAX_RUN_USD: .*; MAX_HOURS: .*; RUN_NAME: "):
+    with raises("job.bad_setting", match=r"MAX_RUN_USD: .*; MAX_HOURS: .*; RUN_NAME: "):
         read_settings({"MAX_RUN_USD": "all", "MAX_HOURS": "no", "RUN_NAME": "../up"})
 
 
@@ -60,8 +63,26 @@ def test_all_wrong_values_are_named_at_once() -> None:
 def test_nodes_that_cannot_find_each_other_are_refused(changed: dict[str, str], named: str) -> None:
     assert read_settings(GIVEN | NODES).nodes == Nodes(2, 1, "10.0.0.4")
     assert read_settings(GIVEN | NODES | {"SKYPILOT_NUM_NODES": "1"}).nodes is None
-    with pytest.raises(UserError, match=f"^{named}: "):
+    with raises("job.bad_setting", match=f"^{named}: "):
         read_settings(GIVEN | NODES | changed)
+
+
+def test_what_a_job_cannot_do_without_is_named(tmp_path: Path) -> None:
+    settings = read_settings({"HOME": str(tmp_path), "FINETUNE_MOUNT": str(tmp_path / "bucket")})
+    with raises("job.missing_setting", match="^RUN_NAME: empty"):
+        settings.name_of_run()
+    with raises("bucket.not_mounted", match="bucket: no bucket is mounted there"):
+        settings.require_bucket()
+    with raises("job.missing_setting", match="^CONFIG: expected a config file"):
+        _begin(RunFolder(tmp_path / "run"), settings)
+
+
+def test_a_bucket_without_the_run_to_score_is_refused(tmp_path: Path) -> None:
+    given = {"HOME": str(tmp_path), "FINETUNE_MOUNT": str(tmp_path), "SKYPILOT_TASK_ID": "job"}
+    with raises("run.none_trained", match="runs: no run there is trained"):
+        run_to_score(read_settings(given))
+    with raises("run.not_found", match="runs/mine: no such run; there: nothing"):
+        run_to_score(read_settings(given | {"RUN_NAME": "mine"}))
 
 
 def test_empty_secrets_do_not_reach_the_programs() -> None:
@@ -78,7 +99,7 @@ def test_a_cluster_without_a_name_does_not_end_a_job(info: str) -> None:
 def test_a_folder_of_the_users_is_not_replaced_by_the_link_to_the_bucket(tmp_path: Path) -> None:
     mine, bucket = tmp_path / "notebooks", tmp_path / "bucket"
     mine.mkdir()
-    with pytest.raises(UserError, match="notebooks"):
+    with raises("job.name_taken", match="notebooks"):
         _link(mine, bucket)
     mine.rmdir()
     for _ in range(2):

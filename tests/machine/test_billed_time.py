@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from finetune.errors import UserError
 from finetune.machine import billed_time
 from finetune.machine.billed_time import MARKER, MachineTime, machine_age, machine_identity, process_age
+from tests.helpers.errors import raises
 
 
 class Age:
@@ -121,7 +121,7 @@ def test_a_marker_that_cannot_be_written_is_a_user_error_and_loses_nothing(tmp_p
     (tmp_path / MARKER.parts[0]).write_text("a file where the folder belongs")
     mine = MachineTime(rented=True, home=tmp_path, age=Age(100.0))
     assert mine.take() == 100.0
-    with pytest.raises(UserError, match=r"\.finetune: "):
+    with raises("disk.error", match=r"\.finetune: "):
         mine.mark()
     assert mine.take() == 100.0
 

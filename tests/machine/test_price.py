@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from finetune.cli.main import main
-from finetune.errors import UserError
 from finetune.machine import price as machine_price_module
 from finetune.machine.preemption import MAINTENANCE, PREEMPTED, PreemptionWatch
 from finetune.machine.price import (
@@ -30,6 +29,7 @@ from finetune.machine.price import (
     this_machine,
     wall_hours,
 )
+from tests.helpers.errors import raises, reported
 from tests.helpers.metadata_server import MetadataServer
 
 OFFERS: list[dict[str, Any]] = [
@@ -154,7 +154,7 @@ def test_the_dearest_machine_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> Non
                                   json.dumps(TABLE | {"offers": [OFFERS[0] | {"usd_per_hour": "x"}]})])  # fmt: skip
 def test_a_broken_table_is_an_error_not_a_free_machine(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, text)
-    with pytest.raises(UserError, match=f"^{VARIABLE}: .*launch again"):
+    with raises("price.bad_table", match=f"^{VARIABLE}: .*launch again"):
         machine_price()
 
 
@@ -171,7 +171,8 @@ def test_hours_that_a_budget_buys_count_from_boot(monkeypatch: pytest.MonkeyPatc
 def test_the_command_prints_price_and_hours(
     server: MetadataServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["machine"]) == 2
+    with reported("price.unknown"):
+        assert main(["machine"]) == 2
     assert "not launched by SkyPilot under our policy" in capsys.readouterr().err
     monkeypatch.setenv(VARIABLE, json.dumps(TABLE))
     smi(tmp_path, "Tesla V100-SXM2-16GB")
@@ -180,7 +181,8 @@ def test_the_command_prints_price_and_hours(
     assert "V100, spot, us-central1-a: $1.1000 an hour (a catalog of today)" in out and "may go on for 3.00 h" in out
     assert main(["machine", "--wall-hours", "--max-hours", "3"]) == 0
     assert float(capsys.readouterr().out) == 3.0
-    assert main(["machine", "--wall-hours"]) == 2
+    with reported("cli.missing_option"):
+        assert main(["machine", "--wall-hours"]) == 2
     for wrong in ("0", "-1", "nan", "inf", "much"):
         with pytest.raises(SystemExit, match="2"):
             main(["machine", "--max-hours", wrong])

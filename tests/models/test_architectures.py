@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.models.architectures import PROJECTIONS, SHAPES, ModelShape, shape_of
+from tests.helpers.errors import raises
 
 CONFIG = {
     "model_type": "llama",
@@ -61,7 +61,7 @@ def test_lora_parameters() -> None:
     assert mistral.lora_parameters(8, ("self_attn.q_proj", "q_proj", "v_proj")) == mistral.lora_parameters(
         8, ("q_proj", "v_proj")
     )
-    with pytest.raises(UserError, match=r"not for embed_tokens, lm_head"):
+    with raises("lora.unknown_modules", match=r"not for embed_tokens, lm_head"):
         mistral.lora_parameters(8, ("q_proj", "lm_head", "model.embed_tokens"))
 
 
@@ -113,17 +113,17 @@ def test_a_folder_of_another_family_is_unknown(folder: Path) -> None:
 @pytest.mark.parametrize("value", [0, -1, 2.5, "64", True, [64]])
 def test_an_impossible_number_is_named_with_file_and_key(folder: Path, key: str, value: Any) -> None:
     found = re.escape(repr(value))
-    with pytest.raises(UserError, match=rf"config\.json: {key}: expected a whole number above 0, found {found}$"):
+    with raises("model.bad_config", match=rf"config\.json: {key}: expected a whole number above 0, found {found}$"):
         shape_of(write(folder, **{key: value}))
 
 
 def test_a_missing_number_is_named(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"config\.json: vocab_size: expected .* found None"):
+    with raises("model.bad_config", match=r"config\.json: vocab_size: expected .* found None"):
         shape_of(write(folder, vocab_size=...))
 
 
 def test_a_folder_without_a_readable_config(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"config\.json: missing, so .* is no model folder"):
+    with raises("model.incomplete", match=r"config\.json: missing, so .* is no model folder"):
         shape_of(str(folder))
     path = folder / "config.json"
     for content, message in (
@@ -132,7 +132,7 @@ def test_a_folder_without_a_readable_config(folder: Path) -> None:
         (b"[]", "a JSON object"),
     ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=message):
+        with raises("model.bad_config", match=message):
             shape_of(str(folder))
 
 

@@ -12,12 +12,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from finetune.config.schema import RunConfig, TrainingSection  # noqa: E402
-from finetune.errors import UserError  # noqa: E402
 from finetune.estimate.memory_table import memory_table  # noqa: E402
 from finetune.machine.gpus import GPUS  # noqa: E402
 from finetune.models.architectures import FAMILIES, Family, shape_of  # noqa: E402
 from finetune.models.fused.model import why_not  # noqa: E402
 from finetune.training.step.plan import plan_step  # noqa: E402
+from tests.helpers.errors import raises  # noqa: E402
 from tests.helpers.lean_examples import (  # noqa: E402
     CONFIGS,
     ON_CPU,
@@ -58,7 +58,7 @@ def model_folder(folder: Path, model_type: str) -> str:
 def test_a_family_without_an_entry_is_unknown_everywhere(tmp_path: Path, toy_model: Any) -> None:
     name = model_folder(tmp_path, "toyllama")
     assert shape_of(name) is None
-    with pytest.raises(UserError, match=r"not known.*\(Llama, Mistral and Qwen2 models\)"):
+    with raises("model.unknown_shape", match=r"not known.*\(Llama, Mistral and Qwen2 models\)"):
         memory_table(run_config(model={"name": name, "revision": None}), ["L4"])
     assert (why_not(toy_model, 30) or "").startswith("ToyLlamaForCausalLM is none of LlamaForCausalLM")
 

@@ -70,7 +70,7 @@ def test_bfloat16_is_refused_where_the_gpu_would_only_emulate_it(
 ) -> None:
     gpu(capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    said = refusal(lambda: choose_device("bfloat16"))
+    said = refusal("model.bad_dtype", lambda: choose_device("bfloat16"))
     assert said.startswith("model.torch_dtype: bfloat16 needs compute capability 8.0")
     assert f"has {capability[0]}.{capability[1]}; use auto or float16" in said
 
@@ -85,7 +85,7 @@ def test_on_a_cpu_auto_is_float32_and_float16_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == CPU
     assert choose_device("bfloat16").dtype == torch.bfloat16
-    assert refusal(lambda: choose_device("float16")).startswith("model.torch_dtype: float16")
+    assert refusal("model.bad_dtype", lambda: choose_device("float16")).startswith("model.torch_dtype: float16")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_rounded_matrix_products_are_asked_for_model_by_model(tiny_model: Path) 
 
 def test_flash_attention_that_is_not_installed_is_one_clear_line(tiny_model: Path) -> None:
     section = named(tiny_model, attn_implementation="flash_attention_2")
-    assert "cannot load" in refusal(lambda: load_base(section, NF4, CPU))
+    refusal("model.load_failed", lambda: load_base(section, NF4, CPU))
 
 
 # 4 bits
@@ -202,7 +202,7 @@ def test_target_modules_that_match_nothing_are_refused_with_the_layers_there_are
 ) -> None:
     model = load_base(named(tiny_model), quantization, CPU)
     section = LoraSection(target_modules=["q_proj", "query", "Wqkv"])
-    assert refusal(lambda: attach_lora(model, section)) == (
+    assert refusal("lora.unknown_modules", lambda: attach_lora(model, section)) == (
         "lora.target_modules: query, Wqkv match nothing in this model; its linear layers are "
         "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     )
@@ -211,7 +211,7 @@ def test_target_modules_that_match_nothing_are_refused_with_the_layers_there_are
 @pytest.mark.parametrize("name", ["mlp", "input_layernorm", "proj", "layers", "model"])
 def test_names_of_what_cannot_carry_an_adapter_are_refused(tiny_model: Path, name: str) -> None:
     model = load_base(named(tiny_model), NF4, CPU)
-    assert f"{name} match nothing" in refusal(lambda: attach_lora(model, LoraSection(target_modules=[name])))
+    assert name in refusal("lora.unknown_modules", lambda: attach_lora(model, LoraSection(target_modules=[name])))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_saved_adapter_gives_the_same_logits_again(tiny_model: Path, adapter: 
 
 
 def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
-    assert refusal(lambda: require_adapter(tmp_path / "adapter")).startswith(
+    assert refusal("adapter.missing", lambda: require_adapter(tmp_path / "adapter")).startswith(
         f"{tmp_path / 'adapter'}: no adapter in it"
     )
 
@@ -279,4 +279,5 @@ def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_adapter_is_refused(tiny_model: Path, adapter: Path, damage: Callable[[Path], None]) -> None:
     damage(adapter)
     base = load_base(named(tiny_model), NF4, CPU)
-    assert refusal(lambda: load_adapter(base, adapter)).startswith(f"{adapter}: the adapter does not load")
+    said = refusal("adapter.mismatch", lambda: load_adapter(base, adapter))
+    assert said.startswith(f"{adapter}: the adapter does not load")

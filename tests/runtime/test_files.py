@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.runtime.files import atomic_file, disk_error, read_json, sha256_file, write_json, write_text
+from tests.helpers.errors import raises
 
 
 def names(folder: Path) -> list[str]:
@@ -77,7 +77,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full_is_a_user_error_and_keeps_the_old_file(full_disk: Path) -> None:
     path = full_disk / "file.txt"
     write_text(path, "old")
-    with pytest.raises(UserError, match=r"file\.txt: no space left on the disk; free some"):
+    with raises("disk.full", match=r"file\.txt: no space left on the disk; free some"):
         write_text(path, "x" * 1_000_000)
     assert path.read_text() == "old"
     assert names(full_disk) == ["file.txt"]
@@ -93,7 +93,7 @@ def test_a_disk_that_fills_up_at_any_step_keeps_the_old_file(
     path = tmp_path / "file.txt"
     path.write_text("old")
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(UserError, match="no space left"):
+    with raises("disk.full"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file.txt"]
@@ -102,18 +102,18 @@ def test_a_disk_that_fills_up_at_any_step_keeps_the_old_file(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_a_user_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="not writable"):
+    with raises("disk.not_writable", match="not writable"):
         write_text(tmp_path / "file.txt", "x")
 
 
 def test_a_folder_that_is_a_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("x")
-    with pytest.raises(UserError, match="taken"):
+    with raises("disk.error", match="taken"):
         write_text(tmp_path / "taken" / "file.txt", "x")
 
 
 def test_a_file_that_the_block_cannot_read_is_not_blamed_on_the_file_it_writes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.txt"), atomic_file(tmp_path / "file.txt") as file:
+    with raises("disk.error", match=r"absent\.txt"), atomic_file(tmp_path / "file.txt") as file:
         file.write((tmp_path / "absent.txt").read_text())
     assert names(tmp_path) == []
 
@@ -154,12 +154,14 @@ def test_what_json_cannot_hold_is_refused_and_keeps_the_old_file(tmp_path: Path,
 def test_json_that_is_broken_or_no_object_names_the_command_that_makes_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.json: .*run `finetune data prepare` again"):
+    with raises(
+        "file.bad_json", match=r"x\.json: (not readable as|expected a) JSON.*run `finetune data prepare` again"
+    ):
         read_json(path, "finetune data prepare")
 
 
 def test_json_that_is_missing_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"x\.json: missing; run `finetune train` first"):
+    with raises("file.missing", match=r"x\.json: missing; run `finetune train` first"):
         read_json(tmp_path / "x.json", "finetune train")
 
 

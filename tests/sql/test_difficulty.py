@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.sql.difficulty import difficulty
 from finetune.sql.parsing import parses
+from tests.helpers.errors import raises
 
 SPIDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "spider"
 
@@ -124,7 +124,7 @@ def test_syntax_errors_come_in_one_line_with_their_place(sql: str, message: str 
 def test_syntax_is_that_of_the_dialect() -> None:
     assert parses("SELECT TOP 3 [a] FROM t", "tsql") is None
     assert parses("SELECT `a` FROM t", "tsql") is not None
-    with pytest.raises(UserError, match="klingon"):
+    with raises("sql.unknown_dialect", match="klingon"):
         parses("SELECT 1", "klingon")
 
 

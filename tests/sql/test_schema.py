@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.sql.engines.sqlite import ddl_of_database
 from finetune.sql.schema import (
     RESERVED,
@@ -19,6 +18,7 @@ from finetune.sql.schema import (
     quoted,
 )
 from finetune.sql.tables import Column, ForeignKey, Table
+from tests.helpers.errors import raises
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 SPIDER = SHARED / "spider"
@@ -105,9 +105,9 @@ def test_every_spider_database_parses_to_its_own_tables_and_columns() -> None:
 
 
 def test_a_database_without_tables_or_no_database_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"made\.sqlite: the database has no tables"):
+    with raises("sql.no_tables", match=r"made\.sqlite: the database has no tables"):
         ddl_of_database(made(tmp_path, "CREATE VIEW v AS SELECT 1"))
-    with pytest.raises(UserError, match=r"missing\.sqlite"):
+    with raises("sql.database_missing", match=r"missing\.sqlite"):
         ddl_of_database(tmp_path / "missing.sqlite")
 
 
@@ -186,18 +186,18 @@ def test_what_is_not_a_create_table_is_passed_over_and_not_run(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("ddl", "dialect", "message"),
+    ("ddl", "dialect", "code", "message"),
     [
-        ("SELECT 1", "sqlite", "no CREATE TABLE statement"),
-        ("", "sqlite", "no CREATE TABLE statement"),
-        ("CREATE TABLE t (a int, b", "sqlite", r"in: CREATE TABLE t \(a int"),
-        ("CREATE TABLE t (a int, b", "mysql", r"in: CREATE TABLE t \(a int"),
-        ("CREATE TABLE t AS SELECT 1 AS a", "sqlite", "cannot be read"),
-        ("CREATE TABLE t (a int)", "klingon", "klingon"),
+        ("SELECT 1", "sqlite", "sql.no_tables", "no CREATE TABLE statement"),
+        ("", "sqlite", "sql.no_tables", "no CREATE TABLE statement"),
+        ("CREATE TABLE t (a int, b", "sqlite", "sql.bad_schema", r"in: CREATE TABLE t \(a int"),
+        ("CREATE TABLE t (a int, b", "mysql", "sql.bad_schema", r"in: CREATE TABLE t \(a int"),
+        ("CREATE TABLE t AS SELECT 1 AS a", "sqlite", "sql.bad_schema", "cannot be read"),
+        ("CREATE TABLE t (a int)", "klingon", "sql.unknown_dialect", "klingon"),
     ],
 )
-def test_ddl_that_cannot_be_read_is_the_users_mistake(ddl: str, dialect: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_ddl_that_cannot_be_read_is_the_users_mistake(ddl: str, dialect: str, code: str, message: str) -> None:
+    with raises(code, match=message):
         parse_ddl(ddl, dialect)
 
 
@@ -277,7 +277,7 @@ def test_a_broken_entry_of_tables_json_is_named(missing: str) -> None:
     }
     assert ddl_of_spider_entry(entry) == "CREATE TABLE t (a TEXT);"
     del entry[missing]
-    with pytest.raises(UserError, match=rf"my/tables\.json: games: .*{missing}"):
+    with raises("data.bad_json", match=rf"my/tables\.json: games: .*{missing}"):
         ddl_of_spider_entry(entry, source="my/tables.json")
 
 
@@ -314,19 +314,22 @@ def test_a_script_makes_a_database_with_its_rows_and_triggers(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("script", "message"),
+    ("script", "code", "message"),
     [
         (
             SHOP + "CREATE TABLE broken (a int,,);",
+            "sql.bad_schema",
             r"shop\.sql: near \",\": syntax error, in: CREATE TABLE broken",
         ),
-        (SHOP + "ATTACH 'other.db' AS other;", r"shop\.sql: not authorized, in: ATTACH"),
-        (SHOP + SHOP, r"shop\.sql: table customer already exists"),
-        ("-- nothing yet\n", r"shop\.sql: no CREATE TABLE statement"),
+        (SHOP + "ATTACH 'other.db' AS other;", "sql.bad_schema", r"shop\.sql: not authorized, in: ATTACH"),
+        (SHOP + SHOP, "sql.bad_schema", r"shop\.sql: table customer already exists"),
+        ("-- nothing yet\n", "sql.no_tables", r"shop\.sql: no CREATE TABLE statement"),
     ],
 )
-def test_a_bad_script_names_file_and_statement_and_leaves_nothing(tmp_path: Path, script: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_a_bad_script_names_file_and_statement_and_leaves_nothing(
+    tmp_path: Path, script: str, code: str, message: str
+) -> None:
+    with raises(code, match=message):
         create_database(script, tmp_path / "shop.sqlite", source="shop.sql")
     assert list(tmp_path.iterdir()) == []
 
@@ -334,8 +337,8 @@ def test_a_bad_script_names_file_and_statement_and_leaves_nothing(tmp_path: Path
 def test_an_existing_file_is_not_replaced(tmp_path: Path) -> None:
     path = made(tmp_path, SHOP)
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"made\.sqlite: exists already"):
+    with raises("sql.database_exists", match=r"made\.sqlite: exists already"):
         create_database(SHOP, path)
-    with pytest.raises(UserError, match="cannot be written"):
+    with raises("disk.error", match="cannot be written"):
         create_database(SHOP, tmp_path / "no such folder" / "shop.sqlite")
     assert path.read_bytes() == before

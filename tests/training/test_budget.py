@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import reported
 from tests.helpers.train_helpers import FakeTime, adapter_of, at_step, change, hanging_program, record_of, steps_in
 
 torch = pytest.importorskip("torch")
@@ -62,7 +63,8 @@ def test_a_run_stops_at_its_hours_and_goes_on_when_they_are_raised(
     capsys.readouterr()
 
     clock.seconds = 0.0  # another machine
-    assert main(["train", "--resume", str(run)]) == 2  # the ceiling holds over all attempts
+    with reported("budget.exhausted"):
+        assert main(["train", "--resume", str(run)]) == 2  # the ceiling holds over all attempts
     message = capsys.readouterr().err
     assert "between two checkpoints; raise budget.max_hours to go on" in message and "config.yaml" in message
     assert record_of(run) == stopped
@@ -99,8 +101,9 @@ def test_a_run_stops_at_its_dollars(
 def test_a_budget_below_the_work_between_two_saves_is_refused_before_anything_is_loaded(
     tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown, clock: FakeTime
 ) -> None:
-    assert main(["train", str(tiny_config(budget={"max_hours": 0.1}, model={"name": "no/such/folder"}))]) == 2
-    assert "less than the 10.0 min between two checkpoints; raise budget.max_hours" in capsys.readouterr().err
+    with reported("budget.exhausted"):
+        assert main(["train", str(tiny_config(budget={"max_hours": 0.1}, model={"name": "no/such/folder"}))]) == 2
+    assert "less than the 10.0 min between two checkpoints" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -215,7 +218,8 @@ def test_a_machine_that_is_dearer_than_the_budget_is_refused(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     machine_costs(36000.0, monkeypatch, tmp_path)
-    assert main(["train", str(tiny_config(budget={"max_run_usd": 0.01, "usd_per_hour": 0.001}))]) == 2
+    with reported("budget.exhausted"):
+        assert main(["train", str(tiny_config(budget={"max_run_usd": 0.01, "usd_per_hour": 0.001}))]) == 2
     assert "raise budget.max_run_usd" in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from finetune.config.load import from_dict, load_config, to_dict, with_numbers
+from tests.helpers.errors import reported
 from tests.helpers.train_helpers import FakeTime, at_step, change, record_of
 
 torch = pytest.importorskip("torch")
@@ -125,7 +126,8 @@ def test_a_wrong_value_changes_nothing(option: str, stopped: Path, capsys: Shown
     files = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     capsys.readouterr()
     for text in ("abc", "", "0", "-5", "nan", "inf", "null", "1,5", "$5"):
-        assert main(["train", "--resume", str(stopped), option, text]) == 2
+        with reported("cli.bad_value"):
+            assert main(["train", "--resume", str(stopped), option, text]) == 2
         assert capsys.readouterr().err == f"finetune: {option}: expected a number above 0, found {text!r}\n"
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == files
 
@@ -136,28 +138,30 @@ def test_whatever_else_stands_in_the_way_changes_nothing(stopped: Path, capsys: 
     words = ["train", "--resume", str(stopped), "--max-run-usd", "80"]
     original = config.read_text()
 
-    def refused(reason: str) -> None:
+    def refused(code: str, key: str) -> None:
         before = config.read_text()
         capsys.readouterr()
-        assert main(words) == 2
+        with reported(code):
+            assert main(words) == 2
         said = capsys.readouterr().err.splitlines()
-        assert reason in said[-1]
+        assert key in said[-1]
         assert config.read_text() == before
 
     change(config, "lora", r=8)
-    refused("lora.r: 4 -> 8: refused")
+    refused("resume.config_changed", "lora.r: 4 -> 8")
     config.write_text(original)
     change(config, "budget", usd_per_hour=None)
-    refused("budget.max_run_usd: the price of this machine is not known")
+    refused("price.unknown", "budget.max_run_usd")
     config.write_text(original)
     assert main([*words, "--max-hours", "2"]) == 0
-    refused("this run is done")
+    refused("run.done", str(stopped))
 
 
 def test_a_ceiling_that_is_still_too_low_stays_as_an_edit_would(stopped: Path, capsys: Shown) -> None:
     capsys.readouterr()
-    assert main(["train", "--resume", str(stopped), "--max-hours", "1.001"]) == 2
-    assert "raise budget.max_hours to go on" in capsys.readouterr().err
+    with reported("budget.exhausted"):
+        assert main(["train", "--resume", str(stopped), "--max-hours", "1.001"]) == 2
+    assert "budget.max_hours" in capsys.readouterr().err
     assert load_config(stopped / "config.yaml").budget.max_hours == 1.001
 
 
@@ -188,7 +192,8 @@ def test_a_new_run_takes_them_as_overrides(tiny_config: ConfigWriter, tmp_path: 
     assert (budget["max_run_usd"], budget["max_hours"]) == (9.0, 8.0)
     assert load_config(run / "config.yaml").training.seed == 3
     capsys.readouterr()
-    assert main(["train", config, "--max-run-usd", "9", "budget.max_run_usd=10"]) == 2
+    with reported("cli.conflicting_options"):
+        assert main(["train", config, "--max-run-usd", "9", "budget.max_run_usd=10"]) == 2
     assert "--max-run-usd: is the same as budget.max_run_usd=" in capsys.readouterr().err
     assert main(["train", config, "--max-run-usd", "0"]) == 2
     assert not (tmp_path / "runs" / "tiny-002").exists()

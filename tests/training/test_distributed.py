@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import raises, reported
 from tests.helpers.train_helpers import change, record_of, steps_in
 
 torch = pytest.importorskip("torch")
@@ -22,7 +23,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
-from finetune.runtime import torchrun  # noqa: E402
+from finetune.runtime import distributed, torchrun  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("no_keys"),
@@ -58,8 +59,10 @@ def run(self, step):
         raise {fault}
     return original(self, step)
 Stepper.run = run
-from finetune.cli.main import main
-sys.exit(main(sys.argv[1:]))
+import finetune.cli.main as cli
+one_line = cli.one_line
+cli.one_line = lambda text: f"{one_line(text)} [{sys.exception().code}]"
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
@@ -234,7 +237,8 @@ def test_the_budget_stops_both_and_other_gpus_may_not_change_the_step(
     assert (run / "adapter" / "adapter_model.safetensors").is_file(), said
 
     change(run / "config.yaml", "budget", max_hours=None)
-    assert main(["train", "--resume", str(run)]) == 2
+    with reported("resume.batch_changed"):
+        assert main(["train", "--resume", str(run)]) == 2
     assert "began with 4 questions a step, and 1 GPUs make it 2" in capsys.readouterr().err
 
 
@@ -255,6 +259,16 @@ def test_a_process_that_hangs_does_not_keep_the_others_beyond_the_ceiling(
 # --- faults
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = "process 1 of this machine finds 1 GPUs"
+    with raises("distributed.too_many_processes", match=found), distributed.together():
+        pytest.fail("began")
+
+
 def test_a_mistake_that_all_find_is_told_once(tiny_config: ConfigWriter, tmp_path: Path) -> None:
     code, said = finish(start(two("train", str(tiny_config(**STOCK)), "model.max_seq_length=20")))
     assert code == 2
@@ -267,7 +281,7 @@ def test_a_mistake_that_all_find_is_told_once(tiny_config: ConfigWriter, tmp_pat
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
-        ("UserError('its own fault')", 2, "process 1: its own fault"),
+        ("UserError('its own fault', code='any.mistake')", 2, "process 1: its own fault [any.mistake]"),
         pytest.param("ValueError('a bug')", 1, "process 1: ValueError: a bug", marks=pytest.mark.repeat),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import reported
 from tests.helpers.train_helpers import at_step, check_agrees, record_of
 
 torch = pytest.importorskip("torch")
@@ -107,7 +108,8 @@ def test_a_checkpoint_that_does_not_say_how_far_it_is_fails_the_attempt_in_one_l
     before = record_of(run) | {"status": "running", "ended_at": None}
     (run / "run.json").write_text(json.dumps(before))
     no_state("MainThread", monkeypatch)
-    assert main(["train", "--resume", str(run)]) == 2
+    with reported("checkpoint.unreadable_state"):
+        assert main(["train", "--resume", str(run)]) == 2
     said = capsys.readouterr().err
     assert "step-6/trainer_state.json: how far the run is cannot be read" in said and "Traceback" not in said
     assert f"{run / 'run.json'} stays behind it until the run goes on" in said

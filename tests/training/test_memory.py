@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import reported
 from tests.helpers.train_helpers import adapter_of, at_step, record_of
 
 torch = pytest.importorskip("torch")
@@ -140,11 +141,10 @@ def test_numbers_that_are_none_end_the_run_without_a_spoilt_checkpoint(
     zero, and the run would go on to its end without learning; not clipped, it spoils the adapters, and a step later the loss."""
     training = {"max_grad_norm": max_grad_norm, "max_steps": 9}
     config = tiny_config(training=training, lora={"lora_alpha": 10**38}, checkpoint={"save_steps": 1})
-    assert main(["train", str(config)]) == 2
-    ours = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune: ")]
-    assert ours == [
-        "finetune: the gradient is not finite; resume from the last checkpoint with a lower training.learning_rate"
-    ]
+    with reported("training.not_finite"):
+        assert main(["train", str(config)]) == 2
+    [ours] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune: ")]
+    assert "the gradient" in ours
     run = tmp_path / "runs" / "tiny-001"
     assert record_of(run)["status"] == "failed"
     for folder in checkpoint_store.newest_first(run / "checkpoints"):
@@ -167,8 +167,9 @@ def test_the_checkpoint_before_the_fault_is_kept(
 
     monkeypatch.setattr(training_run, "build_trainer", build)
     at_step(4, lambda: held[0].stepper.adapters.parameter.data[:9].fill_(torch.inf), monkeypatch)
-    assert main(["train", str(tiny_config(training={"max_steps": 9}, checkpoint={"save_steps": 1}))]) == 2
-    assert "the loss is not finite; resume from the last checkpoint" in capsys.readouterr().err
+    with reported("training.not_finite"):
+        assert main(["train", str(tiny_config(training={"max_steps": 9}, checkpoint={"save_steps": 1}))]) == 2
+    assert "the loss" in capsys.readouterr().err
     run = tmp_path / "runs" / "tiny-001"
     assert record_of(run)["status"] == "failed"
     assert [folder.name for folder in checkpoint_store.newest_first(run / "checkpoints")] == ["step-3", "step-2"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import reported
 from tests.helpers.train_helpers import (
     FakeTime,
     adapter_of,
@@ -97,7 +98,7 @@ def test_a_last_save_that_fails_does_not_count(
 
     def refuse(self: CheckpointStore, source: Path, **labels: Any) -> Path:
         if labels["step"] > 2:
-            raise UserError("the bucket is gone")
+            raise UserError("the bucket is gone", code="checkpoint.store_vanished")
         return put(self, source, **labels)
 
     monkeypatch.setattr(CheckpointStore, "put", refuse)
@@ -226,8 +227,9 @@ def test_a_budget_that_is_used_up_before_the_first_save_says_that_nothing_was_le
         json.dumps(record_of(run) | {"status": "running", "steps": {"done": 2, "planned": 4}})
     )
     capsys.readouterr()
-    assert main(["train", "--resume", str(run)]) == 2
-    assert "raise budget.max_hours to go on" in capsys.readouterr().err
+    with reported("budget.exhausted"):
+        assert main(["train", "--resume", str(run)]) == 2
+    assert "budget.max_hours" in capsys.readouterr().err
     record = check_agrees(run)
     assert (record["status"], record["attempts"]) == ("failed", 2)
     assert [row["reason"] for row in record["attempt_log"]][-1] == "failed"
@@ -256,8 +258,9 @@ def test_a_budget_that_ends_a_hanging_step_ends_at_the_newest_checkpoint(
     of_checkpoint = (run / "checkpoints" / "step-2" / "adapter_model.safetensors").read_bytes()
     if in_time:
         assert record["adapter_step"] == 2 and adapter_of(run) == of_checkpoint
-        assert main(["train", "--resume", str(run)]) == 2  # there is nothing left to be had
-        assert "raise budget.max_hours" in capsys.readouterr().err
+        with reported("budget.exhausted"):
+            assert main(["train", "--resume", str(run)]) == 2  # there is nothing left to be had
+        assert "budget.max_hours" in capsys.readouterr().err
         assert record_of(run) == record
         return
     assert not (run / "adapter").exists()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.data_examples import files_of
+from tests.helpers.errors import reported
 from tests.helpers.train_helpers import at_step, change, record_of
 
 torch = pytest.importorskip("torch")
@@ -30,62 +31,64 @@ ConfigWriter = Callable[..., Path]
 Shown = pytest.CaptureFixture[str]
 
 
-def refused(arguments: list[str], message: str, shown: Shown) -> str:
+def refused(arguments: list[str], code: str, shown: Shown, match: str = "") -> str:
     shown.readouterr()
-    assert main(arguments) == 2
+    with reported(code):
+        assert main(arguments) == 2
     output = shown.readouterr()
     assert output.out == ""
     ours = [line for line in output.err.splitlines() if line.startswith("finetune: ")]
     assert output.err.rstrip("\n").endswith(ours[-1])
     assert len(ours) == 1
-    assert re.search(message, ours[0]), ours[0]
+    assert re.search(match, ours[0]), ours[0]
     return output.err
 
 
 @pytest.mark.parametrize(
-    ("sections", "message"),
+    ("sections", "code", "message"),
     [
-        ({"training": {"learning_rat": 1}}, r"tiny\.yaml: unknown key training\.learning_rat \(did you mean training\.learning"),
-        ({"lora": {"target_modules": ["q_proj", "query", "key"]}},
-         r"lora\.target_modules: query, key match nothing in this model; its linear layers are .*down_proj.*q_proj"),
-        ({"model": {"name": "no/such/folder"}}, r"model\.name: no folder no/such/folder; expected a local folder, a hub id"),
-        ({"model": {"name": "mistralai/Mistral-7B-v0.1"}}, r"model\.revision: a hub model needs a pinned revision"),
-        ({"model": {"name": "package://no_such_package/x.gguf"}}, r"model\.name: .*no_such_package"),
-        ({"model": {"torch_dtype": "float16"}}, r"model\.torch_dtype: float16 does not train on a CPU; use auto"),
-        ({"model": {"max_seq_length": 20}}, r"model\.max_seq_length: no training example fits into 20 tokens"),
-        ({"training": {"optim": "paged_adamw_8bit"}},
+        ({"training": {"learning_rat": 1}}, "config.unknown_key", r"tiny\.yaml: .*training\.learning_rat"),
+        ({"lora": {"target_modules": ["q_proj", "query", "key"]}}, "lora.unknown_modules", "query, key"),
+        ({"model": {"name": "no/such/folder"}}, "model.not_found", r"model\.name: .*no/such/folder"),
+        ({"model": {"name": "mistralai/Mistral-7B-v0.1"}}, "model.no_revision", r"model\.revision"),
+        ({"model": {"name": "package://no_such_package/x.gguf"}}, "install.missing_package", r"model\.name: .*no_such_package"),
+        ({"model": {"torch_dtype": "float16"}}, "model.bad_dtype", r"model\.torch_dtype: float16 does not train on a CPU"),
+        ({"model": {"max_seq_length": 20}}, "data.too_long", r"model\.max_seq_length: no training example fits into 20 tokens"),
+        ({"training": {"optim": "paged_adamw_8bit"}}, "training.optim_needs_gpu",
          r"training\.optim: paged_adamw_8bit needs a GPU; on a CPU use training\.optim=adamw_torch"),
-        ({"data": {"output_dir": "nowhere/prepared"}},
-         r"nowhere/prepared/manifest\.json: missing; run `finetune data prepare CONFIG` first"),
-        ({"data": {"schema_format": "compact"}},
+        ({"data": {"output_dir": "nowhere/prepared"}}, "file.missing",
+         r"nowhere/prepared/manifest\.json.*`finetune data prepare CONFIG`"),
+        ({"data": {"schema_format": "compact"}}, "prompt.mismatch",
          r"prepared: was prepared for prompt 1-ddl-\w+, this config renders 1-compact-\w+; run `finetune data prepare"),
-        ({"training": {"run_name": "../up"}}, r"training\.run_name: expected a plain folder name"),
+        ({"training": {"run_name": "../up"}}, "run.bad_name", r"training\.run_name"),
     ],
 )  # fmt: skip
 def test_what_no_run_can_begin_with_is_refused(
-    sections: dict[str, Any], message: str, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
+    sections: dict[str, Any], code: str, message: str, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
     if torch.cuda.is_available() and ("optim" in message or "float16" in message):
         pytest.skip("a mistake on a CPU only")
-    refused(["train", str(tiny_config(**sections))], message, capsys)
+    refused(["train", str(tiny_config(**sections))], code, capsys, message)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("kept", "message"),
+    ("kept", "code"),
     [
-        (["config.json", "tokenizer.json", "tokenizer_config.json"], r"model\.name: .*broken holds no weights"),
-        (["model.safetensors", "tokenizer.json"], r"model\.name: .*broken holds no config\.json"),
-        (["config.json", "model.safetensors"], r"model\.name: cannot load .*broken.*is the folder complete"),
+        (["config.json", "tokenizer.json", "tokenizer_config.json"], "model.incomplete"),
+        (["model.safetensors", "tokenizer.json"], "model.incomplete"),
+        (["config.json", "model.safetensors"], "model.load_failed"),
     ],
 )
 def test_a_model_folder_that_is_not_whole_is_refused(
-    kept: list[str], message: str, tiny_model: Path, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
+    kept: list[str], code: str, tiny_model: Path, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
     (tmp_path / "broken").mkdir()
     for name in kept:
         shutil.copy(tiny_model / name, tmp_path / "broken")
-    refused(["train", str(tiny_config(model={"name": str(tmp_path / "broken")}))], message, capsys)
+    refused(
+        ["train", str(tiny_config(model={"name": str(tmp_path / "broken")}))], code, capsys, r"model\.name: .*broken"
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -96,26 +99,26 @@ def test_weights_that_are_cut_off_are_refused(
     weights = tmp_path / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     config = tiny_config(model={"name": str(tmp_path / "broken")})
-    refused(["train", str(config)], r"model\.name: cannot load .*broken", capsys)
+    refused(["train", str(config)], "model.load_failed", capsys, r"model\.name: .*broken")
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "harm", "message"),
+    ("name", "harm", "code"),
     [
-        ("train.jsonl", lambda path: path.write_bytes(path.read_bytes() + b"\n"), r"train\.jsonl: changed since it was prep"),
-        ("val.jsonl", lambda path: path.unlink(), r"val\.jsonl: missing, though manifest\.json lists it"),
-        ("manifest.json", lambda path: path.write_text("{"), r"manifest\.json: not readable as JSON"),
+        ("train.jsonl", lambda path: path.write_bytes(path.read_bytes() + b"\n"), "data.changed"),
+        ("val.jsonl", lambda path: path.unlink(), "data.changed"),
+        ("manifest.json", lambda path: path.write_text("{"), "file.bad_json"),
     ],
-)  # fmt: skip
+)
 def test_data_that_is_not_as_prepared_is_refused(
-    name: str, harm: Callable[[Path], object], message: str, tiny_data: Path, tiny_config: ConfigWriter, tmp_path: Path,
+    name: str, harm: Callable[[Path], object], code: str, tiny_data: Path, tiny_config: ConfigWriter, tmp_path: Path,
     capsys: Shown,
 ) -> None:  # fmt: skip
     shutil.copytree(tiny_data, tmp_path / "prepared")
     harm(tmp_path / "prepared" / name)
     config = tiny_config(data={"output_dir": str(tmp_path / "prepared")})
-    refused(["train", str(config)], message + ".*; run `finetune data prepare CONFIG` again", capsys)
+    refused(["train", str(config)], code, capsys, f"{name}: .*; run `finetune data prepare CONFIG` again")
     assert not (tmp_path / "runs").exists()
 
 
@@ -127,7 +130,7 @@ def test_a_run_is_never_overwritten(
     before = files_of(tmp_path / "runs")
     with monkeypatch.context() as patched:  # a taken name is refused before minutes of loading
         patched.setattr(training_run, "load_parts", lambda inputs: pytest.fail("loaded"))
-        refused(["train", str(config)], r"runs/mine: is there already, and a run is never overwritten", capsys)
+        refused(["train", str(config)], "run.name_taken", capsys, "runs/mine")
     assert files_of(tmp_path / "runs") == before
     for expected in ("tiny-001", "tiny-002"):
         assert main(["train", str(config), "training.run_name=null"]) == 0
@@ -142,10 +145,10 @@ def test_dollars_without_a_price_are_refused_before_anything_is_loaded(
     monkeypatch.delenv("FINETUNE_PRICES", raising=False)
     monkeypatch.setattr(training_run, "load_parts", lambda inputs: pytest.fail("loaded"))
     message = r"^finetune: budget\.max_run_usd: the price of this machine is not known .*; set budget\.usd_per_hour$"
-    refused(["train", str(tiny_config(budget={"max_run_usd": 5.0}))], message, capsys)
+    refused(["train", str(tiny_config(budget={"max_run_usd": 5.0}))], "price.unknown", capsys, message)
     monkeypatch.setenv("FINETUNE_PRICES", "{")
     config = tiny_config(budget={"max_run_usd": 5.0, "usd_per_hour": 1.0})
-    refused(["train", str(config)], r"^finetune: FINETUNE_PRICES: not a price table of our launch policy", capsys)
+    refused(["train", str(config)], "price.bad_table", capsys, r"^finetune: FINETUNE_PRICES: ")
     assert not (tmp_path / "runs").exists()
 
 
@@ -160,16 +163,16 @@ def test_a_run_with_a_ceiling_in_dollars_is_not_resumed_without_a_price(
     for status in ("interrupted", "budget_stop"):
         (run / "run.json").write_text(json.dumps(record_of(run) | {"status": status}))
         before = files_of(run)
-        refused(["train", "--resume", str(run)], r"budget\.max_run_usd: the price of this machine is not known", capsys)
+        refused(["train", "--resume", str(run)], "price.unknown", capsys)
         assert files_of(run) == before
 
 
 def test_what_cannot_be_resumed_is_refused(tiny_run: Path, tmp_path: Path, capsys: Shown) -> None:
     before = files_of(tiny_run)
-    refused(["train", "--resume", str(tiny_run)], r"this run is done; start a new one, or score it", capsys)
-    refused(["train", "--resume", str(tiny_run.parent)], r"runs: not a run folder \(no config\.yaml in it\)", capsys)
-    refused(["train", "--resume", str(tiny_run / "x")], r"x: not a run folder", capsys)
-    refused(["train", "--resume", str(tiny_run), "lora.r=8"], r"--resume takes the config in the run folder", capsys)
+    refused(["train", "--resume", str(tiny_run)], "run.done", capsys, "this run is done; start a new one, or score it")
+    refused(["train", "--resume", str(tiny_run.parent)], "run.not_found", capsys, "runs: ")
+    refused(["train", "--resume", str(tiny_run / "x")], "run.not_found", capsys, "x: ")
+    refused(["train", "--resume", str(tiny_run), "lora.r=8"], "cli.conflicting_options", capsys, "--resume")
     assert files_of(tiny_run) == before
 
 
@@ -183,13 +186,14 @@ def test_a_run_whose_config_or_data_changed_is_not_resumed(
     before = files_of(run)
     changed = r"training\.learning_rate: 0\.01 -> 0\.02: refused, .*; put the earlier values back, or start a new run"
     change(run / "config.yaml", "training", learning_rate=2e-2)
-    refused(["train", "--resume", str(run)], rf"config\.yaml: {changed}", capsys)
+    refused(["train", "--resume", str(run)], "resume.config_changed", capsys, rf"config\.yaml: {changed}")
     (run / "config.yaml").write_text(config)
     shutil.copytree(tiny_data, tmp_path / "prepared")
     manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
     (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(manifest, indent=3))
     change(run / "config.yaml", "data", output_dir=str(tmp_path / "prepared"))
-    refused(["train", "--resume", str(run)], r"step-6: was trained on other data; prepare the same data again", capsys)
+    message = r"step-6: was trained on other data; prepare the same data again"
+    refused(["train", "--resume", str(run)], "resume.data_changed", capsys, message)
     (run / "config.yaml").write_text(config)
     assert files_of(run) == before
 
@@ -224,9 +228,7 @@ def test_a_full_disk_is_told_in_one_line(
 ) -> None:
     disk = small_disk(f"size={kilobytes}k")
     config = tiny_config(training={"output_dir": str(disk / "runs")})
-    said = refused(
-        ["train", str(config)], rf"{disk}/.*: no space left on the disk; free some or choose another", capsys
-    )
+    said = refused(["train", str(config)], "disk.full", capsys, f"{disk}/")
     for run in (disk / "runs").glob("*"):
         assert record_of(run)["status"] == "failed" or f"{run / 'run.json'}: no space left" in said
         assert not (run / "adapter").exists()
@@ -239,27 +241,29 @@ def test_a_full_disk_is_told_in_one_line(
 FAULTS = [
     (
         OSError(errno.ENOSPC, "No space left on device"),
-        r"runs/tiny-001: no space left on the disk; free some or choose",
+        "disk.full",
+        "runs/tiny-001: ",
     ),
-    (SafetensorError("I/O error: No space left on device (os error 28)"), r"runs/tiny-001: no space left on the disk"),
-    (OSError(errno.EIO, "Input/output error"), r"runs/tiny-001: Input/output error"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), "disk.full", "runs/tiny-001: "),
+    (OSError(errno.EIO, "Input/output error"), "disk.error", "runs/tiny-001: Input/output error"),
     (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        "gpu.out_of_memory",
         r"out of GPU memory, not in a step's passes, .*: lower training\.per_device_eval_batch_size, set training\.max_memory",
     ),
 ]
 
 
-@pytest.mark.parametrize(("fault", "message"), FAULTS)
+@pytest.mark.parametrize(("fault", "code", "message"), FAULTS)
 def test_a_fault_of_the_machine_is_told_in_one_line(
-    fault: Exception, message: str, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    fault: Exception, code: str, message: str, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: Shown,
 ) -> None:  # fmt: skip
     def happens() -> None:
         raise fault
 
     at_step(2, happens, monkeypatch)
-    refused(["train", str(tiny_config())], message, capsys)
+    refused(["train", str(tiny_config())], code, capsys, message)
     assert record_of(tmp_path / "runs" / "tiny-001")["status"] == "failed"
 
 
@@ -272,7 +276,7 @@ def test_an_adapter_that_cannot_be_saved_leaves_no_half_and_is_saved_by_resume(
 
     with monkeypatch.context() as patched:
         patched.setattr(fault_injection, "place", full)
-        refused(["train", str(tiny_config())], r"runs/tiny-001: no space left on the disk", capsys)
+        refused(["train", str(tiny_config())], "disk.full", capsys, "runs/tiny-001: ")
     run = tmp_path / "runs" / "tiny-001"
     names = {path.name for path in run.iterdir()}
     assert names == {"config.yaml", "run.json", "checkpoints", "ledger", "tensorboard"}
@@ -285,5 +289,5 @@ def test_an_output_folder_that_cannot_be_written_is_refused(
 ) -> None:
     disk = small_disk("ro")
     config = tiny_config(training={"output_dir": str(disk / "runs")})
-    refused(["train", str(config)], r"disk0/runs: not writable \(.*\); choose another output folder", capsys)
+    refused(["train", str(config)], "disk.not_writable", capsys, "disk0/runs: ")
     assert list(disk.iterdir()) == []

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import reported
 from tests.helpers.train_helpers import adapter_of, record_of, steps_in
 
 torch = pytest.importorskip("torch")
@@ -214,7 +215,8 @@ def test_weights_and_biases_offline_needs_no_key_and_stays_in_the_run_folder(
 def test_weights_and_biases_online_without_a_key_is_refused(
     tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
-    assert main(["train", str(tiny_config(tracking={"wandb": "online"}))]) == 2
+    with reported("tracking.no_key"):
+        assert main(["train", str(tiny_config(tracking={"wandb": "online"}))]) == 2
     message = capsys.readouterr().err
     assert message.startswith("finetune: tracking.wandb: online needs a key; set WANDB_API_KEY")
     assert message.count("\n") == 1

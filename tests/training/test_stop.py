@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import reported
 from tests.helpers.metadata_server import MetadataServer
 from tests.helpers.train_helpers import adapter_of, at_step, change, record_of, steps_in
 
@@ -283,7 +284,8 @@ def test_adapters_that_were_not_loaded_are_noticed_before_the_first_step(
 ) -> None:
     run = interrupted_copy(tiny_run, tmp_path)
     monkeypatch.setattr("transformers.Trainer._load_from_checkpoint", lambda *_, **__: None)
-    assert main(["train", "--resume", str(run)]) == 2
+    with reported("resume.adapter_not_loaded"):
+        assert main(["train", "--resume", str(run)]) == 2
     assert "adapters are not in the model that is about to train" in capsys.readouterr().err
 
 
@@ -300,7 +302,8 @@ def test_another_base_model_is_noticed_before_the_first_step(
     for config in (run / "config.yaml", run / "checkpoints" / "step-4" / "config.yaml"):
         change(config, "model", name=str(other))
     reseal(run / "checkpoints" / "step-4")
-    assert main(["train", "--resume", str(run)]) == 2
+    with reported("resume.model_changed"):
+        assert main(["train", "--resume", str(run)]) == 2
     assert "the loaded model does not behave like the saved one (loss" in capsys.readouterr().err
 
 

@@ -20,13 +20,13 @@ from finetune.config.schema import LoraSection, ModelSection, QuantizationSectio
 from finetune.data.prompts import PromptTemplate, completion, encode_prompts  # noqa: E402
 from finetune.data.records import Record, read_records  # noqa: E402
 from finetune.data.tokenize import Examples, tokenise  # noqa: E402
-from finetune.errors import UserError  # noqa: E402
 from finetune.example import IGNORED  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.training import trainer as training_trainer  # noqa: E402
 from finetune.training.arguments import one_gpu_a_process  # noqa: E402
 from finetune.training.step.hf_path import answer_loss  # noqa: E402
 from finetune.training.trl_without_wandb import not_importable  # noqa: E402
+from tests.helpers.errors import raises  # noqa: E402
 from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
 from tests.helpers.lean_examples import losses, trainer_for  # noqa: E402
 
@@ -242,7 +242,7 @@ def test_a_loss_that_is_no_number_is_seen_and_its_adapters_are_not_saved(
     with torch.no_grad():
         next(p for name, p in trainer.model.named_parameters() if "lora_A" in name).fill_(float("nan"))
     trainer.train()
-    with pytest.raises(UserError, match="the loss is not finite"):
+    with raises("training.not_finite"):
         trainer._save_checkpoint(trainer.model, None)
     assert [loss == loss for loss in losses(trainer)] == [False]
     assert list(Path("out").glob("*")) == []

@@ -71,9 +71,9 @@ def read_prices(folder: Path) -> tuple[PriceRows, datetime | None]:
         try:
             _add(rows, values)
         except ValueError as error:
-            raise UserError(f"{place}: {error}; {MEND}") from None
+            raise UserError(f"{place}: {error}; {MEND}", code="catalog.corrupt") from None
     if not rows.hosts and not rows.gpus:
-        raise UserError(f"{path}: no prices in it; {MEND}")
+        raise UserError(f"{path}: no prices in it; {MEND}", code="catalog.corrupt")
     return rows, _fetched(folder, content)
 
 
@@ -92,7 +92,9 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror}); mend that, or {MEND}") from error
+        raise UserError(
+            f"{path}: not readable ({error.strerror}); mend that, or {MEND}", code="file.unreadable"
+        ) from error
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, list[str]]]:
@@ -100,25 +102,32 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, list[str]]]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: line {content[: error.start].count(10) + 1}: not UTF-8; {MEND}") from None
+        raise UserError(
+            f"{path}: line {content[: error.start].count(10) + 1}: not UTF-8; {MEND}", code="catalog.corrupt"
+        ) from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         if not text.strip():
-            raise UserError(f"{path}: empty; {MEND}")
+            raise UserError(f"{path}: empty; {MEND}", code="catalog.corrupt")
         header = next(reader)
         missing = [name for name in COLUMNS if name not in header]
         if missing:
-            raise UserError(f"{path}: line 1: no column {', '.join(missing)}; {MEND}")
+            raise UserError(f"{path}: line 1: no column {', '.join(missing)}; {MEND}", code="catalog.corrupt")
         if not text.endswith(("\n", "\r")):  # a price may have lost its last digits
             last = len(text.splitlines())
-            raise UserError(f"{path}: line {last}: the file is cut off, its last line has no end; {MEND}")
+            raise UserError(
+                f"{path}: line {last}: the file is cut off, its last line has no end; {MEND}", code="catalog.corrupt"
+            )
         wanted = [header.index(name) for name in COLUMNS]
         for row in filter(None, reader):  # None: not an empty line
             if len(row) != len(header):
-                raise UserError(f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns; {MEND}")
+                raise UserError(
+                    f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns; {MEND}",
+                    code="catalog.corrupt",
+                )
             yield f"{path}: line {reader.line_num}", [row[index] for index in wanted]
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: {error}; {MEND}") from None
+        raise UserError(f"{path}: line {reader.line_num}: {error}; {MEND}", code="catalog.corrupt") from None
 
 
 def _add(rows: PriceRows, values: list[str]) -> None:

@@ -63,7 +63,9 @@ def disk_usd_per_hour(gib: int, tier: str, region: str, machine: str = "") -> fl
     is unknown, or that Google charges by more than its size.
     """
     if isinstance(gib, bool) or not isinstance(gib, int) or gib <= 0:
-        raise UserError(f"disk size: expected a positive whole number of GiB, found {gib!r}")
+        raise UserError(
+            f"disk size: expected a positive whole number of GiB, found {gib!r}", code="cloud.bad_disk_size"
+        )
     prices = USD_PER_MONTH.get(region.lower(), DEAREST)
     return gib * prices[disk_type(tier, machine)] / HOURS_PER_MONTH
 
@@ -81,10 +83,14 @@ def disk_type(tier: str, machine: str = "") -> str:
     Raises UserError for pd-extreme and Hyperdisk: their I/O operations are charged too.
     """
     if tier not in TIERS:
-        raise UserError(f"disk_tier: {tier!r} is unknown; expected one of {', '.join(TIERS)}")
+        raise UserError(
+            f"disk_tier: {tier!r} is unknown; expected one of {', '.join(TIERS)}", code="cloud.unknown_disk_tier"
+        )
     series = machine.partition("-")[0]
     if series in ("n4", "a4", "g4") or machine.startswith("a3-ultragpu"):
-        raise UserError(f"disk_tier: {machine} takes only Hyperdisk, whose price is not known here")
+        raise UserError(
+            f"disk_tier: {machine} takes only Hyperdisk, whose price is not known here", code="price.unknown"
+        )
     if tier == "low":
         return BALANCED if series in ("", "g2", "a3") else STANDARD
     if tier in ("medium", "none"):
@@ -92,7 +98,9 @@ def disk_type(tier: str, machine: str = "") -> str:
     if tier == "high" or series in ("n1", "a2", "g2") or (series == "n2" and _vcpus(machine) < 64):
         return SSD
     place = f" on {machine}" if machine else ""
-    raise UserError(f"disk_tier: the price of {tier}{place} is not known here; choose medium or high")
+    raise UserError(
+        f"disk_tier: the price of {tier}{place} is not known here; choose medium or high", code="price.unknown"
+    )
 
 
 def _vcpus(machine: str) -> int:

@@ -43,14 +43,23 @@ def check_machine(gpu: str, count: int, machine: str, size: tuple[float, float] 
     """
     counts: Mapping[int, object] = OWN_MACHINES.get(gpu) or N1_LIMITS.get(gpu) or {}
     if not counts:
-        raise UserError(f"{gpu}: which machine of Google Cloud it comes with is not known here; choose another GPU")
+        raise UserError(
+            f"{gpu}: which machine of Google Cloud it comes with is not known here; choose another GPU",
+            code="cloud.gpu_not_offered",
+        )
     if count not in counts:
         known = ", ".join(map(str, counts))
-        raise UserError(f"{gpu}:{count}: no machine of Google Cloud has {count} of them; possible are {known}")
+        raise UserError(
+            f"{gpu}:{count}: no machine of Google Cloud has {count} of them; possible are {known}",
+            code="cloud.machine_mismatch",
+        )
     if not fits(gpu, count, machine, size):
         unknown = machine.startswith("n1-") and size is None
         what = f"machine {machine} is not in the catalog" if unknown else f"{gpu}:{count} does not come with {machine}"
-        raise UserError(f"{what}; on Google Cloud {gpu}:{count} comes only with {_will_do(gpu, count)}")
+        raise UserError(
+            f"{what}; on Google Cloud {gpu}:{count} comes only with {_will_do(gpu, count)}",
+            code="cloud.machine_mismatch",
+        )
 
 
 def fits(gpu: str, count: int, machine: str, size: tuple[float, float] | None) -> bool:

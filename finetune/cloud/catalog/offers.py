@@ -91,12 +91,16 @@ class Catalog:
         """
         name = self.gpu_name(gpu)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise UserError(f"{name}: expected a positive whole number of GPUs, found {count!r}")
+            raise UserError(
+                f"{name}: expected a positive whole number of GPUs, found {count!r}", code="cloud.bad_gpu_count"
+            )
         hosts = self.rows.hosts.get(machine, {})
         check_machine(name, count, machine, _size(hosts))
         gpus = self.rows.gpus.get((name, count), {})
         if not gpus or not hosts:
-            raise UserError(f"{machine if gpus else f'{name}:{count}'}: {self._name} has no price for it")
+            raise UserError(
+                f"{machine if gpus else f'{name}:{count}'}: {self._name} has no price for it", code="price.unknown"
+            )
         _check_place(name, gpus.values(), region, zone)
         pairs = [_Pair(hosts[place], row) for place, row in gpus.items() if place in hosts]
         found = []
@@ -143,11 +147,16 @@ class Catalog:
         if wanted not in known:
             near = get_close_matches(wanted, sold, n=2) or get_close_matches(wanted, known, n=2)
             names = " or ".join((sold | known)[name] for name in near)
-            raise UserError(f"unknown GPU {gpu!r}{f'; did you mean {names}?' if names else ''}; {here}")
+            raise UserError(
+                f"unknown GPU {gpu!r}{f'; did you mean {names}?' if names else ''}; {here}", code="cloud.unknown_gpu"
+            )
         name = known[wanted]
         if "GCP" in self.clouds[name]:
-            raise UserError(f"{name} is on Google Cloud, but its price is not known here; {here}")
-        raise UserError(f"{name} is not on Google Cloud, only on {', '.join(self.clouds[name])}; {here}")
+            raise UserError(f"{name} is on Google Cloud, but its price is not known here; {here}", code="price.unknown")
+        raise UserError(
+            f"{name} is not on Google Cloud, only on {', '.join(self.clouds[name])}; {here}",
+            code="cloud.gpu_not_offered",
+        )
 
 
 def load_catalog(*, allow_snapshot: bool = True) -> Catalog:
@@ -160,7 +169,9 @@ def load_catalog(*, allow_snapshot: bool = True) -> Catalog:
         rows, fetched = read_prices(folder)
     except FileNotFoundError:
         if not allow_snapshot:
-            raise UserError(f"{folder / VMS}: no price catalog yet; `sky gpus list --cloud gcp` fetches it") from None
+            raise UserError(
+                f"{folder / VMS}: no price catalog yet; `sky gpus list --cloud gcp` fetches it", code="catalog.missing"
+            ) from None
         rows, fetched = read_prices(SNAPSHOT)
         return Catalog(SNAPSHOT_SOURCE, True, None, rows, read_clouds(SNAPSHOT))
     clouds = read_clouds(folder) or read_clouds(SNAPSHOT)
@@ -176,15 +187,22 @@ def refresh_catalog() -> None:
     try:
         from sky.catalog import common
     except ImportError as error:
-        raise UserError(f"SkyPilot cannot be imported ({error}); pip install 'finetune-text2sql[cloud]'") from None
+        raise UserError(
+            f"SkyPilot cannot be imported ({error}); pip install 'finetune-text2sql[cloud]'",
+            code="install.missing_package",
+        ) from None
     for name, hours in ((VMS, REFRESH_HOURS), (ACCELERATORS, None)):
         try:
             len(common.read_catalog(name, pull_frequency_hours=hours).columns)  # fetched when first looked at
         except OSError as error:
             place = skypilot_folder() / name
-            raise UserError(f"{place}: SkyPilot could not fetch it; is there network? ({error})") from None
+            raise UserError(
+                f"{place}: SkyPilot could not fetch it; is there network? ({error})", code="catalog.not_fetched"
+            ) from None
         except ValueError as error:
-            raise UserError(f"{skypilot_folder() / name}: SkyPilot could not read it ({error}); {MEND}") from None
+            raise UserError(
+                f"{skypilot_folder() / name}: SkyPilot could not read it ({error}); {MEND}", code="catalog.corrupt"
+            ) from None
 
 
 def _judge(pairs: Iterable[_Pair], spot: bool) -> Callable[[_Pair], tuple[str, ...]]:
@@ -244,13 +262,16 @@ def _check_place(gpu: str, rows: Iterable[Row], region: str | None, zone: str | 
     if any(_is_in(row, region, zone) for row in rows):
         return
     if zone and region and any(_is_in(row, None, zone) for row in rows):
-        raise UserError(f"zone {zone} is not in region {region}; name one of the two")
+        raise UserError(f"zone {zone} is not in region {region}; name one of the two", code="cloud.zone_outside_region")
     within = [row.zone for row in rows if _is_in(row, region, None)] if region else []
     if zone and within:
-        raise UserError(f"zone {zone}: no {gpu} there; in region {region} it is in {', '.join(sorted(within))}")
+        raise UserError(
+            f"zone {zone}: no {gpu} there; in region {region} it is in {', '.join(sorted(within))}",
+            code="cloud.gpu_not_in_place",
+        )
     place = f"zone {zone}" if zone else f"region {region}"
     regions = ", ".join(sorted({row.region for row in rows}))
-    raise UserError(f"{place}: no {gpu} there; the regions that have it: {regions}")
+    raise UserError(f"{place}: no {gpu} there; the regions that have it: {regions}", code="cloud.gpu_not_in_place")
 
 
 def _is_in(row: Row, region: str | None, zone: str | None) -> bool:

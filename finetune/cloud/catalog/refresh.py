@@ -35,7 +35,8 @@ def catalog_for_launch(say: Any) -> Catalog:
         if fetching.is_alive():
             raise UserError(
                 f"{catalog.source}: SkyPilot has been fetching today's prices for {REFRESH_SECONDS:g} s; look at the network, "
-                f"launch again, or run `sky gpus list --cloud gcp` first"
+                f"launch again, or run `sky gpus list --cloud gcp` first",
+                code="catalog.not_fetched",
             )
         catalog = load_catalog(allow_snapshot=False)
     if _age_hours(catalog) > WARN_HOURS:

@@ -56,7 +56,7 @@ def local_login() -> Login:
     project = _skypilot_project() or _project(credentials, path, folder)
     account = _property("account", folder) or _text(credentials, "client_email", path)
     if not account:
-        raise UserError(f"{folder}: nobody is logged in to gcloud; run `{LOG_IN}`")
+        raise UserError(f"{folder}: nobody is logged in to gcloud; run `{LOG_IN}`", code="gcloud.not_logged_in")
     return Login(project, account)
 
 
@@ -93,7 +93,9 @@ def skypilot_setting(*keys: str) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise UserError(f"{path}: not readable as YAML; correct or remove SkyPilot's config file") from None
+        raise UserError(
+            f"{path}: not readable as YAML; correct or remove SkyPilot's config file", code="cloud.bad_skypilot_config"
+        ) from None
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -103,19 +105,31 @@ def _credentials(path: Path, folder: Path) -> dict[str, Any]:
     """The application default credentials at `path`."""
     if not path.is_file():
         if path != folder / CREDENTIALS:
-            raise UserError(f"{path}: no such file, but GOOGLE_APPLICATION_CREDENTIALS names it; correct or unset that")
+            raise UserError(
+                f"{path}: no such file, but GOOGLE_APPLICATION_CREDENTIALS names it; correct or unset that",
+                code="gcloud.missing_credentials",
+            )
         if not folder.is_dir():
             run = f"install gcloud, then run `{LOG_IN}` and `{LOG_IN_APPLICATIONS}`"
-            raise UserError(f"{folder}: missing, so gcloud is not set up here; {run}")
-        raise UserError(f"{path}: missing, and SkyPilot needs it; run `{LOG_IN_APPLICATIONS}`")
+            raise UserError(f"{folder}: missing, so gcloud is not set up here; {run}", code="gcloud.not_set_up")
+        raise UserError(
+            f"{path}: missing, and SkyPilot needs it; run `{LOG_IN_APPLICATIONS}`", code="gcloud.missing_credentials"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror}); correct its permissions") from None
+        raise UserError(
+            f"{path}: not readable ({error.strerror}); correct its permissions", code="file.unreadable"
+        ) from None
     except ValueError:
-        raise UserError(f"{path}: not whole JSON; run `{LOG_IN_APPLICATIONS}` again") from None
+        raise UserError(
+            f"{path}: not whole JSON; run `{LOG_IN_APPLICATIONS}` again", code="gcloud.bad_credentials"
+        ) from None
     if not isinstance(value, dict) or value.get("type") not in KINDS:
-        raise UserError(f"{path}: holds no credentials that Google knows; run `{LOG_IN_APPLICATIONS}` again")
+        raise UserError(
+            f"{path}: holds no credentials that Google knows; run `{LOG_IN_APPLICATIONS}` again",
+            code="gcloud.bad_credentials",
+        )
     return value
 
 
@@ -134,17 +148,19 @@ def _project(credentials: dict[str, Any], path: Path, folder: Path) -> str:
     if project:
         return project
     if path != folder / CREDENTIALS:  # gcloud is asked only about the credentials that it wrote itself
-        raise UserError(f"{path}: names no project; set GOOGLE_CLOUD_PROJECT to the project's id")
+        raise UserError(
+            f"{path}: names no project; set GOOGLE_CLOUD_PROJECT to the project's id", code="gcloud.no_project"
+        )
     project = _property("project", folder)
     if not project:
-        raise UserError(f"{folder}: gcloud has no project set; run `{SET_PROJECT}`")
+        raise UserError(f"{folder}: gcloud has no project set; run `{SET_PROJECT}`", code="gcloud.no_project")
     return project
 
 
 def _text(credentials: dict[str, Any], key: str, path: Path) -> str:
     value = credentials.get(key, "")
     if not isinstance(value, str):
-        raise UserError(f"{path}: {key} is no text; run `{LOG_IN_APPLICATIONS}` again")
+        raise UserError(f"{path}: {key} is no text; run `{LOG_IN_APPLICATIONS}` again", code="gcloud.bad_credentials")
     return value
 
 
@@ -160,9 +176,13 @@ def _property(name: str, folder: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror}); correct its permissions") from None
+        raise UserError(
+            f"{path}: not readable ({error.strerror}); correct its permissions", code="file.unreadable"
+        ) from None
     except (configparser.Error, UnicodeDecodeError):
-        raise UserError(f"{path}: not a file that gcloud wrote; remove it and run `gcloud init`") from None
+        raise UserError(
+            f"{path}: not a file that gcloud wrote; remove it and run `gcloud init`", code="gcloud.bad_config"
+        ) from None
     return parser.get("core", name, fallback="")
 
 
@@ -180,6 +200,7 @@ def _active_configuration(folder: Path) -> str:
         name = "?"
     if not re.fullmatch("[a-z][-a-z0-9]*|NONE", name):
         raise UserError(
-            f"{path}: should hold one name, such as default for configurations/config_default; write it there"
+            f"{path}: should hold one name, such as default for configurations/config_default; write it there",
+            code="gcloud.bad_config",
         )
     return name

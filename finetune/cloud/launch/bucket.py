@@ -68,17 +68,20 @@ def _is_there(name: str) -> bool:
     if isinstance(answer.error, RefreshError) and not answer.error.retryable:
         raise UserError(
             "Google refuses this login, which has expired or been withdrawn; run `gcloud auth login` and "
-            "`gcloud auth application-default login`"
+            "`gcloud auth application-default login`",
+            code="gcloud.login_expired",
         )
     if getattr(answer.error, "code", None) == FORBIDDEN:
         raise UserError(
             f"bucket gs://{name}: Google forbids this account to see it; ask for the role Storage Admin, or launch with "
-            f"--env {VARIABLE}=NAME"
+            f"--env {VARIABLE}=NAME",
+            code="bucket.forbidden",
         )
     if answer.lacking:
         raise UserError(
             f"bucket gs://{name}: this account lacks {', '.join(answer.lacking)}, so a run could not keep its checkpoints "
-            f"there; ask for the role Storage Object Admin on it, or launch with --env {VARIABLE}=NAME"
+            f"there; ask for the role Storage Object Admin on it, or launch with --env {VARIABLE}=NAME",
+            code="bucket.forbidden",
         )
     return answer.is_there
 

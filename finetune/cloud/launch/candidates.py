@@ -148,7 +148,7 @@ def shorten(found: Sequence[Entry], limit: int = LIMIT) -> list[Entry]:
 def check_ceiling(ceiling: float | None, place: str) -> None:
     """Raises UserError for a ceiling that is not a positive, finite number; a NaN would admit everything."""
     if ceiling is not None and not 0 < ceiling < float("inf"):
-        raise UserError(f"{place}: expected a positive number of US dollars, found {ceiling}")
+        raise UserError(f"{place}: expected a positive number of US dollars, found {ceiling}", code="launch.bad_value")
 
 
 def refusal_message(candidates: Sequence[Candidate], source: str) -> str:

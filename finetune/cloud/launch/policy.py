@@ -88,7 +88,8 @@ def _check_scripts(task: sky.Task) -> None:
         names = [path.relative_to(workdir) for path in bad]
         raise UserError(
             f"{', '.join(map(str, names))}: with Windows line ends (CR LF), over which bash fails on the machine; mend them in "
-            f"{workdir} by {mend_line_ends(names)}"
+            f"{workdir} by {mend_line_ends(names)}",
+            code="launch.windows_line_ends",
         )
 
 
@@ -113,7 +114,7 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
         table = candidates.price_table(entries, catalog.source)
         task.update_envs({VARIABLE: json.dumps(table, separators=(",", ":"))})
     elif not runs_where_it_is:
-        raise UserError(candidates.refusal_message(found, catalog.source))
+        raise UserError(candidates.refusal_message(found, catalog.source), code="launch.all_refused")
     if runs_where_it_is:
         return
     managed = request.request_options is None or name.startswith("jobs.")
@@ -138,7 +139,10 @@ def _run_budget(task: sky.Task, say: Any) -> float:
 def _positive(name: str, text: str, unit: str) -> float:
     """A number as finetune/job/settings.py reads it, which would otherwise refuse it on a machine that is paid for."""
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) or not float(text) > 0:
-        raise UserError(f"envs.{name}: expected a positive number of {unit}, found {text!r}; write it like 25 or 0.5")
+        raise UserError(
+            f"envs.{name}: expected a positive number of {unit}, found {text!r}; write it like 25 or 0.5",
+            code="launch.bad_value",
+        )
     return float(text)
 
 

@@ -26,7 +26,8 @@ def asks_for_gpu_on_gcp(task: sky.Task) -> bool:
     if any(ours) and not all(ours):
         raise UserError(
             "resources: some alternatives are GPUs on Google Cloud and some are not, and a ceiling can be held only for the "
-            "first; make two tasks of them"
+            "first; make two tasks of them",
+            code="launch.mixed_alternatives",
         )
     return all(ours) and bool(ours)
 
@@ -44,13 +45,15 @@ def check_priceable(task: sky.Task) -> None:
         if resources.volumes:
             raise UserError(
                 "resources.volumes: the price of extra disks is not known here, so the ceiling could not be held; use "
-                "disk_size, or the bucket"
+                "disk_size, or the bucket",
+                code="price.unknown",
             )
         strategy = (resources.job_recovery or {}).get("strategy")
         if strategy == "FAILOVER":
             raise UserError(
                 "resources.job_recovery: after a preemption FAILOVER takes any zone of the region, whatever it costs there; "
-                "use EAGER_NEXT_REGION"
+                "use EAGER_NEXT_REGION",
+                code="launch.unbounded_recovery",
             )
 
 
@@ -103,7 +106,9 @@ def wanted_machines(task: sky.Task, catalog: Catalog) -> list[Wanted]:
 def _gpu(resources: sky.Resources) -> tuple[str, int]:
     ((gpu, count),) = _gpus(resources).items()
     if count != int(count):
-        raise UserError(f"resources.accelerators: {gpu}:{count} is not a whole number of GPUs")
+        raise UserError(
+            f"resources.accelerators: {gpu}:{count} is not a whole number of GPUs", code="cloud.bad_gpu_count"
+        )
     return gpu, int(count)
 
 
@@ -115,7 +120,8 @@ def _machine_of(resources: sky.Resources, catalog: Catalog) -> str:
     if not feasible.resources_list:
         raise UserError(
             f"resources: SkyPilot finds no machine of Google Cloud for {gpu}:{count} with what else is asked for; "
-            f"name one by instance_type: {', '.join(machines) or 'the catalog has none'}"
+            f"name one by instance_type: {', '.join(machines) or 'the catalog has none'}",
+            code="launch.no_machine",
         )
     return str(feasible.resources_list[0].instance_type)
 

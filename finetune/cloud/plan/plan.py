@@ -103,11 +103,14 @@ def plan_run(
     for name in config.plan.gpus:
         on_gpu = run_on(config, size, GPUS[name])
         if not on_gpu.gpu.machine:
-            raise UserError(f"plan.gpus: {name} is not planned for on Google Cloud; choose among {', '.join(_sold())}")
+            raise UserError(
+                f"plan.gpus: {name} is not planned for on Google Cloud; choose among {', '.join(_sold())}",
+                code="cloud.gpu_not_offered",
+            )
         try:
             offers = catalog.offers(name, machine=on_gpu.gpu.machine, disk_gib=config.plan.disk_gib)
         except UserError as error:
-            raise UserError(f"plan.gpus: {error}") from error
+            raise UserError(f"plan.gpus: {error}", code=error.code) from error
         for kind in (True, False) if spot is None else (spot,):
             of_kind = [offer for offer in offers if offer.spot == kind]
             row = _row(on_gpu, kind, _best(of_kind, trust_prices), config.plan, ceilings, trust_prices)
@@ -122,7 +125,8 @@ def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec) -> OnGpu:
     if shape is None:
         raise NotEstimated(
             f"model.name: the shape of {config.model.name} is not known here, so its memory and time cannot be estimated; "
-            f"known: {', '.join(SHAPES)}, and every local folder with a config.json"
+            f"known: {', '.join(SHAPES)}, and every local folder with a config.json",
+            code="model.unknown_shape",
         )
     questions = questions_per_step(config.training)
     fitted = fit_on(config, shape, gpu, usual_step=usual_step_tokens(questions, size.mean_tokens))

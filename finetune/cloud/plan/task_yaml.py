@@ -24,7 +24,9 @@ def write_order(plan: Plan, task: Path, command: str) -> None:
     """
     chosen = [row for row in plan.rows if row.chosen]
     if not chosen:
-        raise UserError(f"{task}: not written, because the plan refuses every machine: see the table")
+        raise UserError(
+            f"{task}: not written, because the plan refuses every machine: see the table", code="plan.all_refused"
+        )
     text, before = _read(task)
     key, first, last = _place_of_list(task, text)
     _check_entries(task, key.value, before["resources"][key.value])
@@ -34,7 +36,8 @@ def write_order(plan: Plan, task: Path, command: str) -> None:
     written = "".join(lines[:first]) + order + "".join(lines[last:])
     if not _same_but_for_lists(written, before):
         raise UserError(
-            f"{task}: its list under resources: is laid out in a way that cannot be replaced; edit it by hand"
+            f"{task}: its list under resources: is laid out in a way that cannot be replaced; edit it by hand",
+            code="plan.unwritable_task",
         )
     write_text(task, written)
 
@@ -45,9 +48,11 @@ def _read(task: Path) -> tuple[str, dict[str, Any]]:
         text = task.read_bytes().decode("utf-8")
         content = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{task}: not a task YAML that can be read ({' '.join(str(error).split())})") from error
+        raise UserError(
+            f"{task}: not a task YAML that can be read ({' '.join(str(error).split())})", code="plan.unwritable_task"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("resources"), dict):
-        raise UserError(f"{task}: expected a SkyPilot task with a section `resources:`")
+        raise UserError(f"{task}: expected a SkyPilot task with a section `resources:`", code="plan.unwritable_task")
     return text, content
 
 
@@ -59,7 +64,8 @@ def _place_of_list(task: Path, text: str) -> tuple[yaml.ScalarNode, int, int]:
     found = [(key, value) for section in resources for key, value in section.value if key.value in LISTS]
     if len(resources) != 1 or len(found) != 1:
         raise UserError(
-            f"{task}: expected one list `ordered:` or `any_of:` under one `resources:`, to put the order in its place"
+            f"{task}: expected one list `ordered:` or `any_of:` under one `resources:`, to put the order in its place",
+            code="plan.unwritable_task",
         )
     key, last = found[0]  # down to its last leaf, because a block's own end mark is where the next key begins
     while isinstance(last, yaml.CollectionNode) and not last.flow_style:
@@ -72,7 +78,8 @@ def _check_entries(task: Path, name: str, entries: Any) -> None:
         if more := sorted(set(entry) - REPLACED if isinstance(entry, dict) else [str(entry)]):
             raise UserError(
                 f"{task}: an entry of {name}: says more than which machine ({', '.join(more)}), which would be lost; "
-                f"put that under resources: itself, or edit the list by hand"
+                f"put that under resources: itself, or edit the list by hand",
+                code="plan.unwritable_task",
             )
 
 

@@ -69,7 +69,8 @@ def _counted(manifest: Path, assumed_tokens: float) -> tuple[int, float, int, st
         return records, int(total) / records, validation, f"counted in {manifest}"
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
-            f"{manifest}: not a manifest of prepared data ({error!r}); run `finetune data prepare`"
+            f"{manifest}: not a manifest of prepared data ({error!r}); run `finetune data prepare`",
+            code="data.bad_manifest",
         ) from error
 
 
@@ -94,7 +95,8 @@ def _assumed_records(config: RunConfig) -> tuple[int, int, str]:
     else:
         raise NotEstimated(
             f"{data.output_dir}: the data are not prepared and their size is not known here; run `finetune data prepare "
-            f"CONFIG`, or set plan.records to the number of training questions"
+            f"CONFIG`, or set plan.records to the number of training questions",
+            code="data.unknown_size",
         )
     if data.max_train_records is not None and data.max_train_records < kept:
         kept, basis = data.max_train_records, f"data.max_train_records, of {kept:,}: {basis}"
@@ -111,5 +113,5 @@ def _source_records(source: SourceSection) -> int | None:
         if source.kind == "spider" and path.is_dir():
             return sum(len(json.loads((path / name).read_text(encoding="utf-8"))) for name in source.files)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error})", code="file.unreadable") from error
     return None

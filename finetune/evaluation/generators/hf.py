@@ -116,7 +116,8 @@ def generate_answers(
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"out of GPU memory with prompts of up to {len(encoded[chosen[0]])} tokens, {len(chosen)} at once; "
-                    "lower evaluation.batch_size"
+                    "lower evaluation.batch_size",
+                    code="gpu.out_of_memory",
                 ) from error
             for i, ids in zip(chosen, new, strict=True):
                 kept = _until_end(ids.tolist(), tokenizer)

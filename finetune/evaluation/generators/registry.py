@@ -13,5 +13,8 @@ GENERATORS: dict[str, Generator] = {DEFAULT: HfGenerator()}
 def generator_named(name: str) -> Generator:
     """Raises UserError for a name that is not registered."""
     if name not in GENERATORS:
-        raise UserError(f"no answer generator is called {name!r}; known: {', '.join(GENERATORS)}")
+        raise UserError(
+            f"no answer generator is called {name!r}; known: {', '.join(GENERATORS)}",
+            code="evaluation.unknown_generator",
+        )
     return GENERATORS[name]

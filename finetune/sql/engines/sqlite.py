@@ -54,7 +54,8 @@ class SqliteEngine:
         log = database.with_name(f"{database.name}-wal")
         if log.exists() and log.stat().st_size:  # a copy of the file alone would be another database
             raise UserError(
-                f"{database}: has changes that only stand in {log.name}; close the program that writes to it"
+                f"{database}: has changes that only stand in {log.name}; close the program that writes to it",
+                code="sql.database_in_use",
             )
 
     def schema(self, database: Path) -> str:
@@ -136,7 +137,9 @@ class SqlSandbox:
         seconds = time.monotonic() - started
         answer = json.loads(end)
         if answer.get("error_kind") == "bad_database":
-            raise UserError(f"{database}: damaged, or not a SQLite file ({answer['error']})")
+            raise UserError(
+                f"{database}: damaged, or not a SQLite file ({answer['error']})", code="sql.database_corrupt"
+            )
         if "error" in answer:
             if answer["error_kind"] == "too_large":
                 self.close()  # memory was short; start afresh
@@ -165,7 +168,8 @@ class SqlSandbox:
             memory = self._limits["memory_bytes"] >> 20
             raise UserError(
                 f"the SQL worker did not start with {memory} MiB of memory: give it more, and see that "
-                f"`{sys.executable} -c 'import sqlite3'` works"
+                f"`{sys.executable} -c 'import sqlite3'` works",
+                code="sql.worker_failed",
             ) from None
 
     def _exchange(self, request: dict[str, Any] | None, deadline: float) -> list[bytes]:
@@ -213,11 +217,11 @@ def ddl_of_database(path: Path) -> str:
                 r" WHERE type = 'table' AND name NOT LIKE 'sqlite\_%' ESCAPE '\' ORDER BY rowid"
             ).fetchall()
     except sqlite3.Error as error:
-        raise UserError(f"{path}: damaged, or not a SQLite file ({error})") from None
+        raise UserError(f"{path}: damaged, or not a SQLite file ({error})", code="sql.database_corrupt") from None
     virtual = tuple(f"{name}_" for name, sql in found if sql.upper().startswith("CREATE VIRTUAL"))
     tables = [sql for name, sql in found if sql.upper().startswith("CREATE TABLE") and not name.startswith(virtual)]
     if not tables:
-        raise UserError(f"{path}: the database has no tables")
+        raise UserError(f"{path}: the database has no tables", code="sql.no_tables")
     return "\n".join(f"{on_one_line(sql)};" for sql in tables)
 
 
@@ -235,16 +239,18 @@ def read_only_uri(database: Path) -> str:
 def check_sqlite_file(path: Path) -> None:
     """Raise UserError, naming the file, unless it exists and begins as a SQLite file does."""
     if not path.exists():
-        raise UserError(f"{path}: no such database file")
+        raise UserError(f"{path}: no such database file", code="sql.database_missing")
     if not path.is_file():
-        raise UserError(f"{path}: a SQLite file was expected, this is a folder")
+        raise UserError(f"{path}: a SQLite file was expected, this is a folder", code="sql.database_missing")
     try:
         with path.open("rb") as file:
             header = file.read(len(SQLITE_HEADER))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})", code="file.unreadable") from None
     if header != SQLITE_HEADER:
-        raise UserError(f"{path}: not a SQLite file" + ("; it is empty" if not header else ""))
+        raise UserError(
+            f"{path}: not a SQLite file" + ("; it is empty" if not header else ""), code="sql.database_corrupt"
+        )
 
 
 def _failure(kind: ErrorKind, message: str, seconds: float) -> QueryResult:

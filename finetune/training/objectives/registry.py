@@ -12,5 +12,8 @@ OBJECTIVES: dict[str, Objective] = {"sft": SFT}
 def objective_named(name: str) -> Objective:
     """Raises UserError for a name that is not registered."""
     if name not in OBJECTIVES:
-        raise UserError(f"training.objective: {name!r} is none of {', '.join(sorted(OBJECTIVES))}")
+        raise UserError(
+            f"training.objective: {name!r} is none of {', '.join(sorted(OBJECTIVES))}",
+            code="training.unknown_objective",
+        )
     return OBJECTIVES[name]

@@ -123,7 +123,10 @@ def _path(config: RunConfig, model: PeftModel, device: Device, longest: int) -> 
     reason = why_not(model, longest)
     if asked == "lean":
         if reason:
-            raise UserError(f"training.kernels: lean does not go with this model: {reason}; use auto")
+            raise UserError(
+                f"training.kernels: lean does not go with this model: {reason}; use auto",
+                code="model.unsupported_kernels",
+            )
         return "lean", "training.kernels"
     if reason:
         return "stock", reason

@@ -185,7 +185,8 @@ class Stepper:
         else:
             raise UserError(
                 f"out of GPU memory with a single text of {longest} tokens and nothing left to save; lower "
-                "model.max_seq_length or choose a larger GPU (`finetune plan CONFIG --memory`)"
+                "model.max_seq_length or choose a larger GPU (`finetune plan CONFIG --memory`)",
+                code="gpu.out_of_memory",
             )
         self._say(f"out of GPU memory: {self._what_changed(before)}; the step begins again")
 
@@ -198,7 +199,10 @@ class Stepper:
 
 
 def spoilt(what: str) -> UserError:
-    return UserError(f"the {what} is not finite; resume from the last checkpoint with a lower training.learning_rate")
+    return UserError(
+        f"the {what} is not finite; resume from the last checkpoint with a lower training.learning_rate",
+        code="training.not_finite",
+    )
 
 
 class LossWatch:
@@ -235,6 +239,7 @@ class LossWatch:
         if self._skips:
             raise UserError(
                 f"the loss was not finite in {BAD_STEPS} steps in a row: activations leave the range of float16; use a GPU with "
-                "bfloat16 (L4, A100), or lower training.learning_rate"
+                "bfloat16 (L4, A100), or lower training.learning_rate",
+                code="training.not_finite",
             )
         raise spoilt(bad[0])

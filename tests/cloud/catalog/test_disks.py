@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune.cloud.catalog.disks import DEAREST, TIERS, USD_PER_MONTH, disk_type, disk_usd_per_hour
-from finetune.errors import UserError
+from tests.helpers.errors import raises
 
 
 def test_the_hourly_price_is_the_monthly_one_by_730_hours() -> None:
@@ -45,16 +45,16 @@ def test_without_a_machine_a_tier_costs_the_most_that_it_may_mean() -> None:
     [("ultra", ""), ("best", ""), ("ultra", "n2-standard-64"), ("best", "a3-highgpu-1g"), ("medium", "a3-ultragpu-8g")],
 )
 def test_a_disk_that_is_charged_by_more_than_its_size_is_refused(tier: str, machine: str) -> None:
-    with pytest.raises(UserError, match="is not known here"):
+    with raises("price.unknown", match="is not known here"):
         disk_usd_per_hour(200, tier, "us-central1", machine)
 
 
 def test_an_unknown_tier_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=f"'Medium' is unknown; expected one of {', '.join(TIERS)}"):
+    with raises("cloud.unknown_disk_tier", match=f"'Medium' is unknown; expected one of {', '.join(TIERS)}"):
         disk_type("Medium")
 
 
 @pytest.mark.parametrize("gib", [0, -1, 1.5, True, "200", float("nan")])
 def test_a_size_that_is_no_positive_whole_number_is_refused(gib: object) -> None:
-    with pytest.raises(UserError, match="expected a positive whole number of GiB"):
+    with raises("cloud.bad_disk_size", match="expected a positive whole number of GiB"):
         disk_usd_per_hour(gib, "medium", "us-central1")  # type: ignore[arg-type]

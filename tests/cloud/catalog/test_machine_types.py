@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from finetune.cloud.catalog.machine_types import N1_LIMITS, check_machine, fits
-from finetune.errors import UserError
 from finetune.machine.gpus import GPUS
+from tests.helpers.errors import raises
 
 
 @pytest.mark.parametrize(("gpu", "count"), [(gpu, count) for gpu, rows in N1_LIMITS.items() for count in rows])
@@ -18,7 +18,7 @@ def test_an_n1_machine_may_be_as_large_as_its_gpus_allow_and_no_larger(gpu: str,
     assert not fits(gpu, count, "n2-standard-2", (2, 8))
     assert not fits(gpu, count, "n1-custom", None)
     refusal = f"{gpu}:{count} does not come with n1-custom; .* {vcpus} vCPUs and {memory} GB"
-    with pytest.raises(UserError, match=refusal):
+    with raises("cloud.machine_mismatch", match=refusal):
         check_machine(gpu, count, "n1-custom", (vcpus, memory + 1))
 
 

@@ -12,8 +12,8 @@ import pytest
 from finetune.cloud.catalog.csv_file import VMS
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.catalog.offers import SNAPSHOT, Catalog, Offer, load_catalog
-from finetune.errors import UserError
 from tests.helpers.catalog_fixture import CATALOG, gpu, host, lay_out_catalog, price_rows, shared_catalog, write_prices
+from tests.helpers.errors import raises
 
 A100 = "a2-highgpu-1g"
 
@@ -42,10 +42,9 @@ def made(home: Path) -> Callable[..., Catalog]:
     return make
 
 
-def message(call: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
+def message(code: str, call: Callable[[], object]) -> str:
+    with raises(code) as caught:
         call()
-    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -67,7 +66,7 @@ def test_the_disk_is_priced_by_tier_region_and_machine(catalog: Catalog) -> None
     assert offer.disk_usd == disk_usd_per_hour(200, "medium", "us-east4")  # a G2 takes no pd-standard
     (offer,) = catalog.offers("T4", machine="n1-highmem-8", spot=True, zone="us-east4-a", disk_tier="best")
     assert offer.disk_usd == disk_usd_per_hour(200, "high", "us-east4")
-    assert "'fast' is unknown" in message(lambda: catalog.offers("A100", machine=A100, disk_tier="fast"))
+    assert "fast" in message("cloud.unknown_disk_tier", lambda: catalog.offers("A100", machine=A100, disk_tier="fast"))
 
 
 def test_every_zone_with_a_price_is_offered_once_for_each_kind_cheapest_first(catalog: Catalog, home: Path) -> None:
@@ -113,49 +112,60 @@ def test_two_gpus_are_not_priced_as_one(made: Callable[..., Catalog]) -> None:
 
 
 REFUSED = [
-    ({"machine": "n1-highmem-8"}, "A100:1 does not come with n1-highmem-8; on Google Cloud A100:1 comes only with a2-highgpu-1g"),
-    ({"machine": "a2-ultragpu-1g"}, "comes only with a2-highgpu-1g"),
-    ({"gpu": "T4", "machine": "g2-standard-8"}, "T4:1 does not come with g2-standard-8; .* N1 machine of at most 48 vCPUs"),
-    ({"gpu": "V100", "machine": "n1-highmem-16"}, "machine n1-highmem-16 is not in the catalog; .* at most 12 vCPUs and 78 GB"),
-    ({"gpu": "L4", "machine": "g2-standard-4"}, "g2-standard-4: SkyPilot's catalog has no price for it"),
-    ({"gpu": "L4", "machine": "g2-standard-24", "count": 2}, "L4:2: SkyPilot's catalog has no price for it"),
-    ({"count": 3}, "A100:3: no machine .* has 3 of them; possible are 1, 2, 4, 8, 16"),
-    ({"count": 0}, "A100: expected a positive whole number of GPUs, found 0"),
-    ({"count": True}, "found True"),
-    ({"gpu": "A1000"}, "unknown GPU 'A1000'; did you mean A100 or A100-80GB?; .* has A100, A100-80GB, L4, T4, V100"),
-    ({"gpu": "RTX4091"}, "did you mean RTX4090"),
-    ({"gpu": "quantum"}, "unknown GPU 'quantum'; for Google Cloud"),
-    ({"gpu": ""}, "unknown GPU ''; for Google Cloud"),
-    ({"gpu": "a10"}, "A10 is not on Google Cloud, only on Azure, Lambda, OCI"),
-    ({"gpu": "h200"}, "H200 is on Google Cloud, but its price is not known here"),
-    ({"region": "asia-east1"}, "region asia-east1: no A100 there; the regions that have it: asia-southeast1, europe-west4, me"),
-    ({"zone": "us-east1-z"}, "zone us-east1-z: no A100 there; the regions that have it: asia-southeast1"),
-    ({"zone": "us-east1-c", "region": "us-east1"}, "zone us-east1-c: no A100 there; in region us-east1 it is in us-east1-b$"),
-    ({"zone": "us-west1-b", "region": "us-east1"}, "zone us-west1-b is not in region us-east1"),
+    ({"machine": "n1-highmem-8"}, "cloud.machine_mismatch",
+     "A100:1 does not come with n1-highmem-8; on Google Cloud A100:1 comes only with a2-highgpu-1g"),
+    ({"machine": "a2-ultragpu-1g"}, "cloud.machine_mismatch", "comes only with a2-highgpu-1g"),
+    ({"gpu": "T4", "machine": "g2-standard-8"}, "cloud.machine_mismatch",
+     "T4:1 does not come with g2-standard-8; .* N1 machine of at most 48 vCPUs"),
+    ({"gpu": "V100", "machine": "n1-highmem-16"}, "cloud.machine_mismatch",
+     "machine n1-highmem-16 is not in the catalog; .* at most 12 vCPUs and 78 GB"),
+    ({"gpu": "L4", "machine": "g2-standard-4"}, "price.unknown", "g2-standard-4: SkyPilot's catalog has no price for it"),
+    ({"gpu": "L4", "machine": "g2-standard-24", "count": 2}, "price.unknown", "L4:2: SkyPilot's catalog has no price for it"),
+    ({"count": 3}, "cloud.machine_mismatch", "A100:3: no machine .* has 3 of them; possible are 1, 2, 4, 8, 16"),
+    ({"count": 0}, "cloud.bad_gpu_count", "A100: expected a positive whole number of GPUs, found 0"),
+    ({"count": True}, "cloud.bad_gpu_count", "found True"),
+    ({"gpu": "A1000"}, "cloud.unknown_gpu",
+     "unknown GPU 'A1000'; did you mean A100 or A100-80GB?; .* has A100, A100-80GB, L4, T4, V100"),
+    ({"gpu": "RTX4091"}, "cloud.unknown_gpu", "did you mean RTX4090"),
+    ({"gpu": "quantum"}, "cloud.unknown_gpu", "unknown GPU 'quantum'; for Google Cloud"),
+    ({"gpu": ""}, "cloud.unknown_gpu", "unknown GPU ''; for Google Cloud"),
+    ({"gpu": "a10"}, "cloud.gpu_not_offered", "A10 is not on Google Cloud, only on Azure, Lambda, OCI"),
+    ({"gpu": "h200"}, "price.unknown", "H200 is on Google Cloud, but its price is not known here"),
+    ({"region": "asia-east1"}, "cloud.gpu_not_in_place",
+     "region asia-east1: no A100 there; the regions that have it: asia-southeast1, europe-west4, me"),
+    ({"zone": "us-east1-z"}, "cloud.gpu_not_in_place",
+     "zone us-east1-z: no A100 there; the regions that have it: asia-southeast1"),
+    ({"zone": "us-east1-c", "region": "us-east1"}, "cloud.gpu_not_in_place",
+     "zone us-east1-c: no A100 there; in region us-east1 it is in us-east1-b$"),
+    ({"zone": "us-west1-b", "region": "us-east1"}, "cloud.zone_outside_region", "zone us-west1-b is not in region us-east1"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("wrong", "text"), REFUSED, ids=[str(wrong) for wrong, _ in REFUSED])
-def test_what_cannot_be_bought_is_refused_with_what_can(catalog: Catalog, wrong: dict[str, Any], text: str) -> None:
-    with pytest.raises(UserError, match=text.replace("?;", r"\?;")):
+@pytest.mark.parametrize(("wrong", "code", "text"), REFUSED, ids=[str(wrong) for wrong, *_ in REFUSED])
+def test_what_cannot_be_bought_is_refused_with_what_can(
+    catalog: Catalog, wrong: dict[str, Any], code: str, text: str
+) -> None:
+    with raises(code, match=text.replace("?;", r"\?;")):
         catalog.offers(**{"gpu": "A100", "machine": A100} | wrong)
 
 
 def test_a_machine_whose_gpus_have_no_price_is_refused(made: Callable[..., Catalog]) -> None:
     catalog = made(host("us-east1-b", machine="a2-highgpu-2g"), gpu("us-east1-b"))
-    refusal = message(lambda: catalog.offers("A100", machine="a2-highgpu-2g", count=2))
+    refusal = message("price.unknown", lambda: catalog.offers("A100", machine="a2-highgpu-2g", count=2))
     assert refusal == "A100:2: SkyPilot's catalog has no price for it"
 
 
 def test_a_catalog_of_prices_alone_still_knows_the_gpus_of_other_clouds(made: Callable[..., Catalog]) -> None:
     catalog = made(host("us-east1-b"), gpu("us-east1-b"))
-    assert message(lambda: catalog.offers("A10", machine=A100)).startswith("A10 is not on Google Cloud")
+    assert message("cloud.gpu_not_offered", lambda: catalog.offers("A10", machine=A100)).startswith("A10 ")
 
 
 def test_a_gpu_of_the_catalog_whose_machine_is_unknown_is_refused(made: Callable[..., Catalog]) -> None:
     catalog = made(host("us-east1-b"), gpu("us-east1-b", name="X9"), gpu("us-east1-b", name="tpu-v9-8"))
-    assert message(lambda: catalog.offers("x9", machine=A100)).startswith("X9: which machine of Google Cloud")
-    assert "has X9" in message(lambda: catalog.offers("tpu-v9-8", machine=A100))  # and no TPU
+    assert message("cloud.gpu_not_offered", lambda: catalog.offers("x9", machine=A100)).startswith(
+        "X9: which machine of Google Cloud"
+    )
+    assert "has X9" in message("cloud.unknown_gpu", lambda: catalog.offers("tpu-v9-8", machine=A100))  # and no TPU
 
 
 def test_machines_for_a_gpu_are_those_with_a_price_smallest_first(home: Path, catalog: Catalog) -> None:
@@ -182,14 +192,16 @@ def test_without_a_catalog_our_snapshot_answers_and_says_so_loudly(home: Path) -
     assert catalog.is_snapshot and catalog.fetched is None
     assert "OUR OLD SNAPSHOT" in catalog.source and "PRICES MAY HAVE CHANGED" in catalog.source
     assert "carried over on 2026-11-22" in catalog.source
-    assert "our old snapshot" in message(lambda: catalog.offers("H200", machine="a3-ultragpu-8g", count=8))
-    refusal = message(lambda: load_catalog(allow_snapshot=False))
+    assert "our old snapshot" in message(
+        "price.unknown", lambda: catalog.offers("H200", machine="a3-ultragpu-8g", count=8)
+    )
+    refusal = message("catalog.missing", lambda: load_catalog(allow_snapshot=False))
     assert refusal.startswith(f"{home / CATALOG / VMS}: no price catalog yet")
 
 
 def test_a_damaged_catalog_is_not_replaced_by_the_snapshot(home: Path) -> None:
     path = write_prices(home, [host("us-east1-b", "free")])
-    assert message(load_catalog).startswith(f"{path}: line 2: Price is 'free'")
+    assert message("catalog.corrupt", load_catalog).startswith(f"{path}: line 2: Price is 'free'")
 
 
 @pytest.mark.parametrize(("days", "text"), [(0, "today"), (1, "1 day ago"), (2, "2 days ago"), (400, "400 days ago")])

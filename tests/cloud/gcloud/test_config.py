@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from finetune.cloud.gcloud.config import Login, bucket_name, local_login
 from finetune.errors import UserError
+from tests.helpers.errors import raises
 
 USER = {
     "account": "",
@@ -125,54 +126,79 @@ def test_an_account_is_not_in_the_repr() -> None:
 
 
 @pytest.mark.parametrize(
-    ("credentials", "configuration", "names"),
+    ("credentials", "configuration", "code", "names"),
     [
-        (None, CORE, ["application_default_credentials.json", "gcloud auth application-default login"]),
-        ("", CORE, ["application_default_credentials.json", "gcloud auth application-default login"]),
-        (json.dumps(USER)[:-9], CORE, ["application_default_credentials.json", "application-default login"]),
-        ("[1]", CORE, ["application_default_credentials.json", "application-default login"]),
-        ({"type": "odd"}, CORE, ["application_default_credentials.json", "application-default login"]),
-        ({**ROBOT, "project_id": ["x"]}, CORE, ["application_default_credentials.json", "project_id"]),
-        (USER, "[core]\naccount = a@b.c\n", ["gcloud config set project"]),
-        (USER, "[core]\nproject = p\n", ["gcloud auth login"]),
-        (USER, "", ["gcloud config set project"]),
-        (USER, "account = a@b.c\n", ["config_default", "gcloud init"]),
-        (USER, "[core]\nproject = a\nproject = b\n", ["config_default", "gcloud init"]),
+        (
+            None,
+            CORE,
+            "gcloud.missing_credentials",
+            ["application_default_credentials.json", "gcloud auth application-default login"],
+        ),
+        (
+            "",
+            CORE,
+            "gcloud.bad_credentials",
+            ["application_default_credentials.json", "gcloud auth application-default login"],
+        ),
+        (
+            json.dumps(USER)[:-9],
+            CORE,
+            "gcloud.bad_credentials",
+            ["application_default_credentials.json", "application-default login"],
+        ),
+        ("[1]", CORE, "gcloud.bad_credentials", ["application_default_credentials.json", "application-default login"]),
+        (
+            {"type": "odd"},
+            CORE,
+            "gcloud.bad_credentials",
+            ["application_default_credentials.json", "application-default login"],
+        ),
+        (
+            {**ROBOT, "project_id": ["x"]},
+            CORE,
+            "gcloud.bad_credentials",
+            ["application_default_credentials.json", "project_id"],
+        ),
+        (USER, "[core]\naccount = a@b.c\n", "gcloud.no_project", ["gcloud config set project"]),
+        (USER, "[core]\nproject = p\n", "gcloud.not_logged_in", ["gcloud auth login"]),
+        (USER, "", "gcloud.no_project", ["gcloud config set project"]),
+        (USER, "account = a@b.c\n", "gcloud.bad_config", ["config_default", "gcloud init"]),
+        (USER, "[core]\nproject = a\nproject = b\n", "gcloud.bad_config", ["config_default", "gcloud init"]),
     ],
 )
 def test_what_is_missing_or_broken_is_one_line_with_the_command(
-    gcloud: Setup, credentials: Any, configuration: str, names: list[str]
+    gcloud: Setup, credentials: Any, configuration: str, code: str, names: list[str]
 ) -> None:
     gcloud(credentials, default=configuration)
-    with pytest.raises(UserError) as caught:
+    with raises(code) as caught:
         local_login()
     message = str(caught.value)
-    assert "\n" not in message and "jane" not in message and "1//" not in message
+    assert "jane" not in message and "1//" not in message
     assert all(name in message for name in names), message
 
 
 def test_without_gcloud_it_says_so() -> None:
-    with pytest.raises(UserError, match=r"gcloud is not set up here.*gcloud auth login"):
+    with raises("gcloud.not_set_up", match=r"gcloud is not set up here.*gcloud auth login"):
         local_login()
 
 
 def test_files_that_are_not_text_or_not_a_name_are_named(gcloud: Setup) -> None:
     folder = gcloud(default=CORE)
     (folder / "active_config").write_text("default\n")  # gcloud takes the line end for a part of the name
-    with pytest.raises(UserError, match="active_config"):
+    with raises("gcloud.bad_config", match="active_config"):
         local_login()
     (folder / "active_config").write_text("default")
     (folder / "configurations" / "config_default").write_bytes(b"[core]\nproject = \xff\n")
-    with pytest.raises(UserError, match="config_default"):
+    with raises("gcloud.bad_config", match="config_default"):
         local_login()
 
 
 def test_a_key_file_that_is_not_there_or_names_no_project(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(home / "key.json"))
-    with pytest.raises(UserError, match="GOOGLE_APPLICATION_CREDENTIALS"):
+    with raises("gcloud.missing_credentials", match="GOOGLE_APPLICATION_CREDENTIALS"):
         local_login()
     (home / "key.json").write_text(json.dumps(USER))
-    with pytest.raises(UserError, match="GOOGLE_CLOUD_PROJECT"):
+    with raises("gcloud.no_project", match="GOOGLE_CLOUD_PROJECT"):
         local_login()
 
 
@@ -180,7 +206,7 @@ def test_a_broken_config_of_skypilot_is_named(gcloud: Setup, home: Path) -> None
     gcloud(default=CORE)
     (home / ".sky").mkdir()
     (home / ".sky" / "config.yaml").write_text("workspaces: [")
-    with pytest.raises(UserError, match=r"config\.yaml"):
+    with raises("cloud.bad_skypilot_config", match=r"config\.yaml"):
         local_login()
 
 

@@ -16,8 +16,8 @@ from finetune.cloud.launch.candidates import (
     shorten,
     table,
 )
-from finetune.errors import UserError
 from finetune.machine.price import Machine, price_in
+from tests.helpers.errors import raises
 
 
 def candidate(
@@ -114,7 +114,7 @@ def test_the_table_shows_the_first_and_counts_the_rest() -> None:
 
 @pytest.mark.parametrize("ceiling", [0, -1, float("nan"), float("inf")])
 def test_a_ceiling_is_a_positive_number(ceiling: float) -> None:
-    with pytest.raises(UserError, match=r"^resources\.max_hourly_cost: expected a positive number"):
+    with raises("launch.bad_value", match=r"^resources\.max_hourly_cost: expected a positive number"):
         check_ceiling(ceiling, "resources.max_hourly_cost")
     check_ceiling(None, "x")
     check_ceiling(0.01, "x")

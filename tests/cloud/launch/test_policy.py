@@ -48,8 +48,8 @@ def alternatives(answer: Json) -> list[Json]:
     return [common | one for one in found]
 
 
-def refused(answer: Json) -> str:
-    assert answer["error"] == "UserRequestRejectedByPolicy", answer
+def refused(code: str, answer: Json) -> str:
+    assert (answer["error"], answer["code"]) == ("UserRequestRejectedByPolicy", code), answer
     message: str = answer["message"]
     return message
 
@@ -126,7 +126,7 @@ def test_the_policy_may_be_applied_twice(worker: SkyWorker) -> None:
     twice = worker.ask("optimize", sent, policy=POLICY)
     assert alternatives(twice) == alternatives(once)
     sent["resources"] = {"ordered": [one | {"max_hourly_cost": 0.5} for one in alternatives(once)]}
-    assert "max_hourly_cost" in refused(worker.ask("optimize", sent, policy=POLICY))
+    assert "max_hourly_cost" in refused("launch.all_refused", worker.ask("optimize", sent, policy=POLICY))
 
 
 def test_on_exec_nothing_is_chosen_but_prices_are_handed_over(worker: SkyWorker) -> None:
@@ -172,7 +172,7 @@ def test_a_run_that_costs_more_than_its_budget_is_warned_of(worker: SkyWorker) -
 
 def test_a_gpu_that_is_too_small_for_the_run_is_refused(worker: SkyWorker) -> None:
     big = ENVS | {"OVERRIDES": "training.per_device_train_batch_size=16 training.gradient_checkpointing=false"}
-    assert "does not fit: needs" in refused(ask(worker, T4, big))
+    assert "does not fit: needs" in refused("launch.all_refused", ask(worker, T4, big))
 
 
 def test_a_task_without_a_ceiling_is_told_so(worker: SkyWorker) -> None:
@@ -181,39 +181,43 @@ def test_a_task_without_a_ceiling_is_told_so(worker: SkyWorker) -> None:
 
 
 def test_the_ceiling_counts_for_all_nodes_together(worker: SkyWorker) -> None:
-    message = refused(ask(worker, T4, num_nodes=2))
+    message = refused("launch.all_refused", ask(worker, T4, num_nodes=2))
     assert "above max_hourly_cost $1 with 2 nodes" in message and "max_hourly_cost: 1.71 would admit it" in message
     assert "chosen" in ask(worker, T4 | {"max_hourly_cost": 1.71}, num_nodes=2)
 
 
 def test_the_refusal_shows_price_parts_and_the_ceiling_that_would_admit(worker: SkyWorker) -> None:
-    message = refused(ask(worker, A100 | {"max_hourly_cost": 3.0}))
+    message = refused("launch.all_refused", ask(worker, A100 | {"max_hourly_cost": 3.0}))
     assert "A100 on-demand" in message and "us-central1-a" in message
     assert "3.701 = 0.739 host + 2.934 GPU + 0.027 disk" in message
     assert "max_hourly_cost: 3.71 would admit it" in message
 
 
 @pytest.mark.parametrize(
-    ("resources", "envs", "says"),
+    ("resources", "envs", "code", "says"),
     [
-        (A100 | {"instance_type": "n1-highmem-8"}, ENVS, "A100:1 comes only with a2-highgpu-1g"),
-        (T4 | {"max_hourly_cost": float("nan")}, ENVS, "resources.max_hourly_cost: expected a positive number"),
-        (T4, ENVS | {"MAX_RUN_USD": "lots"}, "envs.MAX_RUN_USD: expected a positive number of US dollars, found 'lots'"),
-        (T4, ENVS | {"MAX_RUN_USD": "-3"}, "envs.MAX_RUN_USD: expected a positive number"),
-        (T4, ENVS | {"MAX_RUN_USD": "nan"}, "envs.MAX_RUN_USD: expected a positive number"),
-        (T4, ENVS | {"MAX_RUN_USD": ""}, "envs.MAX_RUN_USD: expected a positive number"),
-        (T4, ENVS | {"CONFIG": "configs/none.yaml"}, "configs/none.yaml: no such config file"),
-        (T4, ENVS | {"OVERRIDES": "lora.rank=8"}, "unknown key lora.rank"),
-        (T4, ENVS | {"OVERRIDES": "lora.r 8"}, "override 'lora.r': expected key=value"),
-        ({"infra": "gcp", "accelerators": "A10:1"}, ENVS, "A10 is not on Google Cloud, only on"),
-        ({"infra": "gcp", "accelerators": "T44:1"}, ENVS, "unknown GPU 'T44'; did you mean T4"),
-        (T4 | {"infra": "gcp/europe-north1"}, ENVS, "region europe-north1: no T4 there; the regions that have it"),
-        (T4 | {"disk_tier": "ultra", "instance_type": "n1-highmem-8", "max_hourly_cost": 0.1}, ENVS, "max_hourly_cost"),
-        ({"any_of": [T4, {"infra": "aws", "accelerators": "T4:1"}]}, ENVS, "make two tasks of them"),
+        (A100 | {"instance_type": "n1-highmem-8"}, ENVS, "cloud.machine_mismatch", "A100:1"),
+        (T4 | {"max_hourly_cost": float("nan")}, ENVS, "launch.bad_value", "resources.max_hourly_cost"),
+        (T4, ENVS | {"MAX_RUN_USD": "lots"}, "launch.bad_value",
+         "envs.MAX_RUN_USD: expected a positive number of US dollars, found 'lots'"),
+        (T4, ENVS | {"MAX_RUN_USD": "-3"}, "launch.bad_value", "envs.MAX_RUN_USD"),
+        (T4, ENVS | {"MAX_RUN_USD": "nan"}, "launch.bad_value", "envs.MAX_RUN_USD"),
+        (T4, ENVS | {"MAX_RUN_USD": ""}, "launch.bad_value", "envs.MAX_RUN_USD"),
+        (T4, ENVS | {"CONFIG": "configs/none.yaml"}, "config.not_found", "configs/none.yaml"),
+        (T4, ENVS | {"OVERRIDES": "lora.rank=8"}, "config.unknown_key", "lora.rank"),
+        (T4, ENVS | {"OVERRIDES": "lora.r 8"}, "config.bad_override", "lora.r"),
+        ({"infra": "gcp", "accelerators": "A10:1"}, ENVS, "cloud.gpu_not_offered", "A10"),
+        ({"infra": "gcp", "accelerators": "T44:1"}, ENVS, "cloud.unknown_gpu", "T44"),
+        (T4 | {"infra": "gcp/europe-north1"}, ENVS, "cloud.gpu_not_in_place", "europe-north1"),
+        (T4 | {"disk_tier": "ultra", "max_hourly_cost": 0.1}, ENVS, "launch.all_refused", "max_hourly_cost"),
+        ({"any_of": [T4, {"infra": "aws", "accelerators": "T4:1"}]}, ENVS, "launch.mixed_alternatives", "make two tasks of them"),
+        ({"infra": "gcp", "accelerators": "T4:1", "cpus": "500+"}, ENVS, "launch.no_machine", "name one by instance_type"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_in_clear_words(worker: SkyWorker, resources: Json, envs: Json, says: str) -> None:
-    message = refused(ask(worker, json.loads(json.dumps(resources)), envs))
+def test_bad_input_is_refused_in_clear_words(
+    worker: SkyWorker, resources: Json, envs: Json, code: str, says: str
+) -> None:
+    message = refused(code, ask(worker, json.loads(json.dumps(resources)), envs))
     assert says in message and "Traceback" not in message
 
 
@@ -237,7 +241,7 @@ def test_a_torn_catalog_is_refused_with_its_line(tmp_path: Path) -> None:
     table = tmp_path / ".sky" / "catalogs" / "v8" / "gcp" / "vms.csv"
     table.write_bytes(table.read_bytes()[:-30])
     with SkyWorker(env, ROOT) as worker:
-        message = refused(ask(worker, T4))
+        message = refused("catalog.corrupt", ask(worker, T4))
     assert "vms.csv" in message and "line" in message
 
 
@@ -249,7 +253,7 @@ def test_without_a_login_the_bucket_cannot_be_named(tmp_path: Path) -> None:
     env.pop("GOOGLE_CLOUD_PROJECT")
     mount = {"/bucket": {"name": "${BUCKET}", "store": "gcs", "mode": "MOUNT"}}
     with SkyWorker(env, ROOT) as worker:
-        message = refused(ask(worker, T4, ENVS | {"BUCKET": "auto"}, file_mounts=mount))
+        message = refused("gcloud.missing_credentials", ask(worker, T4, ENVS | {"BUCKET": "auto"}, file_mounts=mount))
     assert "gcloud auth" in message
 
 
@@ -276,7 +280,7 @@ def test_a_forbidden_bucket_is_refused_before_anything_starts(tmp_path: Path) ->
     with bucket_stand_in() as (buckets, variables):
         buckets.forbidden.add("finetune-text2sql-test-you")
         with SkyWorker(env | variables, ROOT) as worker:
-            message = refused(worker.ask("launch", ROOT / "sky" / "train_t4.yaml", policy=POLICY))
+            message = refused("bucket.forbidden", worker.ask("launch", ROOT / "sky" / "train_t4.yaml", policy=POLICY))
     assert "Google forbids this account" in message and "--env BUCKET=NAME" in message
 
 
@@ -295,7 +299,9 @@ def test_an_expired_login_is_told_before_anything_starts(tmp_path: Path) -> None
         file = tmp_path / "login.json"
         file.write_text(json.dumps(login | {"project_id": "text2sql-test", "private_key": pem, "private_key_id": "1"}))
         with SkyWorker(env | {"GOOGLE_APPLICATION_CREDENTIALS": str(file)}, ROOT) as worker:
-            message = refused(worker.ask("launch", ROOT / "sky" / "train_t4.yaml", policy=POLICY))
+            message = refused(
+                "gcloud.login_expired", worker.ask("launch", ROOT / "sky" / "train_t4.yaml", policy=POLICY)
+            )
     assert "expired" in message and "`gcloud auth application-default login`" in message
 
 

@@ -45,8 +45,8 @@ def ask(
     return worker.ask(op, whole, policy=POLICY, request=request)
 
 
-def refused(answer: Json) -> str:
-    assert answer.get("error") == "UserRequestRejectedByPolicy", answer
+def refused(code: str, answer: Json) -> str:
+    assert (answer["error"], answer["code"]) == ("UserRequestRejectedByPolicy", code), answer
     message: str = answer["message"]
     return message
 
@@ -54,37 +54,40 @@ def refused(answer: Json) -> str:
 @pytest.mark.parametrize("infra", ["gcp", None])
 def test_a_machine_type_with_a_gpu_built_in_is_under_the_ceiling_too(worker: SkyWorker, infra: str | None) -> None:
     alone = {"infra": infra, "instance_type": "a2-highgpu-1g"}
-    assert "3.71 would admit it" in refused(ask(worker, alone | {"max_hourly_cost": 0.5, "disk_size": 200}))
+    assert "3.71 would admit it" in refused(
+        "launch.all_refused", ask(worker, alone | {"max_hourly_cost": 0.5, "disk_size": 200})
+    )
     admitted = ask(worker, alone | {"max_hourly_cost": 3.8, "disk_size": 200})
     assert {one["usd_per_hour"] for one in admitted["reachable"]} == {3.67339}
 
 
 @pytest.mark.parametrize(
-    ("resources", "task", "says"),
+    ("resources", "task", "code", "says"),
     [
         (
             {"infra": "gcp/us-central1", "volumes": [{"path": "/x", "storage_type": "instance"}]},
             {},
+            "price.unknown",
             "resources.volumes",
         ),
-        ({"use_spot": True, "job_recovery": "failover"}, {}, "use EAGER_NEXT_REGION"),
+        ({"use_spot": True, "job_recovery": "failover"}, {}, "launch.unbounded_recovery", "use EAGER_NEXT_REGION"),
     ],
 )
 def test_what_costs_more_than_the_machine_that_is_priced(
-    worker: SkyWorker, resources: Json, task: Json, says: str
+    worker: SkyWorker, resources: Json, task: Json, code: str, says: str
 ) -> None:
-    assert says in refused(ask(worker, T4 | resources, request="JOBS_LAUNCH", **task))
+    assert says in refused(code, ask(worker, T4 | resources, request="JOBS_LAUNCH", **task))
 
 
 @pytest.mark.parametrize("name", ["MAX_RUN_USD", "MAX_HOURS"])
 @pytest.mark.parametrize("text", ["1e3", " 25 ", "1_000", ".5", "24h", ""])
 def test_a_number_that_the_machine_would_not_read_is_refused_here(worker: SkyWorker, name: str, text: str) -> None:
-    assert f"envs.{name}: expected a positive number" in refused(ask(worker, T4, envs=ENVS | {name: text}))
+    assert f"envs.{name}" in refused("launch.bad_value", ask(worker, T4, envs=ENVS | {name: text}))
 
 
 @pytest.mark.parametrize(("resources", "envs"), [({"accelerators": "t4"}, {}), ({}, {"FINETUNE_PRICES": "{}"})])
 def test_memory_is_looked_at_however_the_gpu_is_spelled(worker: SkyWorker, resources: Json, envs: Json) -> None:
-    assert "does not fit" in refused(ask(worker, T4 | resources, envs=ENVS | TOO_BIG | envs))
+    assert "does not fit" in refused("launch.all_refused", ask(worker, T4 | resources, envs=ENVS | TOO_BIG | envs))
 
 
 @pytest.mark.parametrize("override", ["model.name=bigcode/starcoder2-7b", "plan.records=null"])

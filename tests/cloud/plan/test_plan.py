@@ -24,12 +24,12 @@ from finetune.cloud.plan.plan import (
 )
 from finetune.cloud.plan.workload import run_size
 from finetune.config.schema import CheckpointSection, PlanSection
-from finetune.errors import UserError
 from finetune.estimate.speed import Speed
 from finetune.estimate.speed_fused import LeanStep, lean_speed
 from finetune.machine.gpus import GPUS
 from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES
+from tests.helpers.errors import raises
 from tests.helpers.plan_examples import (
     ALL,
     HOST_SPOT_USD,
@@ -199,7 +199,9 @@ def test_memory_is_that_of_the_type_that_the_run_computes_in() -> None:
 
 @pytest.mark.parametrize("name", ["someone/new-model", "EleutherAI/pythia-160m"])
 def test_a_model_of_unknown_shape_is_refused_with_those_that_are_known(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"^model\.name: the shape of {name} is not known.*mistralai/Mistral-7B-v0\.1"):
+    with raises(
+        "model.unknown_shape", match=rf"^model\.name: the shape of {name} is not known.*mistralai/Mistral-7B-v0\.1"
+    ):
         plan_of(run_config(model={"name": name}), priced(tmp_path, T4=(0.5, 0.1)))
 
 
@@ -370,9 +372,11 @@ def test_a_gpu_that_is_not_sold_as_spot_is_refused_in_its_row(tmp_path: Path) ->
 
 def test_a_gpu_that_the_catalog_or_we_do_not_know_on_google_cloud_is_an_error(tmp_path: Path) -> None:
     catalog = priced(tmp_path, T4=(0.4, 0.1))
-    with pytest.raises(UserError, match=r"^plan\.gpus: .*V100.*Google Cloud.*T4"):
+    with raises("cloud.gpu_not_offered", match=r"^plan\.gpus: .*V100.*Google Cloud.*T4"):
         plan_of(run_config(plan={"gpus": ["T4", "V100"]}), catalog)
-    with pytest.raises(UserError, match=r"^plan\.gpus: H100 is not planned for on Google Cloud; choose among T4, V100"):
+    with raises(
+        "cloud.gpu_not_offered", match=r"^plan\.gpus: H100 is not planned for on Google Cloud; choose among T4, V100"
+    ):
         plan_of(run_config(plan={"gpus": ["H100"]}), catalog)
 
 

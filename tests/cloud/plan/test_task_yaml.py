@@ -16,9 +16,9 @@ import yaml
 
 from finetune.cloud.plan.plan import Plan
 from finetune.cloud.plan.task_yaml import write_order
-from finetune.errors import UserError
 from finetune.machine.price import Ceilings
 from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
+from tests.helpers.errors import raises
 from tests.helpers.plan_examples import plan_of, priced, run_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -159,7 +159,7 @@ def test_a_file_without_one_replaceable_list_is_refused_and_stays(
     task = tmp_path / "task.yaml"
     task.write_text(text)
     before = task.stat()
-    with pytest.raises(UserError, match=f"^{re.escape(str(task))}: .*{message}") as caught:
+    with raises("plan.unwritable_task", match=f"^{re.escape(str(task))}: .*{message}") as caught:
         write_order(plan, task, COMMAND)
     assert "\n" not in str(caught.value)
     assert task.read_text() == text and task.stat().st_ino == before.st_ino
@@ -172,14 +172,14 @@ def test_a_file_that_is_absent_a_folder_or_no_text_is_refused(
     make: Callable[[Path], Any], plan: Plan, tmp_path: Path
 ) -> None:
     make(tmp_path / "task.yaml")
-    with pytest.raises(UserError, match=r"task\.yaml: not a task YAML that can be read \("):
+    with raises("plan.unwritable_task", match=r"task\.yaml: not a task YAML that can be read \("):
         write_order(plan, tmp_path / "task.yaml", COMMAND)
 
 
 def test_a_plan_that_refuses_every_machine_writes_nothing(plan: Plan, tmp_path: Path) -> None:
     nothing = plan_of(run_config(plan={"gpus": ["T4"]}), plan.catalog, Ceilings(run_usd=0.001))
-    with pytest.raises(
-        UserError, match=r"task\.yaml: not written, because the plan refuses every machine: see the table"
+    with raises(
+        "plan.all_refused", match=r"task\.yaml: not written, because the plan refuses every machine: see the table"
     ):
         written(nothing, tmp_path, HEAD + LISTS["any_of"])
     assert (tmp_path / "task.yaml").read_text() == HEAD + LISTS["any_of"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from finetune.config.schema import ModelSection, QuantizationSection
-from finetune.errors import UserError
 from finetune.evaluation.generators.hf import generate_answers
 from finetune.models.device import Device
 from finetune.models.load import load_base, load_tokenizer
+from tests.helpers.errors import raises
 
 PROMPTS = [
     "How many items?",
@@ -228,5 +228,5 @@ def test_too_little_gpu_memory_names_the_key_to_lower(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
 
     monkeypatch.setattr(model, "generate", full)
-    with pytest.raises(UserError, match=r"3 at once; lower evaluation\.batch_size$"):
+    with raises("gpu.out_of_memory", match=r"3 at once; lower evaluation\.batch_size$"):
         ask(model, tokenizer, PROMPTS)

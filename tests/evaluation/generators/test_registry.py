@@ -10,12 +10,12 @@ import pytest
 from finetune.config.load import load_config
 from finetune.data.prepared import load_prepared
 from finetune.data.prompts import PromptTemplate
-from finetune.errors import UserError
 from finetune.evaluation.generators import hf
 from finetune.evaluation.generators.registry import GENERATORS
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from tests.helpers.data_examples import read_jsonl
 from tests.helpers.dict_generator import DictGenerator
+from tests.helpers.errors import raises
 from tests.helpers.run_examples import copy_run
 
 ConfigWriter = Callable[..., Path]
@@ -69,5 +69,5 @@ def test_its_base_score_is_kept_apart_from_other_generators_and_versions(
 
 
 def test_a_name_that_is_not_registered_is_an_error_that_lists_the_known_ones(tiny_config: ConfigWriter) -> None:
-    with pytest.raises(UserError, match=r"no answer generator is called 'vllm'; known: hf"):
+    with raises("evaluation.unknown_generator", match=r"no answer generator is called 'vllm'; known: hf"):
         evaluate_base(load_config(tiny_config()), generator="vllm", progress=False)

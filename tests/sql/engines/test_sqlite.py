@@ -9,14 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.sql.engines.base import QueryResult
-from finetune.sql.engines.sqlite import SqlSandbox
+from finetune.sql.engines.sqlite import SqliteEngine, SqlSandbox
+from tests.helpers.errors import raises
 
 ENDLESS = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT count(*) FROM t"
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's limits are set and read on Linux only")
@@ -345,7 +346,7 @@ def test_a_query_costs_no_python_start(sandbox: SqlSandbox, database: Path) -> N
 
 
 def test_too_little_memory_to_start_is_the_users_mistake(database: Path) -> None:
-    with SqlSandbox(memory_bytes=1 << 20) as sandbox, pytest.raises(UserError, match="1 MiB"):
+    with SqlSandbox(memory_bytes=1 << 20) as sandbox, raises("sql.worker_failed", match="1 MiB"):
         sandbox.run(database, "SELECT 1", 5)
 
 
@@ -359,9 +360,26 @@ def test_a_bad_file_is_the_users_mistake_and_named(sandbox: SqlSandbox, tmp_path
     damaged[100:] = b"\xff" * (len(damaged) - 100)
     (tmp_path / "damaged.sqlite").write_bytes(damaged)
     (tmp_path / "folder.sqlite").mkdir()
-    for name in ("missing.sqlite", "empty.sqlite", "notes.sqlite", "damaged.sqlite", "folder.sqlite"):
-        with pytest.raises(UserError, match=name):
-            sandbox.run(tmp_path / name, "SELECT * FROM film", 5)
+    for name, code, said in [
+        ("missing", "sql.database_missing", "no such database file"),
+        ("folder", "sql.database_missing", "a SQLite file was expected, this is a folder"),
+        ("empty", "sql.database_corrupt", "not a SQLite file; it is empty"),
+        ("notes", "sql.database_corrupt", "not a SQLite file"),
+        ("damaged", "sql.database_corrupt", "damaged, or not a SQLite file"),
+    ]:
+        with raises(code, match=rf"{name}\.sqlite: {said}"):
+            sandbox.run(tmp_path / f"{name}.sqlite", "SELECT * FROM film", 5)
+
+
+def test_a_file_that_lacks_what_is_in_its_log_may_not_be_copied(tmp_path: Path) -> None:
+    path = tmp_path / "live.sqlite"
+    with closing(sqlite3.connect(path)) as writer:
+        writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute("CREATE TABLE t (a)")
+        writer.commit()
+        with raises("sql.database_in_use", match=r"live\.sqlite: has changes that only stand in live\.sqlite-wal"):
+            SqliteEngine().check(path)
+    SqliteEngine().check(path)
 
 
 def test_rows_still_in_a_write_ahead_log_are_seen(sandbox: SqlSandbox, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.errors import reported
 from tests.helpers.train_helpers import record_of
 
 torch = pytest.importorskip("torch")
@@ -91,7 +92,8 @@ def test_the_lean_way_takes_any_loss_in_blocks(monkeypatch: pytest.MonkeyPatch) 
 def test_an_objective_that_is_not_registered_is_the_users_error(
     tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", str(tiny_config(training={"objective": "stf"}))]) == 2
+    with reported("training.unknown_objective"):
+        assert main(["train", str(tiny_config(training={"objective": "stf"}))]) == 2
     assert "training.objective: 'stf' is none of sft" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 

@@ -13,11 +13,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection  # noqa: E402
-from finetune.errors import UserError  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.machine.hardware import GIB  # noqa: E402
 from finetune.models.device import Device  # noqa: E402
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch  # noqa: E402
+from tests.helpers.errors import raises  # noqa: E402
 from tests.helpers.lean_examples import LAYERS, lora_model  # noqa: E402
 
 ON_CPU = Device(torch.device("cpu"), torch.float32)
@@ -108,7 +108,7 @@ def test_a_model_that_cannot_goes_stock_and_says_why_unless_lean_is_asked_for(
     other = lora_model(**changes)
     for device in (gpu(80), ON_CPU):
         assert (plan(other, device).path, plan(other, device).why) == ("stock", reason)
-    with pytest.raises(UserError, match=r"training\.kernels: lean does not go with this model") as caught:
+    with raises("model.unsupported_kernels", match=r"training\.kernels: lean does not go with this model") as caught:
         plan(other, kernels="lean")
     assert reason in str(caught.value)
     assert str(caught.value).endswith("use auto")
@@ -155,14 +155,14 @@ def test_what_other_programs_use_is_not_ours(large_model: Any, gpu: Any, monkeyp
 
 
 def test_a_gpu_too_small_for_the_longest_text_is_refused(large_model: Any, gpu: Any) -> None:
-    with pytest.raises(UserError, match=r"GPU memory: 900 tokens.*\(estimated\).*5\.0; lower model\.max_seq_length"):
+    with raises("gpu.too_small", match=r"900 tokens.*\(estimated\).*5\.0; lower model\.max_seq_length"):
         plan(large_model, gpu(5, reserved=3), lengths=[900, 40])
 
 
 def test_checkpointing_is_obeyed(large_model: Any, gpu: Any) -> None:
     assert plan(large_model, gpu(80), gradient_checkpointing=True).limits.kept_layers == 0
     assert plan(large_model, gpu(80), gradient_checkpointing=False).limits.kept_layers == 32
-    with pytest.raises(UserError, match="gradient_checkpointing=auto"):
+    with raises("gpu.too_small"):
         plan(large_model, gpu(6.5), gradient_checkpointing=False, lengths=[1000] * 20)
     for wanted in (True, False, "auto"):
         stock = plan(large_model, gpu(80), kernels="stock", gradient_checkpointing=wanted)
@@ -200,7 +200,7 @@ def test_rows_of_the_config_size_the_micro_batch(large_model: Any, gpu: Any) -> 
     assert plan(large_model, gpu(80), per_device_train_batch_size=4).limits.tokens == 4 * max(LENGTHS)
     stock = plan(large_model, gpu(80), per_device_train_batch_size=4, kernels="stock")
     assert stock.limits.tokens == 4 * max(LENGTHS)
-    with pytest.raises(UserError, match="per_device_train_batch_size"):
+    with raises("gpu.too_small", match="per_device_train_batch_size"):
         plan(large_model, gpu(8), per_device_train_batch_size=64, lengths=[1000] * 64)
 
 

@@ -10,12 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from finetune.errors import UserError  # noqa: E402
 from finetune.estimate.fit import Limits  # noqa: E402
 from finetune.example import Example  # noqa: E402
 from finetune.models.fused.model import LeanModel  # noqa: E402
 from finetune.training.step.optimizer import FlatAdapters  # noqa: E402
 from finetune.training.step.runner import BAD_STEPS, LeanPath, LossWatch, Step, Stepper, collate  # noqa: E402
+from tests.helpers.errors import raises  # noqa: E402
 from tests.helpers.lean_examples import LAYERS, adapters, labelled, lora_model, stock_gradients, texts, worst_error  # noqa: E402
 
 LENGTHS = (30, 7, 12, 3, 25, 18, 9, 16)
@@ -270,7 +270,7 @@ def test_with_one_text_alone_all_layers_are_computed_again() -> None:
 @pytest.mark.parametrize("rows", [None, 1, 4])
 def test_when_nothing_is_left_to_give_the_run_ends(rows: int | None) -> None:
     bench = Bench(Limits(TOKENS, LAYERS), rows=rows, room=29)
-    with pytest.raises(UserError, match=r"single text of 30 tokens.*model\.max_seq_length") as caught:
+    with raises("gpu.out_of_memory", match=r"single text of 30 tokens.*model\.max_seq_length") as caught:
         bench.stepper.run(step_of(examples()))
     assert "\n" not in str(caught.value)
     assert bench.stepper.out_of_memory == len(bench.said) + 1
@@ -298,7 +298,7 @@ def test_a_rehearsal_leaves_random_state_gradients_and_watch_as_they_were() -> N
     assert not bench.flat.gradient.any()
     assert bench.stepper.out_of_memory == len(bench.said) >= 1
     bench.stepper.watch.check()
-    with pytest.raises(UserError, match="single text"):
+    with raises("gpu.out_of_memory"):
         Bench(room=10).stepper.rehearse(examples())
 
 
@@ -310,7 +310,7 @@ def test_a_loss_that_is_no_number_ends_the_run_one_step_later() -> None:
     with torch.no_grad():
         bench.flat.parameter[3] = float("nan")
     assert torch.isnan(bench.stepper.run(step_of(examples())))
-    with pytest.raises(UserError, match=r"not finite; resume from the last checkpoint.*learning_rate"):
+    with raises("training.not_finite", match=r"not finite; resume from the last checkpoint.*learning_rate"):
         bench.stepper.run(step_of(examples()))
     assert bench.stepper.watch.bad_steps == 1
 
@@ -322,7 +322,7 @@ def test_where_the_scaler_skips_such_steps_ten_in_a_row_end_the_run() -> None:
         watch.check()
     assert watch.bad_steps == 2 * (BAD_STEPS - 1)
     watch.put(torch.tensor(float("nan")))
-    with pytest.raises(UserError, match=r"10 steps in a row.*float16"):
+    with raises("training.not_finite", match=r"10 steps in a row.*float16"):
         watch.check()
 
 
@@ -343,7 +343,7 @@ def test_a_gradient_that_is_none_ends_the_run_where_no_scaler_skips_it() -> None
     watch.check()
     watch.put(torch.tensor(1.0))
     watch.put_norm(torch.tensor(float("inf")))
-    with pytest.raises(UserError, match="the gradient is not finite"):
+    with raises("training.not_finite", match="the gradient is not finite"):
         watch.check()
 
 
@@ -377,6 +377,6 @@ def test_an_infinite_gradient_counts_unless_a_scaler_is_looking_for_its_scale() 
             if skips:
                 watch.check()
             else:
-                with pytest.raises(UserError, match="the gradient is not finite"):
+                with raises("training.not_finite"):
                     watch.check()
         assert bool(watch.bad_steps) is not skips

@@ -1,0 +1,130 @@
+"""Codes of UserError: every place that makes one names it, and every code is asserted by a test of the mistake."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import pickle
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from finetune.cli.main import main
+from finetune.config.schema import RunConfig
+from finetune.errors import NotEstimated, UserError, all_in_one
+from finetune.estimate.fit import Limits, TooSmall
+from tests.helpers.errors import raises, reported
+
+ROOT = Path(__file__).resolve().parents[1]
+MAKERS = ("UserError", "NotEstimated", "TooSmall", "all_in_one")
+CODE = re.compile(r"[a-z]+(_[a-z]+)*\.[a-z]+(_[a-z]+)*")
+PASSED_ON = ("error.code", "self._fault.code", "known['user_code']")
+"""Of an error that is told again with more in front of it."""
+NOT_ASSERTED: dict[str, str] = {}
+"""Codes that no test asserts -> why not."""
+
+
+def trees(*folders: str) -> dict[str, ast.Module]:
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(paths) > 100
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def calls() -> dict[str, ast.expr | None]:
+    """Where a UserError is made -> what its code is said to be."""
+    return {
+        f"{path}:{node.lineno}": next((keyword.value for keyword in node.keywords if keyword.arg == "code"), None)
+        for path, tree in trees("finetune", "chaos", "benchmarks").items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in MAKERS
+        if path != "finetune/errors.py"
+    }
+
+
+def codes() -> set[str]:
+    return {str(code.value) for code in calls().values() if isinstance(code, ast.Constant)}
+
+
+def test_every_error_names_its_code() -> None:
+    wrong = {
+        place: code and ast.unparse(code)
+        for place, code in calls().items()
+        if not (isinstance(code, ast.Constant) and CODE.fullmatch(str(code.value)))
+        and (code is None or ast.unparse(code) not in PASSED_ON)
+    }
+    assert wrong == {}
+    assert len(calls()) > 200
+
+
+def test_every_kind_of_user_error_is_looked_for() -> None:
+    derived = {
+        node.name
+        for tree in trees("finetune", "chaos", "benchmarks").values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and {ast.unparse(base) for base in node.bases} & {*MAKERS}
+    }
+    assert {"UserError", *derived, "all_in_one"} == {*MAKERS}
+
+
+def test_every_code_is_asserted_by_a_test() -> None:
+    asserted = {
+        node.value
+        for path, tree in trees("tests").items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and path != "tests/test_errors.py"
+    }
+    assert codes() - asserted == NOT_ASSERTED.keys()
+
+
+def test_no_code_could_be_taken_for_a_key_of_the_config() -> None:
+    sections = get_type_hints(RunConfig)
+    assert not codes() & {f"{name}.{key.name}" for name, section in sections.items() for key in fields(section)}
+
+
+# the class
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("its line", code="some.mistake"),
+        NotEstimated("its line", code="some.mistake"),
+        TooSmall("its line", Limits(1, 2, 3), code="some.mistake"),
+    ],
+)
+def test_an_error_is_the_same_in_another_process(error: UserError) -> None:
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(again) is type(error)
+        assert (str(again), vars(again)) == ("its line", vars(error))
+    assert str(error) == "its line" and error.code == "some.mistake"
+
+
+def test_errors_told_together_keep_the_code_of_their_kind() -> None:
+    first, second, other = (UserError(text, code=f"some.{kind}") for text, kind in [("1", "a"), ("2", "a"), ("3", "b")])
+    alike, mixed = all_in_one([first, second], "here", code="some.c"), all_in_one([first, other], "here", code="some.c")
+    assert (str(alike), alike.code) == ("here: 1; 2", "some.a")
+    assert (str(mixed), mixed.code) == ("here: 1; 3", "some.c")
+
+
+# how tests look at it
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("x", code="other.code"), UserError("x\ny", code="some.code"), OSError("x")]
+)
+def test_an_error_of_another_code_or_of_several_lines_is_noticed(error: Exception) -> None:
+    with pytest.raises((AssertionError, OSError)), raises("some.code"):
+        raise error
+
+
+def test_what_main_reports_has_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with reported("config.not_found"):
+        assert main(["config", str(tmp_path / "absent.yaml")]) == 2
+    with pytest.raises(AssertionError), reported("config.unknown_key"):
+        main(["config", str(tmp_path / "absent.yaml")])
+    with pytest.raises(AssertionError), reported("config.not_found"):
+        pass
+    assert capsys.readouterr().err.count("no such config file") == 2
