@@ -1,4 +1,4 @@
-"""Real training steps of the stock layers (training.kernels=stock) on a GPU: memory against
+"""Real training steps of the Hugging Face layers (training.kernels=hf) on a GPU: memory against
 finetune/estimate/memory_hf.py, and speed.
 
     python -m benchmarks.step_memory /tmp/mistral --dtype bfloat16
@@ -123,7 +123,7 @@ def train(
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=checkpointing,
-        kernels="stock",
+        kernels="hf",
     )
     config = RunConfig(model=ModelSection(name=str(model.config._name_or_path)), training=section)
     plan = plan_step(config, model, device, lengths)

@@ -60,7 +60,7 @@ VARIANTS = {
     "ours_gc": Variant("ours", {"training.gradient_checkpointing": True}),
     "ours_10gib": Variant("ours", {"training.max_memory_gib": 10.0}),
     "ours_fp16": Variant("ours", {"model.torch_dtype": "float16"}),
-    "ours_stock": Variant("ours", {"training.kernels": "stock"}),
+    "ours_hf": Variant("ours", {"training.kernels": "hf"}),
     "unsloth": Variant("unsloth", FAST_UNSLOTH),
     "unsloth_d05": Variant("unsloth", FAST_UNSLOTH | {"lora_dropout": 0.05}),
     "unsloth_gc": Variant("unsloth", FAST_UNSLOTH | {"checkpointing": "unsloth"}),

@@ -17,7 +17,7 @@ from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import BeforeFirstStep, Throughput
-from finetune.training.run import rehearse
+from finetune.training.run import memory_dry_run
 from finetune.training.step.plan import plan_step
 from finetune.training.trainer import AnswerTrainer, Hooks
 
@@ -39,7 +39,7 @@ def our_trainer(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple
     trainer = AnswerTrainer(
         arguments, model, tokenizer, examples, None, InOrder(len(texts.ids)), device, plan, Hooks(Throughput())
     )
-    trainer.add_callback(BeforeFirstStep(lambda: rehearse(trainer, plan, examples)))
+    trainer.add_callback(BeforeFirstStep(lambda: memory_dry_run(trainer, plan, examples)))
     return trainer, str(plan)
 
 

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chaos.attempt import Machine
+from chaos.environment import KINDS, Kind, make_environment
 from chaos.full_disk import on_a_full_disk, small_disk
 from chaos.outcome import Outcome, figures, table, verdict, violations
 from chaos.plan import Plan
-from chaos.rented import on_a_rented_machine
-from chaos.soak import Bench, Run, killed_over_and_over, uninterrupted
-from chaos.world import KINDS, Kind, make_world
+from chaos.provisioned import on_a_provisioned_machine
+from chaos.soak import Harness, Run, killed_over_and_over, uninterrupted
 from finetune.runtime.console import print_anything
 
 
@@ -52,28 +52,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def unleash(folder: Path, kills: int, seed: int, kinds: Sequence[Kind], extras: bool) -> Outcome:
     began = time.monotonic()
-    world = make_world(folder / "world")
-    bench = Bench(world, Machine(folder / "machine"), folder / "runs", _say)
-    whole = {kind.name: uninterrupted(bench, kind) for kind in kinds}
+    environment = make_environment(folder / "environment")
+    harness = Harness(environment, Machine(folder / "machine"), folder / "runs", _say)
+    whole = {kind.name: uninterrupted(harness, kind) for kind in kinds}
     plan = Plan(kills, seed, len(kinds))
     killed: list[Run] = []
     most = 2 * len(kinds) + kills  # an attempt may end before its kill comes, and with it the run
     while plan.left and len(killed) < most and not any(run.fault for run in [*whole.values(), *killed]):
         kind = kinds[len(killed) % len(kinds)]
-        killed.append(killed_over_and_over(bench, kind, f"{kind.name}-{len(killed) + 1:02d}", plan))
+        killed.append(killed_over_and_over(harness, kind, f"{kind.name}-{len(killed) + 1:02d}", plan))
     extras = extras and not plan.left
-    filled = _full_disk(bench, kinds[0], folder / "small-disk") if extras else None
-    name = f"{kinds[0].name}-rented"
-    rented = on_a_rented_machine(bench, kinds[0], folder / "rented", name) if extras else None
-    return Outcome(whole, killed, filled, rented, kills, plan.not_reached(), time.monotonic() - began)
+    filled = _full_disk(harness, kinds[0], folder / "small-disk") if extras else None
+    name = f"{kinds[0].name}-provisioned"
+    provisioned = on_a_provisioned_machine(harness, kinds[0], folder / "provisioned", name) if extras else None
+    return Outcome(whole, killed, filled, provisioned, kills, plan.not_reached(), time.monotonic() - began)
 
 
-def _full_disk(bench: Bench, kind: Kind, folder: Path) -> Run | None:
+def _full_disk(harness: Harness, kind: Kind, folder: Path) -> Run | None:
     with small_disk(folder) as disk:
         if disk is None:
             _say("a full disk: left out, because only root may mount a small one")
             return None
-        return on_a_full_disk(bench, kind, disk, f"{kind.name}-full-disk")
+        return on_a_full_disk(harness, kind, disk, f"{kind.name}-full-disk")
 
 
 def _say(line: str) -> None:

@@ -17,7 +17,7 @@ from finetune.errors import UserError
 from finetune.run_record import read_record
 from finetune.runtime.fault_injection import PLACES, VARIABLE
 
-BEAT_SECONDS = 0.05
+HEARTBEAT_SECONDS = 0.05
 """Of the heartbeats in the ledger; a kill between two of them loses less than this from it."""
 POLL_SECONDS = 0.005
 PATIENCE_SECONDS = 180.0
@@ -25,7 +25,7 @@ PATIENCE_SECONDS = 180.0
 LEFT_OUT = ("FINETUNE_", "WANDB_", "SKYPILOT_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 """Environment variables that begin so do not reach an attempt."""
 
-Deed = tuple[int, Callable[[], object]]
+Action = tuple[int, Callable[[], object]]
 """Something else that happens once an attempt has completed so many steps."""
 How = Literal["place", "step", "start", "notice"]
 
@@ -94,7 +94,7 @@ class Machine:
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",  # byte for byte is a promise for CPUs
             "GCE_METADATA_HOST": "127.0.0.1:9",  # nobody listens on the discard port
-            "FINETUNE_HEARTBEAT_SECONDS": str(BEAT_SECONDS),
+            "FINETUNE_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
         }
         if self.prices:
             own["FINETUNE_PRICES"] = self.prices
@@ -153,7 +153,7 @@ def steps_done(run: Path) -> int | None:
 
 
 def attempt(
-    machine: Machine, arguments: list[str], run: Path, kill: Kill | None, log: Path, deed: Deed | None = None
+    machine: Machine, arguments: list[str], run: Path, kill: Kill | None, log: Path, action: Action | None = None
 ) -> EndedProcess:
     """Start `finetune train ARGUMENTS`, kill it as told, wait until it is gone. log: file for what it says."""
     watch = Watch(run)
@@ -171,7 +171,7 @@ def attempt(
             start_new_session=True,
         )
         try:
-            hung = _until_gone(process, watch, kill, began, deed)
+            hung = _until_gone(process, watch, kill, began, action)
         finally:
             _kill(process)
             process.wait()
@@ -184,7 +184,7 @@ def attempt(
 
 
 def _until_gone(
-    process: subprocess.Popen[bytes], watch: Watch, kill: Kill | None, began: float, deed: Deed | None
+    process: subprocess.Popen[bytes], watch: Watch, kill: Kill | None, began: float, action: Action | None
 ) -> bool:
     """Returns whether it was still there when patience ended."""
     strikes = began + kill.delay if kill and kill.how == "start" else None
@@ -194,9 +194,9 @@ def _until_gone(
         if now - began > PATIENCE_SECONDS:
             return True
         watch.look()
-        if deed and watch.done is not None and watch.done >= deed[0]:
-            deed[1]()
-            deed = None
+        if action and watch.done is not None and watch.done >= action[0]:
+            action[1]()
+            action = None
         if kill and waits and watch.done is not None and watch.done >= kill.count:
             waits, strikes = False, now + kill.delay
             if kill.how == "notice":

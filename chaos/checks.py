@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chaos.attempt import BEAT_SECONDS
+from chaos.attempt import HEARTBEAT_SECONDS
 from chaos.soak import Life, Run
 
 TOLERANCE = 0.01
@@ -19,11 +19,11 @@ class Loss:
     steps: int
     interval: int
     in_copy: int
-    damaged: bool
+    corrupt: bool
 
     @property
     def too_large(self) -> bool:
-        return not self.damaged and self.steps > self.interval + self.in_copy
+        return not self.corrupt and self.steps > self.interval + self.in_copy
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Spend:
 
     @property
     def allowance(self) -> float:
-        """What kills between two beats take from the ledger at most, as a share."""
-        return self.kills * BEAT_SECONDS / self.real if self.real else 0.0
+        """What kills between two heartbeats take from the ledger at most, as a share."""
+        return self.kills * HEARTBEAT_SECONDS / self.real if self.real else 0.0
 
 
 def losses(run: Run) -> list[Loss]:
@@ -116,9 +116,9 @@ def check_curves(run: Run, whole: Run) -> list[str]:
     return found
 
 
-def check_leftovers(run: Run) -> list[str]:
-    halves = [name for name in run.leftovers if not name.endswith(".tmp")]
-    return [f"{run.name}: left half a save behind: {', '.join(halves)}"] if halves else []
+def check_orphans(run: Run) -> list[str]:
+    partial_files = [name for name in run.orphans if not name.endswith(".tmp")]
+    return [f"{run.name}: left half a save behind: {', '.join(partial_files)}"] if partial_files else []
 
 
 def spend(runs: Sequence[Run]) -> Spend:
@@ -153,7 +153,7 @@ def check_spend(runs: Sequence[Run], usd_per_hour: float) -> list[str]:
     return found
 
 
-def check_rented(name: str, total: Spend) -> list[str]:
+def check_provisioned(name: str, total: Spend) -> list[str]:
     """Idle time and attempts that died early are in the ledger, once."""
     if abs(total.error) <= TOLERANCE:
         return []

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from chaos.attempt import Kill
-from chaos.soak import Bench, Run, last_line
-from chaos.world import Kind
+from chaos.environment import Kind
+from chaos.soak import Harness, Run, last_line
 from finetune.errors import EXIT_OK, EXIT_USER_ERROR
 
 SIZE = "16m"
@@ -49,31 +49,31 @@ def free(disk: Path) -> None:
     (disk / "filler").unlink()
 
 
-def on_a_full_disk(bench: Bench, kind: Kind, disk: Path, name: str) -> Run:
+def on_a_full_disk(harness: Harness, kind: Kind, disk: Path, name: str) -> Run:
     """Fills the disk in the middle of the first attempt, resumes while it is full, and while there is room for a record but not
     for a checkpoint; then frees it, kills the run once more, and lets it end."""
-    bench = replace(bench, runs=disk)
-    run = Run(name, kind, bench.folder(name))
+    harness = replace(harness, runs=disk)
+    run = Run(name, kind, harness.folder(name))
     begun = 2 * kind.interval + 1
     complaints = [
-        bench.one_attempt(run, None, deed=(begun, lambda: fill(disk)), full_disk=True),
-        bench.one_attempt(run, None, full_disk=True),
+        harness.one_attempt(run, None, action=(begun, lambda: fill(disk)), full_disk=True),
+        harness.one_attempt(run, None, full_disk=True),
     ]
     free(disk)
     fill(disk, leave=16 * BLOCK)
-    complaints.append(bench.one_attempt(run, None, full_disk=True))
+    complaints.append(harness.one_attempt(run, None, full_disk=True))
     free(disk)
     faults = [
         f"on a full disk attempt {number} ended with exit code {made.code} and said: {last_line(made.output)}"
         for number, made in enumerate(complaints, 1)
         if made.code != EXIT_USER_ERROR or "no space" not in last_line(made.output).lower()
     ]
-    bench.one_attempt(run, Kill("step", count=begun + kind.interval, delay=0.02))
-    made = bench.one_attempt(run, None)
+    harness.one_attempt(run, Kill("step", count=begun + kind.interval, delay=0.02))
+    made = harness.one_attempt(run, None)
     if made.code != EXIT_OK:
         faults.append(f"with room again: exit code {made.code}: {last_line(made.output)}")
     run.fault = "; ".join(faults) or None
-    return bench.close(run)
+    return harness.close(run)
 
 
 def _call(*command: str) -> int:

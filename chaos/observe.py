@@ -1,4 +1,5 @@
-"""What lies in a run's folder: checkpoints, snapshots and adapter read without the code that is on trial; loss curves, ledger."""
+"""What lies in a run's folder. Checkpoints, staged saves and adapter are read without the code that is on trial; loss curves and
+ledger with it."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def newest_whole(run: Path) -> int:
 
 
 def in_flight(run: Path, temporary: Path) -> list[int]:
-    """Steps whose save had begun and was not committed: snapshots on the local disk, and halves in the store."""
+    """Steps whose save had begun and was not committed: staged saves on the local disk, and partial files in the store."""
     committed = newest_whole(run)
     names = [path.name for path in temporary.glob("*/checkpoint-*")] + [path.name for path in checkpoints(run).values()]
     steps = {int(found[1]) for name in names if (found := re.match(r"(?:checkpoint|step)-(\d+)", name))}
@@ -49,11 +50,13 @@ def newest_local(temporary: Path) -> int:
     return max((label["step"] for label in labels), default=0)
 
 
-def leftovers(run: Path) -> list[str]:
-    """What a finished run must not hold: halves of saves, and temporary files of writes that were cut off."""
-    halves = [path for path in checkpoints(run).values() if not (path / "manifest.json").is_file()]
+def orphans(run: Path) -> list[str]:
+    """What a finished run must not hold: partial files of saves, and temporary files of writes that were cut off."""
+    partial_files = [path for path in checkpoints(run).values() if not (path / "manifest.json").is_file()]
     temporary = [path for path in run.rglob(".*") if path.name.endswith(".tmp")]
-    return sorted(str(path.relative_to(run)) for path in [*halves, *temporary, *run.glob("checkpoints/checkpoint-*")])
+    return sorted(
+        str(path.relative_to(run)) for path in [*partial_files, *temporary, *run.glob("checkpoints/checkpoint-*")]
+    )
 
 
 def adapter_hash(run: Path) -> str | None:

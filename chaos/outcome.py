@@ -7,27 +7,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from chaos import checks
-from chaos.attempt import BEAT_SECONDS
+from chaos.attempt import HEARTBEAT_SECONDS
+from chaos.environment import USD_PER_HOUR
 from chaos.soak import Run
-from chaos.world import USD_PER_HOUR
 from finetune.runtime.table import aligned
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that was run. whole: the uninterrupted run of each kind, by its name; full_disk, rented: None where left out."""
+    """All that was run. whole: the uninterrupted run of each kind, by its name; full_disk, provisioned: None where left out."""
 
     whole: dict[str, Run]
     killed: list[Run]
     full_disk: Run | None
-    rented: tuple[Run, checks.Spend] | None
+    provisioned: tuple[Run, checks.Spend] | None
     wanted: int
     places_missed: list[str]
     seconds: float
 
     @property
     def all_killed(self) -> list[Run]:
-        return [*self.own_meter, *([self.rented[0]] if self.rented else [])]
+        return [*self.own_meter, *([self.provisioned[0]] if self.provisioned else [])]
 
     @property
     def own_meter(self) -> list[Run]:
@@ -44,11 +44,11 @@ def violations(outcome: Outcome) -> list[str]:
             *checks.check_weights(run, whole),
             *checks.check_losses(run),
             *checks.check_curves(run, whole),
-            *checks.check_leftovers(run),
+            *checks.check_orphans(run),
         ]
     found += checks.check_spend([*outcome.whole.values(), *outcome.own_meter], USD_PER_HOUR)
-    if outcome.rented:
-        found += checks.check_rented(outcome.rented[0].name, outcome.rented[1])
+    if outcome.provisioned:
+        found += checks.check_provisioned(outcome.provisioned[0].name, outcome.provisioned[1])
     if _kills(outcome.killed) < outcome.wanted:
         found.append(f"{_kills(outcome.killed)} kills came about, {outcome.wanted} were wanted")
     if outcome.places_missed:
@@ -74,7 +74,7 @@ def table(outcome: Outcome) -> list[str]:
 
 
 def _largest_loss(run: Run) -> str:
-    found = [loss for loss in checks.losses(run) if not loss.damaged]
+    found = [loss for loss in checks.losses(run) if not loss.corrupt]
     if not found:
         return "-"
     worst = max(found, key=lambda loss: loss.steps)
@@ -85,22 +85,26 @@ def figures(outcome: Outcome) -> list[str]:
     by_name = Counter(life.attempt.kill.name for run in outcome.all_killed for life in run.kills if life.attempt.kill)
     damaged = sum(len(life.damage) for run in outcome.killed for life in run.lives)
     total = checks.spend([*outcome.whole.values(), *outcome.own_meter])
-    rented = outcome.rented[1] if outcome.rented else None
+    provisioned = outcome.provisioned[1] if outcome.provisioned else None
     return [
         "kills: " + ", ".join(f"{count} {name}" for name, count in by_name.most_common()),
         f"damaged between attempts: {damaged} checkpoints; started over because none was left whole: {_restarts(outcome)}",
         f"spend: ledger {total.booked:.1f} s, clock {total.real:.1f} s ({total.error:+.2%}); a kill between two heartbeats of "
-        f"{BEAT_SECONDS:g} s hides up to that: {total.allowance:.2%} over {total.kills} kills",
+        f"{HEARTBEAT_SECONDS:g} s hides up to that: {total.allowance:.2%} over {total.kills} kills",
         f"not booked: {total.unbooked:.1f} s of attempts that died before their first line in the ledger, {total.leaving:.1f} s "
         "in which processes left after their last one",
         "full disk: " + ("filled, resumed on, freed" if outcome.full_disk else "left out"),
         "rented machine, idle time and early deaths included: "
-        + (f"ledger {rented.booked:.1f} s, clock {rented.real:.1f} s ({rented.error:+.2%})" if rented else "left out"),
+        + (
+            f"ledger {provisioned.booked:.1f} s, clock {provisioned.real:.1f} s ({provisioned.error:+.2%})"
+            if provisioned
+            else "left out"
+        ),
     ]
 
 
 def verdict(outcome: Outcome, found: Sequence[str]) -> str:
-    counted = [loss for run in outcome.killed for loss in checks.losses(run) if not loss.damaged]
+    counted = [loss for run in outcome.killed for loss in checks.losses(run) if not loss.corrupt]
     largest = max((loss.steps for loss in counted), default=0)
     same = sum(_same(run, outcome) for run in outcome.all_killed)
     head = "everything held" if not found else f"{len(found)} VIOLATIONS"
@@ -115,7 +119,7 @@ def _same(run: Run, outcome: Outcome) -> bool:
 
 
 def _spend(run: Run, outcome: Outcome) -> checks.Spend:
-    return outcome.rented[1] if outcome.rented and outcome.rented[0] is run else checks.spend([run])
+    return outcome.provisioned[1] if outcome.provisioned and outcome.provisioned[0] is run else checks.spend([run])
 
 
 def _kills(runs: Sequence[Run]) -> int:

@@ -6,7 +6,7 @@ import random
 
 from chaos.attempt import How, Kill
 from chaos.damage import TARGETS, Target
-from chaos.world import Kind
+from chaos.environment import Kind
 from finetune.runtime.fault_injection import PLACES
 
 KILLS_PER_RUN = 8

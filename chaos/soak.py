@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from chaos.attempt import Deed, EndedProcess, Kill, Machine, attempt
+from chaos.attempt import Action, EndedProcess, Kill, Machine, attempt
 from chaos.damage import spoil
+from chaos.environment import ChaosEnvironment, Kind
 from chaos.observe import (
     Curve,
     adapter_hash,
@@ -16,14 +17,13 @@ from chaos.observe import (
     checkpoints,
     history,
     in_flight,
-    leftovers,
     newest_local,
     newest_whole,
+    orphans,
     spent_usd,
     tensorboard,
 )
 from chaos.plan import Plan
-from chaos.world import Kind, World
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT
 
 MOST_ATTEMPTS = 60
@@ -60,7 +60,7 @@ class Run:
     adapter: str | None = None
     losses: Curve = field(default_factory=list)
     tensorboard: Curve = field(default_factory=list)
-    leftovers: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
     spent_usd: float = 0.0
 
     @property
@@ -69,10 +69,10 @@ class Run:
 
 
 @dataclass
-class Bench:
+class Harness:
     """Where runs take place. runs: the folder for them, which stands for the bucket."""
 
-    world: World
+    environment: ChaosEnvironment
     machine: Machine
     runs: Path
     say: Say
@@ -81,17 +81,17 @@ class Bench:
         return self.runs / name
 
     def one_attempt(
-        self, run: Run, kill: Kill | None, *, deed: Deed | None = None, full_disk: bool = False
+        self, run: Run, kill: Kill | None, *, action: Action | None = None, full_disk: bool = False
     ) -> EndedProcess:
         """What a managed job runs, as on_machine/train.sh decides it: a new run, or the one that has a record."""
         before = set(booked(run.folder))
         begun = (run.folder / "run.json").is_file()
         if not begun:
-            _remove_unbegun(run.folder)
-        config = self.world.config(run.kind, run.name, self.runs)
+            _remove_not_started(run.folder)
+        config = self.environment.config(run.kind, run.name, self.runs)
         arguments = ["--resume", str(run.folder)] if begun else [str(config)]
-        log = self.world.folder / "logs" / f"{run.name}-{len(run.lives) + 1:02d}.log"
-        made = attempt(self.machine, arguments, run.folder, kill, log, deed)
+        log = self.environment.folder / "logs" / f"{run.name}-{len(run.lives) + 1:02d}.log"
+        made = attempt(self.machine, arguments, run.folder, kill, log, action)
         whole = newest_whole(run.folder)
         now = booked(run.folder)
         mine = [seconds for name, seconds in now.items() if name not in before]
@@ -111,7 +111,7 @@ class Bench:
         if run.fault is None:
             run.adapter = adapter_hash(run.folder)
             run.losses, run.tensorboard = history(run.folder), tensorboard(run.folder)
-            run.leftovers = leftovers(run.folder)
+            run.orphans = orphans(run.folder)
             run.spent_usd = spent_usd(run.folder)
         return run
 
@@ -120,31 +120,31 @@ class NotOurs(Exception):
     """The run's folder holds files, but no record: on_machine/train.sh does not touch it, and the run is stuck."""
 
 
-def uninterrupted(bench: Bench, kind: Kind) -> Run:
+def uninterrupted(harness: Harness, kind: Kind) -> Run:
     """The run that all others of its kind have to equal."""
-    run = Run(f"{kind.name}-whole", kind, bench.folder(f"{kind.name}-whole"))
-    made = bench.one_attempt(run, None)
+    run = Run(f"{kind.name}-whole", kind, harness.folder(f"{kind.name}-whole"))
+    made = harness.one_attempt(run, None)
     if made.code != EXIT_OK:
         run.fault = f"exit code {made.code}: {last_line(made.output)}"
-    return bench.close(run)
+    return harness.close(run)
 
 
-def killed_over_and_over(bench: Bench, kind: Kind, name: str, plan: Plan) -> Run:
+def killed_over_and_over(harness: Harness, kind: Kind, name: str, plan: Plan) -> Run:
     """Killed as often as the plan wants it in one run, then left alone until its end."""
-    run = Run(name, kind, bench.folder(name))
+    run = Run(name, kind, harness.folder(name))
     quota = plan.quota()
     while len(run.lives) < MOST_ATTEMPTS:
         begins_at, done = newest_whole(run.folder), len(run.kills)
         first, last = not run.lives, done + 1 == quota
         kill = plan.kill(kind, begins_at, first=first, last=last) if done < quota else None
         try:
-            made = bench.one_attempt(run, kill)
+            made = harness.one_attempt(run, kill)
         except NotOurs as error:
             run.fault = str(error)
             break
         if made.killed and kill and not made.hung:
             plan.came_about(kill)
-            _misfortune(bench, run, plan)
+            _misfortune(harness, run, plan)
             continue
         if kill:
             plan.missed(kill)
@@ -155,22 +155,22 @@ def killed_over_and_over(bench: Bench, kind: Kind, name: str, plan: Plan) -> Run
         break
     else:
         run.fault = f"no end after {MOST_ATTEMPTS} attempts"
-    return bench.close(run)
+    return harness.close(run)
 
 
-def _misfortune(bench: Bench, run: Run, plan: Plan) -> None:
+def _misfortune(harness: Harness, run: Run, plan: Plan) -> None:
     """What happens to checkpoints and machine while nobody trains."""
     target = plan.damage(bool(checkpoints(run.folder)))
     damage = tuple(spoil(run.folder, target, plan.draws)) if target else ()
     if plan.new_machine():
-        bench.replace_machine()
+        harness.replace_machine()
     for line in damage:
-        bench.say(f"    {line}")
-    left = max(newest_whole(run.folder), newest_local(bench.machine.temporary))
+        harness.say(f"    {line}")
+    left = max(newest_whole(run.folder), newest_local(harness.machine.temporary))
     run.lives[-1] = replace(run.lives[-1], damage=damage, left=left)
 
 
-def _remove_unbegun(folder: Path) -> None:
+def _remove_not_started(folder: Path) -> None:
     if not folder.is_dir():
         return
     others = [path for path in folder.rglob("*") if path.name != "config.yaml" and not path.match(".*.tmp")]

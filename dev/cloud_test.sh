@@ -71,8 +71,8 @@ emulated() {
   fi
   FT_CLOUD_PACE=$("$PYTHON" -m "$PACKAGE.pace")  # before the worlds: they would slow each other down
   export FT_CLOUD_PACE
-  scratch=$("$PYTHON" -m "$PACKAGE.leftovers" begin $$)
-  trap '"$PYTHON" -m "$PACKAGE.leftovers" end $$' EXIT  # also of what Ctrl-C has kept the tests from removing
+  scratch=$("$PYTHON" -m "$PACKAGE.orphans" begin $$)
+  trap '"$PYTHON" -m "$PACKAGE.orphans" end $$' EXIT  # also of what Ctrl-C has kept the tests from removing
   junit="$scratch/junit.xml"
   export FT_CLOUD_IMAGE="${FT_CLOUD_IMAGE:-$scratch/image}"  # the processes share it
   "$PYTHON" -m pytest -vv -ra -m "$suite" --numprocesses "$WORLDS" --dist loadgroup "$HERE" "${only[@]}" \

@@ -18,7 +18,7 @@ EXIT_TRANSIENT = 75
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: where it is, what was expected, what to do.
+    """A mistake that the user can fix. The message is one line: where it is, what was expected, what to do.
 
     code: which mistake it is, as `area.what`; it stays the same when the wording changes, and is never shown. An error that
     passes another one on with its place in front keeps that one's code.

@@ -124,7 +124,7 @@ def open_run(path: Path) -> RunFolder:
     return folder
 
 
-def remove_unbegun(run: RunFolder) -> None:
+def remove_not_started(run: RunFolder) -> None:
     """Remove what is left of an attempt that was cut off between making its folder and its first record. Raises UserError where
     the folder is something else."""
     if not run.path.is_dir() or run.run_json.exists():

@@ -15,6 +15,16 @@ from finetune.errors import UserError
 from finetune.runtime.files import read_json, write_json
 from finetune.runtime.typed_json import Mismatch, decode, encode
 
+OLD_STEP_KEYS = {
+    "path": "backend",
+    "questions": "batch_size",
+    "rows": "micro_batch_size",
+    "kept_layers": "uncheckpointed_layers",
+    "cached_layers": "dequantized_layers",
+}
+OLD_BACKENDS = {"lean": "fused", "stock": "hf"}
+"""What earlier versions called the keys of `step`, and the values of its backend."""
+
 Row = Mapping[str, float | None]
 """One log of training or validation: step, epoch, and some of loss, eval_loss, learning_rate, grad_norm, tokens_per_second."""
 
@@ -66,18 +76,19 @@ class ModelRecord:
 class StepRecord:
     """How an optimizer step is computed: as planned, and where memory did not suffice as it was done since.
 
-    questions and ranks (processes, each with its GPU): of the whole step; the rest for each rank. rows: None unless the config
-    names a number; then micro_batch_tokens do not limit it. out_of_memory, bad_steps: counted in the last attempt.
+    batch_size (examples) and ranks (processes, each with its GPU): of the whole step; the rest for each rank. micro_batch_size:
+    None unless the config names a number; then micro_batch_tokens do not limit it. backend: fused or hf. out_of_memory,
+    bad_steps: counted in the last attempt.
     """
 
-    path: str | None = None
+    backend: str | None = None
     why: str | None = None
-    questions: int | None = None
+    batch_size: int | None = None
     ranks: int | None = None
     micro_batch_tokens: int | None = None
-    rows: int | None = None
-    kept_layers: int | None = None
-    cached_layers: int | None = None
+    micro_batch_size: int | None = None
+    uncheckpointed_layers: int | None = None
+    dequantized_layers: int | None = None
     checkpointing: bool | None = None
     out_of_memory: int | None = None
     bad_steps: int | None = None
@@ -218,9 +229,19 @@ def read_record(path: Path) -> RunRecord:
     """Raises UserError where the file is missing or is none, with the key that is not as it should be."""
     values = read_json(path, "finetune train CONFIG")
     try:
-        return decode(RunRecord, values)
+        return decode(RunRecord, _with_new_names(values))
     except Mismatch as mismatch:
         raise UserError(f"{path}: {mismatch}", code="run.bad_record") from mismatch
+
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    step = values.get("step")
+    if not isinstance(step, dict):
+        return values
+    renamed = {OLD_STEP_KEYS.get(key, key): value for key, value in step.items()}
+    if isinstance(backend := renamed.get("backend"), str):
+        renamed["backend"] = OLD_BACKENDS.get(backend, backend)
+    return values | {"step": renamed}
 
 
 def write_record(path: Path, record: RunRecord) -> None:

@@ -12,13 +12,13 @@ import pytest
 
 from chaos import checks
 from chaos.__main__ import main
-from chaos.attempt import BEAT_SECONDS, EndedProcess, Kill, Machine, Watch, attempt, resumed_step
+from chaos.attempt import HEARTBEAT_SECONDS, EndedProcess, Kill, Machine, Watch, attempt, resumed_step
 from chaos.damage import TARGETS, spoil
+from chaos.environment import USD_PER_HOUR, ChaosEnvironment, kind_of
 from chaos.full_disk import fill, free, small_disk
-from chaos.observe import in_flight, is_whole, leftovers, newest_local, newest_whole
+from chaos.observe import in_flight, is_whole, newest_local, newest_whole, orphans
 from chaos.plan import Plan
-from chaos.soak import Bench, Life, NotOurs, Run
-from chaos.world import USD_PER_HOUR, World, kind_of
+from chaos.soak import Harness, Life, NotOurs, Run
 from finetune.runtime.fault_injection import PLACES
 
 KIND = kind_of("float32")
@@ -101,11 +101,11 @@ def test_going_on_from_another_checkpoint_than_the_newest_whole_one_fails() -> N
 
 
 def test_what_damage_takes_is_no_loss_but_the_rest_has_to_be_used() -> None:
-    spoilt = life(0, 20, 16, damage=("step-16: deleted",), left=0)
-    assert checks.check_losses(run_of(spoilt, life(0, 80, 80, killed=False))) == []
-    spoilt = replace(spoilt, left=8)
+    corrupt = life(0, 20, 16, damage=("step-16: deleted",), left=0)
+    assert checks.check_losses(run_of(corrupt, life(0, 80, 80, killed=False))) == []
+    corrupt = replace(corrupt, left=8)
     assert (
-        "but what was left whole was step 8" in (checks.check_losses(run_of(spoilt, life(0, 80, 80, killed=False)))[0])
+        "but what was left whole was step 8" in (checks.check_losses(run_of(corrupt, life(0, 80, 80, killed=False)))[0])
     )
 
 
@@ -141,18 +141,18 @@ def test_attempts_that_the_ledger_cannot_know_are_told_apart() -> None:
         life(None, None, 0, booked=None, seconds=3.0), life(0, 20, 16, full_disk=True, booked=1.0), life(0, 8, 8)
     )
     total = checks.spend([run])
-    assert checks.check_rented("x", replace(total, booked=9.91)) == []
+    assert checks.check_provisioned("x", replace(total, booked=9.91)) == []
     assert (
         "x: the ledger has 9.80 s of 10.00 s for which the machine was paid (-2.00%)"
-        in (checks.check_rented("x", replace(total, booked=9.8))[0])
+        in (checks.check_provisioned("x", replace(total, booked=9.8))[0])
     )
     assert (total.real, total.booked, total.unbooked, total.kills) == (10.0, 9.95, 3.0, 1)
-    assert total.allowance == pytest.approx(BEAT_SECONDS / 10)
+    assert total.allowance == pytest.approx(HEARTBEAT_SECONDS / 10)
 
 
 def test_halves_of_saves_fail() -> None:
-    run = replace(GOOD, leftovers=["checkpoints/step-3", ".run.json.x.tmp"])
-    assert checks.check_leftovers(run) == ["run-01: left half a save behind: checkpoints/step-3"]
+    run = replace(GOOD, orphans=["checkpoints/step-3", ".run.json.x.tmp"])
+    assert checks.check_orphans(run) == ["run-01: left half a save behind: checkpoints/step-3"]
 
 
 # --- what it sees and does
@@ -186,7 +186,7 @@ def test_damage_is_damage(tmp_path: Path) -> None:
 def test_saves_that_had_begun_and_what_is_left_of_them(tmp_path: Path) -> None:
     run, temporary = tmp_path / "run", tmp_path / "tmp"
     save(run, 8)
-    assert in_flight(run, temporary) == [] and leftovers(run) == []
+    assert in_flight(run, temporary) == [] and orphans(run) == []
     (temporary / "finetune-x" / "checkpoint-24").mkdir(parents=True)
     (temporary / "finetune-x" / "checkpoint-8").mkdir(parents=True)
     (save(run, 16) / "manifest.json").unlink()
@@ -196,7 +196,7 @@ def test_saves_that_had_begun_and_what_is_left_of_them(tmp_path: Path) -> None:
     (temporary / "finetune-x" / "checkpoint-20.save-2" / "labels.json").write_text('{"step": 20}')
     assert in_flight(run, temporary) == [16, 20, 24]
     assert newest_local(temporary) == 20
-    assert leftovers(run) == ["checkpoints/step-16"]
+    assert orphans(run) == ["checkpoints/step-16"]
 
 
 def test_steps_are_those_of_this_attempt(tmp_path: Path) -> None:
@@ -234,11 +234,11 @@ def test_a_real_process_is_started_and_killed(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_files_but_no_record_is_not_touched(tmp_path: Path) -> None:
-    bench = Bench(World(tmp_path), Machine(tmp_path / "machine"), tmp_path / "runs", lambda line: None)
+    harness = Harness(ChaosEnvironment(tmp_path), Machine(tmp_path / "machine"), tmp_path / "runs", lambda line: None)
     run = Run("x", KIND, tmp_path / "runs" / "x")
     (run.folder / "ledger").mkdir(parents=True)
     with pytest.raises(NotOurs, match=r"holds ledger, but no run\.json"):
-        bench.one_attempt(run, None)
+        harness.one_attempt(run, None)
     assert run.folder.is_dir()
 
 

@@ -15,7 +15,7 @@ import pytest
 from finetune.cli.main import main
 from finetune.config.schema import RunConfig
 from finetune.errors import NotEstimated, UserError, all_in_one
-from finetune.estimate.fit import Limits, TooSmall
+from finetune.estimate.fit import MicroBatchConfig, TooSmall
 from tests.helpers.errors import raises, reported
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +92,7 @@ def test_no_code_could_be_taken_for_a_key_of_the_config() -> None:
     [
         UserError("its line", code="some.mistake"),
         NotEstimated("its line", code="some.mistake"),
-        TooSmall("its line", Limits(1, 2, 3), code="some.mistake"),
+        TooSmall("its line", MicroBatchConfig(1, 2, 3), code="some.mistake"),
     ],
 )
 def test_an_error_is_the_same_in_another_process(error: UserError) -> None:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "checkpoint": "errors runtime",
     "sql": "errors",
     "run_record": "errors runtime",
-    "config": "errors machine",
+    "config": "errors runtime machine",
     "models": "errors runtime machine config",
     "models.fused": "example models",
     "run_folder": "errors runtime config run_record",
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "training.objectives": "errors example data",
     "training.step": "errors example runtime machine config models.fused models estimate training.objectives",
     "training": "errors example runtime machine checkpoint config models "
-    "run_record run_folder prepared_folder data estimate budget training.objectives training.step",
+    "run_record run_folder prepared_folder data budget training.objectives training.step",
     "evaluation": "errors runtime sql config models run_folder data",
     "cloud.gcloud": "errors",
     "cloud.catalog": "errors",

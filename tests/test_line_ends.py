@@ -162,7 +162,7 @@ def test_a_windows_schema_is_the_same_schema(tmp_path: Path) -> None:
 
 
 def test_the_shipped_set_from_windows_files_is_the_same_byte_for_byte(tmp_path: Path) -> None:
-    """CSV, SQL and YAML; the hash of the prepared set hangs on them."""
+    """CSV, SQL and YAML; the hash of the prepared set depends on them."""
     built = []
     for name in ("unix", "windows"):
         folder = tmp_path / name

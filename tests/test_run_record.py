@@ -41,13 +41,22 @@ LATER = {
         {"status": "running"},
         run_record() | spending(),
         LATER,
-        {"memory": None, "ended_at": None, "status": "done", "saves": {"count": 1}, "step": {"path": "lean"}},
+        {"memory": None, "ended_at": None, "status": "done", "saves": {"count": 1}, "step": {"backend": "fused"}},
     ],
     ids=["empty", "a status", "all", "of a later version", "nulls, and sections of an earlier version"],
 )
 def test_what_was_read_is_written_as_it_was(values: dict[str, Any], tmp_path: Path) -> None:
     path = written(tmp_path, values)
     assert again(path) == json.dumps(values, indent=2) + "\n"  # the order of the keys, too
+
+
+def test_the_names_of_an_earlier_version_are_understood(tmp_path: Path) -> None:
+    old = {"path": "lean", "why": "x", "questions": 16, "rows": None, "kept_layers": 30, "cached_layers": 2}
+    step = read_record(written(tmp_path, {"step": old})).step
+    assert step and (step.backend, step.batch_size, step.micro_batch_size) == ("fused", 16, None)
+    assert (step.why, step.uncheckpointed_layers, step.dequantized_layers) == ("x", 30, 2)
+    stock = read_record(written(tmp_path, {"step": old | {"path": "stock"}})).step
+    assert stock and stock.backend == "hf"
 
 
 def test_what_is_not_there_has_a_value_all_the_same(tmp_path: Path) -> None:

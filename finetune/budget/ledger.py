@@ -1,6 +1,6 @@
 """What a run has cost: one file per attempt, and the account over all of them.
 
-An attempt's file is small and is written anew, whole, at each event, so that a bucket has nothing to append. Spent is the sum
+An attempt's file is small and is written anew, whole, at each event, so that a bucket has nothing to append. Usage is the sum
 over the attempts of (seconds on the meter when last heard of) x (price of their machine); no clock on the wall takes part in it.
 """
 
@@ -21,7 +21,7 @@ from finetune.machine.price import MachinePrice
 from finetune.runtime import fault_injection
 from finetune.runtime.files import atomic_file, disk_error
 
-KEPT_BEAT_SECONDS = 600.0
+KEPT_HEARTBEAT_SECONDS = 600.0
 """A heartbeat replaces the one before it, but for one every so many seconds: the file of a long run stays small."""
 METERED = "metered_seconds"
 """In a line: seconds on the meter of the attempt."""
@@ -182,9 +182,9 @@ class AttemptLog:
         with self._lock:
             return _attempt(self.number, self.path.name, self._lines, ())
 
-    def beat(self, seconds: float, step: int | None) -> None:
+    def heartbeat(self, seconds: float, step: int | None) -> None:
         """The attempt lives: seconds on its meter, optimizer steps done."""
-        line = {"event": "beat", "at": _now(), METERED: round(seconds, 3), "step": step}
+        line = {"event": "heartbeat", "at": _now(), METERED: round(seconds, 3), "step": step}
         with self._lock:
             if _replaceable(self._lines[-2:]):
                 self._lines.pop()
@@ -192,7 +192,7 @@ class AttemptLog:
             self._write()
 
     def note(self, event: str, **facts: Any) -> None:
-        """Something worth knowing, such as a checkpoint; a `step` among the facts counts as in a beat."""
+        """Something worth knowing, such as a checkpoint; a `step` among the facts counts as in a heartbeat."""
         with self._lock:
             self._lines.append({"event": event, "at": _now()} | {name: _plain(fact) for name, fact in facts.items()})
             self._write()
@@ -276,8 +276,8 @@ def _line(row: str) -> Line | None:
 
 
 def _replaceable(last: list[Line]) -> bool:
-    beats = [line["event"] for line in last] == ["beat", "beat"]
-    return beats and last[1][METERED] - last[0][METERED] < KEPT_BEAT_SECONDS
+    heartbeats = [line["event"] for line in last] == ["heartbeat", "heartbeat"]
+    return heartbeats and last[1][METERED] - last[0][METERED] < KEPT_HEARTBEAT_SECONDS
 
 
 def _plain(fact: Any) -> Any:

@@ -9,14 +9,14 @@ from finetune.budget.ledger import Account
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
 
-MOST_KEPT_SECONDS = 900.0
+MOST_SAVE_RESERVE_SECONDS = 900.0
 """For a start on another machine. Before one that took longer its machine stood idle, which no recovery does."""
 MAX_RUN_USD, MAX_HOURS = "budget.max_run_usd", "budget.max_hours"
 """The keys of a config that set the ceilings."""
 
 
 @dataclass(frozen=True)
-class Spent:
+class Usage:
     """By all attempts up to now, measured. usd: None without a price. seconds_left: to the nearer ceiling; None without one."""
 
     usd: float | None
@@ -58,7 +58,7 @@ class Meter:
         restart_usd_per_hour: float | None = None,
     ) -> None:
         self.earlier, self.time, self.price, self.ceilings = earlier, time, price, ceilings
-        self._kept = self._kept_free(restart_usd_per_hour)
+        self._kept = self._restart_reserve(restart_usd_per_hour)
 
     def check_start(self, save_interval_seconds: float) -> str | None:
         """Why this attempt must not begin: less is left than the work between two saves costs. None if it may."""
@@ -75,9 +75,9 @@ class Meter:
             f"{room.key} to go on"
         )
 
-    def spent(self) -> Spent:
+    def spent(self) -> Usage:
         usd, left = self._usd(), self.seconds_left()
-        return Spent(usd, self._hours(), self.ceilings, left if math.isfinite(left) else None, self._text(usd, left))
+        return Usage(usd, self._hours(), self.ceilings, left if math.isfinite(left) else None, self._text(usd, left))
 
     def projected_usd(self, done_steps: int, left_steps: int, training_seconds: float) -> float | None:
         """Estimated US dollars of the whole run: spent, and the steps that are left at the pace so far.
@@ -120,12 +120,12 @@ class Meter:
             left[MAX_HOURS] = (self.ceilings.hours - self._hours()) * 3600
         return left
 
-    def _kept_free(self, restart_usd_per_hour: float | None) -> dict[str, float]:
+    def _restart_reserve(self, restart_usd_per_hour: float | None) -> dict[str, float]:
         """Seconds of this machine for a start of the run on another, by the ceiling's key in a config."""
         if restart_usd_per_hour is None:
             return {}
         starts = [self.time.seconds(), *(attempt.seconds_before for attempt in self.earlier.attempts)]
-        seconds = min(max(starts), MOST_KEPT_SECONDS)
+        seconds = min(max(starts), MOST_SAVE_RESERVE_SECONDS)
         here = self.price.usd_per_hour if self.price else 0.0
         dearer = max(1.0, restart_usd_per_hour / here) if here else 1.0
         return {MAX_RUN_USD: seconds * dearer, MAX_HOURS: seconds}

@@ -15,7 +15,7 @@ from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.preemption import PREEMPTED, PreemptionWatch
-from finetune.machine.price import Ceilings, MachinePrice, dearest_usd_per_hour, facts, rented
+from finetune.machine.price import Ceilings, MachinePrice, dearest_usd_per_hour, facts, provisioned
 from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say
@@ -63,7 +63,7 @@ def open_budget(
     run: RunFolder, config: RunConfig, price: MachinePrice | None, stop: Stop, *, attempt: int, step: int
 ) -> RunBudget:
     """Of the attempt that begins. step: optimizer steps done before it. Raises UserError where the ledger cannot be read."""
-    if distributed.first():
+    if distributed.is_rank0():
         return FirstRankBudget(run, config, price, stop, attempt=attempt, step=step)
     return OtherRankBudget()
 
@@ -113,10 +113,10 @@ class FirstRankBudget:
         self._progress: Callable[[], tuple[int, int]] = lambda: (step, 0)
         self._wall_seconds: Callable[[], float] = lambda: 0.0
         self._hard_stop: Callable[[], None] = lambda: None
-        ledger, machine = Ledger(run.ledger), facts() if rented() else {}
+        ledger, machine = Ledger(run.ledger), facts() if provisioned() else {}
         self._meter = Meter(
             ledger.account(),
-            MachineTime(rented=rented()),
+            MachineTime(provisioned=provisioned()),
             price,
             Ceilings(run_usd=config.budget.max_run_usd, hours=config.budget.max_hours),
             restart_usd_per_hour=dearest_usd_per_hour() if machine.get("spot") else None,

@@ -22,8 +22,8 @@ from finetune.errors import UserError
 
 HEARTBEAT_VARIABLE = "FINETUNE_HEARTBEAT_SECONDS"
 HEARTBEAT_SECONDS = 30.0
-KEPT_FOR_SAVE_SECONDS = 20.0
-"""Kept free for a save before a ceiling, at least."""
+SAVE_RESERVE_SECONDS = 20.0
+"""Saved free for a save before a ceiling, at least."""
 HARD_SECONDS = 5.0
 """Before the ceiling the run is ended: time for a last line in the ledger and for run.json."""
 RETRY_SECONDS = 1.0
@@ -153,10 +153,10 @@ class Watchdog:
 
     def _save_seconds(self) -> float:
         try:
-            return max(KEPT_FOR_SAVE_SECONDS, self._time_to_save())
+            return max(SAVE_RESERVE_SECONDS, self._time_to_save())
         except Exception as error:
             self._complain("save", f"the time to save is not known: {error!r}")
-            return KEPT_FOR_SAVE_SECONDS
+            return SAVE_RESERVE_SECONDS
 
     def _write_end(self, reason: str) -> None:
         """The last line, by the writing thread; a store that does not answer is not waited for."""
@@ -184,7 +184,7 @@ class Watchdog:
             event, facts = self._notes.popleft()
             self._log.note(event, **facts)
         if reason is None:
-            self._log.beat(seconds, self._step)
+            self._log.heartbeat(seconds, self._step)
         else:
             self._log.end(seconds, reason, self._step)
             self._ended.set()

@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint.filesystem import DISK, Disk
-from finetune.checkpoint.manifest import MANIFEST, Unfit, check_files, manifest_of, manifest_text, right_sizes
+from finetune.checkpoint.manifest import (
+    MANIFEST,
+    InvalidCheckpoint,
+    check_files,
+    manifest_of,
+    manifest_text,
+    right_sizes,
+)
 from finetune.errors import UserError
 from finetune.runtime import fault_injection
 from finetune.runtime.files import disk_error
@@ -37,13 +44,13 @@ _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.EN
 class Skipped:
     """A checkpoint that was passed over, and why.
 
-    damaged: its bytes were read and are wrong. unreadable: they cannot be read now. Otherwise it was never finished, or is of
+    corrupt: its bytes were read and are wrong. unreadable: they cannot be read now. Otherwise it was never finished, or is of
     another run.
     """
 
     folder: Path
     reason: str
-    damaged: bool
+    corrupt: bool
     unreadable: bool = False
 
 
@@ -59,7 +66,7 @@ class CheckpointStore:
         self.root, self.run_id, self.keep_last, self.keep_every = root, run_id, keep_last, keep_every
         self._disk = disk
         self._seen = os.access(root, os.F_OK)
-        self._damaged: set[Path] = set()
+        self._corrupt: set[Path] = set()
 
     def put(self, source: Path, *, step: int, config_hash: str, data_hash: str, attempt: int) -> Path:
         """Make the files under `source` the checkpoint of a step: copy, read back, then write the manifest; returns its folder.
@@ -88,7 +95,7 @@ class CheckpointStore:
                 raise
             raise self._told(error, source) from error
         fault_injection.place("committed")
-        self._damaged.discard(target)
+        self._corrupt.discard(target)
         return target
 
     def latest_valid(self) -> tuple[Path | None, list[Skipped]]:
@@ -99,25 +106,25 @@ class CheckpointStore:
         skipped: list[Skipped] = []
         try:
             for folder in _entries(self.root):
-                unfit = self._unfit(folder)
-                if unfit is None:
+                invalid = self._invalid(folder)
+                if invalid is None:
                     return folder, skipped
-                unreadable = not (unfit.damaged or unfit.cut_off or unfit.foreign)
-                skipped.append(Skipped(folder, str(unfit), unfit.damaged, unreadable))
+                unreadable = not (invalid.corrupt or invalid.incomplete or invalid.wrong_run)
+                skipped.append(Skipped(folder, str(invalid), invalid.corrupt, unreadable))
         except OSError as error:
             raise self._told(error) from error
         finally:
-            self._damaged |= {item.folder for item in skipped if item.damaged}
+            self._corrupt |= {item.folder for item in skipped if item.corrupt}
         return None, skipped
 
     def prune(self) -> list[Path]:
         """Delete the checkpoints that need not be kept, each one's manifest first; returns their folders, newest first.
 
         Only checkpoints of this run count, and are deleted, that have all their files in the right sizes and that `latest_valid`
-        has not found damaged. Raises UserError when the store refuses.
+        has not found corrupt. Raises UserError when the store refuses.
         """
         try:
-            whole = [(f, m) for f, m in self._manifests().items() if f not in self._damaged and right_sizes(f, m)]
+            whole = [(f, m) for f, m in self._manifests().items() if f not in self._corrupt and right_sizes(f, m)]
             goes = [f for f, m in whole[self.keep_last :] if not self.keep_every or m["number"] % self.keep_every]
             for folder in goes:
                 self._remove(folder)
@@ -125,29 +132,31 @@ class CheckpointStore:
             raise self._told(error) from error
         return goes
 
-    def put_aside(self, skipped: Skipped) -> Path | None:
-        """Rename a damaged checkpoint to damaged-step-N, where it neither counts nor stands in the way; returns where it is now.
+    def quarantine(self, skipped: Skipped) -> Path | None:
+        """Rename a corrupt checkpoint to damaged-step-N, where it neither counts nor stands in the way; returns where it is now.
 
-        None: it stayed (not damaged), or was deleted because the store cannot rename folders, as a bucket may not.
+        None: it stayed (not corrupt), or was deleted because the store cannot rename folders, as a bucket may not.
         """
-        if not skipped.damaged:
+        if not skipped.corrupt:
             return None
-        aside = skipped.folder.with_name(f"damaged-{skipped.folder.name}")
+        quarantined = skipped.folder.with_name(f"damaged-{skipped.folder.name}")
         try:
-            self._remove(aside)
+            self._remove(quarantined)
             try:
-                self._disk.rename_folder(skipped.folder, aside)
+                self._disk.rename_folder(skipped.folder, quarantined)
             except OSError:
                 self._remove(skipped.folder)
                 return None
         except OSError as error:
             raise self._told(error) from error
-        return aside
+        return quarantined
 
     def clean(self) -> list[Path]:
         """Delete the folders that saves and deletions left when they were cut off: those without a whole manifest."""
         try:
-            left = [f for f in newest_first(self.root) if (unfit := self._unfit(f, deep=False)) and unfit.cut_off]
+            left = [
+                f for f in newest_first(self.root) if (invalid := self._invalid(f, deep=False)) and invalid.incomplete
+            ]
             for folder in left:
                 self._remove(folder)
         except OSError as error:
@@ -165,27 +174,27 @@ class CheckpointStore:
         """Whether a valid checkpoint is at `target` already; removes one that is less. UserError: it is not this run's."""
         if not os.path.lexists(target):
             return False
-        unfit = self._unfit(target)
-        if unfit is not None and unfit.foreign:
+        invalid = self._invalid(target)
+        if invalid is not None and invalid.wrong_run:
             raise UserError(
-                f"{target}: {unfit}; move it away, or choose another output folder", code="checkpoint.name_taken"
+                f"{target}: {invalid}; move it away, or choose another output folder", code="checkpoint.name_taken"
             )
-        if unfit is not None:
+        if invalid is not None:
             self._remove(target)
-        return unfit is None
+        return invalid is None
 
-    def _unfit(self, folder: Path, deep: bool = True) -> Unfit | None:
+    def _invalid(self, folder: Path, deep: bool = True) -> InvalidCheckpoint | None:
         """What keeps a folder from being a valid checkpoint of this run. deep: reads every file once, not the manifest alone."""
         try:
             manifest = manifest_of(folder)
             if manifest["run_id"] != self.run_id:
-                return Unfit(f"is of another run ({manifest['run_id']})", foreign=True)
+                return InvalidCheckpoint(f"is of another run ({manifest['run_id']})", wrong_run=True)
             if deep:
                 check_files(folder, manifest, self._disk)
-        except Unfit as unfit:
-            return unfit
+        except InvalidCheckpoint as invalid:
+            return invalid
         except OSError as error:
-            return Unfit(f"cannot be read now ({error.strerror})")
+            return InvalidCheckpoint(f"cannot be read now ({error.strerror})")
         return None
 
     def _manifests(self) -> dict[Path, dict[str, Any]]:
@@ -194,7 +203,7 @@ class CheckpointStore:
         for folder in newest_first(self.root):
             try:
                 found[folder] = manifest_of(folder)
-            except (Unfit, OSError):
+            except (InvalidCheckpoint, OSError):
                 continue
         return {folder: manifest for folder, manifest in found.items() if manifest["run_id"] == self.run_id}
 
@@ -204,7 +213,7 @@ class CheckpointStore:
         names = [name for name in names if name != MANIFEST]
         if not names:
             raise UserError(
-                f"{source}: nothing to save there; the snapshot is empty or gone", code="checkpoint.snapshot_missing"
+                f"{source}: nothing to save there; the staged save is empty or gone", code="checkpoint.snapshot_missing"
             )
         folders = sorted({parent for name in names for parent in (target / name).parents if target in parent.parents})
         for folder in [target, *folders]:
@@ -246,7 +255,7 @@ class CheckpointStore:
     def _told(self, error: OSError, source: Path | None = None) -> UserError:
         if source is not None and str(error.filename or "").startswith(str(source)):
             return UserError(
-                f"{source}: the snapshot cannot be read ({error.strerror})", code="checkpoint.snapshot_unreadable"
+                f"{source}: the staged save cannot be read ({error.strerror})", code="checkpoint.snapshot_unreadable"
             )
         if error.errno in _VANISHED:
             return UserError(
@@ -272,8 +281,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         return manifest_of(folder)
-    except Unfit as unfit:
-        raise UserError(f"{folder}: {unfit}", code="checkpoint.corrupt") from unfit
+    except InvalidCheckpoint as invalid:
+        raise UserError(f"{folder}: {invalid}", code="checkpoint.corrupt") from invalid
     except OSError as error:
         raise disk_error(error, folder / MANIFEST) from error
 
@@ -282,8 +291,8 @@ def fault(folder: Path) -> str | None:
     """What keeps a folder from being a checkpoint of some run, None if it is one. Reads every file once."""
     try:
         check_files(folder, manifest_of(folder), DISK)
-    except Unfit as unfit:
-        return str(unfit)
+    except InvalidCheckpoint as invalid:
+        return str(invalid)
     except OSError as error:
         return f"cannot be read now ({error.strerror})"
     return None

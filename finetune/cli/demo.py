@@ -32,12 +32,12 @@ def add(commands: Any) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     config = loaded(arguments)
-    from finetune.runtime.console import outliving_readers
+    from finetune.runtime.console import broken_pipe_safe
 
     with large_imports():
         from finetune.demo.run import run_demo
 
-    with outliving_readers():
+    with broken_pipe_safe():
         code = run_demo(config, arguments.config, deadline)
     if code == EXIT_OK:
         tell_result(Path(config.training.output_dir) / str(config.training.run_name))

@@ -48,12 +48,12 @@ def _dev(settings: JobSettings) -> int:
 def _run(work: Callable[[JobSettings], int]) -> int:
     from finetune.job.programs import ProgramFailed, say
     from finetune.job.settings import read_settings
-    from finetune.runtime.console import outliving_readers
+    from finetune.runtime.console import broken_pipe_safe
 
     signal.signal(signal.SIGTERM, _end)
     settings = read_settings(os.environ)
     settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with outliving_readers():  # so that the exit code is that of the work
+    with broken_pipe_safe():  # so that the exit code is that of the work
         try:
             return work(settings)
         except ProgramFailed as failed:

@@ -39,9 +39,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
     let_segments_grow()
     from finetune.runtime import distributed
-    from finetune.runtime.console import outliving_readers
+    from finetune.runtime.console import broken_pipe_safe
 
-    with outliving_readers(), distributed.together():  # so that a fault of all processes is told once
+    with broken_pipe_safe(), distributed.process_group():  # so that a fault of all processes is told once
         return _train_here(arguments)
 
 

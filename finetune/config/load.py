@@ -27,9 +27,13 @@ from finetune.config.schema import (
 )
 from finetune.config.validate import impossible_values
 from finetune.errors import UserError, all_in_one
+from finetune.runtime.console import say
 
 EFFECTIVE_BATCH = 16
-"""Questions per optimizer step where the config does not say: the guide's 4 x 4."""
+"""Examples per optimizer step where the config does not say: the guide's 4 x 4."""
+RENAMED_VALUES = {"training.kernels": {"lean": "fused", "stock": "hf"}}
+"""Values that had another name once, and still have in the configs of older runs."""
+_told: set[tuple[str, str]] = set()
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -91,15 +95,15 @@ def _tree(text: str) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
 
 
-def questions_per_step(training: TrainingSection, gpus: int = 1) -> int:
-    """Questions in one optimizer step over all GPUs: the effective batch, which decides what is learned.
+def examples_per_step(training: TrainingSection, gpus: int = 1) -> int:
+    """Examples in one optimizer step over all GPUs: the effective batch, which decides what is learned.
 
     Raises UserError where the keys contradict each other.
     """
-    rows, wanted = training.per_device_train_batch_size, training.effective_batch_size
-    if rows == "auto" or (training.gradient_accumulation_steps is None and wanted is not None):
+    micro_batch_size, wanted = training.per_device_train_batch_size, training.effective_batch_size
+    if micro_batch_size == "auto" or (training.gradient_accumulation_steps is None and wanted is not None):
         return wanted or EFFECTIVE_BATCH
-    product = rows * (training.gradient_accumulation_steps or 1) * gpus
+    product = micro_batch_size * (training.gradient_accumulation_steps or 1) * gpus
     if wanted not in (None, product):
         raise UserError(
             f"training.effective_batch_size: {wanted} is not {product}, the product of per_device_train_batch_size, "
@@ -122,7 +126,7 @@ def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
 
 
 def _checked(tree: dict[str, Any], origin: str, problems: list[UserError]) -> RunConfig:
-    values = _check_section(tree, RunConfig, "", problems)
+    values = _check_section(_with_new_names(tree, origin), RunConfig, "", problems)
     if not problems:
         try:
             config: RunConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))  # type: ignore[assignment]
@@ -133,6 +137,19 @@ def _checked(tree: dict[str, Any], origin: str, problems: list[UserError]) -> Ru
     if problems:
         raise all_in_one(problems, origin, code="config.several")
     return config
+
+
+def _with_new_names(tree: dict[str, Any], origin: str) -> dict[str, Any]:
+    for place, names in RENAMED_VALUES.items():
+        section, key = place.split(".")
+        found = tree.get(section)
+        old = found.get(key) if isinstance(found, dict) else None
+        if isinstance(old, str) and old in names:
+            if origin and (place, old) not in _told:
+                _told.add((place, old))
+                say(f"{origin}: {place}: {old} is called {names[old]} now; both are understood")
+            tree = tree | {section: {**tree[section], key: names[old]}}
+    return tree
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from finetune.config.load import questions_per_step
+from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig, TrainingSection
 from finetune.errors import UserError
 
@@ -80,7 +80,7 @@ _REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "the run computes in this precision": ("model.torch_dtype", "model.cpu_bf16_matmul"),
     "the run learns by this loss": ("training.objective",),
-    "it decides which questions are trained on": ("model.max_seq_length",),
+    "it decides which examples are trained on": ("model.max_seq_length",),
     "the adapter has this shape": ("lora.r", "lora.target_modules"),
     "the adapter was trained with this factor": ("lora.lora_alpha",),
     "the run regularises with this rate": ("lora.lora_dropout", "training.weight_decay"),
@@ -88,7 +88,7 @@ _REFUSED: dict[str, tuple[str, ...]] = {
         *("data.sources", "data.val_fraction", "data.test_fraction", "data.split_by", "data.schema_format"),
         *("data.max_train_records", "data.seed"),
     ),
-    "order of the questions and dropout follow from it": ("training.seed",),
+    "order of the examples and dropout follow from it": ("training.seed",),
     "the learning rate would jump": (
         *("training.learning_rate", "training.lr_scheduler_type", "training.warmup_ratio"),
         *("training.num_train_epochs", "training.max_steps"),
@@ -114,21 +114,24 @@ RULES: dict[str, Rule] = {
 UNKNOWN = Rule(False, "this version of finetune does not know the key")
 
 
-def decide(before: Values, now: Values, *, gpus: int = 1, path: str | None = None) -> Decisions:
+def decide(before: Values, now: Values, *, gpus: int = 1, backend: str | None = None) -> Decisions:
     """What becomes of each key in which two resolved configs (`config.load.to_dict`) differ: the checkpoint's and the
     edited one.
 
     A key that one of them lacks counts as its default, so that checkpoints of earlier versions can be gone on with. gpus: of
-    this attempt. path: the way in which the attempts before computed steps (`step.path` of run.json: lean or stock), where
-    that is known; without it a change between kernels is refused whenever it might change the order of the questions. Raises
+    this attempt. backend: with which the attempts before computed steps (`step.path` of run.json: fused or hf), where
+    that is known; without it a change between kernels is refused whenever it might change the order of the examples. Raises
     UserError where the edited keys contradict each other.
     """
     before, now = _complete(before), _complete(now)
-    questions, order = cache(lambda: _same_questions(before, now, gpus)), cache(lambda: _same_order(before, now, path))
+    batch_size, order = (
+        cache(lambda: _same_batch_size(before, now, gpus)),
+        cache(lambda: _same_order(before, now, backend)),
+    )
     changes = []
     for key, old, new in _differences(before, now):
         table_key = ".".join(re.sub(r"\[\d+\]", "", key).split(".")[:2])
-        joint = questions if table_key in BATCH_KEYS else order if table_key in ORDER_KEYS else None
+        joint = batch_size if table_key in BATCH_KEYS else order if table_key in ORDER_KEYS else None
         changes.append(Change(key, old, new, joint() if joint else RULES.get(table_key, UNKNOWN)))
     return Decisions(
         applies=[change for change in changes if change.rule.applies],
@@ -146,37 +149,37 @@ def refusal(decisions: Decisions, config_yaml: Path) -> UserError | None:
     )
 
 
-def _same_questions(before: Values, now: Values, gpus: int) -> Rule:
+def _same_batch_size(before: Values, now: Values, gpus: int) -> Rule:
     """Of an optimizer step, whatever micro-batches it is cut into."""
-    new = questions_per_step(TrainingSection(**now["training"]), gpus)
+    new = examples_per_step(TrainingSection(**now["training"]), gpus)
     try:
-        old = questions_per_step(TrainingSection(**before["training"]), gpus)
+        old = examples_per_step(TrainingSection(**before["training"]), gpus)
     except UserError:  # it began on another number of GPUs, with which the three numbers agreed
         old = before["training"]["effective_batch_size"]
     if old == new:
-        return Rule(True, f"a step keeps its {new} questions, and only rounding and dropout masks differ")
-    return Rule(False, f"a step of this run has {old} questions, and would have {new}")
+        return Rule(True, f"a step keeps its {new} examples, and only rounding and dropout masks differ")
+    return Rule(False, f"a step of this run has {old} examples, and would have {new}")
 
 
-def _same_order(before: Values, now: Values, path: str | None) -> Rule:
-    """The stock kernels sort questions by length (group_by_length), the lean ones do not; the place in the data counts in
+def _same_order(before: Values, now: Values, backend: str | None) -> Rule:
+    """The Hugging Face kernels sort examples by length (group_by_length), the fused ones do not; the place in the data counts in
     that order."""
-    old, new = (_sorted(values["training"], way) for values, way in ((before, path), (now, None)))
+    old, new = (_sorted(values["training"], backend) for values, backend in ((before, backend), (now, None)))
     if old is not None and old == new:
         return Rule(True, "the same mathematics with other rounding")
     return Rule(
         False,
-        "the order of the questions would change; it stays with training.group_by_length: false if the run began with "
-        "training.kernels: lean or group_by_length: false",
+        "the order of the examples would change; it stays with training.group_by_length: false if the run began with "
+        "training.kernels: fused or group_by_length: false",
     )
 
 
-def _sorted(training: Values, path: str | None) -> bool | None:
-    """Whether the questions of a step are alike in length; None where that hangs on what `auto` comes to."""
-    way = training["kernels"] if training["kernels"] != "auto" else path
-    if not training["group_by_length"] or way == "lean":
+def _sorted(training: Values, backend: str | None) -> bool | None:
+    """Whether the examples of a step are alike in length; None where that depends on what `auto` comes to."""
+    backend = training["kernels"] if training["kernels"] != "auto" else backend
+    if not training["group_by_length"] or backend == "fused":
         return False
-    return True if way == "stock" else None
+    return True if backend == "hf" else None
 
 
 def _complete(values: Values) -> Values:

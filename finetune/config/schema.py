@@ -72,11 +72,9 @@ class TrainingSection:
     num_train_epochs: float = 3.0
     max_steps: int = -1  # -1: as many as the epochs take
     effective_batch_size: int | None = (
-        None  # questions per optimizer step; null: 16, or the product of the two numbers below
+        None  # examples per optimizer step; null: 16, or the product of the two numbers below
     )
-    per_device_train_batch_size: int | Literal["auto"] = (
-        "auto"  # questions per micro-batch; auto: as many tokens as fit
-    )
+    per_device_train_batch_size: int | Literal["auto"] = "auto"  # examples per micro-batch; auto: as many tokens as fit
     gradient_accumulation_steps: int | None = (
         None  # with a number above: micro-batches per optimizer step and GPU, null: 1
     )
@@ -91,10 +89,12 @@ class TrainingSection:
     )
     gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: for as few layers as memory demands
     max_memory_gib: float | None = None  # of the GPU's memory use no more than this; null: all of it
-    kernels: Literal["auto", "lean", "stock"] = (
-        "auto"  # lean: our layer (finetune/models/fused/layer.py); stock: transformers' and PEFT's
+    kernels: Literal["auto", "fused", "hf"] = (
+        "auto"  # fused: our layer (finetune/models/fused/layer.py); hf: transformers' and PEFT's
     )
-    group_by_length: bool = True  # padded batches (stock kernels): examples of like length share an optimizer step
+    group_by_length: bool = (
+        True  # padded batches (Hugging Face kernels): examples of like length share an optimizer step
+    )
     logging_steps: int = 10
     eval_steps: int = 200  # optimizer steps between two validation losses; 0: none
 
@@ -130,7 +130,7 @@ class PlanSection:
     disk_gib: int = 200  # of the machine, as the task YAMLs ask for
     setup_minutes: float = 12.0  # paid before the first step: boot, packages, download of the model, loading
     spot_preemptions_per_hour: float = 0.05  # one in 20 hours; Google publishes no rate for GPUs
-    records: int | None = None  # training questions, where the data are not prepared; null: those of local sources
+    records: int | None = None  # training examples, where the data are not prepared; null: those of local sources
     mean_tokens: float = 311.0  # prompt and answer of a question, where no tokenizer has counted them
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.config.load import questions_per_step
+from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
 from finetune.data.prompts import PromptTemplate, completion, encode_examples
 from finetune.demo.schedule import Pace
 from finetune.evaluation.generators.hf import generate_answers
-from finetune.training.step.hf_path import answer_loss, padded
+from finetune.training.step.hf_backend import answer_loss, padded
 from finetune.training.trl_without_wandb import DataCollatorForLanguageModeling
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _usual_batch(
         [completion(record.sql) for record in records],
     )
     encoded.sort(key=len)
-    size = questions_per_step(config.training)
+    size = examples_per_step(config.training)
     start = max(0, (len(encoded) - size) // 2)
     mean = sum(len(example) for example in encoded) / len(encoded)
     collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id)

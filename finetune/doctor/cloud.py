@@ -240,11 +240,11 @@ def controller_check() -> Check:
     return Check(name, "info", "on this machine (consolidation_mode)", "", advice)
 
 
-def _gcloud_check(name: str, status: Status, answer: Answer, mend: str) -> Check:
+def _gcloud_check(name: str, status: Status, answer: Answer, remedy: str) -> Check:
     if answer.trouble:
         return Check(name, status, "no answer", "", "gcloud failed, or took too long: run `gcloud info` by hand")
     if answer.output in ("", "(unset)"):
-        return Check(name, status, "none", "", f"to launch on Google Cloud run `{mend}`")
+        return Check(name, status, "none", "", f"to launch on Google Cloud run `{remedy}`")
     return Check(name, "ok", answer.output.splitlines()[0])
 
 

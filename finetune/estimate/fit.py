@@ -1,6 +1,6 @@
-"""What fits on a GPU: how many tokens a micro-batch holds, how many layers keep their activations or unpacked weights.
+"""What fits on a GPU: how many tokens a micro-batch holds, how many layers keep their activations or dequantized weights.
 
-Arithmetic over finetune/estimate/memory_fused.py, without torch: a run decides with it, and `finetune plan` foretells
+Arithmetic over finetune/estimate/memory_fused.py, without torch: a run decides with it, and `finetune plan` predicts
 the decision.
 """
 
@@ -10,20 +10,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from finetune.config.load import questions_per_step
+from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.estimate.memory_fused import LeanLoad, lean_estimate
+from finetune.estimate.memory_fused import FusedLoad, fused_estimate
 from finetune.estimate.memory_hf import (
     CONTEXT_GIB,
     MemoryEstimate,
     Workload,
     estimate,
     fits,
-    largest_rows,
+    largest_micro_batch,
     workload_of,
 )
-from finetune.estimate.speed_fused import LENGTH_SPREAD, LeanStep, lean_step_seconds, step_sizes
+from finetune.estimate.speed_fused import LENGTH_SPREAD, FusedStep, fused_step_seconds, step_sizes
 from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.machine.hardware import GIB, dtype_for
 from finetune.models.architectures import ModelShape
@@ -41,25 +41,25 @@ USUAL_DEVIATIONS = 1.645
 
 
 @dataclass(frozen=True)
-class Limits:
-    """tokens: of one micro-batch. kept_layers: the last so many keep what their backward pass needs, the others are computed
-    again. cached_layers: so many keep their 4-bit weights unpacked."""
+class MicroBatchConfig:
+    """tokens: of one micro-batch. uncheckpointed_layers: the last so many keep their activations, the others recompute them in
+    the backward pass. dequantized_layers: so many keep their 4-bit weights dequantized."""
 
     tokens: int
-    kept_layers: int
-    cached_layers: int = 0
+    uncheckpointed_layers: int
+    dequantized_layers: int = 0
 
 
 @dataclass(frozen=True)
 class Fitted:
     """How a config's step is computed on one GPU. needed: at the peak; of the least that could run where nothing fits.
 
-    limits: of the lean way; None on the stock way, which pads `rows` questions to one length and checkpoints all layers or none.
-    rows: None where tokens alone bound a micro-batch.
+    limits: of the fused backend; None on the Hugging Face backend, which pads micro_batch_size examples to one length and
+    checkpoints all layers or none. micro_batch_size: in examples; None where tokens alone bound a micro-batch.
     """
 
-    limits: Limits | None
-    rows: int | None
+    limits: MicroBatchConfig | None
+    micro_batch_size: int | None
     checkpointing: bool
     needed: MemoryEstimate
     memory_gib: float
@@ -67,54 +67,61 @@ class Fitted:
 
     @property
     def needed_gib(self) -> float:
-        """GiB with CUDA's own share; where it does not fit on the lean way, with what has to be left free."""
+        """GiB with CUDA's own share; where it does not fit on the fused backend, with what has to be left free."""
         margin = 0.0 if self.fits or self.limits is None else MARGIN * self.memory_gib
         return self.needed.reserved / GIB + CONTEXT_GIB + margin
 
 
 def fit_on(config: RunConfig, shape: ModelShape, gpu: GpuSpec, *, usual_step: float) -> Fitted:
-    """What a run of this config will do on a GPU, as far as its model and memory decide. usual_step: as for `choose`.
+    """What a run of this config will do on a GPU, as far as its model and memory decide. usual_step: as for `autotune`.
 
     Raises UserError for projections and dtypes that memory is not known for.
     """
     training = config.training
     dtype = dtype_for(gpu.compute_capability, config.model.torch_dtype)
     load, there = workload_of(config, dtype), min(gpu.memory_gib, training.max_memory_gib or math.inf)
-    questions = questions_per_step(training)
+    batch_size = examples_per_step(training)
     named = training.per_device_train_batch_size
-    rows = None if named == "auto" else min(named, questions)  # no micro-batch is larger than the step
-    if training.kernels == "stock":
-        padded = rows or max(1, min(questions, largest_rows(shape, load, there)))
-        needed = estimate(shape, replace(load, rows=padded))
+    micro_batch_size = None if named == "auto" else min(named, batch_size)  # no micro-batch is larger than the step
+    if training.kernels == "hf":
+        padded = micro_batch_size or max(1, min(batch_size, largest_micro_batch(shape, load, there)))
+        needed = estimate(shape, replace(load, micro_batch_size=padded))
         return Fitted(None, padded, load.checkpointing, needed, there, fits(needed, there))
     wanted = None if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
     ampere = gpu.compute_capability >= (8, 0)
     try:
-        limits = choose(
-            shape, load, there, longest=load.tokens, usual_step=math.ceil(usual_step), checkpointing=wanted, rows=rows,
-            ampere=ampere, texts=rows or questions, gpu=gpu,
+        limits = autotune(
+            shape, load, there, longest=load.tokens, usual_step=math.ceil(usual_step), checkpointing=wanted,
+            micro_batch_size=micro_batch_size, ampere=ampere, texts=micro_batch_size or batch_size, gpu=gpu,
         )  # fmt: skip
         fitting = True
     except TooSmall as error:
         limits, fitting = error.least, False
-    lean = _lean(load, limits, ampere=ampere, texts=rows or questions)
-    return Fitted(limits, rows, limits.kept_layers < shape.layers, lean_estimate(shape, lean), there, fitting)
+    fused = _fused(load, limits, ampere=ampere, texts=micro_batch_size or batch_size)
+    return Fitted(
+        limits,
+        micro_batch_size,
+        limits.uncheckpointed_layers < shape.layers,
+        fused_estimate(shape, fused),
+        there,
+        fitting,
+    )
 
 
-def usual_step_tokens(questions: int, mean_tokens: float) -> float:
-    """Tokens that 95% of the optimizer steps of `questions` stay below, whose mean length is mean_tokens. Estimated."""
-    return questions * mean_tokens * (1 + USUAL_DEVIATIONS * LENGTH_SPREAD / math.sqrt(questions))
+def usual_step_tokens(batch_size: int, mean_tokens: float) -> float:
+    """Tokens that 95% of the optimizer steps of batch_size examples stay below, whose mean length is mean_tokens. Estimated."""
+    return batch_size * mean_tokens * (1 + USUAL_DEVIATIONS * LENGTH_SPREAD / math.sqrt(batch_size))
 
 
 class TooSmall(UserError):
-    """least: the limits that did not fit either."""
+    """least: the micro-batch that did not fit either."""
 
-    def __init__(self, message: str, least: Limits, *, code: str) -> None:
+    def __init__(self, message: str, least: MicroBatchConfig, *, code: str) -> None:
         super().__init__(message, code=code)
         self.least = least
 
 
-def choose(
+def autotune(
     shape: ModelShape,
     load: Workload,
     memory_gib: float,
@@ -122,57 +129,62 @@ def choose(
     longest: int,
     usual_step: int,
     checkpointing: bool | None = None,
-    rows: int | None = None,
+    micro_batch_size: int | None = None,
     ampere: bool | None = None,
     texts: int = 16,
     gpu: GpuSpec | None = None,
-) -> Limits:
-    """The limits for a GPU that reports memory_gib (GiB) in all: of those that fit, the fastest by
+) -> MicroBatchConfig:
+    """The micro-batches for a GPU that reports memory_gib (GiB) in all: of those that fit, the fastest by
     finetune/estimate/speed.py.
 
     longest: tokens of the longest text, which must fit as a whole. usual_step: tokens of nearly every optimizer step; beyond it a
-    micro-batch need not grow. checkpointing: True computes every layer again, False none, None as few as possible. rows: texts in
-    a micro-batch where the config names a number. ampere, texts: as in LeanLoad. gpu: whose speed decides between few large
-    micro-batches with layers computed again and many small ones without (an H100 waits for its host in small ones, a T4 does
-    not); None: an A100's. Raises TooSmall, a UserError, where not even the longest text fits with every layer computed again.
+    micro-batch need not grow. checkpointing: True recomputes every layer, False none, None as few as possible.
+    micro_batch_size: examples in a micro-batch where the config names a number. ampere, texts: as in FusedLoad. gpu: whose speed
+    decides between few large micro-batches with layers recomputed and many small ones without (an H100 waits for its host in
+    small ones, a T4 does not); None: an A100's. Raises TooSmall, a UserError, where not even the longest text fits with every
+    layer recomputed.
     """
     load, gpu = replace(load, tokens=longest), gpu or GPUS["A100"]
 
-    def fit(limits: Limits) -> bool:
-        needed = lean_estimate(shape, _lean(load, limits, ampere=ampere, texts=texts))
+    def fit(limits: MicroBatchConfig) -> bool:
+        needed = fused_estimate(shape, _fused(load, limits, ampere=ampere, texts=texts))
         return fits(needed, memory_gib * (1 - MARGIN))
 
-    def filled(tokens: int) -> Limits | None:
-        """With so many tokens: as many layers kept as may be and fit, then as many unpacked; None if it does not fit at all."""
-        kept = 0 if checkpointing else shape.layers
+    def filled(tokens: int) -> MicroBatchConfig | None:
+        """With so many tokens: as many layers without recomputation as fit, then as many
+        dequantized; None if it does not fit at all."""
+        saved = 0 if checkpointing else shape.layers
         if checkpointing is None:
-            kept = _most(kept, lambda n: fit(Limits(tokens, n)))
-        if not fit(Limits(tokens, kept)):
+            saved = _most(saved, lambda n: fit(MicroBatchConfig(tokens, n)))
+        if not fit(MicroBatchConfig(tokens, saved)):
             return None
-        unpacked = shape.layers if load.four_bit else 0
-        return Limits(tokens, kept, _most(unpacked, lambda n: fit(Limits(tokens, kept, n))))
+        dequantized = shape.layers if load.four_bit else 0
+        return MicroBatchConfig(tokens, saved, _most(dequantized, lambda n: fit(MicroBatchConfig(tokens, saved, n))))
 
-    def seconds(limits: Limits) -> float:
+    def seconds(limits: MicroBatchConfig) -> float:
         mean = usual_step / usual_step_tokens(texts, 1)
-        step = LeanStep(
-            texts, mean, limits.tokens, limits.kept_layers, limits.cached_layers, rows, bool(load.lora_dropout), load.four_bit
+        step = FusedStep(
+            texts, mean, limits.tokens, limits.uncheckpointed_layers, limits.dequantized_layers, micro_batch_size,
+            bool(load.lora_dropout), load.four_bit,
         )  # fmt: skip
-        return sum(lean_step_seconds(gpu, shape, size, step) for size in step_sizes(step))
+        return sum(fused_step_seconds(gpu, shape, size, step) for size in step_sizes(step))
 
-    least = longest * (rows or 1)
-    top = least if rows else max(least, min(MOST_TOKENS, usual_step))
+    least = longest * (micro_batch_size or 1)
+    top = least if micro_batch_size else max(least, min(MOST_TOKENS, usual_step))
     tries = {max(least, math.ceil(top / pieces)) for pieces in PIECES}
     found = [limits for tokens in sorted(tries, reverse=True) if (limits := filled(tokens))]
     if not found:
-        last = Limits(least, shape.layers if checkpointing is False else 0)
-        needed = lean_estimate(shape, _lean(load, last, ampere=ampere, texts=texts))
+        last = MicroBatchConfig(least, shape.layers if checkpointing is False else 0)
+        needed = fused_estimate(shape, _fused(load, last, ampere=ampere, texts=texts))
         raise TooSmall(_too_small(needed, memory_gib, least, checkpointing), last, code="gpu.too_small")
     times = [seconds(limits) for limits in found]
     return next(limits for limits, time in zip(found, times, strict=True) if time <= ALIKE * min(times))
 
 
-def _lean(load: Workload, limits: Limits, *, ampere: bool | None, texts: int) -> LeanLoad:
-    return LeanLoad(load, limits.tokens, limits.kept_layers, limits.cached_layers, ampere=ampere, texts=texts)
+def _fused(load: Workload, limits: MicroBatchConfig, *, ampere: bool | None, texts: int) -> FusedLoad:
+    return FusedLoad(
+        load, limits.tokens, limits.uncheckpointed_layers, limits.dequantized_layers, ampere=ampere, texts=texts
+    )
 
 
 def _most(top: int, holds: Callable[[int], bool]) -> int:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.machine.hardware import GIB as GIB  # training/record.py takes it from here
+from finetune.machine.hardware import GIB
 from finetune.models.architectures import PROJECTIONS, ModelShape, projection_names
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -28,7 +28,7 @@ LABELLED = 0.25
 """Share of tokens that carry a label and so reach the fused head; found in the grid's bytes per token. Text-to-SQL answers
 are about 0.12 of their examples (measured there, too), so this errs towards more."""
 SLACK, DROPOUT_SLACK = 0.40, 0.12
-"""Bytes that torch's allocator holds beyond the peak: one unpacked weight, and this share of what comes and goes within one
+"""Bytes that torch's allocator holds beyond the peak: one dequantized weight, and this share of what comes and goes within one
 layer or head. Calibrated: SLACK against the grid, DROPOUT_SLACK (a layer whose LoRA has dropout) against our own runs. Why they
 differ is presumed: with dropout the peak comes before the layer at work has freed anything. Every measured run had one shape;
 lengths that vary leave more behind (up to 1.5 times the peak was seen), which the allocator gives back when it runs out."""
@@ -48,14 +48,14 @@ TRL_HEAD_ROWS, TRL_HEAD_COLUMNS = 4096, 32768
 class Workload:
     """One micro-batch and how it is trained. The defaults are those of our trainer and of configs/mistral_7b_qlora.yaml.
 
-    rows x tokens: the micro-batch, padding included. dtype: of the computation.
+    micro_batch_size x tokens: the micro-batch, padding included. dtype: of the computation.
     adapter_bytes: per adapter parameter; where it differs from dtype's, autocast makes copies in dtype.
     optimizer_bytes: state per adapter parameter. head: "full" makes the logits of every token.
     padded: rows of unequal length under a padding mask. SDPA then keeps the mask in every layer, and each query head gets
     its own copy of keys and values. accumulating: gradients of earlier micro-batches are there already.
     """
 
-    rows: int
+    micro_batch_size: int
     tokens: int
     dtype: str = "bfloat16"
     checkpointing: bool = True
@@ -73,7 +73,7 @@ class Workload:
     @property
     def size(self) -> int:
         """Tokens of the micro-batch."""
-        return self.rows * self.tokens
+        return self.micro_batch_size * self.tokens
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class _Moment:
-    """Bytes at one point of a step: `kept` for the backward pass of other layers, the rest comes and goes."""
+    """Bytes at one point of a step: `saved` for the backward pass of other layers, the rest comes and goes."""
 
-    kept: float
+    saved: float
     working: float
     logits: float
     dequantised: float = 0.0
@@ -113,12 +113,12 @@ class _Moment:
     slack: float = SLACK
 
     @property
-    def passing(self) -> float:
+    def transient(self) -> float:
         return self.working + self.logits + self.dequantised
 
     @property
     def total(self) -> float:
-        return self.kept + self.passing + self.gradients
+        return self.saved + self.transient + self.gradients
 
 
 def estimate(shape: ModelShape, load: Workload) -> MemoryEstimate:
@@ -132,11 +132,12 @@ def estimate(shape: ModelShape, load: Workload) -> MemoryEstimate:
     optimizer = math.ceil(lora * load.optimizer_bytes)
     moments = _moments(shape, load, adapters)
     top = max(moments, key=lambda moment: moment.total)
-    masks = load.rows * load.tokens**2 if load.padded else 0  # one byte for each pair of positions, made once
+    # One byte for each pair of positions, made once
+    masks = load.micro_batch_size * load.tokens**2 if load.padded else 0
     workspace = CUBLAS_BYTES + 16 * load.size + masks + round(top.dequantised)  # 16: ids and labels, int64
-    gradients, activations, logits = round(top.gradients), round(top.kept + top.working), round(top.logits)
+    gradients, activations, logits = round(top.gradients), round(top.saved + top.working), round(top.logits)
     peak = base + adapters + optimizer + gradients + activations + logits + workspace
-    reserve = round(_unpacked_weight(shape, load) + max(moment.slack * moment.passing for moment in moments))
+    reserve = round(_dequantized_weight(shape, load) + max(moment.slack * moment.transient for moment in moments))
     return MemoryEstimate(base, adapters, gradients, optimizer, activations, logits, workspace, peak, reserve)
 
 
@@ -158,7 +159,7 @@ def base_bytes(shape: ModelShape, load: Workload) -> int:
     return shape.layers * layer + rest
 
 
-def kept_per_layer(shape: ModelShape, load: Workload, mask_bytes: int = 1) -> int:
+def saved_per_layer(shape: ModelShape, load: Workload, mask_bytes: int = 1) -> int:
     """Bytes that autograd keeps of one decoder layer until its backward pass.
 
     Per token: each of the two norms its input in float32 and one factor; attention its queries, keys, values, output and one
@@ -173,10 +174,11 @@ def kept_per_layer(shape: ModelShape, load: Workload, mask_bytes: int = 1) -> in
     per_token = norms + attention + item * 3 * shape.intermediate + item * load.lora_r * len(names)
     if load.lora_dropout:
         per_token += sum((item + mask_bytes) * shape.projections[name][0] for name in names)
-    else:  # o_proj's input is attention's output, which is kept anyway
+    else:  # o_proj's input is attention's output, which is saved anyway
         shared = bool(names & {"q_proj", "k_proj", "v_proj"}) + bool(names & {"gate_proj", "up_proj"})
         per_token += item * (shape.hidden * shared + shape.intermediate * ("down_proj" in names))
-    bias = item * load.rows * load.tokens**2 if load.padded else 0  # the mask, as SDPA adds it to the scores
+    # The mask, as SDPA adds it to the scores
+    bias = item * load.micro_batch_size * load.tokens**2 if load.padded else 0
     casts = item * shape.lora_parameters(load.lora_r, load.lora_modules) // shape.layers
     return per_token * load.size + bias + (casts if load.adapter_bytes != item else 0)
 
@@ -185,21 +187,21 @@ def _moments(shape: ModelShape, load: Workload, adapters: int) -> list[_Moment]:
     """The points of a step at which it may peak: at the head, in the last layer, and in the first one when the others have
     their gradients. When accumulating, all gradients are there from the beginning."""
     stream = _item_bytes(load.dtype) * shape.hidden * load.size  # one hidden state per token
-    layer = kept_per_layer(shape, load)
-    if load.checkpointing:  # the input of every layer; the layer at work is computed again
-        kept, first, again = stream * shape.layers, stream, layer
+    layer = saved_per_layer(shape, load)
+    if load.checkpointing:  # the input of every layer; the layer at work is recomputed
+        saved, first, recomputed = stream * shape.layers, stream, layer
     else:  # the embeddings and every layer
-        kept, first, again = stream + layer * shape.layers, stream + layer, 0
+        saved, first, recomputed = stream + layer * shape.layers, stream + layer, 0
     behind = adapters * (shape.layers - 1) / shape.layers
     begin, end = (adapters, adapters) if load.accumulating else (0, behind)
     return [
-        *_head_moments(shape, load, kept, begin),
-        *_layer_moments(shape, load, kept, again, begin),
-        *_layer_moments(shape, load, first, again, end),
+        *_head_moments(shape, load, saved, begin),
+        *_layer_moments(shape, load, saved, recomputed, begin),
+        *_layer_moments(shape, load, first, recomputed, end),
     ]
 
 
-def _head_moments(shape: ModelShape, load: Workload, kept: int, gradients: float) -> list[_Moment]:
+def _head_moments(shape: ModelShape, load: Workload, saved: int, gradients: float) -> list[_Moment]:
     """The loss, and the backward pass of the final norm: its input in float32, four more of that size and two in dtype."""
     item, size, hidden = _item_bytes(load.dtype), load.size, shape.hidden
     norm = (4 * hidden + 4) * size
@@ -212,17 +214,17 @@ def _head_moments(shape: ModelShape, load: Workload, kept: int, gradients: float
         )
     norm_backward = norm + (4 * 4 + 2 * item) * hidden * size
     return [
-        _Moment(kept, norm, logits, gradients=gradients),
-        _Moment(kept, norm_backward, _living_logits(shape, load), gradients=gradients),
+        _Moment(saved, norm, logits, gradients=gradients),
+        _Moment(saved, norm_backward, _living_logits(shape, load), gradients=gradients),
     ]
 
 
-def _layer_moments(shape: ModelShape, load: Workload, kept: int, again: int, gradients: float) -> list[_Moment]:
-    """The MLP of one layer, where it needs most. `again`: bytes of the layer if it was computed again, else 0.
+def _layer_moments(shape: ModelShape, load: Workload, saved: int, recomputed: int, gradients: float) -> list[_Moment]:
+    """The MLP of one layer, where it needs most. `recomputed`: bytes of the layer if it was, else 0.
 
-    Backward: in down_proj, beside the weight that it unpacks, the gradients of its output and twice of its input (base and
+    Backward: in down_proj, beside the weight that it dequantizes, the gradients of its output and twice of its input (base and
     LoRA); in SwiGLU three gradients of that width. down_proj's input is free by then.
-    Before it, with checkpointing: down_proj at the end of the second forward pass, with the weight that it unpacks, then with
+    Before it, with checkpointing: down_proj at the end of the second forward pass, with the weight that it dequantizes, then with
     its input's dropout. The layer is there in full, and beside it the gradient of its output, once more scaled for LoRA; the
     residual; down_proj's output; and the inputs of gate_proj and down_proj, unless LoRA keeps these very tensors, which
     dropout prevents. Seen so on an H100, block by block; no float32 copies, since PEFT casts nothing under autocast.
@@ -230,19 +232,19 @@ def _layer_moments(shape: ModelShape, load: Workload, kept: int, again: int, gra
     item, size, middle = _item_bytes(load.dtype), load.size, shape.intermediate
     names, dropout = projection_names(load.lora_modules), bool(load.lora_dropout)
     own_input = middle * size * (item + dropout) if "down_proj" in names else 0  # LoRA's, with the mask of its dropout
-    weight, logits = _unpacked_weight(shape, load), _living_logits(shape, load)
+    weight, logits = _dequantized_weight(shape, load), _living_logits(shape, load)
     slack = DROPOUT_SLACK if dropout else SLACK
-    backward = again - own_input + item * size * (shape.hidden + 2 * middle)
+    backward = recomputed - own_input + item * size * (shape.hidden + 2 * middle)
     moments = [(backward, weight), (backward + item * size * middle, 0)]
     if load.checkpointing:
         inputs = shape.hidden * (dropout or not names & {"gate_proj", "up_proj"})
         inputs += middle * (dropout or "down_proj" not in names)
-        forward = again + item * size * (4 * shape.hidden + inputs)
+        forward = recomputed + item * size * (4 * shape.hidden + inputs)
         moments += [(forward - own_input * dropout, weight), (forward, 0)]
-    return [_Moment(kept, working, logits, unpacked, gradients, slack) for working, unpacked in moments]
+    return [_Moment(saved, working, logits, dequantized, gradients, slack) for working, dequantized in moments]
 
 
-def _unpacked_weight(shape: ModelShape, load: Workload) -> float:
+def _dequantized_weight(shape: ModelShape, load: Workload) -> float:
     """A weight of the MLP in dtype and its scales in float32, while a 4-bit layer is at work."""
     return shape.hidden * shape.intermediate * (_item_bytes(load.dtype) + 4 / 64) if load.four_bit else 0
 
@@ -256,7 +258,7 @@ def workload_of(config: RunConfig, dtype: str) -> Workload:
     """The worst micro-batch that this config allows, trained as our trainer does on a GPU that computes in `dtype`."""
     training = config.training
     return Workload(
-        rows=1 if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size,
+        micro_batch_size=1 if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size,
         tokens=config.model.max_seq_length,
         dtype=dtype,
         checkpointing=training.gradient_checkpointing is not False,
@@ -275,11 +277,11 @@ def fits(needed: MemoryEstimate, memory_gib: float) -> bool:
     return needed.reserved / GIB + CONTEXT_GIB <= memory_gib
 
 
-def largest_rows(shape: ModelShape, load: Workload, memory_gib: float) -> int:
-    """The most rows of load.tokens that fit into memory_gib (GiB); 0 where not even one does."""
+def largest_micro_batch(shape: ModelShape, load: Workload, memory_gib: float) -> int:
+    """The largest micro-batch, in rows of load.tokens, that fits into memory_gib (GiB); 0 where not even one does."""
 
-    def fit(rows: int) -> bool:
-        return fits(estimate(shape, replace(load, rows=rows)), memory_gib)
+    def fit(micro_batch_size: int) -> bool:
+        return fits(estimate(shape, replace(load, micro_batch_size=micro_batch_size)), memory_gib)
 
     if not fit(1):
         return 0

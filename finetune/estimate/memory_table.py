@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from finetune.config.load import questions_per_step
+from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.estimate.fit import MARGIN, Fitted, fit_on, usual_step_tokens
@@ -16,7 +16,7 @@ from finetune.estimate.memory_hf import (
     RESERVED_ERROR,
     Workload,
     estimate,
-    largest_rows,
+    largest_micro_batch,
     workload_of,
 )
 from finetune.machine.gpus import GPUS, GpuSpec
@@ -30,8 +30,8 @@ PARTS = ("base", "adapters", "gradients", "optimizer", "activations", "logits", 
 def memory_table(config: RunConfig, gpus: list[str]) -> str:
     """Aligned plain text: what the run chooses on each GPU, and the parts of its step's peak there (GiB).
 
-    On the stock way (training.kernels) the parts are those of each dtype with checkpointing on and off, and the GPUs' verdicts
-    come after. Everything is estimated for the longest batch that the config allows. gpus: names of
+    On the Hugging Face backend (training.kernels) the parts are those of each dtype with checkpointing on and off, and the GPUs'
+    verdicts come after. Everything is estimated for the longest batch that the config allows. gpus: names of
     finetune.machine.gpus.GPUS. Raises UserError for another name, and for a model whose shape is not known.
     """
     if not gpus:
@@ -39,9 +39,9 @@ def memory_table(config: RunConfig, gpus: list[str]) -> str:
     if unknown := [name for name in gpus if name not in GPUS]:
         raise UserError(f"plan.gpus: unknown {', '.join(unknown)}; known: {', '.join(GPUS)}", code="cloud.unknown_gpu")
     shape = known_shape(config.model.name)
-    usual = usual_step_tokens(questions_per_step(config.training), config.plan.mean_tokens)
+    usual = usual_step_tokens(examples_per_step(config.training), config.plan.mean_tokens)
     fitted = {name: fit_on(config, shape, GPUS[name], usual_step=usual) for name in dict.fromkeys(gpus)}
-    blocks = _stock(config, shape, fitted) if config.training.kernels == "stock" else _lean(config, shape, fitted)
+    blocks = _hf(config, shape, fitted) if config.training.kernels == "hf" else _fused(config, shape, fitted)
     return "\n\n".join(["\n".join(block) for block in [_heading(config, shape), *blocks]])
 
 
@@ -68,20 +68,20 @@ def _heading(config: RunConfig, shape: ModelShape) -> list[str]:
     ]
 
 
-# ---- the lean way
+# ---- the fused backend
 
 
-def _lean(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted]) -> list[list[str]]:
-    return [_choices(config, shape, fitted), _lean_parts(config, fitted), _lean_footnotes(config)]
+def _fused(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted]) -> list[list[str]]:
+    return [_choices(config, shape, fitted), _fused_parts(config, fitted), _fused_footnotes(config)]
 
 
 def _choices(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted]) -> list[str]:
     """One row per GPU: what the run will do there."""
-    table = [["GPU", "dtype", "tokens a micro-batch", "layers kept", "unpacked", "needed", "of GiB", "fits"]]
+    table = [["GPU", "dtype", "tokens a micro-batch", "activations kept", "dequantized", "needed", "of GiB", "fits"]]
     for name, found in fitted.items():
         limits, gpu = found.limits, GPUS[name]
         assert limits is not None
-        layers = [f"{limits.kept_layers} of {shape.layers}", f"{limits.cached_layers} of {shape.layers}"]
+        layers = [f"{limits.uncheckpointed_layers} of {shape.layers}", f"{limits.dequantized_layers} of {shape.layers}"]
         verdict = _verdict(config, gpu, found.fits)
         needed = f"{found.needed_gib:.2f}"
         table.append(
@@ -90,11 +90,11 @@ def _choices(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted]) ->
     return aligned(table, "lr")
 
 
-def _lean_parts(config: RunConfig, fitted: dict[str, Fitted]) -> list[str]:
+def _fused_parts(config: RunConfig, fitted: dict[str, Fitted]) -> list[str]:
     """One row per part, a column per GPU."""
     labels = _labels(config) | {"adapters": "adapters, with copies"}
     if config.quantization.load_in_4bit:
-        labels["base"] += ", with unpacked weights"
+        labels["base"] += ", with dequantized weights"
     table = [["", *fitted]]
     table += [[labels[part], *(_gib(found.needed.parts[part]) for found in fitted.values())] for part in PARTS]
     table.append(["CUDA context", *[f"{CONTEXT_GIB:.2f}"] * len(fitted)])
@@ -102,37 +102,42 @@ def _lean_parts(config: RunConfig, fitted: dict[str, Fitted]) -> list[str]:
     return aligned(table, "lr")
 
 
-def _lean_footnotes(config: RunConfig) -> list[str]:
-    questions = questions_per_step(config.training)
+def _fused_footnotes(config: RunConfig) -> list[str]:
+    batch_size = examples_per_step(config.training)
     return [
-        "layers kept: so many keep their activations for the backward pass, the others are computed again (checkpointing).",
-        "unpacked: so many have their 4-bit weights unpacked all the time, the others at every use. A run decides on both, and",
-        f"on the tokens of a micro-batch, by the memory that it finds, so that an optimizer step of {questions} questions takes",
+        "activations kept: so many layers keep them for the backward pass, the others recompute them (checkpointing).",
+        "dequantized: so many keep their 4-bit weights dequantized, the others do it at every use. A run decides on both, and",
+        f"on the tokens of a micro-batch, by the memory that it finds, so that an optimizer step of {batch_size} examples takes",
         f"few pieces. It leaves {MARGIN:.0%} free, which `needed` holds where nothing fits; then its own longest text counts,",
         "not model.max_seq_length. All figures are estimated, from the model's shape and the layers' own code, and were checked",
         "against four steps on one H100 80GB (2026-11-22). No other GPU was measured.",
     ]
 
 
-# ---- the stock way
+# ---- the Hugging Face backend
 
 
-def _stock(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted]) -> list[list[str]]:
+def _hf(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted]) -> list[list[str]]:
     dtypes = {name: _dtype(config, GPUS[name]) for name in fitted}
-    loads = {name: replace(workload_of(config, dtypes[name]), rows=found.rows or 1) for name, found in fitted.items()}
-    columns = {(loads[name].rows, dtype): loads[name] for name, dtype in dtypes.items()}
+    loads = {
+        name: replace(workload_of(config, dtypes[name]), micro_batch_size=found.micro_batch_size or 1)
+        for name, found in fitted.items()
+    }
+    columns = {(loads[name].micro_batch_size, dtype): loads[name] for name, dtype in dtypes.items()}
     return [
-        _stock_parts(config, shape, list(columns.values())),
-        _stock_verdicts(config, shape, fitted, loads),
-        _stock_footnotes(config),
+        _hf_parts(config, shape, list(columns.values())),
+        _hf_verdicts(config, shape, fitted, loads),
+        _hf_footnotes(config),
     ]
 
 
-def _stock_parts(config: RunConfig, shape: ModelShape, loads: Sequence[Workload]) -> list[str]:
+def _hf_parts(config: RunConfig, shape: ModelShape, loads: Sequence[Workload]) -> list[str]:
     """One row per part, two columns per dtype and size: checkpointing on and off."""
     needed = [estimate(shape, replace(load, checkpointing=on)) for load in loads for on in (True, False)]
     table = [["compute dtype", *(text for load in loads for text in (load.dtype, ""))]]
-    table.append(["rows x tokens", *(text for load in loads for text in (f"{load.rows} x {load.tokens}", ""))])
+    table.append(
+        ["rows x tokens", *(text for load in loads for text in (f"{load.micro_batch_size} x {load.tokens}", ""))]
+    )
     table.append(["gradient checkpointing", *["on", "off"] * len(loads)])
     table += [[_labels(config)[part], *(_gib(one.parts[part]) for one in needed)] for part in PARTS]
     table.append(["CUDA context", *[f"{CONTEXT_GIB:.2f}"] * len(needed)])
@@ -140,7 +145,7 @@ def _stock_parts(config: RunConfig, shape: ModelShape, loads: Sequence[Workload]
     return aligned(table, "lr")
 
 
-def _stock_verdicts(
+def _hf_verdicts(
     config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted], loads: dict[str, Workload]
 ) -> list[str]:
     """One row per GPU: whether the config fits, and the largest micro-batch with checkpointing on and off."""
@@ -148,14 +153,16 @@ def _stock_verdicts(
     for name, found in fitted.items():
         load, gpu = loads[name], GPUS[name]
         verdict = _verdict(config, gpu, found.fits)
-        largest = [largest_rows(shape, replace(load, checkpointing=on), found.memory_gib) for on in (True, False)]
+        largest = [
+            largest_micro_batch(shape, replace(load, checkpointing=on), found.memory_gib) for on in (True, False)
+        ]
         largest = largest if verdict != NO_BFLOAT16 else [0, 0]
-        sizes = [str(found.rows), f"{found.needed_gib:.2f}", f"{found.memory_gib:.1f}"]
+        sizes = [str(found.micro_batch_size), f"{found.needed_gib:.2f}", f"{found.memory_gib:.1f}"]
         table.append([name, load.dtype, *sizes, verdict, *(str(n) if n else "none" for n in largest)])
     return aligned(table, "lr")
 
 
-def _stock_footnotes(config: RunConfig) -> list[str]:
+def _hf_footnotes(config: RunConfig) -> list[str]:
     checkpointing = "off" if config.training.gradient_checkpointing is False else "on"
     tokens = config.model.max_seq_length
     ours, grid, reserved = f"{PEAK_ERROR:.0%}", f"{GRID_PEAK_ERROR:.1%}", f"{RESERVED_ERROR:.0%}"

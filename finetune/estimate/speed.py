@@ -5,17 +5,17 @@ Arithmetic without torch, for `finetune plan`. Tokens are those of prompt and an
 A micro-batch (one forward and backward pass) takes as long as the slower of two that run side by side: the host, whose Python
 process launches kernels, which no GPU makes faster, and the GPU. The GPU's time is a sum, here of an H100 with Mistral-7B:
 
-                         stock layers (TRL, PEFT), checkpointing       lean layers (finetune/models/fused/layer.py), all kept
+                         TRL and PEFT, checkpointing                    fused layers, nothing recomputed
     host                 21.6 ms a layer                               4.75 ms a layer
     matrix products      57 us a padded token                          38 us a token
     memory traffic       139 us a padded token                         18 us a token
-    4-bit weights        25 ms a micro-batch                           20 ms a micro-batch, 0 where they are kept unpacked
+    4-bit weights        25 ms a micro-batch                           20 ms a micro-batch, 0 where they stay dequantized
     short kernels        32 ms a micro-batch                           in the traffic
 
 For another GPU the products are divided by its matrix rate, traffic and weights by its bandwidth; for another model they grow
 with its parameters, the widths of its projections, its parameters, and its layers (as does the host's part).
 
-How wrong it may be. Put back on the H100 the stock figures meet the wall time of sixteen measured runs within 20% (nine of them
+How wrong it may be. Put back on the H100 the hf figures meet the wall time of sixteen measured runs within 20% (nine of them
 had no part in it), six of padded TRL in bfloat16 within 6%; our own trainer they take to be 14% faster than it was on texts of
 304 tokens (1,711 tokens/s for 1,497), presumably because casts to and from float32 adapters keep the host busy for longer, and
 9% slower on texts of 224; the same run also differed by up to 1.4 times between machines. On other GPUs nobody has measured it
@@ -23,7 +23,7 @@ for us: take it as right within a factor of 2 either way. Left out: the host's p
 launch kernels 1.5 times as slowly), kernels of T4 and V100 that are worse than the same ones on an H100, cards that get too
 warm, and the data loader.
 
-The stock layers are here, ours in speed_fused.py.
+The Hugging Face layers are here, ours in speed_fused.py.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Measurement:
 
     gpu: its name in finetune.machine.gpus.GPUS. linear_parameters: of the model's shape; another model with the same
     projections is as fast, since its head sees labelled tokens alone.
-    rows: questions in a micro-batch. mean_tokens: of one question with its answer.
+    micro_batch_size: in examples. mean_tokens: of one example, prompt and answer.
     """
 
     gpu: str
     linear_parameters: int
-    rows: int
+    micro_batch_size: int
     checkpointing: bool
     mean_tokens: float
     tokens_per_second: float
@@ -92,7 +92,7 @@ class StepCost:
     full bandwidth of the data sheet, so that what a kernel does not reach of it is part of the figure."""
 
     host_per_layer: float  # of one micro-batch, gradient checkpointing on
-    host_per_layer_kept: float  # the same with activations kept
+    host_per_layer_saved: float  # the same with activations kept
     short_kernels: float  # a layer and pass
     weight_bytes: float  # a 4-bit parameter and pass
     activation_bytes: float  # a padded token, element of a projection's input or output, and forward pass
@@ -100,12 +100,12 @@ class StepCost:
 
 PLAIN_BF16_ADAPTERS = StepCost(
     host_per_layer=0.69 / 32,
-    host_per_layer_kept=0.35 / 32,
+    host_per_layer_saved=0.35 / 32,
     short_kernels=338e-6,
     weight_bytes=3.98,
     activation_bytes=17.1,
 )
-"""Plain TRL with bfloat16 adapters, from h100_anchors.json. host: fits the five runs of four questions a micro-batch (three with
+"""Plain TRL with bfloat16 adapters, from h100_anchors.json. host: fits the five runs of four examples a micro-batch (three with
 checkpointing, two without). The others: two profiled steps with checkpointing spent 1,163.9 ms of GPU time on 8,448 tokens in
 four micro-batches, and 520.9 ms on 4,190 in one, so 110.6 us a token and 57.3 ms a micro-batch. Of the first 57.2 us are matrix
 products at H100_SHARE; the rest is traffic. Of the second 24.9 ms are kDequantizeBlockwise; the rest goes to short kernels."""
@@ -125,44 +125,46 @@ LOW_POWER = ("T4", "L4")
 "Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019). The share is assumed, not measured."""
 
 FILL = 0.91
-"""Real tokens of all tokens in batches grouped by length (measured 0.913 with four questions a batch; at random it was 0.55)."""
+"""Real tokens of all tokens in batches grouped by length (measured 0.913 with four examples a batch; at random it was 0.55)."""
 
 SPREAD = (0.21, 0.35, 0.49, 0.66, 0.92, 1.38, 2.99)
 """Sizes of micro-batches grouped by length over their mean, in seven equal groups (the 56 of d_grouped, Spider-like text): short
 ones wait for the host even where the mean one does not."""
 
 
-def training_speed(gpu: GpuSpec, shape: ModelShape, *, rows: int, mean_tokens: float, checkpointing: bool) -> Speed:
+def training_speed(
+    gpu: GpuSpec, shape: ModelShape, *, micro_batch_size: int, mean_tokens: float, checkpointing: bool
+) -> Speed:
     """Real tokens a second of QLoRA training (NF4, adapters on all seven projections, batches grouped by length).
 
-    rows: questions in a micro-batch. mean_tokens: mean length of a question with its prompt and answer, in tokens.
+    micro_batch_size: in examples. mean_tokens: mean length of an example, prompt and answer, in tokens.
     Measured where MEASURED has the GPU, shape, rows, checkpointing and a like length; else estimated, see the module's text for
     how wrong that may be. ValueError for rows or mean_tokens that are not positive and finite.
     """
-    if rows < 1 or not (math.isfinite(mean_tokens) and mean_tokens > 0):
-        raise ValueError(f"rows ({rows}) and mean_tokens ({mean_tokens}) must be positive")
-    asked = (gpu.name, shape.linear_parameters, rows, checkpointing)
+    if micro_batch_size < 1 or not (math.isfinite(mean_tokens) and mean_tokens > 0):
+        raise ValueError(f"rows ({micro_batch_size}) and mean_tokens ({mean_tokens}) must be positive")
+    asked = (gpu.name, shape.linear_parameters, micro_batch_size, checkpointing)
     like = [
         row
         for row in MEASURED
-        if (row.gpu, row.linear_parameters, row.rows, row.checkpointing) == asked
+        if (row.gpu, row.linear_parameters, row.micro_batch_size, row.checkpointing) == asked
         and abs(mean_tokens - row.mean_tokens) <= SAME_LENGTH * row.mean_tokens
     ]
     if like:
         nearest = min(like, key=lambda row: abs(mean_tokens - row.mean_tokens))
         return Speed(nearest.tokens_per_second, "measured", nearest.source)
-    padded = rows * mean_tokens / (FILL if rows > 1 else 1.0)
+    padded = micro_batch_size * mean_tokens / (FILL if micro_batch_size > 1 else 1.0)
     times = [micro_batch_seconds(gpu, shape, size * padded, checkpointing=checkpointing) for size in SPREAD]
     seconds = sum(times) / len(times)
     source = f"estimated from an H100's plain TRL step (2026-11) by matrix rate and bandwidth of the {gpu.name}, to a factor of 2"
-    return Speed(rows * mean_tokens / seconds, "estimated", source)
+    return Speed(micro_batch_size * mean_tokens / seconds, "estimated", source)
 
 
 def micro_batch_seconds(
     gpu: GpuSpec, shape: ModelShape, padded_tokens: float, *, checkpointing: bool, cost: StepCost = PLAIN
 ) -> float:
     """Wall time of one micro-batch of that many tokens with padding: the slower of host and GPU."""
-    host = cost.host_per_layer if checkpointing else cost.host_per_layer_kept
+    host = cost.host_per_layer if checkpointing else cost.host_per_layer_saved
     return max(host * shape.layers, gpu_seconds(gpu, shape, padded_tokens, checkpointing=checkpointing, cost=cost))
 
 

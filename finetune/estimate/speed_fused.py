@@ -19,67 +19,69 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LeanStep:
-    """An optimizer step on the lean way. questions: in it, of mean_tokens each. tokens: that one micro-batch holds at most.
+class FusedStep:
+    """An optimizer step on the fused backend. batch_size: examples in it, of mean_tokens each. tokens: that one micro-batch holds
+    at most.
 
-    rows: questions in a micro-batch where the config names a number. kept_layers, cached_layers: so many keep their activations,
-    their unpacked weights (finetune/estimate/fit.py). labelled: share of the tokens whose rows the last layer's MLP
-    computes.
+    micro_batch_size: in examples, where the config names a number. uncheckpointed_layers, dequantized_layers: so many keep their
+    activations, their dequantized weights (finetune/estimate/fit.py). labelled: share of the tokens whose rows the last layer's
+    MLP computes.
     """
 
-    questions: int
+    batch_size: int
     mean_tokens: float
     tokens: int
-    kept_layers: int
-    cached_layers: int
-    rows: int | None = None
+    uncheckpointed_layers: int
+    dequantized_layers: int
+    micro_batch_size: int | None = None
     dropout: bool = True
     four_bit: bool = True
     labelled: float = 0.12
 
 
 @dataclass(frozen=True)
-class LeanMeasurement:
-    """One measured configuration of the lean step; whoever measures another adds a row to LEAN_MEASURED.
+class FusedMeasurement:
+    """One measured configuration of the fused step; whoever measures another adds a row to FUSED_MEASURED.
 
-    kept, cached: of all layers, or of none. questions: of an optimizer step, which was one micro-batch.
+    saved: no layer was recomputed, or all were. cached: all weights stayed dequantized, or none. batch_size: of an optimizer
+    step, which was one micro-batch.
     """
 
     gpu: str
     linear_parameters: int
-    kept: bool
+    saved: bool
     cached: bool
     dropout: bool
-    questions: int
+    batch_size: int
     mean_tokens: float
     tokens_per_second: float
     source: str
 
 
-LEAN_MEASURED = (
-    LeanMeasurement("H100", MISTRAL_7B, True, True, True, 16, 322, 15409,
-        "H100 80GB, `benchmarks.throughput`, lean layers in bfloat16, random Mistral-7B weights, texts of 322 tokens on average, "
-        "2026-11-23: median of 15,329 to 16,017"),
+FUSED_MEASURED = (
+    FusedMeasurement("H100", MISTRAL_7B, True, True, True, 16, 322, 15409,
+        "H100 80GB, `benchmarks.throughput`, fused layers in bfloat16, random Mistral-7B weights, texts of 322 tokens on "
+        "average, 2026-11-23: median of 15,329 to 16,017"),
 )  # fmt: skip
 """docs/performance.md has the table that this row is from, and what other machines did."""
 
-LEAN_HOST, LEAN_HOST_AGAIN = 0.152 / 32, 0.060 / 32
+FUSED_HOST, FUSED_HOST_RECOMPUTE = 0.152 / 32, 0.060 / 32
 """Seconds a layer that the host takes to launch a micro-batch (forward 60 ms, backward 92 ms at a tiny size, H100's host), and to
 launch a layer's forward pass once more."""
-LEAN_HOST_UNPACK = 0.037 / 32
-"""Seconds a layer that the host takes to launch the unpacking of its 4-bit weights for one pass (a forward pass over weights that
-are not cached took it 97 ms at a tiny size instead of 60)."""
-LEAN_STEP = 0.012
+FUSED_HOST_DEQUANTIZE = 0.037 / 32
+"""Seconds a layer that the host takes to launch the dequantizing of its 4-bit weights for one pass (a forward pass over weights
+that are not cached took it 97 ms at a tiny size instead of 60)."""
+FUSED_STEP = 0.012
 """Seconds of an optimizer step beside its micro-batches: clipping 5 ms, refreshed copies 4 ms (measured); the optimizer on one
 flat tensor 3 ms (estimated)."""
-LEAN_WEIGHT_BYTES = 4.77
+FUSED_WEIGHT_BYTES = 4.77
 """Of a 4-bit parameter and pass, as StepCost.weight_bytes. In the profile of a step of 4,696 tokens with checkpointing, two
-unpacking kernels and an addition took 28.2 ms for 2.84 passes."""
-LEAN_TRAFFIC = {(True, False): 21.8, (True, True): 23.1, (False, False): 57.5, (False, True): 75.8}
+dequantizing kernels and an addition took 28.2 ms for 2.84 passes."""
+FUSED_TRAFFIC = {(True, False): 21.8, (True, True): 23.1, (False, False): 57.5, (False, True): 75.8}
 """Bytes of a token and element of a projection's input or output, by (Triton's operations and FlashAttention, LoRA dropout): what
 the GPU time of such steps (259, 264 ms; with torch's operations 371, 438 ms, and 19 ms for the memory-efficient attention
 kernel) leaves beside 179 ms of matrix products."""
-LEAN_AGAIN = 0.275
+FUSED_RECOMPUTE = 0.275
 """Share of that traffic which a second forward pass adds, its matrix products apart (22 of 80 ms)."""
 STEP_SIZES = (-1.465, -0.792, -0.366, 0.0, 0.366, 0.792, 1.465)
 """Sizes of optimizer steps as standard deviations from the mean: the middles of seven equal parts of a normal distribution."""
@@ -88,68 +90,76 @@ LENGTH_SPREAD = 0.97
 (223) and 95th percentile (853 tokens) of the benchmarks."""
 
 
-def lean_speed(gpu: GpuSpec, shape: ModelShape, step: LeanStep) -> Speed:
-    """Tokens a second of whole optimizer steps on the lean way (adapters on all seven projections).
+def fused_speed(gpu: GpuSpec, shape: ModelShape, step: FusedStep) -> Speed:
+    """Tokens a second of whole optimizer steps on the fused backend (adapters on all seven projections).
 
-    Measured where LEAN_MEASURED has the GPU, shape and kind of step, and it is one micro-batch; else estimated.
+    Measured where FUSED_MEASURED has the GPU, shape and kind of step, and it is one micro-batch; else estimated.
     """
     asked = (
-        gpu.name, shape.linear_parameters, step.kept_layers == shape.layers, step.cached_layers == shape.layers, step.dropout,
-        step.questions,
+        gpu.name, shape.linear_parameters, step.uncheckpointed_layers == shape.layers,
+        step.dequantized_layers == shape.layers, step.dropout, step.batch_size,
     )  # fmt: skip
-    in_one_piece = min(step.tokens / step.mean_tokens, step.rows or math.inf) >= step.questions
-    whole = in_one_piece and step.four_bit and {step.kept_layers, step.cached_layers} <= {0, shape.layers}
-    for row in LEAN_MEASURED:
-        of_row = (row.gpu, row.linear_parameters, row.kept, row.cached, row.dropout, row.questions)
+    in_one_piece = min(step.tokens / step.mean_tokens, step.micro_batch_size or math.inf) >= step.batch_size
+    whole = (
+        in_one_piece and step.four_bit and {step.uncheckpointed_layers, step.dequantized_layers} <= {0, shape.layers}
+    )
+    for row in FUSED_MEASURED:
+        of_row = (row.gpu, row.linear_parameters, row.saved, row.cached, row.dropout, row.batch_size)
         if whole and of_row == asked and abs(step.mean_tokens - row.mean_tokens) <= SAME_LENGTH * row.mean_tokens:
             return Speed(row.tokens_per_second, "measured", row.source)
     sizes = step_sizes(step)
-    seconds = sum(lean_step_seconds(gpu, shape, size, step) for size in sizes)
-    source = (
-        f"estimated from an H100's lean step (2026-11) by matrix rate and bandwidth of the {gpu.name}, to a factor of 2"
-    )
+    seconds = sum(fused_step_seconds(gpu, shape, size, step) for size in sizes)
+    source = f"estimated from an H100's fused step (2026-11) by matrix rate and bandwidth of the {gpu.name}, to a factor of 2"
     return Speed(sum(sizes) / seconds, "estimated", source)
 
 
-def step_sizes(step: LeanStep) -> list[float]:
+def step_sizes(step: FusedStep) -> list[float]:
     """Tokens of seven optimizer steps that stand for all."""
-    mean, deviation = step.questions * step.mean_tokens, LENGTH_SPREAD / math.sqrt(step.questions)
+    mean, deviation = step.batch_size * step.mean_tokens, LENGTH_SPREAD / math.sqrt(step.batch_size)
     return [mean * max(0.1, 1 + deviation * size) for size in STEP_SIZES]
 
 
-def lean_step_seconds(gpu: GpuSpec, shape: ModelShape, tokens: float, step: LeanStep) -> float:
+def fused_step_seconds(gpu: GpuSpec, shape: ModelShape, tokens: float, step: FusedStep) -> float:
     """Wall time of an optimizer step of so many tokens, in micro-batches of one size."""
-    pieces = math.ceil(step.questions / step.rows) if step.rows else math.ceil(tokens / step.tokens)
-    again = shape.layers - step.kept_layers
-    packed, packed_again = packed_layers(shape, step)
-    host = LEAN_HOST * shape.layers + LEAN_HOST_AGAIN * again + LEAN_HOST_UNPACK * (2 * packed + packed_again)
-    return pieces * max(host, lean_gpu_seconds(gpu, shape, tokens / pieces, step)) + LEAN_STEP
+    pieces = (
+        math.ceil(step.batch_size / step.micro_batch_size) if step.micro_batch_size else math.ceil(tokens / step.tokens)
+    )
+    recomputed = shape.layers - step.uncheckpointed_layers
+    packed, packed_recomputed = packed_layers(shape, step)
+    host = (
+        FUSED_HOST * shape.layers
+        + FUSED_HOST_RECOMPUTE * recomputed
+        + FUSED_HOST_DEQUANTIZE * (2 * packed + packed_recomputed)
+    )
+    return pieces * max(host, fused_gpu_seconds(gpu, shape, tokens / pieces, step)) + FUSED_STEP
 
 
-def packed_layers(shape: ModelShape, step: LeanStep) -> tuple[int, int]:
-    """Layers that unpack their weights at every use, and those among them that are computed again: the first layers are cached,
-    the last ones kept."""
-    packed = shape.layers - step.cached_layers if step.four_bit else 0
-    return packed, max(0, packed - step.kept_layers)
+def packed_layers(shape: ModelShape, step: FusedStep) -> tuple[int, int]:
+    """Layers that dequantize their weights at every use, and those among them that are recomputed: the first layers are cached,
+    the last ones not recomputed."""
+    packed = shape.layers - step.dequantized_layers if step.four_bit else 0
+    return packed, max(0, packed - step.uncheckpointed_layers)
 
 
-def lean_gpu_seconds(gpu: GpuSpec, shape: ModelShape, tokens: float, step: LeanStep) -> float:
+def fused_gpu_seconds(gpu: GpuSpec, shape: ModelShape, tokens: float, step: FusedStep) -> float:
     """Time that the GPU is busy with one micro-batch.
 
-    As `gpu_seconds`, but what is computed again leaves out down_proj, and behind the last layer's attention go labelled rows
+    As `gpu_seconds`, but what is recomputed leaves out down_proj, and behind the last layer's attention go labelled rows
     alone.
     """
     names = shape.projections
     of_layer = shape.linear_parameters / shape.layers
-    again = (1 - math.prod(names["down_proj"]) / of_layer) * (shape.layers - step.kept_layers)
+    recomputed = (1 - math.prod(names["down_proj"]) / of_layer) * (shape.layers - step.uncheckpointed_layers)
     spared = (1 - step.labelled) * (
         1 - sum(math.prod(names[name]) for name in ("q_proj", "k_proj", "v_proj")) / of_layer
     )
-    flop = 2 * of_layer * (2 * (shape.layers - spared) + again) * tokens
-    traffic = LEAN_TRAFFIC[gpu.compute_capability >= (8, 0), step.dropout] * projection_widths(shape)
-    traffic *= (1 + LEAN_AGAIN * (1 - step.kept_layers / shape.layers)) * tokens
-    packed, packed_again = packed_layers(shape, step)
-    unpacked = (
-        LEAN_WEIGHT_BYTES * of_layer * (2 * packed + packed_again * (1 - math.prod(names["down_proj"]) / of_layer))
+    flop = 2 * of_layer * (2 * (shape.layers - spared) + recomputed) * tokens
+    traffic = FUSED_TRAFFIC[gpu.compute_capability >= (8, 0), step.dropout] * projection_widths(shape)
+    traffic *= (1 + FUSED_RECOMPUTE * (1 - step.uncheckpointed_layers / shape.layers)) * tokens
+    packed, packed_recomputed = packed_layers(shape, step)
+    dequantized = (
+        FUSED_WEIGHT_BYTES
+        * of_layer
+        * (2 * packed + packed_recomputed * (1 - math.prod(names["down_proj"]) / of_layer))
     )
-    return flop / (gpu.tflops * 1e12 * reached_share(gpu)) + (traffic + unpacked) / (gpu.bandwidth * 1e9)
+    return flop / (gpu.tflops * 1e12 * reached_share(gpu)) + (traffic + dequantized) / (gpu.bandwidth * 1e9)

@@ -25,7 +25,7 @@ from finetune.data.split import unit_hash
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Generator, LoadedModel
 from finetune.evaluation.generators.registry import DEFAULT, generator_named
-from finetune.evaluation.score import Row, as_dict, gain, judge, score
+from finetune.evaluation.score import Row, as_dict, gain, score, score_answer
 from finetune.models.device import choose_device
 from finetune.models.load import require_adapter, weights_identity
 from finetune.run_folder import RunFolder
@@ -38,7 +38,7 @@ SCORE = "score.json"
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvaluationSet:
     """The questions of one evaluation, each with the database that it is judged on, and how they are asked."""
 
     config: RunConfig
@@ -61,8 +61,10 @@ def evaluate_base(
     loaded: the model, perhaps with an adapter, where it is in memory already. generator: who answers, by its name in
     evaluation/generators/registry.py.
     """
-    exam = _exam(config, generator_named(generator), PromptTemplate(config.data.schema_format))
-    kept = _kept_base(exam) or _score_base(exam, loaded or exam.generator.load(config, None), progress)
+    evaluation_set = _evaluation_set(config, generator_named(generator), PromptTemplate(config.data.schema_format))
+    kept = _kept_base(evaluation_set) or _score_base(
+        evaluation_set, loaded or evaluation_set.generator.load(config, None), progress
+    )
     return kept[0]
 
 
@@ -74,26 +76,28 @@ def evaluate_run(
     generator: as in `evaluate_base`."""
     config = run.config()
     require_adapter(run.adapter)
-    exam = _exam(config, generator_named(generator), load_template(run.adapter))
+    evaluation_set = _evaluation_set(config, generator_named(generator), load_template(run.adapter))
     trained_on = run.record().data if run.run_json.is_file() else None
-    if trained_on and trained_on.manifest_sha256 != exam.data.manifest_hash:
-        say(f"{exam.data.folder}: not the data that {run.path} was trained with, which may have held these questions")
-    model = exam.generator.load(config, run.adapter)
+    if trained_on and trained_on.manifest_sha256 != evaluation_set.data.manifest_hash:
+        say(
+            f"{evaluation_set.data.folder}: not the data that {run.path} was trained with, which may have held these questions"
+        )
+    model = evaluation_set.generator.load(config, run.adapter)
     scores: dict[str, dict[str, Any]] = {}
     rows: dict[str, list[Row]] = {}
     if base:
-        scores["base"], rows["base"] = _kept_base(exam) or _score_base(exam, model, progress)
-    scores["tuned"], rows["tuned"] = _ask(exam, model, progress, tuned=True)
+        scores["base"], rows["base"] = _kept_base(evaluation_set) or _score_base(evaluation_set, model, progress)
+    scores["tuned"], rows["tuned"] = _ask(evaluation_set, model, progress, tuned=True)
     scores["tuned"]["adapter"] = str(run.adapter)
     for name in rows:
         _write_rows(run.eval_rows(name), rows[name])
         scores[name]["rows"] = str(run.eval_rows(name).relative_to(run.path))
     result = {
         "split": config.evaluation.split,
-        "questions": len(exam.records),
-        "without_database": exam.without_database,
-        "data_manifest_sha256": exam.data.manifest_hash,
-        "prompt_version": exam.template.identity(),
+        "questions": len(evaluation_set.records),
+        "without_database": evaluation_set.without_database,
+        "data_manifest_sha256": evaluation_set.data.manifest_hash,
+        "prompt_version": evaluation_set.template.identity(),
         "rule": config.evaluation.rule,
         "models": scores,
         "gain": gain(rows["base"], rows["tuned"]) if base else None,
@@ -102,7 +106,7 @@ def evaluate_run(
     return result
 
 
-def _exam(config: RunConfig, generator: Generator, template: PromptTemplate) -> Exam:
+def _evaluation_set(config: RunConfig, generator: Generator, template: PromptTemplate) -> EvaluationSet:
     data = load_prepared(Path(config.data.output_dir))
     records = data.records(config.evaluation.split)
     asked = [(r, database) for r in records if (database := data.database(r))]
@@ -120,13 +124,17 @@ def _exam(config: RunConfig, generator: Generator, template: PromptTemplate) -> 
     if limit is not None and limit < len(asked):
         chosen = sorted(asked, key=lambda pair: unit_hash(config.data.seed, pair[0].id))[:limit]
         asked = [pair for pair in asked if pair in chosen]
-    return Exam(config, generator, data, template, [r for r, _ in asked], [d for _, d in asked], without_database)
+    return EvaluationSet(
+        config, generator, data, template, [r for r, _ in asked], [d for _, d in asked], without_database
+    )
 
 
-def _ask(exam: Exam, model: LoadedModel, progress: bool, *, tuned: bool) -> tuple[dict[str, Any], list[Row]]:
+def _ask(
+    evaluation_set: EvaluationSet, model: LoadedModel, progress: bool, *, tuned: bool
+) -> tuple[dict[str, Any], list[Row]]:
     """Generate and judge all answers of the tuned or of the base model."""
-    evaluation = exam.config.evaluation
-    prompts, name = exam.prompts(), "tuned model" if tuned else "base model"
+    evaluation = evaluation_set.config.evaluation
+    prompts, name = evaluation_set.prompts(), "tuned model" if tuned else "base model"
     started = time.monotonic()
     answers = model.answers(
         prompts,
@@ -137,10 +145,10 @@ def _ask(exam: Exam, model: LoadedModel, progress: bool, *, tuned: bool) -> tupl
         progress=progress,
     )
     seconds = time.monotonic() - started
-    questions = zip(exam.records, exam.databases, prompts, answers, strict=True)
+    questions = zip(evaluation_set.records, evaluation_set.databases, prompts, answers, strict=True)
     with open_sessions() as session:
         rows = [
-            judge(
+            score_answer(
                 record,
                 database,
                 prompt,
@@ -155,7 +163,7 @@ def _ask(exam: Exam, model: LoadedModel, progress: bool, *, tuned: bool) -> tupl
             )
         ]
     result = {
-        "model": exam.config.model.name,
+        "model": evaluation_set.config.model.name,
         "adapter": None,
         "seconds": round(seconds, 3),
         "dtype": model.dtype_name,
@@ -163,18 +171,18 @@ def _ask(exam: Exam, model: LoadedModel, progress: bool, *, tuned: bool) -> tupl
     return result | score(rows), rows
 
 
-def _score_base(exam: Exam, model: LoadedModel, progress: bool) -> tuple[dict[str, Any], list[Row]]:
+def _score_base(evaluation_set: EvaluationSet, model: LoadedModel, progress: bool) -> tuple[dict[str, Any], list[Row]]:
     """Ask the base model, an adapter switched off if there is one, and keep the result for later runs."""
-    result, rows = _ask(exam, model, progress, tuned=False)
-    folder = _base_folder(exam)
+    result, rows = _ask(evaluation_set, model, progress, tuned=False)
+    folder = _base_folder(evaluation_set)
     _write_rows(folder / ROWS, rows)
     write_json(folder / SCORE, result)
     return result, rows
 
 
-def _kept_base(exam: Exam) -> tuple[dict[str, Any], list[Row]] | None:
+def _kept_base(evaluation_set: EvaluationSet) -> tuple[dict[str, Any], list[Row]] | None:
     """The base model's score if it was made before and can still be read."""
-    folder = _base_folder(exam)
+    folder = _base_folder(evaluation_set)
     try:
         kept = json.loads((folder / SCORE).read_text(encoding="utf-8"))
         return kept, [Row(**line.value) for line in read_lines(folder / ROWS)]
@@ -182,27 +190,35 @@ def _kept_base(exam: Exam) -> tuple[dict[str, Any], list[Row]] | None:
         return None
 
 
-def _base_folder(exam: Exam) -> Path:
+def _base_folder(evaluation_set: EvaluationSet) -> Path:
     """Named by everything that the base model's score depends on."""
-    model, evaluation = asdict(exam.config.model), asdict(exam.config.evaluation)
+    model, evaluation = asdict(evaluation_set.config.model), asdict(evaluation_set.config.evaluation)
     del model["max_seq_length"], evaluation["batch_size"]  # of training; of speed
-    files = exam.data.manifest["files"]
+    files = evaluation_set.data.manifest["files"]
     depends = {
         "model": model,
-        "weights": weights_identity(exam.config.model),
-        "quantization": asdict(exam.config.quantization),
-        "dtype": choose_device(exam.config.model.torch_dtype).dtype_name,
+        "weights": weights_identity(evaluation_set.config.model),
+        "quantization": asdict(evaluation_set.config.quantization),
+        "dtype": choose_device(evaluation_set.config.model.torch_dtype).dtype_name,
         "evaluation": evaluation,
         "questions": [
-            [record.id, prompt, record.sql, record.dialect, files[str(database.relative_to(exam.data.folder))]]
-            for record, prompt, database in zip(exam.records, exam.prompts(), exam.databases, strict=True)
+            [
+                record.id,
+                prompt,
+                record.sql,
+                record.dialect,
+                files[str(database.relative_to(evaluation_set.data.folder))],
+            ]
+            for record, prompt, database in zip(
+                evaluation_set.records, evaluation_set.prompts(), evaluation_set.databases, strict=True
+            )
         ],
     }
-    if exam.generator is not generator_named(DEFAULT):  # which the scores that are kept already do not name
-        depends["generator"] = [exam.generator.name, exam.generator.version]
+    if evaluation_set.generator is not generator_named(DEFAULT):  # which the scores that are kept already do not name
+        depends["generator"] = [evaluation_set.generator.name, evaluation_set.generator.version]
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
-    name = Path(exam.config.model.name).name or "model"
-    return Path(exam.config.training.output_dir) / "base" / f"{name}-{key}"
+    name = Path(evaluation_set.config.model.name).name or "model"
+    return Path(evaluation_set.config.training.output_dir) / "base" / f"{name}-{key}"
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

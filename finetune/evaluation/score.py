@@ -45,7 +45,7 @@ class Row:
     gold_sha256: str
 
 
-def judge(
+def score_answer(
     record: Record,
     database: Path,
     prompt: str,

@@ -14,7 +14,7 @@ from finetune.job.data import data_of_config, data_of_run
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
 from finetune.job.settings import JobSettings
-from finetune.run_folder import RunFolder, remove_unbegun
+from finetune.run_folder import RunFolder, remove_not_started
 
 NODES_PORT = 29500
 
@@ -26,7 +26,7 @@ def train(settings: JobSettings) -> int:
     wandb = {"WANDB_RUN_ID": name, "WANDB_NAME": name, "WANDB_RESUME": "allow"}
     settings = replace(settings, environment=settings.environment | wandb)
     run = RunFolder(settings.runs / name)
-    remove_unbegun(run)
+    remove_not_started(run)
     if not run.run_json.exists():
         words = _begin(run, settings)
     elif run.record().status != "done":

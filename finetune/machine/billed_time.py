@@ -45,9 +45,9 @@ def machine_identity() -> str | None:
 class MachineTime:
     """The seconds of one attempt. `seconds` may be asked by any thread; `take` and `mark` are for one thread at a time."""
 
-    def __init__(self, *, rented: bool, home: Path | None = None, age: Callable[[], float] | None = None) -> None:
-        """rented: the machine costs money from its boot. age: seconds that only grow, in place of the system's."""
-        by_machine = rented and (age is not None or machine_age() is not None)
+    def __init__(self, *, provisioned: bool, home: Path | None = None, age: Callable[[], float] | None = None) -> None:
+        """provisioned: the machine costs money from its boot. age: seconds that only grow, in place of the system's."""
+        by_machine = provisioned and (age is not None or machine_age() is not None)
         self._age = age or (_age_of_machine if by_machine else process_age)
         self._identity = machine_identity() if by_machine else None
         self._marker = (home or Path.home()) / MARKER if self._identity else None

@@ -32,10 +32,10 @@ class Answer:
     etag: str = ""
 
 
-NOBODY = Answer(0)
+NO_RESPONSE = Answer(0)
 
 
-class Caller:
+class Client:
     """Asks one question at a time; another thread may hang up in the middle of one."""
 
     def __init__(self) -> None:
@@ -56,11 +56,11 @@ class Caller:
         try:
             return self._get(path, wait_seconds + PATIENCE_SECONDS)
         except (OSError, http.client.HTTPException, ValueError):
-            return NOBODY
+            return NO_RESPONSE
         finally:
             self._connection = None
 
-    def hang_up(self) -> None:
+    def cancel(self) -> None:
         """Ends the question that is being asked, and every later one, with nobody's answer."""
         self._hung_up = True
         connection = self._connection
@@ -78,14 +78,14 @@ class Caller:
             connection.sock.settimeout(timeout)
             self._connection = connection
             if self._hung_up:
-                return NOBODY
+                return NO_RESPONSE
             connection.request("GET", path, headers=dict([FLAVOR]))
             response = connection.getresponse()
             text = response.read().decode("utf-8").strip()
             if response.status != OK:
                 return Answer(response.status)
             if response.headers.get(FLAVOR[0]) != FLAVOR[1]:  # another cloud's server lives at the same address
-                return NOBODY
+                return NO_RESPONSE
             return Answer(OK, text, response.headers.get("ETag", ""))
         finally:
             connection.close()
@@ -93,5 +93,5 @@ class Caller:
 
 def value(key: str) -> str | None:
     """One value, such as `zone`; None off Google Cloud and where the server does not know. Off it takes a second at most."""
-    answer = Caller().ask(key)
+    answer = Client().ask(key)
     return answer.value if answer.status == OK else None

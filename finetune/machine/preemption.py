@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from finetune.machine import metadata
-from finetune.machine.price import rented
+from finetune.machine.price import provisioned
 
 PREEMPTED, MAINTENANCE = "preempted", "maintenance-event"
 ALARMS = {PREEMPTED: "TRUE", MAINTENANCE: "TERMINATE_ON_HOST_MAINTENANCE"}
@@ -31,8 +31,8 @@ class PreemptionWatch:
     def __init__(self, on_notice: Callable[[str], None]) -> None:
         self._on_notice = on_notice
         self._closed = threading.Event()
-        self._stays = rented()
-        self._callers = {key: metadata.Caller() for key in ALARMS}
+        self._stays = provisioned()
+        self._clients = {key: metadata.Client() for key in ALARMS}
         self._threads = [
             threading.Thread(target=self._listen, args=(key,), name=f"metadata {key}", daemon=True) for key in ALARMS
         ]
@@ -49,8 +49,8 @@ class PreemptionWatch:
     def close(self) -> None:
         """Ends the threads, in the middle of a question too."""
         self._closed.set()
-        for caller in self._callers.values():
-            caller.hang_up()
+        for client in self._clients.values():
+            client.cancel()
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(metadata.CONNECT_SECONDS + 1)
@@ -62,15 +62,15 @@ class PreemptionWatch:
         self.close()
 
     def _listen(self, key: str) -> None:
-        caller, etag, pause = self._callers[key], "", FIRST_PAUSE_SECONDS
+        client, etag, pause = self._clients[key], "", FIRST_PAUSE_SECONDS
         answers = 0
         while not self._closed.is_set():
-            answer = caller.ask(key, last_etag=etag, wait_seconds=HOLD_SECONDS if etag else 0)
+            answer = client.ask(key, last_etag=etag, wait_seconds=HOLD_SECONDS if etag else 0)
             answers += 1
             if answer.value.upper() == ALARMS[key]:
                 self._on_notice(key)
                 return
-            elsewhere = answer == metadata.NOBODY and answers == 1 and not self._stays
+            elsewhere = answer == metadata.NO_RESPONSE and answers == 1 and not self._stays
             if elsewhere or 400 <= answer.status < 500:  # or not a key of this server
                 return
             if answer.status == metadata.OK:

@@ -70,7 +70,7 @@ def dearest_usd_per_hour() -> float | None:
     return max(offer["usd_per_hour"] for offer in table["offers"]) if table is not None else None
 
 
-def rented() -> bool:
+def provisioned() -> bool:
     """Whether our launch policy started this machine, so that it costs money from its boot."""
     return _table_text() is not None
 

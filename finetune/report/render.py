@@ -124,7 +124,7 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
     valid = f"ran without an error{only}" if models else "not evaluated"
     run = source.run
     clock = "wall clock" if run.attempts == 1 else f"wall clock of {run.attempts} attempts"
-    steps, examples = run.steps and run.steps.done, run.step and run.step.questions
+    steps, examples = run.steps and run.steps.done, run.step and run.step.batch_size
     trained = f"{steps:,} steps of {examples} examples, {clock}" if steps and examples else clock
     memory = run.peak_memory_gib.kind if run.peak_memory_gib else "not recorded"
     price = run.spent_basis or "no price was given"

@@ -85,11 +85,11 @@ class _Heard:
         try:
             yield
         except BrokenPipeError:
-            self._to_nobody()
+            self._to_devnull()
         except OSError:  # a log on a full disk, a terminal that was closed: the next line may go through again
             pass
 
-    def _to_nobody(self) -> None:
+    def _to_devnull(self) -> None:
         """What is still buffered, what C code writes and what child processes print goes there, too."""
         with suppress(OSError, ValueError):
             nobody = os.open(os.devnull, os.O_WRONLY)
@@ -101,7 +101,7 @@ class _Heard:
 
 
 @contextmanager
-def outliving_readers() -> Iterator[None]:
+def broken_pipe_safe() -> Iterator[None]:
     """While the block runs, no print to stdout or stderr raises because nobody can take it."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Heard(sys.stdout), _Heard(sys.stderr)  # type: ignore[assignment]
@@ -114,5 +114,5 @@ def outliving_readers() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    if distributed.first():
+    if distributed.is_rank0():
         tqdm.write(message, file=sys.stderr)  # on a line of its own, also while a bar is shown

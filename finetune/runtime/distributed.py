@@ -30,9 +30,9 @@ PATIENCE = timedelta(hours=1)
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 """For the main thread to come to an end by itself, before the watching thread ends the process."""
-TOLD_SECONDS = 20.0
+REPORTED_SECONDS = 20.0
 """For rank 0 to tell the fault of another rank; then that rank tells it itself."""
-FAILED, TOLD = "finetune/failed", "finetune/told"
+FAILED, REPORTED = "finetune/failed", "finetune/reported"
 
 
 @dataclass
@@ -50,19 +50,19 @@ _watch: _Watch | None = None
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes train together, as torchrun and `accelerate launch` tell them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def first() -> bool:
+def is_rank0() -> bool:
     return rank() == 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every rank has come here. (NCCL's own barrier would also wait for the GPU.)"""
     any_of(False)
 
@@ -74,7 +74,7 @@ def any_of(flag: bool) -> bool:
 
 def any_of_each(flags: Sequence[bool]) -> list[bool]:
     """`any_of` for each of several flags at once."""
-    if count() == 1:
+    if world_size() == 1:
         return list(flags)
     import torch
 
@@ -83,49 +83,49 @@ def any_of_each(flags: Sequence[bool]) -> list[bool]:
     return [bool(flag) for flag in shared]
 
 
-def to_first(value: Value) -> list[Value] | None:
+def gather_on_rank0(value: Value) -> list[Value] | None:
     """The values of all ranks, in their order, on rank 0; None on the others. They must be something that can be pickled."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
     import torch
 
-    values: list[Any] | None = [None] * count() if first() else None
+    values: list[Any] | None = [None] * world_size() if is_rank0() else None
     torch.distributed.gather_object(value, values, dst=0)
     return values
 
 
-def from_first(make: Callable[[], Value]) -> Value:
+def run_on_rank0(make: Callable[[], Value]) -> Value:
     """What `make` gives on rank 0, which alone calls it; the others wait for it. It must be something that can be pickled."""
-    if count() == 1:
+    if world_size() == 1:
         return make()
     import torch
 
-    box: list[Any] = [make() if first() else None]
+    box: list[Any] = [make() if is_rank0() else None]
     torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     value: Value = box[0]
     return value
 
 
-def same_everywhere(tensor: torch.Tensor) -> None:
+def broadcast(tensor: torch.Tensor) -> None:
     """Overwrite a tensor with that of rank 0."""
-    if count() > 1:
+    if world_size() > 1:
         import torch
 
         torch.distributed.broadcast(tensor, src=0)
 
 
-def add_up(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor becomes its sum over the ranks."""
-    if count() > 1:
+    if world_size() > 1:
         import torch
 
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def draw_apart(seed: int) -> None:
+def seed_per_rank(seed: int) -> None:
     """Dropout masks of this rank that are not those of another. Rank 0 goes on as if it were alone."""
-    if not first():
+    if not is_rank0():
         import torch
 
         torch.manual_seed(seed + rank())
@@ -138,19 +138,19 @@ def on_failure(clean_up: Callable[[], None]) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Around everything that ranks do together; they leave it together, or after one of them has failed.
 
     Raises UserError on rank 0 for the fault of any rank. The other ranks end in silence, with the exit code of that fault.
     """
     global _watch
-    if count() == 1 or _watch:  # alone, or inside another `together`
+    if world_size() == 1 or _watch:  # alone, or inside another `process_group`
         yield
         return
     try:
         _connect()
         yield
-        wait()
+        barrier()
     except BaseException as error:
         _end_of_failed(error)
         raise
@@ -228,18 +228,18 @@ def _end_of_failed(error: BaseException) -> None:
     """Returns where this rank is to raise its own error; else raises what it shall raise instead."""
     watch = _watch
     if watch is None:  # the ranks have not met: rank 0, if it fails in the same way, has this long to say so
-        if not first():
-            time.sleep(TOLD_SECONDS)
+        if not is_rank0():
+            time.sleep(REPORTED_SECONDS)
         return
     watch.ending.set()
     known = _publish(watch, error)
     atexit.register(_exit_at_once, known["code"])
-    if first():
+    if is_rank0():
         with suppress(RuntimeError):
-            watch.store.set(TOLD, "1")
+            watch.store.set(REPORTED, "1")
         if known["rank"] != 0 and known["message"] != _message(error):
             _raise_for(known, error)
-    elif known["rank"] != rank() or (isinstance(error, UserError | KeyboardInterrupt) and _told(watch)):
+    elif known["rank"] != rank() or (isinstance(error, UserError | KeyboardInterrupt) and _reported(watch)):
         time.sleep(GRACE_SECONDS)  # torchrun ends all as soon as one has ended: let it be rank 0, which is speaking
         raise SystemExit(known["code"]) from None
 
@@ -259,11 +259,11 @@ def _raise_for(known: dict[str, Any], error: BaseException) -> NoReturn:
     raise SystemExit(known["code"]) from None
 
 
-def _told(watch: _Watch) -> bool:
-    deadline = time.monotonic() + TOLD_SECONDS
+def _reported(watch: _Watch) -> bool:
+    deadline = time.monotonic() + REPORTED_SECONDS
     try:
         while time.monotonic() < deadline:
-            if watch.store.check([TOLD]):
+            if watch.store.check([REPORTED]):
                 return True
             time.sleep(POLL_SECONDS)
     except RuntimeError:  # rank 0 kept the store, and has gone
@@ -282,14 +282,14 @@ def _look_out(watch: _Watch) -> None:
             known = {"rank": 0, "message": "the other machines are no longer there", "code": EXIT_TRANSIENT}
         if watch.ending.wait(GRACE_SECONDS) or watch.stopped.is_set():
             return
-        if first():
+        if is_rank0():
             watch.clean_up()
             message = " ".join(known["message"].split())
             from tqdm import tqdm
 
             tqdm.write(f"finetune: process {known['rank']}: {message}", file=sys.stderr)  # not on the line of a bar
             with suppress(RuntimeError):
-                watch.store.set(TOLD, "1")
+                watch.store.set(REPORTED, "1")
         else:
             time.sleep(GRACE_SECONDS)
         os._exit(known["code"])

@@ -56,6 +56,6 @@ def _into_place(run: RunFolder, temporary: Path) -> None:
     os.replace(temporary, run.adapter)
 
 
-def remove_halves(run: RunFolder) -> None:
+def remove_partial_files(run: RunFolder) -> None:
     for name in (TEMPORARY_ADAPTER, TEMPORARY_COPY):
         shutil.rmtree(run.path / name, ignore_errors=True)

@@ -33,7 +33,7 @@ def trainer_arguments(
         seed=training.seed,
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
-        per_device_train_batch_size=plan.questions,  # one batch of transformers' loop is a whole step
+        per_device_train_batch_size=plan.batch_size,  # one batch of transformers' loop is a whole step
         per_device_eval_batch_size=training.per_device_eval_batch_size,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,

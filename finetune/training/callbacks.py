@@ -36,7 +36,7 @@ class Throughput(TrainerCallback):
     def __init__(self) -> None:
         self.seconds = 0.0
         self.tokens = 0.0
-        self._window = (0.0, 0.0)  # seconds, tokens since the last log
+        self._interval = (0.0, 0.0)  # seconds, tokens since the last log
         self._first = True
         self._begun = self._first_began = 0.0
         self._tokens_at_begin = 0.0
@@ -58,7 +58,7 @@ class Throughput(TrainerCallback):
             return
         self.seconds += seconds
         self.tokens += tokens
-        self._window = (self._window[0] + seconds, self._window[1] + tokens)
+        self._interval = (self._interval[0] + seconds, self._interval[1] + tokens)
 
     def wall_seconds(self) -> float:
         """Of this attempt, since its first step began, whatever they were spent on."""
@@ -68,10 +68,10 @@ class Throughput(TrainerCallback):
         """Over the whole attempt; None before the second step has ended."""
         return self.tokens / self.seconds if self.seconds else None
 
-    def take_window(self) -> float | None:
+    def take_interval(self) -> float | None:
         """Since the last call."""
-        seconds, tokens = self._window
-        self._window = (0.0, 0.0)
+        seconds, tokens = self._interval
+        self._interval = (0.0, 0.0)
         return tokens / seconds if seconds else None
 
 

@@ -18,7 +18,7 @@ from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.files import disk_error
-from finetune.training.adapter import adapter_from, adapter_is_of, remove_halves
+from finetune.training.adapter import adapter_from, adapter_is_of, remove_partial_files
 from finetune.training.record import RunRecorder
 from finetune.training.session import Session
 
@@ -36,14 +36,14 @@ def refused(session: Session, refusal: str, before: str | None) -> int:
     """
     step = session.resumed_step
     if step is None or (
-        before == "budget_stop" and distributed.from_first(lambda: adapter_is_of(session.run, session.recorder, step))
+        before == "budget_stop" and distributed.run_on_rank0(lambda: adapter_is_of(session.run, session.recorder, step))
     ):
-        if not _remove_unbegun(session) and before != "budget_stop" and distributed.first():
+        if not _remove_not_started(session) and before != "budget_stop" and distributed.is_rank0():
             session.spending.book("failed")
             session.recorder.close("failed")
         raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})", code="budget.exhausted")
     say(refusal)
-    if distributed.first():
+    if distributed.is_rank0():
         session.spending.book("budget_stop")
         assert session.resume_from
         adapter_from(session.run, session.resume_from)
@@ -73,13 +73,13 @@ def failures_recorded(session: Session) -> Iterator[None]:
 
 def close_failed(session: Session, error: BaseException) -> None:
     """Leave a run folder that says how the run ended, without half an adapter; none at all if the run never began."""
-    if not distributed.first():
+    if not distributed.is_rank0():
         return
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     try:
-        if _remove_unbegun(session):
+        if _remove_not_started(session):
             return
-        remove_halves(session.run)
+        remove_partial_files(session.run)
         session.spending.end(status)
         session.recorder.close(status)
     except (OSError, UserError) as another:  # the fault that brought us here is the one to report
@@ -122,14 +122,14 @@ def _within(seconds: float, action: Callable[[], None]) -> None:
     thread.join(seconds)
 
 
-def _remove_unbegun(session: Session) -> bool:
+def _remove_not_started(session: Session) -> bool:
     """A new run for which nothing was loaded yet leaves no folder behind; returns whether this is one."""
-    unbegun = session.record.attempts == 1 and session.record.hardware is None
-    if unbegun and distributed.first():
+    not_started = session.record.attempts == 1 and session.record.hardware is None
+    if not_started and distributed.is_rank0():
         shutil.rmtree(session.run.path, ignore_errors=True)
         with suppress(OSError):
             session.run.path.parent.rmdir()  # unless there is something else in it
-    return unbegun
+    return not_started
 
 
 def foreseeable(error: BaseException, folder: Path) -> UserError | None:

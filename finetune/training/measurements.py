@@ -14,8 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError, first_line
-from finetune.estimate.memory_hf import GIB
-from finetune.machine.hardware import detect
+from finetune.machine.hardware import GIB, detect
 from finetune.models.device import Device
 from finetune.models.load import parameter_counts
 from finetune.run_record import (
@@ -57,14 +56,14 @@ def describe_step(plan: StepPlan, stepper: Stepper | None = None) -> StepRecord:
     """How an optimizer step is computed: as planned, and where memory did not suffice as the stepper has it now."""
     limits = stepper.limits if stepper else plan.limits
     return StepRecord(
-        path=plan.path,
+        backend=plan.backend,
         why=plan.why,
-        questions=plan.questions,
-        ranks=distributed.count(),
+        batch_size=plan.batch_size,
+        ranks=distributed.world_size(),
         micro_batch_tokens=limits.tokens,
-        rows=stepper.rows if stepper else plan.rows,
-        kept_layers=limits.kept_layers if plan.path == "lean" else None,
-        cached_layers=limits.cached_layers if plan.path == "lean" else None,
+        micro_batch_size=stepper.micro_batch_size if stepper else plan.micro_batch_size,
+        uncheckpointed_layers=limits.uncheckpointed_layers if plan.backend == "fused" else None,
+        dequantized_layers=limits.dequantized_layers if plan.backend == "fused" else None,
         checkpointing=plan.checkpointing,
         out_of_memory=stepper.out_of_memory if stepper else 0,
         bad_steps=stepper.watch.bad_steps if stepper else 0,
@@ -141,9 +140,9 @@ def progress_at(checkpoint: Path) -> Progress:
 def peak_memory() -> PeakMemory:
     """GiB, measured: what torch reserved on this GPU, or the resident peak of this process."""
     if torch.cuda.is_available():
-        return PeakMemory(round(torch.cuda.max_memory_reserved() / 2**30, 3), "cuda reserved")
+        return PeakMemory(round(torch.cuda.max_memory_reserved() / GIB, 3), "cuda reserved")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
+    unit = GIB if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
     return PeakMemory(round(peak / unit, 3), "process resident")
 
 

@@ -39,7 +39,7 @@ from finetune.training.measurements import (
     progress_of,
 )
 from finetune.training.setup import Inputs, Parts
-from finetune.training.snapshot import Saves
+from finetune.training.staging import Saves
 from finetune.training.step.plan import StepPlan
 from finetune.training.step.runner import Stepper
 
@@ -83,14 +83,14 @@ class RunRecorder:
         self._seconds_before = record.wall_seconds or 0.0  # of earlier attempts
         self._began = began
         self._reason: str | None = None
-        self._lock = threading.RLock()  # the threads of the saver and of the meter write, too
+        self._lock = threading.RLock()  # the threads of the writer and of the meter write, too
         self._saved: Progress | None = None  # at the newest checkpoint, once that was read
 
     def go_on_from(self, checkpoint: Path | None) -> None:
         """The newest checkpoint, from which this attempt goes on. Raises UserError where it cannot be read."""
         with self._lock:
             self.newest = checkpoint
-            if checkpoint and distributed.first():
+            if checkpoint and distributed.is_rank0():
                 self._saved = progress_at(checkpoint)
             self._go_back_to_saved()
 
@@ -152,7 +152,7 @@ class RunRecorder:
         """The attempt has ended, and nothing but this writes any more. Called again, it adds the step of the adapter."""
         with self._lock:
             self._reason = status
-            if self.newest and self._saved is None and distributed.first():
+            if self.newest and self._saved is None and distributed.is_rank0():
                 self._saved = _told(self.newest, f"{self._run.run_json} stays behind it until the run goes on")
             self._go_back_to_saved()
             self.record.status, self.record.ended_at = status, utc_now()
@@ -170,7 +170,7 @@ class RunRecorder:
     def _put(self) -> None:
         self.record.wall_seconds = round(self._seconds_before + time.monotonic() - self._began, 1)
         update(self.record, self._spending.record(self._reason))
-        if distributed.first():
+        if distributed.is_rank0():
             self._run.write_record(self.record)
 
     def _go_back_to_saved(self) -> None:

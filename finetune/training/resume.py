@@ -20,7 +20,7 @@ from finetune.run_record import RunRecord, StepRecord
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.files import write_text
-from finetune.training.snapshot import CONFIG, save_what_was_left
+from finetune.training.staging import CONFIG, save_what_was_left
 from finetune.training.step.plan import StepPlan
 
 PAUSES = (2.0, 5.0, 0.0)
@@ -64,26 +64,26 @@ def keep_threads(record: RunRecord, device: torch.device) -> None:
     began = record.threads
     if began is None or device.type != "cpu":
         return
-    threads = min(began, max(1, usable_cores() // distributed.count()))
+    threads = min(began, max(1, usable_cores() // distributed.world_size()))
     if threads < began:
         say(f"began with {began} threads, and there are cores for {threads}: the numbers may differ in the last digits")
     torch.set_num_threads(threads)
 
 
 def newest_checkpoint(
-    run: RunFolder, store: CheckpointStore, config: RunConfig, data: Prepared, path: str | None
+    run: RunFolder, store: CheckpointStore, config: RunConfig, data: Prepared, backend: str | None
 ) -> Path | None:
-    """The checkpoint to go on from; what stands in its way is put aside or, where it is half a save, removed.
+    """The checkpoint to go on from; corrupt ones newer than it are quarantined, incomplete ones removed.
 
     Raises UserError where data or config are no longer those of the checkpoint, as far as they decide what is learned.
     """
     save_what_was_left(store)
     found, passed_over = _latest(store)
     if found:
-        check_same(run, found, config, data, path)
+        check_same(run, found, config, data, backend)
     for item in passed_over:
         say(f"passed over {item.folder}: {item.reason}")
-        store.put_aside(item)
+        store.quarantine(item)
     store.clean()
     say(f"resuming from {found}" if found else f"{run.path}: no checkpoint to go on from, starting from the beginning")
     return found
@@ -98,7 +98,7 @@ def set_ceilings(run: RunFolder, config: RunConfig, ceilings: Mapping[str, float
     if to_dict(before) == to_dict(config):
         return
     if found is None:
-        for change in decide(to_dict(before), to_dict(config), gpus=distributed.count()).applies:
+        for change in decide(to_dict(before), to_dict(config), gpus=distributed.world_size()).applies:
             say(str(change))
     text = run.config_yaml.read_text(encoding="utf-8")
     write_text(run.config_yaml, with_numbers(text, "budget", ceilings, config))
@@ -114,17 +114,19 @@ def _latest(store: CheckpointStore) -> tuple[Path | None, list[Skipped]]:
     return found, passed_over
 
 
-def check_same(run: RunFolder, folder: Path, config: RunConfig, data: Prepared, path: str | None) -> None:
+def check_same(run: RunFolder, folder: Path, config: RunConfig, data: Prepared, backend: str | None) -> None:
     """Prints every key of the config that has changed since the checkpoint, and what becomes of the new value.
 
-    path: of a step before, lean or stock (run.json). Raises UserError for changes that the rest of the run cannot take.
+    backend: of a step before, fused or hf (run.json). Raises UserError for changes that the rest of the run cannot take.
     """
     if read_manifest(folder)["data_hash"] != data.manifest_hash:
         raise UserError(
             f"{folder}: was trained on other data; prepare the same data again, or start a new run",
             code="resume.data_changed",
         )
-    decisions = decide(to_dict(load_config(folder / CONFIG)), to_dict(config), gpus=distributed.count(), path=path)
+    decisions = decide(
+        to_dict(load_config(folder / CONFIG)), to_dict(config), gpus=distributed.world_size(), backend=backend
+    )
     for change in decisions.applies:
         say(str(change))
     if error := refusal(decisions, run.config_yaml):
@@ -135,16 +137,16 @@ def check_same_steps(run: RunFolder, config: RunConfig, plan: StepPlan, before: 
     """Raises UserError where this machine would make other optimizer steps of the data than the earlier attempts, as run.json
     has them (`before`)."""
     before = before or StepRecord()
-    questions, path = before.questions or plan.questions, before.path or plan.path
-    if questions != plan.questions:
+    batch_size, backend = before.batch_size or plan.batch_size, before.backend or plan.backend
+    if batch_size != plan.batch_size:
         raise UserError(
-            f"{run.path}: began with {questions} questions a step, and {distributed.count()} GPUs make it "
-            f"{plan.questions}; go on with as many GPUs as it began with",
+            f"{run.path}: began with {batch_size} examples a step, and {distributed.world_size()} GPUs make it "
+            f"{plan.batch_size}; go on with as many GPUs as it began with",
             code="resume.batch_changed",
         )
-    if path != plan.path and config.training.group_by_length:
+    if backend != plan.backend and config.training.group_by_length:
         raise UserError(
-            f"{run.path}: began with {path} layers, for which questions are grouped otherwise than for {plan.path} ones; go on "
-            f"with a machine like the first, or set training.kernels to {path}",
+            f"{run.path}: began with training.kernels {backend}, for which examples are grouped otherwise than for "
+            f"{plan.backend}; go on with a machine like the first, or set training.kernels to {backend}",
             code="resume.batch_changed",
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from finetune.budget.run_budget import open_budget
-from finetune.checkpoint.async_saver import Committed, Saver
+from finetune.checkpoint.async_writer import AsyncCheckpointWriter, Committed
 from finetune.checkpoint.store import read_manifest
 from finetune.config.load import config_hash, load_config, to_dict
 from finetune.config.schema import RunConfig
@@ -38,7 +38,7 @@ from finetune.training.resume import (
 from finetune.training.save_policy import EndOfStep, StepAbandoned
 from finetune.training.session import Session
 from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
-from finetune.training.snapshot import WINDOW, Snapshots, check_resumed, scratch_folder
+from finetune.training.staging import LOGGING_STATE, CheckpointStaging, check_resumed, scratch_folder
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
 from finetune.training.tracking import trackers
 from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
@@ -50,12 +50,12 @@ def start(config: RunConfig, config_file: Path) -> int:
     Raises UserError for what no run can begin with; then no folder is left behind.
     """
     began = time.monotonic()
-    with distributed.together():
-        distributed.from_first(lambda: check_name_is_free(config.training))
+    with distributed.process_group():
+        distributed.run_on_rank0(lambda: check_name_is_free(config.training))
         inputs = inputs_of(config)
-        run = distributed.from_first(lambda: create_run(config, config_file))
+        run = distributed.run_on_rank0(lambda: create_run(config, config_file))
         record = new_record(run, config, config_file, inputs.data, inputs.template)
-        return _attempt(run, inputs, distributed.from_first(lambda: record), None, began)
+        return _attempt(run, inputs, distributed.run_on_rank0(lambda: record), None, began)
 
 
 def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
@@ -66,17 +66,17 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
     that is done or has no budget left.
     """
     began = time.monotonic()
-    with distributed.together():
+    with distributed.process_group():
         typed = [f"budget.{name}={value!r}" for name, value in (ceilings or {}).items()]
-        config, record = distributed.from_first(lambda: (load_config(run.config_yaml, typed), run.record()))
+        config, record = distributed.run_on_rank0(lambda: (load_config(run.config_yaml, typed), run.record()))
         check_unfinished(run, record)
         inputs = inputs_of(config)
         keep_threads(record, inputs.device.place)
         store = store_of(run, config, record)
-        path = record.step.path if record.step else None
-        found = distributed.from_first(lambda: newest_checkpoint(run, store, config, inputs.data, path))
+        backend = record.step.backend if record.step else None
+        found = distributed.run_on_rank0(lambda: newest_checkpoint(run, store, config, inputs.data, backend))
         if ceilings:
-            distributed.from_first(lambda: set_ceilings(run, config, ceilings, found))
+            distributed.run_on_rank0(lambda: set_ceilings(run, config, ceilings, found))
         record.attempts += 1
         record.config, record.config_hash = to_dict(config), config_hash(config)
         return _attempt(run, inputs, record, found, began)
@@ -91,7 +91,7 @@ def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | No
     distributed.on_failure(lambda: clean_up(session))
     with failures_recorded(session):
         recorder.go_on_from(found)
-        refusal = distributed.from_first(spending.nothing_left)
+        refusal = distributed.run_on_rank0(spending.nothing_left)
         if refusal is None:
             recorder.begin()  # first of all: a folder without run.json is no run
             with spending.metered(hard_stop=lambda: stop_hanging(run, recorder)):
@@ -111,35 +111,37 @@ def _fit(session: Session, parts: Parts) -> int:
     )
     hooks = Hooks(throughput, session.spending.series, ends.abandon_if_too_late, say)
     trainer = _trainer(session, parts, plan, hooks)
-    saver = _saver(session) if distributed.first() else None
-    snapshots = Snapshots(trainer, saver, run, inputs.config, inputs.data, inputs.template, session.record.attempts)
+    writer = _writer(session) if distributed.is_rank0() else None
+    staging = CheckpointStaging(
+        trainer, writer, run, inputs.config, inputs.data, inputs.template, session.record.attempts
+    )
 
     def write(_: object = None) -> None:
-        recorder.progress(trainer.state, throughput, plan, trainer.stepper, snapshots.saves)
+        recorder.progress(trainer.state, throughput, plan, trainer.stepper, staging.saves)
 
     history = History(write)
     session.spending.follow(lambda: (trainer.state.global_step, trainer.state.max_steps), throughput.wall_seconds)
     with StopSignals(session.stop), ProgressBar(history, session.spending.short) as bar, session.spending.notices():
         tracking = trackers(inputs.config.tracking, run.path, run.path.name, session.resumed_step, say)
-        for callback in (*tracking, history, bar, ends, snapshots, _before(session, trainer, plan)):
+        for callback in (*tracking, history, bar, ends, staging, _before(session, trainer, plan)):
             trainer.add_callback(callback)
-        with closing(saver) if saver else nullcontext():
-            _train(session, trainer, snapshots)
-            if saver:
-                _committed(session, saver, snapshots)
+        with closing(writer) if writer else nullcontext():
+            _train(session, trainer, staging)
+            if writer:
+                _committed(session, writer, staging)
     with suppress(OSError):
-        Path(trainer.args.output_dir).rmdir()  # unless a snapshot is kept in it
+        Path(trainer.args.output_dir).rmdir()  # unless a staged save is kept in it
     write()
     return _finish(session, trainer, parts, ends)
 
 
 def _plan(session: Session, parts: Parts) -> StepPlan:
-    """How a step is computed on this GPU; its questions may not change from one attempt to the next."""
+    """How a step is computed on this GPU; its examples may not change from one attempt to the next."""
     inputs, record = session.inputs, session.record
-    plan = plan_step(inputs.config, parts.model, inputs.device, parts.train.lengths, gpus=distributed.count())
+    plan = plan_step(inputs.config, parts.model, inputs.device, parts.train.lengths, gpus=distributed.world_size())
     if session.resume_from:
         check_same_steps(session.run, inputs.config, plan, record.step)
-    say(str(plan) if distributed.count() == 1 else f"{distributed.count()} processes, each with {plan}")
+    say(str(plan) if distributed.world_size() == 1 else f"{distributed.world_size()} processes, each with {plan}")
     session.recorder.planned(plan)
     return plan
 
@@ -147,7 +149,7 @@ def _plan(session: Session, parts: Parts) -> StepPlan:
 def _trainer(session: Session, parts: Parts, plan: StepPlan, hooks: Hooks) -> AnswerTrainer:
     config, device = session.inputs.config, session.inputs.device
     validates = bool(config.training.eval_steps and len(parts.validation))
-    scratch = distributed.from_first(lambda: scratch_folder(id_of(session.run, session.record)))
+    scratch = distributed.run_on_rank0(lambda: scratch_folder(id_of(session.run, session.record)))
     arguments = trainer_arguments(
         config.training, device, plan, checkpoints=scratch, run_name=session.run.path.name, validates=validates
     )
@@ -162,12 +164,12 @@ def _trainer(session: Session, parts: Parts, plan: StepPlan, hooks: Hooks) -> An
         plan,
         hooks,
     )
-    distributed.draw_apart(config.training.seed)
-    distributed.same_everywhere(trainer.stepper.adapters.parameter.data)
+    distributed.seed_per_rank(config.training.seed)
+    distributed.broadcast(trainer.stepper.adapters.parameter.data)
     return trainer
 
 
-def _saver(session: Session) -> Saver:
+def _writer(session: Session) -> AsyncCheckpointWriter:
     store = store_of(session.run, session.inputs.config, session.record)
 
     def committed(done: Committed) -> None:
@@ -175,7 +177,7 @@ def _saver(session: Session) -> Saver:
         session.spending.note("commit", step=done.step, seconds=round(done.seconds, 3), bytes=done.bytes)
         session.recorder.committed(done.folder)
 
-    return Saver(store, say, committed)
+    return AsyncCheckpointWriter(store, say, committed)
 
 
 def _before(session: Session, trainer: AnswerTrainer, plan: StepPlan) -> BeforeFirstStep:
@@ -184,43 +186,43 @@ def _before(session: Session, trainer: AnswerTrainer, plan: StepPlan) -> BeforeF
     def go_on() -> None:
         if session.resume_from:
             check_resumed(trainer, session.resume_from)
-            trainer.go_on_with_window(json.loads((session.resume_from / WINDOW).read_text(encoding="utf-8")))
+            trainer.restore_logging_state(json.loads((session.resume_from / LOGGING_STATE).read_text(encoding="utf-8")))
 
     actions = [go_on]
-    if rehearses(trainer.args.device):
-        actions.append(lambda: rehearse(trainer, plan, trainer.train_examples))
+    if needs_memory_dry_run(trainer.args.device):
+        actions.append(lambda: memory_dry_run(trainer, plan, trainer.train_examples))
     return BeforeFirstStep(*actions)
 
 
-def rehearses(device: torch.device) -> bool:
+def needs_memory_dry_run(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def rehearse(trainer: AnswerTrainer, plan: StepPlan, train: Examples) -> None:
+def memory_dry_run(trainer: AnswerTrainer, plan: StepPlan, train: Examples) -> None:
     """The largest micro-batch comes first, with gradients that are thrown away: memory that does not suffice shows after
     seconds, not after hours."""
     worst = worst_micro_batch(
-        train.lengths, plan.limits, plan.rows, questions=plan.questions, padded=plan.path == "stock"
+        train.lengths, plan.limits, plan.micro_batch_size, batch_size=plan.batch_size, padded=plan.backend == "hf"
     )
     trainer.model.train()
-    trainer.stepper.rehearse([train[index] for index in worst])
+    trainer.stepper.memory_dry_run([train[index] for index in worst])
 
 
-def _train(session: Session, trainer: AnswerTrainer, snapshots: Snapshots) -> None:
+def _train(session: Session, trainer: AnswerTrainer, staging: CheckpointStaging) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     except StepAbandoned:
         say("the step in progress would end too late: saving the state before it")
         if trainer.save_step_before():
-            snapshots.hand_over(trainer.state)
+            staging.hand_over(trainer.state)
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
-def _committed(session: Session, saver: Saver, snapshots: Snapshots) -> None:
+def _committed(session: Session, writer: AsyncCheckpointWriter, staging: CheckpointStaging) -> None:
     """Wait for the last save to be a checkpoint; after a request to stop, say how long it took from there."""
-    done = saver.finish()
+    done = writer.finish()
     if done:
-        snapshots.saves.committed.append(done)
+        staging.saves.committed.append(done)
     request, waited = session.stop.first, session.stop.waited()
     if request and waited is not None and done:
         say(f"the checkpoint of step {done.step} is committed, {waited:.1f} s after {request.detail}")
@@ -231,6 +233,6 @@ def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfS
     """Save the adapter unless the run is to go on, close the record, say how it ended; returns the exit code."""
     done = trainer.state.global_step >= trainer.state.max_steps
     status = "done" if done else "budget_stop" if ends.budget_stop else "interrupted"
-    if status != "interrupted" and distributed.first():
+    if status != "interrupted" and distributed.is_rank0():
         save_adapter(session.run, trainer.model, parts, session.inputs.template)
     return close(session, status, trainer.state.global_step)

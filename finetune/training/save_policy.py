@@ -65,7 +65,7 @@ class EndOfStep(TrainerCallback):
         """Between two micro-batches. Raises StepAbandoned where the step would end too late to be saved: nothing is lost but
         the step. Several processes do not do it: each would have to know of the others in the middle of a step."""
         left = self.stop.seconds_left()
-        if left is None or distributed.count() > 1:
+        if left is None or distributed.world_size() > 1:
             return
         expected = self._begun + self.stop.step_seconds - self._clock()
         if max(expected, 0.0) > left:

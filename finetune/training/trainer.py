@@ -23,11 +23,11 @@ from finetune.training.objectives.objective import Objective
 from finetune.training.objectives.registry import objective_named
 from finetune.training.objectives.sft import SFT
 from finetune.training.step import rng
-from finetune.training.step.hf_path import PaddedPath
+from finetune.training.step.hf_backend import HfBackend
 from finetune.training.step.optimizer import FlatAdapters, page_again
 from finetune.training.step.packing import micro_batches
 from finetune.training.step.plan import StepPlan
-from finetune.training.step.runner import LeanPath, Step, Stepper, collate, spoilt
+from finetune.training.step.runner import FusedBackend, Step, Stepper, collate, not_finite
 from finetune.training.step.sampler import StepLoader, StepSampler
 from finetune.training.trl_without_wandb import SFTConfig, SFTTrainer
 
@@ -109,29 +109,29 @@ class AnswerTrainer(SFTTrainer):
         # without DistributedDataParallel: the Stepper sums the gradients
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.stepper = Stepper(
-            LeanPath(plan.lean_model(model, device), objective)
-            if plan.path == "lean"
-            else self._padded_path(objective),
+            FusedBackend(plan.fused_model(model, device), objective)
+            if plan.backend == "fused"
+            else self._hf_backend(objective),
             plan.limits,
             FlatAdapters([parameter for parameter in self.model.parameters() if parameter.requires_grad]),
-            rows=plan.rows,
+            micro_batch_size=plan.micro_batch_size,
             backward=self.accelerator.backward,
             say=hooks.say,
             between=hooks.between_micro_batches,
             skips_bad_steps=bool(arguments.fp16),
         )
 
-    def _padded_path(self, objective: Objective) -> PaddedPath:
+    def _hf_backend(self, objective: Objective) -> HfBackend:
         """TRL's fused head scores only labelled tokens where Triton runs. Elsewhere it scores every prompt token too, which on
         two cores took more than half of each step (171 tokens/s with it, see docs/log.md); and it waits for all GPUs."""
         fused = objective.fused and self.args.world_size == 1 and self.args.device.type != "cpu"
-        return PaddedPath(
+        return HfBackend(
             self.model, self.data_collator, self.args.device, self.accelerator.autocast, objective.token_loss,
             fused_loss=partial(super().compute_loss, self.model) if fused else None,
         )  # fmt: skip
 
     def get_train_dataloader(self) -> StepLoader:
-        share = partial(collate, rank=distributed.rank(), ranks=distributed.count())
+        share = partial(collate, rank=distributed.rank(), ranks=distributed.world_size())
         examples: Any = self.train_examples  # torch's types ask for its own Dataset; any sequence will do
         return StepLoader(examples, batch_sampler=self.sampler, collate_fn=share)
 
@@ -141,14 +141,14 @@ class AnswerTrainer(SFTTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss of the learned tokens of all validation examples, over all ranks. transformers'
-        own is a mean of batch means, which hangs on how examples are dealt out to batches and ranks."""
+        own is a mean of batch means, which depends on how examples are dealt out to batches and ranks."""
         metrics = {"eval_loss": float(self.loss_of(list(self.validation_examples or ())))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        speed = self.hooks.throughput.take_window() if "loss" in logs else None
+        speed = self.hooks.throughput.take_interval() if "loss" in logs else None
         if speed is not None:
             logs["tokens_per_second"] = speed  # here, so that TensorBoard and W&B get it too
         if "loss" in logs:
@@ -161,14 +161,14 @@ class AnswerTrainer(SFTTrainer):
         examples = sorted(examples, key=lambda example: -len(example))
         labelled = sum(example.predicted for example in examples)
         size = self.args.per_device_eval_batch_size
-        total, path = torch.zeros((), device=self.args.device), self.stepper.path
-        path.begin()
-        for start in range(distributed.rank() * size, len(examples), distributed.count() * size):
+        total, backend = torch.zeros((), device=self.args.device), self.stepper.backend
+        backend.begin()
+        for start in range(distributed.rank() * size, len(examples), distributed.world_size() * size):
             batch = examples[start : start + size]
             lengths = [len(example) for example in batch]
-            for piece in micro_batches(lengths, tokens=self.stepper.limits.tokens, padded=path.padded):
-                total += path.validation_loss([batch[row] for row in piece], max(labelled, 1))
-        return distributed.add_up(total)
+            for piece in micro_batches(lengths, tokens=self.stepper.limits.tokens, padded=backend.padded):
+                total += backend.validation_loss([batch[row] for row in piece], max(labelled, 1))
+        return distributed.all_reduce(total)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL would put one among the checkpoints at every save, and have an offline W&B run warn each time."""
@@ -200,11 +200,11 @@ class AnswerTrainer(SFTTrainer):
         return 0  # transformers' figure knows nothing of frozen weights; nobody reads it
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
-        self.stepper.watch.check()  # spoilt adapters are not saved
+        self.stepper.watch.check()  # adapters that are not finite are not saved
         if not torch.isfinite(
             self.stepper.adapters.parameter
         ).all():  # by this step's gradient, which no loss has met yet
-            raise spoilt("gradient")
+            raise not_finite("gradient")
         began = time.monotonic()
         super()._save_checkpoint(*arguments, **more)
         self.save_seconds = time.monotonic() - began
@@ -218,7 +218,7 @@ class AnswerTrainer(SFTTrainer):
         self._save_checkpoint(self.model, None)
         return True
 
-    def logging_window(self) -> dict[str, float]:
+    def logging_state(self) -> dict[str, float]:
         """Sums of losses since the last log and since the beginning, which transformers keeps in memory alone."""
         return {
             "loss": float(self._tr_loss),
@@ -226,14 +226,14 @@ class AnswerTrainer(SFTTrainer):
             "logged_at": int(self._globalstep_last_logged),
         }
 
-    def go_on_with_window(self, window: dict[str, float]) -> None:
+    def restore_logging_state(self, window: dict[str, float]) -> None:
         self._tr_loss.fill_(window["loss"])
         self._total_loss_scalar = window["total"]
         self._globalstep_last_logged = int(window["logged_at"])
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Of all ranks, by the first of them: the folders of other hosts are not this one."""
-        for rank, states in enumerate(distributed.to_first(rng.capture()) or []):
+        for rank, states in enumerate(distributed.gather_on_rank0(rng.capture()) or []):
             rng.save(states, rng.file_of(Path(output_dir), rank))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -253,7 +253,7 @@ def build_trainer(
     hooks: Hooks,
 ) -> AnswerTrainer:
     """The trainer of `finetune train`, whose steps are those of the plan."""
-    by_length = training.group_by_length and plan.path == "stock"
-    sampler = StepSampler(train.lengths, plan.questions, training.seed, by_length)
+    by_length = training.group_by_length and plan.backend == "hf"
+    sampler = StepSampler(train.lengths, plan.batch_size, training.seed, by_length)
     objective = objective_named(training.objective)
     return AnswerTrainer(arguments, model, tokenizer, train, validation, sampler, device, plan, hooks, objective)

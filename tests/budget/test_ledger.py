@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.budget.ledger import KEPT_BEAT_SECONDS, METERED, AttemptLog, Ledger
+from finetune.budget.ledger import KEPT_HEARTBEAT_SECONDS, METERED, AttemptLog, Ledger
 from finetune.machine.price import MachinePrice
 from tests.helpers.errors import raises
 
@@ -48,10 +48,10 @@ def test_an_empty_folder_and_none_at_all_have_cost_nothing(tmp_path: Path) -> No
 def test_seconds_times_price_over_all_attempts(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger")
     first = begin(ledger, before=600.0)
-    first.beat(1800.0, 10)
+    first.heartbeat(1800.0, 10)
     first.note("saved", step=20, seconds=5.0)
     first.end(3600.0, "preempted", 21)
-    begin(ledger, ledger.next_attempt(), usd=0.9, resumed_step=20, machine={}).beat(7200.0, 30)
+    begin(ledger, ledger.next_attempt(), usd=0.9, resumed_step=20, machine={}).heartbeat(7200.0, 30)
     account = ledger.account()
     one, two = account.attempts
     assert (one.number, one.usd, one.hours, one.reason, one.step, one.resumed_step) == (
@@ -95,29 +95,29 @@ def test_an_attempt_is_told_before_it_begins_and_leaves_no_file(tmp_path: Path) 
 
 def test_attempts_without_a_price_are_named(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    begin(ledger, usd=None).beat(3600.0, 1)
+    begin(ledger, usd=None).heartbeat(3600.0, 1)
     account = ledger.account()
     assert (account.usd, account.hours, account.problems) == (None, 1, ())
-    begin(ledger, 2).beat(3600.0, 1)
+    begin(ledger, 2).heartbeat(3600.0, 1)
     account = ledger.account()
     assert account.usd == 3.6 and account.hours == 2 and "no price for attempt 1" in account.problems[0]
 
 
 def test_the_file_of_a_long_run_stays_small(tmp_path: Path) -> None:
     log = begin(Ledger(tmp_path))
-    beats = [30.0 * n for n in range(721)]  # six hours
-    for seconds in beats:
-        log.beat(seconds, int(seconds))
-    kept = [line[METERED] for line in lines(log.path) if line["event"] == "beat"]
-    assert len(kept) <= 6 * 3600 / KEPT_BEAT_SECONDS + 2
-    assert max(b - a for a, b in pairwise(kept)) <= KEPT_BEAT_SECONDS
-    assert Ledger(tmp_path).account().attempts[0].seconds == beats[-1]
+    heartbeats = [30.0 * n for n in range(721)]  # six hours
+    for seconds in heartbeats:
+        log.heartbeat(seconds, int(seconds))
+    kept = [line[METERED] for line in lines(log.path) if line["event"] == "heartbeat"]
+    assert len(kept) <= 6 * 3600 / KEPT_HEARTBEAT_SECONDS + 2
+    assert max(b - a for a, b in pairwise(kept)) <= KEPT_HEARTBEAT_SECONDS
+    assert Ledger(tmp_path).account().attempts[0].seconds == heartbeats[-1]
 
 
 def test_notes_are_never_thinned_and_take_any_fact(tmp_path: Path) -> None:
     log = begin(Ledger(tmp_path))
     for step in range(3):
-        log.beat(float(step), step)
+        log.heartbeat(float(step), step)
         log.note("saved", step=step, folder=tmp_path, loss=float("nan"))
     saved = [line for line in lines(log.path) if line["event"] == "saved"]
     assert [line["step"] for line in saved] == [0, 1, 2]
@@ -126,9 +126,9 @@ def test_notes_are_never_thinned_and_take_any_fact(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_is_dropped_and_reported(tmp_path: Path) -> None:
     log = begin(Ledger(tmp_path))
-    log.beat(3600.0, 1)
+    log.heartbeat(3600.0, 1)
     log.note("saved", step=2)
-    log.beat(7200.0, 2)
+    log.heartbeat(7200.0, 2)
     whole = log.path.read_bytes()
     last = len(whole.rstrip().split(b"\n")[-1])
     for cut in range(2, last):
@@ -148,7 +148,7 @@ def test_no_damage_is_more_than_a_problem(data: st.DataObject, tmp_path_factory:
     folder = tmp_path_factory.mktemp("ledger")
     ledger = Ledger(folder)
     log = begin(ledger)
-    log.beat(1000.0, 1)
+    log.heartbeat(1000.0, 1)
     log.end(2000.0, "done", 2)
     begin(ledger, 2).end(3600.0, "done", 3)
     whole = log.path.read_bytes()
@@ -178,9 +178,9 @@ def test_a_file_of_garbage_is_reported_and_keeps_its_number(text: str, tmp_path:
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-5", '"7"', "true", "null", "[1]"])
 def test_numbers_that_are_none_do_not_count(value: str, tmp_path: Path) -> None:
     log = begin(Ledger(tmp_path))
-    log.beat(3600.0, 1)
+    log.heartbeat(3600.0, 1)
     with log.path.open("a") as file:
-        file.write(f'{{"event": "beat", "metered_seconds": {value}}}\n')
+        file.write(f'{{"event": "heartbeat", "metered_seconds": {value}}}\n')
     (tmp_path / "attempt-002.jsonl").write_text(
         f'{{"event": "begin", "usd_per_hour": {value}, "machine": {value}, "token": [1]}}\n'
     )
@@ -190,14 +190,14 @@ def test_numbers_that_are_none_do_not_count(value: str, tmp_path: Path) -> None:
 
 def test_an_attempt_without_its_first_line_has_hours_but_no_price(tmp_path: Path) -> None:
     log = begin(Ledger(tmp_path))
-    log.beat(3600.0, 1)
+    log.heartbeat(3600.0, 1)
     log.path.write_text("".join(log.path.read_text().splitlines(keepends=True)[1:]))
     account = Ledger(tmp_path).account()
     assert account.hours == 1 and account.usd is None and "first line is missing" in account.problems[0]
 
 
 def test_leftovers_and_strange_files_are_no_attempts(tmp_path: Path) -> None:
-    begin(Ledger(tmp_path)).beat(3600.0, 1)
+    begin(Ledger(tmp_path)).heartbeat(3600.0, 1)
     for name in (".attempt-002.jsonl.abc.tmp", "attempt-002.jsonl.bak", "notes.txt", "attempt-x.jsonl"):
         (tmp_path / name).write_text("{}\n")
     assert Ledger(tmp_path).account().usd == 3.6 and Ledger(tmp_path).next_attempt() == 2
@@ -207,14 +207,14 @@ def test_leftovers_and_strange_files_are_no_attempts(tmp_path: Path) -> None:
 
 def test_a_copy_of_a_file_is_counted_once(tmp_path: Path) -> None:
     log = begin(Ledger(tmp_path))
-    log.beat(3600.0, 1)
+    log.heartbeat(3600.0, 1)
     shutil.copy(log.path, tmp_path / "attempt-002.jsonl")
     account = Ledger(tmp_path).account()
     assert account.usd == 3.6 and "a copy of attempt-001.jsonl" in account.problems[0]
 
 
 def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
-    begin(Ledger(tmp_path), 2).beat(3600.0, 1)
+    begin(Ledger(tmp_path), 2).heartbeat(3600.0, 1)
     (tmp_path / "attempt-001.jsonl").mkdir()
     account = Ledger(tmp_path).account()
     assert account.usd == 3.6 and "not readable" in account.problems[0]
@@ -223,8 +223,8 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
 def test_a_number_that_is_taken_is_not_written_over(tmp_path: Path) -> None:
     first, second = begin(Ledger(tmp_path)), begin(Ledger(tmp_path))
     assert (first.number, second.number) == (1, 2)
-    first.beat(3600.0, 1)
-    second.beat(7200.0, 1)
+    first.heartbeat(3600.0, 1)
+    second.heartbeat(7200.0, 1)
     assert Ledger(tmp_path).account().hours == 3
     assert {"event": "renumbered", "taken": 1}.items() <= lines(second.path)[1].items()
 
@@ -232,20 +232,20 @@ def test_a_number_that_is_taken_is_not_written_over(tmp_path: Path) -> None:
 def test_two_machines_that_take_a_number_at_once_both_count(tmp_path: Path) -> None:
     """On a bucket neither sees the other's file in time; the later one wins it, and the first moves on at its next line."""
     first = begin(Ledger(tmp_path))
-    first.beat(1800.0, 1)
+    first.heartbeat(1800.0, 1)
     first.path.unlink()
     second = begin(Ledger(tmp_path))
-    second.beat(7200.0, 9)
-    first.beat(3600.0, 2)
+    second.heartbeat(7200.0, 9)
+    first.heartbeat(3600.0, 2)
     assert (first.number, second.number) == (2, 1)
     assert [(a.number, a.hours, a.step) for a in Ledger(tmp_path).account().attempts] == [(1, 2, 9), (2, 1, 2)]
 
 
 def test_a_file_damaged_under_the_run_is_whole_again_after_the_next_line(tmp_path: Path) -> None:
     log = begin(Ledger(tmp_path))
-    log.beat(1800.0, 1)
+    log.heartbeat(1800.0, 1)
     log.path.write_text("garbage")
-    log.beat(3600.0, 2)
+    log.heartbeat(3600.0, 2)
     assert Ledger(tmp_path).account().usd == 3.6 and log.number == 1
 
 
@@ -258,15 +258,15 @@ def test_a_fault_of_the_folder_is_a_user_error_and_the_next_line_brings_what_is_
     assert not folder.exists()
     folder.write_text("a file")
     with raises("budget.ledger_vanished"):
-        log.beat(30.0, 7)
+        log.heartbeat(30.0, 7)
     with raises("disk.error", match="ledger"):
         Ledger(folder).account()
     with raises("disk.error", match="ledger"):
         begin(Ledger(folder))
     folder.unlink()
     away.rename(folder)
-    log.beat(60.0, 8)
-    assert [line["event"] for line in lines(log.path)] == ["begin", "saved", "beat", "beat"]
+    log.heartbeat(60.0, 8)
+    assert [line["event"] for line in lines(log.path)] == ["begin", "saved", "heartbeat", "heartbeat"]
 
 
 def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path) -> None:
         "import resource, sys; from pathlib import Path; from finetune.errors import UserError\n"
         "from finetune.budget.ledger import Ledger\n"
         "log = Ledger(Path(sys.argv[1])).new_attempt(1, machine={}, price=None, resumed_step=None); log.begin(0)\n"
-        "log.beat(60.0, 1)\n"
+        "log.heartbeat(60.0, 1)\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
         "try: log.note('x', text='y' * 1000)\n"
@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True, text=True, timeout=30
     )
     assert "attempt-001.jsonl: File too large" in done.stdout
-    assert [line["event"] for line in lines(tmp_path / "attempt-001.jsonl")] == ["begin", "beat"]
+    assert [line["event"] for line in lines(tmp_path / "attempt-001.jsonl")] == ["begin", "heartbeat"]
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -325,7 +325,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_lines_before_it(tmp_path: Pa
     program = (
         "import sys; from pathlib import Path; from finetune.budget.ledger import Ledger\n"
         "log = Ledger(Path(sys.argv[1])).new_attempt(1, machine={}, price=None, resumed_step=None); log.begin(0)\n"
-        "for n in range(9): log.beat(600.0 * n, n)\n"
+        "for n in range(9): log.heartbeat(600.0 * n, n)\n"
     )
     environment = os.environ | {"FINETUNE_FAULT": "ledger:5"}  # the first is that of `begin`
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False, env=environment, timeout=30)

@@ -115,7 +115,7 @@ def test_spent_is_the_sum_of_the_attempts(
         log = run.log(meter)
         log.begin(meter.time.take())
         run.clock.seconds = seconds
-        log.beat(meter.time.take(), None)
+        log.heartbeat(meter.time.take(), None)
         run.clock.seconds += 25.0
         if not killed:
             log.end(meter.time.take(), "done", None)

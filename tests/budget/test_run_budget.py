@@ -25,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeClock:
     clock = FakeClock()
     monkeypatch.delenv("FINETUNE_PRICES", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(run_budget, "MachineTime", lambda rented: MachineTime(rented=rented, age=clock))
+    monkeypatch.setattr(run_budget, "MachineTime", lambda provisioned: MachineTime(provisioned=provisioned, age=clock))
     return clock
 
 
@@ -85,7 +85,7 @@ def test_on_other_ranks_nothing_is_known_and_nothing_happens(
     def asks(*_: object, **__: Any) -> Any:
         raise AssertionError("rank 0 alone asks")
 
-    for name in ("Ledger", "facts", "rented", "MachineTime", "PreemptionWatch"):
+    for name in ("Ledger", "facts", "provisioned", "MachineTime", "PreemptionWatch"):
         monkeypatch.setattr(run_budget, name, asks)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

@@ -134,7 +134,7 @@ def test_a_ledger_that_cannot_be_written_is_said_once_and_caught_up(run: BudgetR
     assert len(run.said) == 1 and "has vanished" in run.said[0]
     away.rename(run.ledger.folder)
     run.clock.advance(30.0)
-    assert run.seconds() == [220.0]  # a beat every 30 s since the note at 100 s
+    assert run.seconds() == [220.0]  # a heartbeat every 30 s since the note at 100 s
     assert run.said[1:] == ["the ledger is written again"]
     assert '"event": "saved"' in (run.ledger.folder / "attempt-001.jsonl").read_text()
     gone = run.ledger.folder.rename(run.ledger.folder.with_name("gone"))
@@ -169,7 +169,7 @@ def test_the_ceiling_holds_while_the_store_does_not_answer(run: BudgetRun, monke
 
 def test_the_clock_on_the_wall_may_jump(run: BudgetRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """The age is that of this process here."""
-    own = MachineTime(rented=False)
+    own = MachineTime(provisioned=False)
     before = own.seconds()
     ceilings = Ceilings(run_usd=before + 1000)
     watchdog = run.watch(Meter(run.ledger.account(), own, MachinePrice(3600.0, "b"), ceilings))

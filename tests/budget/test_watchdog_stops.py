@@ -16,7 +16,7 @@ from finetune.budget.ledger import Attempt, Ledger
 from finetune.budget.watchdog import HEARTBEAT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
-BEAT, CEILING = 0.5, 8.0
+HEARTBEAT, CEILING = 0.5, 8.0
 WAYS = ("sleeps", "spins", "holds the lock", "hook hangs", "ends")
 
 PROGRAM = """
@@ -37,7 +37,7 @@ def hard_stop(reason):
     os._exit(0)
 
 ledger, price = Ledger(folder), MachinePrice(3600.0, "b")
-meter = Meter(ledger.account(), MachineTime(rented=False), price, Ceilings(run_usd=ceiling))
+meter = Meter(ledger.account(), MachineTime(provisioned=False), price, Ceilings(run_usd=ceiling))
 log = ledger.new_attempt(1, machine={}, price=price, resumed_step=None)
 watchdog = Watchdog(meter, log, say=print, time_to_save=lambda: 0.0, hard_stop=hard_stop,
                     ask_stop=lambda reason: print("asked:", reason, flush=True))
@@ -73,7 +73,7 @@ class Ended:
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """One process for each of WAYS, all at once; each has CEILING dollars and pays one a second from its start."""
     folders = {how: tmp_path_factory.mktemp("run") for how in WAYS}
-    environment = os.environ | {HEARTBEAT_VARIABLE: str(BEAT)}
+    environment = os.environ | {HEARTBEAT_VARIABLE: str(HEARTBEAT)}
     began, running = {}, {}
     for how, folder in folders.items():
         began[how] = time.monotonic()
@@ -114,7 +114,7 @@ def test_a_hanging_step_is_ended_before_the_ceiling(how: str, ended: dict[str, E
 def test_where_no_python_runs_the_last_resort_ends_it_at_the_ceiling(how: str, ended: dict[str, Ended]) -> None:
     run = ended[how]
     assert run.code == 1 and "Timeout" in run.err and '"<string>", line' in run.err  # where every thread hangs
-    assert CEILING - 0.5 < run.seconds < CEILING + BEAT + 1  # a second for the start on a busy machine
+    assert CEILING - 0.5 < run.seconds < CEILING + HEARTBEAT + 1  # a second for the start on a busy machine
     assert "hard stop" in run.out if how == "hook hangs" else "hard stop" not in run.out
     assert run.attempt.seconds > 0.4
 

@@ -68,8 +68,8 @@ def content_of(step: int) -> dict[str, bytes]:
     return {"weights.bin": bytes([step % 256]) * 40, "sub/state.json": b'{"step": %d}' % step, "sub/rng.pth": b"\1\2\3"}
 
 
-def snapshot(root: Path, step: int) -> Path:
-    folder = root / "snapshot"
+def staged(root: Path, step: int) -> Path:
+    folder = root / "staged save"
     (folder / "sub").mkdir(parents=True, exist_ok=True)
     for name, content in content_of(step).items():
         (folder / name).write_bytes(content)
@@ -77,7 +77,7 @@ def snapshot(root: Path, step: int) -> Path:
 
 
 def put(store: CheckpointStore, step: int) -> Path:
-    source = snapshot(store.root.parent, step)
+    source = staged(store.root.parent, step)
     return store.put(source, step=step, config_hash="c", data_hash="d", attempt=1)
 
 
@@ -104,13 +104,13 @@ def save_over_a_damaged_one(store: CheckpointStore) -> None:
     put(store, 3)
 
 
-def put_aside_and_clean(store: CheckpointStore) -> None:
+def quarantine_and_clean(store: CheckpointStore) -> None:
     for item in store.latest_valid()[1]:
-        store.put_aside(item)
+        store.quarantine(item)
     store.clean()
 
 
-WORK = (save_and_prune, save_over_a_damaged_one, put_aside_and_clean)
+WORK = (save_and_prune, save_over_a_damaged_one, quarantine_and_clean)
 
 
 @pytest.mark.parametrize("work", WORK)
@@ -119,7 +119,7 @@ def test_a_power_cut_at_every_single_operation(tmp_path: Path, work: Callable[[C
     begun.root.mkdir(parents=True)
     put(begun, 1)
     if work != save_and_prune:
-        (put(begun, 3) / "weights.bin").write_bytes(b"damaged")
+        (put(begun, 3) / "weights.bin").write_bytes(b"corrupt")
         (put(begun, 4) / "manifest.json").unlink()
     total = count_operations(work, Path(shutil.copytree(tmp_path / "begun", tmp_path / "whole")))
     assert total >= 7
@@ -135,7 +135,7 @@ def test_a_power_cut_at_every_single_operation(tmp_path: Path, work: Callable[[C
             newest, _ = store.latest_valid()
             assert newest is not None
             found.append(check_complete(newest))
-            put_aside_and_clean(store)
+            quarantine_and_clean(store)
             kept = [p.name for p in store.root.iterdir() if not p.name.startswith("damaged-")]
             assert all((store.root / name / "manifest.json").is_file() for name in kept)
             for step in (2, 3, 4):
@@ -143,7 +143,7 @@ def test_a_power_cut_at_every_single_operation(tmp_path: Path, work: Callable[[C
             assert store.latest_valid() == (store.root / "step-4", [])
             shutil.rmtree(root)
     assert found == sorted(found)  # from some operation on, the new one counts, and for good
-    assert set(found) == ({1} if work is put_aside_and_clean else {1, 2} if work is save_and_prune else {1, 3})
+    assert set(found) == ({1} if work is quarantine_and_clean else {1, 2} if work is save_and_prune else {1, 3})
 
 
 @settings(max_examples=150, deadline=None)
@@ -161,7 +161,7 @@ def test_a_store_that_kept_the_manifest_and_lost_files_written_before_it(data: s
             path.unlink() if content is None else path.write_bytes(content)
         found, skipped = CheckpointStore(Path(scratch) / "store", run_id="r").latest_valid()
         assert found == (older if lost else newer)
-        assert [(item.folder, item.damaged) for item in skipped] == ([(newer, True)] if lost else [])
+        assert [(item.folder, item.corrupt) for item in skipped] == ([(newer, True)] if lost else [])
         assert not lost or any(name in skipped[0].reason for name in lost)
 
 
@@ -189,7 +189,7 @@ def test_any_damage_to_any_file_is_noticed_and_named(name: str, how: str, where:
         found, (skipped,) = store.latest_valid()
         assert (found, skipped.folder) == (older, newer)
         assert (name if name != "manifest.json" else "manifest") in skipped.reason
-        put_aside_and_clean(store)
+        quarantine_and_clean(store)
         assert "step-2" not in {p.name for p in store.root.iterdir()}
         assert check_complete(put(store, 2)) == 2
         assert store.latest_valid() == (newer, [])
@@ -229,7 +229,7 @@ class Life(RuleBasedStateMachine):
             self.good.add(begins)
         assert at == max(self.good, default=0)
         self.step = at
-        if self.survive(lambda: [self.store.put_aside(item) for item in skipped] + self.store.clean()):
+        if self.survive(lambda: [self.store.quarantine(item) for item in skipped] + self.store.clean()):
             folders = [path for path in self.root.iterdir() if path.name.startswith("step-")] if found else []
             assert all(checkpoint_store.fault(path) is None for path in folders if int(path.name[5:]) >= at)
             assert all((path / "manifest.json").is_file() for path in folders)

@@ -22,9 +22,9 @@ CONFIG, DATA = "c" * 64, "d" * 64
 HASHES = {"config_hash": CONFIG, "data_hash": DATA}
 
 
-def snapshot(tmp_path: Path, step: int, size: int = 100) -> Path:
+def staged(tmp_path: Path, step: int, size: int = 100) -> Path:
     """What the trainer leaves: a few files, one of them in a folder."""
-    folder = tmp_path / f"snapshot-{step}"
+    folder = tmp_path / f"staged save-{step}"
     (folder / "sub").mkdir(parents=True, exist_ok=True)
     (folder / "weights.bin").write_bytes(bytes([step % 256]) * size)
     (folder / "sub" / "state.json").write_text(f'{{"step": {step}}}')
@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 def put(store: CheckpointStore, step: int, attempt: int = 1) -> Path:
-    source = snapshot(store.root.parent, step)
+    source = staged(store.root.parent, step)
     return store.put(source, step=step, config_hash=CONFIG, data_hash=DATA, attempt=attempt)
 
 
@@ -54,7 +54,7 @@ def reseal(folder: Path, **changes: Any) -> None:
 def test_a_checkpoint_holds_the_snapshot_and_says_what_it_is(tmp_path: Path, store: CheckpointStore) -> None:
     folder = put(store, 7, attempt=3)
     assert folder == store.root / "step-7"
-    expected = files_of(tmp_path / "snapshot-7")
+    expected = files_of(tmp_path / "staged save-7")
     assert {name: files_of(folder)[name] for name in expected} == expected
     manifest = checkpoint_store.read_manifest(folder)
     assert manifest.pop("saved_at").endswith("+00:00")
@@ -142,7 +142,7 @@ def test_what_is_not_whole_is_passed_over_with_its_reason(store: CheckpointStore
     spoil(folder)
     found, skipped = store.latest_valid()
     assert found == older
-    assert [(item.folder, item.damaged) for item in skipped] == [(folder, name in DAMAGE)]
+    assert [(item.folder, item.corrupt) for item in skipped] == [(folder, name in DAMAGE)]
     assert reason in skipped[0].reason
     assert reason in (checkpoint_store.fault(folder) or "")
     assert put(store, 7) == folder  # it is replaced
@@ -150,14 +150,14 @@ def test_what_is_not_whole_is_passed_over_with_its_reason(store: CheckpointStore
 
 
 @pytest.mark.parametrize("name", [*CUT_OFF, *DAMAGE])
-def test_clean_takes_cut_off_saves_and_put_aside_the_damaged_ones(store: CheckpointStore, name: str) -> None:
+def test_clean_takes_cut_off_saves_and_quarantine_the_damaged_ones(store: CheckpointStore, name: str) -> None:
     older, folder = put(store, 5), put(store, 7)
     before = files_of(older)
     for _ in range(2):  # the second time, one of the same step is aside already
         {**CUT_OFF, **DAMAGE}[name][0](put(store, 7))
         (skipped,) = store.latest_valid()[1]
-        aside = store.put_aside(skipped)
-        assert (aside, store.clean()) == (
+        quarantined = store.quarantine(skipped)
+        assert (quarantined, store.clean()) == (
             (None, [folder]) if name in CUT_OFF else (store.root / "damaged-step-7", [])
         )  # fmt: skip
         assert names(store) == {"step-5"} | ({"damaged-step-7"} if name in DAMAGE else set())
@@ -193,9 +193,9 @@ def test_a_checkpoint_of_another_run_is_neither_used_nor_touched(store: Checkpoi
     theirs = [put(other, step) for step in (10, 20)]
     before = files_of(store.root)
     found, skipped = store.latest_valid()
-    assert (found, [item.damaged for item in skipped]) == (None, [False, False])
+    assert (found, [item.corrupt for item in skipped]) == (None, [False, False])
     assert skipped[0].reason == "is of another run (run-b)"
-    assert store.put_aside(skipped[0]) is None
+    assert store.quarantine(skipped[0]) is None
     with raises(
         "checkpoint.name_taken", match=r"step-20: is of another run \(run-b\); move it away, or choose another output"
     ):
@@ -241,7 +241,7 @@ def test_deleting_does_not_follow_links(tmp_path: Path, store: CheckpointStore) 
 
 def test_a_valid_checkpoint_of_the_step_is_left_as_it_is(tmp_path: Path, store: CheckpointStore) -> None:
     before = files_of(put(store, 7, attempt=1))
-    shutil.rmtree(tmp_path / "snapshot-7")
+    shutil.rmtree(tmp_path / "staged save-7")
     assert files_of(store.put(tmp_path / "gone", step=7, config_hash="0" * 64, data_hash=DATA, attempt=2)) == before
 
 

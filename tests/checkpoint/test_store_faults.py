@@ -18,7 +18,7 @@ from finetune.checkpoint.filesystem import Disk
 from finetune.checkpoint.store import CheckpointStore
 from finetune.errors import UserError
 from finetune.runtime import fault_injection
-from tests.checkpoint.test_store import CONFIG, DATA, names, put, snapshot
+from tests.checkpoint.test_store import CONFIG, DATA, names, put, staged
 from tests.helpers.data_examples import files_of
 from tests.helpers.errors import raises
 
@@ -51,7 +51,7 @@ def test_a_full_disk_is_told_and_the_half_copy_gives_its_room_back(
     committed: list[Path] = []
     with raises("disk.full"):
         for step in (1, 2, 3):
-            source = snapshot(tmp_path, step, 50_000)
+            source = staged(tmp_path, step, 50_000)
             committed.append(store.put(source, step=step, config_hash=CONFIG, data_hash=DATA, attempt=1))
     assert len(committed) == (kilobytes > 16) + (kilobytes > 100)
     assert names(store) == {folder.name for folder in committed}
@@ -62,7 +62,7 @@ def test_a_full_disk_takes_the_save_again_once_there_is_room(tmp_path: Path, mou
     mounted("size=60k")
     store = CheckpointStore(tmp_path / "store", run_id="r")
     (tmp_path / "store" / "large.log").write_bytes(bytes(40_000))
-    source = snapshot(tmp_path, 1, 40_000)
+    source = staged(tmp_path, 1, 40_000)
     with raises("disk.full"):
         store.put(source, step=1, config_hash=CONFIG, data_hash=DATA, attempt=1)
     (tmp_path / "store" / "large.log").unlink()
@@ -85,7 +85,7 @@ def test_a_read_only_store_is_told_and_can_still_be_read(tmp_path: Path, mounted
         lambda: put(store, 3),
         store.prune,
         store.clean,
-        lambda: store.put_aside(skipped[1]),
+        lambda: store.quarantine(skipped[1]),
     ):
         with raises("disk.not_writable", match="store: "):
             call()
@@ -110,7 +110,7 @@ def test_a_store_that_vanishes_is_not_made_anew_on_the_local_disk(tmp_path: Path
 def test_a_run_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "gone" / "checkpoints", run_id="r")
     with raises("checkpoint.store_vanished"):
-        store.put(snapshot(tmp_path, 1), step=1, config_hash=CONFIG, data_hash=DATA, attempt=1)
+        store.put(staged(tmp_path, 1), step=1, config_hash=CONFIG, data_hash=DATA, attempt=1)
     assert not (tmp_path / "gone").exists()
 
 
@@ -120,7 +120,9 @@ def test_a_snapshot_that_cannot_be_read_is_not_blamed_on_the_store(tmp_path: Pat
             raise OSError(errno.EIO, "Input/output error", str(source))
 
     store = CheckpointStore(tmp_path / "store", run_id="r", disk=Unreadable())
-    with raises("checkpoint.snapshot_unreadable", match=r"snapshot-\d: the snapshot cannot be read \(Input/output"):
+    with raises(
+        "checkpoint.snapshot_unreadable", match=r"staged save-\d: the staged save cannot be read \(Input/output"
+    ):
         put(store, 1)
     assert names(store) == set()
 
@@ -145,9 +147,9 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path: Path, code: int
     folders = [put(good, step) for step in (1, 2)]
     store = CheckpointStore(tmp_path / "store", run_id="r", disk=Unreadable())
     found, (skipped,) = store.latest_valid()
-    assert (found, skipped.folder, skipped.damaged) == (*folders, False)
+    assert (found, skipped.folder, skipped.corrupt) == (*folders, False)
     assert skipped.reason == f"cannot be read now ({os.strerror(code)})"
-    assert store.put_aside(skipped) is None
+    assert store.quarantine(skipped) is None
     assert store.clean() == []
     assert good.latest_valid() == (folders[1], [])
 
@@ -190,7 +192,7 @@ def test_a_store_that_cannot_rename_folders_loses_only_the_damaged_one(tmp_path:
     kept = put(store, 1)
     (put(store, 2) / "weights.bin").unlink()
     (skipped,) = store.latest_valid()[1]
-    assert store.put_aside(skipped) is None
+    assert store.quarantine(skipped) is None
     assert names(store) == {"step-1"}
     assert store.latest_valid() == (kept, [])
 
@@ -208,7 +210,7 @@ def test_two_writers_of_one_step_never_make_a_mixture(tmp_path: Path, same_bytes
 
     other = CheckpointStore(tmp_path / "store", run_id="r")
     kept = put(other, 1)
-    ours = snapshot(tmp_path, 2)
+    ours = staged(tmp_path, 2)
     theirs = Path(shutil.copytree(ours, tmp_path / "theirs"))
     if not same_bytes:
         for name in ("weights.bin", "sub/state.json"):
@@ -255,7 +257,7 @@ for step in (1, 2):
 def test_a_kill_at_a_place_leaves_the_newest_whole_one(
     tmp_path: Path, place: str, count: int, left: dict[str, int], newest: str
 ) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(snapshot(tmp_path, 1))]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(staged(tmp_path, 1))]
     environment = {**os.environ, fault_injection.VARIABLE: f"{place}:{count}"}
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     folders = {p.name: sum(f.is_file() for f in p.rglob("*")) for p in (tmp_path / "store").iterdir()}

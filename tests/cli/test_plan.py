@@ -87,25 +87,25 @@ def test_a_plan_needs_neither_torch_nor_skypilot(home: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("configs/mistral_7b_qlora.yaml: 6,790 questions x 311 tokens, 1,275 optimizer steps")
+    assert lines[0].startswith("configs/mistral_7b_qlora.yaml: 6,790 examples x 311 tokens, 1,275 optimizer steps")
     assert any(line.startswith("prices: SkyPilot's catalog") for line in lines)
     assert sum(line.startswith(("1.", "2.", "3.", "4.", "5.", "6.", "7.", "8.")) for line in lines) == 8
     assert any(line.startswith("order: ") and " spot, then " in line for line in lines)
 
 
 @pytest.mark.parametrize(("name", "records", "steps"), [("qlora", 6790, 1275), ("quick", 2122, 133)])
-def test_the_shipped_7b_configs_are_planned_with_sixteen_questions_a_step(
+def test_the_shipped_7b_configs_are_planned_with_sixteen_examples_a_step(
     name: str, records: int, steps: int, capsys: Shown
 ) -> None:
     shipped = str(ROOT / "configs" / f"mistral_7b_{name}.yaml")
     found = values(capsys, shipped, "data.output_dir=no/such/folder")
     assert (found["run"]["records"], found["run"]["steps"]) == (records, steps)
-    assert all(row["memory_gib"]["fits"] and row["step"]["layers"] == "lean" for row in found["rows"])
-    assert all(row["step"]["kept_layers"] >= 30 for row in found["rows"])
-    stock = values(capsys, shipped, "data.output_dir=no/such/folder", "training.kernels=stock")
-    assert {row["gpu"]: row["tokens_per_second"] for row in stock["rows"]}["A100"] < 2500
+    assert all(row["memory_gib"]["fits"] and row["step"]["layers"] == "fused" for row in found["rows"])
+    assert all(row["step"]["uncheckpointed_layers"] >= 30 for row in found["rows"])
+    hf = values(capsys, shipped, "data.output_dir=no/such/folder", "training.kernels=hf")
+    assert {row["gpu"]: row["tokens_per_second"] for row in hf["rows"]}["A100"] < 2500
     table = output(capsys, shipped, "--memory")
-    assert "layers kept" in table and "  yes" in table and "  no" not in table
+    assert "activations kept" in table and "  yes" in table and "  no" not in table
 
 
 def test_without_any_catalog_the_plan_says_loudly_that_it_uses_an_old_snapshot(
@@ -161,8 +161,8 @@ def test_trust_prices_lets_a_price_that_looks_wrong_rank(config: str, capsys: Sh
     [careful] = values(capsys, config, *chosen)["rows"]
     [trusting] = values(capsys, config, *chosen, "--trust-prices")["rows"]
     assert careful["region"] != trusting["region"] == "europe-west4"
-    assert careful["doubts"] == [] and "europe-west4" in careful["passed_over"]
-    assert trusting["doubts"] and trusting["usd"] < careful["usd"]
+    assert careful["price_anomalies"] == [] and "europe-west4" in careful["passed_over"]
+    assert trusting["price_anomalies"] and trusting["usd"] < careful["usd"]
 
 
 @pytest.mark.parametrize("order", [("--spot", "training.max_steps=5"), ("training.max_steps=5", "--spot")])
@@ -210,10 +210,10 @@ def test_prepared_data_are_counted_and_others_assumed(tmp_path: Path, capsys: Sh
     manifest = write_manifest(prepared)
     counted = output(capsys, config, f"data.output_dir={prepared}")
     assert (
-        counted.startswith(f"{config}: 1,000 questions x 120 tokens, ")
+        counted.startswith(f"{config}: 1,000 examples x 120 tokens, ")
         and f"\ntokens: counted in {manifest}\n" in counted
     )
-    assert "\ntokens: 4,000 training questions (plan.records), 300 tokens each" in output(capsys, config)
+    assert "\ntokens: 4,000 training examples (plan.records), 300 tokens each" in output(capsys, config)
     manifest.write_text("{}")
     assert f"{manifest}: not a manifest" in refused(capsys, config, f"data.output_dir={prepared}")
 
@@ -224,7 +224,7 @@ def test_prepared_data_are_counted_and_others_assumed(tmp_path: Path, capsys: Sh
         (["plan.gpus=[K80]"], "plan.gpus: unknown GPU 'K80'; known: T4, V100, L4, A100"),
         (["plan.gpus=[A100,A100]"], "plan.gpus: a GPU is named twice"),
         (["plan.gpus=[H100]"], "plan.gpus: H100 is not planned for on Google Cloud"),
-        (["plan.records=null"], "set plan.records to the number of training questions"),
+        (["plan.records=null"], "set plan.records to the number of training examples"),
         (["model.name=someone/model"], "model.name: the shape of someone/model is not known"),
         (["plan.gpu=[T4]"], "unknown key plan.gpu (did you mean plan.gpus?)"),
         (["plan.spot_preemptions_per_hour=often"], "plan.spot_preemptions_per_hour: expected float, found 'often'"),

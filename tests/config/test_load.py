@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from finetune.config.load import config_hash, from_dict, load_config, questions_per_step, to_dict, to_yaml
+from finetune.config.load import config_hash, examples_per_step, from_dict, load_config, to_dict, to_yaml
 from finetune.config.schema import RunConfig
 from finetune.machine.gpus import GPUS
 from tests.helpers.errors import raises
@@ -43,6 +43,31 @@ def problems(code: str, path: Path, *overrides: str) -> str:
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     return message
+
+
+# names of before
+
+
+@pytest.mark.parametrize(("old", "new"), [("lean", "fused"), ("stock", "hf")])
+def test_a_value_by_its_old_name_is_taken_and_its_new_one_said_once(
+    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.config.load._told", set())
+    path = write(tmp_path, merged(training={"kernels": old}))
+    config = load_config(path)
+    assert config.training.kernels == new
+    assert capsys.readouterr().err == f"{path}: training.kernels: {old} is called {new} now; both are understood\n"
+    assert load_config(write(tmp_path, SMALLEST, "other.yaml"), [f"training.kernels={old}"]).training.kernels == new
+    assert from_dict(merged(training={"kernels": old}), "run.json").training.kernels == new
+    assert config_hash(config) == config_hash(
+        load_config(write(tmp_path, merged(training={"kernels": new}), "new.yaml"))
+    )
+    assert capsys.readouterr().err == ""
+
+
+def test_a_value_that_never_was_one_is_still_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, merged(training={"kernels": "lean_"}))
+    assert "training.kernels: expected one of auto, fused, hf, found 'lean_'" in problems("config.bad_type", path)
 
 
 # what is accepted
@@ -130,7 +155,7 @@ def test_every_mistake_is_reported_at_once_with_its_place_and_the_nearest_name(t
         ("training", "output_dir", None, "str"),
         ("training", "gradient_checkpointing", "sometimes", "bool | Literal['auto']"),
         ("training", "per_device_train_batch_size", "many", "int | Literal['auto']"),
-        ("training", "kernels", "fast", "one of auto, lean, stock"),
+        ("training", "kernels", "fast", "one of auto, fused, hf"),
         ("training", "max_memory_gib", "all", "float | None"),
         ("lora", "target_modules", "q_proj", "list[str]"),
         ("lora", "target_modules", {"q_proj": 1}, "list[str]"),
@@ -385,13 +410,13 @@ def test_the_qlora_config_keeps_the_values_of_the_training_guide() -> None:
     assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "nf4")
     assert quantization.bnb_4bit_use_double_quant
     assert (training.num_train_epochs, training.learning_rate, training.warmup_ratio) == (3, 2e-4, 0.03)
-    assert questions_per_step(training) == training.effective_batch_size == 16  # the guide's 4 x 4
+    assert examples_per_step(training) == training.effective_batch_size == 16  # the guide's 4 x 4
     assert (training.per_device_train_batch_size, training.gradient_checkpointing) == ("auto", "auto")
     assert training.lr_scheduler_type == "cosine"
 
 
 @pytest.mark.parametrize(
-    ("keys", "questions"),
+    ("keys", "examples"),
     [
         ({}, 16),
         ({"effective_batch_size": 24}, 24),
@@ -401,15 +426,15 @@ def test_the_qlora_config_keeps_the_values_of_the_training_guide() -> None:
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "effective_batch_size": 16}, 16),
     ],
 )
-def test_questions_of_an_optimizer_step(keys: dict[str, Any], questions: int) -> None:
+def test_examples_of_an_optimizer_step(keys: dict[str, Any], examples: int) -> None:
     config = from_dict(merged(training=keys), "test")
-    assert questions_per_step(config.training) == questions
+    assert examples_per_step(config.training) == examples
 
 
 def test_sizes_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     keys = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "effective_batch_size": 32}
     with raises("config.conflicting_values", match=r"effective_batch_size: 32 is not 16, the product of"):
-        questions_per_step(from_dict(merged(training=keys), "test").training)
+        examples_per_step(from_dict(merged(training=keys), "test").training)
     steps = {"gradient_accumulation_steps": 4}
     assert "set training.effective_batch_size instead" in problems(
         "config.bad_value", write(tmp_path, merged(training=steps))

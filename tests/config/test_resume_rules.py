@@ -108,7 +108,7 @@ def test_other_rounding_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "gpus", "questions"),
+    ("before", "now", "gpus", "examples"),
     [
         ({}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, 1, None),
         ({"effective_batch_size": 32}, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, 2, None),
@@ -118,19 +118,19 @@ def test_other_rounding_is_said() -> None:
         ({"effective_batch_size": 8}, {"per_device_train_batch_size": 4}, 1, (8, 4)),
     ],
 )
-def test_micro_batches_may_change_as_long_as_the_step_keeps_its_questions(
-    before: dict[str, Any], now: dict[str, Any], gpus: int, questions: tuple[int, int] | None
+def test_micro_batches_may_change_as_long_as_the_step_keeps_its_examples(
+    before: dict[str, Any], now: dict[str, Any], gpus: int, examples: tuple[int, int] | None
 ) -> None:
     def config(training: dict[str, Any]) -> dict[str, Any]:
         return resolved(**{f"training__{key}": value for key, value in training.items()})
 
     applies, refused = lines(config(before), config(now), gpus=gpus)
-    if questions is None:
+    if examples is None:
         assert applies and not refused
         assert all("a step keeps its" in line and "rounding and dropout" in line for line in applies)
     else:
         assert refused and not applies
-        said = "refused, a step of this run has {} questions, and would have {}".format(*questions)
+        said = "refused, a step of this run has {} examples, and would have {}".format(*examples)
         assert all(line.endswith(said) for line in refused)
 
 
@@ -153,34 +153,34 @@ def test_a_run_that_began_on_other_gpus_is_judged_by_the_batch_that_it_named() -
     now = resolved(training__effective_batch_size=32, training__per_device_train_batch_size="auto")
     assert lines(began_on_two, now, gpus=1)[1] == []
     other = resolved(training__effective_batch_size=16, training__per_device_train_batch_size="auto")
-    assert all("has 32 questions, and would have 16" in line for line in lines(began_on_two, other, gpus=1)[1])
+    assert all("has 32 examples, and would have 16" in line for line in lines(began_on_two, other, gpus=1)[1])
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "path", "applies"),
+    ("before", "now", "backend", "applies"),
     [
-        (("stock", False), ("lean", False), None, True),
-        (("auto", False), ("stock", False), None, True),
-        (("lean", True), ("stock", False), None, True),  # the lean way has drawn them at random all along
-        (("lean", True), ("stock", True), None, False),
-        (("stock", True), ("lean", True), None, False),
-        (("stock", True), ("stock", False), None, False),
-        (("auto", True), ("lean", True), None, False),
-        (("auto", True), ("lean", True), "lean", True),
-        (("auto", True), ("stock", True), "stock", True),
-        (("auto", True), ("stock", True), "lean", False),
-        (("auto", True), ("stock", False), "lean", True),
-        (("stock", True), ("auto", True), "stock", False),
+        (("hf", False), ("fused", False), None, True),
+        (("auto", False), ("hf", False), None, True),
+        (("fused", True), ("hf", False), None, True),  # the fused backend has drawn them at random all along
+        (("fused", True), ("hf", True), None, False),
+        (("hf", True), ("fused", True), None, False),
+        (("hf", True), ("hf", False), None, False),
+        (("auto", True), ("fused", True), None, False),
+        (("auto", True), ("fused", True), "fused", True),
+        (("auto", True), ("hf", True), "hf", True),
+        (("auto", True), ("hf", True), "fused", False),
+        (("auto", True), ("hf", False), "fused", True),
+        (("hf", True), ("auto", True), "hf", False),
     ],
 )
-def test_kernels_may_change_unless_the_order_of_the_questions_does(
-    before: tuple[str, bool], now: tuple[str, bool], path: str | None, applies: bool
+def test_kernels_may_change_unless_the_order_of_the_examples_does(
+    before: tuple[str, bool], now: tuple[str, bool], backend: str | None, applies: bool
 ) -> None:
     configs = [resolved(training__kernels=kernels, training__group_by_length=by) for kernels, by in (before, now)]
-    applied, refused = lines(*configs, path=path)
+    applied, refused = lines(*configs, backend=backend)
     changed = sum(old != new for old, new in zip(before, now, strict=True))
     assert (len(applied), len(refused)) == ((changed, 0) if applies else (0, changed))
-    assert all("rounding" in line for line in applied) and all("order of the questions" in line for line in refused)
+    assert all("rounding" in line for line in applied) and all("order of the examples" in line for line in refused)
 
 
 def test_sources_are_compared_item_by_item_and_long_values_are_cut() -> None:
@@ -222,7 +222,7 @@ def test_the_refusal_names_file_changes_and_what_to_do() -> None:
     error = str(refusal(decisions, Path("runs/a/config.yaml")))
     assert error == (
         "runs/a/config.yaml: lora.r: 16 -> 8: refused, the adapter has this shape; training.seed: 42 -> 1: refused, order of "
-        "the questions and dropout follow from it; put the earlier values back, or start a new run"
+        "the examples and dropout follow from it; put the earlier values back, or start a new run"
     )
 
 

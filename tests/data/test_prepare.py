@@ -99,7 +99,7 @@ def test_other_data_replace_the_prepared_set_without_remains(tmp_path: Path, sho
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_damaged_prepared_set_is_mended_by_preparing_again(tmp_path: Path, shop: SourceSection) -> None:
+def test_damaged_prepared_set_is_fixed_by_preparing_again(tmp_path: Path, shop: SourceSection) -> None:
     output = tmp_path / "prepared"
     run_prepare([shop], output)
     (output / "train.jsonl").write_text("")

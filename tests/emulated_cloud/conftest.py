@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.emulated_cloud import machine_image
+from tests.emulated_cloud.environment import CloudEnvironment, emulated_environment
 from tests.emulated_cloud.machine_project import checkout
 from tests.emulated_cloud.pace import PACE, wait_until
 from tests.emulated_cloud.possible import REQUIRED, missing
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import add_training
 from tests.emulated_cloud.whole import Whole, launch_whole
-from tests.emulated_cloud.world import World, emulated_world
 
 LONGEST = (
     "budget_that_runs_out",
@@ -62,11 +62,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def whole_world() -> Iterator[World]:
+def whole_environment() -> Iterator[CloudEnvironment]:
     skip_unless_possible()
-    with emulated_world() as world:
-        figure(f"pace {PACE.factor:.1f}; seconds of the preparation: {world.seconds}")
-        yield world
+    with emulated_environment() as environment:
+        figure(f"pace {PACE.factor:.1f}; seconds of the preparation: {environment.seconds}")
+        yield environment
 
 
 def skip_unless_possible() -> None:
@@ -85,31 +85,31 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture
-def world(whole_world: World, request: pytest.FixtureRequest) -> Iterator[World]:
+def environment(whole_environment: CloudEnvironment, request: pytest.FixtureRequest) -> Iterator[CloudEnvironment]:
     """With nothing in it. After the test nothing may be left of what it launched, and nothing may have gone wrong in the
     emulation itself: that is asserted, then everything is wiped."""
-    whole_world.empty()
-    yield whole_world
+    whole_environment.empty()
+    yield whole_environment
     try:
-        whole_world.cloud.assert_empty()
-        assert not whole_world.cloud.defects, f"of the emulated cloud itself: {whole_world.cloud.defects}"
+        whole_environment.cloud.assert_empty()
+        assert not whole_environment.cloud.defects, f"of the emulated cloud itself: {whole_environment.cloud.defects}"
     finally:
-        if whole_world.cloud.machines() or request.node.stash.get(FAILED, False):
-            forget(whole_world)
-        whole_world.empty()
+        if whole_environment.cloud.machines() or request.node.stash.get(FAILED, False):
+            forget(whole_environment)
+        whole_environment.empty()
 
 
-def forget(world: World) -> None:
+def forget(environment: CloudEnvironment) -> None:
     """SkyPilot is to forget what is left too, or the next test meets it: a managed job gets a new machine for a wiped one."""
-    world.all_well()
-    world.sky.run("jobs", "cancel", "--all", "--yes")
+    environment.all_well()
+    environment.sky.run("jobs", "cancel", "--all", "--yes")
 
     def come() -> bool:
-        return not any(word in world.sky.run("jobs", "queue", "--skip-finished").out for word in ALIVE)
+        return not any(word in environment.sky.run("jobs", "queue", "--skip-finished").out for word in ALIVE)
 
     with suppress(AssertionError):
         wait_until(come, FORGET_SECONDS, lambda waited: f"a job is there after {waited:.0f} s", every=3)
-    world.sky.run("down", "--all", "--yes", "--purge")
+    environment.sky.run("down", "--all", "--yes", "--purge")
 
 
 @pytest.fixture(scope="session")
@@ -121,9 +121,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(whole_world: World, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    whole_world.empty()  # this fixture may come in the middle of a session
-    return launch_whole(whole_world, project, tmp_path_factory.mktemp("whole"))
+def whole(whole_environment: CloudEnvironment, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    whole_environment.empty()  # this fixture may come in the middle of a session
+    return launch_whole(whole_environment, project, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="session")

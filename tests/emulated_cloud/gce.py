@@ -132,9 +132,9 @@ class Cloud:
         assert instance.hardware
         instance.hardware.cut(what)
 
-    def mend(self, instance: Instance) -> None:
+    def reconnect(self, instance: Instance) -> None:
         assert instance.hardware
-        instance.hardware.mend()
+        instance.hardware.reconnect()
 
     def assert_empty(self, seconds: float = 20) -> None:
         """Raises AssertionError if a machine or disk is left after that time."""

@@ -175,7 +175,7 @@ class Machine:
         else:
             self._route("add", self.site.laptop if what == "laptop" else self.site.google)
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         self._ip("link", "set", self.interface, "up")
         for address in (self.site.laptop, self.site.google):
             self._route("delete", address, check=False)

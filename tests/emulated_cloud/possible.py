@@ -34,7 +34,7 @@ SYSTEM_PYTHON = Path("/usr/bin/python3")
 REQUIRED = "FT_CLOUD_REQUIRED"
 """Set to 1 where these tests are to run: what would skip them fails them then."""
 ADDRESSES, BRIDGE = ipaddress.IPv4Network("10.128.0.0/17"), "ft-bridge"
-"""Of the machines of all slots (leftovers.SLOTS, machine.Site), and what their bridges' names begin with."""
+"""Of the machines of all slots (orphans.SLOTS, machine.Site), and what their bridges' names begin with."""
 PYENVS = ("pyenv/shims", "pyenv/bin")
 """Ends of the folders that pyenv puts on PATH."""
 ATTEMPT = """\

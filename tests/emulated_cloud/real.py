@@ -1,4 +1,5 @@
-"""A real project of Google Cloud in the place of the emulated one: the part of `world.World` that Google takes orders for.
+"""A real project of Google Cloud in the place of the emulated one: the part of
+`environment.CloudEnvironment` that Google takes orders for.
 
 Machines are seen and preempted through `gcloud`, the bucket through `gcloud storage`, and SkyPilot is the user's own. Nothing
 here touches what is not named after this session. See docs/emulated-cloud.md.
@@ -96,7 +97,7 @@ class RealCloud:
 
 
 @dataclass
-class RealWorld:
+class RealEnvironment:
     """What a scenario gets."""
 
     cloud: RealCloud

@@ -72,7 +72,7 @@ def admitted(task: Path, catalog: Catalog, *, spot_only: bool = False) -> list[O
         machine, disk = one["instance_type"], one.get("disk_size", 256)
         tier = one.get("disk_tier", "medium")
         offers = catalog.offers(gpu, machine=machine, count=int(count or 1), spot=spot, disk_gib=disk, disk_tier=tier)
-        found += [offer for offer in offers if not offer.doubts and offer.usd_per_hour <= one["max_hourly_cost"]]
+        found += [offer for offer in offers if not offer.anomalies and offer.usd_per_hour <= one["max_hourly_cost"]]
     return sorted(found, key=lambda offer: offer.usd_per_hour)
 
 

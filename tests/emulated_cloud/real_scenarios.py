@@ -18,7 +18,7 @@ from finetune.budget.ledger import Ledger
 from finetune.cloud.catalog.offers import load_catalog
 from finetune.cloud.gcloud.config import bucket_name, local_login
 from tests.emulated_cloud.machine_project import checkout
-from tests.emulated_cloud.real import RealCloud, RealWorld
+from tests.emulated_cloud.real import RealCloud, RealEnvironment
 from tests.emulated_cloud.real_cost import SCENARIOS, admitted
 from tests.emulated_cloud.real_gcloud import Gcloud, RealBuckets
 from tests.emulated_cloud.real_run import LAUNCHED, NAMES, PROJECT
@@ -41,15 +41,15 @@ LONG = "training.max_steps=20000"
 
 
 @pytest.fixture(scope="session")
-def session() -> RealWorld:
+def session() -> RealEnvironment:
     assert PROJECT in os.environ, "these run by: make cloud-test GCP_PROJECT=project"
     gcloud, prefix = Gcloud(os.environ[PROJECT]), os.environ[NAMES]
     buckets = RealBuckets(gcloud, bucket_name(local_login()), BUCKET)
-    return RealWorld(RealCloud(gcloud, prefix), buckets, RealSky(prefix, Path(os.environ[LAUNCHED])))
+    return RealEnvironment(RealCloud(gcloud, prefix), buckets, RealSky(prefix, Path(os.environ[LAUNCHED])))
 
 
 @pytest.fixture
-def world(session: RealWorld, request: pytest.FixtureRequest) -> Iterator[RealWorld]:
+def environment(session: RealEnvironment, request: pytest.FixtureRequest) -> Iterator[RealEnvironment]:
     """Its machines are taken down after the test, or when the test's minutes are over."""
     session.cloud.bill.stretches.clear()
     minutes = next(one.minutes for one in SCENARIOS if one.test == request.node.name)
@@ -66,117 +66,117 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_a100_as_typed(world: RealWorld, project: Path, tmp_path: Path) -> None:
+def test_train_a100_as_typed(environment: RealEnvironment, project: Path, tmp_path: Path) -> None:
     """Policy, machine, bucket, data, set-up, training, checkpoints in the bucket; autodown takes the machine away."""
-    name = world.name("whole")
+    name = environment.name("whole")
     words = launch("train_a100", "-c", name, "-i", "1", "--down", RUN_NAME=name, **ON_A_GPU)
-    launched = world.sky.run(*words, cwd=project).ok()
+    launched = environment.sky.run(*words, cwd=project).ok()
     print(f"launch to the end of training: {launched.seconds:.0f} s\n{launched.out}")
     assert "finetune: of " in launched.out, "the policy has chosen"
-    assert world.cloud.machine(name).wish.gpu == "A100"
-    run = Run(world, name)  # type: ignore[arg-type]  # of the world it asks for the buckets alone
+    assert environment.cloud.machine(name).wish.gpu == "A100"
+    run = Run(environment, name)  # type: ignore[arg-type]  # of the environment it asks for the buckets alone
     record = run.record()
     assert (record["status"], record["steps"]["done"]) == ("done", STEPS)
     assert run.committed()[-1] == STEPS
-    world.cloud.assert_empty(900)
-    reckon(world, run, tmp_path)
+    environment.cloud.assert_empty(900)
+    reckon(environment, run, tmp_path)
 
 
-def test_the_order_of_the_plan(world: RealWorld, project: Path) -> None:
+def test_the_order_of_the_plan(environment: RealEnvironment, project: Path) -> None:
     """What a dry run would try first is the first of `finetune plan`; nothing starts."""
-    planned = world.sky.program("finetune", "plan", MISTRAL, "--json", cwd=project).ok()
+    planned = environment.sky.program("finetune", "plan", MISTRAL, "--json", cwd=project).ok()
     rows = [row for row in json.loads(planned.out)["rows"] if row["chosen"]]
     best = min(rows, key=lambda row: row["usd"])
-    dry = world.sky.run("launch", "-y", "--dryrun", "sky/train_cheapest.yaml", cwd=project).ok().out
+    dry = environment.sky.run("launch", "-y", "--dryrun", "sky/train_cheapest.yaml", cwd=project).ok().out
     print(dry)
     first = re.search(r"\b1\. +(\S+) (spot|on-demand),", dry)
     assert first, "the policy prints its order"
     assert (first[1], first[2] == "spot") == (best["gpu"], best["spot"])
-    assert not world.cloud.machines()
+    assert not environment.cloud.machines()
 
 
-def test_a_ceiling_below_every_price(world: RealWorld, project: Path) -> None:
+def test_a_ceiling_below_every_price(environment: RealEnvironment, project: Path) -> None:
     """Refused with the nearest prices; nothing starts."""
     text = (project / "sky" / "train_a100.yaml").read_text(encoding="utf-8")
     (project / "sky" / "low.yaml").write_text(re.sub(r"max_hourly_cost: \S+", "max_hourly_cost: 0.10", text))
-    refused = world.sky.run(*launch("low", "-c", world.name("low")), cwd=project)
+    refused = environment.sky.run(*launch("low", "-c", environment.name("low")), cwd=project)
     print(refused.out)
     assert refused.code != 0 and "no machine is allowed" in refused.out
-    assert not world.cloud.machines()
+    assert not environment.cloud.machines()
 
 
-def test_preempted_twice(world: RealWorld, project: Path, tmp_path: Path) -> None:
+def test_preempted_twice(environment: RealEnvironment, project: Path, tmp_path: Path) -> None:
     """A managed job: Google's rehearsal of a preemption, then a machine that is deleted from outside."""
-    name = world.name("twice")
+    name = environment.name("twice")
     words = launch("train_spot", "--jobs", "-d", "-n", name, RUN_NAME=name, overrides=LONG, MAX_RUN_USD=3, **ON_A_GPU)
-    world.sky.run(*words, cwd=project).ok()
-    run = Run(world, name)  # type: ignore[arg-type]
-    first = world.cloud.wait_for_machine(name)
+    environment.sky.run(*words, cwd=project).ok()
+    run = Run(environment, name)  # type: ignore[arg-type]
+    first = environment.cloud.wait_for_machine(name)
     run.wait_for_step(2 * SAVE_STEPS, STEP)
-    world.cloud.preempt(first)
-    second = world.cloud.wait_for_machine(name, other_than=first)
+    environment.cloud.preempt(first)
+    second = environment.cloud.wait_for_machine(name, other_than=first)
     reached = max(run.committed())
     run.wait_for_step(reached + 2 * SAVE_STEPS, STEP)
-    world.cloud.crash(second)
+    environment.cloud.crash(second)
     reached = max(run.committed())
-    world.cloud.wait_for_machine(name, other_than=second)
+    environment.cloud.wait_for_machine(name, other_than=second)
     run.wait_for_step(reached + 2 * SAVE_STEPS, STEP)
     attempts = run.record()["attempts"]
     assert attempts == 3, f"three attempts on three machines: {attempts}"
-    queue = world.sky.run("jobs", "queue", "--all").ok().out
+    queue = environment.sky.run("jobs", "queue", "--all").ok().out
     assert re.search(rf" {name} .*\s2\s+RUNNING", queue), queue
-    world.sky.run("jobs", "cancel", "-y", "-n", name).ok()
-    world.cloud.assert_empty(900)
-    reckon(world, run, tmp_path)
+    environment.sky.run("jobs", "cancel", "-y", "-n", name).ok()
+    environment.cloud.assert_empty(900)
+    reckon(environment, run, tmp_path)
 
 
-def test_a_budget_that_runs_out(world: RealWorld, project: Path, tmp_path: Path) -> None:
+def test_a_budget_that_runs_out(environment: RealEnvironment, project: Path, tmp_path: Path) -> None:
     """The run stops before its dollars are over, says so, and the machine goes away by itself."""
     text = (project / "sky" / "train_t4.yaml").read_text(encoding="utf-8")
     (project / "sky" / "budget.yaml").write_text(text.replace("    - {use_spot: false}\n", ""), encoding="utf-8")
     budget = round(BUDGET_HOURS * admitted(project / "sky" / "budget.yaml", load_catalog())[0].usd_per_hour, 3)
-    name = world.name("budget")
+    name = environment.name("budget")
     often = f"{LONG} checkpoint.every_minutes=0.5"  # a budget that does not last until the next checkpoint is refused
     more = {"RUN_NAME": name, "MAX_RUN_USD": budget, **ON_A_GPU}
-    launched = world.sky.run(
+    launched = environment.sky.run(
         *launch("budget", "-c", name, "-i", "1", "--down", overrides=often, **more), cwd=project
     ).ok()
     print(launched.out)
-    run = Run(world, name)  # type: ignore[arg-type]
+    run = Run(environment, name)  # type: ignore[arg-type]
     assert run.record()["status"] == "budget_stop"
     assert run.committed(), "a checkpoint to go on from"
-    world.cloud.assert_empty(900)
-    account = Ledger(world.buckets.fetch(run.prefix, tmp_path) / "ledger").account()
+    environment.cloud.assert_empty(900)
+    account = Ledger(environment.buckets.fetch(run.prefix, tmp_path) / "ledger").account()
     assert account.usd is not None and account.usd <= budget, (account.usd, budget)
 
 
-def test_looking_stopping_and_starting(world: RealWorld, project: Path) -> None:
+def test_looking_stopping_and_starting(environment: RealEnvironment, project: Path) -> None:
     """status, TensorBoard through ssh, stop in the middle, start, the same launch goes on, logs, down."""
-    name = world.name("look")
+    name = environment.name("look")
     words = launch("train_a100", "-d", "-c", name, overrides=LONG, RUN_NAME=name, **ON_A_GPU)
-    world.sky.run(*words, cwd=project).ok()
-    run = Run(world, name)  # type: ignore[arg-type]
+    environment.sky.run(*words, cwd=project).ok()
+    run = Run(environment, name)  # type: ignore[arg-type]
     run.wait_for_step(SAVE_STEPS, STEP)
-    assert "UP" in world.sky.run("status", name).ok().out
-    with world.sky.ssh(name, "-N", "-L", "6006:localhost:6006"):
+    assert "UP" in environment.sky.run("status", name).ok().out
+    with environment.sky.ssh(name, "-N", "-L", "6006:localhost:6006"):
         wait_for_tensorboard(f"{name}/tensorboard")
-    world.sky.run("stop", "-y", name).ok()
-    assert "STOPPED" in world.sky.run("status", "--refresh", name).ok().out
+    environment.sky.run("stop", "-y", name).ok()
+    assert "STOPPED" in environment.sky.run("status", "--refresh", name).ok().out
     stopped = max(run.committed())
-    world.sky.run("start", "-y", name).ok()
-    world.sky.run(*words, cwd=project).ok()
+    environment.sky.run("start", "-y", name).ok()
+    environment.sky.run(*words, cwd=project).ok()
     run.wait_for_step(stopped + SAVE_STEPS, STEP)
-    logs = world.sky.run("logs", name, "--no-follow").ok().out
+    logs = environment.sky.run("logs", name, "--no-follow").ok().out
     assert f"resuming from /bucket/runs/{name}/checkpoints/step-{stopped}" in logs
-    world.sky.run("down", "-y", name).ok()
-    world.cloud.assert_empty()
+    environment.sky.run("down", "-y", name).ok()
+    environment.cloud.assert_empty()
 
 
-def reckon(world: RealWorld, run: Run, folder: Path) -> None:
+def reckon(environment: RealEnvironment, run: Run, folder: Path) -> None:
     """Holds what was seen of the machines against the ledger, machine by machine, and prints both."""
-    price = catalog_price(world.sky.home)
-    account = Ledger(world.buckets.fetch(run.prefix, folder) / "ledger").account()
-    stretches = [one for one in world.cloud.bill.stretches if one.running]
+    price = catalog_price(environment.sky.home)
+    account = Ledger(environment.buckets.fetch(run.prefix, folder) / "ledger").account()
+    stretches = [one for one in environment.cloud.bill.stretches if one.running]
     assert not account.problems, account.problems
     assert len(stretches) == len(account.attempts), (stretches, account.attempts)
     for stretch, attempt in zip(stretches, account.attempts, strict=True):

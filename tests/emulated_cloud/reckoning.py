@@ -9,11 +9,11 @@ from pathlib import Path
 from finetune.budget.ledger import Attempt
 from finetune.cloud.catalog.csv_file import VMS
 from finetune.cloud.catalog.disks import disk_usd_per_hour
+from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.gce_bill import Price, Stretch
 from tests.emulated_cloud.pace import PACE
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import Run
-from tests.emulated_cloud.world import World
 from tests.helpers.catalog_fixture import CATALOG
 
 TOLERANCE = 0.02
@@ -78,8 +78,8 @@ def reckon(run: Run, folder: Path) -> Reckoning:
     Raises AssertionError where they differ by more than 2%, attempts and machines do not match one to one, or zone, kind or
     price of one are told wrongly.
     """
-    bill, account = run.world.cloud.bill, run.account(folder)
-    price = catalog_price(run.world.sky.home)
+    bill, account = run.environment.cloud.bill, run.account(folder)
+    price = catalog_price(run.environment.sky.home)
     print(bill.table(price))
     stretches = [one for one in bill.stretches if one.running]
     assert not account.problems, account.problems
@@ -123,9 +123,9 @@ def check_machine(stretch: Stretch, attempt: Attempt, usd_per_hour: float) -> No
     assert abs(attempt.usd_per_hour - usd_per_hour) < 1e-4, (attempt.usd_per_hour, usd_per_hour)
 
 
-def check_nothing_left(world: World) -> None:
+def check_nothing_left(environment: CloudEnvironment) -> None:
     """Neither SkyPilot nor the cloud has a machine."""
     alone = ("--no-show-managed-jobs", "--no-show-services")  # each is a process of its own
-    status = world.sky.run("status", "--refresh", *alone).ok().out
+    status = environment.sky.run("status", "--refresh", *alone).ok().out
     assert "No existing clusters" in status, status
-    world.cloud.assert_empty()
+    environment.cloud.assert_empty()

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.emulated_cloud.leftovers import end_processes
 from tests.emulated_cloud.machine_image import registry_env
+from tests.emulated_cloud.orphans import end_processes
 from tests.emulated_cloud.pace import patience
 from tests.helpers.catalog_fixture import lay_out_catalog, shared_catalog
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulated_cloud import leftovers
+from tests.emulated_cloud import orphans
 from tests.emulated_cloud.buckets import PORT, Buckets
 from tests.emulated_cloud.gce import Cloud
 from tests.emulated_cloud.gce_instances import parse_wish
@@ -24,12 +24,12 @@ API_PORT = 8080
 
 @pytest.fixture
 def site(bare_image: Path) -> Iterator[Site]:
-    slot, folder = leftovers.take_slot()
+    slot, folder = orphans.take_slot()
     site = Site(slot, folder / "machines", bare_image, api="", bucket="")
     site.bucket = f"http://{site.google}:{PORT}"
     open_site(site)
     yield site
-    leftovers.clean(slot)
+    orphans.clean(slot)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_cut_line_is_cut_on_one_side(cloud: Cloud, site: Site) -> None:
     for what, expected in (("laptop", (False, True)), ("google", (True, False)), ("all", (False, False))):
         cloud.cut_off(cloud.machine(), what)
         assert both() == expected, what
-        cloud.mend(cloud.machine())
+        cloud.reconnect(cloud.machine())
         assert both() == (True, True), f"after {what}"
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.emulated_cloud import possible
-from tests.emulated_cloud.leftovers import SLOTS
 from tests.emulated_cloud.machine import Site
+from tests.emulated_cloud.orphans import SLOTS
 
 
 def build(folder: Path, version: str) -> Path:

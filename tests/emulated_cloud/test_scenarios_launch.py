@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from finetune.cloud.catalog.offers import load_catalog
+from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.reckoning import catalog_price, check_nothing_left, reckon
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import LONG_SAVE_STEPS, SHORT, STEPS, Run, launch, long_run, wait_for_tensorboard
 from tests.emulated_cloud.whole import Whole
-from tests.emulated_cloud.world import World
 
 pytestmark = pytest.mark.cloud
 MISTRAL = "configs/mistral_7b_qlora.yaml"
@@ -27,7 +27,7 @@ GONE = 2
 
 @pytest.mark.cloud_short
 @pytest.mark.xdist_group("whole")
-def test_train_a100_as_typed(world: World, whole: Whole) -> None:
+def test_train_a100_as_typed(environment: CloudEnvironment, whole: Whole) -> None:
     """Scenario 1: policy, spot machine, bucket, data, set-up, training, checkpoints in the bucket, autodown."""
     figure(f"launch to the end of training: {whole.seconds:.0f} s")
     assert "finetune: of " in whole.said, "the policy has chosen"
@@ -38,92 +38,96 @@ def test_train_a100_as_typed(world: World, whole: Whole) -> None:
 
 
 @pytest.mark.cloud_short
-def test_out_of_stock(world: World, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_stock(
+    environment: CloudEnvironment, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scenario 2: no spot A100 anywhere, none on demand in the two cheapest regions; the next cheapest gets the launch."""
-    monkeypatch.setenv("HOME", str(world.sky.home))  # the catalog that SkyPilot has there
+    monkeypatch.setenv("HOME", str(environment.sky.home))  # the catalog that SkyPilot has there
     offers = load_catalog().offers("A100", machine="a2-highgpu-1g", spot=False)
-    trusted = [offer for offer in offers if not offer.doubts]
+    trusted = [offer for offer in offers if not offer.anomalies]
     gone = list(dict.fromkeys(offer.region for offer in trusted))[:2]
     left = next(offer for offer in trusted if offer.region not in gone)
-    world.cloud.market.set_stock(0, gpu="A100", spot=True)
+    environment.cloud.market.set_stock(0, gpu="A100", spot=True)
     for offer in offers:
         if offer.region in gone:
             code = "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS"
-            world.cloud.market.set_stock(0, gpu="A100", spot=False, zone=offer.zone, code=code)
-    launched = world.sky.run(*launch("train_a100", "-c", "stock", overrides=SHORT, RUN_NAME="stock"), cwd=project).ok()
-    wish, asked = world.cloud.machine("stock").wish, world.asked_for()
+            environment.cloud.market.set_stock(0, gpu="A100", spot=False, zone=offer.zone, code=code)
+    launched = environment.sky.run(
+        *launch("train_a100", "-c", "stock", overrides=SHORT, RUN_NAME="stock"), cwd=project
+    ).ok()
+    wish, asked = environment.cloud.machine("stock").wish, environment.asked_for()
     figure(f"launch to the end of training: {launched.seconds:.0f} s; asked {asked}")
     assert (wish.spot, wish.region) == (False, left.region)
     assert {zone.rpartition("-")[0] for _, spot, zone in asked if not spot} == {*gone, left.region}
-    price = catalog_price(world.sky.home)
-    assert all(price(stretch) <= CEILING for stretch in world.cloud.bill.stretches)
-    world.sky.run("down", "-y", "stock").ok()
-    reckon(Run(world, "stock"), tmp_path)
-    check_nothing_left(world)
+    price = catalog_price(environment.sky.home)
+    assert all(price(stretch) <= CEILING for stretch in environment.cloud.bill.stretches)
+    environment.sky.run("down", "-y", "stock").ok()
+    reckon(Run(environment, "stock"), tmp_path)
+    check_nothing_left(environment)
 
 
-def test_the_cheapest_in_the_order_of_the_plan(world: World, project: Path) -> None:
+def test_the_cheapest_in_the_order_of_the_plan(environment: CloudEnvironment, project: Path) -> None:
     """Scenario 3: the first kinds of machine of `finetune plan` are out of stock; the next one of it gets the launch."""
-    planned = world.sky.program("finetune", "plan", MISTRAL, "--json", cwd=project).ok()
+    planned = environment.sky.program("finetune", "plan", MISTRAL, "--json", cwd=project).ok()
     rows = [row for row in json.loads(planned.out)["rows"] if row["chosen"]]
     rows.sort(key=lambda row: row["usd"])
     kinds = [(row["gpu"], row["spot"]) for row in rows]
     for gpu, spot in kinds[:GONE]:
-        world.cloud.market.set_stock(0, gpu=gpu, spot=spot)
+        environment.cloud.market.set_stock(0, gpu=gpu, spot=spot)
     words = launch("train_cheapest", "-d", "-c", "cheap", RUN_NAME="cheap", CONFIG=MISTRAL)
-    launched = world.sky.run(*words, cwd=project).ok()
-    wish = world.cloud.machine("cheap").wish
-    asked = list(dict.fromkeys((gpu, spot) for gpu, spot, _ in world.asked_for()))
+    launched = environment.sky.run(*words, cwd=project).ok()
+    wish = environment.cloud.machine("cheap").wish
+    asked = list(dict.fromkeys((gpu, spot) for gpu, spot, _ in environment.asked_for()))
     figure(f"launch {launched.seconds:.0f} s; planned {kinds}, asked {asked}")
     assert asked == kinds[: GONE + 1]
     assert (wish.gpu, wish.spot) == kinds[GONE]
-    (stretch,) = world.cloud.bill.stretches
-    assert catalog_price(world.sky.home)(stretch) == pytest.approx(rows[GONE]["usd_per_hour"], abs=1e-4)
-    world.sky.run("down", "-y", "cheap").ok()
-    check_nothing_left(world)
+    (stretch,) = environment.cloud.bill.stretches
+    assert catalog_price(environment.sky.home)(stretch) == pytest.approx(rows[GONE]["usd_per_hour"], abs=1e-4)
+    environment.sky.run("down", "-y", "cheap").ok()
+    check_nothing_left(environment)
 
 
 @pytest.mark.cloud_short
-def test_a_ceiling_below_every_price(world: World, project: Path) -> None:
+def test_a_ceiling_below_every_price(environment: CloudEnvironment, project: Path) -> None:
     """Scenario 6: refused before anything is asked for that costs money."""
     task = (project / "sky" / "train_a100.yaml").read_text(encoding="utf-8")
     low = task.replace(f"max_hourly_cost: {CEILING:.2f}", "max_hourly_cost: 0.10")
     assert low != task
     (project / "sky" / "low.yaml").write_text(low, encoding="utf-8")
-    refused = world.sky.run(*launch("low", "-c", "low", BUCKET="ft-nobody"), cwd=project)
+    refused = environment.sky.run(*launch("low", "-c", "low", BUCKET="ft-nobody"), cwd=project)
     print(refused.out)
     figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code != 0
     assert "no machine is allowed" in refused.out and "max_hourly_cost" in refused.out
-    assert not world.asked_for()
-    assert "ft-nobody" not in world.buckets.names()
-    check_nothing_left(world)
+    assert not environment.asked_for()
+    assert "ft-nobody" not in environment.buckets.names()
+    check_nothing_left(environment)
 
 
-def test_looking_stopping_and_starting(world: World, project: Path, tmp_path: Path) -> None:
+def test_looking_stopping_and_starting(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
     """Scenario 9: status, logs, TensorBoard through ssh, stop in the middle, start, the same launch goes on, cancel, down."""
     words = launch("train_a100", "-d", "-c", "look", overrides=long_run(LONG), RUN_NAME="look", FT_STEP_SECONDS=0.1)
-    world.sky.run(*words, cwd=project).ok()
-    run = Run(world, "look")
+    environment.sky.run(*words, cwd=project).ok()
+    run = Run(environment, "look")
     run.wait_for_step(LONG_SAVE_STEPS)
-    assert "UP" in world.sky.run("status", "look").ok().out
-    with world.sky.ssh("look", "-N", "-o", "ExitOnForwardFailure=yes", "-L", "6006:localhost:6006") as tunnel:
+    assert "UP" in environment.sky.run("status", "look").ok().out
+    with environment.sky.ssh("look", "-N", "-o", "ExitOnForwardFailure=yes", "-L", "6006:localhost:6006") as tunnel:
         wait_for_tensorboard("look/tensorboard", seconds=90)
         assert tunnel.poll() is None, "another TensorBoard has answered: port 6006 of this computer was taken"
-    world.sky.run("stop", "-y", "look").ok()
-    assert "STOPPED" in world.sky.run("status", "--refresh", "look").ok().out
+    environment.sky.run("stop", "-y", "look").ok()
+    assert "STOPPED" in environment.sky.run("status", "--refresh", "look").ok().out
     stopped = max(run.committed())
     assert stopped < LONG
-    world.sky.run("start", "-y", "look").ok()
-    world.sky.run(*words, cwd=project).ok()
+    environment.sky.run("start", "-y", "look").ok()
+    environment.sky.run(*words, cwd=project).ok()
     run.wait_for_step(stopped + 1)
-    said = world.sky.run("logs", "look", "--no-follow").ok().out
+    said = environment.sky.run("logs", "look", "--no-follow").ok().out
     resumed = re.search(r"resuming from /bucket/runs/look/checkpoints/step-(\d+)", said)
     assert resumed and int(resumed[1]) >= stopped, (
         "what was saved on the machine's disk alone counts too: it is still there"
     )
-    world.sky.run("cancel", "-y", "-a", "look").ok()
+    environment.sky.run("cancel", "-y", "-a", "look").ok()
     run.wait_for_status("interrupted")
-    world.sky.run("down", "-y", "look").ok()
+    environment.sky.run("down", "-y", "look").ok()
     reckon(run, tmp_path)
-    check_nothing_left(world)
+    check_nothing_left(environment)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.pace import paid_seconds, patience, wait_until
 from tests.emulated_cloud.reckoning import check_nothing_left, reckon
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import HEARTBEAT_SECONDS, LONG_SAVE_STEPS, Run, launch, long_run, newest_checkpoint
-from tests.emulated_cloud.world import World
 
 pytestmark = pytest.mark.cloud
 TRAINER = "^/home/gcpuser/finetune-env/bin/python .*finetune train"
@@ -21,23 +21,23 @@ DISK = 1 << 30
 """Bytes of a machine's disk that can fill."""
 CUT_SECONDS = 120
 NOTICED_SECONDS = 240
-"""In which SkyPilot has to notice that the line is cut, or mended: it waits for every ssh to time out."""
+"""In which SkyPilot has to notice that the line is cut, or back again: it waits for every ssh to time out."""
 AUTOSTOP_SECONDS = 240
 """In which an idle machine has to be gone with -i 1."""
 
 
-def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
+def test_a_run_that_hangs(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
     """Its process is stopped, and with it its own watch over the budget: MAX_HOURS of the script that started it ends it."""
     steps, hours = 1200, round(paid_seconds(1, HANG_SECONDS) / 3600, 4)
     begin = ("train_a100", "-d", "-c", "hang", "-i", "1", "--down")
     words = launch(*begin, overrides=long_run(steps), RUN_NAME="hang", MAX_HOURS=hours, GRACE_SECONDS=5)
-    world.sky.run(*words, cwd=project).ok()
-    run = Run(world, "hang")
+    environment.sky.run(*words, cwd=project).ok()
+    run = Run(environment, "hang")
     run.wait_for_step(LONG_SAVE_STEPS)
-    booted = world.machine("hang").booted
+    booted = environment.machine("hang").booted
     assert booted and booted.run(["pkill", "-STOP", "-f", TRAINER]).returncode == 0
     stopped = time.time()
-    ended = world.sky.run("logs", "hang")
+    ended = environment.sky.run("logs", "hang")
     print(ended.out[-1500:])
     figure(f"ended {time.time() - stopped:.0f} s after it hung")
     assert ended.code == 0, "the exit code of the job"
@@ -48,26 +48,26 @@ def test_a_run_that_hangs(world: World, project: Path, tmp_path: Path) -> None:
     kept = max(run.committed())
     assert kept_in(run, tmp_path / "stopped").name == f"step-{kept}" and kept < steps
     (attempt,) = run.account(tmp_path / "ledger").attempts
-    (stretch,) = world.cloud.bill.stretches
+    (stretch,) = environment.cloud.bill.stretches
     off = abs(attempt.seconds - (stopped - stretch.began))
     assert attempt.reason is None and off < patience(4 * HEARTBEAT_SECONDS), "the ledger has it up to when it hung"
 
-    world.cloud.assert_empty(AUTOSTOP_SECONDS)
-    figure(f"the machine went away {world.cloud.bill.stretches[0].seconds:.0f} s after it began")
-    check_nothing_left(world)
+    environment.cloud.assert_empty(AUTOSTOP_SECONDS)
+    figure(f"the machine went away {environment.cloud.bill.stretches[0].seconds:.0f} s after it began")
+    check_nothing_left(environment)
 
 
-def test_a_disk_that_is_nearly_full(world: World, project: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_nearly_full(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
     """The run is stopped while there is still room to save it, and for SkyPilot to end the job."""
-    world.site.disk_bytes = DISK
+    environment.site.disk_bytes = DISK
     steps = 600
     words = launch("train_a100", "-d", "-c", "full", "-i", "1", "--down", RUN_NAME="full", overrides=long_run(steps))
-    world.sky.run(*words, cwd=project).ok()
-    world.site.disk_bytes = 0
-    run = Run(world, "full")
+    environment.sky.run(*words, cwd=project).ok()
+    environment.site.disk_bytes = 0
+    run = Run(environment, "full")
     run.wait_for_step(LONG_SAVE_STEPS)
-    world.machine("full").fill_disk(leave=DISK // 200)
-    ended = world.sky.run("logs", "full")
+    environment.machine("full").fill_disk(leave=DISK // 200)
+    ended = environment.sky.run("logs", "full")
     print(ended.out[-1500:])
     lines = [line for line in ended.out.splitlines() if "disk" in line]
     assert len(lines) == 1 and lines[0].endswith(
@@ -81,71 +81,71 @@ def test_a_disk_that_is_nearly_full(world: World, project: Path, tmp_path: Path)
         "nothing is lost"
     )
 
-    again = world.sky.run(*launch("train_a100", "-c", "on", RUN_NAME="full"), cwd=project).ok()
+    again = environment.sky.run(*launch("train_a100", "-c", "on", RUN_NAME="full"), cwd=project).ok()
     assert f"resuming from /bucket/runs/full/checkpoints/{kept}" in again.out
     assert (run.record()["status"], run.record()["steps"]["done"]) == ("done", steps)
-    world.sky.run("down", "-y", "on").ok()
-    world.cloud.assert_empty(AUTOSTOP_SECONDS)
+    environment.sky.run("down", "-y", "on").ok()
+    environment.cloud.assert_empty(AUTOSTOP_SECONDS)
     reckon(run, tmp_path / "bill")
-    check_nothing_left(world)
+    check_nothing_left(environment)
 
 
-def test_a_disk_that_is_full_at_once(world: World, project: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_once(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
     """Nobody can write a line any more, SkyPilot included: the room that was kept lets it end the job all the same."""
-    world.site.disk_bytes = DISK
+    environment.site.disk_bytes = DISK
     words = launch("train_a100", "-d", "-c", "brim", "-i", "1", "--down", RUN_NAME="brim", overrides=long_run(9000))
-    world.sky.run(*words, cwd=project).ok()
-    run = Run(world, "brim")
+    environment.sky.run(*words, cwd=project).ok()
+    run = Run(environment, "brim")
     run.wait_for_step(2 * LONG_SAVE_STEPS)
-    world.machine("brim").fill_disk()
+    environment.machine("brim").fill_disk()
     filled = time.time()
-    world.cloud.assert_empty(AUTOSTOP_SECONDS)
+    environment.cloud.assert_empty(AUTOSTOP_SECONDS)
     assert kept_in(run, tmp_path / "stopped").name == f"step-{max(run.committed())}"
-    (attempt,), (stretch,) = run.account(tmp_path / "ledger").attempts, world.cloud.bill.stretches
+    (attempt,), (stretch,) = run.account(tmp_path / "ledger").attempts, environment.cloud.bill.stretches
     figure(
         f"gone after {time.time() - filled:.0f} s; full after {filled - stretch.began:.1f} s, ledger {attempt.seconds:.1f} s, "
         f"bill {stretch.seconds:.1f} s"
     )
     assert attempt.seconds > filled - stretch.began - patience(2 * HEARTBEAT_SECONDS), "the ledger has it up to then"
-    check_nothing_left(world)
+    check_nothing_left(environment)
 
 
-def test_a_cut_line(world: World, project: Path, tmp_path: Path) -> None:
+def test_a_cut_line(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
     """The laptop cannot reach the machine for two minutes. Training does not notice, and nothing is believed dead."""
     words = launch("train_a100", "-d", "-c", "cut", RUN_NAME="cut", overrides=long_run(600))
-    world.sky.run(*words, cwd=project).ok()
-    run = Run(world, "cut")
+    environment.sky.run(*words, cwd=project).ok()
+    run = Run(environment, "cut")
     run.wait_for_step(LONG_SAVE_STEPS)
-    instance = world.cloud.machine("cut")
-    world.cloud.cut_off(instance, "laptop")
+    instance = environment.cloud.machine("cut")
+    environment.cloud.cut_off(instance, "laptop")
     cut, before = time.monotonic(), max(run.committed())
-    status = refreshed(world, "cut", "INIT", NOTICED_SECONDS)
+    status = refreshed(environment, "cut", "INIT", NOTICED_SECONDS)
     figure(f"status after {time.monotonic() - cut:.0f} s")
     assert "10m (down)" in status, "neither believed dead nor robbed of its autostop"
-    logs = world.sky.run("logs", "cut", "--no-follow")
+    logs = environment.sky.run("logs", "cut", "--no-follow")
     assert logs.code == 1 and "skipped for cluster 'cut' (status: INIT)" in logs.out
     run.wait_for_step(before + 2 * LONG_SAVE_STEPS)
-    assert world.cloud.machine("cut") is instance, "SkyPilot leaves the machine alone"
+    assert environment.cloud.machine("cut") is instance, "SkyPilot leaves the machine alone"
     time.sleep(max(0.0, CUT_SECONDS - (time.monotonic() - cut)))
-    world.cloud.mend(instance)
+    environment.cloud.reconnect(instance)
     run.wait_for_status("done")
-    refreshed(world, "cut", "UP", NOTICED_SECONDS)  # `sky logs` goes by what this command has found
-    ended = world.sky.run("logs", "cut", "--no-follow").ok()
+    refreshed(environment, "cut", "UP", NOTICED_SECONDS)  # `sky logs` goes by what this command has found
+    ended = environment.sky.run("logs", "cut", "--no-follow").ok()
     assert "the adapter is in /bucket/runs/cut/adapter" in ended.out
     assert run.record()["attempts"] == 1
-    world.sky.run("down", "-y", "cut").ok()
+    environment.sky.run("down", "-y", "cut").ok()
     reckon(run, tmp_path)
-    check_nothing_left(world)
+    check_nothing_left(environment)
 
 
-def refreshed(world: World, cluster: str, word: str, seconds: float) -> str:
+def refreshed(environment: CloudEnvironment, cluster: str, word: str, seconds: float) -> str:
     """What `sky status --refresh` says, once that word is in it. It gives its old answer where the look of the server itself,
     which may have begun before, does not end within 20 s."""
     status = ""
 
     def come() -> bool:
         nonlocal status
-        status = world.sky.run("status", "--refresh", cluster).ok().out
+        status = environment.sky.run("status", "--refresh", cluster).ok().out
         print(status)
         return word in status
 

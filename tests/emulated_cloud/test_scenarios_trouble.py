@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.pace import patience
 from tests.emulated_cloud.reckoning import catalog_price, check_nothing_left, reckon
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import BUCKET, SHORT, Run, launch
-from tests.emulated_cloud.world import World
 
 pytestmark = pytest.mark.cloud
 CEILING = 4.50
@@ -25,67 +25,69 @@ AUTOSTOP_SECONDS = 180
 
 
 @pytest.mark.cloud_short
-def test_no_gpu_quota(world: World, project: Path) -> None:
+def test_no_gpu_quota(environment: CloudEnvironment, project: Path) -> None:
     """As every new project has it: the message names the quota, and SkyPilot does not go through all regions."""
-    world.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)
-    refused = world.sky.run(*launch("train_a100", "-c", "none", RUN_NAME="none"), cwd=project)
-    figure(f"refused after {refused.seconds:.0f} s; asked {world.asked_for()}")
+    environment.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)
+    refused = environment.sky.run(*launch("train_a100", "-c", "none", RUN_NAME="none"), cwd=project)
+    figure(f"refused after {refused.seconds:.0f} s; asked {environment.asked_for()}")
     assert refused.code == 1
     assert "QUOTA_EXCEEDED" in refused.out and "Quota 'GPUS_ALL_REGIONS' exceeded.  Limit: 0.0 globally" in refused.out
-    assert len(world.asked_for()) == 2, "one for spot, one on demand"
-    check_no_machine_ever(world)
+    assert len(environment.asked_for()) == 2, "one for spot, one on demand"
+    check_no_machine_ever(environment)
 
 
-def test_no_spot_quota(world: World, project: Path, tmp_path: Path) -> None:
+def test_no_spot_quota(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
     """Lands on demand, which has a quota of its own, under the ceiling."""
-    regions = {zone.rpartition("-")[0] for zone in world.cloud.compute.zones}
+    regions = {zone.rpartition("-")[0] for zone in environment.cloud.compute.zones}
     for region in regions:
-        world.cloud.market.set_quota("PREEMPTIBLE_NVIDIA_A100_GPUS", 0, region)
-    launched = world.sky.run(*launch("train_a100", "-c", "dear", overrides=SHORT, RUN_NAME="dear"), cwd=project).ok()
-    machine, asked = world.cloud.machine("dear"), world.asked_for()
+        environment.cloud.market.set_quota("PREEMPTIBLE_NVIDIA_A100_GPUS", 0, region)
+    launched = environment.sky.run(
+        *launch("train_a100", "-c", "dear", overrides=SHORT, RUN_NAME="dear"), cwd=project
+    ).ok()
+    machine, asked = environment.cloud.machine("dear"), environment.asked_for()
     figure(f"launch to the end of training: {launched.seconds:.0f} s; asked {asked}")
     assert f"Found no quota for a2-highgpu-1g spot instances in region {machine.wish.region} in GCP" in launched.out
     assert len(asked) == 1, "SkyPilot looks at the quota before it wants a machine"
     assert machine.wish.gpu == "A100" and not machine.wish.spot
-    price = catalog_price(world.sky.home)
-    assert price(world.cloud.bill.stretches[-1]) <= CEILING
-    world.sky.run("down", "-y", "dear").ok()
-    reckon(Run(world, "dear"), tmp_path)
-    check_nothing_left(world)
+    price = catalog_price(environment.sky.home)
+    assert price(environment.cloud.bill.stretches[-1]) <= CEILING
+    environment.sky.run("down", "-y", "dear").ok()
+    reckon(Run(environment, "dear"), tmp_path)
+    check_nothing_left(environment)
 
 
-def test_an_expired_login(world: World, project: Path) -> None:
-    world.sky.expire_login()
-    refused = world.sky.run(*launch("train_a100", "-c", "old", RUN_NAME="old"), cwd=project)
+def test_an_expired_login(environment: CloudEnvironment, project: Path) -> None:
+    environment.sky.expire_login()
+    refused = environment.sky.run(*launch("train_a100", "-c", "old", RUN_NAME="old"), cwd=project)
     figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
         "finetune: Google refuses this login, which has expired or been withdrawn; run `gcloud auth login` and "
         "`gcloud auth application-default login`" in refused.out
     )
-    assert not world.cloud.calls
-    world.sky.expire_login(False)
-    check_no_machine_ever(world)
+    assert not environment.cloud.calls
+    environment.sky.expire_login(False)
+    check_no_machine_ever(environment)
 
 
-def test_a_forbidden_bucket(world: World, project: Path) -> None:
-    world.buckets.forbid(BUCKET)
-    refused = world.sky.run(*launch("train_a100", "-c", "shut", RUN_NAME="shut"), cwd=project)
+def test_a_forbidden_bucket(environment: CloudEnvironment, project: Path) -> None:
+    environment.buckets.forbid(BUCKET)
+    refused = environment.sky.run(*launch("train_a100", "-c", "shut", RUN_NAME="shut"), cwd=project)
     figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
         f"finetune: bucket gs://{BUCKET}: Google forbids this account to see it; ask for the role Storage Admin, or launch "
         "with --env BUCKET=NAME" in refused.out
     )
-    assert not world.asked_for()
-    check_no_machine_ever(world)
+    assert not environment.asked_for()
+    check_no_machine_ever(environment)
 
 
-def test_a_bucket_that_may_only_be_read(world: World, project: Path) -> None:
+def test_a_bucket_that_may_only_be_read(environment: CloudEnvironment, project: Path) -> None:
     """Told before there is a machine: on it the run would end at its first file, after minutes that cost."""
-    world.buckets.make("read-only")
-    world.buckets.forbid("read-only", "storage.objects.create", "storage.objects.delete")
-    refused = world.sky.run(*launch("train_a100", "-c", "ro", RUN_NAME="ro", BUCKET="read-only"), cwd=project)
+    environment.buckets.make("read-only")
+    environment.buckets.forbid("read-only", "storage.objects.create", "storage.objects.delete")
+    refused = environment.sky.run(*launch("train_a100", "-c", "ro", RUN_NAME="ro", BUCKET="read-only"), cwd=project)
     figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
@@ -93,58 +95,58 @@ def test_a_bucket_that_may_only_be_read(world: World, project: Path) -> None:
         "keep its checkpoints there; ask for the role Storage Object Admin on it, or launch with --env BUCKET=NAME"
         in refused.out
     )
-    assert not world.asked_for()
-    check_no_machine_ever(world)
+    assert not environment.asked_for()
+    check_no_machine_ever(environment)
 
 
-def test_a_bucket_that_the_user_has_made(world: World, project: Path) -> None:
+def test_a_bucket_that_the_user_has_made(environment: CloudEnvironment, project: Path) -> None:
     """--env BUCKET=NAME, which the message recommends, with a bucket that SkyPilot has not made here."""
-    world.buckets.make("my-own")
-    world.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)  # to see how far it gets needs no machine
-    asked = world.sky.run(*launch("train_a100", "-c", "mine", RUN_NAME="mine", BUCKET="my-own"), cwd=project)
+    environment.buckets.make("my-own")
+    environment.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)  # to see how far it gets needs no machine
+    asked = environment.sky.run(*launch("train_a100", "-c", "mine", RUN_NAME="mine", BUCKET="my-own"), cwd=project)
     assert "finetune: bucket gs://my-own" in asked.out and "QUOTA_EXCEEDED" in asked.out, asked.out[-3000:]
-    check_no_machine_ever(world)
+    check_no_machine_ever(environment)
 
 
-def test_a_minute_of_refused_machines(world: World, project: Path, tmp_path: Path) -> None:
+def test_a_minute_of_refused_machines(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
     """SkyPilot takes a 503 for a zone that has nothing. Within the minute it is through all of them on a free computer, and
     begins again half a minute later; on a busy one it lands on a later candidate. Neither is above the ceiling.
 
     When the machine is to go, that is refused too: it asks again."""
-    world.cloud.faults.add("bulkInsert", 503, "backendError", seconds=patience(MINUTE))
+    environment.cloud.faults.add("bulkInsert", 503, "backendError", seconds=patience(MINUTE))
     began = time.time()
     begin = ("train_a100", "-d", "-c", "later", "-i", "1", "--down", "--retry-until-up")
     words = launch(*begin, overrides=SHORT, RUN_NAME="later")
-    launched = world.sky.run(*words, cwd=project).ok()
-    at = [call.at - began for call in world.cloud.calls if call.path.endswith("/bulkInsert")]
+    launched = environment.sky.run(*words, cwd=project).ok()
+    at = [call.at - began for call in environment.cloud.calls if call.path.endswith("/bulkInsert")]
     figure(f"launch {launched.seconds:.0f} s; asked {len(at)} times, the last after {at[-1]:.0f} s")
     assert "Got return code 'backendError' in " in launched.out
     assert len(at) > 2 and at[-1] > patience(MINUTE) - 10, "the minute was felt"
 
-    run = Run(world, "later")
+    run = Run(environment, "later")
     run.wait_for_status("done")
     trained = time.time()
-    world.cloud.faults.add("^DELETE .*/instances/", 503, "backendError", times=1)
-    world.cloud.assert_empty(AUTOSTOP_SECONDS)
-    (stretch,) = world.cloud.bill.stretches
-    assert stretch.ended and catalog_price(world.sky.home)(stretch) <= CEILING
-    asked = [call for call in world.cloud.calls if call.at > trained and call.method == "DELETE"]
+    environment.cloud.faults.add("^DELETE .*/instances/", 503, "backendError", times=1)
+    environment.cloud.assert_empty(AUTOSTOP_SECONDS)
+    (stretch,) = environment.cloud.bill.stretches
+    assert stretch.ended and catalog_price(environment.sky.home)(stretch) <= CEILING
+    asked = [call for call in environment.cloud.calls if call.at > trained and call.method == "DELETE"]
     figure(f"gone {stretch.ended - trained:.0f} s after the end of training, asked for {len(asked)} times")
     assert len(asked) > 1, "the first was refused"
     reckon(run, tmp_path)
-    check_nothing_left(world)
+    check_nothing_left(environment)
 
 
-def test_a_minute_without_any_api(world: World, project: Path) -> None:
-    world.cloud.faults.add("", 503, "backendError", seconds=patience(MINUTE))
-    refused = world.sky.run(*launch("train_a100", "-c", "down", RUN_NAME="down"), cwd=project)
+def test_a_minute_without_any_api(environment: CloudEnvironment, project: Path) -> None:
+    environment.cloud.faults.add("", 503, "backendError", seconds=patience(MINUTE))
+    refused = environment.sky.run(*launch("train_a100", "-c", "down", RUN_NAME="down"), cwd=project)
     figure(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1
     assert "googleapiclient error (HttpError): <HttpError 503" in refused.out
-    world.cloud.faults.clear()
-    check_no_machine_ever(world)
+    environment.cloud.faults.clear()
+    check_no_machine_ever(environment)
 
 
-def check_no_machine_ever(world: World) -> None:
-    assert not world.cloud.bill.stretches, world.cloud.bill.stretches
-    check_nothing_left(world)
+def check_no_machine_ever(environment: CloudEnvironment) -> None:
+    assert not environment.cloud.bill.stretches, environment.cloud.bill.stretches
+    check_nothing_left(environment)

@@ -7,23 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.reckoning import check_nothing_left
 from tests.emulated_cloud.table import figure
 from tests.emulated_cloud.training import Run, launch
 from tests.emulated_cloud.whole import NAME, Whole
-from tests.emulated_cloud.world import World
 
 pytestmark = pytest.mark.cloud
 
 
 @pytest.mark.xdist_group("whole")
-def test_a_run_is_scored(world: World, project: Path, whole: Whole) -> None:
+def test_a_run_is_scored(environment: CloudEnvironment, project: Path, whole: Whole) -> None:
     """`sky launch sky/evaluate.yaml` of a run in the bucket: both models scored, the report beside it."""
-    scored = world.sky.run(*launch("evaluate", "-c", "score", "-i", "1", "--down", RUN_NAME=NAME), cwd=project).ok()
+    scored = environment.sky.run(
+        *launch("evaluate", "-c", "score", "-i", "1", "--down", RUN_NAME=NAME), cwd=project
+    ).ok()
     figure(f"launch to the report: {scored.seconds:.0f} s")
-    run = Run(world, NAME)
+    run = Run(environment, NAME)
     assert {"eval.json", "report.html", "report.md", "summary.json"} <= set(run.objects())
     summary = json.loads(run.read("summary.json"))
     assert summary["status"] == whole.record["status"] == "done"
-    world.cloud.assert_empty(180)
-    check_nothing_left(world)
+    environment.cloud.assert_empty(180)
+    check_nothing_left(environment)

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from chaos.world import World as Station
-from chaos.world import make_world
+from chaos.environment import ChaosEnvironment as Station
+from chaos.environment import make_environment
 from finetune.budget.ledger import Account, Ledger
 from finetune.checkpoint.store import CheckpointStore, Skipped
+from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.pace import wait_until
-from tests.emulated_cloud.world import World
 
 BUCKET = "finetune-text2sql-test-you"
 """What `BUCKET: auto` becomes: finetune-<project>-<user>."""
@@ -36,7 +36,7 @@ HEARTBEAT_SECONDS = 1
 
 def add_training(checkout: Path) -> None:
     """Lays model, prepared data and config into `checkout`, from where SkyPilot takes them to the machine."""
-    make_world(checkout / "tiny")
+    make_environment(checkout / "tiny")
     station = Station(Path("tiny"))
     values: dict[str, dict[str, Any]] = {
         "model": {"name": str(station.model), "max_seq_length": 256},
@@ -112,7 +112,7 @@ def long_run(steps: int, save_steps: int = LONG_SAVE_STEPS) -> str:
 class Run:
     """A run as it lies in the bucket."""
 
-    world: World
+    environment: CloudEnvironment
     name: str
 
     @property
@@ -121,12 +121,12 @@ class Run:
 
     def objects(self) -> list[str]:
         """Names below the run's folder; none while there is no bucket."""
-        if BUCKET not in self.world.buckets.names():
+        if BUCKET not in self.environment.buckets.names():
             return []
-        return [name.removeprefix(self.prefix) for name in self.world.buckets.objects(BUCKET, self.prefix)]
+        return [name.removeprefix(self.prefix) for name in self.environment.buckets.objects(BUCKET, self.prefix)]
 
     def read(self, name: str) -> bytes:
-        return self.world.buckets.read(BUCKET, self.prefix + name)
+        return self.environment.buckets.read(BUCKET, self.prefix + name)
 
     def record(self) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(self.read("run.json"))
@@ -134,7 +134,7 @@ class Run:
 
     def updated(self, name: str) -> float:
         """When a file was last written, in seconds since the epoch: by the bucket's clock, not by that of the run."""
-        return self.world.buckets.updated(BUCKET, self.prefix + name)
+        return self.environment.buckets.updated(BUCKET, self.prefix + name)
 
     def adapter_hash(self) -> str:
         return hashlib.sha256(self.read("adapter/adapter_model.safetensors")).hexdigest()
@@ -165,10 +165,10 @@ class Run:
         objects = self.objects()
         found = [f"in the bucket: {objects}"]
         found += [f"{name}: {self.read(name).decode()[-1500:]}" for name in objects if name in TELLING]
-        for instance in self.world.cloud.machines():
-            found += _ends(self.world.site.folder / instance.name, "upper/home/*/sky_logs/*/tasks/*.log")
+        for instance in self.environment.cloud.machines():
+            found += _ends(self.environment.site.folder / instance.name, "upper/home/*/sky_logs/*/tasks/*.log")
         for logs in ("managed_jobs/**/*.log", "jobs_controller/*.log"):
-            found += _ends(self.world.sky.home / "sky_logs", logs)
+            found += _ends(self.environment.sky.home / "sky_logs", logs)
         return "\n".join(found)
 
     def wait_for_step(self, step: int, seconds: float = 240) -> None:

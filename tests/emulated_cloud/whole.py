@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.gce import Instance
 from tests.emulated_cloud.reckoning import Reckoning, check_nothing_left, reckon
 from tests.emulated_cloud.training import BUCKET, Run, launch
-from tests.emulated_cloud.world import World
 
 NAME = "whole"
 
@@ -29,18 +29,18 @@ class Whole:
     reckoning: Reckoning
 
 
-def launch_whole(world: World, project: Path, folder: Path) -> Whole:
+def launch_whole(environment: CloudEnvironment, project: Path, folder: Path) -> Whole:
     """`sky launch sky/train_a100.yaml` until its machine has gone away by itself."""
-    if BUCKET in world.buckets.names():  # of earlier tests
-        world.sky.run("storage", "delete", "-y", BUCKET).ok()
-    assert BUCKET not in world.buckets.names()
+    if BUCKET in environment.buckets.names():  # of earlier tests
+        environment.sky.run("storage", "delete", "-y", BUCKET).ok()
+    assert BUCKET not in environment.buckets.names()
     words = launch("train_a100", "-c", NAME, "-i", "1", "--down", RUN_NAME=NAME)
-    launched = world.sky.run(*words, cwd=project).ok()
-    machine = world.cloud.machine(NAME)
-    run = Run(world, NAME)
-    world.cloud.assert_empty(240)
+    launched = environment.sky.run(*words, cwd=project).ok()
+    machine = environment.cloud.machine(NAME)
+    run = Run(environment, NAME)
+    environment.cloud.assert_empty(240)
     reckoning = reckon(run, folder)
-    check_nothing_left(world)
+    check_nothing_left(environment)
     return Whole(
         said=launched.out,
         seconds=launched.seconds,
@@ -48,6 +48,6 @@ def launch_whole(world: World, project: Path, folder: Path) -> Whole:
         record=run.record(),
         adapter_hash=run.adapter_hash(),
         committed=run.committed(),
-        objects=world.buckets.objects(BUCKET),
+        objects=environment.buckets.objects(BUCKET),
         reckoning=reckoning,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune.estimate.memory_hf import Workload, estimate, kept_per_layer
+from finetune.estimate.memory_hf import Workload, estimate, saved_per_layer
 from finetune.models.architectures import SHAPES, ModelShape
 
 torch = pytest.importorskip("torch")
@@ -39,7 +39,7 @@ def model_of(shape: ModelShape, load: Workload) -> Any:
 
 def run(model: Any, load: Workload) -> Any:
     """The last hidden states, (rows, tokens, hidden), of rows of which the first has padding where the workload is padded."""
-    mask = torch.ones(load.rows, load.tokens, dtype=torch.long)
+    mask = torch.ones(load.micro_batch_size, load.tokens, dtype=torch.long)
     mask[0, -3:] = 0 if load.padded else 1
     ids = torch.ones_like(mask)
     return model.get_base_model().model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -49,7 +49,7 @@ def storages(tensors: Any) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
-def kept_by_autograd(shape: ModelShape, load: Workload) -> int:
+def saved_by_autograd(shape: ModelShape, load: Workload) -> int:
     """Bytes of all tensors, weights apart, that a forward pass saves for its backward pass."""
     model = model_of(shape, load)
     weights = storages([*model.parameters(), *model.buffers()])
@@ -82,12 +82,12 @@ def kept_by_autograd(shape: ModelShape, load: Workload) -> int:
 def test_a_layer_keeps_what_autograd_keeps(changes: dict[str, Any], padded: bool) -> None:
     load = replace(PLAIN, padded=padded, **changes)
     item = 4 if load.dtype == "float32" else 2
-    one_layer = kept_by_autograd(replace(TINY, layers=3), load) - kept_by_autograd(TINY, load)
-    assert kept_per_layer(TINY, load, mask_bytes=item) == one_layer  # a CPU's dropout mask is of the compute dtype
+    one_layer = saved_by_autograd(replace(TINY, layers=3), load) - saved_by_autograd(TINY, load)
+    assert saved_per_layer(TINY, load, mask_bytes=item) == one_layer  # a CPU's dropout mask is of the compute dtype
 
 
 def test_autocast_copies_of_the_adapters_are_kept_only_where_the_types_differ() -> None:
-    copies = kept_per_layer(MISTRAL, replace(PLAIN, adapter_bytes=4)) - kept_per_layer(MISTRAL, PLAIN)
+    copies = saved_per_layer(MISTRAL, replace(PLAIN, adapter_bytes=4)) - saved_per_layer(MISTRAL, PLAIN)
     assert copies == 2 * MISTRAL.lora_parameters(16) / MISTRAL.layers
 
 
@@ -150,5 +150,5 @@ def test_the_peak_of_a_step_is_the_one_that_really_comes(
         checkpointing=checkpointing,
     )
     needed = estimate(shape, load)
-    masks = load.rows * load.tokens**2 if padded else 0
+    masks = load.micro_batch_size * load.tokens**2 if padded else 0
     assert needed.activations + masks == pytest.approx(peak_of_a_step(shape, load), rel=0.005)

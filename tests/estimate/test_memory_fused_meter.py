@@ -1,4 +1,4 @@
-"""The lean estimate's byte counts against a meter: finetune/models/fused/layer.py runs on this machine's CPU, and every
+"""The fused estimate's byte counts against a meter: finetune/models/fused/layer.py runs on this machine's CPU, and every
 tensor is counted.
 
 Kernels that a CPU has not are stood in for by functions that allocate what the kernel's source allocates and compute nothing.
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finetune.estimate.memory_fused import FLASH_BLOCK, LeanLoad, lean_estimate
+from finetune.estimate.memory_fused import FLASH_BLOCK, FusedLoad, fused_estimate
 from finetune.estimate.memory_hf import CUBLAS_BYTES, Workload
 from finetune.models.architectures import ModelShape
 
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from finetune.example import IGNORED, targets_of  # noqa: E402
 from finetune.models.fused import attention, ops_torch  # noqa: E402
-from finetune.models.fused.model import LeanModel, pack  # noqa: E402
+from finetune.models.fused.model import FusedModel, pack  # noqa: E402
 from finetune.training.step.optimizer import FlatAdapters  # noqa: E402
 
 SLIM = ModelShape("slim", 128, 4, 8, 2, 16, 448, 96)
@@ -52,9 +52,9 @@ def triton_like() -> SimpleNamespace:
     )
 
 
-def kernel_forward(q: Any, k: Any, v: Any, segments: Any, way: str) -> Any:
+def kernel_forward(q: Any, k: Any, v: Any, segments: Any, backend: str) -> Any:
     tokens, heads, _ = q.shape
-    if way == "flash":
+    if backend == "flash":
         return attention.Attended(q.new_zeros(q.shape), (torch.zeros(heads, tokens),))
     copies = [attention._repeated(x, heads) for x in (k, v)]
     sums = torch.zeros(heads, len(segments.lengths) * segments.longest)
@@ -62,10 +62,10 @@ def kernel_forward(q: Any, k: Any, v: Any, segments: Any, way: str) -> Any:
     return attention.Attended(q.new_zeros(q.shape), (sums,))
 
 
-def kernel_backward(d_out: Any, q: Any, k: Any, v: Any, attended: Any, segments: Any, way: str) -> Any:
+def kernel_backward(d_out: Any, q: Any, k: Any, v: Any, attended: Any, segments: Any, backend: str) -> Any:
     tokens, heads, width = q.shape
     texts = len(segments.lengths)
-    if way == "flash":
+    if backend == "flash":
         dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
         wide = [] if k.shape[1] == heads else [q.new_zeros(q.shape) for _ in "kv"]
         sums = torch.zeros(tokens + FLASH_BLOCK * texts, heads, width + 1)  # of q's gradient, and one number a head
@@ -94,17 +94,17 @@ def model_of(shape: ModelShape, load: Workload) -> Any:
     return peft.get_peft_model(model, lora).train()
 
 
-def measured(shape: ModelShape, lean: LeanLoad, labelled: int) -> int:
+def measured(shape: ModelShape, fused: FusedLoad, labelled: int) -> int:
     """Most bytes alive at a time in a forward and backward pass, beside weights, adapters, their copies and gradients."""
-    model = model_of(shape, lean.load)
+    model = model_of(shape, fused.load)
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in adapters:
         parameter.data = parameter.data.float()
     flat = FlatAdapters(adapters)
     flat.begin()
-    ops = triton_like() if lean.on_ampere else ops_torch
-    path = LeanModel(model, torch.bfloat16, ops=ops, way="flash" if lean.on_ampere else "efficient")  # type: ignore[arg-type]
-    path.dropout = lean.load.lora_dropout
+    ops = triton_like() if fused.on_ampere else ops_torch
+    path = FusedModel(model, torch.bfloat16, ops=ops, backend="flash" if fused.on_ampere else "efficient")  # type: ignore[arg-type]
+    path.dropout = fused.load.lora_dropout
     weights = [group.weight() for layer in path.layers for group in layer.groups]
     copies = [
         tensor for layer in path.layers for group in layer.groups for tensor in (group.a, group.b) if tensor is not None
@@ -133,7 +133,7 @@ def measured(shape: ModelShape, lean: LeanLoad, labelled: int) -> int:
     targets = [targets_of([IGNORED] * (length - labelled) + [1] * labelled) for length in LENGTHS]
     with Meter():
         packed = pack(ids, targets, path.device)
-        path.loss(packed, kept_layers=lean.kept_layers).backward()
+        path.loss(packed, uncheckpointed_layers=fused.uncheckpointed_layers).backward()
     return peak
 
 
@@ -155,9 +155,9 @@ def test_the_peak_is_what_really_is_alive(
         lambda left, right: torch.zeros(left.shape[0], right.shape[1]),
     )
     load = replace(LOAD, lora_modules=modules, lora_dropout=dropout)
-    lean = LeanLoad(
+    fused = FusedLoad(
         load, sum(LENGTHS), kept, ampere=ampere, texts=len(LENGTHS), labelled=labelled * len(LENGTHS) / sum(LENGTHS)
     )
-    needed = lean_estimate(shape, lean)
-    found = measured(shape, lean, labelled)
+    needed = fused_estimate(shape, fused)
+    found = measured(shape, fused, labelled)
     assert needed.activations + needed.logits + needed.workspace - CUBLAS_BYTES == pytest.approx(found, rel=0.01)

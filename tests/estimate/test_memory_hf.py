@@ -21,7 +21,7 @@ from finetune.estimate.memory_hf import (
     base_bytes,
     estimate,
     fits,
-    largest_rows,
+    largest_micro_batch,
     workload_of,
 )
 from finetune.machine.hardware import GIB
@@ -52,7 +52,9 @@ def cells(runs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def workload(cell: dict[str, Any]) -> Workload:
-    return replace(BENCHMARKED, rows=cell["bs"], tokens=cell["seq"], checkpointing=cell["gc"], head=cell["head"])
+    return replace(
+        BENCHMARKED, micro_batch_size=cell["bs"], tokens=cell["seq"], checkpointing=cell["gc"], head=cell["head"]
+    )
 
 
 # ---- against the grid and the benchmarks
@@ -117,8 +119,8 @@ def test_cuda_takes_no_more_than_a_full_gpu_had_left(runs: dict[str, Any]) -> No
     assert 78 < fullest < fullest + CONTEXT_GIB < H100_GIB
 
 
-PADDED = replace(BENCHMARKED, rows=4, tokens=2048, padded=True, accumulating=True)
-FREE = replace(BENCHMARKED, rows=1, tokens=7044)
+PADDED = replace(BENCHMARKED, micro_batch_size=4, tokens=2048, padded=True, accumulating=True)
+FREE = replace(BENCHMARKED, micro_batch_size=1, tokens=7044)
 """Sixteen questions behind each other in one row, without a mask."""
 
 
@@ -168,10 +170,12 @@ def test_bfloat16_weights_under_float16_autocast_are_float32_activations(
 
 
 def test_our_own_training_run_on_an_h100() -> None:
-    """20 steps of configs/mistral_7b_quick.yaml as it then was (rows of four, stock layers), bfloat16 and float16 alike: 5.24 GiB
-    reserved. The longest of its examples has 267 tokens, padded to 272."""
+    """20 steps of configs/mistral_7b_quick.yaml as it then was (four rows, Hugging Face layers), bfloat16 and float16 alike:
+    5.24 GiB reserved. The longest of its examples has 267 tokens, padded to 272."""
     for dtype in ("bfloat16", "float16"):
-        load = replace(workload_of(load_config(ROOT / "configs" / "mistral_7b_quick.yaml"), dtype), rows=4, tokens=272)
+        load = replace(
+            workload_of(load_config(ROOT / "configs" / "mistral_7b_quick.yaml"), dtype), micro_batch_size=4, tokens=272
+        )
         assert estimate(MISTRAL, load).reserved / GIB == pytest.approx(5.24, rel=0.05)
 
 
@@ -191,7 +195,7 @@ def shapes(draw: st.DrawFn) -> ModelShape:
 
 LOADS = st.builds(
     Workload,
-    rows=st.integers(1, 64),
+    micro_batch_size=st.integers(1, 64),
     tokens=st.integers(1, 8192),
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
     checkpointing=st.booleans(),
@@ -214,7 +218,7 @@ def test_the_parts_add_up(shape: ModelShape, load: Workload) -> None:
     assert all(isinstance(size, int) and size >= 0 for size in needed.parts.values())
 
 
-@given(shapes(), LOADS, st.sampled_from(["rows", "tokens", "lora_r"]), st.integers(1, 4096))
+@given(shapes(), LOADS, st.sampled_from(["micro_batch_size", "tokens", "lora_r"]), st.integers(1, 4096))
 def test_more_work_never_needs_less(shape: ModelShape, load: Workload, field: str, more: int) -> None:
     larger = estimate(shape, replace(load, **{field: getattr(load, field) + more}))
     smaller = estimate(shape, load)
@@ -242,9 +246,9 @@ def test_the_base_model_by_quantisation() -> None:
 
 @given(shapes(), LOADS, st.floats(1, 200))
 def test_the_largest_batch_is_the_last_that_fits(shape: ModelShape, load: Workload, memory_gib: float) -> None:
-    rows = largest_rows(shape, load, memory_gib)
-    assert not fits(estimate(shape, replace(load, rows=rows + 1)), memory_gib)
-    assert rows == 0 or fits(estimate(shape, replace(load, rows=rows)), memory_gib)
+    rows = largest_micro_batch(shape, load, memory_gib)
+    assert not fits(estimate(shape, replace(load, micro_batch_size=rows + 1)), memory_gib)
+    assert rows == 0 or fits(estimate(shape, replace(load, micro_batch_size=rows)), memory_gib)
 
 
 def test_cuda_itself_has_to_fit_too() -> None:
@@ -270,7 +274,7 @@ def test_gradients_wait_for_the_next_micro_batch_only_when_accumulating() -> Non
     assert estimate(MISTRAL, load).gradients == 4 * MISTRAL.lora_parameters(16)
     assert estimate(MISTRAL, replace(load, accumulating=False)).gradients == 0
     alone = estimate(
-        MISTRAL, replace(load, lora_r=512, accumulating=False, rows=1)
+        MISTRAL, replace(load, lora_r=512, accumulating=False, micro_batch_size=1)
     )  # they outweigh the layers: peak at the end
     assert alone.gradients == 4 * MISTRAL.lora_parameters(512) * 31 // 32
 

@@ -11,7 +11,7 @@ import pytest
 from finetune.config.load import load_config
 from finetune.config.schema import RunConfig
 from finetune.estimate.fit import fit_on, usual_step_tokens
-from finetune.estimate.memory_hf import CONTEXT_GIB, estimate, fits, largest_rows, workload_of
+from finetune.estimate.memory_hf import CONTEXT_GIB, estimate, fits, largest_micro_batch, workload_of
 from finetune.estimate.memory_table import memory_table
 from finetune.machine.gpus import GPUS
 from finetune.machine.hardware import GIB
@@ -34,7 +34,7 @@ def blocks(text: str) -> list[list[list[str]]]:
     ]
 
 
-STOCK = ("training.kernels=stock", "training.per_device_train_batch_size=4")
+HF = ("training.kernels=hf", "training.per_device_train_batch_size=4")
 PARTS = (
     *("base model, nf4", "adapters, float32", "gradients, float32", "optimizer, paged_adamw_8bit"),
     *("activations", "logits", "workspace", "reserve of the allocator", "CUDA context", "sum"),
@@ -42,26 +42,26 @@ PARTS = (
 USUAL = usual_step_tokens(16, 311)
 
 
-# ---- the lean way
+# ---- the fused backend
 
 
 def test_each_gpu_has_what_the_run_chooses_there() -> None:
     _, choices, _, _ = blocks(memory_table(config(), list(GPUS)))
     assert [row[0] for row in choices[1:]] == list(GPUS)
-    for name, dtype, tokens, kept, unpacked, needed, memory, verdict in choices[1:]:
+    for name, dtype, tokens, kept, dequantized, needed, memory, verdict in choices[1:]:
         found = fit_on(config(), MISTRAL, GPUS[name], usual_step=USUAL)
         assert found.limits and dtype == GPUS[name].dtype
-        assert (tokens, kept) == (f"{found.limits.tokens:,}", f"{found.limits.kept_layers} of 32")
-        assert unpacked == f"{found.limits.cached_layers} of 32"
+        assert (tokens, kept) == (f"{found.limits.tokens:,}", f"{found.limits.uncheckpointed_layers} of 32")
+        assert dequantized == f"{found.limits.dequantized_layers} of 32"
         assert (needed, float(memory)) == (f"{found.needed_gib:.2f}", GPUS[name].memory_gib)
         assert verdict == "yes"
 
 
-def test_the_lean_parts_are_those_of_the_choice_and_add_up() -> None:
+def test_the_fused_parts_are_those_of_the_choice_and_add_up() -> None:
     _, _, parts, _ = blocks(memory_table(config(), ["A100", "T4"]))
     assert parts[0] == ["A100", "T4"]
     labels = [row[0] for row in parts[1:]]
-    assert labels == [f"{PARTS[0]}, with unpacked weights", "adapters, with copies", *PARTS[2:]]
+    assert labels == [f"{PARTS[0]}, with dequantized weights", "adapters, with copies", *PARTS[2:]]
     for column, name in enumerate(parts[0], start=1):
         needed = fit_on(config(), MISTRAL, GPUS[name], usual_step=USUAL).needed
         printed = [float(row[column]) for row in parts[1:]]
@@ -79,26 +79,26 @@ def test_explicit_numbers_are_obeyed_and_said_not_to_fit() -> None:
     assert capped[6] == "12.0" and float(capped[5]) < 12
 
 
-def test_the_lean_table_says_what_its_words_mean() -> None:
+def test_the_fused_table_says_what_its_words_mean() -> None:
     text = memory_table(config(), ["A100"])
     assert "texts of up to 2048 tokens, LoRA r 16 (41.9e6 parameters), dropout 0.05" in text
     said = " ".join(text.split())
     assert "all estimated" in said and "No other GPU was measured" in said
-    assert "an optimizer step of 16 questions" in said and "It leaves 3% free" in said
+    assert "an optimizer step of 16 examples" in said and "It leaves 3% free" in said
     assert "on one H100 80GB (2026-11-22)" in said
 
 
-# ---- the stock way
+# ---- the Hugging Face backend
 
 
-def test_the_stock_parts_are_those_of_the_estimate_and_add_up() -> None:
-    _, parts, _, _ = blocks(memory_table(config(*STOCK), ["A100", "T4"]))
+def test_the_hf_parts_are_those_of_the_estimate_and_add_up() -> None:
+    _, parts, _, _ = blocks(memory_table(config(*HF), ["A100", "T4"]))
     assert parts[0] == ["compute dtype", "bfloat16", "float16"]
     assert parts[1] == ["rows x tokens", "4 x 2048", "4 x 2048"]
     assert parts[2] == ["gradient checkpointing", "on", "off", "on", "off"]
     assert tuple(row[0] for row in parts[3:]) == PARTS
     for column, on in enumerate((True, False, True, False), start=1):
-        needed = estimate(MISTRAL, replace(workload_of(config(*STOCK), "bfloat16"), checkpointing=on))
+        needed = estimate(MISTRAL, replace(workload_of(config(*HF), "bfloat16"), checkpointing=on))
         printed = [float(row[column]) for row in parts[3:]]
         assert printed[:8] == [round(size / GIB, 2) for size in needed.parts.values()]
         assert printed[8] == CONTEXT_GIB
@@ -107,7 +107,7 @@ def test_the_stock_parts_are_those_of_the_estimate_and_add_up() -> None:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_each_gpu_has_its_verdict_and_its_largest_batches(checkpointing: bool) -> None:
-    wanted = config(*STOCK, f"training.gradient_checkpointing={str(checkpointing).lower()}")
+    wanted = config(*HF, f"training.gradient_checkpointing={str(checkpointing).lower()}")
     _, _, verdicts, _ = blocks(memory_table(wanted, list(GPUS)))
     assert [row[0] for row in verdicts[1:]] == list(GPUS)
     for name, dtype, rows, needed, memory, verdict, on, off in verdicts[1:]:
@@ -117,13 +117,13 @@ def test_each_gpu_has_its_verdict_and_its_largest_batches(checkpointing: bool) -
         assert float(memory) == gpu.memory_gib
         assert verdict == ("yes" if fits(estimate(MISTRAL, load), gpu.memory_gib) else "no")
         for printed, setting in ((on, True), (off, False)):
-            most = largest_rows(MISTRAL, replace(load, checkpointing=setting), gpu.memory_gib)
+            most = largest_micro_batch(MISTRAL, replace(load, checkpointing=setting), gpu.memory_gib)
             assert printed == (str(most) if most else "none")
     assert {row[5] for row in verdicts[1:]} == ({"yes"} if checkpointing else {"yes", "no"})
 
 
-def test_stock_rows_are_as_many_as_fit_where_the_config_leaves_them_open() -> None:
-    _, parts, verdicts, _ = blocks(memory_table(config("training.kernels=stock"), ["T4", "L4", "A100"]))
+def test_hf_rows_are_as_many_as_fit_where_the_config_leaves_them_open() -> None:
+    _, parts, verdicts, _ = blocks(memory_table(config("training.kernels=hf"), ["T4", "L4", "A100"]))
     assert [row[2] for row in verdicts[1:]] == ["7", "13", "16"] and [row[6] for row in verdicts[1:]] == [
         "7",
         "13",
@@ -132,10 +132,10 @@ def test_stock_rows_are_as_many_as_fit_where_the_config_leaves_them_open() -> No
     assert parts[1] == ["rows x tokens", "7 x 2048", "13 x 2048", "16 x 2048"]
 
 
-def test_the_stock_table_says_what_is_estimated_and_against_what() -> None:
-    text = memory_table(config(*STOCK, "training.gradient_checkpointing=false"), ["A100"])
+def test_the_hf_table_says_what_is_estimated_and_against_what() -> None:
+    text = memory_table(config(*HF, "training.gradient_checkpointing=false"), ["A100"])
     assert "fits: as the config has it (checkpointing off)" in text
-    assert "(checkpointing on)" in memory_table(config(*STOCK), ["A100"])
+    assert "(checkpointing on)" in memory_table(config(*HF), ["A100"])
     said = " ".join(text.split())
     assert "All figures are estimated" in said and "each on one H100 80GB (torch 2.11" in said
     assert "ten cells of our own trainer (2026-11-22), and the 46 of a grid" in said
@@ -145,7 +145,7 @@ def test_the_stock_table_says_what_is_estimated_and_against_what() -> None:
 # ---- both
 
 
-@pytest.mark.parametrize("changes", [(), STOCK])
+@pytest.mark.parametrize("changes", [(), HF])
 def test_columns_stand_under_each_other(changes: tuple[str, ...]) -> None:
     text = memory_table(config(*changes), list(GPUS))
     for block in text.split("\n\n")[1:3]:
@@ -154,19 +154,19 @@ def test_columns_stand_under_each_other(changes: tuple[str, ...]) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("changes", [(), STOCK])
+@pytest.mark.parametrize("changes", [(), HF])
 def test_a_gpu_named_twice_is_shown_once(changes: tuple[str, ...]) -> None:
     verdicts = blocks(memory_table(config(*changes), ["T4", "T4"]))[2 if changes else 1]
     assert [row[0] for row in verdicts] == ["GPU", "T4"]
 
 
 def test_a_dtype_that_the_config_names() -> None:
-    stock = blocks(memory_table(config(*STOCK, "model.torch_dtype=bfloat16"), ["T4", "A100"]))
-    assert stock[1][0] == ["compute dtype", "bfloat16"]
-    assert stock[2][1][5:] == ["no bfloat16", "none", "none"]
-    assert stock[2][2][5:] == ["yes", "27", "2"]
-    lean = blocks(memory_table(config("model.torch_dtype=bfloat16"), ["T4", "A100"]))
-    assert [(row[1], row[7]) for row in lean[1][1:]] == [("bfloat16", "no bfloat16"), ("bfloat16", "yes")]
+    hf = blocks(memory_table(config(*HF, "model.torch_dtype=bfloat16"), ["T4", "A100"]))
+    assert hf[1][0] == ["compute dtype", "bfloat16"]
+    assert hf[2][1][5:] == ["no bfloat16", "none", "none"]
+    assert hf[2][2][5:] == ["yes", "27", "2"]
+    fused = blocks(memory_table(config("model.torch_dtype=bfloat16"), ["T4", "A100"]))
+    assert [(row[1], row[7]) for row in fused[1][1:]] == [("bfloat16", "no bfloat16"), ("bfloat16", "yes")]
 
 
 def test_a_base_that_is_not_quantised() -> None:

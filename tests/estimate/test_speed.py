@@ -125,20 +125,28 @@ def test_our_trainer_is_as_fast_as_plain_trl_with_float32_adapters() -> None:
 
 
 def test_mistral_is_measured_on_an_h100_and_says_where() -> None:
-    speed = training_speed(H100, MISTRAL, rows=4, mean_tokens=311, checkpointing=True)
+    speed = training_speed(H100, MISTRAL, micro_batch_size=4, mean_tokens=311, checkpointing=True)
     assert (speed.tokens_per_second, speed.basis) == (1497, "measured")
     assert "H100 80GB" in speed.source
     assert "2026-11" in speed.source
     assert "our trainer in bfloat16, random" in speed.source
-    assert training_speed(H100, MISTRAL, rows=4, mean_tokens=311, checkpointing=False).tokens_per_second == 3328
+    assert (
+        training_speed(H100, MISTRAL, micro_batch_size=4, mean_tokens=311, checkpointing=False).tokens_per_second
+        == 3328
+    )
 
 
 def test_of_two_measurements_the_one_with_texts_of_like_length_speaks(monkeypatch: Any) -> None:
-    assert training_speed(H100, MISTRAL, rows=4, mean_tokens=230, checkpointing=True).tokens_per_second == 1431
+    assert (
+        training_speed(H100, MISTRAL, micro_batch_size=4, mean_tokens=230, checkpointing=True).tokens_per_second == 1431
+    )
     near, far = (replace(MEASURED[0], mean_tokens=mean, tokens_per_second=mean) for mean in (300, 280))
     for table in ((near, far), (far, near)):
         monkeypatch.setattr("finetune.estimate.speed.MEASURED", table)
-        assert training_speed(H100, MISTRAL, rows=4, mean_tokens=295, checkpointing=True).tokens_per_second == 300
+        assert (
+            training_speed(H100, MISTRAL, micro_batch_size=4, mean_tokens=295, checkpointing=True).tokens_per_second
+            == 300
+        )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +155,7 @@ def test_of_two_measurements_the_one_with_texts_of_like_length_speaks(monkeypatc
      ("H100", SHAPES["HuggingFaceTB/SmolLM2-135M"], 4, 300)],
 )  # fmt: skip
 def test_what_nobody_measured_is_marked_as_an_estimate(gpu: str, shape: Any, rows_: int, mean_tokens: float) -> None:
-    speed = training_speed(GPUS[gpu], shape, rows=rows_, mean_tokens=mean_tokens, checkpointing=True)
+    speed = training_speed(GPUS[gpu], shape, micro_batch_size=rows_, mean_tokens=mean_tokens, checkpointing=True)
     assert speed.basis == "estimated"
     assert "estimated" in speed.source
     assert gpu in speed.source
@@ -155,14 +163,18 @@ def test_what_nobody_measured_is_marked_as_an_estimate(gpu: str, shape: Any, row
 
 def test_another_model_of_the_same_shape_is_as_fast_as_the_measured_one() -> None:
     twin = replace(MISTRAL, name="somebody/mistral-for-sql")
-    assert training_speed(H100, twin, rows=4, mean_tokens=300, checkpointing=True).basis == "measured"
+    assert training_speed(H100, twin, micro_batch_size=4, mean_tokens=300, checkpointing=True).basis == "measured"
 
 
 @pytest.mark.parametrize("measured", MEASURED, ids=lambda row: f"{row.mean_tokens}-{row.checkpointing}")
 def test_without_its_measurement_the_h100_is_estimated_close_to_it(measured: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("finetune.estimate.speed.MEASURED", ())
     speed = training_speed(
-        H100, MISTRAL, rows=measured.rows, mean_tokens=measured.mean_tokens, checkpointing=measured.checkpointing
+        H100,
+        MISTRAL,
+        micro_batch_size=measured.micro_batch_size,
+        mean_tokens=measured.mean_tokens,
+        checkpointing=measured.checkpointing,
     )
     assert speed.basis == "estimated"
     said = {304.4: 1.14, 294: 0.92, 224: 0.91}[
@@ -177,12 +189,12 @@ def test_an_estimate_for_a_t4_worked_out_by_hand() -> None:
     traffic = 44.3 * 81_920 * 32 * 4 * 1318.7 / 320e9
     unpacking = 3.98 * 6.979e9 * 3 / 320e9
     short = 338e-6 * 32 * 3
-    speed = training_speed(GPUS["T4"], MISTRAL, rows=4, mean_tokens=300, checkpointing=True)
+    speed = training_speed(GPUS["T4"], MISTRAL, micro_batch_size=4, mean_tokens=300, checkpointing=True)
     assert speed.tokens_per_second == pytest.approx(1200 / (products + traffic + unpacking + short), rel=2e-3)
 
 
 def test_a_question_alone_is_not_padded() -> None:
-    speed = training_speed(GPUS["T4"], MISTRAL, rows=1, mean_tokens=4000, checkpointing=True)
+    speed = training_speed(GPUS["T4"], MISTRAL, micro_batch_size=1, mean_tokens=4000, checkpointing=True)
     busy = gpu_seconds(GPUS["T4"], MISTRAL, 4000, checkpointing=True)
     assert speed.tokens_per_second == pytest.approx(4000 / busy, rel=1e-3)
 
@@ -191,7 +203,8 @@ def test_a_question_alone_is_not_padded() -> None:
 def test_no_gpu_of_the_plan_is_taken_to_be_faster_than_the_h100(name: str) -> None:
     for size in (1, 4, 16):
         slower, faster = (
-            training_speed(gpu, MISTRAL, rows=size, mean_tokens=350, checkpointing=True) for gpu in (GPUS[name], H100)
+            training_speed(gpu, MISTRAL, micro_batch_size=size, mean_tokens=350, checkpointing=True)
+            for gpu in (GPUS[name], H100)
         )
         assert 0 < slower.tokens_per_second <= faster.tokens_per_second
 
@@ -210,7 +223,9 @@ def test_small_batches_are_bound_by_the_host_and_do_not_gain_from_a_faster_gpu()
 )
 def test_more_work_never_takes_less_time(name: str, size: int, tokens: float, shape: str) -> None:
     def seconds_a_batch(rows_: int, mean: float, checkpointing: bool) -> float:
-        speed = training_speed(GPUS[name], SHAPES[shape], rows=rows_, mean_tokens=mean, checkpointing=checkpointing)
+        speed = training_speed(
+            GPUS[name], SHAPES[shape], micro_batch_size=rows_, mean_tokens=mean, checkpointing=checkpointing
+        )
         return rows_ * mean / speed.tokens_per_second
 
     once = seconds_a_batch(size, tokens, True)
@@ -238,4 +253,4 @@ def test_the_parts_follow_parameters_widths_and_layers() -> None:
 )
 def test_nothing_to_train_on_is_refused(rows_: int, mean_tokens: float) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        training_speed(GPUS["T4"], MISTRAL, rows=rows_, mean_tokens=mean_tokens, checkpointing=True)
+        training_speed(GPUS["T4"], MISTRAL, micro_batch_size=rows_, mean_tokens=mean_tokens, checkpointing=True)

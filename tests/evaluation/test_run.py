@@ -1,4 +1,4 @@
-"""`finetune evaluate`: what it writes, what it keeps, and that base and tuned model sit the same exam."""
+"""`finetune evaluate`: what it writes, what it keeps, and that base and tuned model sit the same evaluation_set."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_every_row_holds_the_hash_of_the_very_prompt(run: RunFolder, speak: Any,
     assert [line["gold"] for line in rows] == [record.sql for record in records]
 
 
-# base and tuned sit the same exam
+# base and tuned sit the same evaluation_set
 
 
 def answers(rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:

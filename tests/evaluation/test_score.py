@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.records import Record
-from finetune.evaluation.score import Row, as_dict, gain, judge, score
+from finetune.evaluation.score import Row, as_dict, gain, score, score_answer
 from finetune.evaluation.statistics import wilson_interval
 from finetune.sql.compare import Rule
 from finetune.sql.engines.sqlite import SqlSandbox
@@ -42,7 +42,9 @@ def ask(database: Path, sandbox: SqlSandbox) -> Any:
 
     def judged(gold: str, answer: str, *, rule: Rule = "test_suite", seconds: float = 10.0) -> Row:
         record = Record(**row(1, sql=gold))
-        return judge(record, database, "the prompt", answer, 7, sandbox=sandbox, rule=rule, timeout_seconds=seconds)
+        return score_answer(
+            record, database, "the prompt", answer, 7, sandbox=sandbox, rule=rule, timeout_seconds=seconds
+        )
 
     return judged
 

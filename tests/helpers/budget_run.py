@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.budget.ledger import AttemptLog, Ledger
 from finetune.budget.meter import Meter
-from finetune.budget.watchdog import KEPT_FOR_SAVE_SECONDS, Watchdog
+from finetune.budget.watchdog import SAVE_RESERVE_SECONDS, Watchdog
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
 from tests.helpers.fake_clock import FakeClock
@@ -35,7 +35,7 @@ class BudgetRun:
     ) -> Meter:
         """usd: US dollars an hour of the machine. dollars, hours: the ceilings."""
         price = None if usd is None else MachinePrice(usd, BASIS)
-        time = MachineTime(rented=False, age=self.clock)
+        time = MachineTime(provisioned=False, age=self.clock)
         return Meter(self.ledger.account(), time, price, Ceilings(dollars, hours), restart_usd_per_hour=restart_usd)
 
     def log(self, meter: Meter, resumed_step: int | None = None) -> AttemptLog:
@@ -47,7 +47,7 @@ class BudgetRun:
         """A watchdog over a new attempt, which has begun."""
         values: dict[str, Any] = {
             "say": self.said.append,
-            "time_to_save": lambda: KEPT_FOR_SAVE_SECONDS,
+            "time_to_save": lambda: SAVE_RESERVE_SECONDS,
             "ask_stop": self.asked.append,
             "hard_stop": self.ended.append,
             "last_resort": False,

@@ -78,7 +78,9 @@ class FakeTime:
 
         self.seconds = 0.0
         monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.05")
-        monkeypatch.setattr(run_budget, "MachineTime", lambda rented: MachineTime(rented=rented, home=home, age=self))
+        monkeypatch.setattr(
+            run_budget, "MachineTime", lambda provisioned: MachineTime(provisioned=provisioned, home=home, age=self)
+        )
 
     def __call__(self) -> float:
         return self.seconds
@@ -91,7 +93,7 @@ from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
 from finetune.training.step.runner import Stepper
 origin = process_age()
-spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: 20 * (process_age() - origin))
+spending.MachineTime = lambda provisioned: MachineTime(provisioned=False, age=lambda: 20 * (process_age() - origin))
 original, steps = Stepper.run, []
 def run(self, step):
     steps.append(step)

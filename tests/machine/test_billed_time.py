@@ -55,8 +55,8 @@ def test_a_process_is_as_old_as_it_runs() -> None:
 
 def test_a_rented_machine_is_paid_from_its_boot(tmp_path: Path) -> None:
     age = machine_age()
-    assert age is not None and MachineTime(rented=True, home=tmp_path).seconds() == pytest.approx(age, abs=5)
-    own = MachineTime(rented=False, home=tmp_path)
+    assert age is not None and MachineTime(provisioned=True, home=tmp_path).seconds() == pytest.approx(age, abs=5)
+    own = MachineTime(provisioned=False, home=tmp_path)
     assert own.seconds() == pytest.approx(process_age(), abs=5)
     own.take()
     own.mark()
@@ -65,13 +65,13 @@ def test_a_rented_machine_is_paid_from_its_boot(tmp_path: Path) -> None:
 
 def test_a_second_attempt_pays_from_where_the_first_one_was_last_heard_of(tmp_path: Path) -> None:
     age = Age(300.0)  # boot and set-up
-    first = MachineTime(rented=True, home=tmp_path, age=age)
+    first = MachineTime(provisioned=True, home=tmp_path, age=age)
     age.seconds = 400.0
     assert first.take() == 400.0
     first.mark()
     age.seconds = 430.0  # killed here, 30 s after its last beat
     age.seconds = 1000.0  # the machine stood idle
-    second = MachineTime(rented=True, home=tmp_path, age=age)
+    second = MachineTime(provisioned=True, home=tmp_path, age=age)
     assert second.seconds() == 600.0
     age.seconds = 1010.0
     assert second.seconds() == second.take() == 610.0
@@ -79,7 +79,7 @@ def test_a_second_attempt_pays_from_where_the_first_one_was_last_heard_of(tmp_pa
 
 def test_two_runs_at_the_same_time_share_the_seconds(tmp_path: Path) -> None:
     age = Age(100.0)
-    one, two = (MachineTime(rented=True, home=tmp_path, age=age) for _ in range(2))
+    one, two = (MachineTime(provisioned=True, home=tmp_path, age=age) for _ in range(2))
     assert one.take() == 100.0
     one.mark()
     age.seconds = 130.0
@@ -93,8 +93,8 @@ def test_two_runs_at_the_same_time_share_the_seconds(tmp_path: Path) -> None:
 def test_what_was_not_marked_is_paid_by_the_next(tmp_path: Path) -> None:
     """The ledger could not be written, so the marker was left alone: the seconds are not lost."""
     age = Age(100.0)
-    MachineTime(rented=True, home=tmp_path, age=age).take()
-    assert MachineTime(rented=True, home=tmp_path, age=age).take() == 100.0
+    MachineTime(provisioned=True, home=tmp_path, age=age).take()
+    assert MachineTime(provisioned=True, home=tmp_path, age=age).take() == 100.0
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_what_was_not_marked_is_paid_by_the_next(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_marker_that_cannot_be_trusted_is_ignored(text: str, tmp_path: Path) -> None:
     write_marker(tmp_path, text)
-    assert MachineTime(rented=True, home=tmp_path, age=Age(100.0)).seconds() == 100.0
+    assert MachineTime(provisioned=True, home=tmp_path, age=Age(100.0)).seconds() == 100.0
     write_marker(tmp_path, json.dumps({"machine": machine_identity(), "seconds": 50}))
-    assert MachineTime(rented=True, home=tmp_path, age=Age(100.0)).seconds() == 50.0
+    assert MachineTime(provisioned=True, home=tmp_path, age=Age(100.0)).seconds() == 50.0
 
 
 def test_a_marker_that_cannot_be_written_is_a_user_error_and_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / MARKER.parts[0]).write_text("a file where the folder belongs")
-    mine = MachineTime(rented=True, home=tmp_path, age=Age(100.0))
+    mine = MachineTime(provisioned=True, home=tmp_path, age=Age(100.0))
     assert mine.take() == 100.0
     with raises("disk.error", match=r"\.finetune: "):
         mine.mark()
@@ -127,8 +127,8 @@ def test_a_marker_that_cannot_be_written_is_a_user_error_and_loses_nothing(tmp_p
 
 
 def test_the_clock_on_the_wall_takes_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for rented in (True, False):
-        mine = MachineTime(rented=rented, home=tmp_path)
+    for provisioned in (True, False):
+        mine = MachineTime(provisioned=provisioned, home=tmp_path)
         before = mine.seconds()
         for jump in (-1e9, 1e9):
             monkeypatch.setattr(time, "time", lambda jump=jump: 1.8e9 + jump)
@@ -139,7 +139,7 @@ def test_the_clock_on_the_wall_takes_no_part(tmp_path: Path, monkeypatch: pytest
 def test_without_proc_the_time_since_loading_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(billed_time, "_started", lambda process: None)
     assert machine_age() is None and machine_identity() is None
-    mine = MachineTime(rented=True, home=tmp_path)
+    mine = MachineTime(provisioned=True, home=tmp_path)
     assert 0 < mine.seconds() == pytest.approx(process_age(), abs=5)
     mine.mark()
 
@@ -163,7 +163,7 @@ def test_the_seconds_of_all_attempts_are_those_of_the_machine(
     for number, (event, who, passes) in enumerate([*events, ("begin", 0, 1.0), ("beat", 0, 1.0)]):
         age.seconds += passes
         if event == "begin":
-            running[who] = number, MachineTime(rented=True, home=home, age=age)
+            running[who] = number, MachineTime(provisioned=True, home=home, age=age)
         elif event == "kill":
             running.pop(who, None)
         elif who in running:

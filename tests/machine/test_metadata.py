@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from finetune.machine import metadata
-from finetune.machine.metadata import NOBODY, Caller, value
+from finetune.machine.metadata import NO_RESPONSE, Client, value
 from tests.helpers.metadata_server import PREFIX, MetadataServer, etag
 
 
@@ -39,13 +39,13 @@ def test_the_stand_in_refuses_what_google_refuses(server: MetadataServer) -> Non
 def test_a_value(server: MetadataServer) -> None:
     assert value("scheduling/preemptible") == "TRUE"
     assert value("nonsense") is None
-    assert Caller().ask("id") == metadata.Answer(200, server.values["id"], etag(server.values["id"]))
+    assert Client().ask("id") == metadata.Answer(200, server.values["id"], etag(server.values["id"]))
 
 
 def test_an_answer_is_held_back_until_the_value_changes(server: MetadataServer) -> None:
     threading.Timer(0.3, server.set, ("preempted", "TRUE")).start()
     began = time.monotonic()
-    answer = Caller().ask("preempted", last_etag=etag("FALSE"), wait_seconds=30)
+    answer = Client().ask("preempted", last_etag=etag("FALSE"), wait_seconds=30)
     assert (answer.value, answer.etag) == ("TRUE", etag("TRUE"))
     assert 0.2 < time.monotonic() - began < 5
 
@@ -53,38 +53,38 @@ def test_an_answer_is_held_back_until_the_value_changes(server: MetadataServer) 
 def test_a_change_that_came_before_the_question_is_told_at_once(server: MetadataServer) -> None:
     server.set("preempted", "TRUE")
     began = time.monotonic()
-    assert Caller().ask("preempted", last_etag=etag("FALSE"), wait_seconds=30).value == "TRUE"
+    assert Client().ask("preempted", last_etag=etag("FALSE"), wait_seconds=30).value == "TRUE"
     assert time.monotonic() - began < 5
 
 
 def test_when_nothing_changes_the_present_value_comes_in_the_end(server: MetadataServer) -> None:
     began = time.monotonic()
-    assert Caller().ask("preempted", last_etag=etag("FALSE"), wait_seconds=1).value == "FALSE"
+    assert Client().ask("preempted", last_etag=etag("FALSE"), wait_seconds=1).value == "FALSE"
     assert 0.9 < time.monotonic() - began < 5
 
 
 def test_hanging_up_ends_a_question_and_all_later_ones(server: MetadataServer) -> None:
-    caller = Caller()
-    threading.Timer(0.3, caller.hang_up).start()
+    client = Client()
+    threading.Timer(0.3, client.cancel).start()
     began = time.monotonic()
-    assert caller.ask("preempted", last_etag=etag("FALSE"), wait_seconds=60) == NOBODY
+    assert client.ask("preempted", last_etag=etag("FALSE"), wait_seconds=60) == NO_RESPONSE
     assert time.monotonic() - began < 5
-    assert caller.ask("preempted") == NOBODY
+    assert client.ask("preempted") == NO_RESPONSE
 
 
 def test_faults_are_answers(server: MetadataServer) -> None:
     server.break_next(503, 0)
-    assert Caller().ask("zone").status == 503
-    assert Caller().ask("zone") == NOBODY  # dropped
+    assert Client().ask("zone").status == 503
+    assert Client().ask("zone") == NO_RESPONSE  # dropped
     assert value("zone")
     server.stop()
-    assert Caller().ask("zone") == NOBODY
+    assert Client().ask("zone") == NO_RESPONSE
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "127.0.0.1:port", "no.such.host.invalid", "["])
 def test_off_google_cloud_nobody_answers(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(metadata.HOST_VARIABLE, host)
-    assert Caller().ask("zone") == NOBODY and value("zone") is None
+    assert Client().ask("zone") == NO_RESPONSE and value("zone") is None
 
 
 def test_a_proxy_is_never_asked(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,5 +129,5 @@ def test_what_is_not_the_metadata_server_is_nobody(reply: bytes, monkeypatch: py
     with raw_server(reply) as host:
         monkeypatch.setenv(metadata.HOST_VARIABLE, host)
         began = time.monotonic()
-        assert Caller().ask("preempted") == NOBODY
+        assert Client().ask("preempted") == NO_RESPONSE
         assert time.monotonic() - began < metadata.PATIENCE_SECONDS + 2

@@ -25,7 +25,7 @@ from finetune.machine.price import (
     gpu_of,
     machine_price,
     price_in,
-    rented,
+    provisioned,
     this_machine,
     wall_hours,
 )
@@ -133,12 +133,12 @@ def test_the_names_of_nvidia_smi(name: str, gpu: str | None) -> None:
 def test_the_table_of_this_job_wins_over_the_one_kept_at_set_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert machine_price() is None and not rented()
+    assert machine_price() is None and not provisioned()
     kept = tmp_path / KEPT
     kept.parent.mkdir()
     kept.write_text(json.dumps(TABLE | {"offers": OFFERS[:1]}))
     found = machine_price()
-    assert found and found.usd_per_hour == 0.3 and rented()
+    assert found and found.usd_per_hour == 0.3 and provisioned()
     monkeypatch.setenv(VARIABLE, json.dumps(TABLE | {"offers": OFFERS[2:3]}))
     found = machine_price()
     assert found and found.usd_per_hour == 1.1

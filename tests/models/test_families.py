@@ -18,13 +18,13 @@ from finetune.models.architectures import FAMILIES, Family, shape_of  # noqa: E4
 from finetune.models.fused.model import why_not  # noqa: E402
 from finetune.training.step.plan import plan_step  # noqa: E402
 from tests.helpers.errors import raises  # noqa: E402
-from tests.helpers.lean_examples import (  # noqa: E402
+from tests.helpers.fused_examples import (  # noqa: E402
     CONFIGS,
     ON_CPU,
-    lean_gradients,
+    fused_gradients,
+    hf_gradients,
     lora_model,
     packed,
-    stock_gradients,
     texts,
     worst_error,
 )
@@ -78,10 +78,10 @@ def test_with_one_entry_its_shape_memory_hours_and_dollars_are_those_of_its_numb
 def test_with_one_entry_its_layers_are_computed_by_the_fused_one(toy_model: Any) -> None:
     ids, labels = texts()
     assert why_not(toy_model, 30) is None
-    expected_loss, expected = stock_gradients(toy_model, ids, labels)
-    loss, found = lean_gradients(toy_model, packed(ids, labels))
+    expected_loss, expected = hf_gradients(toy_model, ids, labels)
+    loss, found = fused_gradients(toy_model, packed(ids, labels))
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert worst_error(found, expected) < 1e-5
-    config = RunConfig(training=TrainingSection(kernels="lean"))
+    config = RunConfig(training=TrainingSection(kernels="fused"))
     plan = plan_step(config, toy_model, ON_CPU, [len(row) for row in ids])
-    assert (plan.path, plan.limits.kept_layers) == ("lean", 3)
+    assert (plan.backend, plan.limits.uncheckpointed_layers) == ("fused", 3)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune.runtime.console import outliving_readers
+from finetune.runtime.console import broken_pipe_safe
 
 ROOT = Path(__file__).resolve().parents[2]
 PRINTS = """
 import os, sys
-from finetune.runtime.console import outliving_readers
-with outliving_readers():
+from finetune.runtime.console import broken_pipe_safe
+with broken_pipe_safe():
     print("heard", flush=True)
     sys.stdin.readline()
     for _ in range(3):
@@ -50,7 +50,7 @@ def test_prints_to_nobody_do_not_end_a_process() -> None:
 def test_a_log_on_a_full_disk_is_no_reason_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stderr", full)
-        with outliving_readers():
+        with broken_pipe_safe():
             print("lost", file=sys.stderr, flush=True)
         assert sys.stderr is full
         monkeypatch.undo()
@@ -58,7 +58,7 @@ def test_a_log_on_a_full_disk_is_no_reason_to_end(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_can_be_heard_is_heard(capsys: pytest.CaptureFixture[str]) -> None:
-    with outliving_readers():
+    with broken_pipe_safe():
         print("to stdout")
         print("to stderr", file=sys.stderr)
         assert sys.stdout.encoding and not sys.stdout.closed

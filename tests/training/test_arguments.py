@@ -14,13 +14,13 @@ from finetune.config.schema import LoraSection, ModelSection, QuantizationSectio
 from finetune.data.prompts import PromptTemplate  # noqa: E402
 from finetune.data.records import read_records  # noqa: E402
 from finetune.data.tokenize import Examples, tokenise  # noqa: E402
-from finetune.estimate.fit import Limits  # noqa: E402
+from finetune.estimate.fit import MicroBatchConfig  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.training.arguments import trainer_arguments  # noqa: E402
 from finetune.training.step.plan import StepPlan  # noqa: E402
 from finetune.training.trainer import AnswerTrainer  # noqa: E402
-from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
-from tests.helpers.lean_examples import adapters, section, trainer_for  # noqa: E402
+from tests.helpers.fused_examples import ON_CPU as CPU  # noqa: E402
+from tests.helpers.fused_examples import adapters, section, trainer_for  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,9 @@ def adapter(model: Any) -> dict[str, Any]:
 
 
 def arguments(training: TrainingSection, *, validates: bool = False) -> Any:
-    plan = StepPlan("stock", 16, None, Limits(2048, 0), training.gradient_checkpointing is True, None, "on a CPU")
+    plan = StepPlan(
+        "hf", 16, None, MicroBatchConfig(2048, 0), training.gradient_checkpointing is True, None, "on a CPU"
+    )
     return trainer_arguments(training, CPU, plan, checkpoints=Path("out"), run_name="run", validates=validates)
 
 
@@ -100,7 +102,7 @@ def test_to_the_library_a_batch_is_a_whole_step(tiny_model: Path, tokenizer: Any
     )
 
 
-@pytest.mark.parametrize("kernels", ["lean", "stock"])
+@pytest.mark.parametrize("kernels", ["fused", "hf"])
 def test_gradients_are_clipped_over_all_adapters(
     kernels: str, tiny_model: Path, tokenizer: Any, examples: Examples
 ) -> None:
@@ -125,7 +127,7 @@ def test_gradients_are_clipped_over_all_adapters(
 
 
 def test_run_folder_and_validation_reach_the_library_which_neither_saves_nor_reports_on_its_own() -> None:
-    plan = StepPlan("stock", 16, None, Limits(2048, 0), False, None, "on a CPU")
+    plan = StepPlan("hf", 16, None, MicroBatchConfig(2048, 0), False, None, "on a CPU")
     made = trainer_arguments(section(), CPU, plan, checkpoints=Path("here"), run_name="me", validates=True)
     assert (made.output_dir, made.run_name, made.save_strategy) == ("here", "me", "no")
     assert made.report_to == []

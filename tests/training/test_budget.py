@@ -145,7 +145,7 @@ def test_a_run_on_a_spot_machine_stops_while_another_start_can_be_paid(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Taken away a moment later, it would cross its ceiling by a boot and a set-up before it can look at its ledger."""
-    monkeypatch.setattr("finetune.budget.run_budget.rented", lambda: True)
+    monkeypatch.setattr("finetune.budget.run_budget.provisioned", lambda: True)
     monkeypatch.setattr("finetune.budget.run_budget.facts", lambda: {"spot": spot})
     monkeypatch.setattr("finetune.budget.run_budget.dearest_usd_per_hour", lambda: 3.6)
     clock.seconds = 200.0  # boot and set-up

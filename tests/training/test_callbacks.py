@@ -53,15 +53,15 @@ def test_speed_is_real_tokens_per_second_of_steps_without_the_first_and_without_
     assert throughput.per_second() is None
     train_step(throughput, clock, at, tokens=100, seconds=50.0)
     assert throughput.per_second() is None
-    assert throughput.take_window() is None
+    assert throughput.take_interval() is None
     train_step(throughput, clock, at, tokens=100, seconds=2.0)
     clock.now += 1000  # a validation
     train_step(throughput, clock, at, tokens=200, seconds=1.0)
     assert throughput.per_second() == pytest.approx(300 / 3)
-    assert throughput.take_window() == pytest.approx(300 / 3)
-    assert throughput.take_window() is None
+    assert throughput.take_interval() == pytest.approx(300 / 3)
+    assert throughput.take_interval() is None
     train_step(throughput, clock, at, tokens=80, seconds=4.0)
-    assert throughput.take_window() == pytest.approx(20)
+    assert throughput.take_interval() == pytest.approx(20)
     assert throughput.per_second() == pytest.approx(380 / 7)
 
 

@@ -41,10 +41,10 @@ STEPS = {
     "max_steps": 8,
     "eval_steps": 4,
 }
-STOCK: dict[str, Any] = {"training": STEPS | {"kernels": "stock"}}
-LEAN: dict[str, Any] = {"training": STEPS | {"kernels": "lean"}, "quantization": {"load_in_4bit": False}}
+HF: dict[str, Any] = {"training": STEPS | {"kernels": "hf"}}
+FUSED: dict[str, Any] = {"training": STEPS | {"kernels": "fused"}, "quantization": {"load_in_4bit": False}}
 LONG: dict[str, Any] = {
-    "training": STEPS | {"kernels": "stock", "max_steps": 60, "eval_steps": 0},
+    "training": STEPS | {"kernels": "hf", "max_steps": 60, "eval_steps": 0},
     "checkpoint": {"save_steps": 100},
 }
 
@@ -109,8 +109,8 @@ sys.exit(max(codes))
 @pytest.fixture(scope="module")
 def in_two_processes(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The config file of a run called `two` -> what was said in it; its folder is runs/two beside the file."""
-    folders = [tmp_path_factory.mktemp(kernels) for kernels in ("stock", "lean")]
-    configs = [str(write_config(folder, **sections)) for folder, sections in zip(folders, (STOCK, LEAN), strict=True)]
+    folders = [tmp_path_factory.mktemp(kernels) for kernels in ("hf", "fused")]
+    configs = [str(write_config(folder, **sections)) for folder, sections in zip(folders, (HF, FUSED), strict=True)]
     script = folders[0] / "both.py"
     script.write_text(BOTH)
     code, said = finish(start(two(*configs, script=(str(script),))))
@@ -120,11 +120,11 @@ def in_two_processes(write_config: ConfigWriter, tmp_path_factory: pytest.TempPa
     return dict(zip(configs, (said[: ends[0]], said[ends[0] :]), strict=True))
 
 
-@pytest.mark.parametrize(("number", "tolerance"), [(0, 2e-6), (1, 2e-4)], ids=["stock", "lean"])
+@pytest.mark.parametrize(("number", "tolerance"), [(0, 2e-6), (1, 2e-4)], ids=["hf", "fused"])
 def test_two_processes_learn_what_one_does(
     number: int, tolerance: float, in_two_processes: dict[str, list[str]]
 ) -> None:
-    """Adapters reach 0.15 here. Between one and two processes they differed by 2.6e-7 (stock) and 2.6e-5 (lean, where Adam
+    """Adapters reach 0.15 here. Between one and two processes they differed by 2.6e-7 (hf) and 2.6e-5 (fused, where Adam
     divides by gradients near zero), measured."""
     config, said = list(in_two_processes.items())[number]
     assert main(["train", config, "training.run_name=one"]) == 0
@@ -138,8 +138,8 @@ def test_two_processes_learn_what_one_does(
     record, alone = record_of(other), record_of(one)
     assert record["tokens"] == alone["tokens"]
     assert (record["step"]["ranks"], alone["step"]["ranks"]) == (2, 1)
-    assert record["step"]["path"] == ("stock", "lean")[number]
-    assert record["step"]["questions"] == alone["step"]["questions"] == 5
+    assert record["step"]["backend"] == ("hf", "fused")[number]
+    assert record["step"]["batch_size"] == alone["step"]["batch_size"] == 5
     saved = list(checkpoint_store.newest_first(other / "checkpoints"))
     assert [folder.name for folder in saved] == ["step-8", "step-6"]
     for folder in saved:
@@ -203,7 +203,7 @@ from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
 from finetune.training.step.runner import Stepper
 origin = process_age()
-spending.MachineTime = lambda rented: MachineTime(rented=False, age=lambda: {factor} * (process_age() - origin))
+spending.MachineTime = lambda provisioned: MachineTime(provisioned=False, age=lambda: {factor} * (process_age() - origin))
 original, steps = Stepper.run, []
 def run(self, step):
     steps.append(step)
@@ -239,7 +239,7 @@ def test_the_budget_stops_both_and_other_gpus_may_not_change_the_step(
     change(run / "config.yaml", "budget", max_hours=None)
     with reported("resume.batch_changed"):
         assert main(["train", "--resume", str(run)]) == 2
-    assert "began with 4 questions a step, and 1 GPUs make it 2" in capsys.readouterr().err
+    assert "began with 4 examples a step, and 1 GPUs make it 2" in capsys.readouterr().err
 
 
 def test_a_process_that_hangs_does_not_keep_the_others_beyond_the_ceiling(
@@ -265,12 +265,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     found = "process 1 of this machine finds 1 GPUs"
-    with raises("distributed.too_many_processes", match=found), distributed.together():
+    with raises("distributed.too_many_processes", match=found), distributed.process_group():
         pytest.fail("began")
 
 
 def test_a_mistake_that_all_find_is_told_once(tiny_config: ConfigWriter, tmp_path: Path) -> None:
-    code, said = finish(start(two("train", str(tiny_config(**STOCK)), "model.max_seq_length=20")))
+    code, said = finish(start(two("train", str(tiny_config(**HF)), "model.max_seq_length=20")))
     assert code == 2
     assert [line for line in said if line.startswith("finetune: ")] == [
         "finetune: model.max_seq_length: no training example fits into 20 tokens"
@@ -290,7 +290,7 @@ def test_a_fault_of_one_process_ends_both_and_is_told_by_the_first(
 ) -> None:
     script = tmp_path / "faulty.py"
     script.write_text(FAULT.replace("{fault}", fault))
-    config = tiny_config(**STOCK, checkpoint={"save_steps": 2})
+    config = tiny_config(**HF, checkpoint={"save_steps": 2})
     ended, said = finish(start(two("train", str(config), script=(str(script),))))
     run = tmp_path / "runs" / "tiny-001"
     assert ended == code

@@ -123,7 +123,7 @@ def test_a_read_that_fails_behind_the_training_is_said_and_made_good_at_the_end(
     tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     """By the thread that saves."""
-    no_state("saver", monkeypatch)
+    no_state("writer", monkeypatch)
     at_step(6, lambda: 1 / 0, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         main(["train", str(tiny_config(training={"max_steps": 7}, checkpoint={"save_steps": 2, "keep_last": 5}))])

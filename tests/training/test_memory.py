@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
-from finetune.estimate.fit import Limits  # noqa: E402
+from finetune.estimate.fit import MicroBatchConfig  # noqa: E402
 from finetune.estimate.memory_hf import MemoryEstimate  # noqa: E402
 from finetune.machine.hardware import GIB  # noqa: E402
 from finetune.training import measurements  # noqa: E402
@@ -35,52 +35,52 @@ AUTO = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": No
 
 
 @pytest.mark.parametrize(
-    ("lengths", "limits", "rows", "questions", "padded", "expected"),
+    ("lengths", "limits", "rows", "batch_size", "padded", "expected"),
     [
-        ([5, 9, 7, 2, 1], Limits(16, 0), None, 8, False, [1, 2]),  # 9 + 7
-        ([5, 9, 7, 2, 1], Limits(15, 0), None, 8, False, [1, 0, 4]),  # 9 + 5 + 1: neither 7 nor 2 has room
-        ([5, 9, 7, 2, 1], Limits(99, 0), None, 3, False, [1, 2, 0]),  # a step has no more questions
-        ([5, 9, 7, 2, 1], Limits(27, 0), None, 8, True, [1, 2, 0]),  # three rows of 9
-        ([5, 9, 7, 2, 1], Limits(99, 0), None, 2, True, [1, 2]),
-        ([5, 9, 7, 2, 1], Limits(4, 0), None, 8, True, [1]),  # the longest has to fit in any case
-        ([5, 9, 7, 2, 1], Limits(4, 0), None, 8, False, [1]),
-        ([5, 9, 7, 2, 1], Limits(1, 0), 3, 8, False, [1, 2, 0]),  # a number in the config: whatever it holds
-        ([5, 9, 7, 2, 1], Limits(1, 0), 9, 4, True, [1, 2, 0, 3]),
+        ([5, 9, 7, 2, 1], MicroBatchConfig(16, 0), None, 8, False, [1, 2]),  # 9 + 7
+        ([5, 9, 7, 2, 1], MicroBatchConfig(15, 0), None, 8, False, [1, 0, 4]),  # 9 + 5 + 1: neither 7 nor 2 has room
+        ([5, 9, 7, 2, 1], MicroBatchConfig(99, 0), None, 3, False, [1, 2, 0]),  # a step has no more questions
+        ([5, 9, 7, 2, 1], MicroBatchConfig(27, 0), None, 8, True, [1, 2, 0]),  # three rows of 9
+        ([5, 9, 7, 2, 1], MicroBatchConfig(99, 0), None, 2, True, [1, 2]),
+        ([5, 9, 7, 2, 1], MicroBatchConfig(4, 0), None, 8, True, [1]),  # the longest has to fit in any case
+        ([5, 9, 7, 2, 1], MicroBatchConfig(4, 0), None, 8, False, [1]),
+        ([5, 9, 7, 2, 1], MicroBatchConfig(1, 0), 3, 8, False, [1, 2, 0]),  # a number in the config: whatever it holds
+        ([5, 9, 7, 2, 1], MicroBatchConfig(1, 0), 9, 4, True, [1, 2, 0, 3]),
     ],
 )
 def test_the_largest_micro_batch_is_of_the_longest_examples(
-    lengths: list[int], limits: Limits, rows: int | None, questions: int, padded: bool, expected: list[int]
+    lengths: list[int], limits: MicroBatchConfig, rows: int | None, batch_size: int, padded: bool, expected: list[int]
 ) -> None:
-    assert worst_micro_batch(lengths, limits, rows, questions=questions, padded=padded) == expected
+    assert worst_micro_batch(lengths, limits, rows, batch_size=batch_size, padded=padded) == expected
 
 
 @pytest.mark.parametrize(
-    "sections", [{"training": AUTO}, {"training": AUTO | {"kernels": "lean"}, "quantization": {"load_in_4bit": False}}]
+    "sections", [{"training": AUTO}, {"training": AUTO | {"kernels": "fused"}, "quantization": {"load_in_4bit": False}}]
 )
 def test_a_rehearsal_leaves_no_trace_in_what_is_learned(
     sections: dict[str, Any], tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(**sections, lora={"lora_dropout": 0.3})
     assert main(["train", str(config)]) == 0
-    rehearsed: list[int] = []
-    rehearse = training_run.rehearse
+    dry_runs: list[int] = []
+    memory_dry_run = training_run.memory_dry_run
 
     def watched(trainer: Any, plan: StepPlan, examples: Any) -> None:
-        run = trainer.stepper.rehearse
+        run = trainer.stepper.memory_dry_run
 
         def noted(worst: Any) -> None:
-            rehearsed.extend(len(example) for example in worst)
+            dry_runs.extend(len(example) for example in worst)
             run(worst)
 
-        trainer.stepper.rehearse = noted
-        rehearse(trainer, plan, examples)
+        trainer.stepper.memory_dry_run = noted
+        memory_dry_run(trainer, plan, examples)
 
-    monkeypatch.setattr(training_run, "rehearse", watched)
-    monkeypatch.setattr(training_run, "rehearses", lambda device: True)
+    monkeypatch.setattr(training_run, "memory_dry_run", watched)
+    monkeypatch.setattr(training_run, "needs_memory_dry_run", lambda device: True)
     assert main(["train", str(config)]) == 0
     one, other = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
-    assert len(rehearsed) == 6
-    assert rehearsed == sorted(rehearsed, reverse=True)
+    assert len(dry_runs) == 6
+    assert dry_runs == sorted(dry_runs, reverse=True)
     assert adapter_of(one) == adapter_of(other)
 
 
@@ -88,28 +88,29 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_learned(
 
 
 def test_the_record_tells_how_a_step_is_computed(tiny_config: ConfigWriter, tmp_path: Path) -> None:
-    config = tiny_config(training=AUTO | {"max_steps": 1, "kernels": "lean"}, quantization={"load_in_4bit": False})
+    config = tiny_config(training=AUTO | {"max_steps": 1, "kernels": "fused"}, quantization={"load_in_4bit": False})
     assert main(["train", str(config)]) == 0
     assert main(["train", str(tiny_config(training={"max_steps": 1, "per_device_train_batch_size": 3}))]) == 0
-    lean, stock = (record_of(tmp_path / "runs" / f"tiny-00{n}") for n in (1, 2))
-    assert lean["step"] == {
-        "path": "lean", "why": "training.kernels", "questions": 6, "ranks": 1, "micro_batch_tokens": 2048, "rows": None,
-        "kept_layers": 2, "cached_layers": 2, "checkpointing": False, "out_of_memory": 0, "bad_steps": 0,
+    fused, hf = (record_of(tmp_path / "runs" / f"tiny-00{n}") for n in (1, 2))
+    assert fused["step"] == {
+        "backend": "fused", "why": "training.kernels", "batch_size": 6, "ranks": 1, "micro_batch_tokens": 2048,
+        "micro_batch_size": None,
+        "uncheckpointed_layers": 2, "dequantized_layers": 2, "checkpointing": False, "out_of_memory": 0, "bad_steps": 0,
     }  # fmt: skip
-    assert {key: stock["step"][key] for key in ("path", "questions", "rows", "kept_layers", "cached_layers")} == {
-        "path": "stock", "questions": 3, "rows": 3, "kept_layers": None, "cached_layers": None,
-    }  # fmt: skip
+    expected = {"backend": "hf", "batch_size": 3, "micro_batch_size": 3}
+    expected |= {"uncheckpointed_layers": None, "dequantized_layers": None}
+    assert {key: hf["step"][key] for key in expected} == expected
     if not torch.cuda.is_available():
-        assert lean["memory"] is stock["memory"] is None
+        assert fused["memory"] is hf["memory"] is None
 
 
 def test_the_record_follows_the_stepper_when_memory_did_not_suffice() -> None:
-    plan = StepPlan("lean", 16, 4, Limits(4096, 32, 8), False, None, "asked")
+    plan = StepPlan("fused", 16, 4, MicroBatchConfig(4096, 32, 8), False, None, "asked")
     stepper: Any = SimpleNamespace(
-        limits=Limits(2048, 32, 8), rows=None, out_of_memory=1, watch=SimpleNamespace(bad_steps=3)
+        limits=MicroBatchConfig(2048, 32, 8), micro_batch_size=None, out_of_memory=1, watch=SimpleNamespace(bad_steps=3)
     )
     found = measurements.describe_step(plan, stepper)
-    assert (found.micro_batch_tokens, found.rows, found.out_of_memory, found.bad_steps) == (
+    assert (found.micro_batch_tokens, found.micro_batch_size, found.out_of_memory, found.bad_steps) == (
         2048,
         None,
         1,
@@ -122,11 +123,11 @@ def test_on_a_gpu_estimate_and_measurement_stand_side_by_side(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10 * GIB)
     needed = MemoryEstimate(0, 0, 0, 0, 0, 0, 0, peak=8 * GIB, reserve=GIB // 2)
-    found = measurements.describe_memory(StepPlan("lean", 16, None, Limits(4096, 32), False, needed, ""))
+    found = measurements.describe_memory(StepPlan("fused", 16, None, MicroBatchConfig(4096, 32), False, needed, ""))
     assert found is not None
     assert list(vars(found).values())[:4] == [8.0, 8.5, 9.0, 10.0]
     assert found.basis and "estimated" in found.basis and "measured" in found.basis
-    unknown = measurements.describe_memory(StepPlan("stock", 16, None, Limits(4096, 0), True, None, ""))
+    unknown = measurements.describe_memory(StepPlan("hf", 16, None, MicroBatchConfig(4096, 0), True, None, ""))
     assert unknown is not None and list(vars(unknown).values())[:4] == [None, None, 9.0, 10.0]
 
 

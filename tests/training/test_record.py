@@ -110,7 +110,7 @@ def test_a_last_save_that_fails_does_not_count(
 def test_a_copy_that_is_committed_after_the_end_still_counts(
     tiny_config: ConfigWriter, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bucket that is slow: the saver's thread is not waited for when a run has failed."""
+    """A bucket that is slow: the writer's thread is not waited for when a run has failed."""
     put, goes_on = CheckpointStore.put, threading.Event()
 
     def late(self: CheckpointStore, source: Path, **labels: Any) -> Path:
@@ -118,7 +118,7 @@ def test_a_copy_that_is_committed_after_the_end_still_counts(
         return put(self, source, **labels)
 
     monkeypatch.setattr(CheckpointStore, "put", late)
-    monkeypatch.setattr("finetune.checkpoint.async_saver.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("finetune.checkpoint.async_writer.CLOSE_SECONDS", 0.1)
     fails_at(4, ["train", str(tiny_config())])
     assert record_of(run)["status"] == "failed"
     check_agrees(run)  # none yet

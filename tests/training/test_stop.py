@@ -236,7 +236,7 @@ KINDS: list[dict[str, Any]] = [
     {"training": {"max_steps": 14, "logging_steps": 5, "eval_steps": 3}, "lora": {"lora_dropout": 0.3}},
     {
         "training": {"max_steps": 8, "per_device_train_batch_size": "auto", "gradient_accumulation_steps": None,
-                     "effective_batch_size": 5, "kernels": "lean"},
+                     "effective_batch_size": 5, "kernels": "fused"},
         "lora": {"lora_dropout": 0.3}, "quantization": {"load_in_4bit": False},
     },
 ]  # fmt: skip

@@ -24,11 +24,11 @@ from finetune.example import IGNORED  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
 from finetune.training import trainer as training_trainer  # noqa: E402
 from finetune.training.arguments import one_gpu_a_process  # noqa: E402
-from finetune.training.step.hf_path import answer_loss  # noqa: E402
+from finetune.training.step.hf_backend import answer_loss  # noqa: E402
 from finetune.training.trl_without_wandb import not_importable  # noqa: E402
 from tests.helpers.errors import raises  # noqa: E402
-from tests.helpers.lean_examples import ON_CPU as CPU  # noqa: E402
-from tests.helpers.lean_examples import losses, trainer_for  # noqa: E402
+from tests.helpers.fused_examples import ON_CPU as CPU  # noqa: E402
+from tests.helpers.fused_examples import losses, trainer_for  # noqa: E402
 
 TEMPLATE = PromptTemplate()
 SET_FROM_OUTSIDE = r"\b(trainer|stepper)(\.\w+)+(, \w+(\.\w+)*)* = "
@@ -101,7 +101,7 @@ def test_examples_that_are_too_long_are_left_out_and_counted_never_cut(
     assert (len(nothing), nothing.too_long) == (0, 24)
 
 
-@pytest.mark.parametrize("kernels", ["lean", "stock"])
+@pytest.mark.parametrize("kernels", ["fused", "hf"])
 def test_an_epoch_of_steps_holds_every_example_whole_and_once(
     kernels: str, tiny_model: Path, tokenizer: Any, examples: Examples
 ) -> None:
@@ -124,7 +124,7 @@ def test_padded_micro_batches_carry_no_loss_on_padding(tiny_model: Path, tokeniz
         lora_model(tiny_model), tokenizer, examples, effective_batch_size=8, per_device_train_batch_size=3
     )
     seen: list[Any] = []
-    path: Any = trainer.stepper.path
+    path: Any = trainer.stepper.backend
     original = path.batch
 
     def noted(rows: Any) -> Any:
@@ -155,8 +155,8 @@ def test_grouping_by_length_is_for_padded_batches(tiny_model: Path, tokenizer: A
         steps = [[len(row) for row in batch["step"].mine] for batch in trainer.get_train_dataloader()]
         return sum(len(step) * max(step) - sum(step) for step in steps)
 
-    assert padding(True, "stock") < 0.75 * padding(False, "stock")
-    assert padding(True, "lean") == padding(False, "lean")
+    assert padding(True, "hf") < 0.75 * padding(False, "hf")
+    assert padding(True, "fused") == padding(False, "fused")
 
 
 # --- the loss
@@ -189,23 +189,23 @@ def random_adapter_model(tiny_model: Path) -> Any:
     return model
 
 
-def test_the_answer_loss_is_the_stock_loss_of_the_same_labels(
+def test_the_answer_loss_is_the_hf_loss_of_the_same_labels(
     random_adapter_model: Any, examples: Examples, tokenizer: Any
 ) -> None:
     model, batch = random_adapter_model, batch_of(examples, [0, 1, 2, 5, 7], tokenizer)
-    stock = model(**batch).loss
-    stock.backward()
+    hf = model(**batch).loss
+    hf.backward()
     expected = gradients(model)
     model.zero_grad()
     ours: Any = answer_loss(model, batch)
     ours.backward()
-    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, hf, rtol=1e-5, atol=0)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
     labelled = int((batch["labels"] != IGNORED).sum())
-    torch.testing.assert_close(answer_loss(model, batch, torch.tensor(2 * labelled)), stock / 2, rtol=1e-5, atol=0)
-    torch.testing.assert_close(answer_loss(model, batch, 2 * labelled), stock / 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(answer_loss(model, batch, torch.tensor(2 * labelled)), hf / 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(answer_loss(model, batch, 2 * labelled), hf / 2, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("items", [None, 100])
@@ -225,7 +225,7 @@ def test_on_a_cpu_only_answers_pass_the_head(tiny_model: Path, examples: Example
     head = trainer.model.get_base_model().get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:-1].numel()))
     batch = batch_of(examples, [0, 1, 2], tokenizer)
-    trainer.stepper.path.loss([examples[i] for i in (0, 1, 2)], 1, trainer.stepper.limits)
+    trainer.stepper.backend.loss([examples[i] for i in (0, 1, 2)], 1, trainer.stepper.limits)
     assert rows == [int((batch["labels"] != IGNORED).sum())]
 
 

@@ -28,7 +28,7 @@ COLUMNS = (
     *("InstanceType", "vCPUs", "MemoryGiB", "AcceleratorName", "AcceleratorCount"),
     *("Region", "AvailabilityZone", "Price", "SpotPrice"),
 )
-MEND = "delete the file, and `sky gpus list --cloud gcp` fetches it anew"
+REMEDY = "delete the file, and `sky gpus list --cloud gcp` fetches it anew"
 
 
 class Row(NamedTuple):
@@ -71,9 +71,9 @@ def read_prices(folder: Path) -> tuple[PriceRows, datetime | None]:
         try:
             _add(rows, values)
         except ValueError as error:
-            raise UserError(f"{place}: {error}; {MEND}", code="catalog.corrupt") from None
+            raise UserError(f"{place}: {error}; {REMEDY}", code="catalog.corrupt") from None
     if not rows.hosts and not rows.gpus:
-        raise UserError(f"{path}: no prices in it; {MEND}", code="catalog.corrupt")
+        raise UserError(f"{path}: no prices in it; {REMEDY}", code="catalog.corrupt")
     return rows, _fetched(folder, content)
 
 
@@ -93,7 +93,7 @@ def _read(path: Path) -> bytes:
         raise
     except OSError as error:
         raise UserError(
-            f"{path}: not readable ({error.strerror}); mend that, or {MEND}", code="file.unreadable"
+            f"{path}: not readable ({error.strerror}); fix that, or {REMEDY}", code="file.unreadable"
         ) from error
 
 
@@ -103,31 +103,31 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, list[str]]]:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: line {content[: error.start].count(10) + 1}: not UTF-8; {MEND}", code="catalog.corrupt"
+            f"{path}: line {content[: error.start].count(10) + 1}: not UTF-8; {REMEDY}", code="catalog.corrupt"
         ) from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         if not text.strip():
-            raise UserError(f"{path}: empty; {MEND}", code="catalog.corrupt")
+            raise UserError(f"{path}: empty; {REMEDY}", code="catalog.corrupt")
         header = next(reader)
         missing = [name for name in COLUMNS if name not in header]
         if missing:
-            raise UserError(f"{path}: line 1: no column {', '.join(missing)}; {MEND}", code="catalog.corrupt")
+            raise UserError(f"{path}: line 1: no column {', '.join(missing)}; {REMEDY}", code="catalog.corrupt")
         if not text.endswith(("\n", "\r")):  # a price may have lost its last digits
             last = len(text.splitlines())
             raise UserError(
-                f"{path}: line {last}: the file is cut off, its last line has no end; {MEND}", code="catalog.corrupt"
+                f"{path}: line {last}: the file is cut off, its last line has no end; {REMEDY}", code="catalog.corrupt"
             )
         wanted = [header.index(name) for name in COLUMNS]
         for row in filter(None, reader):  # None: not an empty line
             if len(row) != len(header):
                 raise UserError(
-                    f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns; {MEND}",
+                    f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns; {REMEDY}",
                     code="catalog.corrupt",
                 )
             yield f"{path}: line {reader.line_num}", [row[index] for index in wanted]
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: {error}; {MEND}", code="catalog.corrupt") from None
+        raise UserError(f"{path}: line {reader.line_num}: {error}; {REMEDY}", code="catalog.corrupt") from None
 
 
 def _add(rows: PriceRows, values: list[str]) -> None:

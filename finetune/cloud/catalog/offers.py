@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from finetune.cloud.catalog.csv_file import (
     ACCELERATORS,
-    MEND,
+    REMEDY,
     VMS,
     PriceRows,
     Row,
@@ -55,7 +55,7 @@ class Offer:
     host_usd: float
     gpu_usd: float
     disk_usd: float
-    doubts: tuple[str, ...] = ()  # why the price should not be trusted: a short clause each, with the numbers
+    anomalies: tuple[str, ...] = ()  # why the price should not be trusted: a short clause each, with the numbers
 
     @property
     def usd_per_hour(self) -> float:
@@ -105,7 +105,7 @@ class Catalog:
         pairs = [_Pair(hosts[place], row) for place, row in gpus.items() if place in hosts]
         found = []
         for kind in (True, False) if spot is None else (spot,):
-            judge = _judge(pairs, kind)
+            check = _price_check(pairs, kind)
             for pair in pairs:
                 host_usd, gpu_usd = pair.host.price(kind), pair.gpu.price(kind)
                 if host_usd is None or gpu_usd is None or not _is_in(pair.gpu, region, zone):
@@ -113,7 +113,7 @@ class Catalog:
                 disk_usd = disk_usd_per_hour(disk_gib, disk_tier, pair.gpu.region, machine)
                 disk_usd += local_ssd_usd_per_hour(machine, pair.gpu.region)
                 place = (pair.gpu.region, pair.gpu.zone)
-                found.append(Offer(name, count, machine, *place, kind, host_usd, gpu_usd, disk_usd, judge(pair)))
+                found.append(Offer(name, count, machine, *place, kind, host_usd, gpu_usd, disk_usd, check(pair)))
         return sorted(found, key=lambda offer: (offer.usd_per_hour, offer.zone))
 
     def machines_for(self, gpu: str, count: int = 1) -> list[str]:
@@ -201,11 +201,11 @@ def refresh_catalog() -> None:
             ) from None
         except ValueError as error:
             raise UserError(
-                f"{skypilot_folder() / name}: SkyPilot could not read it ({error}); {MEND}", code="catalog.corrupt"
+                f"{skypilot_folder() / name}: SkyPilot could not read it ({error}); {REMEDY}", code="catalog.corrupt"
             ) from None
 
 
-def _judge(pairs: Iterable[_Pair], spot: bool) -> Callable[[_Pair], tuple[str, ...]]:
+def _price_check(pairs: Iterable[_Pair], spot: bool) -> Callable[[_Pair], tuple[str, ...]]:
     """What tells why the price of a machine in a zone is not plausible, given all the zones that sell it.
 
     Two tests. Spot above on-demand in the same zone: one of the two is wrong, and nothing says which, so both are doubted.
@@ -221,17 +221,17 @@ def _judge(pairs: Iterable[_Pair], spot: bool) -> Callable[[_Pair], tuple[str, .
     }
     medians = {name: _median(sound, usd_of) for name, usd_of in parts.items()}
 
-    def judge(pair: _Pair) -> tuple[str, ...]:
-        doubts = _contradictions(pair)
+    def check(pair: _Pair) -> tuple[str, ...]:
+        anomalies = _contradictions(pair)
         for name, usd_of in parts.items():
             usd, (middle, regions) = usd_of(pair), medians[name]
             if usd is not None and (usd < IMPLAUSIBLE * middle or usd == 0):
                 share = f"{usd / middle:.0%} of" if middle else "at"
-                doubts.append(f"{name} at ${usd:.4f}/h is {share} the median ${middle:.4f} of {regions} regions")
+                anomalies.append(f"{name} at ${usd:.4f}/h is {share} the median ${middle:.4f} of {regions} regions")
                 break
-        return tuple(doubts)
+        return tuple(anomalies)
 
-    return judge
+    return check
 
 
 def _contradictions(pair: _Pair) -> list[str]:

@@ -22,7 +22,7 @@ NEAREST = 6
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirement:
     """One alternative of a task, as it may be bought.
 
     ceiling: US dollars per hour for all machines of the task, of which there are `nodes`; None for none.
@@ -45,7 +45,7 @@ class Wanted:
 class Candidate:
     """An offer that a task allows. cost is None where the run's work is not known; then the price alone ranks it."""
 
-    wanted: Wanted
+    requirement: Requirement
     offer: Offer
     cost: RunCost | None = None
     refusal: str = ""
@@ -63,7 +63,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CandidateGroup:
     """Candidates that SkyPilot may treat as one: the zones of a region at one price, or a single zone (then zone is set)."""
 
     candidates: tuple[Candidate, ...]
@@ -75,7 +75,12 @@ class Entry:
 
 
 def list_candidates(
-    catalog: Catalog, wanted: Sequence[Wanted], on_gpus: dict[str, OnGpu], plan: PlanSection, *, trust_prices: bool
+    catalog: Catalog,
+    requirements: Sequence[Requirement],
+    on_gpus: dict[str, OnGpu],
+    plan: PlanSection,
+    *,
+    trust_prices: bool,
 ) -> list[Candidate]:
     """Every offer for every alternative, each with what it is refused for, best first.
 
@@ -83,7 +88,7 @@ def list_candidates(
     Raises UserError for a GPU, machine or region that cannot be priced.
     """
     found: dict[tuple[str, str, bool, float], Candidate] = {}
-    for one in wanted:
+    for one in requirements:
         offers = catalog.offers(
             one.gpu, machine=one.machine, count=one.count, spot=one.spot, disk_gib=one.disk_gib, disk_tier=one.disk_tier,
             region=one.region, zone=one.zone,
@@ -98,19 +103,19 @@ def list_candidates(
     return sorted(found.values(), key=lambda candidate: candidate.rank)
 
 
-def _refusal(wanted: Wanted, offer: Offer, on_gpu: OnGpu | None, trust_prices: bool) -> str:
-    if wanted.ceiling is not None and offer.usd_per_hour * wanted.nodes > wanted.ceiling:
-        return f"above max_hourly_cost ${wanted.ceiling:g}" + (
-            f" with {wanted.nodes} nodes" if wanted.nodes > 1 else ""
+def _refusal(requirement: Requirement, offer: Offer, on_gpu: OnGpu | None, trust_prices: bool) -> str:
+    if requirement.ceiling is not None and offer.usd_per_hour * requirement.nodes > requirement.ceiling:
+        return f"above max_hourly_cost ${requirement.ceiling:g}" + (
+            f" with {requirement.nodes} nodes" if requirement.nodes > 1 else ""
         )
-    if offer.doubts and not trust_prices:
-        return f"price not trusted: {'; '.join(offer.doubts)}"
+    if offer.anomalies and not trust_prices:
+        return f"price not trusted: {'; '.join(offer.anomalies)}"
     if on_gpu and not on_gpu.fits:
         return f"does not fit: needs {on_gpu.needed_gib:.1f} GiB of {on_gpu.there_gib or on_gpu.gpu.memory_gib:.1f} (estimated)"
     return ""
 
 
-def entries(candidates: Sequence[Candidate]) -> list[Entry]:
+def groups(candidates: Sequence[Candidate]) -> list[CandidateGroup]:
     """The admitted ones of all candidates in their order, the zones of a region as one entry where that adds no other zone.
 
     Told only a region, SkyPilot tries every zone of it that sells the machine. So a region counts as one entry only when all
@@ -124,18 +129,18 @@ def entries(candidates: Sequence[Candidate]) -> list[Entry]:
     for members in regions.values():
         admitted = [candidate for candidate in members if not candidate.refusal]
         one_price = len({candidate.offer.usd_per_hour for candidate in members}) == 1
-        one_zone = any(candidate.wanted.zone for candidate in members)
+        one_zone = any(candidate.requirement.zone for candidate in members)
         if one_price and len(admitted) == len(members) and not one_zone:
-            found.append(Entry(tuple(members), None))
+            found.append(CandidateGroup(tuple(members), None))
         else:
-            found += [Entry((candidate,), candidate.offer.zone) for candidate in admitted]
+            found += [CandidateGroup((candidate,), candidate.offer.zone) for candidate in admitted]
     return sorted(found, key=lambda entry: entry.best.rank)
 
 
-def shorten(found: Sequence[Entry], limit: int = LIMIT) -> list[Entry]:
-    """At most `limit` entries in their order: first an equal share for every kind of machine, so that a stock-out of one
+def shorten(found: Sequence[CandidateGroup], limit: int = LIMIT) -> list[CandidateGroup]:
+    """At most `limit` groups in their order: first an equal share for every kind of machine, so that a stock-out of one
     kind everywhere still leaves the others, then the best of the rest."""
-    kinds: dict[str, list[Entry]] = defaultdict(list)
+    kinds: dict[str, list[CandidateGroup]] = defaultdict(list)
     for entry in found:
         kinds[entry.best.name].append(entry)
     share = max(1, limit // max(1, len(kinds)))
@@ -176,7 +181,7 @@ def refusal_message(candidates: Sequence[Candidate], source: str) -> str:
 
 def _remedy(candidate: Candidate) -> str:
     if candidate.refusal.startswith("above"):
-        usd = candidate.offer.usd_per_hour * candidate.wanted.nodes
+        usd = candidate.offer.usd_per_hour * candidate.requirement.nodes
         return f"; max_hourly_cost: {_rounded_up(usd):.2f} would admit it"
     if candidate.refusal.startswith("price"):
         return "; if you know better, launch with --env FINETUNE_TRUST_PRICES=1"
@@ -187,8 +192,8 @@ def _rounded_up(usd: float) -> float:
     return -(-round(usd * 1e6) // 10_000) / 100
 
 
-def table(found: Sequence[Entry], shown: int) -> str:
-    """The entries in their order, as aligned plain text: price per hour from the catalog, dollars of the run estimated."""
+def table(found: Sequence[CandidateGroup], shown: int) -> str:
+    """The groups in their order, as aligned plain text: price per hour from the catalog, dollars of the run estimated."""
     rows = [("", "machine", "where", "$/h", "hours", "$ for the run")]
     for place, entry in enumerate(found[:shown], start=1):
         best = entry.best
@@ -203,10 +208,10 @@ def table(found: Sequence[Entry], shown: int) -> str:
     return "\n".join(lines)
 
 
-def price_table(found: Sequence[Entry], basis: str) -> dict[str, object]:
+def price_table(found: Sequence[CandidateGroup], basis: str) -> dict[str, object]:
     """What the job gets, so that it knows its own price (`machine.price.price_in` reads it)."""
-    asked = [entry.best.wanted for entry in found]
-    known = [wanted.ceiling for wanted in asked if wanted.ceiling is not None]
+    asked = [entry.best.requirement for entry in found]
+    known = [requirement.ceiling for requirement in asked if requirement.ceiling is not None]
     return {
         "basis": basis,
         "ceiling_usd_per_hour": max(known) if known else None,
@@ -215,7 +220,7 @@ def price_table(found: Sequence[Entry], basis: str) -> dict[str, object]:
                 "gpu": candidate.offer.gpu,
                 "zone": candidate.offer.zone,
                 "spot": candidate.offer.spot,
-                "usd_per_hour": round(candidate.offer.usd_per_hour * candidate.wanted.nodes, 5),
+                "usd_per_hour": round(candidate.offer.usd_per_hour * candidate.requirement.nodes, 5),
             }
             for entry in found
             for candidate in entry.candidates

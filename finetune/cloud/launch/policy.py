@@ -23,13 +23,13 @@ from finetune.cloud.catalog.offers import Catalog
 from finetune.cloud.catalog.refresh import catalog_for_launch
 from finetune.cloud.launch import candidates
 from finetune.cloud.launch.bucket import fill_bucket
-from finetune.cloud.launch.candidates import Candidate, Entry
+from finetune.cloud.launch.candidates import Candidate, CandidateGroup
 from finetune.cloud.launch.sky_resources import (
     AUTOSTOP,
     ask_for_cluster,
     asks_for_gpu_on_gcp,
     check_priceable,
-    nailed,
+    pinned,
     stops_by_itself,
     wanted_machines,
 )
@@ -87,7 +87,7 @@ def _check_scripts(task: sky.Task) -> None:
     if bad := with_carriage_returns(sorted(scripts)):
         names = [path.relative_to(workdir) for path in bad]
         raise UserError(
-            f"{', '.join(map(str, names))}: with Windows line ends (CR LF), over which bash fails on the machine; mend them in "
+            f"{', '.join(map(str, names))}: with Windows line ends (CR LF), over which bash fails on the machine; fix them in "
             f"{workdir} by {mend_line_ends(names)}",
             code="launch.windows_line_ends",
         )
@@ -102,16 +102,16 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     exists = ask_for_cluster(request)
     budget = _run_budget(task, say)
     catalog = catalog_for_launch(say)
-    wanted = wanted_machines(task, catalog)
-    on_gpus, plan = _run(task, {one.gpu for one in wanted}, say)
+    requirements = wanted_machines(task, catalog)
+    on_gpus, plan = _run(task, {one.gpu for one in requirements}, say)
     trusts = task.envs.get(TRUST) == "1"
-    found = candidates.list_candidates(catalog, wanted, on_gpus, plan, trust_prices=trusts)
+    found = candidates.list_candidates(catalog, requirements, on_gpus, plan, trust_prices=trusts)
     if VARIABLE in task.envs:  # the client has applied us already; the server, elsewhere, only checks again
-        found = [replace(candidate, given=candidate.wanted.place) for candidate in found]
-    entries = candidates.shorten(candidates.entries(found))
+        found = [replace(candidate, given=candidate.requirement.place) for candidate in found]
+    groups = candidates.shorten(candidates.groups(found))
     runs_where_it_is = name == "exec"  # on a machine that is there: nothing to choose, and nothing to refuse
-    if entries:
-        table = candidates.price_table(entries, catalog.source)
+    if groups:
+        table = candidates.price_table(groups, catalog.source)
         task.update_envs({VARIABLE: json.dumps(table, separators=(",", ":"))})
     elif not runs_where_it_is:
         raise UserError(candidates.refusal_message(found, catalog.source), code="launch.all_refused")
@@ -120,8 +120,8 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     managed = request.request_options is None or name.startswith("jobs.")
     if not managed and not all(stops_by_itself(resources) for resources in task.resources):
         say("finetune: no autostop: the machine goes down after {idle_minutes} idle minutes".format(**AUTOSTOP))
-    task.set_resources(nailed(task, entries, catalog, managed, by_size=not exists))
-    _report(entries, found, catalog, budget, say)
+    task.set_resources(pinned(task, groups, catalog, managed, by_size=not exists))
+    _report(groups, found, catalog, budget, say)
     if managed:
         _warn_of_controller(request, catalog, say)
 
@@ -165,19 +165,19 @@ def _run(task: sky.Task, names: set[str], say: Any) -> tuple[dict[str, OnGpu], P
         return {}, config.plan
 
 
-def _report(entries: list[Entry], found: list[Candidate], catalog: Catalog, budget: float, say: Any) -> None:
-    zones = sum(len(entry.candidates) for entry in entries)
+def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catalog, budget: float, say: Any) -> None:
+    zones = sum(len(entry.candidates) for entry in groups)
     admitted = sum(not candidate.refusal for candidate in found)
     say(
         f"finetune: of {len(found)} offers (GPU, zone, spot or on-demand) {admitted} are allowed; SkyPilot tries {zones}:"
     )
-    say(candidates.table(entries, SHOWN))
+    say(candidates.table(groups, SHOWN))
     say(f"finetune: $/h: whole machine, {catalog.source}; hours and dollars of the run: estimated")
     dropped = Counter(f"{c.name}, {c.refusal.split(':')[0]}" for c in found if c.refusal)
     for reason, count in dropped.items():
         say(f"finetune: not allowed: {count} zone{'s' * (count > 1)} of {reason}")
-    best = entries[0].best
-    if any(entry.best.wanted.ceiling is None for entry in entries):
+    best = groups[0].best
+    if any(entry.best.requirement.ceiling is None for entry in groups):
         say("finetune: WARNING: no max_hourly_cost in resources: no machine is too dear for this launch")
     if best.cost and best.cost.usd > budget:
         say(

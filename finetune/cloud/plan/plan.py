@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.plan.workload import RunSize, run_size
-from finetune.config.load import questions_per_step
+from finetune.config.load import examples_per_step
 from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
-from finetune.estimate.fit import Fitted, Limits, fit_on, usual_step_tokens
+from finetune.estimate.fit import Fitted, MicroBatchConfig, fit_on, usual_step_tokens
 from finetune.estimate.speed import Speed, training_speed
-from finetune.estimate.speed_fused import LeanStep, lean_speed
+from finetune.estimate.speed_fused import FusedStep, fused_speed
 from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES, ModelShape, shape_of
@@ -35,8 +35,8 @@ times before it once got through."""
 class OnGpu:
     """A run on one kind of GPU, whatever the machine costs. Memory in GiB, hours of training and validation alone.
 
-    limits: how the lean way computes a step there; None on the stock way. there_gib: what the run may use of the GPU's memory,
-    None for all of it.
+    limits: how the fused backend computes a step there; None on the Hugging Face backend. there_gib: what the run may use of the
+    GPU's memory, None for all of it.
     """
 
     gpu: GpuSpec
@@ -46,7 +46,7 @@ class OnGpu:
     work_hours: float
     save_hours: float  # between two checkpoints
     save_key: str = "checkpoint.every_minutes"  # of the config, which decides that
-    limits: Limits | None = None
+    limits: MicroBatchConfig | None = None
     there_gib: float | None = None
 
 
@@ -128,8 +128,8 @@ def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec) -> OnGpu:
             f"known: {', '.join(SHAPES)}, and every local folder with a config.json",
             code="model.unknown_shape",
         )
-    questions = questions_per_step(config.training)
-    fitted = fit_on(config, shape, gpu, usual_step=usual_step_tokens(questions, size.mean_tokens))
+    batch_size = examples_per_step(config.training)
+    fitted = fit_on(config, shape, gpu, usual_step=usual_step_tokens(batch_size, size.mean_tokens))
     speed = _speed(config, size, gpu, shape, fitted)
     seconds = (size.tokens + size.validation_tokens * VALIDATION_COST) / speed.tokens_per_second
     work_hours = seconds / 3600
@@ -165,21 +165,25 @@ def save_interval(section: CheckpointSection, work_hours: float, steps: int) -> 
 
 def _speed(config: RunConfig, size: RunSize, gpu: GpuSpec, shape: ModelShape, fitted: Fitted) -> Speed:
     if fitted.limits is None:
-        assert fitted.rows is not None
+        assert fitted.micro_batch_size is not None
         return training_speed(
-            gpu, shape, rows=fitted.rows, mean_tokens=size.mean_tokens, checkpointing=fitted.checkpointing
+            gpu,
+            shape,
+            micro_batch_size=fitted.micro_batch_size,
+            mean_tokens=size.mean_tokens,
+            checkpointing=fitted.checkpointing,
         )
-    step = LeanStep(
-        questions=questions_per_step(config.training),
+    step = FusedStep(
+        batch_size=examples_per_step(config.training),
         mean_tokens=size.mean_tokens,
         tokens=fitted.limits.tokens,
-        kept_layers=fitted.limits.kept_layers,
-        cached_layers=fitted.limits.cached_layers,
-        rows=fitted.rows,
+        uncheckpointed_layers=fitted.limits.uncheckpointed_layers,
+        dequantized_layers=fitted.limits.dequantized_layers,
+        micro_batch_size=fitted.micro_batch_size,
         dropout=config.lora.lora_dropout > 0,
         four_bit=config.quantization.load_in_4bit,
     )
-    return lean_speed(gpu, shape, step)
+    return fused_speed(gpu, shape, step)
 
 
 def run_cost(on_gpu: OnGpu, usd_per_hour: float, spot: bool, assumptions: PlanSection) -> RunCost:
@@ -211,8 +215,8 @@ def _row(
     if spot and rate * on_gpu.save_hours > MOST_PREEMPTIONS:
         stretch = f"{on_gpu.save_hours:.1f} h from one checkpoint to the next"
         refusals.append(f"{stretch} at {rate:g} preemptions an hour: set a lower {on_gpu.save_key}")
-    if offer.doubts and not trust_prices:
-        refusals.append(f"price not trusted: {'; '.join(offer.doubts)}")
+    if offer.anomalies and not trust_prices:
+        refusals.append(f"price not trusted: {'; '.join(offer.anomalies)}")
     return Row(on_gpu, spot, offer, cost, tuple(refusals))
 
 
@@ -250,7 +254,7 @@ def _cents(usd: float) -> str:
 
 def _best(offers: list[Offer], trust_prices: bool) -> Offer | None:
     """The cheapest whose price is to be believed; where there is none, the cheapest, so that the row can say why not."""
-    believed = [offer for offer in offers if trust_prices or not offer.doubts]
+    believed = [offer for offer in offers if trust_prices or not offer.anomalies]
     return min(believed or offers, key=lambda offer: (offer.usd_per_hour, offer.zone), default=None)
 
 
@@ -260,7 +264,7 @@ def regions_in_question(catalog: Catalog, assumptions: PlanSection) -> list[str]
         offer
         for name in assumptions.gpus
         for offer in catalog.offers(name, machine=GPUS[name].machine, disk_gib=assumptions.disk_gib)
-        if not offer.doubts
+        if not offer.anomalies
     ]
     return list(dict.fromkeys(offer.region for offer in sorted(found, key=lambda offer: offer.usd_per_hour)))
 

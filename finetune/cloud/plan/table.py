@@ -16,7 +16,7 @@ ALIGN = "llllrrrrrrl"
 def render(plan: Plan, origin: str) -> str:
     """The table with what it rests on; origin is the config file as the user named it."""
     lines = [
-        f"{origin}: {plan.size.records:,} questions x {plan.size.mean_tokens:.0f} tokens, {plan.size.steps:,} optimizer "
+        f"{origin}: {plan.size.records:,} examples x {plan.size.mean_tokens:.0f} tokens, {plan.size.steps:,} optimizer "
         f"steps, {plan.size.tokens / 1e6:.2f} M training tokens",
         f"tokens: {plan.size.basis}",
         f"prices: {plan.catalog.source}; host + GPU + {plan.assumptions.disk_gib} GiB disk "
@@ -50,22 +50,22 @@ def _cells(place: int, row: Row) -> tuple[str, ...]:
 def _verdict(row: Row) -> str:
     if row.refusals:
         return "; ".join(row.refusals)
-    doubts = row.offer.doubts if row.offer else ()
-    return f"ok, though the price looks wrong: {'; '.join(doubts)}" if doubts else "ok"
+    anomalies = row.offer.anomalies if row.offer else ()
+    return f"ok, though the price looks wrong: {'; '.join(anomalies)}" if anomalies else "ok"
 
 
 def _step(on_gpu: OnGpu) -> str:
     """How the run computes a step there."""
     limits = on_gpu.limits
     if limits is None:
-        return "stock layers, padded micro-batches"
-    kept = f"{limits.kept_layers} layers keep their activations"
-    return f"micro-batches of up to {limits.tokens:,} tokens; {kept}, {limits.cached_layers} their unpacked weights"
+        return "Hugging Face layers, padded micro-batches"
+    kept = f"{limits.uncheckpointed_layers} layers not recomputed"
+    return f"micro-batches of up to {limits.tokens:,} tokens; {kept}, {limits.dequantized_layers} dequantized"
 
 
 def _passed_over(row: Row, offer: Offer) -> str:
     name = f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}"
-    return f"  {name} in {offer.zone} at ${offer.usd_per_hour:.3f}/h: {'; '.join(offer.doubts)}"
+    return f"  {name} in {offer.zone} at ${offer.usd_per_hour:.3f}/h: {'; '.join(offer.anomalies)}"
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -129,10 +129,10 @@ def _row_json(row: Row) -> dict[str, Any]:
         "zone": offer.zone if offer else None,
         "usd_per_hour": round(offer.usd_per_hour, 5) if offer else None,
         "usd_per_hour_parts": _parts(offer) if offer else None,
-        "doubts": list(offer.doubts) if offer else [],
+        "price_anomalies": list(offer.anomalies) if offer else [],
         "passed_over": _passed_over(row, row.passed_over).strip() if row.passed_over else None,
         "memory_gib": {"needed": round(on_gpu.needed_gib, 2), "there": on_gpu.gpu.memory_gib, "fits": on_gpu.fits},
-        "step": {"layers": "lean", **vars(on_gpu.limits)} if on_gpu.limits else {"layers": "stock"},
+        "step": {"layers": "fused", **vars(on_gpu.limits)} if on_gpu.limits else {"layers": "hf"},
         "tokens_per_second": round(on_gpu.speed.tokens_per_second, 1),
         "tokens_per_second_basis": on_gpu.speed.basis,
         "tokens_per_second_source": on_gpu.speed.source,

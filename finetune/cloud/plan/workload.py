@@ -1,4 +1,4 @@
-"""How much work a run is: training questions and their tokens, counted where somebody has counted, else assumed aloud."""
+"""How much work a run is: its training examples and their tokens, counted where the data are prepared, else assumed and said."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config.load import questions_per_step
+from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig, SourceSection
 from finetune.errors import NotEstimated, UserError
 from finetune.prepared_folder import MANIFEST
@@ -15,7 +15,7 @@ from finetune.prepared_folder import MANIFEST
 
 @dataclass(frozen=True)
 class RunSize:
-    """records: training questions of one epoch; mean_tokens: prompt and answer of one; steps: optimizer steps of the run.
+    """records: training examples of one epoch; mean_tokens: prompt and answer of one; steps: optimizer steps of the run.
 
     validation_tokens: of all validation passes of the run together. basis: where the figures come from, for people.
     """
@@ -31,7 +31,7 @@ class RunSize:
 def run_size(config: RunConfig) -> RunSize:
     """The size of a run, from the prepared data's manifest.json, else from local sources or plan.records.
 
-    Raises UserError when not even the number of questions is known, or the manifest is broken.
+    Raises UserError when not even the number of examples is known, or the manifest is broken.
     """
     folder = Path(config.data.output_dir)
     manifest = folder / MANIFEST
@@ -42,7 +42,7 @@ def run_size(config: RunConfig) -> RunSize:
         mean = config.plan.mean_tokens
         basis = f"{basis}, {mean:.0f} tokens each (plan.mean_tokens); not counted, because {folder} is not prepared"
     training = config.training
-    per_epoch = -(-records // questions_per_step(training))
+    per_epoch = -(-records // examples_per_step(training))
     steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
     tokens = records * mean * steps / per_epoch
     passes = -(-steps // training.eval_steps) if training.eval_steps else 0  # the trainer adds one at the end
@@ -50,7 +50,7 @@ def run_size(config: RunConfig) -> RunSize:
 
 
 def _counted(manifest: Path, assumed_tokens: float) -> tuple[int, float, int, str]:
-    """Training questions, mean tokens, validation questions, and how they are known, from a prepared folder."""
+    """Training examples, mean tokens, validation examples, and how they are known, from a prepared folder."""
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         counts, tokens = content["counts"], content["tokens"]
@@ -58,14 +58,14 @@ def _counted(manifest: Path, assumed_tokens: float) -> tuple[int, float, int, st
         train = tokens["train"] if tokens else None
         total = train["total"] if train else None
         if records < 1 or validation < 0:
-            raise ValueError("no training questions")
+            raise ValueError("no training examples")
         if total is None:
             basis = (
-                f"{records:,} questions of {manifest}, {assumed_tokens:.0f} tokens each (plan.mean_tokens; not counted)"
+                f"{records:,} examples of {manifest}, {assumed_tokens:.0f} tokens each (plan.mean_tokens; not counted)"
             )
             return records, assumed_tokens, validation, basis
         if int(total) < records:
-            raise ValueError(f"{total} tokens in {records} questions")
+            raise ValueError(f"{total} tokens in {records} examples")
         return records, int(total) / records, validation, f"counted in {manifest}"
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
@@ -75,7 +75,7 @@ def _counted(manifest: Path, assumed_tokens: float) -> tuple[int, float, int, st
 
 
 def _assumed_records(config: RunConfig) -> tuple[int, int, str]:
-    """Training and validation questions after the splits, and where their number comes from."""
+    """Training and validation examples after the splits, and where their number comes from."""
     data = config.data
     train_share = 1 - data.val_fraction - data.test_fraction
     found = {"auto": 0, "train": 0}
@@ -95,12 +95,12 @@ def _assumed_records(config: RunConfig) -> tuple[int, int, str]:
     else:
         raise NotEstimated(
             f"{data.output_dir}: the data are not prepared and their size is not known here; run `finetune data prepare "
-            f"CONFIG`, or set plan.records to the number of training questions",
+            f"CONFIG`, or set plan.records to the number of training examples",
             code="data.unknown_size",
         )
     if data.max_train_records is not None and data.max_train_records < kept:
         kept, basis = data.max_train_records, f"data.max_train_records, of {kept:,}: {basis}"
-    return kept, validation, f"{kept:,} training questions ({basis})"
+    return kept, validation, f"{kept:,} training examples ({basis})"
 
 
 def _source_records(source: SourceSection) -> int | None:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Way = Literal["flash", "efficient", "loop"]
+Backend = Literal["flash", "efficient", "loop"]
 CAUSAL = 1
 """custom_mask_type of the memory-efficient kernel: position i sees positions up to i of its own sequence."""
 
@@ -46,22 +46,22 @@ class Attended:
     rest: tuple[Tensor, ...]
 
 
-def way_for(device: torch.device, dtype: torch.dtype) -> Way:
+def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
     """The fastest way that this device has for this dtype. FlashAttention-2 needs Ampere; neither kernel takes float32 well."""
     if device.type != "cuda" or dtype == torch.float32:
         return "loop"
     return "flash" if torch.cuda.get_device_capability(device) >= (8, 0) else "efficient"
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, way: Way) -> Attended:
+def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: Backend) -> Attended:
     """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), any row stride; scores scaled by head_dim ** -0.5."""
     bounds, longest, scale = segments.bounds, segments.longest, q.shape[-1] ** -0.5
-    if way == "flash":
+    if backend == "flash":
         out, lse, seed, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
         )
         return Attended(out, (lse, seed, unused))
-    if way == "efficient":
+    if backend == "efficient":
         keys, values = (_repeated(x, q.shape[1])[None] for x in (k, v))
         out, lse, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
             q[None], keys, values, None, bounds, bounds, longest, longest, 0.0, CAUSAL, True, scale=scale
@@ -74,17 +74,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, way: Way) -> At
 
 
 def backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, segments: Segments, way: Way
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, segments: Segments, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their shapes; d_out like attended.out."""
     bounds, longest, scale = segments.bounds, segments.longest, q.shape[-1] ** -0.5
-    if way == "flash":
+    if backend == "flash":
         lse, seed, unused = attended.rest
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             d_out, q, k, v, attended.out, lse, bounds, bounds, longest, longest, 0.0, True, seed, unused, scale=scale
         )
         return dq, dk, dv
-    if way == "efficient":
+    if backend == "efficient":
         lse, seed, offset = attended.rest
         keys, values = (_repeated(x, q.shape[1])[None] for x in (k, v))
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(

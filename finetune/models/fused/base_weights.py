@@ -1,4 +1,4 @@
-"""The frozen weights and biases of a model's projections as the layers take them: joined, and unpacked from their 4 bits."""
+"""The frozen weights and biases of a model's projections as the layers take them: joined, and dequantized from their 4 bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """One buffer in which 4-bit weights are unpacked, the next over the last: a stream runs its kernels in order."""
+    """One buffer in which 4-bit weights are dequantized, the next over the last: a stream runs its kernels in order."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -25,7 +25,7 @@ class Scratch:
 class Weights:
     """The frozen weights of projections with one input under each other, (sum of outputs, inputs) in dtype.
 
-    Packed ones are unpacked at every use, into the scratch buffer, or once if `cached`.
+    Packed ones are dequantized at every use, into the scratch buffer, or once if `cached`.
     """
 
     def __init__(self, bases: Sequence[Any], dtype: torch.dtype, scratch: Scratch, *, cached: bool) -> None:
@@ -37,12 +37,12 @@ class Weights:
             self._whole = _joined(bases, dtype)
         elif cached:
             shape = sum(self._outputs), self._inputs
-            self._whole = self._unpacked(torch.empty(shape, dtype=dtype, device=scratch.device))
+            self._whole = self._dequantized(torch.empty(shape, dtype=dtype, device=scratch.device))
 
     def __call__(self) -> Tensor:
         if self._whole is not None:
             return self._whole
-        return self._unpacked(self._scratch.matrix(sum(self._outputs), self._inputs))
+        return self._dequantized(self._scratch.matrix(sum(self._outputs), self._inputs))
 
     def forget(self) -> bool:
         """Give the memory of cached weights back; returns whether there were any."""
@@ -51,7 +51,7 @@ class Weights:
             self._whole = None
         return cached
 
-    def _unpacked(self, whole: Tensor) -> Tensor:
+    def _dequantized(self, whole: Tensor) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         for base, part in zip(self._bases, torch.split(whole, self._outputs), strict=True):

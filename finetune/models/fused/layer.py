@@ -1,8 +1,8 @@
 """One decoder layer of the Llama family with LoRA as a single autograd function: forward and backward written out.
 
 Why by hand: PEFT, transformers and autograd together launch some 380 kernels a layer and keep 142 KB a token of Mistral-7B.
-Here it is about 100 launches and 92 KB, or 8 KB where the layer is computed again in the backward pass (gradient
-checkpointing). Nothing is approximated; tests/models/fused/test_layer.py holds every gradient against the stock path.
+Here it is about 100 launches and 92 KB, or 8 KB where the layer is recomputed in the backward pass (gradient
+checkpointing). Nothing is approximated; tests/models/fused/test_layer.py holds every gradient against the Hugging Face backend.
 
 With y = x W' + s drop(x) A' B' for a projection (W frozen, A and B trained, s = alpha / r, ' transposes, drop is LoRA's dropout):
 
@@ -39,7 +39,7 @@ class Batch:
     cos: Tensor
     sin: Tensor
     ops: ModuleType
-    way: attention.Way
+    backend: attention.Backend
     dropout: float
     seed: int
 
@@ -133,9 +133,9 @@ class Group:
 
 
 @dataclass
-class Kept:
+class Saved:
     """What the forward pass of a layer leaves for its backward pass; (tokens, width) each. down_inner is None where the layer
-    was computed again."""
+    was recomputed."""
 
     qkv: Tensor
     qkv_inner: Tensor | None
@@ -176,71 +176,71 @@ class Layer:
         return [parameter for group in self.groups for parameter in group.parameters]
 
     def __call__(self, x: Tensor, batch: Batch, *, keep: bool) -> Tensor:
-        """x and result: (tokens, hidden), the residual stream. keep: False computes the layer again in the backward pass."""
+        """x and result: (tokens, hidden), the residual stream. keep: False recomputes the layer in the backward pass."""
         result: Tensor = _LayerFunction.apply(x, self, batch, keep, *self.parameters)  # type: ignore[no-untyped-call]
         return result
 
-    def forward(self, x: Tensor, batch: Batch) -> tuple[Tensor, Kept]:
-        kept = self.inside(x, batch)
-        y, kept.down_inner = self.down.forward(
-            batch.ops.swiglu(kept.gate_up), batch, self._seed(batch, 3), add_to=kept.middle
+    def forward(self, x: Tensor, batch: Batch) -> tuple[Tensor, Saved]:
+        saved = self.inside(x, batch)
+        y, saved.down_inner = self.down.forward(
+            batch.ops.swiglu(saved.gate_up), batch, self._seed(batch, 3), add_to=saved.middle
         )
-        return y, kept
+        return y, saved
 
-    def inside(self, x: Tensor, batch: Batch) -> Kept:
+    def inside(self, x: Tensor, batch: Batch) -> Saved:
         """Everything but the last projection, which no gradient needs."""
         ops = batch.ops
         qkv, qkv_inner = self.qkv.forward(ops.rms_norm(x, self.input_norm, self.eps), batch, self._seed(batch, 0))
         ops.rope_(qkv, batch.cos, batch.sin, self.heads + self.kv_heads, self.head_dim)
-        attended = attention.forward(*self._split(qkv), batch.segments, batch.way)
+        attended = attention.forward(*self._split(qkv), batch.segments, batch.backend)
         middle, o_inner = self.o.forward(
             self._wanted(attended.out.flatten(1), batch), batch, self._seed(batch, 1), add_to=self._wanted(x, batch)
         )
         gate_up, gate_up_inner = self.gate_up.forward(
             ops.rms_norm(middle, self.middle_norm, self.eps), batch, self._seed(batch, 2)
         )
-        return Kept(qkv, qkv_inner, attended, o_inner, middle, gate_up, gate_up_inner, None)
+        return Saved(qkv, qkv_inner, attended, o_inner, middle, gate_up, gate_up_inner, None)
 
     def backward(
-        self, dy: Tensor, x: Tensor, kept: Kept, batch: Batch, *, need_dx: bool
+        self, dy: Tensor, x: Tensor, saved: Saved, batch: Batch, *, need_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """(dx, gradients in the order of `parameters`). Uses up `kept`."""
-        d_middle, mlp = self._mlp_backward(dy, kept, batch)
-        dx, attention_block = self._attention_backward(d_middle, x, kept, batch, need_dx=need_dx)
+        d_middle, mlp = self._mlp_backward(dy, saved, batch)
+        dx, attention_block = self._attention_backward(d_middle, x, saved, batch, need_dx=need_dx)
         return dx, attention_block + mlp
 
-    def _mlp_backward(self, dy: Tensor, kept: Kept, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        ops, seed, gate_up = batch.ops, self._seed(batch, 3), kept.gate_up
+    def _mlp_backward(self, dy: Tensor, saved: Saved, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        ops, seed, gate_up = batch.ops, self._seed(batch, 3), saved.gate_up
         assert gate_up is not None
         hidden, g = self.down.input_gradient(dy, batch, seed)
         ops.swiglu_backward_(gate_up, hidden)  # now gate_up is its gradient, and hidden no gradient but SwiGLU's result
         assert hidden is not None
-        inner = kept.down_inner
+        inner = saved.down_inner
         if inner is None and g is not None:
             inner = self.down.inner(hidden, batch, seed)
         down = self.down.adapter_gradients(dy, g, hidden, inner, batch, seed)
         del hidden
-        normed = ops.rms_norm(kept.middle, self.middle_norm, self.eps)
-        d_normed, above = self.gate_up.backward(gate_up, normed, kept.gate_up_inner, batch, self._seed(batch, 2))
-        kept.gate_up = None  # more than half of what the layer keeps
-        return ops.rms_norm_backward(d_normed, kept.middle, self.middle_norm, self.eps, dy), above + down
+        normed = ops.rms_norm(saved.middle, self.middle_norm, self.eps)
+        d_normed, above = self.gate_up.backward(gate_up, normed, saved.gate_up_inner, batch, self._seed(batch, 2))
+        saved.gate_up = None  # more than half of what the layer keeps
+        return ops.rms_norm_backward(d_normed, saved.middle, self.middle_norm, self.eps, dy), above + down
 
     def _attention_backward(
-        self, d_middle: Tensor, x: Tensor, kept: Kept, batch: Batch, *, need_dx: bool
+        self, d_middle: Tensor, x: Tensor, saved: Saved, batch: Batch, *, need_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        ops, attended = batch.ops, kept.attended
+        ops, attended = batch.ops, saved.attended
         out = self._wanted(attended.out.flatten(1), batch)
-        d_out, o = self.o.backward(d_middle, out, kept.o_inner, batch, self._seed(batch, 1))
+        d_out, o = self.o.backward(d_middle, out, saved.o_inner, batch, self._seed(batch, 1))
         assert d_out is not None
         if self.last:
             d_out, d_middle = (_spread(part, batch.rows, x.shape[0]) for part in (d_out, d_middle))
         parts = attention.backward(
-            d_out.view_as(attended.out), *self._split(kept.qkv), attended, batch.segments, batch.way
+            d_out.view_as(attended.out), *self._split(saved.qkv), attended, batch.segments, batch.backend
         )
         d_qkv = torch.cat([part.flatten(1) for part in parts], dim=1)
         ops.rope_(d_qkv, batch.cos, batch.sin, self.heads + self.kv_heads, self.head_dim, inverse=True)
         normed = ops.rms_norm(x, self.input_norm, self.eps)
-        d_normed, qkv = self.qkv.backward(d_qkv, normed, kept.qkv_inner, batch, self._seed(batch, 0), need_dx=need_dx)
+        d_normed, qkv = self.qkv.backward(d_qkv, normed, saved.qkv_inner, batch, self._seed(batch, 0), need_dx=need_dx)
         if d_normed is None:
             return None, qkv + o
         return ops.rms_norm_backward(d_normed, x, self.input_norm, self.eps, d_middle), qkv + o
@@ -265,15 +265,15 @@ def _spread(part: Tensor, rows: Tensor, tokens: int) -> Tensor:
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, batch: Batch, keep: bool, *parameters: Tensor) -> Tensor:
-        y, kept = layer.forward(x, batch)
+        y, saved = layer.forward(x, batch)
         ctx.save_for_backward(x)
-        ctx.layer, ctx.batch, ctx.kept = layer, batch, kept if keep else None
+        ctx.layer, ctx.batch, ctx.saved = layer, batch, saved if keep else None
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (x,), (dy,) = ctx.saved_tensors, gradients
-        kept = ctx.kept or ctx.layer.inside(x, ctx.batch)
-        ctx.kept = None
-        dx, of_parameters = ctx.layer.backward(dy.contiguous(), x, kept, ctx.batch, need_dx=ctx.needs_input_grad[0])
+        saved = ctx.saved or ctx.layer.inside(x, ctx.batch)
+        ctx.saved = None
+        dx, of_parameters = ctx.layer.backward(dy.contiguous(), x, saved, ctx.batch, need_dx=ctx.needs_input_grad[0])
         return dx, None, None, None, *of_parameters

@@ -1,4 +1,4 @@
-"""The lean way through a PEFT model: from packed questions to the loss on their answers, over
+"""The fused backend: a PEFT model's layers, from packed examples to the loss on their answers, over
 finetune/models/fused/layer.py's layers.
 
 The model stays transformers' and PEFT's: parameters, names and saved adapters are theirs. This only reads them.
@@ -31,7 +31,7 @@ PLAIN_LORA = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.lora_[AB]\.default\.we
 
 @dataclass(frozen=True)
 class Packed:
-    """Questions with their answers one behind the other. ids, positions (tokens,); rows: which tokens predict a labelled one
+    """Examples, prompt and answer, one behind the other. ids, positions (tokens,); rows: which tokens predict a labelled one
     (labelled,); targets: those labels (labelled,). All int64 on one device."""
 
     ids: Tensor
@@ -55,7 +55,7 @@ def pack(ids: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], device:
 
 
 def why_not(model: PeftModel, longest: int) -> str | None:
-    """Why this model cannot go the lean way, in a few words; None if it can. longest: tokens of the longest example."""
+    """Why the fused backend cannot run this model, in a few words; None if it can. longest: tokens of the longest example."""
     base = model.get_base_model()
     name, config = type(base).__name__, base.config
     known = [family.causal_lm for family in FAMILIES.values()]
@@ -81,28 +81,28 @@ def why_not(model: PeftModel, longest: int) -> str | None:
     return None
 
 
-class LeanModel:
-    """A PEFT model's weights as the lean layers need them. dtype: of the computation.
+class FusedModel:
+    """A PEFT model's weights as the fused layers need them. dtype: of the computation.
 
-    cached_layers: so many layers keep their 4-bit weights unpacked beside the packed ones; the others unpack them at every use
-    into one scratch buffer.
+    dequantized_layers: so many layers keep their 4-bit weights dequantized beside the packed ones; the others dequantize them at
+    every use into one scratch buffer.
     """
 
     def __init__(
-        self, model: PeftModel, dtype: torch.dtype, *, cached_layers: int = 0, ops: ModuleType | None = None,
-        way: attention.Way | None = None,
+        self, model: PeftModel, dtype: torch.dtype, *, dequantized_layers: int = 0, ops: ModuleType | None = None,
+        backend: attention.Backend | None = None,
     ) -> None:  # fmt: skip
         self.model, self.dtype = model, dtype
         self.base: Any = model.get_base_model()
         self.decoder: Any = self.base.get_decoder()
         self.device = next(model.parameters()).device
         self.ops = ops or ops_for(self.device)
-        self.way = way or attention.way_for(self.device, dtype)
+        self.backend = backend or attention.backend_for(self.device, dtype)
         self.dropout = max((float(p) for p in _dropouts(model)), default=0.0)
         self._head = self.base.get_output_embeddings().weight.detach().to(dtype)
         self._scratch = Scratch(dtype, self.device)
         self.layers = [
-            _layer(number, layer, self.base.config, dtype, self._scratch, cached=number < cached_layers)
+            _layer(number, layer, self.base.config, dtype, self._scratch, cached=number < dequantized_layers)
             for number, layer in enumerate(self.decoder.layers)
         ]
         self.refresh()
@@ -113,35 +113,35 @@ class LeanModel:
         with torch.no_grad():
             torch._foreach_copy_([to for pair in pairs for to in pair[0]], [p for pair in pairs for p in pair[1]])
 
-    def forget_cached(self) -> bool:
-        """Give back the memory of all unpacked weights; returns whether there were any."""
+    def forget_dequantized(self) -> bool:
+        """Give back the memory of all dequantized weights; returns whether there were any."""
         forgotten = [group.weight.forget() for layer in self.layers for group in layer.groups]
         return any(forgotten)
 
-    def hidden(self, packed: Packed, *, kept_layers: int, training: bool) -> Tensor:
+    def hidden(self, packed: Packed, *, uncheckpointed_layers: int, training: bool) -> Tensor:
         """(labelled, hidden): the last hidden states, normed, of the tokens that predict a label."""
         # From the CPU's generator: no wait for a GPU, and part of a checkpoint. Validation draws none.
         seed = int(torch.randint(2**31, ())) if training else 0
         x = self.decoder.embed_tokens(packed.ids).to(self.dtype)
         cos, sin = self.decoder.rotary_emb(x[None], packed.positions[None])
         dropout = self.dropout if training else 0.0
-        batch = Batch(packed.segments, packed.rows, cos[0], sin[0], self.ops, self.way, dropout, seed)
-        first_kept = len(self.layers) - kept_layers
+        batch = Batch(packed.segments, packed.rows, cos[0], sin[0], self.ops, self.backend, dropout, seed)
+        first_uncheckpointed = len(self.layers) - uncheckpointed_layers
         for layer in self.layers:
-            x = layer(x, batch, keep=layer.number >= first_kept)
+            x = layer(x, batch, keep=layer.number >= first_uncheckpointed)
         result: Tensor = self.decoder.norm(x)
         return result
 
     def loss(
-        self, packed: Packed, count: int | None = None, *, kept_layers: int, training: bool = True,
+        self, packed: Packed, count: int | None = None, *, uncheckpointed_layers: int, training: bool = True,
         token_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Summed loss of the labelled tokens over `count`, by default their number.
 
         token_loss: logits (tokens, vocabulary) in float32 and targets (tokens,) to a sum; None: negative log-likelihood (nats).
-        kept_layers: so many of the last layers keep what their backward pass needs, the others are computed again.
+        uncheckpointed_layers: so many of the last layers keep what their backward pass needs, the others are recomputed.
         """
-        hidden = self.hidden(packed, kept_layers=kept_layers, training=training)
+        hidden = self.hidden(packed, uncheckpointed_layers=uncheckpointed_layers, training=training)
         total: Tensor
         if token_loss is None:
             total = _HeadLoss.apply(hidden, self._head, packed.targets)  # type: ignore[no-untyped-call]

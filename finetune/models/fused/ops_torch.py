@@ -1,4 +1,4 @@
-"""The small operations of the lean training layer in plain torch: the reference, and what runs where Triton does not.
+"""The small operations of the fused training layer in plain torch: the reference, and what runs where Triton does not.
 
 All tensors are padding-free, (T tokens, features), with last stride 1; rows may be slices of a wider tensor.
 Projections that read the same input form a group of n; their LoRA A matrices (r, K) are stacked to (R, K), R = n*r.

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found, no-untyped-def, no-untyped-call, untyped-decorator"
-"""The small operations of the lean training layer by Triton kernels, for CUDA with compute capability 8.0 or newer.
+"""The small operations of the fused training layer by Triton kernels, for CUDA with compute capability 8.0 or newer.
 
 Same functions, arguments and results as finetune/models/fused/ops_torch.py, which is the reference; only the dropout
 masks differ. The three LoRA operations move x (or dx) through memory once, whatever the number n of projections that

@@ -22,21 +22,21 @@ Batches = list[list[int]]
 Item = TypeVar("Item")
 
 
-def steps_of_epoch(lengths: Sequence[int], *, questions: int, seed: int, epoch: int, by_length: bool) -> Batches:
-    """The examples (indices into lengths) of every optimizer step: `questions` of them each, in the last step the rest.
+def steps_of_epoch(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int, by_length: bool) -> Batches:
+    """The examples (indices into lengths) of every optimizer step: batch_size of them each, in the last step the rest.
 
     Every index comes once. by_length gathers examples of like length in a step, for batches that are padded; the last step,
-    where it is a short one, stays a random sample. Raises ValueError if questions is less than 1.
+    where it is a short one, stays a random sample. Raises ValueError if batch_size is less than 1.
     """
     draws = random.Random(f"steps of seed {seed}, epoch {epoch}")
     order = _shuffled(range(len(lengths)), draws)
-    steps = _groups(order, questions)
+    steps = _groups(order, batch_size)
     if not by_length:
         return steps
-    full = len(order) // questions
+    full = len(order) // batch_size
     alike: Batches = []
-    for window in _groups(order[: full * questions], WINDOW_STEPS * questions):
-        alike += _shuffled(_groups(sorted(window, key=lengths.__getitem__), questions), draws)
+    for window in _groups(order[: full * batch_size], WINDOW_STEPS * batch_size):
+        alike += _shuffled(_groups(sorted(window, key=lengths.__getitem__), batch_size), draws)
     return alike + steps[full:]
 
 
@@ -51,7 +51,9 @@ def share(lengths_of_step: Sequence[int], *, rank: int, ranks: int) -> list[int]
     return sorted(_spread(_longest_first(lengths_of_step), lengths_of_step, ranks)[rank])
 
 
-def micro_batches(lengths: Sequence[int], *, tokens: int, padded: bool = False, rows: int | None = None) -> Batches:
+def micro_batches(
+    lengths: Sequence[int], *, tokens: int, padded: bool = False, micro_batch_size: int | None = None
+) -> Batches:
     """A step's positions in micro-batches that hold at most `tokens` tokens, the largest micro-batch first.
 
     A micro-batch holds the sum of its lengths, or rows times the longest where it is padded. There are as few as the packing
@@ -61,8 +63,8 @@ def micro_batches(lengths: Sequence[int], *, tokens: int, padded: bool = False, 
     example down where they are padded. Raises ValueError if it is less than 1.
     """
     order = _longest_first(lengths)
-    if rows is not None:
-        return [sorted(batch) for batch in _groups(order if padded else range(len(lengths)), rows)]
+    if micro_batch_size is not None:
+        return [sorted(batch) for batch in _groups(order if padded else range(len(lengths)), micro_batch_size)]
     alone = sum(length > tokens for length in lengths)
     batches = (_padded if padded else _packed)(order[alone:], lengths, tokens)
     batches += [[position] for position in order[:alone]]

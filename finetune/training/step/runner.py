@@ -1,4 +1,4 @@
-"""One optimizer step's forward and backward passes: its questions in as many micro-batches as memory asks for.
+"""One optimizer step's forward and backward passes: its examples in as many micro-batches as memory asks for.
 
 What is learned does not depend on the pieces: every micro-batch's loss is divided by the labelled tokens of the whole step, over
 all GPUs. When memory runs out all the same, the step begins again in smaller pieces.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.estimate.fit import Limits
+from finetune.estimate.fit import MicroBatchConfig
 from finetune.example import Example
-from finetune.models.fused.model import LeanModel, Packed, pack
+from finetune.models.fused.model import FusedModel, Packed, pack
 from finetune.runtime import distributed
 from finetune.training.objectives.objective import Objective
 from finetune.training.objectives.sft import SFT
@@ -31,7 +31,7 @@ BAD_STEPS = 10
 
 @dataclass(frozen=True)
 class Step:
-    """What the data loader gives for an optimizer step. tokens, labelled: of all its questions; mine: those of this process."""
+    """What the data loader gives for an optimizer step. tokens, labelled: of all its examples; mine: those of this process."""
 
     mine: list[Example]
     tokens: int
@@ -46,75 +46,78 @@ def collate(examples: list[Example], *, rank: int, ranks: int) -> dict[str, Step
     return {"step": Step(mine, sum(lengths), labelled)}
 
 
-class Path(Protocol):
-    """How a micro-batch becomes a loss: the lean layers without padding, or the libraries' own with it."""
+class Backend(Protocol):
+    """How a micro-batch becomes a loss: the fused layers without padding, or Hugging Face's with it."""
 
     padded: bool
 
-    def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> Tensor:
+    def loss(self, examples: Sequence[Example], labelled: int, limits: MicroBatchConfig) -> Tensor:
         """Summed loss of the learned tokens over `labelled`; part of autograd's graph."""
 
     def begin(self) -> None:
         """Called before the micro-batches of a step."""
 
-    def spare(self) -> bool:
-        """Do with less memory where that is still possible; returns whether it was."""
+    def free_memory(self) -> bool:
+        """OOM fallback: do with less memory where that is still possible; returns whether it was."""
 
     def validation_loss(self, examples: Sequence[Example], labelled: int) -> Tensor:
         """As `loss`, of the adapters as they are: without dropout, and no part of a graph."""
 
 
-class LeanPath:
-    """Questions one behind the other, through finetune/models/fused/layer.py's layers, to the objective's loss."""
+class FusedBackend:
+    """Examples one behind the other, through finetune/models/fused/layer.py's layers, to the objective's loss."""
 
     padded = False
 
-    def __init__(self, lean: LeanModel, objective: Objective = SFT) -> None:
-        self.lean = lean
+    def __init__(self, fused: FusedModel, objective: Objective = SFT) -> None:
+        self.fused = fused
         self._token_loss = None if objective.fused else objective.token_loss
 
     def begin(self) -> None:
-        self.lean.refresh()
+        self.fused.refresh()
 
-    def spare(self) -> bool:
-        return self.lean.forget_cached()
+    def free_memory(self) -> bool:
+        return self.fused.forget_dequantized()
 
-    def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> Tensor:
-        return self.lean.loss(
-            self._packed(examples), labelled, kept_layers=limits.kept_layers, token_loss=self._token_loss
+    def loss(self, examples: Sequence[Example], labelled: int, limits: MicroBatchConfig) -> Tensor:
+        return self.fused.loss(
+            self._packed(examples),
+            labelled,
+            uncheckpointed_layers=limits.uncheckpointed_layers,
+            token_loss=self._token_loss,
         )
 
     def validation_loss(self, examples: Sequence[Example], labelled: int) -> Tensor:
         with torch.no_grad():
-            return self.lean.loss(
-                self._packed(examples), labelled, kept_layers=0, training=False, token_loss=self._token_loss
+            return self.fused.loss(
+                self._packed(examples), labelled, uncheckpointed_layers=0, training=False, token_loss=self._token_loss
             )
 
     def _packed(self, examples: Sequence[Example]) -> Packed:
         ids, targets = [example.ids for example in examples], [example.targets for example in examples]
-        return pack(ids, targets, self.lean.device)
+        return pack(ids, targets, self.fused.device)
 
 
 class Stepper:
     """Runs steps and keeps account of what went wrong in them.
 
-    rows: questions in a micro-batch where the config names a number. backward: the accelerator's, which scales float16 losses.
+    micro_batch_size: in examples, where the config names a number. backward: the accelerator's, which scales float16 losses.
     between: called before every micro-batch of a step; what it raises ends the step.
     """
 
     def __init__(
         self,
-        path: Path,
-        limits: Limits,
+        backend: Backend,
+        limits: MicroBatchConfig,
         adapters: FlatAdapters,
         *,
-        rows: int | None,
+        micro_batch_size: int | None,
         backward: Callable[[Tensor], None],
         say: Callable[[str], None],
         between: Callable[[], None] = lambda: None,
         skips_bad_steps: bool = False,
     ) -> None:
-        self.path, self.limits, self.rows = path, limits, rows
+        self.backend, self.limits, self.micro_batch_size = backend, limits, micro_batch_size
         self.adapters = adapters
         self.out_of_memory = 0
         self.watch = LossWatch(skips_bad_steps)
@@ -128,30 +131,30 @@ class Stepper:
         loss = self._pieces(step)
         self.watch.check()  # of the step before, now that the GPU has this one to do
         while loss is None:
-            self._shrink(step.mine)
+            self._oom_fallback(step.mine)
             loss = self._pieces(step)
-        distributed.add_up(self.adapters.gradient)  # a rank without questions in this step adds nothing
-        distributed.add_up(loss)
+        distributed.all_reduce(self.adapters.gradient)  # a rank without examples in this step adds nothing
+        distributed.all_reduce(loss)
         self.watch.put(loss)
         return loss
 
-    def rehearse(self, examples: Sequence[Example]) -> None:
+    def memory_dry_run(self, examples: Sequence[Example]) -> None:
         """The passes of one step whose gradients are thrown away, so that memory which is too small shows before the run."""
         device = self.adapters.parameter.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             while self._pieces(Step(list(examples), 0, 1)) is None:
-                self._shrink(examples)
+                self._oom_fallback(examples)
         self.adapters.begin()
 
     def _pieces(self, step: Step) -> Tensor | None:
         """The summed loss of all micro-batches; None if the GPU's memory did not suffice."""
         total = torch.zeros((), device=self.adapters.parameter.device)
         self.adapters.begin()
-        self.path.begin()
+        self.backend.begin()
         try:
             for examples in self._micro_batches(step.mine):
                 self._between()
-                loss = self.path.loss(examples, step.labelled, self.limits)
+                loss = self.backend.loss(examples, step.labelled, self.limits)
                 self._backward(loss)
                 total += loss.detach()
         except torch.OutOfMemoryError:
@@ -161,15 +164,17 @@ class Stepper:
     def _held(self, examples: Sequence[Example]) -> int:
         """Tokens of a micro-batch, padding included."""
         lengths = [len(example) for example in examples]
-        return len(lengths) * max(lengths) if self.path.padded else sum(lengths)
+        return len(lengths) * max(lengths) if self.backend.padded else sum(lengths)
 
     def _micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
         lengths = [len(example) for example in examples]
-        pieces = micro_batches(lengths, tokens=self.limits.tokens, padded=self.path.padded, rows=self.rows)
+        pieces = micro_batches(
+            lengths, tokens=self.limits.tokens, padded=self.backend.padded, micro_batch_size=self.micro_batch_size
+        )
         return [[examples[position] for position in piece] for piece in pieces]
 
-    def _shrink(self, examples: Sequence[Example]) -> None:
-        """Half the tokens of a micro-batch, or where no less fit into one, all layers computed again."""
+    def _oom_fallback(self, examples: Sequence[Example]) -> None:
+        """Half the tokens of a micro-batch, or where no less fit into one, all layers recomputed."""
         gc.collect()
         torch.cuda.empty_cache()
         self.out_of_memory += 1
@@ -177,11 +182,11 @@ class Stepper:
         largest = max(self._held(piece) for piece in self._micro_batches(examples))
         if largest > longest:
             self.limits = replace(before, tokens=max(longest, min(before.tokens, largest) // 2))
-            self.rows = None
-        elif before.kept_layers:
-            self.limits = replace(before, kept_layers=0)
-        elif self.path.spare():
-            self.limits = replace(before, cached_layers=0)
+            self.micro_batch_size = None
+        elif before.uncheckpointed_layers:
+            self.limits = replace(before, uncheckpointed_layers=0)
+        elif self.backend.free_memory():
+            self.limits = replace(before, dequantized_layers=0)
         else:
             raise UserError(
                 f"out of GPU memory with a single text of {longest} tokens and nothing left to save; lower "
@@ -190,15 +195,15 @@ class Stepper:
             )
         self._say(f"out of GPU memory: {self._what_changed(before)}; the step begins again")
 
-    def _what_changed(self, before: Limits) -> str:
-        for field, what in (("tokens", "tokens in a micro-batch"), ("kept_layers", "layers kept")):
+    def _what_changed(self, before: MicroBatchConfig) -> str:
+        for field, what in (("tokens", "tokens in a micro-batch"), ("uncheckpointed_layers", "layers not recomputed")):
             was, now = getattr(before, field), getattr(self.limits, field)
             if was != now:
                 return f"{now:,} {what} instead of {was:,}"
         return "everything given up that can be done without"
 
 
-def spoilt(what: str) -> UserError:
+def not_finite(what: str) -> UserError:
     return UserError(
         f"the {what} is not finite; resume from the last checkpoint with a lower training.learning_rate",
         code="training.not_finite",
@@ -209,7 +214,7 @@ class LossWatch:
     """Notices losses that are not finite, one step late so that the GPU is never waited for.
 
     skips_bad_steps: float16's gradient scaler leaves such a step out, so that only ten in a row end the run. In other dtypes the
-    adapters are spoilt by one.
+    adapters are lost after one.
     """
 
     def __init__(self, skips_bad_steps: bool) -> None:
@@ -242,4 +247,4 @@ class LossWatch:
                 "bfloat16 (L4, A100), or lower training.learning_rate",
                 code="training.not_finite",
             )
-        raise spoilt(bad[0])
+        raise not_finite(bad[0])

@@ -34,7 +34,7 @@ class StepSampler:
     """
 
     lengths: Sequence[int]
-    questions: int
+    batch_size: int
     seed: int
     by_length: bool = False
     epoch: int = 0
@@ -45,11 +45,11 @@ class StepSampler:
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        return -(-len(self.lengths) // self.questions)
+        return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(
             steps_of_epoch(
-                self.lengths, questions=self.questions, seed=self.seed, epoch=self.epoch, by_length=self.by_length
+                self.lengths, batch_size=self.batch_size, seed=self.seed, epoch=self.epoch, by_length=self.by_length
             )
         )

@@ -58,7 +58,7 @@ def test_a_machine_costs_its_host_its_gpu_and_its_disk(catalog: Catalog) -> None
     assert offer.disk_usd == pytest.approx(300 * 0.1 / 730)
     assert offer.usd_per_hour == pytest.approx(0.73948 + 2.93391 + 300 * 0.1 / 730)
     assert (offer.gpu, offer.count, offer.machine, offer.region, offer.spot) == ("A100", 1, A100, "us-central1", False)
-    assert offer.doubts == ()
+    assert offer.anomalies == ()
 
 
 def test_the_disk_is_priced_by_tier_region_and_machine(catalog: Catalog) -> None:
@@ -79,11 +79,11 @@ def test_every_zone_with_a_price_is_offered_once_for_each_kind_cheapest_first(ca
     assert catalog.offers("A100", machine=A100, spot=False) == [offer for offer in both if not offer.spot]
 
 
-def test_a_region_or_a_zone_narrows_the_offers_but_not_the_doubts(catalog: Catalog) -> None:
+def test_a_region_or_a_zone_narrows_the_offers_but_not_the_anomalies(catalog: Catalog) -> None:
     everywhere = catalog.offers("A100", machine=A100, spot=False)
     low = catalog.offers("a100", machine=A100, spot=False, region="EUROPE-west4")
     assert low == [offer for offer in everywhere if offer.region == "europe-west4"]
-    assert zones(low) == ["europe-west4-a", "europe-west4-b"] and all(offer.doubts for offer in low)
+    assert zones(low) == ["europe-west4-a", "europe-west4-b"] and all(offer.anomalies for offer in low)
     assert zones(catalog.offers("A100", machine=A100, spot=True, zone="us-east1-B")) == ["us-east1-b"]
 
 

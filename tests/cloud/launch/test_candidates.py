@@ -7,10 +7,10 @@ import pytest
 from finetune.cloud.catalog.offers import Offer
 from finetune.cloud.launch.candidates import (
     Candidate,
-    Entry,
-    Wanted,
+    CandidateGroup,
+    Requirement,
     check_ceiling,
-    entries,
+    groups,
     price_table,
     refusal_message,
     shorten,
@@ -24,43 +24,43 @@ def candidate(
     usd: float, gpu: str = "T4", region: str = "r1", zone: str = "a", *, spot: bool = True, refusal: str = "",
     only_zone: str | None = None, ceiling: float | None = 5.0, given: int | None = None,
 ) -> Candidate:  # fmt: skip
-    wanted = Wanted(gpu, 1, "m", spot, None, only_zone, 200, "medium", ceiling, 0)
+    requirement = Requirement(gpu, 1, "m", spot, None, only_zone, 200, "medium", ceiling, 0)
     offer = Offer(gpu, 1, "m", region, f"{region}-{zone}", spot, usd / 2, usd / 4, usd / 4)
-    return Candidate(wanted, offer, None, refusal, given)
+    return Candidate(requirement, offer, None, refusal, given)
 
 
-def named(found: list[Entry]) -> list[tuple[str, str | None, int]]:
+def named(found: list[CandidateGroup]) -> list[tuple[str, str | None, int]]:
     return [(entry.best.offer.region, entry.zone, len(entry.candidates)) for entry in found]
 
 
 def test_the_zones_of_a_region_at_one_price_are_one_entry() -> None:
-    assert named(entries([candidate(1, zone="a"), candidate(1, zone="b")])) == [("r1", None, 2)]
+    assert named(groups([candidate(1, zone="a"), candidate(1, zone="b")])) == [("r1", None, 2)]
 
 
 def test_a_region_with_two_prices_is_listed_by_zone() -> None:
     """Told the region, SkyPilot would try both."""
-    assert named(entries([candidate(1, zone="a"), candidate(2, zone="b")])) == [("r1", "r1-a", 1), ("r1", "r1-b", 1)]
+    assert named(groups([candidate(1, zone="a"), candidate(2, zone="b")])) == [("r1", "r1-a", 1), ("r1", "r1-b", 1)]
 
 
 def test_a_region_with_a_refused_zone_is_listed_by_zone() -> None:
-    found = entries([candidate(1, zone="a"), candidate(1, zone="b", refusal="price not trusted: x")])
+    found = groups([candidate(1, zone="a"), candidate(1, zone="b", refusal="price not trusted: x")])
     assert named(found) == [("r1", "r1-a", 1)]
 
 
 def test_a_zone_that_the_task_names_stays_a_zone() -> None:
-    assert named(entries([candidate(1, only_zone="r1-a")])) == [("r1", "r1-a", 1)]
+    assert named(groups([candidate(1, only_zone="r1-a")])) == [("r1", "r1-a", 1)]
 
 
 def test_spot_and_on_demand_of_a_region_are_two_entries() -> None:
-    found = entries([candidate(1, spot=False), candidate(1, spot=True)])
+    found = groups([candidate(1, spot=False), candidate(1, spot=True)])
     assert [entry.best.offer.spot for entry in found] == [False, True]
 
 
 def test_entries_come_cheapest_first_or_in_the_order_that_was_given() -> None:
     cheap, dear = candidate(1, region="r1"), candidate(2, region="r2")
-    assert [entry.best.offer.region for entry in entries([dear, cheap])] == ["r1", "r2"]
+    assert [entry.best.offer.region for entry in groups([dear, cheap])] == ["r1", "r2"]
     cheap, dear = candidate(1, region="r1", given=1), candidate(2, region="r2", given=0)
-    assert [entry.best.offer.region for entry in entries([cheap, dear])] == ["r2", "r1"]
+    assert [entry.best.offer.region for entry in groups([cheap, dear])] == ["r2", "r1"]
 
 
 def test_a_short_list_keeps_a_share_for_every_kind() -> None:
@@ -68,24 +68,24 @@ def test_a_short_list_keeps_a_share_for_every_kind() -> None:
     t4 = [candidate(0.1 + n / 1000, region=f"t{n}") for n in range(50)]
     a100 = [candidate(3 + n / 1000, gpu="A100", region=f"a{n}") for n in range(50)]
     v100 = [candidate(9, gpu="V100", region="v", spot=False)]
-    kept = shorten(entries([*t4, *a100, *v100]), limit=9)
+    kept = shorten(groups([*t4, *a100, *v100]), limit=9)
     kinds = [entry.best.name for entry in kept]
     assert kinds == ["T4 spot"] * 5 + ["A100 spot"] * 3 + ["V100 on-demand"]
     assert [entry.best.offer.region for entry in kept[:2]] == ["t0", "t1"], "the best of each kind"
 
 
 def test_a_list_that_is_short_stays_whole() -> None:
-    found = entries([candidate(n, region=f"r{n}") for n in range(1, 6)])
+    found = groups([candidate(n, region=f"r{n}") for n in range(1, 6)])
     assert shorten(found, limit=9) == found
 
 
 def test_the_price_table_says_what_the_job_may_cost() -> None:
-    found = entries([candidate(1, zone="a"), candidate(1, zone="b"), candidate(2, region="r2", spot=False)])
+    found = groups([candidate(1, zone="a"), candidate(1, zone="b"), candidate(2, region="r2", spot=False)])
     prices = price_table(found, "today's catalog")
     assert price_in(prices, Machine("r1-b", True, "T4")).usd_per_hour == 1.0
     assert price_in(prices, Machine("r2-a", False, "T4")).usd_per_hour == 2.0
     assert price_in(prices, Machine("elsewhere", True, "T4")).usd_per_hour == 5.0, "the ceiling"
-    assert price_table(entries([candidate(1, ceiling=None)]), "")["ceiling_usd_per_hour"] is None
+    assert price_table(groups([candidate(1, ceiling=None)]), "")["ceiling_usd_per_hour"] is None
 
 
 def test_the_refusal_names_the_nearest_of_each_kind_first() -> None:
@@ -107,7 +107,7 @@ def test_the_ceiling_that_is_named_does_admit() -> None:
 
 
 def test_the_table_shows_the_first_and_counts_the_rest() -> None:
-    found = entries([candidate(n, region=f"r{n}") for n in range(1, 6)])
+    found = groups([candidate(n, region=f"r{n}") for n in range(1, 6)])
     lines = table(found, shown=2).splitlines()
     assert len(lines) == 4 and lines[1].startswith("1.  T4 spot, m") and lines[-1] == "... and 3 more"
 

@@ -67,7 +67,7 @@ def check_reach(
     sold = offers(gpu, spot, catalog)
     price = {offer.zone: offer.usd_per_hour for offer in sold}
     for ceiling in ceilings:
-        allowed = {(offer.zone, spot) for offer in sold if offer.usd_per_hour <= ceiling and not offer.doubts}
+        allowed = {(offer.zone, spot) for offer in sold if offer.usd_per_hour <= ceiling and not offer.anomalies}
         answer = worker.ask("reachable", task(gpu, spot, ceiling), policy=POLICY)
         if not allowed:
             assert answer["error"] == "UserRequestRejectedByPolicy", (gpu, spot, ceiling, answer)
@@ -86,7 +86,7 @@ def test_no_zone_above_the_ceiling_can_ever_be_reached(worker: SkyWorker, gpu: s
 
 
 def test_prices_that_look_wrong_are_reached_only_on_request(worker: SkyWorker) -> None:
-    doubtful = {offer.zone for offer in offers("A100", False) if offer.doubts}
+    doubtful = {offer.zone for offer in offers("A100", False) if offer.anomalies}
     assert doubtful, "the fixture has lost its oddities"
     careful = worker.ask("reachable", task("A100", False, 10.0), policy=POLICY)
     trusting = worker.ask("reachable", task("A100", False, 10.0, FINETUNE_TRUST_PRICES="1"), policy=POLICY)

@@ -25,7 +25,7 @@ from finetune.cloud.plan.plan import (
 from finetune.cloud.plan.workload import run_size
 from finetune.config.schema import CheckpointSection, PlanSection
 from finetune.estimate.speed import Speed
-from finetune.estimate.speed_fused import LeanStep, lean_speed
+from finetune.estimate.speed_fused import FusedStep, fused_speed
 from finetune.machine.gpus import GPUS
 from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES
@@ -191,7 +191,7 @@ def test_a_checkpoint_comes_when_the_first_of_the_two_intervals_is_over(
 
 
 def test_memory_is_that_of_the_type_that_the_run_computes_in() -> None:
-    four_bit_off: dict[str, Any] = {"quantization": {"load_in_4bit": False}, "training": {"kernels": "stock"} | ROWS}
+    four_bit_off: dict[str, Any] = {"quantization": {"load_in_4bit": False}, "training": {"kernels": "hf"} | ROWS}
     auto, single = run_config(**four_bit_off), run_config(**four_bit_off, model={"torch_dtype": "float32"})
     needed = [run_on(config, run_size(config), GPUS["A100"]).needed_gib for config in (auto, single)]
     assert needed[1] > needed[0] + 13  # 7.24e9 weights of four bytes, not two
@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_refused_with_needed_and_there(tmp_path: Path) -> N
 
 
 def test_memory_that_lacks_a_little_is_said_to_lack_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config(plan={"gpus": ["T4"]}, training={"kernels": "stock"} | ROWS)
+    config = run_config(plan={"gpus": ["T4"]}, training={"kernels": "hf"} | ROWS)
     needed = run_on(config, run_size(config), GPUS["T4"]).needed_gib
     for gib in (needed - 1e-6, needed + 1e-6):
         assert run_on(config, run_size(config), replace(GPUS["T4"], memory_gib=gib)).fits == (gib > needed)
@@ -316,7 +316,7 @@ def test_memory_that_lacks_a_little_is_said_to_lack_it(tmp_path: Path, monkeypat
     assert said and float(said[1]) > float(said[2]) == there
 
 
-def test_on_the_lean_way_the_least_that_could_run_decides_and_it_leaves_a_margin(tmp_path: Path) -> None:
+def test_on_the_fused_way_the_least_that_could_run_decides_and_it_leaves_a_margin(tmp_path: Path) -> None:
     config = run_config(plan={"gpus": ["T4"]})
     fitting = run_on(config, run_size(config), GPUS["T4"])
     assert fitting.fits and fitting.limits and fitting.limits.tokens > 2048
@@ -347,20 +347,20 @@ def test_speed_is_that_of_the_step_that_the_run_will_take(
     config = run_config(training=training, lora=lora)
     found = run_on(config, run_size(config), GPUS[gpu])
     assert found.limits
-    step = LeanStep(
-        training.get("effective_batch_size", 16), 300.0, found.limits.tokens, found.limits.kept_layers,
-        found.limits.cached_layers, training.get("per_device_train_batch_size"), not lora,
+    step = FusedStep(
+        training.get("effective_batch_size", 16), 300.0, found.limits.tokens, found.limits.uncheckpointed_layers,
+        found.limits.dequantized_layers, training.get("per_device_train_batch_size"), not lora,
     )  # fmt: skip
-    assert found.speed == lean_speed(GPUS[gpu], SHAPES["mistralai/Mistral-7B-v0.1"], step)
+    assert found.speed == fused_speed(GPUS[gpu], SHAPES["mistralai/Mistral-7B-v0.1"], step)
 
 
 def test_a_gpu_is_as_fast_as_what_its_memory_lets_the_run_choose() -> None:
-    chosen, again, stock = (
+    chosen, again, hf = (
         run_on(config, run_size(config), GPUS["A100"]).speed.tokens_per_second
         for config in (run_config(training=training) for training in (
-            {}, {"gradient_checkpointing": True}, {"kernels": "stock", "gradient_checkpointing": True}))
+            {}, {"gradient_checkpointing": True}, {"kernels": "hf", "gradient_checkpointing": True}))
     )  # fmt: skip
-    assert chosen > 1.2 * again > 1.2 * stock
+    assert chosen > 1.2 * again > 1.2 * hf
 
 
 def test_a_gpu_that_is_not_sold_as_spot_is_refused_in_its_row(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_gpu_that_the_catalog_or_we_do_not_know_on_google_cloud_is_an_error(tm
 def test_a_doubtful_price_gives_way_to_the_next_zone_and_is_shown(tmp_path: Path) -> None:
     row = row_of(plan_of(run_config(plan={"gpus": ["L4"]}), with_a_wrong_price(tmp_path)), "L4", spot=False)
     assert row.chosen and row.offer and row.offer.zone != "us-east1-a" and row.offer.gpu_usd == 0.7
-    assert row.passed_over and row.passed_over.zone == "us-east1-a" and row.passed_over.doubts
+    assert row.passed_over and row.passed_over.zone == "us-east1-a" and row.passed_over.anomalies
     spot = row_of(plan_of(run_config(plan={"gpus": ["L4"]}), with_a_wrong_price(tmp_path)), "L4", spot=True)
     assert spot.chosen and spot.passed_over is None
 
@@ -401,8 +401,8 @@ def test_a_machine_with_nothing_but_doubtful_prices_is_refused_with_the_doubt(tm
     assert names(plan) == ["L4 spot", "L4 on-demand"]
 
 
-def test_trusted_prices_rank_and_keep_their_doubts(tmp_path: Path) -> None:
+def test_trusted_prices_rank_and_keep_their_anomalies(tmp_path: Path) -> None:
     plan = plan_of(run_config(plan={"gpus": ["L4", "T4"]}), with_a_wrong_price(tmp_path), trust_prices=True)
     assert len(names(plan)) == 4
     row = row_of(plan, "L4", spot=False)
-    assert row.offer and row.offer.zone == "us-east1-a" and row.offer.doubts and row.passed_over is None
+    assert row.offer and row.offer.zone == "us-east1-a" and row.offer.anomalies and row.passed_over is None

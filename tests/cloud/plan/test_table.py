@@ -90,9 +90,7 @@ def test_the_order_ceilings_and_what_is_assumed_are_told(plan: Plan) -> None:
     chosen = [f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}" for row in plan.rows if row.chosen]
     assert f"\norder: {', then '.join(chosen)}\n" in text
     assert "\nceilings: $2.9 an hour, $0.9 for the run\n" in text
-    assert text.startswith(
-        "configs/c.yaml: 4,000 questions x 300 tokens, 250 optimizer steps, 1.20 M training tokens\n"
-    )
+    assert text.startswith("configs/c.yaml: 4,000 examples x 300 tokens, 250 optimizer steps, 1.20 M training tokens\n")
     assert "with 12 min of boot and set-up" in text and "assumed 0.05 an hour (plan.spot_preemptions_per_hour)" in text
     values = as_json(plan)
     assert values["ceilings"] == {"usd_per_hour": 2.9, "run_usd": 0.9, "hours": None}
@@ -132,21 +130,22 @@ def test_what_the_run_chooses_on_each_gpu_is_told_once(plan: Plan, tmp_path: Pat
     for row, value in zip(plan.rows, as_json(plan)["rows"], strict=True):
         limits = row.on_gpu.limits
         assert limits and value["step"] == {
-            "layers": "lean", "tokens": limits.tokens, "kept_layers": limits.kept_layers, "cached_layers": limits.cached_layers
+            "layers": "fused", "tokens": limits.tokens, "uncheckpointed_layers": limits.uncheckpointed_layers,
+            "dequantized_layers": limits.dequantized_layers,
         }  # fmt: skip
-        said = (
-            f"{row.on_gpu.gpu.name}: micro-batches of up to {limits.tokens:,} tokens; {limits.kept_layers} layers keep "
-        )
-        said += "their activations, "
-        assert any(line.startswith(f"  {said}{limits.cached_layers} their unpacked") for line in lines)
-    stock = plan_of(run_config(training={"kernels": "stock"}), priced(tmp_path / "other", **ALL))
-    assert "  T4: stock layers, padded micro-batches" in render(stock, "c.yaml").splitlines()
-    assert as_json(stock)["rows"][0]["step"] == {"layers": "stock"}
+        said = f"{row.on_gpu.gpu.name}: micro-batches of up to {limits.tokens:,} tokens; {limits.uncheckpointed_layers} layers "
+        said += "not recomputed, "
+        assert any(line.startswith(f"  {said}{limits.dequantized_layers} dequantized") for line in lines)
+    hf = plan_of(run_config(training={"kernels": "hf"}), priced(tmp_path / "other", **ALL))
+    assert "  T4: Hugging Face layers, padded micro-batches" in render(hf, "c.yaml").splitlines()
+    assert as_json(hf)["rows"][0]["step"] == {"layers": "hf"}
 
 
 def test_each_speed_says_whether_it_is_measured_or_estimated_and_from_what(plan: Plan) -> None:
     h100 = GPUS["H100"]
-    speed = training_speed(h100, SHAPES["mistralai/Mistral-7B-v0.1"], rows=4, mean_tokens=300, checkpointing=True)
+    speed = training_speed(
+        h100, SHAPES["mistralai/Mistral-7B-v0.1"], micro_batch_size=4, mean_tokens=300, checkpointing=True
+    )
     assert speed.basis == "measured"
     first = plan.rows[0]
     measured = replace(first, on_gpu=replace(first.on_gpu, gpu=h100, speed=speed))
@@ -208,8 +207,8 @@ def test_a_price_that_was_passed_over_is_told_with_its_doubt(tmp_path: Path) -> 
     assert re.fullmatch(rf"  L4 on-demand in us-east1-a at \$0\.\d{{3}}/h: {doubt}", note)
     by_name = {(row["gpu"], row["spot"]): row for row in as_json(plan)["rows"]}
     assert by_name["L4", False]["passed_over"] == note.strip()
-    assert by_name["L4", True]["passed_over"] is None and by_name["L4", True]["doubts"] == []
-    assert len(by_name["T4", True]["doubts"]) == 1
+    assert by_name["L4", True]["passed_over"] is None and by_name["L4", True]["price_anomalies"] == []
+    assert len(by_name["T4", True]["price_anomalies"]) == 1
 
 
 def test_a_doubtful_price_that_is_trusted_still_shows_its_doubt(tmp_path: Path) -> None:

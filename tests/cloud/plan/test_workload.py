@@ -104,7 +104,7 @@ def test_a_prepared_folder_tells_what_was_counted(tmp_path: Path) -> None:
 def test_a_folder_that_data_prepare_wrote_is_read(tiny_data: Path, tmp_path: Path) -> None:
     found = size(data={"output_dir": str(tiny_data)}, plan={"mean_tokens": 50.0})  # prepared without a tokenizer
     assert (found.records, found.mean_tokens) == (24, 50.0)
-    assert found.basis == f"24 questions of {tiny_data}/manifest.json, 50 tokens each (plan.mean_tokens; not counted)"
+    assert found.basis == f"24 examples of {tiny_data}/manifest.json, 50 tokens each (plan.mean_tokens; not counted)"
 
     class Words:
         """A tokenizer whose tokens are words."""
@@ -157,7 +157,7 @@ def test_without_a_prepared_folder_the_figures_of_the_config_count_and_say_so(tm
     assert (found.records, found.mean_tokens) == (800, 311.4)
     assert found.validation_tokens == pytest.approx(100 * 311.4)  # 800 are 80%
     assert found.basis == (
-        f"800 training questions (plan.records), 311 tokens each (plan.mean_tokens); not counted, because "
+        f"800 training examples (plan.records), 311 tokens each (plan.mean_tokens); not counted, because "
         f"{tmp_path}/absent is not prepared"
     )
 
@@ -182,7 +182,7 @@ def test_local_sources_are_counted_less_what_is_held_out(tmp_path: Path) -> None
     found = local(tmp_path, jsonl, spider)
     assert found.records == 80 and found.validation_tokens == pytest.approx(10 * found.mean_tokens)
     assert found.basis.startswith(
-        "80 training questions (counted in the local sources, less the held-out fractions), 300 "
+        "80 training examples (counted in the local sources, less the held-out fractions), 300 "
     )
     assert local(tmp_path, jsonl | {"split": "train"}, spider).records == 60 + 32  # nothing is held out of `train`
     assert local(tmp_path, jsonl, spider | {"split": "test"}).records == 48
@@ -193,7 +193,7 @@ def test_max_train_records_caps_what_is_trained_on_and_not_what_validates(tmp_pa
     jsonl = {"kind": "jsonl", "path": str(write_jsonl(tmp_path / "a.jsonl", [row(n) for n in range(100)]))}
     found = local(tmp_path, jsonl, max_train_records=20)
     assert found.records == 20 and found.validation_tokens == pytest.approx(10 * found.mean_tokens)
-    assert found.basis.startswith("20 training questions (data.max_train_records, of 80: counted in the local sources")
+    assert found.basis.startswith("20 training examples (data.max_train_records, of 80: counted in the local sources")
     assert local(tmp_path, jsonl, max_train_records=200).records == 80
     capped = size(data={"max_train_records": 20}, plan={"records": 50})
     assert capped.records == 20 and "data.max_train_records, of 50: plan.records" in capped.basis

@@ -104,16 +104,16 @@ def test_segments() -> None:
 
 
 def test_a_cpu_and_float32_go_the_loop() -> None:
-    assert attention.way_for(CPU, torch.bfloat16) == "loop"
-    assert attention.way_for(CPU, torch.float32) == "loop"
-    assert attention.way_for(torch.device("cuda"), torch.float32) == "loop"
+    assert attention.backend_for(CPU, torch.bfloat16) == "loop"
+    assert attention.backend_for(CPU, torch.float32) == "loop"
+    assert attention.backend_for(torch.device("cuda"), torch.float32) == "loop"
 
 
 @pytest.mark.parametrize(
-    ("capability", "way"), [((7, 0), "efficient"), ((7, 5), "efficient"), ((8, 0), "flash"), ((9, 0), "flash")]
+    ("capability", "backend"), [((7, 0), "efficient"), ((7, 5), "efficient"), ((8, 0), "flash"), ((9, 0), "flash")]
 )
 def test_on_a_gpu_the_compute_capability_decides(
-    capability: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert attention.way_for(torch.device("cuda"), torch.float16) == way
+    assert attention.backend_for(torch.device("cuda"), torch.float16) == backend

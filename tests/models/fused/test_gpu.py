@@ -1,4 +1,5 @@
-"""On a CUDA GPU of compute capability 8.0 or newer: the lean layers in 16 bits are no further from float32 than the stock path.
+"""On a CUDA GPU of compute capability 8.0 or newer: in 16 bits the fused layers are no further from float32 than
+Hugging Face's.
 
 Run with `pytest -m gpu -s tests/models/fused/test_gpu.py`; it prints the errors that it compares.
 """
@@ -14,22 +15,22 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from finetune.estimate.fit import Limits  # noqa: E402
+from finetune.estimate.fit import MicroBatchConfig  # noqa: E402
 from finetune.example import IGNORED, Example  # noqa: E402
 from finetune.models.fused import attention, ops_torch  # noqa: E402
 from finetune.models.fused.attention import Segments  # noqa: E402
-from finetune.models.fused.model import LeanModel, ops_for  # noqa: E402
+from finetune.models.fused.model import FusedModel, ops_for  # noqa: E402
 from finetune.training.step.optimizer import FlatAdapters, page_again  # noqa: E402
-from finetune.training.step.runner import LeanPath, Stepper, collate  # noqa: E402
-from tests.helpers.lean_examples import (  # noqa: E402
+from finetune.training.step.runner import FusedBackend, Stepper, collate  # noqa: E402
+from tests.helpers.fused_examples import (  # noqa: E402
     adapters,
+    fused_gradients,
+    hf_gradients,
+    hf_loss,
     labelled,
-    lean_gradients,
     lora_model,
     packed,
     put_stated_masks,
-    stock_gradients,
-    stock_loss,
     take_gradients,
     texts,
     worst_error,
@@ -45,7 +46,7 @@ LAYERS = 4
 LENGTHS = (300, 37, 700, 128, 5, 211)
 SHORT = (60, 37, 9, 48)
 """Of one block of FlashAttention each, whose backward pass adds longer texts up in no fixed order."""
-HALVES = [torch.bfloat16, torch.float16]
+HALF_PRECISION = [torch.bfloat16, torch.float16]
 
 
 def small_mistral(dtype: Any = torch.float32, *, head_dim: int = 128, **changes: Any) -> Any:
@@ -77,10 +78,10 @@ def on_gpu(lengths: Sequence[int] = LENGTHS) -> Any:
 # --- attention
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALF_PRECISION)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 64), (4, 4, 128), (8, 2, 128)])
-@pytest.mark.parametrize("way", ["flash", "efficient", "loop"])
-def test_every_way_of_attention_is_the_same(dtype: Any, heads: int, kv_heads: int, width: int, way: Any) -> None:
+@pytest.mark.parametrize("backend", ["flash", "efficient", "loop"])
+def test_every_way_of_attention_is_the_same(dtype: Any, heads: int, kv_heads: int, width: int, backend: Any) -> None:
     """Against the loop in float64 on the same numbers; q, k and v are slices of one tensor, as in the layer."""
     lengths = (1, 37, 300, 128, 5, 1000)
     draws = torch.Generator("cuda").manual_seed(0)
@@ -89,29 +90,29 @@ def test_every_way_of_attention_is_the_same(dtype: Any, heads: int, kv_heads: in
     d_out = torch.randn(sum(lengths), heads, width, generator=draws, device=GPU).to(dtype)
     segments = Segments.of(lengths, GPU)
 
-    def run(way: Any, parts: Any, d_out: Any) -> list[Any]:
+    def run(backend: Any, parts: Any, d_out: Any) -> list[Any]:
         q, k, v = parts
-        attended = attention.forward(q, k, v, segments, way)
-        return [attended.out, *attention.backward(d_out, q, k, v, attended, segments, way)]
+        attended = attention.forward(q, k, v, segments, backend)
+        return [attended.out, *attention.backward(d_out, q, k, v, attended, segments, backend)]
 
     with torch.no_grad():
         expected = run("loop", [part.double() for part in parts], d_out.double())
-        found = run(way, parts, d_out)
+        found = run(backend, parts, d_out)
     limit = 4 * torch.finfo(dtype).eps
     for ours, exact in zip(found, expected, strict=True):
         assert ours.shape == exact.shape
         assert (ours.double() - exact).norm() < limit * exact.norm()
 
 
-@pytest.mark.parametrize("way", ["flash", "efficient", "loop"])
-def test_another_text_changes_no_bit_of_a_texts_loss(way: Any) -> None:
-    lean = LeanModel(small_mistral(torch.bfloat16), torch.bfloat16, way=way)
+@pytest.mark.parametrize("backend", ["flash", "efficient", "loop"])
+def test_another_text_changes_no_bit_of_a_texts_loss(backend: Any) -> None:
+    fused = FusedModel(small_mistral(torch.bfloat16), torch.bfloat16, backend=backend)
     ids, labels = texts(LENGTHS)
     labels[2] = [IGNORED] * len(labels[2])
     with torch.no_grad():
-        before = lean.loss(packed(ids, labels, GPU), kept_layers=0, training=False)
+        before = fused.loss(packed(ids, labels, GPU), uncheckpointed_layers=0, training=False)
         ids[2] = [(token + 7) % 96 for token in ids[2]]
-        after = lean.loss(packed(ids, labels, GPU), kept_layers=0, training=False)
+        after = fused.loss(packed(ids, labels, GPU), uncheckpointed_layers=0, training=False)
     assert torch.equal(before, after)
 
 
@@ -120,46 +121,46 @@ def test_another_text_changes_no_bit_of_a_texts_loss(way: Any) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_stock_path(family: str, head_dim: int) -> None:
-    """Both against float32 on the same weights; the stock path as it trains: autocast, each text alone, unpadded."""
+def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_hf_path(family: str, head_dim: int) -> None:
+    """Both against float32 on the same weights; the Hugging Face backend as it trains: autocast, each text alone, unpadded."""
     full, half = (small_mistral(dtype, family=family, head_dim=head_dim) for dtype in (torch.float32, torch.bfloat16))
-    ways = {"triton": ops_for(GPU), "torch": ops_torch}
-    layers = {name: LeanModel(half, torch.bfloat16, ops=ops) for name, ops in ways.items()}
-    errors = dict.fromkeys(("stock", *ways), 0.0)
+    backends = {"triton": ops_for(GPU), "torch": ops_torch}
+    layers = {name: FusedModel(half, torch.bfloat16, ops=ops) for name, ops in backends.items()}
+    errors = dict.fromkeys(("hf", *backends), 0.0)
     for seed in range(3):  # one batch's rounding errors differ by 5% either way
         ids, labels = texts(LENGTHS, seed)
-        _, exact = stock_gradients(full, ids, labels)
+        _, exact = hf_gradients(full, ids, labels)
         with torch.autocast("cuda", torch.bfloat16):
-            loss, stock = stock_gradients(half, ids, labels)
-        errors["stock"] += total_error(stock, exact) / 3
-        for name, lean in layers.items():
-            ours, found = lean_gradients(half, packed(ids, labels, GPU), kept_layers=2, lean=lean)
+            loss, hf = hf_gradients(half, ids, labels)
+        errors["hf"] += total_error(hf, exact) / 3
+        for name, fused in layers.items():
+            ours, found = fused_gradients(half, packed(ids, labels, GPU), uncheckpointed_layers=2, fused=fused)
             assert ours == pytest.approx(loss, rel=2e-3)
             errors[name] += total_error(found, exact) / 3
     print(f"\n{family}, heads of {head_dim}, bfloat16 against float32: {errors}")
-    assert 0 < errors["triton"] <= 1.05 * errors["stock"]
-    assert errors["torch"] <= 1.05 * errors["stock"]
+    assert 0 < errors["triton"] <= 1.05 * errors["hf"]
+    assert errors["torch"] <= 1.05 * errors["hf"]
 
 
-@pytest.mark.parametrize("way", ["flash", "efficient"])
+@pytest.mark.parametrize("backend", ["flash", "efficient"])
 @pytest.mark.parametrize("ops", ["triton", "torch"])
-def test_in_float16_with_scaled_losses_too(way: Any, ops: str) -> None:
+def test_in_float16_with_scaled_losses_too(backend: Any, ops: str) -> None:
     """With torch's operations and the memory-efficient kernel it is what a T4 and a V100 compute."""
     scale = 2.0**14
     ids, labels = texts(LENGTHS)
-    _, exact = stock_gradients(small_mistral(), ids, labels)
+    _, exact = hf_gradients(small_mistral(), ids, labels)
     half = small_mistral(torch.float16)
-    lean = LeanModel(half, torch.float16, way=way, ops=ops_torch if ops == "torch" else ops_for(GPU))
-    (lean.loss(on_gpu(), kept_layers=2) * scale).backward()
+    fused = FusedModel(half, torch.float16, backend=backend, ops=ops_torch if ops == "torch" else ops_for(GPU))
+    (fused.loss(on_gpu(), uncheckpointed_layers=2) * scale).backward()
     found = {name: gradient / scale for name, gradient in take_gradients(half).items()}
     for row, wanted in zip(ids, labels, strict=True):
         with torch.autocast("cuda", torch.float16):
-            loss = stock_loss(half, row, wanted) / labelled(labels)
+            loss = hf_loss(half, row, wanted) / labelled(labels)
         (loss * scale).backward()
-    stock = {name: gradient / scale for name, gradient in take_gradients(half).items()}
-    errors = {"stock": total_error(stock, exact), "lean": total_error(found, exact)}
-    print(f"\nfloat16 against float32, {way}, {ops}: {errors}")
-    assert 0 < errors["lean"] <= 1.05 * errors["stock"]
+    hf = {name: gradient / scale for name, gradient in take_gradients(half).items()}
+    errors = {"hf": total_error(hf, exact), "fused": total_error(found, exact)}
+    print(f"\nfloat16 against float32, {backend}, {ops}: {errors}")
+    assert 0 < errors["fused"] <= 1.05 * errors["hf"]
 
 
 def test_float16_overflow_is_skipped_by_the_scaler() -> None:
@@ -167,10 +168,10 @@ def test_float16_overflow_is_skipped_by_the_scaler() -> None:
     flat = FlatAdapters(list(adapters(model).values()))
     optimizer = torch.optim.SGD([flat.parameter], lr=0.1)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60)
-    path = LeanPath(LeanModel(model, torch.float16))
+    path = FusedBackend(FusedModel(model, torch.float16))
     stepper = Stepper(
-        path, Limits(10_000, LAYERS), flat, rows=None, backward=lambda loss: scaler.scale(loss).backward(), say=print,
-        skips_bad_steps=True,
+        path, MicroBatchConfig(10_000, LAYERS), flat, micro_batch_size=None,
+        backward=lambda loss: scaler.scale(loss).backward(), say=print, skips_bad_steps=True,
     )  # fmt: skip
     ids, labels = texts(LENGTHS)
     step = collate([Example(row, labels[i].count(IGNORED)) for i, row in enumerate(ids)], rank=0, ranks=1)["step"]
@@ -188,33 +189,33 @@ def test_float16_overflow_is_skipped_by_the_scaler() -> None:
     assert torch.isfinite(flat.parameter).all()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALF_PRECISION)
 @pytest.mark.parametrize("ops", ["triton", "torch"])
 def test_with_dropout_a_layer_computed_again_gives_the_same_gradients(ops: str, dtype: Any) -> None:
     model = small_mistral(dtype, dropout=0.1)
-    lean = LeanModel(model, dtype, ops=ops_torch if ops == "torch" else ops_for(GPU))
+    fused = FusedModel(model, dtype, ops=ops_torch if ops == "torch" else ops_for(GPU))
     batch = on_gpu(SHORT)
-    loss, kept = lean_gradients(model, batch, kept_layers=LAYERS, seed=3, lean=lean)
-    again_loss, again = lean_gradients(model, batch, kept_layers=0, seed=3, lean=lean)
+    loss, kept = fused_gradients(model, batch, uncheckpointed_layers=LAYERS, seed=3, fused=fused)
+    again_loss, again = fused_gradients(model, batch, uncheckpointed_layers=0, seed=3, fused=fused)
     assert again_loss == loss
     assert all(torch.equal(again[name], gradient) for name, gradient in kept.items())
-    _, other = lean_gradients(model, batch, kept_layers=0, seed=4, lean=lean)
+    _, other = fused_gradients(model, batch, uncheckpointed_layers=0, seed=4, fused=fused)
     assert total_error(other, kept) > 0.02
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("kept_layers", [0, LAYERS])
-def test_in_float32_the_triton_way_is_the_stock_path_under_the_same_masks(p: float, kept_layers: int) -> None:
+@pytest.mark.parametrize("uncheckpointed_layers", [0, LAYERS])
+def test_in_float32_the_triton_way_is_the_hf_path_under_the_same_masks(p: float, uncheckpointed_layers: int) -> None:
     """256 of 1,024 levels are 0.25 exactly."""
     model = small_mistral(dropout=p)
     ids, labels = texts((211,))
     batch = packed(ids, labels, GPU)
-    lean = LeanModel(model, torch.float32, ops=ops_for(GPU))
-    loss, found = lean_gradients(model, batch, kept_layers=kept_layers, seed=5, lean=lean)
+    fused = FusedModel(model, torch.float32, ops=ops_for(GPU))
+    loss, found = fused_gradients(model, batch, uncheckpointed_layers=uncheckpointed_layers, seed=5, fused=fused)
     torch.manual_seed(5)
     if p:
-        put_stated_masks(model, lean, int(torch.randint(2**31, ())), batch, p)
-    expected_loss, expected = stock_gradients(model, ids, labels)
+        put_stated_masks(model, fused, int(torch.randint(2**31, ())), batch, p)
+    expected_loss, expected = hf_gradients(model, ids, labels)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert worst_error(found, expected) < 1e-4
 
@@ -222,19 +223,21 @@ def test_in_float32_the_triton_way_is_the_stock_path_under_the_same_masks(p: flo
 # --- four bits, optimizer, memory
 
 
-def test_unpacked_weights_that_stay_give_the_same_bits() -> None:
+def test_dequantized_weights_that_stay_give_the_same_bits() -> None:
     model = small_mistral(torch.bfloat16, nf4=True)
     batch = on_gpu(SHORT)
     results = [
-        lean_gradients(model, batch, kept_layers=kept, lean=LeanModel(model, torch.bfloat16, cached_layers=cached))
+        fused_gradients(
+            model, batch, uncheckpointed_layers=kept, fused=FusedModel(model, torch.bfloat16, dequantized_layers=cached)
+        )
         for cached, kept in ((0, LAYERS), (LAYERS, LAYERS), (2, LAYERS), (0, 0), (LAYERS, 1))
     ]
     for loss, found in results[1:]:
         assert loss == results[0][0]
         assert all(torch.equal(found[name], gradient) for name, gradient in results[0][1].items())
     with torch.autocast("cuda", torch.bfloat16):
-        _, stock = stock_gradients(model, *texts(SHORT))
-    assert total_error(results[0][1], stock) < 0.05
+        _, hf = hf_gradients(model, *texts(SHORT))
+    assert total_error(results[0][1], hf) < 0.05
 
 
 @pytest.mark.parametrize("kind", ["AdamW8bit", "PagedAdamW8bit"])
@@ -298,13 +301,18 @@ def test_real_want_of_memory_is_survived() -> None:
     model = small_mistral(torch.bfloat16)
     flat = FlatAdapters(list(adapters(model).values()))
     said: list[str] = []
-    path = LeanPath(LeanModel(model, torch.bfloat16))
+    path = FusedBackend(FusedModel(model, torch.bfloat16))
     ids, labels = texts([300] * 64)
     step = collate([Example(row, labels[i].count(IGNORED)) for i, row in enumerate(ids)], rank=0, ranks=1)["step"]
 
     def stepper() -> Stepper:
         return Stepper(
-            path, Limits(64 * 300, LAYERS), flat, rows=None, backward=lambda loss: loss.backward(), say=said.append
+            path,
+            MicroBatchConfig(64 * 300, LAYERS),
+            flat,
+            micro_batch_size=None,
+            backward=lambda loss: loss.backward(),
+            say=said.append,
         )
 
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""The lean layers against transformers and PEFT in float32 on a CPU: every adapter's gradient, every shape of model."""
+"""The fused layers against transformers and PEFT in float32 on a CPU: every adapter's gradient, every shape of model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ pytest.importorskip("peft")
 
 from finetune.example import IGNORED  # noqa: E402
 from finetune.models.fused import ops_torch  # noqa: E402
-from finetune.models.fused.model import LeanModel  # noqa: E402
-from tests.helpers.lean_examples import (  # noqa: E402
+from finetune.models.fused.model import FusedModel  # noqa: E402
+from tests.helpers.fused_examples import (  # noqa: E402
     CPU,
     LAYERS,
     PROJECTIONS,
     adapters,
+    fused_gradients,
+    hf_gradients,
+    hf_loss,
     labelled,
-    lean_gradients,
     lora_model,
     packed,
     put_stated_masks,
-    stock_gradients,
-    stock_loss,
     take_gradients,
     texts,
     worst_error,
@@ -32,11 +32,11 @@ from tests.helpers.lean_examples import (  # noqa: E402
 CLOSE = 1e-5
 
 
-def check_against_stock(model: Any, *, kept_layers: int = 1, cached_layers: int = 0) -> None:
+def check_against_hf(model: Any, *, uncheckpointed_layers: int = 1, dequantized_layers: int = 0) -> None:
     ids, labels = texts()
-    expected_loss, expected = stock_gradients(model, ids, labels)
-    lean = LeanModel(model, torch.float32, cached_layers=cached_layers)
-    loss, found = lean_gradients(model, packed(ids, labels), kept_layers=kept_layers, lean=lean)
+    expected_loss, expected = hf_gradients(model, ids, labels)
+    fused = FusedModel(model, torch.float32, dequantized_layers=dequantized_layers)
+    loss, found = fused_gradients(model, packed(ids, labels), uncheckpointed_layers=uncheckpointed_layers, fused=fused)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert worst_error(found, expected) < CLOSE
 
@@ -44,10 +44,10 @@ def check_against_stock(model: Any, *, kept_layers: int = 1, cached_layers: int 
 # --- gradients
 
 
-@pytest.mark.parametrize("kept_layers", range(LAYERS + 1))
+@pytest.mark.parametrize("uncheckpointed_layers", range(LAYERS + 1))
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_gradients_are_those_of_the_stock_path(family: str, kept_layers: int) -> None:
-    check_against_stock(lora_model(family), kept_layers=kept_layers)
+def test_gradients_are_those_of_the_hf_path(family: str, uncheckpointed_layers: int) -> None:
+    check_against_hf(lora_model(family), uncheckpointed_layers=uncheckpointed_layers)
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_gradients_are_those_of_the_stock_path(family: str, kept_layers: int) ->
 )
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_with_adapters_on_some_projections_only(family: str, targets: tuple[str, ...]) -> None:
-    check_against_stock(lora_model(family, targets=targets))
+    check_against_hf(lora_model(family, targets=targets))
 
 
 @pytest.mark.parametrize("r", [1, 6, 16])
 def test_at_other_ranks(r: int) -> None:
-    check_against_stock(lora_model(r=r))
+    check_against_hf(lora_model(r=r))
 
 
 @pytest.mark.parametrize(
@@ -78,38 +78,40 @@ def test_at_other_ranks(r: int) -> None:
     ids=["multi-head", "multi-query", "head_dim", "tied", "eps", "theta", "yarn"],
 )  # fmt: skip
 def test_on_other_shapes(config: dict[str, Any]) -> None:
-    check_against_stock(lora_model(**config))
+    check_against_hf(lora_model(**config))
 
 
 def test_with_biases_on_every_projection() -> None:
-    check_against_stock(lora_model("llama", attention_bias=True, mlp_bias=True))
+    check_against_hf(lora_model("llama", attention_bias=True, mlp_bias=True))
 
 
-@pytest.mark.parametrize("cached_layers", range(LAYERS + 1))
-@pytest.mark.parametrize("kept_layers", [0, LAYERS])
-def test_on_a_four_bit_base(kept_layers: int, cached_layers: int) -> None:
-    check_against_stock(lora_model(nf4=True), kept_layers=kept_layers, cached_layers=cached_layers)
+@pytest.mark.parametrize("dequantized_layers", range(LAYERS + 1))
+@pytest.mark.parametrize("uncheckpointed_layers", [0, LAYERS])
+def test_on_a_four_bit_base(uncheckpointed_layers: int, dequantized_layers: int) -> None:
+    check_against_hf(
+        lora_model(nf4=True), uncheckpointed_layers=uncheckpointed_layers, dequantized_layers=dequantized_layers
+    )
 
 
 def test_a_four_bit_base_of_mixed_widths_with_biases() -> None:
     """One scratch buffer serves matrices of many sizes."""
-    check_against_stock(lora_model("qwen2", nf4=True, hidden_size=128, intermediate_size=64), cached_layers=1)
+    check_against_hf(lora_model("qwen2", nf4=True, hidden_size=128, intermediate_size=64), dequantized_layers=1)
 
 
 def test_with_adapters_on_some_layers_only() -> None:
     """The first layer has none, so that nothing below the second needs a gradient."""
-    check_against_stock(lora_model(lora={"layers_to_transform": [1, 2]}), kept_layers=1)
+    check_against_hf(lora_model(lora={"layers_to_transform": [1, 2]}), uncheckpointed_layers=1)
 
 
 def test_with_rank_stabilised_scaling() -> None:
-    check_against_stock(lora_model(lora={"use_rslora": True}))
+    check_against_hf(lora_model(lora={"use_rslora": True}))
 
 
 def test_when_the_embeddings_ask_for_a_gradient() -> None:
     """As PEFT's enable_input_require_grads makes them do: then the first layer has an input gradient to give."""
     model = lora_model()
     ids, labels = texts()
-    _, expected = stock_gradients(model, ids, labels)
+    _, expected = hf_gradients(model, ids, labels)
     inputs: list[Any] = []
 
     def watch(module: Any, arguments: Any, output: Any) -> Any:
@@ -117,12 +119,12 @@ def test_when_the_embeddings_ask_for_a_gradient() -> None:
         return inputs[-1]
 
     hook = model.get_base_model().get_input_embeddings().register_forward_hook(watch)
-    _, found = lean_gradients(model, packed(ids, labels))
-    by_lean = torch.split(inputs.pop().grad, [len(row) for row in ids])
+    _, found = fused_gradients(model, packed(ids, labels))
+    by_fused = torch.split(inputs.pop().grad, [len(row) for row in ids])
     assert worst_error(found, expected) < CLOSE
-    for row, wanted, gradient in zip(ids, labels, by_lean, strict=True):
+    for row, wanted, gradient in zip(ids, labels, by_fused, strict=True):
         if len(row) > 1:
-            (stock_loss(model, row, wanted) / labelled(labels)).backward()
+            (hf_loss(model, row, wanted) / labelled(labels)).backward()
             alone = inputs.pop().grad[0]
             assert (gradient - alone).norm() < CLOSE * alone.norm()
     hook.remove()
@@ -132,11 +134,11 @@ def test_micro_batches_add_up_to_one() -> None:
     model = lora_model()
     ids, labels = texts((5, 17, 9, 1, 30, 12))
     count = labelled(labels)
-    lean = LeanModel(model, torch.float32)
-    whole_loss, whole = lean_gradients(model, packed(ids, labels), lean=lean)
+    fused = FusedModel(model, torch.float32)
+    whole_loss, whole = fused_gradients(model, packed(ids, labels), fused=fused)
     total = 0.0
     for piece in ([4], [0, 1, 3], [2, 5]):
-        loss = lean.loss(packed([ids[i] for i in piece], [labels[i] for i in piece]), count, kept_layers=2)
+        loss = fused.loss(packed([ids[i] for i in piece], [labels[i] for i in piece]), count, uncheckpointed_layers=2)
         loss.backward()
         total += loss.item()
     assert total == pytest.approx(whole_loss, rel=1e-6)
@@ -146,13 +148,13 @@ def test_micro_batches_add_up_to_one() -> None:
 def test_the_optimizers_changes_are_seen_after_refresh() -> None:
     model = lora_model()
     ids, labels = texts()
-    lean = LeanModel(model, torch.float32)
+    fused = FusedModel(model, torch.float32)
     with torch.no_grad():
         for parameter in adapters(model).values():
             parameter.mul_(-1.7)
-    lean.refresh()
-    expected_loss, expected = stock_gradients(model, ids, labels)
-    loss, found = lean_gradients(model, packed(ids, labels), lean=lean)
+    fused.refresh()
+    expected_loss, expected = hf_gradients(model, ids, labels)
+    loss, found = fused_gradients(model, packed(ids, labels), fused=fused)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert worst_error(found, expected) < CLOSE
 
@@ -161,33 +163,33 @@ def test_the_optimizers_changes_are_seen_after_refresh() -> None:
 
 
 @pytest.mark.parametrize("targets", [PROJECTIONS, ("v_proj", "up_proj", "down_proj")])
-@pytest.mark.parametrize("kept_layers", [0, 1, LAYERS])
+@pytest.mark.parametrize("uncheckpointed_layers", [0, 1, LAYERS])
 def test_dropout_masks_are_the_same_forwards_backwards_and_computed_again(
-    kept_layers: int, targets: tuple[str, ...]
+    uncheckpointed_layers: int, targets: tuple[str, ...]
 ) -> None:
     p = 0.3
     model = lora_model(dropout=p, targets=targets)
     ids, labels = texts((23,))
     batch = packed(ids, labels)
-    lean = LeanModel(model, torch.float32)
-    loss, found = lean_gradients(model, batch, kept_layers=kept_layers, seed=5, lean=lean)
+    fused = FusedModel(model, torch.float32)
+    loss, found = fused_gradients(model, batch, uncheckpointed_layers=uncheckpointed_layers, seed=5, fused=fused)
     torch.manual_seed(5)
     seed = int(torch.randint(2**31, ()))
-    put_stated_masks(model, lean, seed, batch, p)
-    expected_loss, expected = stock_gradients(model, ids, labels)
+    put_stated_masks(model, fused, seed, batch, p)
+    expected_loss, expected = hf_gradients(model, ids, labels)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert worst_error(found, expected) < CLOSE
 
 
 def test_layers_groups_and_micro_batches_draw_different_masks() -> None:
     model = lora_model(dropout=0.3)
-    lean = LeanModel(model, torch.float32)
+    fused = FusedModel(model, torch.float32)
     ids, labels = texts((12, 9))
     seeds = []
     original = ops_torch.lora_down
 
     class Watched:
-        """lean_torch, with the seeds of its calls noted."""
+        """fused_torch, with the seeds of its calls noted."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(ops_torch, name)
@@ -196,11 +198,11 @@ def test_layers_groups_and_micro_batches_draw_different_masks() -> None:
             seeds.append((seed, p))
             return original(x, a, r, p, seed)
 
-    lean.ops = Watched()  # type: ignore[assignment]
+    fused.ops = Watched()  # type: ignore[assignment]
     batch = packed(ids, labels)
     torch.manual_seed(0)
     for _ in range(3):
-        lean.loss(batch, kept_layers=LAYERS)
+        fused.loss(batch, uncheckpointed_layers=LAYERS)
     assert len(seeds) == 3 * LAYERS * 4
     assert len(set(seeds)) == len(seeds)
     assert {p for _, p in seeds} == {0.3}
@@ -209,35 +211,35 @@ def test_layers_groups_and_micro_batches_draw_different_masks() -> None:
 def test_validation_drops_nothing_and_draws_no_random_number() -> None:
     model = lora_model(dropout=0.5)
     ids, labels = texts()
-    lean = LeanModel(model, torch.float32)
+    fused = FusedModel(model, torch.float32)
     before = torch.get_rng_state()
     with torch.no_grad():
-        loss = lean.loss(packed(ids, labels), kept_layers=0, training=False)
+        loss = fused.loss(packed(ids, labels), uncheckpointed_layers=0, training=False)
     assert torch.equal(torch.get_rng_state(), before)
     assert not loss.requires_grad
     model.eval()
-    assert loss.item() == pytest.approx(stock_gradients(model, ids, labels)[0], rel=1e-5)
+    assert loss.item() == pytest.approx(hf_gradients(model, ids, labels)[0], rel=1e-5)
     model.train()
-    assert abs(lean.loss(packed(ids, labels), kept_layers=0).item() / loss.item() - 1) > 1e-3
+    assert abs(fused.loss(packed(ids, labels), uncheckpointed_layers=0).item() / loss.item() - 1) > 1e-3
 
 
 # --- sequences do not see each other
 
 
 def losses_by_text(model: Any, ids: Any, labels: Any) -> list[float]:
-    """The lean loss of each text of a packed batch, by taking the labels of all others away."""
-    lean = LeanModel(model, torch.float32)
+    """The fused loss of each text of a packed batch, by taking the labels of all others away."""
+    fused = FusedModel(model, torch.float32)
     found = []
     for chosen in range(len(ids)):
         only = [row if i == chosen else [IGNORED] * len(row) for i, row in enumerate(labels)]
-        found.append(lean.loss(packed(ids, only), 1, kept_layers=0).item())
+        found.append(fused.loss(packed(ids, only), 1, uncheckpointed_layers=0).item())
     return found
 
 
 def test_each_text_has_the_loss_that_it_has_alone() -> None:
     model = lora_model()
     ids, labels = texts((7, 21, 3, 12, 2))
-    alone = [stock_loss(model, row, wanted).item() for row, wanted in zip(ids, labels, strict=True)]
+    alone = [hf_loss(model, row, wanted).item() for row, wanted in zip(ids, labels, strict=True)]
     assert losses_by_text(model, ids, labels) == pytest.approx(alone, rel=1e-5)
 
 
@@ -253,13 +255,13 @@ def test_changing_one_text_leaves_the_others_bit_for_bit(changed: int) -> None:
         return inputs[-1]
 
     hook = embedding.register_forward_hook(noted)
-    lean = LeanModel(model, torch.float32)
+    fused = FusedModel(model, torch.float32)
 
     def run(rows: Any) -> tuple[list[Any], list[float]]:
         """(gradient of every text's embeddings, loss of every text)"""
         inputs.clear()
         others = [wanted if i != changed else [IGNORED] * len(wanted) for i, wanted in enumerate(labels)]
-        embedded = lean.loss(packed(rows, others), 1, kept_layers=1)
+        embedded = fused.loss(packed(rows, others), 1, uncheckpointed_layers=1)
         (gradient,) = torch.autograd.grad(embedded, inputs[0])
         return list(torch.split(gradient, [len(row) for row in rows])), losses_by_text(model, rows, labels)
 
@@ -285,8 +287,8 @@ def test_positions_begin_again_with_every_text() -> None:
 def test_a_text_that_comes_twice_has_twice_the_gradient() -> None:
     model = lora_model()
     ids, labels = texts((14,))
-    one_loss, one = lean_gradients(model, packed(ids, labels))
-    two_loss, two = lean_gradients(model, packed(ids * 2, labels * 2))
+    one_loss, one = fused_gradients(model, packed(ids, labels))
+    two_loss, two = fused_gradients(model, packed(ids * 2, labels * 2))
     assert two_loss == pytest.approx(one_loss, rel=1e-6)
     assert worst_error(two, one) < CLOSE
 
@@ -294,44 +296,44 @@ def test_a_text_that_comes_twice_has_twice_the_gradient() -> None:
 def test_what_a_kept_layer_holds_is_freed_by_its_backward_pass() -> None:
     import weakref
 
-    from finetune.models.fused.layer import Kept
+    from finetune.models.fused.layer import Saved
 
     model = lora_model()
     ids, labels = texts()
-    lean = LeanModel(model, torch.float32)
+    fused = FusedModel(model, torch.float32)
     alive: list[Any] = []
 
-    original = Kept.__init__
+    original = Saved.__init__
 
-    def noted(self: Kept, *values: Any, **named: Any) -> None:
+    def noted(self: Saved, *values: Any, **named: Any) -> None:
         original(self, *values, **named)
         alive.append(weakref.ref(self))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Kept, "__init__", noted)
-        loss = lean.loss(packed(ids, labels), kept_layers=2)
+        patch.setattr(Saved, "__init__", noted)
+        loss = fused.loss(packed(ids, labels), uncheckpointed_layers=2)
         assert [ref() is not None for ref in alive] == [False, True, True]
         loss.backward()
     assert [ref() for ref in alive] == [None] * 4  # one layer was computed again
-    assert lean.device == CPU
+    assert fused.device == CPU
 
 
-@pytest.mark.parametrize(("kept_layers", "uses"), [(LAYERS, [1, 2, 2]), (1, [2, 3, 2]), (0, [2, 3, 3])])
-def test_no_weight_is_unpacked_in_vain(kept_layers: int, uses: list[int]) -> None:
+@pytest.mark.parametrize(("uncheckpointed_layers", "uses"), [(LAYERS, [1, 2, 2]), (1, [2, 3, 2]), (0, [2, 3, 3])])
+def test_no_weight_is_dequantized_in_vain(uncheckpointed_layers: int, uses: list[int]) -> None:
     """Of q, k and v once forwards, once more where the layer is computed again, once for the input's gradient, which the first
     layer's input does not need."""
     model = lora_model()
     ids, labels = texts()
-    lean = LeanModel(model, torch.float32)
+    fused = FusedModel(model, torch.float32)
     counts = [0] * LAYERS
-    for layer in lean.layers:
+    for layer in fused.layers:
 
         def counted(number: int = layer.number, weight: Any = layer.qkv.weight) -> Any:
             counts[number] += 1
             return weight()
 
         layer.qkv.weight = counted
-    lean.loss(packed(ids, labels), kept_layers=kept_layers).backward()
+    fused.loss(packed(ids, labels), uncheckpointed_layers=uncheckpointed_layers).backward()
     assert counts == uses
 
 
@@ -356,6 +358,6 @@ def test_gate_and_up_are_gone_when_attentions_backward_pass_begins(monkeypatch: 
     monkeypatch.setattr(ops_torch, "swiglu", watched)
     monkeypatch.setattr(attention, "backward", counted)
     ids, labels = texts()
-    LeanModel(lora_model(), torch.float32).loss(packed(ids, labels), kept_layers=LAYERS).backward()
+    FusedModel(lora_model(), torch.float32).loss(packed(ids, labels), uncheckpointed_layers=LAYERS).backward()
     assert len(made) >= LAYERS
     assert alive == [2, 1, 0]

@@ -1,4 +1,4 @@
-"""The way into the lean layers and out of them: packing, which models can go it, weights and adapters, the loss head."""
+"""The way into the fused layers and out of them: packing, which models can go it, weights and adapters, the loss head."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM, GPT2Config  # noqa: E402
 from finetune.example import IGNORED  # noqa: E402
 from finetune.models.fused import model as fused_model  # noqa: E402
 from finetune.models.fused import ops_torch  # noqa: E402
-from finetune.models.fused.model import LeanModel, ops_for, pack, why_not  # noqa: E402
-from tests.helpers.lean_examples import (  # noqa: E402
+from finetune.models.fused.model import FusedModel, ops_for, pack, why_not  # noqa: E402
+from tests.helpers.fused_examples import (  # noqa: E402
     CPU,
     LAYERS,
     VOCABULARY,
     adapters,
+    fused_gradients,
+    hf_gradients,
     labelled,
-    lean_gradients,
     lora_model,
     packed,
-    stock_gradients,
     texts,
     worst_error,
 )
@@ -46,7 +46,7 @@ def test_pack_puts_each_label_on_the_token_before_it() -> None:
 def test_a_batch_without_labels_has_no_loss_and_gradients_of_zero() -> None:
     model = lora_model()
     ids, labels = [[1, 2, 3], [4]], [[IGNORED] * 3, [IGNORED]]
-    loss, found = lean_gradients(model, packed(ids, labels))
+    loss, found = fused_gradients(model, packed(ids, labels))
     assert loss == 0.0
     assert all(not gradient.any() for gradient in found.values())
 
@@ -65,8 +65,8 @@ def test_a_text_longer_than_the_attention_window_cannot() -> None:
     assert why_not(model, 16) is None
     assert why_not(model, 17) == "texts of 17 tokens are longer than the model's attention window of 16"
     ids, labels = texts((16, 5))
-    _, expected = stock_gradients(model, ids, labels)  # and at the window's length transformers computes the same
-    assert worst_error(lean_gradients(model, packed(ids, labels))[1], expected) < 1e-5
+    _, expected = hf_gradients(model, ids, labels)  # and at the window's length transformers computes the same
+    assert worst_error(fused_gradients(model, packed(ids, labels))[1], expected) < 1e-5
 
 
 def test_a_window_that_is_not_used_stands_in_nobodys_way() -> None:
@@ -109,23 +109,23 @@ def test_models_whose_arithmetic_is_another_cannot(which: str) -> None:
 def test_whole_weights_are_joined_without_a_second_copy() -> None:
     model = lora_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    lean = LeanModel(model, torch.float32)
+    fused = FusedModel(model, torch.float32)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     block = model.get_base_model().get_decoder().layers[1].self_attn
-    joined = lean.layers[1].qkv.weight()
+    joined = fused.layers[1].qkv.weight()
     assert joined.shape == (128, 64)
     for projection, start in ((block.q_proj, 0), (block.k_proj, 64), (block.v_proj, 96)):
         weight = projection.base_layer.weight
         assert weight.data_ptr() == joined[start].data_ptr()
         assert torch.equal(weight, joined[start : start + weight.shape[0]])
-    assert lean.layers[1].o.weight().data_ptr() == block.o_proj.base_layer.weight.data_ptr()
+    assert fused.layers[1].o.weight().data_ptr() == block.o_proj.base_layer.weight.data_ptr()
 
 
 def test_only_the_adapters_get_gradients_and_nothing_else_changes() -> None:
     model = lora_model("qwen2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids, labels = texts()
-    LeanModel(model, torch.float32).loss(packed(ids, labels), kept_layers=2).backward()
+    FusedModel(model, torch.float32).loss(packed(ids, labels), uncheckpointed_layers=2).backward()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == set(adapters(model))
@@ -134,30 +134,30 @@ def test_only_the_adapters_get_gradients_and_nothing_else_changes() -> None:
 def test_one_model_may_be_prepared_twice() -> None:
     model = lora_model()
     ids, labels = texts()
-    first = LeanModel(model, torch.float32)
-    before = lean_gradients(model, packed(ids, labels), lean=first)
-    second = LeanModel(model, torch.float32)
-    for lean in (first, second):
-        loss, found = lean_gradients(model, packed(ids, labels), lean=lean)
+    first = FusedModel(model, torch.float32)
+    before = fused_gradients(model, packed(ids, labels), fused=first)
+    second = FusedModel(model, torch.float32)
+    for fused in (first, second):
+        loss, found = fused_gradients(model, packed(ids, labels), fused=fused)
         assert loss == before[0]
         assert all(torch.equal(found[name], gradient) for name, gradient in before[1].items())
 
 
-def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_stock_path() -> None:
+def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_hf_path() -> None:
     """Against float32 gradients of the very same weights, summed over all adapters; autocast is what training uses."""
     model = lora_model(scale=0.05, hidden_size=128, head_dim=32)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     ids, labels = texts((30, 41, 17, 25))
-    _, exact = stock_gradients(model, ids, labels)
+    _, exact = hf_gradients(model, ids, labels)
     half = copy.deepcopy(model)
     for parameter in half.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        _, stock = stock_gradients(half, ids, labels)
-    lean = LeanModel(half, torch.bfloat16)
-    loss = lean.loss(packed(ids, labels), kept_layers=LAYERS)
+        _, hf = hf_gradients(half, ids, labels)
+    fused = FusedModel(half, torch.bfloat16)
+    loss = fused.loss(packed(ids, labels), uncheckpointed_layers=LAYERS)
     loss.backward()
     found = {name: parameter.grad for name, parameter in adapters(half).items()}
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
@@ -166,7 +166,7 @@ def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_stock_path() -> Non
         return float(torch.stack([(gradients[name] - g).norm() for name, g in exact.items()]).norm())
 
     size = float(torch.stack([gradient.norm() for gradient in exact.values()]).norm())
-    assert 0 < error(found) < 1.1 * error(stock)
+    assert 0 < error(found) < 1.1 * error(hf)
     assert error(found) < 0.03 * size
 
 
@@ -180,11 +180,11 @@ def test_ops_on_a_cpu_are_torchs() -> None:
 def test_the_head_in_blocks_is_the_head_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora_model("llama", tie_word_embeddings=True)
     ids, labels = texts((30, 17))
-    lean = LeanModel(model, torch.float32)
-    expected = lean_gradients(model, packed(ids, labels), lean=lean)
+    fused = FusedModel(model, torch.float32)
+    expected = fused_gradients(model, packed(ids, labels), fused=fused)
     for rows in (1, 7, labelled(labels), labelled(labels) - 1):
         monkeypatch.setattr(fused_model, "HEAD_ROWS", rows)
-        loss, found = lean_gradients(model, packed(ids, labels), lean=lean)
+        loss, found = fused_gradients(model, packed(ids, labels), fused=fused)
         assert loss == pytest.approx(expected[0], rel=1e-6)
         assert worst_error(found, expected[1]) < 1e-5
 
@@ -209,9 +209,9 @@ def test_the_head_is_exact_where_a_plain_exponential_would_overflow() -> None:
 def test_the_loss_is_over_the_count_that_is_given_else_over_its_own_labels() -> None:
     model = lora_model()
     ids, labels = texts()
-    lean = LeanModel(model, torch.float32)
-    mean = lean.loss(packed(ids, labels), kept_layers=0)
-    assert lean.loss(packed(ids, labels), 7, kept_layers=0).item() == pytest.approx(
+    fused = FusedModel(model, torch.float32)
+    mean = fused.loss(packed(ids, labels), uncheckpointed_layers=0)
+    assert fused.loss(packed(ids, labels), 7, uncheckpointed_layers=0).item() == pytest.approx(
         mean.item() * labelled(labels) / 7, rel=1e-6
     )
 
@@ -219,21 +219,21 @@ def test_the_loss_is_over_the_count_that_is_given_else_over_its_own_labels() -> 
 def test_without_gradients_nothing_is_kept() -> None:
     model = lora_model()
     ids, labels = texts()
-    lean = LeanModel(model, torch.float32)
-    expected = lean.loss(packed(ids, labels), kept_layers=LAYERS)
+    fused = FusedModel(model, torch.float32)
+    expected = fused.loss(packed(ids, labels), uncheckpointed_layers=LAYERS)
     with torch.no_grad():
-        loss = lean.loss(packed(ids, labels), kept_layers=LAYERS)
+        loss = fused.loss(packed(ids, labels), uncheckpointed_layers=LAYERS)
     assert loss.item() == expected.item()
     assert loss.grad_fn is None
     with torch.inference_mode():
-        assert lean.loss(packed(ids, labels), kept_layers=0, training=False).item() == expected.item()
+        assert fused.loss(packed(ids, labels), uncheckpointed_layers=0, training=False).item() == expected.item()
 
 
 def test_cached_weights_are_given_back_and_the_numbers_stay() -> None:
     model = lora_model(nf4=True)
-    lean = LeanModel(model, torch.float32, cached_layers=LAYERS)
-    before = [group.weight().clone() for layer in lean.layers for group in layer.groups]
-    assert lean.forget_cached()
-    assert not lean.forget_cached()
-    after = [group.weight().clone() for layer in lean.layers for group in layer.groups]
+    fused = FusedModel(model, torch.float32, dequantized_layers=LAYERS)
+    before = [group.weight().clone() for layer in fused.layers for group in layer.groups]
+    assert fused.forget_dequantized()
+    assert not fused.forget_dequantized()
+    after = [group.weight().clone() for layer in fused.layers for group in layer.groups]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

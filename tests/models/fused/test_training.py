@@ -1,4 +1,5 @@
-"""Whole runs the lean way, on a CPU in float32: the stock losses for 200 steps, and an adapter that loads anywhere."""
+"""Whole runs on the fused backend, on a CPU in float32: the Hugging Face losses for 200 steps, and an adapter that
+loads anywhere."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ from finetune.config.schema import LoraSection, ModelSection, QuantizationSectio
 from finetune.data.prompts import PromptTemplate  # noqa: E402
 from finetune.data.records import read_records  # noqa: E402
 from finetune.data.tokenize import Examples, tokenise  # noqa: E402
-from finetune.estimate.fit import Limits  # noqa: E402
+from finetune.estimate.fit import MicroBatchConfig  # noqa: E402
 from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa: E402
-from finetune.training.step.runner import LeanPath  # noqa: E402
-from tests.helpers.lean_examples import ON_CPU, adapters, labelled, losses, stock_loss, trainer_for  # noqa: E402
+from finetune.training.step.runner import FusedBackend  # noqa: E402
+from tests.helpers.fused_examples import ON_CPU, adapters, hf_loss, labelled, losses, trainer_for  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +66,21 @@ def validation_losses(trainer: Any) -> list[float]:
     return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
-def test_two_hundred_steps_have_the_stock_losses(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+def test_two_hundred_steps_have_the_hf_losses(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
     """Measured: 2.4e-7 apart after 200 steps. At five times this rate AdamW, which divides by what may be next to nothing, makes
     that grow to 0.9%."""
     changes = {"max_steps": 200, "eval_steps": 50, "validates": True, "learning_rate": 2e-3}
-    lean = run(tiny_model, tokenizer, examples, kernels="lean", **changes)
-    stock = run(tiny_model, tokenizer, examples, kernels="stock", **changes)
-    assert isinstance(lean.stepper.path, LeanPath)
-    assert not isinstance(stock.stepper.path, LeanPath)
-    assert len(losses(stock)) == 200
-    assert losses(stock)[-1] < losses(stock)[0] - 1.0
-    assert apart(losses(lean), losses(stock)) < 1e-5
-    assert len(validation_losses(stock)) == 4
-    assert apart(validation_losses(lean), validation_losses(stock)) < 1e-5
-    theirs = adapters(stock.model)
-    for name, parameter in adapters(lean.model).items():
+    fused = run(tiny_model, tokenizer, examples, kernels="fused", **changes)
+    hf = run(tiny_model, tokenizer, examples, kernels="hf", **changes)
+    assert isinstance(fused.stepper.backend, FusedBackend)
+    assert not isinstance(hf.stepper.backend, FusedBackend)
+    assert len(losses(hf)) == 200
+    assert losses(hf)[-1] < losses(hf)[0] - 1.0
+    assert apart(losses(fused), losses(hf)) < 1e-5
+    assert len(validation_losses(hf)) == 4
+    assert apart(validation_losses(fused), validation_losses(hf)) < 1e-5
+    theirs = adapters(hf.model)
+    for name, parameter in adapters(fused.model).items():
         assert (parameter - theirs[name]).norm() < 1e-3 * theirs[name].norm(), name
 
 
@@ -87,19 +88,24 @@ def test_the_losses_do_not_depend_on_micro_batches_nor_on_what_is_kept(
     tiny_model: Path, tokenizer: Any, examples: Examples
 ) -> None:
     def history(tokens: int, kept: int, rows: int | None = None) -> list[float]:
-        plan = {"limits": Limits(tokens, kept), "rows": rows}
-        trainer = run(tiny_model, tokenizer, examples, kernels="lean", max_steps=8, learning_rate=2e-3, plan=plan)
+        plan = {"limits": MicroBatchConfig(tokens, kept), "micro_batch_size": rows}
+        trainer = run(tiny_model, tokenizer, examples, kernels="fused", max_steps=8, learning_rate=2e-3, plan=plan)
         return losses(trainer)
 
     whole = history(100_000, 2)
     assert whole[-1] < whole[0] - 0.02
-    for other in (history(1, 0), history(140, 1), history(100_000, 2, rows=1), history(100_000, 1, rows=3)):
+    for other in (
+        history(1, 0),
+        history(140, 1),
+        history(100_000, 2, rows=1),
+        history(100_000, 1, rows=3),
+    ):
         assert apart(other, whole) < 1e-6
 
 
 # --- through the command
 
-LEAN = {"kernels": "lean", "learning_rate": 2e-2, "max_steps": 6, "group_by_length": False}
+FUSED = {"kernels": "fused", "learning_rate": 2e-2, "max_steps": 6, "group_by_length": False}
 
 
 def plain_loss(folder: Path, adapter: Path, rows: Examples) -> float:
@@ -109,19 +115,19 @@ def plain_loss(folder: Path, adapter: Path, rows: Examples) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows:
-            total += stock_loss(model, row.ids, row.labels).item()
+            total += hf_loss(model, row.ids, row.labels).item()
             count += labelled([row.labels])
     return total / count
 
 
 @pytest.mark.usefixtures("no_keys")
-def test_the_adapter_of_a_lean_run_loads_with_plain_peft(
+def test_the_adapter_of_a_fused_run_loads_with_plain_peft(
     tiny_config: Any, tiny_model: Path, tiny_data: Path, tokenizer: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    """The validation loss at the last step, which the lean layers computed, is that of the saved adapter."""
-    config = tiny_config(training=LEAN | {"eval_steps": 6}, quantization={"load_in_4bit": False})
+    """The validation loss at the last step, which the fused layers computed, is that of the saved adapter."""
+    config = tiny_config(training=FUSED | {"eval_steps": 6}, quantization={"load_in_4bit": False})
     assert main(["train", str(config)]) == 0
-    assert "lean layers (training.kernels)" in capsys.readouterr().err
+    assert "fused layers (training.kernels)" in capsys.readouterr().err
     saved = tmp_path / "runs" / "tiny-001"
     [found] = [row["eval_loss"] for row in record_of(saved)["history"] if row.get("eval_loss")]
     rows = tokenise(read_records(tiny_data / "val.jsonl"), PromptTemplate(), tokenizer, 1024)
@@ -130,11 +136,11 @@ def test_the_adapter_of_a_lean_run_loads_with_plain_peft(
 
 
 @pytest.mark.usefixtures("no_keys")
-def test_a_lean_run_with_dropout_that_was_interrupted_ends_in_the_same_bytes(
+def test_a_fused_run_with_dropout_that_was_interrupted_ends_in_the_same_bytes(
     tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the first epoch of 6 steps, which the ninth step is beyond."""
-    training = LEAN | {"max_steps": 9}
+    training = FUSED | {"max_steps": 9}
     sections = {"lora": {"lora_dropout": 0.2}, "quantization": {"load_in_4bit": False}}
     assert main(["train", str(tiny_config(training=training, **sections))]) == 0
     with monkeypatch.context() as patch:

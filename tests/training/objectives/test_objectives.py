@@ -22,7 +22,7 @@ from finetune.example import IGNORED, Example  # noqa: E402
 from finetune.models.fused import model as fused_model  # noqa: E402
 from finetune.models.load import load_tokenizer  # noqa: E402
 from finetune.training.objectives.registry import OBJECTIVES  # noqa: E402
-from tests.helpers.lean_examples import lora_model, packed, take_gradients, texts, worst_error  # noqa: E402
+from tests.helpers.fused_examples import lora_model, packed, take_gradients, texts, worst_error  # noqa: E402
 from tests.training.objectives.toy import SMOOTHING, TOY, smoothed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
@@ -50,7 +50,7 @@ def first_losses(tiny_model: Path, tiny_data: Path) -> tuple[float, float]:
     return sums[0] / counts[0], sums[1] / counts[1]
 
 
-@pytest.mark.parametrize("kernels", ["lean", "stock"])
+@pytest.mark.parametrize("kernels", ["fused", "hf"])
 def test_a_registered_objective_is_what_trains(
     kernels: str, tiny_config: Any, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,18 +72,18 @@ def test_a_registered_objective_is_what_trains(
     assert toys[-1] < toys[0]
 
 
-def test_the_lean_way_takes_any_loss_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_way_takes_any_loss_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same loss and gradients whether all logits are made at once, or a few at a time and again in the backward pass."""
     monkeypatch.setattr(fused_model, "HEAD_ROWS", 7)
     model = lora_model()
-    lean = fused_model.LeanModel(model, torch.float32)
+    fused = fused_model.FusedModel(model, torch.float32)
     ids, labels = texts((30, 17))
     batch = packed(ids, labels)
-    logits = lean.hidden(batch, kept_layers=2, training=True) @ lean.base.get_output_embeddings().weight.t()
+    logits = fused.hidden(batch, uncheckpointed_layers=2, training=True) @ fused.base.get_output_embeddings().weight.t()
     expected = smoothed(logits, batch.targets) / 11
     expected.backward()
     whole = take_gradients(model)
-    loss = lean.loss(batch, 11, kept_layers=2, token_loss=smoothed)
+    loss = fused.loss(batch, 11, uncheckpointed_layers=2, token_loss=smoothed)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert worst_error(take_gradients(model), whole) < 1e-5

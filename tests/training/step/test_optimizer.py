@@ -15,7 +15,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict  # noqa
 from torch.nn import Parameter  # noqa: E402
 
 from finetune.training.step.optimizer import BLOCK, FlatAdapters  # noqa: E402
-from tests.helpers.lean_examples import adapters, lora_model  # noqa: E402
+from tests.helpers.fused_examples import adapters, lora_model  # noqa: E402
 
 SHAPES = [(6, 50), (1,), (3, 100), (256,), (16, 64), (257,)]
 """Of fewer numbers than a block, of exactly one, of whole blocks, of one more."""

@@ -74,22 +74,22 @@ def smallest_largest(lengths: list[int], count: int, padded: bool) -> int:
     ],
 )
 def test_the_order_is_the_one_that_earlier_runs_had(by_length: bool, epoch: int, steps: list[list[int]]) -> None:
-    assert steps_of_epoch(LENGTHS, questions=3, seed=17, epoch=epoch, by_length=by_length) == steps
+    assert steps_of_epoch(LENGTHS, batch_size=3, seed=17, epoch=epoch, by_length=by_length) == steps
 
 
 @given(some_lengths, st.integers(1, 9), st.integers(-3, 2**70), st.integers(0, 5), st.booleans())
 def test_an_epoch_holds_every_example_once(
-    lengths: list[int], questions: int, seed: int, epoch: int, by_length: bool
+    lengths: list[int], batch_size: int, seed: int, epoch: int, by_length: bool
 ) -> None:
-    steps = steps_of_epoch(lengths, questions=questions, seed=seed, epoch=epoch, by_length=by_length)
+    steps = steps_of_epoch(lengths, batch_size=batch_size, seed=seed, epoch=epoch, by_length=by_length)
     assert sorted(index for step in steps for index in step) == list(range(len(lengths)))
-    assert all(len(step) == questions for step in steps[:-1])
-    assert all(1 <= len(step) <= questions for step in steps[-1:])
+    assert all(len(step) == batch_size for step in steps[:-1])
+    assert all(1 <= len(step) <= batch_size for step in steps[-1:])
 
 
 def test_seed_and_epoch_each_change_the_order_and_neither_stands_for_the_other() -> None:
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        steps = steps_of_epoch([1] * 40, questions=8, seed=seed, epoch=epoch, by_length=False)
+        steps = steps_of_epoch([1] * 40, batch_size=8, seed=seed, epoch=epoch, by_length=False)
         return tuple(index for step in steps for index in step)
 
     pairs = [(seed, epoch) for seed in (-1, 0, 1, 11) for epoch in (0, 1, 2, 12)]
@@ -99,17 +99,17 @@ def test_seed_and_epoch_each_change_the_order_and_neither_stands_for_the_other()
 def test_the_global_random_state_is_neither_used_nor_changed() -> None:
     random.seed(1)
     before = random.getstate()
-    first = steps_of_epoch(LENGTHS, questions=3, seed=17, epoch=0, by_length=True)
+    first = steps_of_epoch(LENGTHS, batch_size=3, seed=17, epoch=0, by_length=True)
     assert random.getstate() == before
     random.seed(2)
-    assert steps_of_epoch(LENGTHS, questions=3, seed=17, epoch=0, by_length=True) == first
+    assert steps_of_epoch(LENGTHS, batch_size=3, seed=17, epoch=0, by_length=True) == first
 
 
 def test_by_length_saves_padding_without_sorting_the_epoch() -> None:
     lengths = realistic(3, 3 * WINDOW_STEPS * 16 + 5)
 
     def steps(by_length: bool) -> list[list[int]]:
-        return steps_of_epoch(lengths, questions=16, seed=1, epoch=0, by_length=by_length)
+        return steps_of_epoch(lengths, batch_size=16, seed=1, epoch=0, by_length=by_length)
 
     def padding(of: list[list[int]]) -> float:
         return sum(held(step, lengths, padded=True) for step in of) / sum(lengths) - 1
@@ -121,18 +121,18 @@ def test_by_length_saves_padding_without_sorting_the_epoch() -> None:
     assert turns > len(longest) / 2  # 2/3 in a shuffled row, 0 in a sorted one
 
 
-@pytest.mark.parametrize("questions", [0, -1])
+@pytest.mark.parametrize("batch_size", [0, -1])
 @pytest.mark.parametrize("by_length", [True, False])
-def test_steps_of_no_examples_are_refused(questions: int, by_length: bool) -> None:
-    with pytest.raises(ValueError, match=f"groups of {questions}"):
-        steps_of_epoch(LENGTHS, questions=questions, seed=1, epoch=0, by_length=by_length)
+def test_steps_of_no_examples_are_refused(batch_size: int, by_length: bool) -> None:
+    with pytest.raises(ValueError, match=f"groups of {batch_size}"):
+        steps_of_epoch(LENGTHS, batch_size=batch_size, seed=1, epoch=0, by_length=by_length)
 
 
 def test_by_length_moves_no_example_out_of_its_window() -> None:
     lengths = realistic(4, 3 * WINDOW_STEPS * 4 + 7)
 
     def windows(by_length: bool) -> list[set[int]]:
-        steps = steps_of_epoch(lengths, questions=4, seed=1, epoch=0, by_length=by_length)
+        steps = steps_of_epoch(lengths, batch_size=4, seed=1, epoch=0, by_length=by_length)
         starts = range(0, len(steps), WINDOW_STEPS)
         return [{index for step in steps[start : start + WINDOW_STEPS] for index in step} for start in starts]
 
@@ -143,7 +143,7 @@ def test_by_length_moves_no_example_out_of_its_window() -> None:
 def test_a_short_last_step_is_no_sample_of_the_longest_or_shortest() -> None:
     lengths = list(range(1, 102))
     last = [
-        steps_of_epoch(lengths, questions=10, seed=1, epoch=epoch, by_length=True)[-1] for epoch in range(200)
+        steps_of_epoch(lengths, batch_size=10, seed=1, epoch=epoch, by_length=True)[-1] for epoch in range(200)
     ]  # of one example each, whose mean length is 51 with a standard error of 2
     assert {len(step) for step in last} == {1}
     assert 43 < sum(lengths[step[0]] for step in last) / len(last) < 59
@@ -151,11 +151,11 @@ def test_a_short_last_step_is_no_sample_of_the_longest_or_shortest() -> None:
 
 @pytest.mark.parametrize("by_length", [True, False])
 def test_the_sampler_iterates_the_epoch_that_was_set(by_length: bool) -> None:
-    sampler = StepSampler(LENGTHS, questions=3, seed=17, by_length=by_length)
+    sampler = StepSampler(LENGTHS, batch_size=3, seed=17, by_length=by_length)
     assert len(sampler) == len(list(sampler)) == 4
     for epoch in (0, 2, 1):
         sampler.set_epoch(epoch)
-        expected = steps_of_epoch(LENGTHS, questions=3, seed=17, epoch=epoch, by_length=by_length)
+        expected = steps_of_epoch(LENGTHS, batch_size=3, seed=17, epoch=epoch, by_length=by_length)
         assert list(sampler) == list(sampler) == expected
 
 
@@ -263,12 +263,12 @@ def test_realistic_steps_take_hardly_more_and_larger_micro_batches_than_their_to
 @pytest.mark.parametrize("tokens", [1, 10**6])
 def test_explicit_rows_are_obeyed_whatever_they_hold(tokens: int) -> None:
     lengths = [10, 400, 30, 300, 20]
-    assert micro_batches(lengths, tokens=tokens, rows=2) == [[0, 1], [2, 3], [4]]
-    assert micro_batches(lengths, tokens=tokens, rows=2, padded=True) == [[1, 3], [2, 4], [0]]
-    assert micro_batches(lengths, tokens=tokens, rows=9) == [[0, 1, 2, 3, 4]]
+    assert micro_batches(lengths, tokens=tokens, micro_batch_size=2) == [[0, 1], [2, 3], [4]]
+    assert micro_batches(lengths, tokens=tokens, micro_batch_size=2, padded=True) == [[1, 3], [2, 4], [0]]
+    assert micro_batches(lengths, tokens=tokens, micro_batch_size=9) == [[0, 1, 2, 3, 4]]
     for rows in (0, -1):
         with pytest.raises(ValueError, match=f"groups of {rows}"):
-            micro_batches(lengths, tokens=tokens, rows=rows)
+            micro_batches(lengths, tokens=tokens, micro_batch_size=rows)
 
 
 def test_a_step_without_examples_has_no_micro_batches() -> None:

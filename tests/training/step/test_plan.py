@@ -13,12 +13,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection, RunConfig, TrainingSection  # noqa: E402
-from finetune.estimate.fit import Limits  # noqa: E402
+from finetune.estimate.fit import MicroBatchConfig  # noqa: E402
 from finetune.machine.hardware import GIB  # noqa: E402
 from finetune.models.device import Device  # noqa: E402
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch  # noqa: E402
 from tests.helpers.errors import raises  # noqa: E402
-from tests.helpers.lean_examples import LAYERS, lora_model  # noqa: E402
+from tests.helpers.fused_examples import LAYERS, lora_model  # noqa: E402
 
 ON_CPU = Device(torch.device("cpu"), torch.float32)
 ON_GPU = Device(torch.device("cuda"), torch.bfloat16)
@@ -76,21 +76,21 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 # --- which layers
 
 
-def test_on_a_cpu_auto_is_stock_and_lean_has_to_be_asked_for(model: Any) -> None:
+def test_on_a_cpu_auto_is_hf_and_fused_has_to_be_asked_for(model: Any) -> None:
     found = plan(model)
-    assert (found.path, found.why, found.checkpointing, found.needed) == ("stock", "on a CPU", False, None)
-    asked = plan(model, kernels="lean")
-    assert (asked.path, asked.why) == ("lean", "training.kernels")
-    assert asked.limits == Limits(2048, LAYERS, LAYERS)
-    assert plan(model, kernels="lean", lengths=[3000, 5]).limits.tokens == 3000
+    assert (found.backend, found.why, found.checkpointing, found.needed) == ("hf", "on a CPU", False, None)
+    asked = plan(model, kernels="fused")
+    assert (asked.backend, asked.why) == ("fused", "training.kernels")
+    assert asked.limits == MicroBatchConfig(2048, LAYERS, LAYERS)
+    assert plan(model, kernels="fused", lengths=[3000, 5]).limits.tokens == 3000
 
 
-def test_on_a_gpu_auto_is_lean_where_the_model_can(model: Any, gpu: Any) -> None:
+def test_on_a_gpu_auto_is_fused_where_the_model_can(model: Any, gpu: Any) -> None:
     found = plan(model, gpu(80))
-    assert found.path == "lean"
+    assert found.backend == "fused"
     assert found.why == "one of Llama, Mistral, Qwen2 on a GPU"
-    assert plan(model, gpu(80), kernels="stock").path == "stock"
-    assert plan(model, gpu(80), kernels="stock").why == "training.kernels"
+    assert plan(model, gpu(80), kernels="hf").backend == "hf"
+    assert plan(model, gpu(80), kernels="hf").why == "training.kernels"
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ def test_on_a_gpu_auto_is_lean_where_the_model_can(model: Any, gpu: Any) -> None
         ({"targets": ("q_proj", "lm_head")}, "adapters outside the decoder layers"),
     ],
 )
-def test_a_model_that_cannot_goes_stock_and_says_why_unless_lean_is_asked_for(
+def test_a_model_that_cannot_goes_hf_and_says_why_unless_fused_is_asked_for(
     changes: dict[str, Any], reason: str, gpu: Any
 ) -> None:
     other = lora_model(**changes)
     for device in (gpu(80), ON_CPU):
-        assert (plan(other, device).path, plan(other, device).why) == ("stock", reason)
-    with raises("model.unsupported_kernels", match=r"training\.kernels: lean does not go with this model") as caught:
-        plan(other, kernels="lean")
+        assert (plan(other, device).backend, plan(other, device).why) == ("hf", reason)
+    with raises("model.unsupported_kernels", match=r"training\.kernels: fused does not go with this model") as caught:
+        plan(other, kernels="fused")
     assert reason in str(caught.value)
     assert str(caught.value).endswith("use auto")
     assert "\n" not in str(caught.value)
@@ -120,7 +120,7 @@ def test_a_model_that_cannot_goes_stock_and_says_why_unless_lean_is_asked_for(
 
 def test_a_large_gpu_keeps_everything_in_one_micro_batch(large_model: Any, gpu: Any) -> None:
     found = plan(large_model, gpu(80))
-    assert found.limits.kept_layers == found.limits.cached_layers == 32
+    assert found.limits.uncheckpointed_layers == found.limits.dequantized_layers == 32
     assert 16 * 112 < found.limits.tokens <= 16 * 200, "nearly every step of 16 fits, and not much more is set aside"
     assert found.needed is not None
     assert found.needed.reserved < 80 * GIB
@@ -130,13 +130,13 @@ def test_less_memory_never_changes_what_is_learned_from_and_the_plan_fits(large_
     sizes, lengths = (80, 40, 24, 16, 14, 12, 10, 8, 7), [4 * length for length in LENGTHS]
     plans = [plan(large_model, gpu(gib), lengths) for gib in sizes]
     for found, gib in zip(plans, sizes, strict=True):
-        assert found.path == "lean"
+        assert found.backend == "fused"
         assert found.limits.tokens >= max(lengths)
-        assert found.questions == 16, "memory decides in how many pieces, never from how many questions"
+        assert found.batch_size == 16, "memory decides in how many pieces, never from how many questions"
         assert found.needed is not None
         assert found.needed.reserved / GIB < gib
-    assert (plans[0].limits.kept_layers, plans[0].limits.cached_layers) == (32, 32)
-    assert plans[-1].limits.kept_layers < 32 and plans[-1].limits.cached_layers == 0
+    assert (plans[0].limits.uncheckpointed_layers, plans[0].limits.dequantized_layers) == (32, 32)
+    assert plans[-1].limits.uncheckpointed_layers < 32 and plans[-1].limits.dequantized_layers == 0
 
 
 def test_max_memory_gib_is_a_smaller_gpu(large_model: Any, gpu: Any) -> None:
@@ -160,15 +160,15 @@ def test_a_gpu_too_small_for_the_longest_text_is_refused(large_model: Any, gpu: 
 
 
 def test_checkpointing_is_obeyed(large_model: Any, gpu: Any) -> None:
-    assert plan(large_model, gpu(80), gradient_checkpointing=True).limits.kept_layers == 0
-    assert plan(large_model, gpu(80), gradient_checkpointing=False).limits.kept_layers == 32
+    assert plan(large_model, gpu(80), gradient_checkpointing=True).limits.uncheckpointed_layers == 0
+    assert plan(large_model, gpu(80), gradient_checkpointing=False).limits.uncheckpointed_layers == 32
     with raises("gpu.too_small"):
         plan(large_model, gpu(6.5), gradient_checkpointing=False, lengths=[1000] * 20)
     for wanted in (True, False, "auto"):
-        stock = plan(large_model, gpu(80), kernels="stock", gradient_checkpointing=wanted)
-        assert stock.checkpointing == (wanted is not False)
-        assert stock.limits.kept_layers == stock.limits.cached_layers == 0
-    assert plan(lora_model(), kernels="lean", gradient_checkpointing=True).limits.kept_layers == 0
+        hf = plan(large_model, gpu(80), kernels="hf", gradient_checkpointing=wanted)
+        assert hf.checkpointing == (wanted is not False)
+        assert hf.limits.uncheckpointed_layers == hf.limits.dequantized_layers == 0
+    assert plan(lora_model(), kernels="fused", gradient_checkpointing=True).limits.uncheckpointed_layers == 0
     assert plan(lora_model(), gradient_checkpointing=True).checkpointing
 
 
@@ -176,7 +176,7 @@ def test_checkpointing_is_obeyed(large_model: Any, gpu: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("training", "gpus", "questions", "rows"),
+    ("training", "gpus", "batch_size", "rows"),
     [
         ({}, 1, 16, None),
         ({}, 2, 16, None),
@@ -187,32 +187,32 @@ def test_checkpointing_is_obeyed(large_model: Any, gpu: Any) -> None:
         ({"per_device_train_batch_size": 3, "effective_batch_size": 16}, 1, 16, 3),
     ],
 )
-@pytest.mark.parametrize("kernels", ["lean", "stock"])
+@pytest.mark.parametrize("kernels", ["fused", "hf"])
 def test_numbers_in_the_config_are_obeyed(
-    training: dict[str, Any], gpus: int, questions: int, rows: int | None, kernels: str, model: Any, gpu: Any
+    training: dict[str, Any], gpus: int, batch_size: int, rows: int | None, kernels: str, model: Any, gpu: Any
 ) -> None:
     for device in (ON_CPU, gpu(80)):
         found = plan(model, device, gpus=gpus, kernels=kernels, **training)
-        assert (found.questions, found.rows) == (questions, rows)
+        assert (found.batch_size, found.micro_batch_size) == (batch_size, rows)
 
 
 def test_rows_of_the_config_size_the_micro_batch(large_model: Any, gpu: Any) -> None:
     assert plan(large_model, gpu(80), per_device_train_batch_size=4).limits.tokens == 4 * max(LENGTHS)
-    stock = plan(large_model, gpu(80), per_device_train_batch_size=4, kernels="stock")
-    assert stock.limits.tokens == 4 * max(LENGTHS)
+    hf = plan(large_model, gpu(80), per_device_train_batch_size=4, kernels="hf")
+    assert hf.limits.tokens == 4 * max(LENGTHS)
     with raises("gpu.too_small", match="per_device_train_batch_size"):
         plan(large_model, gpu(8), per_device_train_batch_size=64, lengths=[1000] * 64)
 
 
 def test_the_worst_micro_batch_is_none_that_a_step_exceeds() -> None:
     lengths = [50, 10, 40, 30, 50, 20]
-    by_tokens = worst_micro_batch(lengths, Limits(125, 0), None, questions=4, padded=False)
+    by_tokens = worst_micro_batch(lengths, MicroBatchConfig(125, 0), None, batch_size=4, padded=False)
     assert by_tokens[0] == 0
     assert sum(lengths[i] for i in by_tokens) == 120
-    assert worst_micro_batch(lengths, Limits(10_000, 0), None, questions=3, padded=False) == [0, 4, 2]
-    assert worst_micro_batch(lengths, Limits(125, 0), None, questions=4, padded=True) == [0, 4]
-    assert worst_micro_batch(lengths, Limits(10, 0), 3, questions=4, padded=False) == [0, 4, 2]
-    assert worst_micro_batch(lengths, Limits(10, 0), 9, questions=2, padded=True) == [0, 4]
+    assert worst_micro_batch(lengths, MicroBatchConfig(10_000, 0), None, batch_size=3, padded=False) == [0, 4, 2]
+    assert worst_micro_batch(lengths, MicroBatchConfig(125, 0), None, batch_size=4, padded=True) == [0, 4]
+    assert worst_micro_batch(lengths, MicroBatchConfig(10, 0), 3, batch_size=4, padded=False) == [0, 4, 2]
+    assert worst_micro_batch(lengths, MicroBatchConfig(10, 0), 9, batch_size=2, padded=True) == [0, 4]
 
 
 # --- how it reads
@@ -221,12 +221,12 @@ def test_the_worst_micro_batch_is_none_that_a_step_exceeds() -> None:
 def test_a_plan_reads_well(large_model: Any, gpu: Any) -> None:
     text = str(plan(large_model, gpu(10)))
     assert text.startswith(
-        "lean layers (one of Llama, Mistral, Qwen2 on a GPU); 16 questions a step, micro-batches of up to "
+        "fused layers (one of Llama, Mistral, Qwen2 on a GPU); 16 examples a step, micro-batches of up to "
     )
-    assert " layers kept, 0 with unpacked weights; " in text
+    assert " layers not recomputed, 0 dequantized; " in text
     assert text.endswith("GiB (estimated)")
     assert "\n" not in text
-    found = plan(large_model, gpu(80), kernels="stock", per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    found = plan(large_model, gpu(80), kernels="hf", per_device_train_batch_size=4, gradient_accumulation_steps=4)
     assert str(replace(found, needed=None)) == (
-        "stock layers (training.kernels); 16 questions a step, micro-batches of 4 questions; gradient checkpointing on"
+        "Hugging Face layers (training.kernels); 16 examples a step, micro-batches of 4 examples; gradient checkpointing on"
     )

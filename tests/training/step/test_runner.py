@@ -10,17 +10,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from finetune.estimate.fit import Limits  # noqa: E402
+from finetune.estimate.fit import MicroBatchConfig  # noqa: E402
 from finetune.example import Example  # noqa: E402
-from finetune.models.fused.model import LeanModel  # noqa: E402
+from finetune.models.fused.model import FusedModel  # noqa: E402
 from finetune.training.step.optimizer import FlatAdapters  # noqa: E402
-from finetune.training.step.runner import BAD_STEPS, LeanPath, LossWatch, Step, Stepper, collate  # noqa: E402
+from finetune.training.step.runner import BAD_STEPS, FusedBackend, LossWatch, Step, Stepper, collate  # noqa: E402
 from tests.helpers.errors import raises  # noqa: E402
-from tests.helpers.lean_examples import LAYERS, adapters, labelled, lora_model, stock_gradients, texts, worst_error  # noqa: E402
+from tests.helpers.fused_examples import LAYERS, adapters, hf_gradients, labelled, lora_model, texts, worst_error  # noqa: E402
 
 LENGTHS = (30, 7, 12, 3, 25, 18, 9, 16)
 TOKENS = sum(LENGTHS)
-WHOLE = Limits(1000, LAYERS)
+WHOLE = MicroBatchConfig(1000, LAYERS)
 
 
 def examples(lengths: Sequence[int] = LENGTHS) -> list[Example]:
@@ -41,24 +41,24 @@ class Cramped:
 
     padded = False
 
-    def __init__(self, path: LeanPath, *, room: int, kept: int = LAYERS, backward_too: bool = False) -> None:
-        self.path, self.room, self.kept, self.backward_too = path, room, kept, backward_too
+    def __init__(self, path: FusedBackend, *, room: int, kept: int = LAYERS, backward_too: bool = False) -> None:
+        self.backend, self.room, self.kept, self.backward_too = path, room, kept, backward_too
         self.seen: list[tuple[int, int]] = []
 
     def begin(self) -> None:
-        self.path.begin()
+        self.backend.begin()
 
-    def spare(self) -> bool:
-        return self.path.spare()
+    def free_memory(self) -> bool:
+        return self.backend.free_memory()
 
     def validation_loss(self, rows: Sequence[Example], count: int) -> Any:
-        return self.path.validation_loss(rows, count)
+        return self.backend.validation_loss(rows, count)
 
-    def loss(self, rows: Sequence[Example], count: int, limits: Limits) -> Any:
+    def loss(self, rows: Sequence[Example], count: int, limits: MicroBatchConfig) -> Any:
         tokens = sum(map(len, rows))
-        self.seen.append((tokens, limits.kept_layers))
-        loss = self.path.loss(rows, count, limits)
-        if tokens <= self.room and limits.kept_layers <= self.kept:
+        self.seen.append((tokens, limits.uncheckpointed_layers))
+        loss = self.backend.loss(rows, count, limits)
+        if tokens <= self.room and limits.uncheckpointed_layers <= self.kept:
             return loss
         if not self.backward_too:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -66,37 +66,37 @@ class Cramped:
         def fail(gradient: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        parameter = next(p for name, p in adapters(self.path.lean.model).items() if "layers.0." in name)
+        parameter = next(p for name, p in adapters(self.backend.fused.model).items() if "layers.0." in name)
         handle = parameter.register_post_accumulate_grad_hook(fail)
         self._handle = handle
         return loss
 
 
-class Bench:
+class Harness:
     """A stepper over a small model, with what it said."""
 
     def __init__(
-        self, limits: Limits = WHOLE, *, rows: int | None = None, dropout: float = 0.0, skips: bool = False,
+        self, limits: MicroBatchConfig = WHOLE, *, rows: int | None = None, dropout: float = 0.0, skips: bool = False,
         **cramped: Any,
     ) -> None:  # fmt: skip
         self.model = lora_model(dropout=dropout)
-        lean = LeanPath(LeanModel(self.model, torch.float32))
-        self.path = Cramped(lean, **cramped) if cramped else None
+        fused = FusedBackend(FusedModel(self.model, torch.float32))
+        self.backend = Cramped(fused, **cramped) if cramped else None
         self.said: list[str] = []
         self.flat = FlatAdapters(list(adapters(self.model).values()))
         self.stepper = Stepper(
-            self.path or lean, limits, self.flat, rows=rows, backward=lambda loss: loss.backward(), say=self.said.append,
-            skips_bad_steps=skips,
+            self.backend or fused, limits, self.flat, micro_batch_size=rows, backward=lambda loss: loss.backward(),
+            say=self.said.append, skips_bad_steps=skips,
         )  # fmt: skip
 
     def gradients(self) -> dict[str, Any]:
         return {name: parameter.grad.clone() for name, parameter in adapters(self.model).items()}
 
 
-def undisturbed(limits: Limits = WHOLE) -> tuple[float, dict[str, Any]]:
-    bench = Bench(limits)
-    loss = bench.stepper.run(step_of(examples()))
-    return loss.item(), bench.gradients()
+def undisturbed(limits: MicroBatchConfig = WHOLE) -> tuple[float, dict[str, Any]]:
+    harness = Harness(limits)
+    loss = harness.stepper.run(step_of(examples()))
+    return loss.item(), harness.gradients()
 
 
 # --- a step
@@ -105,71 +105,71 @@ def undisturbed(limits: Limits = WHOLE) -> tuple[float, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("limits", "rows"),
     [
-        (WHOLE, None), (Limits(64, 1), None), (Limits(30, 0), None), (Limits(1, 2), None), (WHOLE, 1), (WHOLE, 3),
-        (WHOLE, 8),
+        (WHOLE, None), (MicroBatchConfig(64, 1), None), (MicroBatchConfig(30, 0), None), (MicroBatchConfig(1, 2), None),
+        (WHOLE, 1), (WHOLE, 3), (WHOLE, 8),
     ],
 )  # fmt: skip
-def test_a_step_has_the_stock_gradients_in_any_micro_batches(limits: Limits, rows: int | None) -> None:
+def test_a_step_has_the_hf_gradients_in_any_micro_batches(limits: MicroBatchConfig, rows: int | None) -> None:
     """Over the labels of the whole step: those of a text with one label weigh no more than others."""
-    bench, mine = Bench(limits, rows=rows), examples()
+    harness, mine = Harness(limits, rows=rows), examples()
     ids, labels = [row.ids for row in mine], [row.labels for row in mine]
-    expected_loss, expected = stock_gradients(bench.model, ids, labels)
-    loss = bench.stepper.run(step_of(mine))
+    expected_loss, expected = hf_gradients(harness.model, ids, labels)
+    loss = harness.stepper.run(step_of(mine))
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert not loss.requires_grad
-    assert worst_error(bench.gradients(), expected) < 1e-5
+    assert worst_error(harness.gradients(), expected) < 1e-5
     squares = sum(float(g.square().sum()) for g in expected.values())
-    assert float(bench.flat.gradient.square().sum()) == pytest.approx(squares, rel=1e-4)
+    assert float(harness.flat.gradient.square().sum()) == pytest.approx(squares, rel=1e-4)
 
 
-@pytest.mark.parametrize("kept_layers", [0, 2])
-def test_as_many_layers_are_kept_as_the_limits_say(kept_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("uncheckpointed_layers", [0, 2])
+def test_as_many_layers_are_kept_as_the_limits_say(uncheckpointed_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    original = LeanModel.loss
+    original = FusedModel.loss
 
-    def noted(self: LeanModel, *given: Any, **named: Any) -> Any:
-        asked.append(named["kept_layers"])
+    def noted(self: FusedModel, *given: Any, **named: Any) -> Any:
+        asked.append(named["uncheckpointed_layers"])
         return original(self, *given, **named)
 
-    monkeypatch.setattr(LeanModel, "loss", noted)
-    Bench(Limits(64, kept_layers)).stepper.run(step_of(examples()))
-    assert set(asked) == {kept_layers}
+    monkeypatch.setattr(FusedModel, "loss", noted)
+    Harness(MicroBatchConfig(64, uncheckpointed_layers)).stepper.run(step_of(examples()))
+    assert set(asked) == {uncheckpointed_layers}
 
 
 def test_steps_do_not_add_up() -> None:
-    bench = Bench()
-    bench.stepper.run(step_of(examples()))
-    first = bench.gradients()
-    bench.model.zero_grad()  # transformers takes the adapters' gradients away after every step
-    bench.stepper.run(step_of(examples()))
-    assert worst_error(bench.gradients(), first) == 0.0
+    harness = Harness()
+    harness.stepper.run(step_of(examples()))
+    first = harness.gradients()
+    harness.model.zero_grad()  # transformers takes the adapters' gradients away after every step
+    harness.stepper.run(step_of(examples()))
+    assert worst_error(harness.gradients(), first) == 0.0
 
 
 def test_a_step_sees_the_optimizers_last_change() -> None:
-    bench = Bench()
-    bench.stepper.run(step_of(examples()))
+    harness = Harness()
+    harness.stepper.run(step_of(examples()))
     with torch.no_grad():
-        bench.flat.parameter.mul_(1.5)
-    loss = bench.stepper.run(step_of(examples()))
+        harness.flat.parameter.mul_(1.5)
+    loss = harness.stepper.run(step_of(examples()))
     ids, labels = [row.ids for row in examples()], [row.labels for row in examples()]
-    found = bench.gradients()
-    bench.model.zero_grad()
-    expected_loss, expected = stock_gradients(bench.model, ids, labels)
+    found = harness.gradients()
+    harness.model.zero_grad()
+    expected_loss, expected = hf_gradients(harness.model, ids, labels)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
     assert worst_error(found, expected) < 1e-5
 
 
 def test_the_validation_loss_is_that_of_the_adapters_as_they_are() -> None:
-    bench, rows = Bench(dropout=0.4), examples()
-    bench.stepper.run(step_of(rows))
+    harness, rows = Harness(dropout=0.4), examples()
+    harness.stepper.run(step_of(rows))
     with torch.no_grad():
-        bench.flat.parameter.mul_(1.5)  # the optimizer's step, after which validation comes
+        harness.flat.parameter.mul_(1.5)  # the optimizer's step, after which validation comes
     ids, labels = [row.ids for row in rows], [row.labels for row in rows]
-    bench.model.eval()
-    expected, _ = stock_gradients(bench.model, ids, labels)
+    harness.model.eval()
+    expected, _ = hf_gradients(harness.model, ids, labels)
     before = torch.get_rng_state()
-    bench.stepper.path.begin()
-    pieces = [bench.stepper.path.validation_loss(rows[i : i + 3], labelled(labels)) for i in (0, 3, 6)]
+    harness.stepper.backend.begin()
+    pieces = [harness.stepper.backend.validation_loss(rows[i : i + 3], labelled(labels)) for i in (0, 3, 6)]
     assert sum(piece.item() for piece in pieces) == pytest.approx(expected, rel=1e-5)
     assert not any(piece.requires_grad for piece in pieces)
     assert torch.equal(torch.get_rng_state(), before)
@@ -184,11 +184,11 @@ def test_collate_counts_the_whole_step_on_every_rank() -> None:
 
 
 def test_a_process_without_questions_has_a_loss_and_gradients_of_zero() -> None:
-    bench = Bench()
+    harness = Harness()
     step = collate(examples()[:1], rank=1, ranks=2)["step"]
     assert step.mine == []
-    assert bench.stepper.run(step).item() == 0.0
-    assert not bench.flat.gradient.any()
+    assert harness.stepper.run(step).item() == 0.0
+    assert not harness.flat.gradient.any()
 
 
 # --- out of memory
@@ -197,122 +197,122 @@ def test_a_process_without_questions_has_a_loss_and_gradients_of_zero() -> None:
 @pytest.mark.parametrize("backward_too", [False, True])
 def test_out_of_memory_begins_the_step_again_in_smaller_pieces(backward_too: bool) -> None:
     expected_loss, expected = undisturbed()
-    bench = Bench(Limits(TOKENS, LAYERS), room=60, backward_too=backward_too)
-    assert bench.path is not None
+    harness = Harness(MicroBatchConfig(TOKENS, LAYERS), room=60, backward_too=backward_too)
+    assert harness.backend is not None
     if backward_too:
-        original = bench.stepper._shrink
+        original = harness.stepper._oom_fallback
 
-        def mend(*arguments: Any, **named: Any) -> None:
-            bench.path._handle.remove()  # type: ignore[union-attr]
+        def make_room(*arguments: Any, **named: Any) -> None:
+            harness.backend._handle.remove()  # type: ignore[union-attr]
             original(*arguments, **named)
 
-        bench.stepper._shrink = mend  # type: ignore[method-assign]
-    loss = bench.stepper.run(step_of(examples()))
+        harness.stepper._oom_fallback = make_room  # type: ignore[method-assign]
+    loss = harness.stepper.run(step_of(examples()))
     assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
-    assert worst_error(bench.gradients(), expected) < 1e-5
-    assert bench.stepper.out_of_memory == len(bench.said) >= 1
-    assert bench.stepper.limits.tokens <= 60
-    assert bench.stepper.limits.kept_layers == LAYERS
-    assert "out of GPU memory" in bench.said[0]
-    assert f"instead of {TOKENS:,}" in bench.said[0]
-    bench.stepper.run(step_of(examples()))
-    assert len(bench.said) == bench.stepper.out_of_memory, "the smaller pieces stay: nothing is said again"
-    assert all(tokens <= 60 for tokens, _ in bench.path.seen[-3:])
+    assert worst_error(harness.gradients(), expected) < 1e-5
+    assert harness.stepper.out_of_memory == len(harness.said) >= 1
+    assert harness.stepper.limits.tokens <= 60
+    assert harness.stepper.limits.uncheckpointed_layers == LAYERS
+    assert "out of GPU memory" in harness.said[0]
+    assert f"instead of {TOKENS:,}" in harness.said[0]
+    harness.stepper.run(step_of(examples()))
+    assert len(harness.said) == harness.stepper.out_of_memory, "the smaller pieces stay: nothing is said again"
+    assert all(tokens <= 60 for tokens, _ in harness.backend.seen[-3:])
 
 
 def test_out_of_memory_in_a_later_micro_batch_keeps_nothing_of_the_earlier_ones() -> None:
     _, expected = undisturbed()
-    bench = Bench(Limits(60, LAYERS), room=60)
-    path = bench.path
+    harness = Harness(MicroBatchConfig(60, LAYERS), room=60)
+    path = harness.backend
     assert path is not None
     fail_at = [2]  # the second micro-batch, once
 
     class Flaky(Cramped):
-        def loss(self, rows: Sequence[Example], count: int, limits: Limits) -> Any:
+        def loss(self, rows: Sequence[Example], count: int, limits: MicroBatchConfig) -> Any:
             loss = super().loss(rows, count, limits)
             fail_at[0] -= 1
             if fail_at[0] == 0:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return loss
 
-    bench.stepper.path = Flaky(path.path, room=60)
-    bench.stepper.run(step_of(examples()))
-    assert bench.stepper.out_of_memory == 1
-    assert worst_error(bench.gradients(), expected) < 1e-5
+    harness.stepper.backend = Flaky(path.backend, room=60)
+    harness.stepper.run(step_of(examples()))
+    assert harness.stepper.out_of_memory == 1
+    assert worst_error(harness.gradients(), expected) < 1e-5
 
 
 def test_out_of_memory_halves_the_tokens() -> None:
-    bench = Bench(Limits(TOKENS, LAYERS), room=TOKENS - 1)
-    bench.stepper.run(step_of(examples()))
-    assert bench.stepper.limits.tokens == TOKENS // 2
+    harness = Harness(MicroBatchConfig(TOKENS, LAYERS), room=TOKENS - 1)
+    harness.stepper.run(step_of(examples()))
+    assert harness.stepper.limits.tokens == TOKENS // 2
 
 
 @pytest.mark.parametrize("rows", [2, 4, 8])
 def test_a_number_of_rows_gives_way_too(rows: int) -> None:
     _, expected = undisturbed()
-    bench = Bench(Limits(rows * 30, LAYERS), rows=rows, room=33)
-    bench.stepper.run(step_of(examples()))
-    assert bench.stepper.rows is None
-    assert 30 <= bench.stepper.limits.tokens < 60
-    assert bench.path is not None
-    assert bench.path.seen[-1][0] <= 33
-    assert worst_error(bench.gradients(), expected) < 1e-5
+    harness = Harness(MicroBatchConfig(rows * 30, LAYERS), rows=rows, room=33)
+    harness.stepper.run(step_of(examples()))
+    assert harness.stepper.micro_batch_size is None
+    assert 30 <= harness.stepper.limits.tokens < 60
+    assert harness.backend is not None
+    assert harness.backend.seen[-1][0] <= 33
+    assert worst_error(harness.gradients(), expected) < 1e-5
 
 
 def test_with_one_text_alone_all_layers_are_computed_again() -> None:
     _, expected = undisturbed()
-    bench = Bench(Limits(TOKENS, LAYERS), room=30, kept=0)
-    bench.stepper.run(step_of(examples()))
-    assert bench.stepper.limits == Limits(30, 0)
-    assert worst_error(bench.gradients(), expected) < 1e-5
+    harness = Harness(MicroBatchConfig(TOKENS, LAYERS), room=30, kept=0)
+    harness.stepper.run(step_of(examples()))
+    assert harness.stepper.limits == MicroBatchConfig(30, 0)
+    assert worst_error(harness.gradients(), expected) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [None, 1, 4])
 def test_when_nothing_is_left_to_give_the_run_ends(rows: int | None) -> None:
-    bench = Bench(Limits(TOKENS, LAYERS), rows=rows, room=29)
+    harness = Harness(MicroBatchConfig(TOKENS, LAYERS), rows=rows, room=29)
     with raises("gpu.out_of_memory", match=r"single text of 30 tokens.*model\.max_seq_length") as caught:
-        bench.stepper.run(step_of(examples()))
+        harness.stepper.run(step_of(examples()))
     assert "\n" not in str(caught.value)
-    assert bench.stepper.out_of_memory == len(bench.said) + 1
+    assert harness.stepper.out_of_memory == len(harness.said) + 1
 
 
 def test_another_error_is_not_taken_for_want_of_memory() -> None:
-    bench = Bench(room=1000)
+    harness = Harness(room=1000)
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    bench.stepper.path.loss = broken  # type: ignore[method-assign]
+    harness.stepper.backend.loss = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="illegal"):
-        bench.stepper.run(step_of(examples()))
-    assert bench.stepper.out_of_memory == 0
+        harness.stepper.run(step_of(examples()))
+    assert harness.stepper.out_of_memory == 0
 
 
 def test_a_rehearsal_leaves_random_state_gradients_and_watch_as_they_were() -> None:
-    bench = Bench(Limits(TOKENS, LAYERS), dropout=0.2, room=100)
+    harness = Harness(MicroBatchConfig(TOKENS, LAYERS), dropout=0.2, room=100)
     torch.manual_seed(3)
     torch.rand(5)
     before = torch.get_rng_state()
-    bench.stepper.rehearse(examples())
+    harness.stepper.memory_dry_run(examples())
     assert torch.equal(torch.get_rng_state(), before)
-    assert not bench.flat.gradient.any()
-    assert bench.stepper.out_of_memory == len(bench.said) >= 1
-    bench.stepper.watch.check()
+    assert not harness.flat.gradient.any()
+    assert harness.stepper.out_of_memory == len(harness.said) >= 1
+    harness.stepper.watch.check()
     with raises("gpu.out_of_memory"):
-        Bench(room=10).stepper.rehearse(examples())
+        Harness(room=10).stepper.memory_dry_run(examples())
 
 
 # --- losses that are no numbers
 
 
 def test_a_loss_that_is_no_number_ends_the_run_one_step_later() -> None:
-    bench = Bench()
+    harness = Harness()
     with torch.no_grad():
-        bench.flat.parameter[3] = float("nan")
-    assert torch.isnan(bench.stepper.run(step_of(examples())))
+        harness.flat.parameter[3] = float("nan")
+    assert torch.isnan(harness.stepper.run(step_of(examples())))
     with raises("training.not_finite", match=r"not finite; resume from the last checkpoint.*learning_rate"):
-        bench.stepper.run(step_of(examples()))
-    assert bench.stepper.watch.bad_steps == 1
+        harness.stepper.run(step_of(examples()))
+    assert harness.stepper.watch.bad_steps == 1
 
 
 def test_where_the_scaler_skips_such_steps_ten_in_a_row_end_the_run() -> None:
@@ -347,25 +347,25 @@ def test_a_gradient_that_is_none_ends_the_run_where_no_scaler_skips_it() -> None
         watch.check()
 
 
-def test_the_last_that_a_step_gives_up_are_unpacked_weights() -> None:
-    bench = Bench(Limits(30, 0, LAYERS), room=1000)
+def test_the_last_that_a_step_gives_up_are_dequantized_weights() -> None:
+    harness = Harness(MicroBatchConfig(30, 0, LAYERS), room=1000)
     spared: list[bool] = []
 
     class Full(Cramped):
-        def loss(self, rows: Sequence[Example], count: int, limits: Limits) -> Any:
+        def loss(self, rows: Sequence[Example], count: int, limits: MicroBatchConfig) -> Any:
             if not spared:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().loss(rows, count, limits)
 
-        def spare(self) -> bool:
+        def free_memory(self) -> bool:
             spared.append(True)
             return len(spared) == 1
 
-    assert bench.path is not None
-    bench.stepper.path = Full(bench.path.path, room=1000)
-    bench.stepper.run(step_of(examples()))
+    assert harness.backend is not None
+    harness.stepper.backend = Full(harness.backend.backend, room=1000)
+    harness.stepper.run(step_of(examples()))
     assert spared == [True]
-    assert bench.stepper.limits == Limits(30, 0, 0)
+    assert harness.stepper.limits == MicroBatchConfig(30, 0, 0)
 
 
 def test_an_infinite_gradient_counts_unless_a_scaler_is_looking_for_its_scale() -> None:

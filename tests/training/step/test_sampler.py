@@ -47,7 +47,7 @@ class StepTrainer(Trainer):
 
     def get_train_dataloader(self) -> StepLoader:
         self.seen: list[list[int]] = []
-        sampler = StepSampler(LENGTHS, questions=QUESTIONS, seed=SEED, by_length=self.by_length)
+        sampler = StepSampler(LENGTHS, batch_size=QUESTIONS, seed=SEED, by_length=self.by_length)
         return StepLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collate, num_workers=self.workers)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -91,7 +91,7 @@ def expected() -> dict[bool, list[list[int]]]:
         by_length: [
             step
             for epoch in range(EPOCHS)
-            for step in steps_of_epoch(LENGTHS, questions=QUESTIONS, seed=SEED, epoch=epoch, by_length=by_length)
+            for step in steps_of_epoch(LENGTHS, batch_size=QUESTIONS, seed=SEED, epoch=epoch, by_length=by_length)
         ]
         for by_length in (False, True)
     }

@@ -53,7 +53,7 @@ def doubted(catalog: Catalog) -> set[tuple[str, str, bool, str]]:
     found = set()
     for name, about in GPUS.items():
         for offer in catalog.offers(name, machine=about.machine) if about.machine else []:
-            for doubt in offer.doubts:
+            for doubt in offer.anomalies:
                 short = re.search(r"spot is dearer|\d+% of the median \$[\d.]+", doubt)
                 assert short, doubt
                 found.add((offer.gpu, offer.region, offer.spot, short[0]))
@@ -104,24 +104,24 @@ def test_an_implausible_price_is_doubted_with_its_numbers(
 ) -> None:
     offers = made(*four_regions(**odd)).offers("A100", machine=A100)
     assert len(offers) == 8
-    assert not [offer for offer in offers if offer.region != "odd1" and offer.doubts]
+    assert not [offer for offer in offers if offer.region != "odd1" and offer.anomalies]
     for kind, expected in ((False, on_demand), (True, spot)):
         (offer,) = [offer for offer in offers if offer.region == "odd1" and offer.spot == kind]
-        assert len(offer.doubts) == len(expected)
-        assert all(text.startswith(start) for text, start in zip(offer.doubts, expected, strict=True))
+        assert len(offer.anomalies) == len(expected)
+        assert all(text.startswith(start) for text, start in zip(offer.anomalies, expected, strict=True))
 
 
 def test_a_region_counts_once_in_the_median_however_many_zones_it_has(made: Callable[..., Catalog]) -> None:
     cheap = [f"cheap1-{letter}" for letter in "abcdef"]
     dear = ["one1-a", "two1-a", "three1-a"]
     catalog = made(*map(host, cheap + dear), *(gpu(zone, 1.0, 0.9) for zone in cheap), *map(gpu, dear))
-    doubtful = {offer.region for offer in catalog.offers("A100", machine=A100, spot=False) if offer.doubts}
+    doubtful = {offer.region for offer in catalog.offers("A100", machine=A100, spot=False) if offer.anomalies}
     assert doubtful == {"cheap1"}
 
 
 def test_where_every_price_contradicts_itself_all_are_doubted(made: Callable[..., Catalog]) -> None:
     catalog = made(*map(host, ("a1-a", "b1-a")), *(gpu(zone, 1.0, 2.0) for zone in ("a1-a", "b1-a")))
-    assert all(offer.doubts for offer in catalog.offers("A100", machine=A100))
+    assert all(offer.anomalies for offer in catalog.offers("A100", machine=A100))
 
 
 def test_a_region_stands_in_the_median_with_its_cheapest_zone(made: Callable[..., Catalog]) -> None:
@@ -129,11 +129,11 @@ def test_a_region_stands_in_the_median_with_its_cheapest_zone(made: Callable[...
     prices = [1.0, 9.0, 5.0, 9.0]  # by region 1, 5, 9
     for order in (1, -1):
         lines = [gpu(zone, usd, 0.5) for zone, usd in zip(zones, prices, strict=True)][::order]
-        (low,) = [o for o in made(*map(host, zones), *lines).offers("A100", machine=A100, spot=False) if o.doubts]
-        assert low.doubts == ("GPU at $1.0000/h is 20% of the median $5.0000 of 3 regions",)
+        (low,) = [o for o in made(*map(host, zones), *lines).offers("A100", machine=A100, spot=False) if o.anomalies]
+        assert low.anomalies == ("GPU at $1.0000/h is 20% of the median $5.0000 of 3 regions",)
 
 
 def test_nothing_is_free_even_where_everything_is(made: Callable[..., Catalog]) -> None:
     catalog = made(*map(host, ("a1-a", "b1-a")), *(gpu(zone, 0.0, 0.0) for zone in ("a1-a", "b1-a")))
     for offer in catalog.offers("A100", machine=A100):
-        assert offer.doubts == ("GPU at $0.0000/h is at the median $0.0000 of 2 regions",)
+        assert offer.anomalies == ("GPU at $0.0000/h is at the median $0.0000 of 2 regions",)

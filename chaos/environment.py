@@ -54,7 +54,7 @@ KINDS = (
             "checkpoint": {"keep_every": 3},
         },
     ),
-    Kind("lean", 2 * _EPOCH, 6, {"training": {"max_steps": 2 * _EPOCH, "kernels": "lean"}}),  # on NF4 weights
+    Kind("fused", 2 * _EPOCH, 6, {"training": {"max_steps": 2 * _EPOCH, "kernels": "fused"}}),  # on NF4 weights
 )
 
 
@@ -63,7 +63,7 @@ def kind_of(name: str) -> Kind:
 
 
 @dataclass(frozen=True)
-class World:
+class ChaosEnvironment:
     """The folder that holds model, data, configs and runs."""
 
     folder: Path
@@ -105,7 +105,7 @@ class World:
         return path
 
 
-def make_world(folder: Path) -> World:
+def make_environment(folder: Path) -> ChaosEnvironment:
     """Write model, tokenizer, database, records and prepared data into an empty folder."""
     from benchmarks.random_model import make
 
@@ -116,7 +116,7 @@ def make_world(folder: Path) -> World:
     source = SourceSection(kind="jsonl", path=str(folder / "records.jsonl"), databases=str(folder / "databases"))
     data = DataSection([source], str(folder / "prepared"), val_fraction=0.1, test_fraction=0.1)
     prepare(data, max_seq_length=256, timeout_seconds=10, progress=False)
-    return World(folder)
+    return ChaosEnvironment(folder)
 
 
 def _records() -> list[Record]:

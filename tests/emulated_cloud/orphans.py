@@ -1,6 +1,6 @@
 """A test session's place on this computer, and the removal of what a session left that was killed.
 
-`python -m tests.emulated_cloud.leftovers begin PID` removes what is left over, then makes and prints a folder for what
+`python -m tests.emulated_cloud.orphans begin PID` removes what is left over, then makes and prints a folder for what
 the processes of one `make cloud-test` share (the image, pytest's folders); it is left over when process PID is gone.
 `end PID` removes both.
 
@@ -123,7 +123,7 @@ def sign(folder: Path, pid: int) -> None:
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Sessions that begin together see the same leftovers: without this one removes what the other has just made there."""
+    """Sessions that begin together see the same orphans: without this one removes what the other has just made there."""
     folder = os.open(place(0).parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)

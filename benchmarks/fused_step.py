@@ -1,6 +1,6 @@
-"""Where the time of a lean training step goes: variants side by side on one GPU, interleaved, and a profile of each.
+"""Where the time of a fused training step goes: variants side by side on one GPU, interleaved, and a profile of each.
 
-    python -m benchmarks.lean_step MODELFOLDER --out DIR [--variants NAME ...] [--rounds 3]
+    python -m benchmarks.fused_step MODELFOLDER --out DIR [--variants NAME ...] [--rounds 3]
 
 MODELFOLDER as benchmarks.random_model makes it. A step is 16 questions at text-to-SQL lengths in one micro-batch: forward,
 backward, clipping, 8-bit AdamW. Prints a JSON object for every variant: tokens/s (median over steps and its quartiles), peak
@@ -26,7 +26,7 @@ from finetune.example import Example
 from finetune.machine.hardware import GIB
 from finetune.models.device import choose_device
 from finetune.models.fused import ops_torch
-from finetune.models.fused.model import LeanModel, ops_for, pack
+from finetune.models.fused.model import FusedModel, ops_for, pack
 from finetune.models.load import adapters_to_float32, attach_lora, load_base, load_tokenizer
 from finetune.training.step.optimizer import FlatAdapters
 
@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "again_cached_drop": {"cached": 32, "kept": 0, "dropout": 0.05},
     "torch_ops": {"cached": 32, "kept": 32, "dropout": 0.0, "torch_ops": True},
     "torch_ops_drop": {"cached": 32, "kept": 32, "dropout": 0.05, "torch_ops": True},
-    "efficient": {"cached": 32, "kept": 32, "dropout": 0.0, "way": "efficient"},
+    "efficient": {"cached": 32, "kept": 32, "dropout": 0.0, "backend": "efficient"},
 }
 
 
@@ -103,21 +103,21 @@ def one_round(
 ) -> None:
     from bitsandbytes.optim import PagedAdamW8bit
 
-    lean = LeanModel(
-        model, model.get_base_model().dtype, cached_layers=variant["cached"], way=variant.get("way"),
+    fused = FusedModel(
+        model, model.get_base_model().dtype, dequantized_layers=variant["cached"], backend=variant.get("backend"),
         ops=ops_torch if variant.get("torch_ops") else ops_for(torch.device("cuda")),
     )  # fmt: skip
-    lean.dropout = variant["dropout"]
-    result["ops"], result["way"] = lean.ops.__name__.rpartition(".")[2], lean.way
+    fused.dropout = variant["dropout"]
+    result["ops"], result["backend"] = fused.ops.__name__.rpartition(".")[2], fused.backend
     flat = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
     optimizer = PagedAdamW8bit([flat.parameter], lr=1e-5)
     torch.cuda.reset_peak_memory_stats()
 
     def step(ids: Any, targets: Any) -> tuple[float, torch.Tensor]:
         began = time.perf_counter()
-        lean.refresh()
+        fused.refresh()
         flat.begin()
-        loss = lean.loss(pack(ids, targets, lean.device), kept_layers=variant["kept"])
+        loss = fused.loss(pack(ids, targets, fused.device), uncheckpointed_layers=variant["kept"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_([flat.parameter], 1.0)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""What the tests of the lean layers share: small models of each family, packed texts, and the stock path as the referee."""
+"""What the tests of the fused layers share: small models of each family, packed texts, and Hugging Face's as the referee."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.config.schema import RunConfig, TrainingSection
 from finetune.data.tokenize import Examples
 from finetune.example import IGNORED, targets_of
 from finetune.models.device import Device
-from finetune.models.fused.model import LeanModel, Packed, pack
+from finetune.models.fused.model import FusedModel, Packed, pack
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import Throughput
 from finetune.training.step.plan import StepPlan, plan_step
@@ -107,7 +107,7 @@ def packed(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], device
     return pack(ids, [targets_of(row) for row in labels], device)
 
 
-def stock_loss(model: Any, ids: Sequence[int], labels: Sequence[int]) -> Tensor:
+def hf_loss(model: Any, ids: Sequence[int], labels: Sequence[int]) -> Tensor:
     """Summed negative log-likelihood of one text, run alone and unpadded through transformers and PEFT."""
     logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
     targets = torch.tensor(labels[1:], dtype=torch.long, device=model.device)
@@ -125,25 +125,25 @@ def take_gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def stock_gradients(
+def hf_gradients(
     model: Any, ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
 ) -> tuple[float, dict[str, Tensor]]:
     """(mean loss over the labelled tokens, gradients), one text after the other."""
     count, total = labelled(labels), 0.0
     for row, wanted in zip(ids, labels, strict=True):
         if len(row) > 1:
-            loss = stock_loss(model, row, wanted) / count
+            loss = hf_loss(model, row, wanted) / count
             loss.backward()
             total += loss.item()
     return total, take_gradients(model)
 
 
-def lean_gradients(
-    model: Any, batch: Packed, *, kept_layers: int = LAYERS, seed: int = 0, lean: LeanModel | None = None
+def fused_gradients(
+    model: Any, batch: Packed, *, uncheckpointed_layers: int = LAYERS, seed: int = 0, fused: FusedModel | None = None
 ) -> tuple[float, dict[str, Tensor]]:
-    lean = lean or LeanModel(model, torch.float32)
+    fused = fused or FusedModel(model, torch.float32)
     torch.manual_seed(seed)
-    loss = lean.loss(batch, kept_layers=kept_layers)
+    loss = fused.loss(batch, uncheckpointed_layers=uncheckpointed_layers)
     loss.backward()
     return loss.item(), take_gradients(model)
 
@@ -166,21 +166,23 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 
 
 class StatedMask(torch.nn.Module):
-    """In place of LoRA's dropout: the mask that the lean layers draw for one projection of one layer.
+    """In place of LoRA's dropout: the mask that the fused layers draw for one projection of one layer.
 
     rows: those that its input is cut down to in the last layer behind attention; the others' results reach no loss.
     """
 
     def __init__(self, ops: ModuleType, p: float, seed: int, stream: int, rows: Tensor | None) -> None:
         super().__init__()
-        self.ops, self.p, self.seed, self.stream, self.rows = ops, p, seed, stream, rows
+        self.ops, self.p, self.seed, self.stream, self.micro_batch_size = ops, p, seed, stream, rows
 
     def forward(self, x: Tensor) -> Tensor:
         """x (1, tokens, width)."""
-        if self.rows is None:
+        if self.micro_batch_size is None:
             return x * revealed_mask(self.ops, x[0], self.p, self.seed, self.stream)
         mask = torch.zeros_like(x[0])
-        mask[self.rows] = revealed_mask(self.ops, x[0, self.rows], self.p, self.seed, self.stream)
+        mask[self.micro_batch_size] = revealed_mask(
+            self.ops, x[0, self.micro_batch_size], self.p, self.seed, self.stream
+        )
         return x * mask
 
 
@@ -193,9 +195,9 @@ def revealed_mask(ops: ModuleType, x: Tensor, p: float, seed: int, stream: int) 
     return mask
 
 
-def put_stated_masks(model: Any, lean: LeanModel, seed: int, batch: Packed, p: float) -> None:
+def put_stated_masks(model: Any, fused: FusedModel, seed: int, batch: Packed, p: float) -> None:
     """Replace every Dropout of PEFT by the mask of a micro-batch of this seed; for one text, which is then not packed."""
-    for layer, module in zip(lean.layers, model.get_base_model().get_decoder().layers, strict=True):
+    for layer, module in zip(fused.layers, model.get_base_model().get_decoder().layers, strict=True):
         for number, group in enumerate(GROUPS):
             modules: list[Any] = [
                 getattr(module.self_attn, name, None) or getattr(module.mlp, name, None) for name in group
@@ -203,7 +205,7 @@ def put_stated_masks(model: Any, lean: LeanModel, seed: int, batch: Packed, p: f
             for stream, projection in enumerate(m for m in modules if hasattr(m, "lora_dropout")):
                 group_seed = (seed + 1_000_003 * (4 * layer.number + number)) % 2**31
                 rows = batch.rows if layer.last and number else None
-                projection.lora_dropout["default"] = StatedMask(lean.ops, p, group_seed, stream, rows)
+                projection.lora_dropout["default"] = StatedMask(fused.ops, p, group_seed, stream, rows)
 
 
 # --- real trainers

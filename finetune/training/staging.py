@@ -1,6 +1,6 @@
 """From what the trainer saves on the local disk to a checkpoint in the run's folder, which may be a bucket.
 
-The training loop waits only for the local part. `Saver` copies, verifies and commits it behind its back.
+The training loop waits only for the local part. `AsyncCheckpointWriter` copies, verifies and commits it behind its back.
 
 Adapters that were loaded into the wrong place train on without a word, from their beginning; nothing but the loss shows it. So a
 checkpoint keeps the loss of a few fixed examples, and after a resume tensors and loss are compared before the first step.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.checkpoint.async_saver import Committed, Saver
+from finetune.checkpoint.async_writer import AsyncCheckpointWriter, Committed
 from finetune.checkpoint.store import CheckpointStore
 from finetune.config.load import config_hash, to_yaml
 from finetune.config.schema import RunConfig
@@ -35,11 +35,11 @@ from finetune.runtime.console import say
 from finetune.runtime.files import write_json, write_text
 from finetune.training.trainer import AnswerTrainer
 
-CONFIG, DATA_MANIFEST, WINDOW, LABELS = "config.yaml", "data-manifest.json", "window.json", "labels.json"
+CONFIG, DATA_MANIFEST, LOGGING_STATE, LABELS = "config.yaml", "data-manifest.json", "window.json", "labels.json"
 
 
 def scratch_folder(run_id: str) -> Path:
-    """An empty folder on the local disk for snapshots of this run."""
+    """An empty folder on the local disk for staged saves of this run."""
     folder = _scratch(run_id)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -87,27 +87,27 @@ class Saves:
         )
 
 
-class Snapshots(TrainerCallback):
-    """Adds to the folder that the trainer has saved what else makes a checkpoint whole, and hands it to the saver."""
+class CheckpointStaging(TrainerCallback):
+    """Adds to the folder that the trainer has saved what else makes a checkpoint whole, and hands it to the writer."""
 
     def __init__(
         self,
         trainer: AnswerTrainer,
-        saver: Saver | None,
+        writer: AsyncCheckpointWriter | None,
         run: RunFolder,
         config: RunConfig,
         data: Prepared,
         template: PromptTemplate,
         attempt: int,
     ) -> None:
-        """saver: None on ranks that do not write."""
-        self.trainer, self.saver, self.run = trainer, saver, run
+        """writer: None on ranks that do not write."""
+        self.trainer, self.writer, self.run = trainer, writer, run
         self.config, self.data, self.template, self.attempt = config, data, template, attempt
         self.saves = Saves()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.saver:
-            self.saver.check()
+        if self.writer:
+            self.writer.check()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.hand_over(state)
@@ -116,11 +116,11 @@ class Snapshots(TrainerCallback):
         """The snapshot of the step that `state` is at, saved by the trainer just now."""
         began = time.monotonic()
         folder = Path(self.trainer.args.output_dir) / f"checkpoint-{state.global_step}"
-        loss = probe_of(self.trainer)  # every rank: the loss is summed over them
-        if self.saver is None:
+        loss = probe_loss(self.trainer)  # every rank: the loss is summed over them
+        if self.writer is None:
             return
-        write_json(folder / PROBE, loss)
-        write_json(folder / WINDOW, self.trainer.logging_window())
+        write_json(folder / PROBE_LOSS, loss)
+        write_json(folder / LOGGING_STATE, self.trainer.logging_state())
         write_text(folder / CONFIG, to_yaml(self.config))
         self.template.save(folder)
         shutil.copyfile(self.data.folder / MANIFEST, folder / DATA_MANIFEST)
@@ -136,20 +136,20 @@ class Snapshots(TrainerCallback):
             "attempt": self.attempt,
         }
         write_json(folder / LABELS, labels)  # the last file: from here on the snapshot is whole
-        self.saver.submit(folder, **labels)  # type: ignore[arg-type]
+        self.writer.submit(folder, **labels)  # type: ignore[arg-type]
         self.saves.count += 1
         self.saves.stall_seconds += self.trainer.save_seconds + time.monotonic() - began
 
 
-PROBE = "probe.json"
+PROBE_LOSS = "probe.json"
 EXAMPLES = 4
 """The shortest of the training set: a forward pass of some hundred tokens at every save."""
 TOLERANCE = {"cpu": 1e-4, "cuda": 0.02}
-"""How far the loss may be from the saved one, as a share of it. Another kind of GPU, or other layers kept, rounds bfloat16
+"""How far the loss may be from the saved one, as a share of it. Another kind of GPU, or other layers recomputed, rounds bfloat16
 differently; adapters that were lost are further off as soon as anything has been learned."""
 
 
-def probe_of(trainer: AnswerTrainer) -> dict[str, Any]:
+def probe_loss(trainer: AnswerTrainer) -> dict[str, Any]:
     """Mean negative log-likelihood (nats) of the fixed examples' answers, without dropout; the random state stays as it is."""
     examples = sorted(enumerate(trainer.train_examples.lengths), key=lambda item: (item[1], item[0]))[:EXAMPLES]
     indices = [index for index, _ in examples]
@@ -160,8 +160,8 @@ def probe_of(trainer: AnswerTrainer) -> dict[str, Any]:
 def check_resumed(trainer: AnswerTrainer, folder: Path) -> None:
     """Raises UserError where the model that is about to train is not that of the checkpoint in `folder`."""
     _check_tensors(trainer, folder)
-    saved = json.loads((folder / PROBE).read_text(encoding="utf-8"))["loss"]
-    now = probe_of(trainer)["loss"]
+    saved = json.loads((folder / PROBE_LOSS).read_text(encoding="utf-8"))["loss"]
+    now = probe_loss(trainer)["loss"]
     kind = trainer.args.device.type
     if saved is None or now is None:
         return

@@ -1,9 +1,9 @@
-"""Peak memory of lean training steps on a GPU, cell by cell, beside finetune/estimate/memory_fused.py's estimate.
+"""Peak memory of fused training steps on a GPU, cell by cell, beside finetune/estimate/memory_fused.py's estimate.
 
-    python -m benchmarks.lean_memory MODELFOLDER [--dtype bfloat16]
+    python -m benchmarks.fused_memory MODELFOLDER [--dtype bfloat16]
 
 MODELFOLDER as benchmarks.random_model makes it. A cell is a micro-batch of so many tokens (texts of 300, 37 of them answer), so
-many layers kept, so many with unpacked weights; two optimizer steps of two micro-batches each, paged 8-bit AdamW over the flat
+many layers kept, so many with dequantized weights; two optimizer steps of two micro-batches each, paged 8-bit AdamW over the flat
 adapters. Prints a JSON object for every cell: measured and estimated peak and reserved bytes (GiB).
 """
 
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
-from finetune.estimate.memory_fused import LeanLoad, lean_estimate
+from finetune.estimate.memory_fused import FusedLoad, fused_estimate
 from finetune.estimate.memory_hf import Workload
 from finetune.example import Example
 from finetune.machine.hardware import GIB
 from finetune.models.architectures import shape_of
 from finetune.models.device import choose_device
 from finetune.models.fused import ops_torch
-from finetune.models.fused.model import LeanModel, pack
+from finetune.models.fused.model import FusedModel, pack
 from finetune.models.load import adapters_to_float32, attach_lora, load_base
 from finetune.training.step.optimizer import FlatAdapters
 
@@ -34,7 +34,7 @@ CELLS = (
     (600, 32, 0), (1500, 32, 32), (3000, 32, 0), (3000, 0, 0), (6000, 32, 32), (6000, 16, 0),
     (9000, 0, 0), (9000, 32, 0), (12000, 8, 16), (12000, 0, 32), (15000, 32, 0), (18000, 0, 0),
 )  # fmt: skip
-"""Tokens, layers kept, layers with unpacked weights."""
+"""Tokens, layers kept, layers with dequantized weights."""
 
 
 def main() -> None:
@@ -57,15 +57,20 @@ def main() -> None:
     assert shape is not None
     for tokens, kept, cached in CELLS:
         load = Workload(1, TEXT, dtype=device.dtype_name, lora_r=lora.r, lora_dropout=lora.lora_dropout)
-        row: dict[str, Any] = {"tokens": tokens, "kept_layers": kept, "cached_layers": cached, "dtype": arguments.dtype}
+        row: dict[str, Any] = {
+            "tokens": tokens,
+            "uncheckpointed_layers": kept,
+            "dequantized_layers": cached,
+            "dtype": arguments.dtype,
+        }
         try:
             row |= measured(model, tokens, kept, cached, old_gpu=arguments.old_gpu)
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
-        asked = LeanLoad(
+        asked = FusedLoad(
             load, tokens, kept, cached, ampere=not arguments.old_gpu, texts=tokens // TEXT, labelled=ANSWER / TEXT
         )
-        estimated = lean_estimate(shape, asked)
+        estimated = fused_estimate(shape, asked)
         row |= {
             "estimated_peak": round(estimated.peak / GIB, 3),
             "estimated_reserved": round(estimated.reserved / GIB, 3),
@@ -78,18 +83,18 @@ def measured(model: Any, tokens: int, kept: int, cached: int, *, old_gpu: bool) 
 
     gc.collect()
     torch.cuda.empty_cache()
-    options: dict[str, Any] = {"ops": ops_torch, "way": "efficient"} if old_gpu else {}
-    lean = LeanModel(model, model.get_base_model().dtype, cached_layers=cached, **options)
+    options: dict[str, Any] = {"ops": ops_torch, "backend": "efficient"} if old_gpu else {}
+    fused = FusedModel(model, model.get_base_model().dtype, dequantized_layers=cached, **options)
     flat = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
     optimizer = PagedAdamW8bit([flat.parameter], lr=1e-5)
     ids = torch.randint(10, 30000, (tokens // TEXT, TEXT)).tolist()
     targets = [Example(row, TEXT - ANSWER).targets for row in ids]
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        lean.refresh()
+        fused.refresh()
         flat.begin()
         for _ in range(2):
-            lean.loss(pack(ids, targets, lean.device), kept_layers=kept).backward()
+            fused.loss(pack(ids, targets, fused.device), uncheckpointed_layers=kept).backward()
         torch.nn.utils.clip_grad_norm_([flat.parameter], 1.0)
         optimizer.step()
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The libraries' own way through a step: padded rows, TRL's collator and loss, PEFT's layers; loss on learned tokens alone."""
+"""Hugging Face's own backend, the reference: padded rows, TRL's collator and loss, PEFT's layers; loss on learned tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetune.estimate.fit import Limits
+from finetune.estimate.fit import MicroBatchConfig
 from finetune.example import IGNORED, Example, batch_targets
 from finetune.training.objectives.objective import TokenLoss
 from finetune.training.objectives.sft import negative_log_likelihood
@@ -17,8 +17,8 @@ Batch = dict[str, torch.Tensor]
 Collate = Callable[[list[dict[str, list[int]]]], Batch]
 
 
-class PaddedPath:
-    """A runner.Path: rows padded to the longest.
+class HfBackend:
+    """A runner.Backend: rows padded to the longest.
 
     model: a PeftModel. collate: makes a batch of rows with input_ids and labels. autocast: a context in which the forward pass
     takes its dtype. token_loss: an Objective's. fused_loss: of a batch in place of `answer_loss`, for training steps, with its
@@ -43,14 +43,14 @@ class PaddedPath:
     def begin(self) -> None:
         pass
 
-    def spare(self) -> bool:
+    def free_memory(self) -> bool:
         if self.model.is_gradient_checkpointing:
             return False
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.enable_input_require_grads()
         return True
 
-    def loss(self, examples: Sequence[Example], labelled: int, limits: Limits) -> torch.Tensor:
+    def loss(self, examples: Sequence[Example], labelled: int, limits: MicroBatchConfig) -> torch.Tensor:
         batch = self.batch(examples)
         if self._fused_loss is not None:
             return self._fused_loss(batch, num_items_in_batch=labelled)

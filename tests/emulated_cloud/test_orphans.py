@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulated_cloud import leftovers
+from tests.emulated_cloud import orphans
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,7 +24,7 @@ sys.path[:0] = [{root!r}]
 import subprocess
 from pathlib import Path
 from tests.emulated_cloud.gce import Cloud
-from tests.emulated_cloud.leftovers import take_slot
+from tests.emulated_cloud.orphans import take_slot
 from tests.emulated_cloud.machine import Machine, Site, open_site
 slot, folder = take_slot()
 layer = Path({layer!r})
@@ -49,9 +49,9 @@ def test_what_a_killed_session_left_is_removed(bare_image: Path) -> None:
     session = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert session.stdout
     slot, init = (int(word) for word in session.stdout.readline().split())
-    folder = leftovers.place(slot)
+    folder = orphans.place(slot)
     assert Path(f"/proc/{init}").exists() and Path(f"/sys/class/net/ft-bridge{slot}").exists()
-    other, _ = leftovers.take_slot()
+    other, _ = orphans.take_slot()
     assert other != slot and folder.exists(), "it is not touched as long as it lives"
     os.kill(session.pid, signal.SIGKILL)
     session.wait()
@@ -59,20 +59,18 @@ def test_what_a_killed_session_left_is_removed(bare_image: Path) -> None:
     while Path(f"/proc/{init}/ns/pid").exists():
         assert time.monotonic() < deadline, "the machine outlives its session"
         time.sleep(0.05)
-    assert len(leftovers.ours(folder)) == 2, (
-        "the server, as it were, and a process that has written over its environment"
-    )
+    assert len(orphans.ours(folder)) == 2, "the server, as it were, and a process that has written over its environment"
     assert Path(f"/sys/class/net/ft-bridge{slot}").exists() and folder.exists()
-    leftovers.sky_ssh(slot).mkdir(exist_ok=True)
+    orphans.sky_ssh(slot).mkdir(exist_ok=True)
     bystander = subprocess.Popen(["sleep", "100"], env={"HOME": str(folder) + "-not", "PATH": "/bin:/usr/bin"})
-    again, _ = leftovers.take_slot()
+    again, _ = orphans.take_slot()
     assert again == slot or not folder.exists(), "also where another place would do"
-    assert not leftovers.ours(folder) and not Path(f"/sys/class/net/ft-bridge{slot}").exists()
-    assert bystander.poll() is None and not leftovers.sky_ssh(slot).exists()
+    assert not orphans.ours(folder) and not Path(f"/sys/class/net/ft-bridge{slot}").exists()
+    assert bystander.poll() is None and not orphans.sky_ssh(slot).exists()
     bystander.kill()
     bystander.wait()
-    leftovers.clean(again)
-    leftovers.clean(other)
+    orphans.clean(again)
+    orphans.clean(other)
     assert not Path(tempfile.gettempdir(), f"ft-cloud-{again}").exists()
 
 
@@ -85,48 +83,48 @@ def test_a_tree_goes_and_nothing_that_it_points_at(tmp_path: Path) -> None:
         (tree / str(number) / "file").write_bytes(b"x" * 5000)
     (tree / "to a folder").symlink_to(outside)
     (tree / "to a file").symlink_to(outside / "file")
-    leftovers.remove_tree(tree)
+    orphans.remove_tree(tree)
     assert not tree.exists() and (outside / "file").exists()
-    leftovers.remove_tree(tree)
+    orphans.remove_tree(tree)
 
 
 def test_the_folder_that_the_processes_of_a_session_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes at the session's end, or if that was killed when the next begins; and with it what installs something there."""
-    monkeypatch.setattr(leftovers, "place", lambda slot: tmp_path / f"ft-cloud-{slot}")
-    leftovers.main("begin", os.getpid())
-    kept = leftovers.shared(os.getpid())
+    monkeypatch.setattr(orphans, "place", lambda slot: tmp_path / f"ft-cloud-{slot}")
+    orphans.main("begin", os.getpid())
+    kept = orphans.shared(os.getpid())
     killed = subprocess.Popen(["sleep", "100"])
-    leftovers.main("begin", killed.pid)
-    gone = leftovers.shared(killed.pid)
+    orphans.main("begin", killed.pid)
+    gone = orphans.shared(killed.pid)
     (gone / "image").mkdir()
     installing = subprocess.Popen(["sh", "-c", "sleep 100", "--target", f"{gone}/image/packages"])
-    leftovers.main("begin", os.getpid())
+    orphans.main("begin", os.getpid())
     assert gone.exists() and kept.exists() and installing.poll() is None, (
         "it is not touched as long as its process lives"
     )
     killed.kill()
     time.sleep(0.1)  # dead, though nobody has asked about it
-    leftovers.main("begin", os.getpid())
+    orphans.main("begin", os.getpid())
     assert not gone.exists() and kept.exists()
     assert installing.wait(timeout=10) == -signal.SIGKILL
     killed.wait()
-    leftovers.main("end", os.getpid())
-    assert not list(tmp_path.glob(f"{leftovers.SHARED}*"))
+    orphans.main("end", os.getpid())
+    assert not list(tmp_path.glob(f"{orphans.SHARED}*"))
 
 
 def test_sessions_that_begin_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They find the same leftovers; each removes some and none takes away what another has made in their place."""
+    """They find the same orphans; each removes some and none takes away what another has made in their place."""
 
     def clean(slot: int) -> None:
         time.sleep(0.05)
-        shutil.rmtree(leftovers.place(slot), ignore_errors=True)
+        shutil.rmtree(orphans.place(slot), ignore_errors=True)
 
-    monkeypatch.setattr(leftovers, "place", lambda slot: tmp_path / f"ft-cloud-{slot}")
-    monkeypatch.setattr(leftovers, "clean", clean)
-    for slot in range(leftovers.SLOTS):
-        leftovers.place(slot).mkdir()
-        (leftovers.place(slot) / leftovers.OWNER).write_text("1 0")  # process 1 began at another time
-    with ThreadPoolExecutor(leftovers.SLOTS) as sessions:
-        taken = list(sessions.map(lambda _: leftovers.take_slot(), range(leftovers.SLOTS)))
-    assert sorted(slot for slot, _ in taken) == list(range(leftovers.SLOTS))
-    assert all((folder / leftovers.OWNER).exists() for _, folder in taken)
+    monkeypatch.setattr(orphans, "place", lambda slot: tmp_path / f"ft-cloud-{slot}")
+    monkeypatch.setattr(orphans, "clean", clean)
+    for slot in range(orphans.SLOTS):
+        orphans.place(slot).mkdir()
+        (orphans.place(slot) / orphans.OWNER).write_text("1 0")  # process 1 began at another time
+    with ThreadPoolExecutor(orphans.SLOTS) as sessions:
+        taken = list(sessions.map(lambda _: orphans.take_slot(), range(orphans.SLOTS)))
+    assert sorted(slot for slot, _ in taken) == list(range(orphans.SLOTS))
+    assert all((folder / orphans.OWNER).exists() for _, folder in taken)

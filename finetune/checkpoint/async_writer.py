@@ -1,7 +1,7 @@
-"""Checkpoints go into the store behind the training's back: it hands over a snapshot on the local disk and goes on.
+"""Checkpoints go into the store behind the training's back: it hands over a staged save on the local disk and goes on.
 
-One thread copies and commits. While it is busy one snapshot may wait, the newest; a save that fails keeps its snapshot and is
-tried again until a newer one takes its place.
+One thread copies and commits. While it is busy one staged save may wait, the newest; one that fails stays on the local disk
+and is tried again until a newer one takes its place.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class _Save:
-    snapshot: Path
+    staged: Path
     step: int
     config_hash: str
     data_hash: str
@@ -43,7 +43,7 @@ class _Save:
     submitted: float  # time.monotonic()
 
 
-class Saver:
+class AsyncCheckpointWriter:
     """say: one line for the user; on_commit: called after every commit. Both are called in the saving thread too.
 
     The thread is a daemon: a process that ends does not wait for it, and what it was copying is then a cut-off save.
@@ -67,23 +67,23 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._taken_so_far = 0
 
-    def submit(self, snapshot: Path, *, step: int, config_hash: str, data_hash: str, attempt: int) -> None:
-        """Hand over a snapshot folder: deleted after its commit, or when a newer one takes its place. Returns at once.
+    def submit(self, staged: Path, *, step: int, config_hash: str, data_hash: str, attempt: int) -> None:
+        """Hand over a staged save folder: deleted after its commit, or when a newer one takes its place. Returns at once.
 
         The folder is renamed, so that whoever saves the same step once more does not write into what is being copied. Raises
         UserError when it is not there.
         """
-        save = _Save(self._taken(snapshot), step, config_hash, data_hash, attempt, time.monotonic())
+        save = _Save(self._taken(staged), step, config_hash, data_hash, attempt, time.monotonic())
         with self._changed:
             if self._closing:
                 raise RuntimeError("submit after close")
             dropped, self._waiting, running = self._waiting, save, self._running
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
+                self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
         if dropped is not None:
-            _delete_behind(dropped.snapshot)
+            _delete_behind(dropped.staged)
         if running is not None:
             instead = f" in place of step {dropped.step}, which is dropped" if dropped else ""
             self._tell(f"step {running.step} is still being copied; step {step} waits{instead}")
@@ -96,7 +96,7 @@ class Saver:
                     raise self._given_up(f"{self._failures} saves in a row have failed")
 
     def finish(self, timeout: float | None = None) -> Committed | None:
-        """Wait until the newest snapshot is committed, trying once more where that failed; None if there was none.
+        """Wait until the newest staged save is committed, trying once more where that failed; None if there was none.
 
         Raises UserError when it cannot be committed, or not within `timeout` seconds.
         """
@@ -115,7 +115,7 @@ class Saver:
 
     def close(self) -> None:
         """End the thread, after the copies that run and wait where they take less than CLOSE_SECONDS. What is not committed then
-        is said; its snapshot stays. May be called twice."""
+        is said; its staged save stays. May be called twice."""
         with self._changed:
             already, self._closing = self._closing, True
             self._changed.notify_all()
@@ -125,14 +125,14 @@ class Saver:
             self._closed = True
             left = self._waiting or self._running or self._failed
         if left is not None and not already:
-            self._tell(f"step {left.step} is not in {self._store.root}; its snapshot stays in {left.snapshot}")
+            self._tell(f"step {left.step} is not in {self._store.root}; its staged save stays in {left.staged}")
 
-    def _taken(self, snapshot: Path) -> Path:
+    def _taken(self, staged: Path) -> Path:
         self._taken_so_far += 1
         try:
-            return snapshot.rename(snapshot.with_name(f"{snapshot.name}.save-{self._taken_so_far}"))
+            return staged.rename(staged.with_name(f"{staged.name}.save-{self._taken_so_far}"))
         except OSError as error:
-            raise disk_error(error, snapshot) from error
+            raise disk_error(error, staged) from error
 
     def _wait_until_idle(self, deadline: float | None, timeout: float | None) -> None:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -140,14 +140,14 @@ class Saver:
             save = self._waiting or self._running
             assert save is not None
             raise UserError(
-                f"{self._store.root}: step {save.step} was not saved within {timeout:g} s; its snapshot is in {save.snapshot}",
+                f"{self._store.root}: step {save.step} was not saved within {timeout:g} s; its staged save is in {save.staged}",
                 code="checkpoint.timeout",
             )
 
     def _given_up(self, how_often: str) -> UserError:
         assert self._failed is not None and self._fault is not None
         return UserError(
-            f"{self._fault} ({how_often}; step {self._failed.step} is kept in {self._failed.snapshot})",
+            f"{self._fault} ({how_often}; step {self._failed.step} is kept in {self._failed.staged})",
             code=self._fault.code,
         )
 
@@ -168,7 +168,7 @@ class Saver:
             self._settle(save, committed, fault)
 
     def _next(self) -> _Save | None:
-        """The next save to be tried; None when the saver closes."""
+        """The next save to be tried; None when the writer closes."""
         with self._changed:
             again = None if self._failed is None else time.monotonic() + RETRY_SECONDS
             while True:
@@ -184,7 +184,7 @@ class Saver:
 
     def _commit(self, save: _Save) -> Committed:
         folder = self._store.put(
-            save.snapshot,
+            save.staged,
             step=save.step,
             config_hash=save.config_hash,
             data_hash=save.data_hash,
@@ -203,15 +203,15 @@ class Saver:
                 self._tell(
                     f"after the save of step {save.step}: {error if isinstance(error, UserError) else repr(error)}"
                 )
-        shutil.rmtree(save.snapshot, ignore_errors=True)
+        shutil.rmtree(save.staged, ignore_errors=True)
 
     def _settle(self, save: _Save, committed: Committed | None, fault: UserError | None) -> None:
         earlier, again = self._failed, self._failed is save  # only this thread changes it
         if earlier is not None and not again:  # a newer state is committed, or at least kept
-            shutil.rmtree(earlier.snapshot, ignore_errors=True)
+            shutil.rmtree(earlier.staged, ignore_errors=True)
         if fault is not None and not again:
             self._tell(
-                f"step {save.step} is not saved: {fault}; its snapshot is kept in {save.snapshot} and tried again"
+                f"step {save.step} is not saved: {fault}; its staged save is kept in {save.staged} and tried again"
             )
         with self._changed:
             if fault is None:

@@ -19,9 +19,9 @@ from tests.emulated_cloud.buckets import PORT as BUCKET_PORT
 from tests.emulated_cloud.buckets import Buckets
 from tests.emulated_cloud.gce import Cloud
 from tests.emulated_cloud.gce_instances import parse_wish
-from tests.emulated_cloud.leftovers import clean, close_site, sky_user, take_slot
 from tests.emulated_cloud.machine import Machine, Site, open_site
 from tests.emulated_cloud.machine_project import prepare_project
+from tests.emulated_cloud.orphans import clean, close_site, sky_user, take_slot
 from tests.emulated_cloud.pace import PACE
 from tests.emulated_cloud.skypilot import PROJECT, SkyPilot, environment, make_home
 from tests.helpers.catalog_fixture import CATALOG
@@ -32,7 +32,7 @@ IMAGE_VARIABLE = "FT_CLOUD_IMAGE"
 
 
 @dataclass
-class World:
+class CloudEnvironment:
     """seconds: how long each step of the preparation took."""
 
     cloud: Cloud
@@ -56,7 +56,7 @@ class World:
         self.sky.expire_login(False)
         for instance in self.cloud.machines():
             if isinstance(instance.hardware, Machine) and instance.hardware.booted:
-                self.cloud.mend(instance)
+                self.cloud.reconnect(instance)
 
     def machine(self, cluster: str = "") -> Machine:
         """The hardware of the newest running machine."""
@@ -73,7 +73,7 @@ class World:
 
 
 @contextmanager
-def emulated_world() -> Iterator[World]:
+def emulated_environment() -> Iterator[CloudEnvironment]:
     """Everything is gone at its end; what a killed one left is removed by the next."""
     PACE.learn()
     with ExitStack() as at_end:
@@ -114,7 +114,7 @@ def emulated_world() -> Iterator[World]:
                 keep_wheel(image, home)
                 prepare_project(image / "layer")
             started.result()
-        yield World(cloud, buckets, sky, site, seconds)
+        yield CloudEnvironment(cloud, buckets, sky, site, seconds)
 
 
 def start(sky: SkyPilot, seconds: dict[str, float]) -> None:

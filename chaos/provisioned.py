@@ -9,9 +9,9 @@ from pathlib import Path
 
 from chaos.attempt import Kill, Machine
 from chaos.checks import Spend
+from chaos.environment import USD_PER_HOUR, Kind
 from chaos.observe import booked
-from chaos.soak import Bench, Run, last_line
-from chaos.world import USD_PER_HOUR, Kind
+from chaos.soak import Harness, Run, last_line
 from finetune.errors import EXIT_OK
 from finetune.machine.billed_time import machine_age
 
@@ -20,23 +20,23 @@ PRICES = json.dumps({"basis": "made up", "ceiling_usd_per_hour": None, "offers":
 IDLE_SECONDS = 1.0
 
 
-def on_a_rented_machine(bench: Bench, kind: Kind, folder: Path, name: str) -> tuple[Run, Spend] | None:
+def on_a_provisioned_machine(harness: Harness, kind: Kind, folder: Path, name: str) -> tuple[Run, Spend] | None:
     """Kills a run three times, the first time before it is in the ledger, with idle time between; returns it, and the seconds
     from its first start to its end beside what was booked for them. None where the system does not tell a machine's age."""
     age = machine_age()
     if age is None:
         return None
-    bench = replace(bench, machine=Machine(folder, PRICES))
-    run = Run(name, kind, bench.folder(name))
+    harness = replace(harness, machine=Machine(folder, PRICES))
+    run = Run(name, kind, harness.folder(name))
     began = time.monotonic()
     kills = (Kill("start", delay=2.0), Kill("step", count=kind.interval + 3), Kill("place", "manifest"))
     for kill in kills:
-        bench.one_attempt(run, kill)
+        harness.one_attempt(run, kill)
         time.sleep(IDLE_SECONDS)
-    made = bench.one_attempt(run, None)
+    made = harness.one_attempt(run, None)
     if made.code != EXIT_OK or len(run.kills) < len(kills):
         run.fault = f"{len(run.kills)} kills of {len(kills)}, then exit code {made.code}: {last_line(made.output)}"
-    bench.close(run)
+    harness.close(run)
     real = time.monotonic() - began - made.leaving
     mine = sum(booked(run.folder).values()) - age
     return run, Spend(real, mine, unbooked=0.0, leaving=made.leaving, kills=len(run.kills))
