@@ -75,7 +75,7 @@ def test_an_evaluation_of_a_broken_shape_is_one_line_and_no_report(
 @pytest.mark.parametrize("key", ["history", "attempt_log"])
 def test_a_list_of_a_broken_shape_is_one_line(run_dir: Path, key: str, value: Any) -> None:
     write(run_dir / "run.json", {"status": "done", key: value})
-    with raises("report.bad_input", match=rf"run\.json: {key}: expected a list of objects$"):
+    with raises("run.bad_record", match=rf"run\.json: {key}: expected a list of objects$"):
         write_report(run_dir)
 
 

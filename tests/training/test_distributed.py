@@ -23,6 +23,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
+from finetune.errors import UserError  # noqa: E402
 from finetune.runtime import distributed, torchrun  # noqa: E402
 
 pytestmark = [
@@ -59,10 +60,8 @@ def run(self, step):
         raise {fault}
     return original(self, step)
 Stepper.run = run
-import finetune.cli.main as cli
-one_line = cli.one_line
-cli.one_line = lambda text: f"{one_line(text)} [{sys.exception().code}]"
-sys.exit(cli.main(sys.argv[1:]))
+from finetune.cli.main import main
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -99,7 +98,7 @@ BOTH = """
 import sys
 from finetune.runtime import distributed as ranks
 from finetune.cli.main import main
-with ranks.together():
+with ranks.process_group():
     codes = [main(["train", config, "training.run_name=two"]) for config in sys.argv[1:]]
 sys.exit(max(codes))
 """
@@ -281,7 +280,7 @@ def test_a_mistake_that_all_find_is_told_once(tiny_config: ConfigWriter, tmp_pat
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [
-        ("UserError('its own fault', code='any.mistake')", 2, "process 1: its own fault [any.mistake]"),
+        ("UserError('its own fault', code='any.mistake')", 2, "process 1: its own fault"),
         pytest.param("ValueError('a bug')", 1, "process 1: ValueError: a bug", marks=pytest.mark.repeat),
     ],
 )
@@ -298,6 +297,19 @@ def test_a_fault_of_one_process_ends_both_and_is_told_by_the_first(
     assert record_of(run)["status"] == "failed"
     assert [folder.name for folder in checkpoint_store.newest_first(run / "checkpoints")] == ["step-2"]
     assert checkpoint_store.fault(run / "checkpoints" / "step-2") is None
+
+
+def test_the_fault_of_another_process_keeps_its_code() -> None:
+    class Store:
+        """In which no fault stands yet."""
+
+        def compare_set(self, _: str, __: str, mine: str) -> str:
+            return mine
+
+    watch = distributed._Watch(Store())
+    known = distributed._publish(watch, UserError("its own fault", code="any.mistake")) | {"rank": 1}
+    with raises("any.mistake", match="^process 1: its own fault$"):
+        distributed._raise_for(known, RuntimeError("the others have gone"))
 
 
 @pytest.mark.parametrize(

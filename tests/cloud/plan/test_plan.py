@@ -372,7 +372,7 @@ def test_a_gpu_that_is_not_sold_as_spot_is_refused_in_its_row(tmp_path: Path) ->
 
 def test_a_gpu_that_the_catalog_or_we_do_not_know_on_google_cloud_is_an_error(tmp_path: Path) -> None:
     catalog = priced(tmp_path, T4=(0.4, 0.1))
-    with raises("cloud.gpu_not_offered", match=r"^plan\.gpus: .*V100.*Google Cloud.*T4"):
+    with raises("cloud.unknown_gpu", match=r"^plan\.gpus: .*V100.*Google Cloud.*T4"):
         plan_of(run_config(plan={"gpus": ["T4", "V100"]}), catalog)
     with raises(
         "cloud.gpu_not_offered", match=r"^plan\.gpus: H100 is not planned for on Google Cloud; choose among T4, V100"
