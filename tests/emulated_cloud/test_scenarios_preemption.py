@@ -170,7 +170,8 @@ def launch_poor(environment: CloudEnvironment, project: Path, attempts: int) -> 
 def check_budget_stop(run: Run, budget: float, folder: Path) -> None:
     """Waits until the run has ended at its budget, and that nothing restarts it."""
     environment = run.environment
-    run.wait_for_status("budget_stop")
+    paid = 3600 * budget / run.record()["attempt_log"][0]["usd_per_hour"]
+    run.wait_for_status("budget_stop", paid)  # starts that were faster than was allowed for leave it much to train
     wait_for_job(environment, "poor", "SUCCEEDED")
     reckoning = reckon(run, folder / "stopped")
     assert budget / 3 < reckoning.ledger_usd <= budget
