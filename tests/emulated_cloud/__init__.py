@@ -1,1 +1,1 @@
-"""The real SkyPilot on an emulated Google Cloud, and the scenarios played on it."""
+"""The real SkyPilot on an emulated Google Cloud, and the scenarios run on it."""

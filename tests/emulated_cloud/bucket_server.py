@@ -1,7 +1,7 @@
-"""The process of the storage emulator: PyPI's gcp-storage-emulator, and buckets that are forbidden as Google forbids them.
+"""The process of the storage emulator: PyPI's gcp-storage-emulator, extended by buckets without access, refused as Google does.
 
 FORBIDDEN in the environment is the path of a JSON file, read at every request: bucket -> the permissions that are denied ([] is
-all of them). Requests that carry the header TESTS_OWN are a test's own look into the storage, and always allowed.
+all of them). Requests with the header TESTS_OWN come from the test itself and are always allowed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TAKEN = (
 
 
 def permission(method: str, upload: bool, rest: str) -> str:
-    """What a request needs. rest: of the path after the bucket's name."""
+    """The permission that a request needs. rest: the part of the path after the bucket's name."""
     if rest in ("", "/"):
         return f"storage.buckets.{BUCKET_VERBS.get(method, 'get')}"
     if not rest.startswith("/o"):
@@ -38,7 +38,7 @@ def permission(method: str, upload: bool, rest: str) -> str:
 
 
 def refusal(method: str, path: str, forbidden: dict[str, list[str]], account: str) -> tuple[HTTPStatus, str] | None:
-    """Google's answer to a request that is not allowed, None to one that is."""
+    """Google's answer to a request that is not allowed; None for one that is."""
     found = PLACE.match(path)
     if not found or found["bucket"] not in forbidden:
         return None
@@ -60,7 +60,7 @@ def error_body(status: HTTPStatus, message: str) -> bytes:
 
 
 def permissions_left(path: str, forbidden: dict[str, list[str]]) -> bytes | None:
-    """The answer to which permissions the caller has on a bucket of which some are denied; None to any other request."""
+    """The answer to testIamPermissions for a bucket with denied permissions; None for any other request."""
     parts = urlsplit(path)
     found = PLACE.match(parts.path)
     denied = forbidden.get(found["bucket"]) if found and found["rest"] == "/iam/testPermissions" else None
@@ -79,7 +79,7 @@ def send(request: Any, status: HTTPStatus, body: bytes) -> None:
 
 
 def guard(server: Any) -> None:
-    """Puts the refusals before the emulator's own answers. server: its module of that name."""
+    """Makes the emulator refuse what is forbidden before it answers. server: the emulator's module of that name."""
     answer = server.Router.handle
     account = os.environ.get(ACCOUNT, "you@example.com")
 
@@ -99,14 +99,14 @@ def guard(server: Any) -> None:
         if refused is None:
             answer(router, method)
             return
-        server._read_raw_data(request)  # hung up on while it sends, a client would not read the answer
+        server._read_raw_data(request)  # a client whose upload is cut off would not read the answer
         send(request, refused[0], error_body(*refused))
 
     server.Router.handle = handle
 
 
 def taken(request: Any, forbidden: dict[str, list[str]]) -> tuple[HTTPStatus, str] | None:
-    """A new bucket cannot have the name of one that is somebody else's. The body is put back for the emulator to read."""
+    """A new bucket cannot have the name of another project's. The body is put back for the emulator to read."""
     import io
 
     body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
@@ -116,8 +116,8 @@ def taken(request: Any, forbidden: dict[str, list[str]]) -> tuple[HTTPStatus, st
 
 
 def keep_in_memory(storage: Any) -> None:
-    """The emulator writes what it knows of all objects at every change of one, for its next start: 75 ms of a processor after a
-    quarter of an hour of scenarios (measured). It has no next start. storage: its module of that name."""
+    """Turns off that the emulator writes the metadata of all objects at every change, for its next start, which never comes:
+    75 ms of CPU time after a quarter of an hour of scenarios (measured). storage: the emulator's module of that name."""
     storage.Storage._write_config_to_file = lambda _: None
 
 

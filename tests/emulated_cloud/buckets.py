@@ -22,7 +22,8 @@ PORT = 9023
 
 
 class Buckets:
-    """address: at which the machines reach it. folder: of the objects; packages: where the emulator is installed if need be."""
+    """address: where the machines reach it. folder: for the objects; packages: where the emulator is installed if it is
+    missing."""
 
     def __init__(self, address: str, folder: Path, packages: Path) -> None:
         self.url = f"http://{address}:{PORT}"
@@ -59,24 +60,24 @@ class Buckets:
         self.log.close()
 
     def forbid(self, bucket: str, *permissions: str) -> None:
-        """From now on Google answers 403 to all but tests; without `permissions` (such as storage.objects.create) to all that is
-        asked of it, as for a bucket of another project."""
+        """From now on requests that need one of `permissions` (such as storage.objects.create) get a 403, except a test's own;
+        without `permissions` all requests do, as for a bucket of another project."""
         self._forbid(self._denied() | {bucket: list(permissions)})
 
     def allow(self, bucket: str | None = None) -> None:
-        """Again everything; None: for all buckets."""
+        """Allows everything again; None: for all buckets."""
         self._forbid({name: what for name, what in self._denied().items() if bucket not in (None, name)})
 
     def _denied(self) -> dict[str, list[str]]:
         return dict(json.loads(self._forbidden.read_text(encoding="utf-8"))) if self._forbidden.exists() else {}
 
     def _forbid(self, denied: dict[str, list[str]]) -> None:
-        half = self._forbidden.with_suffix(".part")
-        half.write_text(json.dumps(denied), encoding="utf-8")
-        half.replace(self._forbidden)
+        partial = self._forbidden.with_suffix(".part")
+        partial.write_text(json.dumps(denied), encoding="utf-8")
+        partial.replace(self._forbidden)
 
     def names(self) -> list[str]:
-        """The buckets."""
+        """The names of all buckets."""
         return [row["name"] for row in self._json("/storage/v1/b?project=any").get("items", [])]
 
     def make(self, bucket: str) -> None:
@@ -87,7 +88,7 @@ class Buckets:
         ).close()
 
     def objects(self, bucket: str, prefix: str = "") -> list[str]:
-        """The names of a bucket's objects that begin so."""
+        """The names of a bucket's objects that begin with `prefix`, sorted."""
         answer = self._json(f"/storage/v1/b/{bucket}/o?prefix={quote(prefix)}")
         return sorted(row["name"] for row in answer.get("items", []))
 

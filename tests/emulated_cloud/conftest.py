@@ -14,7 +14,7 @@ from tests.emulated_cloud.environment import CloudEnvironment, emulated_environm
 from tests.emulated_cloud.machine_project import checkout
 from tests.emulated_cloud.pace import PACE, wait_until
 from tests.emulated_cloud.possible import REQUIRED, missing
-from tests.emulated_cloud.table import figure
+from tests.emulated_cloud.table import record_metric
 from tests.emulated_cloud.training import add_training
 from tests.emulated_cloud.whole import Whole, launch_whole
 
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def whole_environment() -> Iterator[CloudEnvironment]:
     skip_unless_possible()
     with emulated_environment() as environment:
-        figure(f"pace {PACE.factor:.1f}; seconds of the preparation: {environment.seconds}")
+        record_metric(f"pace {PACE.factor:.1f}; seconds of the preparation: {environment.seconds}")
         yield environment
 
 
@@ -100,7 +100,8 @@ def environment(whole_environment: CloudEnvironment, request: pytest.FixtureRequ
 
 
 def forget(environment: CloudEnvironment) -> None:
-    """SkyPilot is to forget what is left too, or the next test meets it: a managed job gets a new machine for a wiped one."""
+    """SkyPilot has to forget what is left too, or the next test is affected by it: a managed job gets a new machine for a wiped
+    one."""
     environment.all_well()
     environment.sky.run("jobs", "cancel", "--all", "--yes")
 

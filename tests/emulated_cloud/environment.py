@@ -1,4 +1,4 @@
-"""All of it together: an emulated Google Cloud with its machines and buckets, and a SkyPilot that takes it for the real one."""
+"""The whole test environment: an emulated Google Cloud with its machines and buckets, and the real SkyPilot pointed at it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.emulated_cloud import machine_image
 from tests.emulated_cloud.buckets import PORT as BUCKET_PORT
 from tests.emulated_cloud.buckets import Buckets
 from tests.emulated_cloud.gce import Cloud
-from tests.emulated_cloud.gce_instances import parse_wish
+from tests.emulated_cloud.gce_instances import parse_request
 from tests.emulated_cloud.machine import Machine, Site, open_site
 from tests.emulated_cloud.machine_project import prepare_project
 from tests.emulated_cloud.orphans import clean, close_site, sky_user, take_slot
@@ -33,7 +33,7 @@ IMAGE_VARIABLE = "FT_CLOUD_IMAGE"
 
 @dataclass
 class CloudEnvironment:
-    """seconds: how long each step of the preparation took."""
+    """The emulated Google Cloud and the SkyPilot that uses it. seconds: how long each step of the preparation took."""
 
     cloud: Cloud
     buckets: Buckets
@@ -42,14 +42,14 @@ class CloudEnvironment:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def empty(self) -> None:
-        """No machines and disks, nothing on the bill, nothing that anybody is forbidden or short of."""
+        """Removes all machines and disks, empties the bill, and clears every fault and restriction that a test has set."""
         self.all_well()
         self.cloud.wipe()
         self.cloud.bill.stretches.clear()
         self.cloud.calls.clear()
 
     def all_well(self) -> None:
-        """Takes back all trouble that was ordered; machines stay."""
+        """Clears every fault that a test has set; machines stay."""
         self.site.write_back = self.site.upload_bytes_per_second = self.site.disk_bytes = 0
         self.buckets.allow()
         self.cloud.faults.clear()
@@ -65,16 +65,18 @@ class CloudEnvironment:
         return hardware
 
     def asked_for(self) -> list[tuple[str, bool, str]]:
-        """(GPU, spot, zone) of every machine that SkyPilot wanted, in its order."""
+        """(GPU, spot, zone) of every machine that SkyPilot has requested, in order."""
         calls = [call for call in self.cloud.calls if call.path.endswith("/bulkInsert")]
         zones = [call.path.split("/zones/")[1].split("/")[0] for call in calls]
-        wishes = [parse_wish(zone, call.body["instanceProperties"]) for zone, call in zip(zones, calls, strict=True)]
-        return [(wish.gpu, wish.spot, wish.zone) for wish in wishes]
+        requests = [
+            parse_request(zone, call.body["instanceProperties"]) for zone, call in zip(zones, calls, strict=True)
+        ]
+        return [(request.gpu, request.spot, request.zone) for request in requests]
 
 
 @contextmanager
 def emulated_environment() -> Iterator[CloudEnvironment]:
-    """Everything is gone at its end; what a killed one left is removed by the next."""
+    """Everything is removed at the end of the block; what a killed session has left is removed by the next one."""
     PACE.learn()
     with ExitStack() as at_end:
         slot, folder = take_slot()
@@ -92,7 +94,7 @@ def emulated_environment() -> Iterator[CloudEnvironment]:
             at_end.callback(close_site, slot)
         packages = image / "packages"
         packages.mkdir(exist_ok=True)
-        with timed(seconds, "bucket"), alone(packages):  # one session installs them
+        with timed(seconds, "bucket"), alone(packages):  # one session at a time installs them
             buckets = Buckets(site.google, folder / "bucket", packages)
             at_end.callback(buckets.stop)
         env = environment(home, site.api, site.bucket)
@@ -106,9 +108,9 @@ def emulated_environment() -> Iterator[CloudEnvironment]:
         at_end.enter_context(cloud)
         sky = SkyPilot(home, env)
         at_end.callback(sky.stop)
-        with ThreadPoolExecutor(1) as beside:  # neither needs the other
+        with ThreadPoolExecutor(1) as beside:  # SkyPilot's start and the image do not depend on each other
             started = beside.submit(start, sky, seconds)
-            with timed(seconds, "image"), alone(image):  # several sessions may share it
+            with timed(seconds, "image"), alone(image):  # sessions may share the image
                 reuse_wheel(image, home)
                 machine_image.prepare(image / "layer", home, env)
                 keep_wheel(image, home)
@@ -126,7 +128,7 @@ def start(sky: SkyPilot, seconds: dict[str, float]) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process is in such a block for this folder."""
+    """A lock on the folder, held by one process at a time."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -145,7 +147,7 @@ def catalog_zones(home: Path) -> list[str]:
 
 
 def reuse_wheel(image: Path, home: Path) -> None:
-    """SkyPilot builds itself for the machines in about ten seconds, unless its home has a newer build than its source."""
+    """SkyPilot builds its wheel for the machines in about ten seconds, unless its home has one that is newer than its source."""
     if (image / "wheels").is_dir():
         shutil.copytree(image / "wheels", home / ".sky" / "wheels", copy_function=shutil.copy2)
 

@@ -1,7 +1,7 @@
-"""An emulated Google Cloud: the API that SkyPilot calls, and the hand of fate for tests.
+"""An emulated Google Cloud: the API that SkyPilot calls, and the faults that tests inject.
 
 with Cloud(("10.128.15.254", 8080), "project", zones, addresses, build) as cloud:
-    cloud.market.set_stock(0, gpu="A100", spot=True)              # none anywhere
+    cloud.market.set_stock(0, gpu="A100", spot=True)              # out of stock everywhere
     cloud.market.set_quota("GPUS_ALL_REGIONS", 0)
     cloud.faults.add("bulkInsert", 503, "backendError", seconds=60)
     cloud.preempt(cloud.machine("train"), notice=2)
@@ -64,45 +64,45 @@ class Cloud:
 
     @property
     def defects(self) -> list[str]:
-        """What SkyPilot has asked for and nobody has written, or what the emulation itself got wrong: it may have tried the next
-        zone then, and the test would not know."""
+        """Calls that the emulation does not implement, and errors in the emulation itself: SkyPilot may have gone on to the next
+        zone because of them, and the test would not notice."""
         return [*self.server.defects, *self.compute.operations.defects]
 
     def machines(self, cluster: str = "") -> list[Instance]:
-        """Those that exist, stopped ones included, newest last. cluster: the beginning of SkyPilot's name for it."""
+        """Existing machines, stopped ones included, newest last. cluster: the beginning of SkyPilot's name for it."""
         with self.instances.lock:
             return [one for one in self.instances.found.values() if one.name.startswith(cluster)]
 
     def machine(self, cluster: str = "") -> Instance:
-        """The newest that runs. Raises AssertionError where none does."""
+        """The newest running machine. Raises AssertionError if there is none."""
         found = [one for one in self.machines(cluster) if one.status == RUNNING]
-        assert found, f"no machine {cluster} runs; {self._told()}"
+        assert found, f"no machine {cluster} runs; {self._state()}"
         return found[-1]
 
-    def _told(self) -> str:
-        """For a failure: the machines that there are, and what was asked of the API last."""
-        there = [(one.name, one.wish.zone, one.status) for one in self.machines()]
+    def _state(self) -> str:
+        """For a failure message: the machines that exist, and the last calls of the API."""
+        there = [(one.name, one.request.zone, one.status) for one in self.machines()]
         last = [(time.strftime("%X", time.localtime(call.at)), call.method, call.path) for call in self.calls[-30:]]
-        return "\n".join([f"there are {there}; asked of the API:", *map(" ".join, last)])
+        return "\n".join([f"machines: {there}; last calls of the API:", *map(" ".join, last)])
 
     def wait_for_machine(
         self, cluster: str = "", seconds: float = 120, *, other_than: Instance | None = None
     ) -> Instance:
-        """As `machine`, once one runs that is not `other_than`."""
+        """Waits until a machine runs that is not `other_than`, and returns it."""
         found: list[Instance] = []
 
-        def come() -> bool:
+        def ready() -> bool:
             found[:] = [one for one in self.machines(cluster) if one.status == RUNNING and one is not other_than]
             return bool(found)
 
         there = "no other machine" if other_than else "no machine"
-        wait_until(come, seconds, lambda waited: f"{there} {cluster} after {waited:.0f} s; {self._told()}", every=0.1)
+        wait_until(ready, seconds, lambda waited: f"{there} {cluster} after {waited:.0f} s; {self._state()}", every=0.1)
         return found[-1]
 
     def preempt(self, instance: Instance, notice: float = NOTICE_SECONDS) -> threading.Thread:
-        """Google's way: the metadata server says so, the system begins to shut down (SIGTERM to all), then the power is cut.
+        """As Google does it: notice on the metadata server, SIGTERM to all processes, then the power is cut.
 
-        notice: seconds between the two. Returns the thread that does it; join it to wait for the end.
+        notice: seconds between notice and power cut. Returns the thread that does this; join it to wait for the end.
         """
 
         def carry_out() -> None:
@@ -121,14 +121,14 @@ class Cloud:
         return thread
 
     def crash(self, instance: Instance, *, gone: bool = True) -> None:
-        """The power is cut without a word. gone: as the cloud ends a spot machine; else it is there, and stopped."""
+        """The power is cut without notice. gone: the machine is deleted, as a spot machine is; otherwise it is stopped."""
         if gone:
             self.instances.end_spot(instance, "crashed")
         else:
             self.instances.power_off(instance, "crashed")
 
     def cut_off(self, instance: Instance, what: str = "laptop") -> None:
-        """what: "laptop" (SkyPilot cannot reach it), "google" (it reaches neither API nor bucket), or "all"."""
+        """Cuts the network. what: "laptop" (SkyPilot cannot reach it), "google" (it reaches neither API nor bucket), or "all"."""
         assert instance.hardware
         instance.hardware.cut(what)
 
@@ -138,11 +138,11 @@ class Cloud:
 
     def assert_empty(self, seconds: float = 20) -> None:
         """Raises AssertionError if a machine or disk is left after that time."""
-        wait_until(lambda: not self.machines(), seconds, lambda _: f"left in the cloud; {self._told()}", every=0.1)
+        wait_until(lambda: not self.machines(), seconds, lambda _: f"left in the cloud; {self._state()}", every=0.1)
         assert not self.compute.disks(), f"disks left in the cloud: {self.compute.disks()}"
 
     def wipe(self, why: str = "wiped") -> None:
-        """Everything that was made goes away, and every order given by a test is forgotten."""
+        """Removes everything that exists, and clears whatever a test has set."""
         for instance in self.machines():
             self.instances.delete(instance, why)
         self.instances.disks.clear()

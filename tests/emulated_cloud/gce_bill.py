@@ -1,4 +1,4 @@
-"""What the emulated machines would have cost: every stretch of a machine's life, times the prices of a test's own table."""
+"""What the emulated machines would have cost: each billed period of a machine times a price that the test looks up."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Stretch:
-    """A time in which a machine cost one thing.
+    """A period in which a machine has one price.
 
-    running: False while it is stopped and pays its disk alone. began, ended: seconds since the epoch, ended None until now.
+    running: False while it is stopped, when only its disk costs. began, ended: seconds since the epoch; ended None if it goes on.
     """
 
     machine: str
@@ -33,12 +33,12 @@ class Stretch:
 
 
 Price = Callable[[Stretch], float]
-"""US dollars an hour for a stretch: the whole machine while it runs, its disk while it is stopped."""
+"""US dollars per hour of a stretch: the whole machine while it runs, its disk while it is stopped."""
 
 
 @dataclass
 class Bill:
-    """stretches: of all machines, in the order of their beginning."""
+    """stretches: of all machines, in the order of their start."""
 
     stretches: list[Stretch] = field(default_factory=list)
 
@@ -50,7 +50,7 @@ class Bill:
         return sum(one.seconds for one in self.stretches if one.running and machine in (None, one.machine))
 
     def table(self, price: Price) -> str:
-        """For people: a line a stretch."""
+        """Text with one line per stretch."""
         lines = [
             f"{one.machine}  {one.zone}  {one.machine_type}  {one.gpu or '-'}:{one.gpus}  {'spot' if one.spot else 'on demand'}  "
             f"{'running' if one.running else 'stopped'} {one.seconds:.1f} s  ${price(one) * one.seconds / 3600:.6f}  {one.end}"

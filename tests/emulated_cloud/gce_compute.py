@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.emulated_cloud.gce_filter import matches
 from tests.emulated_cloud.gce_http import ApiError, Call, Handler, Json, not_found, route
-from tests.emulated_cloud.gce_instances import STOPPING, TERMINATED, Instance, Instances, parse_wish
+from tests.emulated_cloud.gce_instances import STOPPING, TERMINATED, Instance, Instances, parse_request
 from tests.emulated_cloud.gce_market import GPUS_ALL_REGIONS, PLENTY, Market
 from tests.emulated_cloud.gce_operations import Operations
 
@@ -28,7 +28,7 @@ GPU_METRICS = [
 
 
 class Compute:
-    """boot_seconds: how long a machine takes to be there, beside what its real start takes. zones: those that exist."""
+    """boot_seconds: added to the time that a machine really takes to start. zones: those that exist."""
 
     def __init__(self, project: str, instances: Instances, market: Market, zones: list[str]) -> None:
         self.project, self.instances, self.market, self.zones = project, instances, market, zones
@@ -86,21 +86,21 @@ class Compute:
     def _make(self, zone: str, names: list[str], properties: Json) -> Json:
         if zone not in self.zones:
             raise ApiError(400, "invalid", f"Invalid value for field 'zone': '{zone}'. Unknown zone.")
-        wish = parse_wish(zone, properties)
+        request = parse_request(zone, properties)
 
         def work() -> None:
             with self.instances.lock:
-                refusal = self.market.refusal(wish, len(names), self.instances.running())
+                refusal = self.market.refusal(request, len(names), self.instances.running())
                 if refusal:
                     raise ApiError(400, *refusal)
-                made = [self.instances.create(name, wish, properties) for name in names]
+                made = [self.instances.create(name, request, properties) for name in names]
             time.sleep(self.boot_seconds)
             self._together(self.instances.power_on, made)
 
         return self.operations.begin("bulkInsert", f"{self.base}/projects/{self.project}/zones/{zone}", work, zone)
 
     def _together(self, act: Callable[[Instance], None], made: list[Instance]) -> None:
-        """All of them or none, as bulkInsert with the default minimum count."""
+        """All or none, like bulkInsert with the default minimum count."""
         try:
             for instance in made:
                 act(instance)
@@ -140,7 +140,7 @@ class Compute:
         def work() -> None:
             if instance.status != TERMINATED:
                 raise ApiError(400, "RESOURCE_NOT_READY", f"The resource '{name}' is not ready")
-            refusal = self.market.refusal(instance.wish, 1, self.instances.running())
+            refusal = self.market.refusal(instance.request, 1, self.instances.running())
             if refusal:
                 raise ApiError(400, *refusal)
             self.instances.power_on(instance)
@@ -221,7 +221,7 @@ class Compute:
     def get_region(self, call: Call, project: str, region: str) -> Json:
         return {"name": region, "status": "UP", "quotas": self.quotas(region)}
 
-    # Networks: one, in which everything is open
+    # Networks: a single one without restrictions
 
     def list_subnetworks(self, call: Call, project: str, region: str) -> Json:
         place = f"{self.base}/projects/{project}"

@@ -1,4 +1,5 @@
-"""Google's list filters, as far as SkyPilot writes them: (labels.a = b) AND (labels.c = d) AND ((status = X) OR (status = Y))."""
+"""Google's list filters, the subset that SkyPilot uses: (labels.a = b) AND (labels.c = d) AND ((status = X) OR (status =
+Y))."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ TOKEN = re.compile(r"\s*(\(|\)|AND\b|OR\b|[\w.\-]+\s*(?:!=|=|:)\s*(?:\"[^\"]*\"|
 
 
 def matches(item: dict[str, Any], expression: str) -> bool:
-    """Whether a listed item passes. Raises ValueError for what is not understood, so that nothing is let through by mistake."""
+    """Whether an item passes the filter. Raises ValueError for unknown syntax, so that nothing passes by mistake."""
     tokens = tokenise(expression)
     if not tokens:
         return True
@@ -48,7 +49,7 @@ def both(item: dict[str, Any], tokens: list[str]) -> tuple[bool, list[str]]:
 
 def one(item: dict[str, Any], tokens: list[str]) -> tuple[bool, list[str]]:
     if not tokens:
-        raise ValueError("filter: it ends too early")
+        raise ValueError("filter: unexpected end")
     if tokens[0] == "(":
         result, rest = either(item, tokens[1:])
         if not rest or rest[0] != ")":

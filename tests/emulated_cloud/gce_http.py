@@ -1,4 +1,4 @@
-"""The HTTP side of the emulated Google Cloud: routes, faults on request, and the form of Google's answers."""
+"""The HTTP side of the emulated Google Cloud: routes, injected faults, and the format of Google's answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 
 class ApiError(Exception):
-    """An answer that is an error. status: HTTP's; reason: Google's short name of it, such as quotaExceeded."""
+    """An error as an answer. status: HTTP status; reason: Google's short name of it, such as quotaExceeded."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ def not_found(what: str) -> ApiError:
 
 @dataclass(frozen=True)
 class Call:
-    """What was asked: at: seconds since the epoch; body: the decoded JSON, {} without one."""
+    """A request. at: seconds since the epoch; body: the decoded JSON, {} without one."""
 
     at: float
     method: str
@@ -50,7 +50,7 @@ class Call:
 
 @dataclass
 class Fault:
-    """An error that is answered instead of the truth. times: how often, None for ever; until: seconds since the epoch."""
+    """An error instead of the real answer. times: how often, None: always; until: seconds since the epoch."""
 
     where: re.Pattern[str]
     error: ApiError
@@ -69,7 +69,7 @@ class Fault:
 
 @dataclass
 class Faults:
-    """Errors on request; latency: seconds that every answer takes longer."""
+    """Faults that a test injects. latency: seconds added to every answer."""
 
     latency: float = 0.0
     planned: list[Fault] = field(default_factory=list)
@@ -86,12 +86,12 @@ class Faults:
         seconds: float | None = None,
     ) -> None:
         """Args:
-        where: a regular expression that is searched in "METHOD /path", such as r"bulkInsert" or r"^GET .*/instances".
+        where: a regular expression to search for in "METHOD /path", such as r"bulkInsert" or r"^GET .*/instances".
         status, reason: such as 503 backendError, 429 rateLimitExceeded, 403 forbidden.
-        times, seconds: how often, and for how long from now; without both, until `clear`.
+        times, seconds: how often, and for how long from now; with neither, until `clear`.
         """
         until = time.time() + seconds if seconds is not None else None
-        error = ApiError(status, reason, message or f"{reason}, as a test wishes")
+        error = ApiError(status, reason, message or f"{reason}, injected by a test")
         with self.lock:
             self.planned.append(Fault(re.compile(where), error, times, until))
 
@@ -101,7 +101,7 @@ class Faults:
             self.latency = 0.0
 
     def check(self, call: Call) -> None:
-        """Raises the ApiError that is due."""
+        """Raises the ApiError of a fault that applies to the call."""
         if self.latency:
             time.sleep(self.latency)
         with self.lock:
@@ -111,11 +111,11 @@ class Faults:
 
 
 Handler = Callable[..., Json]
-"""Gets the call and the parts that its route names; returns the answer's JSON or raises ApiError."""
+"""Takes the call and the named parts of its route; returns the answer's JSON or raises ApiError."""
 
 
 def route(method: str, pattern: str) -> tuple[str, re.Pattern[str]]:
-    """pattern: a path with {names}, each of which matches one segment of it."""
+    """pattern: a path with {names}, each of which matches one segment."""
     parts = re.split(r"\{(\w+)\}", pattern)
     return method, re.compile(
         "".join(f"(?P<{part}>[^/:]+)" if at % 2 else re.escape(part) for at, part in enumerate(parts))
@@ -128,12 +128,12 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """Nothing: a client that disconnects is normal."""
 
 
 class ApiServer:
-    """Serves routes in threads of its own until `stop`. calls: all that was asked, in order; defects: what it could not answer,
-    because nobody has written it or it is wrong."""
+    """Serves routes in its own threads until `stop`. calls: all requests, in order; defects: those that it could not answer,
+    because they are not implemented or because the emulation has a bug."""
 
     def __init__(
         self, address: tuple[str, int], routes: list[tuple[tuple[str, re.Pattern[str]], Handler]], faults: Faults

@@ -1,4 +1,4 @@
-"""The instances of the emulated Google Cloud, and what may befall them."""
+"""The instances of the emulated Google Cloud and their life cycle."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 from tests.emulated_cloud.gce_bill import Bill, Stretch
 from tests.emulated_cloud.gce_http import ApiError, Json, not_found
-from tests.emulated_cloud.gce_market import ACCELERATORS, BUILT_IN, Wish
+from tests.emulated_cloud.gce_market import ACCELERATORS, BUILT_IN, MachineRequest
 
 RUNNING, STOPPING, TERMINATED = "RUNNING", "STOPPING", "TERMINATED"
 
 
 class Hardware(Protocol):
-    """What an instance runs on: `machine.Machine`, or nothing in tests of the API alone."""
+    """What an instance runs on: `machine.Machine`; nothing in tests of the API by itself."""
 
     def boot(self) -> None: ...
     def power_off(self) -> None: ...
@@ -31,7 +31,7 @@ class Hardware(Protocol):
 
 @dataclass
 class Disk:
-    """Made with its machine. auto_delete: whether it goes with it; one that stays costs for ever."""
+    """Created with its machine. auto_delete: whether it is deleted with it; otherwise it costs until it is deleted."""
 
     name: str
     zone: str
@@ -42,11 +42,11 @@ class Disk:
 
 @dataclass
 class Instance:
-    """address: its own, internal and external in one. disks: the first is what it boots from."""
+    """address: both internal and external. disks: the first is the boot disk."""
 
     name: str
     id: int
-    wish: Wish
+    request: MachineRequest
     project: str
     address: str
     spot_action: str
@@ -68,8 +68,8 @@ class Instance:
         return sum(disk.gb for disk in self.disks)
 
     def json(self, base: str) -> Json:
-        """As compute.instances.get answers."""
-        zone = f"{base}/projects/{self.project}/zones/{self.wish.zone}"
+        """The answer of compute.instances.get."""
+        zone = f"{base}/projects/{self.project}/zones/{self.request.zone}"
         network = f"{base}/projects/{self.project}/global/networks/default"
         access = (
             [{"type": "ONE_TO_ONE_NAT", "name": "External NAT", "natIP": self.address}]
@@ -77,7 +77,7 @@ class Instance:
             else [{}]
         )
         gpus = [
-            {"acceleratorType": f"{zone}/acceleratorTypes/{g}", "acceleratorCount": self.wish.gpus}
+            {"acceleratorType": f"{zone}/acceleratorTypes/{g}", "acceleratorCount": self.request.gpus}
             for g in self._google_gpu()
         ]
         return {
@@ -86,7 +86,7 @@ class Instance:
             "name": self.name,
             "zone": zone,
             "status": self.status,
-            "machineType": f"{zone}/machineTypes/{self.wish.machine_type}",
+            "machineType": f"{zone}/machineTypes/{self.request.machine_type}",
             "guestAccelerators": gpus,
             "labels": dict(self.labels),
             "labelFingerprint": f"f{self.fingerprints}",
@@ -111,15 +111,15 @@ class Instance:
         }
 
     def _google_gpu(self) -> list[str]:
-        return [google for google, gpu in ACCELERATORS.items() if gpu == self.wish.gpu][:1]
+        return [google for google, gpu in ACCELERATORS.items() if gpu == self.request.gpu][:1]
 
 
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "+00:00"
 
 
-def parse_wish(zone: str, properties: Json) -> Wish:
-    """From the body of an insert. Raises ApiError for a GPU that nobody knows."""
+def parse_request(zone: str, properties: Json) -> MachineRequest:
+    """The machine that the body of an insert asks for. Raises ApiError for an unknown GPU."""
     machine_type = properties["machineType"].rsplit("/", 1)[-1]
     gpu, gpus = BUILT_IN.get(machine_type, ("", 0))
     for accelerator in properties.get("guestAccelerators", []):
@@ -129,11 +129,11 @@ def parse_wish(zone: str, properties: Json) -> Wish:
         gpu, gpus = ACCELERATORS[google], int(accelerator["acceleratorCount"])
     scheduling = properties.get("scheduling") or {}
     spot = bool(scheduling.get("preemptible")) or scheduling.get("provisioningModel") == "SPOT"
-    return Wish(zone, machine_type, gpu, gpus, spot)
+    return MachineRequest(zone, machine_type, gpu, gpus, spot)
 
 
 def parse_disks(name: str, zone: str, properties: Json) -> list[Disk]:
-    """Of a machine, from the body of an insert: they outlive it unless the body says otherwise, as at Google."""
+    """A machine's disks, from the body of an insert: as at Google they outlive the machine unless the body says otherwise."""
     disks = []
     for number, asked in enumerate(properties.get("disks") or [{"autoDelete": True}]):
         about = asked.get("initializeParams", {})
@@ -144,10 +144,10 @@ def parse_disks(name: str, zone: str, properties: Json) -> list[Disk]:
 
 
 class Instances:
-    """All instances and disks by (zone, name), and the bill of the instances' lives.
+    """All instances and disks by (zone, name), and the bill of the instances.
 
     Args:
-        build: makes the hardware of a new instance; None for instances that are only written down.
+        build: makes the hardware of a new instance; None for instances without hardware.
         addresses: free addresses.
     """
 
@@ -159,9 +159,9 @@ class Instances:
         self.ids = itertools.count(4_520_031_799_277_581_759)
         self.lock = threading.RLock()
 
-    def running(self) -> list[Wish]:
+    def running(self) -> list[MachineRequest]:
         with self.lock:
-            return [one.wish for one in self.found.values() if one.status not in (TERMINATED,)]
+            return [one.request for one in self.found.values() if one.status not in (TERMINATED,)]
 
     def get(self, zone: str, name: str) -> Instance:
         with self.lock:
@@ -169,32 +169,32 @@ class Instances:
                 raise not_found(f"projects/{self.project}/zones/{zone}/instances/{name}")
             return self.found[zone, name]
 
-    def create(self, name: str, wish: Wish, properties: Json) -> Instance:
-        """Written down, not yet running."""
+    def create(self, name: str, request: MachineRequest, properties: Json) -> Instance:
+        """Adds an instance that does not run yet."""
         scheduling = dict(properties.get("scheduling") or {})
         instance = Instance(
             name=name,
             id=next(self.ids),
-            wish=wish,
+            request=request,
             project=self.project,
             address=next(self.addresses),
             spot_action=scheduling.get("instanceTerminationAction", "STOP"),
             labels=dict(properties.get("labels") or {}),
             metadata=list((properties.get("metadata") or {}).get("items") or []),
             tags=list((properties.get("tags") or {}).get("items") or []),
-            disks=parse_disks(name, wish.zone, properties),
+            disks=parse_disks(name, request.zone, properties),
             scheduling=scheduling,
             created=now(),
         )
         with self.lock:
-            if (wish.zone, name) in self.found:
+            if (request.zone, name) in self.found:
                 raise ApiError(409, "alreadyExists", f"The resource '{name}' already exists")
-            self.found[wish.zone, name] = instance
+            self.found[request.zone, name] = instance
             self.disks |= {(disk.zone, disk.name): disk for disk in instance.disks}
         return instance
 
     def power_on(self, instance: Instance) -> None:
-        """Boots it; it costs from the moment in which it runs."""
+        """Boots it; it costs from the moment it runs."""
         with instance.lock:
             instance.status = "STAGING"
             if self.build:
@@ -204,24 +204,24 @@ class Instances:
             self._turn_over(instance, "started", time.time(), running=True)
 
     def power_off(self, instance: Instance, why: str) -> None:
-        """At once; its disk stays, and costs."""
+        """Stops it at once; its disk stays, and costs."""
         with instance.lock:
             self._cut_power(instance, why, running=False)
 
     def delete(self, instance: Instance, why: str) -> None:
-        """With the disks that were made to go with it."""
+        """Deletes it with its auto-delete disks."""
         with instance.lock:
             self._cut_power(instance, why, running=None)
             if instance.hardware:
                 instance.hardware.discard()
             with self.lock:
-                self.found.pop((instance.wish.zone, instance.name), None)
+                self.found.pop((instance.request.zone, instance.name), None)
                 for disk in instance.disks:
                     if disk.auto_delete:
                         self.disks.pop((disk.zone, disk.name), None)
 
     def _cut_power(self, instance: Instance, why: str, *, running: bool | None) -> None:
-        """What this computer needs for it, and to clear a disk away, are not seconds of the bill."""
+        """The time that this computer takes for it, and to remove a disk, is not billed."""
         at = time.time()
         if instance.hardware:
             instance.hardware.power_off()
@@ -229,20 +229,28 @@ class Instances:
         self._turn_over(instance, why, at, running=running)
 
     def end_spot(self, instance: Instance, why: str) -> None:
-        """As the cloud ends a spot machine: deletes or stops it, as was asked for at its making."""
+        """Deletes or stops a preempted spot machine, as was requested when it was created."""
         with self.lock:
-            still = self.found.get((instance.wish.zone, instance.name)) is instance
+            still = self.found.get((instance.request.zone, instance.name)) is instance
         if still and instance.status != TERMINATED:
             (self.delete if instance.spot_action == "DELETE" else self.power_off)(instance, why)
 
     def _turn_over(self, instance: Instance, why: str, at: float, *, running: bool | None) -> None:
-        """Ends the present stretch of the bill and begins the next; running None begins none."""
+        """Ends the current stretch of the bill and begins the next; running None begins none."""
         if instance.stretch and instance.stretch.ended is None:
             instance.stretch.ended, instance.stretch.end = at, why
         if running is None:
             return
-        wish = instance.wish
+        request = instance.request
         instance.stretch = Stretch(
-            instance.name, wish.zone, wish.machine_type, wish.gpu, wish.gpus, wish.spot, instance.disk_gb, running, at
+            instance.name,
+            request.zone,
+            request.machine_type,
+            request.gpu,
+            request.gpus,
+            request.spot,
+            instance.disk_gb,
+            running,
+            at,
         )
         self.bill.stretches.append(instance.stretch)

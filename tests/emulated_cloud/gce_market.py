@@ -1,4 +1,4 @@
-"""What the emulated cloud has to give: stock by zone and machine, quotas by region and for the whole project."""
+"""What the emulated cloud can provide: stock by zone and machine, quotas by region and for the whole project."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ BUILT_IN = {
     "g2-standard-4": ("L4", 1),
     "g2-standard-8": ("L4", 1),
 }
-"""Machine types whose GPU need not be asked for."""
+"""Machine types with a built-in GPU."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """A machine that somebody wants. gpu: "" without one."""
+class MachineRequest:
+    """The machine that a request asks for. gpu: "" without one."""
 
     zone: str
     machine_type: str
@@ -46,14 +46,14 @@ class Wish:
 
     @property
     def quota(self) -> str:
-        """The regional quota that it counts against, "" for none."""
+        """The regional quota that it counts against; "" without a GPU."""
         name = self.gpu.replace("-", "_").removesuffix("GB") + ("GB" if self.gpu.endswith("GB") else "")
         return f"{'PREEMPTIBLE_' if self.spot else ''}NVIDIA_{name}_GPUS" if self.gpu else ""
 
 
 @dataclass(frozen=True)
 class Stock:
-    """How many machines there are of a kind; None as a part of the kind stands for any."""
+    """How many machines there are of a kind; a part of the kind that is None matches any value."""
 
     count: int
     zone: str | None
@@ -62,19 +62,19 @@ class Stock:
     spot: bool | None
     code: str
 
-    def covers(self, wish: Wish) -> bool:
+    def covers(self, request: MachineRequest) -> bool:
         pairs = (
-            (self.zone, wish.zone),
-            (self.machine_type, wish.machine_type),
-            (self.gpu, wish.gpu),
-            (self.spot, wish.spot),
+            (self.zone, request.zone),
+            (self.machine_type, request.machine_type),
+            (self.gpu, request.gpu),
+            (self.spot, request.spot),
         )
         return all(mine in (None, theirs) for mine, theirs in pairs)
 
 
 @dataclass
 class Market:
-    """Everything is in stock and within quota until a test says otherwise; the newest word on a machine counts."""
+    """Everything is in stock and within quota until a test sets a limit; the newest setting for a machine applies."""
 
     stocks: list[Stock] = field(default_factory=list)
     quotas: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
@@ -90,11 +90,11 @@ class Market:
         spot: bool | None = None,
         code: str = EXHAUSTED,
     ) -> None:
-        """So many machines of that kind in each zone, those that run included. code: what a refusal is called."""
+        """Limits the machines of that kind in each zone, running ones included. code: Google's error code of a refusal."""
         self.stocks.insert(0, Stock(count, zone, machine_type, gpu, spot, code))
 
     def set_quota(self, metric: str, limit: float, region: str = "global") -> None:
-        """metric: such as NVIDIA_T4_GPUS or PREEMPTIBLE_NVIDIA_A100_GPUS of a region, GPUS_ALL_REGIONS of the project."""
+        """metric: for example NVIDIA_T4_GPUS or PREEMPTIBLE_NVIDIA_A100_GPUS of a region, GPUS_ALL_REGIONS of the project."""
         self.quotas[region][metric] = limit
 
     def reset(self) -> None:
@@ -104,25 +104,30 @@ class Market:
     def limit(self, metric: str, region: str) -> float:
         return self.quotas.get(region, {}).get(metric, PLENTY)
 
-    def refusal(self, wish: Wish, number: int, running: Iterable[Wish]) -> tuple[str, str] | None:
-        """Google's code and message if `number` machines more are not to be had beside the `running` ones."""
+    def refusal(
+        self, request: MachineRequest, number: int, running: Iterable[MachineRequest]
+    ) -> tuple[str, str] | None:
+        """Google's code and message if `number` more machines are not available beside the `running` ones; None if they are."""
         running = list(running)
         for metric, region, used in (
             (
-                wish.quota,
-                wish.region,
-                sum(r.gpus for r in running if r.quota == wish.quota and r.region == wish.region),
+                request.quota,
+                request.region,
+                sum(r.gpus for r in running if r.quota == request.quota and r.region == request.region),
             ),
-            (GPUS_ALL_REGIONS if wish.gpu else "", "global", sum(r.gpus for r in running)),
+            (GPUS_ALL_REGIONS if request.gpu else "", "global", sum(r.gpus for r in running)),
         ):
             limit = self.limit(metric, region)
-            if metric and used + number * wish.gpus > limit:
+            if metric and used + number * request.gpus > limit:
                 where = "globally" if region == "global" else f"in region {region}"
                 return QUOTA_EXCEEDED, f"Quota '{metric}' exceeded.  Limit: {limit:.1f} {where}."
-        stock = next((stock for stock in self.stocks if stock.covers(wish)), None)
-        if stock is not None and sum(r.zone == wish.zone and stock.covers(r) for r in running) + number > stock.count:
+        stock = next((stock for stock in self.stocks if stock.covers(request)), None)
+        if (
+            stock is not None
+            and sum(r.zone == request.zone and stock.covers(r) for r in running) + number > stock.count
+        ):
             return stock.code, (
-                f"The zone 'projects/test/zones/{wish.zone}' does not have enough resources available to fulfill the request.  "
-                f"Try a different zone, or try again later."
+                f"The zone 'projects/test/zones/{request.zone}' does not have enough resources available to fulfill the request. "
+                f" Try a different zone, or try again later."
             )
         return None

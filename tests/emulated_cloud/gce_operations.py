@@ -1,4 +1,4 @@
-"""The operations of the compute API: work that goes on after its call was answered."""
+"""The operations of the compute API: work that continues after its call was answered."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.emulated_cloud.gce_http import ApiError, Json, not_found
 from tests.emulated_cloud.gce_instances import now
 
 WAIT_SECONDS = 20.0
-"""For which `wait` holds an answer back; Google does for up to two minutes."""
+"""How long `wait` delays its answer at most; Google's does up to two minutes."""
 
 
 class Operations:
-    """All of them, by name. defects: what went wrong in the emulation itself."""
+    """All operations by name. defects: errors in the emulation itself."""
 
     def __init__(self) -> None:
         self.found: dict[str, Json] = {}
@@ -61,7 +61,7 @@ class Operations:
             self._end(name, None)
         except ApiError as error:
             self._end(name, {"code": error.reason, "message": error.message})
-        except Exception as error:  # SkyPilot and the test are both to see it
+        except Exception as error:  # both SkyPilot and the test have to see it
             self.defects.append(f"{self.found[name]['operationType']} {self.found[name]['targetLink']}: {error!r}")
             self._end(name, {"code": "INTERNAL_ERROR", "message": f"emulated cloud: {type(error).__name__}: {error}"})
 

@@ -1,4 +1,5 @@
-"""What SkyPilot asks of Google's other APIs: cloudresourcemanager, iam, serviceusage. All is allowed unless a test forbids it."""
+"""The calls that SkyPilot makes of Google's other APIs: cloudresourcemanager, iam, serviceusage. All permissions are granted
+unless a test denies them."""
 
 from __future__ import annotations
 

@@ -96,9 +96,9 @@ class Machine:
                 "id": str(instance.id),
                 "name": instance.name,
                 "hostname": instance.name,
-                "zone": f"projects/123456789/zones/{instance.wish.zone}",
-                "machine-type": f"projects/123456789/machineTypes/{instance.wish.machine_type}",
-                "scheduling/preemptible": str(instance.wish.spot).upper(),
+                "zone": f"projects/123456789/zones/{instance.request.zone}",
+                "machine-type": f"projects/123456789/machineTypes/{instance.request.machine_type}",
+                "scheduling/preemptible": str(instance.request.spot).upper(),
                 "preempted": "FALSE",
                 "maintenance-event": "NONE",
             }
@@ -135,8 +135,8 @@ class Machine:
     def _files(self) -> list[Json]:
         keys = [item["value"] for item in self.instance.metadata if item["key"] == "ssh-keys"]
         lines = [line.partition(":")[2] for value in keys for line in value.splitlines() if line.startswith(f"{USER}:")]
-        wish, name, home = self.instance.wish, self.instance.name, f"/home/{USER}"
-        about = {"gpus": [wish.gpu] * wish.gpus, "api": self.site.api, "project": self.instance.project}
+        request, name, home = self.instance.request, self.instance.name, f"/home/{USER}"
+        about = {"gpus": [request.gpu] * request.gpus, "api": self.site.api, "project": self.instance.project}
         bucket = f"BUCKET_ENDPOINT={self.site.bucket}\nBUCKET_WRITE_BACK={self.site.write_back}\n"
         bucket += f"BUCKET_BYTES_PER_SECOND={self.site.upload_bytes_per_second}\n"
         hosts = f"127.0.0.1 localhost\n{self.instance.address} {name}\n{ADDRESS} metadata.google.internal metadata\n"

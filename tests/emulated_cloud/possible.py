@@ -1,5 +1,4 @@
-"""Whether the emulated cloud can be had on this computer, and if not, why. `python -m tests.emulated_cloud.possible`
-prints it."""
+"""Whether this computer can run the emulated cloud, and if not, why. `python -m tests.emulated_cloud.possible` prints it."""
 
 from __future__ import annotations
 
@@ -28,25 +27,25 @@ PROGRAMS = {
     "ps": "procps",
     "ssh-keygen": "openssh-client",
 }
-"""Program -> Debian package. Those of packages.txt, and what nearly every computer has."""
+"""Program -> Debian package: those of packages.txt, and some that nearly every computer has."""
 SYSTEM_PYTHON = Path("/usr/bin/python3")
-"""Of Debian's package python3: the stand-ins for Google's programs run with it on the machines."""
+"""Of Debian's package python3; on the machines the stand-ins for Google's programs run with it."""
 REQUIRED = "FT_CLOUD_REQUIRED"
-"""Set to 1 where these tests are to run: what would skip them fails them then."""
+"""Set to 1 where these tests must run: they then fail instead of being skipped."""
 ADDRESSES, BRIDGE = ipaddress.IPv4Network("10.128.0.0/17"), "ft-bridge"
-"""Of the machines of all slots (orphans.SLOTS, machine.Site), and what their bridges' names begin with."""
+"""The addresses of the machines of all slots (orphans.SLOTS, machine.Site), and how the names of their bridges begin."""
 PYENVS = ("pyenv/shims", "pyenv/bin")
-"""Ends of the folders that pyenv puts on PATH."""
+"""How the folders end that pyenv puts on PATH."""
 ATTEMPT = """\
 set -e
 mkdir "$1/up" "$1/work" "$1/on" && mount -t overlay x -o "lowerdir=/usr,upperdir=$1/up,workdir=$1/work" "$1/on"
 ip link add ft-try type bridge && ip link add ft-a type veth peer name ft-b
 """
-"""In namespaces of its own: what a machine needs of the kernel. Its folder is an argument."""
+"""Run in its own namespaces: tries what a machine needs of the kernel. The folder is its argument."""
 
 
 def missing() -> str:
-    """Why the emulated cloud cannot be had here, in one line; "" if it can."""
+    """Why the emulated cloud cannot run here, in one line; "" if it can."""
     return "; ".join(reasons())
 
 
@@ -79,9 +78,9 @@ def reasons() -> Iterator[str]:
 
 
 def own_network() -> str:
-    """An address among those of the machines that this computer has or reaches, other than by their own bridges; "" without one.
+    """An address of the machines' range that this computer has or reaches, other than by the machines' bridges; "" without one.
 
-    A wider route, such as a VPN's to 10.0.0.0/8, stays as it is: theirs is narrower, and theirs alone.
+    A wider route, such as a VPN's to 10.0.0.0/8, is no problem: the machines' routes are narrower and take precedence.
     """
     command = ["ip", "-json", "-4", "route", "show", "table", "all"]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -95,7 +94,7 @@ def own_network() -> str:
 
 
 def kernel_refuses() -> str:
-    """What the kernel says to a machine's mounts and network, tried out where nothing of it stays; "" if it allows them."""
+    """The kernel's error for a machine's mounts and network, tried in temporary namespaces; "" if it allows them."""
     with tempfile.TemporaryDirectory(prefix="ft-try-") as folder:
         alone = ["unshare", "--mount", "--net", "--pid", "--fork", "--propagation", "private"]
         tried = subprocess.run(
@@ -107,8 +106,8 @@ def kernel_refuses() -> str:
 def python310() -> Path | None:
     """The folder of a Python 3.10 on this computer that can be copied into the machines; None without one.
 
-    Neither HOME nor what pyenv calls the global version need point at it: looked at are pyenv's folders (by PYENV_ROOT, the
-    home, the programs on PATH, and this very Python if it is one of pyenv's), GitHub's tool cache, and PATH.
+    It need not be in HOME or be pyenv's global version. Searched are pyenv's folders (by PYENV_ROOT, the home, the programs on
+    PATH, and this Python itself if it is one of pyenv's), GitHub's tool cache, and PATH.
     """
     roots = [os.environ.get("PYENV_ROOT", ""), str(Path.home() / ".pyenv")]
     roots += [str(Path(part).parent) for part in os.environ.get("PATH", "").split(os.pathsep) if part.endswith(PYENVS)]
@@ -119,7 +118,7 @@ def python310() -> Path | None:
 
 
 def _builds(folder: Path, name: str) -> list[Path]:
-    """The newest first; none in a folder that is somebody else's."""
+    """The newest first; none if the folder cannot be read."""
     try:
         return [build for build in sorted(folder.glob(name), reverse=True) if (build / "bin" / "python3.10").exists()]
     except OSError:
@@ -127,7 +126,7 @@ def _builds(folder: Path, name: str) -> list[Path]:
 
 
 def _on_path() -> Path | None:
-    """The prefix of the program python3.10, unless it is the system's own: that one is all over /usr."""
+    """The prefix of the program python3.10, unless it is the system's own, whose files are all over /usr."""
     program = shutil.which("python3.10")
     if program is None:
         return None

@@ -1,8 +1,8 @@
-"""A real project of Google Cloud in the place of the emulated one: the part of
-`environment.CloudEnvironment` that Google takes orders for.
+"""A real Google Cloud project in place of the emulated one: the part of `environment.CloudEnvironment` that a real cloud can
+provide.
 
 Machines are seen and preempted through `gcloud`, the bucket through `gcloud storage`, and SkyPilot is the user's own. Nothing
-here touches what is not named after this session. See docs/emulated-cloud.md.
+here touches resources whose names do not begin with this session's prefix. See docs/emulated-cloud.md.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from tests.emulated_cloud.real_gcloud import Gcloud, RealBuckets, RealMachine
 from tests.emulated_cloud.real_sky import RealSky, take_down
 
 LOOK_SECONDS = 5.0
-"""Between two looks at the machines; each takes a second or two beside."""
+"""Between two listings of the machines; each takes another second or two."""
 RUNNING = "RUNNING"
 
 
 class RealCloud:
-    """Of `gce.Cloud` what a real one can do. With `watching` it keeps the bill."""
+    """The methods of `gce.Cloud` that a real cloud can provide. With `watching` it keeps the bill."""
 
     def __init__(self, gcloud: Gcloud, prefix: str) -> None:
         self.gcloud, self.prefix, self.bill = gcloud, prefix, RealBill()
         self._over = threading.Event()
 
     def __getattr__(self, name: str) -> object:
-        raise AttributeError(f"{name}: Google takes no such orders; only the emulated cloud has it")
+        raise AttributeError(f"{name}: only the emulated cloud has it, not a real project")
 
     def machines(self, cluster: str = "") -> list[RealMachine]:
-        """Those of this session, stopped ones included, newest last. cluster: the beginning of SkyPilot's name for it."""
+        """This session's machines, stopped ones included, newest last. cluster: the beginning of SkyPilot's name for it."""
         found = self.gcloud.machines(self.prefix)
         self.bill.observe(found)
         return [machine for machine in found if machine.name.startswith(cluster)]
 
     def machine(self, cluster: str = "") -> RealMachine:
-        """The newest that runs. Raises AssertionError where none does."""
+        """The newest running machine. Raises AssertionError if there is none."""
         found = self.machines(cluster)
         running = [machine for machine in found if machine.status == RUNNING]
         assert running, f"no machine {cluster} runs; there are {[(one.name, one.status) for one in found]}"
@@ -49,7 +49,7 @@ class RealCloud:
     def wait_for_machine(
         self, cluster: str = "", seconds: float = 1200, *, other_than: RealMachine | None = None
     ) -> RealMachine:
-        """As `machine`, once one runs whose name is another than that of `other_than`."""
+        """Waits until a machine runs that is not `other_than`, by name, and returns it."""
         deadline = time.monotonic() + seconds
         while True:
             found = [one for one in self.machines(cluster) if one.status == RUNNING]
@@ -59,7 +59,7 @@ class RealCloud:
             time.sleep(LOOK_SECONDS)
 
     def preempt(self, machine: RealMachine) -> None:
-        """Google's rehearsal of it, with its notice of 30 s; returns when that has begun."""
+        """Google's simulated preemption, with a notice of 30 s; returns when it has begun."""
         self.gcloud.preempt(machine)
 
     def crash(self, machine: RealMachine) -> None:
@@ -71,13 +71,13 @@ class RealCloud:
         deadline = time.monotonic() + seconds
         while (left := self.machines()) and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
-        assert not left, f"left in the cloud: {[(one.name, one.wish.zone, one.status) for one in left]}"
+        assert not left, f"left in the cloud: {[(one.name, one.request.zone, one.status) for one in left]}"
         disks = self.gcloud.disks(self.prefix)
         assert not disks, f"disks left in the cloud: {disks}"
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Looks at the machines while the block runs."""
+        """Lists the machines regularly while the block runs, which keeps the bill."""
         self._over.clear()
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
@@ -92,25 +92,25 @@ class RealCloud:
         while not self._over.wait(LOOK_SECONDS):
             try:
                 self.machines()
-            except (AssertionError, TimeoutExpired) as error:  # the network for a moment; the next look tells
+            except (AssertionError, TimeoutExpired) as error:  # a short network failure; the next listing catches up
                 print(f"machines could not be listed: {error}")
 
 
 @dataclass
 class RealEnvironment:
-    """What a scenario gets."""
+    """What a scenario works with."""
 
     cloud: RealCloud
     buckets: RealBuckets
     sky: RealSky
 
     def name(self, name: str) -> str:
-        """A name of this session for a cluster, job or run."""
+        """The name of a cluster, job or run with this session's prefix."""
         return self.sky.prefix + name
 
     @contextmanager
     def scenario(self, minutes: float) -> Iterator[None]:
-        """Watches the machines, and takes down what was launched in the block: at its end, or after `minutes`."""
+        """Watches the machines, and takes down what was launched in the block at its end or after `minutes`."""
         timer = threading.Timer(60 * minutes, self._time_is_up, args=(minutes,))
         timer.daemon = True
         timer.start()
@@ -128,5 +128,5 @@ class RealEnvironment:
         print("\n".join(take_down(self.sky, self.cloud.gcloud)))
 
     def _time_is_up(self, minutes: float) -> None:
-        print(f"after {minutes:.0f} minutes the machines are taken down, done or not")
+        print(f"the {minutes:.0f} minutes are over: the machines are taken down, finished or not")
         self.take_down()

@@ -1,4 +1,4 @@
-"""What the machines of a session on a real project have cost, as far as looking at them from time to time tells it."""
+"""What the machines of a session on a real project have cost, estimated from listing them regularly."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STOPPED = ("TERMINATED", "STOPPED", "SUSPENDED")
 
 @dataclass
 class RealBill:
-    """stretches: of all machines seen, in the order of their beginning.
+    """stretches: of all machines seen, in the order of their start.
 
-    They begin by Google's word for when a machine was last started, and end by its word for a stop; a machine that was deleted
-    has ended when it was first missed, which is late by up to the time between two looks.
+    They begin and end at Google's timestamps of a machine's last start and stop; for a deleted machine they end when it was first
+    missing from a listing, which is late by up to the time between two listings.
     """
 
     stretches: list[Stretch] = field(default_factory=list)
@@ -61,8 +61,16 @@ class RealBill:
 
 
 def _stretch(machine: RealMachine, at: float) -> Stretch:
-    wish, running = machine.wish, machine.status in PAYING
+    request, running = machine.request, machine.status in PAYING
     began = machine.began if running else machine.ended or at
     return Stretch(
-        machine.name, wish.zone, wish.machine_type, wish.gpu, wish.gpus, wish.spot, machine.disk_gb, running, began
+        machine.name,
+        request.zone,
+        request.machine_type,
+        request.gpu,
+        request.gpus,
+        request.spot,
+        machine.disk_gb,
+        running,
+        began,
     )

@@ -1,4 +1,4 @@
-"""The scenarios that a real project can play, what each costs at most, and why the others stay with the emulated cloud."""
+"""The scenarios that can run on a real project, what each costs at most, and why the others run on the emulated cloud only."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Scenario:
     """One test of real_scenarios.py.
 
-    task: of sky/, "" where no machine starts. minutes: when they are over, its machines are taken down. spot: only spot ones are
-    asked for. managed: a managed job, with SkyPilot's controller beside it.
+    task: a file of sky/, "" if no machine starts. minutes: after which its machines are taken down. spot: it asks for spot
+    machines only. managed: a managed job, which also needs SkyPilot's controller.
     """
 
     test: str
@@ -40,29 +40,33 @@ SCENARIOS = (
     Scenario(
         "test_preempted_twice", "sky jobs launch: with notice, without", "train_spot", 90, spot=True, managed=True
     ),
-    Scenario("test_a_budget_that_runs_out", "stops at its dollars, goes away", "train_t4", 60, spot=True),
+    Scenario("test_a_budget_that_runs_out", "stops at its budget, autodown", "train_t4", 60, spot=True),
     Scenario("test_looking_stopping_and_starting", "status, logs, stop, start, TensorBoard", "train_a100", 60),
 )
 NOT_HERE = (
     ("spot or on-demand machines out of stock", "stock-outs cannot be ordered from Google"),
-    ("quota zero, login expired, bucket forbidden", "they are settings of your account, which a test leaves alone"),
+    ("quota zero, login expired, bucket forbidden", "they are settings of your account, which a test does not change"),
     ("API errors: 503, 429, 403 for a while", "they cannot be ordered from Google"),
     ("network cut between laptop, machine and Google", "it would have to be cut for everything else here too"),
-    ("preempted in the middle of an upload", "the moment cannot be hit: uploads take milliseconds there"),
-    ("adapter byte-identical to an unpreempted run", "the job may move from an A100 to an L4, which rounds otherwise"),
-    ("the process hangs, the disk fills", "they need a hand inside the machine; the emulated one has it"),
+    ("preempted in the middle of an upload", "uploads take milliseconds there: too short to hit"),
+    (
+        "adapter byte-identical to an unpreempted run",
+        "the job may move from an A100 to an L4, which rounds differently",
+    ),
+    ("the process hangs, the disk fills", "they need access inside the machine, which the emulated one gives"),
 )
 
 
 def alternatives(task: Path) -> Iterator[dict[str, Any]]:
-    """The resources that a task allows, each whole."""
+    """The alternatives that a task allows, each with all its resource keys."""
     resources = yaml.safe_load(task.read_text(encoding="utf-8"))["resources"]
     for one in resources.get("any_of") or resources.get("ordered") or [{}]:
         yield resources | one
 
 
 def admitted(task: Path, catalog: Catalog, *, spot_only: bool = False) -> list[Offer]:
-    """What our policy lets a task land on, cheapest first: priced with trust, and not above its max_hourly_cost."""
+    """The offers that our policy allows for a task, cheapest first: without a price anomaly, and not above its
+    max_hourly_cost."""
     found: list[Offer] = []
     for one in alternatives(task):
         gpu, _, count = one["accelerators"].partition(":")
@@ -77,14 +81,14 @@ def admitted(task: Path, catalog: Catalog, *, spot_only: bool = False) -> list[O
 
 
 def consolidated() -> bool:
-    """Whether the controller of managed jobs lives in the user's API server, and not on a machine of its own."""
+    """Whether the controller of managed jobs runs in the user's API server rather than on its own machine."""
     return bool(skypilot_setting("jobs", "controller", "consolidation_mode"))
 
 
 def controller_usd_per_hour(catalog: Catalog) -> float:
     if consolidated():
         return 0.0
-    from finetune.cloud.launch.policy import CONTROLLER  # SkyPilot comes with it, in seconds
+    from finetune.cloud.launch.policy import CONTROLLER  # imports SkyPilot, which takes seconds
 
     machine, disk = CONTROLLER
     return (catalog.cpu_machine_usd(machine) or 0.0) + disk_usd_per_hour(disk, "medium", "")
@@ -92,7 +96,7 @@ def controller_usd_per_hour(catalog: Catalog) -> float:
 
 @dataclass(frozen=True)
 class Cost:
-    """US dollars an hour of the cheapest and dearest machine (None: none starts), and US dollars at most."""
+    """The cheapest and dearest machine (None: none starts), and the cost in US dollars at most."""
 
     scenario: Scenario
     cheapest: Offer | None
@@ -110,19 +114,19 @@ def cost(scenario: Scenario, catalog: Catalog, root: Path = ROOT) -> Cost:
 
 
 def table(costs: Sequence[Cost], project: str, source: str) -> str:
-    """For people, before anything starts."""
+    """The table that is printed before anything starts."""
     head = ("scenario", "what", "dearest machine", "$/h from", "to", "minutes", "$ at most")
     rows = [head, *(_row(one) for one in costs)]
     rows.append(("all of them", "", "", "", "", "", f"{sum(one.usd for one in costs):.2f}"))
     return "\n".join(
         [
             f"On project {project}, in US dollars, estimated: the minutes after which machines are taken down x the dearest",
-            f"machine that the task's ceiling admits (a managed job: and its controller). Prices: {source}; disks by list price.",
-            "Not in it: the bucket, traffic, external addresses, taxes.",
+            f"machine that the task's ceiling allows (a managed job: and its controller). Prices: {source}; disks by list price.",
+            "Not included: the bucket, traffic, external addresses, taxes.",
             "",
             *aligned(rows, "lllr"),
             "",
-            "Left to the emulated cloud (make cloud-test without GCP_PROJECT):",
+            "On the emulated cloud only (make cloud-test without GCP_PROJECT):",
             *(f"  {what}: {why}" for what, why in NOT_HERE),
         ]
     )

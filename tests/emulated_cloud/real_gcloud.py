@@ -1,4 +1,4 @@
-"""Google's own `gcloud` for the tests on a real project: what runs there, the end of a machine, and what lies in the bucket."""
+"""Google's own `gcloud` for the tests on a real project: lists and deletes machines, reads the bucket."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.emulated_cloud.gce_instances import parse_wish
-from tests.emulated_cloud.gce_market import Wish
+from tests.emulated_cloud.gce_instances import parse_request
+from tests.emulated_cloud.gce_market import MachineRequest
 
 Json = dict[str, Any]
 OURS = re.compile("[a-z][a-z0-9-]+-")
-"""What the names of this session's clusters may begin with: it goes into a filter of gcloud's as a regular expression."""
+"""A valid prefix of this session's cluster names: it becomes part of a regular expression in a gcloud filter."""
 NO_OBJECTS = "matched no objects"
 
 
 @dataclass(frozen=True)
 class RealMachine:
-    """As `gcloud compute instances list` told it. began: its last start, in seconds since the epoch; ended: its last stop."""
+    """A row of `gcloud compute instances list`. began: its last start, in seconds since the epoch; ended: its last stop."""
 
     name: str
-    wish: Wish
+    request: MachineRequest
     status: str
     disk_gb: int
     began: float
@@ -36,7 +36,7 @@ def machine_of(row: Json) -> RealMachine:
     ended = row.get("lastStopTimestamp")
     return RealMachine(
         name=row["name"],
-        wish=parse_wish(row["zone"].rpartition("/")[2], row),
+        request=parse_request(row["zone"].rpartition("/")[2], row),
         status=row["status"],
         disk_gb=sum(int(disk.get("diskSizeGb", 0)) for disk in row.get("disks", [])),
         began=seconds_of(row.get("lastStartTimestamp") or row["creationTimestamp"]),
@@ -49,7 +49,7 @@ def seconds_of(moment: str) -> float:
 
 
 class Gcloud:
-    """Every call names the project and asks nothing. program: for tests of this module."""
+    """Every call names the project and never prompts. program: for tests of this module."""
 
     def __init__(self, project: str, program: str = "gcloud") -> None:
         self.project, self.program = project, program
@@ -59,14 +59,14 @@ class Gcloud:
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
 
     def say(self, *words: str, seconds: float = 180) -> bytes:
-        """Its standard output. Raises AssertionError with its complaint."""
+        """Runs it and returns its standard output. Raises AssertionError with its error message."""
         done = self.run(*words, seconds=seconds)
         complaint = done.stderr.decode(errors="replace")[-2000:]
         assert done.returncode == 0, f"gcloud {' '.join(words)}: exit code {done.returncode}\n{complaint}"
         return done.stdout
 
     def machines(self, prefix: str) -> list[RealMachine]:
-        """Those whose name begins so, stopped ones included, oldest first."""
+        """Machines whose name begins with the prefix, stopped ones included, oldest first."""
         rows = self._list("compute", "instances", "list", prefix=prefix)
         return sorted((machine_of(row) for row in rows), key=lambda machine: machine.began)
 
@@ -74,32 +74,32 @@ class Gcloud:
         return [row["name"] for row in self._list("compute", "disks", "list", prefix=prefix)]
 
     def _list(self, *words: str, prefix: str) -> list[Json]:
-        assert OURS.fullmatch(prefix), f"{prefix}: no prefix of this session's"
+        assert OURS.fullmatch(prefix), f"{prefix}: not a prefix of this session"
         found: list[Json] = json.loads(self.say(*words, "--format=json", f"--filter=name~^{prefix}") or b"[]")
-        return [row for row in found if row["name"].startswith(prefix)]  # whatever a filter has meant
+        return [row for row in found if row["name"].startswith(prefix)]  # not relying on gcloud's filter alone
 
     def preempt(self, machine: RealMachine) -> None:
-        """Google's rehearsal of host maintenance, by which a spot machine is preempted: notice, 30 seconds, the end.
+        """Google's simulated host maintenance, which preempts a spot machine: notice, 30 seconds, the end.
 
         https://cloud.google.com/compute/docs/instances/simulating-host-maintenance. Returns when it has begun: gcloud
         itself would wait for the end, and then fail, because it looks for the machine once more (gcloud 528).
         """
-        place = f"--zone={machine.wish.zone}"
+        place = f"--zone={machine.request.zone}"
         self.say("compute", "instances", "simulate-maintenance-event", machine.name, place, "--async")
 
     def delete(self, machine: RealMachine) -> None:
-        self.say("compute", "instances", "delete", machine.name, f"--zone={machine.wish.zone}", seconds=600)
+        self.say("compute", "instances", "delete", machine.name, f"--zone={machine.request.zone}", seconds=600)
 
 
 class RealBuckets:
-    """One bucket, whatever a scenario calls it: `training.BUCKET` stands for the bucket of this project and user."""
+    """A single bucket under any name: `training.BUCKET` stands for the bucket of this project and user."""
 
     def __init__(self, gcloud: Gcloud, bucket: str, alias: str) -> None:
         self.gcloud, self.bucket, self.alias = gcloud, bucket, alias
-        self._there = False  # until seen; then it is believed, because each question takes gcloud a second
+        self._there = False  # cached once seen, because each gcloud call takes a second
 
     def names(self) -> list[str]:
-        """The alias if the bucket is there."""
+        """The alias, if the bucket exists."""
         if not self._there:
             words = ("storage", "buckets", "describe", f"gs://{self.bucket}", "--format=value(name)")
             self._there = self.gcloud.run(*words).returncode == 0

@@ -1,6 +1,6 @@
-"""`make cloud-test GCP_PROJECT=project`: the scenarios on a real project, after their cost and a yes.
+"""`make cloud-test GCP_PROJECT=project`: runs the scenarios on a real project, after it has shown their cost and got a yes.
 
-Whatever becomes of them, what they have launched is taken down at the end.
+However they end, everything that they have launched is taken down.
 
 python -m tests.emulated_cloud.real_run PROJECT [-k NAME] [PYTEST ARGUMENT...]
 """
@@ -28,12 +28,12 @@ from tests.emulated_cloud.real_gcloud import Gcloud  # noqa: E402
 from tests.emulated_cloud.real_sky import RealSky, take_down  # noqa: E402
 
 PROJECT, NAMES, LAUNCHED = "FT_REAL_PROJECT", "FT_REAL_PREFIX", "FT_REAL_LAUNCHED"
-"""What the scenarios' process is told."""
+"""Environment variables for the scenarios' process."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code: that of the scenarios, 1 if something is left, 2 where nothing was begun."""
+    """Returns the exit code: that of the scenarios, 1 if something is left, 2 if nothing was started."""
     try:
         project, *rest = arguments
         chosen = selected(rest)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def selected(arguments: Sequence[str]) -> list[real_cost.Scenario]:
-    """Those that pytest will run: its -k knows more than we do, so it is asked."""
+    """The scenarios that pytest will run: it is asked, because its -k has its own syntax."""
     command = [
         sys.executable,
         "-m",
@@ -66,7 +66,7 @@ def selected(arguments: Sequence[str]) -> list[real_cost.Scenario]:
     if not found:
         known = ", ".join(one.test.removeprefix("test_") for one in real_cost.SCENARIOS)
         raise UserError(
-            f"SCENARIO={os.environ.get('SCENARIO', '')}: none of those that a real project can play: {known}",
+            f"SCENARIO={os.environ.get('SCENARIO', '')}: not among those that can run on a real project: {known}",
             code="real_cloud.unknown_scenario",
         )
     return found
@@ -77,7 +77,7 @@ def words(arguments: Sequence[str]) -> list[str]:
 
 
 def check(project: str) -> Catalog:
-    """The price catalog. Raises UserError for what is missing on this computer."""
+    """Returns the price catalog. Raises UserError for what is missing on this computer."""
     if shutil.which("gcloud") is None:
         raise UserError("gcloud is not installed: https://cloud.google.com/sdk/docs/install", code="gcloud.not_set_up")
     login = local_login()
@@ -103,7 +103,7 @@ def agree() -> None:
 
 
 def play(project: str, arguments: Sequence[str]) -> int:
-    """Runs the scenarios, and takes down what they have launched, whatever has become of them."""
+    """Runs the scenarios, and takes down what they have launched, however they end."""
     prefix = f"ftreal-{secrets.token_hex(2)}-"
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     sky, gcloud = RealSky(prefix, folder / "launched"), Gcloud(project)
@@ -119,7 +119,7 @@ def play(project: str, arguments: Sequence[str]) -> int:
     tests: list[subprocess.Popen[bytes]] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        """We wait for the end of the scenarios' process: Ctrl-C reaches it too, other signals are handed on."""
+        """We wait for the end of the scenarios' process: Ctrl-C reaches it anyway, other signals are passed on."""
         stopping.append(number)
         if number != signal.SIGINT and tests:
             tests[0].send_signal(signal.SIGINT)
@@ -129,21 +129,19 @@ def play(project: str, arguments: Sequence[str]) -> int:
     tests.append(subprocess.Popen(command, env=env, cwd=HERE.parents[1]))
     code = tests[0].wait()
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # taking down is not interrupted, in the programs that it calls neither
+        signal.signal(number, signal.SIG_IGN)  # taking down must not be interrupted, nor the programs that it calls
     managed = bool(sky.names()["job"])
-    print("\n".join(said := take_down(sky, gcloud)))
+    print("\n".join(report := take_down(sky, gcloud)))
     tell_what_stays(prefix, project, managed)
     shutil.rmtree(folder, ignore_errors=True)
-    return 1 if stopping or said[-1].startswith("LEFT") else code
+    return 1 if stopping or report[-1].startswith("LEFT") else code
 
 
 def tell_what_stays(prefix: str, project: str, managed: bool) -> None:
     bucket = bucket_name(local_login())
     print(f"the runs stay: gcloud storage rm --recursive 'gs://{bucket}/runs/{prefix}*' --project={project}")
     if managed and not real_cost.consolidated():
-        print(
-            "SkyPilot's jobs controller stays as well, if it had to make one, and stops itself: `sky status` shows it"
-        )
+        print("SkyPilot's jobs controller, if it made one, stays as well and stops itself: `sky status` shows it")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The scenarios on a real project: `make cloud-test GCP_PROJECT=project` runs them, nothing else collects them.
+"""The scenarios on a real project: only `make cloud-test GCP_PROJECT=project` collects and runs them.
 
-They are those of test_scenarios_*.py without what only an emulated cloud can do or know; real_cost.py tells what each costs.
+They are those of test_scenarios_*.py without what only the emulated cloud can do or observe; real_cost.py has their costs.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from tests.emulated_cloud.real_cost import SCENARIOS, admitted
 from tests.emulated_cloud.real_gcloud import Gcloud, RealBuckets
 from tests.emulated_cloud.real_run import LAUNCHED, NAMES, PROJECT
 from tests.emulated_cloud.real_sky import RealSky
-from tests.emulated_cloud.reckoning import catalog_price, check_machine, idle
+from tests.emulated_cloud.reconciliation import catalog_price, check_machine, idle
 from tests.emulated_cloud.training import BUCKET, SAVE_STEPS, STEPS, Run, add_training, launch, wait_for_tensorboard
 
 pytestmark = pytest.mark.cloud
 MISTRAL = "configs/mistral_7b_qlora.yaml"
 ON_A_GPU: dict[str, Any] = {"FINETUNE_ALLOW_CPU": 0, "FINETUNE_HEARTBEAT_SECONDS": 10}
-"""A machine without its GPU is a failure here; and Google lets an object be written once a second only."""
+"""A machine without its GPU is a failure here; and Google allows one write per second to an object."""
 BOOT_SECONDS, SHARE = 30.0, 0.05
-"""By which a machine's time may differ between bill and ledger: Google counts from before the kernel runs; and a share of it."""
+"""How far a machine's seconds may differ between bill and ledger (Google counts from before the kernel runs), plus a share of
+them."""
 STEP, JOB = 1500.0, 3600.0
-"""Seconds for which a first checkpoint is waited for (a real set-up downloads 3 GB), and a job's end."""
+"""Seconds to wait for a first checkpoint (a real set-up downloads 3 GB), and for a job's end."""
 BUDGET_HOURS = 0.75
-"""Of a machine: a start, some training, and what is kept for another start, on the dearest machine."""
+"""Of a machine: a start, some training, and the reserve for a restart, on the dearest machine."""
 LONG = "training.max_steps=20000"
-"""A run that is not over before it is disturbed: a GPU does the tiny one's steps in less than a minute."""
+"""Enough steps to interrupt the run: a GPU computes those of the tiny training in less than a minute."""
 
 
 @pytest.fixture(scope="session")
 def session() -> RealEnvironment:
-    assert PROJECT in os.environ, "these run by: make cloud-test GCP_PROJECT=project"
+    assert PROJECT in os.environ, "run these with: make cloud-test GCP_PROJECT=project"
     gcloud, prefix = Gcloud(os.environ[PROJECT]), os.environ[NAMES]
     buckets = RealBuckets(gcloud, bucket_name(local_login()), BUCKET)
     return RealEnvironment(RealCloud(gcloud, prefix), buckets, RealSky(prefix, Path(os.environ[LAUNCHED])))
@@ -73,17 +74,17 @@ def test_train_a100_as_typed(environment: RealEnvironment, project: Path, tmp_pa
     launched = environment.sky.run(*words, cwd=project).ok()
     print(f"launch to the end of training: {launched.seconds:.0f} s\n{launched.out}")
     assert "finetune: of " in launched.out, "the policy has chosen"
-    assert environment.cloud.machine(name).wish.gpu == "A100"
-    run = Run(environment, name)  # type: ignore[arg-type]  # of the environment it asks for the buckets alone
+    assert environment.cloud.machine(name).request.gpu == "A100"
+    run = Run(environment, name)  # type: ignore[arg-type]  # it uses only the buckets of the environment
     record = run.record()
     assert (record["status"], record["steps"]["done"]) == ("done", STEPS)
     assert run.committed()[-1] == STEPS
     environment.cloud.assert_empty(900)
-    reckon(environment, run, tmp_path)
+    reconcile(environment, run, tmp_path)
 
 
 def test_the_order_of_the_plan(environment: RealEnvironment, project: Path) -> None:
-    """What a dry run would try first is the first of `finetune plan`; nothing starts."""
+    """A dry run would try first what `finetune plan` ranks first; nothing starts."""
     planned = environment.sky.program("finetune", "plan", MISTRAL, "--json", cwd=project).ok()
     rows = [row for row in json.loads(planned.out)["rows"] if row["chosen"]]
     best = min(rows, key=lambda row: row["usd"])
@@ -106,7 +107,7 @@ def test_a_ceiling_below_every_price(environment: RealEnvironment, project: Path
 
 
 def test_preempted_twice(environment: RealEnvironment, project: Path, tmp_path: Path) -> None:
-    """A managed job: Google's rehearsal of a preemption, then a machine that is deleted from outside."""
+    """A managed job: Google's simulated preemption, then a machine that is deleted from outside."""
     name = environment.name("twice")
     words = launch("train_spot", "--jobs", "-d", "-n", name, RUN_NAME=name, overrides=LONG, MAX_RUN_USD=3, **ON_A_GPU)
     environment.sky.run(*words, cwd=project).ok()
@@ -127,16 +128,16 @@ def test_preempted_twice(environment: RealEnvironment, project: Path, tmp_path: 
     assert re.search(rf" {name} .*\s2\s+RUNNING", queue), queue
     environment.sky.run("jobs", "cancel", "-y", "-n", name).ok()
     environment.cloud.assert_empty(900)
-    reckon(environment, run, tmp_path)
+    reconcile(environment, run, tmp_path)
 
 
 def test_a_budget_that_runs_out(environment: RealEnvironment, project: Path, tmp_path: Path) -> None:
-    """The run stops before its dollars are over, says so, and the machine goes away by itself."""
+    """The run stops before its budget is used up and records that, and its machine goes down by itself."""
     text = (project / "sky" / "train_t4.yaml").read_text(encoding="utf-8")
     (project / "sky" / "budget.yaml").write_text(text.replace("    - {use_spot: false}\n", ""), encoding="utf-8")
     budget = round(BUDGET_HOURS * admitted(project / "sky" / "budget.yaml", load_catalog())[0].usd_per_hour, 3)
     name = environment.name("budget")
-    often = f"{LONG} checkpoint.every_minutes=0.5"  # a budget that does not last until the next checkpoint is refused
+    often = f"{LONG} checkpoint.every_minutes=0.5"  # a budget that does not reach the next checkpoint is refused
     more = {"RUN_NAME": name, "MAX_RUN_USD": budget, **ON_A_GPU}
     launched = environment.sky.run(
         *launch("budget", "-c", name, "-i", "1", "--down", overrides=often, **more), cwd=project
@@ -144,14 +145,14 @@ def test_a_budget_that_runs_out(environment: RealEnvironment, project: Path, tmp
     print(launched.out)
     run = Run(environment, name)  # type: ignore[arg-type]
     assert run.record()["status"] == "budget_stop"
-    assert run.committed(), "a checkpoint to go on from"
+    assert run.committed(), "a checkpoint to resume from"
     environment.cloud.assert_empty(900)
     account = Ledger(environment.buckets.fetch(run.prefix, tmp_path) / "ledger").account()
     assert account.usd is not None and account.usd <= budget, (account.usd, budget)
 
 
 def test_looking_stopping_and_starting(environment: RealEnvironment, project: Path) -> None:
-    """status, TensorBoard through ssh, stop in the middle, start, the same launch goes on, logs, down."""
+    """status, TensorBoard through ssh, stop in mid-run, start, resume by the same launch, logs, down."""
     name = environment.name("look")
     words = launch("train_a100", "-d", "-c", name, overrides=LONG, RUN_NAME=name, **ON_A_GPU)
     environment.sky.run(*words, cwd=project).ok()
@@ -172,8 +173,8 @@ def test_looking_stopping_and_starting(environment: RealEnvironment, project: Pa
     environment.cloud.assert_empty()
 
 
-def reckon(environment: RealEnvironment, run: Run, folder: Path) -> None:
-    """Holds what was seen of the machines against the ledger, machine by machine, and prints both."""
+def reconcile(environment: RealEnvironment, run: Run, folder: Path) -> None:
+    """Compares the observed seconds with the ledger, machine by machine, and prints both."""
     price = catalog_price(environment.sky.home)
     account = Ledger(environment.buckets.fetch(run.prefix, folder) / "ledger").account()
     stretches = [one for one in environment.cloud.bill.stretches if one.running]
@@ -182,5 +183,7 @@ def reckon(environment: RealEnvironment, run: Run, folder: Path) -> None:
     for stretch, attempt in zip(stretches, account.attempts, strict=True):
         check_machine(stretch, attempt, price(stretch))
         seen = stretch.seconds - idle(run, stretch, attempt)
-        print(f"attempt {attempt.number}: {attempt.seconds:.0f} s on the ledger, {seen:.0f} s seen (and idle after it)")
+        print(
+            f"attempt {attempt.number}: {attempt.seconds:.0f} s in the ledger, {seen:.0f} s observed, idle time excluded"
+        )
         assert abs(attempt.seconds - seen) < BOOT_SECONDS + SHARE * seen, (attempt, stretch)

@@ -1,4 +1,4 @@
-"""The user's own SkyPilot, for clusters and jobs whose names begin with this session's prefix, and for no others."""
+"""The user's own SkyPilot, restricted to clusters and jobs whose names begin with this session's prefix."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from tests.emulated_cloud.skypilot import Done
 
 PREFIX = re.compile("ftreal-[0-9a-f]{4}-")
 LONGEST = 20
-"""Letters of a name: with the number of a job and SkyPilot's hash of the user it stays below the 35 above which SkyPilot hashes
-it away."""
+"""Characters of a name: with the number of a job and SkyPilot's hash of the user it stays below 35, above which SkyPilot replaces
+it with a hash."""
 KINDS = ("cluster", "job")
 ENDING = ("down", "stop", "start", "cancel", "autostop")
 """Commands that change what runs."""
 GONE_SECONDS, COMMAND_SECONDS = 240.0, 600.0
 PAUSE_SECONDS, SILENT_SECONDS = 5.0, 60.0
-"""Between two questions to Google, and for how long at least it is asked again where it does not answer."""
+"""Between two calls of gcloud, and for how long at least they are retried if Google does not answer."""
 FAULTS = (AssertionError, subprocess.TimeoutExpired)
-"""Of gcloud: it has failed, or taken too long."""
+"""Raised when gcloud fails or takes too long."""
 PROGRAMS = "FT_REAL_PROGRAMS"
-"""For tests of this module: a folder of programs that go before all others."""
+"""For tests of this module: a folder of programs, first on PATH."""
 
 
 class RealSky:
-    """home: of the user. launched: a file with a line "cluster NAME" or "job NAME" for each launch, written before it.
+    """home: the user's. launched: a file with a line "cluster NAME" or "job NAME" for each launch, written before it.
 
-    env: of its commands, where that is not the one of this process (in tests of this module).
+    env: for its commands, if not that of this process (in tests of this module).
     """
 
     def __init__(
         self, prefix: str, launched: Path, home: Path | None = None, env: dict[str, str] | None = None
     ) -> None:
-        assert PREFIX.fullmatch(prefix), f"{prefix}: no prefix of a session"
+        assert PREFIX.fullmatch(prefix), f"{prefix}: not a session's prefix"
         self.prefix, self.launched, self.home = prefix, launched, home or Path.home()
         self.settled: set[str] = set()
         first = [os.environ[PROGRAMS]] if PROGRAMS in os.environ else []
@@ -47,12 +47,12 @@ class RealSky:
         self.env = dict(os.environ) | {"PATH": path} if env is None else env
 
     def run(self, *words: str, cwd: Path | None = None, typed: str = "", timeout: float = 3600, **env: str) -> Done:
-        """`sky WORDS`. Raises AssertionError, and runs nothing, where they could touch what is not this session's."""
+        """`sky WORDS`. Raises AssertionError, and runs nothing, if that could affect anything that is not this session's."""
         self._check(words)
         return self.program("sky", *words, cwd=cwd, typed=typed, timeout=timeout, **env)
 
     def program(self, *words: str, cwd: Path | None = None, typed: str = "", timeout: float = 3600, **env: str) -> Done:
-        """Raises AssertionError with its output when the time, in seconds, is up."""
+        """Raises AssertionError with its output if it takes longer than `timeout` seconds."""
         began, command = time.monotonic(), " ".join(words)
         try:
             done = subprocess.run(
@@ -77,7 +77,7 @@ class RealSky:
             process.wait(timeout=30)
 
     def names(self) -> dict[str, list[str]]:
-        """What this session has launched and this process not yet taken down: clusters and jobs."""
+        """Clusters and jobs that this session has launched and this process has not taken down yet."""
         lines = self.launched.read_text(encoding="utf-8").splitlines() if self.launched.exists() else []
         found = [line.split(" ") for line in dict.fromkeys(lines) if line.count(" ") == 1]
         return {kind: [name for one, name in found if one == kind and name not in self.settled] for kind in KINDS}
@@ -88,9 +88,9 @@ class RealSky:
         if verb == "launch" and "--dryrun" not in rest:
             name = _value(rest, ("-n", "--name") if managed else ("-c", "--cluster"))
             assert name.startswith(self.prefix), (
-                f"sky {' '.join(words)}: it names no {self.prefix}..., so it is not run"
+                f"sky {' '.join(words)}: it has no name that begins with {self.prefix}, so it is not run"
             )
-            assert len(name) <= LONGEST, f"{name}: at most {LONGEST} letters"
+            assert len(name) <= LONGEST, f"{name}: at most {LONGEST} characters"
             with self.launched.open("a", encoding="utf-8") as file:
                 file.write(f"{'job' if managed else 'cluster'} {name}\n")
         elif verb in ENDING:
@@ -106,44 +106,45 @@ def _value(words: Sequence[str], options: tuple[str, ...]) -> str:
 
 
 def take_down(sky: RealSky, gcloud: Gcloud, seconds: float = GONE_SECONDS) -> list[str]:
-    """Ends what this session has launched, and nothing else. Returns lines for people; the last says what is left, if anything.
+    """Takes down what this session has launched, and nothing else. Returns lines to print; the last says what is left, if
+    anything.
 
-    First as a user would; what is then still there, after `seconds`, is deleted machine by machine.
+    First as a user would, with SkyPilot; what still exists after `seconds` is deleted machine by machine.
     """
-    said: list[str] = []
+    report: list[str] = []
     names = sky.names()
     for name in names["job"]:
-        said.append(_attempt(sky, "jobs", "cancel", "-y", "-n", name))
+        report.append(_attempt(sky, "jobs", "cancel", "-y", "-n", name))
     for name in names["cluster"]:
-        said.append(_attempt(sky, "down", "-y", name))
+        report.append(_attempt(sky, "down", "-y", name))
     try:
-        left = _delete_machines(gcloud, sky.prefix, seconds if any(names.values()) else 0, said)
+        left = _delete_machines(gcloud, sky.prefix, seconds if any(names.values()) else 0, report)
     except FAULTS as error:
         look = f"gcloud compute instances list --filter=name~^{sky.prefix}"
-        return [*said, f"LEFT, PERHAPS, AND COSTING MONEY: {str(error).splitlines()[0]}; look with `{look}`"]
+        return [*report, f"LEFT, PERHAPS, AND COSTING MONEY: {str(error).splitlines()[0]}; look with `{look}`"]
     if left:
-        return [*said, f"LEFT, AND COSTING MONEY: {', '.join(left)}"]
+        return [*report, f"LEFT, AND COSTING MONEY: {', '.join(left)}"]
     sky.settled |= {name for kind in KINDS for name in names[kind]}
-    return [*said, f"no machine and no disk of {sky.prefix}... is left"]
+    return [*report, f"no machine and no disk of {sky.prefix}... is left"]
 
 
-def _delete_machines(gcloud: Gcloud, prefix: str, seconds: float, said: list[str]) -> list[str]:
-    """Those that are there after `seconds`. Returns machines and disks that are left all the same; raises one of FAULTS where
-    Google does not answer."""
+def _delete_machines(gcloud: Gcloud, prefix: str, seconds: float, report: list[str]) -> list[str]:
+    """Deletes the machines that still exist after `seconds`. Returns machines and disks that are left even then; raises one of
+    FAULTS if Google does not answer."""
     left = _wait_until_gone(gcloud, prefix, seconds)
     for machine in left:
-        said.append(f"gcloud compute instances delete {machine.name}: it had outlived `sky down`")
+        report.append(f"gcloud compute instances delete {machine.name}: it still existed after `sky down`")
         try:
             gcloud.delete(machine)
         except FAULTS as error:
-            said.append(str(error))
+            report.append(str(error))
     if left:
         left = _wait_until_gone(gcloud, prefix, 60)
     return [*(machine.name for machine in left), *gcloud.disks(prefix)]
 
 
 def _attempt(sky: RealSky, *words: str) -> str:
-    """A line on how a command went; a failure does not keep us from the next."""
+    """Runs a command and returns one line on the outcome; a failure does not stop the ones after it."""
     try:
         done = sky.run(*words, timeout=COMMAND_SECONDS)
     except AssertionError as error:

@@ -1,4 +1,5 @@
-"""Programs that stand in for `gcloud` and `sky` in tests of the real project's side: they record calls, and play a project."""
+"""Stand-ins for `gcloud` and `sky` in tests of the code for a real project: they record calls and answer for a made-up
+project."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ what, place = " ".join(words[:3]), words[3] if len(words) > 3 else ""
 if what == "compute instances list" and state["silent"]:
     (folder / "state").write_text(json.dumps(state | dict(silent=state["silent"] - 1)))
     sys.exit("ERROR: (gcloud.compute.instances.list) the network is unreachable")
-elif what == "compute instances list":  # --filter is not heeded: whoever asks has to look for himself
+elif what == "compute instances list":  # --filter is ignored: the caller has to filter as well
     print(json.dumps(state["machines"]))
 elif what == "compute disks list":
     print(json.dumps([dict(name=name) for name in state["disks"]]))
@@ -39,7 +40,7 @@ elif what == "storage objects describe":
 elif what == "storage buckets describe":
     sys.exit(0 if place in state["buckets"] else "ERROR: (gcloud.storage.buckets.describe) not found: 404.")
 else:
-    sys.exit("ERROR: (gcloud) not known here: " + " ".join(words))
+    sys.exit("ERROR: (gcloud) not in the stand-in: " + " ".join(words))
 """
 SKY = """\
 #!{python}
@@ -70,7 +71,7 @@ EMPTY: Json = {
 
 
 def instance(name: str, zone: str, machine: str, *, spot: bool = True, status: str = "RUNNING", gpu: str = "") -> Json:
-    """As the compute API tells of an instance, and gcloud's --format=json prints."""
+    """An instance in the JSON of the compute API, which gcloud's --format=json prints."""
     root = f"https://www.googleapis.com/compute/v1/projects/p/zones/{zone}"
     stopped = {"lastStopTimestamp": "2026-11-22T21:30:00.000-08:00"} if status == "TERMINATED" else {}
     gpus = [{"acceleratorCount": 1, "acceleratorType": f"{root}/acceleratorTypes/{gpu}"}] if gpu else []
@@ -91,7 +92,7 @@ def instance(name: str, zone: str, machine: str, *, spot: bool = True, status: s
 
 @dataclass(frozen=True)
 class StandIn:
-    """The programs lie in `bin`."""
+    """The programs are in `bin`."""
 
     folder: Path
 
@@ -100,7 +101,7 @@ class StandIn:
         return self.folder / "bin"
 
     def lay_out(self, **state: object) -> StandIn:
-        """state: what is to be other than in EMPTY."""
+        """state: values that differ from EMPTY."""
         self.bin.mkdir(parents=True, exist_ok=True)
         for name, text in (("gcloud", GCLOUD), ("sky", SKY)):
             (self.bin / name).write_text(text.format(python=sys.executable, folder=str(self.folder)))
@@ -116,7 +117,7 @@ class StandIn:
         return dict(os.environ) | {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}"}
 
     def calls(self, program: str = "") -> list[str]:
-        """All that was called, in order, its words joined by blanks."""
+        """All calls in order, each as its words joined by spaces."""
         path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [text for line in lines if (text := " ".join(json.loads(line))).startswith(program)]

@@ -1,4 +1,4 @@
-"""The real SkyPilot, with a home, an API server and a login of the test's own, pointed at the emulated cloud from outside."""
+"""The real SkyPilot, with its own home, API server and login, pointed at the emulated cloud from outside."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PROJECT = "text2sql-test"
 ACCOUNT = "you@example.com"
 CONFIG = "jobs:\n  controller:\n    consolidation_mode: true\n"
 API_SERVER_GB = "10"
-"""What the API server takes for the memory of its computer. Of 24 GB it starts 61 processes for short requests; of 6 GB 6, all
-busy with its own daemons, and each request waits five seconds for a process of its own (measured)."""
+"""The memory that the API server assumes. For 24 GB it starts 61 processes for short requests; for 6 GB it starts 6, all busy
+with its own daemons, and each request waits five seconds for a new process (measured)."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a command said, and how long it took in seconds."""
+    """A command that has ended: its output, and how long it took in seconds."""
 
     command: str
     code: int
@@ -42,13 +42,13 @@ class Done:
     seconds: float
 
     def ok(self) -> Done:
-        """Itself. Raises AssertionError unless the command succeeded."""
+        """Returns itself. Raises AssertionError unless the command succeeded."""
         assert self.code == 0, f"{self.command}: exit code {self.code} after {self.seconds:.0f} s\n{self.out[-6000:]}"
         return self
 
 
 def make_home(home: Path, user: str) -> None:
-    """A login to Google Cloud that is none, SkyPilot's settings, its price catalog and the `user` that it has to be."""
+    """Writes a made-up login to Google Cloud, SkyPilot's settings, its price catalog and its `user` hash."""
     gcloud = home / ".config" / "gcloud"
     (gcloud / "configurations").mkdir(parents=True)
     (gcloud / "active_config").write_text("default")
@@ -67,7 +67,7 @@ def make_home(home: Path, user: str) -> None:
 
 
 def environment(home: Path, api: str, bucket: str) -> dict[str, str]:
-    """The whole environment of SkyPilot's processes. api, bucket: URLs of the emulated cloud."""
+    """All environment variables of SkyPilot's processes. api, bucket: URLs of the emulated cloud."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,7 +92,7 @@ def environment(home: Path, api: str, bucket: str) -> dict[str, str]:
 
 
 class SkyPilot:
-    """Its API server runs from `start` to `stop`. env: what its commands are to be run with."""
+    """Its API server runs from `start` to `stop`. env: the environment of its commands."""
 
     def __init__(self, home: Path, env: dict[str, str]) -> None:
         self.home, self.env = home, env
@@ -108,19 +108,19 @@ class SkyPilot:
         self._wait(f"http://127.0.0.1:{self.env['SKYPILOT_API_SERVER_LOCAL_PORT']}/api/health", log)
 
     def stop(self) -> None:
-        """The server and whatever it has started."""
+        """Stops the server and every process that it has started."""
         self.run("api", "stop", timeout=60)
         end_processes(self.home.parent)
         if self.server:
             self.server.wait(timeout=patience(30))
 
     def run(self, *words: str, cwd: Path | None = None, typed: str = "", timeout: float = 600, **env: str) -> Done:
-        """`sky WORDS`, with `typed` as its standard input. Raises AssertionError with its output when the time is up, `timeout`
-        by the measure of pace.py."""
+        """`sky WORDS`, with `typed` as its standard input. Raises AssertionError with its output after `timeout` seconds, scaled
+        by pace.py."""
         return self.program("sky", *words, cwd=cwd, typed=typed, timeout=timeout, **env)
 
     def program(self, *words: str, cwd: Path | None = None, typed: str = "", timeout: float = 600, **env: str) -> Done:
-        """Like `run`, for any program of the environment that SkyPilot is in."""
+        """Like `run`, for any program of the Python environment that has SkyPilot."""
         began = time.monotonic()
         command = " ".join(words)
         process = subprocess.Popen(
@@ -139,8 +139,8 @@ class SkyPilot:
 
     @contextmanager
     def ssh(self, cluster: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-        """`ssh OPTIONS CLUSTER` while the block runs. OpenSSH takes the home folder from the system, not from
-        HOME, so config and key are named."""
+        """`ssh OPTIONS CLUSTER` while the block runs. OpenSSH takes the home folder from the system, not from HOME, so config and
+        key are given explicitly."""
         key = self.home / ".sky" / "generated" / "ssh-keys" / f"{cluster}.key"
         command = ["ssh", "-F", str(self.home / ".ssh" / "config"), "-i", str(key), *options, cluster]
         process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL)
@@ -151,11 +151,11 @@ class SkyPilot:
             process.wait(timeout=patience(30))
 
     def expire_login(self, expired: bool = True) -> None:
-        """As if Google no longer took the login."""
+        """Makes Google refuse the login as expired."""
         (self.home / "login").write_text("expired" if expired else "")
 
     def python(self, script: str, timeout: float = 120) -> str:
-        """What a Python script prints that runs as SkyPilot does."""
+        """Runs a Python script in SkyPilot's environment and returns what it prints."""
         done = subprocess.run(
             [sys.executable, "-c", script],
             env=self.env,

@@ -1,8 +1,8 @@
-"""The table that `make cloud-test` ends with, from pytest's JUnit file: `python -m tests.emulated_cloud.table
+"""The table that `make cloud-test` prints at its end, from pytest's JUnit file: `python -m tests.emulated_cloud.table
 JUNIT-FILE`.
 
-Below a scenario stand the figures that it has told with `figure`. Exit code 1, with their names, where tests were skipped that
-were not to be (FT_CLOUD_REQUIRED=1).
+Below each scenario are the metrics that it has recorded with `record_metric`. Exit code 1, with their names, if tests were
+skipped that must not be (FT_CLOUD_REQUIRED=1).
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from dataclasses import dataclass
 
 from tests.emulated_cloud.possible import REQUIRED
 
-MARK = "figure: "
+MARK = "metric: "
 STATES = {"failure": "FAILED", "error": "ERROR", "skipped": "skipped"}
 
 
-def figure(text: str) -> None:
-    """Tells one figure of the test that runs."""
+def record_metric(text: str) -> None:
+    """Adds one line of text to the row of the running test."""
     print(MARK + text)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One test. seconds: of itself, without its fixtures; state: as printed, a skipped one with the reason."""
+    """One test. seconds: without its fixtures; state: as printed, for a skipped test with the reason."""
 
     name: str
     seconds: float
     state: str
-    figures: list[str]
+    metrics: list[str]
 
 
 def read_row(case: tree.Element) -> Row:
@@ -39,20 +39,20 @@ def read_row(case: tree.Element) -> Row:
     state = STATES[parts[0].tag] if parts else "passed"
     reason = parts[0].get("message", "") if state == "skipped" else ""
     module = case.get("classname", "").rpartition(".")[2].removeprefix("test_")
-    name = case.get("name", "").removeprefix("test_").partition("@")[0]  # behind it pytest-xdist names the group
-    told = [line for line in (case.findtext("system-out") or "").splitlines() if line.startswith(MARK)]
-    figures = [line.removeprefix(MARK) for line in told]
-    return Row(f"{module}  {name}", float(case.get("time", 0)), f"{state} {reason}".strip(), figures)
+    name = case.get("name", "").removeprefix("test_").partition("@")[0]  # pytest-xdist appends the group
+    marked = [line for line in (case.findtext("system-out") or "").splitlines() if line.startswith(MARK)]
+    metrics = [line.removeprefix(MARK) for line in marked]
+    return Row(f"{module}  {name}", float(case.get("time", 0)), f"{state} {reason}".strip(), metrics)
 
 
 def lines(rows: Iterable[Row], seconds: float) -> Iterator[str]:
-    """Of the table, in the order of running. seconds: of the whole session, in which tests ran side by side."""
+    """The lines of the table, in the order of running. seconds: of the whole session, in which tests ran in parallel."""
     rows = list(rows)
     width = max([len(row.name) for row in rows] + [len("scenario")])
     yield f"{'scenario':<{width}}  seconds"
     for row in rows:
         yield f"{row.name:<{width}}  {row.seconds:7.1f}  {row.state}"
-        yield from (f"    {text}" for text in row.figures)
+        yield from (f"    {text}" for text in row.metrics)
     yield f"{'all, with preparation':<{width}}  {seconds:7.1f}  = {seconds / 60:.1f} minutes (measured)"
 
 

@@ -1,4 +1,4 @@
-"""What an emulated machine is and shows, and what may befall it, without SkyPilot."""
+"""What an emulated machine looks like from inside, and what can happen to it, without SkyPilot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.emulated_cloud import orphans
 from tests.emulated_cloud.buckets import PORT, Buckets
 from tests.emulated_cloud.gce import Cloud
-from tests.emulated_cloud.gce_instances import parse_wish
+from tests.emulated_cloud.gce_instances import parse_request
 from tests.emulated_cloud.machine import Machine, Site, open_site
 from tests.emulated_cloud.pace import patience
 
@@ -45,7 +45,7 @@ def rent(cloud: Cloud) -> Machine:
         "machineType": "a2-highgpu-1g",
         "scheduling": {"preemptible": True, "instanceTerminationAction": "DELETE"},
     }
-    instance = cloud.instances.create("one-compute", parse_wish("us-central1-a", properties), properties)
+    instance = cloud.instances.create("one-compute", parse_request("us-central1-a", properties), properties)
     cloud.instances.power_on(instance)
     assert isinstance(instance.hardware, Machine)
     return instance.hardware
@@ -77,7 +77,7 @@ def test_a_machine_sees_itself_and_nothing_of_this_computer(cloud: Cloud) -> Non
 
 
 def test_a_machine_that_comes_or_goes_is_not_noticed_by_the_others(cloud: Cloud, site: Site) -> None:
-    """They know this computer by its link address, and would talk to the old one for a while."""
+    """The others cache this computer's link address; if it changed they would use the old one for a while."""
     link = Path("/sys/class/net", site.bridge, "address")
     before = link.read_text()
     machine = rent(cloud)
@@ -151,7 +151,7 @@ def buckets(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bu
 
 
 def mount(buckets: Buckets, machine: Machine) -> None:
-    """As SkyPilot's mounting script does."""
+    """Mounts a bucket as SkyPilot's mounting script does."""
     buckets.make("ft-bucket")
     inside(machine, "sudo mkdir -p /bucket && sudo chmod 777 /bucket")
     words = "--log-file /tmp/log --debug_fuse_errors -o allow_other --implicit-dirs --stat-cache-ttl 5s --rename-dir-limit 10000"
@@ -178,7 +178,8 @@ def test_what_was_not_uploaded_is_lost_with_the_machine(cloud: Cloud, buckets: B
 
 
 def test_a_close_waits_for_its_upload(cloud: Cloud, buckets: Buckets, site: Site) -> None:
-    """So whoever was told that a file is closed finds it, whole, after the machine is gone; and half an upload is no object."""
+    """So a file whose close has returned is complete in the bucket after the machine is gone, and a partial upload is no
+    object."""
     site.upload_bytes_per_second = 1_000_000
     machine = rent(cloud)
     mount(buckets, machine)
@@ -212,15 +213,15 @@ print(os.path.exists("/bucket/f"), os.path.getsize("/bucket/g"), sorted(os.listd
 END
 cat /bucket/none 2>&1 || true
 """
-    said = inside(machine, script)
-    print(said)
-    assert said.startswith("1zz\n")
-    assert "b'012x45'" in said and "False 6 ['g', 'moved']" in said and said.endswith("No such file or directory")
+    output = inside(machine, script)
+    print(output)
+    assert output.startswith("1zz\n")
+    assert "b'012x45'" in output and "False 6 ['g', 'moved']" in output and output.endswith("No such file or directory")
     assert buckets.objects("ft-bucket") == ["g"] and buckets.read("ft-bucket", "g") == b"012x45"
 
 
 def test_gsutil_copies_both_ways(cloud: Cloud, buckets: Buckets) -> None:
-    """The calls that SkyPilot makes for a local source, and for a bucket that is copied to a machine."""
+    """The calls that SkyPilot makes for a local source, and for a bucket that it copies to a machine."""
     machine = rent(cloud)
     buckets.make("ft-bucket")
     script = r"""
@@ -230,8 +231,8 @@ gsutil ls -d gs://ft-bucket/p; gsutil ls -d gs://ft-bucket/p/a; gsutil ls -d gs:
 mkdir back; gsutil -m rsync -e -r gs://ft-bucket/p back; cat back/sub/b
 echo t/a | gsutil -m cp -e -n -r -I gs://ft-bucket
 """
-    said = inside(machine, f"cd ~; {script}").splitlines()
-    assert said == [
+    output = inside(machine, f"cd ~; {script}").splitlines()
+    assert output == [
         "gs://ft-bucket/p/",
         "gs://ft-bucket/p/a",
         "2",
@@ -251,9 +252,10 @@ def test_a_forbidden_bucket_on_a_machine(cloud: Cloud, buckets: Buckets) -> None
     inside(machine, "echo text > /bucket/other")
     assert buckets.objects("ft-bucket") == ["other"]
     buckets.forbid("ft-bucket")
-    said = inside(machine, "mkdir /tmp/again; gcsfuse ft-bucket /tmp/again; echo $?")
-    assert "does not have storage.buckets.get access to the Google Cloud Storage bucket" in said and said.startswith(
-        "1\n"
+    output = inside(machine, "mkdir /tmp/again; gcsfuse ft-bucket /tmp/again; echo $?")
+    assert (
+        "does not have storage.buckets.get access to the Google Cloud Storage bucket" in output
+        and output.startswith("1\n")
     )
     assert buckets.objects("ft-bucket") == ["other"], "a test's own look is always allowed"
 

@@ -1,4 +1,4 @@
-"""The emulated API by itself, without machines: what SkyPilot relies on, and what tests order. Needs no root."""
+"""The emulated API by itself, without machines: what SkyPilot relies on, and what tests inject. Needs no root."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ask(cloud: Cloud, method: str, path: str, body: Any = None) -> tuple[int, di
 
 
 def make(cloud: Cloud, name: str, zone: str = ZONE, **changes: Any) -> dict[str, Any]:
-    """Inserts an instance; returns the operation when it is done."""
+    """Inserts an instance and returns the finished operation."""
     root = f"/compute/v1/projects/p/zones/{zone}"
     body = {"instanceProperties": T4 | changes, "perInstanceProperties": {name: {}}, "count": 1}
     _, operation = ask(cloud, "POST", f"{root}/instances/bulkInsert", body)
@@ -104,7 +104,7 @@ def test_a_disk_that_was_not_made_to_go_stays(cloud: Cloud) -> None:
 
 
 def test_the_bill_ends_when_the_power_is_cut(cloud: Cloud) -> None:
-    """What this computer needs to end a machine's processes and to remove its disk is not Google's to charge."""
+    """The time that this computer takes to end a machine's processes and to remove its disk is not billed."""
 
     class Slow:
         def boot(self) -> None: ...

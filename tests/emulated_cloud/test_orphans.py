@@ -1,4 +1,4 @@
-"""A session that is killed leaves things behind; the next one removes them, and only them."""
+"""A session that is killed leaves orphans behind; the next one removes those and nothing else."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ layer = Path({layer!r})
 site = Site(slot, folder / "machines", layer, "", "")
 open_site(site)
 cloud = Cloud((site.google, 8080), "p", ["us-central1-a"], site.machine_addresses(), lambda one: Machine(site, one))
-from tests.emulated_cloud.gce_instances import parse_wish
-wish = parse_wish("us-central1-a", {{"machineType": "n1-standard-8"}})
-cloud.instances.power_on(cloud.instances.create("one-compute", wish, {{}}))
+from tests.emulated_cloud.gce_instances import parse_request
+request = parse_request("us-central1-a", {{"machineType": "n1-standard-8"}})
+cloud.instances.power_on(cloud.instances.create("one-compute", request, {{}}))
 path = {{"PATH": "/bin:/usr/bin"}}
 subprocess.Popen(["sleep", "1000"], env=path | {{"HOME": str(folder / "home")}}, start_new_session=True)
 titled = ["SkyPilot:executor", "1000"]
@@ -89,7 +89,8 @@ def test_a_tree_goes_and_nothing_that_it_points_at(tmp_path: Path) -> None:
 
 
 def test_the_folder_that_the_processes_of_a_session_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes at the session's end, or if that was killed when the next begins; and with it what installs something there."""
+    """It is removed at the session's end or, if that was killed, when the next one begins, with any process that installs
+    there."""
     monkeypatch.setattr(orphans, "place", lambda slot: tmp_path / f"ft-cloud-{slot}")
     orphans.main("begin", os.getpid())
     kept = orphans.shared(os.getpid())
@@ -103,7 +104,7 @@ def test_the_folder_that_the_processes_of_a_session_share(tmp_path: Path, monkey
         "it is not touched as long as its process lives"
     )
     killed.kill()
-    time.sleep(0.1)  # dead, though nobody has asked about it
+    time.sleep(0.1)  # dead, but not yet waited for
     orphans.main("begin", os.getpid())
     assert not gone.exists() and kept.exists()
     assert installing.wait(timeout=10) == -signal.SIGKILL
@@ -113,7 +114,7 @@ def test_the_folder_that_the_processes_of_a_session_share(tmp_path: Path, monkey
 
 
 def test_sessions_that_begin_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They find the same orphans; each removes some and none takes away what another has made in their place."""
+    """They find the same orphans; each removes some, and none removes what another has made in their place."""
 
     def clean(slot: int) -> None:
         time.sleep(0.05)
@@ -123,7 +124,7 @@ def test_sessions_that_begin_together(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(orphans, "clean", clean)
     for slot in range(orphans.SLOTS):
         orphans.place(slot).mkdir()
-        (orphans.place(slot) / orphans.OWNER).write_text("1 0")  # process 1 began at another time
+        (orphans.place(slot) / orphans.OWNER).write_text("1 0")  # process 1 started at another time
     with ThreadPoolExecutor(orphans.SLOTS) as sessions:
         taken = list(sessions.map(lambda _: orphans.take_slot(), range(orphans.SLOTS)))
     assert sorted(slot for slot, _ in taken) == list(range(orphans.SLOTS))

@@ -1,4 +1,4 @@
-"""What is said where the emulated cloud cannot be had, and where a Python 3.10 is looked for."""
+"""The message if this computer cannot run the emulated cloud, and where a Python 3.10 is searched for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.emulated_cloud.orphans import SLOTS
 
 
 def build(folder: Path, version: str) -> Path:
-    """A Python of that version below a pyenv."""
+    """A Python of that version in a pyenv folder."""
     place = folder / "versions" / version
     (place / "bin").mkdir(parents=True)
     (place / "bin" / f"python{version.rpartition('.')[0]}").touch()
@@ -25,7 +25,7 @@ def build(folder: Path, version: str) -> Path:
 
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Without any pyenv, and with an empty home, as in CI."""
+    """No pyenv and an empty home, as in CI."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -60,14 +60,14 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(possible, "PROGRAMS", {"ft-no-such-program": "no-such-package", "sh": "dash"})
     monkeypatch.setattr(possible, "python310", lambda: None)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    said = possible.missing()
-    assert said.startswith("it needs root (network namespaces, overlay mounts); ")
-    assert "Debian packages are missing: apt-get install no-such-package" in said
-    assert "pyenv install 3.10" in said
+    message = possible.missing()
+    assert message.startswith("it needs root (network namespaces, overlay mounts); ")
+    assert "Debian packages are missing: apt-get install no-such-package" in message
+    assert "pyenv install 3.10" in message
 
 
 @pytest.mark.parametrize(
-    ("routes", "said"),
+    ("routes", "message"),
     [
         ([{"dst": "default", "dev": "eth0"}, {"dst": "10.0.0.0/16", "dev": "eth0"}], ""),
         ([{"dst": "10.128.16.0/20", "dev": "ft-bridge1"}], ""),
@@ -78,14 +78,14 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_computer_that_is_in_the_machines_network(
-    routes: list[dict[str, str]], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    routes: list[dict[str, str]], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine of Google's us-central1 is: its gateway would be taken from it."""
+    """As a machine in Google's us-central1 is: it would lose its gateway."""
     program = tmp_path / "ip"
     program.write_text(f"#!/bin/sh\ncat <<'END'\n{json.dumps(routes)}\nEND\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert possible.own_network() == said
+    assert possible.own_network() == message
     last = Site(SLOTS - 1, tmp_path, tmp_path, "", "").machine_addresses()[-1]
     assert ipaddress.ip_address(last) in possible.ADDRESSES
 

@@ -1,4 +1,4 @@
-"""The side of a real project, against stand-ins for its programs, and against the real gcloud where that is installed."""
+"""The code for a real project, against stand-ins for its programs, and against the real gcloud where that is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.emulated_cloud import real_sky
 from tests.emulated_cloud.gce_bill import Stretch
-from tests.emulated_cloud.gce_market import Wish
+from tests.emulated_cloud.gce_market import MachineRequest
 from tests.emulated_cloud.real import RealCloud
 from tests.emulated_cloud.real_bill import RealBill
 from tests.emulated_cloud.real_gcloud import Gcloud, RealBuckets, machine_of
@@ -46,17 +46,17 @@ def sky(stand_in: StandIn, tmp_path: Path) -> RealSky:
     return RealSky(OURS, tmp_path / "launched", tmp_path, stand_in.env())
 
 
-def test_machines_are_read_as_google_tells_them(gcloud: Gcloud, stand_in: StandIn) -> None:
+def test_machines_are_read_from_googles_json(gcloud: Gcloud, stand_in: StandIn) -> None:
     look, job = sorted(gcloud.machines(OURS), key=lambda machine: machine.name)
-    assert look.wish == Wish("us-central1-a", "a2-highgpu-1g", "A100", 1, True)
-    assert job.wish == Wish("us-east4-c", "g2-standard-8", "L4", 1, True)
+    assert look.request == MachineRequest("us-central1-a", "a2-highgpu-1g", "A100", 1, True)
+    assert job.request == MachineRequest("us-east4-c", "g2-standard-8", "L4", 1, True)
     assert (look.status, look.disk_gb, look.began, look.ended) == ("RUNNING", 200, NINE_PM, None)
     assert stand_in.calls() == [
         "gcloud --quiet compute instances list --format=json --filter=name~^ftreal-1a2b- --project=p"
     ]
     stopped = machine_of(instance("x", "us-east1-c", "n1-highmem-8", spot=False, status="TERMINATED"))
-    assert (stopped.ended, stopped.wish.spot, stopped.wish.gpu) == (NINE_PM + 1800, False, "")
-    with pytest.raises(AssertionError, match="no prefix of this session's"):
+    assert (stopped.ended, stopped.request.spot, stopped.request.gpu) == (NINE_PM + 1800, False, "")
+    with pytest.raises(AssertionError, match="not a prefix of this session"):
         gcloud.machines("")
 
 
@@ -73,7 +73,7 @@ def test_the_ways_in_which_a_machine_ends(gcloud: Gcloud, stand_in: StandIn) -> 
     ]
     with pytest.raises(AssertionError, match="no machine"):
         cloud.wait_for_machine(f"{OURS}twice", 0, other_than=first)
-    with pytest.raises(AttributeError, match="Google takes no such orders"):
+    with pytest.raises(AttributeError, match="only the emulated cloud has it"):
         cloud.market.set_stock(0)  # type: ignore[attr-defined]
 
 
@@ -85,24 +85,24 @@ def test_a_new_machine_is_told_from_the_old_one(gcloud: Gcloud, stand_in: StandI
     assert cloud.wait_for_machine(f"{OURS}twice", 0, other_than=first).name == again["name"]
 
 
-def test_a_failing_gcloud_is_told(stand_in: StandIn) -> None:
-    with pytest.raises(AssertionError, match=r"networks list: exit code 1\nERROR: \(gcloud\) not known"):
+def test_a_failing_gcloud_is_reported(stand_in: StandIn) -> None:
+    with pytest.raises(AssertionError, match=r"networks list: exit code 1\nERROR: \(gcloud\) not in the stand-in"):
         Gcloud("p", stand_in.gcloud).say("compute", "networks", "list")
 
 
 def test_taking_down_touches_its_own_alone(sky: RealSky, gcloud: Gcloud, stand_in: StandIn) -> None:
     sky.run("launch", "-y", "-c", f"{OURS}look", "x.yaml").ok()
     sky.run("jobs", "launch", "-y", "-n", f"{OURS}twice", "x.yaml").ok()
-    said = take_down(sky, gcloud, seconds=0)
-    print(said)
+    report = take_down(sky, gcloud, seconds=0)
+    print(report)
     assert stand_in.machines() == [row["name"] for row in OTHERS]
     assert [call for call in stand_in.calls() if "list" not in call][2:] == [
         f"sky jobs cancel -y -n {OURS}twice",
         f"sky down -y {OURS}look",
         f"gcloud --quiet compute instances delete {JOB['name']} --zone=us-east4-c --project=p",
     ]
-    assert said[-1] == f"no machine and no disk of {OURS}... is left"
-    assert take_down(sky, gcloud, seconds=0) == said[-1:], "what is settled is left alone"
+    assert report[-1] == f"no machine and no disk of {OURS}... is left"
+    assert take_down(sky, gcloud, seconds=0) == report[-1:], "what is settled is left alone"
     assert len(take_down(RealSky(OURS, sky.launched, sky.home, sky.env), gcloud, 0)) == 3, (
         "another process does it again"
     )
@@ -112,11 +112,11 @@ def test_taking_down_goes_on_after_a_failure(sky: RealSky, gcloud: Gcloud, stand
     stand_in.lay_out(machines=[*OTHERS, MINE, JOB], stubborn=[f"{OURS}look"], disks=["a", f"{OURS}look-disk"])
     for name in ("look", "twice"):
         sky.run("launch", "-y", "-c", OURS + name, "x.yaml").ok()
-    said = take_down(sky, gcloud, seconds=0)
-    print(said)
-    assert said[0] == f"sky down -y {OURS}look: exit code 1: ERROR: the API server does not answer"
+    report = take_down(sky, gcloud, seconds=0)
+    print(report)
+    assert report[0] == f"sky down -y {OURS}look: exit code 1: ERROR: the API server does not answer"
     assert stand_in.machines() == [row["name"] for row in OTHERS]
-    assert said[-1] == f"LEFT, AND COSTING MONEY: {OURS}look-disk"
+    assert report[-1] == f"LEFT, AND COSTING MONEY: {OURS}look-disk"
 
 
 def test_taking_down_asks_again(
@@ -209,7 +209,7 @@ def test_the_bucket_under_the_scenarios_name(gcloud: Gcloud, stand_in: StandIn) 
 
 
 class Google(JsonHandler):
-    """Compute and storage, as far as the real gcloud asks them here."""
+    """Compute and storage, as far as the real gcloud calls them here."""
 
     asked: ClassVar[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""What scenarios on a real project cost, the question before them, and their end by Ctrl-C, with stand-ins for gcloud and sky."""
+"""The cost table and the prompt before scenarios on a real project, and Ctrl-C during them, with stand-ins for gcloud and sky."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_real_scenario_has_its_price() -> None:
 
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
-    """Of a user with a login, a catalog that was fetched today, and somebody else's machine in the project."""
+    """The environment of a user with a login, a catalog that was fetched today, and another user's machine in the project."""
     stand_in = StandIn(tmp_path / "stand-in").lay_out(machines=[FOREIGN], launch_seconds=100)
     home = tmp_path / "home"
     home.mkdir()
@@ -114,8 +114,8 @@ def run(env: dict[str, str], *arguments: str, typed: str = "") -> subprocess.Com
 
 def test_another_project_than_skypilots_is_refused(env: dict[str, str], tmp_path: Path) -> None:
     done = run(env, "other-project", "-k", "ceiling", typed="yes\n")
-    said = f"cloud-test: GCP_PROJECT=other-project, but SkyPilot would launch in {PROJECT}; first: gcloud config set project"
-    assert done.returncode == 2 and said in done.stderr
+    expected = f"cloud-test: GCP_PROJECT=other-project, but SkyPilot would launch in {PROJECT}; first: gcloud config set project"
+    assert done.returncode == 2 and expected in done.stderr
     assert not StandIn(tmp_path / "stand-in").calls()
 
 
@@ -128,7 +128,7 @@ def test_without_a_yes_nothing_is_launched(env: dict[str, str], tmp_path: Path) 
     assert "fetched" in done.stdout, "the prices' date"
     assert not StandIn(tmp_path / "stand-in").calls()
     none = run(env, PROJECT, "-k", "nosuch", typed="yes\n")
-    assert none.returncode == 2 and "none of those that a real project can play: train_a100_as_typed" in none.stderr
+    assert none.returncode == 2 and "not among those that can run on a real project: train_a100_as_typed" in none.stderr
 
 
 @needs_skypilot
@@ -143,7 +143,7 @@ def test_ctrl_c_takes_down_what_was_launched(env: dict[str, str], tmp_path: Path
     name = launch.split(" -c ")[1].split()[0]
     stand_in.lay_out(machines=[FOREIGN, instance(f"{name}-0f-head-x-compute", "us-east1-b", "a2-highgpu-1g")])
     if number == signal.SIGINT:
-        os.killpg(session.pid, number)  # as the terminal does
+        os.killpg(session.pid, number)  # as a terminal does
     else:
         session.send_signal(number)
     out, _ = session.communicate(timeout=120)

@@ -1,4 +1,4 @@
-"""Scenario 7: quota, login, bucket and API in trouble: a clear message or recovery, and never a machine that nobody knows of."""
+"""Scenario 7: problems with quota, login, bucket and API: a clear message or recovery, and never an orphaned machine."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import pytest
 
 from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.pace import patience
-from tests.emulated_cloud.reckoning import catalog_price, check_nothing_left, reckon
-from tests.emulated_cloud.table import figure
+from tests.emulated_cloud.reconciliation import catalog_price, check_nothing_left, reconcile
+from tests.emulated_cloud.table import record_metric
 from tests.emulated_cloud.training import BUCKET, SHORT, Run, launch
 
 pytestmark = pytest.mark.cloud
 CEILING = 4.50
 """US dollars an hour: max_hourly_cost of sky/train_a100.yaml."""
 WITHIN = 60
-"""Seconds in which what needs no machine has to be refused; 5 of a free computer."""
+"""Seconds within which a launch has to be refused if no machine is needed to know; 5 on an idle computer."""
 MINUTE = 60
-"""Seconds for which Google's API refuses everything, or machines. These three are by the measure of pace.py."""
+"""Seconds for which Google's API refuses everything, or machines. These three are scaled by pace.py."""
 AUTOSTOP_SECONDS = 180
-"""In which an idle machine has to be gone with -i 1."""
+"""Within which an idle machine has to be gone with -i 1."""
 
 
 @pytest.mark.cloud_short
 def test_no_gpu_quota(environment: CloudEnvironment, project: Path) -> None:
-    """As every new project has it: the message names the quota, and SkyPilot does not go through all regions."""
+    """The state of every new project: the message names the quota, and SkyPilot does not try all regions."""
     environment.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)
     refused = environment.sky.run(*launch("train_a100", "-c", "none", RUN_NAME="none"), cwd=project)
-    figure(f"refused after {refused.seconds:.0f} s; asked {environment.asked_for()}")
+    record_metric(f"refused after {refused.seconds:.0f} s; asked {environment.asked_for()}")
     assert refused.code == 1
     assert "QUOTA_EXCEEDED" in refused.out and "Quota 'GPUS_ALL_REGIONS' exceeded.  Limit: 0.0 globally" in refused.out
     assert len(environment.asked_for()) == 2, "one for spot, one on demand"
@@ -37,7 +37,7 @@ def test_no_gpu_quota(environment: CloudEnvironment, project: Path) -> None:
 
 
 def test_no_spot_quota(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
-    """Lands on demand, which has a quota of its own, under the ceiling."""
+    """The launch uses an on-demand machine, which has its own quota, under the ceiling."""
     regions = {zone.rpartition("-")[0] for zone in environment.cloud.compute.zones}
     for region in regions:
         environment.cloud.market.set_quota("PREEMPTIBLE_NVIDIA_A100_GPUS", 0, region)
@@ -45,21 +45,21 @@ def test_no_spot_quota(environment: CloudEnvironment, project: Path, tmp_path: P
         *launch("train_a100", "-c", "dear", overrides=SHORT, RUN_NAME="dear"), cwd=project
     ).ok()
     machine, asked = environment.cloud.machine("dear"), environment.asked_for()
-    figure(f"launch to the end of training: {launched.seconds:.0f} s; asked {asked}")
-    assert f"Found no quota for a2-highgpu-1g spot instances in region {machine.wish.region} in GCP" in launched.out
-    assert len(asked) == 1, "SkyPilot looks at the quota before it wants a machine"
-    assert machine.wish.gpu == "A100" and not machine.wish.spot
+    record_metric(f"launch to the end of training: {launched.seconds:.0f} s; asked {asked}")
+    assert f"Found no quota for a2-highgpu-1g spot instances in region {machine.request.region} in GCP" in launched.out
+    assert len(asked) == 1, "SkyPilot checks the quota before it requests a machine"
+    assert machine.request.gpu == "A100" and not machine.request.spot
     price = catalog_price(environment.sky.home)
     assert price(environment.cloud.bill.stretches[-1]) <= CEILING
     environment.sky.run("down", "-y", "dear").ok()
-    reckon(Run(environment, "dear"), tmp_path)
+    reconcile(Run(environment, "dear"), tmp_path)
     check_nothing_left(environment)
 
 
 def test_an_expired_login(environment: CloudEnvironment, project: Path) -> None:
     environment.sky.expire_login()
     refused = environment.sky.run(*launch("train_a100", "-c", "old", RUN_NAME="old"), cwd=project)
-    figure(f"refused after {refused.seconds:.0f} s")
+    record_metric(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
         "finetune: Google refuses this login, which has expired or been withdrawn; run `gcloud auth login` and "
@@ -73,7 +73,7 @@ def test_an_expired_login(environment: CloudEnvironment, project: Path) -> None:
 def test_a_forbidden_bucket(environment: CloudEnvironment, project: Path) -> None:
     environment.buckets.forbid(BUCKET)
     refused = environment.sky.run(*launch("train_a100", "-c", "shut", RUN_NAME="shut"), cwd=project)
-    figure(f"refused after {refused.seconds:.0f} s")
+    record_metric(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
         f"finetune: bucket gs://{BUCKET}: Google forbids this account to see it; ask for the role Storage Admin, or launch "
@@ -84,11 +84,11 @@ def test_a_forbidden_bucket(environment: CloudEnvironment, project: Path) -> Non
 
 
 def test_a_bucket_that_may_only_be_read(environment: CloudEnvironment, project: Path) -> None:
-    """Told before there is a machine: on it the run would end at its first file, after minutes that cost."""
+    """Refused before there is a machine, on which the run would fail at its first write, after minutes that cost money."""
     environment.buckets.make("read-only")
     environment.buckets.forbid("read-only", "storage.objects.create", "storage.objects.delete")
     refused = environment.sky.run(*launch("train_a100", "-c", "ro", RUN_NAME="ro", BUCKET="read-only"), cwd=project)
-    figure(f"refused after {refused.seconds:.0f} s")
+    record_metric(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
         "finetune: bucket gs://read-only: this account lacks storage.objects.create, storage.objects.delete, so a run could not "
@@ -102,26 +102,26 @@ def test_a_bucket_that_may_only_be_read(environment: CloudEnvironment, project: 
 def test_a_bucket_that_the_user_has_made(environment: CloudEnvironment, project: Path) -> None:
     """--env BUCKET=NAME, which the message recommends, with a bucket that SkyPilot has not made here."""
     environment.buckets.make("my-own")
-    environment.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)  # to see how far it gets needs no machine
+    environment.cloud.market.set_quota("GPUS_ALL_REGIONS", 0)  # the test needs no machine
     asked = environment.sky.run(*launch("train_a100", "-c", "mine", RUN_NAME="mine", BUCKET="my-own"), cwd=project)
     assert "finetune: bucket gs://my-own" in asked.out and "QUOTA_EXCEEDED" in asked.out, asked.out[-3000:]
     check_no_machine_ever(environment)
 
 
 def test_a_minute_of_refused_machines(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
-    """SkyPilot takes a 503 for a zone that has nothing. Within the minute it is through all of them on a free computer, and
-    begins again half a minute later; on a busy one it lands on a later candidate. Neither is above the ceiling.
+    """SkyPilot treats a 503 as a zone without stock. On an idle computer it has tried all of them within the minute, and starts
+    again half a minute later; on a busy one it gets a later candidate. Neither is above the ceiling.
 
-    When the machine is to go, that is refused too: it asks again."""
+    The deletion of the machine is refused once too: it is requested again."""
     environment.cloud.faults.add("bulkInsert", 503, "backendError", seconds=patience(MINUTE))
     began = time.time()
     begin = ("train_a100", "-d", "-c", "later", "-i", "1", "--down", "--retry-until-up")
     words = launch(*begin, overrides=SHORT, RUN_NAME="later")
     launched = environment.sky.run(*words, cwd=project).ok()
     at = [call.at - began for call in environment.cloud.calls if call.path.endswith("/bulkInsert")]
-    figure(f"launch {launched.seconds:.0f} s; asked {len(at)} times, the last after {at[-1]:.0f} s")
+    record_metric(f"launch {launched.seconds:.0f} s; asked {len(at)} times, the last after {at[-1]:.0f} s")
     assert "Got return code 'backendError' in " in launched.out
-    assert len(at) > 2 and at[-1] > patience(MINUTE) - 10, "the minute was felt"
+    assert len(at) > 2 and at[-1] > patience(MINUTE) - 10, "the refusals had an effect"
 
     run = Run(environment, "later")
     run.wait_for_status("done")
@@ -131,16 +131,18 @@ def test_a_minute_of_refused_machines(environment: CloudEnvironment, project: Pa
     (stretch,) = environment.cloud.bill.stretches
     assert stretch.ended and catalog_price(environment.sky.home)(stretch) <= CEILING
     asked = [call for call in environment.cloud.calls if call.at > trained and call.method == "DELETE"]
-    figure(f"gone {stretch.ended - trained:.0f} s after the end of training, asked for {len(asked)} times")
+    record_metric(
+        f"gone {stretch.ended - trained:.0f} s after the end of training, deletion requested {len(asked)} times"
+    )
     assert len(asked) > 1, "the first was refused"
-    reckon(run, tmp_path)
+    reconcile(run, tmp_path)
     check_nothing_left(environment)
 
 
 def test_a_minute_without_any_api(environment: CloudEnvironment, project: Path) -> None:
     environment.cloud.faults.add("", 503, "backendError", seconds=patience(MINUTE))
     refused = environment.sky.run(*launch("train_a100", "-c", "down", RUN_NAME="down"), cwd=project)
-    figure(f"refused after {refused.seconds:.0f} s")
+    record_metric(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1
     assert "googleapiclient error (HttpError): <HttpError 503" in refused.out
     environment.cloud.faults.clear()

@@ -1,4 +1,4 @@
-"""Task YAMLs beside those that train: the real SkyPilot on the emulated cloud."""
+"""Task YAMLs that do not train, with the real SkyPilot on the emulated cloud."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.emulated_cloud.environment import CloudEnvironment
-from tests.emulated_cloud.reckoning import check_nothing_left
-from tests.emulated_cloud.table import figure
+from tests.emulated_cloud.reconciliation import check_nothing_left
+from tests.emulated_cloud.table import record_metric
 from tests.emulated_cloud.training import Run, launch
 from tests.emulated_cloud.whole import NAME, Whole
 
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.cloud
 
 @pytest.mark.xdist_group("whole")
 def test_a_run_is_scored(environment: CloudEnvironment, project: Path, whole: Whole) -> None:
-    """`sky launch sky/evaluate.yaml` of a run in the bucket: both models scored, the report beside it."""
+    """`sky launch sky/evaluate.yaml` of a run in the bucket: scores both models and writes the report beside it."""
     scored = environment.sky.run(
         *launch("evaluate", "-c", "score", "-i", "1", "--down", RUN_NAME=NAME), cwd=project
     ).ok()
-    figure(f"launch to the report: {scored.seconds:.0f} s")
+    record_metric(f"launch to the report: {scored.seconds:.0f} s")
     run = Run(environment, NAME)
     assert {"eval.json", "report.html", "report.md", "summary.json"} <= set(run.objects())
     summary = json.loads(run.read("summary.json"))

@@ -1,4 +1,5 @@
-"""What the emulated machines train, as a user would launch it: a tiny model with its data in a checkout of the project."""
+"""The training that the emulated machines run, launched as a user would: a tiny model with its data in a checkout of the
+project."""
 
 from __future__ import annotations
 
@@ -14,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from chaos.environment import ChaosEnvironment as Station
-from chaos.environment import make_environment
+from chaos.environment import ChaosEnvironment, make_environment
 from finetune.budget.ledger import Account, Ledger
 from finetune.checkpoint.store import CheckpointStore, Skipped
 from tests.emulated_cloud.environment import CloudEnvironment
@@ -27,24 +27,24 @@ CONFIG = "tiny/run.yaml"
 STEPS, SAVE_STEPS, LOGGING_STEPS = 300, 20, 5
 LONG_SAVE_STEPS = 100
 SHORT = "training.max_steps=40"
-"""Overrides for a run whose machine is what matters."""
-TELLING = ("run.json", *(f"ledger/attempt-{number:03d}.jsonl" for number in range(1, 6)))
-"""Of a run's files, for a failure."""
+"""Overrides for tests that need a machine and only a short training."""
+SHOWN = ("run.json", *(f"ledger/attempt-{number:03d}.jsonl" for number in range(1, 6)))
+"""Files of a run that a failure message shows."""
 HEARTBEAT_SECONDS = 1
 """Instead of 30: attempts here last a minute."""
 
 
 def add_training(checkout: Path) -> None:
-    """Lays model, prepared data and config into `checkout`, from where SkyPilot takes them to the machine."""
+    """Writes model, prepared data and config into `checkout`, which SkyPilot copies to the machine."""
     make_environment(checkout / "tiny")
-    station = Station(Path("tiny"))
+    tiny = ChaosEnvironment(Path("tiny"))
     values: dict[str, dict[str, Any]] = {
-        "model": {"name": str(station.model), "max_seq_length": 256},
+        "model": {"name": str(tiny.model), "max_seq_length": 256},
         "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
         "quantization": {"load_in_4bit": False},
         "data": {
-            "sources": [{"kind": "jsonl", "path": str(station.folder / "records.jsonl")}],
-            "output_dir": str(station.data),
+            "sources": [{"kind": "jsonl", "path": str(tiny.folder / "records.jsonl")}],
+            "output_dir": str(tiny.data),
         },
         "training": {
             "effective_batch_size": 3,
@@ -61,7 +61,7 @@ def add_training(checkout: Path) -> None:
 
 
 def launch(task: str, *options: str, overrides: str = "", **env: object) -> list[str]:
-    """The words of `sky launch TASK` or, with --jobs as the first option, of `sky jobs launch TASK`, for the tiny training."""
+    """The arguments of `sky launch TASK` or, with --jobs as the first option, `sky jobs launch TASK` for the tiny training."""
     settings = {
         "CONFIG": CONFIG,
         "FINETUNE_ALLOW_CPU": 1,
@@ -84,33 +84,33 @@ def steps_in_tensorboard(run: Path) -> list[int]:
 
 
 def wait_for_tensorboard(run: str, seconds: float = 180) -> None:
-    """Until TensorBoard on localhost:6006 shows the run, among others of the bucket; it looks for new ones every minute."""
+    """Waits until TensorBoard on localhost:6006 shows the run; it looks for new runs in the bucket every minute."""
     shown: list[str] = []
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def come() -> bool:
+    def ready() -> bool:
         with suppress(OSError), opener.open("http://localhost:6006/data/runs", timeout=10) as answer:
             shown[:] = json.load(answer)
         return run in shown
 
-    wait_until(come, seconds, lambda waited: f"TensorBoard on localhost:6006 shows {shown} after {waited:.0f} s")
+    wait_until(ready, seconds, lambda waited: f"TensorBoard on localhost:6006 shows {shown} after {waited:.0f} s")
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[Skipped]]:
-    """Of a fetched run: the newest checkpoint of which every byte verifies, and those that were passed over."""
+    """The newest valid checkpoint of a fetched run, every byte verified, and those that were skipped."""
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
     return CheckpointStore(run / "checkpoints", run_id=run_id).latest_valid()
 
 
 def long_run(steps: int, save_steps: int = LONG_SAVE_STEPS) -> str:
-    """Overrides for a run that lasts while something happens to it, at some 40 steps a second; --env FT_STEP_SECONDS=0.1 has it
-    rest for so long after each."""
+    """Overrides for a run that is long enough to be interrupted, at some 40 steps per second; --env FT_STEP_SECONDS=0.1 adds a
+    pause of that length after each step."""
     return f"training.max_steps={steps} training.logging_steps=25 checkpoint.save_steps={save_steps}"
 
 
 @dataclass
 class Run:
-    """A run as it lies in the bucket."""
+    """A run in the bucket."""
 
     environment: CloudEnvironment
     name: str
@@ -120,7 +120,7 @@ class Run:
         return f"runs/{self.name}/"
 
     def objects(self) -> list[str]:
-        """Names below the run's folder; none while there is no bucket."""
+        """Object names below the run's folder; none before the bucket exists."""
         if BUCKET not in self.environment.buckets.names():
             return []
         return [name.removeprefix(self.prefix) for name in self.environment.buckets.objects(BUCKET, self.prefix)]
@@ -140,16 +140,16 @@ class Run:
         return hashlib.sha256(self.read("adapter/adapter_model.safetensors")).hexdigest()
 
     def committed(self) -> list[int]:
-        """Steps of the checkpoints whose manifest is there."""
+        """Steps of the checkpoints that have their manifest."""
         return sorted(step for step, file in self._checkpoint_files() if file == "manifest.json")
 
     def _checkpoint_files(self) -> list[tuple[int, str]]:
-        """(step, name below its folder) of everything in the checkpoints' folders."""
+        """(step, name below its folder) of every object in the checkpoints' folders."""
         found = [name.split("/", 2) for name in self.objects() if name.startswith("checkpoints/step-")]
         return [(int(folder.removeprefix("step-")), file) for _, folder, file in found]
 
     def fetch(self, folder: Path) -> Path:
-        """A copy on this computer, as `gcloud storage cp -r` makes it."""
+        """Copies the run to this computer, as `gcloud storage cp -r` does."""
         for name in self.objects():
             path = folder / self.name / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,12 +159,12 @@ class Run:
     def account(self, folder: Path) -> Account:
         return Ledger(self.fetch(folder) / "ledger").account()
 
-    def last_words(self) -> str:
-        """For a failure: what lies in the bucket, and the ends of the job's logs on the machines that are there, of those that
-        SkyPilot has fetched, and of its controller's."""
+    def diagnostics(self) -> str:
+        """For a failure message: the objects in the bucket, and the ends of the job's logs on the existing machines, of the logs
+        that SkyPilot has fetched, and of its controller's."""
         objects = self.objects()
         found = [f"in the bucket: {objects}"]
-        found += [f"{name}: {self.read(name).decode()[-1500:]}" for name in objects if name in TELLING]
+        found += [f"{name}: {self.read(name).decode()[-1500:]}" for name in objects if name in SHOWN]
         for instance in self.environment.cloud.machines():
             found += _ends(self.environment.site.folder / instance.name, "upper/home/*/sky_logs/*/tasks/*.log")
         for logs in ("managed_jobs/**/*.log", "jobs_controller/*.log"):
@@ -172,24 +172,24 @@ class Run:
         return "\n".join(found)
 
     def wait_for_step(self, step: int, seconds: float = 240) -> None:
-        """Until a checkpoint of that step or a later one is committed."""
+        """Waits until a checkpoint of that step or a later one is committed."""
         self._wait(lambda: max(self.committed(), default=0) >= step, seconds, f"no checkpoint of step {step}")
 
-    def wait_for_half_a_checkpoint(self, since: float, seconds: float = 240) -> int:
-        """The step of a checkpoint newer than all committed ones, of which some files are in the bucket, written after `since`
-        (seconds since the epoch): a machine that was lost before may have left another half."""
+    def wait_for_partial_checkpoint(self, since: float, seconds: float = 240) -> int:
+        """Waits for a checkpoint newer than all committed ones that has some files in the bucket, written after `since` (seconds
+        since the epoch; a machine that was lost before may have left another one), and returns its step."""
         newest = 0
 
-        def come() -> bool:
+        def ready() -> bool:
             nonlocal newest
             newest = max((step for step, _ in self._checkpoint_files()), default=0)
             return newest > max(self.committed(), default=0) and self._written_after(since, newest)
 
-        self._wait(come, seconds, "no checkpoint is on its way", every=0.2)
+        self._wait(ready, seconds, "no checkpoint is being uploaded", every=0.2)
         return newest
 
     def _written_after(self, since: float, step: int) -> bool:
-        with suppress(urllib.error.HTTPError):  # put aside between the two questions
+        with suppress(urllib.error.HTTPError):  # deleted or quarantined between the two requests
             files = [file for one, file in self._checkpoint_files() if one == step]
             return any(self.updated(f"checkpoints/step-{step}/{file}") > since for file in files)
         return False
@@ -197,13 +197,13 @@ class Run:
     def wait_for_status(self, status: str, seconds: float = 240) -> None:
         self._wait(lambda: "run.json" in self.objects() and self.record()["status"] == status, seconds, f"not {status}")
 
-    def _wait(self, come: Callable[[], bool], seconds: float, lacking: str, every: float = 0.5) -> None:
+    def _wait(self, ready: Callable[[], bool], seconds: float, lacking: str, every: float = 0.5) -> None:
         def failure(waited: float) -> str:
-            return f"{self.name}: {lacking} after {waited:.0f} s; {self.last_words()}"
+            return f"{self.name}: {lacking} after {waited:.0f} s; {self.diagnostics()}"
 
-        wait_until(come, seconds, failure, every=every)
+        wait_until(ready, seconds, failure, every=every)
 
 
 def _ends(folder: Path, logs: str) -> list[str]:
-    """Of the files of that pattern below the folder."""
+    """The last part of each file below the folder that matches the pattern."""
     return [f"{path.relative_to(folder)}: {path.read_text(errors='replace')[-2500:]}" for path in folder.glob(logs)]

@@ -1,4 +1,4 @@
-"""One launch without any trouble: what scenario 1 looks at, and what interrupted runs are compared with."""
+"""One launch without interruptions: scenario 1 checks it, and interrupted runs are compared with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.gce import Instance
-from tests.emulated_cloud.reckoning import Reckoning, check_nothing_left, reckon
+from tests.emulated_cloud.reconciliation import Reconciliation, check_nothing_left, reconcile
 from tests.emulated_cloud.training import BUCKET, Run, launch
 
 NAME = "whole"
@@ -16,22 +16,22 @@ NAME = "whole"
 
 @dataclass(frozen=True)
 class Whole:
-    """said: what `sky launch` printed; machine: the only one that it took; seconds: from Return to the end of training; objects:
-    of the bucket, which was not there before."""
+    """output: of `sky launch`; machine: the only one that it used; seconds: from the command to the end of training; objects: of
+    the bucket, which did not exist before."""
 
-    said: str
+    output: str
     seconds: float
     machine: Instance
     record: dict[str, Any]
     adapter_hash: str
     committed: list[int]
     objects: list[str]
-    reckoning: Reckoning
+    reconciliation: Reconciliation
 
 
 def launch_whole(environment: CloudEnvironment, project: Path, folder: Path) -> Whole:
-    """`sky launch sky/train_a100.yaml` until its machine has gone away by itself."""
-    if BUCKET in environment.buckets.names():  # of earlier tests
+    """Runs `sky launch sky/train_a100.yaml` and waits until its machine has gone down by itself."""
+    if BUCKET in environment.buckets.names():  # left by earlier tests
         environment.sky.run("storage", "delete", "-y", BUCKET).ok()
     assert BUCKET not in environment.buckets.names()
     words = launch("train_a100", "-c", NAME, "-i", "1", "--down", RUN_NAME=NAME)
@@ -39,15 +39,15 @@ def launch_whole(environment: CloudEnvironment, project: Path, folder: Path) -> 
     machine = environment.cloud.machine(NAME)
     run = Run(environment, NAME)
     environment.cloud.assert_empty(240)
-    reckoning = reckon(run, folder)
+    reconciliation = reconcile(run, folder)
     check_nothing_left(environment)
     return Whole(
-        said=launched.out,
+        output=launched.out,
         seconds=launched.seconds,
         machine=machine,
         record=run.record(),
         adapter_hash=run.adapter_hash(),
         committed=run.committed(),
         objects=environment.buckets.objects(BUCKET),
-        reckoning=reckoning,
+        reconciliation=reconciliation,
     )

@@ -1,8 +1,8 @@
 """Points Google's client libraries at the emulated cloud. SkyPilot's processes have it on PYTHONPATH, the machines' environments
 among their packages.
 
-Works from outside: modules are changed when they are loaded, and only if an emulated cloud is named, by FT_CLOUD_API or, on
-a machine, by /etc/ft-machine.json. Knows Python 3.10, because SkyPilot's runtime on the machines is that.
+It changes modules when they are loaded, and only if an emulated cloud is configured, by FT_CLOUD_API or, on a machine, by
+/etc/ft-machine.json. It has to run on Python 3.10, which SkyPilot's runtime on the machines uses.
 """
 
 import importlib.abc
@@ -35,7 +35,7 @@ def _credentials() -> Any:
     from google.auth import credentials, exceptions
 
     class Login(credentials.AnonymousCredentials):
-        """Needs no token. While the file LOGIN holds "expired", it is refused as an old login is."""
+        """Credentials without a token. While the file LOGIN contains "expired", they are refused like an expired login."""
 
         def before_request(self, request: Any, method: str, url: str, headers: dict[str, str]) -> None:
             try:
@@ -68,7 +68,7 @@ def _discovery(module: Any) -> None:
 
 
 def _storage(module: Any) -> None:
-    """For an emulator this library goes without any login, and would never notice that ours has expired."""
+    """With an emulator this library uses no login at all, and would never notice that ours has expired."""
     real = module.Client.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ def _storage(module: Any) -> None:
 
 
 def _constants(module: Any) -> None:
-    """SkyPilot keeps this log in /tmp, for good."""
+    """SkyPilot keeps this log in /tmp and never removes it."""
     if os.environ.get("TMPDIR"):
         module.HA_PERSISTENT_RECOVERY_LOG_PATH = os.environ["TMPDIR"] + "/{}ha_recovery.log"
 
@@ -93,13 +93,14 @@ def _controller_utils(module: Any) -> None:
 
 
 def _events(module: Any) -> None:
-    """On a machine SkyPilot looks once a minute whether it is idle, and every five whether a job's process has gone."""
+    """On a machine SkyPilot checks every minute whether it is idle, and every five whether a job's process has ended."""
     module.EVENT_CHECKING_INTERVAL_SECONDS = module.StopEvent.EVENT_INTERVAL_SECONDS = 5
     module.JobSchedulerEvent.EVENT_INTERVAL_SECONDS = 60
 
 
 def _optimizer(module: Any) -> None:
-    """A processor rests while a GPU computes a step. Here it computes itself, and is to be left to others for so many seconds."""
+    """While a GPU computes a step, the CPU is free. Here the CPU computes it, so each step is followed by a pause, which leaves
+    the CPU to other processes."""
     seconds = float(os.environ.get("FT_STEP_SECONDS", "0"))
     if seconds:
         module.register_optimizer_step_post_hook(lambda *_: time.sleep(seconds))
@@ -118,7 +119,7 @@ CHANGES = {
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the others find a module, and changes it after it was loaded."""
+    """Lets the other finders find a module, and changes it once it is loaded."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in CHANGES:

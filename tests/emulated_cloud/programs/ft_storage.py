@@ -1,4 +1,4 @@
-"""One bucket of the emulated storage by its JSON API; gcsfuse and gsutil, as we play them, stand on it."""
+"""A client of one bucket of the emulated storage, over its JSON API; our gcsfuse and gsutil use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import IO, Any, BinaryIO
 
 About = tuple[int, int]
-"""Bytes of an object, and nanoseconds since the epoch of its last change."""
+"""Bytes of an object, and the time of its last change in nanoseconds since the epoch."""
 
 
 def nanoseconds(moment: str) -> int:
@@ -23,7 +23,7 @@ def nanoseconds(moment: str) -> int:
 
 
 def reason(error: urllib.error.HTTPError) -> Any:
-    """What an answer says about itself, if it says so as Google does."""
+    """The message of an error, if it has Google's format; else the HTTP reason."""
     try:
         return json.load(error)["error"]["message"]
     except (ValueError, KeyError, TypeError, OSError):
@@ -31,7 +31,7 @@ def reason(error: urllib.error.HTTPError) -> Any:
 
 
 class Storage:
-    """One bucket by its JSON API. Raises FileNotFoundError, and OSError for any other refusal."""
+    """One bucket over the JSON API. Raises FileNotFoundError, and OSError for any other refusal."""
 
     def __init__(self, endpoint: str, bucket: str) -> None:
         self.objects = f"{endpoint}/storage/v1/b/{bucket}/o"
@@ -58,7 +58,7 @@ class Storage:
         self.call("GET", self.place).close()
 
     def list(self, prefix: str, delimiter: str = "") -> tuple[dict[str, About], Sequence[str]]:
-        """Object -> (bytes, nanoseconds since the epoch of its last change), and the folders below."""
+        """Object -> (bytes, nanoseconds since the epoch of its last change), and the subfolders."""
         query = urllib.parse.urlencode(
             {"prefix": prefix, "maxResults": 10000} | ({"delimiter": delimiter} if delimiter else {})
         )
@@ -73,7 +73,7 @@ class Storage:
 
     def put(self, name: str, path: str) -> None:
         size = pathlib.Path(path).stat().st_size
-        if size == 0:  # the storage's emulator breaks on an empty body
+        if size == 0:  # the storage emulator fails on an empty body
             about = json.dumps({"name": name})
             parts = (
                 f"--ft\r\nContent-Type: application/json\r\n\r\n{about}\r\n--ft\r\nContent-Type: text/plain\r\n\r\n\r\n"
@@ -95,5 +95,5 @@ class Storage:
         self.call("DELETE", f"{self.objects}/{urllib.parse.quote(name, safe='')}").close()
 
     def delete_bucket(self) -> None:
-        """One that is empty."""
+        """Deletes the bucket, which has to be empty."""
         self.call("DELETE", self.place).close()

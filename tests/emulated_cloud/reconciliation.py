@@ -1,4 +1,4 @@
-"""At the end of a scenario: what SkyPilot says is there, what the emulated Google would charge, what our ledger has."""
+"""Compares, at the end of a scenario, SkyPilot's view, the emulated Google's bill and our ledger."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.cloud.catalog.disks import disk_usd_per_hour
 from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.gce_bill import Price, Stretch
 from tests.emulated_cloud.pace import PACE
-from tests.emulated_cloud.table import figure
+from tests.emulated_cloud.table import record_metric
 from tests.emulated_cloud.training import Run
 from tests.helpers.catalog_fixture import CATALOG
 
@@ -21,7 +21,7 @@ DISK_TIER = "medium"
 
 
 def catalog_price(home: Path) -> Price:
-    """US dollars an hour by the rows of SkyPilot's catalog (host and GPU of the zone) and the disk's list price."""
+    """US dollars per hour from SkyPilot's catalog (host and GPU in the zone) and the disk's list price."""
     with (home / CATALOG / VMS).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
 
@@ -45,12 +45,12 @@ def catalog_price(home: Path) -> Price:
 
 
 @dataclass(frozen=True)
-class Reckoning:
+class Reconciliation:
     """Seconds and US dollars of a run's machines, by the bill and by our ledger.
 
-    bill_usd: all of it. tail_seconds, tail_usd: of machines on which an attempt ended by itself, from its last word in the bucket
-    (by the bucket's clock) to the machine's end: idle until autostop, a controller or a preemption took it away, which no ledger
-    inside it can see.
+    bill_usd: the whole bill. tail_seconds, tail_usd: of machines on which an attempt ended by itself, the idle time from its last
+    write to the bucket (by the bucket's clock) until autostop, a controller or a preemption ended the machine, which no ledger
+    on that machine can record.
     """
 
     bill_seconds: float
@@ -62,7 +62,7 @@ class Reckoning:
 
     @property
     def difference(self) -> float:
-        """Of the ledger from the bill without the tails, as a share of it."""
+        """Relative difference of the ledger from the bill without the tails."""
         return self.ledger_usd / (self.bill_usd - self.tail_usd) - 1
 
     def __str__(self) -> str:
@@ -72,11 +72,11 @@ class Reckoning:
         )
 
 
-def reckon(run: Run, folder: Path) -> Reckoning:
-    """Holds the bill of the one run that the machines were for against its ledger (fetched into `folder`), and prints both.
+def reconcile(run: Run, folder: Path) -> Reconciliation:
+    """Compares the bill with the ledger (fetched into `folder`) of the only run on the machines, and prints both.
 
-    Raises AssertionError where they differ by more than 2%, attempts and machines do not match one to one, or zone, kind or
-    price of one are told wrongly.
+    Raises AssertionError if they differ by more than 2%, if attempts and machines do not match one to one, or if the ledger has a
+    wrong zone, kind or price of a machine.
     """
     bill, account = run.environment.cloud.bill, run.account(folder)
     price = catalog_price(run.environment.sky.home)
@@ -86,14 +86,14 @@ def reckon(run: Run, folder: Path) -> Reckoning:
     assert len(stretches) == len(account.attempts), (stretches, account.attempts)
     for stretch, attempt in zip(stretches, account.attempts, strict=True):
         check_machine(stretch, attempt, price(stretch))
-        figure(
-            f"attempt {attempt.number}: a start of {attempt.seconds_before:.1f} s; {attempt.seconds:.1f} s on the ledger, "
+        record_metric(
+            f"attempt {attempt.number}: a start of {attempt.seconds_before:.1f} s; {attempt.seconds:.1f} s in the ledger, "
             f"{stretch.seconds:.1f} s on the bill"
         )
         PACE.starts.append(attempt.seconds_before)
     tails = [idle(run, stretch, attempt) for stretch, attempt in zip(stretches, account.attempts, strict=True)]
     assert account.usd is not None
-    result = Reckoning(
+    result = Reconciliation(
         bill_seconds=sum(one.seconds for one in stretches),
         bill_usd=bill.usd(price),
         ledger_seconds=sum(one.seconds for one in account.attempts),
@@ -101,13 +101,13 @@ def reckon(run: Run, folder: Path) -> Reckoning:
         tail_seconds=sum(tails),
         tail_usd=sum(tail * price(stretch) / 3600 for tail, stretch in zip(tails, stretches, strict=True)),
     )
-    figure(str(result))
+    record_metric(str(result))
     assert abs(result.difference) < TOLERANCE, str(result)
     return result
 
 
 def idle(run: Run, stretch: Stretch, attempt: Attempt) -> float:
-    """Seconds of a machine after an attempt that ended by itself; one that was killed with its machine leaves none."""
+    """Idle seconds of a machine after an attempt that ended by itself; 0 after one that ended with its machine."""
     if attempt.reason is None:
         return 0.0
     assert stretch.ended is not None
@@ -115,17 +115,17 @@ def idle(run: Run, stretch: Stretch, attempt: Attempt) -> float:
 
 
 def check_machine(stretch: Stretch, attempt: Attempt, usd_per_hour: float) -> None:
-    told = (attempt.zone, attempt.gpu, attempt.spot)
-    assert told == (stretch.zone, stretch.gpu, stretch.spot), (
-        f"attempt {attempt.number} of {stretch.machine} says {told}"
+    recorded = (attempt.zone, attempt.gpu, attempt.spot)
+    assert recorded == (stretch.zone, stretch.gpu, stretch.spot), (
+        f"attempt {attempt.number} of {stretch.machine} says {recorded}"
     )
     assert attempt.usd_per_hour is not None
     assert abs(attempt.usd_per_hour - usd_per_hour) < 1e-4, (attempt.usd_per_hour, usd_per_hour)
 
 
 def check_nothing_left(environment: CloudEnvironment) -> None:
-    """Neither SkyPilot nor the cloud has a machine."""
-    alone = ("--no-show-managed-jobs", "--no-show-services")  # each is a process of its own
+    """Asserts that neither SkyPilot nor the cloud has a machine."""
+    alone = ("--no-show-managed-jobs", "--no-show-services")  # each would start another process
     status = environment.sky.run("status", "--refresh", *alone).ok().out
     assert "No existing clusters" in status, status
     environment.cloud.assert_empty()
