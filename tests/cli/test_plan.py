@@ -222,7 +222,7 @@ def test_prepared_data_are_counted_and_others_assumed(tmp_path: Path, capsys: Sh
     ("overrides", "message"),
     [
         (["plan.gpus=[K80]"], "plan.gpus: unknown GPU 'K80'; known: T4, V100, L4, A100"),
-        (["plan.gpus=[A100,A100]"], "plan.gpus: a GPU is named twice"),
+        (["plan.gpus=[A100,A100]"], "plan.gpus: a GPU is listed twice"),
         (["plan.gpus=[H100]"], "plan.gpus: H100 is not planned for on Google Cloud"),
         (["plan.records=null"], "set plan.records to the number of training examples"),
         (["model.name=someone/model"], "model.name: the shape of someone/model is not known"),
