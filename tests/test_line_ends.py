@@ -111,7 +111,7 @@ def test_a_launch_with_windows_scripts_is_refused_in_one_line(
     assert (answer["error"], answer["code"]) == ("UserRequestRejectedByPolicy", "launch.windows_line_ends")
     said = answer["message"]
     assert "on_machine/common.sh: Windows line ends (CR LF)" in said
-    assert r"by sed -i 's/\r$//' on_machine/common.sh" in said
+    assert r"with sed -i 's/\r$//' on_machine/common.sh" in said
     to_windows(tmp_path / "on_machine" / "room.sh")
     assert (
         "on_machine/common.sh, on_machine/room.sh"

@@ -301,7 +301,7 @@ def test_a_hanging_gcloud_takes_its_time_limit_once(gcloud: Gcloud, monkeypatch:
 @pytest.mark.parametrize(
     ("error", "status", "advice"),
     [
-        (NO_BUCKET, "info", "made at the first launch"),
+        (NO_BUCKET, "info", "created at the first launch"),
         (DENIED, "missing", "Storage Admin"),
         (REAUTH, "missing", "login"),
     ],

@@ -173,7 +173,7 @@ def test_the_command_prints_price_and_hours(
 ) -> None:
     with reported("price.unknown"):
         assert main(["machine"]) == 2
-    assert "not launched by SkyPilot under our policy" in capsys.readouterr().err
+    assert "not launched by SkyPilot with our policy" in capsys.readouterr().err
     monkeypatch.setenv(VARIABLE, json.dumps(TABLE))
     smi(tmp_path, "Tesla V100-SXM2-16GB")
     assert main(["machine", "--max-hours", "3"]) == 0
