@@ -111,7 +111,7 @@ def test_a_binary_file_is_refused_with_its_line(tmp_path: Path) -> None:
     assert refused(path).startswith("line 2: not UTF-8")
     write_prices(tmp_path, WHOLE)
     path.write_bytes(path.read_bytes() + bytes(100))  # as after a crash on some file systems
-    assert "cut off" in refused(path)
+    assert "truncated" in refused(path)
 
 
 def test_a_file_that_cannot_be_read_is_a_user_error(tmp_path: Path) -> None:
