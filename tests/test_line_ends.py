@@ -1,4 +1,4 @@
-"""Line ends: a checkout has those of Unix, and a file with those of Windows works, or one line says what to do."""
+"""Line ends: a checkout has Unix ones, and a file with Windows ones works, or one message names the remedy."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_a_checkout_with_autocrlf_has_no_carriage_return(clone: Path) -> None:
         subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-def test_it_is_gitattributes_that_keeps_them_out(clone: Path, tmp_path: Path) -> None:
-    """The same checkout without our attributes: that git then writes carriage returns is what makes the test above one."""
+def test_without_gitattributes_there_are_carriage_returns(clone: Path, tmp_path: Path) -> None:
+    """The same checkout without our attributes: git then writes carriage returns, so the test above can fail."""
     bare = tmp_path / "without"
     git(clone, "clone", "--quiet", "--no-checkout", f"file://{clone}", str(bare))
     (bare / ".git" / "info" / "attributes").write_text("* text=auto !eol\n")
@@ -70,10 +70,10 @@ def test_it_is_gitattributes_that_keeps_them_out(clone: Path, tmp_path: Path) ->
     assert {"Makefile", "on_machine/setup.sh", "sky/train_t4.yaml", "data/build.py"} <= windows_files(bare)
 
 
-# --- a working copy that has them already
+# --- a working copy with Windows line ends
 
 
-def test_doctor_names_the_scripts_and_the_command_that_mends_them(tmp_path: Path) -> None:
+def test_doctor_names_the_scripts_and_the_command_that_fixes_them(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "on_machine", tmp_path / "on_machine")
     shutil.copy(ROOT / "Makefile", tmp_path)
     [good] = line_end_checks(tmp_path)
@@ -99,10 +99,10 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
 
 
 @pytest.mark.parametrize("request_name", ["CLUSTER_LAUNCH", "JOBS_LAUNCH"])
-def test_a_launch_with_windows_scripts_is_refused_by_one_line(
+def test_a_launch_with_windows_scripts_is_refused_in_one_line(
     worker: SkyWorker, tmp_path: Path, request_name: str
 ) -> None:
-    """The faulty one is the one that the named script reads, not the one that the task names."""
+    """The Windows file is sourced by the script that the task names."""
     shutil.copytree(ROOT / "on_machine", tmp_path / "on_machine")
     task = yaml.safe_load((ROOT / "sky" / "train_t4.yaml").read_text(encoding="utf-8")) | {"workdir": str(tmp_path)}
     assert "error" not in worker.ask("optimize", task, policy=POLICY, request=request_name)
@@ -110,8 +110,8 @@ def test_a_launch_with_windows_scripts_is_refused_by_one_line(
     answer = worker.ask("optimize", task, policy=POLICY, request=request_name)
     assert (answer["error"], answer["code"]) == ("UserRequestRejectedByPolicy", "launch.windows_line_ends")
     said = answer["message"]
-    assert "on_machine/common.sh: with Windows line ends (CR LF)" in said
-    assert r"by sed -i 's/\r$//' on_machine/common.sh" in said
+    assert "on_machine/common.sh: Windows line ends (CR LF)" in said
+    assert r"with sed -i 's/\r$//' on_machine/common.sh" in said
     to_windows(tmp_path / "on_machine" / "room.sh")
     assert (
         "on_machine/common.sh, on_machine/room.sh"
@@ -120,7 +120,7 @@ def test_a_launch_with_windows_scripts_is_refused_by_one_line(
 
 
 def test_a_windows_task_file_is_the_same_task(worker: SkyWorker, tmp_path: Path) -> None:
-    """Its commands too, which become scripts on the machine; also those of several lines."""
+    """Including its commands, which become scripts on the machine, also multi-line ones."""
     text = (ROOT / "sky" / "train_t4.yaml").read_text(encoding="utf-8")
     text = text.replace("run: bash on_machine/train.sh", "run: |\n  set -e\n  bash on_machine/train.sh")
     assert "run: |" in text

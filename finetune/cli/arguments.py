@@ -1,4 +1,4 @@
-"""What the commands share: how one is added, and how a config and its overrides are read."""
+"""Shared by the commands: adding a parser, and reading a config with its overrides."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def positive(text: str) -> float:
 
 @contextmanager
 def large_imports() -> Iterator[None]:
-    """Around the import of torch and transformers. A fifth of its CPU time was the search for garbage among half a million
-    objects that stay; they are left out of every later search, too."""
+    """Disables garbage collection around the import of torch and transformers, where it took a fifth of the CPU time for half a
+    million permanent objects; these are excluded from later collections too."""
     if "transformers" in sys.modules:
         yield
         return
@@ -77,8 +77,8 @@ def text(argument: str) -> str:
         raise argparse.ArgumentTypeError(f"expected text in UTF-8, found {argument!a}") from None
 
 
-def tell_result(folder: Path) -> None:
-    """Write a run's report; print its score and where it lies."""
+def print_result(folder: Path) -> None:
+    """Write a run's report; print its score and its path."""
     from finetune.report.render import write_report
     from finetune.report.source import read_run
     from finetune.run_folder import open_run

@@ -1,4 +1,4 @@
-"""`finetune config`: the config as a run would read it."""
+"""`finetune config`: the resolved config of a run."""
 
 from __future__ import annotations
 

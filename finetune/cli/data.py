@@ -62,11 +62,11 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _tokenizer_if_installed(config: RunConfig) -> Any:
-    """The model's tokenizer, for token counts; None on a laptop without the extra `train`."""
+    """The model's tokenizer, for token counts; None if the extra `train` is not installed."""
     import importlib.util
 
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
-        print("transformers is not installed here: token counts stay unknown", file=sys.stderr)
+        print("transformers is not installed here: tokens are not counted", file=sys.stderr)
         return None
     from finetune.models.load import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""`finetune demo`: all of it, in so many minutes."""
+"""`finetune demo`: the whole workflow within a given number of minutes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import add_command, add_config, large_imports, loaded, tell_result
+from finetune.cli.arguments import add_command, add_config, large_imports, loaded, print_result
 from finetune.errors import EXIT_OK
 
 
@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         _demo,
-        "score, train, score again and report, in about so many minutes on any machine",
+        "score, train, score again and report, within about the given minutes on any machine",
         "finetune demo configs/demo_cpu.yaml --minutes 10",
     )
     add_config(demo)
@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
         type=_minutes,
         default=10.0,
         metavar="N",
-        help="how long it may take; the pace of this machine decides what fits (default: 10)",
+        help="how long it may take; the speed of this machine determines what fits (default: 10)",
     )
 
 
@@ -40,12 +40,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     with broken_pipe_safe():
         code = run_demo(config, arguments.config, deadline)
     if code == EXIT_OK:
-        tell_result(Path(config.training.output_dir) / str(config.training.run_name))
+        print_result(Path(config.training.output_dir) / str(config.training.run_name))
     return code
 
 
 def _minutes(text: str) -> float:
     minutes = float(text)
     if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected minutes, more than 0")
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of minutes above 0")
     return minutes

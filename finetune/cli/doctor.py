@@ -1,4 +1,4 @@
-"""`finetune doctor`: is this machine, account, quota and bucket ready?"""
+"""`finetune doctor`: checks this machine, the account, its quotas and the bucket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from finetune.errors import UserError
 def add(commands: Any) -> None:
     doctor = add_command(commands, "doctor", _doctor, "check this machine, accounts and packages", "finetune doctor")
     doctor.add_argument(
-        "--cloud", action="store_true", help="what launching on Google Cloud needs counts, not what training here needs"
+        "--cloud",
+        action="store_true",
+        help="check what launching on Google Cloud needs, instead of what training here needs",
     )
 
 
@@ -26,13 +28,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _regions() -> list[str] | None:
-    """The regions whose quota matters; None, all of them, where the price catalog cannot be read."""
+    """The regions whose quota is checked; None (all of them) if the price catalog cannot be read."""
     from finetune.cloud.catalog.offers import load_catalog
-    from finetune.cloud.plan.plan import regions_in_question
+    from finetune.cloud.plan.plan import regions_for_plan
     from finetune.config.schema import PlanSection
 
     try:
-        return regions_in_question(load_catalog(), PlanSection())
+        return regions_for_plan(load_catalog(), PlanSection())
     except UserError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return None

@@ -29,7 +29,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.target.is_dir():
         if arguments.overrides:
             raise UserError(
-                "a run is evaluated with the config in its folder; overrides go with a config file",
+                "a run is evaluated with the config in its folder; use overrides with a config file only",
                 code="cli.conflicting_options",
             )
         from finetune.run_folder import open_run
@@ -42,7 +42,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         if arguments.no_base:
             raise UserError(
-                "--no-base goes with a run folder; a config's base model is all there is to score",
+                "--no-base needs a run folder; with a config only the base model is scored",
                 code="cli.conflicting_options",
             )
         if not arguments.target.exists():

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    job = add_command(commands, "job", None, "do the work of a rented machine, in the bucket", "finetune job train")
+    job = add_command(commands, "job", None, "do the work of a cloud machine, in the bucket", "finetune job train")
     jobs = job.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add(jobs, "train", _train, "begin a run, or go on with it", "CONFIG OVERRIDES RUN_NAME MAX_RUN_USD MAX_HOURS")
+    _add(jobs, "train", _train, "start a run, or resume it", "CONFIG OVERRIDES RUN_NAME MAX_RUN_USD MAX_HOURS")
     _add(jobs, "evaluate", _evaluate, "score a run and write its report", "RUN_NAME MAX_RUN_USD MAX_HOURS")
     _add(jobs, "dev", _dev, "serve JupyterLab and TensorBoard through ssh", "MAX_RUN_USD MAX_HOURS")
 
 
 def _add(jobs: Any, name: str, work: Callable[[JobSettings], int], summary: str, variables: str) -> None:
     parser = add_command(jobs, name, lambda _: _run(work), summary, f"finetune job {name}")
-    parser.description = f"{parser.description} Settings come from the environment, as sky/*.yaml set it: {variables}."
+    parser.description = f"{parser.description} Settings come from the environment, which sky/*.yaml set: {variables}."
 
 
 def _train(settings: JobSettings) -> int:
@@ -53,16 +53,16 @@ def _run(work: Callable[[JobSettings], int]) -> int:
     signal.signal(signal.SIGTERM, _end)
     settings = read_settings(os.environ)
     settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with broken_pipe_safe():  # so that the exit code is that of the work
+    with broken_pipe_safe():  # so that the exit code is that of the command
         try:
             return work(settings)
         except ProgramFailed as failed:
             return failed.code
-        except OSError as error:  # such as a bucket that does not answer
+        except OSError as error:  # such as an unavailable bucket
             say(str(error))
             return EXIT_MISSING
 
 
 def _end(number: int, _: object) -> None:
-    """So that the programs that were started end, too; code as a shell has it."""
+    """Exits so that started programs are terminated too; the exit code is as in a shell."""
     raise SystemExit(128 + number)

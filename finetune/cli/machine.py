@@ -1,4 +1,4 @@
-"""`finetune machine`: what this rented machine costs."""
+"""`finetune machine`: the price of this cloud machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from finetune.errors import EXIT_OK, UserError
 
 
 def add(commands: Any) -> None:
-    machine = add_command(commands, "machine", _machine, "what this rented machine costs an hour", "finetune machine")
+    machine = add_command(
+        commands, "machine", _machine, "print what this cloud machine costs per hour", "finetune machine"
+    )
     machine.add_argument("--max-run-usd", type=positive, metavar="USD", help="dollars that this machine may still cost")
-    machine.add_argument("--max-hours", type=positive, metavar="HOURS", help="hours that it may go on at most")
-    machine.add_argument("--wall-hours", action="store_true", help="print only the hours that both allow from now")
+    machine.add_argument("--max-hours", type=positive, metavar="HOURS", help="hours that it may run at most")
+    machine.add_argument(
+        "--wall-hours", action="store_true", help="print only the hours from now that both ceilings allow"
+    )
 
 
 def _machine(arguments: argparse.Namespace) -> int:
@@ -24,14 +28,14 @@ def _machine(arguments: argparse.Namespace) -> int:
     if arguments.wall_hours:
         if hours is None:
             raise UserError(
-                "--wall-hours: nothing limits it: give --max-hours, or --max-run-usd on a machine with a price",
+                "--wall-hours: no ceiling given: add --max-hours, or --max-run-usd on a machine with a price",
                 code="cli.missing_option",
             )
         print(f"{hours:.4f}")
         return EXIT_OK
     if price is None:
         raise UserError(
-            "no price came with this machine: it was not launched by SkyPilot under our policy (.sky.yaml)",
+            "the price of this machine is unknown: it was not launched by SkyPilot with our policy (.sky.yaml)",
             code="price.unknown",
         )
     machine = this_machine()
@@ -39,5 +43,5 @@ def _machine(arguments: argparse.Namespace) -> int:
     where = f"{machine.gpu or 'GPU unknown'}, {kind}, {machine.zone or 'zone unknown'}"
     print(f"{where}: ${price.usd_per_hour:.4f} an hour ({price.basis})")
     if hours is not None:
-        print(f"may go on for {hours:.2f} h")
+        print(f"may run for another {hours:.2f} h")
     return EXIT_OK

@@ -1,5 +1,5 @@
 """The command line: the only place that parses arguments and prints results. Heavy modules are imported by the
-sub-command that needs them, so that --help answers at once."""
+sub-command that needs them, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from finetune.runtime.console import not_encoded, one_line, print_anything, type
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 something is missing, 2 the user's mistake, 75 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 something is missing, 2 user error, 75 interrupted."""
     print_anything()
     parsed = _parse(arguments)
     _quiet_libraries()
     try:
         code: int = parsed.command(parsed)
-        sys.stdout.flush()  # here, where a reader that has gone is caught
+        sys.stdout.flush()  # here, where a broken pipe is caught
         return code
     except UserError as error:
         print(f"finetune: {one_line(str(error))}", file=sys.stderr)
@@ -33,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
         return EXIT_TRANSIENT
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """KEY=VALUE pairs may also come after an option, where argparse alone no longer takes them."""
+    """Also accepts KEY=VALUE pairs after an option, which argparse alone does not."""
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
@@ -68,16 +68,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet_libraries() -> None:
-    """What libraries say on their own is rarely for the user; an explicit setting of theirs wins."""
+    """Reduces the log output of libraries; variables that the user has set take precedence."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a hub kernel that we do not use
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report its use to the hub
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on a CPU it warns of a missing hub kernel that we do not use
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report usage to the hub
 
 
 class _Callable(ModuleType):
     """`from finetune.cli import main; main()` is the console script of an environment that was installed while finetune/cli.py
-    was one file. It gets this module in place of the function, and would fail from a `git pull` to the next `make setup`."""
+    was one file. It imports this module in place of the function, and would otherwise fail after a `git pull` until the
+    next `make setup`."""
 
     def __call__(self) -> int:
         return main()

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "what the run would cost on each GPU: memory, hours, dollars, and which to take",
+        "what the run would cost on each GPU: memory, hours, dollars, and the order of choice",
         "finetune plan configs/mistral_7b_qlora.yaml --max-run-usd 20\n"
         "  finetune plan configs/mistral_7b_qlora.yaml --memory",
     )
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     plan.add_argument(
         "--max-run-usd", type=positive, metavar="USD", help="ceiling for the whole run (default: budget.max_run_usd)"
     )
-    plan.add_argument("--max-hourly-usd", type=positive, metavar="USD", help="ceiling for the machine, an hour")
+    plan.add_argument("--max-hourly-usd", type=positive, metavar="USD", help="ceiling for the machine per hour")
     plan.add_argument(
         "--max-hours", type=positive, metavar="HOURS", help="ceiling for the run (default: budget.max_hours)"
     )
@@ -38,12 +38,15 @@ def add(commands: Any) -> None:
     kinds.add_argument("--spot", dest="spot", action="store_const", const=True, help="spot machines only")
     kinds.add_argument("--on-demand", dest="spot", action="store_const", const=False, help="on-demand machines only")
     kinds.add_argument("--both", dest="spot", action="store_const", const=None, help="both (the default)")
-    plan.add_argument("--trust-prices", action="store_true", help="also rank by prices that look wrong")
-    plan.add_argument("--memory", action="store_true", help="the parts of the GPU memory instead, for each GPU")
+    plan.add_argument("--trust-prices", action="store_true", help="also accept offers with a price anomaly")
+    plan.add_argument("--memory", action="store_true", help="print the parts of the GPU memory for each GPU instead")
     plan.add_argument(
-        "--write", type=Path, metavar="TASK", help="put the order into this task YAML, such as sky/train_cheapest.yaml"
+        "--write",
+        type=Path,
+        metavar="TASK",
+        help="write the order into this task YAML, such as sky/train_cheapest.yaml",
     )
-    plan.add_argument("--json", action="store_true", help="the plan for programs")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -52,9 +55,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.memory:
         if arguments.json or arguments.write:
-            raise UserError(
-                "--memory: prints a table of its own; leave out --json and --write", code="cli.conflicting_options"
-            )
+            raise UserError("--memory: prints its own table; omit --json and --write", code="cli.conflicting_options")
         from finetune.estimate.memory_table import memory_table
 
         print(memory_table(config, config.plan.gpus))
@@ -82,7 +83,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _typed(arguments: argparse.Namespace) -> str:
-    """The command that gives this plan again, in one line."""
+    """The command that produces this plan, in one line."""
     words = ["finetune", "plan", str(arguments.config), *arguments.overrides]
     for name in ("max_run_usd", "max_hourly_usd", "max_hours"):
         if (value := getattr(arguments, name)) is not None:

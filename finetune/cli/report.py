@@ -1,4 +1,4 @@
-"""`finetune report`: the run on one page."""
+"""`finetune report`: a one-page report of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import add_command, tell_result
+from finetune.cli.arguments import add_command, print_result
 from finetune.errors import EXIT_OK
 
 
@@ -18,5 +18,5 @@ def add(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    tell_result(arguments.run)
+    print_result(arguments.run)
     return EXIT_OK

@@ -1,4 +1,4 @@
-"""`finetune train`: a new run, or one that goes on."""
+"""`finetune train`: starts a run, or resumes one."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ def add(commands: Any) -> None:
         "finetune train configs/demo_cpu.yaml training.num_train_epochs=1\n  finetune train --resume runs/demo\n"
         "  finetune train --resume runs/demo --max-run-usd 20",
     )
-    train.add_argument(
-        "--resume", action="store_true", help="go on with the run whose folder is given instead of a config"
-    )
+    train.add_argument("--resume", action="store_true", help="resume the run whose folder is given instead of a config")
     train.add_argument("target", type=Path, metavar="CONFIG|RUN", help="a config file; with --resume a run folder")
     for option, unit, what in (("--max-run-usd", "USD", "dollars"), ("--max-hours", "HOURS", "hours")):
         train.add_argument(
             option,
             metavar=unit,
             help=f"ceiling in {what}, all attempts together: the same as the override budget.{_budget_key(option)}={unit}; with "
-            "--resume it is written into config.yaml of the run folder, where it stays",
+            "--resume it is saved in config.yaml of the run folder",
         )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
@@ -41,7 +39,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from finetune.runtime import distributed
     from finetune.runtime.console import broken_pipe_safe
 
-    with broken_pipe_safe(), distributed.process_group():  # so that a fault of all processes is told once
+    with broken_pipe_safe(), distributed.process_group():  # so that an error of all processes is reported once
         return _train_here(arguments)
 
 
@@ -50,7 +48,7 @@ def _train_here(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         if arguments.overrides:
             raise UserError(
-                "--resume takes the config in the run folder; overrides would make it another run",
+                "--resume uses the config in the run folder; remove the overrides, or edit that config",
                 code="cli.conflicting_options",
             )
         from finetune.run_folder import open_run
@@ -69,7 +67,7 @@ def _train_here(arguments: argparse.Namespace) -> int:
 
 
 def _typed_ceilings(arguments: argparse.Namespace) -> dict[str, float]:
-    """By their keys in the section budget. Raises UserError for what is no number above 0."""
+    """The ceilings, by their keys in the section budget. Raises UserError for a value that is not a number above 0."""
     ceilings = {}
     for option in ("--max-run-usd", "--max-hours"):
         text = getattr(arguments, key := _budget_key(option))
@@ -77,7 +75,7 @@ def _typed_ceilings(arguments: argparse.Namespace) -> dict[str, float]:
             continue
         if any(word.startswith(f"budget.{key}=") for word in arguments.overrides):
             raise UserError(
-                f"{option}: is the same as budget.{key}=, which is given too; leave one of them out",
+                f"{option}: same as budget.{key}=, which is given too; remove one of them",
                 code="cli.conflicting_options",
             )
         try:

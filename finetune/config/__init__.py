@@ -1,1 +1,1 @@
-"""A run's YAML: its schema, how it is read, which values no run can have, and which keys a resume may change."""
+"""A run's YAML: its schema, how it is read and validated, and which keys may change on resume."""

@@ -1,8 +1,8 @@
-"""How a run's YAML is read: against the typed schema of `config_schema`.
+"""Reads a run's YAML against the typed schema of `config.schema`.
 
-One YAML is one run. `load_config` merges file and dotlist overrides into `RunConfig`, and reports every mistake at once:
-where it stands, what was expected, and the nearest valid name. Values keep the names of the original training guide;
-the one place that maps them to the libraries' own names is `arguments.trainer_arguments`.
+One YAML describes one run. `load_config` merges the file and dotlist overrides into `RunConfig`, and reports every mistake at
+once: its key, what was expected, and the nearest valid name. Keys keep the names of the original training guide; only
+`training.arguments.trainer_arguments` maps them to the libraries' names.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from finetune.runtime.console import say
 EFFECTIVE_BATCH = 16
 """Examples per optimizer step where the config does not say: the guide's 4 x 4."""
 RENAMED_VALUES = {"training.kernels": {"lean": "fused", "stock": "hf"}}
-"""Values that had another name once, and still have in the configs of older runs."""
-_told: set[tuple[str, str]] = set()
+"""Old names of values, which the configs of older runs still use: key -> old name -> new name."""
+_warned: set[tuple[str, str]] = set()
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML and dotlist overrides (`training.num_train_epochs=1`) into a checked `RunConfig`.
 
-    Raises UserError that lists every unknown key, ill-typed value, missing key and impossible value, each with its place.
+    Raises UserError that lists every unknown key, ill-typed value, missing key and impossible value, each with its key.
     """
     tree = _read_yaml(path)
     problems: list[UserError] = []
@@ -48,21 +48,22 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     return _checked(tree, str(path), problems)
 
 
-def with_numbers(text: str, section: str, numbers: Mapping[str, float], wanted: RunConfig) -> str:
-    """A config's YAML with these values in one of its sections: `wanted`, which has them already. Comments and the rest stay.
+def with_numbers(text: str, section: str, numbers: Mapping[str, float], result: RunConfig) -> str:
+    """The YAML text with these values set in one section; comments and everything else stay.
 
-    A YAML in which a value cannot be set by itself, because others refer to it, becomes that of the whole resolved config.
+    result: the config that the new text must load as. Where it does not, because other values refer to a changed one, the
+    whole resolved config is written instead, with the comments at the top of the file.
     """
     edited = text
     for name, value in numbers.items():
         edited = _with_number(edited, section, name, repr(value))
     try:
-        if to_dict(from_dict(_tree(edited), "")) == to_dict(wanted):
+        if to_dict(from_dict(_tree(edited), "")) == to_dict(result):
             return edited
-    except Exception:  # no YAML any more, or not this config
+    except Exception:  # no longer valid YAML, or not a valid config
         pass
     comments = "".join(takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
-    return comments + to_yaml(wanted)
+    return comments + to_yaml(result)
 
 
 def _with_number(text: str, section: str, name: str, shown: str) -> str:
@@ -96,17 +97,17 @@ def _tree(text: str) -> dict[str, Any]:
 
 
 def examples_per_step(training: TrainingSection, gpus: int = 1) -> int:
-    """Examples in one optimizer step over all GPUs: the effective batch, which decides what is learned.
+    """Examples in one optimizer step over all GPUs: the effective batch size, which affects what is learned.
 
     Raises UserError where the keys contradict each other.
     """
-    micro_batch_size, wanted = training.per_device_train_batch_size, training.effective_batch_size
-    if micro_batch_size == "auto" or (training.gradient_accumulation_steps is None and wanted is not None):
-        return wanted or EFFECTIVE_BATCH
+    micro_batch_size, effective = training.per_device_train_batch_size, training.effective_batch_size
+    if micro_batch_size == "auto" or (training.gradient_accumulation_steps is None and effective is not None):
+        return effective or EFFECTIVE_BATCH
     product = micro_batch_size * (training.gradient_accumulation_steps or 1) * gpus
-    if wanted not in (None, product):
+    if effective not in (None, product):
         raise UserError(
-            f"training.effective_batch_size: {wanted} is not {product}, the product of per_device_train_batch_size, "
+            f"training.effective_batch_size: {effective} is not {product}, the product of per_device_train_batch_size, "
             f"gradient_accumulation_steps and {gpus} GPUs; leave one of the three out",
             code="config.conflicting_values",
         )
@@ -130,7 +131,7 @@ def _checked(tree: dict[str, Any], origin: str, problems: list[UserError]) -> Ru
     if not problems:
         try:
             config: RunConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))  # type: ignore[assignment]
-        except OmegaConfBaseException as error:  # a ${reference} that leads nowhere or to another type
+        except OmegaConfBaseException as error:  # a ${reference} that does not resolve, or resolves to another type
             problems = [UserError(f"{error.full_key}: {_first_line(error)}", code="config.bad_reference")]
         else:
             problems = [UserError(problem, code="config.bad_value") for problem in impossible_values(config)]
@@ -145,9 +146,9 @@ def _with_new_names(tree: dict[str, Any], origin: str) -> dict[str, Any]:
         found = tree.get(section)
         old = found.get(key) if isinstance(found, dict) else None
         if isinstance(old, str) and old in names:
-            if origin and (place, old) not in _told:
-                _told.add((place, old))
-                say(f"{origin}: {place}: {old} is called {names[old]} now; both are understood")
+            if origin and (place, old) not in _warned:
+                _warned.add((place, old))
+                say(f"{origin}: {place}: {old} is now called {names[old]}; both names are accepted")
             tree = tree | {section: {**tree[section], key: names[old]}}
     return tree
 
@@ -168,7 +169,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}", code="config.bad_yaml") from error
-    except Exception as error:  # PyYAML raises several kinds, each with its line and column
+    except Exception as error:  # PyYAML raises several types, each with line and column
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}", code="config.bad_yaml") from error
     if not isinstance(tree, dict):
         raise UserError(
@@ -208,7 +209,7 @@ def _merge_override(tree: dict[str, Any], override: str, problems: list[UserErro
 
 
 def _check_section(values: dict[Any, Any], schema: type, where: str, problems: list[UserError]) -> dict[str, Any]:
-    """Walk one section against its dataclass; append problems, return what passed."""
+    """Check one section against its dataclass; append problems, return the valid values."""
     known = {f.name: f for f in fields(schema)}
     hints = get_type_hints(schema)
     passed: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Resuming under a changed config: for every key, whether its new value applies to the rest of the run or is refused, and why.
+"""Resuming with a changed config: for every key, whether a new value applies to the rest of the run or is refused, and why.
 
-What is learned, and how what was saved is read, is settled when a run begins. Where it runs, how fast, for how much money and
-who watches may change from one attempt to the next.
+Keys that affect what is learned, or how saved state is read, are fixed when a run starts. Where it runs, how fast, at what cost
+and how it is tracked may change from one attempt to the next.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune.errors import UserError
 Values = dict[str, Any]
 
 ABSENT = "(absent)"
-LONGEST = 60  # characters of a value that are shown
+LONGEST = 60  # characters of a value that are printed
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Change:
-    """A key of the config with another value than the checkpoint's, and what comes of it; as text it is one line."""
+    """A config key whose value differs from the checkpoint's, and the decision; str() gives one line."""
 
     key: str
     before: Any
@@ -59,15 +59,15 @@ _APPLIES: dict[str, tuple[str, ...]] = {
         *("tracking.wandb", "tracking.wandb_project"),
         *("training.logging_steps", "training.eval_steps"),
     ),
-    "only validation is cut up by it": ("training.per_device_eval_batch_size",),
+    "it only changes the batches of validation": ("training.per_device_eval_batch_size",),
     "training does not read it": (
         *("evaluation.split", "evaluation.max_questions", "evaluation.batch_size", "evaluation.max_new_tokens"),
         *("evaluation.timeout_seconds", "evaluation.rule", "evaluation.dequantize"),
         *("plan.gpus", "plan.disk_gib", "plan.setup_minutes", "plan.spot_preemptions_per_hour"),
         *("plan.records", "plan.mean_tokens"),
     ),
-    "but a run that has begun stays in its folder": ("training.output_dir", "training.run_name"),
-    "the data are known by their hash, wherever they lie": ("data.output_dir",),
+    "but a run that has started stays in its folder": ("training.output_dir", "training.run_name"),
+    "the data are identified by their hash, not by their folder": ("data.output_dir",),
     "the same mathematics with other rounding": (
         *("model.attn_implementation", "training.gradient_checkpointing", "training.max_memory_gib"),
     ),
@@ -79,21 +79,21 @@ _REFUSED: dict[str, tuple[str, ...]] = {
         *("quantization.load_in_4bit", "quantization.bnb_4bit_quant_type", "quantization.bnb_4bit_use_double_quant"),
     ),
     "the run computes in this precision": ("model.torch_dtype", "model.cpu_bf16_matmul"),
-    "the run learns by this loss": ("training.objective",),
+    "the run trains with this loss": ("training.objective",),
     "it decides which examples are trained on": ("model.max_seq_length",),
     "the adapter has this shape": ("lora.r", "lora.target_modules"),
     "the adapter was trained with this factor": ("lora.lora_alpha",),
     "the run regularises with this rate": ("lora.lora_dropout", "training.weight_decay"),
-    "the run trains on the data that were prepared so": (
+    "the run trains on data prepared with this value": (
         *("data.sources", "data.val_fraction", "data.test_fraction", "data.split_by", "data.schema_format"),
         *("data.max_train_records", "data.seed"),
     ),
-    "order of the examples and dropout follow from it": ("training.seed",),
+    "it determines the order of the examples and the dropout masks": ("training.seed",),
     "the learning rate would jump": (
         *("training.learning_rate", "training.lr_scheduler_type", "training.warmup_ratio"),
         *("training.num_train_epochs", "training.max_steps"),
     ),
-    "it bounds every step of this run": ("training.max_grad_norm",),
+    "it clips the gradients of every step of this run": ("training.max_grad_norm",),
     "the optimizer's saved state is of this kind": ("training.optim",),
 }
 
@@ -109,19 +109,19 @@ RULES: dict[str, Rule] = {
     for why, keys in table.items()
     for key in keys
 }
-"""Of every key, `section.key`, but those of BATCH_KEYS and ORDER_KEYS, which `decide` judges by what they amount to together."""
+"""The rule of every key, as `section.key`, except BATCH_KEYS and ORDER_KEYS: `decide` looks at their combined effect."""
 
 UNKNOWN = Rule(False, "this version of finetune does not know the key")
 
 
 def decide(before: Values, now: Values, *, gpus: int = 1, backend: str | None = None) -> Decisions:
-    """What becomes of each key in which two resolved configs (`config.load.to_dict`) differ: the checkpoint's and the
-    edited one.
+    """The decision for each key in which two resolved configs (`config.load.to_dict`) differ: the checkpoint's and the edited
+    one.
 
-    A key that one of them lacks counts as its default, so that checkpoints of earlier versions can be gone on with. gpus: of
-    this attempt. backend: with which the attempts before computed steps (`step.path` of run.json: fused or hf), where
-    that is known; without it a change between kernels is refused whenever it might change the order of the examples. Raises
-    UserError where the edited keys contradict each other.
+    A missing key has its default value, so that checkpoints of earlier versions can be resumed. gpus: number of GPUs of this
+    attempt. backend: the backend of the earlier attempts (`step.path` of run.json: fused or hf), None if unknown; then a change
+    of training.kernels is refused whenever it might change the order of the examples. Raises UserError if the edited keys
+    contradict each other.
     """
     before, now = _complete(before), _complete(now)
     batch_size, order = (
@@ -140,42 +140,42 @@ def decide(before: Values, now: Values, *, gpus: int = 1, backend: str | None = 
 
 
 def refusal(decisions: Decisions, config_yaml: Path) -> UserError | None:
-    """The error that names every refused change in one line; None where nothing is refused."""
+    """One error that names every refused change; None if nothing is refused."""
     if not decisions.refused:
         return None
     lines = "; ".join(map(str, decisions.refused))
     return UserError(
-        f"{config_yaml}: {lines}; put the earlier values back, or start a new run", code="resume.config_changed"
+        f"{config_yaml}: {lines}; restore the earlier values, or start a new run", code="resume.config_changed"
     )
 
 
 def _same_batch_size(before: Values, now: Values, gpus: int) -> Rule:
-    """Of an optimizer step, whatever micro-batches it is cut into."""
+    """Whether an optimizer step keeps its number of examples, however it is split into micro-batches."""
     new = examples_per_step(TrainingSection(**now["training"]), gpus)
     try:
         old = examples_per_step(TrainingSection(**before["training"]), gpus)
-    except UserError:  # it began on another number of GPUs, with which the three numbers agreed
+    except UserError:  # it started on another number of GPUs, for which the three numbers agreed
         old = before["training"]["effective_batch_size"]
     if old == new:
-        return Rule(True, f"a step keeps its {new} examples, and only rounding and dropout masks differ")
-    return Rule(False, f"a step of this run has {old} examples, and would have {new}")
+        return Rule(True, f"a step keeps its {new} examples; only rounding and dropout masks differ")
+    return Rule(False, f"a step of this run has {old} examples and would have {new}")
 
 
 def _same_order(before: Values, now: Values, backend: str | None) -> Rule:
-    """The Hugging Face kernels sort examples by length (group_by_length), the fused ones do not; the place in the data counts in
-    that order."""
+    """Whether the examples keep their order, in which the saved position in the data is counted. The Hugging Face backend groups
+    them by length (group_by_length), the fused backend does not."""
     old, new = (_sorted(values["training"], backend) for values, backend in ((before, backend), (now, None)))
     if old is not None and old == new:
         return Rule(True, "the same mathematics with other rounding")
     return Rule(
         False,
-        "the order of the examples would change; it stays with training.group_by_length: false if the run began with "
+        "the order of the examples would change; training.group_by_length: false keeps it if the run started with "
         "training.kernels: fused or group_by_length: false",
     )
 
 
 def _sorted(training: Values, backend: str | None) -> bool | None:
-    """Whether the examples of a step are alike in length; None where that depends on what `auto` comes to."""
+    """Whether the examples are grouped by length; None if that depends on what `auto` chooses."""
     backend = training["kernels"] if training["kernels"] != "auto" else backend
     if not training["group_by_length"] or backend == "fused":
         return False
@@ -183,7 +183,7 @@ def _sorted(training: Values, backend: str | None) -> bool | None:
 
 
 def _complete(values: Values) -> Values:
-    """With the default of every key of the schema that is not there."""
+    """The values, with the default for every missing key of the schema."""
     complete = dict(values)
     for section, kind in get_type_hints(RunConfig).items():
         defaults = {field.name: _default(field) for field in fields(kind)}

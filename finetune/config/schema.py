@@ -1,4 +1,4 @@
-"""The typed schema of a run's YAML: every section, key, type and default. `config` reads and checks it."""
+"""The typed schema of a run's YAML: every section, key, type and default. `config.load` reads and checks it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 @dataclass
 class ModelSection:
     name: str = MISSING  # a hub id, a local folder, or package://<module>/<file>.gguf
-    revision: str | None = None  # commit of the hub id; without it a hub may serve other weights tomorrow
-    max_seq_length: int = 2048  # tokens of prompt + answer; longer examples are left out and counted, never cut
+    revision: str | None = None  # commit of the hub id; without it the hub may serve other weights later
+    max_seq_length: int = 2048  # tokens of prompt + answer; longer examples are dropped and counted, never truncated
     torch_dtype: Dtype = "auto"  # auto: bfloat16 from compute capability 8.0, float16 below, float32 on CPU
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
@@ -41,14 +41,16 @@ class LoraSection:
 @dataclass
 class SourceSection:
     kind: Literal["jsonl", "spider", "huggingface"] = MISSING
-    path: str = MISSING  # a file (jsonl), a folder (spider), or a hub id or folder (spider, huggingface)
+    path: str = MISSING  # a file (jsonl), or a folder or hub id (spider, huggingface)
     revision: str | None = None  # required where path is a hub id
     files: list[str] = field(default_factory=list)  # spider: question files inside path, e.g. train_spider.json
     subset: str | None = None  # huggingface: which split of the dataset to read, e.g. train
-    columns: dict[str, str] = field(default_factory=dict)  # huggingface: our field -> their column
+    columns: dict[str, str] = field(default_factory=dict)  # huggingface: field of our records -> column of the dataset
     databases: str | None = None  # folder that holds <db_id>/<db_id>.sqlite; spider: <path>/database
     dialect: str = "sqlite"
-    split: Literal["auto", "train", "val", "test"] = "auto"  # auto: the record's own split, else by fraction
+    split: Literal["auto", "train", "val", "test"] = (
+        "auto"  # auto: the record's own split if it has one, else by fraction
+    )
 
 
 @dataclass
@@ -58,7 +60,7 @@ class DataSection:
     val_fraction: float = 0.05  # of the records whose split is auto
     test_fraction: float = 0.1
     split_by: Literal["question", "database"] = "question"
-    schema_format: Literal["ddl", "compact"] = "ddl"  # how the prompt shows the schema; compact costs fewer tokens
+    schema_format: Literal["ddl", "compact"] = "ddl"  # how the prompt shows the schema; compact takes fewer tokens
     max_train_records: int | None = None
     seed: int = 13
 
@@ -66,17 +68,17 @@ class DataSection:
 @dataclass
 class TrainingSection:
     output_dir: str = "runs"
-    run_name: str | None = None  # null: a new numbered folder named after the config file
+    run_name: str | None = None  # null: a new folder, named after the config file and numbered
     seed: int = 42
-    objective: str = "sft"  # what is optimised, by its name in finetune/training/objectives/registry.py
+    objective: str = "sft"  # a name of finetune/training/objectives/registry.py
     num_train_epochs: float = 3.0
     max_steps: int = -1  # -1: as many as the epochs take
     effective_batch_size: int | None = (
-        None  # examples per optimizer step; null: 16, or the product of the two numbers below
+        None  # examples per optimizer step; null: 16, or the product of the two keys below
     )
     per_device_train_batch_size: int | Literal["auto"] = "auto"  # examples per micro-batch; auto: as many tokens as fit
     gradient_accumulation_steps: int | None = (
-        None  # with a number above: micro-batches per optimizer step and GPU, null: 1
+        None  # micro-batches per optimizer step and GPU, null: 1; not with auto above
     )
     per_device_eval_batch_size: int = 8
     learning_rate: float = 2e-4
@@ -87,56 +89,50 @@ class TrainingSection:
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = (
         "paged_adamw_8bit"
     )
-    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: for as few layers as memory demands
-    max_memory_gib: float | None = None  # of the GPU's memory use no more than this; null: all of it
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: for as few layers as memory allows
+    max_memory_gib: float | None = None  # GPU memory that training may use; null: all of it
     kernels: Literal["auto", "fused", "hf"] = (
         "auto"  # fused: our layer (finetune/models/fused/layer.py); hf: transformers' and PEFT's
     )
-    group_by_length: bool = (
-        True  # padded batches (Hugging Face kernels): examples of like length share an optimizer step
-    )
+    group_by_length: bool = True  # padded batches (Hugging Face backend): examples of similar length share a step
     logging_steps: int = 10
     eval_steps: int = 200  # optimizer steps between two validation losses; 0: none
 
 
 @dataclass
 class CheckpointSection:
-    """Whichever of the two intervals is over first; one more is saved at the end."""
+    """A checkpoint is saved when the first of the two intervals is over, and at the end."""
 
     every_minutes: float | None = (
-        10.0  # of training between two checkpoints: what a preemption may cost; null: by steps alone
+        10.0  # training time between checkpoints, lost at most by a preemption; null: by steps only
     )
-    save_steps: int | None = None  # optimizer steps between two checkpoints; null: by the clock alone
+    save_steps: int | None = None  # optimizer steps between checkpoints; null: by time only
     keep_last: int = 2
-    keep_every: int | None = None  # every so many checkpoints one is kept for good; null: none
+    keep_every: int | None = None  # every n-th checkpoint is never deleted; null: none
 
 
 @dataclass
 class BudgetSection:
-    usd_per_hour: float | None = (
-        None  # price of the whole machine; a machine that SkyPilot started for us knows its own
-    )
+    usd_per_hour: float | None = None  # price of the whole machine; machines launched by SkyPilot know their own
     max_run_usd: float | None = None  # needs a price
-    max_hours: float | None = (
-        None  # of machine time, all attempts together, boot and set-up of a rented machine included
-    )
+    max_hours: float | None = None  # billed time of all attempts together, with boot and set-up of a cloud machine
 
 
 @dataclass
 class PlanSection:
-    """What `finetune plan` has to assume, because nothing here has measured it."""
+    """Assumptions of `finetune plan`: values that are not measured."""
 
-    gpus: list[str] = field(default_factory=lambda: ["A100", "L4", "T4", "V100"])  # names of finetune/machine/gpus.py
-    disk_gib: int = 200  # of the machine, as the task YAMLs ask for
+    gpus: list[str] = field(default_factory=lambda: ["A100", "L4", "T4", "V100"])  # names from finetune/machine/gpus.py
+    disk_gib: int = 200  # boot disk of the machine, as in the task YAMLs
     setup_minutes: float = 12.0  # paid before the first step: boot, packages, download of the model, loading
     spot_preemptions_per_hour: float = 0.05  # one in 20 hours; Google publishes no rate for GPUs
-    records: int | None = None  # training examples, where the data are not prepared; null: those of local sources
-    mean_tokens: float = 311.0  # prompt and answer of a question, where no tokenizer has counted them
+    records: int | None = None  # training examples, if the data are not prepared; null: counted in local sources
+    mean_tokens: float = 311.0  # prompt and answer of one example, if no tokenizer has counted them
 
 
 @dataclass
 class TrackingSection:
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when a key is there
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is found
     wandb_project: str = "text2sql"
 
 
@@ -147,8 +143,8 @@ class EvaluationSection:
     batch_size: int = 16
     max_new_tokens: int = 256
     timeout_seconds: float = 10.0  # for one SQL query
-    rule: Literal["test_suite", "bird_set", "strict"] = "test_suite"  # when two results count as equal
-    dequantize: bool = False  # unpack the same 4-bit weights once: same numbers, faster, more memory
+    rule: Literal["test_suite", "bird_set", "strict"] = "test_suite"  # when two results are considered equal
+    dequantize: bool = False  # dequantize the 4-bit weights once: same results, faster, more memory
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Which values of the right type no run can have."""
+"""Range checks: values of the right type that no run can use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finetune.machine.gpus import GPUS
 
 
 def impossible_values(config: RunConfig) -> list[str]:
-    """Values of the right type that no run can have, each as one sentence."""
+    """One message for each value that has the right type but is out of range."""
     c, t, d = config, config.training, config.data
     rules = [
         (c.model.max_seq_length >= 16, "model.max_seq_length: expected at least 16 tokens"),
@@ -20,7 +20,10 @@ def impossible_values(config: RunConfig) -> list[str]:
         (bool(d.sources), "data.sources: expected at least one source"),
         (0 <= d.val_fraction < 1, "data.val_fraction: expected 0 <= fraction < 1"),
         (0 <= d.test_fraction < 1, "data.test_fraction: expected 0 <= fraction < 1"),
-        (d.val_fraction + d.test_fraction < 1, "data.val_fraction + data.test_fraction: nothing left to train on"),
+        (
+            d.val_fraction + d.test_fraction < 1,
+            "data.val_fraction + data.test_fraction: expected a sum below 1; nothing is left to train on",
+        ),
         (d.max_train_records is None or d.max_train_records >= 1, "data.max_train_records: expected at least 1"),
         (0 < t.num_train_epochs < math.inf, "training.num_train_epochs: expected more than 0"),
         (t.seed >= 0, "training.seed: expected at least 0"),
@@ -39,7 +42,7 @@ def impossible_values(config: RunConfig) -> list[str]:
         ),
         (
             t.gradient_accumulation_steps is None or t.per_device_train_batch_size != "auto",
-            "training.gradient_accumulation_steps: follows from memory with per_device_train_batch_size: auto; "
+            "training.gradient_accumulation_steps: is determined by memory with per_device_train_batch_size: auto; "
             "set training.effective_batch_size instead",
         ),
         (t.max_memory_gib is None or 0 < t.max_memory_gib < math.inf, "training.max_memory_gib: expected more than 0"),
@@ -61,9 +64,12 @@ def impossible_values(config: RunConfig) -> list[str]:
         (c.evaluation.batch_size >= 1, "evaluation.batch_size: expected at least 1"),
         (c.evaluation.max_new_tokens >= 1, "evaluation.max_new_tokens: expected at least 1"),
         (0 < c.evaluation.timeout_seconds < math.inf, "evaluation.timeout_seconds: expected more than 0"),
-        (c.evaluation.max_questions is None or c.evaluation.max_questions >= 1, "evaluation.max_questions: at least 1"),
+        (
+            c.evaluation.max_questions is None or c.evaluation.max_questions >= 1,
+            "evaluation.max_questions: expected at least 1",
+        ),
         (bool(c.plan.gpus), "plan.gpus: expected at least one GPU"),
-        (len(set(c.plan.gpus)) == len(c.plan.gpus), "plan.gpus: a GPU is named twice"),
+        (len(set(c.plan.gpus)) == len(c.plan.gpus), "plan.gpus: a GPU is listed twice"),
         (c.plan.disk_gib >= 10, "plan.disk_gib: expected at least 10"),
         (0 <= c.plan.setup_minutes < math.inf, "plan.setup_minutes: expected at least 0"),
         (0 <= c.plan.spot_preemptions_per_hour <= 10, "plan.spot_preemptions_per_hour: expected 0 to 10"),

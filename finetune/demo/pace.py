@@ -1,4 +1,4 @@
-"""The pace of this machine at the demo's own work: a step of training and a few tokens of answers, timed for some seconds."""
+"""Measures the speed of this machine with the demo's own work: a training step and a few generated tokens, for some seconds."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPTS, TOKENS = 8, 8
-"""Of the timed answers. Eight at once cost a question no less than the evaluation's larger batches do."""
+"""Prompts and new tokens of the timed answers. In a batch of eight a question takes no less time than in the evaluation's larger
+batches."""
 STEP_SHARE = 1.25
-"""Of the passes' seconds, what a step of the trainer takes: optimizer, padding, changing shapes. Measured on two cores: 2.22 s
-for a step of 512 tokens, 1.78 s for the passes alone."""
+"""Time of a trainer step relative to forward and backward pass alone: adds optimizer, padding, changing shapes. Measured on two
+cores: 2.22 s for a step of 512 tokens, 1.78 s for the passes alone."""
 SAMPLE = 64
-"""Training records from which the timed step is taken."""
+"""Number of training records from which the timed step is taken."""
 
 
 def measure(
@@ -37,8 +38,8 @@ def measure(
     data: Prepared,
     load_seconds: float,
 ) -> Pace:
-    """Leaves torch with the number of threads that was fastest: all cores, or one less where another program keeps a core busy,
-    for which every thread of a step would have to wait."""
+    """Sets torch's number of threads to the fastest: all cores, or one less if another program keeps a core busy, for which every
+    thread of a step would have to wait."""
     template = PromptTemplate(config.data.schema_format)
     batch, mean_tokens = _usual_batch(tokenizer, config, data, template)
     seconds, threads = _fastest(lambda: _train(model, batch))
@@ -49,7 +50,7 @@ def measure(
 
 
 def _fastest(step: Callable[[], None]) -> tuple[float, int]:
-    """(seconds, threads) of the faster way; the first pass, which pays for allocations, is not timed."""
+    """(seconds, threads) of the faster setting; the first pass, which allocates memory, is not timed."""
     step()
     cores = torch.get_num_threads()
     timed = []
@@ -62,8 +63,8 @@ def _fastest(step: Callable[[], None]) -> tuple[float, int]:
 def _usual_batch(
     tokenizer: PreTrainedTokenizerBase, config: RunConfig, data: Prepared, template: PromptTemplate
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """One optimizer step's examples, those of middling length among a sample, (rows, tokens), padded on the right; and the
-    sample's mean length (tokens)."""
+    """The examples of one optimizer step, of medium length in a sample: (examples, tokens), padded on the right; and the sample's
+    mean length in tokens."""
     records = data.records("train")[:SAMPLE]
     encoded = encode_examples(
         tokenizer,
@@ -79,7 +80,7 @@ def _usual_batch(
 
 
 def _train(model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """The passes of a step; its gradients are thrown away."""
+    """The forward and backward pass of a step; its gradients are discarded."""
     model.train()
     torch.autograd.backward(answer_loss(model, batch))
     model.zero_grad(set_to_none=True)
@@ -88,7 +89,7 @@ def _train(model: Any, batch: dict[str, torch.Tensor]) -> None:
 def _question_seconds(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], config: RunConfig
 ) -> float:
-    """Of the base model's answer to one question, drawn out to the last allowed token."""
+    """Seconds of the base model's answer to one question, extrapolated to the maximum number of tokens."""
 
     def answer(tokens: int) -> None:
         generate_answers(model, tokenizer, prompts, batch_size=len(prompts), max_new_tokens=tokens, progress=False)

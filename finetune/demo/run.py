@@ -1,4 +1,4 @@
-"""`finetune demo`: prepare, score, train and score again, in as many examples and questions as fit into the minutes."""
+"""`finetune demo`: prepare, score, train and score again, with as many examples and questions as fit into the given minutes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
     """The demo of a config with a `training.run_name`, until about `deadline` (time.monotonic()); returns the exit code.
 
-    A demo that was interrupted goes on as it was planned then, on as many threads. Raises UserError for what no run can begin
-    with.
+    An interrupted demo is resumed with its original plan and number of threads. Raises UserError if the config has no run name,
+    or a run cannot start with it.
     """
     if not config.training.run_name:
         raise UserError(
-            f"{config_file}: training.run_name: the demo needs a name, by which it finds its run again",
+            f"{config_file}: training.run_name: the demo needs a name, to find its run again",
             code="demo.no_run_name",
         )
     folder = Path(config.training.output_dir) / config.training.run_name
@@ -52,14 +52,15 @@ def _go_on(run: RunFolder) -> int:
     if run.adapter.is_dir():
         say(f"{run.path} is trained already; `make demo-fresh` starts over")
         device = choose_device(run.config().model.torch_dtype).place
-        keep_threads(run.record(), device)  # answers that are still missing are to be those of a demo in one go
+        keep_threads(run.record(), device)  # so that missing answers are the same as in an uninterrupted demo
         return EXIT_OK
     return resume(run)
 
 
 def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
-    """Everything up to the trained adapter. How many questions is decided by the pace, how many steps by the time that is left
-    once the base model has answered them, and before the first of them, because the learning rate's course follows from it."""
+    """Everything up to the trained adapter. The measured speed determines the number of questions. The time left after the base
+    model's answers determines the number of steps, which must be known before the first step because the learning rate schedule
+    depends on it."""
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
     model, load_seconds = _load(config)
@@ -87,7 +88,7 @@ def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
 
 
 def _load(config: RunConfig) -> tuple[PeftModel, float]:
-    """The base model with new adapters, and the seconds that it took."""
+    """The base model with new adapters, and the seconds that loading took."""
     began = time.monotonic()
     device = choose_device(config.model.torch_dtype)
     base = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)

@@ -1,1 +1,1 @@
-"""Is this machine, account, quota and bucket ready?"""
+"""Checks whether this machine, the account, its quotas and the bucket are ready."""

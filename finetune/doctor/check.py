@@ -1,4 +1,4 @@
-"""One row of the environment check, and how something absent is judged."""
+"""One row of the environment check, and the status of something absent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Need = Literal["train", "cloud", "all"]
 
 @dataclass(frozen=True)
 class Check:
-    """One row. `missing`: needed, and absent or wrong; `warning`: will be felt later; `info`: to know."""
+    """One row. `missing`: needed, and absent or wrong; `warning`: may cause trouble later; `info`: no action needed."""
 
     name: str
     status: Status
@@ -21,7 +21,7 @@ class Check:
 
 
 def absent(group: str, need: Need) -> Status:
-    """The status of something absent: of the group `train`, `cloud`, or "" for what everything needs."""
+    """The status of something absent. group: `train` or `cloud`, or "" for what every command needs."""
     if group in ("", need) or need == "all":
         return "missing"
     return "warning" if group == "cloud" else "info"

@@ -1,6 +1,6 @@
-"""The rows of `finetune doctor --cloud`: login, quotas, bucket, and the SkyPilot that `sky` on the command line starts.
+"""The rows of `finetune doctor --cloud`: login, quotas, bucket, and the SkyPilot of the command `sky`.
 
-What Google knows is asked through gcloud, all at once, so it takes as long as the slowest call.
+Google is queried through gcloud, with all calls in parallel, so it takes as long as the slowest call.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from finetune.doctor.check import Check, Need, Status, absent
 from finetune.errors import UserError
 
 HOME_REGION = "us-central1"
-"""Where to ask for quota if no region is in question: it has all four GPUs (Google's page on GPU regions)."""
-NOT_GCLOUDS = Answer("", "an answer that gcloud never gives", "run `gcloud info` by hand")
-SILENT = Answer("", "Google gives none", f"run doctor again later, or look on {quota.QUOTA_PAGE}")
+"""Where to request quota if no region is given: it has all four GPUs (Google's page on GPU regions)."""
+UNREADABLE = Answer("", "an unexpected answer of gcloud", "run `gcloud info` by hand")
+NO_QUOTAS = Answer("", "Google returned none", f"run doctor again later, or look on {quota.QUOTA_PAGE}")
 
 
 def cloud_checks(need: Need, regions: list[str] | None = None) -> list[Check]:
     """All rows that launching needs; for `train` only gcloud's login and project, as warnings.
 
-    regions are those that the plan would use, the cheapest first; None stands for all in which there is quota.
+    regions: those that the plan would use, the cheapest first; None for all regions with quota.
     """
     if need == "train":
         return gcloud_checks(need)
@@ -52,7 +52,7 @@ def cloud_checks(need: Need, regions: list[str] | None = None) -> list[Check]:
     with ThreadPoolExecutor(max_workers=5) as pool:
         project = f"--project={login.project}"
         first = pool.submit(gcloud_checks, need)
-        token = pool.submit(lambda: replace(ask(gcloud_cli.TOKEN), output=""))  # only whether there is one
+        token = pool.submit(lambda: replace(ask(gcloud_cli.TOKEN), output=""))  # only whether there is a token
         listed = pool.submit(ask, gcloud_cli.REGIONS, project)
         everywhere = pool.submit(ask, gcloud_cli.PROJECT, project)
         bucket = pool.submit(ask, gcloud_cli.BUCKET, f"gs://{bucket_name(login)}", project)
@@ -67,7 +67,7 @@ def cloud_checks(need: Need, regions: list[str] | None = None) -> list[Check]:
 
 
 def gcloud_checks(need: Need) -> list[Check]:
-    """gcloud, its login and its project, which it knows without asking Google."""
+    """gcloud, its login and its project, which need no request to Google."""
     if shutil.which("gcloud") is None:
         advice = "to launch on Google Cloud install its CLI: cloud.google.com/sdk"
         return [Check("gcloud", absent("cloud", need), "not on PATH", "", advice)]
@@ -82,7 +82,7 @@ def gcloud_checks(need: Need) -> list[Check]:
 
 
 def login_checks(need: Need, rows: list[Check], login: Login, expired: bool, token: Answer) -> Iterator[Check]:
-    """gcloud's own rows, corrected by what Google says to it, and the login of SkyPilot, which expires by itself."""
+    """gcloud's rows, corrected by Google's answers, and SkyPilot's login, which expires separately."""
     status = absent("cloud", need)
     for row in rows:
         if row.name == "gcloud login" and row.status == "ok" and expired:
@@ -90,7 +90,7 @@ def login_checks(need: Need, rows: list[Check], login: Login, expired: bool, tok
             yield replace(row, status=status, found=found, advice=f"run `{LOG_IN}`")
         elif row.name == "gcloud project" and row.status == "ok" and row.found != login.project:
             found = f"{row.found}, but SkyPilot uses {login.project}"
-            advice = "a variable (GOOGLE_CLOUD_PROJECT), key file or SkyPilot's config says so; set both to the same"
+            advice = "set by GOOGLE_CLOUD_PROJECT, a key file or SkyPilot's config; use the same project for both"
             yield replace(row, status="warning", found=found, advice=advice)
         else:
             yield row
@@ -102,16 +102,16 @@ def login_checks(need: Need, rows: list[Check], login: Login, expired: bool, tok
 
 
 def all_regions_check(need: Need, answer: Answer) -> Check:
-    """The quota over all regions and GPU models, which a new project has at 0."""
+    """The quota over all regions and GPU models, which is 0 in a new project."""
     name, metric = "quota GPUs, all regions", quota.ALL_REGIONS
-    how = f"{quota.how_to_ask(metric)}; a free-trial account has to be upgraded first"
+    how = f"{quota.how_to_request(metric)}; a free-trial account has to be upgraded first"
     quotas: quota.Quotas = {}
     if not answer.trouble:
         try:
             quotas = quota.read_project(answer.output)
-            answer = answer if metric in quotas else SILENT
+            answer = answer if metric in quotas else NO_QUOTAS
         except ValueError:
-            answer = NOT_GCLOUDS
+            answer = UNREADABLE
     if answer.trouble:
         return Check(name, absent("cloud", need), answer.trouble, metric, answer.advice)
     if quotas[metric].limit == 0:
@@ -120,51 +120,53 @@ def all_regions_check(need: Need, answer: Answer) -> Check:
 
 
 def quota_checks(need: Need, answer: Answer, project: str, regions: list[str] | None) -> Iterator[Check]:
-    """A row per GPU of our tasks, spot and on-demand. Missing when no GPU has quota anywhere, else a warning."""
+    """A row per GPU of our tasks, spot and on-demand. Without quota: missing if no GPU has any, else a warning."""
     listed: dict[str, quota.Quotas] = {}
     if not answer.trouble:
         try:
             listed = quota.read_regions(answer.output)
-            answer = answer if listed else SILENT
+            answer = answer if listed else NO_QUOTAS
         except ValueError:
-            answer = NOT_GCLOUDS
+            answer = UNREADABLE
     if answer.trouble:
         yield Check("GPU quotas", absent("cloud", need), answer.trouble, "", answer.advice)
         return
     unknown = [region for region in regions or () if region not in listed]
     if unknown:
         advice = "`gcloud compute regions list` shows the regions of this project"
-        yield Check("regions", "warning", f"no quotas known in {', '.join(unknown)}", "", advice)
-    wanted = [region for region in regions or () if region in listed] or None
-    ask_in = wanted[0] if wanted else HOME_REGION
-    rows = [_gpu_check(gpu, spot, listed, wanted, ask_in) for gpu in quota.TASK_GPUS for spot in (True, False)]
+        yield Check("regions", "warning", f"no quotas listed in {', '.join(unknown)}", "", advice)
+    chosen = [region for region in regions or () if region in listed] or None
+    request_in = chosen[0] if chosen else HOME_REGION
+    rows = [_gpu_check(gpu, spot, listed, chosen, request_in) for gpu in quota.TASK_GPUS for spot in (True, False)]
     one_is_enough: Status = absent("cloud", need) if all(row.status == "missing" for row in rows) else "warning"
     yield from (replace(row, status=one_is_enough) if row.status == "missing" else row for row in rows)
     lacking = [row.needed for row in rows if row.status != "ok"]
     if lacking:
-        command = quota.request_command(lacking[0], project, ask_in)
-        yield Check("more quota", "info", "can be asked for with gcloud too", "", f"such as: {command}")
+        command = quota.request_command(lacking[0], project, request_in)
+        yield Check("more quota", "info", "can also be requested with gcloud", "", f"such as: {command}")
 
 
-def _gpu_check(gpu: str, spot: bool, listed: dict[str, quota.Quotas], wanted: list[str] | None, ask_in: str) -> Check:
-    """The row of one GPU, `missing` without quota in the wanted regions; `needed` names the quota."""
+def _gpu_check(
+    gpu: str, spot: bool, listed: dict[str, quota.Quotas], chosen: list[str] | None, request_in: str
+) -> Check:
+    """The row of one GPU, `missing` without quota in the chosen regions; `needed` names the quota."""
     name, metric = f"quota {gpu} {'spot' if spot else 'on-demand'}", quota.metric(gpu, spot)
-    how = quota.how_to_ask(metric, ask_in)
+    how = quota.how_to_request(metric, request_in)
     there = {region: quota.usable(quotas, gpu, spot) for region, quotas in listed.items()}
     some = {region: there[region] for region in sorted(there, key=_americas_first) if there[region].limit > 0}
-    here = some if wanted is None else {region: some[region] for region in wanted if region in some}
+    here = some if chosen is None else {region: some[region] for region in chosen if region in some}
     if here:
         return _used(Check(name, "ok", _amount(here), metric, how), list(here.values()))
-    found = "0 everywhere" if wanted is None else f"0 in {_names(wanted)}"
+    found = "0 everywhere" if chosen is None else f"0 in {_names(chosen)}"
     if some:
         found += f", but {_amount(some)}"
-    if any(quota.passed_over(listed.get(region, {}), gpu) for region in wanted or listed):
-        how = f"Google lets spot use the on-demand quota then, but SkyPilot passes over regions that read 0: {how}"
+    if any(quota.passed_over(listed.get(region, {}), gpu) for region in chosen or listed):
+        how = f"Google would let spot use the on-demand quota, but SkyPilot skips regions whose spot quota is 0: {how}"
     return Check(name, "missing", found, metric, how)
 
 
 def _used(check: Check, quotas: list[quota.Quota]) -> Check:
-    """A row that has quota: ok if one GPU is free somewhere."""
+    """The row of a quota above 0: ok if one GPU is free in some region."""
     if any(found.limit - found.usage >= 1 for found in quotas):
         return replace(check, advice="")
     advice = f"`sky status` shows what uses it; for more {check.advice}"
@@ -190,24 +192,26 @@ def _count(limit: float) -> str:
 
 
 def bucket_check(need: Need, answer: Answer, login: Login) -> Check:
-    """Whether the bucket is there. Its name is shown without the user, which the row of the login masks too."""
+    """Whether the bucket exists. Its name is shown without the user, who is masked in the row of the login too."""
     name = f"gs://{bucket_name(replace(login, account=login.account[:1]))}..."
     if answer.trouble == gcloud_cli.NOT_FOUND:
-        return Check("bucket", "info", f"{name} is not there yet", "", "it is made at the first launch")
+        return Check("bucket", "info", f"{name} does not exist yet", "", "it is created at the first launch")
     advice = answer.advice
     if answer.trouble == gcloud_cli.FORBIDDEN:
-        advice = "it is another's, or this account lacks the role Storage Admin in the project: ask its owner for that"
+        advice = (
+            "it belongs to someone else, or this account lacks the role Storage Admin: ask the project's owner for it"
+        )
     if answer.trouble:
         return Check("bucket", absent("cloud", need), f"{name}: {answer.trouble}", "", advice)
     try:
         location = str(json.loads(answer.output)["location"]).lower()
     except (ValueError, KeyError, TypeError):
-        return Check("bucket", "warning", f"{name}: {NOT_GCLOUDS.trouble}", "", NOT_GCLOUDS.advice)
+        return Check("bucket", "warning", f"{name}: {UNREADABLE.trouble}", "", UNREADABLE.advice)
     return Check("bucket", "ok", f"{name} in {location}")
 
 
 def sky_program_check(need: Need) -> Check:
-    """Whether `sky` is the one of this environment: another cannot import the policy that .sky.yaml names."""
+    """Whether `sky` belongs to this environment: another one cannot import the policy that .sky.yaml names."""
     ours, program = Path(sysconfig.get_path("scripts")), shutil.which("sky")
     activate = f"activate this environment: `source {_without_home(str(ours / 'activate'))}`"
     if program is None:
@@ -221,39 +225,39 @@ def sky_program_check(need: Need) -> Check:
 
 
 def sky_check_hint() -> Check:
-    advice = "run `sky check gcp` once: it turns on the APIs that SkyPilot needs and looks at the permissions"
-    return Check("APIs, permissions", "info", "not looked at here", "", advice)
+    advice = "run `sky check gcp` once: it enables the APIs that SkyPilot needs and checks the permissions"
+    return Check("APIs, permissions", "info", "not checked here", "", advice)
 
 
 def controller_check() -> Check:
-    """Where the controller of managed jobs would run. SkyPilot reads the setting when its API server starts."""
+    """Where the controller of managed jobs would run. SkyPilot reads this setting when its API server starts."""
     name = "jobs controller"
     try:
         on = skypilot_setting("jobs", "controller", "consolidation_mode") is True
     except UserError as error:
-        return Check(name, "warning", "not known", "", _without_home(str(error)))
+        return Check(name, "warning", "unknown", "", _without_home(str(error)))
     if not on:
-        advice = "to do without: jobs.controller.consolidation_mode: true in ~/.sky/config.yaml, then `sky api stop`"
+        advice = "to avoid it: jobs.controller.consolidation_mode: true in ~/.sky/config.yaml, then `sky api stop`"
         return Check(name, "info", "`sky jobs launch` starts a VM for it, which costs money", "", advice)
     in_force = Path("~/.sky/.jobs_controller_consolidation_reloaded_signal").expanduser().exists()
-    advice = "" if in_force else "in force once SkyPilot's API server starts anew: `sky api stop`"
+    advice = "" if in_force else "takes effect when SkyPilot's API server restarts: `sky api stop`"
     return Check(name, "info", "on this machine (consolidation_mode)", "", advice)
 
 
 def _gcloud_check(name: str, status: Status, answer: Answer, remedy: str) -> Check:
     if answer.trouble:
-        return Check(name, status, "no answer", "", "gcloud failed, or took too long: run `gcloud info` by hand")
+        return Check(name, status, "no answer", "", "gcloud failed, or took too long: run `gcloud info` to see why")
     if answer.output in ("", "(unset)"):
         return Check(name, status, "none", "", f"to launch on Google Cloud run `{remedy}`")
     return Check(name, "ok", answer.output.splitlines()[0])
 
 
 def _masked(account: str) -> str:
-    """An account that can be pasted in public: its first letter and its domain."""
+    """The account, masked so that it can be posted: its first letter and its domain."""
     user, at, domain = account.partition("@")
     return f"{user[:1]}...{at}{domain}" if account else ""
 
 
 def _without_home(text: str) -> str:
-    """A text whose paths do not name the user."""
+    """The text with ~ for the home directory, which names the user."""
     return text.replace(f"{Path.home()}/", "~/")

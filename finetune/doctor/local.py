@@ -1,6 +1,6 @@
-"""Is this machine ready? A row for each thing that training or launching needs, and what to do if not.
+"""Checks whether this machine is ready: a row for each requirement of training or launching, with a remedy if it is not met.
 
-The table is made for pasting into an issue, so no row shows a key, a token or an e-mail address.
+The table may be pasted into an issue, so no row shows a key, a token or an e-mail address.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 PROJECT = "finetune-text2sql"
 CHECKOUT = Path(__file__).resolve().parents[2]
 DISK_GIB = {"demo": 3.0, "7B": 20.0}
-"""Estimated: a 7.24e9-parameter model in 16 bits is 13.5 GiB to download, the rest are checkpoints."""
+"""Estimated: a 7.24e9-parameter model in 16 bits is 13.5 GiB to download, the rest is for checkpoints."""
 RAM_GIB = 7.5
-"""The demo is held to 8 GB; an 8 GB machine reports somewhat less."""
+"""The demo is limited to 8 GB; a machine with 8 GB reports slightly less."""
 DRIVER_FLOOR = {12: 525, 13: 580}
 """CUDA major version -> first driver branch for all its minor versions (NVIDIA CUDA compatibility guide)."""
 VOLTA = (7, 0)
 
 
 def examine(need: Need = "train", root: Path = CHECKOUT, regions: list[str] | None = None) -> list[Check]:
-    """All rows. What `need` names counts as missing where it is absent; the rest is then a warning or info.
+    """All rows. need: what counts as missing if it is absent; anything else is then a warning or info.
 
-    root is the checkout, whose constraints.txt holds the pinned versions; without that file only the minima in the
-    package's own metadata count. regions, the cheapest first, are those whose GPU quotas matter; None means any.
-    Takes as long as importing torch, or as the time limit on gcloud's answers.
+    root: the checkout, whose constraints.txt holds the pinned versions; without that file only the minimum versions of the
+    package's metadata are checked. regions: those whose GPU quotas are checked, the cheapest first; None for all. Takes as long
+    as importing torch, or up to the time limit of gcloud's answers.
     """
     with ThreadPoolExecutor(max_workers=3) as pool:
         cloud = pool.submit(cloud_checks, need, regions)
@@ -62,12 +62,12 @@ def examine(need: Need = "train", root: Path = CHECKOUT, regions: list[str] | No
 
 
 def exit_code(checks: list[Check]) -> int:
-    """1 when something needed is missing, else 0."""
+    """1 if something needed is missing, else 0."""
     return EXIT_MISSING if any(check.status == "missing" for check in checks) else EXIT_OK
 
 
 def render(checks: list[Check]) -> str:
-    """The rows as aligned plain text, each with its advice in the line below it."""
+    """The rows as aligned plain text, with the advice in the line below each row."""
     rows = [("", "check", "found", "needed"), *((c.status, c.name, c.found, c.needed) for c in checks)]
     first, *others = aligned(rows)
     lines, indent = [first], max(len(row[0]) for row in rows)
@@ -76,12 +76,12 @@ def render(checks: list[Check]) -> str:
         if check.advice:
             lines.append(f"{'':{indent}}  -> {check.advice}")
     count = sum(check.status == "missing" for check in checks)
-    lines += ["", f"{count} missing" if count else "nothing that is needed is missing"]
+    lines += ["", f"{count} missing" if count else "nothing required is missing"]
     return "\n".join(lines)
 
 
 def line_end_checks(root: Path) -> Iterator[Check]:
-    """The scripts and the Makefile of the checkout: bash and make read no Windows line ends. No row where there are none."""
+    """Line ends of the checkout's scripts and Makefile: bash and make fail on Windows ones. No row if there are no such files."""
     scripts = [root / "Makefile", *sorted((root / "on_machine").glob("*.sh"))]
     bad = [path.relative_to(root) for path in with_carriage_returns(scripts)]
     if bad:
@@ -92,7 +92,7 @@ def line_end_checks(root: Path) -> Iterator[Check]:
 
 
 def package_checks(need: Need, root: Path) -> Iterator[Check]:
-    """Python and every package of the extras train and cloud, against minimum and pinned version."""
+    """Python and every package of the extras train and cloud, with minimum and pinned version."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -105,7 +105,7 @@ def package_checks(need: Need, root: Path) -> Iterator[Check]:
     yield _python_check(metadata["Requires-Python"] or "")
     pins = pinned_versions(root / "constraints.txt")
     for requirement in map(Requirement, metadata.get_all("Requires-Dist") or []):
-        extra = next((e for e in ("", "train", "cloud") if _wanted(requirement, e)), None)
+        extra = next((e for e in ("", "train", "cloud") if _applies(requirement, e)), None)
         if extra is not None:
             pin = pins.get(canonicalize_name(requirement.name))
             check = package_check(requirement.name, str(requirement.specifier), pin, extra, need)
@@ -118,15 +118,15 @@ def _python_check(needed: str) -> Check:
     found = platform.python_version()
     if SpecifierSet(needed).contains(found, prereleases=True):
         return Check("Python", "ok", found, needed)
-    return Check("Python", "missing", found, needed, f"make a virtual environment with Python {needed}")
+    return Check("Python", "missing", found, needed, f"create a virtual environment with Python {needed}")
 
 
-def _wanted(requirement: Requirement, extra: str) -> bool:
+def _applies(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def package_check(name: str, minimum: str, pin: str | None, extra: str, need: Need) -> Check:
-    """One package against its minimum ('>=2.11') and, if there is one, its pin ('2.13.0')."""
+    """The row of one package: its minimum ('>=2.11') and, if any, its pin ('2.13.0')."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion
 
@@ -151,10 +151,10 @@ def package_check(name: str, minimum: str, pin: str | None, extra: str, need: Ne
 
 
 def _skypilot_as_imported(check: Check, need: Need, root: Path) -> Check:
-    """The row of skypilot, corrected by what `import sky` finds (without importing it, which takes seconds).
+    """The row of skypilot, corrected by what `import sky` would find (it is not imported, which takes seconds).
 
-    The folder of task files shares its name: bare, it makes the import succeed where SkyPilot is absent; with
-    an __init__.py it hides SkyPilot.
+    The folder of task YAMLs has the same name: without an __init__.py it makes the import succeed if SkyPilot is absent; with one
+    it hides SkyPilot.
     """
     spec = importlib.util.find_spec("sky")
     origin = spec.origin if spec else None
@@ -162,7 +162,7 @@ def _skypilot_as_imported(check: Check, need: Need, root: Path) -> Check:
         advice = "delete sky/__init__.py: it hides SkyPilot"
         return replace(check, status=_absent("cloud", need), found="hidden by sky/__init__.py", advice=advice)
     if spec and not origin:
-        advice = check.advice or "install it again: its module `sky` is gone"
+        advice = check.advice or "install it again: its module `sky` is missing"
         found = f"{check.found} (import sky finds only the folder sky/)"
         return replace(check, status=_absent("cloud", need), found=found, advice=advice)
     return check
@@ -180,10 +180,10 @@ def pinned_versions(constraints: Path) -> dict[str, str]:
 
 
 def gpu_checks(need: Need, hardware: Hardware, driver: Driver | None, torch: TorchBuild | None) -> Iterator[Check]:
-    """GPU, dtype, driver and torch build, and whether the four fit together."""
+    """GPU, dtype, driver and torch build, and whether they are compatible."""
     gpu = hardware.gpu or (driver.gpu if driver else None)
     if gpu is None:
-        advice = "training runs on the CPU: right for the demo, too slow for 7B; rent a GPU with `sky launch`"
+        advice = "training runs on the CPU: fine for the demo, too slow for 7B; launch a GPU machine with `sky launch`"
         yield Check("GPU", "info", "none", "", advice)
     else:
         major, minor = gpu.compute_capability
@@ -191,7 +191,7 @@ def gpu_checks(need: Need, hardware: Hardware, driver: Driver | None, torch: Tor
         yield Check("GPU", "ok", found)
     yield Check("compute dtype", "ok", hardware.dtype, "bfloat16 from 8.0, float16 below, float32 on CPU")
     if driver and not driver.version:
-        advice = "run `nvidia-smi` by hand: the driver is not loaded or does not match its kernel module"
+        advice = "run `nvidia-smi` to see why: the driver is not loaded or does not match its kernel module"
         yield Check("NVIDIA driver", "warning", "nvidia-smi gives no answer", "", advice)
     elif driver:
         yield _driver_check(need, driver.version, torch.cuda if torch else None)
@@ -212,20 +212,20 @@ def _torch_check(need: Need, capability: tuple[int, int] | None, torch: TorchBui
     name, found = "torch build", f"CUDA {torch.cuda}" if torch.cuda else "CPU only"
     absent = _absent("train", need)
     if torch.broken:
-        return Check(name, absent, f"does not work: {torch.broken}", "", "restart, or install torch again")
+        return Check(name, absent, f"does not work: {torch.broken}", "", "reboot, or install torch again")
     if capability is None:
         return Check(name, "ok", found)
     code = f"sm_{capability[0]}{capability[1]}"
     volta = "a build for CUDA 12.6 (torch <= 2.14)"
     if torch.cuda is None:
-        wanted = volta if capability == VOLTA else "a CUDA build"
-        return Check(name, absent, found, wanted, f"install {wanted}: choose it on pytorch.org/get-started")
+        needed = volta if capability == VOLTA else "a CUDA build"
+        return Check(name, absent, found, needed, f"install {needed}: choose it on pytorch.org/get-started")
     if not runs_on(torch, capability):
-        wanted = volta if capability == VOLTA else f"a build that holds {code}"
-        return Check(name, absent, found, wanted, f"this build has no code for {code}: install {wanted}")
+        needed = volta if capability == VOLTA else f"a build with {code}"
+        return Check(name, absent, found, needed, f"this build has no code for {code}: install {needed}")
     if torch.gpu is None:
         hidden = "CUDA_VISIBLE_DEVICES" in os.environ
-        advice = "unset CUDA_VISIBLE_DEVICES" if hidden else "see the row of the driver, or restart"
+        advice = "unset CUDA_VISIBLE_DEVICES" if hidden else "see the row of the driver, or reboot"
         return Check(name, absent, f"{found}, finds no GPU", f"holds {code}", advice)
     return Check(name, "ok", found, f"holds {code}")
 
@@ -235,7 +235,7 @@ def machine_checks(need: Need, hardware: Hardware) -> Iterator[Check]:
     yield Check("platform", "ok", hardware.platform)
     yield Check("CPU", "ok", f"{hardware.cores} cores, {hardware.cpu}")
     enough = hardware.ram_gib >= RAM_GIB or need == "cloud"
-    advice = "" if enough else "close other programs, or take a machine with at least 8 GB"
+    advice = "" if enough else "close other programs, or use a machine with at least 8 GB"
     yield Check("RAM", "ok" if enough else "warning", f"{hardware.ram_gib} GiB", "8 GB", advice)
     for name, folder in (("disk, this folder", Path.cwd()), ("disk, model cache", huggingface_home())):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -244,12 +244,12 @@ def machine_checks(need: Need, hardware: Hardware) -> Iterator[Check]:
         if free < DISK_GIB["demo"]:
             status = _absent("train", need)
         needed = f"{DISK_GIB['demo']:.0f} GiB for the demo, {DISK_GIB['7B']:.0f} for 7B (estimated)"
-        advice = "free some, or set HF_HOME and training.output_dir to a larger disk" if status != "ok" else ""
+        advice = "free some space, or set HF_HOME and training.output_dir to a larger disk" if status != "ok" else ""
         yield Check(name, status, f"{free:.1f} GiB free", needed, advice)
 
 
 def key_checks() -> Iterator[Check]:
-    """Whether the keys of Hugging Face and W&B are there; never what they are."""
+    """Whether keys for Hugging Face and W&B are present; never their values."""
     if huggingface_token_present():
         yield Check("Hugging Face token", "ok", "present")
     else:

@@ -1,1 +1,1 @@
-"""What a job does on a rented machine, around the commands that it calls."""
+"""The work of a job on a cloud machine, around the commands that it starts."""

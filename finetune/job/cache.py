@@ -1,8 +1,8 @@
-"""Prepared data travel between machines through the bucket.
+"""Shares prepared data sets between machines through the bucket.
 
-<bucket>/data/<set>-<id>         prepared sets; <id> begins the SHA-256 of manifest.json, so such a folder never changes
-<bucket>/data/by-config/<key>    which of them was last used for a config whose data section has the hash <key>
-~/.finetune/set-<id>             the key of the config for which an earlier job laid out the set with that id here
+<bucket>/data/<set>-<id>         prepared sets; <id> is the start of the SHA-256 of manifest.json, so a folder never changes
+<bucket>/data/by-config/<key>    the id of the set last used for a config whose data section has the hash <key>
+~/.finetune/set-<id>             the key of the config for which an earlier job put the set <id> on this machine
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ PART = ".part"
 
 @dataclass(frozen=True)
 class DataCache:
-    """bucket: the folder `data` in it. state: what this machine remembers of its earlier jobs."""
+    """bucket: the folder `data` in the bucket. state: a local folder for the state of earlier jobs on this machine."""
 
     bucket: Path
     state: Path
 
-    def lay_out(self, config: RunConfig, wanted: str, prepare: Callable[[], None]) -> None:
-        """Lay the prepared set of a config on the local disk, and keep a copy in the bucket.
+    def lay_out(self, config: RunConfig, required: str, prepare: Callable[[], None]) -> None:
+        """Put the prepared set of a config on the local disk, and a copy into the bucket.
 
-        wanted: SHA-256 of the manifest that an earlier attempt used, "" for a new run. Looked for in this order: what came with
-        the working directory, the bucket, the sources. What an earlier job laid here for another config did not come with it.
+        required: SHA-256 of the manifest that an earlier attempt used, "" for a new run. The set is searched in this order: the
+        working directory as uploaded, the bucket, the sources. A set that an earlier job put here for another config is ignored.
         """
-        folder, key, wanted = Path(config.data.output_dir), data_key(config), wanted[:ID_LENGTH]
+        folder, key, required = Path(config.data.output_dir), data_key(config), required[:ID_LENGTH]
         here = set_id(folder)
-        if here and not wanted and _text(self._laid_for(here)) not in ("", key):
+        if here and not required and _text(self._key_file(here)) not in ("", key):
             here = ""
-        if not here or (wanted and here != wanted):
-            kept = wanted or _text(self.bucket / "by-config" / key)
-            if kept and (self._kept(folder, kept) / MANIFEST).is_file():
-                say(f"data: {self._kept(folder, kept)} -> {folder}")
+        if not here or (required and here != required):
+            cached = required or _text(self.bucket / "by-config" / key)
+            if cached and (self._in_bucket(folder, cached) / MANIFEST).is_file():
+                say(f"data: {self._in_bucket(folder, cached)} -> {folder}")
                 _remove_set(folder)
-                copy_set(self._kept(folder, kept), folder)
-                write_text(self._laid_for(kept), key)
+                copy_set(self._in_bucket(folder, cached), folder)
+                write_text(self._key_file(cached), key)
                 return
             if not here:
                 _remove_set(folder)
@@ -57,19 +57,19 @@ class DataCache:
             here = set_id(folder)
             if not here:
                 raise UserError(
-                    f"{folder}: holds no {MANIFEST}, though the data were prepared; see data.output_dir",
+                    f"{folder}: holds no {MANIFEST} after preparing the data; check data.output_dir",
                     code="job.nothing_prepared",
                 )
-            write_text(self._laid_for(here), key)
-        if not (self._kept(folder, here) / MANIFEST).is_file():
-            say(f"data: {folder} -> {self._kept(folder, here)}")
-            copy_set(folder, self._kept(folder, here))
+            write_text(self._key_file(here), key)
+        if not (self._in_bucket(folder, here) / MANIFEST).is_file():
+            say(f"data: {folder} -> {self._in_bucket(folder, here)}")
+            copy_set(folder, self._in_bucket(folder, here))
         write_text(self.bucket / "by-config" / key, f"{here}\n")
 
-    def _kept(self, folder: Path, identity: str) -> Path:
+    def _in_bucket(self, folder: Path, identity: str) -> Path:
         return self.bucket / f"{folder.name}-{identity}"
 
-    def _laid_for(self, identity: str) -> Path:
+    def _key_file(self, identity: str) -> Path:
         return self.state / f"set-{identity}"
 
 
@@ -80,13 +80,13 @@ def data_key(config: RunConfig) -> str:
 
 
 def set_id(folder: Path) -> str:
-    """The id of the prepared set in a folder, "" where there is none."""
+    """The id of the prepared set in a folder, "" if there is none."""
     manifest = folder / MANIFEST
     return sha256_file(manifest)[:ID_LENGTH] if manifest.is_file() else ""
 
 
 def _remove_set(folder: Path) -> None:
-    """What `copy_set` may have laid there, whole or cut off: `data prepare` refuses a folder with other files."""
+    """Remove what `copy_set` may have written, complete or partial: `data prepare` refuses a folder with other files."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder / DATABASES, ignore_errors=True)
     for path in [*folder.glob("*.jsonl"), *folder.glob(f".*{PART}")]:
@@ -94,8 +94,8 @@ def _remove_set(folder: Path) -> None:
 
 
 def copy_set(source: Path, target: Path) -> None:
-    """The manifest last, so that half a copy does not count. A file takes its name when it is whole: another job may be copying
-    the same set to the same place, or reading it there already."""
+    """Copies the manifest last, so that a partial copy is not valid. A file gets its name when it is complete: another job may be
+    copying the same set to the same place, or already reading it there."""
     for path in sorted(source.rglob("*")):
         if path.is_dir() or path.name.endswith(PART) or path == source / MANIFEST:
             continue

@@ -1,4 +1,4 @@
-"""The data of a job: from the bucket, or prepared on this machine."""
+"""The data of a job: copied from the bucket, or prepared on this machine."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from finetune.run_folder import RunFolder
 
 BUILT = Path("data") / "built"
 BUILDER = Path("data") / "build.py"
-"""Makes the sets of BUILT, which are not in git."""
+"""Creates the sets in BUILT, which are not in git."""
 
 
 def data_of_config(config_file: Path, overrides: list[str], settings: JobSettings) -> None:
-    """For a new run: whatever set the config has."""
+    """For a new run: any prepared set of the config."""
     _lay_out(config_file, overrides, "", settings)
 
 
 def data_of_run(run: RunFolder, settings: JobSettings) -> None:
-    """For a run that has begun: the set that it began with. Raises UserError where its record cannot be read."""
+    """For a run that has started: the set that it started with. Raises UserError if its record cannot be read."""
     used = run.record().data
     _lay_out(run.config_yaml, [], (used and used.manifest_sha256) or "", settings)
 
 
-def _lay_out(config_file: Path, overrides: list[str], wanted: str, settings: JobSettings) -> None:
+def _lay_out(config_file: Path, overrides: list[str], required: str, settings: JobSettings) -> None:
     config = load_config(config_file, overrides)
 
     def prepare() -> None:
-        say("data: prepared neither here nor in the bucket; preparing it on this machine, which costs its time")
+        say("data: not prepared, neither here nor in the bucket; preparing it on this machine, which is billed time")
         named = str(to_dict(config)["data"]["sources"])
         if f"{BUILT.as_posix()}/" in named and not (BUILT / "train.jsonl").exists():
             call(["python", str(BUILDER)], settings.environment)
         call(["finetune", "data", "prepare", str(config_file), *overrides], settings.environment)
 
-    DataCache(settings.mount / "data", settings.state).lay_out(config, wanted, prepare)
+    DataCache(settings.mount / "data", settings.state).lay_out(config, required, prepare)

@@ -1,7 +1,7 @@
-"""`finetune job dev`: JupyterLab and TensorBoard for whoever comes in by ssh.
+"""`finetune job dev`: JupyterLab and TensorBoard, reachable through ssh.
 
-Both listen on 127.0.0.1 alone, and Jupyter wants its token, which stays out of SkyPilot's log. Ends by itself when nothing has
-run for IDLE_SECONDS, so that autostop can do its work.
+Both listen on 127.0.0.1 only, and Jupyter requires its token, which is kept out of SkyPilot's log. Ends after IDLE_SECONDS
+without activity, so that autostop can terminate the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def dev(settings: JobSettings) -> int:
         say(f"JupyterLab for at most {hours:.4f} hours, or until it is idle for {IDLE_SECONDS // 60} minutes:")
         say(f"  ssh -L {PORT}:localhost:{PORT} -L 6006:localhost:6006 {settings.cluster}")
         say(f"  ssh {settings.cluster} finetune-env/bin/jupyter server list      # the address with its token")
-        say(f"  what is to outlive the machine belongs into the folder {NOTEBOOKS}, which lies in the bucket")
+        say(f"  save what should outlive the machine in the folder {NOTEBOOKS}, which is in the bucket")
         _link(Path(NOTEBOOKS), settings.mount / NOTEBOOKS)
         os.umask(0o077)
         log = settings.state / "jupyter.log"
@@ -50,7 +50,7 @@ def _link(link: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if link.exists() and not link.is_symlink():
         raise UserError(
-            f"{link}: is in the working directory already, where the bucket's notebooks belong; give yours another name",
+            f"{link}: exists in the working directory, and is needed as a link to the bucket's notebooks; rename yours",
             code="job.name_taken",
         )
     link.unlink(missing_ok=True)

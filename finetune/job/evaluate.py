@@ -1,4 +1,4 @@
-"""`finetune job evaluate`: scores a run of the bucket and writes its report there."""
+"""`finetune job evaluate`: scores a run in the bucket and writes its report there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.run_folder import RunFolder
 
 
 def evaluate(settings: JobSettings) -> int:
-    """Exit codes: those of `finetune evaluate`; 2 when the limit was too low."""
+    """Exit codes: those of `finetune evaluate`; 2 if the limit was too low."""
     settings.require_bucket()
     run = run_to_score(settings)
     say(f"scoring {run.path}")
@@ -31,7 +31,7 @@ def evaluate(settings: JobSettings) -> int:
 
 
 def run_to_score(settings: JobSettings) -> RunFolder:
-    """The run of RUN_NAME; without it that of this job, else the newest trained one. Raises UserError where there is none."""
+    """The run RUN_NAME; if that is empty, this job's own run, else the newest trained one. Raises UserError if there is none."""
     name = settings.name_of_run()
     if not settings.run_name and not (settings.runs / name).is_dir():
         name = _newest_trained(settings)
@@ -39,7 +39,7 @@ def run_to_score(settings: JobSettings) -> RunFolder:
     if not run.config_yaml.is_file():
         there = sorted(path.name for path in settings.runs.glob("*") if path.is_dir())
         listed = " ".join(f"{other}/" for other in there) or "nothing"
-        raise UserError(f"{run.path}: no such run; there: {listed}", code="run.not_found")
+        raise UserError(f"{run.path}: no such run; found: {listed}", code="run.not_found")
     return run
 
 
@@ -48,7 +48,7 @@ def _newest_trained(settings: JobSettings) -> str:
     newest = max(trained, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise UserError(
-            f"{settings.runs}: no run there is trained; train one first, or name it by --env RUN_NAME=NAME",
+            f"{settings.runs}: no trained run found; train one first, or name one with --env RUN_NAME=NAME",
             code="run.none_trained",
         )
     return newest.parents[1].name

@@ -1,4 +1,4 @@
-"""How long a job may go on, and the end of the program that does its work."""
+"""The time limit of a job, and how its program is stopped."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from finetune.job.programs import say, shell_code
 from finetune.job.settings import JobSettings
 from finetune.machine.price import Ceilings, machine_price, wall_hours
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 ROOM_SCRIPT = Path("on_machine") / "room.sh"
-"""In the working directory, which is the repository."""
+"""Relative to the working directory, which is the repository."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """code: as a shell has it. out_of_time: whether its hours were over before it ended."""
+    """code: exit code as in a shell. out_of_time: whether the program was stopped at its time limit."""
 
     code: int
     out_of_time: bool
 
 
 def hours_left(settings: JobSettings) -> float:
-    """Hours that MAX_RUN_USD and MAX_HOURS leave to this machine, from now. Raises UserError when there are none."""
+    """Hours from now that MAX_RUN_USD and MAX_HOURS leave to this machine. Raises UserError if there are none."""
     most = float(settings.max_hours)
     try:
         left = wall_hours(machine_price(), Ceilings(run_usd=float(settings.max_run_usd), hours=most))
     except UserError as error:
         say(str(error))
-        say(f"the price of this machine is not known: MAX_HOURS={settings.max_hours} alone limits its time")
+        say(f"the price of this machine is unknown: only MAX_HOURS={settings.max_hours} limits its time")
         left = most
     hours = round(most if left is None else left, 4)
     if not hours:
@@ -48,77 +48,77 @@ def hours_left(settings: JobSettings) -> float:
 
 
 def run_limited(command: Sequence[str], hours: float, settings: JobSettings, output: IO[bytes] | None = None) -> Ended:
-    """Run the program that does the job's work, output: for what it prints, else where we print.
+    """Run the program that does the job's work; output: a file for what it prints, None for our own output.
 
-    When its time is up, when the disk is nearly full (on_machine/room.sh), and when we are told to end, it gets SIGTERM and has
-    GRACE_SECONDS to save its work. It gets it once, because a second one means: at once; and it alone, because it still needs the
-    processes that it has started.
+    When its time is up, when the disk is nearly full (on_machine/room.sh), and when this process gets SIGTERM or SIGINT, the
+    program gets SIGTERM and has GRACE_SECONDS to save its work. It gets one signal only, because a second one makes it exit at
+    once; its child processes get none, because it still needs them.
     """
     full = settings.state / "room.full"
     full.unlink(missing_ok=True)
-    ending = _Ending(float(settings.grace_seconds))
+    stopper = _ProgramStopper(float(settings.grace_seconds))
     ends, out_of_time = time.monotonic() + hours * 3600, False
-    with ending.on_signals():
+    with stopper.on_signals():
         program = subprocess.Popen(command, env=settings.environment, stdout=output, stderr=output)
-        ending.of(program)
+        stopper.attach(program)
         _watch_room(program.pid, settings.state / "room")
         while (code := _ended(program)) is None:
-            if not ending.asked and full.exists():
-                ending.was_told()
-            if not ending.asked and time.monotonic() >= ends:
+            if not stopper.requested and full.exists():
+                stopper.was_signalled()
+            if not stopper.requested and time.monotonic() >= ends:
                 out_of_time = True
-                ending.ask()
-            ending.insist()
+                stopper.request()
+            stopper.kill_if_overdue()
     code = shell_code(code)
     if (code or out_of_time) and full.exists():
         say(
-            f"the disk was nearly full ({full.read_text(encoding='utf-8').strip()} MiB left): stopped, what was saved is kept; "
-            "launch again with a larger resources.disk_size, or free some room, and the same --env RUN_NAME"
+            f"the disk was nearly full ({full.read_text(encoding='utf-8').strip()} MiB left): stopped, checkpoints are kept; "
+            "launch again with a larger resources.disk_size, or free some space, with the same --env RUN_NAME"
         )
-        return Ended(EXIT_USER_ERROR, False)  # it would fill on another machine, too
+        return Ended(EXIT_USER_ERROR, False)  # the disk of another machine would fill too
     return Ended(code, out_of_time)
 
 
-class _Ending:
-    """Tells a program to end, whoever asks and however often, and kills it when it takes too long."""
+class _ProgramStopper:
+    """Stops a program: sends SIGTERM once, however often that is requested, and SIGKILL when the grace period is over."""
 
     def __init__(self, grace_seconds: float) -> None:
         self._grace = grace_seconds
         self._program: subprocess.Popen[bytes] | None = None
         self._deadline: float | None = None
-        self._told = False
+        self._signalled = False
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self._deadline is not None
 
-    def ask(self, *_: object) -> None:
+    def request(self, *_: object) -> None:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace
-        self._tell()
+        self._terminate()
 
-    def was_told(self) -> None:
-        """Somebody else has sent it SIGTERM; its time runs all the same."""
-        self._deadline, self._told = time.monotonic() + self._grace, True
+    def was_signalled(self) -> None:
+        """Another process has sent it SIGTERM; the grace period starts all the same."""
+        self._deadline, self._signalled = time.monotonic() + self._grace, True
 
-    def of(self, program: subprocess.Popen[bytes]) -> None:
+    def attach(self, program: subprocess.Popen[bytes]) -> None:
         self._program = program
-        if self.asked:  # by a signal that came while it started
-            self._tell()
+        if self.requested:  # by a signal that arrived while it was starting
+            self._terminate()
 
-    def insist(self) -> None:
+    def kill_if_overdue(self) -> None:
         if self._program and self._deadline is not None and time.monotonic() >= self._deadline:
             self._program.kill()
 
-    def _tell(self) -> None:
-        if self._program and not self._told:
-            self._told = True
+    def _terminate(self) -> None:
+        if self._program and not self._signalled:
+            self._signalled = True
             self._program.terminate()
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """While the block runs, SIGTERM and SIGINT do not end us, but ask."""
-        earlier = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        """While the block runs, SIGTERM and SIGINT do not end this process, but request the end of the program."""
+        earlier = {number: signal.signal(number, self.request) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
@@ -128,12 +128,12 @@ class _Ending:
 
 def _ended(program: subprocess.Popen[bytes]) -> int | None:
     with suppress(subprocess.TimeoutExpired):
-        return program.wait(LOOK_SECONDS)
+        return program.wait(POLL_SECONDS)
     return None
 
 
 def _watch_room(process: int, file: Path) -> None:
-    """Its watcher outlives us where SkyPilot ends us and our children; --fork makes it nobody's child."""
+    """Starts the disk watcher detached (--fork), so that it keeps running if SkyPilot kills this process and its children."""
     words = ["setsid", "--fork", "bash", str(ROOM_SCRIPT), str(process), str(file)]
     nothing = subprocess.DEVNULL
     with suppress(OSError):

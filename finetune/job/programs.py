@@ -1,4 +1,4 @@
-"""The programs that a job calls, and what it says about them."""
+"""The programs that a job starts, and its messages about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TENSORBOARD_PORT = 6006
 
 
 class ProgramFailed(Exception):
-    """A program that the job needs has failed, and said why; the job ends with its exit code."""
+    """A program that the job needs has failed and reported why; the job ends with its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
@@ -27,29 +27,30 @@ def say(message: str) -> None:
 
 
 def shell_code(code: int) -> int:
-    """An exit code as a shell has it: 128 and its number for a signal."""
+    """An exit code as in a shell: 128 plus the number of the signal."""
     return code if code >= 0 else 128 - code
 
 
 @contextmanager
 def signals_later() -> Iterator[None]:
-    """SIGTERM and SIGINT that come while the block runs are handled at its end. For the start of a program: a handler that raises
-    in the middle of it would leave a program that nobody knows of."""
-    came: list[int] = []
+    """SIGTERM and SIGINT that arrive while the block runs are handled at its end. For the start of a program: a handler that
+    raises during the start would leave a running program without a handle."""
+    arrived: list[int] = []
     earlier = {
-        number: signal.signal(number, lambda which, _: came.append(which)) for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.signal(number, lambda which, _: arrived.append(which))
+        for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
         yield
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-        for which in came[:1]:
+        for which in arrived[:1]:
             signal.raise_signal(which)
 
 
 def call(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a program to its end; it ends with us. Raises ProgramFailed."""
+    """Run a program to its end; it is terminated if this process is interrupted. Raises ProgramFailed."""
     program: subprocess.Popen[bytes] | None = None
     try:
         with signals_later():
@@ -66,7 +67,7 @@ def call(command: Sequence[str], environment: Mapping[str, str]) -> None:
 
 @contextmanager
 def tensorboard(settings: JobSettings) -> Iterator[None]:
-    """While the block runs TensorBoard shows all runs of the bucket to whoever comes in by ssh."""
+    """While the block runs, TensorBoard shows all runs of the bucket, reachable through ssh."""
     words = ["tensorboard", "--logdir", str(settings.runs), "--host", "127.0.0.1", "--port", str(TENSORBOARD_PORT)]
     log = settings.state / "tensorboard.log"
     program: subprocess.Popen[bytes] | None = None
@@ -76,7 +77,7 @@ def tensorboard(settings: JobSettings) -> Iterator[None]:
                 program = subprocess.Popen(
                     [*words, "--reload_interval", "60"], env=settings.environment, stdout=file, stderr=file
                 )
-        except OSError as error:  # the job is worth more than its picture
+        except OSError as error:  # the job continues without TensorBoard
             say(f"TensorBoard does not start: {error}")
             yield
             return

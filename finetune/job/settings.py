@@ -16,12 +16,12 @@ from finetune.errors import UserError
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 DEFAULTS = {"MAX_RUN_USD": "25", "MAX_HOURS": "24", "GRACE_SECONDS": "180", "FINETUNE_MOUNT": "/bucket"}
 LONGEST_NAME = 100
-"""Of a run, in characters; W&B takes 128."""
+"""Longest run name, in characters; W&B allows 128."""
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Where the task has num_nodes: how many there are, which of them this is, the address of the first."""
+    """For a task with num_nodes: the number of nodes, the rank of this one, the address of the first."""
 
     count: int
     rank: int
@@ -30,8 +30,8 @@ class Nodes:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """max_run_usd, max_hours and grace_seconds read in messages as they were typed. grace_seconds: from SIGTERM until a program
-    that does not end is killed. environment: for the programs that the job starts."""
+    """max_run_usd, max_hours and grace_seconds are Decimal so that messages show them as typed. grace_seconds: from SIGTERM until
+    a program that does not end is killed. environment: for the programs that the job starts."""
 
     mount: Path
     state: Path
@@ -58,7 +58,7 @@ class JobSettings:
     def name_of_run(self) -> str:
         """RUN_NAME, or SkyPilot's id of the task, which stays the same when a managed job is recovered on another machine.
 
-        Only characters that a folder, a bucket and W&B's run ids (none of /\\#?%:) all take.
+        Only characters that are valid in a folder, a bucket and W&B's run ids (none of /\\#?%:).
         """
         if self.run_name:
             return self.run_name
@@ -69,7 +69,7 @@ class JobSettings:
         return re.sub(r"[^A-Za-z0-9_-]", "-", self.task_id)[:LONGEST_NAME]
 
     def require_bucket(self) -> None:
-        """Raises UserError where there is nothing that outlives the machine."""
+        """Raises UserError if no writable bucket is mounted."""
         if not (self.mount.is_dir() and os.access(self.mount, os.W_OK)):
             raise UserError(
                 f"{self.mount}: no bucket is mounted there; launch with a task of sky/", code="bucket.not_mounted"
@@ -77,7 +77,7 @@ class JobSettings:
 
 
 def read_settings(given: Mapping[str, str]) -> JobSettings:
-    """The settings in an environment. Raises UserError that names every variable which means nothing."""
+    """The settings from an environment. Raises UserError that names every invalid variable."""
     values = {name: given.get(name) or default for name, default in DEFAULTS.items()}
     problems: list[str] = []
     numbers = {name: _positive(name, values[name], problems) for name in ("MAX_RUN_USD", "MAX_HOURS", "GRACE_SECONDS")}
@@ -108,7 +108,7 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
 
 
 def _positive(name: str, text: str, problems: list[str]) -> Decimal:
-    """As the launch policy reads it, too."""
+    """Parsed as in the launch policy."""
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) and Decimal(text) > 0:
         return Decimal(text)
     problems.append(f"{name}: expected a number above 0, found {text!r}")
@@ -133,7 +133,7 @@ def _nodes(given: Mapping[str, str], problems: list[str]) -> Nodes | None:
 
 
 def _cluster(given: Mapping[str, str]) -> str:
-    """For the commands that we tell; SkyPilot's variable holds more than the name."""
+    """The cluster's name, for commands in messages; SkyPilot's variable holds more than the name."""
     try:
         name = json.loads(given.get("SKYPILOT_CLUSTER_INFO") or "{}").get("cluster_name")
     except (ValueError, AttributeError):

@@ -1,6 +1,6 @@
-"""`finetune job train`: trains into the bucket, a run from its beginning, or one that was interrupted from its newest checkpoint.
+"""`finetune job train`: starts a run in the bucket, or resumes an interrupted one from its newest checkpoint.
 
-Where the task has num_nodes, SkyPilot runs this on every node.
+For a task with num_nodes, SkyPilot runs this on every node.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NODES_PORT = 29500
 
 
 def train(settings: JobSettings) -> int:
-    """Exit codes: 0 done, or stopped at a limit with a checkpoint kept; 2 the user's mistake; 75 interrupted, to be run again."""
+    """Exit codes: 0 done, or stopped at a limit with a checkpoint; 2 user error; 75 interrupted, to be run again."""
     settings.require_bucket()
     name = settings.name_of_run()
     wandb = {"WANDB_RUN_ID": name, "WANDB_NAME": name, "WANDB_RESUME": "allow"}
@@ -40,17 +40,17 @@ def train(settings: JobSettings) -> int:
         ended = run_limited([*trainer(settings), *words], hours, settings)
     if ended.out_of_time:
         say(
-            f"{hours:.4f} hours are over ({settings.limits}): stopped, the newest checkpoint is kept in {run.path}; to go on, "
+            f"{hours:.4f} hours are over ({settings.limits}): stopped, the newest checkpoint is kept in {run.path}; to resume, "
             f"launch again with --env RUN_NAME={name} and a higher limit"
         )
-        return EXIT_OK  # a managed job must not restart it
+        return EXIT_OK  # so that a managed job does not restart it
     if ended.code == EXIT_OK:
-        say(f"ended; {_score(name)}")
+        say(f"done; {_score(name)}")
     return ended.code
 
 
 def trainer(settings: JobSettings) -> list[str]:
-    """What stands for `finetune train`: one process for each GPU where there are several."""
+    """The command for `finetune train`: with torchrun, one process per GPU, if there are several GPUs or nodes."""
     count, nodes = max(gpus(settings), 1), settings.nodes
     if nodes is None and count == 1:
         return ["finetune", "train"]
@@ -58,12 +58,12 @@ def trainer(settings: JobSettings) -> list[str]:
     if nodes:
         where = ["--nnodes", str(nodes.count), "--node-rank", str(nodes.rank)]
         where += ["--master-addr", nodes.first, "--master-port", str(NODES_PORT)]
-    several = ["--nproc-per-node", str(count), "-m", "finetune", "train"]
-    return ["python", "-m", "finetune.runtime.torchrun", *where, *several]
+    launcher = ["--nproc-per-node", str(count), "-m", "finetune", "train"]
+    return ["python", "-m", "finetune.runtime.torchrun", *where, *launcher]
 
 
 def gpus(settings: JobSettings) -> int:
-    """How many GPUs this job may use."""
+    """Number of GPUs that this job may use."""
     if visible := settings.environment.get("CUDA_VISIBLE_DEVICES"):
         return len([word for word in visible.split(",") if word])
     try:
@@ -82,15 +82,15 @@ def _begin(run: RunFolder, settings: JobSettings) -> list[str]:
         )
     data_of_config(Path(settings.config), settings.overrides, settings)
     name = run.path.name
-    say(f"new run {run.path}; if it is interrupted, the same launch with --env RUN_NAME={name} goes on with it")
+    say(f"new run {run.path}; if it is interrupted, the same launch with --env RUN_NAME={name} resumes it")
     place = [f"training.output_dir={settings.runs}", f"training.run_name={name}"]
     return [settings.config, *settings.overrides, *place, f"budget.max_run_usd={settings.max_run_usd}"]
 
 
 def _go_on(run: RunFolder, settings: JobSettings) -> list[str]:
     data_of_run(run, settings)
-    say(f"going on with {run.path}")
-    return ["--resume", str(run.path), "--max-run-usd", str(settings.max_run_usd)]  # the ceiling typed last holds
+    say(f"resuming {run.path}")
+    return ["--resume", str(run.path), "--max-run-usd", str(settings.max_run_usd)]  # the ceiling typed last applies
 
 
 def _score(name: str) -> str:

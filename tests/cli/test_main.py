@@ -1,4 +1,4 @@
-"""The command line: quick help with examples, one line for every mistake, exit codes that a machine may act on."""
+"""The command line: fast help with examples, one line for every user error, exit codes for scripts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "matplotlib", "jinj
 
 
 def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every command and sub-command as the words that call it; () is the program itself."""
+    """The words of every command and sub-command; () is the program itself."""
     yield path
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -44,7 +44,7 @@ COMMANDS = list(commands(cli._parser()))
 
 
 @pytest.mark.parametrize("imported", [True, False])
-def test_large_imports_leave_the_search_for_garbage_on(imported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_imports_leave_garbage_collection_on(imported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if imported:
         monkeypatch.setitem(sys.modules, "transformers", sys)
     else:
@@ -64,7 +64,7 @@ def run(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(autouse=True)
 def no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left on stderr is ours."""
+    """Without progress bars, everything on stderr is ours."""
     monkeypatch.setattr("transformers.core_model_loading.tqdm", lambda items, **_: items)
 
 
@@ -76,7 +76,7 @@ def config(tiny_config: Callable[..., Path]) -> Path:
 # help
 
 
-def test_all_the_agreed_commands_are_there() -> None:
+def test_all_commands_exist() -> None:
     agreed = (
         "doctor, data prepare, data check, plan, machine, train, evaluate, report, generate, config, demo, job train, "
         "job evaluate, job dev"
@@ -140,9 +140,9 @@ def test_python_dash_m_finetune_is_the_command(config: Path) -> None:
     assert done.stderr == "finetune: missing.yaml: no such config file; see configs/ for examples\n"
 
 
-def test_a_console_script_of_when_the_command_line_was_one_file_still_works(config: Path) -> None:
+def test_an_old_console_script_still_works(config: Path) -> None:
     program = (
-        "import sys\nfrom finetune.cli import main\nif __name__ == '__main__':\n    sys.exit(main())"  # pip's, of then
+        "import sys\nfrom finetune.cli import main\nif __name__ == '__main__':\n    sys.exit(main())"  # as pip wrote it
     )
     words = [sys.executable, "-c", program, "config"]
     done = subprocess.run([*words, str(config)], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -190,11 +190,11 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("train {config} lora.target_modules=[query]", "lora.unknown_modules", "query"),
     ("train {config} model.name=org/name", "model.no_revision", "model.revision"),
     ("train --resume {tmp}/none", "run.not_found", "none"),
-    ("train --resume {tmp} lora.r=8", "cli.conflicting_options", "overrides would make it another run"),
+    ("train --resume {tmp} lora.r=8", "cli.conflicting_options", "remove the overrides, or edit that config"),
     ("evaluate {tmp}/none", "run.not_found", "no such run folder or config file"),
     ("evaluate {tmp}", "run.not_found", "{tmp}"),
-    ("evaluate {config} --no-base", "cli.conflicting_options", "--no-base goes with a run folder"),
-    ("evaluate {tmp} lora.r=8", "cli.conflicting_options", "overrides go with a config file"),
+    ("evaluate {config} --no-base", "cli.conflicting_options", "--no-base needs a run folder"),
+    ("evaluate {tmp} lora.r=8", "cli.conflicting_options", "use overrides with a config file only"),
     ("evaluate {config} data.output_dir={tmp}/none", "file.missing", "`finetune data prepare CONFIG`"),
     ("report {tmp}", "run.not_found", "{tmp}"),
     ("generate {tmp} --db {tmp}/x.sqlite question", "run.not_found", "{tmp}"),
@@ -202,7 +202,7 @@ MISTAKES: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("command", "code", "said"), MISTAKES, ids=[command for command, *_ in MISTAKES])
-def test_every_mistake_is_one_line_and_exit_code_2(
+def test_every_user_error_is_one_line_and_exit_code_2(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str, code: str, said: str
 ) -> None:
     (tmp_path / "broken.yaml").write_text("model: [\n\n  unclosed")
@@ -215,7 +215,7 @@ def test_every_mistake_is_one_line_and_exit_code_2(
     assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
 
 
-def test_a_message_of_several_lines_is_put_on_one(
+def test_a_message_of_several_lines_is_joined(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: argparse.Namespace) -> int:
@@ -226,7 +226,7 @@ def test_a_message_of_several_lines_is_put_on_one(
     assert capsys.readouterr().err == "finetune: first line second line\n"
 
 
-def test_ctrl_c_exits_with_the_code_that_may_be_retried(
+def test_ctrl_c_exits_with_the_transient_code(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(_: argparse.Namespace) -> int:
@@ -237,8 +237,8 @@ def test_ctrl_c_exits_with_the_code_that_may_be_retried(
     assert capsys.readouterr() == ("", "finetune: interrupted\n")
 
 
-def test_a_reader_that_goes_away_is_no_error(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it, the loss would be noticed earlier
+def test_a_broken_pipe_is_not_an_error(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it, the broken pipe would be noticed earlier
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -303,7 +303,7 @@ def test_data_check_lists_every_rejected_record_and_exits_with_1(
     assert not (tmp_path / "out").exists()
 
 
-def test_data_check_names_what_would_stop_prepare_and_exits_with_1(
+def test_data_check_reports_what_would_fail_in_prepare_and_exits_with_1(
     tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = data_config(tmp_path, tiny_config, GOOD[:4])
@@ -311,7 +311,7 @@ def test_data_check_names_what_would_stop_prepare_and_exits_with_1(
     assert "the split test is empty" in capsys.readouterr().out
 
 
-def test_data_prepare_writes_once_and_says_what(
+def test_data_prepare_writes_once_and_prints_the_counts(
     tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = data_config(tmp_path, tiny_config, GOOD)
@@ -352,7 +352,7 @@ BEFORE_AND_AFTER = "execution accuracy: 4.7% before, 33.3% after, on 150 questio
         ({"data_manifest_sha256": "0" * 64}, "of the test split"),
     ],
 )
-def test_the_report_claims_unseen_questions_only_where_they_are(
+def test_the_report_calls_questions_unseen_only_if_they_are(
     finished: RunFolder, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], which: str
 ) -> None:
     base, tuned = rows(150)
@@ -373,7 +373,7 @@ def test_the_report_of_a_run_that_was_not_evaluated_claims_nothing(
 
 
 @pytest.mark.parametrize(("arguments", "need"), [([], "train"), (["--cloud"], "cloud")])
-def test_doctor_requires_what_is_asked_for_and_no_more(
+def test_doctor_requires_only_what_is_requested(
     arguments: list[str], need: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def examine(asked: Need, regions: list[str] | None = None) -> list[Check]:

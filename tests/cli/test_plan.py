@@ -1,4 +1,4 @@
-"""`finetune plan` as typed: ceilings, kinds of machine, JSON, --write, and no need of torch or SkyPilot."""
+"""`finetune plan` on the command line: ceilings, spot or on-demand, JSON, --write; without importing torch or SkyPilot."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def values(shown: Shown, *arguments: str) -> dict[str, Any]:
 
 
 def refused(shown: Shown, *arguments: str) -> str:
-    """The one line of a mistake of the user's."""
+    """The one line that reports a user error."""
     shown.readouterr()
     assert main(["plan", *arguments]) == 2
     said = shown.readouterr().err
@@ -67,7 +67,7 @@ def refused(shown: Shown, *arguments: str) -> str:
     return said
 
 
-# in a process of its own
+# in a separate process
 
 BLOCKED = """
 import sys
@@ -80,7 +80,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_plan_needs_neither_torch_nor_skypilot(home: Path) -> None:
     source = shared_catalog()
-    if source is not None:  # the larger list of prices
+    if source is not None:  # the larger price list
         lay_out_catalog(home, source=source)
     command = [sys.executable, "-c", BLOCKED, "plan", "configs/mistral_7b_qlora.yaml", "data.output_dir=no/such/folder"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -94,7 +94,7 @@ def test_a_plan_needs_neither_torch_nor_skypilot(home: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "records", "steps"), [("qlora", 6790, 1275), ("quick", 2122, 133)])
-def test_the_shipped_7b_configs_are_planned_with_sixteen_examples_a_step(
+def test_the_shipped_7b_configs_are_planned_with_16_examples_per_step(
     name: str, records: int, steps: int, capsys: Shown
 ) -> None:
     shipped = str(ROOT / "configs" / f"mistral_7b_{name}.yaml")
@@ -108,7 +108,7 @@ def test_the_shipped_7b_configs_are_planned_with_sixteen_examples_a_step(
     assert "activations kept" in table and "  yes" in table and "  no" not in table
 
 
-def test_without_any_catalog_the_plan_says_loudly_that_it_uses_an_old_snapshot(
+def test_without_a_catalog_the_plan_warns_that_it_uses_an_old_snapshot(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
@@ -116,7 +116,7 @@ def test_without_any_catalog_the_plan_says_loudly_that_it_uses_an_old_snapshot(
     assert values(capsys, config)["prices"]["snapshot"] is True
 
 
-def test_a_catalog_that_skypilot_fetched_is_named_with_its_day(config: str, capsys: Shown) -> None:
+def test_a_fetched_catalog_is_named_with_its_date(config: str, capsys: Shown) -> None:
     today = f"{datetime.now().astimezone():%Y-%m-%d}"
     assert f"\nprices: SkyPilot's catalog, fetched {today} (today); host" in output(capsys, config)
     assert values(capsys, config)["prices"]["snapshot"] is False
@@ -125,7 +125,7 @@ def test_a_catalog_that_skypilot_fetched_is_named_with_its_day(config: str, caps
 # options
 
 
-def test_each_ceiling_can_be_given_and_comes_from_the_budget_else(tmp_path: Path, capsys: Shown) -> None:
+def test_each_ceiling_can_be_given_and_defaults_to_the_budget(tmp_path: Path, capsys: Shown) -> None:
     config = str(write(tmp_path, budget={"max_run_usd": 7.0, "max_hours": 8.0}))
     assert values(capsys, config)["ceilings"] == {"usd_per_hour": None, "run_usd": 7.0, "hours": 8.0}
     given = ["--max-run-usd", "1.5", "--max-hourly-usd", "2", "--max-hours", "3e0"]
@@ -138,7 +138,9 @@ def test_each_ceiling_can_be_given_and_comes_from_the_budget_else(tmp_path: Path
 
 @pytest.mark.parametrize("option", ["--max-run-usd", "--max-hourly-usd", "--max-hours"])
 @pytest.mark.parametrize("value", ["0", "-1", "-0.5", "nan", "inf", "-inf", "much", "", "$5", "1,5"])
-def test_a_ceiling_that_is_no_positive_number_is_refused(option: str, value: str, config: str, capsys: Shown) -> None:
+def test_a_ceiling_that_is_not_a_positive_number_is_refused(
+    option: str, value: str, config: str, capsys: Shown
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", config, f"{option}={value}"])
     said = capsys.readouterr()
@@ -155,8 +157,8 @@ def test_spot_on_demand_or_both(config: str, capsys: Shown) -> None:
         main(["plan", config, "--spot", "--on-demand"])
 
 
-def test_trust_prices_lets_a_price_that_looks_wrong_rank(config: str, capsys: Shown) -> None:
-    """In the snapshot an A100 of europe-west4 costs half of what it does elsewhere."""
+def test_trust_prices_ranks_an_anomalous_price(config: str, capsys: Shown) -> None:
+    """In the snapshot an A100 in europe-west4 costs half of its price elsewhere."""
     chosen = ["plan.gpus=[A100]", "--on-demand"]
     [careful] = values(capsys, config, *chosen)["rows"]
     [trusting] = values(capsys, config, *chosen, "--trust-prices")["rows"]
@@ -173,7 +175,7 @@ def test_overrides_may_stand_before_and_after_options(order: tuple[str, str], co
 
 
 @pytest.mark.parametrize("word", ["--max-usd=5", "--sport", "nonsense"])
-def test_an_option_or_word_that_does_not_exist_is_refused(word: str, config: str, capsys: Shown) -> None:
+def test_an_unknown_option_or_argument_is_refused(word: str, config: str, capsys: Shown) -> None:
     try:
         assert main(["plan", config, "--spot", word]) == 2
     except SystemExit as error:
@@ -182,7 +184,7 @@ def test_an_option_or_word_that_does_not_exist_is_refused(word: str, config: str
     assert word in said.err and said.out == ""
 
 
-def test_memory_prints_another_table_and_does_not_pretend_to_json_or_writing(
+def test_memory_prints_its_own_table_and_conflicts_with_json_and_write(
     config: str, tmp_path: Path, capsys: Shown
 ) -> None:
     text = output(capsys, config, "--memory")
@@ -222,21 +224,21 @@ def test_prepared_data_are_counted_and_others_assumed(tmp_path: Path, capsys: Sh
     ("overrides", "message"),
     [
         (["plan.gpus=[K80]"], "plan.gpus: unknown GPU 'K80'; known: T4, V100, L4, A100"),
-        (["plan.gpus=[A100,A100]"], "plan.gpus: a GPU is named twice"),
-        (["plan.gpus=[H100]"], "plan.gpus: H100 is not planned for on Google Cloud"),
+        (["plan.gpus=[A100,A100]"], "plan.gpus: a GPU is listed twice"),
+        (["plan.gpus=[H100]"], "plan.gpus: H100 is not supported on Google Cloud"),
         (["plan.records=null"], "set plan.records to the number of training examples"),
         (["model.name=someone/model"], "model.name: the shape of someone/model is not known"),
         (["plan.gpu=[T4]"], "unknown key plan.gpu (did you mean plan.gpus?)"),
         (["plan.spot_preemptions_per_hour=often"], "plan.spot_preemptions_per_hour: expected float, found 'often'"),
     ],
 )
-def test_what_cannot_be_planned_is_told_in_one_line(
+def test_what_cannot_be_planned_is_reported_in_one_line(
     overrides: list[str], message: str, config: str, capsys: Shown
 ) -> None:
     assert message in refused(capsys, config, *overrides)
 
 
-def test_a_damaged_catalog_is_told_in_one_line(home: Path, config: str, capsys: Shown) -> None:
+def test_a_corrupt_catalog_is_reported_in_one_line(home: Path, config: str, capsys: Shown) -> None:
     prices = home / ".sky" / "catalogs" / "v8" / "gcp" / "vms.csv"
     prices.write_bytes(prices.read_bytes()[:-20])
     assert f"{prices}: line " in refused(capsys, config)
@@ -247,7 +249,7 @@ def test_a_damaged_catalog_is_told_in_one_line(home: Path, config: str, capsys: 
 TASK = "name: x\nresources:\n  infra: gcp  # comment\n  any_of:\n    - {accelerators: A100:1}\nrun: echo\n"
 
 
-def test_write_puts_the_order_into_the_task_with_the_command_that_gives_it(
+def test_write_puts_the_order_into_the_task_with_the_command_that_produced_it(
     config: str, tmp_path: Path, capsys: Shown
 ) -> None:
     task = tmp_path / "task.yaml"

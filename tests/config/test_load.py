@@ -1,4 +1,4 @@
-"""The config is strict, says everything that is wrong at once, and survives being written and read again."""
+"""The config is strict, reports all mistakes at once, and is unchanged when it is written and read again."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def problems(code: str, path: Path, *overrides: str) -> str:
     return message
 
 
-# names of before
+# renamed values
 
 
 @pytest.mark.parametrize(("old", "new"), [("lean", "fused"), ("stock", "hf")])
-def test_a_value_by_its_old_name_is_taken_and_its_new_one_said_once(
+def test_an_old_name_of_a_value_is_accepted_and_the_new_one_reported_once(
     old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("finetune.config.load._told", set())
+    monkeypatch.setattr("finetune.config.load._warned", set())
     path = write(tmp_path, merged(training={"kernels": old}))
     config = load_config(path)
     assert config.training.kernels == new
-    assert capsys.readouterr().err == f"{path}: training.kernels: {old} is called {new} now; both are understood\n"
+    assert capsys.readouterr().err == f"{path}: training.kernels: {old} is now called {new}; both names are accepted\n"
     assert load_config(write(tmp_path, SMALLEST, "other.yaml"), [f"training.kernels={old}"]).training.kernels == new
     assert from_dict(merged(training={"kernels": old}), "run.json").training.kernels == new
     assert config_hash(config) == config_hash(
@@ -65,7 +65,7 @@ def test_a_value_by_its_old_name_is_taken_and_its_new_one_said_once(
     assert capsys.readouterr().err == ""
 
 
-def test_a_value_that_never_was_one_is_still_refused(tmp_path: Path) -> None:
+def test_a_value_that_never_existed_is_still_refused(tmp_path: Path) -> None:
     path = write(tmp_path, merged(training={"kernels": "lean_"}))
     assert "training.kernels: expected one of auto, fused, hf, found 'lean_'" in problems("config.bad_type", path)
 
@@ -73,7 +73,7 @@ def test_a_value_that_never_was_one_is_still_refused(tmp_path: Path) -> None:
 # what is accepted
 
 
-def test_what_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
+def test_a_missing_key_has_its_default(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, SMALLEST))
     assert config.model.name == "some/model"
     assert config.data.sources[0].path == "data.jsonl"
@@ -109,7 +109,7 @@ def test_an_override_can_replace_the_list_of_sources(tmp_path: Path) -> None:
     assert [(source.kind, source.path) for source in config.data.sources] == [("spider", "there")]
 
 
-def test_an_override_reaches_a_section_that_the_file_leaves_empty_or_out(tmp_path: Path) -> None:
+def test_an_override_sets_a_key_of_an_empty_or_missing_section(tmp_path: Path) -> None:
     for head in ("training:\n", ""):
         path = write(tmp_path, head + OmegaConf.to_yaml(OmegaConf.create(SMALLEST)))
         assert load_config(path, ["training.seed=7"]).training.seed == 7
@@ -183,13 +183,13 @@ def test_ill_typed_columns_of_a_source_are_refused(tmp_path: Path, columns: obje
 
 
 @pytest.mark.parametrize("sources", [{}, "data.jsonl", ["data.jsonl"], None])
-def test_sources_that_are_no_list_of_sections_are_refused(tmp_path: Path, sources: object) -> None:
+def test_sources_that_are_not_a_list_of_sections_are_refused(tmp_path: Path, sources: object) -> None:
     message = problems("config.bad_type", write(tmp_path, merged(data={"sources": sources})))
     assert "data.sources: expected a list of sources" in message
 
 
 @pytest.mark.parametrize("value", [5, [1], "text"])
-def test_a_section_that_is_no_section_is_refused(tmp_path: Path, value: object) -> None:
+def test_a_section_that_is_not_a_mapping_is_refused(tmp_path: Path, value: object) -> None:
     message = problems("config.bad_type", write(tmp_path, {**SMALLEST, "training": value}))
     assert f"training: expected a section of keys, found {value!r}" in message
 
@@ -267,28 +267,28 @@ def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: P
         ("evaluation", "max_questions", 0),
     ],
 )
-def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, section: str, key: str, value: object) -> None:
+def test_an_out_of_range_value_is_refused_with_its_key(tmp_path: Path, section: str, key: str, value: object) -> None:
     assert f"{section}.{key}" in problems("config.bad_value", write(tmp_path, merged(**{section: {key: value}})))
 
 
-def test_what_is_just_possible_is_accepted(tmp_path: Path) -> None:
+def test_boundary_values_are_accepted(tmp_path: Path) -> None:
     plan = {"gpus": list(GPUS), "disk_gib": 10, "setup_minutes": 0, "spot_preemptions_per_hour": 10, "records": 1}
-    limits = {"max_run_usd": 5.0}  # whether the machine has a price is known where it trains, not here
+    limits = {"max_run_usd": 5.0}  # whether the machine has a price is known only on that machine
     config = load_config(write(tmp_path, merged(plan=plan | {"mean_tokens": 1}, budget=limits)))
     assert (config.plan.gpus, config.plan.mean_tokens, config.budget.max_run_usd) == (list(GPUS), 1.0, 5.0)
 
 
-def test_an_unknown_gpu_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+def test_an_unknown_gpu_is_refused_with_the_known_names(tmp_path: Path) -> None:
     message = problems("config.bad_value", write(tmp_path, merged(plan={"gpus": ["A100", "K80"]})))
     assert "plan.gpus: unknown GPU 'K80'; known: T4, V100, L4, A100" in message
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> None:
     message = problems("config.bad_value", write(tmp_path, merged(data={"val_fraction": 0.5, "test_fraction": 0.5})))
-    assert "nothing left to train on" in message
+    assert "nothing is left to train on" in message
 
 
-def test_impossible_values_are_also_reported_all_at_once(tmp_path: Path) -> None:
+def test_out_of_range_values_are_reported_all_at_once(tmp_path: Path) -> None:
     message = problems("config.bad_value", write(tmp_path, merged(lora={"r": 0}, checkpoint={"keep_last": 0})))
     assert "lora.r" in message and "checkpoint.keep_last" in message
 
@@ -303,11 +303,11 @@ def test_impossible_values_are_also_reported_all_at_once(tmp_path: Path) -> None
         ("", "config.missing_key", "missing key model.name"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, code: str, part: str) -> None:
+def test_a_file_that_is_not_a_config_is_refused(tmp_path: Path, text: str, code: str, part: str) -> None:
     assert part in problems(code, write(tmp_path, text))
 
 
-def test_a_file_that_is_missing_a_folder_or_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -> None:
     assert "no such config file" in problems("config.not_found", tmp_path / "absent.yaml")
     problems("config.not_found", tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
@@ -332,7 +332,7 @@ def test_an_override_of_an_unknown_key_names_it(tmp_path: Path, override: str, c
     assert re.search(rf"(unknown key )?{key}[: ]", problems(code, write(tmp_path, SMALLEST), override))
 
 
-# written and read again
+# round trips
 
 
 def test_a_config_survives_yaml_json_and_dict(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_from_dict_is_as_strict_as_load_config(tmp_path: Path) -> None:
             from_dict({**values, "lora": {**values["lora"], key: value}}, "run.json")
 
 
-def test_the_hash_is_of_the_values_not_of_the_file(tmp_path: Path) -> None:
+def test_the_hash_depends_on_the_values_not_on_the_file(tmp_path: Path) -> None:
     tree = merged(training={"seed": 1, "num_train_epochs": 1})
     turned = {name: dict(reversed(list(section.items()))) for name, section in reversed(list(tree.items()))}
     written = [
@@ -380,7 +380,7 @@ def test_defaults_are_not_shared_between_configs(tmp_path: Path) -> None:
     assert "lm_head" not in other.lora.target_modules + RunConfig().lora.target_modules
 
 
-# the configs that ship
+# shipped configs
 
 
 def shipped() -> list[Path]:

@@ -24,7 +24,7 @@ SOURCES: list[dict[str, Any]] = [
 
 
 def resolved(**changes: Any) -> dict[str, Any]:
-    """A resolved config; changes by key, with __ for the dot: lora__r=8."""
+    """A resolved config with changed keys, written with __ for the dot: lora__r=8."""
     values: dict[str, Any] = {
         "model": {"name": "some/model"},
         "data": {"output_dir": "prepared", "sources": copy.deepcopy(SOURCES)},
@@ -60,7 +60,7 @@ def test_a_changed_key_is_decided_as_its_rule_says(key: str) -> None:
     assert bool(decisions.applies) == RULES[key].applies and bool(decisions.refused) != RULES[key].applies
 
 
-SETTLED = (
+FIXED = (
     *("model.name", "model.revision", "model.max_seq_length", "model.torch_dtype", "lora.r", "lora.target_modules"),
     *("lora.lora_alpha", "lora.lora_dropout", "quantization.load_in_4bit", "training.seed", "training.learning_rate"),
     *("training.lr_scheduler_type", "training.warmup_ratio", "training.num_train_epochs", "training.max_steps"),
@@ -74,7 +74,7 @@ SETTLED = (
     ),
     *("data.split_by", "data.val_fraction", "data.test_fraction", "data.schema_format", "data.max_train_records"),
 )
-FREE = (
+CHANGEABLE = (
     *("budget.max_run_usd", "budget.max_hours", "budget.usd_per_hour", "tracking.wandb", "evaluation.split"),
     *("plan.gpus", "checkpoint.every_minutes", "checkpoint.save_steps", "checkpoint.keep_last", "data.output_dir"),
     *("training.logging_steps", "training.eval_steps", "training.per_device_eval_batch_size", "training.run_name"),
@@ -83,8 +83,8 @@ FREE = (
 )
 
 
-@pytest.mark.parametrize(("keys", "applies"), [(SETTLED, False), (FREE, True)])
-def test_what_is_learned_is_settled_and_what_it_costs_is_free(keys: tuple[str, ...], applies: bool) -> None:
+@pytest.mark.parametrize(("keys", "applies"), [(FIXED, False), (CHANGEABLE, True)])
+def test_what_affects_learning_is_fixed_and_what_affects_cost_is_not(keys: tuple[str, ...], applies: bool) -> None:
     assert {key for key in keys if RULES[key].applies != applies} == set()
 
 
@@ -97,12 +97,12 @@ def test_a_change_is_one_line_with_both_values_and_the_reason() -> None:
     assert applies == ["budget.max_hours: null -> 9.5: applies, from this attempt on"]
 
 
-def test_an_unchanged_config_leaves_nothing_to_decide() -> None:
+def test_an_unchanged_config_has_no_decisions() -> None:
     decisions = decide(resolved(), resolved())
     assert (decisions.applies, decisions.refused) == ([], []) and refusal(decisions, Path("run/config.yaml")) is None
 
 
-def test_other_rounding_is_said() -> None:
+def test_other_rounding_is_reported() -> None:
     [line] = lines(resolved(), resolved(model__attn_implementation="eager"))[0]
     assert line == "model.attn_implementation: auto -> eager: applies, the same mathematics with other rounding"
 
@@ -130,11 +130,11 @@ def test_micro_batches_may_change_as_long_as_the_step_keeps_its_examples(
         assert all("a step keeps its" in line and "rounding and dropout" in line for line in applies)
     else:
         assert refused and not applies
-        said = "refused, a step of this run has {} examples, and would have {}".format(*examples)
+        said = "refused, a step of this run has {} examples and would have {}".format(*examples)
         assert all(line.endswith(said) for line in refused)
 
 
-def test_batch_keys_that_contradict_each_other_are_the_users_error() -> None:
+def test_contradicting_batch_keys_are_a_user_error() -> None:
     contradiction = resolved(
         training__effective_batch_size=9,
         training__per_device_train_batch_size=4,
@@ -144,7 +144,7 @@ def test_batch_keys_that_contradict_each_other_are_the_users_error() -> None:
         decide(resolved(), contradiction)
 
 
-def test_a_run_that_began_on_other_gpus_is_judged_by_the_batch_that_it_named() -> None:
+def test_a_run_started_on_other_gpus_is_compared_by_its_effective_batch_size() -> None:
     began_on_two = resolved(
         training__effective_batch_size=32,
         training__per_device_train_batch_size=4,
@@ -153,7 +153,7 @@ def test_a_run_that_began_on_other_gpus_is_judged_by_the_batch_that_it_named() -
     now = resolved(training__effective_batch_size=32, training__per_device_train_batch_size="auto")
     assert lines(began_on_two, now, gpus=1)[1] == []
     other = resolved(training__effective_batch_size=16, training__per_device_train_batch_size="auto")
-    assert all("has 32 examples, and would have 16" in line for line in lines(began_on_two, other, gpus=1)[1])
+    assert all("has 32 examples and would have 16" in line for line in lines(began_on_two, other, gpus=1)[1])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_run_that_began_on_other_gpus_is_judged_by_the_batch_that_it_named() -
     [
         (("hf", False), ("fused", False), None, True),
         (("auto", False), ("hf", False), None, True),
-        (("fused", True), ("hf", False), None, True),  # the fused backend has drawn them at random all along
+        (("fused", True), ("hf", False), None, True),  # the fused backend draws them at random anyway
         (("fused", True), ("hf", True), None, False),
         (("hf", True), ("fused", True), None, False),
         (("hf", True), ("hf", False), None, False),
@@ -173,7 +173,7 @@ def test_a_run_that_began_on_other_gpus_is_judged_by_the_batch_that_it_named() -
         (("hf", True), ("auto", True), "hf", False),
     ],
 )
-def test_kernels_may_change_unless_the_order_of_the_examples_does(
+def test_kernels_may_change_unless_the_order_of_the_examples_changes(
     before: tuple[str, bool], now: tuple[str, bool], backend: str | None, applies: bool
 ) -> None:
     configs = [resolved(training__kernels=kernels, training__group_by_length=by) for kernels, by in (before, now)]
@@ -183,7 +183,7 @@ def test_kernels_may_change_unless_the_order_of_the_examples_does(
     assert all("rounding" in line for line in applied) and all("order of the examples" in line for line in refused)
 
 
-def test_sources_are_compared_item_by_item_and_long_values_are_cut() -> None:
+def test_sources_are_compared_item_by_item_and_long_values_are_truncated() -> None:
     moved, shorter = copy.deepcopy(SOURCES), copy.deepcopy(SOURCES[:1])
     moved[1]["path"] = "elsewhere/" + "x" * 100
     [line] = lines(resolved(), resolved(data__sources=moved))[1]
@@ -192,11 +192,11 @@ def test_sources_are_compared_item_by_item_and_long_values_are_cut() -> None:
     )
     refused = lines(resolved(), resolved(data__sources=shorter))[1]
     assert (
-        "data.sources[1].kind: spider -> (absent): refused, the run trains on the data that were prepared so" in refused
+        "data.sources[1].kind: spider -> (absent): refused, the run trains on data prepared with this value" in refused
     )
 
 
-def test_a_checkpoint_of_an_earlier_version_has_the_defaults_of_keys_that_it_lacks() -> None:
+def test_keys_missing_in_an_older_checkpoint_have_their_defaults() -> None:
     before = resolved()
     del before["checkpoint"]["every_minutes"], before["budget"]
     assert lines(before, resolved()) == ([], [])
@@ -206,7 +206,7 @@ def test_a_checkpoint_of_an_earlier_version_has_the_defaults_of_keys_that_it_lac
 
 
 @pytest.mark.parametrize(("section", "key"), [("lora", "use_dora"), ("distillation", "teacher")])
-def test_a_key_that_is_not_known_here_is_refused(section: str, key: str) -> None:
+def test_an_unknown_key_is_refused(section: str, key: str) -> None:
     before = resolved()
     before.setdefault(section, {})[key] = True
     said = f"{section}.{key}: true -> (absent): refused, this version of finetune does not know the key"
@@ -217,12 +217,12 @@ def test_configs_that_went_through_json_are_the_same() -> None:
     assert lines(json.loads(json.dumps(resolved())), resolved()) == ([], [])
 
 
-def test_the_refusal_names_file_changes_and_what_to_do() -> None:
+def test_the_refusal_names_the_file_the_changes_and_the_remedy() -> None:
     decisions = decide(resolved(), resolved(lora__r=8, training__seed=1, budget__max_hours=1.0))
     error = str(refusal(decisions, Path("runs/a/config.yaml")))
     assert error == (
-        "runs/a/config.yaml: lora.r: 16 -> 8: refused, the adapter has this shape; training.seed: 42 -> 1: refused, order of "
-        "the examples and dropout follow from it; put the earlier values back, or start a new run"
+        "runs/a/config.yaml: lora.r: 16 -> 8: refused, the adapter has this shape; training.seed: 42 -> 1: refused, it "
+        "determines the order of the examples and the dropout masks; restore the earlier values, or start a new run"
     )
 
 

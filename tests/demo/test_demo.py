@@ -1,4 +1,4 @@
-"""`finetune demo`: what fits into its minutes, at which pace, and that it goes on where it was."""
+"""`finetune demo`: what fits into its minutes at a given speed, and that an interrupted demo is resumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SLOW = Pace(step_seconds=6.0, question_seconds=2.0, load_seconds=10.0, threads=2
 FAST = Pace(step_seconds=1.2, question_seconds=0.5, load_seconds=3.0, threads=2)
 
 
-def test_both_models_answers_fit_into_their_share_of_the_time() -> None:
+def test_the_answers_of_both_models_fit_into_their_share_of_the_time() -> None:
     asked = questions_that_fit(540, SLOW, most=150)
     assert 0.9 * 0.35 * 540 < asked * 2.0 * (1 + TUNED_SHARE) <= 0.35 * 540
     assert questions_that_fit(540, FAST, most=150) == 150
@@ -56,12 +56,12 @@ def test_training_and_all_that_follows_fit_into_the_time_left(pace: Pace, eval_s
     assert found.eval_steps == eval_steps
 
 
-def test_a_validation_that_would_take_the_time_away_is_left_out() -> None:
+def test_a_validation_that_takes_too_much_time_is_left_out() -> None:
     assert training_that_fits(400, SLOW, 90.0, most=500, validation_steps=24, eval_steps=100).eval_steps == 0
     assert training_that_fits(4000, SLOW, 90.0, most=5000, validation_steps=24, eval_steps=100).eval_steps == 100
 
 
-def test_however_slow_a_few_steps_are_trained_and_never_more_than_there_are_examples() -> None:
+def test_there_are_always_a_few_steps_and_never_more_than_the_examples_allow() -> None:
     assert training_that_fits(1, SLOW, 90.0, most=500, validation_steps=24, eval_steps=0).steps == LEAST_STEPS
     assert training_that_fits(10_000, FAST, 9.0, most=200, validation_steps=24, eval_steps=0).steps == 200
 
@@ -83,7 +83,7 @@ def test_beside_a_busy_program_one_thread_less_is_used(busy: bool) -> None:
 
 @pytest.fixture
 def config(tiny_config: ConfigWriter, tiny_data: Path, tmp_path: Path) -> Path:
-    """A demo of its own prepared data; its four steps are not what the minutes allow."""
+    """A demo with its own prepared data; its four steps are not what the minutes allow."""
     source = {"kind": "jsonl", "path": str(tiny_data.parent / "records.jsonl")}
     source["databases"] = str(tiny_data.parent / "databases")
     return tiny_config(
@@ -93,7 +93,7 @@ def config(tiny_config: ConfigWriter, tiny_data: Path, tmp_path: Path) -> Path:
     )
 
 
-def test_the_demo_trains_and_asks_as_many_as_fit(
+def test_the_demo_uses_as_many_steps_and_questions_as_fit(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "questions_that_fit", lambda *_: 3)
@@ -113,7 +113,7 @@ def test_the_demo_trains_and_asks_as_many_as_fit(
     assert (run / "eval.json").stat().st_mtime_ns == evaluated, "nothing is done again"
 
 
-def test_an_interrupted_demo_goes_on_as_it_was_planned(
+def test_an_interrupted_demo_is_resumed_as_planned(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:
@@ -129,10 +129,10 @@ def test_an_interrupted_demo_goes_on_as_it_was_planned(
     capsys.readouterr()
 
 
-def test_an_interrupted_demo_goes_on_with_as_many_threads_as_it_had_chosen(
+def test_an_interrupted_demo_is_resumed_with_the_same_number_of_threads(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of its training, and before the answers of what it has trained."""
+    """During its training, and before the answers of the tuned model."""
     used: dict[str, int] = {}
     evaluate, before = evaluate_run, torch.get_num_threads()
 
@@ -165,18 +165,18 @@ def test_an_interrupted_demo_goes_on_with_as_many_threads_as_it_had_chosen(
 
 
 @pytest.mark.parametrize(
-    ("began", "device", "threads", "told"),
+    ("began", "device", "threads", "warned"),
     [(1, "cpu", 1, False), (2, "cpu", 2, False), (3, "cpu", 2, True), (1, "cuda", 2, False), (None, "cpu", 2, False)],
 )
 def test_threads_of_a_resumed_run(
     began: int | None,
     device: str,
     threads: int,
-    told: bool,
+    warned: bool,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Here are two cores; fewer than it began with are told."""
+    """With two cores; fewer than at the start are reported."""
     monkeypatch.setattr(resume, "usable_cores", lambda: 2)
     before = torch.get_num_threads()
     try:
@@ -187,10 +187,10 @@ def test_threads_of_a_resumed_run(
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert ("began with 3 threads, and there are cores for 2" in capsys.readouterr().err) == told
+    assert ("began with 3 threads, and there are cores for 2" in capsys.readouterr().err) == warned
 
 
-def test_a_demo_that_was_killed_before_its_first_record_begins_anew(config: Path) -> None:
+def test_a_demo_killed_before_its_first_record_starts_again(config: Path) -> None:
     run = config.parent / "runs" / "demo"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("# cut off\n")

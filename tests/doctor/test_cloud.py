@@ -29,7 +29,7 @@ for key, (output, error, code, seconds) in json.loads((here / "answers.json").re
         sys.exit(error if error else code)
 sys.exit("ERROR: unexpected call: " + words)
 """
-"""Answers by the first key that occurs in the command line."""
+"""Answers according to the first key that occurs in the command line."""
 GPUS = ("T4", "V100", "L4", "A100")
 REAUTH = (
     "ERROR: (gcloud.compute.regions.list) There was a problem refreshing auth tokens for account jane.roe@example.com:"
@@ -46,7 +46,7 @@ Gcloud = Callable[..., Path]
 
 
 def region(name: str, **limits: float | tuple[float, float]) -> dict[str, object]:
-    """A region as gcloud lists it: every GPU 1 of 1 free, spot too, but for `limits`; T4=0, spot_T4=(limit, usage)."""
+    """A region as gcloud lists it: every GPU 1 of 1 free, spot too, except `limits`; T4=0, spot_T4=(limit, usage)."""
     quotas: Limits = {"CPUS": 24, **{f"{kind}{gpu}": 1 for gpu in GPUS for kind in ("", "spot_")}, **limits}
     rows = []
     for key, value in quotas.items():
@@ -68,7 +68,7 @@ def everywhere(limit: float, usage: float = 0) -> str:
 
 @pytest.fixture(autouse=True)
 def gcloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gcloud:
-    """A person who is logged in, with a stand-in for gcloud; gcloud(regions=text, bucket=(output, error)) changes answers."""
+    """A user who is logged in, with a stand-in for gcloud; gcloud(regions=text, bucket=(output, error)) changes answers."""
     programs, folder = tmp_path / "bin", tmp_path / "home" / ".config" / "gcloud"
     programs.mkdir()
     (folder / "configurations").mkdir(parents=True)
@@ -120,7 +120,7 @@ def statuses(found: dict[str, Check]) -> set[str]:
     return {check.status for name, check in found.items() if name.startswith(("quota", "GPU"))}
 
 
-# all is well
+# a ready account
 
 
 def test_a_ready_account_has_no_failing_row_and_is_asked_about_the_right_project(gcloud: Gcloud) -> None:
@@ -138,7 +138,7 @@ def test_a_ready_account_has_no_failing_row_and_is_asked_about_the_right_project
     assert any("gs://finetune-my-project-jane-roe" in call for call in asked)
 
 
-def test_to_train_google_is_asked_nothing(gcloud: Gcloud) -> None:
+def test_for_training_google_is_not_queried(gcloud: Gcloud) -> None:
     assert [check.status for check in cloud_checks("train")] == ["ok", "ok"]
     assert len((gcloud() / "calls").read_text().splitlines()) == 2
 
@@ -168,17 +168,17 @@ def test_spot_uses_the_ordinary_quota_where_no_preemptible_one_is_listed(gcloud:
     found = rows()
     assert (found["quota T4 spot"].status, found["quota T4 spot"].found) == ("ok", "1 in us-central1")
     assert found["quota L4 spot"].status == "warning"
-    assert "SkyPilot passes over regions that read 0" in found["quota L4 spot"].advice
+    assert "SkyPilot skips regions whose spot quota is 0" in found["quota L4 spot"].advice
 
 
-def test_a_gpu_that_is_nowhere_listed_has_no_quota(gcloud: Gcloud) -> None:
+def test_a_gpu_that_is_listed_nowhere_has_no_quota(gcloud: Gcloud) -> None:
     gcloud(regions=json.dumps([region("us-central1", V100=NOT_LISTED, spot_V100=NOT_LISTED)]))
     found = rows()
     assert found["quota V100 on-demand"].found == found["quota V100 spot"].found == "0 everywhere"
     assert "SkyPilot" not in found["quota V100 spot"].advice
 
 
-def test_many_regions_are_summed_up_and_those_in_question_come_first(gcloud: Gcloud) -> None:
+def test_many_regions_are_summarised_and_the_given_ones_come_first(gcloud: Gcloud) -> None:
     names = ("asia-east1", "europe-west4", "us-central1", "us-east1", "us-west1")
     gcloud(regions=json.dumps([region(name, T4=4 if name == "us-west1" else 1) for name in names]))
     assert rows()["quota T4 on-demand"].found == "up to 4 in us-central1, us-east1 (+3 regions)"
@@ -186,7 +186,7 @@ def test_many_regions_are_summed_up_and_those_in_question_come_first(gcloud: Gcl
     assert rows(["us-west1"])["quota T4 on-demand"].found == "4 in us-west1"
 
 
-def test_quota_in_other_regions_than_those_in_question_is_not_enough(gcloud: Gcloud) -> None:
+def test_quota_outside_the_given_regions_is_not_enough(gcloud: Gcloud) -> None:
     gcloud(regions=json.dumps([region("us-central1"), region("us-east1", T4=0)]))
     found = rows(["us-east1", "mars-north1"])
     assert found["quota T4 on-demand"].found == "0 in us-east1, but 1 in us-central1"
@@ -209,12 +209,12 @@ def test_a_quota_of_0_over_all_regions_is_missing_whatever_the_regions_say(gclou
     gcloud(project=everywhere(0))
     found = rows()
     assert found["quota GPUs, all regions"].status == "missing"
-    assert "ask for GPUS_ALL_REGIONS = 1 on console" in found["quota GPUs, all regions"].advice
+    assert "request GPUS_ALL_REGIONS = 1 on console" in found["quota GPUs, all regions"].advice
     assert found["quota T4 spot"].status == "ok"
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "{}", "[1]", "[]", '[{"name": "us-central1"}]', '[{"quotas": []}]'])
-def test_an_answer_that_cannot_be_read_is_a_row_and_no_traceback(gcloud: Gcloud, text: str) -> None:
+def test_an_unreadable_answer_is_a_row_and_not_a_traceback(gcloud: Gcloud, text: str) -> None:
     gcloud(regions=text, project=text, bucket=text)
     found = rows()
     assert found["GPU quotas"].status == found["quota GPUs, all regions"].status == "missing"
@@ -225,7 +225,7 @@ def test_an_answer_that_cannot_be_read_is_a_row_and_no_traceback(gcloud: Gcloud,
 # logins
 
 
-def test_an_expired_login_is_found_by_asking(gcloud: Gcloud) -> None:
+def test_an_expired_login_is_found_by_a_request(gcloud: Gcloud) -> None:
     failed = ("[]", REAUTH)
     gcloud(regions=failed, project=failed, bucket=failed, token=("", REAUTH))
     found = rows()
@@ -235,13 +235,13 @@ def test_an_expired_login_is_found_by_asking(gcloud: Gcloud) -> None:
     assert found["GPU quotas"].found == "expired or revoked" and found["bucket"].status == "missing"
 
 
-def test_the_two_logins_expire_apart(gcloud: Gcloud) -> None:
+def test_the_two_logins_expire_separately(gcloud: Gcloud) -> None:
     gcloud(token=("", REAUTH))
     found = rows()
     assert (found["gcloud login"].status, found["SkyPilot's login"].status) == ("ok", "missing")
 
 
-def test_what_the_files_lack_is_said_without_asking_google(gcloud: Gcloud, tmp_path: Path) -> None:
+def test_missing_settings_are_reported_without_a_request_to_google(gcloud: Gcloud, tmp_path: Path) -> None:
     (tmp_path / "home" / ".config" / "gcloud" / "application_default_credentials.json").unlink()
     found = rows()
     assert found["SkyPilot's login"].status == "missing"
@@ -284,7 +284,7 @@ def test_gcloud_that_is_not_installed_is_one_row(gcloud: Gcloud) -> None:
     assert rows()["gcloud"].status == "missing"
 
 
-def test_a_gcloud_that_hangs_costs_its_time_limit_once(gcloud: Gcloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_gcloud_takes_its_time_limit_once(gcloud: Gcloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gcloud_cli, "SECONDS", 1.0)
     gcloud(seconds=60)
     start = time.monotonic()
@@ -301,12 +301,12 @@ def test_a_gcloud_that_hangs_costs_its_time_limit_once(gcloud: Gcloud, monkeypat
 @pytest.mark.parametrize(
     ("error", "status", "advice"),
     [
-        (NO_BUCKET, "info", "made at the first launch"),
+        (NO_BUCKET, "info", "created at the first launch"),
         (DENIED, "missing", "Storage Admin"),
         (REAUTH, "missing", "login"),
     ],
 )
-def test_a_bucket_that_is_not_there_is_fine_and_one_that_is_closed_is_not(
+def test_a_missing_bucket_is_fine_and_a_forbidden_one_is_not(
     gcloud: Gcloud, error: str, status: str, advice: str
 ) -> None:
     gcloud(bucket=("", error))

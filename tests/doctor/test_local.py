@@ -1,4 +1,4 @@
-"""What doctor judges how, on machines made of stand-in programs, folders and variables."""
+"""The status of each row of doctor, on machines simulated with stand-in programs, folders and variables."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Program = Callable[[str, str], None]
 
 @pytest.fixture(autouse=True)
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    """An empty home, no keys, and a PATH that holds only the stand-ins of program(name, shell script)."""
+    """An empty home, no keys, and a PATH with only the stand-ins of program(name, shell script)."""
     programs, home = tmp_path / "bin", tmp_path / "home"
     programs.mkdir()
     home.mkdir()
@@ -102,7 +102,7 @@ def test_every_package_of_the_extras_train_and_cloud_has_a_row() -> None:
         ("not-a-version", None, "missing"),
     ],
 )
-def test_a_version_is_judged_by_its_minimum_and_then_its_pin(
+def test_a_version_is_compared_with_its_minimum_and_then_its_pin(
     install: Callable[..., None], version: str, pin: str | None, status: str
 ) -> None:
     install("torch", version)
@@ -130,9 +130,7 @@ def test_an_absent_package_counts_as_missing_only_where_it_is_needed(extra: str,
     assert "pip install" in check.advice
 
 
-def test_pins_are_read_from_the_checkouts_constraints_and_their_absence_is_fine(
-    install: Callable[..., None], tmp_path: Path
-) -> None:
+def test_pins_are_read_from_the_checkouts_constraints_if_present(install: Callable[..., None], tmp_path: Path) -> None:
     install("finetune-text2sql", "9", "Requires-Python: >=3.11", 'Requires-Dist: Some_Tool>=1; extra == "train"')
     install("some-tool", "1.5")
     assert [check.status for check in local_doctor.package_checks("train", tmp_path)] == ["ok", "ok"]
@@ -151,13 +149,13 @@ def test_a_python_that_is_too_old_is_missing(install: Callable[..., None], tmp_p
 # SkyPilot
 
 
-def test_the_folder_of_task_files_does_not_pass_for_skypilot(
+def test_the_folder_of_task_yamls_is_not_taken_for_skypilot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Callable[..., None]
 ) -> None:
     (tmp_path / "sky").mkdir()
     (tmp_path / "sky" / "train_spot.yaml").touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "site")])
-    monkeypatch.delitem(sys.modules, "sky", raising=False)  # a test before this one may have imported SkyPilot
+    monkeypatch.delitem(sys.modules, "sky", raising=False)  # an earlier test may have imported SkyPilot
     install("finetune-text2sql", "9", "Requires-Python: >=3", 'Requires-Dist: skypilot>=0.14; extra == "cloud"')
 
     check = row(list(local_doctor.package_checks("cloud", tmp_path)), "skypilot")
@@ -165,7 +163,7 @@ def test_the_folder_of_task_files_does_not_pass_for_skypilot(
     assert "not installed" in check.found and "only the folder sky/" in check.found
     assert "pip install" in check.advice
 
-    install("skypilot", "0.14.1")  # its metadata is left over, its module is not
+    install("skypilot", "0.14.1")  # its metadata remains, its module does not
     check = row(list(local_doctor.package_checks("cloud", tmp_path)), "skypilot")
     assert check.status == "missing" and "install it again" in check.advice
 
@@ -178,7 +176,7 @@ def test_an_installed_skypilot_is_ok_until_the_checkouts_folder_hides_it(
     module.parent.mkdir()
     module.write_text("raise AssertionError('imported, which takes seconds')\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "site")])
-    monkeypatch.delitem(sys.modules, "sky", raising=False)  # a test before this one may have imported SkyPilot
+    monkeypatch.delitem(sys.modules, "sky", raising=False)  # an earlier test may have imported SkyPilot
     install("finetune-text2sql", "9", "Requires-Python: >=3", 'Requires-Dist: skypilot>=0.14; extra == "cloud"')
     install("skypilot", "0.14.1")
     assert row(list(local_doctor.package_checks("cloud", tmp_path)), "skypilot").status == "ok"
@@ -210,7 +208,7 @@ def test_an_installed_skypilot_is_ok_until_the_checkouts_folder_hides_it(
         (TorchBuild("13.0"), Driver("535.183.01", V100), {"torch": "CUDA 12.6", "driver": "580"}),
         (TorchBuild("13.0"), Driver("550.54.15", A100), {"torch": "the driver", "driver": "580"}),
         (TorchBuild(None, broken="libcudart.so.13: missing"), Driver("580.1", A100), {"torch": "again"}),
-        (TorchBuild("13.0"), Driver("", None), {"driver": "by hand"}),
+        (TorchBuild("13.0"), Driver("", None), {"driver": "to see why"}),
         (TorchBuild(None), None, {}),
         (None, Driver("580.65.06", A100), {}),
     ],
@@ -227,7 +225,7 @@ def test_gpu_driver_and_torch_build_must_fit_together(
         assert any(advice in text for text in found.values())
 
 
-def test_an_nvidia_gpu_with_a_cpu_build_of_torch_is_missing_to_train_and_no_matter_to_launch() -> None:
+def test_a_cpu_build_of_torch_with_an_nvidia_gpu_matters_for_training_only() -> None:
     machine = Hardware("Linux", "cpu", 2, 16.0, None, "float32")
     train = local_doctor.gpu_checks("train", machine, Driver("580.65.06", T4), TorchBuild(None))
     cloud = local_doctor.gpu_checks("cloud", machine, Driver("580.65.06", T4), TorchBuild(None))
@@ -250,7 +248,7 @@ def test_a_laptop_without_gpu_is_info_only() -> None:
     assert local_doctor.exit_code(checks) == 0
 
 
-def test_a_gpu_that_cannot_be_started_is_a_row_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_cannot_be_started_is_a_row_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
 
     def fail(index: int) -> None:
@@ -276,7 +274,7 @@ def test_a_gpu_that_cannot_be_started_is_a_row_and_no_traceback(monkeypatch: pyt
         (1, "cloud", "info"),
     ],
 )
-def test_free_disk_is_judged_by_what_a_run_writes(
+def test_free_disk_is_compared_with_what_a_run_writes(
     monkeypatch: pytest.MonkeyPatch, free_gib: float, need: Need, status: str
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gib * 2**30))
@@ -312,7 +310,7 @@ def test_keys_are_found_in_the_environment_and_in_their_files(tmp_path: Path, mo
     assert wandb_key_present()
 
 
-def test_a_broken_netrc_is_no_key_and_no_traceback(tmp_path: Path) -> None:
+def test_a_broken_netrc_is_not_a_key_and_not_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "home" / ".netrc").write_text("machine api.wandb.ai password\n  junk junk\n")
     assert not wandb_key_present()
 
@@ -362,7 +360,7 @@ def test_every_failing_row_says_what_to_do_and_the_exit_code_follows_the_need() 
             assert "gcloud" in {check.name for check in missing}
 
 
-def test_the_table_is_aligned_and_ends_with_a_verdict() -> None:
+def test_the_table_is_aligned_and_ends_with_a_summary() -> None:
     checks = [
         Check("Python", "ok", "3.11.7", ">=3.11"),
         Check("a longer name", "missing", "nothing", "something", "do this"),
@@ -375,7 +373,7 @@ def test_the_table_is_aligned_and_ends_with_a_verdict() -> None:
         "",
         "1 missing",
     ]
-    assert local_doctor.render(checks[:1]).endswith("nothing that is needed is missing")
+    assert local_doctor.render(checks[:1]).endswith("nothing required is missing")
 
 
 def test_of_the_heavy_packages_only_torch_is_imported() -> None:

@@ -43,7 +43,7 @@ def test_a_run_that_hangs(environment: CloudEnvironment, project: Path, tmp_path
     assert ended.code == 0, "the exit code of the job"
     assert (
         f"machine: {hours:.4f} hours are over (MAX_HOURS={hours}, MAX_RUN_USD=25): stopped, the newest checkpoint is kept in "
-        "/bucket/runs/hang; to go on, launch again with --env RUN_NAME=hang and a higher limit" in ended.out
+        "/bucket/runs/hang; to resume, launch again with --env RUN_NAME=hang and a higher limit" in ended.out
     )
     kept = max(run.committed())
     assert newest_in_bucket(run, tmp_path / "stopped").name == f"step-{kept}" and kept < steps
@@ -71,7 +71,7 @@ def test_a_disk_that_is_nearly_full(environment: CloudEnvironment, project: Path
     print(ended.out[-1500:])
     lines = [line for line in ended.out.splitlines() if "disk" in line]
     assert len(lines) == 1 and lines[0].endswith(
-        "MiB left): stopped, what was saved is kept; launch again with a larger resources.disk_size, or free some room, and the "
+        "MiB left): stopped, checkpoints are kept; launch again with a larger resources.disk_size, or free some space, with the "
         "same --env RUN_NAME"
     ), lines
     assert "machine: the disk was nearly full (" in lines[0]

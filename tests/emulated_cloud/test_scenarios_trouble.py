@@ -62,7 +62,7 @@ def test_an_expired_login(environment: CloudEnvironment, project: Path) -> None:
     record_metric(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
-        "finetune: Google refuses this login, which has expired or been withdrawn; run `gcloud auth login` and "
+        "finetune: Google refuses this login, which has expired or was revoked; run `gcloud auth login` and "
         "`gcloud auth application-default login`" in refused.out
     )
     assert not environment.cloud.calls
@@ -76,7 +76,7 @@ def test_a_forbidden_bucket(environment: CloudEnvironment, project: Path) -> Non
     record_metric(f"refused after {refused.seconds:.0f} s")
     assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
-        f"finetune: bucket gs://{BUCKET}: Google forbids this account to see it; ask for the role Storage Admin, or launch "
+        f"finetune: bucket gs://{BUCKET}: this account may not access it; ask for the role Storage Admin, or launch "
         "with --env BUCKET=NAME" in refused.out
     )
     assert not environment.asked_for()
@@ -92,7 +92,7 @@ def test_a_bucket_that_may_only_be_read(environment: CloudEnvironment, project: 
     assert refused.code == 1 and refused.seconds < patience(WITHIN)
     assert (
         "finetune: bucket gs://read-only: this account lacks storage.objects.create, storage.objects.delete, so a run could not "
-        "keep its checkpoints there; ask for the role Storage Object Admin on it, or launch with --env BUCKET=NAME"
+        "save its checkpoints there; ask for the role Storage Object Admin on it, or launch with --env BUCKET=NAME"
         in refused.out
     )
     assert not environment.asked_for()

@@ -21,7 +21,7 @@ ALL = {"A100": (3.0, 1.0), "L4": (0.7, 0.25), "T4": (0.4, 0.15), "V100": (2.5, 0
 
 
 def run_values(**sections: dict[str, Any]) -> dict[str, Any]:
-    """A config of Mistral-7B on 4,000 questions of 300 tokens, of which nothing is prepared, as a dict."""
+    """A config of Mistral-7B on 4,000 examples of 300 tokens, not prepared, as a dict."""
     values: dict[str, dict[str, Any]] = {
         "model": {"name": "mistralai/Mistral-7B-v0.1", "revision": "main"},
         "data": {
@@ -43,7 +43,7 @@ def run_config(**sections: dict[str, Any]) -> RunConfig:
 
 
 def machine(name: str, zone: str, usd: object, spot: object) -> list[str]:
-    """Two lines of a price list: a GPU and its host, in one zone."""
+    """Two lines of a price list: a GPU and its host in one zone."""
     return [host_of(name, zone), gpu(zone, usd, spot, name)]
 
 
@@ -78,7 +78,8 @@ def names(plan: Plan) -> list[str]:
 
 
 def write_manifest(folder: Path, **changes: Any) -> Path:
-    """A prepared folder's manifest.json as far as the plan reads it: 1,000 questions of 120 tokens, 50 to validate."""
+    """A prepared folder's manifest.json, with the keys that the plan reads: 1,000 examples of 120 tokens, 50 to
+    validate."""
     values: dict[str, Any] = {
         "counts": {"read": 1100, "train": 1000, "val": 50, "test": 50},
         "tokens": {"train": {"total": 120_000, "completion": 20_000}, "val": {"total": 6000}, "test": {"total": 6000}},
@@ -93,7 +94,7 @@ REGIONS = ("us-central1", "us-east1", "us-west1", "europe-west4")
 
 
 def with_a_wrong_price(folder: Path) -> Catalog:
-    """L4 at $0.70 in three regions and at $0.20 in one; a T4 whose only zone asks more for spot than on demand."""
+    """L4 at $0.70 in three regions and at $0.20 in one; a T4 whose only zone charges more for spot than on demand."""
     lines = [
         line for region in REGIONS for line in machine("L4", f"{region}-a", 0.2 if region == "us-east1" else 0.7, 0.15)
     ]

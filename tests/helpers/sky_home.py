@@ -1,29 +1,29 @@
-"""A home in which the real SkyPilot runs offline: harmless credentials, a stand-in for gcloud, no way to the network.
+"""A home in which the real SkyPilot runs offline: fake credentials, a stand-in for gcloud, no network.
 
     env = fake_gcloud_home(tmp_path)            # environment for subprocesses: HOME is tmp_path, nothing is inherited
     lay_out_catalog(tmp_path)                   # from catalog_fixture: the prices
 
-In one process, for many questions (about 2 s to start, then 0.05 to 0.5 s a machine that is tried):
+In one process, for many requests (about 2 s to start, then 0.05 to 0.5 s for each machine tried):
 
     with SkyWorker(env) as sky:
-        sky.ask("optimize", task)["chosen"]     # what the optimizer takes first
-        sky.ask("reachable", task)["reachable"] # all that it can ever take, whatever is out of stock
-        sky.ask("launch", task)["tried"]        # all machines asked for, in order, when every zone is out of stock
+        sky.ask("optimize", task)["chosen"]     # the optimizer's first choice
+        sky.ask("reachable", task)["reachable"] # every machine that it can choose, whatever is out of stock
+        sky.ask("launch", task)["tried"]        # all machines requested, in order, when every zone is out of stock
         sky.ask("launch", task, stocked_out=[["us-central1-a", "T4", True], ["us-east1-c", None, None]])["launched"]
 
-`task` is a dict as in a YAML, or a path. Each machine is a dict: machine, gpu, count, region, zone, spot; what is tried has
-disk_gb and disk_type as well, what is chosen or reachable SkyPilot's usd_per_hour (without disk). Every answer holds
-"sent" (the task as it left the client), "printed" (all output, policy's included), and "error", "message" and "code" (of
-our UserError) when SkyPilot or a policy refused. More arguments of ask():
+`task` is a dict as in a YAML, or a path. Each machine is a dict: machine, gpu, count, region, zone, spot; "tried" ones also
+have disk_gb and disk_type, "chosen" and "reachable" ones SkyPilot's usd_per_hour (without disk). Every answer holds "sent" (the
+task as sent by the client), "printed" (all output, with the policy's), and "error", "message" and "code" (of our UserError) if
+SkyPilot or a policy refused. More arguments of ask():
     policy="finetune.cloud.launch.policy.CostPolicy"   applied as the client applies it; request="JOBS_LAUNCH" for other commands
-    limit=3                                     the third machine asked for is handed out, whatever is in stock
-    code="QUOTA_EXCEEDED", message="..."        another refusal than a stock-out, in Google's words
+    limit=3                                     the third machine requested is provisioned, whatever is in stock
+    code="QUOTA_EXCEEDED", message="..."        another error than a stock-out, as Google reports it
 
 The real commands, through the real API server (10 to 30 s to start on two cores, then 3 to 8 s a command):
 
     with bucket_stand_in() as (buckets, variables), sky_server(env | variables) as env:
         done = run_sky(env, folder, "launch", "--dryrun", "-y", "sky/train_t4.yaml")   # .sky.yaml of `folder` counts
-        buckets.made["text2sql-me"]                                                   # even a dry run makes buckets
+        buckets.made["text2sql-me"]                                                   # even a dry run creates buckets
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ Json = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 PROJECT = "text2sql-test"
 ACCOUNT = "you@example.com"
-NOWHERE = "http://127.0.0.1:9"  # the port `discard`: whoever asks it for a way out gets none, at once
+NOWHERE = "http://127.0.0.1:9"  # the port `discard`: connections are refused at once
 
 GCLOUD = r"""#!/bin/sh
-# Stands in for Google's gcloud. Quotas are lines "METRIC LIMIT" in ~/quotas; without that file there is enough of all.
+# Stand-in for Google's gcloud. Quotas are lines "METRIC LIMIT" in ~/quotas; without that file all quotas suffice.
 echo "$@" >> "$HOME/gcloud.log"
 case "$*" in
     "auth list"*) echo ACCOUNT ;;
@@ -84,11 +84,11 @@ def program(path: Path, text: str) -> None:
 
 
 def fake_gcloud_home(home: Path, *, pythonpath: Path | None = None) -> dict[str, str]:
-    """Write into `home` what SkyPilot takes for a login to Google Cloud, and programs in place of gcloud and rsync.
+    """Write into `home` a fake login to Google Cloud that SkyPilot accepts, and stand-ins for gcloud and rsync.
 
     Returns:
-        The whole environment for subprocesses. It names no other folder of the user's, and every proxy variable leads
-        nowhere, so nothing reaches the network; 127.0.0.1 is open. `pythonpath` is for a test's own modules.
+        The whole environment for subprocesses. It names no other folder of the user, and every proxy variable points to
+        NOWHERE, so nothing reaches the network except 127.0.0.1. `pythonpath` is for a test's own modules.
     """
     gcloud = home / ".config" / "gcloud"
     (gcloud / "configurations").mkdir(parents=True)
@@ -100,13 +100,13 @@ def fake_gcloud_home(home: Path, *, pythonpath: Path | None = None) -> dict[str,
     (gcloud / "application_default_credentials.json").write_text(json.dumps(login | {"quota_project_id": PROJECT}))
     wheel = home / ".sky" / "wheels" / "none" / f"skypilot-{version('skypilot')}-py3-none-any.whl"
     wheel.parent.mkdir(parents=True)
-    wheel.touch()  # SkyPilot builds itself for the machines, with pip and the network, even for a dry run, unless it has
+    wheel.touch()  # without it SkyPilot builds a wheel of itself, with pip and the network, even for a dry run
     os.utime(wheel, times=(time.time() + 1e8,) * 2)
     (home / "bin").mkdir()
     program(home / "bin" / "gcloud", GCLOUD.replace("ACCOUNT", ACCOUNT).replace("PROJECT", PROJECT))
     program(
         home / "bin" / "rsync", "#!/bin/sh\nexit 0\n"
-    )  # SkyPilot looks whether it is there before it asks for a machine
+    )  # SkyPilot checks that it exists before it requests a machine
     env = {
         "HOME": str(home),
         "PATH": os.pathsep.join([str(home / "bin"), sysconfig.get_path("scripts"), "/usr/bin", "/bin"]),
@@ -122,7 +122,7 @@ def fake_gcloud_home(home: Path, *, pythonpath: Path | None = None) -> dict[str,
 
 
 class SkyWorker:
-    """A process with the real SkyPilot in it; see the top of this file. Its log is printed if it dies."""
+    """A process that runs the real SkyPilot; see the module docstring. Its log is printed if it dies."""
 
     def __init__(self, env: dict[str, str], cwd: Path | None = None) -> None:
         self.env, self.cwd = env, cwd or Path(env["HOME"])
@@ -141,7 +141,7 @@ class SkyWorker:
             op: "optimize", "reachable" or "launch".
             task: a task as in a YAML, or the path of one.
 
-        Returns: the answer, as the top of this file describes it.
+        Returns: the answer, as described in the module docstring.
         """
         what: Json = {"yaml": str(task)} if isinstance(task, Path) else {"task": task}
         assert self.process.stdin and self.process.stdout
@@ -189,7 +189,7 @@ def sky_server(env: dict[str, str], cwd: Path | None = None) -> Iterator[dict[st
     login = home / ".config" / "gcloud" / "application_default_credentials.json"
     away = login.rename(
         login.with_suffix(".away")
-    )  # without it the check at the server's start fails at once, and asks nobody
+    )  # without it the check at the server's start fails at once, without a request
     log_path = home / "server.log"
     with log_path.open("w") as log:
         start = ["sky", "api", "start", "--foreground"]
@@ -224,7 +224,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path, minutes: flo
 
 
 class Buckets:
-    """Stands in for Google Cloud Storage: buckets by name, with what they were made with. Objects are not kept."""
+    """Stand-in for Google Cloud Storage: buckets by name, with the request that created them. Objects are not stored."""
 
     def __init__(self) -> None:
         self.made: dict[str, Json] = {}
@@ -234,7 +234,7 @@ class Buckets:
 
 @contextmanager
 def bucket_stand_in() -> Iterator[tuple[Buckets, dict[str, str]]]:
-    """A local Google Cloud Storage that knows no bucket yet. Yields it and the variables that lead SkyPilot there:
+    """A local Google Cloud Storage without buckets. Yields it and the variables with which SkyPilot uses it:
 
     with bucket_stand_in() as (buckets, variables), sky_server(env | variables) as env: ...
     """

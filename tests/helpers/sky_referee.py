@@ -1,7 +1,7 @@
-"""What SkyPilot itself says about prices, machines and disks. A program of its own: HOME counts when `sky` is imported.
+"""SkyPilot's own prices, machines and disks. A separate program, because `sky` reads HOME when it is imported.
 
 Reads one JSON object on standard input and answers with one on standard output:
-prices: [gpu, count, machine, zone, spot] -> dollars per hour; attach: [gpu, count, machine] -> whether it may;
+prices: [gpu, count, machine, zone, spot] -> dollars per hour; attach: [gpu, count, machine] -> whether that is possible;
 zones: [gpu, count, machine, spot] -> the zones that SkyPilot would try; disks: [machine, tier] -> disk type.
 """
 

@@ -1,7 +1,7 @@
-"""Fetches the catalog through SkyPilot as `refresh_catalog` does, three times. A program of its own, as `sky_referee`.
+"""Fetches the catalog through SkyPilot as `refresh_catalog` does, three times. A separate program, as `sky_referee`.
 
 Arguments: the URL of a server that has the catalog, and of one that does not answer. HOME is empty at first. Prints a line
-for each of: no server and nothing cached; the server; no server and a file that is due.
+for each of: no server and nothing cached; the server; no server and an expired file.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def attempt() -> str:
         return f"{error.code}: {error}"
 
 
-server, nobody = sys.argv[1:]
-for url in (nobody, server, nobody):
+server, unreachable = sys.argv[1:]
+for url in (unreachable, server, unreachable):
     constants.HOSTED_CATALOG_DIR_URL = url
     print(f"result: {attempt()}")
     path = skypilot_folder() / VMS
     if path.exists():
-        os.utime(path, (0, 0))  # SkyPilot thinks it old, and sets the time anew when it cannot fetch another
+        os.utime(path, (0, 0))  # SkyPilot considers it old, and updates the time if it cannot fetch a new one

@@ -1,5 +1,5 @@
-"""Started by tests/cloud/launch/test_sky_tasks.py with a HOME of its own: loads task YAMLs with the real SkyPilot and
-prints what it made of them.
+"""Started by tests/cloud/launch/test_sky_tasks.py with its own HOME: loads task YAMLs with the real SkyPilot and
+prints the result.
 
 python sky_tasks_worker.py FILE...        (in the root of the checkout; JSON on stdout, keyed by file)
 """

@@ -1,9 +1,9 @@
 """The real SkyPilot in one process, with the cloud's answers replaced: reads requests from stdin, a JSON object a line, and
-answers each with a line. Started by `sky_home.SkyWorker`, which says what may be asked; HOME has to be a stand-in's.
+answers each with a line. Started by `sky_home.SkyWorker`, which documents the requests; HOME has to be a fake one.
 
-Nothing of SkyPilot is replaced but the two calls that leave the machine: `provisioner.bulk_provision`, which would create
-a machine and here notes it and answers with a stock-out, and the Google API client that asks for the project's SSH keys.
-Whatever is noted is read from the cluster file that SkyPilot wrote for that call, not from what the task asked for.
+Only the two calls that leave the machine are replaced: `provisioner.bulk_provision`, which would create a machine and here
+records it and answers with a stock-out, and the Google API client that reads the project's SSH keys. The recorded values come
+from the cluster file that SkyPilot wrote for that call, not from the task.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ Json = dict[str, Any]
 
 
 class Launched(BaseException):
-    """A machine was to be had. Not an Exception, because SkyPilot fails over on every Exception."""
+    """A machine was provisioned. Not an Exception, because SkyPilot fails over on every Exception."""
 
 
 class Market:
-    """What the cloud has: notes every machine that is asked for, and hands one out unless it is out of stock.
+    """The stock of the cloud: records every machine that is requested, and provisions it unless it is out of stock.
 
     Args:
-        stocked_out: "all", or [zone, gpu, spot] triples in which null stands for any.
-        limit: hands out the machine after that many attempts, whatever is in stock.
-        code: error code of the refusal, as Google spells it; message: the text beside it.
+        stocked_out: "all", or [zone, gpu, spot] triples in which null matches any value.
+        limit: provisions the machine after that many attempts, whatever is in stock.
+        code: Google's error code of the refusal; message: its text.
     """
 
     def __init__(self, stocked_out: Any, limit: int | None, code: str, message: str) -> None:
@@ -61,7 +61,7 @@ class Market:
         return any(all(w in (None, a) for w, a in zip(want, asked, strict=True)) for want in self.stocked_out)
 
     def bulk_provision(self, *_: Any, cluster_yaml: str, **__: Any) -> None:
-        """Stands in for SkyPilot's function of that name, which creates the machine."""
+        """Replaces SkyPilot's function of that name, which creates the machine."""
         machine = machine_in(global_user_state.get_cluster_yaml_dict(cluster_yaml))
         self.tried.append(machine)
         if not self.refuses(machine):
@@ -72,7 +72,7 @@ class Market:
 
 
 class NoCompute:
-    """Stands in for the compute API: the project has an SSH key, and every other call fails the test."""
+    """Stand-in for the compute API: the project has an SSH key, and every other call fails the test."""
 
     def projects(self) -> NoCompute:
         return self
@@ -85,7 +85,7 @@ class NoCompute:
 
 
 def machine_in(cluster: Json) -> Json:
-    """The machine that a cluster file of SkyPilot's asks Google for, in the words of SkyPilot's catalog."""
+    """The machine that a cluster file of SkyPilot requests from Google, in the terms of SkyPilot's catalog."""
     node = cluster["available_node_types"][cluster["head_node_type"]]["node_config"]
     gpus = node.get("guestAccelerators") or [{"acceleratorType": "", "acceleratorCount": 0}]
     disk = node["disks"][0]["initializeParams"]
@@ -102,7 +102,7 @@ def machine_in(cluster: Json) -> Json:
 
 
 def machine_of(resources: Any) -> Json:
-    """The same for what the optimizer returns; `usd_per_hour` is SkyPilot's own, without disk."""
+    """The same for the optimizer's result; `usd_per_hour` is SkyPilot's own, without disk."""
     gpu, gpus = next(iter((resources.accelerators or {"": 0}).items()))
     return {
         "machine": resources.instance_type,
@@ -116,7 +116,7 @@ def machine_of(resources: Any) -> Json:
 
 
 def code_of(error: BaseException | None) -> str | None:
-    """Of the UserError that our policy turned into SkyPilot's own error."""
+    """The code of the UserError that our policy converted into SkyPilot's error."""
     while error is not None and not isinstance(error, UserError):
         error = error.__context__
     return error.code if error else None
@@ -131,7 +131,7 @@ def client_config(policy: str | None) -> Iterator[None]:
 
 
 def as_sent(dag: Any, ask: Json, name: str) -> Any:
-    """The task as the client of `sky launch` sends it: past the policy, if one is named, and once through YAML."""
+    """The task as the client of `sky launch` sends it: after the policy, if one is named, and a round trip through YAML."""
     if ask.get("policy"):
         request = request_names.AdminPolicyRequestName[ask.get("request", "CLUSTER_LAUNCH")]
         autostop = [r.autostop_config for t in dag.tasks for r in t.resources if r.autostop_config is not None]
@@ -141,7 +141,7 @@ def as_sent(dag: Any, ask: Json, name: str) -> Any:
             down=autostop[0].down if autostop else False,
             dryrun=ask["op"] == "optimize",
         )
-        if request.name.startswith("JOBS"):  # SkyPilot hands none over with managed jobs
+        if request.name.startswith("JOBS"):  # SkyPilot passes none for managed jobs
             options = None
         with client_config(ask["policy"]):
             dag, _ = admin_policy_utils.apply(dag, request, options, at_client_side=True)
@@ -149,7 +149,7 @@ def as_sent(dag: Any, ask: Json, name: str) -> Any:
 
 
 def reachable(task: Any) -> list[Json]:
-    """Everything that the optimizer can ever choose from, so all that a fail-over can end at, in no order."""
+    """Every machine that the optimizer can choose, so every possible result of a fail-over, unordered."""
     launchables, *_ = optimizer._fill_in_launchable_resources(task, None, quiet=True)
     machines = {json.dumps(machine_of(one), sort_keys=True) for found in launchables.values() for one in found}
     return [json.loads(text) for text in sorted(machines)]
@@ -201,8 +201,8 @@ LOOKUPS = (
 
 
 def remember_lookups() -> None:
-    """Let SkyPilot's catalog answer a question that was asked before from memory: each step of a fail-over repeats all
-    questions of the one before, and they are most of its time. The catalog stays as it is while this process lives."""
+    """Cache the look-ups of SkyPilot's catalog: each step of a fail-over repeats all look-ups of the previous one, and they take
+    most of its time. The catalog does not change while this process runs."""
 
     def remembering(lookup: Callable[..., Any]) -> Callable[..., Any]:
         known: Json = {}
@@ -220,14 +220,14 @@ def remember_lookups() -> None:
 
 
 def plain(text: str) -> str:
-    """Without colours and the codes that draw SkyPilot's spinner."""
+    """The text without colour codes and the codes of SkyPilot's spinner."""
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).splitlines()
     return "\n".join(line for line in lines if not line.startswith("<sky-payload>"))
 
 
 @contextmanager
 def everything_printed() -> Iterator[list[str]]:
-    """Collects what this process and its children write to standard output and error, at the level of the descriptors."""
+    """Collects what this process and its children write to standard output and error, at the level of file descriptors."""
     texts: list[str] = []
     kept = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -246,7 +246,7 @@ def everything_printed() -> Iterator[list[str]]:
 
 
 def enable_gcp() -> None:
-    """Note in SkyPilot's state that GCP passed `sky check`, which asks Google."""
+    """Record in SkyPilot's state that GCP passed `sky check`, which would ask Google."""
     for capability in (CloudCapability.COMPUTE, CloudCapability.STORAGE):
         global_user_state.set_enabled_clouds(["gcp"], capability, "default")
     global_user_state.set_allowed_clouds(check._get_workspace_allowed_clouds("default"), "default")

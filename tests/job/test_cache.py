@@ -1,4 +1,4 @@
-"""The data cache in the bucket: its keys, and that a set is there whole or not at all, also for two jobs at once."""
+"""The data cache in the bucket: its keys, and that a set is copied completely or not at all, also with two jobs at once."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_key_is_the_one_under_which_buckets_already_hold_sets(path: Path) -> None:
-    """The scripts of earlier versions made it from what `finetune config` prints."""
+def test_the_key_is_the_same_as_in_existing_buckets(path: Path) -> None:
+    """Earlier versions computed it from the output of `finetune config`."""
     printed = yaml.safe_load(to_yaml(load_config(path)))["data"]
     earlier = hashlib.sha256(json.dumps(printed, sort_keys=True).encode()).hexdigest()[:12]
     assert data_key(load_config(path)) == earlier
 
 
-def test_the_key_follows_the_data_section_alone(config: Path) -> None:
+def test_the_key_depends_on_the_data_section_only(config: Path) -> None:
     key = data_key(load_config(config))
     assert data_key(load_config(config, ["lora.r=4", "training.seed=7"])) == key
     assert data_key(load_config(config, ["data.seed=7"])) != key
 
 
-def test_a_set_is_known_by_its_manifest(tmp_path: Path) -> None:
+def test_a_set_is_identified_by_its_manifest(tmp_path: Path) -> None:
     assert set_id(tmp_path) == ""
     lay_out_set(tmp_path / "set", "one")
     assert set_id(tmp_path / "set") == sha256(tmp_path / "set" / "manifest.json")[:12]
 
 
-def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_is_copied_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out_set(tmp_path / "set", "one")
     names = []
     replace = os.replace
@@ -66,7 +66,7 @@ def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_two_jobs_copy_one_set_at_once_and_a_third_reads_it(tmp_path: Path) -> None:
-    """As soon as the manifest is there every file is whole, and stays so while the other job is still writing."""
+    """Once the manifest exists, every file is complete, and stays so while the other job is still writing."""
     lay_out_set(tmp_path / "set", "x" * 200_000)
     whole, target, torn = tree(tmp_path / "set"), tmp_path / "bucket" / "set", []
     done = threading.Event()
@@ -93,7 +93,7 @@ def test_two_jobs_copy_one_set_at_once_and_a_third_reads_it(tmp_path: Path) -> N
     assert not list(target.rglob("*.part"))
 
 
-def test_a_set_laid_out_here_has_nothing_of_the_one_before(config: Path, tmp_path: Path) -> None:
+def test_a_copied_set_has_no_files_of_the_previous_one(config: Path, tmp_path: Path) -> None:
     loaded = load_config(config)
     folder = Path(loaded.data.output_dir)
     lay_out_set(tmp_path / "new", "new")
@@ -106,7 +106,7 @@ def test_a_set_laid_out_here_has_nothing_of_the_one_before(config: Path, tmp_pat
     assert tree(folder) == tree(tmp_path / "new")
 
 
-def test_a_preparation_that_leaves_no_set_is_told(config: Path, tmp_path: Path) -> None:
+def test_a_preparation_without_a_set_is_reported(config: Path, tmp_path: Path) -> None:
     with raises("job.nothing_prepared", match=r"data\.output_dir"):
         DataCache(tmp_path / "bucket", tmp_path / "state").lay_out(load_config(config), "", prepare=lambda: None)
 
@@ -120,8 +120,8 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in files}
 
 
-def test_what_a_cut_off_copy_has_left_does_not_keep_data_from_being_prepared(config: Path, tmp_path: Path) -> None:
-    """`finetune data prepare` refuses a folder that holds other things than a prepared set."""
+def test_files_of_an_interrupted_copy_do_not_prevent_preparation(config: Path, tmp_path: Path) -> None:
+    """`finetune data prepare` refuses a folder with files other than a prepared set."""
     loaded = load_config(config)
     folder = Path(loaded.data.output_dir)
     (folder / "databases").mkdir(parents=True)

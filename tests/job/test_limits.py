@@ -1,4 +1,4 @@
-"""The end of a limited program, with real processes: its code, its time, signals, a disk that fills up."""
+"""How a limited program ends, with real processes: exit code, time limit, signals, a full disk."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def python(program: str) -> list[str]:
 @pytest.mark.parametrize(
     ("program", "code"), [("", 0), ("raise SystemExit(75)", 75), ("import os; os.kill(os.getpid(), 9)", 137)]
 )
-def test_the_code_is_the_programs_as_a_shell_has_it(program: str, code: int, settings: JobSettings) -> None:
+def test_the_exit_code_is_that_of_the_program_as_in_a_shell(program: str, code: int, settings: JobSettings) -> None:
     assert run_limited(python(program), HOUR, settings) == Ended(code, out_of_time=False)
 
 
-def test_a_program_whose_time_is_up_is_told_and_then_killed(settings: JobSettings) -> None:
+def test_a_program_whose_time_is_up_gets_sigterm_and_then_sigkill(settings: JobSettings) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     began = time.monotonic()
     assert run_limited(python(deaf), 0.5 * SECOND, settings) == Ended(137, out_of_time=True)
@@ -56,16 +56,14 @@ def test_a_program_whose_time_is_up_is_told_and_then_killed(settings: JobSetting
 
 
 def test_a_program_that_does_not_end_on_a_full_disk_is_killed(settings: JobSettings) -> None:
-    """on_machine/room.sh has told it to end, not we."""
+    """SIGTERM came from on_machine/room.sh."""
     full = settings.state / "room.full"
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     fills = f"open({str(full)!r}, 'w').write('12'); time.sleep(60)"
     assert run_limited(python(deaf + fills), HOUR, settings) == Ended(2, False)
 
 
-def test_a_disk_that_was_full_is_no_reason_to_run_again(
-    settings: JobSettings, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_is_not_retried(settings: JobSettings, capsys: pytest.CaptureFixture[str]) -> None:
     full = settings.state / "room.full"
     assert run_limited(python(f"open({str(full)!r}, 'w').write('12'); exit(75)"), HOUR, settings) == Ended(2, False)
     assert "the disk was nearly full (12 MiB left)" in capsys.readouterr().err
@@ -74,14 +72,14 @@ def test_a_disk_that_was_full_is_no_reason_to_run_again(
     )
 
 
-def test_signals_are_ours_again_afterwards(settings: JobSettings) -> None:
+def test_signal_handlers_are_restored_afterwards(settings: JobSettings) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     run_limited(python(""), HOUR, settings)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def started_and_signalled(monkeypatch: pytest.MonkeyPatch, when: str) -> list[subprocess.Popen[bytes]]:
-    """The next program that is started gets us a SIGTERM just before it is there, or after, before anybody knows of it."""
+    """The start of the next program sends this process a SIGTERM just before or after it exists, before Popen returns."""
     start: Any = subprocess.Popen
     started: list[subprocess.Popen[bytes]] = []
 
@@ -100,14 +98,14 @@ def started_and_signalled(monkeypatch: pytest.MonkeyPatch, when: str) -> list[su
 
 @pytest.fixture
 def job_that_ends() -> Iterator[None]:
-    """SIGTERM ends us, as `finetune job` has it."""
+    """SIGTERM ends this process, as in `finetune job`."""
     before = signal.signal(signal.SIGTERM, _end)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_signal_that_comes_while_the_limited_program_starts_is_not_lost(
+def test_a_signal_during_the_start_of_the_limited_program_is_not_lost(
     when: str, settings: JobSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune.job.limits._watch_room", lambda *_: None)
@@ -116,7 +114,7 @@ def test_a_signal_that_comes_while_the_limited_program_starts_is_not_lost(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_signal_that_comes_while_a_needed_program_starts_leaves_none_behind(
+def test_a_signal_during_the_start_of_a_needed_program_leaves_no_process(
     when: str, settings: JobSettings, monkeypatch: pytest.MonkeyPatch, job_that_ends: None
 ) -> None:
     started = started_and_signalled(monkeypatch, when)
@@ -128,13 +126,13 @@ def test_a_signal_that_comes_while_a_needed_program_starts_leaves_none_behind(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_signal_that_comes_while_tensorboard_starts_leaves_none_behind(
+def test_a_signal_during_the_start_of_tensorboard_leaves_no_process(
     when: str, settings: JobSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job_that_ends: None
 ) -> None:
     program = tmp_path / "tensorboard"
     program.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")  # by which the program is found
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")  # where the program is found
     started = started_and_signalled(monkeypatch, when)
     with pytest.raises(SystemExit), tensorboard(read_settings(os.environ)):
         pytest.fail("the signal was lost")
@@ -142,14 +140,14 @@ def test_a_signal_that_comes_while_tensorboard_starts_leaves_none_behind(
         assert one.wait(15) == -signal.SIGTERM
 
 
-def test_the_watcher_of_the_disk_is_nobodys_child_and_ends_with_the_program(settings: JobSettings) -> None:
+def test_the_disk_watcher_is_detached_and_ends_with_the_program(settings: JobSettings) -> None:
     script = Path("on_machine") / "room.sh"
     script.parent.mkdir()
-    script.write_text('echo "$$ $PPID $1 $2" >"$2.told"; while kill -0 "$1"; do sleep 0.1; done\n', encoding="utf-8")
-    told = settings.state / "room.told"
-    program = f"import os, time\nwhile not os.path.exists({str(told)!r}): time.sleep(0.02)\ntime.sleep(0.3)"
+    script.write_text('echo "$$ $PPID $1 $2" >"$2.started"; while kill -0 "$1"; do sleep 0.1; done\n', encoding="utf-8")
+    started = settings.state / "room.started"
+    program = f"import os, time\nwhile not os.path.exists({str(started)!r}): time.sleep(0.02)\ntime.sleep(0.3)"
     assert run_limited(python(program), HOUR, settings).code == 0
-    watcher, parent, _, file = told.read_text(encoding="utf-8").split()
+    watcher, parent, _, file = started.read_text(encoding="utf-8").split()
     assert int(parent) != os.getpid() and file == str(settings.state / "room")
     assert gone(int(watcher))
 
@@ -169,13 +167,13 @@ def test_a_program_that_the_job_needs_ends_with_the_job(
     assert gone(int((tmp_path / "pid").read_text()))
 
 
-def test_a_program_that_fails_says_with_which_code(settings: JobSettings) -> None:
+def test_a_failing_program_reports_its_exit_code(settings: JobSettings) -> None:
     with pytest.raises(ProgramFailed) as failed:
         call(python("exit(2)"), settings.environment)
     assert failed.value.code == 2
 
 
-def test_a_score_that_takes_too_long_is_an_error(
+def test_an_evaluation_that_takes_too_long_is_an_error(
     settings: JobSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(settings, mount=tmp_path, run_name="mine")
@@ -194,6 +192,6 @@ def test_hours_that_are_used_up_are_an_error(settings: JobSettings, monkeypatch:
         hours_left(settings)
 
 
-def test_hours_without_a_price_are_those_of_the_clock(settings: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hours_without_a_price_are_max_hours(settings: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FINETUNE_PRICES", raising=False)
     assert hours_left(settings) == 24.0

@@ -1,4 +1,4 @@
-"""A job's environment: what it may say, and one line for what it may not."""
+"""A job's environment: its settings, and one line for every invalid one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_settings_are_read_and_shown_as_they_were_typed() -> None:
     assert (settings.state, settings.runs) == (Path("/home/me/.finetune"), Path("/bucket/runs"))
 
 
-def test_what_is_not_set_or_empty_has_a_default() -> None:
+def test_missing_and_empty_variables_have_defaults() -> None:
     settings = read_settings({"MAX_HOURS": "", "HOME": "/home/me"})
     assert (settings.max_run_usd, settings.max_hours, settings.grace_seconds) == tuple(map(Decimal, (25, 24, 180)))
     assert settings.environment["GRACE_SECONDS"] == "180", "finetune.runtime.torchrun reads it"
@@ -39,7 +39,7 @@ def test_what_is_not_set_or_empty_has_a_default() -> None:
         ("RUN_NAME", "a/b"),
     ],
 )
-def test_a_value_that_means_nothing_is_named_in_one_line(name: str, value: str) -> None:
+def test_an_invalid_value_is_named_in_one_line(name: str, value: str) -> None:
     with raises("job.bad_setting") as raised:
         read_settings(GIVEN | {name: value})
     said = str(raised.value)
@@ -67,7 +67,7 @@ def test_nodes_that_cannot_find_each_other_are_refused(changed: dict[str, str], 
         read_settings(GIVEN | NODES | changed)
 
 
-def test_what_a_job_cannot_do_without_is_named(tmp_path: Path) -> None:
+def test_missing_required_settings_are_named(tmp_path: Path) -> None:
     settings = read_settings({"HOME": str(tmp_path), "FINETUNE_MOUNT": str(tmp_path / "bucket")})
     with raises("job.missing_setting", match="^RUN_NAME: empty"):
         settings.name_of_run()
@@ -79,9 +79,9 @@ def test_what_a_job_cannot_do_without_is_named(tmp_path: Path) -> None:
 
 def test_a_bucket_without_the_run_to_score_is_refused(tmp_path: Path) -> None:
     given = {"HOME": str(tmp_path), "FINETUNE_MOUNT": str(tmp_path), "SKYPILOT_TASK_ID": "job"}
-    with raises("run.none_trained", match="runs: no run there is trained"):
+    with raises("run.none_trained", match="runs: no trained run found"):
         run_to_score(read_settings(given))
-    with raises("run.not_found", match="runs/mine: no such run; there: nothing"):
+    with raises("run.not_found", match="runs/mine: no such run; found: nothing"):
         run_to_score(read_settings(given | {"RUN_NAME": "mine"}))
 
 
@@ -92,11 +92,11 @@ def test_empty_secrets_do_not_reach_the_programs() -> None:
 
 
 @pytest.mark.parametrize("info", ["", "{torn", "[]", '{"cluster_name": null}'])
-def test_a_cluster_without_a_name_does_not_end_a_job(info: str) -> None:
+def test_a_cluster_without_a_name_is_accepted(info: str) -> None:
     assert read_settings(GIVEN | {"SKYPILOT_CLUSTER_INFO": info}).cluster == "CLUSTER"
 
 
-def test_a_folder_of_the_users_is_not_replaced_by_the_link_to_the_bucket(tmp_path: Path) -> None:
+def test_a_users_folder_is_not_replaced_by_the_link_to_the_bucket(tmp_path: Path) -> None:
     mine, bucket = tmp_path / "notebooks", tmp_path / "bucket"
     mine.mkdir()
     with raises("job.name_taken", match="notebooks"):

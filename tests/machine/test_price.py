@@ -173,12 +173,14 @@ def test_the_command_prints_price_and_hours(
 ) -> None:
     with reported("price.unknown"):
         assert main(["machine"]) == 2
-    assert "not launched by SkyPilot under our policy" in capsys.readouterr().err
+    assert "not launched by SkyPilot with our policy" in capsys.readouterr().err
     monkeypatch.setenv(VARIABLE, json.dumps(TABLE))
     smi(tmp_path, "Tesla V100-SXM2-16GB")
     assert main(["machine", "--max-hours", "3"]) == 0
     out = capsys.readouterr().out
-    assert "V100, spot, us-central1-a: $1.1000 an hour (a catalog of today)" in out and "may go on for 3.00 h" in out
+    assert (
+        "V100, spot, us-central1-a: $1.1000 an hour (a catalog of today)" in out and "may run for another 3.00 h" in out
+    )
     assert main(["machine", "--wall-hours", "--max-hours", "3"]) == 0
     assert float(capsys.readouterr().out) == 3.0
     with reported("cli.missing_option"):

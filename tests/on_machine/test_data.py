@@ -1,4 +1,4 @@
-"""How prepared data travel between laptop, bucket and machine (finetune/job/cache.py), with the real
+"""How prepared data are copied between laptop, bucket and machine (finetune/job/cache.py), with the real
 scripts."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def keep_set_of_a_run(machine: RentedMachine) -> str:
     return sha
 
 
-def test_data_that_came_along_are_used_and_kept_for_the_next_machine(machine: RentedMachine, tmp_path: Path) -> None:
+def test_uploaded_data_are_used_and_saved_for_the_next_machine(machine: RentedMachine, tmp_path: Path) -> None:
     lay_out_set(machine.checkout / SET, "on the laptop")
     machine.run("train.sh")
     assert not machine.called("data")
@@ -43,7 +43,7 @@ def test_data_that_came_along_are_used_and_kept_for_the_next_machine(machine: Re
     assert (second.checkout / SET / "databases/shop/shop.sqlite").read_text() == "on the laptop"
 
 
-def test_data_that_are_nowhere_are_prepared_and_kept(machine: RentedMachine) -> None:
+def test_missing_data_are_prepared_and_saved(machine: RentedMachine) -> None:
     code, said = machine.run("train.sh", OVERRIDES="data.seed=3")
     assert code == 0, said
     assert machine.called("data") == ["data prepare config.yaml data.seed=3"]
@@ -52,7 +52,7 @@ def test_data_that_are_nowhere_are_prepared_and_kept(machine: RentedMachine) -> 
     assert (kept / "train.jsonl").exists()
 
 
-def test_data_made_by_another_config_are_not_used(machine: RentedMachine, tmp_path: Path) -> None:
+def test_data_of_another_config_are_not_used(machine: RentedMachine, tmp_path: Path) -> None:
     machine.run("train.sh")
     second = rent(tmp_path / "second")
     second.env["FINETUNE_MOUNT"] = str(machine.bucket)
@@ -73,7 +73,7 @@ def test_what_an_earlier_job_left_here_is_not_used_for_another_config(machine: R
     assert second.called("data") == ["data prepare config.yaml data.seed=3"]
 
 
-def test_half_a_copy_in_the_bucket_does_not_count(machine: RentedMachine, tmp_path: Path) -> None:
+def test_a_partial_copy_in_the_bucket_is_not_used(machine: RentedMachine, tmp_path: Path) -> None:
     lay_out_set(machine.checkout / SET, "on the laptop")
     machine.run("train.sh")
     (kept,) = sets_in(machine)
@@ -88,7 +88,7 @@ def test_half_a_copy_in_the_bucket_does_not_count(machine: RentedMachine, tmp_pa
     assert (kept / "databases/shop/shop.sqlite").read_text() == "on the laptop"
 
 
-def test_a_copy_that_was_cut_off_does_not_count_either(machine: RentedMachine) -> None:
+def test_an_interrupted_copy_is_not_used(machine: RentedMachine) -> None:
     sha = keep_set_of_a_run(machine)
     lay_out_set(machine.checkout / SET, "prepared again since")
     begin_run(machine, "interrupted", data={"manifest_sha256": sha})
@@ -103,7 +103,7 @@ def test_a_copy_that_was_cut_off_does_not_count_either(machine: RentedMachine) -
 
 
 @pytest.mark.parametrize("script", ["train.sh", "evaluate.sh"])
-def test_a_run_gets_its_own_data_back_though_others_came_along(machine: RentedMachine, script: str) -> None:
+def test_a_run_gets_its_own_data_though_others_were_uploaded(machine: RentedMachine, script: str) -> None:
     sha = keep_set_of_a_run(machine)
     lay_out_set(machine.checkout / SET, "prepared again since")
     begin_run(machine, "interrupted", data={"manifest_sha256": sha})

@@ -15,15 +15,15 @@ from tests.helpers.machine_fixture import CONFIG, RentedMachine, begin_run, gone
 
 SLOW_TO_STOP = """
 import os, signal, subprocess, sys, time
-told = []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
 helper = subprocess.Popen(["sleep", "30"])
 open(os.environ["CALLS"] + ".ready", "w").close()
-while not told:
+while not signals:
     time.sleep(0.02)
 time.sleep(0.6)
-with open(os.environ["CALLS"] + ".told", "w") as file:
-    file.write(f"{len(told)} {helper.poll()}")
+with open(os.environ["CALLS"] + ".signals", "w") as file:
+    file.write(f"{len(signals)} {helper.poll()}")
 helper.kill()
 sys.exit(75)
 """
@@ -56,7 +56,7 @@ def test_a_new_run_begins_in_the_bucket_under_its_ceiling(machine: RentedMachine
 
 
 @pytest.mark.parametrize("status", ["interrupted", "running", "failed", "budget_stop"])
-def test_an_interrupted_run_goes_on_under_the_ceiling_typed_last(machine: RentedMachine, status: str) -> None:
+def test_an_interrupted_run_resumes_under_the_ceiling_typed_last(machine: RentedMachine, status: str) -> None:
     folder = begin_run(machine, status)
     before = (folder / "config.yaml").read_text()
     code, said = machine.run("train.sh", MAX_RUN_USD="40")
@@ -75,7 +75,7 @@ def test_a_finished_run_is_left_alone(machine: RentedMachine) -> None:
     assert "run is done" in said
 
 
-def test_an_attempt_that_was_cut_off_before_its_first_record_is_begun_again(machine: RentedMachine) -> None:
+def test_an_attempt_killed_before_its_first_record_is_started_again(machine: RentedMachine) -> None:
     folder = begin_run(machine, "running")
     (folder / "run.json").unlink()
     (folder / ".run.json.x1.tmp").touch()
@@ -110,7 +110,7 @@ def test_without_a_name_the_run_is_named_after_the_job_also_on_the_next_machine(
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", ".hidden", "two words", "a" * 101, "-flag"])
-def test_a_name_that_is_no_folder_is_refused(machine: RentedMachine, name: str) -> None:
+def test_a_name_that_is_not_a_valid_folder_is_refused(machine: RentedMachine, name: str) -> None:
     code, said = machine.run("train.sh", RUN_NAME=name)
     assert (code, machine.calls()) == (2, [])
     assert "RUN_NAME" in said
@@ -129,13 +129,13 @@ def test_a_name_that_is_no_folder_is_refused(machine: RentedMachine, name: str) 
         ("RUN_NAME", ""),
     ],
 )
-def test_a_setting_that_means_nothing_is_refused(machine: RentedMachine, variable: str, value: str) -> None:
+def test_an_invalid_setting_is_refused(machine: RentedMachine, variable: str, value: str) -> None:
     code, said = machine.run("train.sh", **{variable: value})
     assert (code, machine.called("train")) == (2, [])
     assert variable in said
 
 
-def test_empty_secrets_count_as_none_and_others_arrive(machine: RentedMachine) -> None:
+def test_empty_secrets_are_dropped_and_others_passed_on(machine: RentedMachine) -> None:
     machine.run("train.sh", WANDB_API_KEY="", HF_TOKEN="token-of-mine")
     seen = machine.seen_environment()
     assert "HF_TOKEN=token-of-mine" in seen
@@ -149,7 +149,7 @@ def test_without_a_bucket_nothing_starts(machine: RentedMachine) -> None:
     assert "no bucket" in said
 
 
-def test_a_broken_config_is_the_users_mistake(machine: RentedMachine) -> None:
+def test_an_invalid_config_is_a_user_error(machine: RentedMachine) -> None:
     (machine.checkout / "config.yaml").write_text(CONFIG + "trainnig: {}\n")
     code, said = machine.run("train.sh")
     assert (code, machine.calls()) == (2, [])
@@ -161,19 +161,19 @@ def test_a_broken_config_is_the_users_mistake(machine: RentedMachine) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
-def test_the_exit_code_of_training_is_the_jobs(machine: RentedMachine, code: int) -> None:
+def test_the_job_has_the_exit_code_of_training(machine: RentedMachine, code: int) -> None:
     assert machine.run("train.sh", FAKE_CODE=str(code))[0] == code
 
 
 @pytest.mark.parametrize("work", [SLOW_TO_STOP, DEAF], ids=["saves", "hangs"])
-def test_when_the_hours_are_over_the_job_ends_well_and_is_not_restarted(machine: RentedMachine, work: str) -> None:
+def test_when_the_hours_are_over_the_job_succeeds_and_is_not_restarted(machine: RentedMachine, work: str) -> None:
     code, said = machine.run("train.sh", MAX_HOURS="0.0004", FAKE_WORK=work)
     assert code == 0, said
     assert "0.0004 hours are over" in said
     assert "RUN_NAME=run" in said
 
 
-def test_a_preemption_notice_reaches_training_and_it_alone_once(machine: RentedMachine) -> None:
+def test_a_preemption_notice_is_sent_once_and_only_to_training(machine: RentedMachine) -> None:
     machine.env["FAKE_WORK"] = SLOW_TO_STOP
     process = machine.start("train.sh")
     wait_for(machine.folder / "calls.ready")
@@ -183,11 +183,11 @@ def test_a_preemption_notice_reaches_training_and_it_alone_once(machine: RentedM
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 75
-    assert (machine.folder / "calls.told").read_text() == "1 None"
+    assert (machine.folder / "calls.signals").read_text() == "1 None"
     assert gone(int((machine.folder / "calls.tensorboard").read_text()))
 
 
-def test_tensorboard_shows_all_runs_to_this_machine_alone(machine: RentedMachine) -> None:
+def test_tensorboard_shows_all_runs_on_localhost_only(machine: RentedMachine) -> None:
     machine.env["FAKE_WORK"] = "import time; time.sleep(1)"
     code, said = machine.run("train.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "mine"}')
     assert code == 0, said
@@ -197,10 +197,10 @@ def test_tensorboard_shows_all_runs_to_this_machine_alone(machine: RentedMachine
     assert gone(int((machine.folder / "calls.tensorboard").read_text()))
 
 
-def test_an_unknown_price_leaves_the_wall_clock(machine: RentedMachine) -> None:
+def test_with_an_unknown_price_only_max_hours_applies(machine: RentedMachine) -> None:
     code, said = machine.run("train.sh", FINETUNE_PRICES="{torn", MAX_HOURS="3")
     assert code == 0, said
-    assert "FINETUNE_PRICES" in said and "MAX_HOURS=3 alone limits its time" in said
+    assert "FINETUNE_PRICES" in said and "only MAX_HOURS=3 limits its time" in said
     assert "at most 3.0000 hours" in said
 
 
@@ -235,7 +235,7 @@ def test_without_a_name_the_newest_trained_run_is_scored_or_that_of_this_job(mac
     assert machine.called("evaluate")[1:] == [f"evaluate {machine.run_folder('job')}"]
 
 
-def test_a_run_that_is_not_there_is_named_with_those_that_are(machine: RentedMachine) -> None:
+def test_a_missing_run_is_reported_with_the_existing_ones(machine: RentedMachine) -> None:
     begin_run(machine, "done", "other")
     code, said = machine.run("evaluate.sh")
     assert (code, machine.calls()) == (2, [])
@@ -256,7 +256,7 @@ def test_an_evaluation_that_takes_too_long_fails(machine: RentedMachine) -> None
     assert not machine.called("report")
 
 
-def test_jupyter_listens_to_this_machine_alone_keeps_its_token_and_ends_when_idle(machine: RentedMachine) -> None:
+def test_jupyter_listens_on_localhost_keeps_its_token_and_ends_when_idle(machine: RentedMachine) -> None:
     code, said = machine.run("dev.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "dev"}')
     assert code == 0, said
     (call,) = machine.called("jupyter")
@@ -283,13 +283,13 @@ ENDS = "training.output_dir={bucket}/runs training.run_name=run budget.max_run_u
 
 
 def with_gpus(machine: RentedMachine, listed: str) -> None:
-    """Stand-ins for nvidia-smi, and for python as far as it starts several processes."""
+    """Stand-ins for nvidia-smi, and for python when it starts several processes."""
     programs = machine.home / "finetune-env" / "bin"
     machine.program(programs, "nvidia-smi", f"#!/bin/sh\n[ \"$1\" = --list-gpus ] && printf '%s\\n' '{listed}'\n")
     machine.program(programs, "python", PYTHON % sys.executable)
 
 
-def test_one_process_per_gpu_trains_where_there_are_several(machine: RentedMachine) -> None:
+def test_several_gpus_train_with_one_process_each(machine: RentedMachine) -> None:
     with_gpus(machine, TWO)
     code, said = machine.run("train.sh", FAKE_CODE="75")
     assert code == 75, said
@@ -313,7 +313,7 @@ def test_one_gpu_or_none_needs_one_process(machine: RentedMachine, listed: str, 
 
 
 @pytest.mark.parametrize(("listed", "processes"), [(TWO, 2), (TWO.partition("\n")[0], 1)])
-def test_the_nodes_of_a_task_find_the_first_of_them(machine: RentedMachine, listed: str, processes: int) -> None:
+def test_the_nodes_of_a_task_connect_to_the_first(machine: RentedMachine, listed: str, processes: int) -> None:
     with_gpus(machine, listed)
     nodes = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5", "SKYPILOT_NODE_RANK": "1"}
     code, said = machine.run("train.sh", **nodes)

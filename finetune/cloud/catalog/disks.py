@@ -1,15 +1,15 @@
-"""What a machine's boot disk costs. SkyPilot's catalog has no prices of disks, and its cost estimates leave them out."""
+"""Prices of boot disks. SkyPilot's catalog has no disk prices, and its cost estimates leave them out."""
 
 from __future__ import annotations
 
 from finetune.errors import UserError
 
 HOURS_PER_MONTH = 730
-"""365 x 24 / 12. Google bills the seconds of the month at hand, so an hour of February costs up to 9% more: a quarter of a
+"""365 x 24 / 12. Google bills by the second of the current month, so an hour in February costs up to 9% more: a quarter of a
 cent for 200 GiB."""
 STANDARD, BALANCED, SSD = "pd-standard", "pd-balanced", "pd-ssd"
 TIERS = ("low", "medium", "high", "ultra", "best", "none")
-"""What `disk_tier` of a SkyPilot task may be; none is its default, medium."""
+"""Values of `disk_tier` in a SkyPilot task; none means the default, medium."""
 
 PRICES = (
     (0.04, 0.1, 0.17, "asia-east1 europe-north2 europe-west1 us-central1 us-east1 us-east5 us-west1"),
@@ -33,10 +33,10 @@ PRICES = (
     (0.064, 0.16, 0.272, "me-central2"),
 )
 LISTED = "2026-07-22"
-"""The day of Google's Cloud Billing catalog that PRICES is from: US dollars per GiB and month of pd-standard, pd-balanced and
-pd-ssd, by region, as the pricing.yml of Cyclenerd/google-cloud-pricing-cost-calculator holds it (commit 08440e74). In March
-2025 that file had the same, but for africa-south1 (then dearer) and regions that were new since. Google's page on disk pricing
-has the same figures for Iowa.
+"""Date of the Google Cloud Billing catalog that PRICES comes from: US dollars per GiB and month of pd-standard, pd-balanced and
+pd-ssd, by region, from pricing.yml of Cyclenerd/google-cloud-pricing-cost-calculator (commit 08440e74). In March 2025 that file
+had the same prices, except africa-south1 (higher then) and regions added since. Google's page on disk pricing has the same
+figures for Iowa.
 """
 USD_PER_MONTH = {
     region: {STANDARD: standard, BALANCED: balanced, SSD: ssd}
@@ -49,18 +49,18 @@ LOCAL_SSDS = {
     **{f"a3-highgpu-{n}g": 2 * n for n in (1, 2, 4, 8)},
     "a3-megagpu-8g": 16,
 }
-"""Disks of LOCAL_SSD_GIB that a machine type has built in and Google bills (provision/gcp/constants.py of SkyPilot 0.14), while
-SkyPilot's catalog has no price for them: a2-ultragpu-1g lists at $5.0688 in Iowa, 0.0411 above its vCPUs, memory and GPU."""
+"""Number of built-in disks of LOCAL_SSD_GIB per machine type (provision/gcp/constants.py of SkyPilot 0.14). Google bills them,
+but SkyPilot's catalog has no price for them: a2-ultragpu-1g lists at $5.0688 in Iowa, 0.0411 above its vCPUs, memory and GPU."""
 DEAREST = {kind: max(prices[kind] for prices in USD_PER_MONTH.values()) for kind in (STANDARD, BALANCED, SSD)}
-"""Taken for a region that the table lacks: a ceiling has to hold there too."""
+"""Used for a region that is not in the table, so that a ceiling holds there too."""
 
 
 def disk_usd_per_hour(gib: int, tier: str, region: str, machine: str = "") -> float:
-    """US dollars per hour of a disk of `gib` GiB, at the list price of the region; never too little.
+    """US dollars per hour of a disk of `gib` GiB, at the list price of the region; never underestimated.
 
-    tier: SkyPilot's disk_tier; which disk that is depends on the machine. Without a machine the dearest is taken that the
-    tier may mean. For a region that the table lacks it is the price of the dearest region. Raises UserError for a tier that
-    is unknown, or that Google charges by more than its size.
+    tier: SkyPilot's disk_tier; its disk type depends on the machine. Without a machine, the most expensive type of the tier is
+    used; for a region that is not in the table, the price of the most expensive region. Raises UserError for an unknown tier,
+    and for one that Google charges by more than its size.
     """
     if isinstance(gib, bool) or not isinstance(gib, int) or gib <= 0:
         raise UserError(
@@ -71,14 +71,14 @@ def disk_usd_per_hour(gib: int, tier: str, region: str, machine: str = "") -> fl
 
 
 def local_ssd_usd_per_hour(machine: str, region: str) -> float:
-    """US dollars per hour of the local SSDs that a machine type has built in; never too little: the price of pd-balanced, which
-    in every region of the source of PRICES is the dearer of the two (Iowa: 0.10 against 0.08)."""
+    """US dollars per hour of the built-in local SSDs of a machine type. Never underestimated: uses the price of pd-balanced,
+    which is higher than that of local SSDs in every region of the source of PRICES (Iowa: 0.10 against 0.08)."""
     prices = USD_PER_MONTH.get(region.lower(), DEAREST)
     return LOCAL_SSDS.get(machine, 0) * LOCAL_SSD_GIB * prices[BALANCED] / HOURS_PER_MONTH
 
 
 def disk_type(tier: str, machine: str = "") -> str:
-    """Google's name of the disk that SkyPilot 0.14 takes for a tier on a machine type (`_get_disk_type` in its clouds/gcp.py).
+    """Google's name of the disk that SkyPilot 0.14 uses for a tier on a machine type (`_get_disk_type` in its clouds/gcp.py).
 
     Raises UserError for pd-extreme and Hyperdisk: their I/O operations are charged too.
     """
@@ -89,7 +89,7 @@ def disk_type(tier: str, machine: str = "") -> str:
     series = machine.partition("-")[0]
     if series in ("n4", "a4", "g4") or machine.startswith("a3-ultragpu"):
         raise UserError(
-            f"disk_tier: {machine} takes only Hyperdisk, whose price is not known here", code="price.unknown"
+            f"disk_tier: {machine} supports only Hyperdisk, whose price is not known here", code="price.unknown"
         )
     if tier == "low":
         return BALANCED if series in ("", "g2", "a3") else STANDARD

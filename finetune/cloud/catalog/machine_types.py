@@ -1,4 +1,4 @@
-"""Which machine a GPU of Google Cloud comes with. SkyPilot refuses a wrong pair too, but only once it is imported."""
+"""Which machine types on Google Cloud have which GPUs. SkyPilot refuses a wrong pair too, but has to be imported for that."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ OWN_MACHINES: Mapping[str, Mapping[int, tuple[str, ...]]] = {
     "B200": {8: ("a4-highgpu-8g",)},
     "RTXPRO6000": {n: (f"g4-standard-{48 * n}",) for n in _EIGHT},
 }
-"""GPU -> how many of them -> the machine types that have them built in."""
+"""GPU -> count -> the machine types that have them built in."""
 N1_LIMITS: Mapping[str, Mapping[int, tuple[int, int]]] = {
     "T4": {1: (48, 312), 2: (48, 312), 4: (96, 624)},
     "V100": {1: (12, 78), 2: (24, 156), 4: (48, 312), 8: (96, 624)},
     "P4": {1: (24, 156), 2: (48, 312), 4: (96, 624)},
     "P100": {1: (16, 104), 2: (32, 208)},
 }
-"""GPU -> how many of them -> (vCPUs, GB) that the N1 machine which they are attached to may have at most.
+"""GPU -> count -> largest N1 machine (vCPUs, GB) to which they can be attached.
 
-Both tables: Google's page on GPU machine types, as SkyPilot 0.14 holds it (catalog/gcp_catalog.py). Four P100 are left out:
+Source of both tables: Google's page on GPU machine types, as in SkyPilot 0.14 (catalog/gcp_catalog.py). Four P100 are left out:
 their limit depends on the zone.
 """
 
 
 def check_machine(gpu: str, count: int, machine: str, size: tuple[float, float] | None) -> None:
-    """Raise UserError, naming the machines that will do, unless `count` of the GPU come with the machine.
+    """Raise UserError, naming the valid machine types, unless the machine type can have `count` of the GPU.
 
-    gpu: its canonical name. size: (vCPUs, GB) of the machine, None where the catalog does not know it.
+    gpu: its canonical name. size: (vCPUs, GB) of the machine type, None if it is not in the catalog.
     """
     counts: Mapping[int, object] = OWN_MACHINES.get(gpu) or N1_LIMITS.get(gpu) or {}
     if not counts:
         raise UserError(
-            f"{gpu}: which machine of Google Cloud it comes with is not known here; choose another GPU",
+            f"{gpu}: its machine types on Google Cloud are not known here; choose another GPU",
             code="cloud.gpu_not_offered",
         )
     if count not in counts:
         known = ", ".join(map(str, counts))
         raise UserError(
-            f"{gpu}:{count}: no machine of Google Cloud has {count} of them; possible are {known}",
+            f"{gpu}:{count}: no machine type on Google Cloud has {count} of them; possible: {known}",
             code="cloud.machine_mismatch",
         )
     if not fits(gpu, count, machine, size):
         unknown = machine.startswith("n1-") and size is None
         what = f"machine {machine} is not in the catalog" if unknown else f"{gpu}:{count} does not come with {machine}"
         raise UserError(
-            f"{what}; on Google Cloud {gpu}:{count} comes only with {_will_do(gpu, count)}",
+            f"{what}; on Google Cloud {gpu}:{count} comes only with {_valid_machines(gpu, count)}",
             code="cloud.machine_mismatch",
         )
 
 
 def fits(gpu: str, count: int, machine: str, size: tuple[float, float] | None) -> bool:
-    """Whether Google Cloud sells the machine with that many of the GPU. For size see `check_machine`."""
+    """Whether Google Cloud sells the machine type with `count` of the GPU. size: as in `check_machine`."""
     if gpu in OWN_MACHINES:
         return machine in OWN_MACHINES[gpu].get(count, ())
     limit = N1_LIMITS.get(gpu, {}).get(count)
     return bool(limit and size and machine.startswith("n1-") and size[0] <= limit[0] and size[1] <= limit[1])
 
 
-def _will_do(gpu: str, count: int) -> str:
+def _valid_machines(gpu: str, count: int) -> str:
     if gpu in OWN_MACHINES:
         return ", ".join(OWN_MACHINES[gpu][count])
     vcpus, memory = N1_LIMITS[gpu][count]

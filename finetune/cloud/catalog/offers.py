@@ -1,7 +1,6 @@
-"""What a machine with a GPU costs on Google Cloud, zone by zone: host + GPU + disk, and which prices are not to be trusted.
+"""What a machine with a GPU costs on Google Cloud in each zone: host + GPU + disk, and which prices are anomalies.
 
-The prices are those of SkyPilot's catalog as it lies on this disk, and must be the same that SkyPilot itself would tell; a
-test holds the two together.
+The prices come from SkyPilot's catalog on this disk, and are the same as SkyPilot's own; a test compares the two.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ __all__ = ["Catalog", "Offer", "disk_usd_per_hour", "load_catalog", "refresh_cat
 
 SNAPSHOT = Path(__file__).parent / "snapshot" / "v8"
 SNAPSHOT_SOURCE = (
-    "OUR OLD SNAPSHOT of SkyPilot's catalog (commit 8427bbff, a day in 2026 that is not known, carried over on 2026-11-22; "
-    "8 regions), PRICES MAY HAVE CHANGED; `sky gpus list --cloud gcp` fetches today's"
+    "OUR OLD SNAPSHOT of SkyPilot's catalog (commit 8427bbff, a day in 2026 that is not known, copied on 2026-11-22; "
+    "8 regions), PRICES MAY HAVE CHANGED; `sky gpus list --cloud gcp` fetches current ones"
 )
 REFRESH_HOURS = 7
-"""The age at which SkyPilot 0.14 fetches Google's prices again (_PULL_FREQUENCY_HOURS in its catalog/gcp_catalog.py)."""
+"""The age after which SkyPilot 0.14 fetches Google's prices again (_PULL_FREQUENCY_HOURS in its catalog/gcp_catalog.py)."""
 IMPLAUSIBLE = 0.6
-"""A price below this share of the median over all regions is doubted. List prices of one GPU differ by less: in Google's
-price list of July 2026 the dearest region asks 1.6 times the cheapest for an A100 machine."""
+"""A price below this share of the median over all regions is an anomaly. List prices of one GPU differ by less: in Google's price
+list of July 2026 an A100 machine in the most expensive region costs 1.6 times the cheapest."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One machine in one zone, in US dollars per hour, by the catalog; the disk by list price."""
+    """One machine in one zone, in US dollars per hour: host and GPU by the catalog, the disk by list price."""
 
     gpu: str
     count: int
@@ -55,7 +54,7 @@ class Offer:
     host_usd: float
     gpu_usd: float
     disk_usd: float
-    anomalies: tuple[str, ...] = ()  # why the price should not be trusted: a short clause each, with the numbers
+    anomalies: tuple[str, ...] = ()  # one short clause, with the numbers, for each reason to doubt the price
 
     @property
     def usd_per_hour(self) -> float:
@@ -63,7 +62,7 @@ class Offer:
 
 
 class _Pair(NamedTuple):
-    """What makes a machine in one zone."""
+    """The two rows that make up a machine in one zone."""
 
     host: Row
     gpu: Row
@@ -71,7 +70,7 @@ class _Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Catalog:
-    """source: one line for people on where the prices are from and how old they are. fetched: None where that is not known."""
+    """source: where the prices come from and how old they are, as one line of text. fetched: None if unknown."""
 
     source: str
     is_snapshot: bool
@@ -83,11 +82,11 @@ class Catalog:
         self, gpu: str, *, machine: str, count: int = 1, spot: bool | None = None, disk_gib: int = 200,
         disk_tier: str = "medium", region: str | None = None, zone: str | None = None,
     ) -> list[Offer]:  # fmt: skip
-        """Every zone that sells the machine with its GPUs, cheapest first; spot None is both kinds.
+        """One offer for every zone that sells the machine with its GPUs, cheapest first; spot None: spot and on-demand.
 
-        gpu, region and zone may be in any case. A zone without a host or without a price of that kind offers nothing.
-        Raises UserError for a GPU that is unknown or not on Google Cloud, a machine that it does not come with, a place that
-        does not have it, and a disk that cannot be priced.
+        gpu, region and zone are case-insensitive. A zone without a host or without such a price has no offer. Raises UserError
+        for a GPU that is unknown or not on Google Cloud, a machine type that does not have it, a place that does not have it, and
+        a disk that cannot be priced.
         """
         name = self.gpu_name(gpu)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -117,17 +116,17 @@ class Catalog:
         return sorted(found, key=lambda offer: (offer.usd_per_hour, offer.zone))
 
     def machines_for(self, gpu: str, count: int = 1) -> list[str]:
-        """The machine types with a price that can have that many of the GPU, smallest first. Raises UserError as `offers`."""
+        """The priced machine types that can have `count` of the GPU, smallest first. Raises UserError as `offers` does."""
         name = self.gpu_name(gpu)
         sizes = {machine: _size(hosts) or (0.0, 0.0) for machine, hosts in self.rows.hosts.items()}
         return sorted((m for m in sizes if fits(name, count, m, sizes[m])), key=lambda m: (sizes[m], m))
 
     def size_of(self, machine: str) -> tuple[float, float] | None:
-        """(vCPUs, GB of memory) of a machine type, None where the catalog does not know it."""
+        """(vCPUs, GB of memory) of a machine type, None if it is not in the catalog."""
         return _size(self.rows.hosts.get(machine, {}))
 
     def cpu_machine_usd(self, machine: str, region: str | None = None, spot: bool = False) -> float | None:
-        """US dollars per hour of a machine without GPU and disk, in its cheapest zone; None where there is no price."""
+        """US dollars per hour of a machine without GPU and disk, in its cheapest zone; None if there is no price."""
         rows = self.rows.hosts.get(machine, {}).values()
         prices = (row.price(spot) for row in rows if _is_in(row, region, None))
         return min((usd for usd in prices if usd is not None), default=None)
@@ -137,7 +136,7 @@ class Catalog:
         return "our old snapshot of SkyPilot's catalog" if self.is_snapshot else "SkyPilot's catalog"
 
     def gpu_name(self, gpu: str) -> str:
-        """The canonical name. Raises UserError that says what Google Cloud has instead."""
+        """The canonical name of a GPU. Raises UserError, with the GPUs of Google Cloud, for an unknown one."""
         wanted = str(gpu).strip().lower()
         sold = {name.lower(): name for name, _ in sorted(self.rows.gpus) if not name.startswith("tpu-")}
         if wanted in sold:
@@ -160,9 +159,9 @@ class Catalog:
 
 
 def load_catalog(*, allow_snapshot: bool = True) -> Catalog:
-    """SkyPilot's catalog as it lies on this disk, without network; where there is none, our snapshot if that is allowed.
+    """SkyPilot's catalog on this disk, without network access; if there is none, our snapshot if that is allowed.
 
-    Raises UserError for a damaged catalog, and for none where the snapshot is not allowed.
+    Raises UserError for a corrupt catalog, and for a missing one if the snapshot is not allowed.
     """
     folder = skypilot_folder()
     try:
@@ -179,10 +178,10 @@ def load_catalog(*, allow_snapshot: bool = True) -> Catalog:
 
 
 def refresh_catalog() -> None:
-    """Let SkyPilot fetch its catalog where it is missing or older than SkyPilot allows. Imports SkyPilot: takes seconds.
+    """Let SkyPilot fetch its catalog if it is missing or older than REFRESH_HOURS. Imports SkyPilot, which takes seconds.
 
-    A file that somebody else put there stays as it is, and without network so does an old one (SkyPilot says so). Raises
-    UserError where SkyPilot is not installed, and where it cannot fetch a file that is missing.
+    A file put there by hand is not replaced. Without network an old file is kept, and SkyPilot reports that. Raises UserError if
+    SkyPilot is not installed, and if it cannot fetch a missing file.
     """
     try:
         from sky.catalog import common
@@ -193,11 +192,13 @@ def refresh_catalog() -> None:
         ) from None
     for name, hours in ((VMS, REFRESH_HOURS), (ACCELERATORS, None)):
         try:
-            len(common.read_catalog(name, pull_frequency_hours=hours).columns)  # fetched when first looked at
+            len(
+                common.read_catalog(name, pull_frequency_hours=hours).columns
+            )  # SkyPilot fetches it at the first access
         except OSError as error:
             place = skypilot_folder() / name
             raise UserError(
-                f"{place}: SkyPilot could not fetch it; is there network? ({error})", code="catalog.not_fetched"
+                f"{place}: SkyPilot could not fetch it; check the network ({error})", code="catalog.not_fetched"
             ) from None
         except ValueError as error:
             raise UserError(
@@ -206,12 +207,12 @@ def refresh_catalog() -> None:
 
 
 def _price_check(pairs: Iterable[_Pair], spot: bool) -> Callable[[_Pair], tuple[str, ...]]:
-    """What tells why the price of a machine in a zone is not plausible, given all the zones that sell it.
+    """Returns a function that gives the anomalies of a machine's price in a zone, given all the zones that sell it.
 
-    Two tests. Spot above on-demand in the same zone: one of the two is wrong, and nothing says which, so both are doubted.
-    And a price below IMPLAUSIBLE of the median over the regions (of the zones there that pass the first test). GPU and host
-    are looked at apart, because a sound host would hide a GPU at half its price. A host's spot price alone is not: those
-    really are that far apart (an N1 in asia-east1 at 0.58 of the median).
+    Two tests. Spot above on-demand in the same zone: one of the two is wrong, and it is unknown which, so both are anomalies. And
+    a price below IMPLAUSIBLE of the median over the regions (of their zones that pass the first test). GPU and host are tested
+    separately, because a correct host price would hide a GPU at half its price. A host's spot price alone is not tested, because
+    those really differ that much (an N1 in asia-east1 at 0.58 of the median).
     """
     sound = [pair for pair in pairs if not _contradictions(pair)]
     parts: dict[str, Callable[[_Pair], float | None]] = {
@@ -236,14 +237,14 @@ def _price_check(pairs: Iterable[_Pair], spot: bool) -> Callable[[_Pair], tuple[
 
 def _contradictions(pair: _Pair) -> list[str]:
     return [
-        f"{name} at ${row.spot_usd:.4f}/h spot is dearer than ${row.usd:.4f}/h on demand in the same zone"
+        f"{name} at ${row.spot_usd:.4f}/h spot is above than ${row.usd:.4f}/h on demand in the same zone"
         for name, row in (("GPU", pair.gpu), ("host", pair.host))
         if row.spot_usd is not None and row.usd is not None and row.spot_usd > row.usd
     ]
 
 
 def _median(pairs: Iterable[_Pair], usd_of: Callable[[_Pair], float | None]) -> tuple[float, int]:
-    """(median over the regions of the price in their cheapest zone, number of regions)."""
+    """(median over the regions, each with its cheapest zone; number of regions)."""
     regions: dict[str, float] = {}
     for pair in pairs:
         usd = usd_of(pair)
@@ -257,7 +258,7 @@ def _sum(one: float | None, other: float | None) -> float | None:
 
 
 def _check_place(gpu: str, rows: Iterable[Row], region: str | None, zone: str | None) -> None:
-    """Raise UserError, naming the places that have the GPU, unless there is one in the region and the zone."""
+    """Raise UserError, naming the places that have the GPU, unless the region and zone have it."""
     rows = list(rows)
     if any(_is_in(row, region, zone) for row in rows):
         return
@@ -279,7 +280,7 @@ def _is_in(row: Row, region: str | None, zone: str | None) -> bool:
 
 
 def _size(hosts: Mapping[str, Row]) -> tuple[float, float] | None:
-    """(vCPUs, GB) of a machine type, None where there is no row of it."""
+    """(vCPUs, GB) of a machine type, None if it has no row."""
     return next(((row.vcpus, row.memory_gib) for row in hosts.values()), None)
 
 

@@ -1,6 +1,6 @@
-"""Questions to Google through gcloud: read-only, each with a time limit, and what a refusal means.
+"""Read-only calls of gcloud, each with a time limit, and the meaning of its errors.
 
-gcloud's error texts name accounts and machines, so they are recognised here and never handed on.
+gcloud's error texts name accounts and machines, so they are classified here and never passed on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from finetune.cloud.gcloud.config import LOG_IN, LOG_IN_APPLICATIONS
 
 SECONDS = 15.0
-"""Per call. gcloud itself takes half a second to start (measured on two cores), Google's answer one or two."""
+"""Time limit of a call. gcloud takes half a second to start (measured on two cores), Google's answer one or two seconds."""
 REGIONS = ("compute", "regions", "list", "--format=json(name,quotas)")
 PROJECT = ("compute", "project-info", "describe", "--format=json(quotas)")
 BUCKET = ("storage", "buckets", "describe", "--format=json(location)")
@@ -37,8 +37,8 @@ TROUBLES = (
      "ask the project's owner for the roles that `sky check gcp` lists as missing"),
     (r"not found|\b404\b", NOT_FOUND, "`gcloud projects list` shows the projects of this account"),
 )  # fmt: skip
-"""(what gcloud's error text holds, what that means, what to do), the first that fits counts: without a network gcloud
-too speaks of refreshing tokens. The texts are those of gcloud 528."""
+"""(pattern of gcloud's error text, its meaning, the remedy); the first match is used, because without a network gcloud also
+mentions refreshing tokens. The texts are those of gcloud 528."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Answer:
 
 
 def ask(question: tuple[str, ...], *arguments: str) -> Answer:
-    """gcloud's answer; it is killed, with all that it started, after SECONDS."""
+    """gcloud's answer. After SECONDS gcloud is killed, with all processes that it started."""
     by_hand = f"run it by hand: `gcloud {' '.join(question[:3])}`"
     try:
         process = subprocess.Popen(
@@ -59,7 +59,7 @@ def ask(question: tuple[str, ...], *arguments: str) -> Answer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # so that the kill also reaches the Python that gcloud's shell script starts
+            start_new_session=True,  # so that the kill also reaches the Python process that gcloud's shell script starts
         )
     except OSError as error:
         return Answer("", f"gcloud cannot be started ({error.strerror})", by_hand)
@@ -75,7 +75,7 @@ def ask(question: tuple[str, ...], *arguments: str) -> Answer:
 
 
 def meaning(errors: str, otherwise: str) -> tuple[str, str]:
-    """(trouble, advice) of what gcloud wrote to its error output."""
+    """(trouble, advice) for gcloud's standard error."""
     for pattern, trouble, advice in TROUBLES:
         if re.search(pattern, errors, re.IGNORECASE):
             return trouble, advice

@@ -1,8 +1,8 @@
-"""Who is logged in to Google Cloud, and in which project: read from gcloud's own files, with no network and no process.
+"""Who is logged in to Google Cloud, and in which project: read from gcloud's own files, without network or subprocess.
 
-SkyPilot takes the project from its own config or from google.auth, which asks the environment, the credentials and then
-gcloud. The places are looked at here in that order, so that our bucket lies in the project of SkyPilot's machines; tests
-compare with google.auth and with gcloud itself.
+SkyPilot takes the project from its own config or from google.auth, which reads the environment, the credentials and then gcloud's
+settings. They are read here in the same order, so that our bucket is in the project of SkyPilot's machines; tests compare with
+google.auth and with gcloud itself.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ KINDS = (
     *("authorized_user", "service_account", "impersonated_service_account", "gdch_service_account"),
     *("external_account", "external_account_authorized_user"),
 )
-"""What `type` may be in a credentials file (google.auth)."""
+"""Values of `type` in a credentials file (google.auth)."""
 
 BUCKET_LETTERS = 63
 """Longest bucket name without dots (Google Cloud's rules for bucket names)."""
 HASH_LETTERS = 8
 RESERVED = re.compile("g[o0][o0]gle")
-"""No bucket name may hold `google` or what looks like it."""
+"""A bucket name must not contain `google` or a look-alike."""
 
 
 @dataclass(frozen=True)
 class Login:
-    """A project id, and the account's e-mail address, which must not be printed: it is left out of the repr."""
+    """A project id, and the account's e-mail address, which must not be printed and is left out of the repr."""
 
     project: str
     account: str = field(repr=False)
@@ -47,8 +47,8 @@ class Login:
 def local_login() -> Login:
     """The login that SkyPilot would use here.
 
-    Whether it has expired cannot be known without the network. Raises UserError, with the command to run, where there
-    are no application default credentials, no project or no account, and where a file is not what gcloud writes.
+    Whether it has expired is not checked, which needs the network. Raises UserError, with the command to run, if there are no
+    application default credentials, no project or no account, and if a file is not in gcloud's format.
     """
     folder = gcloud_folder()
     path = Path(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or folder / CREDENTIALS)
@@ -61,27 +61,27 @@ def local_login() -> Login:
 
 
 def bucket_name(login: Login) -> str:
-    """The name of this person's bucket: finetune-<project>-<user>, a valid name that is always the same.
+    """The name of this user's bucket: finetune-<project>-<user>, a valid name that is always the same.
 
-    user is the account's part before the @. Everything but letters and digits becomes a dash. What is too long, reserved
-    or not ASCII is cut or replaced, and a hash of project and account then keeps the name apart from others.
+    user is the part of the account before the @. Everything but letters and digits becomes a dash. A name that is too long,
+    reserved or not ASCII is truncated or replaced, and a hash of project and account makes it unique.
     """
-    wanted = f"finetune-{login.project}-{login.account.partition('@')[0]}".lower()
-    plain = re.sub("[^a-z0-9]+", "-", wanted).strip("-")
+    raw = f"finetune-{login.project}-{login.account.partition('@')[0]}".lower()
+    plain = re.sub("[^a-z0-9]+", "-", raw).strip("-")
     name = RESERVED.sub("g-gle", plain)
-    if name == plain and len(name) <= BUCKET_LETTERS and wanted.isascii():
+    if name == plain and len(name) <= BUCKET_LETTERS and raw.isascii():
         return name
     digest = hashlib.sha256(f"{login.project} {login.account}".encode()).hexdigest()[:HASH_LETTERS]
     return f"{name[: BUCKET_LETTERS - 1 - HASH_LETTERS]}-{digest}"
 
 
 def gcloud_folder() -> Path:
-    """Where gcloud keeps its settings and logins; it need not exist."""
+    """The folder of gcloud's settings and logins; it need not exist."""
     return Path(os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud").expanduser()
 
 
 def skypilot_setting(*keys: str) -> Any:
-    """A value from SkyPilot's own config, None where it has none: skypilot_setting("jobs", "controller").
+    """A value from SkyPilot's own config, None if it is not set: skypilot_setting("jobs", "controller").
 
     The file is ~/.sky/config.yaml, or what SKYPILOT_GLOBAL_CONFIG names. Raises UserError if it is not YAML.
     """
@@ -123,11 +123,11 @@ def _credentials(path: Path, folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError:
         raise UserError(
-            f"{path}: not whole JSON; run `{LOG_IN_APPLICATIONS}` again", code="gcloud.bad_credentials"
+            f"{path}: not valid JSON; run `{LOG_IN_APPLICATIONS}` again", code="gcloud.bad_credentials"
         ) from None
     if not isinstance(value, dict) or value.get("type") not in KINDS:
         raise UserError(
-            f"{path}: holds no credentials that Google knows; run `{LOG_IN_APPLICATIONS}` again",
+            f"{path}: holds no Google credentials; run `{LOG_IN_APPLICATIONS}` again",
             code="gcloud.bad_credentials",
         )
     return value
@@ -141,13 +141,13 @@ def _skypilot_project() -> str:
 
 
 def _project(credentials: dict[str, Any], path: Path, folder: Path) -> str:
-    """The project as google.auth.default finds it. Its `quota_project_id` is not one of the places."""
+    """The project as google.auth.default finds it; it does not use `quota_project_id`."""
     environment = os.environ.get("GOOGLE_CLOUD_PROJECT", os.environ.get("GCLOUD_PROJECT"))
     key = {"service_account": "project_id", "gdch_service_account": "project"}.get(credentials["type"])
     project = environment or (_text(credentials, key, path) if key else "")
     if project:
         return project
-    if path != folder / CREDENTIALS:  # gcloud is asked only about the credentials that it wrote itself
+    if path != folder / CREDENTIALS:  # gcloud's project is used only with gcloud's own credentials
         raise UserError(
             f"{path}: names no project; set GOOGLE_CLOUD_PROJECT to the project's id", code="gcloud.no_project"
         )
@@ -160,12 +160,14 @@ def _project(credentials: dict[str, Any], path: Path, folder: Path) -> str:
 def _text(credentials: dict[str, Any], key: str, path: Path) -> str:
     value = credentials.get(key, "")
     if not isinstance(value, str):
-        raise UserError(f"{path}: {key} is no text; run `{LOG_IN_APPLICATIONS}` again", code="gcloud.bad_credentials")
+        raise UserError(
+            f"{path}: {key} is not a string; run `{LOG_IN_APPLICATIONS}` again", code="gcloud.bad_credentials"
+        )
     return value
 
 
 def _property(name: str, folder: Path) -> str:
-    """A property of gcloud's section [core], "" where it is not set. The environment counts first, even when empty."""
+    """A property of gcloud's section [core], "" if it is not set. The environment variable takes precedence, even if empty."""
     value = os.environ.get(f"CLOUDSDK_CORE_{name.upper()}")
     if value is not None:
         return value
@@ -187,7 +189,7 @@ def _property(name: str, folder: Path) -> str:
 
 
 def _active_configuration(folder: Path) -> str:
-    """The name of gcloud's active configuration, "" if it has none: then gcloud starts with an empty one."""
+    """The name of gcloud's active configuration, "" if it has none; gcloud then uses an empty one."""
     named = os.environ.get("CLOUDSDK_ACTIVE_CONFIG_NAME")
     if named:
         return named
@@ -200,7 +202,7 @@ def _active_configuration(folder: Path) -> str:
         name = "?"
     if not re.fullmatch("[a-z][-a-z0-9]*|NONE", name):
         raise UserError(
-            f"{path}: should hold one name, such as default for configurations/config_default; write it there",
+            f"{path}: expected one name, such as default for configurations/config_default; write it there",
             code="gcloud.bad_config",
         )
     return name

@@ -1,9 +1,9 @@
-"""GPU quotas of a Google Cloud project: what they are called, what gcloud prints about them, how to ask for more.
+"""GPU quotas of a Google Cloud project: their names, how gcloud prints them, how to request more.
 
-Three quotas must allow a GPU: that of its model in the region, for spot machines the `PREEMPTIBLE_` one in its place, and
-GPUS_ALL_REGIONS over all models and regions. A spot machine counts against the ordinary quota only in a region that has
-no preemptible quota (Google's page on Spot VMs), where gcloud lists none or 0. SkyPilot is stricter: before a launch it
-passes over a region whose preemptible quota reads 0, and tries one where it is not listed (0.14.1, check_quota_available).
+A GPU needs the quota of its model in the region (for spot machines the `PREEMPTIBLE_` one instead) and GPUS_ALL_REGIONS, which
+covers all models and regions. A spot machine counts against the ordinary quota only in a region that has no preemptible quota
+(Google's page on Spot VMs), where gcloud lists none or 0. SkyPilot is stricter: before a launch it skips a region whose
+preemptible quota is 0, and tries one where it is not listed (0.14.1, check_quota_available).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 TASK_GPUS = ("T4", "V100", "L4", "A100")
-"""The GPUs that the task files ask for."""
+"""The GPUs of the task YAMLs."""
 ALL_REGIONS = "GPUS_ALL_REGIONS"
 QUOTA_PAGE = "console.cloud.google.com/iam-admin/quotas"
 
 
 @dataclass(frozen=True)
 class Quota:
-    """How many GPUs may run at once (limit, infinite where there is none) and how many do."""
+    """GPUs that may run at once (limit, infinite if there is none) and GPUs in use (usage)."""
 
     limit: float
     usage: float
@@ -32,25 +32,25 @@ Quotas = dict[str, Quota]
 
 
 def metric(gpu: str, spot: bool) -> str:
-    """The quota's name for a GPU as SkyPilot names it: A100-80GB -> NVIDIA_A100_80GB_GPUS."""
+    """The quota's name for SkyPilot's name of a GPU: A100-80GB -> NVIDIA_A100_80GB_GPUS."""
     return f"{'PREEMPTIBLE_' if spot else ''}NVIDIA_{gpu.upper().replace('-', '_')}_GPUS"
 
 
 def usable(quotas: Quotas, gpu: str, spot: bool) -> Quota:
-    """What SkyPilot can use of a GPU in the region with these quotas; a limit of 0 where nothing is listed."""
+    """The quota of a GPU that SkyPilot can use in a region with these quotas; limit 0 if nothing is listed."""
     nothing = Quota(0, 0)
     return quotas.get(metric(gpu, spot)) or quotas.get(metric(gpu, spot=False), nothing)
 
 
 def passed_over(quotas: Quotas, gpu: str) -> bool:
-    """Whether Google would let a spot machine use the ordinary quota here, but SkyPilot will not try."""
+    """Whether SkyPilot skips a region where Google would let a spot machine use the ordinary quota."""
     return usable(quotas, gpu, spot=True).limit == 0 and usable(quotas, gpu, spot=False).limit > 0
 
 
 def read_regions(text: str) -> dict[str, Quotas]:
     """Region -> quotas, from `gcloud compute regions list --format=json(name,quotas)`.
 
-    A region whose quotas Google does not give at the moment is left out. Raises ValueError on anything else.
+    A region for which Google returned no quotas is left out. Raises ValueError on any other output.
     """
     regions = json.loads(text)
     if not isinstance(regions, list):
@@ -61,7 +61,7 @@ def read_regions(text: str) -> dict[str, Quotas]:
 def read_project(text: str) -> Quotas:
     """The quotas over all regions, from `gcloud compute project-info describe --format=json(quotas)`.
 
-    Raises ValueError on anything else.
+    Raises ValueError on any other output.
     """
     project = json.loads(text)
     if not isinstance(project, dict):
@@ -87,13 +87,13 @@ def _limit(value: Any) -> float:
     return math.inf if limit < 0 else limit  # Google writes -1 for no limit
 
 
-def how_to_ask(name: str, region: str = "") -> str:
-    """A sentence's end: where to ask for a quota. Without a region it is the one over all regions."""
-    return f"ask for {name} = 1{f' in {region}' if region else ''} on {QUOTA_PAGE} (filter on that name)"
+def how_to_request(name: str, region: str = "") -> str:
+    """The remedy of a message: where to request a quota; without a region, the one over all regions."""
+    return f"request {name} = 1{f' in {region}' if region else ''} on {QUOTA_PAGE} (filter on that name)"
 
 
 def request_command(name: str, project: str, region: str = "") -> str:
-    """The gcloud command that asks for one GPU of a quota (Cloud Quotas; `gcloud beta quotas preferences create`)."""
+    """The gcloud command that requests a quota of one GPU (Cloud Quotas; `gcloud beta quotas preferences create`)."""
     scope = "per-project-region" if region else "per-project"
     return (
         f"gcloud beta quotas preferences create --project={project} --service=compute.googleapis.com"

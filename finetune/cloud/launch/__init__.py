@@ -1,1 +1,1 @@
-"""What a launch may land on: the policy that SkyPilot's client applies, its candidates, its bucket."""
+"""The launch policy that SkyPilot's client applies: which machines are candidates, and which bucket is mounted."""

@@ -1,6 +1,6 @@
-"""The bucket of a launch: its name belongs to project and user, and it may have been made from another computer.
+"""The bucket of a launch: named after project and user, and possibly created from another computer.
 
-Part of the launch policy, so SkyPilot is there; imported inside, because it takes seconds.
+Part of the launch policy, so SkyPilot is installed; it is imported inside functions, because that takes seconds.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from finetune.cloud.gcloud.config import bucket_name, local_login
 from finetune.errors import UserError
 
 VARIABLE = "BUCKET"
-"""Of our task YAMLs; the mount is named after it."""
+"""Environment variable of our task YAMLs with the name of the mounted bucket."""
 DERIVED = "auto"
 SECONDS = 1.0
 FORBIDDEN = 403
 NEEDED = tuple(f"storage.objects.{verb}" for verb in ("list", "get", "create", "delete"))
-"""Permissions without which a run could not keep its checkpoints."""
+"""Permissions that a run needs to save its checkpoints."""
 
 
 def fill_bucket(task: Any, say: Any) -> None:
-    """Give mounts of a bucket named `auto` in a sky.Task the name finetune-<project>-<user>, and tell the job by envs.
+    """Name the mounted bucket `auto` of a sky.Task finetune-<project>-<user>, and set BUCKET in the task's envs.
 
-    SkyPilot makes a bucket that is mounted by name; but one that is there, and that it has not made on this computer, it
-    takes only by address; that holds for a bucket that the user names, too. Raises UserError without a login, with an expired
-    one, and for a bucket that is forbidden or may not be written.
+    SkyPilot creates a bucket that is mounted by name. It accepts an existing bucket that was not created on this computer only by
+    its address, also if the user names it. Raises UserError without a login, with an expired login, and for a bucket that this
+    account cannot access or write to.
     """
     from sky import global_user_state
 
@@ -38,7 +38,7 @@ def fill_bucket(task: Any, say: Any) -> None:
     if not mounts:
         return
     name = next((one.name for one in mounts if one.name not in ("", DERIVED)), None) or bucket_name(local_login())
-    is_there = _is_there(name)  # asked at every launch: an expired login shows here, before anything starts
+    is_there = _is_there(name)  # asked at every launch: finds an expired login before anything starts
     known = global_user_state.get_handle_from_storage_name(name) is not None
     by_address = is_there and not known
     for storage in mounts:
@@ -47,12 +47,12 @@ def fill_bucket(task: Any, say: Any) -> None:
         else:
             storage.name = name
     task.update_envs({VARIABLE: name})
-    say(f"finetune: bucket gs://{name}" + ("" if known or by_address else ", to be made"))
+    say(f"finetune: bucket gs://{name}" + ("" if known or by_address else ", to be created"))
 
 
 @dataclass
 class _Answer:
-    """What Google has said about a bucket so far. lacking: of NEEDED; error: of one of several libraries."""
+    """Google's answer about a bucket so far. lacking: the missing ones of NEEDED; error: raised by one of several libraries."""
 
     is_there: bool = False
     lacking: list[str] = field(default_factory=list)
@@ -60,26 +60,26 @@ class _Answer:
 
 
 def _is_there(name: str) -> bool:
-    """Whether the bucket has been made. False too when Google gives no answer within SECONDS: SkyPilot asks again, and then
-    says what is wrong."""
+    """Whether the bucket exists. Also False if Google does not answer within SECONDS: SkyPilot asks again, and reports the
+    problem."""
     from google.auth.exceptions import RefreshError
 
     answer = _ask(name)
     if isinstance(answer.error, RefreshError) and not answer.error.retryable:
         raise UserError(
-            "Google refuses this login, which has expired or been withdrawn; run `gcloud auth login` and "
+            "Google refuses this login, which has expired or was revoked; run `gcloud auth login` and "
             "`gcloud auth application-default login`",
             code="gcloud.login_expired",
         )
     if getattr(answer.error, "code", None) == FORBIDDEN:
         raise UserError(
-            f"bucket gs://{name}: Google forbids this account to see it; ask for the role Storage Admin, or launch with "
+            f"bucket gs://{name}: this account may not access it; ask for the role Storage Admin, or launch with "
             f"--env {VARIABLE}=NAME",
             code="bucket.forbidden",
         )
     if answer.lacking:
         raise UserError(
-            f"bucket gs://{name}: this account lacks {', '.join(answer.lacking)}, so a run could not keep its checkpoints "
+            f"bucket gs://{name}: this account lacks {', '.join(answer.lacking)}, so a run could not save its checkpoints "
             f"there; ask for the role Storage Object Admin on it, or launch with --env {VARIABLE}=NAME",
             code="bucket.forbidden",
         )
@@ -87,16 +87,16 @@ def _is_there(name: str) -> bool:
 
 
 def _ask(name: str) -> _Answer:
-    """The answer after SECONDS at most."""
+    """The answer, after at most SECONDS."""
     from sky.adaptors import gcp
 
     answer = _Answer()
     try:
-        client = gcp.storage_client()  # its import takes most of a second, which is not Google's
-    except Exception:  # SkyPilot says what is wrong
+        client = gcp.storage_client()  # outside the time limit: the import takes most of a second
+    except Exception:  # SkyPilot reports the problem
         return answer
 
-    def look() -> None:
+    def look_up() -> None:
         try:
             bucket = client.lookup_bucket(name)
         except Exception as error:
@@ -104,15 +104,15 @@ def _ask(name: str) -> _Answer:
             return
         answer.is_there = bucket is not None
         if bucket is not None:
-            with suppress(Exception):  # no answer to it is no reason against a launch
+            with suppress(Exception):  # a launch is not refused if this is unknown
                 allowed = bucket.test_iam_permissions(list(NEEDED))
                 answer.lacking = [one for one in NEEDED if one not in allowed]
 
-    def look_quietly() -> None:
-        with _no_warnings_of_retries():  # here, because it may outlast our patience
-            look()
+    def look_up_quietly() -> None:
+        with _no_warnings_of_retries():  # in the thread, because it may run longer than we wait
+            look_up()
 
-    asking = threading.Thread(target=look_quietly, daemon=True)
+    asking = threading.Thread(target=look_up_quietly, daemon=True)
     asking.start()
     asking.join(SECONDS)
     return answer
@@ -120,7 +120,7 @@ def _ask(name: str) -> _Answer:
 
 @contextmanager
 def _no_warnings_of_retries() -> Iterator[None]:
-    """Without a network the library below would warn of each attempt."""
+    """Without a network urllib3 would log a warning for each retry."""
     retries = logging.getLogger("urllib3.connectionpool")
     level = retries.level
     retries.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Which machines a launch may land on: every offer that the task allows, less those above its ceiling, in order of dollars.
+"""The machines that a launch may use: every offer that the task allows and that is not above its ceiling, cheapest run first.
 
-Knows nothing of SkyPilot: `policy` translates between its resources and the lines here.
+Independent of SkyPilot: `policy` converts between SkyPilot's resources and the classes here.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from finetune.errors import UserError
 from finetune.runtime.table import aligned
 
 LIMIT = 24
-"""Candidates that are handed to SkyPilot: its optimizer takes seconds over a hundred, at every fail-over again, and prints
-them all."""
+"""Candidates that are passed to SkyPilot: with a hundred its optimizer takes seconds, again at every fail-over, and prints all of
+them."""
 NEAREST = 6
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """One alternative of a task, as it may be bought.
+    """One alternative of a task's resources.
 
-    ceiling: US dollars per hour for all machines of the task, of which there are `nodes`; None for none.
+    ceiling: US dollars per hour for all `nodes` machines of the task together; None for no ceiling.
     """
 
     gpu: str
@@ -37,19 +37,19 @@ class Requirement:
     disk_gib: int
     disk_tier: str
     ceiling: float | None
-    place: int  # which of the task's alternatives
+    place: int  # index among the task's alternatives
     nodes: int = 1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An offer that a task allows. cost is None where the run's work is not known; then the price alone ranks it."""
+    """An offer that matches a task. cost is None if the size of the run is unknown; then it is ranked by price alone."""
 
     requirement: Requirement
     offer: Offer
     cost: RunCost | None = None
     refusal: str = ""
-    given: int | None = None  # its place in an order that was fixed before; else dollars decide
+    given: int | None = None  # its place in an order that is already fixed; None: ranked by dollars
 
     @property
     def rank(self) -> tuple[float, float, str, bool]:
@@ -64,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateGroup:
-    """Candidates that SkyPilot may treat as one: the zones of a region at one price, or a single zone (then zone is set)."""
+    """Candidates that SkyPilot may treat as one: all zones of a region at one price, or a single zone (then zone is set)."""
 
     candidates: tuple[Candidate, ...]
     zone: str | None
@@ -82,9 +82,9 @@ def list_candidates(
     *,
     trust_prices: bool,
 ) -> list[Candidate]:
-    """Every offer for every alternative, each with what it is refused for, best first.
+    """Every offer for every alternative, each with the reason if it is refused, best first.
 
-    on_gpus: memory, speed and hours of the run by GPU name; empty when the task names no config of ours.
+    on_gpus: memory, speed and hours of the run by GPU name; empty if the task names no config of ours.
     Raises UserError for a GPU, machine or region that cannot be priced.
     """
     found: dict[tuple[str, str, bool, float], Candidate] = {}
@@ -109,17 +109,18 @@ def _refusal(requirement: Requirement, offer: Offer, on_gpu: OnGpu | None, trust
             f" with {requirement.nodes} nodes" if requirement.nodes > 1 else ""
         )
     if offer.anomalies and not trust_prices:
-        return f"price not trusted: {'; '.join(offer.anomalies)}"
+        return f"price anomaly: {'; '.join(offer.anomalies)}"
     if on_gpu and not on_gpu.fits:
-        return f"does not fit: needs {on_gpu.needed_gib:.1f} GiB of {on_gpu.there_gib or on_gpu.gpu.memory_gib:.1f} (estimated)"
+        available = on_gpu.available_gib or on_gpu.gpu.memory_gib
+        return f"does not fit: needs {on_gpu.needed_gib:.1f} GiB of {available:.1f} (estimated)"
     return ""
 
 
 def groups(candidates: Sequence[Candidate]) -> list[CandidateGroup]:
-    """The admitted ones of all candidates in their order, the zones of a region as one entry where that adds no other zone.
+    """The allowed candidates in order, with the zones of a region as one group if that adds no other zone.
 
-    Told only a region, SkyPilot tries every zone of it that sells the machine. So a region counts as one entry only when all
-    of those zones are admitted at one price; else its admitted zones stand alone.
+    For a region without a zone, SkyPilot tries every zone that sells the machine. So a region forms one group only if all of
+    those zones are allowed, at one price; otherwise each allowed zone is a group of its own.
     """
     regions: dict[tuple[str, str, str, bool], list[Candidate]] = defaultdict(list)
     for candidate in candidates:
@@ -127,37 +128,37 @@ def groups(candidates: Sequence[Candidate]) -> list[CandidateGroup]:
         regions[(offer.machine, offer.gpu, offer.region, offer.spot)].append(candidate)
     found = []
     for members in regions.values():
-        admitted = [candidate for candidate in members if not candidate.refusal]
+        allowed = [candidate for candidate in members if not candidate.refusal]
         one_price = len({candidate.offer.usd_per_hour for candidate in members}) == 1
         one_zone = any(candidate.requirement.zone for candidate in members)
-        if one_price and len(admitted) == len(members) and not one_zone:
+        if one_price and len(allowed) == len(members) and not one_zone:
             found.append(CandidateGroup(tuple(members), None))
         else:
-            found += [CandidateGroup((candidate,), candidate.offer.zone) for candidate in admitted]
-    return sorted(found, key=lambda entry: entry.best.rank)
+            found += [CandidateGroup((candidate,), candidate.offer.zone) for candidate in allowed]
+    return sorted(found, key=lambda group: group.best.rank)
 
 
 def shorten(found: Sequence[CandidateGroup], limit: int = LIMIT) -> list[CandidateGroup]:
-    """At most `limit` groups in their order: first an equal share for every kind of machine, so that a stock-out of one
-    kind everywhere still leaves the others, then the best of the rest."""
+    """At most `limit` groups in their order: first an equal share for every kind of machine (GPU, spot or on-demand), so
+    that the others remain if one kind is out of stock everywhere, then the best of the rest."""
     kinds: dict[str, list[CandidateGroup]] = defaultdict(list)
-    for entry in found:
-        kinds[entry.best.name].append(entry)
+    for group in found:
+        kinds[group.best.name].append(group)
     share = max(1, limit // max(1, len(kinds)))
-    kept = [entry for members in kinds.values() for entry in members[:share]]
-    rest = [entry for entry in found if entry not in kept]
+    kept = [group for members in kinds.values() for group in members[:share]]
+    rest = [group for group in found if group not in kept]
     kept += rest[: max(0, limit - len(kept))]
-    return sorted(kept, key=lambda entry: entry.best.rank)[:limit]
+    return sorted(kept, key=lambda group: group.best.rank)[:limit]
 
 
 def check_ceiling(ceiling: float | None, place: str) -> None:
-    """Raises UserError for a ceiling that is not a positive, finite number; a NaN would admit everything."""
+    """Raises UserError for a ceiling that is not a positive, finite number; a NaN would allow everything."""
     if ceiling is not None and not 0 < ceiling < float("inf"):
         raise UserError(f"{place}: expected a positive number of US dollars, found {ceiling}", code="launch.bad_value")
 
 
 def refusal_message(candidates: Sequence[Candidate], source: str) -> str:
-    """Why nothing is left, with the price parts of the nearest candidate of each kind, and the ceiling that admits it."""
+    """Why every candidate is refused, with the price parts of the nearest one of each kind, and the ceiling that allows it."""
     if not candidates:
         return f"no machine that this task allows has a price in {source}"
     by_price = sorted(candidates, key=lambda c: (not c.refusal.startswith("above"), c.offer.usd_per_hour))
@@ -182,9 +183,9 @@ def refusal_message(candidates: Sequence[Candidate], source: str) -> str:
 def _remedy(candidate: Candidate) -> str:
     if candidate.refusal.startswith("above"):
         usd = candidate.offer.usd_per_hour * candidate.requirement.nodes
-        return f"; max_hourly_cost: {_rounded_up(usd):.2f} would admit it"
+        return f"; max_hourly_cost: {_rounded_up(usd):.2f} would allow it"
     if candidate.refusal.startswith("price"):
-        return "; if you know better, launch with --env FINETUNE_TRUST_PRICES=1"
+        return "; if the price is right, launch with --env FINETUNE_TRUST_PRICES=1"
     return ""
 
 
@@ -195,9 +196,9 @@ def _rounded_up(usd: float) -> float:
 def table(found: Sequence[CandidateGroup], shown: int) -> str:
     """The groups in their order, as aligned plain text: price per hour from the catalog, dollars of the run estimated."""
     rows = [("", "machine", "where", "$/h", "hours", "$ for the run")]
-    for place, entry in enumerate(found[:shown], start=1):
-        best = entry.best
-        where = entry.zone or f"{best.offer.region} ({len(entry.candidates)} zone{'s' * (len(entry.candidates) > 1)})"
+    for place, group in enumerate(found[:shown], start=1):
+        best = group.best
+        where = group.zone or f"{best.offer.region} ({len(group.candidates)} zone{'s' * (len(group.candidates) > 1)})"
         hours, usd = (f"{best.cost.hours:.1f}", f"{best.cost.usd:.2f}") if best.cost else ("", "")
         rows.append(
             (f"{place}.", f"{best.name}, {best.offer.machine}", where, f"{best.offer.usd_per_hour:.3f}", hours, usd)
@@ -209,8 +210,8 @@ def table(found: Sequence[CandidateGroup], shown: int) -> str:
 
 
 def price_table(found: Sequence[CandidateGroup], basis: str) -> dict[str, object]:
-    """What the job gets, so that it knows its own price (`machine.price.price_in` reads it)."""
-    asked = [entry.best.requirement for entry in found]
+    """The price table that is passed to the job, from which it reads its own price (`machine.price.price_in`)."""
+    asked = [group.best.requirement for group in found]
     known = [requirement.ceiling for requirement in asked if requirement.ceiling is not None]
     return {
         "basis": basis,
@@ -222,7 +223,7 @@ def price_table(found: Sequence[CandidateGroup], basis: str) -> dict[str, object
                 "spot": candidate.offer.spot,
                 "usd_per_hour": round(candidate.offer.usd_per_hour * candidate.requirement.nodes, 5),
             }
-            for entry in found
-            for candidate in entry.candidates
+            for group in found
+            for candidate in group.candidates
         ],
     }

@@ -1,8 +1,8 @@
-"""The admin policy that SkyPilot applies to every launch typed in this folder (.sky.yaml names it): a ceiling that holds.
+"""The admin policy that SkyPilot applies to every launch typed in this folder (.sky.yaml names it): enforces the price ceiling.
 
-SkyPilot 0.14 compares `max_hourly_cost` with the GPU's price alone and then ignores an empty answer; and it fails over to
-prices that nobody checks again. So the policy replaces what a task asks for by an explicit `ordered` list of machines whose
-whole price it knows, best first, and rejects the task when the list is empty.
+SkyPilot 0.14 compares `max_hourly_cost` with the GPU's price alone and ignores it if no machine is left; on fail-over it does not
+check prices again. So the policy replaces the resources of a task by an explicit `ordered` list of machines whose whole price is
+known, best first, and rejects the task if the list is empty.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from finetune.cloud.launch.bucket import fill_bucket
 from finetune.cloud.launch.candidates import Candidate, CandidateGroup
 from finetune.cloud.launch.sky_resources import (
     AUTOSTOP,
-    ask_for_cluster,
     asks_for_gpu_on_gcp,
     check_priceable,
+    machine_requirements,
+    pin_to_cluster,
     pinned,
     stops_by_itself,
-    wanted_machines,
 )
 from finetune.cloud.plan.plan import OnGpu, run_on
 from finetune.cloud.plan.workload import run_size
@@ -52,7 +52,7 @@ CONTROLLER = ("n2-standard-4", 50)
 
 
 class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
-    """See the module. Rejects by `UserRequestRejectedByPolicy`, after which SkyPilot launches nothing."""
+    """See the module. Rejects with `UserRequestRejectedByPolicy`; SkyPilot then launches nothing."""
 
     @classmethod
     def validate_and_mutate(cls, user_request: sky.UserRequest) -> sky.MutatedUserRequest:
@@ -72,12 +72,12 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
 
 
 def _silent(*_: object) -> None:
-    """On the API server nobody reads along."""
+    """For the API server, where the user does not see the output."""
 
 
 def _check_scripts(task: sky.Task) -> None:
-    """Raises UserError where bash on the rented machine would stumble over Windows line ends: in the scripts of `workdir` that
-    the task names, and in those beside them."""
+    """Raises UserError for Windows line ends, on which bash would fail on the cloud machine, in the scripts of `workdir` that the
+    task names, and in those beside them."""
     if not isinstance(task.workdir, str):
         return
     workdir = Path(task.workdir).expanduser()
@@ -87,8 +87,8 @@ def _check_scripts(task: sky.Task) -> None:
     if bad := with_carriage_returns(sorted(scripts)):
         names = [path.relative_to(workdir) for path in bad]
         raise UserError(
-            f"{', '.join(map(str, names))}: with Windows line ends (CR LF), over which bash fails on the machine; fix them in "
-            f"{workdir} by {mend_line_ends(names)}",
+            f"{', '.join(map(str, names))}: Windows line ends (CR LF), on which bash fails on the machine; fix them in "
+            f"{workdir} with {mend_line_ends(names)}",
             code="launch.windows_line_ends",
         )
 
@@ -99,17 +99,19 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     check_priceable(task)
     if HOURS in task.envs:
         _positive(HOURS, task.envs[HOURS], "hours")
-    exists = ask_for_cluster(request)
+    exists = pin_to_cluster(request)
     budget = _run_budget(task, say)
     catalog = catalog_for_launch(say)
-    requirements = wanted_machines(task, catalog)
+    requirements = machine_requirements(task, catalog)
     on_gpus, plan = _run(task, {one.gpu for one in requirements}, say)
     trusts = task.envs.get(TRUST) == "1"
     found = candidates.list_candidates(catalog, requirements, on_gpus, plan, trust_prices=trusts)
-    if VARIABLE in task.envs:  # the client has applied us already; the server, elsewhere, only checks again
+    if (
+        VARIABLE in task.envs
+    ):  # the client has applied this policy already; the server, on another machine, only checks again
         found = [replace(candidate, given=candidate.requirement.place) for candidate in found]
     groups = candidates.shorten(candidates.groups(found))
-    runs_where_it_is = name == "exec"  # on a machine that is there: nothing to choose, and nothing to refuse
+    runs_where_it_is = name == "exec"  # on an existing machine: nothing to choose or to refuse
     if groups:
         table = candidates.price_table(groups, catalog.source)
         task.update_envs({VARIABLE: json.dumps(table, separators=(",", ":"))})
@@ -119,7 +121,11 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
         return
     managed = request.request_options is None or name.startswith("jobs.")
     if not managed and not all(stops_by_itself(resources) for resources in task.resources):
-        say("finetune: no autostop: the machine goes down after {idle_minutes} idle minutes".format(**AUTOSTOP))
+        say(
+            "finetune: no autostop in resources: the machine is terminated after {idle_minutes} idle minutes".format(
+                **AUTOSTOP
+            )
+        )
     task.set_resources(pinned(task, groups, catalog, managed, by_size=not exists))
     _report(groups, found, catalog, budget, say)
     if managed:
@@ -127,7 +133,7 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
 
 
 def _run_budget(task: sky.Task, say: Any) -> float:
-    """US dollars that the run may cost; the default is added where the task names none."""
+    """The budget of the run in US dollars; the default is added to the task if it names none."""
     text = task.envs.get(BUDGET)
     if text is None:
         task.update_envs({BUDGET: f"{DEFAULT_RUN_USD:g}"})
@@ -137,7 +143,7 @@ def _run_budget(task: sky.Task, say: Any) -> float:
 
 
 def _positive(name: str, text: str, unit: str) -> float:
-    """A number as finetune/job/settings.py reads it, which would otherwise refuse it on a machine that is paid for."""
+    """Parsed as in finetune/job/settings.py, which would otherwise refuse the number on a machine that is already billed."""
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) or not float(text) > 0:
         raise UserError(
             f"envs.{name}: expected a positive number of {unit}, found {text!r}; write it like 25 or 0.5",
@@ -147,29 +153,29 @@ def _positive(name: str, text: str, unit: str) -> float:
 
 
 def _run(task: sky.Task, names: set[str], say: Any) -> tuple[dict[str, OnGpu], PlanSection]:
-    """Memory, speed and hours of the task's run on each of the GPUs; nothing where the task names no config of ours."""
+    """Memory, speed and hours of the task's run on each GPU; empty if the task names no config of ours."""
     named = task.envs.get(CONFIG)
-    if not named or (VARIABLE in task.envs and not Path(named).is_file()):  # the latter: on the server, elsewhere
+    if not named or (VARIABLE in task.envs and not Path(named).is_file()):  # the latter: on a server on another machine
         return {}, PlanSection()
     config = load_config(Path(named), task.envs.get(OVERRIDES, "").split())
     if not names <= set(GPUS):
-        say(f"finetune: no speed is known for {', '.join(sorted(names - set(GPUS)))}: ranked by price alone")
+        say(
+            f"finetune: no speed is known for {', '.join(sorted(names - set(GPUS)))}: machines are ranked by price alone"
+        )
         return {}, config.plan
     try:
         size = run_size(config)
         return {name: run_on(config, size, GPUS[name]) for name in names}, config.plan
     except NotEstimated as error:
-        say(
-            f"finetune: WARNING: {error}; so it is ranked by price alone, and nobody has looked whether it fits in memory"
-        )
+        say(f"finetune: WARNING: {error}; so machines are ranked by price alone, and the run's memory is not checked")
         return {}, config.plan
 
 
 def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catalog, budget: float, say: Any) -> None:
-    zones = sum(len(entry.candidates) for entry in groups)
-    admitted = sum(not candidate.refusal for candidate in found)
+    zones = sum(len(group.candidates) for group in groups)
+    allowed = sum(not candidate.refusal for candidate in found)
     say(
-        f"finetune: of {len(found)} offers (GPU, zone, spot or on-demand) {admitted} are allowed; SkyPilot tries {zones}:"
+        f"finetune: of {len(found)} offers (GPU, zone, spot or on-demand) {allowed} are allowed; SkyPilot tries {zones}:"
     )
     say(candidates.table(groups, SHOWN))
     say(f"finetune: $/h: whole machine, {catalog.source}; hours and dollars of the run: estimated")
@@ -177,36 +183,36 @@ def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catal
     for reason, count in dropped.items():
         say(f"finetune: not allowed: {count} zone{'s' * (count > 1)} of {reason}")
     best = groups[0].best
-    if any(entry.best.requirement.ceiling is None for entry in groups):
-        say("finetune: WARNING: no max_hourly_cost in resources: no machine is too dear for this launch")
+    if any(group.best.requirement.ceiling is None for group in groups):
+        say("finetune: WARNING: no max_hourly_cost in resources: this launch has no ceiling on the hourly price")
     if best.cost and best.cost.usd > budget:
         say(
             f"finetune: WARNING: the run is estimated at ${best.cost.usd:.2f}, above its budget of ${budget:g} ({BUDGET}): "
-            f"it would stop there, with a checkpoint"
+            f"it would stop at the budget, with a checkpoint"
         )
 
 
 def _warn_of_controller(request: sky.UserRequest, catalog: Catalog, say: Any) -> None:
-    """A managed job needs a controller: a machine of its own, unless it lives in the API server."""
+    """A managed job needs a controller: a separate machine, unless it runs in the API server."""
     settings = request.skypilot_config
     if settings.get_nested(("jobs", "controller", "consolidation_mode"), False):
         return
     machine, disk = CONTROLLER
     host = catalog.cpu_machine_usd(machine)
     if settings.get_nested(("jobs", "controller", "resources"), None):
-        what = "as jobs.controller.resources asks, at a price of its own"
+        what = "as set in jobs.controller.resources, at its price"
     elif host is None:
-        what = f"{machine}, whose price the catalog lacks"
+        what = f"{machine}, which has no price in the catalog"
     else:
         what = f"{machine}, from ${host + disk_usd_per_hour(disk, 'medium', ''):.3f}/h (catalog, its cheapest region)"
     say(
-        f"finetune: WARNING: a managed job starts a controller machine unless one runs already: {what}; to keep the controller "
-        f"on this computer for nothing, put `jobs: {{controller: {{consolidation_mode: true}}}}` into ~/.sky/config.yaml"
+        f"finetune: WARNING: a managed job starts a controller machine unless one is already running: {what}; to run it "
+        f"on this computer free of charge, put `jobs: {{controller: {{consolidation_mode: true}}}}` into ~/.sky/config.yaml"
     )
 
 
 def _fill_secrets(task: sky.Task) -> None:
-    """Secrets that the task leaves empty come from the environment of whoever types the command."""
+    """Fills empty secrets of the task from the environment of the user who types the command."""
     empty = {
         name: os.environ[name]
         for name, value in task.secrets.items()

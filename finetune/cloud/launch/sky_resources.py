@@ -1,6 +1,6 @@
-"""A task's resources as SkyPilot has them: what they ask for, and the list of machines that the policy puts in their place.
+"""A task's resources as SkyPilot objects: what they require, and the list of machines by which the policy replaces them.
 
-This module and `policy` alone import SkyPilot when they are loaded.
+Only this module and `policy` import SkyPilot at module level.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ Json = dict[str, Any]
 
 
 def asks_for_gpu_on_gcp(task: sky.Task) -> bool:
-    """True when every alternative is a GPU that Google Cloud may provide. Raises UserError for a mixture."""
+    """True if every alternative is a GPU that Google Cloud may provide. Raises UserError for a mixture."""
     ours = [bool(_gpus(r)) and (r.cloud is None or r.cloud.is_same_cloud(sky.GCP())) for r in task.resources]
     if any(ours) and not all(ours):
         raise UserError(
-            "resources: some alternatives are GPUs on Google Cloud and some are not, and a ceiling can be held only for the "
-            "first; make two tasks of them",
+            "resources: some alternatives are GPUs on Google Cloud and some are not, and a ceiling can be enforced only "
+            "for the former; split them into two tasks",
             code="launch.mixed_alternatives",
         )
     return all(ours) and bool(ours)
 
 
 def _gpus(resources: sky.Resources) -> Json:
-    """GPU -> number, those that a machine type has built in included. SkyPilot tells them only once the cloud is named too."""
+    """GPU -> count, with the built-in GPUs of a machine type, which SkyPilot lists only if the cloud is named too."""
     if resources.accelerators or resources.cloud is not None or resources.instance_type is None:
         return resources.accelerators or {}
     return sky.GCP().get_accelerators_from_instance_type(resources.instance_type) or {}
 
 
 def check_priceable(task: sky.Task) -> None:
-    """Raises UserError for what would cost more than the machines of the price table."""
+    """Raises UserError for resources that would add costs which are not in the price table."""
     for resources in task.resources:
         if resources.volumes:
             raise UserError(
-                "resources.volumes: the price of extra disks is not known here, so the ceiling could not be held; use "
-                "disk_size, or the bucket",
+                "resources.volumes: the price of extra disks is not known here, so the ceiling could not be enforced; "
+                "use disk_size, or the bucket",
                 code="price.unknown",
             )
         strategy = (resources.job_recovery or {}).get("strategy")
         if strategy == "FAILOVER":
             raise UserError(
-                "resources.job_recovery: after a preemption FAILOVER takes any zone of the region, whatever it costs there; "
+                "resources.job_recovery: after a preemption FAILOVER takes any zone of the region, at any price; "
                 "use EAGER_NEXT_REGION",
                 code="launch.unbounded_recovery",
             )
 
 
-def ask_for_cluster(request: sky.UserRequest) -> bool:
-    """Whether the launch names a cluster that exists. SkyPilot then takes its machine, running or stopped, whatever else the
-    list holds, and does not compare sizes: so the task is made to ask for that machine alone, and its price has to pass."""
+def pin_to_cluster(request: sky.UserRequest) -> bool:
+    """Whether the launch names an existing cluster. SkyPilot then takes its machine, running or stopped, whatever the list holds,
+    and does not compare sizes: so the task is changed to require only that machine, whose price is checked."""
     options = request.request_options
     name = options.cluster_name if options else None
     machine = getattr(name and global_user_state.get_handle_from_cluster_name(name), "launched_resources", None)
@@ -80,7 +80,7 @@ def ask_for_cluster(request: sky.UserRequest) -> bool:
     return True
 
 
-def wanted_machines(task: sky.Task, catalog: Catalog) -> list[Requirement]:
+def machine_requirements(task: sky.Task, catalog: Catalog) -> list[Requirement]:
     requirements = []
     for place, resources in enumerate(task.resources):
         candidates.check_ceiling(resources.max_hourly_cost, "resources.max_hourly_cost")
@@ -113,14 +113,14 @@ def _gpu(resources: sky.Resources) -> tuple[str, int]:
 
 
 def _machine_of(resources: sky.Resources, catalog: Catalog) -> str:
-    """The machine type that SkyPilot would take where the task names none."""
+    """The machine type that SkyPilot would choose if the task names none."""
     gpu, count = _gpu(resources)
     machines = catalog.machines_for(gpu, count)
     feasible = sky.GCP().get_feasible_launchable_resources(resources.copy(cloud=sky.GCP()), 1)
     if not feasible.resources_list:
         raise UserError(
-            f"resources: SkyPilot finds no machine of Google Cloud for {gpu}:{count} with what else is asked for; "
-            f"name one by instance_type: {', '.join(machines) or 'the catalog has none'}",
+            f"resources: SkyPilot finds no machine on Google Cloud for {gpu}:{count} with the other requirements; "
+            f"set instance_type to one of: {', '.join(machines) or 'the catalog has none'}",
             code="launch.no_machine",
         )
     return str(feasible.resources_list[0].instance_type)
@@ -129,18 +129,18 @@ def _machine_of(resources: sky.Resources, catalog: Catalog) -> str:
 def pinned(
     task: sky.Task, groups: list[CandidateGroup], catalog: Catalog, managed: bool, by_size: bool
 ) -> list[sky.Resources]:
-    """The ordered list: the alternatives that the task asked for, each pinned to a machine and a place.
+    """The ordered list: the alternatives of the task, each pinned to a machine type and a place.
 
-    A machine is expressed by its vCPUs and memory where SkyPilot takes just that one for them: with 24 candidates and a
-    catalog of 21,000 rows it optimises in 0.7 s then, and in 4.5 s with names (measured, 2 cores), at every fail-over.
+    A machine type is expressed by its vCPUs and memory if SkyPilot finds exactly that type for them: with 24 candidates and a
+    catalog of 21,000 rows the optimizer then takes 0.7 s instead of 4.5 s (measured, 2 cores), at every fail-over.
     """
     asked = list(task.resources)
     expressed: dict[tuple[str, str, int, bool], Json] = {}
     pinned = []
-    for entry in groups:
-        offer, alternative = entry.best.offer, asked[entry.best.requirement.place]
+    for group in groups:
+        offer, alternative = group.best.offer, asked[group.best.requirement.place]
         kind = (offer.machine, offer.gpu, offer.count, offer.spot)
-        place = {"cloud": sky.GCP(), "region": offer.region, "zone": entry.zone, "use_spot": offer.spot}
+        place = {"cloud": sky.GCP(), "region": offer.region, "zone": group.zone, "use_spot": offer.spot}
         one = alternative.copy(
             **place, accelerators={offer.gpu: offer.count}, instance_type=None, cpus=None, memory=None
         )
@@ -153,7 +153,7 @@ def pinned(
 
 
 def _expression(resources: sky.Resources, machine: str, catalog: Catalog) -> Json:
-    """How to ask SkyPilot for just this machine type."""
+    """The resource keys for which SkyPilot finds exactly this machine type."""
     size = catalog.size_of(machine)
     if size:
         by_size = {"cpus": f"{size[0]:g}", "memory": f"{size[1]:g}"}

@@ -1,1 +1,1 @@
-"""What a run would take and cost on each GPU, against ceilings."""
+"""Memory, time and cost of a run on each GPU, checked against ceilings."""

@@ -1,7 +1,7 @@
-"""What a run would cost on each GPU: does it fit, how long does it take, how many dollars, and is that under the ceilings.
+"""What a run would cost on each GPU: whether it fits, its hours, its dollars, and whether they are below the ceilings.
 
-Hours are billed hours of one machine: boot and set-up, training, validation, and on spot the work that a preemption throws
-away and the set-up of the next machine. Waiting until a machine is in stock costs nothing and is not in them.
+Hours are billed hours of one machine: boot and set-up, training, validation, and for spot the work lost to preemptions and the
+set-up of each replacement. Waiting for capacity is not billed and not included.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES, ModelShape, shape_of
 
 VALIDATION_COST = 1 / 3
-"""Cost of a token in a validation pass against one in training: forward alone, of forward and two backward products (4-bit
-base: one of the two), so 1/3 is on the safe side. Estimated."""
+"""Cost of a validation token relative to a training token: the forward pass alone, of a forward pass and two backward products
+(one with a 4-bit base), so 1/3 is on the safe side. Estimated."""
 
 
-MOST_PREEMPTIONS = 5.0
-"""Preemptions expected between two checkpoints, from which on a run is refused: it would start such a stretch over e^5 = 148
-times before it once got through."""
+MAX_PREEMPTIONS = 5.0
+"""Expected preemptions between two checkpoints above which a run is refused: it would need e^5 = 148 attempts on average to reach
+the next checkpoint."""
 
 
 @dataclass(frozen=True)
 class OnGpu:
-    """A run on one kind of GPU, whatever the machine costs. Memory in GiB, hours of training and validation alone.
+    """A run on one type of GPU, without prices. Memory in GiB; hours of training and validation only.
 
-    limits: how the fused backend computes a step there; None on the Hugging Face backend. there_gib: what the run may use of the
-    GPU's memory, None for all of it.
+    micro_batch_config: how the fused backend computes a step on this GPU; None with the Hugging Face backend. available_gib: GPU
+    memory that the run may use, None for all of it.
     """
 
     gpu: GpuSpec
@@ -44,15 +44,15 @@ class OnGpu:
     fits: bool
     speed: Speed
     work_hours: float
-    save_hours: float  # between two checkpoints
-    save_key: str = "checkpoint.every_minutes"  # of the config, which decides that
-    limits: MicroBatchConfig | None = None
-    there_gib: float | None = None
+    save_hours: float  # work between two checkpoints
+    save_key: str = "checkpoint.every_minutes"  # the config key that determines save_hours
+    micro_batch_config: MicroBatchConfig | None = None
+    available_gib: float | None = None
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Expected billed hours and US dollars of the whole run; the lost_* are the part of them that preemption costs."""
+    """Expected billed hours and US dollars of the whole run; lost_* is the part caused by preemptions."""
 
     hours: float
     usd: float
@@ -63,16 +63,16 @@ class RunCost:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the plan: a GPU, spot or on-demand, in its best zone. offer and cost are None where nobody sells it.
+    """One row of the plan: a GPU, spot or on-demand, in its best zone. offer and cost are None if it is not sold.
 
-    passed_over: the cheapest offer below that one, whose price is not trusted; None where there is none.
+    passed_over: the cheapest offer, if it was skipped for a price anomaly; else None.
     """
 
     on_gpu: OnGpu
     spot: bool
     offer: Offer | None
     cost: RunCost | None
-    refusals: tuple[str, ...]  # why it is not chosen; empty when it may be
+    refusals: tuple[str, ...]  # why it is not chosen; empty if it is
     passed_over: Offer | None = None
 
     @property
@@ -82,7 +82,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: the chosen ones by expected dollars, then the others."""
+    """rows: the chosen ones by expected dollars, then the refused ones."""
 
     size: RunSize
     ceilings: Ceilings
@@ -94,7 +94,7 @@ class Plan:
 def plan_run(
     config: RunConfig, catalog: Catalog, ceilings: Ceilings, *, spot: bool | None = None, trust_prices: bool = False
 ) -> Plan:
-    """Price the run on every GPU of plan.gpus. spot: True or False for one kind of machine only, None for both.
+    """Price the run on every GPU of plan.gpus. spot: True for spot only, False for on-demand only, None for both.
 
     Raises UserError for a model of unknown shape, data of unknown size, and a GPU that the catalog does not sell.
     """
@@ -104,7 +104,7 @@ def plan_run(
         on_gpu = run_on(config, size, GPUS[name])
         if not on_gpu.gpu.machine:
             raise UserError(
-                f"plan.gpus: {name} is not planned for on Google Cloud; choose among {', '.join(_sold())}",
+                f"plan.gpus: {name} is not supported on Google Cloud; choose among {', '.join(_sold())}",
                 code="cloud.gpu_not_offered",
             )
         try:
@@ -120,7 +120,7 @@ def plan_run(
 
 
 def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec) -> OnGpu:
-    """Memory, speed and hours of the run on one GPU. Raises UserError when the model's shape is not known."""
+    """Memory, speed and hours of the run on one GPU. Raises NotEstimated if the model's shape is unknown."""
     shape = shape_of(config.model.name)
     if shape is None:
         raise NotEstimated(
@@ -142,16 +142,16 @@ def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec) -> OnGpu:
         work_hours=work_hours,
         save_hours=save_hours,
         save_key=save_key,
-        limits=fitted.limits,
-        there_gib=fitted.memory_gib,
+        micro_batch_config=fitted.limits,
+        available_gib=fitted.memory_gib,
     )
 
 
 def save_interval(section: CheckpointSection, work_hours: float, steps: int) -> tuple[float, str]:
-    """Hours of work between two checkpoints, and the key that decides them: whichever of the two is over first.
+    """Hours of work between two checkpoints, and the config key that determines them: the shorter interval of the two.
 
-    A checkpoint is saved at the end of a step, so never less than a step's time; and never more than the whole run, which is
-    what neither key leaves.
+    A checkpoint is saved at the end of a step, so the interval is at least one step. It is at most the whole run, which is
+    also the interval if neither key is set.
     """
     step_hours = work_hours / steps
     found = [(work_hours, "checkpoint.every_minutes")]
@@ -189,15 +189,15 @@ def _speed(config: RunConfig, size: RunSize, gpu: GpuSpec, shape: ModelShape, fi
 def run_cost(on_gpu: OnGpu, usd_per_hour: float, spot: bool, assumptions: PlanSection) -> RunCost:
     """Expected billed hours and dollars of the run.
 
-    Preemptions come as a Poisson process of rate `spot_preemptions_per_hour`; each throws away what was computed since the
-    last checkpoint and pays the set-up of another machine. A stretch of s hours between two checkpoints then takes
+    Preemptions come as a Poisson process of rate `spot_preemptions_per_hour`; each loses the work since the last
+    checkpoint and adds the set-up of another machine. An interval of s hours between two checkpoints then takes
     (1/rate + set-up) x (exp(rate x s) - 1) hours (J. T. Daly, 2006, "A higher order estimate of the optimum checkpoint
     interval for restart dumps", without its cost of a save).
     """
     set_up = assumptions.setup_minutes / 60
     rate = assumptions.spot_preemptions_per_hour if spot else 0.0
     stretches = on_gpu.work_hours / on_gpu.save_hours
-    exponent = min(rate * on_gpu.save_hours, 10 * MOST_PREEMPTIONS)  # beyond, no float holds the result
+    exponent = min(rate * on_gpu.save_hours, 10 * MAX_PREEMPTIONS)  # larger exponents overflow a float
     preemptions = stretches * math.expm1(exponent)
     lost = preemptions * (1 / rate + set_up) - on_gpu.work_hours if rate else 0.0
     hours = set_up + on_gpu.work_hours + lost
@@ -212,23 +212,23 @@ def _row(
     cost = run_cost(on_gpu, offer.usd_per_hour, spot, assumptions)
     refusals = [*_memory_refusal(on_gpu), *ceiling_refusals(offer.usd_per_hour, cost, ceilings)]
     rate = assumptions.spot_preemptions_per_hour
-    if spot and rate * on_gpu.save_hours > MOST_PREEMPTIONS:
-        stretch = f"{on_gpu.save_hours:.1f} h from one checkpoint to the next"
-        refusals.append(f"{stretch} at {rate:g} preemptions an hour: set a lower {on_gpu.save_key}")
+    if spot and rate * on_gpu.save_hours > MAX_PREEMPTIONS:
+        interval = f"{on_gpu.save_hours:.1f} h between checkpoints"
+        refusals.append(f"{interval} at {rate:g} preemptions an hour: set a lower {on_gpu.save_key}")
     if offer.anomalies and not trust_prices:
-        refusals.append(f"price not trusted: {'; '.join(offer.anomalies)}")
+        refusals.append(f"price anomaly: {'; '.join(offer.anomalies)}")
     return Row(on_gpu, spot, offer, cost, tuple(refusals))
 
 
 def _memory_refusal(on_gpu: OnGpu) -> list[str]:
     if on_gpu.fits:
         return []
-    there = on_gpu.there_gib or on_gpu.gpu.memory_gib
-    return [f"does not fit: needs {_above(on_gpu.needed_gib, there, 1)} GiB of {there:g}"]
+    available = on_gpu.available_gib or on_gpu.gpu.memory_gib
+    return [f"does not fit: needs {_above(on_gpu.needed_gib, available, 1)} GiB of {available:g}"]
 
 
 def ceiling_refusals(usd_per_hour: float, cost: RunCost, ceilings: Ceilings) -> list[str]:
-    """Each ceiling that a machine breaks, as one clause with both numbers."""
+    """One clause, with both numbers, for each ceiling that the machine exceeds."""
     refusals = []
     if ceilings.usd_per_hour is not None and usd_per_hour > ceilings.usd_per_hour:
         price = _above(usd_per_hour, ceilings.usd_per_hour, 2)
@@ -242,7 +242,7 @@ def ceiling_refusals(usd_per_hour: float, cost: RunCost, ceilings: Ceilings) -> 
 
 
 def _above(value: float, limit: float, digits: int) -> str:
-    """A value that is above a limit, with as many decimals as it takes to see that."""
+    """A value above a limit, with enough decimals to show the difference."""
     while digits < 9 and round(value, digits) <= limit:
         digits += 1
     return f"{value:.{digits}f}"
@@ -253,13 +253,13 @@ def _cents(usd: float) -> str:
 
 
 def _best(offers: list[Offer], trust_prices: bool) -> Offer | None:
-    """The cheapest whose price is to be believed; where there is none, the cheapest, so that the row can say why not."""
-    believed = [offer for offer in offers if trust_prices or not offer.anomalies]
-    return min(believed or offers, key=lambda offer: (offer.usd_per_hour, offer.zone), default=None)
+    """The cheapest offer without a price anomaly; if there is none, the cheapest, so that its row can name the anomaly."""
+    plausible = [offer for offer in offers if trust_prices or not offer.anomalies]
+    return min(plausible or offers, key=lambda offer: (offer.usd_per_hour, offer.zone), default=None)
 
 
-def regions_in_question(catalog: Catalog, assumptions: PlanSection) -> list[str]:
-    """The regions that sell any of plan.gpus at a price that is believed, the cheapest machine's region first."""
+def regions_for_plan(catalog: Catalog, assumptions: PlanSection) -> list[str]:
+    """The regions that sell any of plan.gpus without a price anomaly, the region of the cheapest machine first."""
     found = [
         offer
         for name in assumptions.gpus

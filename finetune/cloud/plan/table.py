@@ -1,4 +1,4 @@
-"""The plan as a table for people and as JSON for programs."""
+"""The plan as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALIGN = "llllrrrrrrl"
 
 
 def render(plan: Plan, origin: str) -> str:
-    """The table with what it rests on; origin is the config file as the user named it."""
+    """The table with its assumptions and sources; origin is the config file as the user typed it."""
     lines = [
         f"{origin}: {plan.size.records:,} examples x {plan.size.mean_tokens:.0f} tokens, {plan.size.steps:,} optimizer "
         f"steps, {plan.size.tokens / 1e6:.2f} M training tokens",
@@ -51,16 +51,16 @@ def _verdict(row: Row) -> str:
     if row.refusals:
         return "; ".join(row.refusals)
     anomalies = row.offer.anomalies if row.offer else ()
-    return f"ok, though the price looks wrong: {'; '.join(anomalies)}" if anomalies else "ok"
+    return f"ok, despite a price anomaly: {'; '.join(anomalies)}" if anomalies else "ok"
 
 
 def _step(on_gpu: OnGpu) -> str:
-    """How the run computes a step there."""
-    limits = on_gpu.limits
-    if limits is None:
+    """How the run computes a step on this GPU."""
+    chosen = on_gpu.micro_batch_config
+    if chosen is None:
         return "Hugging Face layers, padded micro-batches"
-    kept = f"{limits.uncheckpointed_layers} layers not recomputed"
-    return f"micro-batches of up to {limits.tokens:,} tokens; {kept}, {limits.dequantized_layers} dequantized"
+    layers = f"{chosen.uncheckpointed_layers} layers not recomputed, {chosen.dequantized_layers} dequantized"
+    return f"micro-batches of up to {chosen.tokens:,} tokens; {layers}"
 
 
 def _passed_over(row: Row, offer: Offer) -> str:
@@ -69,7 +69,7 @@ def _passed_over(row: Row, offer: Offer) -> str:
 
 
 def _notes(plan: Plan) -> list[str]:
-    """What each column is: measured, from the catalog, estimated or assumed."""
+    """Where the figures of each column come from: measured, from the catalog, estimated or assumed."""
     assumed = plan.assumptions
     sources = dict.fromkeys(f"{row.on_gpu.gpu.name}: {row.on_gpu.speed.source}" for row in plan.rows)
     ceilings = [
@@ -86,13 +86,13 @@ def _notes(plan: Plan) -> list[str]:
     return [
         f"order: {', then '.join(chosen)}"
         if chosen
-        else "order: none; every machine is refused for the reason in its row",
+        else "order: none; every machine is refused, for the reason in its row",
         f"ceilings: {', '.join(ceilings) or 'none'}",
-        *(["cheaper, but the price is not trusted (--trust-prices takes it):", *passed_over] if passed_over else []),
-        "memory: estimated, of what the run chooses to use (`finetune plan CONFIG --memory` shows the parts):",
+        *(["cheaper, but with a price anomaly (--trust-prices accepts it):", *passed_over] if passed_over else []),
+        "memory: estimated, with the settings that the run will choose (`finetune plan CONFIG --memory` shows the parts):",
         *dict.fromkeys(f"  {row.on_gpu.gpu.name}: {_step(row.on_gpu)}" for row in plan.rows),
         "hours and dollars: estimated, expected values,",
-        f"  with {assumed.setup_minutes:g} min of boot and set-up; lost: dollars of the run that preemption costs, assumed "
+        f"  with {assumed.setup_minutes:g} min of boot and set-up; lost: dollars of the run lost to preemptions, assumed "
         f"{assumed.spot_preemptions_per_hour:g} an hour (plan.spot_preemptions_per_hour)",
         "tokens/s:",
         *(f"  {source}" for source in sources),
@@ -100,7 +100,7 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan for programs; dollars per hour from the catalog, hours and dollars of the run estimated."""
+    """The plan as JSON; dollars per hour come from the catalog, hours and dollars of the run are estimated."""
     size = plan.size
     return {
         "prices": {"source": plan.catalog.source, "snapshot": plan.catalog.is_snapshot},
@@ -132,7 +132,9 @@ def _row_json(row: Row) -> dict[str, Any]:
         "price_anomalies": list(offer.anomalies) if offer else [],
         "passed_over": _passed_over(row, row.passed_over).strip() if row.passed_over else None,
         "memory_gib": {"needed": round(on_gpu.needed_gib, 2), "there": on_gpu.gpu.memory_gib, "fits": on_gpu.fits},
-        "step": {"layers": "fused", **vars(on_gpu.limits)} if on_gpu.limits else {"layers": "hf"},
+        "step": {"layers": "fused", **vars(on_gpu.micro_batch_config)}
+        if on_gpu.micro_batch_config
+        else {"layers": "hf"},
         "tokens_per_second": round(on_gpu.speed.tokens_per_second, 1),
         "tokens_per_second_basis": on_gpu.speed.basis,
         "tokens_per_second_source": on_gpu.speed.source,

@@ -1,4 +1,4 @@
-"""Puts the plan's order into a task YAML, whose comments and other lines stay as they are."""
+"""Writes the plan's order into a task YAML; comments and all other lines stay as they are."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from finetune.runtime.files import write_text
 
 LISTS = ("ordered", "any_of")
 REPLACED = {"accelerators", "instance_type", "use_spot"}
-"""What an entry may say for us to replace it; anything more, such as a region, is the user's and would be lost."""
+"""The keys that a replaceable entry may have; any other, such as a region, was set by the user and would be lost."""
 
 
 def write_order(plan: Plan, task: Path, command: str) -> None:
-    """Replace the `ordered:` or `any_of:` list under `resources:` of a task YAML by the plan's order.
+    """Replace the `ordered:` or `any_of:` list under `resources:` of a task YAML with the plan's order.
 
-    command: what the user typed, for the comment. Raises UserError, and writes nothing, when the plan refuses every
-    machine, the file has no such list, or its list says more than which machines.
+    command: what the user typed, for the comment. Raises UserError, and writes nothing, if the plan refuses every machine, the
+    file has no such list, or an entry of the list has more keys than REPLACED.
     """
     chosen = [row for row in plan.rows if row.chosen]
     if not chosen:
@@ -36,20 +36,20 @@ def write_order(plan: Plan, task: Path, command: str) -> None:
     written = "".join(lines[:first]) + order + "".join(lines[last:])
     if not _same_but_for_lists(written, before):
         raise UserError(
-            f"{task}: its list under resources: is laid out in a way that cannot be replaced; edit it by hand",
+            f"{task}: the layout of the list under resources: cannot be replaced automatically; edit it by hand",
             code="plan.unwritable_task",
         )
     write_text(task, written)
 
 
 def _read(task: Path) -> tuple[str, dict[str, Any]]:
-    """The text with its line ends as they are, and what it says."""
+    """The text with its line ends unchanged, and its parsed content."""
     try:
         text = task.read_bytes().decode("utf-8")
         content = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"{task}: not a task YAML that can be read ({' '.join(str(error).split())})", code="plan.unwritable_task"
+            f"{task}: not a readable task YAML ({' '.join(str(error).split())})", code="plan.unwritable_task"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("resources"), dict):
         raise UserError(f"{task}: expected a SkyPilot task with a section `resources:`", code="plan.unwritable_task")
@@ -64,10 +64,10 @@ def _place_of_list(task: Path, text: str) -> tuple[yaml.ScalarNode, int, int]:
     found = [(key, value) for section in resources for key, value in section.value if key.value in LISTS]
     if len(resources) != 1 or len(found) != 1:
         raise UserError(
-            f"{task}: expected one list `ordered:` or `any_of:` under one `resources:`, to put the order in its place",
+            f"{task}: expected one list `ordered:` or `any_of:` under one `resources:`, to replace it with the order",
             code="plan.unwritable_task",
         )
-    key, last = found[0]  # down to its last leaf, because a block's own end mark is where the next key begins
+    key, last = found[0]  # the last leaf, because the end mark of a block is the start of the next key
     while isinstance(last, yaml.CollectionNode) and not last.flow_style:
         last = last.value[-1] if isinstance(last, yaml.SequenceNode) else last.value[-1][1]
     return key, key.start_mark.line, last.end_mark.line + 1
@@ -77,8 +77,8 @@ def _check_entries(task: Path, name: str, entries: Any) -> None:
     for entry in entries if isinstance(entries, list) else []:
         if more := sorted(set(entry) - REPLACED if isinstance(entry, dict) else [str(entry)]):
             raise UserError(
-                f"{task}: an entry of {name}: says more than which machine ({', '.join(more)}), which would be lost; "
-                f"put that under resources: itself, or edit the list by hand",
+                f"{task}: an entry of {name}: has more keys than a machine needs ({', '.join(more)}), which would be lost; "
+                f"put them under resources: itself, or edit the list by hand",
                 code="plan.unwritable_task",
             )
 

@@ -1,4 +1,4 @@
-"""How much work a run is: its training examples and their tokens, counted where the data are prepared, else assumed and said."""
+"""The size of a run: its training examples and tokens, counted if the data are prepared, else assumed and labelled so."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from finetune.prepared_folder import MANIFEST
 class RunSize:
     """records: training examples of one epoch; mean_tokens: prompt and answer of one; steps: optimizer steps of the run.
 
-    validation_tokens: of all validation passes of the run together. basis: where the figures come from, for people.
+    validation_tokens: of all validation passes together. basis: where the figures come from, as text for the user.
     """
 
     records: int
     mean_tokens: float
     steps: int
-    tokens: float  # that the run trains on, over all epochs
+    tokens: float  # trained on, over all epochs
     validation_tokens: float
     basis: str
 
@@ -31,7 +31,7 @@ class RunSize:
 def run_size(config: RunConfig) -> RunSize:
     """The size of a run, from the prepared data's manifest.json, else from local sources or plan.records.
 
-    Raises UserError when not even the number of examples is known, or the manifest is broken.
+    Raises UserError if the number of examples is unknown, or the manifest is invalid.
     """
     folder = Path(config.data.output_dir)
     manifest = folder / MANIFEST
@@ -50,7 +50,7 @@ def run_size(config: RunConfig) -> RunSize:
 
 
 def _counted(manifest: Path, assumed_tokens: float) -> tuple[int, float, int, str]:
-    """Training examples, mean tokens, validation examples, and how they are known, from a prepared folder."""
+    """Training examples, mean tokens, validation examples, and their source as text, from a prepared folder."""
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         counts, tokens = content["counts"], content["tokens"]
@@ -75,7 +75,7 @@ def _counted(manifest: Path, assumed_tokens: float) -> tuple[int, float, int, st
 
 
 def _assumed_records(config: RunConfig) -> tuple[int, int, str]:
-    """Training and validation examples after the splits, and where their number comes from."""
+    """Training and validation examples after the split, and the source of these numbers as text."""
     data = config.data
     train_share = 1 - data.val_fraction - data.test_fraction
     found = {"auto": 0, "train": 0}
@@ -94,7 +94,7 @@ def _assumed_records(config: RunConfig) -> tuple[int, int, str]:
         basis = "counted in the local sources, less the held-out fractions"
     else:
         raise NotEstimated(
-            f"{data.output_dir}: the data are not prepared and their size is not known here; run `finetune data prepare "
+            f"{data.output_dir}: the data are not prepared, so their size is unknown; run `finetune data prepare "
             f"CONFIG`, or set plan.records to the number of training examples",
             code="data.unknown_size",
         )
@@ -104,7 +104,7 @@ def _assumed_records(config: RunConfig) -> tuple[int, int, str]:
 
 
 def _source_records(source: SourceSection) -> int | None:
-    """Records of a local source without reading more than needed to count them; None for one that is not here."""
+    """Records of a local source, counted; None for a source that is not on this machine."""
     path = Path(source.path)
     try:
         if source.kind == "jsonl" and path.is_file():

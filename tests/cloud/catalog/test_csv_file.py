@@ -1,4 +1,4 @@
-"""A price list that somebody damaged is refused with file and line, and one that is whole says how old it is."""
+"""A corrupt price list is refused with file and line, and a valid one has its age."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refused(path: Path, code: str = "catalog.corrupt") -> str:
     return message.removeprefix(f"{path}: ")
 
 
-def test_hosts_and_gpus_are_told_apart_and_kept_by_zone(tmp_path: Path) -> None:
+def test_hosts_and_gpus_are_separated_and_stored_by_zone(tmp_path: Path) -> None:
     rows, fetched = read_prices(write_prices(tmp_path, [*WHOLE, gpu("us-west1-a", "", 0.9, "T4", 2)]).parents[1])
     assert rows.hosts == {"a2-highgpu-1g": {ZONE: Row("us-east1", ZONE, 0.5, 0.2, 12.0, 85.0)}}
     assert rows.gpus == {
@@ -38,7 +38,7 @@ def test_hosts_and_gpus_are_told_apart_and_kept_by_zone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("price", ["-0.1", "nan", "NaN", "inf", "-inf", "cheap", "1,5", "$3", " "])
 @pytest.mark.parametrize("column", ["usd", "spot"])
-def test_a_price_that_is_no_amount_of_money_is_refused_with_its_line(tmp_path: Path, price: str, column: str) -> None:
+def test_an_invalid_price_is_refused_with_its_line(tmp_path: Path, price: str, column: str) -> None:
     quoted: dict[str, Any] = {column: f'"{price}"'}
     path = write_prices(tmp_path, [*WHOLE, gpu("us-west1-a", **quoted)])
     name = "Price" if column == "usd" else "SpotPrice"
@@ -56,7 +56,7 @@ def test_a_count_may_be_written_as_pandas_writes_it(tmp_path: Path) -> None:
     assert list(read_prices(path.parents[1])[0].gpus) == [("A100", 1)]
 
 
-def test_a_size_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_a_size_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     assert refused(write_prices(tmp_path, [host(ZONE).replace("12.0", "many")])).startswith("line 2: vCPUs is 'many'")
 
 
@@ -64,7 +64,7 @@ def test_a_row_without_a_place_is_refused(tmp_path: Path) -> None:
     assert refused(write_prices(tmp_path, [*WHOLE, host("")])).startswith("line 4: no Region")
 
 
-def test_every_way_of_cutting_off_the_last_line_is_noticed(tmp_path: Path) -> None:
+def test_every_truncation_of_the_last_line_is_detected(tmp_path: Path) -> None:
     path = write_prices(tmp_path, WHOLE)
     whole = path.read_bytes()
     for length in range(len(whole) - len(WHOLE[1]), len(whole)):
@@ -72,7 +72,7 @@ def test_every_way_of_cutting_off_the_last_line_is_noticed(tmp_path: Path) -> No
         assert refused(path).startswith("line 3: ")
 
 
-def test_a_file_cut_off_in_a_quoted_field_is_refused(tmp_path: Path) -> None:
+def test_a_file_truncated_in_a_quoted_field_is_refused(tmp_path: Path) -> None:
     path = write_prices(tmp_path, [host(ZONE), ',,,A100,1,"{Gpus: [40960,'])
     assert "unexpected end" in refused(path)
 
@@ -100,18 +100,18 @@ def test_columns_may_come_in_another_order(tmp_path: Path) -> None:
 
 def test_an_empty_file_and_one_without_rows_are_refused(tmp_path: Path) -> None:
     path = write_prices(tmp_path, [])
-    assert refused(path).startswith("no prices in it")
+    assert refused(path).startswith("holds no prices")
     path.write_text("")
     assert refused(path).startswith("empty")
 
 
-def test_a_file_that_is_no_text_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_a_binary_file_is_refused_with_its_line(tmp_path: Path) -> None:
     path = write_prices(tmp_path, WHOLE)
     path.write_bytes(path.read_bytes().replace(b"us-east1-b", b"us-east\xff", 1))
     assert refused(path).startswith("line 2: not UTF-8")
     write_prices(tmp_path, WHOLE)
-    path.write_bytes(path.read_bytes() + bytes(100))  # what a crash leaves of a file on some disks
-    assert "cut off" in refused(path)
+    path.write_bytes(path.read_bytes() + bytes(100))  # as after a crash on some file systems
+    assert "truncated" in refused(path)
 
 
 def test_a_file_that_cannot_be_read_is_a_user_error(tmp_path: Path) -> None:
@@ -123,20 +123,20 @@ def test_a_file_that_cannot_be_read_is_a_user_error(tmp_path: Path) -> None:
     assert refused(path, "file.unreadable").startswith("not readable (Too many levels")
 
 
-def test_a_missing_file_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+def test_a_missing_file_is_distinguished_from_a_corrupt_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_prices(tmp_path)
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_of_two_rows_for_the_same_the_dearer_prices_count(tmp_path: Path, first: int) -> None:
+def test_of_duplicate_rows_the_higher_prices_are_used(tmp_path: Path, first: int) -> None:
     lines = [gpu(ZONE, 3.0, 1.0), gpu(ZONE, 2.0, 1.5), gpu(ZONE, "", "")]
     lines = lines[first:] + lines[:first]
     row = read_prices(write_prices(tmp_path, lines).parents[1])[0].gpus["A100", 1][ZONE]
     assert (row.usd, row.spot_usd) == (3.0, 1.5)
 
 
-def test_the_age_is_that_of_the_download_whatever_the_file_itself_says(tmp_path: Path) -> None:
+def test_the_age_is_that_of_the_download_not_of_the_file(tmp_path: Path) -> None:
     then = datetime.now(UTC).replace(microsecond=0) - timedelta(days=40)
     lay_out_catalog(tmp_path, fetched=then)
     os.utime(tmp_path / CATALOG / VMS)  # as SkyPilot does when a refresh fails
@@ -158,7 +158,7 @@ def test_the_folder_follows_skypilots_variables(monkeypatch: pytest.MonkeyPatch,
     assert skypilot_folder() == tmp_path / "home" / "elsewhere" / CATALOG
 
 
-def test_the_clouds_of_a_gpu_are_read_or_nothing(tmp_path: Path) -> None:
+def test_the_clouds_of_a_gpu_are_read_if_the_file_exists(tmp_path: Path) -> None:
     lay_out_catalog(tmp_path)
     clouds = read_clouds(tmp_path / CATALOG)
     assert clouds["A10"] == ["Azure", "Lambda", "OCI"] and "GCP" in clouds["L4"]

@@ -1,4 +1,4 @@
-"""A disk costs its list price where that is known, and never less than it may cost where it is not."""
+"""A disk costs its list price if that is known, and otherwise at least what it may cost."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def test_all_43_regions_are_priced_once_and_faster_disks_cost_more() -> None:
 
 
 @pytest.mark.parametrize("region", ["", "us-central2", "mars-north1"])
-def test_a_region_that_is_not_in_the_list_costs_what_the_dearest_does(region: str) -> None:
+def test_an_unlisted_region_costs_as_much_as_the_most_expensive(region: str) -> None:
     assert DEAREST == {"pd-standard": 0.064, "pd-balanced": 0.16, "pd-ssd": 0.272}
     for tier in ("low", "medium", "high"):
         usd = disk_usd_per_hour(200, tier, region, "a2-highgpu-1g")
         assert usd == max(disk_usd_per_hour(200, tier, known, "a2-highgpu-1g") for known in USD_PER_MONTH)
 
 
-def test_a_region_may_be_in_capitals() -> None:
+def test_region_names_are_case_insensitive() -> None:
     assert disk_usd_per_hour(200, "medium", "US-Central1") == disk_usd_per_hour(200, "medium", "us-central1")
 
 
-def test_without_a_machine_a_tier_costs_the_most_that_it_may_mean() -> None:
+def test_without_a_machine_a_tier_costs_its_most_expensive_disk() -> None:
     machines = ("n1-highmem-8", "g2-standard-8", "a2-highgpu-1g", "n2-standard-8", "a3-highgpu-1g", "e2-standard-4")
     for tier in ("low", "medium", "high", "none"):
         dearest = max(disk_usd_per_hour(200, tier, "us-central1", machine) for machine in machines)
@@ -55,6 +55,6 @@ def test_an_unknown_tier_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("gib", [0, -1, 1.5, True, "200", float("nan")])
-def test_a_size_that_is_no_positive_whole_number_is_refused(gib: object) -> None:
+def test_a_size_that_is_not_a_positive_whole_number_is_refused(gib: object) -> None:
     with raises("cloud.bad_disk_size", match="expected a positive whole number of GiB"):
         disk_usd_per_hour(gib, "medium", "us-central1")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which machine a GPU comes with: the limits of N1, and what stands outside the tables."""
+"""Which machine types have which GPUs: the limits of N1, and what is not in the tables."""
 
 from __future__ import annotations
 

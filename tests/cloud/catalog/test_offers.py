@@ -1,4 +1,4 @@
-"""Offers and what they are made of, what is refused, and where the prices are from."""
+"""Offers and their price parts, what is refused, and the source of the prices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def catalog(home: Path) -> Catalog:
 
 @pytest.fixture
 def made(home: Path) -> Callable[..., Catalog]:
-    """A catalog of the lines given."""
+    """A catalog with the given lines."""
 
     def make(*lines: str) -> Catalog:
         write_prices(home, list(lines))
@@ -121,7 +121,7 @@ REFUSED = [
      "machine n1-highmem-16 is not in the catalog; .* at most 12 vCPUs and 78 GB"),
     ({"gpu": "L4", "machine": "g2-standard-4"}, "price.unknown", "g2-standard-4: SkyPilot's catalog has no price for it"),
     ({"gpu": "L4", "machine": "g2-standard-24", "count": 2}, "price.unknown", "L4:2: SkyPilot's catalog has no price for it"),
-    ({"count": 3}, "cloud.machine_mismatch", "A100:3: no machine .* has 3 of them; possible are 1, 2, 4, 8, 16"),
+    ({"count": 3}, "cloud.machine_mismatch", "A100:3: no machine .* has 3 of them; possible: 1, 2, 4, 8, 16"),
     ({"count": 0}, "cloud.bad_gpu_count", "A100: expected a positive whole number of GPUs, found 0"),
     ({"count": True}, "cloud.bad_gpu_count", "found True"),
     ({"gpu": "A1000"}, "cloud.unknown_gpu",
@@ -142,7 +142,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("wrong", "code", "text"), REFUSED, ids=[str(wrong) for wrong, *_ in REFUSED])
-def test_what_cannot_be_bought_is_refused_with_what_can(
+def test_what_is_not_sold_is_refused_with_what_is(
     catalog: Catalog, wrong: dict[str, Any], code: str, text: str
 ) -> None:
     with raises(code, match=text.replace("?;", r"\?;")):
@@ -163,7 +163,7 @@ def test_a_catalog_of_prices_alone_still_knows_the_gpus_of_other_clouds(made: Ca
 def test_a_gpu_of_the_catalog_whose_machine_is_unknown_is_refused(made: Callable[..., Catalog]) -> None:
     catalog = made(host("us-east1-b"), gpu("us-east1-b", name="X9"), gpu("us-east1-b", name="tpu-v9-8"))
     assert message("cloud.gpu_not_offered", lambda: catalog.offers("x9", machine=A100)).startswith(
-        "X9: which machine of Google Cloud"
+        "X9: its machine types on Google Cloud"
     )
     assert "has X9" in message("cloud.unknown_gpu", lambda: catalog.offers("tpu-v9-8", machine=A100))  # and no TPU
 
@@ -187,11 +187,11 @@ def test_a_machine_without_gpu_costs_its_cheapest_zone(catalog: Catalog) -> None
     assert catalog.cpu_machine_usd("n9-standard-4") is None
 
 
-def test_without_a_catalog_our_snapshot_answers_and_says_so_loudly(home: Path) -> None:
+def test_without_a_catalog_our_snapshot_is_used_with_a_warning(home: Path) -> None:
     catalog = load_catalog()
     assert catalog.is_snapshot and catalog.fetched is None
     assert "OUR OLD SNAPSHOT" in catalog.source and "PRICES MAY HAVE CHANGED" in catalog.source
-    assert "carried over on 2026-11-22" in catalog.source
+    assert "copied on 2026-11-22" in catalog.source
     assert "our old snapshot" in message(
         "price.unknown", lambda: catalog.offers("H200", machine="a3-ultragpu-8g", count=8)
     )
@@ -199,7 +199,7 @@ def test_without_a_catalog_our_snapshot_answers_and_says_so_loudly(home: Path) -
     assert refusal.startswith(f"{home / CATALOG / VMS}: no price catalog yet")
 
 
-def test_a_damaged_catalog_is_not_replaced_by_the_snapshot(home: Path) -> None:
+def test_a_corrupt_catalog_is_not_replaced_by_the_snapshot(home: Path) -> None:
     path = write_prices(home, [host("us-east1-b", "free")])
     assert message("catalog.corrupt", load_catalog).startswith(f"{path}: line 2: Price is 'free'")
 

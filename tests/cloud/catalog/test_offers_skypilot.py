@@ -1,4 +1,4 @@
-"""SkyPilot itself is the referee: the same prices, the same machines, the same disks, the same file."""
+"""Compared with SkyPilot itself: the same prices, machines, disks and file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ask(program: str, home: Path, *arguments: str, asked: Any = None) -> str:
 
 
 def all_offers(folder: Path) -> list[offers_module.Offer]:
-    """Every offer of a catalog: all GPUs on all hosts that they come with, spot and on-demand."""
+    """Every offer of a catalog: all GPUs on all hosts that can have them, spot and on-demand."""
     catalog = offers_module.load_catalog(allow_snapshot=False)
     rows = [row for row in price_rows(folder) if row["GpuInfo"]]
     gpus = sorted({(row["AcceleratorName"], int(row["AcceleratorCount"])) for row in rows})
@@ -55,7 +55,7 @@ def all_offers(folder: Path) -> list[offers_module.Offer]:
 
 
 def compared(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[offers_module.Offer], dict[str, Any]]:
-    """(our offers of the catalog under home, what SkyPilot says to them and to everything else that it is asked)."""
+    """(our offers of the catalog under home, SkyPilot's answers about them and about everything else that is asked)."""
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("SKY_RUNTIME_DIR", raising=False)
     folder = home / CATALOG
@@ -100,7 +100,7 @@ def assert_same_prices(offers: list[offers_module.Offer], said: list[float]) -> 
     assert not differing
 
 
-def test_every_offer_has_the_price_that_skypilot_tells(small: Compared) -> None:
+def test_every_offer_has_skypilots_price(small: Compared) -> None:
     offers, asked = small
     assert len(offers) == 125  # 65 zones with a GPU, two of them without a host; spot and on-demand, one not as spot
     assert_same_prices(offers, asked["said"]["prices"])
@@ -114,7 +114,7 @@ def test_the_offers_are_in_exactly_the_zones_that_skypilot_would_try(small: Comp
 
 
 @pytest.mark.repeat
-def test_the_shared_slice_has_the_prices_that_skypilot_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shared_slice_has_skypilots_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = shared_catalog()
     if source is None:
         pytest.skip("the shared catalog is not beside this checkout")
@@ -136,7 +136,7 @@ def assert_same_machines(asked: dict[str, Any]) -> None:
     assert 0 < sum(ours) < len(ours)
 
 
-def test_a_machine_comes_with_a_gpu_exactly_where_skypilot_attaches_it(
+def test_a_machine_fits_a_gpu_exactly_where_skypilot_attaches_it(
     small: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lay_out_catalog(tmp_path)
@@ -153,7 +153,7 @@ def test_the_tables_of_machines_are_skypilots(small: Compared) -> None:
             assert list(limit) == said["n1_limits"][gpu][str(count)]
 
 
-def test_a_tier_is_the_disk_that_skypilot_takes_or_is_refused(small: Compared) -> None:
+def test_a_tier_is_the_disk_that_skypilot_uses_or_is_refused(small: Compared) -> None:
     for (machine, tier), theirs in zip(small[1]["disks"], small[1]["said"]["disks"], strict=True):
         if theirs in ("pd-extreme", "hyperdisk-balanced"):
             with raises("price.unknown"):
@@ -169,7 +169,7 @@ def test_skypilot_reads_the_same_file(small: Compared) -> None:
     assert said["hours"] == offers_module.REFRESH_HOURS
 
 
-def test_a_refresh_fetches_what_is_missing_and_survives_a_dead_network(tmp_path: Path) -> None:
+def test_a_refresh_fetches_missing_files_and_survives_without_network(tmp_path: Path) -> None:
     lay_out_catalog(tmp_path / "hosted")
     home = tmp_path / "home"
     home.mkdir()

@@ -1,4 +1,4 @@
-"""Questions to gcloud: the real program's answers from a stand-in for Google, and time limits."""
+"""Calls of gcloud: the real program's answers with a stand-in for Google, and time limits."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_real_gcloud_answers_what_is_read(google: None) -> None:
         (gcloud_cli.BUCKET, ["gs://denied", "--project=fine"], gcloud_cli.FORBIDDEN),
     ],
 )
-def test_the_real_gclouds_refusals_are_recognised(
+def test_the_real_gclouds_errors_are_recognised(
     google: None, question: tuple[str, ...], arguments: list[str], trouble: str
 ) -> None:
     answer = ask(question, *arguments)
@@ -105,13 +105,13 @@ def test_the_real_gclouds_refusals_are_recognised(
         ("gcloud crashed (ValueError): something new with jane.roe@example.com", "gcloud failed"),
     ],
 )
-def test_other_refusals_that_gcloud_is_known_to_print(text: str, trouble: str) -> None:
+def test_other_known_errors_of_gcloud_are_recognised(text: str, trouble: str) -> None:
     found, advice = gcloud_cli.meaning(f"ERROR: (gcloud.compute.regions.list) {text}", "look by hand")
     assert found == trouble
     assert "jane" not in found + advice and ("by hand" in advice) is (trouble == "gcloud failed")
 
 
-def test_a_gcloud_that_hangs_is_killed_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_gcloud_is_killed_with_its_child_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = tmp_path / "gcloud"
     stand_in.write_text(f"#!/bin/sh\n/bin/sleep 60 &\necho $! > {tmp_path}/child\nwait\n")
     stand_in.chmod(0o755)
@@ -130,6 +130,6 @@ def test_a_gcloud_that_hangs_is_killed_with_what_it_started(tmp_path: Path, monk
     pytest.fail("what gcloud started still runs")
 
 
-def test_a_gcloud_that_cannot_be_started_is_an_answer_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gcloud_that_cannot_be_started_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "cannot be started" in ask(gcloud_cli.TOKEN).trouble

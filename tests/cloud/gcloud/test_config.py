@@ -1,4 +1,4 @@
-"""Who is logged in, read from files in gcloud's format; google.auth, gcloud and SkyPilot are the referees."""
+"""Who is logged in, read from files in gcloud's format; compared with google.auth, gcloud and SkyPilot."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def gcloud(home: Path) -> Setup:
     return make
 
 
-# who and where
+# account and project
 
 
 def test_account_and_project_come_from_the_active_configuration(gcloud: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_without_gcloud_it_says_so() -> None:
 
 def test_files_that_are_not_text_or_not_a_name_are_named(gcloud: Setup) -> None:
     folder = gcloud(default=CORE)
-    (folder / "active_config").write_text("default\n")  # gcloud takes the line end for a part of the name
+    (folder / "active_config").write_text("default\n")  # gcloud reads the line end as part of the name
     with raises("gcloud.bad_config", match="active_config"):
         local_login()
     (folder / "active_config").write_text("default")
@@ -193,7 +193,7 @@ def test_files_that_are_not_text_or_not_a_name_are_named(gcloud: Setup) -> None:
         local_login()
 
 
-def test_a_key_file_that_is_not_there_or_names_no_project(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_file_that_is_missing_or_names_no_project(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(home / "key.json"))
     with raises("gcloud.missing_credentials", match="GOOGLE_APPLICATION_CREDENTIALS"):
         local_login()
@@ -210,7 +210,7 @@ def test_a_broken_config_of_skypilot_is_named(gcloud: Setup, home: Path) -> None
         local_login()
 
 
-# referees
+# compared with the real programs
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_google_auth_and_gcloud_find_the_same(
 
 
 @pytest.mark.slow
-def test_skypilot_finds_the_same_project_and_takes_the_buckets_name(gcloud: Setup, home: Path) -> None:
+def test_skypilot_finds_the_same_project_and_accepts_the_buckets_name(gcloud: Setup, home: Path) -> None:
     if not list(importlib.metadata.distributions(name="skypilot")):
         pytest.skip("SkyPilot comes with the extra cloud")
     gcloud(default=CORE)
@@ -305,5 +305,5 @@ def test_every_bucket_name_is_valid_and_always_the_same(project: str, account: s
         (("p-123456", "google@example.com"), ("p-123456", "g00gle@example.com")),
     ],
 )
-def test_cutting_and_replacing_does_not_make_two_users_one(one: tuple[str, str], other: tuple[str, str]) -> None:
+def test_truncated_and_replaced_names_of_two_users_stay_different(one: tuple[str, str], other: tuple[str, str]) -> None:
     assert bucket_name(Login(*one)) != bucket_name(Login(*other))

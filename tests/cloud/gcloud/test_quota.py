@@ -1,4 +1,4 @@
-"""GPU quotas as gcloud lists them, and the command that asks for more."""
+"""GPU quotas as gcloud lists them, and the command that requests more."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_quotas_name(gpu: str, spot: bool, name: str) -> None:
         (None, 1, 0, 1, False),
     ],
 )
-def test_spot_counts_against_the_ordinary_quota_only_where_no_other_is_listed(
+def test_spot_uses_the_ordinary_quota_only_if_no_preemptible_one_is_listed(
     ordinary: int | None, preemptible: int | None, on_demand: int, spot: int, passed_over: bool
 ) -> None:
     listed = {"NVIDIA_T4_GPUS": ordinary, "PREEMPTIBLE_NVIDIA_T4_GPUS": preemptible, "NVIDIA_L4_GPUS": 8}
@@ -94,10 +94,10 @@ def test_spot_counts_against_the_ordinary_quota_only_where_no_other_is_listed(
     assert quota.passed_over(quotas, "T4") is passed_over
 
 
-def test_how_to_ask_names_the_quota_the_region_and_the_page() -> None:
-    text = quota.how_to_ask("NVIDIA_T4_GPUS", "us-east1")
+def test_how_to_request_names_the_quota_the_region_and_the_page() -> None:
+    text = quota.how_to_request("NVIDIA_T4_GPUS", "us-east1")
     assert "NVIDIA_T4_GPUS = 1 in us-east1" in text and "console.cloud.google.com/iam-admin/quotas" in text
-    assert " in " not in quota.how_to_ask("GPUS_ALL_REGIONS").partition(" on ")[0]
+    assert " in " not in quota.how_to_request("GPUS_ALL_REGIONS").partition(" on ")[0]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_how_to_ask_names_the_quota_the_region_and_the_page() -> None:
         ("GPUS_ALL_REGIONS", "", "GPUS-ALL-REGIONS-per-project"),
     ],
 )
-def test_the_command_that_asks_for_quota_is_one_that_gcloud_knows(
+def test_the_command_that_requests_quota_is_known_to_gcloud(
     metric: str, region: str, quota_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = shlex.split(quota.request_command(metric, "my-project", region).replace("<your address>", "me@example.com"))
@@ -117,4 +117,4 @@ def test_the_command_that_asks_for_quota_is_one_that_gcloud_knows(
         pytest.skip("gcloud is not installed")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
     answer = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
-    assert "active account" in answer.stderr, answer.stderr  # it understood every word, and only lacks a login
+    assert "active account" in answer.stderr, answer.stderr  # it parsed the command, and only lacks a login

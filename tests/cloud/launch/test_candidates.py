@@ -33,17 +33,17 @@ def named(found: list[CandidateGroup]) -> list[tuple[str, str | None, int]]:
     return [(entry.best.offer.region, entry.zone, len(entry.candidates)) for entry in found]
 
 
-def test_the_zones_of_a_region_at_one_price_are_one_entry() -> None:
+def test_the_zones_of_a_region_at_one_price_are_one_group() -> None:
     assert named(groups([candidate(1, zone="a"), candidate(1, zone="b")])) == [("r1", None, 2)]
 
 
 def test_a_region_with_two_prices_is_listed_by_zone() -> None:
-    """Told the region, SkyPilot would try both."""
+    """For the region alone, SkyPilot would try both."""
     assert named(groups([candidate(1, zone="a"), candidate(2, zone="b")])) == [("r1", "r1-a", 1), ("r1", "r1-b", 1)]
 
 
 def test_a_region_with_a_refused_zone_is_listed_by_zone() -> None:
-    found = groups([candidate(1, zone="a"), candidate(1, zone="b", refusal="price not trusted: x")])
+    found = groups([candidate(1, zone="a"), candidate(1, zone="b", refusal="price anomaly: x")])
     assert named(found) == [("r1", "r1-a", 1)]
 
 
@@ -51,12 +51,12 @@ def test_a_zone_that_the_task_names_stays_a_zone() -> None:
     assert named(groups([candidate(1, only_zone="r1-a")])) == [("r1", "r1-a", 1)]
 
 
-def test_spot_and_on_demand_of_a_region_are_two_entries() -> None:
+def test_spot_and_on_demand_of_a_region_are_two_groups() -> None:
     found = groups([candidate(1, spot=False), candidate(1, spot=True)])
     assert [entry.best.offer.spot for entry in found] == [False, True]
 
 
-def test_entries_come_cheapest_first_or_in_the_order_that_was_given() -> None:
+def test_groups_come_cheapest_first_or_in_the_order_that_was_given() -> None:
     cheap, dear = candidate(1, region="r1"), candidate(2, region="r2")
     assert [entry.best.offer.region for entry in groups([dear, cheap])] == ["r1", "r2"]
     cheap, dear = candidate(1, region="r1", given=1), candidate(2, region="r2", given=0)
@@ -95,15 +95,15 @@ def test_the_refusal_names_the_nearest_of_each_kind_first() -> None:
     message = refusal_message(found, "today's catalog")
     assert message.index("t0-a") < message.index("t1-a") < message.index("A100 spot")
     assert (
-        "1.000 = 0.500 host + 0.250 GPU + 0.250 disk" in message and "max_hourly_cost: 1.00 would admit it" in message
+        "1.000 = 0.500 host + 0.250 GPU + 0.250 disk" in message and "max_hourly_cost: 1.00 would allow it" in message
     )
-    assert message.count("would admit it") == 6, "the nearest, not all"
+    assert message.count("would allow it") == 6, "the nearest, not all"
     assert "no machine that this task allows has a price" in refusal_message([], "today's catalog")
 
 
 def test_the_ceiling_that_is_named_does_admit() -> None:
     message = refusal_message([candidate(1.0001, refusal="above max_hourly_cost $0.5")], "")
-    assert "max_hourly_cost: 1.01 would admit it" in message
+    assert "max_hourly_cost: 1.01 would allow it" in message
 
 
 def test_the_table_shows_the_first_and_counts_the_rest() -> None:

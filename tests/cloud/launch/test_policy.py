@@ -1,4 +1,4 @@
-"""What the policy does to a task besides holding the ceiling, through the real SkyPilot as its client applies it."""
+"""What the policy changes in a task besides enforcing the ceiling, applied by the real SkyPilot client."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refused(code: str, answer: Json) -> str:
 
 
 @pytest.mark.parametrize("task", sorted((ROOT / "sky").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_task_of_ours_passes_as_it_is_typed(worker: SkyWorker, task: Path) -> None:
+def test_every_task_of_sky_passes_as_typed(worker: SkyWorker, task: Path) -> None:
     managed = task.stem == "train_spot"
     answer = worker.ask("optimize", task, policy=POLICY, request="JOBS_LAUNCH" if managed else "CLUSTER_LAUNCH")
     assert "error" not in answer, answer
@@ -77,31 +77,31 @@ def test_the_order_is_by_dollars_for_the_run_not_for_the_hour(worker: SkyWorker)
         {"accelerators": "A100:1", "instance_type": "a2-highgpu-1g", "use_spot": False},
     ]}  # fmt: skip
     by_run = [one["accelerators"] for one in alternatives(ask(worker, json.loads(json.dumps(both))))]
-    assert list(by_run[0]) == ["A100"], "dearer an hour, cheaper for the run"
+    assert list(by_run[0]) == ["A100"], "more per hour, less for the run"
     by_hour = [one["accelerators"] for one in alternatives(ask(worker, both, {"MAX_RUN_USD": "25"}))]
     assert list(by_hour[0]) == ["V100"], "a task that names no config of ours is ranked by its price"
 
 
-def test_every_candidate_is_nailed_to_its_machine_and_region(worker: SkyWorker) -> None:
+def test_every_candidate_is_pinned_to_its_machine_and_region(worker: SkyWorker) -> None:
     for one in alternatives(ask(worker, T4)):
         assert one["infra"].startswith("gcp/") and one["disk_size"] == 200
     assert {machine["machine"] for machine in ask(worker, T4, op="reachable")["reachable"]} == {"n1-highmem-8"}
 
 
-def test_a_task_without_autostop_and_budget_gets_both_and_is_told(worker: SkyWorker) -> None:
+def test_a_task_without_autostop_and_budget_gets_both_with_a_message(worker: SkyWorker) -> None:
     answer = ask(worker, T4, {})
     assert all(one["autostop"] == {"idle_minutes": 10, "down": True} for one in alternatives(answer))
     assert answer["sent"]["envs"]["MAX_RUN_USD"] == "25"
     assert "the run gets a budget of $25" in answer["printed"] and "autostop" in answer["printed"]
 
 
-def test_autostop_of_the_task_itself_stays(worker: SkyWorker) -> None:
+def test_autostop_of_the_task_is_kept(worker: SkyWorker) -> None:
     answer = ask(worker, T4 | {"autostop": {"idle_minutes": 45, "down": True}})
     assert all(one["autostop"]["idle_minutes"] == 45 for one in alternatives(answer))
     assert "autostop" not in answer["printed"].split("SkyPilot tries")[0]
 
 
-def test_a_managed_job_needs_no_autostop_and_hears_of_the_controller(worker: SkyWorker) -> None:
+def test_a_managed_job_needs_no_autostop_and_warns_of_the_controller(worker: SkyWorker) -> None:
     answer = ask(worker, T4 | {"use_spot": True}, request="JOBS_LAUNCH")
     assert not any("autostop" in one for one in alternatives(answer))
     assert "starts a controller machine" in answer["printed"] and "n2-standard-4, from $0." in answer["printed"]
@@ -120,7 +120,7 @@ def test_the_job_gets_the_prices_of_its_candidates(worker: SkyWorker) -> None:
 
 
 def test_the_policy_may_be_applied_twice(worker: SkyWorker) -> None:
-    """As it is where the API server's own config names it as well: the order of the client stays, and the ceiling holds."""
+    """As happens if the API server's own config names it too: the client's order is kept, and the ceiling holds."""
     once = ask(worker, T4)
     sent = once["sent"]
     twice = worker.ask("optimize", sent, policy=POLICY)
@@ -129,7 +129,7 @@ def test_the_policy_may_be_applied_twice(worker: SkyWorker) -> None:
     assert "max_hourly_cost" in refused("launch.all_refused", worker.ask("optimize", sent, policy=POLICY))
 
 
-def test_on_exec_nothing_is_chosen_but_prices_are_handed_over(worker: SkyWorker) -> None:
+def test_on_exec_nothing_is_chosen_but_prices_are_passed_on(worker: SkyWorker) -> None:
     answer = ask(worker, T4, request="CLUSTER_EXEC")
     assert "ordered" not in answer["sent"]["resources"]
     assert "FINETUNE_PRICES" in answer["sent"]["envs"]
@@ -139,7 +139,7 @@ def test_on_exec_nothing_is_chosen_but_prices_are_handed_over(worker: SkyWorker)
     "resources",
     [{"infra": "gcp", "cpus": "4+"}, {"infra": "aws", "accelerators": "A100:8", "max_hourly_cost": 1}, {}],
 )
-def test_tasks_without_a_gpu_or_elsewhere_pass_untouched(worker: SkyWorker, resources: Json) -> None:
+def test_tasks_without_a_gpu_or_on_another_cloud_pass_unchanged(worker: SkyWorker, resources: Json) -> None:
     """The one for AWS ends in the same refusal with and without us: this home has no login there."""
     plain = worker.ask("optimize", {"name": "t", "run": "true", "resources": dict(resources), "envs": {}})
     ours = ask(worker, resources, {})
@@ -164,7 +164,7 @@ def test_the_bucket_gets_its_name_and_the_secrets_come_from_the_environment(work
     assert own["sent"]["file_mounts"]["/bucket"]["name"] == "my-own-bucket"
 
 
-def test_a_run_that_costs_more_than_its_budget_is_warned_of(worker: SkyWorker) -> None:
+def test_a_run_above_its_budget_gets_a_warning(worker: SkyWorker) -> None:
     answer = ask(worker, T4, ENVS | {"MAX_RUN_USD": "2"})
     assert "above its budget of $2" in answer["printed"]
     assert "WARNING" not in ask(worker, T4)["printed"]
@@ -175,22 +175,22 @@ def test_a_gpu_that_is_too_small_for_the_run_is_refused(worker: SkyWorker) -> No
     assert "does not fit: needs" in refused("launch.all_refused", ask(worker, T4, big))
 
 
-def test_a_task_without_a_ceiling_is_told_so(worker: SkyWorker) -> None:
+def test_a_task_without_a_ceiling_gets_a_warning(worker: SkyWorker) -> None:
     endless = {key: value for key, value in T4.items() if key != "max_hourly_cost"}
     assert "WARNING: no max_hourly_cost" in ask(worker, endless)["printed"]
 
 
-def test_the_ceiling_counts_for_all_nodes_together(worker: SkyWorker) -> None:
+def test_the_ceiling_applies_to_all_nodes_together(worker: SkyWorker) -> None:
     message = refused("launch.all_refused", ask(worker, T4, num_nodes=2))
-    assert "above max_hourly_cost $1 with 2 nodes" in message and "max_hourly_cost: 1.71 would admit it" in message
+    assert "above max_hourly_cost $1 with 2 nodes" in message and "max_hourly_cost: 1.71 would allow it" in message
     assert "chosen" in ask(worker, T4 | {"max_hourly_cost": 1.71}, num_nodes=2)
 
 
-def test_the_refusal_shows_price_parts_and_the_ceiling_that_would_admit(worker: SkyWorker) -> None:
+def test_the_refusal_shows_price_parts_and_a_sufficient_ceiling(worker: SkyWorker) -> None:
     message = refused("launch.all_refused", ask(worker, A100 | {"max_hourly_cost": 3.0}))
     assert "A100 on-demand" in message and "us-central1-a" in message
     assert "3.701 = 0.739 host + 2.934 GPU + 0.027 disk" in message
-    assert "max_hourly_cost: 3.71 would admit it" in message
+    assert "max_hourly_cost: 3.71 would allow it" in message
 
 
 @pytest.mark.parametrize(
@@ -210,11 +210,11 @@ def test_the_refusal_shows_price_parts_and_the_ceiling_that_would_admit(worker: 
         ({"infra": "gcp", "accelerators": "T44:1"}, ENVS, "cloud.unknown_gpu", "T44"),
         (T4 | {"infra": "gcp/europe-north1"}, ENVS, "cloud.gpu_not_in_place", "europe-north1"),
         (T4 | {"disk_tier": "ultra", "max_hourly_cost": 0.1}, ENVS, "launch.all_refused", "max_hourly_cost"),
-        ({"any_of": [T4, {"infra": "aws", "accelerators": "T4:1"}]}, ENVS, "launch.mixed_alternatives", "make two tasks of them"),
-        ({"infra": "gcp", "accelerators": "T4:1", "cpus": "500+"}, ENVS, "launch.no_machine", "name one by instance_type"),
+        ({"any_of": [T4, {"infra": "aws", "accelerators": "T4:1"}]}, ENVS, "launch.mixed_alternatives", "into two tasks"),
+        ({"infra": "gcp", "accelerators": "T4:1", "cpus": "500+"}, ENVS, "launch.no_machine", "set instance_type to one of"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_in_clear_words(
+def test_bad_input_is_refused_with_a_clear_message(
     worker: SkyWorker, resources: Json, envs: Json, code: str, says: str
 ) -> None:
     message = refused(code, ask(worker, json.loads(json.dumps(resources)), envs))
@@ -235,7 +235,7 @@ def test_without_any_catalog_and_network_nothing_is_launched(tmp_path: Path) -> 
     assert "catalog" in answer["message"] or "vms.csv" in answer["message"]
 
 
-def test_a_torn_catalog_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_a_truncated_catalog_is_refused_with_its_line(tmp_path: Path) -> None:
     env = fake_gcloud_home(tmp_path)
     lay_out_catalog(tmp_path)
     table = tmp_path / ".sky" / "catalogs" / "v8" / "gcp" / "vms.csv"
@@ -257,8 +257,8 @@ def test_without_a_login_the_bucket_cannot_be_named(tmp_path: Path) -> None:
     assert "gcloud auth" in message
 
 
-def test_a_bucket_that_another_computer_has_made_is_mounted_by_its_address(tmp_path: Path) -> None:
-    """By name SkyPilot refuses a bucket that it has not made itself."""
+def test_a_bucket_created_on_another_computer_is_mounted_by_its_address(tmp_path: Path) -> None:
+    """By name SkyPilot refuses a bucket that it did not create itself."""
     with bucket_stand_in() as (buckets, variables):
         for computer, mounted in (("first", {"name": "finetune-text2sql-test-you"}),
                                   ("second", {"source": "gs://finetune-text2sql-test-you"})):  # fmt: skip
@@ -281,11 +281,11 @@ def test_a_forbidden_bucket_is_refused_before_anything_starts(tmp_path: Path) ->
         buckets.forbidden.add("finetune-text2sql-test-you")
         with SkyWorker(env | variables, ROOT) as worker:
             message = refused("bucket.forbidden", worker.ask("launch", ROOT / "sky" / "train_t4.yaml", policy=POLICY))
-    assert "Google forbids this account" in message and "--env BUCKET=NAME" in message
+    assert "this account may not access it" in message and "--env BUCKET=NAME" in message
 
 
-def test_an_expired_login_is_told_before_anything_starts(tmp_path: Path) -> None:
-    """Google's token service answers as it does to a login that has expired."""
+def test_an_expired_login_is_reported_before_anything_starts(tmp_path: Path) -> None:
+    """Google's token service answers as for an expired login."""
     env = fake_gcloud_home(tmp_path)
     lay_out_catalog(tmp_path)
     with token_service_that_refuses() as address:

@@ -1,4 +1,4 @@
-"""The proof: whatever is out of stock, the real SkyPilot under our policy never reaches a machine above the ceiling."""
+"""Whatever is out of stock, the real SkyPilot under our policy never reaches a machine above the ceiling."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
 
 
 def snapshot() -> Catalog:
-    """The prices that the fixture lays out, read by our own code."""
+    """The prices of the fixture, read by our own code."""
     return Catalog("test", True, None, read_prices(SNAPSHOT)[0], read_clouds(SNAPSHOT))
 
 
@@ -63,7 +63,7 @@ def places(machines: list[dict[str, Any]]) -> set[tuple[str, bool]]:
 def check_reach(
     worker: SkyWorker, gpu: str, spot: bool, ceilings: list[float], catalog: Catalog, *, all_of: bool
 ) -> None:
-    """Nothing above a ceiling is reached; all_of: and all is that it allows."""
+    """No machine above a ceiling is reached; with all_of, all allowed ones are."""
     sold = offers(gpu, spot, catalog)
     price = {offer.zone: offer.usd_per_hour for offer in sold}
     for ceiling in ceilings:
@@ -85,18 +85,18 @@ def test_no_zone_above_the_ceiling_can_ever_be_reached(worker: SkyWorker, gpu: s
     check_reach(worker, gpu, spot, [*FEW, middle, middle - 0.0001], snapshot(), all_of=True)
 
 
-def test_prices_that_look_wrong_are_reached_only_on_request(worker: SkyWorker) -> None:
-    doubtful = {offer.zone for offer in offers("A100", False) if offer.anomalies}
-    assert doubtful, "the fixture has lost its oddities"
+def test_price_anomalies_are_reached_only_on_request(worker: SkyWorker) -> None:
+    anomalous = {offer.zone for offer in offers("A100", False) if offer.anomalies}
+    assert anomalous, "the fixture has no price anomaly"
     careful = worker.ask("reachable", task("A100", False, 10.0), policy=POLICY)
     trusting = worker.ask("reachable", task("A100", False, 10.0, FINETUNE_TRUST_PRICES="1"), policy=POLICY)
-    assert not doubtful & {zone for zone, _ in places(careful["reachable"])}
-    assert doubtful <= {zone for zone, _ in places(trusting["reachable"])}
+    assert not anomalous & {zone for zone, _ in places(careful["reachable"])}
+    assert anomalous <= {zone for zone, _ in places(trusting["reachable"])}
 
 
 @pytest.mark.parametrize("ceiling", [0.4, *(pytest.param(usd, marks=pytest.mark.repeat) for usd in (1.0, 3.7))])
-def test_the_provisioner_itself_asks_google_for_nothing_above_the_ceiling(worker: SkyWorker, ceiling: float) -> None:
-    """Not what could be reached but what the real provisioner asks for, zone after zone, when nothing is in stock."""
+def test_the_provisioner_requests_nothing_above_the_ceiling(worker: SkyWorker, ceiling: float) -> None:
+    """What the real provisioner requests, zone after zone, when nothing is in stock."""
     wanted = task("T4", True, ceiling)
     wanted["resources"].pop("accelerators")
     wanted["resources"].pop("instance_type")
@@ -114,7 +114,7 @@ def test_the_provisioner_itself_asks_google_for_nothing_above_the_ceiling(worker
     assert {machine["disk_type"] for machine in answer["tried"]} == {"pd-balanced"}
 
 
-def test_a_stock_out_moves_on_to_the_next_allowed_candidate(worker: SkyWorker) -> None:
+def test_a_stock_out_fails_over_to_the_next_allowed_candidate(worker: SkyWorker) -> None:
     wanted = task("T4", True, 1.0)
     order = worker.ask("launch", wanted, policy=POLICY)["tried"]
     first, second = order[0], next(machine for machine in order if machine["region"] != order[0]["region"])
@@ -142,7 +142,7 @@ def test_every_price_of_the_snapshot_as_a_ceiling(worker: SkyWorker, gpu: str, s
 
 @pytest.mark.repeat
 def test_the_whole_slice_of_the_real_catalog(tmp_path: Path) -> None:
-    """Every region of the shared catalog; more regions than candidates are handed over, so not all that is allowed is reached."""
+    """Every region of the shared catalog; SkyPilot gets fewer candidates than regions, so not every allowed one is reached."""
     shared = shared_catalog()
     if shared is None:
         pytest.skip("../shared is not here")

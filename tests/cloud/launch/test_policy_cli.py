@@ -63,7 +63,7 @@ def test_an_a100_on_demand_is_refused_at_three_dollars(typed: dict[str, str], ch
     print(done.stderr)
     assert done.returncode == 1
     assert "3.701 = 0.739 host + 2.934 GPU + 0.027 disk" in done.stderr
-    assert "max_hourly_cost: 3.71 would admit it" in done.stderr
+    assert "max_hourly_cost: 3.71 would allow it" in done.stderr
     assert "Traceback" not in done.stderr and "Considered resources" not in done.stdout
 
 
@@ -74,8 +74,8 @@ def test_a_managed_job_shows_its_controllers_price_before_the_prompt(typed: dict
     assert "n2-standard-4, from $0." in done.stdout
 
 
-def test_the_plan_has_the_order_of_the_launch(typed: dict[str, str], checkout: Path) -> None:
-    """`finetune plan` and the policy rank alike: the best offer of each kind of machine comes in the same order."""
+def test_the_plan_has_the_same_order_as_the_launch(typed: dict[str, str], checkout: Path) -> None:
+    """`finetune plan` and the policy rank the best offer of each kind of machine in the same order."""
     import subprocess
 
     plan = subprocess.run(

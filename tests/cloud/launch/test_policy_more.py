@@ -1,5 +1,5 @@
-"""What would get around the ceiling, or stop a launch for nothing: machine types alone, further disks and nodes, clusters that
-exist, prices that change at that moment."""
+"""What could bypass the ceiling, or stop a launch needlessly: bare machine types, extra disks and nodes, existing clusters,
+prices that change during the launch."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def refused(code: str, answer: Json) -> str:
 
 
 @pytest.mark.parametrize("infra", ["gcp", None])
-def test_a_machine_type_with_a_gpu_built_in_is_under_the_ceiling_too(worker: SkyWorker, infra: str | None) -> None:
+def test_a_machine_type_with_a_built_in_gpu_obeys_the_ceiling_too(worker: SkyWorker, infra: str | None) -> None:
     alone = {"infra": infra, "instance_type": "a2-highgpu-1g"}
-    assert "3.71 would admit it" in refused(
+    assert "3.71 would allow it" in refused(
         "launch.all_refused", ask(worker, alone | {"max_hourly_cost": 0.5, "disk_size": 200})
     )
     admitted = ask(worker, alone | {"max_hourly_cost": 3.8, "disk_size": 200})
@@ -73,7 +73,7 @@ def test_a_machine_type_with_a_gpu_built_in_is_under_the_ceiling_too(worker: Sky
         ({"use_spot": True, "job_recovery": "failover"}, {}, "launch.unbounded_recovery", "use EAGER_NEXT_REGION"),
     ],
 )
-def test_what_costs_more_than_the_machine_that_is_priced(
+def test_resources_with_costs_beyond_the_priced_machine(
     worker: SkyWorker, resources: Json, task: Json, code: str, says: str
 ) -> None:
     assert says in refused(code, ask(worker, T4 | resources, request="JOBS_LAUNCH", **task))
@@ -81,12 +81,14 @@ def test_what_costs_more_than_the_machine_that_is_priced(
 
 @pytest.mark.parametrize("name", ["MAX_RUN_USD", "MAX_HOURS"])
 @pytest.mark.parametrize("text", ["1e3", " 25 ", "1_000", ".5", "24h", ""])
-def test_a_number_that_the_machine_would_not_read_is_refused_here(worker: SkyWorker, name: str, text: str) -> None:
+def test_a_number_that_the_job_would_refuse_is_refused_before_the_launch(
+    worker: SkyWorker, name: str, text: str
+) -> None:
     assert f"envs.{name}" in refused("launch.bad_value", ask(worker, T4, envs=ENVS | {name: text}))
 
 
 @pytest.mark.parametrize(("resources", "envs"), [({"accelerators": "t4"}, {}), ({}, {"FINETUNE_PRICES": "{}"})])
-def test_memory_is_looked_at_however_the_gpu_is_spelled(worker: SkyWorker, resources: Json, envs: Json) -> None:
+def test_memory_is_checked_however_the_gpu_is_expressed(worker: SkyWorker, resources: Json, envs: Json) -> None:
     assert "does not fit" in refused("launch.all_refused", ask(worker, T4 | resources, envs=ENVS | TOO_BIG | envs))
 
 
@@ -97,17 +99,17 @@ def test_a_run_that_cannot_be_estimated_is_ranked_by_price(worker: SkyWorker, ov
 
 
 @pytest.mark.parametrize(("seconds", "result"), [(2.0, "above the ceiling: []"), (14.0, "refused: finetune: ")])
-def test_prices_that_arrive_late_are_those_that_count(tmp_path: Path, seconds: float, result: str) -> None:
-    """SkyPilot fetches a catalog that is older than 7 hours. Today T4s in Iowa have become dearer than the ceiling."""
+def test_prices_fetched_during_the_launch_are_used(tmp_path: Path, seconds: float, result: str) -> None:
+    """SkyPilot fetches a catalog that is older than 7 hours. In the new one a T4 in Iowa costs more than the ceiling."""
     lines = (SNAPSHOT / VMS).read_text().splitlines()
-    dearer = [line.rsplit(",", 2)[0] + ",9,8" if ",T4,1," in line and "us-central1" in line else line for line in lines]
+    raised = [line.rsplit(",", 2)[0] + ",9,8" if ",T4,1," in line and "us-central1" in line else line for line in lines]
 
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             time.sleep(seconds)
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(("\n".join(dearer) + "\n").encode())
+            self.wfile.write(("\n".join(raised) + "\n").encode())
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -144,9 +146,7 @@ CLUSTER = L4 | {"infra": "gcp/us-central1/us-central1-a", "instance_type": "g2-s
          {"max_hourly_cost": 1.2, "any_of": [L4 | EITHER, L4 | EITHER | {"use_spot": True}]}, "yes"),  # not among the best 24
     ],
 )  # fmt: skip
-def test_a_cluster_that_exists_is_taken_at_its_own_price(
-    tmp_path: Path, machine: Json, wanted: Json, result: str
-) -> None:
+def test_an_existing_cluster_is_used_at_its_own_price(tmp_path: Path, machine: Json, wanted: Json, result: str) -> None:
     shared = shared_catalog()
     if shared is None:
         pytest.skip("../shared is not here: our snapshot has one machine type a GPU")
@@ -162,7 +162,7 @@ def test_a_cluster_that_exists_is_taken_at_its_own_price(
     assert f"result: {result}" in done.stdout
 
 
-def test_the_job_and_its_budget_count_all_nodes(worker: SkyWorker) -> None:
+def test_price_and_budget_include_all_nodes(worker: SkyWorker) -> None:
     answer = ask(worker, T4 | {"max_hourly_cost": 2.0}, op="optimize", num_nodes=2, envs=ENVS | {"MAX_RUN_USD": "4"})
     table = json.loads(answer["sent"]["envs"]["FINETUNE_PRICES"])
     assert min(offer["usd_per_hour"] for offer in table["offers"]) == pytest.approx(2 * 0.8506, abs=1e-3)

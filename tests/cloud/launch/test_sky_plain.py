@@ -1,5 +1,5 @@
-"""What the real SkyPilot does without our policy. Where one of these fails, upstream has changed: read what the failing
-test says, and look again at finetune/cloud/launch/policy.py, which exists because of it."""
+"""What the real SkyPilot does without our policy. If one of these tests fails, SkyPilot has changed: review
+finetune/cloud/launch/policy.py, which exists because of this behaviour."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import sky
 
 
 class Talks(sky.AdminPolicy):
-    """Says where it is applied, and lets everything pass."""
+    """Prints where it is applied, and accepts everything."""
 
     @classmethod
     def validate_and_mutate(cls, request):
@@ -67,7 +67,7 @@ def sky(env: dict[str, str]) -> Iterator[SkyWorker]:
 @pytest.mark.parametrize(
     ("ceiling", "gpu", "infra", "price"), [(3.0, "A100", "gcp/us-central1", 3.67339), (0.01, "T4", "gcp", None)]
 )
-def test_a_ceiling_is_broken(sky: SkyWorker, ceiling: float, gpu: str, infra: str, price: float | None) -> None:
+def test_a_ceiling_is_exceeded(sky: SkyWorker, ceiling: float, gpu: str, infra: str, price: float | None) -> None:
     wanted = task(infra=infra, accelerators=f"{gpu}:1", max_hourly_cost=ceiling)
     answer = sky.ask("optimize", wanted)
     fixed = f"SkyPilot now holds max_hourly_cost ${ceiling} for {gpu}: is CostPolicy still needed for it?"
@@ -78,7 +78,7 @@ def test_a_ceiling_is_broken(sky: SkyWorker, ceiling: float, gpu: str, infra: st
     assert price is None or chosen["usd_per_hour"] == pytest.approx(price)
 
 
-def test_a_fail_over_climbs_above_the_ceiling_that_the_first_choice_met(sky: SkyWorker) -> None:
+def test_a_fail_over_exceeds_the_ceiling_that_the_first_choice_met(sky: SkyWorker) -> None:
     wanted = task(accelerators="A100:1", max_hourly_cost=3.0)
     first = sky.ask("optimize", wanted)["chosen"]
     prices = {machine["zone"]: machine["usd_per_hour"] for machine in sky.ask("reachable", wanted)["reachable"]}
@@ -87,7 +87,7 @@ def test_a_fail_over_climbs_above_the_ceiling_that_the_first_choice_met(sky: Sky
     assert max(tried) > 3.0, "SkyPilot's fail-over now holds max_hourly_cost: is CostPolicy's list still needed for it?"
 
 
-def test_the_disk_costs_nothing(sky: SkyWorker) -> None:
+def test_the_disk_is_not_priced(sky: SkyWorker) -> None:
     small, large = (
         sky.ask("optimize", task(accelerators="L4:1", cpus=8, disk_size=size))["chosen"] for size in (100, 4000)
     )
@@ -96,7 +96,7 @@ def test_the_disk_costs_nothing(sky: SkyWorker) -> None:
 
 @pytest.mark.parametrize(("spot", "gpus"), [(True, ["T4", "V100"]), (False, ["V100"])])
 def test_everything_reachable_is_tried_and_nothing_else(sky: SkyWorker, spot: bool, gpus: list[str]) -> None:
-    """`reachable` is what the policy's tests go by: it has to be the same as a real fail-over over all zones."""
+    """The policy's tests rely on `reachable`: it has to be the same as a real fail-over over all zones."""
     wanted = task(accelerators=dict.fromkeys(gpus, 1), use_spot=spot)
     reachable = places(sky.ask("reachable", wanted)["reachable"])
     answer = sky.ask("launch", wanted)
@@ -108,8 +108,8 @@ def test_everything_reachable_is_tried_and_nothing_else(sky: SkyWorker, spot: bo
     assert "Failed to provision all possible launchable resources" in answer["message"]
 
 
-def test_an_ordered_list_is_tried_as_listed_whatever_it_costs(sky: SkyWorker) -> None:
-    """On this the policy rests: dearest first stays dearest first, and what is not listed is not tried."""
+def test_an_ordered_list_is_tried_as_listed_at_any_price(sky: SkyWorker) -> None:
+    """The policy relies on this: a list with the most expensive first keeps its order, and only listed machines are tried."""
     listed = [
         {"infra": "gcp/us-central1/us-central1-b", "accelerators": "A100:1"},
         {"infra": "gcp/us-east1/us-east1-b", "accelerators": "L4:1", "cpus": 8},
@@ -125,7 +125,7 @@ def test_an_ordered_list_is_tried_as_listed_whatever_it_costs(sky: SkyWorker) ->
     ]
 
 
-def test_stock_outs_move_the_launch_on(sky: SkyWorker) -> None:
+def test_stock_outs_fail_over(sky: SkyWorker) -> None:
     wanted = task(infra="gcp/us-central1", accelerators="A100:1")
     order = places(sky.ask("launch", wanted)["tried"])
     answer = sky.ask("launch", wanted, stocked_out=[list(order[0]), [order[1][0], None, None]])
@@ -140,7 +140,7 @@ def test_an_exceeded_quota_gives_up_the_region_at_once(sky: SkyWorker) -> None:
     assert len(regions) == len(set(regions)) > 3
 
 
-def test_a_quota_of_zero_is_seen_before_a_machine_is_asked_for(sky: SkyWorker, home: Path) -> None:
+def test_a_quota_of_zero_is_seen_before_a_machine_is_requested(sky: SkyWorker, home: Path) -> None:
     quotas = home / "quotas"
     quotas.write_text("NVIDIA_A100_GPUS 0.0\nPREEMPTIBLE_NVIDIA_A100_GPUS 1.0\n")
     try:
@@ -191,7 +191,7 @@ def read(path: Path) -> bytes:
 
 
 @pytest.mark.repeat
-def test_a_dry_run_goes_past_the_clients_policy_once_and_breaks_the_ceiling(
+def test_a_dry_run_applies_the_clients_policy_once_and_exceeds_the_ceiling(
     typed: dict[str, str], folder: Path, home: Path
 ) -> None:
     done = run_sky(typed, folder, "launch", "--dryrun", "-y", "t.yaml")
@@ -204,7 +204,7 @@ def test_a_dry_run_goes_past_the_clients_policy_once_and_breaks_the_ceiling(
 
 
 @pytest.mark.repeat
-def test_even_a_dry_run_makes_the_bucket(
+def test_even_a_dry_run_creates_the_bucket(
     typed: dict[str, str], folder: Path, stand_in: tuple[Buckets, dict[str, str]]
 ) -> None:
     for _ in range(2):
@@ -214,7 +214,7 @@ def test_even_a_dry_run_makes_the_bucket(
 
 
 @pytest.mark.repeat
-def test_a_refusal_ends_the_command_and_asks_nobody(
+def test_a_refusal_ends_the_command_without_a_request(
     typed: dict[str, str], folder: Path, tmp_path: Path, stand_in: tuple[Buckets, dict[str, str]]
 ) -> None:
     (tmp_path / ".sky.yaml").write_text("admin_policy: policies.Refuses\n")
@@ -243,7 +243,7 @@ def test_the_prompt_shows_what_was_chosen_after_the_policy(typed: dict[str, str]
 
 
 @pytest.mark.repeat
-def test_exec_knows_no_client_policy(typed: dict[str, str], tmp_path: Path, folder: Path) -> None:
+def test_exec_applies_no_client_policy(typed: dict[str, str], tmp_path: Path, folder: Path) -> None:
     (tmp_path / ".sky.yaml").write_text("admin_policy: policies.Refuses\n")
     (tmp_path / "t.yaml").write_text((folder / "t.yaml").read_text())
     done = run_sky(typed, tmp_path, "exec", "no-such-cluster", "t.yaml")

@@ -1,4 +1,4 @@
-"""The task YAMLs of sky/, as the real SkyPilot understands them, and the promises that they make to whoever types them."""
+"""The task YAMLs of sky/, as the real SkyPilot understands them, and what they guarantee to the user who types them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ every_task = pytest.mark.parametrize("path", TASKS)
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What SkyPilot makes of every task; in a process of its own, because SkyPilot takes HOME when it is imported."""
+    """How SkyPilot loads every task; in a separate process, because SkyPilot reads HOME when it is imported."""
     home = tmp_path_factory.mktemp("home")
     lay_out_catalog(home)
     checkout = tmp_path_factory.mktemp("checkout")
@@ -67,7 +67,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def test_there_are_tasks_and_nothing_but_tasks() -> None:
+def test_the_folder_holds_only_tasks() -> None:
     assert {Path(path).stem for path in TASKS} >= {
         "train_a100", "train_t4", "train_v100", "train_l4", "train_cheapest", "train_spot", "evaluate", "dev", "smoke"
     }  # fmt: skip
@@ -100,7 +100,7 @@ def test_every_machine_is_bounded_in_dollars_and_time(path: str, loaded: dict[st
 
 @needs_skypilot
 @pytest.mark.parametrize("path", ONE_GPU)
-def test_one_kind_of_gpu_is_asked_for_on_spot_first(path: str, loaded: dict[str, Any]) -> None:
+def test_one_kind_of_gpu_is_requested_as_spot_first(path: str, loaded: dict[str, Any]) -> None:
     task = loaded[path]
     assert task["ordered"]
     assert [(list(machine["gpu"]), machine["spot"]) for machine in task["machines"]] == [
@@ -112,7 +112,7 @@ def test_one_kind_of_gpu_is_asked_for_on_spot_first(path: str, loaded: dict[str,
 
 
 @needs_skypilot
-def test_the_cheapest_may_be_any_gpu_bought_either_way(loaded: dict[str, Any]) -> None:
+def test_the_cheapest_may_be_any_gpu_spot_or_on_demand(loaded: dict[str, Any]) -> None:
     machines = loaded["sky/train_cheapest.yaml"]["machines"]
     kinds = {(gpu, machine["spot"]) for machine in machines for gpu in machine["gpu"]}
     assert kinds == {(gpu, spot) for gpu in ONE_GPU.values() for spot in (True, False)}
@@ -120,7 +120,7 @@ def test_the_cheapest_may_be_any_gpu_bought_either_way(loaded: dict[str, Any]) -
 
 
 @needs_skypilot
-def test_a_managed_job_goes_on_after_an_interruption_and_only_then(loaded: dict[str, Any]) -> None:
+def test_a_managed_job_restarts_after_an_interruption_only(loaded: dict[str, Any]) -> None:
     path = "sky/train_spot.yaml"
     assert all(machine["spot"] for machine in loaded[path]["machines"])
     dtypes = {GPUS[gpu].dtype for machine in loaded[path]["machines"] for gpu in machine["gpu"]}
@@ -159,7 +159,7 @@ def test_a_named_config_is_one_of_ours(path: str) -> None:
         load_config(ROOT / envs["CONFIG"], shlex.split(envs["OVERRIDES"]))
 
 
-def test_the_training_tasks_differ_in_their_machines_alone() -> None:
+def test_the_training_tasks_differ_only_in_their_machines() -> None:
     def shared_part(path: str) -> dict[str, Any]:
         task = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
         del task["name"], task["resources"]
@@ -175,11 +175,11 @@ def test_plain_commands_obey_our_policy(loaded: dict[str, Any]) -> None:
 
 
 @needs_skypilot
-def test_prepared_data_travels_and_the_laptops_clutter_stays(loaded: dict[str, Any]) -> None:
+def test_prepared_data_is_uploaded_and_local_files_are_not(loaded: dict[str, Any]) -> None:
     assert loaded["left behind"] == [".env", ".venv", "data/built", "finetune/__pycache__", "runs", "wandb"]
 
 
-def test_only_what_git_ignores_stays_behind() -> None:
+def test_only_git_ignored_files_are_not_uploaded() -> None:
     """A tracked file left out would make every run record say that the code was changed."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"

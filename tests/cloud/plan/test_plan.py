@@ -45,7 +45,7 @@ from tests.helpers.plan_examples import (
 )
 
 SET_UP_HOURS = 0.2
-ROWS = {"per_device_train_batch_size": 4}
+BATCH_4 = {"per_device_train_batch_size": 4}
 
 
 def on_gpu(work_hours: float, save_hours: float) -> OnGpu:
@@ -63,8 +63,8 @@ def cost_of(
 
 
 def one_run(work: float, save: float, rate: float, chance: random.Random) -> tuple[float, int]:
-    """(billed hours, preemptions) of one run, machine after machine: each is set up, takes up the last checkpoint, and is
-    taken away after a random time of work."""
+    """(billed hours, preemptions) of one run, machine after machine: each is set up, resumes from the last checkpoint, and is
+    preempted after a random time of work."""
     billed, saved, preemptions = 0.0, 0, 0
     while True:
         left = work - saved * save
@@ -99,7 +99,7 @@ def test_the_expected_cost_is_the_mean_of_simulated_runs(work: float, save: floa
     assert (cost.usd, cost.lost_usd) == pytest.approx((2 * cost.hours, 2 * cost.lost_hours))
 
 
-def test_a_last_stretch_that_is_shorter_is_never_counted_too_low() -> None:
+def test_a_shorter_last_interval_is_never_underestimated() -> None:
     hours, _ = simulated(5.0, 2.0, 0.5)
     mean = statistics.fmean(hours)
     assert mean - 4 * standard_error(hours) < cost_of(5.0, 2.0, 0.5).hours < 1.1 * mean
@@ -114,7 +114,7 @@ def test_without_preemption_a_run_costs_set_up_and_work(spot: bool, rate: float)
     assert cost == RunCost(6.2, cost.usd, 0.0, 0.0, 0.0) and cost.usd == pytest.approx(12.4)
 
 
-def test_a_vanishing_rate_costs_half_a_stretch_and_a_set_up_for_each_preemption() -> None:
+def test_at_a_low_rate_each_preemption_costs_half_an_interval_and_a_set_up() -> None:
     cost = cost_of(6.0, 0.5, 1e-6)
     assert cost.preemptions == pytest.approx(6e-6, rel=1e-5)
     assert cost.lost_hours == pytest.approx(6e-6 * (0.25 + SET_UP_HOURS), rel=1e-3)
@@ -133,7 +133,7 @@ def test_cost_and_loss_grow_with_rate_save_interval_set_up_and_work(varied: list
         assert values == sorted(values) and len(set(values)) == len(values)
 
 
-def test_a_rate_at_which_no_checkpoint_is_reached_is_refused_and_stays_a_number(tmp_path: Path) -> None:
+def test_a_rate_at_which_no_checkpoint_is_reached_is_refused_with_a_finite_cost(tmp_path: Path) -> None:
     assert math.isfinite(cost_of(1000.0, 1000.0, 10.0).usd)
     for checkpoint, key in (
         ({"every_minutes": None, "save_steps": 10**6}, "save_steps"),
@@ -150,7 +150,7 @@ def test_a_rate_at_which_no_checkpoint_is_reached_is_refused_and_stays_a_number(
         assert names(plan) == ["T4 on-demand"]
         [refusal] = row_of(plan, "T4", spot=True).refusals
         assert re.fullmatch(
-            rf"[\d.]+ h from one checkpoint to the next at 10 preemptions an hour: set a lower checkpoint\.{key}",
+            rf"[\d.]+ h between checkpoints at 10 preemptions an hour: set a lower checkpoint\.{key}",
             refusal,
         )
 
@@ -158,7 +158,7 @@ def test_a_rate_at_which_no_checkpoint_is_reached_is_refused_and_stays_a_number(
 # hours of one GPU
 
 
-def test_hours_of_work_are_tokens_over_speed_and_checkpoints_divide_them() -> None:
+def test_hours_of_work_are_tokens_over_speed_and_are_divided_by_checkpoints() -> None:
     by_steps: dict[str, Any] = {"every_minutes": None, "save_steps": 50}
     config = run_config(training={"eval_steps": 100}, data={"val_fraction": 0.1}, checkpoint=by_steps)
     size = run_size(config)
@@ -190,15 +190,15 @@ def test_a_checkpoint_comes_when_the_first_of_the_two_intervals_is_over(
     assert found[0] == pytest.approx(hours) and found[1] == f"checkpoint.{key}"
 
 
-def test_memory_is_that_of_the_type_that_the_run_computes_in() -> None:
-    four_bit_off: dict[str, Any] = {"quantization": {"load_in_4bit": False}, "training": {"kernels": "hf"} | ROWS}
+def test_memory_depends_on_the_compute_dtype() -> None:
+    four_bit_off: dict[str, Any] = {"quantization": {"load_in_4bit": False}, "training": {"kernels": "hf"} | BATCH_4}
     auto, single = run_config(**four_bit_off), run_config(**four_bit_off, model={"torch_dtype": "float32"})
     needed = [run_on(config, run_size(config), GPUS["A100"]).needed_gib for config in (auto, single)]
     assert needed[1] > needed[0] + 13  # 7.24e9 weights of four bytes, not two
 
 
 @pytest.mark.parametrize("name", ["someone/new-model", "EleutherAI/pythia-160m"])
-def test_a_model_of_unknown_shape_is_refused_with_those_that_are_known(name: str, tmp_path: Path) -> None:
+def test_a_model_of_unknown_shape_is_refused_with_the_known_names(name: str, tmp_path: Path) -> None:
     with raises(
         "model.unknown_shape", match=rf"^model\.name: the shape of {name} is not known.*mistralai/Mistral-7B-v0\.1"
     ):
@@ -215,7 +215,7 @@ def test_a_row_for_every_gpu_and_kind_ranked_by_dollars_of_the_run(tmp_path: Pat
     assert dollars == sorted(dollars) and len(dollars) == 8
 
 
-def test_a_dear_fast_machine_wins_a_long_run_and_a_cheap_slow_one_a_short_run(tmp_path: Path) -> None:
+def test_a_fast_expensive_machine_is_best_for_a_long_run_and_a_slow_cheap_one_for_a_short_run(tmp_path: Path) -> None:
     config = run_config(plan={"gpus": ["T4", "A100"]}, training={"num_train_epochs": 20})
     size = run_size(config)
     slower = run_on(config, size, GPUS["T4"]).work_hours / run_on(config, size, GPUS["A100"]).work_hours
@@ -245,7 +245,7 @@ def test_the_price_is_host_gpu_and_disk_of_the_cheapest_zone(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("spot", [True, False])
-def test_one_kind_of_machine_alone(spot: bool, tmp_path: Path) -> None:
+def test_spot_or_on_demand_alone(spot: bool, tmp_path: Path) -> None:
     plan = plan_of(run_config(), priced(tmp_path, **ALL), spot=spot)
     assert [row.spot for row in plan.rows] == [spot] * 4
 
@@ -262,15 +262,15 @@ def test_each_ceiling_refuses_with_both_numbers(tmp_path: Path) -> None:
     hourly = plan_of(config, catalog, Ceilings(usd_per_hour=2.5), spot=False)
     assert row_of(hourly, "A100", spot=False).refusals == ("$3.13/h is above the ceiling of $2.50/h",)
     assert names(hourly) == ["T4 on-demand"]
-    hours = plan_of(config, catalog, Ceilings(hours=a100.hours), spot=False)  # a ceiling admits what equals it
+    hours = plan_of(config, catalog, Ceilings(hours=a100.hours), spot=False)  # a cost equal to the ceiling is allowed
     assert row_of(hours, "T4", spot=False).refusals == (f"{t4.hours:.1f} h is above the ceiling of {a100.hours:g} h",)
     assert names(hours) == ["A100 on-demand"]
     limit = min(a100.usd, t4.usd) + 0.005
-    dearer = max(free.rows, key=lambda row: row.cost.usd if row.cost else 0)
-    assert dearer.cost
+    highest = max(free.rows, key=lambda row: row.cost.usd if row.cost else 0)
+    assert highest.cost
     dollars = plan_of(config, catalog, Ceilings(run_usd=limit), spot=False)
-    refused = row_of(dollars, dearer.on_gpu.gpu.name, spot=False)
-    assert refused.refusals == (f"${dearer.cost.usd:.2f} is above the ceiling of ${limit:g} for the run",)
+    refused = row_of(dollars, highest.on_gpu.gpu.name, spot=False)
+    assert refused.refusals == (f"${highest.cost.usd:.2f} is above the ceiling of ${limit:g} for the run",)
     assert [row.chosen for row in dollars.rows] == [True, False]
     every = plan_of(config, catalog, Ceilings(0.01, 0.01, 0.01), spot=False)
     assert [len(row.refusals) for row in every.rows] == [3, 3] and not names(every)
@@ -285,13 +285,13 @@ def test_each_ceiling_refuses_with_both_numbers(tmp_path: Path) -> None:
         (2.98, 5.68, 6.0, []),
     ],
 )
-def test_a_refusal_that_is_close_shows_the_decimals_that_decide(
+def test_a_refusal_by_a_small_margin_shows_enough_decimals(
     usd_per_hour: float, usd: float, hours: float, said: list[str]
 ) -> None:
     assert ceiling_refusals(usd_per_hour, RunCost(hours, usd, 0.0, 0.0, 0.0), Ceilings(5.68, 6.0, 2.98)) == said
 
 
-def test_what_does_not_fit_is_refused_with_needed_and_there(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_with_needed_and_available_memory(tmp_path: Path) -> None:
     config = run_config(training={"per_device_train_batch_size": 16, "gradient_checkpointing": True})
     plan = plan_of(config, priced(tmp_path, **ALL))
     found = {row.on_gpu.gpu.name: row for row in plan.rows if not row.spot}
@@ -300,12 +300,12 @@ def test_what_does_not_fit_is_refused_with_needed_and_there(tmp_path: Path) -> N
     there = GPUS["T4"].memory_gib
     assert t4.refusals == (f"does not fit: needs {t4.on_gpu.needed_gib:.1f} GiB of {there}",)
     assert t4.on_gpu.needed_gib > there
-    assert t4.cost and a100.cost and t4.cost.usd < a100.cost.usd  # what is refused comes last, however cheap
+    assert t4.cost and a100.cost and t4.cost.usd < a100.cost.usd  # refused rows come last, however cheap
     assert [row.chosen for row in plan.rows] == sorted((row.chosen for row in plan.rows), reverse=True)
 
 
-def test_memory_that_lacks_a_little_is_said_to_lack_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config(plan={"gpus": ["T4"]}, training={"kernels": "hf"} | ROWS)
+def test_a_small_lack_of_memory_is_visible_in_the_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(plan={"gpus": ["T4"]}, training={"kernels": "hf"} | BATCH_4)
     needed = run_on(config, run_size(config), GPUS["T4"]).needed_gib
     for gib in (needed - 1e-6, needed + 1e-6):
         assert run_on(config, run_size(config), replace(GPUS["T4"], memory_gib=gib)).fits == (gib > needed)
@@ -316,10 +316,10 @@ def test_memory_that_lacks_a_little_is_said_to_lack_it(tmp_path: Path, monkeypat
     assert said and float(said[1]) > float(said[2]) == there
 
 
-def test_on_the_fused_way_the_least_that_could_run_decides_and_it_leaves_a_margin(tmp_path: Path) -> None:
+def test_with_the_fused_backend_the_smallest_config_decides_with_a_margin(tmp_path: Path) -> None:
     config = run_config(plan={"gpus": ["T4"]})
     fitting = run_on(config, run_size(config), GPUS["T4"])
-    assert fitting.fits and fitting.limits and fitting.limits.tokens > 2048
+    assert fitting.fits and fitting.micro_batch_config and fitting.micro_batch_config.tokens > 2048
     least = next(gib / 100 for gib in range(400, 1450)
                  if run_on(config, run_size(config), replace(GPUS["T4"], memory_gib=gib / 100)).fits)  # fmt: skip
     assert least < 7
@@ -327,7 +327,7 @@ def test_on_the_fused_way_the_least_that_could_run_decides_and_it_leaves_a_margi
     assert lacking.needed_gib == pytest.approx(least, abs=0.011) and lacking.needed_gib > least - 0.01
 
 
-def test_a_limit_of_memory_is_named_in_the_refusal(tmp_path: Path) -> None:
+def test_max_memory_gib_is_named_in_the_refusal(tmp_path: Path) -> None:
     config = run_config(plan={"gpus": ["A100"]}, training={"max_memory_gib": 5})
     [refusal] = row_of(plan_of(config, priced(tmp_path, A100=(3.0, 1.0))), "A100", spot=True).refusals
     assert re.fullmatch(r"does not fit: needs [56]\.\d GiB of 5", refusal)
@@ -341,20 +341,19 @@ def test_a_limit_of_memory_is_named_in_the_refusal(tmp_path: Path) -> None:
         ({"gradient_checkpointing": True}, {}, "T4"),
     ],
 )
-def test_speed_is_that_of_the_step_that_the_run_will_take(
-    training: dict[str, Any], lora: dict[str, Any], gpu: str
-) -> None:
+def test_speed_is_that_of_the_planned_step(training: dict[str, Any], lora: dict[str, Any], gpu: str) -> None:
     config = run_config(training=training, lora=lora)
     found = run_on(config, run_size(config), GPUS[gpu])
-    assert found.limits
+    chosen = found.micro_batch_config
+    assert chosen
     step = FusedStep(
-        training.get("effective_batch_size", 16), 300.0, found.limits.tokens, found.limits.uncheckpointed_layers,
-        found.limits.dequantized_layers, training.get("per_device_train_batch_size"), not lora,
+        training.get("effective_batch_size", 16), 300.0, chosen.tokens, chosen.uncheckpointed_layers,
+        chosen.dequantized_layers, training.get("per_device_train_batch_size"), not lora,
     )  # fmt: skip
     assert found.speed == fused_speed(GPUS[gpu], SHAPES["mistralai/Mistral-7B-v0.1"], step)
 
 
-def test_a_gpu_is_as_fast_as_what_its_memory_lets_the_run_choose() -> None:
+def test_speed_follows_from_what_the_memory_allows() -> None:
     chosen, again, hf = (
         run_on(config, run_size(config), GPUS["A100"]).speed.tokens_per_second
         for config in (run_config(training=training) for training in (
@@ -370,20 +369,20 @@ def test_a_gpu_that_is_not_sold_as_spot_is_refused_in_its_row(tmp_path: Path) ->
     assert plan.rows[-1] == row and len(names(plan)) == 3
 
 
-def test_a_gpu_that_the_catalog_or_we_do_not_know_on_google_cloud_is_an_error(tmp_path: Path) -> None:
+def test_a_gpu_unknown_to_the_catalog_or_unsupported_is_an_error(tmp_path: Path) -> None:
     catalog = priced(tmp_path, T4=(0.4, 0.1))
     with raises("cloud.unknown_gpu", match=r"^plan\.gpus: .*V100.*Google Cloud.*T4"):
         plan_of(run_config(plan={"gpus": ["T4", "V100"]}), catalog)
     with raises(
-        "cloud.gpu_not_offered", match=r"^plan\.gpus: H100 is not planned for on Google Cloud; choose among T4, V100"
+        "cloud.gpu_not_offered", match=r"^plan\.gpus: H100 is not supported on Google Cloud; choose among T4, V100"
     ):
         plan_of(run_config(plan={"gpus": ["H100"]}), catalog)
 
 
-# prices that look wrong
+# price anomalies
 
 
-def test_a_doubtful_price_gives_way_to_the_next_zone_and_is_shown(tmp_path: Path) -> None:
+def test_an_offer_with_a_price_anomaly_is_passed_over_and_shown(tmp_path: Path) -> None:
     row = row_of(plan_of(run_config(plan={"gpus": ["L4"]}), with_a_wrong_price(tmp_path)), "L4", spot=False)
     assert row.chosen and row.offer and row.offer.zone != "us-east1-a" and row.offer.gpu_usd == 0.7
     assert row.passed_over and row.passed_over.zone == "us-east1-a" and row.passed_over.anomalies
@@ -391,12 +390,10 @@ def test_a_doubtful_price_gives_way_to_the_next_zone_and_is_shown(tmp_path: Path
     assert spot.chosen and spot.passed_over is None
 
 
-def test_a_machine_with_nothing_but_doubtful_prices_is_refused_with_the_doubt(tmp_path: Path) -> None:
+def test_a_machine_with_only_anomalous_prices_is_refused_with_the_anomaly(tmp_path: Path) -> None:
     plan = plan_of(run_config(plan={"gpus": ["L4", "T4"]}), with_a_wrong_price(tmp_path))
     row = row_of(plan, "T4", spot=True)
-    assert row.refusals == (
-        "price not trusted: GPU at $0.5000/h spot is dearer than $0.4000/h on demand in the same zone",
-    )
+    assert row.refusals == ("price anomaly: GPU at $0.5000/h spot is above than $0.4000/h on demand in the same zone",)
     assert row.offer and row.cost and row.passed_over is None
     assert names(plan) == ["L4 spot", "L4 on-demand"]
 

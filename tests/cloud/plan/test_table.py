@@ -1,4 +1,4 @@
-"""The plan in print: every figure says where it comes from, and the JSON holds the table's own numbers."""
+"""The printed plan: every figure names its source, and the JSON holds the same numbers as the table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROW = re.compile(
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    """Five rows that may be chosen, two that break a ceiling each, and T4 spot, which is not sold."""
+    """Five chosen rows, two rows that exceed a ceiling each, and T4 spot, which is not sold."""
     catalog = priced(tmp_path, **{**ALL, "T4": (0.4, "")})
     return plan_of(run_config(), catalog, Ceilings(run_usd=0.9, usd_per_hour=2.9))
 
@@ -43,7 +43,7 @@ def table_rows(text: str) -> list[dict[str, str | None]]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Through text, as strict as a reader can be."""
+    """The JSON, serialised and parsed strictly."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -77,7 +77,7 @@ def test_table_and_json_hold_the_same_numbers_in_the_same_order(plan: Plan) -> N
         assert float(line["lost"] or 0) == pytest.approx(value["lost_usd"], abs=0.006)
 
 
-def test_columns_stand_under_their_names(plan: Plan) -> None:
+def test_columns_are_aligned_with_their_headers(plan: Plan) -> None:
     header, *lines = render(plan, "c.yaml").split("\n\n")[1].splitlines()
     for name in filter(None, HEADER):
         start = header.index(name)
@@ -85,7 +85,7 @@ def test_columns_stand_under_their_names(plan: Plan) -> None:
         assert (left if name in ("GPU", "bought as", "best zone") else right) == {" "}, name
 
 
-def test_the_order_ceilings_and_what_is_assumed_are_told(plan: Plan) -> None:
+def test_the_order_ceilings_and_assumptions_are_printed(plan: Plan) -> None:
     text = render(plan, "configs/c.yaml")
     chosen = [f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}" for row in plan.rows if row.chosen]
     assert f"\norder: {', then '.join(chosen)}\n" in text
@@ -103,39 +103,39 @@ def test_the_order_ceilings_and_what_is_assumed_are_told(plan: Plan) -> None:
 def test_a_plan_that_refuses_every_machine_says_so(tmp_path: Path) -> None:
     plan = plan_of(run_config(), priced(tmp_path, **ALL), Ceilings(hours=0.001))
     text = render(plan, "c.yaml")
-    assert "\norder: none; every machine is refused for the reason in its row\n" in text
+    assert "\norder: none; every machine is refused, for the reason in its row\n" in text
     assert "\nceilings: 0.001 hours\n" in text
     assert [line["place"] for line in table_rows(text)] == ["-"] * 8
     assert not any(row["chosen"] for row in as_json(plan)["rows"])
 
 
-def test_without_ceilings_none_are_told(tmp_path: Path) -> None:
+def test_without_ceilings_none_are_printed(tmp_path: Path) -> None:
     assert "\nceilings: none\n" in render(plan_of(run_config(), priced(tmp_path, **ALL)), "c.yaml")
 
 
 # where each figure comes from
 
 
-def test_memory_hours_and_dollars_are_said_to_be_estimated(plan: Plan) -> None:
+def test_memory_hours_and_dollars_are_labelled_estimated(plan: Plan) -> None:
     notes = render(plan, "c.yaml").split("\n\n")[2]
-    assert re.search(r"^memory: estimated, of what the run chooses to use \(.*--memory.*\):$", notes, re.M)
+    assert re.search(r"^memory: estimated, with the settings that the run will choose \(.*--memory.*\):$", notes, re.M)
     assert re.search(r"^hours and dollars: estimated, expected values,$", notes, re.M)
 
 
-def test_what_the_run_chooses_on_each_gpu_is_told_once(plan: Plan, tmp_path: Path) -> None:
+def test_the_chosen_settings_of_each_gpu_are_printed_once(plan: Plan, tmp_path: Path) -> None:
     lines = [line for line in render(plan, "c.yaml").splitlines() if "micro-batches of up to" in line]
     assert [line.split(":")[0].strip() for line in lines] == list(
         dict.fromkeys(row.on_gpu.gpu.name for row in plan.rows)
     )
     for row, value in zip(plan.rows, as_json(plan)["rows"], strict=True):
-        limits = row.on_gpu.limits
-        assert limits and value["step"] == {
-            "layers": "fused", "tokens": limits.tokens, "uncheckpointed_layers": limits.uncheckpointed_layers,
-            "dequantized_layers": limits.dequantized_layers,
+        chosen = row.on_gpu.micro_batch_config
+        assert chosen and value["step"] == {
+            "layers": "fused", "tokens": chosen.tokens, "uncheckpointed_layers": chosen.uncheckpointed_layers,
+            "dequantized_layers": chosen.dequantized_layers,
         }  # fmt: skip
-        said = f"{row.on_gpu.gpu.name}: micro-batches of up to {limits.tokens:,} tokens; {limits.uncheckpointed_layers} layers "
+        said = f"{row.on_gpu.gpu.name}: micro-batches of up to {chosen.tokens:,} tokens; {chosen.uncheckpointed_layers} layers "
         said += "not recomputed, "
-        assert any(line.startswith(f"  {said}{limits.dequantized_layers} dequantized") for line in lines)
+        assert any(line.startswith(f"  {said}{chosen.dequantized_layers} dequantized") for line in lines)
     hf = plan_of(run_config(training={"kernels": "hf"}), priced(tmp_path / "other", **ALL))
     assert "  T4: Hugging Face layers, padded micro-batches" in render(hf, "c.yaml").splitlines()
     assert as_json(hf)["rows"][0]["step"] == {"layers": "hf"}
@@ -161,7 +161,7 @@ def test_each_speed_says_whether_it_is_measured_or_estimated_and_from_what(plan:
     assert as_json(replace(plan, rows=(measured,)))["rows"][0]["tokens_per_second_basis"] == "measured"
 
 
-def test_tokens_are_said_to_be_counted_or_assumed(tmp_path: Path) -> None:
+def test_tokens_are_labelled_counted_or_assumed(tmp_path: Path) -> None:
     catalog = priced(tmp_path, **ALL)
     assert re.search(r"^tokens: .*\(plan\.records\), 300 tokens each \(plan\.mean_tokens\); not counted, because no/such/folder",
                      render(plan_of(run_config(), catalog), "c.yaml"), re.M)  # fmt: skip
@@ -171,7 +171,7 @@ def test_tokens_are_said_to_be_counted_or_assumed(tmp_path: Path) -> None:
     assert as_json(counted)["run"]["basis"] == f"counted in {manifest}"
 
 
-def test_prices_say_of_which_day_the_catalog_is_and_the_disk_price(
+def test_prices_are_printed_with_the_dates_of_the_catalog_and_the_disk_price(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SKY_RUNTIME_DIR", str(tmp_path))
@@ -186,7 +186,7 @@ def test_prices_say_of_which_day_the_catalog_is_and_the_disk_price(
     assert as_json(plan)["prices"] == {"source": plan.catalog.source, "snapshot": False}
 
 
-def test_without_a_catalog_the_snapshot_is_announced_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_catalog_the_plan_warns_of_the_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKY_RUNTIME_DIR", str(tmp_path))
     plan = plan_of(run_config(), load_catalog())
     [line] = [line for line in render(plan, "c.yaml").splitlines() if line.startswith("prices: ")]
@@ -195,32 +195,30 @@ def test_without_a_catalog_the_snapshot_is_announced_loudly(tmp_path: Path, monk
     assert as_json(plan)["prices"]["snapshot"] is True
 
 
-# prices that look wrong
+# price anomalies
 
 
-def test_a_price_that_was_passed_over_is_told_with_its_doubt(tmp_path: Path) -> None:
+def test_a_passed_over_offer_is_shown_with_its_anomaly(tmp_path: Path) -> None:
     plan = plan_of(run_config(plan={"gpus": ["L4", "T4"]}), with_a_wrong_price(tmp_path))
     text = render(plan, "c.yaml")
     heading, note = text.split("cheaper, but ")[1].splitlines()[:2]
-    assert heading == "the price is not trusted (--trust-prices takes it):"
-    doubt = r"GPU at \$0\.2000/h is 29% of the median \$0\.7000 .*"
-    assert re.fullmatch(rf"  L4 on-demand in us-east1-a at \$0\.\d{{3}}/h: {doubt}", note)
+    assert heading == "with a price anomaly (--trust-prices accepts it):"
+    anomaly = r"GPU at \$0\.2000/h is 29% of the median \$0\.7000 .*"
+    assert re.fullmatch(rf"  L4 on-demand in us-east1-a at \$0\.\d{{3}}/h: {anomaly}", note)
     by_name = {(row["gpu"], row["spot"]): row for row in as_json(plan)["rows"]}
     assert by_name["L4", False]["passed_over"] == note.strip()
     assert by_name["L4", True]["passed_over"] is None and by_name["L4", True]["price_anomalies"] == []
     assert len(by_name["T4", True]["price_anomalies"]) == 1
 
 
-def test_a_doubtful_price_that_is_trusted_still_shows_its_doubt(tmp_path: Path) -> None:
+def test_a_trusted_price_still_shows_its_anomaly(tmp_path: Path) -> None:
     plan = plan_of(run_config(plan={"gpus": ["L4"]}), with_a_wrong_price(tmp_path), trust_prices=True)
     text = render(plan, "c.yaml")
     verdicts = {line["kind"]: line["verdict"] for line in table_rows(text)}
     assert verdicts["spot"] == "ok"
-    assert str(verdicts["on-demand"]).startswith(
-        "ok, though the price looks wrong: GPU at $0.2000/h is 29% of the median"
-    )
+    assert str(verdicts["on-demand"]).startswith("ok, despite a price anomaly: GPU at $0.2000/h is 29% of the median")
     assert "cheaper, but" not in text
 
 
-def test_where_no_price_is_doubted_none_is_mentioned(plan: Plan) -> None:
+def test_without_price_anomalies_none_is_mentioned(plan: Plan) -> None:
     assert "trust" not in render(plan, "c.yaml")

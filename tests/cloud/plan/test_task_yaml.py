@@ -1,4 +1,4 @@
-"""The plan's order in a task YAML: nothing but the list changes, and what cannot be replaced safely is refused."""
+"""The plan's order in a task YAML: only the list changes, and a list that cannot be replaced safely is refused."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_only_the_list_changes(layout: str, tail: str, plan: Plan, tmp_path: Pat
     assert content == before
 
 
-def test_the_file_says_what_the_plan_chose_in_its_order(plan: Plan, tmp_path: Path) -> None:
+def test_the_file_lists_the_chosen_machines_in_order(plan: Plan, tmp_path: Path) -> None:
     content = yaml.safe_load(written(plan, tmp_path, HEAD + LISTS["any_of"] + TAIL))
     assert "any_of" not in content["resources"]
     assert content["resources"]["ordered"] == [
@@ -110,12 +110,12 @@ def test_what_was_written_can_be_written_again(plan: Plan, tmp_path: Path) -> No
     assert written(plan, tmp_path, once) == once
 
 
-def test_a_list_that_ends_a_file_without_a_last_line_end(plan: Plan, tmp_path: Path) -> None:
+def test_a_list_at_the_end_of_a_file_without_a_final_newline(plan: Plan, tmp_path: Path) -> None:
     for name in ("any_of", "inline"):
         assert re.fullmatch(re.escape(HEAD) + expected(), written(plan, tmp_path, HEAD + LISTS[name].rstrip("\n")))
 
 
-def test_line_ends_of_windows_stay(plan: Plan, tmp_path: Path) -> None:
+def test_windows_line_ends_are_kept(plan: Plan, tmp_path: Path) -> None:
     head, tail = (part.replace("\n", "\r\n") for part in (HEAD, TAIL))
     after = written(plan, tmp_path, head + LISTS["any_of"].replace("\n", "\r\n") + tail)
     assert re.fullmatch(re.escape(head) + expected(end="\r\n") + re.escape(tail), after)
@@ -128,7 +128,7 @@ def test_a_file_with_another_indentation_keeps_it(plan: Plan, tmp_path: Path) ->
     assert re.fullmatch(re.escape(head) + expected(indent="    ") + re.escape(tail), after)
 
 
-# what is refused, and then nothing is written
+# refusals, which write nothing
 
 UNTOUCHED = [
     ("a missing list", HEAD + TAIL, r"expected one list `ordered:` or `any_of:` under"),
@@ -139,16 +139,16 @@ UNTOUCHED = [
     ("resources empty", "name: x\nresources:\n", r"expected a SkyPilot task with a section `resources:`"),
     ("not a task", "- any_of: []\n", r"expected a SkyPilot task with a section `resources:`"),
     ("an empty file", "", r"expected a SkyPilot task with a section `resources:`"),
-    ("not YAML", "resources: [\n", r"not a task YAML that can be read"),
-    ("a tab", "resources:\n\tany_of: []\n", r"not a task YAML that can be read"),
-    ("two documents", "name: x\n---\n" + HEAD + LISTS["any_of"], r"not a task YAML that can be read"),
+    ("not YAML", "resources: [\n", r"not a readable task YAML"),
+    ("a tab", "resources:\n\tany_of: []\n", r"not a readable task YAML"),
+    ("two documents", "name: x\n---\n" + HEAD + LISTS["any_of"], r"not a readable task YAML"),
     ("all on one line", "resources: {infra: gcp, any_of: [{accelerators: A100:1}]}\n", r"edit it by hand"),
     ("a flow section", "resources: {any_of: [{accelerators: A100:1}],\n  infra: gcp}\n", r"edit it by hand"),
     ("an alias of the list", "resources:\n  any_of: &a\n    - {accelerators: A100:1}\nother: *a\n", r"edit it by hand"),
     ("a region", HEAD + "  any_of:\n    - {accelerators: A100:1, region: us-central1}\n",
-     r"an entry of any_of: says more than which machine \(region\), which would be lost"),
+     r"an entry of any_of: has more keys than a machine needs \(region\), which would be lost"),
     ("a ceiling of its own", HEAD + "  ordered:\n    - {accelerators: A100:1}\n    - {accelerators: L4:1, max_hourly_cost: 1}\n",
-     r"an entry of ordered: says more than which machine \(max_hourly_cost\)"),
+     r"an entry of ordered: has more keys than a machine needs \(max_hourly_cost\)"),
 ]  # fmt: skip
 
 
@@ -168,11 +168,11 @@ def test_a_file_without_one_replaceable_list_is_refused_and_stays(
 @pytest.mark.parametrize(
     "make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_bytes(b"\xff\xfe")]
 )
-def test_a_file_that_is_absent_a_folder_or_no_text_is_refused(
+def test_a_missing_file_a_folder_and_a_binary_file_are_refused(
     make: Callable[[Path], Any], plan: Plan, tmp_path: Path
 ) -> None:
     make(tmp_path / "task.yaml")
-    with raises("plan.unwritable_task", match=r"task\.yaml: not a task YAML that can be read \("):
+    with raises("plan.unwritable_task", match=r"task\.yaml: not a readable task YAML \("):
         write_order(plan, tmp_path / "task.yaml", COMMAND)
 
 

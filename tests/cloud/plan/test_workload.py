@@ -1,4 +1,4 @@
-"""How much work a run is: the same steps as the trainer's, tokens that were counted or are said to be assumed."""
+"""The size of a run: as many steps as the trainer takes; tokens are counted, or labelled as assumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def size(**sections: dict[str, Any]) -> RunSize:
 
 
 def training(**values: Any) -> dict[str, Any]:
-    """Batches of 16 questions."""
+    """Batches of 16 examples."""
     return {"eval_steps": 0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4} | values
 
 
@@ -40,10 +40,10 @@ def refused(code: str, **sections: dict[str, Any]) -> str:
     [
         (1, -1, 63, 1.0),  # 62 batches of 16 and one of 8
         (3, -1, 189, 3.0),
-        (0.5, -1, 32, 32 / 63),  # 31.5: the trainer goes on to the end of the step
+        (0.5, -1, 32, 32 / 63),  # 31.5: the trainer finishes the last step
         (0.001, -1, 1, 1 / 63),
         (3, 10, 10, 10 / 63),
-        (1, 126, 126, 2.0),  # max_steps wins over the epochs
+        (1, 126, 126, 2.0),  # max_steps overrides the epochs
     ],
 )
 def test_steps_and_tokens_follow_from_epochs_and_max_steps(
@@ -71,7 +71,7 @@ def test_validation_counts_one_pass_every_eval_steps_and_one_at_the_end(
     ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": 10}, 20),
     ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": None}, 200),
 ])  # fmt: skip
-def test_a_step_is_an_effective_batch_however_it_is_computed(keys: dict[str, Any], steps: int) -> None:
+def test_a_step_is_an_effective_batch_however_it_is_split(keys: dict[str, Any], steps: int) -> None:
     assert size(plan={"records": 1000}, training=training(num_train_epochs=1, **keys)).steps == steps
 
 
@@ -94,7 +94,7 @@ def test_the_trainer_itself_plans_the_same_steps_and_validation_passes(
 # counted
 
 
-def test_a_prepared_folder_tells_what_was_counted(tmp_path: Path) -> None:
+def test_the_counts_of_a_prepared_folder_are_used(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     found = size(data={"output_dir": str(tmp_path)}, training=training(), plan={"records": 7, "mean_tokens": 999.0})
     assert (found.records, found.mean_tokens, found.tokens) == (1000, 120.0, 120_000)
@@ -143,7 +143,7 @@ def test_a_broken_manifest_is_refused_with_its_path(text: str, tmp_path: Path) -
     assert message.endswith("run `finetune data prepare`")
 
 
-def test_a_manifest_that_is_not_text_is_refused(tmp_path: Path) -> None:
+def test_a_binary_manifest_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(b"\xff\xfe{}")
     assert "not a manifest of prepared data" in refused("data.bad_manifest", data={"output_dir": str(tmp_path)})
 
@@ -151,7 +151,7 @@ def test_a_manifest_that_is_not_text_is_refused(tmp_path: Path) -> None:
 # assumed
 
 
-def test_without_a_prepared_folder_the_figures_of_the_config_count_and_say_so(tmp_path: Path) -> None:
+def test_without_a_prepared_folder_the_values_of_the_config_are_used_and_labelled(tmp_path: Path) -> None:
     data = {"output_dir": str(tmp_path / "absent"), "val_fraction": 0.1, "test_fraction": 0.1}
     found = size(data=data, plan={"records": 800, "mean_tokens": 311.4}, training=training(max_steps=10, eval_steps=10))
     assert (found.records, found.mean_tokens) == (800, 311.4)
@@ -172,7 +172,7 @@ def local(tmp_path: Path, *sources: dict[str, Any], **data: Any) -> RunSize:
     return size(data=sections | data, plan={"records": None}, training=training(max_steps=1, eval_steps=1))
 
 
-def test_local_sources_are_counted_less_what_is_held_out(tmp_path: Path) -> None:
+def test_local_sources_are_counted_without_the_held_out_part(tmp_path: Path) -> None:
     lines = write_jsonl(tmp_path / "a.jsonl", [*(row(n) for n in range(60)), "", "  "])
     (tmp_path / "spider").mkdir()
     for name, count in (("one.json", 30), ("two.json", 10), ("other.json", 500)):
@@ -189,7 +189,7 @@ def test_local_sources_are_counted_less_what_is_held_out(tmp_path: Path) -> None
     assert local(tmp_path, jsonl | {"split": "val"}, spider).records == 32
 
 
-def test_max_train_records_caps_what_is_trained_on_and_not_what_validates(tmp_path: Path) -> None:
+def test_max_train_records_limits_training_but_not_validation(tmp_path: Path) -> None:
     jsonl = {"kind": "jsonl", "path": str(write_jsonl(tmp_path / "a.jsonl", [row(n) for n in range(100)]))}
     found = local(tmp_path, jsonl, max_train_records=20)
     assert found.records == 20 and found.validation_tokens == pytest.approx(10 * found.mean_tokens)
@@ -210,14 +210,14 @@ def test_max_train_records_caps_what_is_trained_on_and_not_what_validates(tmp_pa
         {"kind": "jsonl", "path": "here.jsonl", "split": "test"},
     ],
 )
-def test_data_of_unknown_size_is_refused_with_what_to_do(
+def test_data_of_unknown_size_is_refused_with_a_remedy(
     source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
     write_jsonl(tmp_path / "here.jsonl", [row(1)])
     message = refused("data.unknown_size", data={"sources": [source], "output_dir": "absent"}, plan={"records": None})
-    assert message.startswith("absent: the data are not prepared and their size is not known here; run `finetune data")
+    assert message.startswith("absent: the data are not prepared, so their size is unknown; run `finetune data")
     assert "plan.records" in message
 
 
