@@ -23,7 +23,7 @@ from finetune.training.record import RunRecorder
 from finetune.training.session import Session
 
 HARD_STOP_SECONDS = 1.5
-"""Time to write run.json and the adapter when the budget ends a run that hangs; part of its HARD_SECONDS before the ceiling."""
+"""Time to write run.json and the adapter when the budget ends a hanging run; part of the meter's HARD_SECONDS."""
 CLEAN_UP_SECONDS = 10.0
 """The same when another process has failed; shorter than the other ranks wait for rank 0 (runtime/distributed.py)."""
 
@@ -130,7 +130,7 @@ def _remove_not_started(session: Session) -> bool:
     if not_started and distributed.is_rank0():
         shutil.rmtree(session.run.path, ignore_errors=True)
         with suppress(OSError):
-            session.run.path.parent.rmdir()  # unless it is not empty
+            session.run.path.parent.rmdir()  # only if it is empty
     return not_started
 
 

@@ -104,7 +104,7 @@ def test_a_budget_that_ends_with_the_last_step_has_not_stopped_the_run(stop: Sto
     assert not callback.budget_stop
 
 
-def test_a_preemption_after_a_budget_stop_is_still_a_budget_stop(stop: Stop, clock: Clock) -> None:
+def test_a_budget_stop_that_follows_a_preemption_is_a_budget_stop(stop: Stop, clock: Clock) -> None:
     stop.ask("preemption", "the machine goes")
     stop.ask("budget", "the dollars are used up")
     callback = ends(stop, clock)

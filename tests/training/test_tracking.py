@@ -110,11 +110,11 @@ def test_tensorboard_shows_one_curve_of_a_run_that_was_killed_twice(killed_twice
     folder = killed_twice / "tensorboard"
     assert len(list(folder.iterdir())) == 3
     every, validated = list(range(1, LAST + 1)), list(range(VALIDATED_EVERY, LAST + 1, VALIDATED_EVERY))
-    for tag, wanted in (
+    for tag, expected in (
         *((f"train/{name}", every) for name in ("loss", "spent_usd", "epoch")),
         ("eval/loss", validated),
     ):
-        assert steps(folder, tag) == wanted
+        assert steps(folder, tag) == expected
     begun = dict(curve(folder, "train/attempt"))  # the values are from the attempt that counts
     assert {begun[step] for step in range(1, 51)} == {0}
     assert {begun[step] for step in range(51, 61)} == {50} and {begun[step] for step in range(61, 71)} == {60}
@@ -377,16 +377,16 @@ def test_a_long_name_makes_a_valid_wandb_id(tmp_path: Path, no_keys: None, monke
 
 
 @pytest.mark.parametrize(
-    ("wanted", "key", "mode"),
+    ("setting", "key", "mode"),
     [
         ("auto", False, None), ("auto", True, "online"), ("online", False, "online"), ("offline", True, "offline"),
         ("disabled", True, None),
     ],
 )  # fmt: skip
 def test_wandb_is_used_as_the_config_says(
-    wanted: Any, key: bool, mode: str | None, no_keys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Any, key: bool, mode: str | None, no_keys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if key:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert wandb_mode(TrackingSection(wandb=wanted)) == mode
-    assert len(trackers(TrackingSection(wandb=wanted), tmp_path, "demo", None)) == (1 if mode is None else 2)
+    assert wandb_mode(TrackingSection(wandb=setting)) == mode
+    assert len(trackers(TrackingSection(wandb=setting), tmp_path, "demo", None)) == (1 if mode is None else 2)

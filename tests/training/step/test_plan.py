@@ -79,9 +79,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_on_a_cpu_auto_is_hf_and_fused_must_be_requested(model: Any) -> None:
     found = plan(model)
     assert (found.backend, found.why, found.checkpointing, found.needed) == ("hf", "on a CPU", False, None)
-    asked = plan(model, kernels="fused")
-    assert (asked.backend, asked.why) == ("fused", "training.kernels")
-    assert asked.limits == MicroBatchConfig(2048, LAYERS, LAYERS)
+    requested = plan(model, kernels="fused")
+    assert (requested.backend, requested.why) == ("fused", "training.kernels")
+    assert requested.limits == MicroBatchConfig(2048, LAYERS, LAYERS)
     assert plan(model, kernels="fused", lengths=[3000, 5]).limits.tokens == 3000
 
 

@@ -128,16 +128,16 @@ def test_a_step_has_the_hf_gradients_in_any_micro_batches(limits: MicroBatchConf
 def test_the_number_of_uncheckpointed_layers_is_passed_to_the_model(
     uncheckpointed_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    passed: list[int] = []
     original = FusedModel.loss
 
     def noted(self: FusedModel, *given: Any, **named: Any) -> Any:
-        asked.append(named["uncheckpointed_layers"])
+        passed.append(named["uncheckpointed_layers"])
         return original(self, *given, **named)
 
     monkeypatch.setattr(FusedModel, "loss", noted)
     Harness(MicroBatchConfig(64, uncheckpointed_layers)).stepper.run(step_of(examples()))
-    assert set(asked) == {uncheckpointed_layers}
+    assert set(passed) == {uncheckpointed_layers}
 
 
 def test_gradients_do_not_accumulate_over_steps() -> None:
