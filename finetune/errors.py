@@ -1,6 +1,6 @@
-"""The two ways in which a command ends badly on purpose, and the exit codes that tell them apart.
+"""The errors a user can fix, and the exit codes of a command.
 
-A managed job retries the transient code and nothing else, so the codes are part of the contract with the task YAMLs.
+A managed job retries the transient code and no other, so the codes are part of the contract with the task YAMLs.
 """
 
 from __future__ import annotations
@@ -10,34 +10,36 @@ from typing import Any
 
 EXIT_OK = 0
 EXIT_MISSING = 1
-"""`doctor` or `data check` found something that is needed and absent or wrong."""
+"""`doctor` or `data check` found that something needed is missing or wrong."""
 EXIT_USER_ERROR = 2
-"""A broken config, data set or argument: running it again changes nothing."""
+"""An invalid config, data set or argument: a retry would fail in the same way."""
 EXIT_TRANSIENT = 75
-"""Stopped by the machine, not by the work (preemption, Ctrl-C): running it again goes on. EX_TEMPFAIL of sysexits.h."""
+"""Interrupted from outside (preemption, Ctrl-C): running it again continues the work. EX_TEMPFAIL of sysexits.h."""
 
 
 class UserError(Exception):
     """A mistake that the user can fix. The message is one line: where it is, what was expected, what to do.
 
-    code: which mistake it is, as `area.what`; it stays the same when the wording changes, and is never shown. An error that
-    passes another one on with its place in front keeps that one's code.
+    code: identifies the mistake, as `area.what`; it is stable across changes of wording and never shown. An error that only
+    prefixes another one with its location keeps that one's code.
     """
 
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
         self.code = code
 
-    def __reduce__(self) -> tuple[Any, ...]:  # else the code would be missing where another process unpickles it
+    def __reduce__(
+        self,
+    ) -> tuple[Any, ...]:  # otherwise the code would be lost when another process unpickles the error
         return _unpickled, (type(self), self.args), self.__dict__
 
 
 class NotEstimated(UserError):
-    """A run whose work or memory cannot be estimated beforehand; it may be launched all the same."""
+    """The work or memory of a run cannot be estimated beforehand; the run may still be launched."""
 
 
 def all_in_one(errors: Sequence[UserError], where: str, *, code: str) -> UserError:
-    """One error that lists them all. code: of mistakes of several kinds; where all are of one kind, theirs is kept."""
+    """One error that lists all of them. code: used when their codes differ; otherwise their common code is kept."""
     kinds = {error.code for error in errors}
     return UserError(f"{where}: " + "; ".join(map(str, errors)), code=kinds.pop() if len(kinds) == 1 else code)
 

@@ -1,7 +1,7 @@
 """One training example, from tokenisation to the loss, and the only place that shifts labels by one.
 
-A label belongs to its own token; a target belongs to the token that has to predict it, the one before. Batches and losses
-work with targets.
+A label is stored at its own token; a target at the token that predicts it, one position earlier. Batches and losses use
+targets.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """ids: tokens of prompt, answer and end of text. answer_start: index of the first token that is learned."""
+    """ids: tokens of prompt, answer and end of text. answer_start: index of the first token with loss."""
 
     ids: list[int]
     answer_start: int
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.ids)
 
     @property
@@ -34,27 +34,27 @@ class Example:
 
     @property
     def labels(self) -> list[int]:
-        """Of every token the token itself where it is learned, else IGNORED: what transformers and TRL call labels."""
+        """One per token: its own id where it has a loss, else IGNORED; what transformers and TRL call labels."""
         return [IGNORED] * self.answer_start + self.ids[self.answer_start :]
 
     @property
     def targets(self) -> list[int]:
-        """What every token has to predict: the next token where that is learned, else IGNORED."""
+        """One per token: the id of the next token where that has a loss, else IGNORED."""
         return targets_of(self.labels)
 
     @property
     def predicted(self) -> int:
-        """Number of tokens with loss. Nothing predicts a text's first token."""
+        """Number of tokens with loss. The first token of a text is never predicted."""
         return sum(target != IGNORED for target in self.targets)
 
 
 def targets_of(labels: Sequence[int]) -> list[int]:
-    """Targets from one text's labels."""
+    """The targets for the labels of one text."""
     return [*labels[1:], IGNORED]
 
 
 def batch_targets(labels: Tensor) -> Tensor:
-    """Targets from padded labels; both (rows, tokens)."""
+    """The targets for padded labels; both (batch, tokens)."""
     targets = labels.roll(-1, dims=1)
     targets[:, -1] = IGNORED
     return targets

@@ -1,6 +1,6 @@
-"""What the files of a prepared folder are called. Imports nothing: a launch and a rented machine's job look at the names alone.
+"""File names of a prepared folder. Imports nothing: a launch and the job on a cloud machine need only the names.
 
-`data.prepare` writes the folder and says what is in each file; `data.prepared` reads it.
+`data.prepare` writes the folder and documents each file; `data.prepared` reads it.
 """
 
 from __future__ import annotations
@@ -11,5 +11,5 @@ DATABASES = "databases"
 
 
 def records_file(split: str) -> str:
-    """The records of one split."""
+    """Name of the file with the records of one split."""
     return f"{split}.jsonl"

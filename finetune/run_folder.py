@@ -1,9 +1,9 @@
-"""A run's folder: which file lies where, how a new one gets its name, and what the code that made it was.
+"""A run's folder: its layout, its name, and the versions of the code that writes it.
 
-runs/<name>/config.yaml        the resolved config, complete in itself
+runs/<name>/config.yaml        the resolved config, self-contained
             run.json           the run record: written at the start, at every log, and at the end
             checkpoints/step-N/
-            ledger/            what each attempt has cost
+            ledger/            the cost of each attempt
             adapter/           the trained adapter, tokenizer and prompt.json
             tensorboard/
             eval.json, eval/<model>.jsonl
@@ -79,7 +79,7 @@ class RunFolder:
 
 
 def check_name_is_free(training: TrainingSection) -> None:
-    """Raises UserError for a `training.run_name` that is no folder name or taken: early, before minutes of loading."""
+    """Raises UserError if `training.run_name` is not a folder name or is taken: early, before minutes of loading."""
     name = training.run_name
     if name is None:
         return
@@ -90,17 +90,16 @@ def check_name_is_free(training: TrainingSection) -> None:
 
 
 def create_run(config: RunConfig, config_file: Path) -> RunFolder:
-    """A new folder for a new run; one that is there already is never used.
+    """Create the folder of a new run; an existing folder is never used.
 
-    `training.run_name` names it, else the config file's name and the first free number. Raises UserError when the named
-    folder is taken or cannot be made, and UnicodeEncodeError when its path is not text.
+    Its name is `training.run_name`, or the config file's name and the next free number. Raises UserError when the named
+    folder exists or cannot be created, and UnicodeEncodeError when its path is not valid Unicode.
     """
     check_name_is_free(config.training)
     root = Path(config.training.output_dir)
     name = config.training.run_name
-    str(
-        (root / (name or config_file.stem)).absolute()
-    ).encode()  # else the tokenizer could not be saved when all is trained
+    # otherwise saving the tokenizer would fail after the whole training
+    str((root / (name or config_file.stem)).absolute()).encode()
     try:
         root.mkdir(parents=True, exist_ok=True)
         folder = RunFolder(_claim(root / name) if name else _claim_numbered(root, config_file.stem))
@@ -115,7 +114,7 @@ def create_run(config: RunConfig, config_file: Path) -> RunFolder:
 
 
 def open_run(path: Path) -> RunFolder:
-    """The folder of an earlier run. Raises UserError when it is none."""
+    """The folder of an earlier run. Raises UserError when it is not a run folder."""
     folder = RunFolder(path)
     if not folder.config_yaml.is_file():
         found = sorted(p.parent.name for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
@@ -125,8 +124,8 @@ def open_run(path: Path) -> RunFolder:
 
 
 def remove_not_started(run: RunFolder) -> None:
-    """Remove what is left of an attempt that was cut off between making its folder and its first record. Raises UserError where
-    the folder is something else."""
+    """Remove the folder of a run that was killed between creating the folder and writing its first record. Raises UserError
+    where the folder holds anything else."""
     if not run.path.is_dir() or run.run_json.exists():
         return
     for path in run.path.rglob("*"):
@@ -140,14 +139,14 @@ def remove_not_started(run: RunFolder) -> None:
 def _claim(path: Path) -> Path:
     try:
         path.mkdir()
-    except FileExistsError:  # another process was faster
+    except FileExistsError:  # another process created it first
         raise _taken(path) from None
     return path
 
 
 def _taken(path: Path) -> UserError:
     return UserError(
-        f"{path}: is there already, and a run is never overwritten; go on with it by `finetune train --resume {path}`, "
+        f"{path}: already exists, and a run is never overwritten; continue it with `finetune train --resume {path}`, "
         f"or choose another training.run_name",
         code="run.name_taken",
     )
@@ -160,7 +159,7 @@ def _claim_numbered(root: Path, stem: str) -> Path:
     while True:
         path = root / f"{stem}-{number:03d}"
         try:
-            path.mkdir()  # fails when another process was faster: then the next number
+            path.mkdir()  # fails when another process created it first: then take the next number
             return path
         except FileExistsError:
             number += 1
@@ -171,7 +170,7 @@ def utc_now() -> str:
 
 
 def git_state() -> tuple[str | None, bool]:
-    """Commit of the code that runs and whether tracked files differ from it; (None, False) outside a checkout."""
+    """Commit of the running code, and whether tracked files differ from it; (None, False) outside a checkout."""
     here = Path(__file__).resolve().parent
     commit = _git(here, "rev-parse", "HEAD")
     return commit, bool(commit and _git(here, "status", "--porcelain", "--untracked-files=no"))
@@ -186,7 +185,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that can change a run's numbers."""
+    """Installed versions of the packages that can affect a run's results."""
     found = {}
     for name in RECORDED_PACKAGES:
         try:

@@ -1,7 +1,8 @@
-"""run.json, the record of a run: what it was made of, how far it is, what it measured and what it has cost.
+"""run.json, the record of a run: its inputs, its progress, its measurements and its cost.
 
-The names are those of the file's keys. Nearly all may be absent: a run adds them as it learns them, and earlier versions of this
-tool did not know them all. Keys of a later version are kept. Seconds, tokens, GiB, US dollars; times are UTC, in ISO 8601.
+Fields are named like the keys of the file. Nearly all may be absent: a run adds them as they become known, and earlier versions
+of this tool did not write all of them. Unknown keys (of a later version) are kept. Units: seconds, tokens, GiB, US dollars;
+times are UTC, in ISO 8601.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ OLD_STEP_KEYS = {
     "cached_layers": "dequantized_layers",
 }
 OLD_BACKENDS = {"lean": "fused", "stock": "hf"}
-"""What earlier versions called the keys of `step`, and the values of its backend."""
+"""Names in earlier versions of the keys of `step` and of the values of its backend."""
 
 Row = Mapping[str, float | None]
-"""One log of training or validation: step, epoch, and some of loss, eval_loss, learning_rate, grad_norm, tokens_per_second."""
+"""One log entry: step, epoch, and some of loss, eval_loss, learning_rate, grad_norm, tokens_per_second."""
 
 
 @dataclass
 class DataRecord:
-    """The prepared set. counts: records by split; used: of those, how many were short enough."""
+    """The prepared data set. counts: records per split; used: records per split that fit into model.max_seq_length."""
 
     path: str | None = None
     manifest_sha256: str | None = None
@@ -41,7 +42,7 @@ class DataRecord:
 
 @dataclass
 class GpuRecord:
-    """memory_gib: of one of `count` GPUs."""
+    """memory_gib: memory of each of the `count` GPUs."""
 
     name: str | None = None
     memory_gib: float | None = None
@@ -51,7 +52,7 @@ class GpuRecord:
 
 @dataclass
 class HardwareRecord:
-    """The machine of the last attempt; gpu: None where it has none. dtype: in which it computed."""
+    """The machine of the last attempt. gpu: None if it has none. dtype: the compute dtype."""
 
     platform: str | None = None
     cpu: str | None = None
@@ -63,7 +64,7 @@ class HardwareRecord:
 
 @dataclass
 class ModelRecord:
-    """quantization: the type of the 4-bit weights, None where they are not in 4 bits."""
+    """quantization: the type of the 4-bit weights, None if the weights are not in 4 bits."""
 
     name: str | None = None
     revision: str | None = None
@@ -74,11 +75,11 @@ class ModelRecord:
 
 @dataclass
 class StepRecord:
-    """How an optimizer step is computed: as planned, and where memory did not suffice as it was done since.
+    """How an optimizer step is computed: as planned, or as changed since by the OOM fallback.
 
-    batch_size (examples) and ranks (processes, each with its GPU): of the whole step; the rest for each rank. micro_batch_size:
-    None unless the config names a number; then micro_batch_tokens do not limit it. backend: fused or hf. out_of_memory,
-    bad_steps: counted in the last attempt.
+    batch_size (examples) and ranks (processes, one per GPU) describe the whole step, all other fields one rank.
+    micro_batch_size: None unless the config sets a number; then micro_batch_tokens does not limit it. backend: fused or hf.
+    out_of_memory, bad_steps: counts of the last attempt.
     """
 
     backend: str | None = None
@@ -96,7 +97,7 @@ class StepRecord:
 
 @dataclass
 class MemoryRecord:
-    """GiB of the GPU of rank 0 at the peak of the last attempt, as torch's allocator gave out (peak) and held (reserved)."""
+    """Peaks of the last attempt on the GPU of rank 0, in GiB, as torch's allocator handed out (peak) and held (reserved)."""
 
     predicted_peak_gib: float | None = None
     predicted_reserved_gib: float | None = None
@@ -107,7 +108,7 @@ class MemoryRecord:
 
 @dataclass
 class SavesRecord:
-    """What saving has cost the last attempt. stall_share: of its seconds of training; committed_step and on: the last save."""
+    """Cost of saving in the last attempt. stall_share: share of its training time. committed_step and below: the last save."""
 
     count: int | None = None
     stall_seconds: float | None = None
@@ -138,7 +139,7 @@ class LossesRecord:
 
 @dataclass
 class PeakMemory:
-    """Over all attempts. value: GiB; kind: what was measured."""
+    """Over all attempts. value: in GiB. kind: what was measured."""
 
     value: float
     kind: str
@@ -146,7 +147,7 @@ class PeakMemory:
 
 @dataclass
 class SpendingRecord:
-    """Over all attempts, against the ceilings; usd is None where no price is known."""
+    """Cost of all attempts and the ceilings on it. usd: None if the price is unknown."""
 
     usd: float | None = None
     hours: float | None = None
@@ -158,7 +159,7 @@ class SpendingRecord:
 
 @dataclass
 class AttemptRecord:
-    """One attempt as the ledger has it. reason: how it ended, None while it runs or where it could not say."""
+    """One attempt as recorded in the ledger. reason: how it ended; None while it runs or if it was killed."""
 
     attempt: int | None = None
     started_at: str | None = None
@@ -176,7 +177,7 @@ class AttemptRecord:
 
 @dataclass
 class StopRecord:
-    """Who asked the last attempt to stop; seconds: from there to its checkpoint."""
+    """What requested the last attempt to stop. seconds: from the request to the checkpoint."""
 
     reason: str | None = None
     detail: str | None = None
@@ -185,7 +186,7 @@ class StopRecord:
 
 @dataclass(init=False)
 class RunRecord:
-    """adapter_step: step of the adapter in the run's folder. attempts: how many have begun. threads: of torch at the start."""
+    """adapter_step: step of the adapter in the run's folder. attempts: number started. threads: torch's threads at the start."""
 
     status: str | None = None
     run_id: str | None = None
@@ -226,7 +227,7 @@ class RunRecord:
 
 
 def read_record(path: Path) -> RunRecord:
-    """Raises UserError where the file is missing or is none, with the key that is not as it should be."""
+    """Raises UserError if the file is missing or invalid; the message names the invalid key."""
     values = read_json(path, "finetune train CONFIG")
     try:
         return decode(RunRecord, _with_new_names(values))
@@ -245,5 +246,5 @@ def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: RunRecord) -> None:
-    """Raises UserError when the disk is full or the folder cannot be written."""
+    """Raises UserError when the disk is full or the folder is not writable."""
     write_json(path, encode(record))

@@ -217,7 +217,7 @@ def test_steps_are_those_of_this_attempt(tmp_path: Path) -> None:
 
 def test_what_an_attempt_says_about_where_it_goes_on() -> None:
     assert resumed_step("resuming from runs/x/checkpoints/step-24\n", fresh=False) == 24
-    assert resumed_step("runs/x: no checkpoint to go on from, starting from the beginning", fresh=False) == 0
+    assert resumed_step("runs/x: no checkpoint to resume from, starting from the beginning", fresh=False) == 0
     assert resumed_step("", fresh=True) == 0
     assert resumed_step("", fresh=False) is None
 

@@ -1,4 +1,4 @@
-"""A run's folder: a new one for every run, never an old one again; and what is recorded about the code that ran."""
+"""A run's folder: every run gets a new one, an existing one is never reused; and the recorded versions of the code."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def config(root: Path, run_name: str | None = None) -> RunConfig:
 
 
 def test_a_run_folder_holds_the_config_it_was_made_with(root: Path) -> None:
-    wanted = config(root, "first")
-    run = create_run(wanted, FILE)
+    expected = config(root, "first")
+    run = create_run(expected, FILE)
     assert run.path == root / "first"
-    assert config_hash(load_config(run.config_yaml)) == config_hash(run.config()) == config_hash(wanted)
+    assert config_hash(load_config(run.config_yaml)) == config_hash(run.config()) == config_hash(expected)
     assert run.config_yaml.read_text().startswith("# finetune train configs/tiny.yaml\n")
 
 
@@ -54,19 +54,19 @@ def test_without_a_name_every_run_gets_the_next_number(root: Path) -> None:
     assert create_run(config(root), Path("another.yaml")).path.name == "another-501"
 
 
-@pytest.mark.parametrize("there", ["a run", "an empty folder", "a file", "a dangling link"])
-def test_a_name_that_is_taken_is_refused_and_what_is_there_stays(there: str, root: Path) -> None:
+@pytest.mark.parametrize("existing", ["a run", "an empty folder", "a file", "a dangling link"])
+def test_a_taken_name_is_refused_and_the_existing_one_is_not_touched(existing: str, root: Path) -> None:
     root.mkdir()
-    if there == "a run":
+    if existing == "a run":
         create_run(config(root, "mine"), FILE)
-    elif there == "an empty folder":
+    elif existing == "an empty folder":
         (root / "mine").mkdir()
-    elif there == "a file":
+    elif existing == "a file":
         (root / "mine").write_text("mine")
     else:
         (root / "mine").symlink_to(root / "nowhere")
     before = files_of(root)
-    with raises("run.name_taken", match=r"runs/mine: is there already.*--resume .*runs/mine.*training\.run_name"):
+    with raises("run.name_taken", match=r"runs/mine: already exists.*--resume .*runs/mine.*training\.run_name"):
         create_run(config(root, "mine"), Path("other.yaml"))
     assert files_of(root) == before
     assert [path.name for path in root.iterdir()] == ["mine"]
@@ -85,10 +85,11 @@ def test_runs_that_start_at_once_get_folders_of_their_own(root: Path) -> None:
     assert sorted(path.name for path in found) == [f"tiny-{n:03d}" for n in range(1, 49)]
 
 
-def test_of_runs_that_start_at_once_under_one_name_one_gets_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        run_folder, "check_name_is_free", lambda training: None
-    )  # all of them looked at the same moment
+def test_of_runs_that_start_at_once_under_one_name_only_one_gets_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as if all of them had checked at the same moment
+    monkeypatch.setattr(run_folder, "check_name_is_free", lambda training: None)
 
     def start(_: int) -> str:
         try:
@@ -99,10 +100,10 @@ def test_of_runs_that_start_at_once_under_one_name_one_gets_it(root: Path, monke
     with ThreadPoolExecutor(16) as pool:
         results = list(pool.map(start, range(16)))
     assert results.count("mine") == 1
-    assert sum("is there already" in result for result in results) == 15
+    assert sum("already exists" in result for result in results) == 15
 
 
-def test_a_folder_whose_config_cannot_be_written_does_not_stay(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_whose_config_cannot_be_written_is_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> None:
         raise UserError(f"{path}: no space left on the disk", code="disk.full")
 
@@ -120,7 +121,7 @@ def test_an_output_folder_that_is_a_file_is_refused(root: Path) -> None:
         create_run(config(root / "below"), FILE)
 
 
-def test_a_folder_that_is_no_run_is_named_with_the_runs_beside_it(root: Path) -> None:
+def test_the_error_for_a_folder_without_a_run_lists_the_runs_beside_it(root: Path) -> None:
     run = create_run(config(root), FILE)
     assert open_run(run.path) == run
     with raises("run.not_found", match=r"runs/tiny-009: not a run folder.*; runs there: tiny-001"):
@@ -129,7 +130,7 @@ def test_a_folder_that_is_no_run_is_named_with_the_runs_beside_it(root: Path) ->
         open_run(root / "nowhere" / "x")
 
 
-def test_a_run_without_its_record_says_which_command_writes_it(root: Path) -> None:
+def test_the_error_for_a_missing_record_names_the_command_that_writes_it(root: Path) -> None:
     run = create_run(config(root), FILE)
     with raises("file.missing", match=r"run\.json.*`finetune train CONFIG`"):
         run.record()
@@ -140,7 +141,9 @@ def test_a_run_without_its_record_says_which_command_writes_it(root: Path) -> No
     assert json.loads(run.run_json.read_text()) == {"status": "running"}
 
 
-def test_the_commit_is_that_of_the_code_and_changes_to_it_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_of_the_code_and_uncommitted_changes_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = tmp_path / "checkout" / "finetune" / "runs.py"
     code.parent.mkdir(parents=True)
     code.write_text("# code\n")

@@ -1,4 +1,4 @@
-"""run.json is read into types and written as it was: absent keys stay absent, null stays null, unknown keys stay."""
+"""run.json is read into types and written back unchanged: absent keys stay absent, null stays null, unknown keys stay."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def written(folder: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def again(path: Path) -> str:
-    """The file after it was read and written."""
+def rewritten(path: Path) -> str:
+    """The text of the file after reading and writing it back."""
     write_record(path, read_record(path))
     return path.read_text(encoding="utf-8")
 
@@ -45,21 +45,21 @@ LATER = {
     ],
     ids=["empty", "a status", "all", "of a later version", "nulls, and sections of an earlier version"],
 )
-def test_what_was_read_is_written_as_it_was(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_record_that_is_read_is_written_back_unchanged(values: dict[str, Any], tmp_path: Path) -> None:
     path = written(tmp_path, values)
-    assert again(path) == json.dumps(values, indent=2) + "\n"  # the order of the keys, too
+    assert rewritten(path) == json.dumps(values, indent=2) + "\n"  # the order of the keys, too
 
 
-def test_the_names_of_an_earlier_version_are_understood(tmp_path: Path) -> None:
+def test_the_keys_of_an_earlier_version_are_understood(tmp_path: Path) -> None:
     old = {"path": "lean", "why": "x", "questions": 16, "rows": None, "kept_layers": 30, "cached_layers": 2}
     step = read_record(written(tmp_path, {"step": old})).step
     assert step and (step.backend, step.batch_size, step.micro_batch_size) == ("fused", 16, None)
     assert (step.why, step.uncheckpointed_layers, step.dequantized_layers) == ("x", 30, 2)
-    stock = read_record(written(tmp_path, {"step": old | {"path": "stock"}})).step
-    assert stock and stock.backend == "hf"
+    reference = read_record(written(tmp_path, {"step": old | {"path": "stock"}})).step
+    assert reference and reference.backend == "hf"
 
 
-def test_what_is_not_there_has_a_value_all_the_same(tmp_path: Path) -> None:
+def test_absent_keys_have_defaults(tmp_path: Path) -> None:
     record = read_record(written(tmp_path, {"saves": {"count": 1}}))
     assert (record.status, record.attempts, record.data, record.history) == (None, 1, None, None)
     assert record.saves == SavesRecord(count=1)
@@ -75,7 +75,7 @@ def test_values_are_typed_all_the_way_down(tmp_path: Path) -> None:
     assert record.spending and record.spending.ceiling_usd == 10.0
 
 
-def test_what_was_set_is_written_even_where_it_is_nothing(tmp_path: Path) -> None:
+def test_a_field_set_to_none_is_written_as_null(tmp_path: Path) -> None:
     path = written(tmp_path, LATER)
     record = read_record(path)
     record.memory = None
@@ -87,7 +87,7 @@ def test_what_was_set_is_written_even_where_it_is_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"status": 3}, "status: expected a text, found 3"),
         ({"attempts": "two"}, "attempts: expected a whole number, found 'two'"),
@@ -103,16 +103,16 @@ def test_what_was_set_is_written_even_where_it_is_nothing(tmp_path: Path) -> Non
         ({"hardware": {"gpu": {"compute_capability": "8"}}}, "hardware.gpu.compute_capability: expected a list of whole numbers"),
     ],
 )  # fmt: skip
-def test_a_value_of_another_type_is_one_line_with_file_and_key(
-    values: dict[str, Any], said: str, tmp_path: Path
+def test_the_error_for_a_value_of_the_wrong_type_is_one_line_with_file_and_key(
+    values: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = written(tmp_path, values)
     with raises("run.bad_record") as caught:
         read_record(path)
-    assert str(caught.value) == f"{path}: {said}"
+    assert str(caught.value) == f"{path}: {message}"
 
 
-def test_a_new_record_holds_what_was_set(tmp_path: Path) -> None:
+def test_a_new_record_writes_only_the_fields_that_were_set(tmp_path: Path) -> None:
     record = RunRecord()
     record.status, record.ended_at = "running", None
     write_record(tmp_path / "run.json", record)

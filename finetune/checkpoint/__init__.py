@@ -1,1 +1,1 @@
-"""Checkpoints that survive a machine that vanishes: the store, its manifest, its files, and the writer behind training."""
+"""Checkpoints that survive the loss of the machine: the store, its manifest, its file operations, and the async writer."""

@@ -1,7 +1,7 @@
-"""Checkpoints go into the store behind the training's back: it hands over a staged save on the local disk and goes on.
+"""Writes checkpoints to the store in the background: training submits a staged save on the local disk and continues.
 
-One thread copies and commits. While it is busy one staged save may wait, the newest; one that fails stays on the local disk
-and is tried again until a newer one takes its place.
+One thread copies and commits. While it is busy, only the newest submitted save waits. A save that fails stays on the local
+disk and is retried until a newer one replaces it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from finetune.errors import UserError
 from finetune.runtime.files import disk_error
 
 PATIENCE = 3
-"""Failed saves in a row after which training would only spend money on what it cannot keep."""
+"""Failed saves in a row after which training stops: it would spend money on progress that it cannot save."""
 RETRY_SECONDS = 30.0
-CLOSE_SECONDS = 4.0  # less than the other ranks wait for the first (runtime/distributed.py)
+CLOSE_SECONDS = 4.0  # shorter than the other ranks wait for rank 0 (runtime/distributed.py)
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A checkpoint in the store. seconds: from `submit` to its commit; bytes: of its files."""
+    """A checkpoint in the store. seconds: from `submit` to its commit. bytes: total size of its files."""
 
     step: int
     folder: Path
@@ -44,9 +44,9 @@ class _Save:
 
 
 class AsyncCheckpointWriter:
-    """say: one line for the user; on_commit: called after every commit. Both are called in the saving thread too.
+    """say: prints one line for the user. on_commit: called after every commit. The writer's thread may call both.
 
-    The thread is a daemon: a process that ends does not wait for it, and what it was copying is then a cut-off save.
+    The thread is a daemon: the process does not wait for it at exit, and a copy in progress then becomes an incomplete save.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class AsyncCheckpointWriter:
         self._changed = threading.Condition()
         self._waiting: _Save | None = None
         self._running: _Save | None = None
-        self._failed: _Save | None = None  # the newest one tried, if it failed
+        self._failed: _Save | None = None  # the newest save tried, if it failed
         self._fault: UserError | None = None
-        self._failures = 0  # saves in a row; one that is tried again counts once
+        self._failures = 0  # failed saves in a row; retries of one save count once
         self._committed: Committed | None = None
         self._closing = self._closed = False
         self._thread: threading.Thread | None = None
-        self._taken_so_far = 0
+        self._submitted = 0
 
     def submit(self, staged: Path, *, step: int, config_hash: str, data_hash: str, attempt: int) -> None:
-        """Hand over a staged save folder: deleted after its commit, or when a newer one takes its place. Returns at once.
+        """Submit a staged save, a folder that is deleted after its commit or when a newer one replaces it. Returns immediately.
 
-        The folder is renamed, so that whoever saves the same step once more does not write into what is being copied. Raises
-        UserError when it is not there.
+        The folder is renamed, so that saving the same step again does not write into the files being copied. Raises UserError
+        when it does not exist.
         """
-        save = _Save(self._taken(staged), step, config_hash, data_hash, attempt, time.monotonic())
+        save = _Save(self._claim(staged), step, config_hash, data_hash, attempt, time.monotonic())
         with self._changed:
             if self._closing:
                 raise RuntimeError("submit after close")
@@ -83,22 +83,22 @@ class AsyncCheckpointWriter:
                 self._thread.start()
             self._changed.notify_all()
         if dropped is not None:
-            _delete_behind(dropped.staged)
+            _delete_in_background(dropped.staged)
         if running is not None:
             instead = f" in place of step {dropped.step}, which is dropped" if dropped else ""
             self._tell(f"step {running.step} is still being copied; step {step} waits{instead}")
 
     def check(self) -> None:
-        """Raises UserError when so many saves in a row have failed that going on makes no sense. Costs nothing."""
+        """Raises UserError once PATIENCE saves in a row have failed. Cheap enough to call at every step."""
         if self._failures >= PATIENCE:
             with self._changed:
                 if self._failures >= PATIENCE:
                     raise self._given_up(f"{self._failures} saves in a row have failed")
 
     def finish(self, timeout: float | None = None) -> Committed | None:
-        """Wait until the newest staged save is committed, trying once more where that failed; None if there was none.
+        """Wait until the newest staged save is committed, retrying once if it failed; None if nothing was submitted.
 
-        Raises UserError when it cannot be committed, or not within `timeout` seconds.
+        Raises UserError when it cannot be committed, or is not committed within `timeout` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -114,8 +114,8 @@ class AsyncCheckpointWriter:
             return self._committed
 
     def close(self) -> None:
-        """End the thread, after the copies that run and wait where they take less than CLOSE_SECONDS. What is not committed then
-        is said; its staged save stays. May be called twice."""
+        """End the thread, waiting up to CLOSE_SECONDS for the running and the waiting copy. A save that is not committed by then
+        is reported, and its staged folder stays. May be called twice."""
         with self._changed:
             already, self._closing = self._closing, True
             self._changed.notify_all()
@@ -127,10 +127,10 @@ class AsyncCheckpointWriter:
         if left is not None and not already:
             self._tell(f"step {left.step} is not in {self._store.root}; its staged save stays in {left.staged}")
 
-    def _taken(self, staged: Path) -> Path:
-        self._taken_so_far += 1
+    def _claim(self, staged: Path) -> Path:
+        self._submitted += 1
         try:
-            return staged.rename(staged.with_name(f"{staged.name}.save-{self._taken_so_far}"))
+            return staged.rename(staged.with_name(f"{staged.name}.save-{self._submitted}"))
         except OSError as error:
             raise disk_error(error, staged) from error
 
@@ -158,7 +158,7 @@ class AsyncCheckpointWriter:
                 committed = self._commit(save)
             except UserError as error:
                 fault = error
-            except Exception as error:  # whatever it is, training and `finish` have to hear of it
+            except Exception as error:  # any error must reach training and `finish`
                 fault = UserError(
                     f"{self._store.root}: step {save.step} could not be saved ({error!r})",
                     code="checkpoint.save_failed",
@@ -168,7 +168,7 @@ class AsyncCheckpointWriter:
             self._settle(save, committed, fault)
 
     def _next(self) -> _Save | None:
-        """The next save to be tried; None when the writer closes."""
+        """The next save to try; None when the writer closes."""
         with self._changed:
             again = None if self._failed is None else time.monotonic() + RETRY_SECONDS
             while True:
@@ -195,7 +195,7 @@ class AsyncCheckpointWriter:
         return Committed(save.step, folder, seconds, size)
 
     def _after_commit(self, save: _Save, committed: Committed) -> None:
-        """The checkpoint stands, whatever goes wrong here."""
+        """The checkpoint is committed, whatever fails here."""
         for action in (lambda: self._on_commit(committed), self._store.prune):
             try:
                 action()
@@ -207,11 +207,11 @@ class AsyncCheckpointWriter:
 
     def _settle(self, save: _Save, committed: Committed | None, fault: UserError | None) -> None:
         earlier, again = self._failed, self._failed is save  # only this thread changes it
-        if earlier is not None and not again:  # a newer state is committed, or at least kept
+        if earlier is not None and not again:  # a newer state is committed, or at least staged
             shutil.rmtree(earlier.staged, ignore_errors=True)
         if fault is not None and not again:
             self._tell(
-                f"step {save.step} is not saved: {fault}; its staged save is kept in {save.staged} and tried again"
+                f"step {save.step} is not saved: {fault}; its staged save is kept in {save.staged} and will be retried"
             )
         with self._changed:
             if fault is None:
@@ -224,10 +224,10 @@ class AsyncCheckpointWriter:
     def _tell(self, line: str) -> None:
         try:
             self._say(line)
-        except Exception:  # a console that is gone must not end the saving
+        except Exception:  # a closed console must not stop the writer
             pass
 
 
-def _delete_behind(folder: Path) -> None:
-    """Large files take a while to delete, even on a local disk."""
+def _delete_in_background(folder: Path) -> None:
+    """Deleting large files takes a while, even on a local disk."""
     threading.Thread(target=shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, daemon=True).start()

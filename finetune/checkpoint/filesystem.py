@@ -1,4 +1,4 @@
-"""What a checkpoint store does to files, one method per operation, so that a test can cut the power at any of them."""
+"""The file operations of a checkpoint store, one method each, so that a test can simulate a power cut at any of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from finetune.runtime import fault_injection
 
-PIECE = 4 * 2**20
+CHUNK_BYTES = 4 * 2**20
 """Bytes copied or hashed at a time."""
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
@@ -18,37 +18,37 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 class Disk:
     """Files and folders of a local disk or a mounted bucket. Every method raises OSError.
 
-    Files are asked to be on the disk before the next operation begins; no caller relies on a store that honours it.
+    Files are fsynced before the next operation begins; no caller relies on the store honouring it.
     """
 
     def make_folder(self, path: Path) -> None:
-        """Its parent has to be there; a folder that is there already is no fault."""
+        """Its parent must exist; the folder itself may exist already."""
         path.mkdir(exist_ok=True)
 
     def copy_file(self, source: Path, target: Path) -> tuple[int, str]:
-        """Copy in pieces; returns bytes and SHA-256 (hex) of what was read. A file at `target` is overwritten."""
+        """Copy in chunks; returns size in bytes and SHA-256 (hex) of the source. A file at `target` is overwritten."""
         fault_injection.place("copy")
         digest, size = hashlib.sha256(), 0
         with source.open("rb") as reading, target.open("wb", buffering=0) as writing:
             half = os.fstat(reading.fileno()).st_size // 2
-            while piece := reading.read(min(PIECE, half - size) if size < half else PIECE):
-                self.write(writing, piece)
-                digest.update(piece)
-                size += len(piece)
+            while chunk := reading.read(min(CHUNK_BYTES, half - size) if size < half else CHUNK_BYTES):
+                self.write(writing, chunk)
+                digest.update(chunk)
+                size += len(chunk)
                 if size == half:
                     fault_injection.place("half-copy")
             _sync(writing.fileno())
         return size, digest.hexdigest()
 
     def hash_file(self, path: Path) -> tuple[int, str]:
-        """Bytes and SHA-256 (hex) of what the store gives back; of the disk's copy where the system can drop its own."""
+        """Size in bytes and SHA-256 (hex) of the file as read from the disk, bypassing the page cache where possible."""
         digest, size = hashlib.sha256(), 0
         with path.open("rb") as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while piece := file.read(PIECE):
-                digest.update(piece)
-                size += len(piece)
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
         return size, digest.hexdigest()
 
     def write_text(self, path: Path, text: str) -> None:
@@ -57,7 +57,7 @@ class Disk:
             _sync(file.fileno())
 
     def write(self, file: BinaryIO, data: bytes) -> None:
-        """Every byte that reaches a file goes through here."""
+        """All writes to files go through here."""
         rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]
@@ -68,14 +68,14 @@ class Disk:
     def remove_empty_folder(self, path: Path) -> None:
         try:
             path.rmdir()
-        except FileNotFoundError:  # a bucket may have no folders of its own: they go with their last file
+        except FileNotFoundError:  # a bucket may have no real folders: they disappear with their last file
             pass
 
     def rename_folder(self, path: Path, new: Path) -> None:
         path.rename(new)
 
     def sync_folder(self, path: Path) -> None:
-        """Names of new files onto a local disk; other stores may refuse."""
+        """Make the names of new files durable on a local disk; other stores may refuse."""
         try:
             handle = os.open(path, os.O_RDONLY)
         except OSError:

@@ -18,10 +18,10 @@ _TEXTS = ("run_id", "config_hash", "data_hash", "saved_at")
 
 
 class InvalidCheckpoint(Exception):
-    """Why a folder is no checkpoint to go on from.
+    """Why a run cannot resume from a folder.
 
-    corrupt: bytes were read and are wrong. incomplete: it has no whole manifest, so it never was a checkpoint or is none any
-    more. wrong_run: it is something that this run's store did not write.
+    corrupt: its content was read and is wrong. incomplete: it has no complete manifest, because a save or a deletion was
+    interrupted. wrong_run: it was not written by this run's store.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ def manifest_text(facts: dict[str, Any]) -> str:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """The manifest of step-N, without its seal. Raises InvalidCheckpoint, and OSError when it cannot be read."""
+    """The manifest of a folder step-N, without its seal. Raises InvalidCheckpoint, and OSError when it cannot be read."""
     if folder.is_symlink() or folder.is_file():
         raise InvalidCheckpoint(f"is {'a link' if folder.is_symlink() else 'a file'}, not a folder", wrong_run=True)
     path = folder / MANIFEST
@@ -46,14 +46,14 @@ def manifest_of(folder: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except FileNotFoundError:
         raise InvalidCheckpoint("no manifest: the save was cut off", incomplete=True) from None
-    if not content.rstrip().endswith(b"\n}"):  # only the last line of all is a brace without spaces before it
+    if not content.rstrip().endswith(b"\n}"):  # only the very last line is an unindented brace
         raise InvalidCheckpoint("half a manifest: the save was cut off", incomplete=True)
     return _checked(folder, content)
 
 
 def check_files(folder: Path, manifest: dict[str, Any], disk: Disk) -> None:
-    """Compare every file with its entry, sizes first, for they cost nothing. Raises InvalidCheckpoint, and OSError for a file
-    that cannot be read."""
+    """Compare every file with the manifest: all sizes first, which is cheap, then the hashes. Raises InvalidCheckpoint, and
+    OSError for a file that cannot be read."""
     files = manifest["files"]
     for name, expected in files.items():
         if not (folder / name).is_file():
@@ -67,7 +67,7 @@ def check_files(folder: Path, manifest: dict[str, Any], disk: Disk) -> None:
 
 
 def right_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether all files are there in the sizes of the manifest; reads none of them."""
+    """Whether all files exist with the sizes of the manifest; does not read them."""
     files = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
@@ -84,9 +84,9 @@ def _checked(folder: Path, content: bytes) -> dict[str, Any]:
     numbers = all(type(value.get(name)) is int and value[name] >= 0 for name in _NUMBERS)
     texts = all(isinstance(value.get(name), str) for name in _TEXTS)
     if not (numbers and texts and isinstance(value.get("files"), dict) and value["files"]):
-        raise InvalidCheckpoint("the manifest lacks what a checkpoint's has to say", corrupt=True)
+        raise InvalidCheckpoint("the manifest lacks required fields", corrupt=True)
     if f"step-{value['step']}" != folder.name:
-        raise InvalidCheckpoint(f"the manifest is that of step {value['step']}", corrupt=True)
+        raise InvalidCheckpoint(f"the manifest is for step {value['step']}", corrupt=True)
     for name, entry in value["files"].items():
         _check_entry(name, entry)
     return dict(value)
@@ -95,7 +95,7 @@ def _checked(folder: Path, content: bytes) -> dict[str, Any]:
 def _check_entry(name: str, entry: Any) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST) or "\0" in name:
-        raise InvalidCheckpoint(f"the manifest names {name!r}, which is no file of the checkpoint", corrupt=True)
+        raise InvalidCheckpoint(f"the manifest names {name!r}, which is not a file of the checkpoint", corrupt=True)
     size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or size < 0 or not isinstance(sha256, str) or not _HASH.fullmatch(sha256):
         raise InvalidCheckpoint(f"the manifest has no size and SHA-256 for {name}", corrupt=True)

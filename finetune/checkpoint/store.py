@@ -1,13 +1,13 @@
-"""Checkpoints that count only when they are whole: put, verify, newest valid, prune, clean.
+"""Checkpoints that are valid only when complete: put, verify, newest valid, prune, clean.
 
-A checkpoint `step-N` of a store is a folder with what a save wrote and a manifest: name, size and SHA-256 of every file,
-sealed with a SHA-256 of itself. The manifest is written last and deleted first, so a folder without a whole one is what a
-cut-off save or deletion left behind. The store may be a mounted bucket: nothing here needs a rename or an append to be atomic,
-or an fsync to be honoured. Where it is not, a power cut can spoil the newest checkpoint even after its commit, which is why
-keep_last should be 2 or more.
+A checkpoint is a folder `step-N` with the files of a save and a manifest: name, size and SHA-256 of every file, sealed with a
+SHA-256 of itself. The manifest is written last and deleted first, so a folder without a complete one was left by an interrupted
+save or deletion. The store may be a mounted bucket: nothing here needs an atomic rename or append, or an fsync that is honoured.
+Where fsync is not honoured, a power cut can corrupt the newest checkpoint even after its commit; keep_last should therefore be
+2 or more.
 
-One process writes to a store at a time. Two that save the same step spoil it for each other: a mixture of both never verifies, so
-that step may be lost, and the ones before it stay.
+Only one process may write to a store at a time. If two save the same step, a mixture of both never verifies: that step may be
+lost, and earlier checkpoints stay.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.EN
 
 @dataclass(frozen=True)
 class Skipped:
-    """A checkpoint that was passed over, and why.
+    """A checkpoint that was skipped, and why.
 
-    corrupt: its bytes were read and are wrong. unreadable: they cannot be read now. Otherwise it was never finished, or is of
-    another run.
+    corrupt: its content was read and is wrong. unreadable: it cannot be read now. Neither: it is incomplete or of another run.
     """
 
     folder: Path
@@ -55,9 +54,9 @@ class Skipped:
 
 
 class CheckpointStore:
-    """The checkpoints of one run in the folder `root`, which the first `put` makes; its parent has to be there.
+    """The checkpoints of one run in the folder `root`, which the first `put` creates; its parent must exist.
 
-    keep_last, keep_every: the newest so many checkpoints stay, and of the older ones every so many-th.
+    keep_last: number of newest checkpoints to keep. keep_every: of the older ones, every keep_every-th is kept too.
     """
 
     def __init__(
@@ -69,16 +68,16 @@ class CheckpointStore:
         self._corrupt: set[Path] = set()
 
     def put(self, source: Path, *, step: int, config_hash: str, data_hash: str, attempt: int) -> Path:
-        """Make the files under `source` the checkpoint of a step: copy, read back, then write the manifest; returns its folder.
+        """Commit the files under `source` as the checkpoint of a step: copy, read back, write the manifest; returns its folder.
 
-        A valid checkpoint of that step of this run is left as it is, anything less is replaced. Raises UserError for a fault of
-        the store or the source, and where something that is not this run's is in the way; a half copy is taken away again.
+        A valid checkpoint of this run for that step is left unchanged; an invalid one is replaced. Raises UserError for a fault
+        of the store or the source, and where step-N exists and is not of this run; a partial copy is deleted.
         """
         target = step_folder(self.root, step)
         begun = False
         try:
             self._open_root()
-            if self._stands(target):
+            if self._already_valid(target):
                 return target
             begun = True
             number = 1 + max((m["number"] for m in self._manifests().values() if m["step"] < step), default=0)
@@ -93,15 +92,15 @@ class CheckpointStore:
                 self._discard(target)
             if isinstance(error, UserError):
                 raise
-            raise self._told(error, source) from error
+            raise self._user_error(error, source) from error
         fault_injection.place("committed")
         self._corrupt.discard(target)
         return target
 
     def latest_valid(self) -> tuple[Path | None, list[Skipped]]:
-        """The newest checkpoint of this run whose every byte verifies, and what was passed over on the way to it, newest first.
+        """The newest checkpoint of this run of which all files verify, and the newer ones that were skipped, newest first.
 
-        Raises UserError when the store itself cannot be read: its checkpoints may all be there.
+        Raises UserError when the store itself cannot be read: its checkpoints may still exist.
         """
         skipped: list[Skipped] = []
         try:
@@ -112,30 +111,30 @@ class CheckpointStore:
                 unreadable = not (invalid.corrupt or invalid.incomplete or invalid.wrong_run)
                 skipped.append(Skipped(folder, str(invalid), invalid.corrupt, unreadable))
         except OSError as error:
-            raise self._told(error) from error
+            raise self._user_error(error) from error
         finally:
             self._corrupt |= {item.folder for item in skipped if item.corrupt}
         return None, skipped
 
     def prune(self) -> list[Path]:
-        """Delete the checkpoints that need not be kept, each one's manifest first; returns their folders, newest first.
+        """Delete the checkpoints that need not be kept, each manifest first; returns their folders, newest first.
 
-        Only checkpoints of this run count, and are deleted, that have all their files in the right sizes and that `latest_valid`
-        has not found corrupt. Raises UserError when the store refuses.
+        Counts and deletes only checkpoints of this run whose files all have the right sizes and which `latest_valid` has not
+        found corrupt. Raises UserError when the store refuses.
         """
         try:
             whole = [(f, m) for f, m in self._manifests().items() if f not in self._corrupt and right_sizes(f, m)]
-            goes = [f for f, m in whole[self.keep_last :] if not self.keep_every or m["number"] % self.keep_every]
-            for folder in goes:
+            expired = [f for f, m in whole[self.keep_last :] if not self.keep_every or m["number"] % self.keep_every]
+            for folder in expired:
                 self._remove(folder)
         except OSError as error:
-            raise self._told(error) from error
-        return goes
+            raise self._user_error(error) from error
+        return expired
 
     def quarantine(self, skipped: Skipped) -> Path | None:
-        """Rename a corrupt checkpoint to damaged-step-N, where it neither counts nor stands in the way; returns where it is now.
+        """Rename a corrupt checkpoint to damaged-step-N, which the store ignores from then on; returns its new path.
 
-        None: it stayed (not corrupt), or was deleted because the store cannot rename folders, as a bucket may not.
+        None: it was left in place (not corrupt), or deleted because the store cannot rename folders, such as some buckets.
         """
         if not skipped.corrupt:
             return None
@@ -148,11 +147,11 @@ class CheckpointStore:
                 self._remove(skipped.folder)
                 return None
         except OSError as error:
-            raise self._told(error) from error
+            raise self._user_error(error) from error
         return quarantined
 
     def clean(self) -> list[Path]:
-        """Delete the folders that saves and deletions left when they were cut off: those without a whole manifest."""
+        """Delete the folders that interrupted saves and deletions left: those without a complete manifest."""
         try:
             left = [
                 f for f in newest_first(self.root) if (invalid := self._invalid(f, deep=False)) and invalid.incomplete
@@ -160,18 +159,18 @@ class CheckpointStore:
             for folder in left:
                 self._remove(folder)
         except OSError as error:
-            raise self._told(error) from error
+            raise self._user_error(error) from error
         return left
 
     def _open_root(self) -> None:
-        """A root that was there and is not any more may be a bucket that lost its mount: never make it anew on the local disk."""
+        """A root that has disappeared may be a bucket that lost its mount: never recreate it on the local disk."""
         if not self._seen:
             self._disk.make_folder(self.root)
         self.root.stat()
         self._seen = True
 
-    def _stands(self, target: Path) -> bool:
-        """Whether a valid checkpoint is at `target` already; removes one that is less. UserError: it is not this run's."""
+    def _already_valid(self, target: Path) -> bool:
+        """Whether a valid checkpoint exists at `target`; removes an invalid one. Raises UserError if it is not of this run."""
         if not os.path.lexists(target):
             return False
         invalid = self._invalid(target)
@@ -184,7 +183,7 @@ class CheckpointStore:
         return invalid is None
 
     def _invalid(self, folder: Path, deep: bool = True) -> InvalidCheckpoint | None:
-        """What keeps a folder from being a valid checkpoint of this run. deep: reads every file once, not the manifest alone."""
+        """Why a folder is not a valid checkpoint of this run; None if it is one. deep: also read and hash every file."""
         try:
             manifest = manifest_of(folder)
             if manifest["run_id"] != self.run_id:
@@ -198,7 +197,7 @@ class CheckpointStore:
         return None
 
     def _manifests(self) -> dict[Path, dict[str, Any]]:
-        """The whole manifests of this run, newest first."""
+        """The valid manifests of this run, newest first."""
         found = {}
         for folder in newest_first(self.root):
             try:
@@ -208,12 +207,13 @@ class CheckpointStore:
         return {folder: manifest for folder, manifest in found.items() if manifest["run_id"] == self.run_id}
 
     def _copy(self, source: Path, target: Path) -> dict[str, dict[str, Any]]:
-        """Copy all files but a manifest and read them back; returns the manifest's entries."""
+        """Copy all files except a manifest and read them back; returns the file entries of the manifest."""
         names = [str(p.relative_to(source)) for p in sorted(source.rglob("*")) if p.is_file()]
         names = [name for name in names if name != MANIFEST]
         if not names:
             raise UserError(
-                f"{source}: nothing to save there; the staged save is empty or gone", code="checkpoint.snapshot_missing"
+                f"{source}: nothing to save; the staged save is empty or has been deleted",
+                code="checkpoint.snapshot_missing",
             )
         folders = sorted({parent for name in names for parent in (target / name).parents if target in parent.parents})
         for folder in [target, *folders]:
@@ -225,13 +225,13 @@ class CheckpointStore:
             fault_injection.place("verify")
             if self._disk.hash_file(target / name) != (size, sha256):
                 raise UserError(
-                    f"{target / name}: other bytes came back than were written; the disk or bucket is at fault",
+                    f"{target / name}: the bytes read back differ from those written; the disk or bucket is at fault",
                     code="checkpoint.write_corrupted",
                 )
         return {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in written.items()}
 
     def _remove(self, folder: Path) -> None:
-        """Delete a folder, its manifest first of all. One that is not there is no fault."""
+        """Delete a folder, its manifest first. It need not exist."""
         if folder.is_symlink() or folder.is_file():
             self._disk.remove_file(folder)
         if not folder.is_dir():
@@ -246,20 +246,20 @@ class CheckpointStore:
             self._disk.remove_empty_folder(Path(where))
 
     def _discard(self, target: Path) -> None:
-        """Free the room that a failed copy took; where that fails too, `clean` finds it."""
+        """Free the space of a failed copy; if that fails too, `clean` will delete it."""
         try:
             self._remove(target)
         except OSError:
             pass
 
-    def _told(self, error: OSError, source: Path | None = None) -> UserError:
+    def _user_error(self, error: OSError, source: Path | None = None) -> UserError:
         if source is not None and str(error.filename or "").startswith(str(source)):
             return UserError(
                 f"{source}: the staged save cannot be read ({error.strerror})", code="checkpoint.snapshot_unreadable"
             )
         if error.errno in _VANISHED:
             return UserError(
-                f"{self.root}: the store has vanished ({error.strerror}); is its bucket or disk still mounted?",
+                f"{self.root}: the store has disappeared ({error.strerror}); is its bucket or disk still mounted?",
                 code="checkpoint.store_vanished",
             )
         return disk_error(error, self.root)
@@ -270,14 +270,14 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def newest_first(root: Path) -> Iterator[Path]:
-    """The folders step-N under root, whole or not, the highest N first; links to folders are none of them."""
+    """The folders step-N under root, complete or not, the highest N first; links to folders are left out."""
     return (entry for entry in _entries(root) if entry.is_dir() and not entry.is_symlink())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """step, number, run_id, attempt, config_hash, data_hash, saved_at (UTC), files {name: {bytes, sha256}} of a checkpoint.
 
-    saved_at is for people; no decision rests on a clock. Raises UserError when there is no whole manifest.
+    saved_at is for people; no decision depends on a clock. Raises UserError when there is no valid manifest.
     """
     try:
         return manifest_of(folder)
@@ -288,7 +288,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def fault(folder: Path) -> str | None:
-    """What keeps a folder from being a checkpoint of some run, None if it is one. Reads every file once."""
+    """Why a folder is not a valid checkpoint of any run; None if it is one. Reads every file."""
     try:
         check_files(folder, manifest_of(folder), DISK)
     except InvalidCheckpoint as invalid:
@@ -299,7 +299,7 @@ def fault(folder: Path) -> str | None:
 
 
 def _entries(root: Path) -> list[Path]:
-    """What is called step-N under root, the highest N first."""
+    """Files and folders called step-N under root, the highest N first."""
     try:
         found = [(int(match[1]), entry) for entry in root.iterdir() if (match := _NAME.fullmatch(entry.name))]
     except FileNotFoundError:

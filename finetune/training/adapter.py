@@ -1,4 +1,4 @@
-"""The adapter in a run's folder: from the model, or from a checkpoint."""
+"""Writes the adapter into a run's folder: from the model, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from finetune.training.record import RunRecorder
 from finetune.training.setup import Parts
 
 TEMPORARY_ADAPTER, TEMPORARY_COPY = ".adapter.tmp", ".adapter-of-checkpoint.tmp"
-OF_ADAPTER = ("adapter_*", "README.md", "tokenizer*", "special_tokens_map.json", "chat_template*", "prompt.json")
-"""What of a checkpoint makes an adapter folder, which is complete in itself."""
+ADAPTER_FILES = ("adapter_*", "README.md", "tokenizer*", "special_tokens_map.json", "chat_template*", "prompt.json")
+"""The files of a checkpoint that make up a self-contained adapter folder."""
 
 
 def save_adapter(run: RunFolder, model: torch.nn.Module, parts: Parts, template: PromptTemplate) -> None:
-    """Adapter, tokenizer and prompt template in one folder, which appears whole: it is saved under another name first."""
+    """Save adapter, tokenizer and prompt template in one folder, under a temporary name that is then renamed."""
     temporary = _fresh(run)
     model.save_pretrained(str(temporary))  # type: ignore[operator]
     parts.tokenizer.save_pretrained(str(temporary))
@@ -29,17 +29,17 @@ def save_adapter(run: RunFolder, model: torch.nn.Module, parts: Parts, template:
 
 
 def adapter_from(run: RunFolder, checkpoint: Path) -> None:
-    """The adapter folder from a checkpoint, without loading the model."""
+    """Make the adapter folder from a checkpoint, without loading the model."""
     temporary = _fresh(run, TEMPORARY_COPY)
     temporary.mkdir()
-    for pattern in OF_ADAPTER:
+    for pattern in ADAPTER_FILES:
         for path in checkpoint.glob(pattern):
             shutil.copyfile(path, temporary / path.name)
     _into_place(run, temporary)
 
 
 def adapter_is_of(run: RunFolder, recorder: RunRecorder, step: int) -> bool:
-    """Whether the run's adapter is that of this step. It is not where the budget has ended a run that hung."""
+    """Whether the run's adapter is of this step. It may be older when the budget ended a run that hung."""
     return run.adapter.is_dir() and recorder.record.adapter_step in (None, step)
 
 
@@ -51,7 +51,7 @@ def _fresh(run: RunFolder, name: str = TEMPORARY_ADAPTER) -> Path:
 
 def _into_place(run: RunFolder, temporary: Path) -> None:
     fault_injection.place("adapter")
-    if run.adapter.exists():  # of an attempt that stopped at its budget
+    if run.adapter.exists():  # from an attempt that stopped at its budget
         shutil.rmtree(run.adapter)
     os.replace(temporary, run.adapter)
 

@@ -1,4 +1,4 @@
-"""Our keys, which keep the guide's names, become those of TRL and transformers."""
+"""Translates our config keys, which keep the guide's names, into those of TRL and transformers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from finetune.training.step.plan import StepPlan
 from finetune.training.trl_without_wandb import SFTConfig
 
 CPU_PADDING = 16
-"""Batches on a CPU are padded to multiples of this many tokens. With every length a shape of its own, oneDNN's kernels were
-compiled anew and the heap fell apart: 412 tokens/s at the start of a run were 252 at its end (docs/log.md)."""
+"""Batches on a CPU are padded to multiples of this many tokens. Without it, every new length made oneDNN compile kernels again
+and fragmented the heap: throughput fell from 412 tokens/s at the start of a run to 252 at its end (docs/log.md)."""
 
 
 def trainer_arguments(
@@ -25,7 +25,7 @@ def trainer_arguments(
     run_name: str,
     validates: bool,
 ) -> SFTConfig:
-    """The one place where our keys, which keep the guide's names, become the libraries' own."""
+    """The only place where our config keys are translated into the libraries' arguments."""
     on_gpu = device.place.type == "cuda"
     arguments = SFTConfig(
         output_dir=str(checkpoints),
@@ -37,7 +37,7 @@ def trainer_arguments(
         per_device_eval_batch_size=training.per_device_eval_batch_size,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_ratio,  # a number below 1 is a share of all steps
+        warmup_steps=training.warmup_ratio,  # a number below 1 is a fraction of all steps
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optim,
@@ -45,16 +45,16 @@ def trainer_arguments(
         gradient_checkpointing_kwargs={"use_reentrant": False} if plan.checkpointing else None,
         logging_steps=training.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is not finite must be seen
+        logging_nan_inf_filter=False,  # a loss that is not finite must be logged
         eval_strategy="steps" if validates else "no",
         eval_steps=training.eval_steps or None,
-        save_strategy="no",  # `save_policy.EndOfStep` says when
+        save_strategy="no",  # `save_policy.EndOfStep` decides when
         bf16=on_gpu and device.dtype == torch.bfloat16,
         fp16=on_gpu and device.dtype == torch.float16,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        report_to=[],  # `tracking.trackers` come as callbacks
-        max_length=None,  # `tokenise` has left out what is too long
+        report_to=[],  # `tracking.trackers` are added as callbacks
+        max_length=None,  # `tokenise` has dropped examples that are too long
         pad_to_multiple_of=8 if on_gpu else CPU_PADDING,
         include_num_input_tokens_seen="non_padding",
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -64,6 +64,6 @@ def trainer_arguments(
 
 
 def one_gpu_a_process(arguments: SFTConfig) -> SFTConfig:
-    """transformers would spread a process over all GPUs that it sees (nn.DataParallel, which TRL refuses); ours keeps to one."""
+    """transformers would use all visible GPUs in one process (nn.DataParallel, which TRL refuses); limit it to one."""
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

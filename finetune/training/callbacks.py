@@ -1,6 +1,6 @@
-"""What happens around the training steps: speed is measured, the run record is kept up to date, and a bar shows the time left.
+"""Callbacks around the training steps: throughput, the history in the run record, and the progress bar.
 
-When a run saves and stops is decided in `save_policy`, what is saved in `snapshot`."""
+`save_policy` decides when a run saves and stops, `staging` what is saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HISTORY_KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss")
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Does something once all is in place and before the first step."""
+    """Runs actions once training is set up, before the first step."""
 
     def __init__(self, *actions: Callable[[], None]) -> None:
         self._actions = actions
@@ -30,7 +30,7 @@ class BeforeFirstStep(TrainerCallback):
 class Throughput(TrainerCallback):
     """Real tokens (prompt and answer, no padding) per second of training steps; evaluation and saving do not count.
 
-    The first step of an attempt is left out: it pays for allocations and kernel loading.
+    The first step of an attempt is left out because it includes allocations and kernel loading.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Throughput(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if torch.cuda.is_available() and (control.should_log or control.should_evaluate or control.should_save):
-            torch.cuda.synchronize()  # else the work still queued would be booked to whatever comes next
+            torch.cuda.synchronize()  # otherwise queued work would be attributed to what follows the step
         seconds = time.perf_counter() - self._begun
         tokens = float(state.num_input_tokens_seen) - self._tokens_at_begin
         if self._first:
@@ -61,22 +61,22 @@ class Throughput(TrainerCallback):
         self._interval = (self._interval[0] + seconds, self._interval[1] + tokens)
 
     def wall_seconds(self) -> float:
-        """Of this attempt, since its first step began, whatever they were spent on."""
+        """Wall time since the first step of this attempt began, including evaluation and saving."""
         return time.perf_counter() - self._first_began if self._first_began else 0.0
 
     def per_second(self) -> float | None:
-        """Over the whole attempt; None before the second step has ended."""
+        """Mean tokens per second of the whole attempt; None before the second step has ended."""
         return self.tokens / self.seconds if self.seconds else None
 
     def take_interval(self) -> float | None:
-        """Since the last call."""
+        """Mean tokens per second since the last call."""
         seconds, tokens = self._interval
         self._interval = (0.0, 0.0)
         return tokens / seconds if seconds else None
 
 
 class History(TrainerCallback):
-    """One row per log of loss or validation loss, handed to `write` so that the run record is never far behind."""
+    """One row per log of loss or validation loss, passed to `write` so that the run record stays up to date."""
 
     def __init__(self, write: Callable[[list[dict[str, Any]]], None]) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -108,18 +108,18 @@ def _history_row(entry: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _finite(value: Any) -> float | None:
-    """JSON has no NaN: a number that is none becomes null."""
+    """JSON has no NaN: a value that is not finite becomes null."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 class ProgressBar(TrainerCallback):
     """One line with steps, time left, loss and tokens per second.
 
-    Use as a context manager around training: it ends the line, however training ends.
+    Use as a context manager around training, so that the line is always terminated.
     """
 
     def __init__(self, history: History, more: Callable[[], str] = str) -> None:
-        """more: what else is to be said behind loss and speed, such as the money."""
+        """more: text to show after loss and speed, such as the cost."""
         self._history, self._more = history, more
         self._bar: tqdm[Any] | None = None
 

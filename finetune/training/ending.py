@@ -1,4 +1,4 @@
-"""How an attempt ends: with an adapter, with a checkpoint to go on from, or with one line about what went wrong."""
+"""How an attempt ends: with an adapter, with a checkpoint to resume from, or with a one-line error."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from finetune.training.record import RunRecorder
 from finetune.training.session import Session
 
 HARD_STOP_SECONDS = 1.5
-"""For run.json and the adapter where the budget ends a run that hangs, of the meter's HARD_SECONDS before the ceiling."""
+"""Time to write run.json and the adapter when the budget ends a hanging run; part of the meter's HARD_SECONDS."""
 CLEAN_UP_SECONDS = 10.0
-"""For the same where another process has failed; less than the others wait for the first (runtime/distributed.py)."""
+"""The same when another process has failed; shorter than the other ranks wait for rank 0 (runtime/distributed.py)."""
 
 
 def refused(session: Session, refusal: str, before: str | None) -> int:
-    """The budget does not pay for another save. What an earlier attempt has learned becomes the adapter, and the run has stopped
-    at its budget. Raises UserError where somebody wants more of it all the same, and where nothing was learned yet.
+    """End an attempt whose budget does not reach the next save: the newest checkpoint becomes the adapter, and the run ends as
+    stopped at its budget. Raises UserError if the run has already ended so, and if there is no checkpoint yet.
 
-    before: the status that the attempt before this one has left.
+    before: the status of the run after the previous attempt.
     """
     step = session.resumed_step
     if step is None or (
         before == "budget_stop" and distributed.run_on_rank0(lambda: adapter_is_of(session.run, session.recorder, step))
     ):
         if not _remove_not_started(session) and before != "budget_stop" and distributed.is_rank0():
-            session.spending.book("failed")
+            session.budget.book("failed")
             session.recorder.close("failed")
         raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})", code="budget.exhausted")
     say(refusal)
     if distributed.is_rank0():
-        session.spending.book("budget_stop")
+        session.budget.book("budget_stop")
         assert session.resume_from
         adapter_from(session.run, session.resume_from)
         session.recorder.stopped("budget", refusal, 0.0)
@@ -52,7 +52,7 @@ def refused(session: Session, refusal: str, before: str | None) -> int:
 
 
 def close(session: Session, status: str, step: int) -> int:
-    session.spending.end(status)
+    session.budget.end(status)
     session.recorder.close(status, adapter_step=None if status == "interrupted" else step)
     tell_end(session.run, status, step)
     return EXIT_TRANSIENT if status == "interrupted" else EXIT_OK
@@ -60,7 +60,7 @@ def close(session: Session, status: str, step: int) -> int:
 
 @contextmanager
 def failures_recorded(session: Session) -> Iterator[None]:
-    """Around the work of an attempt: where it fails, run.json says so. A fault that can be foreseen becomes a UserError."""
+    """Wraps the work of an attempt: a failure is recorded in run.json, and a foreseeable one becomes a UserError."""
     try:
         yield
     except BaseException as error:
@@ -72,7 +72,7 @@ def failures_recorded(session: Session) -> Iterator[None]:
 
 
 def close_failed(session: Session, error: BaseException) -> None:
-    """Leave a run folder that says how the run ended, without half an adapter; none at all if the run never began."""
+    """Record how the run ended and delete a partial adapter; delete the whole run folder if the run never began."""
     if not distributed.is_rank0():
         return
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -80,21 +80,21 @@ def close_failed(session: Session, error: BaseException) -> None:
         if _remove_not_started(session):
             return
         remove_partial_files(session.run)
-        session.spending.end(status)
+        session.budget.end(status)
         session.recorder.close(status)
-    except (OSError, UserError) as another:  # the fault that brought us here is the one to report
+    except (OSError, UserError) as another:  # the original error is the one to report
         say(str(another))
 
 
 def clean_up(session: Session) -> None:
-    """`close_failed` for a thread that is about to end the process, because another one has failed."""
+    """`close_failed` for a thread that is about to end this process because another process has failed."""
     _within(CLEAN_UP_SECONDS, lambda: close_failed(session, RuntimeError()))
 
 
 def stop_hanging(run: RunFolder, recorder: RunRecorder) -> None:
-    """The process is about to be ended at its ceiling, by a thread: the run becomes what its newest checkpoint has.
+    """Called by a thread that is about to end a hanging process at its ceiling: the run ends at its newest checkpoint.
 
-    What hangs may be the run's folder, and a thread that writes there keeps the record's lock: neither is waited for.
+    The run's folder itself may hang, and a thread that writes there holds the record's lock: neither is waited for.
     """
     recorded = threading.Event()
 
@@ -105,40 +105,43 @@ def stop_hanging(run: RunFolder, recorder: RunRecorder) -> None:
             if recorder.newest:
                 adapter_from(run, recorder.newest)
                 recorder.close("budget_stop", adapter_step=int(read_manifest(recorder.newest)["step"]))
-        except Exception as error:  # whatever it is, the process ends
+        except Exception as error:  # any error: the process ends all the same
             what = run.adapter if recorded.is_set() else run.run_json
-            say(f"{what}: not written ({first_line(error)}); `finetune train --resume {run.path}` does it")
+            say(f"{what}: not written ({first_line(error)}); `finetune train --resume {run.path}` will write it")
             recorded.set()
 
     _within(HARD_STOP_SECONDS, end)
     if not recorded.is_set():
-        say(f"{run.run_json}: not written, its folder does not answer; `finetune train --resume {run.path}` does it")
+        say(
+            f"{run.run_json}: not written, its folder does not respond; `finetune train --resume {run.path}` will write it"
+        )
 
 
 def _within(seconds: float, action: Callable[[], None]) -> None:
-    """Do something, and do not wait for it any longer than that."""
+    """Run the action in a thread and wait for it at most this long."""
     thread = threading.Thread(target=action, name="ending", daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def _remove_not_started(session: Session) -> bool:
-    """A new run for which nothing was loaded yet leaves no folder behind; returns whether this is one."""
+    """Delete the folder of a new run for which nothing was loaded yet; returns whether this is such a run."""
     not_started = session.record.attempts == 1 and session.record.hardware is None
     if not_started and distributed.is_rank0():
         shutil.rmtree(session.run.path, ignore_errors=True)
         with suppress(OSError):
-            session.run.path.parent.rmdir()  # unless there is something else in it
+            session.run.path.parent.rmdir()  # only if it is empty
     return not_started
 
 
 def foreseeable(error: BaseException, folder: Path) -> UserError | None:
-    """The message for a full disk, which safetensors and torch report by other errors than OSError, and a full GPU."""
+    """The UserError for a full disk, which safetensors and torch do not report as OSError, or for a full GPU; else None."""
     if isinstance(error, OSError):
         return disk_error(error, folder)
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
-            "out of GPU memory, not in a step's passes, which begin again in smaller pieces, but in validation or beside them: "
+            "out of GPU memory outside a step's forward and backward passes, for example in validation, where no smaller "
+            "micro-batch is tried: "
             "lower training.per_device_eval_batch_size, set training.max_memory_gib below what the GPU has, or lower "
             "model.max_seq_length",
             code="gpu.out_of_memory",
@@ -157,6 +160,6 @@ def tell_end(run: RunFolder, status: str, step: int) -> None:
         {
             "done": f"{run.path}: done; the adapter is in {run.adapter}",
             "budget_stop": f"{run.path}: the budget is used up; the adapter of step {step} is in {run.adapter}",
-            "interrupted": f"{run.path}: interrupted, a checkpoint is saved; go on with `finetune train --resume {run.path}`",
+            "interrupted": f"{run.path}: interrupted, a checkpoint is saved; continue with `finetune train --resume {run.path}`",
         }[status]
     )

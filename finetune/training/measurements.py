@@ -1,4 +1,4 @@
-"""What run.json says of an attempt: its machine, its model, its steps, its memory, and how far it is."""
+"""What run.json records about an attempt: its machine, model, steps, memory and progress."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def describe_model(config: RunConfig, model: torch.nn.Module) -> ModelRecord:
 
 
 def describe_step(plan: StepPlan, stepper: Stepper | None = None) -> StepRecord:
-    """How an optimizer step is computed: as planned, and where memory did not suffice as the stepper has it now."""
+    """How an optimizer step is computed: as planned, or as the stepper's OOM fallback has changed it."""
     limits = stepper.limits if stepper else plan.limits
     return StepRecord(
         backend=plan.backend,
@@ -71,9 +71,9 @@ def describe_step(plan: StepPlan, stepper: Stepper | None = None) -> StepRecord:
 
 
 def describe_memory(plan: StepPlan) -> MemoryRecord | None:
-    """GiB of the GPU of rank 0 at the peak of this attempt, estimated before it and measured in it; None on a CPU.
+    """Peak memory of this attempt on the GPU of rank 0, in GiB: estimated beforehand and measured; None on a CPU.
 
-    What torch's allocator gave out and what it held; CUDA's own share is in neither.
+    Memory that torch's allocator handed out (peak) and held (reserved); the CUDA context is in neither.
     """
     if not torch.cuda.is_available():
         return None
@@ -93,7 +93,7 @@ def _gib(size: int) -> float:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: what of its record has to agree with its newest checkpoint."""
+    """The progress of a run: the part of its record that must agree with its newest checkpoint."""
 
     history: Sequence[Row]
     steps: StepCount
@@ -107,7 +107,7 @@ class Progress:
 
 
 def progress_of(state: TrainerState) -> Progress:
-    """As a trainer's state, or that of a checkpoint, has it."""
+    """The progress in a trainer's state, of a running trainer or from a checkpoint."""
     history = history_rows(state.log_history)
     losses = [row["loss"] for row in history if "loss" in row]
     validation = [row["eval_loss"] for row in history if "eval_loss" in row]
@@ -126,19 +126,19 @@ def progress_of(state: TrainerState) -> Progress:
 
 
 def progress_at(checkpoint: Path) -> Progress:
-    """Raises UserError where the checkpoint does not say it."""
+    """The progress saved in a checkpoint. Raises UserError if its trainer state cannot be read."""
     file = checkpoint / TRAINER_STATE_NAME
     try:
         return progress_of(TrainerState.load_from_json(str(file)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(
-            f"{file}: how far the run is cannot be read ({why})", code="checkpoint.unreadable_state"
+            f"{file}: cannot read the progress of the run ({why})", code="checkpoint.unreadable_state"
         ) from error
 
 
 def peak_memory() -> PeakMemory:
-    """GiB, measured: what torch reserved on this GPU, or the resident peak of this process."""
+    """Measured, in GiB: what torch reserved on this GPU, or without one the resident peak of this process."""
     if torch.cuda.is_available():
         return PeakMemory(round(torch.cuda.max_memory_reserved() / GIB, 3), "cuda reserved")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -147,5 +147,5 @@ def peak_memory() -> PeakMemory:
 
 
 def higher(peak: PeakMemory, earlier: PeakMemory | None) -> PeakMemory:
-    """The peak over all attempts, as far as they measured the same thing."""
+    """The higher of two peaks if they are of the same kind, else the new one."""
     return earlier if earlier and earlier.kind == peak.kind and earlier.value > peak.value else peak

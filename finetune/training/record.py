@@ -1,4 +1,4 @@
-"""run.json: what a run was made of, how far it is, and what it measured. Written at the start, at every log, at the end."""
+"""run.json: a run's inputs, progress and measurements. Written at the start, at every log and at the end."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from finetune.training.step.runner import Stepper
 def new_record(
     run: RunFolder, config: RunConfig, config_file: Path, data: Prepared, template: PromptTemplate
 ) -> RunRecord:
-    """The record of a run that begins: everything that is known before the first step."""
+    """The record of a new run: everything known before the first step."""
     record = RunRecord()
     record.status = "running"
     record.run_id, record.run_name = uuid.uuid4().hex, run.path.name
@@ -68,26 +68,26 @@ def new_record(
 class RunRecorder:
     """Keeps a run's record and its file up to date during one attempt, which began at `began` (time.monotonic()).
 
-    While the attempt trains the record is as far as the last logged step. Once it has ended, however that was, it is as far as
-    the newest checkpoint: what was trained after that is lost. So it is at the start of an attempt, too, where the one before it
-    was killed. Of several ranks only the first writes the file.
+    While the attempt trains, the record is at the last logged step. However the attempt ends, the record then goes back to the
+    newest checkpoint, because later steps are lost; it does the same at the start of an attempt, in case the previous one was
+    killed. Only rank 0 writes the file.
 
-    Whoever writes holds the lock until the file is written, which a bucket that hangs may put off for ever: a thread that has to
-    end the process must not wait for these methods without a limit.
+    A writer holds the lock until the file is written, which may take forever on a hanging bucket: a thread that has to end the
+    process must not wait for these methods without a timeout.
     """
 
-    def __init__(self, run: RunFolder, record: RunRecord, spending: RunBudget, began: float) -> None:
+    def __init__(self, run: RunFolder, record: RunRecord, budget: RunBudget, began: float) -> None:
         self.record = record
         self.newest: Path | None = None
-        self._run, self._spending = run, spending
+        self._run, self._budget = run, budget
         self._seconds_before = record.wall_seconds or 0.0  # of earlier attempts
         self._began = began
         self._reason: str | None = None
-        self._lock = threading.RLock()  # the threads of the writer and of the meter write, too
-        self._saved: Progress | None = None  # at the newest checkpoint, once that was read
+        self._lock = threading.RLock()  # the threads of the checkpoint writer and of the meter write too
+        self._saved: Progress | None = None  # at the newest checkpoint, once it has been read
 
-    def go_on_from(self, checkpoint: Path | None) -> None:
-        """The newest checkpoint, from which this attempt goes on. Raises UserError where it cannot be read."""
+    def resume_from(self, checkpoint: Path | None) -> None:
+        """Set the checkpoint that this attempt resumes from, the newest one. Raises UserError if it cannot be read."""
         with self._lock:
             self.newest = checkpoint
             if checkpoint and distributed.is_rank0():
@@ -101,7 +101,7 @@ class RunRecorder:
         self._write(change)
 
     def loaded(self, inputs: Inputs, parts: Parts) -> None:
-        """The data, the machine and the model, which may be other ones after a resume."""
+        """Record the data, the machine and the model, which may differ after a resume."""
         data = copy(self.record.data) or DataRecord()
         data.path, data.used = inputs.config.data.output_dir, {"train": len(parts.train), "val": len(parts.validation)}
         hardware, model = describe_hardware(inputs.device), describe_model(inputs.config, parts.model)
@@ -120,7 +120,7 @@ class RunRecorder:
     def progress(
         self, state: TrainerState, throughput: Throughput, plan: StepPlan, stepper: Stepper, saves: Saves
     ) -> None:
-        """Write steps, tokens, speed, memory and losses as the trainer's state and its stepper have them."""
+        """Record steps, tokens, throughput, memory and losses from the trainer's state and its stepper."""
 
         def change(record: RunRecord) -> None:
             progress_of(state).into(record)
@@ -140,8 +140,8 @@ class RunRecorder:
         self._write(change)
 
     def committed(self, checkpoint: Path) -> None:
-        """There is a newer checkpoint. It may be one that was still being copied when the attempt ended."""
-        progress = _told(checkpoint, "which is tried again when the attempt ends")
+        """Record a new checkpoint. It may be committed after the attempt has ended."""
+        progress = _progress_or_warn(checkpoint, "will retry when the attempt ends")
         with self._lock:
             self.newest, self._saved = checkpoint, progress
             if self._reason:
@@ -149,11 +149,13 @@ class RunRecorder:
                 self._put()
 
     def close(self, status: str, adapter_step: int | None = None) -> None:
-        """The attempt has ended, and nothing but this writes any more. Called again, it adds the step of the adapter."""
+        """End the attempt; later updates are ignored. A second call adds the step of the adapter."""
         with self._lock:
             self._reason = status
             if self.newest and self._saved is None and distributed.is_rank0():
-                self._saved = _told(self.newest, f"{self._run.run_json} stays behind it until the run goes on")
+                self._saved = _progress_or_warn(
+                    self.newest, f"{self._run.run_json} is not up to date until the run resumes"
+                )
             self._go_back_to_saved()
             self.record.status, self.record.ended_at = status, utc_now()
             if adapter_step is not None:
@@ -161,7 +163,7 @@ class RunRecorder:
             self._put()
 
     def _write(self, change: Callable[[RunRecord], None]) -> None:
-        """Change the record, bring time and dollars up to date, write run.json; nothing once the attempt has ended."""
+        """Change the record, update time and cost, write run.json; does nothing once the attempt has ended."""
         with self._lock:
             if self._reason is None:
                 change(self.record)
@@ -169,13 +171,13 @@ class RunRecorder:
 
     def _put(self) -> None:
         self.record.wall_seconds = round(self._seconds_before + time.monotonic() - self._began, 1)
-        update(self.record, self._spending.record(self._reason))
+        update(self.record, self._budget.record(self._reason))
         if distributed.is_rank0():
             self._run.write_record(self.record)
 
     def _go_back_to_saved(self) -> None:
-        """Of the record what has to agree with the newest checkpoint; nothing where that cannot be read, or for a run that has
-        neither checkpoint nor steps."""
+        """Reset progress and saves to the newest checkpoint; does nothing if that cannot be read, or if the run has neither
+        checkpoint nor steps."""
         saved, record = self._saved, self.record
         if saved is None:
             if self.newest or record.steps is None:
@@ -188,10 +190,10 @@ class RunRecorder:
             record.saves.committed_step, record.saves.commit_seconds, record.saves.bytes = step, None, None
 
 
-def _told(checkpoint: Path, otherwise: str) -> Progress | None:
-    """How far the run was at the checkpoint; where it cannot be read that is said in one line, with what follows."""
+def _progress_or_warn(checkpoint: Path, consequence: str) -> Progress | None:
+    """The progress saved in the checkpoint; if it cannot be read, print one line with the consequence and return None."""
     try:
         return progress_at(checkpoint)
     except UserError as error:
-        say(f"{error}; {otherwise}")
+        say(f"{error}; {consequence}")
         return None

@@ -1,4 +1,4 @@
-"""What a resumed run goes on from: which checkpoint, under which config, with what is left of its budget."""
+"""What a run resumes from: which checkpoint, with which config and which ceilings."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from finetune.run_record import RunRecord, StepRecord
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.files import write_text
-from finetune.training.staging import CONFIG, save_what_was_left
+from finetune.training.staging import CONFIG, commit_orphaned_save
 from finetune.training.step.plan import StepPlan
 
-PAUSES = (2.0, 5.0, 0.0)
-"""Seconds before a store that has trouble reading is asked again."""
+RETRY_PAUSES = (2.0, 5.0, 0.0)
+"""Seconds to wait after each attempt to read a store that reports read errors."""
 
 
 def store_of(run: RunFolder, config: RunConfig, record: RunRecord) -> CheckpointStore:
-    """Raises UserError for a run without an id, by which its checkpoints are known."""
+    """Raises UserError for a run without an id, which identifies its checkpoints."""
     return CheckpointStore(
         run.checkpoints,
         run_id=id_of(run, record),
@@ -40,7 +40,7 @@ def store_of(run: RunFolder, config: RunConfig, record: RunRecord) -> Checkpoint
 def id_of(run: RunFolder, record: RunRecord) -> str:
     if record.run_id is None:
         raise UserError(
-            f"{run.run_json}: run_id: missing; the run is too old to go on: start a new one", code="run.bad_record"
+            f"{run.run_json}: run_id: missing; the run is too old to resume: start a new one", code="run.bad_record"
         )
     return record.run_id
 
@@ -55,29 +55,28 @@ def check_unfinished(run: RunFolder, record: RunRecord) -> None:
 
 
 def keep_threads(record: RunRecord, device: torch.device) -> None:
-    """On a processor, compute on as many threads as the run began with: sums are taken in another order on another number, and
-    the run would end with other bytes than without the interruption. Where the run began on more cores than this process may
-    use, it goes on with those, and says so.
+    """On a CPU, use as many threads as the run began with: a different number changes the order of summation, so the result
+    would not be bit-identical to an uninterrupted run. If this process has fewer cores, use those and say so.
 
-    record: run.json; one of before threads were recorded changes nothing.
+    record: run.json; if it has no number of threads (an older version), nothing changes.
     """
     began = record.threads
     if began is None or device.type != "cpu":
         return
     threads = min(began, max(1, usable_cores() // distributed.world_size()))
     if threads < began:
-        say(f"began with {began} threads, and there are cores for {threads}: the numbers may differ in the last digits")
+        say(f"began with {began} threads, and there are cores for {threads}: results may differ in the last digits")
     torch.set_num_threads(threads)
 
 
 def newest_checkpoint(
     run: RunFolder, store: CheckpointStore, config: RunConfig, data: Prepared, backend: str | None
 ) -> Path | None:
-    """The checkpoint to go on from; corrupt ones newer than it are quarantined, incomplete ones removed.
+    """The checkpoint to resume from; newer corrupt ones are quarantined, incomplete ones removed.
 
-    Raises UserError where data or config are no longer those of the checkpoint, as far as they decide what is learned.
+    Raises UserError if data or config differ from those of the checkpoint in a way that affects what is learned.
     """
-    save_what_was_left(store)
+    commit_orphaned_save(store)
     found, passed_over = _latest(store)
     if found:
         check_same(run, found, config, data, backend)
@@ -85,14 +84,14 @@ def newest_checkpoint(
         say(f"passed over {item.folder}: {item.reason}")
         store.quarantine(item)
     store.clean()
-    say(f"resuming from {found}" if found else f"{run.path}: no checkpoint to go on from, starting from the beginning")
+    say(f"resuming from {found}" if found else f"{run.path}: no checkpoint to resume from, starting from the beginning")
     return found
 
 
 def set_ceilings(run: RunFolder, config: RunConfig, ceilings: Mapping[str, float], found: Path | None) -> None:
-    """Put ceilings (keys of the section budget) into the run's config.yaml, as an edit would. config: with them.
+    """Write ceilings (keys of the section budget) into the run's config.yaml, like an edit by hand. config: already has them.
 
-    Where there is no checkpoint whose config they are compared with (`newest_checkpoint`), what changes is printed here.
+    `newest_checkpoint` prints what has changed since the checkpoint; without a checkpoint it is printed here.
     """
     before = run.config()
     if to_dict(before) == to_dict(config):
@@ -105,8 +104,8 @@ def set_ceilings(run: RunFolder, config: RunConfig, ceilings: Mapping[str, float
 
 
 def _latest(store: CheckpointStore) -> tuple[Path | None, list[Skipped]]:
-    """A newer checkpoint that cannot be read just now may be readable a little later: going on from an older one loses work."""
-    for pause in PAUSES:
+    """Retries while a newer checkpoint is unreadable, which may be temporary: resuming from an older one loses work."""
+    for pause in RETRY_PAUSES:
         found, passed_over = store.latest_valid()
         if not any(item.unreadable for item in passed_over):
             break
@@ -115,13 +114,13 @@ def _latest(store: CheckpointStore) -> tuple[Path | None, list[Skipped]]:
 
 
 def check_same(run: RunFolder, folder: Path, config: RunConfig, data: Prepared, backend: str | None) -> None:
-    """Prints every key of the config that has changed since the checkpoint, and what becomes of the new value.
+    """Prints every key of the config that has changed since the checkpoint, and whether the new value applies.
 
-    backend: of a step before, fused or hf (run.json). Raises UserError for changes that the rest of the run cannot take.
+    backend: fused or hf, as earlier attempts used it (run.json). Raises UserError for changes that are not allowed in a run.
     """
     if read_manifest(folder)["data_hash"] != data.manifest_hash:
         raise UserError(
-            f"{folder}: was trained on other data; prepare the same data again, or start a new run",
+            f"{folder}: was trained on different data; prepare the same data again, or start a new run",
             code="resume.data_changed",
         )
     decisions = decide(
@@ -134,19 +133,19 @@ def check_same(run: RunFolder, folder: Path, config: RunConfig, data: Prepared, 
 
 
 def check_same_steps(run: RunFolder, config: RunConfig, plan: StepPlan, before: StepRecord | None) -> None:
-    """Raises UserError where this machine would make other optimizer steps of the data than the earlier attempts, as run.json
-    has them (`before`)."""
+    """Raises UserError if this machine would split the data into other optimizer steps than earlier attempts did. before: the
+    step recorded in run.json."""
     before = before or StepRecord()
     batch_size, backend = before.batch_size or plan.batch_size, before.backend or plan.backend
     if batch_size != plan.batch_size:
         raise UserError(
             f"{run.path}: began with {batch_size} examples a step, and {distributed.world_size()} GPUs make it "
-            f"{plan.batch_size}; go on with as many GPUs as it began with",
+            f"{plan.batch_size}; resume on as many GPUs as it began with",
             code="resume.batch_changed",
         )
     if backend != plan.backend and config.training.group_by_length:
         raise UserError(
-            f"{run.path}: began with training.kernels {backend}, for which examples are grouped otherwise than for "
-            f"{plan.backend}; go on with a machine like the first, or set training.kernels to {backend}",
+            f"{run.path}: began with training.kernels {backend}, which groups examples differently from "
+            f"{plan.backend}; resume on a machine like the first, or set training.kernels to {backend}",
             code="resume.batch_changed",
         )

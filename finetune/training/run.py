@@ -1,4 +1,4 @@
-"""One training run, from a config to an adapter: `start` and `resume` read as the list of their steps."""
+"""One training run, from a config to an adapter: `start` begins it, `resume` continues it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
 def start(config: RunConfig, config_file: Path) -> int:
     """Begin a new run in a new folder; returns the exit code. Under torchrun every process calls it.
 
-    Raises UserError for what no run can begin with; then no folder is left behind.
+    Raises UserError for inputs that no run can start with; no folder is left behind then.
     """
     began = time.monotonic()
     with distributed.process_group():
@@ -59,11 +59,11 @@ def start(config: RunConfig, config_file: Path) -> int:
 
 
 def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
-    """Go on with a run from its newest valid checkpoint, with the config in its folder; returns the exit code.
+    """Resume a run from its newest valid checkpoint, with the config in its folder; returns the exit code.
 
-    `resume_rules` says what may have been changed there since. ceilings: keys of the section budget, such as max_run_usd, to be
-    written into it once nothing else stands in the way. Raises UserError for other changes, for other data, and for a run
-    that is done or has no budget left.
+    `resume_rules` defines which keys of the config may have changed. ceilings: keys of the section budget, such as max_run_usd,
+    written into that config once all other checks have passed. Raises UserError for other changes, for other data, and for a
+    run that is done or has no budget left.
     """
     began = time.monotonic()
     with distributed.process_group():
@@ -85,16 +85,16 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
 def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | None, began: float) -> int:
     stop = Stop(say)
     step = read_manifest(found)["step"] if found else 0
-    spending = open_budget(run, inputs.config, inputs.price, stop, attempt=record.attempts, step=step)
-    recorder, before = RunRecorder(run, record, spending, began), record.status
-    session = Session(run, inputs, recorder, spending, stop, found)
+    budget = open_budget(run, inputs.config, inputs.price, stop, attempt=record.attempts, step=step)
+    recorder, before = RunRecorder(run, record, budget, began), record.status
+    session = Session(run, inputs, recorder, budget, stop, found)
     distributed.on_failure(lambda: clean_up(session))
     with failures_recorded(session):
-        recorder.go_on_from(found)
-        refusal = distributed.run_on_rank0(spending.nothing_left)
+        recorder.resume_from(found)
+        refusal = distributed.run_on_rank0(budget.nothing_left)
         if refusal is None:
-            recorder.begin()  # first of all: a folder without run.json is no run
-            with spending.metered(hard_stop=lambda: stop_hanging(run, recorder)):
+            recorder.begin()  # before anything else: a folder without run.json is not a run
+            with budget.metered(hard_stop=lambda: stop_hanging(run, recorder)):
                 return _fit(session, load_parts(inputs))
     return refused(session, refusal, before)
 
@@ -109,7 +109,7 @@ def _fit(session: Session, parts: Parts) -> int:
         save_steps=inputs.config.checkpoint.save_steps,
         every_minutes=inputs.config.checkpoint.every_minutes,
     )
-    hooks = Hooks(throughput, session.spending.series, ends.abandon_if_too_late, say)
+    hooks = Hooks(throughput, session.budget.series, ends.abandon_if_too_late, say)
     trainer = _trainer(session, parts, plan, hooks)
     writer = _writer(session) if distributed.is_rank0() else None
     staging = CheckpointStaging(
@@ -120,8 +120,8 @@ def _fit(session: Session, parts: Parts) -> int:
         recorder.progress(trainer.state, throughput, plan, trainer.stepper, staging.saves)
 
     history = History(write)
-    session.spending.follow(lambda: (trainer.state.global_step, trainer.state.max_steps), throughput.wall_seconds)
-    with StopSignals(session.stop), ProgressBar(history, session.spending.short) as bar, session.spending.notices():
+    session.budget.follow(lambda: (trainer.state.global_step, trainer.state.max_steps), throughput.wall_seconds)
+    with StopSignals(session.stop), ProgressBar(history, session.budget.short) as bar, session.budget.notices():
         tracking = trackers(inputs.config.tracking, run.path, run.path.name, session.resumed_step, say)
         for callback in (*tracking, history, bar, ends, staging, _before(session, trainer, plan)):
             trainer.add_callback(callback)
@@ -130,13 +130,13 @@ def _fit(session: Session, parts: Parts) -> int:
             if writer:
                 _committed(session, writer, staging)
     with suppress(OSError):
-        Path(trainer.args.output_dir).rmdir()  # unless a staged save is kept in it
+        Path(trainer.args.output_dir).rmdir()  # unless it still holds a staged save
     write()
     return _finish(session, trainer, parts, ends)
 
 
 def _plan(session: Session, parts: Parts) -> StepPlan:
-    """How a step is computed on this GPU; its examples may not change from one attempt to the next."""
+    """How a step is computed on this GPU. Raises UserError if its examples would differ from those of earlier attempts."""
     inputs, record = session.inputs, session.record
     plan = plan_step(inputs.config, parts.model, inputs.device, parts.train.lengths, gpus=distributed.world_size())
     if session.resume_from:
@@ -174,21 +174,21 @@ def _writer(session: Session) -> AsyncCheckpointWriter:
 
     def committed(done: Committed) -> None:
         session.stop.save_took(done.seconds)
-        session.spending.note("commit", step=done.step, seconds=round(done.seconds, 3), bytes=done.bytes)
+        session.budget.note("commit", step=done.step, seconds=round(done.seconds, 3), bytes=done.bytes)
         session.recorder.committed(done.folder)
 
     return AsyncCheckpointWriter(store, say, committed)
 
 
 def _before(session: Session, trainer: AnswerTrainer, plan: StepPlan) -> BeforeFirstStep:
-    """Before the first step: what was loaded is proven to be what trains, and on a GPU the largest micro-batch is tried."""
+    """Before the first step: check a resumed model against its checkpoint, and on a GPU try the largest micro-batch."""
 
-    def go_on() -> None:
+    def restore() -> None:
         if session.resume_from:
             check_resumed(trainer, session.resume_from)
             trainer.restore_logging_state(json.loads((session.resume_from / LOGGING_STATE).read_text(encoding="utf-8")))
 
-    actions = [go_on]
+    actions = [restore]
     if needs_memory_dry_run(trainer.args.device):
         actions.append(lambda: memory_dry_run(trainer, plan, trainer.train_examples))
     return BeforeFirstStep(*actions)
@@ -199,8 +199,8 @@ def needs_memory_dry_run(device: torch.device) -> bool:
 
 
 def memory_dry_run(trainer: AnswerTrainer, plan: StepPlan, train: Examples) -> None:
-    """The largest micro-batch comes first, with gradients that are thrown away: memory that does not suffice shows after
-    seconds, not after hours."""
+    """Run the largest micro-batch first and discard its gradients, so that running out of memory shows after seconds, not
+    hours."""
     worst = worst_micro_batch(
         train.lengths, plan.limits, plan.micro_batch_size, batch_size=plan.batch_size, padded=plan.backend == "hf"
     )
@@ -212,14 +212,14 @@ def _train(session: Session, trainer: AnswerTrainer, staging: CheckpointStaging)
     try:
         trainer.train(resume_from_checkpoint=str(session.resume_from) if session.resume_from else None)
     except StepAbandoned:
-        say("the step in progress would end too late: saving the state before it")
+        say("the step in progress would end too late: saving the state from before it")
         if trainer.save_step_before():
             staging.hand_over(trainer.state)
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def _committed(session: Session, writer: AsyncCheckpointWriter, staging: CheckpointStaging) -> None:
-    """Wait for the last save to be a checkpoint; after a request to stop, say how long it took from there."""
+    """Wait until the last save is committed; after a request to stop, report the time since the request."""
     done = writer.finish()
     if done:
         staging.saves.committed.append(done)
@@ -230,7 +230,7 @@ def _committed(session: Session, writer: AsyncCheckpointWriter, staging: Checkpo
 
 
 def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfStep) -> int:
-    """Save the adapter unless the run is to go on, close the record, say how it ended; returns the exit code."""
+    """Save the adapter unless the run is to be resumed, close the record, report the end; returns the exit code."""
     done = trainer.state.global_step >= trainer.state.max_steps
     status = "done" if done else "budget_stop" if ends.budget_stop else "interrupted"
     if status != "interrupted" and distributed.is_rank0():

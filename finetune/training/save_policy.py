@@ -1,7 +1,7 @@
-"""When a run saves and when it stops: at the end of a step, or between two micro-batches where time is short.
+"""When a run saves and when it stops: at the end of a step, or between two micro-batches if time is short.
 
-Who may ask for it is runtime/stop_request.py's business; the training loop asks `Stop` at the end of every step. With
-several processes all of them stop at the end of the same one.
+Requests to stop come through runtime/stop_request.py; the training loop checks `Stop` at the end of every step. Several
+processes all stop at the end of the same step.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from finetune.runtime.stop_request import Stop
 
 
 class StepAbandoned(Exception):
-    """The machine goes before the step in progress would end. Adapters and optimizer are those of the step before."""
+    """The machine would be taken away before the step ends. Adapters and optimizer are in the state of the previous step."""
 
 
 class EndOfStep(TrainerCallback):
-    """Decides at the end of every step whether it is time to save and to stop, for all processes alike.
+    """Decides at the end of every step whether to save and to stop; the decision is the same in all processes.
 
-    save_steps, every_minutes: of the config's checkpoint section. After the last step a checkpoint is saved, too.
+    save_steps, every_minutes: from the config's checkpoint section. A checkpoint is also saved after the last step.
     """
 
     def __init__(
@@ -47,9 +47,8 @@ class EndOfStep(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         fault_injection.place("step")
-        self.stop.step_seconds = max(
-            0.8 * self.stop.step_seconds, self._clock() - self._begun
-        )  # long ones are remembered
+        # a decaying maximum: long steps are remembered for a while
+        self.stop.step_seconds = max(0.8 * self.stop.step_seconds, self._clock() - self._begun)
         due = self._interval is not None and self._clock() - self._saved >= self._interval
         stop, budget, due = distributed.any_of_each([bool(self.stop.first), self.stop.because_of("budget"), due])
         last = state.global_step >= state.max_steps
@@ -62,8 +61,8 @@ class EndOfStep(TrainerCallback):
         self._saved = self._clock()
 
     def abandon_if_too_late(self) -> None:
-        """Between two micro-batches. Raises StepAbandoned where the step would end too late to be saved: nothing is lost but
-        the step. Several processes do not do it: each would have to know of the others in the middle of a step."""
+        """Called between two micro-batches. Raises StepAbandoned if the step would end too late to be saved; only that step is
+        lost. Not done with several processes, which would have to agree on it in the middle of a step."""
         left = self.stop.seconds_left()
         if left is None or distributed.world_size() > 1:
             return

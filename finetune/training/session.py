@@ -1,4 +1,4 @@
-"""What the steps of one attempt of a run hand from one to the next."""
+"""The state shared by the phases of one attempt of a run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from finetune.training.setup import Inputs
 
 @dataclass(frozen=True)
 class Session:
-    """What one attempt of a run works with. resume_from: the checkpoint that it goes on from."""
+    """The objects of one attempt of a run. resume_from: the checkpoint that it resumes from, None for a fresh start."""
 
     run: RunFolder
     inputs: Inputs
     recorder: RunRecorder
-    spending: RunBudget
+    budget: RunBudget
     stop: Stop
     resume_from: Path | None = None
 

@@ -1,4 +1,4 @@
-"""What a run is made from: checked first, then loaded into memory."""
+"""The inputs of a run: checked first, then loaded into memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GPU_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from, checked."""
+    """The checked inputs of a run."""
 
     config: RunConfig
     device: Device
@@ -39,7 +39,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the trainer is built from, in memory."""
+    """Tokenizer, examples and model, in memory."""
 
     tokenizer: PreTrainedTokenizerBase
     train: Examples
@@ -48,7 +48,7 @@ class Parts:
 
 
 def inputs_of(config: RunConfig) -> Inputs:
-    """Checked, without loading a model. Raises UserError for what no run can begin with."""
+    """Check the inputs of a run without loading a model. Raises UserError for inputs that no run can start with."""
     _check_tracking(config.tracking)
     objective_named(config.training.objective)
     price = price_of(config.budget)
@@ -62,7 +62,7 @@ def inputs_of(config: RunConfig) -> Inputs:
     template = PromptTemplate(config.data.schema_format)
     if data.manifest["prompt"] != template.identity():
         raise UserError(
-            f"{data.folder}: was prepared for prompt {data.manifest['prompt']}, this config renders "
+            f"{data.folder}: was prepared for prompt {data.manifest['prompt']}, but this config uses "
             f"{template.identity()}; run `finetune data prepare CONFIG` again",
             code="prompt.mismatch",
         )
@@ -85,21 +85,23 @@ def _examples(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, split: Split) 
     encode = objective_named(inputs.config.training.objective).encode
     examples = tokenise(inputs.data.records(split), inputs.template, tokenizer, limit, encode)
     if examples.too_long:
-        say(f"{split}: {examples.too_long} examples are longer than model.max_seq_length={limit} tokens and left out")
+        say(
+            f"{split}: {examples.too_long} examples are longer than model.max_seq_length={limit} tokens and are left out"
+        )
     if split == "train" and not len(examples):
         raise UserError(f"model.max_seq_length: no training example fits into {limit} tokens", code="data.too_long")
     return examples
 
 
 def price_of(budget: BudgetSection) -> MachinePrice | None:
-    """What the machine costs: by the launch policy's price table, else by the config. Raises UserError where a ceiling in
-    dollars has no price to be held by."""
+    """The price of the machine, from the launch policy's price table or else from the config. Raises UserError if the budget
+    has a ceiling in US dollars and no price is known."""
     price = machine_price()
     if price is None and budget.usd_per_hour is not None:
         price = MachinePrice(budget.usd_per_hour, "budget.usd_per_hour of the config")
     if price is None and budget.max_run_usd is not None:
         raise UserError(
-            "budget.max_run_usd: the price of this machine is not known (no launch policy started it); set budget.usd_per_hour",
+            "budget.max_run_usd: the price of this machine is unknown (no launch policy started it); set budget.usd_per_hour",
             code="price.unknown",
         )
     return price

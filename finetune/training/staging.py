@@ -1,9 +1,9 @@
-"""From what the trainer saves on the local disk to a checkpoint in the run's folder, which may be a bucket.
+"""Turns what the trainer saves on the local disk into a checkpoint in the run's folder, which may be a bucket.
 
-The training loop waits only for the local part. `AsyncCheckpointWriter` copies, verifies and commits it behind its back.
+The training loop waits only for the local save. `AsyncCheckpointWriter` copies, verifies and commits it in the background.
 
-Adapters that were loaded into the wrong place train on without a word, from their beginning; nothing but the loss shows it. So a
-checkpoint keeps the loss of a few fixed examples, and after a resume tensors and loss are compared before the first step.
+If a resume failed to load the adapters, training would silently start over from fresh ones; only the loss would show it. A
+checkpoint therefore holds the loss of a few fixed examples, and a resume compares tensors and loss before the first step.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def scratch_folder(run_id: str) -> Path:
     return folder
 
 
-def save_what_was_left(store: CheckpointStore) -> None:
-    """The newest snapshot that an earlier attempt on this machine could not get into the store is put there now."""
+def commit_orphaned_save(store: CheckpointStore) -> None:
+    """Commit the newest staged save that an earlier attempt on this machine left uncommitted, if there is one."""
     left = sorted(
         _scratch(store.run_id).glob(f"*/{LABELS}"),
         key=lambda path: int(json.loads(path.read_text(encoding="utf-8"))["step"]),
@@ -57,9 +57,9 @@ def save_what_was_left(store: CheckpointStore) -> None:
     labels = json.loads(left[-1].read_text(encoding="utf-8"))
     try:
         store.put(left[-1].parent, **labels)
-        say(f"the snapshot of step {labels['step']}, which an earlier attempt left on this machine, is saved")
+        say(f"committed the staged save of step {labels['step']}, which an earlier attempt left on this machine")
     except UserError as error:
-        say(f"the snapshot of step {labels['step']} that an earlier attempt left cannot be saved: {error}")
+        say(f"cannot commit the staged save of step {labels['step']}, which an earlier attempt left: {error}")
 
 
 def _scratch(run_id: str) -> Path:
@@ -68,14 +68,14 @@ def _scratch(run_id: str) -> Path:
 
 @dataclass
 class Saves:
-    """What saving has cost this attempt. stall_seconds: for which training waited; committed: the last one."""
+    """Cost of saving in this attempt. stall_seconds: time that training waited. committed: the commits so far."""
 
     count: int = 0
     stall_seconds: float = 0.0
     committed: list[Committed] = field(default_factory=list)
 
     def record(self, training_seconds: float) -> SavesRecord:
-        """All measured. stall_share: of the seconds of this attempt in which training waited for a save."""
+        """All values are measured. stall_share: the share of training_seconds that training waited for saves."""
         last = self.committed[-1] if self.committed else None
         return SavesRecord(
             count=self.count,
@@ -88,7 +88,7 @@ class Saves:
 
 
 class CheckpointStaging(TrainerCallback):
-    """Adds to the folder that the trainer has saved what else makes a checkpoint whole, and hands it to the writer."""
+    """Adds the files that a checkpoint needs to the folder that the trainer has saved, and submits it to the writer."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class CheckpointStaging(TrainerCallback):
         self.hand_over(state)
 
     def hand_over(self, state: TrainerState) -> None:
-        """The snapshot of the step that `state` is at, saved by the trainer just now."""
+        """Complete and submit the staged save of the step in `state`, which the trainer has just written."""
         began = time.monotonic()
         folder = Path(self.trainer.args.output_dir) / f"checkpoint-{state.global_step}"
         loss = probe_loss(self.trainer)  # every rank: the loss is summed over them
@@ -135,7 +135,7 @@ class CheckpointStaging(TrainerCallback):
             "data_hash": self.data.manifest_hash,
             "attempt": self.attempt,
         }
-        write_json(folder / LABELS, labels)  # the last file: from here on the snapshot is whole
+        write_json(folder / LABELS, labels)  # the last file: from here on the staged save is complete
         self.writer.submit(folder, **labels)  # type: ignore[arg-type]
         self.saves.count += 1
         self.saves.stall_seconds += self.trainer.save_seconds + time.monotonic() - began
@@ -143,10 +143,10 @@ class CheckpointStaging(TrainerCallback):
 
 PROBE_LOSS = "probe.json"
 EXAMPLES = 4
-"""The shortest of the training set: a forward pass of some hundred tokens at every save."""
+"""The shortest ones of the training set: a forward pass over a few hundred tokens at every save."""
 TOLERANCE = {"cpu": 1e-4, "cuda": 0.02}
-"""How far the loss may be from the saved one, as a share of it. Another kind of GPU, or other layers recomputed, rounds bfloat16
-differently; adapters that were lost are further off as soon as anything has been learned."""
+"""Largest relative difference of the loss from the saved one. Another kind of GPU, or recomputing other layers, rounds bfloat16
+differently; with lost adapters the difference is larger as soon as anything has been learned."""
 
 
 def probe_loss(trainer: AnswerTrainer) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def probe_loss(trainer: AnswerTrainer) -> dict[str, Any]:
 
 
 def check_resumed(trainer: AnswerTrainer, folder: Path) -> None:
-    """Raises UserError where the model that is about to train is not that of the checkpoint in `folder`."""
+    """Raises UserError if the loaded model differs from that of the checkpoint in `folder`."""
     _check_tensors(trainer, folder)
     saved = json.loads((folder / PROBE_LOSS).read_text(encoding="utf-8"))["loss"]
     now = probe_loss(trainer)["loss"]
@@ -179,12 +179,12 @@ def _check_tensors(trainer: AnswerTrainer, folder: Path) -> None:
 
     saved = load_file(folder / "adapter_model.safetensors")
     loaded = get_peft_model_state_dict(trainer.model)
-    trainer.stepper.adapters.begin()  # raises where an adapter is no longer what the optimizer changes
+    trainer.stepper.adapters.begin()  # raises if an adapter is no longer part of the optimizer's tensor
     different = [name for name in saved.keys() | loaded.keys() if not _same(saved.get(name), loaded.get(name))]
     if different:
         raise UserError(
-            f"{folder}: {len(different)} of {len(saved)} adapters are not in the model that is about to train, such as "
-            f"{sorted(different)[0]}; this is a fault of ours or of peft: please report it with the versions in run.json",
+            f"{folder}: {len(different)} of {len(saved)} adapter tensors were not loaded into the model, such as "
+            f"{sorted(different)[0]}; this is a bug in finetune or peft: please report it with the versions in run.json",
             code="resume.adapter_not_loaded",
         )
 

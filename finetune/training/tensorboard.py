@@ -1,4 +1,4 @@
-"""A run in TensorBoard: one folder for all attempts, and each point once, also of an attempt that was killed."""
+"""Logs a run to TensorBoard: one folder for all attempts, and each point once, even if an attempt was killed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ EVENT_FILES = "events.out.tfevents.*"
 
 
 def scalars(logs: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one log by the names that transformers gives them: train/loss, eval/loss. The epoch comes with every log,
-    and is a point only where the loss is, so that a step has one."""
+    """The numbers of one log entry under transformers' names: train/loss, eval/loss. Every entry has the epoch; it is kept only
+    in those with the loss, so that a step has one such point."""
     left_out = {"step"} if "loss" in logs else {"step", "epoch"}
     kept = {key: value for key, value in logs.items() if key not in left_out and isinstance(value, int | float)}
     return dict(rewrite_logs(kept))
 
 
 class TensorBoard(TrainerCallback):
-    """One folder for all attempts, one file in it for each."""
+    """Writes one folder for all attempts, with one file for each."""
 
     def __init__(self, folder: Path, resumed_step: int | None, say: Callable[[str], None]) -> None:
         self._folder, self._resumed, self._say = folder, resumed_step or 0, say
@@ -35,7 +35,7 @@ class TensorBoard(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        with self._or_without_it():
+        with self._disabled_on_error():
             first, lost = self._resumed + 1, _lost_rows(state.log_history, logged_points(self._folder))
             self._file = EventFile(self._folder, min([first, *(row["step"] for row in lost)]))
             for row in lost:
@@ -50,16 +50,16 @@ class TensorBoard(TrainerCallback):
         **_: Any,
     ) -> None:
         if self._file is not None and logs:
-            with self._or_without_it():
+            with self._disabled_on_error():
                 self._file.add(scalars(logs), state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        with self._or_without_it():
+        with self._disabled_on_error():
             if self._file is not None:
                 self._file.close()
 
     @contextmanager
-    def _or_without_it(self) -> Iterator[None]:
+    def _disabled_on_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -72,15 +72,15 @@ class TensorBoard(TrainerCallback):
             self._file = None
 
 
-def _lost_rows(history: list[dict[str, Any]], there: set[tuple[str, int]]) -> list[dict[str, Any]]:
-    """The rows of the trainer's log from the first one on of which TensorBoard's files lack a point. TensorBoard wants the points
-    of a curve in order, so the later ones have to be written again too."""
-    lacking = [row["step"] for row in history if any((tag, row["step"]) not in there for tag in scalars(row))]
-    return [row for row in history if lacking and row["step"] >= min(lacking)]
+def _lost_rows(history: list[dict[str, Any]], existing: set[tuple[str, int]]) -> list[dict[str, Any]]:
+    """The rows of the trainer's log, starting with the first one that lacks a point in TensorBoard's files. TensorBoard needs the
+    points of a curve in order, so all later rows are written again too."""
+    missing = [row["step"] for row in history if any((tag, row["step"]) not in existing for tag in scalars(row))]
+    return [row for row in history if missing and row["step"] >= min(missing)]
 
 
 def logged_points(folder: Path) -> set[tuple[str, int]]:
-    """(tag, step) of each point that TensorBoard would show of the files in a folder; a torn file counts as far as it goes."""
+    """(tag, step) of each point that TensorBoard would show for the files in a folder; a truncated file counts up to its end."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import SessionLog  # type: ignore[import-untyped]
 
@@ -94,10 +94,10 @@ def logged_points(folder: Path) -> set[tuple[str, int]]:
 
 
 class EventFile:
-    """A new file of TensorBoard events, which takes back every earlier point from `first_step` on.
+    """A new TensorBoard event file, which discards all points of earlier files from `first_step` on.
 
-    torch's SummaryWriter would do, but for two things: it names its file by the clock alone, and TensorBoard reads them by name,
-    so that a clock that is behind would turn the attempts round; and it writes in a thread that dies of a full disk.
+    torch's SummaryWriter is not used, for two reasons: it names files by the clock alone, and TensorBoard reads them in order of
+    their names, so a clock that is behind would reverse the attempts; and it writes in a thread that dies when the disk is full.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

@@ -1,9 +1,9 @@
-"""Who watches a run: TensorBoard always, Weights & Biases where a key is there or it is asked for.
+"""Experiment tracking: TensorBoard always, Weights & Biases if a key is present or the config asks for it.
 
-A run that was killed is one curve all the same. What an attempt logged after the checkpoint that the next one goes on from is
-taken back (TensorBoard) or stands for both (W&B, which keeps the first value of a step). What was logged before it and got lost
-with the machine, such as the open file of a mounted bucket, is written again from the trainer's own log, which lies in the
-checkpoint. No tracker ever stops a run: what fails is said once, and the rest of that attempt is not tracked there.
+A run that was killed and resumed is still one curve. Points logged after the checkpoint that the next attempt resumes from are
+discarded (TensorBoard) or kept for both attempts (W&B, which keeps the first value of a step). Points logged before it and lost
+with the machine, such as in a file of a mounted bucket that was still open, are written again from the trainer's log in the
+checkpoint. A tracker never stops a run: an error is reported once, and the rest of that attempt is not tracked there.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Mode = Literal["online", "offline"]
 
 RUN_ID_FILE = "wandb-run-id"
 TENSORBOARD = "tensorboard"
-ANSWER_SECONDS = 20.0
-OF_THE_WHOLE_RUN = ("train_runtime", "train_loss", "total_flos")
-"""What transformers logs once more when training ends, at a step that has a row already."""
+SERVER_TIMEOUT_SECONDS = 20.0
+RUN_TOTALS = ("train_runtime", "train_loss", "total_flos")
+"""What transformers logs when training ends, at a step that already has a row."""
 
 
 def trackers(
@@ -44,10 +44,10 @@ def trackers(
     resumed_step: int | None,
     say: Callable[[str], None] = print,
 ) -> list[TrainerCallback]:
-    """The callbacks that send what the trainer logs to TensorBoard's folder in the run's and, as `tracking` says, to W&B.
+    """The callbacks that send the trainer's logs to the run's TensorBoard folder and, depending on `tracking`, to W&B.
 
-    resumed_step: of the checkpoint that this attempt goes on from; None where it starts from the beginning. The trainer itself
-    needs `report_to=[]`. Every rank may add them; the first one writes.
+    resumed_step: step of the checkpoint that this attempt resumes from; None if it starts from the beginning. The trainer itself
+    needs `report_to=[]`. Every rank may add the callbacks; only rank 0 writes.
     """
     found: list[TrainerCallback] = [TensorBoard(run_folder / TENSORBOARD, resumed_step, say)]
     mode = wandb_mode(tracking)
@@ -57,25 +57,25 @@ def trackers(
 
 
 def wandb_mode(tracking: TrackingSection) -> Mode | None:
-    """How W&B is used; None: not at all."""
+    """The mode in which W&B is used; None if it is not used."""
     if tracking.wandb == "disabled" or (tracking.wandb == "auto" and not wandb_key_present()):
         return None
     return "offline" if tracking.wandb == "offline" else "online"
 
 
 def wandb_run_id(run_folder: Path, run_name: str) -> str:
-    """The id of the run in W&B, the same one for all its attempts: WANDB_RUN_ID; else the one that an earlier attempt left in the
-    run's folder; else made from the run's name and SKYPILOT_TASK_ID, which a managed job keeps when it is recovered; else from
-    the name and a random number, since another run of that name may be in the project.
+    """The W&B id of the run, the same for all its attempts: WANDB_RUN_ID; else the one that an earlier attempt saved in the run's
+    folder; else the run's name with a hash of SKYPILOT_TASK_ID, which a managed job keeps when it is recovered; else the name
+    with a random number, because the project may have another run of that name.
 
-    At most 128 characters, of A-Z a-z 0-9 _ - alone. A task that names its run after itself, as finetune/job/settings.py
-    does, has that name as its id.
+    At most 128 characters out of A-Z a-z 0-9 _ -. If the run is named after its task, as finetune/job/settings.py does, the id
+    is that name.
     """
     if given := os.environ.get("WANDB_RUN_ID", "").strip():
         return given
     with suppress(OSError, UnicodeDecodeError):
-        if kept := (run_folder / RUN_ID_FILE).read_text(encoding="utf-8").strip():
-            return kept
+        if saved := (run_folder / RUN_ID_FILE).read_text(encoding="utf-8").strip():
+            return saved
     name, task = _plain(run_name), _plain(os.environ.get("SKYPILOT_TASK_ID", ""))
     if task and name == task:
         return name
@@ -87,21 +87,21 @@ def _plain(name: str) -> str:
 
 
 def check_server() -> None:
-    """Raises OSError where W&B's server does not answer at all: `wandb.init` would wait for it without end, and the machine is
-    paid for. What it answers does not matter here."""
+    """Raises OSError if W&B's server does not respond at all: `wandb.init` would wait for it forever, on a machine that costs
+    money. An HTTP error counts as a response."""
     try:
-        with urlopen(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai", timeout=ANSWER_SECONDS):
+        with urlopen(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai", timeout=SERVER_TIMEOUT_SECONDS):
             pass
     except HTTPError:
         pass
 
 
 class WeightsAndBiases(TrainerCallback):
-    """One run for all attempts, in which a step of W&B is an optimizer step.
+    """One W&B run for all attempts, in which a W&B step is an optimizer step.
 
-    Online, W&B says up to which step it has a row, and gets those after it. Offline, every attempt is a folder of its own, which
-    begins with all rows up to the checkpoint: the newest is the whole run, and `wandb sync` of it all that is to be done.
-    What a step logs is one row, which is sent once it is complete: at the next step's begin, before a checkpoint, at the end.
+    Online, W&B reports the last step it has, and only later rows are sent. Offline, every attempt writes its own folder, which
+    starts with all rows up to the checkpoint: the newest folder is the whole run, and only that one needs `wandb sync`.
+    All logs of a step are one row, sent once it is complete: when the next step begins, before a checkpoint, or at the end.
     """
 
     def __init__(self, mode: Mode, project: str, folder: Path, run_name: str, say: Callable[[str], None]) -> None:
@@ -115,7 +115,7 @@ class WeightsAndBiases(TrainerCallback):
             return
         modes: tuple[Mode, ...] = ("online", "offline") if self._mode == "online" else ("offline",)
         for mode in modes:
-            with self._or_without_it(f"this attempt is not tracked {mode}"):
+            with self._disabled_on_error(f"this attempt is not tracked {mode}"):
                 self._run = self._init(mode)
                 break
         for row in state.log_history:
@@ -137,18 +137,18 @@ class WeightsAndBiases(TrainerCallback):
     ) -> None:
         if self._run is None or not logs:
             return
-        if not set(logs).isdisjoint(OF_THE_WHOLE_RUN):
-            with self._or_without_it("the rest of this attempt is not logged there"):
+        if not set(logs).isdisjoint(RUN_TOTALS):
+            with self._disabled_on_error("the rest of this attempt is not logged there"):
                 self._run.summary.update(scalars(logs))
             return
         self._put(scalars(logs), state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Its process sends the rest, and ends with ours: waiting for it here might cost a checkpoint at a preemption."""
+        """Does not wait for W&B's process, which sends until ours ends: waiting could cost a checkpoint at a preemption."""
         self._send()
         if self._run is not None and self._run.offline:
             self._say(
-                f"W&B: offline; this folder is the whole run, all its attempts: wandb sync {Path(self._run.dir).parent}"
+                f"W&B: offline; to upload the whole run with all its attempts: wandb sync {Path(self._run.dir).parent}"
             )
 
     def _init(self, mode: Mode) -> Any:
@@ -169,7 +169,7 @@ class WeightsAndBiases(TrainerCallback):
         try:
             write_text(self._folder / RUN_ID_FILE, f"{run_id}\n")
         except UserError as error:
-            self._say(f"{error}; another attempt may get another run in W&B")
+            self._say(f"{error}; the next attempt may become a separate run in W&B")
         file = self._folder / "config.yaml"
         if file.is_file():
             run.config.update(yaml.safe_load(file.read_text(encoding="utf-8")), allow_val_change=True)  # type: ignore[no-untyped-call]
@@ -182,15 +182,15 @@ class WeightsAndBiases(TrainerCallback):
 
     def _send(self) -> None:
         row, self._row = self._row, {}
-        if not row or self._run is None or self._row_step < self._run.step:  # that step has its row already
+        if not row or self._run is None or self._row_step < self._run.step:  # that step already has a row
             return
-        with self._or_without_it("the rest of this attempt is not logged there"):
+        with self._disabled_on_error("the rest of this attempt is not logged there"):
             self._run.log(row, step=self._row_step, commit=True)
 
     @contextmanager
-    def _or_without_it(self, what: str) -> Iterator[None]:
+    def _disabled_on_error(self, consequence: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever W&B comes upon: its server, its process, its disk
-            self._say(f"W&B: {' '.join(str(error).split()) or type(error).__name__}; {what}")
+        except Exception as error:  # any error of W&B: its server, its process, its disk
+            self._say(f"W&B: {' '.join(str(error).split()) or type(error).__name__}; {consequence}")
             self._run = None

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer for text-to-SQL: whole optimizer steps, loss on what the objective learns alone."""
+"""TRL's SFTTrainer for text-to-SQL: whole optimizer steps, loss only on the objective's target tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finetune.training.objectives.registry import objective_named
 from finetune.training.objectives.sft import SFT
 from finetune.training.step import rng
 from finetune.training.step.hf_backend import HfBackend
-from finetune.training.step.optimizer import FlatAdapters, page_again
+from finetune.training.step.optimizer import FlatAdapters, restore_paging
 from finetune.training.step.packing import micro_batches
 from finetune.training.step.plan import StepPlan
 from finetune.training.step.runner import FusedBackend, Step, Stepper, collate, not_finite
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Sampler(Protocol):
-    """The optimizer steps of an epoch, each as indices of examples: a StepSampler, or another order."""
+    """The optimizer steps of an epoch, each a list of example indices: a StepSampler, or another order."""
 
     def set_epoch(self, epoch: int) -> None: ...
 
@@ -56,10 +56,10 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a trainer reports to and is interrupted by.
+    """The callbacks of a trainer.
 
-    more_logs: series that go to the trackers with every loss. between_micro_batches: called before each; what it raises ends the
-    step.
+    more_logs: further series to log with every loss. between_micro_batches: called before each micro-batch; an exception from
+    it ends the step.
     """
 
     throughput: Throughput
@@ -69,15 +69,15 @@ class Hooks:
 
 
 class AnswerTrainer(SFTTrainer):
-    """SFTTrainer that gets whole optimizer steps from its loader and leaves their passes to a Stepper.
+    """SFTTrainer whose loader yields whole optimizer steps, which a Stepper computes.
 
-    To transformers' loop every step is one batch (gradient_accumulation_steps is 1); how many micro-batches it takes, and the
-    sum of gradients over several ranks, are the Stepper's business.
+    To transformers' loop every step is one batch (gradient_accumulation_steps is 1); the Stepper splits it into micro-batches
+    and sums the gradients over the ranks.
     """
 
     control: Any
     save_seconds = 0.0
-    """Of the last save, on the local disk."""
+    """Seconds that the last save took, on the local disk."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class AnswerTrainer(SFTTrainer):
         hooks: Hooks,
         objective: Objective = SFT,
     ) -> None:
-        """With adapters in float32 and without the libraries' own printing and bars."""
+        """Casts the adapters to float32 and removes the libraries' own printing and progress bars."""
         self.train_examples, self.validation_examples, self.sampler = train, validation, sampler
         self.hooks = hooks
         super().__init__(
@@ -122,8 +122,9 @@ class AnswerTrainer(SFTTrainer):
         )
 
     def _hf_backend(self, objective: Objective) -> HfBackend:
-        """TRL's fused head scores only labelled tokens where Triton runs. Elsewhere it scores every prompt token too, which on
-        two cores took more than half of each step (171 tokens/s with it, see docs/log.md); and it waits for all GPUs."""
+        """TRL's fused head computes logits of labelled tokens only, but only where Triton runs. Elsewhere it computes them for
+        every prompt token too, which on two cores took more than half of each step (171 tokens/s with it, see docs/log.md). It
+        also synchronises all GPUs, so it is used with one process only."""
         fused = objective.fused and self.args.world_size == 1 and self.args.device.type != "cpu"
         return HfBackend(
             self.model, self.data_collator, self.args.device, self.accelerator.autocast, objective.token_loss,
@@ -132,7 +133,7 @@ class AnswerTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> StepLoader:
         share = partial(collate, rank=distributed.rank(), ranks=distributed.world_size())
-        examples: Any = self.train_examples  # torch's types ask for its own Dataset; any sequence will do
+        examples: Any = self.train_examples  # torch's types require its own Dataset; any sequence works
         return StepLoader(examples, batch_sampler=self.sampler, collate_fn=share)
 
     def training_step(self, model: Any, inputs: dict[str, Step], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -140,8 +141,8 @@ class AnswerTrainer(SFTTrainer):
         return self.stepper.run(inputs["step"])
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss of the learned tokens of all validation examples, over all ranks. transformers'
-        own is a mean of batch means, which depends on how examples are dealt out to batches and ranks."""
+        """Mean loss per labelled token of all validation examples, over all ranks. transformers' own
+        is a mean of batch means, which depends on how examples are split into batches and ranks."""
         metrics = {"eval_loss": float(self.loss_of(list(self.validation_examples or ())))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -156,7 +157,7 @@ class AnswerTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def loss_of(self, examples: list[Example]) -> torch.Tensor:
-        """Mean loss of the examples' learned tokens, over all ranks, without dropout. Every rank
+        """Mean loss per labelled token of the examples, over all ranks, without dropout. Every rank
         computes its share of the batches, the longest examples first."""
         examples = sorted(examples, key=lambda example: -len(example))
         labelled = sum(example.predicted for example in examples)
@@ -171,10 +172,10 @@ class AnswerTrainer(SFTTrainer):
         return distributed.all_reduce(total)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL would put one among the checkpoints at every save, and have an offline W&B run warn each time."""
+        """Does nothing: TRL would write a model card beside the checkpoints at every save, and an offline W&B run would warn."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Over the flat adapters; weight decay counts for all of them, as in transformers' own groups."""
+        """An optimizer over the flat adapters; weight decay applies to all of them, as in transformers' own groups."""
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         adapters = [self.stepper.adapters.parameter]
         optimizer: torch.optim.Optimizer = kind(adapters, **options, weight_decay=self.args.weight_decay)
@@ -183,13 +184,13 @@ class AnswerTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        page_again(self.optimizer)
+        restore_paging(self.optimizer)
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         norm: torch.Tensor = self.accelerator.clip_grad_norm_(
             [self.stepper.adapters.parameter], self.args.max_grad_norm
         )
-        if not self.args.fp16:  # there the scaler leaves such a step out
+        if not self.args.fp16:  # with float16 the scaler skips such a step
             self.stepper.watch.put_norm(norm)
         return norm
 
@@ -197,21 +198,20 @@ class AnswerTrainer(SFTTrainer):
         self.state.num_input_tokens_seen += inputs["step"].tokens  # counted by the loader: no wait for the GPU
 
     def floating_point_ops(self, inputs: dict[str, Step]) -> int:
-        return 0  # transformers' figure knows nothing of frozen weights; nobody reads it
+        return 0  # transformers' estimate ignores that weights are frozen, and is not used
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
         self.stepper.watch.check()  # adapters that are not finite are not saved
-        if not torch.isfinite(
-            self.stepper.adapters.parameter
-        ).all():  # by this step's gradient, which no loss has met yet
+        # this step's gradient may have made them so before any loss shows it
+        if not torch.isfinite(self.stepper.adapters.parameter).all():
             raise not_finite("gradient")
         began = time.monotonic()
         super()._save_checkpoint(*arguments, **more)
         self.save_seconds = time.monotonic() - began
 
     def save_step_before(self) -> bool:
-        """Save the state at the end of the last whole step, after a step that was abandoned: it has drawn random numbers and
-        summed gradients, and changed nothing else. False where there is no such step."""
+        """After an abandoned step, save the state at the end of the last complete step: the abandoned one has changed nothing but
+        the random state and the gradients. Returns False if there is no complete step."""
         if not self.state.global_step or not self.stepper.rng_before:
             return False
         rng.restore(self.stepper.rng_before)
@@ -219,20 +219,20 @@ class AnswerTrainer(SFTTrainer):
         return True
 
     def logging_state(self) -> dict[str, float]:
-        """Sums of losses since the last log and since the beginning, which transformers keeps in memory alone."""
+        """Sums of losses since the last log and since the beginning, which transformers keeps only in memory."""
         return {
             "loss": float(self._tr_loss),
             "total": float(self._total_loss_scalar),
             "logged_at": int(self._globalstep_last_logged),
         }
 
-    def restore_logging_state(self, window: dict[str, float]) -> None:
-        self._tr_loss.fill_(window["loss"])
-        self._total_loss_scalar = window["total"]
-        self._globalstep_last_logged = int(window["logged_at"])
+    def restore_logging_state(self, state: dict[str, float]) -> None:
+        self._tr_loss.fill_(state["loss"])
+        self._total_loss_scalar = state["total"]
+        self._globalstep_last_logged = int(state["logged_at"])
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Of all ranks, by the first of them: the folders of other hosts are not this one."""
+        """Rank 0 saves the states of all ranks: ranks on other hosts do not have this folder."""
         for rank, states in enumerate(distributed.gather_on_rank0(rng.capture()) or []):
             rng.save(states, rng.file_of(Path(output_dir), rank))
 
@@ -252,7 +252,7 @@ def build_trainer(
     plan: StepPlan,
     hooks: Hooks,
 ) -> AnswerTrainer:
-    """The trainer of `finetune train`, whose steps are those of the plan."""
+    """The trainer of `finetune train`, with the steps of the plan."""
     by_length = training.group_by_length and plan.backend == "hf"
     sampler = StepSampler(train.lengths, plan.batch_size, training.seed, by_length)
     objective = objective_named(training.objective)

@@ -1,4 +1,4 @@
-"""TRL's names as we use them, imported without W&B."""
+"""The names we use from TRL, imported without loading W&B."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["DataCollatorForLanguageModeling", "SFTConfig", "SFTTrainer"]
 
 @contextmanager
 def not_importable(package: str) -> Iterator[None]:
-    """Inside, `import package` raises ImportError, as where it is not installed; one that is imported already stays so."""
+    """Inside the context, `import package` raises ImportError, as if it were not installed, unless it is already imported."""
     if package in sys.modules:
         yield
         return
@@ -22,6 +22,8 @@ def not_importable(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-with not_importable("wandb"):  # TRL imports it for its model card alone (we make none): a quarter of a run's start-up
+with not_importable(
+    "wandb"
+):  # TRL needs it only for model cards, which we do not write; it is a quarter of a run's start-up time
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling

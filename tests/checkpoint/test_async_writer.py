@@ -1,4 +1,4 @@
-"""Saving behind the training's back: submit never waits, the newest wins, a failed save is told and kept."""
+"""Saving in the background: submit never waits, the newest save wins, a failed save is reported and kept."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checkpoint import async_writer as saver_module
+from finetune.checkpoint import async_writer as writer_module
 from finetune.checkpoint.async_writer import AsyncCheckpointWriter, Committed
 from finetune.checkpoint.filesystem import Disk
 from finetune.checkpoint.store import CheckpointStore, read_manifest
 from tests.helpers.errors import raises
 
 QUICK = 0.25
-"""Seconds within which a call has not waited for a copy, on a busy machine."""
+"""Seconds: a call that returns within them has not waited for a copy, even on a busy machine."""
 SOON = 20.0
 
 
 class Gate(Disk):
-    """A disk whose copies wait until they are let through, or fail with an error number."""
+    """A disk whose copies block until the gate opens, or fail with an error number."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -45,7 +45,7 @@ class Gate(Disk):
 
 
 class Harness:
-    """A writer with its store, and what it said and committed."""
+    """A writer with its store, its messages and its commits."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch, self.gate = scratch, Gate()
@@ -56,8 +56,8 @@ class Harness:
         self.submitted = 0
 
     def submit(self, step: int) -> Path:
-        """Returns where the staged save lies from then on."""
-        folder = self.scratch / f"staged save-{step}"
+        """Returns the path to which the writer moved the staged save."""
+        folder = self.scratch / f"staged-{step}"
         folder.mkdir()
         (folder / "weights.bin").write_bytes(bytes([step]) * 1000)
         began = time.monotonic()
@@ -70,23 +70,23 @@ class Harness:
     def steps(self) -> set[str]:
         return {path.name for path in self.store.root.iterdir()}
 
-    def until(self, true: Callable[[], object]) -> None:
+    def until(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + SOON
-        while not true():
+        while not condition():
             assert time.monotonic() < end
             time.sleep(0.005)
 
 
 @pytest.fixture
 def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
-    monkeypatch.setattr(saver_module, "CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(writer_module, "CLOSE_SECONDS", 0.3)
     made = Harness(tmp_path)
     yield made
     made.gate.open.set()
     made.writer.close()
 
 
-def test_a_snapshot_is_committed_reported_and_deleted(harness: Harness) -> None:
+def test_a_staged_save_is_committed_reported_and_deleted(harness: Harness) -> None:
     staged = harness.submit(5)
     assert harness.gate.begun.acquire(timeout=SOON)
     time.sleep(0.1)
@@ -102,12 +102,12 @@ def test_a_snapshot_is_committed_reported_and_deleted(harness: Harness) -> None:
     harness.writer.check()
 
 
-def test_nothing_submitted_is_nothing_to_finish(harness: Harness) -> None:
+def test_finish_without_a_submit_returns_none(harness: Harness) -> None:
     assert harness.writer.finish() is None
     harness.writer.check()
 
 
-def test_while_a_copy_runs_the_newest_waits_and_takes_the_place_of_an_older_one(harness: Harness) -> None:
+def test_while_a_copy_runs_only_the_newest_save_waits(harness: Harness) -> None:
     staged_saves = {1: harness.submit(1)}
     assert harness.gate.begun.acquire(timeout=SOON)
     for step in (2, 3, 4):
@@ -135,23 +135,23 @@ def test_older_checkpoints_are_pruned_after_each_commit(harness: Harness) -> Non
     assert harness.steps() == {"step-3", "step-4"}
 
 
-def test_a_step_that_is_saved_twice_does_not_change_under_its_copy(harness: Harness, tmp_path: Path) -> None:
+def test_saving_a_step_again_does_not_change_the_files_being_copied(harness: Harness, tmp_path: Path) -> None:
     harness.submit(1)
     assert harness.gate.begun.acquire(timeout=SOON)
-    (tmp_path / "staged save-1").mkdir()
-    (tmp_path / "staged save-1" / "weights.bin").write_bytes(b"half of")  # the trainer, at it again
+    (tmp_path / "staged-1").mkdir()
+    (tmp_path / "staged-1" / "weights.bin").write_bytes(b"half of")  # the trainer saves the step again
     harness.gate.open.set()
     last = harness.writer.finish()
     assert last is not None and (last.folder / "weights.bin").read_bytes() == bytes([1]) * 1000
-    shutil.rmtree(tmp_path / "staged save-1")
+    shutil.rmtree(tmp_path / "staged-1")
     again = harness.submit(1)
     assert harness.writer.finish() == harness.committed[1]
     assert (harness.committed[1].step, harness.steps(), again.exists()) == (1, {"step-1"}, False)
 
 
-def test_a_snapshot_that_is_not_there_is_told_at_once(harness: Harness, tmp_path: Path) -> None:
-    with raises("disk.error", match="staged save-9: No such file or directory"):
-        harness.writer.submit(tmp_path / "staged save-9", step=9, config_hash="c", data_hash="d", attempt=1)
+def test_a_missing_staged_save_is_reported_at_once(harness: Harness, tmp_path: Path) -> None:
+    with raises("disk.error", match="staged-9: No such file or directory"):
+        harness.writer.submit(tmp_path / "staged-9", step=9, config_hash="c", data_hash="d", attempt=1)
     assert harness.writer.finish() is None
 
 
@@ -172,14 +172,14 @@ def test_three_failed_saves_in_a_row_end_the_training(harness: Harness, number: 
         harness.writer.check()
         staged_saves.append(harness.submit(step))
         harness.until(lambda: len(harness.said) == len(staged_saves) and not harness.writer._running)
-        assert [folder.exists() for folder in staged_saves] == [False] * (step - 1) + [True]  # the newest is enough
-    with raises(code, match=r"store: .* \(3 saves in a row have failed; step 3 is kept in .*staged save-3.save-3\)"):
+        assert [folder.exists() for folder in staged_saves] == [False] * (step - 1) + [True]  # only the newest is kept
+    with raises(code, match=r"store: .* \(3 saves in a row have failed; step 3 is kept in .*staged-3.save-3\)"):
         harness.writer.check()
     assert harness.said[0].startswith(f"step 1 is not saved: {harness.store.root}: ")
-    assert harness.said[0].endswith(f"; its staged save is kept in {staged_saves[0]} and tried again")
+    assert harness.said[0].endswith(f"; its staged save is kept in {staged_saves[0]} and will be retried")
 
 
-def test_a_save_that_works_makes_good_for_those_that_failed(harness: Harness) -> None:
+def test_a_successful_save_resets_the_count_of_failures(harness: Harness) -> None:
     harness.gate.open.set()
     harness.gate.error = errno.EIO
     staged_saves = []
@@ -197,11 +197,11 @@ def test_a_save_that_works_makes_good_for_those_that_failed(harness: Harness) ->
     harness.writer.check()
 
 
-def test_finish_tries_once_more_and_then_gives_up(harness: Harness) -> None:
+def test_finish_retries_once_and_then_gives_up(harness: Harness) -> None:
     harness.gate.open.set()
     harness.gate.error = errno.ENOSPC
     staged = harness.submit(7)
-    with raises("disk.full", match=r"store: .*\(tried twice; step 7 is kept in .*staged save-7.save-1\)"):
+    with raises("disk.full", match=r"store: .*\(tried twice; step 7 is kept in .*staged-7.save-1\)"):
         harness.writer.finish()
     assert (harness.gate.tries, staged.exists(), harness.steps()) == (2, True, set())
     harness.gate.error = None
@@ -210,10 +210,10 @@ def test_finish_tries_once_more_and_then_gives_up(harness: Harness) -> None:
     assert not staged.exists()
 
 
-def test_a_failed_save_is_tried_again_while_nothing_newer_comes(
+def test_a_failed_save_is_retried_until_a_newer_one_is_submitted(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver_module, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(writer_module, "RETRY_SECONDS", 0.02)
     harness.gate.open.set()
     harness.gate.error = errno.EIO
     harness.submit(1)
@@ -229,7 +229,7 @@ def test_finish_has_a_time_limit(harness: Harness) -> None:
     staged = harness.submit(1)
     began = time.monotonic()
     with raises(
-        "checkpoint.timeout", match=r"store: step 1 was not saved within 0\.2 s; its staged save is in .*staged save-1"
+        "checkpoint.timeout", match=r"store: step 1 was not saved within 0\.2 s; its staged save is in .*staged-1"
     ):
         harness.writer.finish(0.2)
     assert 0.2 <= time.monotonic() - began < SOON
@@ -238,7 +238,7 @@ def test_finish_has_a_time_limit(harness: Harness) -> None:
     assert harness.writer.finish(SOON) is not None
 
 
-def test_close_waits_for_a_moment_only_and_says_what_is_left(harness: Harness) -> None:
+def test_close_waits_only_briefly_and_reports_what_is_not_committed(harness: Harness) -> None:
     harness.submit(1)
     assert harness.gate.begun.acquire(timeout=SOON)
     waiting = harness.submit(2)
@@ -249,7 +249,7 @@ def test_close_waits_for_a_moment_only_and_says_what_is_left(harness: Harness) -
     assert harness.said[1:] == [f"step 2 is not in {harness.store.root}; its staged save stays in {waiting}"]
     assert waiting.exists()
     harness.gate.open.set()
-    harness.until(lambda: harness.committed)  # what it was busy with ends well
+    harness.until(lambda: harness.committed)  # the running copy is still committed
     assert harness.steps() == {"step-1"}
 
 
@@ -265,22 +265,22 @@ def test_faults_of_the_callbacks_or_of_pruning_do_not_undo_a_commit(tmp_path: Pa
     said: list[str] = []
     writer = AsyncCheckpointWriter(store, said.append, broken)
     for step in (1, 2):
-        (tmp_path / "staged save").mkdir()
-        (tmp_path / "staged save" / "weights.bin").write_bytes(b"w")
-        writer.submit(tmp_path / "staged save", step=step, config_hash="c", data_hash="d", attempt=1)
+        (tmp_path / "staged").mkdir()
+        (tmp_path / "staged" / "weights.bin").write_bytes(b"w")
+        writer.submit(tmp_path / "staged", step=step, config_hash="c", data_hash="d", attempt=1)
         last = writer.finish(SOON)
         assert last is not None and last.step == step
     assert said[0] == "after the save of step 1: ValueError('broken')"
     assert said[2].startswith("after the save of step 2: ") and "not writable" in said[2]
     assert store.latest_valid() == (store.root / "step-2", [])
-    silent = AsyncCheckpointWriter(store, broken, broken)  # a console that is gone
-    (tmp_path / "staged save").mkdir()
-    (tmp_path / "staged save" / "weights.bin").write_bytes(b"w")
-    silent.submit(tmp_path / "staged save", step=3, config_hash="c", data_hash="d", attempt=1)
+    silent = AsyncCheckpointWriter(store, broken, broken)  # a closed console
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "weights.bin").write_bytes(b"w")
+    silent.submit(tmp_path / "staged", step=3, config_hash="c", data_hash="d", attempt=1)
     assert silent.finish(SOON) is not None
 
 
-def test_a_fault_that_nobody_foresaw_is_heard_of(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_exception_is_reported(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> Path:
         raise ValueError("unforeseen")
 

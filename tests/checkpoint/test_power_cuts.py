@@ -1,4 +1,4 @@
-"""The power goes at any operation on the store, also in the middle of a file: what was committed is found, nothing half is."""
+"""Power cuts at any operation on the store, even in the middle of a file: only complete, committed checkpoints are found."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from finetune.checkpoint.store import CheckpointStore
 from tests.helpers.data_examples import files_of
 
 MOMENTS = (0.0, 0.4, 1.0)
-"""How much of an operation is done when the power goes: nothing, a part (of what can be done in parts), all of it."""
+"""Share of the operation that is done at the power cut: none, a part (of a write), all of it."""
 
 
 class PowerCut(BaseException):
-    """Nothing that handles faults may handle this one: there is no machine left to do it."""
+    """A BaseException, so that no error handling of the store catches it: after a power cut no code runs."""
 
 
-class Socket(Disk):
-    """A disk that loses its power at the `left`-th operation from now, when `done` of that operation is done."""
+class FailingDisk(Disk):
+    """A disk whose power is cut at the `left`-th operation from now, with the share `done` of that operation done."""
 
     def __init__(self) -> None:
         self.left: int | None = None
@@ -48,20 +48,20 @@ class Socket(Disk):
 
     def write(self, file: BinaryIO, data: bytes) -> None:
         self._operate(
-            lambda: super(Socket, self).write(file, data), lambda: file.write(data[: int(len(data) * self.done)])
+            lambda: super(FailingDisk, self).write(file, data), lambda: file.write(data[: int(len(data) * self.done)])
         )
 
     def make_folder(self, path: Path) -> None:
-        self._operate(lambda: super(Socket, self).make_folder(path))
+        self._operate(lambda: super(FailingDisk, self).make_folder(path))
 
     def remove_file(self, path: Path) -> None:
-        self._operate(lambda: super(Socket, self).remove_file(path))
+        self._operate(lambda: super(FailingDisk, self).remove_file(path))
 
     def remove_empty_folder(self, path: Path) -> None:
-        self._operate(lambda: super(Socket, self).remove_empty_folder(path))
+        self._operate(lambda: super(FailingDisk, self).remove_empty_folder(path))
 
     def rename_folder(self, path: Path, new: Path) -> None:
-        self._operate(lambda: super(Socket, self).rename_folder(path, new))
+        self._operate(lambda: super(FailingDisk, self).rename_folder(path, new))
 
 
 def content_of(step: int) -> dict[str, bytes]:
@@ -69,7 +69,7 @@ def content_of(step: int) -> dict[str, bytes]:
 
 
 def staged(root: Path, step: int) -> Path:
-    folder = root / "staged save"
+    folder = root / "staged"
     (folder / "sub").mkdir(parents=True, exist_ok=True)
     for name, content in content_of(step).items():
         (folder / name).write_bytes(content)
@@ -82,7 +82,7 @@ def put(store: CheckpointStore, step: int) -> Path:
 
 
 def check_complete(folder: Path) -> int:
-    """A folder that latest_valid returned holds what was saved; returns its step."""
+    """Check that a folder from latest_valid holds exactly what was saved; returns its step."""
     step = int(folder.name.removeprefix("step-"))
     held = {str(name): content for name, content in files_of(folder).items() if str(name) != "manifest.json"}
     assert held == content_of(step)
@@ -90,7 +90,7 @@ def check_complete(folder: Path) -> int:
 
 
 def count_operations(work: Callable[[CheckpointStore], object], root: Path) -> int:
-    disk = Socket()
+    disk = FailingDisk()
     work(CheckpointStore(root / "store", run_id="r", keep_last=1, disk=disk))
     return disk.count
 
@@ -100,7 +100,7 @@ def save_and_prune(store: CheckpointStore) -> None:
     store.prune()
 
 
-def save_over_a_damaged_one(store: CheckpointStore) -> None:
+def save_over_a_corrupt_one(store: CheckpointStore) -> None:
     put(store, 3)
 
 
@@ -110,7 +110,7 @@ def quarantine_and_clean(store: CheckpointStore) -> None:
     store.clean()
 
 
-WORK = (save_and_prune, save_over_a_damaged_one, quarantine_and_clean)
+WORK = (save_and_prune, save_over_a_corrupt_one, quarantine_and_clean)
 
 
 @pytest.mark.parametrize("work", WORK)
@@ -127,7 +127,7 @@ def test_a_power_cut_at_every_single_operation(tmp_path: Path, work: Callable[[C
     for operation in range(total):
         for done in MOMENTS:
             root = Path(shutil.copytree(tmp_path / "begun", tmp_path / f"{operation}-{done}"))
-            disk = Socket()
+            disk = FailingDisk()
             disk.left, disk.done = operation, done
             with pytest.raises(PowerCut):
                 work(CheckpointStore(root / "store", run_id="r", keep_last=1, disk=disk))
@@ -142,13 +142,13 @@ def test_a_power_cut_at_every_single_operation(tmp_path: Path, work: Callable[[C
                 assert check_complete(put(store, step)) == step
             assert store.latest_valid() == (store.root / "step-4", [])
             shutil.rmtree(root)
-    assert found == sorted(found)  # from some operation on, the new one counts, and for good
+    assert found == sorted(found)  # from some operation on, the new checkpoint is always the one found
     assert set(found) == ({1} if work is quarantine_and_clean else {1, 2} if work is save_and_prune else {1, 3})
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_store_that_kept_the_manifest_and_lost_files_written_before_it(data: st.DataObject) -> None:
+def test_a_store_that_lost_files_written_before_the_manifest(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         store = CheckpointStore(Path(scratch) / "store", run_id="r")
         older, newer = put(store, 1), put(store, 2)
@@ -195,15 +195,15 @@ def test_any_damage_to_any_file_is_noticed_and_named(name: str, how: str, where:
         assert store.latest_valid() == (newer, [])
 
 
-class Life(RuleBasedStateMachine):
-    """Saves, prunes, cleans, damage and resumes in any order, with the power going at any operation, again and again."""
+class Lifetime(RuleBasedStateMachine):
+    """Saves, prunes, cleanups, corruption and resumes in any order, with repeated power cuts at any operation."""
 
     @initialize(keep_last=st.integers(1, 3), keep_every=st.sampled_from([None, 2, 3]))
     def begin(self, keep_last: int, keep_every: int | None) -> None:
         self.scratch = tempfile.TemporaryDirectory()
         self.root = Path(self.scratch.name) / "store"
         self.keep: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every}
-        self.disk = Socket()
+        self.disk = FailingDisk()
         self.store = self.opened()
         self.good: set[int] = set()  # steps whose put returned, or whose manifest was found whole after a cut
         self.step = 0
@@ -212,7 +212,7 @@ class Life(RuleBasedStateMachine):
         return CheckpointStore(self.root, run_id="r", disk=self.disk, **self.keep)
 
     def survive(self, work: Callable[[], object], begins: int | None = None) -> bool:
-        """Whether the work was done; else the machine comes up again and goes on from what it finds."""
+        """Whether the work completed; if the power was cut, restart and resume from what is found."""
         try:
             work()
             return True
@@ -235,7 +235,7 @@ class Life(RuleBasedStateMachine):
             assert all((path / "manifest.json").is_file() for path in folders)
 
     @rule(operation=st.integers(0, 25), done=st.sampled_from(MOMENTS))
-    def power_goes_soon(self, operation: int, done: float) -> None:
+    def cut_power_soon(self, operation: int, done: float) -> None:
         self.disk.left, self.disk.done = operation, done
 
     @rule(further=st.integers(1, 3))
@@ -261,17 +261,17 @@ class Life(RuleBasedStateMachine):
 
     @precondition(lambda self: self.good)
     @rule(data=st.data())
-    def damage(self, data: st.DataObject) -> None:
+    def corrupt(self, data: st.DataObject) -> None:
         step = data.draw(st.sampled_from(sorted(self.good)))
         name = data.draw(st.sampled_from([*content_of(step), "manifest.json"]))
         path = self.root / f"step-{step}" / name
-        ways: list[Callable[[], object]] = [path.unlink, lambda: path.write_bytes(path.read_bytes()[:-2])]
-        data.draw(st.sampled_from(ways))()
+        corruptions: list[Callable[[], object]] = [path.unlink, lambda: path.write_bytes(path.read_bytes()[:-2])]
+        data.draw(st.sampled_from(corruptions))()
         self.good.discard(step)
         self.resume()
 
     @invariant()
-    def all_that_is_good_verifies(self) -> None:
+    def every_good_checkpoint_verifies(self) -> None:
         for step in getattr(self, "good", ()):
             assert checkpoint_store.fault(self.root / f"step-{step}") is None
 
@@ -280,5 +280,5 @@ class Life(RuleBasedStateMachine):
             self.scratch.cleanup()
 
 
-TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestLifetime = Lifetime.TestCase
+TestLifetime.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)

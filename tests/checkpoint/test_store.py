@@ -1,4 +1,4 @@
-"""Checkpoints count only when they are whole; the newest whole one is found, whatever lies beside it."""
+"""Only complete checkpoints are valid; the newest valid one is found, whatever else is in the folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from finetune.checkpoint import manifest as checkpoint_manifest
 from finetune.checkpoint import store as checkpoint_store
-from finetune.checkpoint.filesystem import PIECE
+from finetune.checkpoint.filesystem import CHUNK_BYTES
 from finetune.checkpoint.store import CheckpointStore, Skipped
 from tests.helpers.data_examples import files_of
 from tests.helpers.errors import raises
@@ -23,8 +23,8 @@ HASHES = {"config_hash": CONFIG, "data_hash": DATA}
 
 
 def staged(tmp_path: Path, step: int, size: int = 100) -> Path:
-    """What the trainer leaves: a few files, one of them in a folder."""
-    folder = tmp_path / f"staged save-{step}"
+    """A save as the trainer writes it: a few files, one of them in a subfolder."""
+    folder = tmp_path / f"staged-{step}"
     (folder / "sub").mkdir(parents=True, exist_ok=True)
     (folder / "weights.bin").write_bytes(bytes([step % 256]) * size)
     (folder / "sub" / "state.json").write_text(f'{{"step": {step}}}')
@@ -46,15 +46,15 @@ def names(store: CheckpointStore) -> set[str]:
 
 
 def reseal(folder: Path, **changes: Any) -> None:
-    """A manifest with other facts, as a program that knows how to seal one would write it."""
+    """Rewrite the manifest with changed values and a matching seal."""
     manifest = {**checkpoint_store.read_manifest(folder), **changes}
     (folder / "manifest.json").write_text(checkpoint_manifest.manifest_text(manifest))
 
 
-def test_a_checkpoint_holds_the_snapshot_and_says_what_it_is(tmp_path: Path, store: CheckpointStore) -> None:
+def test_a_checkpoint_holds_the_staged_save_and_a_manifest(tmp_path: Path, store: CheckpointStore) -> None:
     folder = put(store, 7, attempt=3)
     assert folder == store.root / "step-7"
-    expected = files_of(tmp_path / "staged save-7")
+    expected = files_of(tmp_path / "staged-7")
     assert {name: files_of(folder)[name] for name in expected} == expected
     manifest = checkpoint_store.read_manifest(folder)
     assert manifest.pop("saved_at").endswith("+00:00")
@@ -68,8 +68,8 @@ def test_a_checkpoint_holds_the_snapshot_and_says_what_it_is(tmp_path: Path, sto
     assert checkpoint_store.fault(folder) is None
 
 
-def test_a_file_of_several_pieces_arrives_whole(tmp_path: Path, store: CheckpointStore) -> None:
-    content = os.urandom(2 * PIECE + 12_345)
+def test_a_file_of_several_chunks_is_copied_completely(tmp_path: Path, store: CheckpointStore) -> None:
+    content = os.urandom(2 * CHUNK_BYTES + 12_345)
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "weights.bin").write_bytes(content)
     (tmp_path / "source" / "empty").touch()
@@ -104,7 +104,7 @@ CUT_OFF: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a manifest": (rewrite("manifest.json", b'{\n  "step": 7,\n  "files": {\n  }'), "half a manifest"),
     "an empty manifest": (rewrite("manifest.json", b""), "half a manifest"),
     "a manifest of zeros": (rewrite("manifest.json", bytes(300)), "half a manifest"),
-    "text that is no JSON": (rewrite("manifest.json", b"hello\n"), "half a manifest"),
+    "text that is not JSON": (rewrite("manifest.json", b"hello\n"), "half a manifest"),
     "a manifest that is a list": (rewrite("manifest.json", b"[]"), "half a manifest"),
 }
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -115,20 +115,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a manifest that is a folder": (folder_in_place_of("manifest.json"), "manifest.json is not a file"),
     "a broken manifest": (rewrite("manifest.json", b'{\n  "step": \n}\n'), "the manifest is not readable"),
     "another file's braces": (rewrite("manifest.json", b"{\n}\n"), "the manifest is not readable"),
-    "not even text": (rewrite("manifest.json", b"\xff\xfe\n}\n"), "the manifest is not readable"),
+    "bytes that are not text": (rewrite("manifest.json", b"\xff\xfe\n}\n"), "the manifest is not readable"),
     "a hundred thousand brackets": (
         rewrite("manifest.json", b"[" * 100_000 + b"\n}\n"),
         "the manifest is not readable",
     ),
     "a manifest changed by hand": (edit_without_seal, "the manifest has changed since it was written"),
-    "the manifest of another step": (lambda f: reseal(f, step=8), "the manifest is that of step 8"),
+    "the manifest of another step": (lambda f: reseal(f, step=8), "the manifest is for step 8"),
     "a step that is text": (lambda f: reseal(f, step="7"), "the manifest lacks"),
     "a negative number": (lambda f: reseal(f, number=-1), "the manifest lacks"),
     "no files": (lambda f: reseal(f, files={}), "the manifest lacks"),
     "files as a list": (lambda f: reseal(f, files=["weights.bin"]), "the manifest lacks"),
-    "a file outside": (named("../../etc/passwd"), "names '../../etc/passwd', which is no file of the checkpoint"),
+    "a file outside": (named("../../etc/passwd"), "names '../../etc/passwd', which is not a file of the checkpoint"),
     "an absolute path": (named("/etc/passwd"), "names '/etc/passwd'"),
-    "a name that is none": (named("sub/../weights.bin"), "names 'sub/../weights.bin'"),
+    "a name that is not normalised": (named("sub/../weights.bin"), "names 'sub/../weights.bin'"),
     "a name with a zero byte": (named("a\0b"), "names 'a"),
     "a negative size": (named("weights.bin", -1), "no size and SHA-256 for weights.bin"),
     "a size that is text": (named("weights.bin", "100"), "no size and SHA-256 for weights.bin"),
@@ -136,7 +136,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", [*CUT_OFF, *DAMAGE])
-def test_what_is_not_whole_is_passed_over_with_its_reason(store: CheckpointStore, name: str) -> None:
+def test_an_invalid_checkpoint_is_skipped_with_its_reason(store: CheckpointStore, name: str) -> None:
     older, folder = put(store, 5), put(store, 7)
     spoil, reason = {**CUT_OFF, **DAMAGE}[name]
     spoil(folder)
@@ -150,10 +150,10 @@ def test_what_is_not_whole_is_passed_over_with_its_reason(store: CheckpointStore
 
 
 @pytest.mark.parametrize("name", [*CUT_OFF, *DAMAGE])
-def test_clean_takes_cut_off_saves_and_quarantine_the_damaged_ones(store: CheckpointStore, name: str) -> None:
+def test_clean_deletes_incomplete_saves_and_quarantine_renames_corrupt_ones(store: CheckpointStore, name: str) -> None:
     older, folder = put(store, 5), put(store, 7)
     before = files_of(older)
-    for _ in range(2):  # the second time, one of the same step is aside already
+    for _ in range(2):  # the second time, one of the same step is already quarantined
         {**CUT_OFF, **DAMAGE}[name][0](put(store, 7))
         (skipped,) = store.latest_valid()[1]
         quarantined = store.quarantine(skipped)
@@ -174,9 +174,11 @@ def test_a_manifest_that_cannot_be_read_is_a_user_error(store: CheckpointStore) 
         checkpoint_store.read_manifest(store.root / "step-8")
 
 
-def test_the_newest_is_the_one_with_the_highest_step_whatever_the_clock_said(store: CheckpointStore) -> None:
+def test_the_newest_is_the_one_with_the_highest_step_whatever_the_clock_says(store: CheckpointStore) -> None:
     for step in (9, 100, 20):
-        reseal(put(store, step), saved_at=f"2{200 - step:03}-01-01T00:00:00+00:00")  # the later, the earlier
+        reseal(
+            put(store, step), saved_at=f"2{200 - step:03}-01-01T00:00:00+00:00"
+        )  # the higher the step, the earlier saved_at
     for other in ("step-", "step-x", "step-1000.old", "damaged-step-500", "checkpoint-900", "step-0900", "step-²"):
         shutil.copytree(store.root / "step-9", store.root / other)
     assert store.latest_valid() == (store.root / "step-100", [])
@@ -206,11 +208,11 @@ def test_a_checkpoint_of_another_run_is_neither_used_nor_touched(store: Checkpoi
     assert [folder.name for folder in store.prune()] == ["step-2", "step-1"]
     assert store.clean() == []
     assert other.latest_valid()[0] == theirs[1]
-    assert checkpoint_store.read_manifest(store.root / "step-3")["number"] == 3  # theirs do not count
+    assert checkpoint_store.read_manifest(store.root / "step-3")["number"] == 3  # the other run's do not count
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_a_file_or_a_link_in_place_of_a_checkpoint_is_told_and_left(
+def test_a_file_or_a_link_in_place_of_a_checkpoint_is_reported_and_left(
     tmp_path: Path, store: CheckpointStore, kind: str
 ) -> None:
     kept, target = put(store, 5), store.root / "step-9"
@@ -239,14 +241,14 @@ def test_deleting_does_not_follow_links(tmp_path: Path, store: CheckpointStore) 
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_valid_checkpoint_of_the_step_is_left_as_it_is(tmp_path: Path, store: CheckpointStore) -> None:
+def test_a_valid_checkpoint_of_the_step_is_left_unchanged(tmp_path: Path, store: CheckpointStore) -> None:
     before = files_of(put(store, 7, attempt=1))
-    shutil.rmtree(tmp_path / "staged save-7")
+    shutil.rmtree(tmp_path / "staged-7")
     assert files_of(store.put(tmp_path / "gone", step=7, config_hash="0" * 64, data_hash=DATA, attempt=2)) == before
 
 
-def test_a_snapshot_that_is_gone_is_told_and_leaves_nothing(tmp_path: Path, store: CheckpointStore) -> None:
-    with raises("checkpoint.snapshot_missing", match=r"gone: nothing to save there"):
+def test_a_missing_staged_save_is_reported_and_leaves_nothing(tmp_path: Path, store: CheckpointStore) -> None:
+    with raises("checkpoint.snapshot_missing", match=r"gone: nothing to save;"):
         store.put(tmp_path / "gone", step=7, config_hash=CONFIG, data_hash=DATA, attempt=1)
     assert names(store) == set()
 
@@ -266,7 +268,7 @@ def test_prune_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["a byte has changed", "a file is cut short", "a file is gone", "no manifest"])
-def test_damaged_checkpoints_never_push_good_ones_out(store: CheckpointStore, how: str) -> None:
+def test_corrupt_checkpoints_never_displace_good_ones(store: CheckpointStore, how: str) -> None:
     for step in (1, 2, 3, 4):
         put(store, step)
     for step in (3, 4):
@@ -275,20 +277,20 @@ def test_damaged_checkpoints_never_push_good_ones_out(store: CheckpointStore, ho
     put(store, 5)
     assert store.prune() == [store.root / "step-1"]
     assert {"step-2", "step-5"} <= names(store)
-    put(store, 4)  # made anew, it counts again
+    put(store, 4)  # saved again, it counts again
     assert store.prune() == [store.root / "step-2"]
 
 
-def test_a_checkpoint_that_lost_a_file_since_it_was_found_does_not_count(store: CheckpointStore) -> None:
+def test_a_checkpoint_with_a_truncated_file_does_not_count(store: CheckpointStore) -> None:
     for step in (1, 2, 3):
         put(store, step)
-    (store.root / "step-3" / "weights.bin").write_bytes(b"short")  # nobody has looked at it since
+    (store.root / "step-3" / "weights.bin").write_bytes(b"short")  # not verified since
     assert store.prune() == []
     put(store, 4)
     assert store.prune() == [store.root / "step-1"]
 
 
-def test_the_number_of_a_checkpoint_is_its_place_among_those_of_earlier_steps(store: CheckpointStore) -> None:
+def test_the_number_of_a_checkpoint_counts_those_of_earlier_steps(store: CheckpointStore) -> None:
     for step in (10, 20, 30):
         put(store, step)
     (store.root / "step-20" / "weights.bin").unlink()

@@ -1,4 +1,4 @@
-"""Stores that are full, read-only, gone, or lie: one clear line, and the checkpoints before are as they were."""
+"""Stores that are full, read-only, gone, or return wrong bytes: one clear line, and earlier checkpoints are unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.errors import raises
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """mounted(options) puts a file system of its own at tmp_path/store; needs the right to mount."""
+    """mounted(options) mounts a separate file system at tmp_path/store; needs the right to mount."""
     folder = tmp_path / "store"
 
     def mount(options: str) -> None:
@@ -43,7 +43,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], None]]:
 @pytest.mark.parametrize(
     "kilobytes", [16, 60, 130]
 )  # full at a folder, in a file, at the manifest or in the second save
-def test_a_full_disk_is_told_and_the_half_copy_gives_its_room_back(
+def test_a_full_disk_is_reported_and_the_partial_copy_is_deleted(
     tmp_path: Path, mounted: Callable[[str], None], kilobytes: int
 ) -> None:
     mounted(f"size={kilobytes}k")
@@ -58,7 +58,7 @@ def test_a_full_disk_is_told_and_the_half_copy_gives_its_room_back(
     assert store.latest_valid() == (committed[-1] if committed else None, [])
 
 
-def test_a_full_disk_takes_the_save_again_once_there_is_room(tmp_path: Path, mounted: Callable[[str], None]) -> None:
+def test_a_save_succeeds_once_a_full_disk_has_space_again(tmp_path: Path, mounted: Callable[[str], None]) -> None:
     mounted("size=60k")
     store = CheckpointStore(tmp_path / "store", run_id="r")
     (tmp_path / "store" / "large.log").write_bytes(bytes(40_000))
@@ -70,7 +70,7 @@ def test_a_full_disk_takes_the_save_again_once_there_is_room(tmp_path: Path, mou
     assert store.latest_valid() == (store.root / "step-1", [])
 
 
-def test_a_read_only_store_is_told_and_can_still_be_read(tmp_path: Path, mounted: Callable[[str], None]) -> None:
+def test_a_read_only_store_is_reported_and_can_still_be_read(tmp_path: Path, mounted: Callable[[str], None]) -> None:
     mounted("size=1m")
     store = CheckpointStore(tmp_path / "store", run_id="r", keep_last=1)
     kept = [put(store, step) for step in (1, 2)]
@@ -92,7 +92,7 @@ def test_a_read_only_store_is_told_and_can_still_be_read(tmp_path: Path, mounted
     assert files_of(store.root) == before
 
 
-def test_a_store_that_vanishes_is_not_made_anew_on_the_local_disk(tmp_path: Path) -> None:
+def test_a_store_that_disappears_is_not_recreated_on_the_local_disk(tmp_path: Path) -> None:
     class Vanishing(Disk):
         def sync_folder(self, path: Path) -> None:
             shutil.rmtree(tmp_path / "store", ignore_errors=True)
@@ -101,33 +101,32 @@ def test_a_store_that_vanishes_is_not_made_anew_on_the_local_disk(tmp_path: Path
     store = CheckpointStore(tmp_path / "store", run_id="r", disk=Vanishing())
     for _ in range(2):  # in the middle of a save, then before one
         with raises(
-            "checkpoint.store_vanished", match=r"store: the store has vanished .*is its bucket or disk still mounted\?"
+            "checkpoint.store_vanished",
+            match=r"store: the store has disappeared .*is its bucket or disk still mounted\?",
         ):
             put(store, 2)
         assert not store.root.exists()
 
 
-def test_a_run_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+def test_a_missing_run_folder_is_not_created(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "gone" / "checkpoints", run_id="r")
     with raises("checkpoint.store_vanished"):
         store.put(staged(tmp_path, 1), step=1, config_hash=CONFIG, data_hash=DATA, attempt=1)
     assert not (tmp_path / "gone").exists()
 
 
-def test_a_snapshot_that_cannot_be_read_is_not_blamed_on_the_store(tmp_path: Path) -> None:
+def test_an_unreadable_staged_save_is_not_blamed_on_the_store(tmp_path: Path) -> None:
     class Unreadable(Disk):
         def copy_file(self, source: Path, target: Path) -> tuple[int, str]:
             raise OSError(errno.EIO, "Input/output error", str(source))
 
     store = CheckpointStore(tmp_path / "store", run_id="r", disk=Unreadable())
-    with raises(
-        "checkpoint.snapshot_unreadable", match=r"staged save-\d: the staged save cannot be read \(Input/output"
-    ):
+    with raises("checkpoint.snapshot_unreadable", match=r"staged-\d: the staged save cannot be read \(Input/output"):
         put(store, 1)
     assert names(store) == set()
 
 
-def test_a_store_that_is_a_file_is_told(tmp_path: Path) -> None:
+def test_a_store_that_is_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("mine")
     store = CheckpointStore(tmp_path / "store", run_id="r")
     for call in (lambda: put(store, 1), store.latest_valid, store.prune, store.clean):
@@ -136,7 +135,7 @@ def test_a_store_that_is_a_file_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path: Path, code: int) -> None:
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_corrupt(tmp_path: Path, code: int) -> None:
     class Unreadable(Disk):
         def hash_file(self, path: Path) -> tuple[int, str]:
             if path.parent.name == "step-2":
@@ -162,12 +161,12 @@ def test_a_root_that_cannot_be_listed_is_not_taken_for_a_new_run(
 
     store = CheckpointStore(tmp_path / "store", run_id="r")
     put(store, 1)
-    monkeypatch.setattr(Path, "iterdir", refuse)  # what a gcsfuse that died answers
+    monkeypatch.setattr(Path, "iterdir", refuse)  # the answer of a gcsfuse that has died
     with raises("checkpoint.store_vanished"):
         store.latest_valid()
 
 
-def test_a_store_that_gives_back_other_bytes_does_not_get_a_manifest(tmp_path: Path) -> None:
+def test_no_manifest_is_written_when_the_bytes_read_back_differ(tmp_path: Path) -> None:
     class Flipping(Disk):
         def write(self, file: BinaryIO, data: bytes) -> None:
             super().write(file, bytes([data[0] ^ 1]) + data[1:])
@@ -176,14 +175,14 @@ def test_a_store_that_gives_back_other_bytes_does_not_get_a_manifest(tmp_path: P
     store = CheckpointStore(tmp_path / "store", run_id="r", disk=Flipping())
     with raises(
         "checkpoint.write_corrupted",
-        match=r"step-2/.*: other bytes came back than were written; the disk or bucket is at",
+        match=r"step-2/.*: the bytes read back differ from those written; the disk or bucket is at",
     ):
         put(store, 2)
     assert names(store) == {"step-1"}
     assert store.latest_valid() == (kept, [])
 
 
-def test_a_store_that_cannot_rename_folders_loses_only_the_damaged_one(tmp_path: Path) -> None:
+def test_a_store_that_cannot_rename_folders_deletes_only_the_corrupt_one(tmp_path: Path) -> None:
     class Bucket(Disk):
         def rename_folder(self, path: Path, new: Path) -> None:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # gcsfuse with its rename-dir-limit of 0
@@ -200,7 +199,7 @@ def test_a_store_that_cannot_rename_folders_loses_only_the_damaged_one(tmp_path:
 @pytest.mark.parametrize("same_bytes", [True, False])
 @pytest.mark.parametrize("meets", ["state.json", "weights.bin"])
 def test_two_writers_of_one_step_never_make_a_mixture(tmp_path: Path, same_bytes: bool, meets: str) -> None:
-    """Not supported. That step may be lost; what verifies is what one of the two wrote, and older ones stay."""
+    """Two writers are not supported: the step may be lost, but what verifies is from one of them, and older checkpoints stay."""
 
     class Interrupted(Disk):
         def copy_file(self, source: Path, target: Path) -> tuple[int, str]:
@@ -219,7 +218,7 @@ def test_two_writers_of_one_step_never_make_a_mixture(tmp_path: Path, same_bytes
     try:
         store.put(ours, step=2, config_hash=CONFIG, data_hash=DATA, attempt=1)
     except UserError as error:
-        assert "other bytes came back" in str(error) and not same_bytes
+        assert "the bytes read back differ" in str(error) and not same_bytes
     found, skipped = other.latest_valid()
     assert skipped == []
     if found == kept:
@@ -254,7 +253,7 @@ for step in (1, 2):
         ("prune", 1, {"step-1": 2, "step-2": 3}, "step-2"),
     ],
 )
-def test_a_kill_at_a_place_leaves_the_newest_whole_one(
+def test_a_kill_at_a_fault_point_leaves_the_newest_complete_checkpoint(
     tmp_path: Path, place: str, count: int, left: dict[str, int], newest: str
 ) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(staged(tmp_path, 1))]

@@ -1,4 +1,4 @@
-"""What the tests of `finetune train` read from a run's folder, and how they break into a training step."""
+"""Helpers for the tests of `finetune train`: read a run's folder, and run code inside a training step."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def steps_in(record: dict[str, Any]) -> list[int]:
 
 
 def check_agrees(run: Path) -> dict[str, Any]:
-    """run.json is as far as the newest checkpoint; returns it."""
+    """Check that run.json agrees with the newest checkpoint; returns run.json."""
     from finetune.checkpoint.store import newest_first
 
     record = record_of(run)
-    whole = [folder for folder in newest_first(run / "checkpoints") if (folder / "manifest.json").is_file()]
-    if not whole:
+    complete = [folder for folder in newest_first(run / "checkpoints") if (folder / "manifest.json").is_file()]
+    if not complete:
         assert (record["steps"]["done"], record["tokens"], record["history"]) == (0, {"trained": 0}, [])
         assert set(record["losses"].values()) == {None}
         assert record["saves"]["committed_step"] is None
         return record
-    state = json.loads((whole[0] / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((complete[0] / "trainer_state.json").read_text(encoding="utf-8"))
     step, losses = state["global_step"], [entry for entry in state["log_history"] if "loss" in entry]
-    assert whole[0].name == f"step-{step}"
+    assert complete[0].name == f"step-{step}"
     assert record["steps"] == {"done": step, "planned": state["max_steps"]}
     assert record["epochs"] == state["epoch"]
     assert record["tokens"]["trained"] == state["num_input_tokens_seen"] > 0
@@ -49,7 +49,7 @@ def check_agrees(run: Path) -> dict[str, Any]:
 
 
 def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do something in the middle of a training step."""
+    """Run an action in the middle of a training step."""
     from finetune.training.callbacks import Throughput
 
     original = Throughput.on_step_begin
@@ -70,7 +70,7 @@ def change(path: Path, section: str, **values: Any) -> None:
 
 
 class FakeTime:
-    """Seconds on the meter of every attempt, set by hand; the watchdog looks at them twenty times a second."""
+    """The meter of every attempt, in seconds, set by hand; the watchdog reads it twenty times a second."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         from finetune.budget import run_budget
@@ -88,7 +88,7 @@ class FakeTime:
 
 HANGS = """
 import sys, time
-import finetune.training.run  # before the fast clock: its seconds are not the run's
+import finetune.training.run  # before the fast clock starts: import time must not count
 from finetune.budget import run_budget as spending
 from finetune.machine.billed_time import MachineTime, process_age
 from finetune.training.step.runner import Stepper
@@ -108,6 +108,6 @@ sys.exit(main(sys.argv[1:]))
 
 
 def hanging_program(step: int, more: str = "") -> str:
-    """`finetune` as a program for python -c whose so many-th step hangs for ten minutes, on a clock twenty times as fast. more:
-    Python that it runs before the command."""
+    """`finetune` as a program for python -c that hangs for ten minutes in the given step, on a clock twenty times as fast.
+    more: Python code to run before the command."""
     return HANGS.replace("STEP", str(step)).replace("MORE", more)

@@ -1,4 +1,4 @@
-"""What each key of the training section does to the trainer, and that the libraries keep still."""
+"""The effect of each key of the training section on the trainer, and that the libraries print nothing."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_to_the_library_a_batch_is_a_whole_step(tiny_model: Path, tokenizer: Any
 def test_gradients_are_clipped_over_all_adapters(
     kernels: str, tiny_model: Path, tokenizer: Any, examples: Examples
 ) -> None:
-    """A norm far below AdamW's epsilon stops it; the norm that is logged is that of all adapters before clipping."""
+    """A norm far below AdamW's epsilon stops learning; the logged norm is that of all adapters before clipping."""
     trainer = trainer_for(
         lora_model(tiny_model, nf4=False), tokenizer, examples, kernels=kernels, max_steps=1, max_grad_norm=1e-12
     )

@@ -1,4 +1,4 @@
-"""Ceilings in hours and dollars: over all attempts, before they are crossed, and whatever the training loop does."""
+"""Ceilings in hours and dollars: they hold over all attempts and even if the training loop hangs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTime:
 
 
 def pass_time(clock: FakeTime, step: int, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meter stands at `seconds` in the middle of that step, which is long enough for the watchdog to see it."""
+    """Set the meter to `seconds` in the middle of that step, and wait until the watchdog has read it."""
 
     def later() -> None:
         clock.seconds = seconds
@@ -45,7 +45,7 @@ def pass_time(clock: FakeTime, step: int, seconds: float, monkeypatch: pytest.Mo
     at_step(step, later, monkeypatch)
 
 
-def test_a_run_stops_at_its_hours_and_goes_on_when_they_are_raised(
+def test_a_run_stops_at_its_hours_and_resumes_when_they_are_raised(
     tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown, clock: FakeTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(budget={"max_hours": 1.0, "usd_per_hour": 36.0}, checkpoint=OFTEN)
@@ -107,10 +107,10 @@ def test_a_budget_below_the_work_between_two_saves_is_refused_before_anything_is
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_left_of_an_interrupted_run_that_cannot_pay_for_more_is_an_adapter(
+def test_an_interrupted_run_without_budget_for_more_ends_with_an_adapter(
     tiny_config: ConfigWriter, tmp_path: Path, clock: FakeTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A managed job comes back after its last preemption; exit code 0, so that nothing starts it once more."""
+    """A managed job restarts after a preemption; exit code 0, so that it is not restarted again."""
     config = tiny_config(budget={"max_hours": 1.0}, checkpoint=OFTEN | {"save_steps": 2})
 
     def fire() -> None:
@@ -136,7 +136,7 @@ def test_what_is_left_of_an_interrupted_run_that_cannot_pay_for_more_is_an_adapt
 
 
 @pytest.mark.parametrize(("spot", "spent"), [(True, 2570.0), (False, 2770.0)])
-def test_a_run_on_a_spot_machine_stops_while_another_start_can_be_paid(
+def test_a_run_on_a_spot_machine_keeps_a_restart_reserve(
     spot: bool,
     spent: float,
     tiny_config: ConfigWriter,
@@ -144,7 +144,7 @@ def test_a_run_on_a_spot_machine_stops_while_another_start_can_be_paid(
     clock: FakeTime,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Taken away a moment later, it would cross its ceiling by a boot and a set-up before it can look at its ledger."""
+    """A preemption just before the ceiling would otherwise exceed it by a boot and a set-up, before the ledger is read."""
     monkeypatch.setattr("finetune.budget.run_budget.provisioned", lambda: True)
     monkeypatch.setattr("finetune.budget.run_budget.facts", lambda: {"spot": spot})
     monkeypatch.setattr("finetune.budget.run_budget.dearest_usd_per_hour", lambda: 3.6)
@@ -187,7 +187,7 @@ def machine_costs(usd_per_hour: float, monkeypatch: pytest.MonkeyPatch, home: Pa
     offer = {"gpu": "T4", "zone": "us-central1-a", "spot": True, "usd_per_hour": usd_per_hour}
     table = {"basis": "a catalog of today", "ceiling_usd_per_hour": None, "offers": [offer]}
     monkeypatch.setenv("FINETUNE_PRICES", json.dumps(table))
-    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nobody listens on the discard port
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # no server listens on the discard port
     monkeypatch.setenv("HOME", str(home))
 
 
@@ -204,7 +204,7 @@ def test_the_price_and_the_boot_of_the_machine_count_before_the_configs(
     assert "x $36/h, " in record["spent_basis"] and "of the config" not in record["spent_basis"]
 
 
-def test_a_second_run_on_a_machine_does_not_pay_for_the_first(
+def test_a_second_run_on_a_machine_is_not_charged_for_the_first(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine_costs(36.0, monkeypatch, tmp_path)
@@ -214,7 +214,7 @@ def test_a_second_run_on_a_machine_does_not_pay_for_the_first(
     assert second["spending"]["hours"] * 3600 < 60
 
 
-def test_a_machine_that_is_dearer_than_the_budget_is_refused(
+def test_a_machine_too_expensive_for_the_budget_is_refused(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     machine_costs(36000.0, monkeypatch, tmp_path)

@@ -1,4 +1,4 @@
-"""What happens around the training steps, each callback by itself with made-up steps and clocks."""
+"""Each callback around the training steps on its own, with made-up steps and clocks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def train_step(throughput: Throughput, clock: Clock, at: Any, *, tokens: int, se
     throughput.on_step_end(ARGS, at, control())
 
 
-def test_speed_is_real_tokens_per_second_of_steps_without_the_first_and_without_what_lies_between(clock: Clock) -> None:
+def test_throughput_counts_real_tokens_and_only_time_in_steps_after_the_first(clock: Clock) -> None:
     throughput, at = Throughput(), state(num_input_tokens_seen=500)  # 500 of an earlier attempt
     assert throughput.per_second() is None
     train_step(throughput, clock, at, tokens=100, seconds=50.0)
@@ -84,16 +84,16 @@ def test_history_keeps_training_and_validation_losses_and_nothing_else() -> None
         {"step": 1, "epoch": 0.1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens_per_second": 40.0},
         {"step": 1, "epoch": 0.1, "eval_loss": 1.5},
     ]
-    assert written == [1, 2]  # at every log, so that the record is never far behind
+    assert written == [1, 2]  # at every log, so that the record stays up to date
 
 
-def test_a_loss_that_is_no_number_is_kept_as_null() -> None:
+def test_a_loss_that_is_not_finite_is_recorded_as_null() -> None:
     history = History(lambda rows: None)
     history.on_log(ARGS, state(log_history=[{"loss": float("nan"), "grad_norm": float("inf"), "step": 3}]), control())
     assert history.rows == [{"step": 3, "epoch": None, "loss": None, "grad_norm": None, "tokens_per_second": None}]
 
 
-def test_after_a_resume_history_goes_on_where_the_checkpoint_stopped() -> None:
+def test_after_a_resume_history_continues_from_the_checkpoint() -> None:
     history = History(lambda rows: None)
     saved = [{"loss": 2.0, "step": 1}, {"loss": 1.9, "step": 2}]
     at = state(log_history=saved)
@@ -134,7 +134,7 @@ def test_the_bar_ends_its_line_however_training_ends(capsys: pytest.CaptureFixtu
         pass  # training did not begin
 
 
-def test_the_bar_says_what_else_there_is_to_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_shows_additional_text(capsys: pytest.CaptureFixture[str]) -> None:
     history = History(lambda rows: None)
     with ProgressBar(history, lambda: "$0.42 of $25.00") as bar:
         bar.on_train_begin(ARGS, state(0), control())
@@ -144,7 +144,7 @@ def test_the_bar_says_what_else_there_is_to_say(capsys: pytest.CaptureFixture[st
     assert "loss 2.000, $0.42 of $25.00" in capsys.readouterr().err
 
 
-def test_what_comes_before_the_first_step_comes_in_its_order() -> None:
+def test_actions_before_the_first_step_run_in_order() -> None:
     done: list[str] = []
     BeforeFirstStep(lambda: done.append("a"), lambda: done.append("b")).on_train_begin(ARGS, state(), control())
     assert done == ["a", "b"]

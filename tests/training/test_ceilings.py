@@ -1,4 +1,4 @@
-"""`finetune train --max-run-usd` and `--max-hours`: of a new run as an override, of an old one as an edit of its config."""
+"""`finetune train --max-run-usd` and `--max-hours`: an override for a new run, an edit of the config for an existing one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ HEAD = (
     "# finetune train c.yaml\nmodel:\n  name: m  # a model\ndata: {output_dir: p, sources: [{kind: jsonl, path: x}]}\n"
 )
 BUDGETS = {
-    "both are there": "budget:\n  max_run_usd: 5.0  # of the boss\n  max_hours: 1\n",
-    "one is there": "budget:\n  # money\n  usd_per_hour: 2\n  max_hours: null\n",
+    "both keys exist": "budget:\n  max_run_usd: 5.0  # of the boss\n  max_hours: 1\n",
+    "one key exists": "budget:\n  # money\n  usd_per_hour: 2\n  max_hours: null\n",
     "indented": "budget:\n      usd_per_hour: 2\nlora: {r: 8}\n",
     "no value": "budget:\n  max_run_usd:\n  max_hours:\nlora: {r: 8}\n",
     "flow": "budget: {usd_per_hour: 2, max_hours: 3}\n",
@@ -43,13 +43,13 @@ BUDGETS = {
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
-def test_numbers_are_set_and_all_else_stays(budget: str, tmp_path: Path) -> None:
+def test_numbers_are_set_and_everything_else_is_unchanged(budget: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes((HEAD + budget).encode())
-    wanted = load_config(path, ["budget.max_run_usd=40.0", "budget.max_hours=0.00001"])
-    edited = with_numbers(HEAD + budget, "budget", {"max_run_usd": 40.0, "max_hours": 0.00001}, wanted)
+    expected = load_config(path, ["budget.max_run_usd=40.0", "budget.max_hours=0.00001"])
+    edited = with_numbers(HEAD + budget, "budget", {"max_run_usd": 40.0, "max_hours": 0.00001}, expected)
     path.write_bytes(edited.encode())
-    assert to_dict(load_config(path)) == to_dict(wanted)
+    assert to_dict(load_config(path)) == to_dict(expected)
     assert edited.startswith(HEAD)
     for comment in ("# of the boss", "# money", "# max_run_usd: 5"):
         assert (comment in edited) == (comment in budget)
@@ -58,14 +58,14 @@ def test_numbers_are_set_and_all_else_stays(budget: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "budget", ["{usd_per_hour: &x 2.0, max_run_usd: *x}", "{max_run_usd: 5, max_hours: '${.max_run_usd}'}"]
 )
-def test_a_value_to_which_others_refer_leaves_the_others_as_they_are(budget: str, tmp_path: Path) -> None:
+def test_changing_a_value_does_not_change_values_that_refer_to_it(budget: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(f"{HEAD}budget: {budget}\n")
     before = load_config(path)
     values = to_dict(before)
     values["budget"]["max_run_usd"] = 40.0
-    wanted = from_dict(values, "")
-    edited = with_numbers(path.read_text(), "budget", {"max_run_usd": 40.0}, wanted)
+    expected = from_dict(values, "")
+    edited = with_numbers(path.read_text(), "budget", {"max_run_usd": 40.0}, expected)
     path.write_text(edited)
     after = load_config(path).budget
     assert (after.max_run_usd, after.usd_per_hour, after.max_hours) == (
@@ -102,7 +102,7 @@ def stopped(tiny_config: ConfigWriter, tmp_path: Path, clock: FakeTime) -> Path:
     return run
 
 
-def test_a_stopped_run_goes_on_under_the_ceilings_that_are_typed(stopped: Path, capsys: Shown) -> None:
+def test_a_stopped_run_resumes_with_the_ceilings_of_the_command_line(stopped: Path, capsys: Shown) -> None:
     before = (stopped / "config.yaml").read_text()
     capsys.readouterr()
     assert main(["train", "--resume", str(stopped), "--max-hours", "2", "--max-run-usd", "80.5"]) == 0
@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on_under_the_ceilings_that_are_typed(stopped: Path, 
 
 
 @pytest.mark.parametrize("option", ["--max-run-usd", "--max-hours"])
-def test_a_wrong_value_changes_nothing(option: str, stopped: Path, capsys: Shown) -> None:
+def test_an_invalid_value_changes_nothing(option: str, stopped: Path, capsys: Shown) -> None:
     files = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     capsys.readouterr()
     for text in ("abc", "", "0", "-5", "nan", "inf", "null", "1,5", "$5"):
@@ -132,7 +132,7 @@ def test_a_wrong_value_changes_nothing(option: str, stopped: Path, capsys: Shown
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == files
 
 
-def test_whatever_else_stands_in_the_way_changes_nothing(stopped: Path, capsys: Shown) -> None:
+def test_ceilings_are_not_written_if_another_check_fails(stopped: Path, capsys: Shown) -> None:
     """Another key that may not change, a run that is done, a ceiling in dollars without a price."""
     config = stopped / "config.yaml"
     words = ["train", "--resume", str(stopped), "--max-run-usd", "80"]
@@ -157,7 +157,7 @@ def test_whatever_else_stands_in_the_way_changes_nothing(stopped: Path, capsys: 
     refused("run.done", str(stopped))
 
 
-def test_a_ceiling_that_is_still_too_low_stays_as_an_edit_would(stopped: Path, capsys: Shown) -> None:
+def test_a_ceiling_that_is_still_too_low_is_written_all_the_same(stopped: Path, capsys: Shown) -> None:
     capsys.readouterr()
     with reported("budget.exhausted"):
         assert main(["train", "--resume", str(stopped), "--max-hours", "1.001"]) == 2
@@ -165,7 +165,7 @@ def test_a_ceiling_that_is_still_too_low_stays_as_an_edit_would(stopped: Path, c
     assert load_config(stopped / "config.yaml").budget.max_hours == 1.001
 
 
-def test_a_run_without_a_checkpoint_says_what_changes_too(
+def test_a_run_without_a_checkpoint_reports_the_change_too(
     tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
     def fail() -> None:
@@ -184,7 +184,7 @@ def test_a_run_without_a_checkpoint_says_what_changes_too(
 # --- a new run
 
 
-def test_a_new_run_takes_them_as_overrides(tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown) -> None:
+def test_a_new_run_takes_the_ceilings_as_overrides(tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown) -> None:
     config = str(tiny_config(training={"max_steps": 1}, budget={"usd_per_hour": 1.0}))
     assert main(["train", config, "--max-run-usd", "9", "training.seed=3", "--max-hours", "8"]) == 0
     run = tmp_path / "runs" / "tiny-001"

@@ -38,7 +38,7 @@ STEPS = {
     "gradient_accumulation_steps": None,
     "gradient_checkpointing": "auto",
     "effective_batch_size": 5,  # uneven shares, and a last step of 4 in every epoch of 24
-    "per_device_eval_batch_size": 4,  # 6 validation questions: 4 for one rank, 2 for the other
+    "per_device_eval_batch_size": 4,  # 6 validation examples: 4 for one rank, 2 for the other
     "max_steps": 8,
     "eval_steps": 4,
 }
@@ -76,7 +76,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
-    """Exit code, and the lines that were said, those of progress bars left out."""
+    """Exit code, and the lines of output without those of progress bars."""
     out, _ = process.communicate(timeout=600)
     return process.returncode, [line for line in re.split("[\r\n]+", out) if line.strip() and "%|" not in line]
 
@@ -107,7 +107,7 @@ sys.exit(max(codes))
 
 @pytest.fixture(scope="module")
 def in_two_processes(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The config file of a run called `two` -> what was said in it; its folder is runs/two beside the file."""
+    """Config file -> output lines of its run, which is called `two`; its folder is runs/two beside the file."""
     folders = [tmp_path_factory.mktemp(kernels) for kernels in ("hf", "fused")]
     configs = [str(write_config(folder, **sections)) for folder, sections in zip(folders, (HF, FUSED), strict=True)]
     script = folders[0] / "both.py"
@@ -152,7 +152,7 @@ def test_two_processes_learn_what_one_does(
 
 
 def processes_of(parent: int) -> dict[int, int]:
-    """rank -> process id, of what torchrun has started."""
+    """rank -> process id, of the processes that torchrun has started."""
     found: dict[int, int] = {}
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -161,7 +161,7 @@ def processes_of(parent: int) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("receiver", ["torchrun", pytest.param("rank 1", marks=pytest.mark.repeat)])
-def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
+def test_a_signal_stops_both_at_the_same_step_and_resume_continues_from_it(
     receiver: str, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     if receiver == "rank 1" and not Path("/proc/self/task").is_dir():
@@ -176,7 +176,7 @@ def test_a_signal_stops_both_at_one_step_and_resume_goes_on_from_it(
     os.kill(process.pid if receiver == "torchrun" else processes_of(process.pid)[1], signal.SIGTERM)
     code, said = finish(process)
     assert code == 75, said
-    assert len([line for line in said if "interrupted, a checkpoint is saved; go on with" in line]) == 1
+    assert len([line for line in said if "interrupted, a checkpoint is saved; continue with" in line]) == 1
     assert "Traceback" not in "".join(said)
     stopped = record_of(run)
     at = stopped["steps"]["done"]
@@ -212,7 +212,7 @@ Stepper.run = run
 from finetune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
-"""The meter runs faster than time once all is imported, and steps take theirs."""
+"""The meter runs faster than real time once everything is imported, and every step takes some time."""
 
 
 def slow(tmp_path: Path, delay: str, factor: int) -> tuple[str, ...]:
@@ -250,7 +250,7 @@ def test_a_process_that_hangs_does_not_keep_the_others_beyond_the_ceiling(
     begun = time.monotonic()
     code, said = finish(start(two("train", str(config), script=slow(tmp_path, hang, 20))))
     assert code == 0, said
-    assert time.monotonic() - begun < 300  # of which the start is most on a busy machine; it hangs for 600
+    assert time.monotonic() - begun < 300  # most of it is start-up on a busy machine; the step hangs for 600 s
     assert any("the run did not stop by itself" in line for line in said)
     assert record_of(tmp_path / "runs" / "tiny-001")["status"] == "budget_stop"
 
@@ -268,7 +268,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pytest.fail("began")
 
 
-def test_a_mistake_that_all_find_is_told_once(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+def test_an_error_that_all_processes_find_is_reported_once(tiny_config: ConfigWriter, tmp_path: Path) -> None:
     code, said = finish(start(two("train", str(tiny_config(**HF)), "model.max_seq_length=20")))
     assert code == 2
     assert [line for line in said if line.startswith("finetune: ")] == [
@@ -284,7 +284,7 @@ def test_a_mistake_that_all_find_is_told_once(tiny_config: ConfigWriter, tmp_pat
         pytest.param("ValueError('a bug')", 1, "process 1: ValueError: a bug", marks=pytest.mark.repeat),
     ],
 )
-def test_a_fault_of_one_process_ends_both_and_is_told_by_the_first(
+def test_a_fault_of_one_process_ends_both_and_is_reported_once(
     fault: str, code: int, message: str, tiny_config: ConfigWriter, tmp_path: Path
 ) -> None:
     script = tmp_path / "faulty.py"

@@ -1,4 +1,4 @@
-"""The end of an attempt does not depend on a folder that answers: what hangs is not waited for, what cannot be read is said."""
+"""An attempt ends even if its folder does not respond: hanging calls time out, unreadable files are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Shown = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> RunRecorder:
-    """Of a run that has begun, with two steps done."""
+    """The recorder of a run with two steps done."""
     record = RunRecord()
     record.status, record.attempts, record.steps = "running", 2, StepCount(2, 9)
     spending: Any = SimpleNamespace(record=lambda reason: {}, end=lambda reason: None)
@@ -43,19 +43,19 @@ def recorder(tmp_path: Path) -> RunRecorder:
 
 @pytest.fixture
 def hanging(recorder: RunRecorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A thread writes run.json to a folder that does not answer."""
-    begun, answers = threading.Event(), threading.Event()
+    """A thread writes run.json to a folder that does not respond."""
+    begun, responds = threading.Event(), threading.Event()
 
     def write(self: RunFolder, record: RunRecord) -> None:
         begun.set()
-        answers.wait(60)
+        responds.wait(60)
 
     monkeypatch.setattr(RunFolder, "write_record", write)
     writer = threading.Thread(target=recorder.begin, daemon=True)
     writer.start()
     assert begun.wait(10)
     yield
-    answers.set()
+    responds.set()
     writer.join()
 
 
@@ -71,25 +71,25 @@ def by_another_process(recorder: RunRecorder, run: RunFolder) -> None:
 
 @pytest.mark.usefixtures("hanging")
 @pytest.mark.parametrize("end", [by_the_budget, by_another_process])
-def test_a_folder_that_hangs_does_not_keep_a_process_from_being_ended(
+def test_a_hanging_folder_does_not_prevent_the_end_of_the_process(
     end: Callable[[RunRecorder, RunFolder], None],
     recorder: RunRecorder,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Shown,
 ) -> None:
-    """The thread that writes holds the lock of the record."""
+    """The writing thread holds the lock of the record."""
     monkeypatch.setattr(ending, "CLEAN_UP_SECONDS", 0.5)
     last = threading.Thread(target=end, args=(recorder, RunFolder(tmp_path)), daemon=True)
     last.start()
     last.join(20)
     assert not last.is_alive()
     if end is by_the_budget:
-        assert f"{tmp_path / 'run.json'}: not written, its folder does not answer" in capsys.readouterr().err
+        assert f"{tmp_path / 'run.json'}: not written, its folder does not respond" in capsys.readouterr().err
 
 
 def no_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """trainer_state.json cannot be read in threads that are called so."""
+    """trainer_state.json cannot be read in threads of this name."""
     load = TrainerState.load_from_json
 
     def read(path: str) -> TrainerState:
@@ -100,7 +100,7 @@ def no_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainerState, "load_from_json", read)
 
 
-def test_a_checkpoint_that_does_not_say_how_far_it_is_fails_the_attempt_in_one_line(
+def test_a_checkpoint_without_readable_progress_fails_the_attempt_in_one_line(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     run = tmp_path / "copy"
@@ -111,18 +111,18 @@ def test_a_checkpoint_that_does_not_say_how_far_it_is_fails_the_attempt_in_one_l
     with reported("checkpoint.unreadable_state"):
         assert main(["train", "--resume", str(run)]) == 2
     said = capsys.readouterr().err
-    assert "step-6/trainer_state.json: how far the run is cannot be read" in said and "Traceback" not in said
-    assert f"{run / 'run.json'} stays behind it until the run goes on" in said
+    assert "step-6/trainer_state.json: cannot read the progress of the run" in said and "Traceback" not in said
+    assert f"{run / 'run.json'} is not up to date until the run resumes" in said
     record = record_of(run)
     assert (record["status"], record["attempts"]) == ("failed", 2) and record["ended_at"]
     for key in ("steps", "history", "losses", "tokens", "saves"):
         assert record[key] == before[key]
 
 
-def test_a_read_that_fails_behind_the_training_is_said_and_made_good_at_the_end(
+def test_a_failed_read_in_the_background_is_reported_and_retried_at_the_end(
     tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
-    """By the thread that saves."""
+    """The read fails in the checkpoint writer's thread."""
     no_state("writer", monkeypatch)
     at_step(6, lambda: 1 / 0, monkeypatch)
     with pytest.raises(ZeroDivisionError):
@@ -130,12 +130,12 @@ def test_a_read_that_fails_behind_the_training_is_said_and_made_good_at_the_end(
     record = check_agrees(tmp_path / "runs" / "tiny-001")
     assert (record["status"], record["steps"]["done"]) == ("failed", 4)
     said = capsys.readouterr().err
-    for step in (2, 4):  # the thread went on saving after the first
-        assert f"step-{step}/trainer_state.json: how far the run is cannot be read" in said
-    assert said.count("which is tried again when the attempt ends") == 2
+    for step in (2, 4):  # the thread continued saving after the first
+        assert f"step-{step}/trainer_state.json: cannot read the progress of the run" in said
+    assert said.count("will retry when the attempt ends") == 2
 
 
-def test_what_can_still_not_be_read_at_the_end_leaves_the_record_as_far_as_it_was(
+def test_if_the_read_still_fails_at_the_end_the_record_keeps_its_progress(
     recorder: RunRecorder, tmp_path: Path, capsys: Shown
 ) -> None:
     recorder.committed(tmp_path / "step-4")
@@ -144,7 +144,7 @@ def test_what_can_still_not_be_read_at_the_end_leaves_the_record_as_far_as_it_wa
     record = record_of(tmp_path)
     assert (record["status"], record["steps"]) == ("failed", {"done": 2, "planned": 9})
     lines = [line for line in capsys.readouterr().err.splitlines() if "step-4/trainer_state.json" in line]
-    assert len(lines) == 2 and lines[1].endswith("run.json stays behind it until the run goes on")
+    assert len(lines) == 2 and lines[1].endswith("run.json is not up to date until the run resumes")
 
 
 def test_a_run_of_a_version_without_ids_is_refused_in_one_line(tiny_run: Path, tmp_path: Path, capsys: Shown) -> None:
@@ -153,5 +153,5 @@ def test_a_run_of_a_version_without_ids_is_refused_in_one_line(tiny_run: Path, t
     old = {key: value for key, value in record_of(run).items() if key != "run_id"} | {"status": "interrupted"}
     (run / "run.json").write_text(json.dumps(old))
     assert main(["train", "--resume", str(run)]) == 2
-    assert "run.json: run_id: missing; the run is too old to go on" in capsys.readouterr().err
+    assert "run.json: run_id: missing; the run is too old to resume" in capsys.readouterr().err
     assert record_of(run) == old

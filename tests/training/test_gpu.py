@@ -98,7 +98,7 @@ def steps_done(run_folder: Path) -> int:
 
 
 def test_evaluation_and_report_on_the_gpu(scratch: Path, overrides: list[str]) -> None:
-    """Random weights answer nothing right; that every question gets a verdict is what is asked here."""
+    """A model with random weights answers nothing correctly; the test checks that every question gets a verdict."""
     folder = scratch / "runs" / "evaluated"
     few = ["evaluation.max_questions=24", "evaluation.max_new_tokens=32"]
     run("finetune", "train", "configs/mistral_7b_quick.yaml", *overrides, *few,

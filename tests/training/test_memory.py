@@ -1,4 +1,4 @@
-"""What a run does about memory and about losses that are no numbers, and what run.json says of it."""
+"""How a run handles memory and losses that are not finite, and what run.json records of it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,19 @@ AUTO = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": No
     [
         ([5, 9, 7, 2, 1], MicroBatchConfig(16, 0), None, 8, False, [1, 2]),  # 9 + 7
         ([5, 9, 7, 2, 1], MicroBatchConfig(15, 0), None, 8, False, [1, 0, 4]),  # 9 + 5 + 1: neither 7 nor 2 has room
-        ([5, 9, 7, 2, 1], MicroBatchConfig(99, 0), None, 3, False, [1, 2, 0]),  # a step has no more questions
+        ([5, 9, 7, 2, 1], MicroBatchConfig(99, 0), None, 3, False, [1, 2, 0]),  # a step has no more examples
         ([5, 9, 7, 2, 1], MicroBatchConfig(27, 0), None, 8, True, [1, 2, 0]),  # three rows of 9
         ([5, 9, 7, 2, 1], MicroBatchConfig(99, 0), None, 2, True, [1, 2]),
         ([5, 9, 7, 2, 1], MicroBatchConfig(4, 0), None, 8, True, [1]),  # the longest has to fit in any case
         ([5, 9, 7, 2, 1], MicroBatchConfig(4, 0), None, 8, False, [1]),
-        ([5, 9, 7, 2, 1], MicroBatchConfig(1, 0), 3, 8, False, [1, 2, 0]),  # a number in the config: whatever it holds
+        (
+            [5, 9, 7, 2, 1],
+            MicroBatchConfig(1, 0),
+            3,
+            8,
+            False,
+            [1, 2, 0],
+        ),  # a fixed number from the config, whatever its size
         ([5, 9, 7, 2, 1], MicroBatchConfig(1, 0), 9, 4, True, [1, 2, 0, 3]),
     ],
 )
@@ -57,7 +64,7 @@ def test_the_largest_micro_batch_is_of_the_longest_examples(
 @pytest.mark.parametrize(
     "sections", [{"training": AUTO}, {"training": AUTO | {"kernels": "fused"}, "quantization": {"load_in_4bit": False}}]
 )
-def test_a_rehearsal_leaves_no_trace_in_what_is_learned(
+def test_a_memory_dry_run_does_not_change_what_is_learned(
     sections: dict[str, Any], tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(**sections, lora={"lora_dropout": 0.3})
@@ -87,7 +94,7 @@ def test_a_rehearsal_leaves_no_trace_in_what_is_learned(
 # --- run.json
 
 
-def test_the_record_tells_how_a_step_is_computed(tiny_config: ConfigWriter, tmp_path: Path) -> None:
+def test_the_record_describes_how_a_step_is_computed(tiny_config: ConfigWriter, tmp_path: Path) -> None:
     config = tiny_config(training=AUTO | {"max_steps": 1, "kernels": "fused"}, quantization={"load_in_4bit": False})
     assert main(["train", str(config)]) == 0
     assert main(["train", str(tiny_config(training={"max_steps": 1, "per_device_train_batch_size": 3}))]) == 0
@@ -104,7 +111,7 @@ def test_the_record_tells_how_a_step_is_computed(tiny_config: ConfigWriter, tmp_
         assert fused["memory"] is hf["memory"] is None
 
 
-def test_the_record_follows_the_stepper_when_memory_did_not_suffice() -> None:
+def test_the_record_follows_the_steppers_oom_fallback() -> None:
     plan = StepPlan("fused", 16, 4, MicroBatchConfig(4096, 32, 8), False, None, "asked")
     stepper: Any = SimpleNamespace(
         limits=MicroBatchConfig(2048, 32, 8), micro_batch_size=None, out_of_memory=1, watch=SimpleNamespace(bad_steps=3)
@@ -118,7 +125,7 @@ def test_the_record_follows_the_stepper_when_memory_did_not_suffice() -> None:
     )
 
 
-def test_on_a_gpu_estimate_and_measurement_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_estimate_and_measurement_are_both_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10 * GIB)
@@ -131,15 +138,15 @@ def test_on_a_gpu_estimate_and_measurement_stand_side_by_side(monkeypatch: pytes
     assert unknown is not None and list(vars(unknown).values())[:4] == [None, None, 9.0, 10.0]
 
 
-# --- losses that are no numbers
+# --- losses that are not finite
 
 
 @pytest.mark.parametrize("max_grad_norm", [0, 1.0])
-def test_numbers_that_are_none_end_the_run_without_a_spoilt_checkpoint(
+def test_values_that_are_not_finite_end_the_run_without_a_corrupt_checkpoint(
     max_grad_norm: float, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
-    """Adapters that are scaled by 1e37 change nothing before their first update; its gradient is infinite. Clipped, it would be
-    zero, and the run would go on to its end without learning; not clipped, it spoils the adapters, and a step later the loss."""
+    """Adapters scaled by 1e37 change nothing before their first update, whose gradient is infinite. With clipping it would become
+    zero and the run would finish without learning; without, it corrupts the adapters and, one step later, the loss."""
     training = {"max_grad_norm": max_grad_norm, "max_steps": 9}
     config = tiny_config(training=training, lora={"lora_alpha": 10**38}, checkpoint={"save_steps": 1})
     with reported("training.not_finite"):
@@ -158,7 +165,7 @@ def test_numbers_that_are_none_end_the_run_without_a_spoilt_checkpoint(
 def test_the_checkpoint_before_the_fault_is_kept(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
-    """An adapter that holds an infinite number from the beginning of step 4 on, as an overflow would leave it."""
+    """An adapter has an infinite value from the start of step 4 on, as after an overflow."""
     held: list[Any] = []
     original = build_trainer
 

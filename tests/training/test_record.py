@@ -1,4 +1,4 @@
-"""However an attempt ends, run.json is as far as the newest checkpoint, and the adapter of a budget's end is of that step."""
+"""However an attempt ends, run.json agrees with the newest checkpoint, and the adapter of a budget stop is of that step."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def fails_at(step: int, words: list[str], action: Callable[[], object] = fail) -
         main(words)
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -64,22 +64,26 @@ def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
 # --- a fault, a second Ctrl-C, a store that refuses
 
 
-def test_after_a_fault_what_was_not_saved_does_not_count(tiny_config: ConfigWriter, run: Path) -> None:
+def test_after_a_failure_steps_that_were_not_saved_do_not_count(tiny_config: ConfigWriter, run: Path) -> None:
     fails_at(4, ["train", str(tiny_config(training={"max_steps": 6, "eval_steps": 1}))])
     record = check_agrees(run)
     assert (record["status"], record["steps"]) == ("failed", {"done": 2, "planned": 6})
     assert [row["step"] for row in record["history"] if "eval_loss" in row] == [1, 2]
     assert record["losses"]["eval_last"] == record["history"][-1]["eval_loss"]
-    assert record["attempt_log"][0]["to_step"] == 3  # that it went further, and for how much, is still told
+    assert (
+        record["attempt_log"][0]["to_step"] == 3
+    )  # the attempt log still shows that it went further, and at what cost
 
 
-def test_after_a_fault_before_the_first_save_nothing_counts(tiny_config: ConfigWriter, run: Path) -> None:
+def test_after_a_failure_before_the_first_save_no_step_counts(tiny_config: ConfigWriter, run: Path) -> None:
     fails_at(3, ["train", str(tiny_config(checkpoint={"save_steps": 100}))])
     record = check_agrees(run)
     assert (record["status"], record["steps"]) == ("failed", {"done": 0, "planned": 4})
 
 
-def test_after_a_second_ctrl_c(tiny_config: ConfigWriter, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_second_ctrl_c_only_saved_steps_count(
+    tiny_config: ConfigWriter, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -110,11 +114,11 @@ def test_a_last_save_that_fails_does_not_count(
 def test_a_copy_that_is_committed_after_the_end_still_counts(
     tiny_config: ConfigWriter, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bucket that is slow: the writer's thread is not waited for when a run has failed."""
-    put, goes_on = CheckpointStore.put, threading.Event()
+    """With a slow bucket: a failed run does not wait for the writer's thread."""
+    put, proceed = CheckpointStore.put, threading.Event()
 
     def late(self: CheckpointStore, source: Path, **labels: Any) -> Path:
-        goes_on.wait(60)
+        proceed.wait(60)
         return put(self, source, **labels)
 
     monkeypatch.setattr(CheckpointStore, "put", late)
@@ -122,7 +126,7 @@ def test_a_copy_that_is_committed_after_the_end_still_counts(
     fails_at(4, ["train", str(tiny_config())])
     assert record_of(run)["status"] == "failed"
     check_agrees(run)  # none yet
-    goes_on.set()
+    proceed.set()
     wait_for(lambda: record_of(run)["steps"]["done"] == 2)
     assert check_agrees(run)["status"] == "failed"
 
@@ -130,7 +134,7 @@ def test_a_copy_that_is_committed_after_the_end_still_counts(
 # --- between two logs
 
 
-def test_a_run_that_logs_seldom_agrees_at_its_ends(
+def test_a_run_that_logs_rarely_agrees_at_the_end_of_each_attempt(
     tiny_config: ConfigWriter, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(training={"max_steps": 8, "logging_steps": 5}, checkpoint={"save_steps": 100})
@@ -147,10 +151,10 @@ def test_a_run_that_logs_seldom_agrees_at_its_ends(
 # --- killed
 
 
-def test_the_attempt_after_a_kill_corrects_what_the_killed_one_has_left(
+def test_the_attempt_after_a_kill_corrects_the_record(
     tiny_config: ConfigWriter, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before its first step; also where it ends before it."""
+    """Before its first step, and also if it fails before that."""
     config = tiny_config(training={"max_steps": 30}, checkpoint={"save_steps": 4})
     environment = os.environ | {"FINETUNE_FAULT": "step:6"}  # kill -9 at the end of the sixth step
     killed = subprocess.run(
@@ -184,10 +188,10 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTime:
     return FakeTime(monkeypatch, tmp_path / "home")
 
 
-def test_a_budget_that_is_used_up_before_the_first_step_ends_at_the_newest_checkpoint(
+def test_a_budget_used_up_before_the_first_step_ends_at_the_newest_checkpoint(
     tiny_config: ConfigWriter, run: Path, clock: FakeTime
 ) -> None:
-    """As the third attempt of a preempted run: the second was killed with run.json behind its newest checkpoint."""
+    """The third attempt of a preempted run, whose second was killed before run.json recorded its newest checkpoint."""
     config = tiny_config(
         training={"max_steps": 8},
         budget={"max_hours": 1.0},
@@ -213,7 +217,7 @@ def test_a_budget_that_is_used_up_before_the_first_step_ends_at_the_newest_check
     assert ended["history"] == record["history"]
 
 
-def test_a_budget_that_is_used_up_before_the_first_save_says_that_nothing_was_learned(
+def test_a_budget_used_up_before_the_first_save_fails_without_an_adapter(
     tiny_config: ConfigWriter, run: Path, clock: FakeTime, capsys: Shown
 ) -> None:
     config = tiny_config(budget={"max_hours": 1.0}, checkpoint={"every_minutes": 0.5, "save_steps": 100})
@@ -239,7 +243,7 @@ def test_a_budget_that_is_used_up_before_the_first_save_says_that_nothing_was_le
 def test_a_budget_that_ends_a_hanging_step_ends_at_the_newest_checkpoint(
     in_time: bool, tiny_config: ConfigWriter, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
-    """The last checkpoint is of step 2, the last log of step 3. Where the adapter takes too long the next attempt makes it."""
+    """The last checkpoint is of step 2, the last log of step 3. If writing the adapter is too slow, the next one writes it."""
     monkeypatch.setenv("FINETUNE_HEARTBEAT_SECONDS", "0.1")
     slow = "from finetune.training import ending\nending.adapter_from = lambda *_: time.sleep(600)"
     config = tiny_config(
@@ -259,7 +263,7 @@ def test_a_budget_that_ends_a_hanging_step_ends_at_the_newest_checkpoint(
     if in_time:
         assert record["adapter_step"] == 2 and adapter_of(run) == of_checkpoint
         with reported("budget.exhausted"):
-            assert main(["train", "--resume", str(run)]) == 2  # there is nothing left to be had
+            assert main(["train", "--resume", str(run)]) == 2  # the adapter is already of that step
         assert "budget.max_hours" in capsys.readouterr().err
         assert record_of(run) == record
         return
@@ -273,7 +277,7 @@ def test_a_budget_that_ends_a_hanging_step_ends_at_the_newest_checkpoint(
 def test_an_older_adapter_of_an_earlier_budget_is_replaced(
     tiny_config: ConfigWriter, run: Path, clock: FakeTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The budget was raised, and the run ended hard before it could save another one."""
+    """The budget was raised, and the run was then ended before it could write a new adapter."""
     config = tiny_config(
         training={"max_steps": 8},
         budget={"max_hours": 1.0},

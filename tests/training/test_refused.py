@@ -63,7 +63,7 @@ def refused(arguments: list[str], code: str, shown: Shown, match: str = "") -> s
         ({"training": {"run_name": "../up"}}, "run.bad_name", r"training\.run_name"),
     ],
 )  # fmt: skip
-def test_what_no_run_can_begin_with_is_refused(
+def test_invalid_inputs_are_refused(
     sections: dict[str, Any], code: str, message: str, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
     if torch.cuda.is_available() and ("optim" in message or "float16" in message):
@@ -80,7 +80,7 @@ def test_what_no_run_can_begin_with_is_refused(
         (["config.json", "model.safetensors"], "model.load_failed"),
     ],
 )
-def test_a_model_folder_that_is_not_whole_is_refused(
+def test_an_incomplete_model_folder_is_refused(
     kept: list[str], code: str, tiny_model: Path, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
     (tmp_path / "broken").mkdir()
@@ -92,7 +92,7 @@ def test_a_model_folder_that_is_not_whole_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
-def test_weights_that_are_cut_off_are_refused(
+def test_truncated_weights_are_refused(
     tiny_model: Path, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "broken")
@@ -111,7 +111,7 @@ def test_weights_that_are_cut_off_are_refused(
         ("manifest.json", lambda path: path.write_text("{"), "file.bad_json"),
     ],
 )
-def test_data_that_is_not_as_prepared_is_refused(
+def test_data_that_changed_since_it_was_prepared_is_refused(
     name: str, harm: Callable[[Path], object], code: str, tiny_data: Path, tiny_config: ConfigWriter, tmp_path: Path,
     capsys: Shown,
 ) -> None:  # fmt: skip
@@ -141,7 +141,7 @@ def test_a_run_is_never_overwritten(
 def test_dollars_without_a_price_are_refused_before_anything_is_loaded(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # no price table was kept there
+    monkeypatch.setenv("HOME", str(tmp_path))  # it has no price table
     monkeypatch.delenv("FINETUNE_PRICES", raising=False)
     monkeypatch.setattr(training_run, "load_parts", lambda inputs: pytest.fail("loaded"))
     message = r"^finetune: budget\.max_run_usd: the price of this machine is not known .*; set budget\.usd_per_hour$"
@@ -167,7 +167,7 @@ def test_a_run_with_a_ceiling_in_dollars_is_not_resumed_without_a_price(
         assert files_of(run) == before
 
 
-def test_what_cannot_be_resumed_is_refused(tiny_run: Path, tmp_path: Path, capsys: Shown) -> None:
+def test_a_run_that_cannot_be_resumed_is_refused(tiny_run: Path, tmp_path: Path, capsys: Shown) -> None:
     before = files_of(tiny_run)
     refused(["train", "--resume", str(tiny_run)], "run.done", capsys, "this run is done; start a new one, or score it")
     refused(["train", "--resume", str(tiny_run.parent)], "run.not_found", capsys, "runs: ")
@@ -192,7 +192,7 @@ def test_a_run_whose_config_or_data_changed_is_not_resumed(
     manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
     (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(manifest, indent=3))
     change(run / "config.yaml", "data", output_dir=str(tmp_path / "prepared"))
-    message = r"step-6: was trained on other data; prepare the same data again"
+    message = r"step-6: was trained on different data; prepare the same data again"
     refused(["train", "--resume", str(run)], "resume.data_changed", capsys, message)
     (run / "config.yaml").write_text(config)
     assert files_of(run) == before
@@ -203,7 +203,7 @@ def test_a_run_whose_config_or_data_changed_is_not_resumed(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """small_disk("size=300k") is a folder on a file system of its own, where the tests run as root."""
+    """small_disk("size=300k") is a folder on a separate small file system; skipped unless the tests run as root."""
     mounted: list[Path] = []
 
     def mount(options: str) -> Path:
@@ -223,7 +223,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.mark.parametrize("kilobytes", [4, 60, 160, 260, 420])
-def test_a_full_disk_is_told_in_one_line(
+def test_a_full_disk_is_reported_in_one_line(
     kilobytes: int, small_disk: Callable[..., Path], tiny_config: ConfigWriter, capsys: Shown
 ) -> None:
     disk = small_disk(f"size={kilobytes}k")
@@ -249,13 +249,13 @@ FAULTS = [
     (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         "gpu.out_of_memory",
-        r"out of GPU memory, not in a step's passes, .*: lower training\.per_device_eval_batch_size, set training\.max_memory",
+        r"out of GPU memory outside a step's .* passes, .*: lower training\.per_device_eval_batch_size, set training\.max_memory",
     ),
 ]
 
 
 @pytest.mark.parametrize(("fault", "code", "message"), FAULTS)
-def test_a_fault_of_the_machine_is_told_in_one_line(
+def test_a_fault_of_the_machine_is_reported_in_one_line(
     fault: Exception, code: str, message: str, tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: Shown,
 ) -> None:  # fmt: skip
@@ -267,7 +267,7 @@ def test_a_fault_of_the_machine_is_told_in_one_line(
     assert record_of(tmp_path / "runs" / "tiny-001")["status"] == "failed"
 
 
-def test_an_adapter_that_cannot_be_saved_leaves_no_half_and_is_saved_by_resume(
+def test_an_adapter_that_cannot_be_saved_leaves_no_partial_folder_and_is_saved_by_resume(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     def full(place: str) -> None:
@@ -284,7 +284,7 @@ def test_an_adapter_that_cannot_be_saved_leaves_no_half_and_is_saved_by_resume(
     assert (run / "adapter" / "prompt.json").is_file()
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused(
+def test_an_output_folder_that_is_not_writable_is_refused(
     small_disk: Callable[..., Path], tiny_config: ConfigWriter, capsys: Shown
 ) -> None:
     disk = small_disk("ro")

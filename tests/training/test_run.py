@@ -1,4 +1,4 @@
-"""`finetune train` on a CPU with a tiny NF4 model: what a finished run leaves, and where it reports to."""
+"""`finetune train` on a CPU with a tiny NF4 model: the files of a finished run, and its tracking."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ ConfigWriter = Callable[..., Path]
 Shown = pytest.CaptureFixture[str]
 
 
-# --- what a finished run leaves
+# --- the files of a finished run
 
 
-def test_the_record_tells_what_the_run_was_made_of(tiny_run: Path, tiny_data: Path, tiny_model: Path) -> None:
+def test_the_record_holds_the_inputs_of_the_run(tiny_run: Path, tiny_data: Path, tiny_model: Path) -> None:
     record = record_of(tiny_run)
     config = load_config(tiny_run / "config.yaml")
     assert record["status"] == "done"
@@ -67,7 +67,7 @@ def test_the_record_tells_what_the_run_was_made_of(tiny_run: Path, tiny_data: Pa
     assert record["hardware"]["cores"] == len(os.sched_getaffinity(0))
 
 
-def test_the_record_tells_what_was_measured(tiny_run: Path, tiny_data: Path) -> None:
+def test_the_record_holds_the_measurements(tiny_run: Path, tiny_data: Path) -> None:
     record = record_of(tiny_run)
     assert record["steps"] == {"done": 6, "planned": 6}
     assert record["epochs"] == 1.0
@@ -101,7 +101,7 @@ def test_the_record_tells_what_was_measured(tiny_run: Path, tiny_data: Path) -> 
     assert "measured hours" in record["spent_basis"]
 
 
-def test_the_adapter_folder_is_complete_in_itself(tiny_run: Path, tiny_data: Path) -> None:
+def test_the_adapter_folder_is_self_contained(tiny_run: Path, tiny_data: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
@@ -128,7 +128,7 @@ def test_checkpoints_verify_and_only_the_last_are_kept(tiny_run: Path) -> None:
     assert 0 < saves["stall_share"] < 1 and saves["bytes"] > 10_000
 
 
-def test_a_checkpoint_carries_what_the_run_was_made_of(tiny_run: Path, tiny_data: Path) -> None:
+def test_a_checkpoint_holds_the_inputs_of_the_run(tiny_run: Path, tiny_data: Path) -> None:
     folder = tiny_run / "checkpoints" / "step-4"
     manifest = checkpoint_store.read_manifest(folder)
     assert {"config.yaml", "prompt.json", "data-manifest.json", "probe.json", "ledger/attempt-001.jsonl"} <= set(
@@ -140,7 +140,7 @@ def test_a_checkpoint_carries_what_the_run_was_made_of(tiny_run: Path, tiny_data
     assert load_config(folder / "config.yaml") == load_config(tiny_run / "config.yaml")
 
 
-def test_snapshots_leave_nothing_on_the_local_disk(tiny_run: Path) -> None:
+def test_staged_saves_leave_nothing_on_the_local_disk(tiny_run: Path) -> None:
     scratch = Path(tempfile.gettempdir()) / f"finetune-{record_of(tiny_run)['run_id']}"
     assert not scratch.exists()
     assert {path.name for path in (tiny_run / "checkpoints").iterdir()} == {"step-4", "step-6"}
@@ -168,7 +168,7 @@ def test_one_seed_gives_one_adapter_and_another_seed_another(tiny_config: Config
     assert first != other
 
 
-def test_examples_that_do_not_fit_are_told_and_counted(
+def test_examples_that_do_not_fit_are_reported_and_counted(
     tiny_run: Path, tiny_data: Path, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
     tokenizer = load_tokenizer(load_config(tiny_run / "config.yaml").model)
@@ -188,7 +188,7 @@ def test_examples_that_do_not_fit_are_told_and_counted(
 
 
 def lengths_of(path: Path, tokenizer: Any) -> list[int]:
-    """Tokens of prompt, answer and end-of-text token of every record."""
+    """Number of tokens of every record: prompt, answer and end-of-text token."""
     records = read_records(path)
     prompts = [PromptTemplate().render_record(record) for record in records]
     return [len(item) for item in encode_examples(tokenizer, prompts, [record.sql for record in records])]
@@ -207,7 +207,7 @@ def test_weights_and_biases_offline_needs_no_key_and_stays_in_the_run_folder(
     wandb = pytest.importorskip("wandb")
     config = tiny_config(training={"max_steps": 1}, tracking={"wandb": "offline", "wandb_project": "mine"})
     assert main(["train", str(config)]) == 0
-    wandb.finish()  # a process of its own would at its exit
+    wandb.finish()  # a separate process would do so at its exit
     [folder] = (tmp_path / "runs" / "tiny-001" / "wandb").glob("offline-run-*")
     assert list(folder.glob("run-*.wandb"))
 

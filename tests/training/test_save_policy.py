@@ -1,4 +1,4 @@
-"""Requests to stop: who may ask, when it is granted, and that a step in progress is given up only where it must be."""
+"""Requests to stop: their sources, when a run stops, and that a step in progress is abandoned only if necessary."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def end(callback: EndOfStep, step: int, last: int = 100) -> TrainerControl:
 
 
 def saves(callback: EndOfStep, clock: Clock, steps: int, seconds: float) -> list[int]:
-    """Steps of `seconds` each after which a checkpoint is saved."""
+    """The steps after which a checkpoint is saved, with steps of `seconds` each."""
     found = []
     for step in range(1, steps + 1):
         callback.on_step_begin(*nothing())
@@ -77,7 +77,7 @@ def test_a_checkpoint_is_saved_every_so_many_minutes_since_the_last_one(stop: St
     assert saves(ends(stop, clock, every_minutes=1), clock, steps=10, seconds=25) == [3, 6, 9, 10]
 
 
-def test_whichever_interval_is_over_first(stop: Stop, clock: Clock) -> None:
+def test_a_checkpoint_is_saved_when_the_first_of_two_intervals_ends(stop: Stop, clock: Clock) -> None:
     both = ends(stop, clock, save_steps=5, every_minutes=1)
     assert saves(both, clock, steps=10, seconds=25) == [3, 5, 8, 10]
 
@@ -104,7 +104,7 @@ def test_a_budget_that_ends_with_the_last_step_has_not_stopped_the_run(stop: Sto
     assert not callback.budget_stop
 
 
-def test_a_preemption_during_the_last_dollars_is_still_the_budget(stop: Stop, clock: Clock) -> None:
+def test_a_budget_stop_that_follows_a_preemption_is_a_budget_stop(stop: Stop, clock: Clock) -> None:
     stop.ask("preemption", "the machine goes")
     stop.ask("budget", "the dollars are used up")
     callback = ends(stop, clock)
@@ -118,21 +118,21 @@ def test_a_step_that_ends_in_time_is_waited_for(stop: Stop, clock: Clock) -> Non
     callback.on_step_begin(*nothing())
     stop.ask("preemption", "the machine goes", within=NOTICE_SECONDS)
     clock.now += 2
-    callback.abandon_if_too_late()  # 10 s of the step are left, and 23 s less the time for saving
+    callback.abandon_if_too_late()  # 10 s of the step remain, of 23 s less the time for saving
     assert stop.seconds_left() == NOTICE_SECONDS - 2 - SAVE_SECONDS
 
 
-def test_a_step_that_would_end_too_late_is_given_up(stop: Stop, clock: Clock) -> None:
+def test_a_step_that_would_end_too_late_is_abandoned(stop: Stop, clock: Clock) -> None:
     callback = ends(stop, clock)
     saves(callback, clock, steps=3, seconds=20)
     callback.on_step_begin(*nothing())
-    callback.abandon_if_too_late()  # nobody has asked
+    callback.abandon_if_too_late()  # no request to stop
     stop.ask("signal", "SIGTERM", within=NOTICE_SECONDS)
     with pytest.raises(StepAbandoned):
         callback.abandon_if_too_late()
 
 
-def test_the_longest_of_the_last_steps_is_what_the_next_one_is_expected_to_take(stop: Stop, clock: Clock) -> None:
+def test_the_next_step_is_expected_to_take_as_long_as_the_longest_recent_one(stop: Stop, clock: Clock) -> None:
     callback = ends(stop, clock)
     saves(callback, clock, steps=1, seconds=20)
     saves(callback, clock, steps=1, seconds=1)
@@ -141,7 +141,7 @@ def test_the_longest_of_the_last_steps_is_what_the_next_one_is_expected_to_take(
     assert stop.step_seconds == pytest.approx(16 * 0.8**10, abs=0.01)
 
 
-def test_a_step_that_takes_longer_than_any_before_is_given_up_when_time_is_over(stop: Stop, clock: Clock) -> None:
+def test_a_step_longer_than_any_before_is_abandoned_when_the_time_is_over(stop: Stop, clock: Clock) -> None:
     callback = ends(stop, clock)
     saves(callback, clock, steps=3, seconds=1)
     callback.on_step_begin(*nothing())
@@ -153,7 +153,7 @@ def test_a_step_that_takes_longer_than_any_before_is_given_up_when_time_is_over(
         callback.abandon_if_too_late()
 
 
-def test_the_time_to_save_is_twice_what_the_last_save_took(stop: Stop) -> None:
+def test_the_time_reserved_for_saving_is_twice_the_last_save(stop: Stop) -> None:
     assert stop.time_to_save() == SAVE_SECONDS
     stop.step_seconds = 7.0
     stop.save_took(4.0)
@@ -164,7 +164,7 @@ def test_the_time_to_save_is_twice_what_the_last_save_took(stop: Stop) -> None:
     assert stop.save_seconds == NOTICE_SECONDS
 
 
-def test_nobody_in_a_hurry_gives_up_no_step(stop: Stop, clock: Clock) -> None:
+def test_without_a_deadline_no_step_is_abandoned(stop: Stop, clock: Clock) -> None:
     callback = ends(stop, clock)
     saves(callback, clock, steps=2, seconds=3600)
     stop.ask("signal", "SIGINT")
@@ -172,7 +172,7 @@ def test_nobody_in_a_hurry_gives_up_no_step(stop: Stop, clock: Clock) -> None:
     callback.abandon_if_too_late()
 
 
-def test_several_processes_end_the_step(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_finish_the_step(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     callback = ends(stop, clock)
     saves(callback, clock, steps=2, seconds=100)
     stop.ask("preemption", "the machine goes", within=NOTICE_SECONDS)
@@ -180,19 +180,19 @@ def test_several_processes_end_the_step(stop: Stop, clock: Clock, monkeypatch: p
     callback.abandon_if_too_late()
 
 
-def test_all_processes_stop_when_one_was_asked(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_stop_when_one_gets_a_request(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "any_of_each", lambda flags: [True, False, False])
     control = end(ends(stop, clock), 3)
     assert control.should_save and control.should_training_stop
 
 
-def test_the_clock_of_one_process_saves_on_all(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_due_in_one_process_is_done_by_all(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "any_of_each", lambda flags: [False, False, True])
     control = end(ends(stop, clock), 3)
     assert control.should_save and not control.should_training_stop
 
 
-def test_any_thread_may_ask_and_no_request_is_lost(stop: Stop) -> None:
+def test_any_thread_may_request_a_stop_and_no_request_is_lost(stop: Stop) -> None:
     threads = [threading.Thread(target=stop.ask, args=("signal", str(number))) for number in range(50)]
     for thread in threads:
         thread.start()
@@ -204,8 +204,8 @@ def test_any_thread_may_ask_and_no_request_is_lost(stop: Stop) -> None:
 # --- signals
 
 
-def test_two_signals_of_one_order_are_one(stop: Stop, clock: Clock) -> None:
-    """SkyPilot tells the job's whole group to end, and `timeout` in it passes the signal on."""
+def test_the_same_signal_sent_twice_at_once_counts_once(stop: Stop, clock: Clock) -> None:
+    """SkyPilot signals the job's whole process group, and `timeout` in it forwards the signal."""
     with StopSignals(stop, clock):
         signal.raise_signal(signal.SIGTERM)
         clock.now += ONE_SIGNAL_SECONDS / 2
@@ -239,7 +239,7 @@ def test_a_second_sigterm_ends_the_process() -> None:
     assert "SIGTERM (once more: exit at once): finishing this step" in done.stdout
 
 
-def test_the_handlers_that_were_there_come_back(stop: Stop) -> None:
+def test_the_previous_signal_handlers_are_restored(stop: Stop) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals(stop):
         assert signal.getsignal(signal.SIGTERM) != before[0]

@@ -1,4 +1,4 @@
-"""How `finetune train` stops (Ctrl-C, SIGTERM, kill, budget) and how `--resume` goes on."""
+"""How `finetune train` stops (Ctrl-C, SIGTERM, kill, budget) and how `--resume` continues."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LONG = {"max_steps": 40, "group_by_length": False}
 
 
 def start_and_wait(config: Path, until: Callable[[], bool]) -> subprocess.Popen[str]:
-    """`finetune train` in a process of its own, returned as soon as `until` holds."""
+    """`finetune train` in a separate process, returned as soon as `until` holds."""
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune", "train", str(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
@@ -51,7 +51,7 @@ def start_and_wait(config: Path, until: Callable[[], bool]) -> subprocess.Popen[
 
 
 def another_machine(run: Path) -> None:
-    """What lay on the local disk is gone."""
+    """Delete the staged saves on the local disk, as on a new machine."""
     shutil.rmtree(Path(tempfile.gettempdir()) / f"finetune-{record_of(run)['run_id']}", ignore_errors=True)
 
 
@@ -62,7 +62,7 @@ def uninterrupted(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathF
     return folder / "runs" / "tiny-001"
 
 
-def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_from_it(
+def test_ctrl_c_ends_with_a_checkpoint_and_resume_continues_from_it(
     uninterrupted: Path, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
     config = tiny_config(training=LONG, checkpoint={"save_steps": 100})
@@ -72,7 +72,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_from_it(
     _, said = process.communicate(timeout=300)
     assert process.returncode == 75
     assert "SIGINT (once more: exit at once): finishing this step, then saving a checkpoint" in said
-    assert f"interrupted, a checkpoint is saved; go on with `finetune train --resume {run}`" in said
+    assert f"interrupted, a checkpoint is saved; continue with `finetune train --resume {run}`" in said
     assert "Traceback" not in said
     first = record_of(run)
     stopped_at = first["steps"]["done"]
@@ -129,7 +129,7 @@ def test_googles_notice_saves_and_stops(
 
     def notice() -> None:
         google.set("preempted", "TRUE")
-        time.sleep(1.0)  # it comes over the network, in a thread
+        time.sleep(1.0)  # it arrives over the network, in a thread
 
     with MetadataServer() as google, monkeypatch.context() as patched:
         patched.setenv("GCE_METADATA_HOST", google.host)
@@ -142,7 +142,7 @@ def test_googles_notice_saves_and_stops(
     assert "Google takes this machine back: finishing this step" in capsys.readouterr().err
 
 
-def test_a_second_ctrl_c_exits_at_once_and_leaves_no_half_of_a_save(
+def test_a_second_ctrl_c_exits_at_once_and_leaves_no_partial_save(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def twice() -> None:
@@ -159,7 +159,7 @@ def test_a_second_ctrl_c_exits_at_once_and_leaves_no_half_of_a_save(
     assert steps_in(record_of(run)) == [1, 2, 3, 4, 5]
 
 
-def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(
+def test_a_killed_run_resumes_from_the_last_complete_checkpoint(
     tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
     config = tiny_config(training={"max_steps": 30})
@@ -191,12 +191,12 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(
     assert steps_in(record) == list(range(1, 31))
     names = {path.name for path in checkpoints.iterdir() if path.is_dir()}
     assert {f"damaged-{newest.name}", "step-30"} < names and len(names) == 3, (
-        "of two saves at once the older may be dropped"
+        "if a save waits while another one runs, it may be dropped"
     )
     assert checkpoint_store.fault(checkpoints / "step-30") is None
 
 
-def test_a_snapshot_that_was_not_copied_yet_is_saved_by_the_next_attempt_on_the_machine(
+def test_an_orphaned_staged_save_is_committed_by_the_next_attempt_on_the_machine(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     config = tiny_config(training={"max_steps": 6}, checkpoint={"save_steps": 2})
@@ -209,11 +209,11 @@ def test_a_snapshot_that_was_not_copied_yet_is_saved_by_the_next_attempt_on_the_
     assert [path.name for path in (run / "checkpoints").glob("*/manifest.json")] == ["manifest.json"]
     assert main(["train", "--resume", str(run)]) == 0
     said = capsys.readouterr().err
-    assert re.search(r"the snapshot of step [46], which an earlier attempt left on this machine, is saved", said)
+    assert re.search(r"committed the staged save of step [46], which an earlier attempt left on this machine", said)
     assert adapter_of(run) == adapter_of(whole)
 
 
-def test_a_step_that_would_end_too_late_is_given_up_and_the_state_before_it_saved(
+def test_a_step_that_would_end_too_late_is_abandoned_and_the_state_before_it_saved(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown
 ) -> None:
     config = tiny_config(training={"max_steps": 6}, lora={"lora_dropout": 0.2}, checkpoint={"save_steps": 100})
@@ -223,7 +223,7 @@ def test_a_step_that_would_end_too_late_is_given_up_and_the_state_before_it_save
         at_step(4, lambda: signal.raise_signal(signal.SIGTERM), patched)
         assert main(["train", str(config)]) == 75
     whole, run = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
-    assert "the step in progress would end too late: saving the state before it" in capsys.readouterr().err
+    assert "the step in progress would end too late: saving the state from before it" in capsys.readouterr().err
     record = record_of(run)
     assert (record["status"], record["steps"]["done"], record["saves"]["committed_step"]) == ("interrupted", 3, 3)
     assert main(["train", "--resume", str(run)]) == 0
@@ -232,7 +232,7 @@ def test_a_step_that_would_end_too_late_is_given_up_and_the_state_before_it_save
 
 
 KINDS: list[dict[str, Any]] = [
-    {"training": {"max_steps": 14, "group_by_length": True}},  # 24 questions, 4 a step: over three epochs
+    {"training": {"max_steps": 14, "group_by_length": True}},  # 24 examples, 4 a step: more than two epochs
     {"training": {"max_steps": 14, "logging_steps": 5, "eval_steps": 3}, "lora": {"lora_dropout": 0.3}},
     {
         "training": {"max_steps": 8, "per_device_train_batch_size": "auto", "gradient_accumulation_steps": None,
@@ -244,7 +244,7 @@ KINDS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def whole_of(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Call it with a place in KINDS for the config file of that kind, whose uninterrupted run is tiny-001."""
+    """whole_of(i) returns the config file of KINDS[i], whose uninterrupted run is tiny-001."""
 
     @cache
     def made(kind: int) -> Path:
@@ -266,7 +266,7 @@ def whole_of(write_config: ConfigWriter, tmp_path_factory: pytest.TempPathFactor
 def test_a_resumed_run_is_byte_for_byte_the_uninterrupted_one(
     kind: int, step: int, whole_of: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of an epoch, at its last step, and at the first of the next."""
+    """Stopped in the middle of an epoch, at its last step, and at the first step of the next."""
     config = whole_of(kind)
     whole, run = (config.parent / "runs" / name for name in ("tiny-001", f"at-{step}"))
     with monkeypatch.context() as patched:
@@ -274,8 +274,8 @@ def test_a_resumed_run_is_byte_for_byte_the_uninterrupted_one(
         assert main(["train", str(config), f"training.run_name={run.name}"]) == 75
     assert main(["train", "--resume", str(run)]) == 0
     assert adapter_of(run) == adapter_of(whole)
-    told = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
-    one, other = ([[row.get(name) for name in told] for row in record_of(each)["history"]] for each in (whole, run))
+    columns = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    one, other = ([[row.get(name) for name in columns] for row in record_of(each)["history"]] for each in (whole, run))
     assert one == other
 
 
@@ -286,7 +286,7 @@ def test_adapters_that_were_not_loaded_are_noticed_before_the_first_step(
     monkeypatch.setattr("transformers.Trainer._load_from_checkpoint", lambda *_, **__: None)
     with reported("resume.adapter_not_loaded"):
         assert main(["train", "--resume", str(run)]) == 2
-    assert "adapters are not in the model that is about to train" in capsys.readouterr().err
+    assert "adapter tensors were not loaded into the model" in capsys.readouterr().err
 
 
 def test_another_base_model_is_noticed_before_the_first_step(
@@ -308,7 +308,7 @@ def test_another_base_model_is_noticed_before_the_first_step(
 
 
 def interrupted_copy(run: Path, folder: Path) -> Path:
-    """As it was after its checkpoint of step 4."""
+    """A copy of the run as it was after the checkpoint of step 4."""
     copy = folder / "copy"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / "step-6")
@@ -317,7 +317,7 @@ def interrupted_copy(run: Path, folder: Path) -> Path:
 
 
 def reseal(folder: Path) -> None:
-    """A manifest that fits what is in the folder now."""
+    """Write a new manifest that matches the files in the folder."""
     from finetune.checkpoint.store import CheckpointStore
 
     manifest = checkpoint_store.read_manifest(folder)
@@ -346,7 +346,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(
     at_step(2, lambda: meanwhile.append(record_of(run)), monkeypatch)
     assert main(["train", "--resume", str(run)]) == 0
     assert [(record["status"], record["ended_at"]) for record in meanwhile] == [("running", None)]
-    assert f"{run}: no checkpoint to go on from, starting from the beginning" in capsys.readouterr().err
+    assert f"{run}: no checkpoint to resume from, starting from the beginning" in capsys.readouterr().err
     assert steps_in(record_of(run)) == [1, 2, 3, 4]
     assert adapter_of(run) == adapter_of(whole)
 
@@ -366,7 +366,7 @@ def test_a_run_killed_after_its_last_checkpoint_only_saves_its_adapter(tiny_run:
     assert after["peak_memory_gib"]["value"] >= before["peak_memory_gib"]["value"]
 
 
-def test_a_run_goes_on_with_the_same_data_in_another_place(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_same_data_in_another_folder(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "copy"
     shutil.copytree(tiny_run, run)
     (run / "run.json").write_text(json.dumps(record_of(run) | {"status": "interrupted"}))
@@ -378,7 +378,7 @@ def test_a_run_goes_on_with_the_same_data_in_another_place(tiny_run: Path, tiny_
     assert record["data"]["path"] == str(tmp_path / "moved")
 
 
-def test_what_the_plan_assumes_may_change_between_two_attempts(tiny_run: Path, tmp_path: Path) -> None:
+def test_the_plan_section_may_change_between_two_attempts(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "copy"
     shutil.copytree(tiny_run, run)
     (run / "run.json").write_text(json.dumps(record_of(run) | {"status": "interrupted"}))

@@ -1,4 +1,4 @@
-"""One TensorBoard curve and one W&B run over all attempts of a run, those included that were killed with SIGKILL.
+"""One TensorBoard curve and one W&B run over all attempts of a run, including attempts killed with SIGKILL.
 
 Run as a script it is one attempt: FOLDER RESUMED LAST FATE, where FATE is `killed` or `ended`.
 """
@@ -28,10 +28,10 @@ LAST = 70
 
 
 class Loop:
-    """transformers' loop, as far as trackers see it: a loss at every step, a validation loss at some, a checkpoint at others."""
+    """transformers' loop as seen by trackers: a loss at every step, a validation loss at some, a checkpoint at others."""
 
     def __init__(self, folder: Path, resumed: int | None, callbacks: list[TrainerCallback], attempt: int = 0) -> None:
-        self.log = folder / "log_history.json"  # as trainer_state.json of the checkpoint has it
+        self.log = folder / "log_history.json"  # as in trainer_state.json of the checkpoint
         self.state = TrainerState(global_step=resumed or 0, is_world_process_zero=True)
         self.state.log_history = json.loads(self.log.read_text()) if resumed else []
         self.callbacks, self.attempt = callbacks, attempt
@@ -77,7 +77,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose attempts were killed at step 57 and, begun again at 50, at 64; the third went on from 60 to the end."""
+    """A run killed at step 57, resumed from 50 and killed at 64, then resumed from 60 and finished."""
     folder = tmp_path_factory.mktemp("tracking") / "demo.1"
     folder.mkdir()
     (folder / "config.yaml").write_text("lora: {r: 4}\n")
@@ -94,7 +94,7 @@ def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """(step, value) as TensorBoard shows them, read by its own reader."""
+    """(step, value) pairs as TensorBoard shows them, read with its own reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -110,12 +110,12 @@ def test_tensorboard_shows_one_curve_of_a_run_that_was_killed_twice(killed_twice
     folder = killed_twice / "tensorboard"
     assert len(list(folder.iterdir())) == 3
     every, validated = list(range(1, LAST + 1)), list(range(VALIDATED_EVERY, LAST + 1, VALIDATED_EVERY))
-    for tag, wanted in (
+    for tag, expected in (
         *((f"train/{name}", every) for name in ("loss", "spent_usd", "epoch")),
         ("eval/loss", validated),
     ):
-        assert steps(folder, tag) == wanted
-    begun = dict(curve(folder, "train/attempt"))  # the values are those of the attempt that counts
+        assert steps(folder, tag) == expected
+    begun = dict(curve(folder, "train/attempt"))  # the values are from the attempt that counts
     assert {begun[step] for step in range(1, 51)} == {0}
     assert {begun[step] for step in range(51, 61)} == {50} and {begun[step] for step in range(61, 71)} == {60}
 
@@ -137,7 +137,7 @@ def test_an_attempt_that_saved_nothing_leaves_no_points(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [1, 40, 1500])
-def test_an_event_file_that_the_kill_tore_is_filled_up_from_the_checkpoint(tmp_path: Path, lost: int) -> None:
+def test_points_of_a_truncated_event_file_are_restored_from_the_checkpoint(tmp_path: Path, lost: int) -> None:
     board(tmp_path, None)[0].run(57)
     [torn] = files(tmp_path)
     torn.write_bytes(torn.read_bytes()[:-lost])
@@ -148,8 +148,8 @@ def test_an_event_file_that_the_kill_tore_is_filled_up_from_the_checkpoint(tmp_p
     assert steps(tmp_path / "tensorboard", "eval/loss") == list(range(5, 61, 5))
 
 
-def test_an_event_file_that_was_lost_with_its_machine_is_written_again(tmp_path: Path) -> None:
-    """As of a mounted bucket: what was open is not there."""
+def test_points_of_a_lost_event_file_are_written_again(tmp_path: Path) -> None:
+    """As with a mounted bucket, which loses the files that were open."""
     board(tmp_path, None)[0].run(57)
     files(tmp_path)[0].unlink()
     board(tmp_path, 50)[0].run(64)
@@ -159,24 +159,22 @@ def test_an_event_file_that_was_lost_with_its_machine_is_written_again(tmp_path:
         assert steps(tmp_path / "tensorboard", tag) == list(range(every, 71, every))
 
 
-def test_points_after_a_lost_file_are_written_in_their_order(tmp_path: Path) -> None:
+def test_points_after_a_lost_file_are_written_again_in_order(tmp_path: Path) -> None:
     for resumed, last in ((None, 57), (50, 64)):
         board(tmp_path, resumed)[0].run(last)
-    files(tmp_path)[0].unlink()  # of its points those up to 50 counted; those from 51 on are in the other
+    files(tmp_path)[0].unlink()  # its points up to 50 counted; those from 51 on are in the other file
     board(tmp_path, 60)[0].run(70)
     assert steps(tmp_path / "tensorboard") == list(range(1, 71))
 
 
-def test_points_that_are_there_are_not_written_again(tmp_path: Path) -> None:
+def test_existing_points_are_not_written_again(tmp_path: Path) -> None:
     board(tmp_path, None)[0].run(50)
     before = sum(path.stat().st_size for path in files(tmp_path))
     board(tmp_path, 50)
     assert sum(path.stat().st_size for path in files(tmp_path)) - before < 100
 
 
-def test_a_clock_that_is_behind_does_not_turn_the_attempts_round(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clock_that_is_behind_does_not_reverse_the_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     for clock, resumed, last in ((now, None, 57), (now - 86400, 50, 64), (now - 40000, 60, 70)):
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)
@@ -193,7 +191,7 @@ def test_a_second_rank_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_once_and_training_continues(tmp_path: Path) -> None:
     import resource
 
     loop, said = board(tmp_path, None)
@@ -218,14 +216,14 @@ def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path: Path) -> None:
     assert steps(tmp_path / "tensorboard") == list(range(1, 46))
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file")
     loop, said = board(tmp_path, None)
     loop.run(3)
     assert len(said) == 1 and "TensorBoard" in said[0] and "File exists" in said[0]
 
 
-def test_a_new_file_takes_back_what_it_is_told_to(tmp_path: Path) -> None:
+def test_a_new_file_discards_earlier_points_from_its_first_step(tmp_path: Path) -> None:
     first = EventFile(tmp_path, 1)
     for step in (1, 2, 3):
         first.add({"a": 1.0, "b": 2.0}, step)
@@ -239,7 +237,7 @@ def test_a_new_file_takes_back_what_it_is_told_to(tmp_path: Path) -> None:
 
 
 def records(folder: Path) -> Iterable[Any]:
-    """What a .wandb file holds, by W&B's own reader."""
+    """The records of a .wandb file, read with W&B's own reader."""
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
@@ -253,7 +251,7 @@ def records(folder: Path) -> Iterable[Any]:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a finished run, whose file W&B's process closes a little after `finish` has returned."""
+    """The rows of a finished run; W&B's process closes the file shortly after `finish` has returned."""
     until, found = time.monotonic() + 20, list(records(folder))
     while not any(record.HasField("exit") for record in found) and time.monotonic() < until:
         time.sleep(0.1)
@@ -305,7 +303,7 @@ def test_no_key_is_written(killed_twice: Path) -> None:
 
 @pytest.fixture
 def wandb_here(no_keys: None, monkeypatch: pytest.MonkeyPatch) -> Iterable[None]:
-    """W&B in this process, without its hold on pytest's output; no run is left open."""
+    """W&B in this process, without capturing pytest's output; closes open runs at the end."""
     monkeypatch.setenv("WANDB_CONSOLE", "off")
     yield
     import wandb
@@ -314,8 +312,8 @@ def wandb_here(no_keys: None, monkeypatch: pytest.MonkeyPatch) -> Iterable[None]
         wandb.run.finish()
 
 
-def test_steps_that_the_server_has_are_not_sent_again(tmp_path: Path, wandb_here: None) -> None:
-    """Online, W&B answers with the step after its newest row; here a run is brought there by hand."""
+def test_steps_already_on_the_server_are_not_sent_again(tmp_path: Path, wandb_here: None) -> None:
+    """Online, W&B reports the step after its newest row; here that step is set by hand."""
     callback = WeightsAndBiases("offline", "text2sql", tmp_path, "demo", lambda _: None)
     loop = Loop(tmp_path, None, [callback])
     callback._run.log({"train/loss": 0.0}, step=57, commit=True)
@@ -329,8 +327,8 @@ def test_steps_that_the_server_has_are_not_sent_again(tmp_path: Path, wandb_here
     assert len(history(folder)) == 4
 
 
-def test_a_row_is_there_before_its_checkpoint(tmp_path: Path, wandb_here: None) -> None:
-    """Without it a row would wait for the next log, and a kill in between would lose it."""
+def test_a_row_is_sent_before_its_checkpoint(tmp_path: Path, wandb_here: None) -> None:
+    """Otherwise a row would wait for the next log, and a kill in between would lose it."""
     callback = WeightsAndBiases("offline", "text2sql", tmp_path, "demo", lambda _: None)
     Loop(tmp_path, None, [callback]).run(SAVED_EVERY)
     assert callback._run.step == SAVED_EVERY + 1
@@ -340,7 +338,7 @@ def test_without_its_server_a_run_is_tracked_offline(
     tmp_path: Path, wandb_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server listens there
     said: list[str] = []
     callback = WeightsAndBiases("online", "text2sql", tmp_path, "demo", said.append)
     loop = Loop(tmp_path, None, [callback])
@@ -355,7 +353,7 @@ def test_without_its_server_a_run_is_tracked_offline(
 TASK = "sky-managed-2026-11-23-01-02-03-004_finetune_7-0"
 
 
-def test_the_id_is_that_of_the_user_then_of_the_folder_then_of_the_task(
+def test_the_id_comes_from_the_user_then_the_folder_then_the_task(
     tmp_path: Path, no_keys: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random = wandb_run_id(tmp_path, "a/run")
@@ -363,7 +361,7 @@ def test_the_id_is_that_of_the_user_then_of_the_folder_then_of_the_task(
     monkeypatch.setenv("SKYPILOT_TASK_ID", TASK)
     of_task = wandb_run_id(tmp_path, "mine")
     assert re.fullmatch(r"mine-[0-9a-f]{8}", of_task) and wandb_run_id(tmp_path, "mine") == of_task
-    assert wandb_run_id(tmp_path, TASK) == TASK  # as on_machine/train.sh names it
+    assert wandb_run_id(tmp_path, TASK) == TASK  # the name that on_machine/train.sh gives it
     monkeypatch.setenv("SKYPILOT_TASK_ID", "another")
     assert wandb_run_id(tmp_path, "mine") != of_task
     (tmp_path / "wandb-run-id").write_text("kept\n")
@@ -372,25 +370,23 @@ def test_the_id_is_that_of_the_user_then_of_the_folder_then_of_the_task(
     assert wandb_run_id(tmp_path, "mine") == "given"
 
 
-def test_a_long_name_makes_an_id_that_wandb_takes(
-    tmp_path: Path, no_keys: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_name_makes_a_valid_wandb_id(tmp_path: Path, no_keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKYPILOT_TASK_ID", "sky/" + "t" * 300)
     for name in ("n:#%?" * 60, "sky-" + "t" * 96):
         assert re.fullmatch(r"[A-Za-z0-9_-]{1,128}", wandb_run_id(tmp_path, name))
 
 
 @pytest.mark.parametrize(
-    ("wanted", "key", "mode"),
+    ("setting", "key", "mode"),
     [
         ("auto", False, None), ("auto", True, "online"), ("online", False, "online"), ("offline", True, "offline"),
         ("disabled", True, None),
     ],
 )  # fmt: skip
 def test_wandb_is_used_as_the_config_says(
-    wanted: Any, key: bool, mode: str | None, no_keys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Any, key: bool, mode: str | None, no_keys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if key:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert wandb_mode(TrackingSection(wandb=wanted)) == mode
-    assert len(trackers(TrackingSection(wandb=wanted), tmp_path, "demo", None)) == (1 if mode is None else 2)
+    assert wandb_mode(TrackingSection(wandb=setting)) == mode
+    assert len(trackers(TrackingSection(wandb=setting), tmp_path, "demo", None)) == (1 if mode is None else 2)

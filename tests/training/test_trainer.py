@@ -1,4 +1,4 @@
-"""The trainer on a tiny NF4 model: what carries loss, which loss, what is trained, and what each config key does."""
+"""The trainer on a tiny NF4 model: which tokens have a loss, its value, and which parameters are trained."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def adapter(model: Any) -> dict[str, Any]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
-# --- what carries loss
+# --- which tokens have a loss
 
 
 def test_labels_are_exactly_the_answer_and_the_end_of_text_token(
@@ -87,7 +87,7 @@ def test_labels_are_exactly_the_answer_and_the_end_of_text_token(
         )
 
 
-def test_examples_that_are_too_long_are_left_out_and_counted_never_cut(
+def test_examples_that_are_too_long_are_dropped_and_counted_never_truncated(
     examples: Examples, records: list[Record], tokenizer: Any
 ) -> None:
     lengths = examples.lengths
@@ -145,7 +145,7 @@ def test_padded_micro_batches_carry_no_loss_on_padding(tiny_model: Path, tokeniz
 
 
 def test_grouping_by_length_is_for_padded_batches(tiny_model: Path, tokenizer: Any, records: list[Record]) -> None:
-    many = tokenise(records * 4, TEMPLATE, tokenizer, 1024)  # steps of like length are made of many steps' examples
+    many = tokenise(records * 4, TEMPLATE, tokenizer, 1024)  # grouping by length needs the examples of many steps
 
     def padding(group: bool, kernels: str) -> int:
         model = lora_model(tiny_model, nf4=False)
@@ -163,7 +163,7 @@ def test_grouping_by_length_is_for_padded_batches(tiny_model: Path, tokenizer: A
 
 
 def batch_of(examples: Examples, rows: list[int], tokenizer: Any) -> dict[str, Any]:
-    """Padded on the right, as the trainer's collator does it."""
+    """A batch padded on the right, like the trainer's collator."""
     chosen = [examples[i] for i in rows]
     width = max(map(len, chosen)) + 3
 
@@ -181,7 +181,7 @@ def gradients(model: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def random_adapter_model(tiny_model: Path) -> Any:
-    """Without quantisation, with an adapter that does something: as drawn, lora_B is zero."""
+    """Without quantisation, with an adapter that has an effect: lora_B is initialised to zero."""
     model = lora_model(tiny_model, nf4=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -209,7 +209,7 @@ def test_the_answer_loss_is_the_hf_loss_of_the_same_labels(
 
 
 @pytest.mark.parametrize("items", [None, 100])
-def test_the_answer_loss_is_that_of_trl(
+def test_the_answer_loss_equals_trls(
     items: int | None, random_adapter_model: Any, examples: Examples, tokenizer: Any
 ) -> None:
     trainer = trainer_for(random_adapter_model, tokenizer, examples)
@@ -219,7 +219,9 @@ def test_the_answer_loss_is_that_of_trl(
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
-def test_on_a_cpu_only_answers_pass_the_head(tiny_model: Path, examples: Examples, tokenizer: Any) -> None:
+def test_on_a_cpu_the_head_computes_logits_of_answers_only(
+    tiny_model: Path, examples: Examples, tokenizer: Any
+) -> None:
     trainer = trainer_for(lora_model(tiny_model), tokenizer, examples)
     rows: list[int] = []
     head = trainer.model.get_base_model().get_output_embeddings()
@@ -235,7 +237,7 @@ def test_a_batch_without_answers_has_no_loss_and_no_nan(tiny_model: Path, exampl
     assert answer_loss(lora_model(tiny_model), batch).item() == 0.0
 
 
-def test_a_loss_that_is_no_number_is_seen_and_its_adapters_are_not_saved(
+def test_a_loss_that_is_not_finite_is_detected_and_its_adapters_are_not_saved(
     tiny_model: Path, tokenizer: Any, examples: Examples
 ) -> None:
     trainer = trainer_for(lora_model(tiny_model), tokenizer, examples, max_steps=1)
@@ -248,11 +250,11 @@ def test_a_loss_that_is_no_number_is_seen_and_its_adapters_are_not_saved(
     assert list(Path("out").glob("*")) == []
 
 
-# --- how it is built
+# --- construction
 
 
 def test_nothing_is_set_on_a_trainer_from_outside() -> None:
-    """All that it works with comes in when it is built."""
+    """Everything is passed to its constructor."""
     folder = Path(training_trainer.__file__).parent
     lines = {path: path.read_text(encoding="utf-8").splitlines() for path in folder.rglob("*.py")}
     assert len(lines) > 10
@@ -264,7 +266,7 @@ def test_nothing_is_set_on_a_trainer_from_outside() -> None:
 
 
 def test_accumulated_batches_train_like_whole_ones(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
-    """Batch 1 x accumulation 8 against 8 x 1 and against what memory allows: the first loss, the drift over two epochs."""
+    """Batch 1 x accumulation 8 against 8 x 1 and against automatic micro-batches: the first loss, the drift over two epochs."""
     runs = []
     for size, accumulation in ((8, 1), (1, 8), ("auto", None)):
         trainer = trainer_for(
@@ -283,7 +285,7 @@ def test_accumulated_batches_train_like_whole_ones(tiny_model: Path, tokenizer: 
             torch.testing.assert_close(accumulated_adapter[name], weight, rtol=0, atol=2e-3)
 
 
-def test_adapters_are_float32_though_trl_casts_those_of_a_quantised_model(
+def test_adapters_are_float32_although_trl_casts_those_of_a_quantised_model(
     tiny_model: Path, tokenizer: Any, examples: Examples
 ) -> None:
     model = lora_model(tiny_model)
@@ -315,7 +317,7 @@ def trained_with(tiny_model: Path, tokenizer: Any, examples: Examples, **changes
     return adapter(trainer.model)
 
 
-def test_validation_leaves_training_as_it_is(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
+def test_validation_does_not_change_training(tiny_model: Path, tokenizer: Any, examples: Examples) -> None:
     without = trained_with(tiny_model, tokenizer, examples)
     with_it = trained_with(tiny_model, tokenizer, examples, validates=True, eval_steps=1)
     assert all(torch.equal(with_it[name], weight) for name, weight in without.items())
@@ -357,14 +359,14 @@ def test_the_saved_adapter_changes_the_answers_and_loads_with_plain_peft(
     assert right > before + 0.1
 
 
-def test_one_process_keeps_to_one_gpu_of_a_machine_that_has_several(tmp_path: Path) -> None:
+def test_one_process_uses_one_gpu_of_a_machine_with_several(tmp_path: Path) -> None:
     arguments = one_gpu_a_process(SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
     assert arguments.n_gpu == 0
-    arguments._n_gpu = 2  # as where transformers sees two
+    arguments._n_gpu = 2  # as if transformers saw two
     assert one_gpu_a_process(arguments).n_gpu == 1
 
 
-def test_a_package_that_is_only_in_the_way_is_not_imported() -> None:
+def test_a_package_can_be_made_not_importable() -> None:
     with not_importable("this"), pytest.raises(ImportError):
         importlib.import_module("this")
     assert "this" not in sys.modules

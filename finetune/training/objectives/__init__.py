@@ -1,1 +1,1 @@
-"""What training optimises: one file an objective, and their registry."""
+"""Training objectives: one file each, and their registry."""

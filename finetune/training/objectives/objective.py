@@ -1,4 +1,4 @@
-"""What a training objective is made of."""
+"""The interface of a training objective."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ TokenLoss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """How a record becomes tokens, and how the model's scores of them become a loss.
+    """How a record is tokenised, and how the logits become a loss.
 
-    encode: tokenizer, prompts and answers to one example each; its tokens from answer_start on are learned. token_loss: logits
-    (tokens, vocabulary) in float32 and targets (tokens,) of learned tokens to the sum of their losses, a scalar; it is called on
-    parts of a step, whose sums are added and divided by the learned tokens of the whole step. fused: token_loss is the
-    negative log-likelihood, so that the heads which compute that without holding all logits may stand in for it.
+    encode: maps tokenizer, prompts and answers to one example each, whose tokens from answer_start on have a loss.
+    token_loss: maps logits (tokens, vocabulary) in float32 and targets (tokens,), both of tokens with loss only, to the sum of
+    their losses, a scalar; it is called on parts of a step, whose sums are added and divided by the number of tokens with loss
+    in the whole step. fused: token_loss is the negative log-likelihood, so that heads which compute it without materialising
+    all logits may replace it.
     """
 
     encode: Encode

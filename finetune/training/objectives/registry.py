@@ -1,4 +1,4 @@
-"""The training objectives, by the name that `training.objective` of a config takes."""
+"""The training objectives by the name used in `training.objective`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def objective_named(name: str) -> Objective:
     """Raises UserError for a name that is not registered."""
     if name not in OBJECTIVES:
         raise UserError(
-            f"training.objective: {name!r} is none of {', '.join(sorted(OBJECTIVES))}",
+            f"training.objective: {name!r} is not one of {', '.join(sorted(OBJECTIVES))}",
             code="training.unknown_objective",
         )
     return OBJECTIVES[name]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the likelihood of the answer's tokens, given the prompt."""
+"""Supervised fine-tuning: the negative log-likelihood of the answer's tokens, given the prompt."""
 
 from __future__ import annotations
 

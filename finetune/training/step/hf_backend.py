@@ -1,4 +1,4 @@
-"""Hugging Face's own backend, the reference: padded rows, TRL's collator and loss, PEFT's layers; loss on learned tokens."""
+"""The Hugging Face backend, the reference: padded rows, TRL's collator and loss, PEFT's layers; loss on labelled tokens."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Collate = Callable[[list[dict[str, list[int]]]], Batch]
 
 
 class HfBackend:
-    """A runner.Backend: rows padded to the longest.
+    """A runner.Backend that pads rows to the longest.
 
-    model: a PeftModel. collate: makes a batch of rows with input_ids and labels. autocast: a context in which the forward pass
-    takes its dtype. token_loss: an Objective's. fused_loss: of a batch in place of `answer_loss`, for training steps, with its
-    own autocast.
+    model: a PeftModel. collate: makes a batch from rows with input_ids and labels. autocast: the context that sets the dtype of
+    the forward pass. token_loss: as in Objective. fused_loss: replaces `answer_loss` in training steps; it brings its own
+    autocast.
     """
 
     padded = True
@@ -64,21 +64,21 @@ class HfBackend:
             return answer_loss(self.model, batch, labelled, self._token_loss)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        """input_ids, attention_mask and labels, each (rows, tokens), on the model's device."""
+        """input_ids, attention_mask and labels, each (batch, tokens), on the model's device."""
         return {name: tensor.to(self.device) for name, tensor in padded(examples, self._collate).items()}
 
 
 def padded(examples: Sequence[Example], collate: Collate) -> Batch:
-    """input_ids, attention_mask and labels, each (rows, tokens), as TRL's collator pads them."""
+    """input_ids, attention_mask and labels, each (batch, tokens), as TRL's collator pads them."""
     return collate([{"input_ids": example.ids, "labels": example.labels} for example in examples])
 
 
 def answer_loss(
     model: Any, inputs: Batch, num_items_in_batch: Any = None, token_loss: TokenLoss = negative_log_likelihood
 ) -> torch.Tensor:
-    """Mean loss of the labelled tokens; the logits of other tokens are never made.
+    """Mean loss of the labelled tokens; the logits of other tokens are never computed.
 
-    inputs: input_ids, attention_mask, labels, each (rows, tokens). num_items_in_batch: labelled tokens of the whole
+    inputs: input_ids, attention_mask, labels, each (batch, tokens). num_items_in_batch: labelled tokens of the whole
     optimizer step, over which accumulated micro-batches are normalised; None normalises over this batch.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,10 +1,10 @@
-"""What the optimizer sees: all adapters in one tensor, so that it takes one step instead of hundreds.
+"""All adapters in one flat tensor, so that the optimizer updates one parameter instead of hundreds.
 
-bitsandbytes waits for the GPU after every parameter: 448 times a step for Mistral-7B, 45 ms of 312 on an H100. Every adapter
-becomes a part of one tensor and stays what it is to PEFT. The parts begin at multiples of 256 numbers, the block size of 8-bit
-optimizer states, so that each block belongs to one adapter and the result is that of separate steps (apart from adapters below
-4,096 numbers, whose states bitsandbytes would leave in 32 bits). After a resume a paged optimizer's states go back to paged
-memory.
+bitsandbytes synchronises with the GPU after every parameter: 448 times a step for Mistral-7B, 45 ms of 312 on an H100. Every
+adapter becomes a view into one tensor; for PEFT nothing changes. The views start at multiples of 256 elements, the block size of
+8-bit optimizer states, so that each block belongs to one adapter and the result equals that of separate updates (except for
+adapters below 4,096 elements, whose states bitsandbytes would keep in 32 bits). After a resume the states of a paged optimizer
+are moved back to paged memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLOCK = 256
 
 
 class FlatAdapters:
-    """parameter: what the optimizer sees, float32, of all adapters' numbers one after the other; its grad is made of theirs."""
+    """parameter: the flat float32 tensor that the optimizer updates, a concatenation of all adapters; so is its grad."""
 
     def __init__(self, adapters: Sequence[Tensor]) -> None:
         self._adapters = list(adapters)
@@ -43,25 +43,25 @@ class FlatAdapters:
         return self.parameter.grad
 
     def begin(self) -> None:
-        """Gradients of zero, into which the backward passes add; transformers takes them from the adapters after every step.
+        """Zero the gradients and attach them to the adapters again: transformers sets them to None after every step.
 
-        Raises RuntimeError if somebody has moved an adapter away: the optimizer would go on without it, and nobody would see.
+        Raises RuntimeError if an adapter no longer shares memory with the flat tensor: the optimizer would silently skip it.
         """
         self.gradient.zero_()
         for adapter, gradient, place in zip(self._adapters, self._gradients, self._places, strict=True):
             if adapter.data_ptr() != place:
-                raise RuntimeError("an adapter is no longer part of the flat tensor that the optimizer changes")
+                raise RuntimeError("an adapter is no longer part of the flat tensor that the optimizer updates")
             adapter.grad = gradient
 
 
 PAGED = ("state1", "state2")
-"""The states that bitsandbytes pages, one number for each of the parameter's."""
+"""The states that bitsandbytes pages, with one element for each element of the parameter."""
 
 
-def page_again(optimizer: Any) -> None:
-    """Moves the loaded states of a paged bitsandbytes optimizer to where its own `init_state` would have put them.
+def restore_paging(optimizer: Any) -> None:
+    """Moves the loaded states of a paged bitsandbytes optimizer into paged memory, as its own `init_state` would.
 
-    The numbers stay as they are; other optimizers are left alone.
+    The values do not change; other optimizers are left alone.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     if not getattr(inner, "is_paged", False):

@@ -1,7 +1,7 @@
-"""Which examples an optimizer step is made of, and into which micro-batches it is cut to fit a GPU.
+"""Which examples make up an optimizer step, and how it is split into micro-batches that fit the GPU.
 
-Steps come first, micro-batches inside them second: seed, epoch and lengths alone decide what the model learns from, and the
-GPU only in how many pieces a step is computed. Lengths are in tokens, at least 1; positions count within one step.
+The steps depend only on seed, epoch and lengths, so every machine learns from the same steps; the GPU only decides into how many
+micro-batches a step is split. Lengths are in tokens, at least 1; positions are indices within one step.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 WINDOW_STEPS = 50
-"""Steps whose examples `by_length` sorts together: enough for like lengths to meet, few enough that no long stretch of an
-epoch has short examples alone."""
-EVEN_ENOUGH = 0.005
-"""Evening out stops once the largest micro-batch is at most this share above a bound that no packing can beat."""
+"""Number of steps whose examples `by_length` sorts together: enough to group similar lengths, few enough that no long part of
+an epoch has only short examples."""
+BALANCE_TOLERANCE = 0.005
+"""Balancing stops once the largest micro-batch is at most this fraction above a lower bound for any packing."""
 
 Batches = list[list[int]]
 Item = TypeVar("Item")
 
 
 def steps_of_epoch(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int, by_length: bool) -> Batches:
-    """The examples (indices into lengths) of every optimizer step: batch_size of them each, in the last step the rest.
+    """The examples (indices into lengths) of every optimizer step: batch_size each, and the remainder in the last one.
 
-    Every index comes once. by_length gathers examples of like length in a step, for batches that are padded; the last step,
-    where it is a short one, stays a random sample. Raises ValueError if batch_size is less than 1.
+    Every index occurs once. by_length groups examples of similar length in a step, for padded batches; a last step that is
+    smaller stays a random sample. Raises ValueError if batch_size is less than 1.
     """
     draws = random.Random(f"steps of seed {seed}, epoch {epoch}")
     order = _shuffled(range(len(lengths)), draws)
@@ -41,10 +41,11 @@ def steps_of_epoch(lengths: Sequence[int], *, batch_size: int, seed: int, epoch:
 
 
 def share(lengths_of_step: Sequence[int], *, rank: int, ranks: int) -> list[int]:
-    """The positions of a step, ascending, that process `rank` of `ranks` trains; with fewer examples than ranks maybe none.
+    """The positions of a step, ascending, that process `rank` of `ranks` trains; may be empty if there are fewer examples than
+    ranks.
 
-    The longest example comes first, and each goes to the rank with the fewest tokens so far, so that no two ranks differ by
-    more than one example. Every process computes the same split. Raises ValueError for a rank outside 0 .. ranks - 1.
+    Longest first, each example goes to the rank with the fewest tokens so far, so that the loads of two ranks differ by at
+    most the length of one example. Every process computes the same split. Raises ValueError for a rank outside 0 .. ranks - 1.
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} of {ranks}")
@@ -54,13 +55,13 @@ def share(lengths_of_step: Sequence[int], *, rank: int, ranks: int) -> list[int]
 def micro_batches(
     lengths: Sequence[int], *, tokens: int, padded: bool = False, micro_batch_size: int | None = None
 ) -> Batches:
-    """A step's positions in micro-batches that hold at most `tokens` tokens, the largest micro-batch first.
+    """Split a step's positions into micro-batches of at most `tokens` tokens, the largest micro-batch first.
 
-    A micro-batch holds the sum of its lengths, or rows times the longest where it is padded. There are as few as the packing
-    finds, and among so few the largest is made as small as it can. An example above `tokens` gets a micro-batch of its own.
+    The size of a micro-batch is the sum of its lengths or, if padded, rows times the longest. The packing minimises the number
+    of micro-batches, then the size of the largest. An example longer than `tokens` gets a micro-batch of its own.
 
-    rows: an explicit size in examples instead, whatever it holds: consecutive groups in the order given, from the longest
-    example down where they are padded. Raises ValueError if it is less than 1.
+    micro_batch_size: a fixed number of examples instead, whatever their length: consecutive groups in the given order, or in
+    order of decreasing length if padded. Raises ValueError if it is less than 1.
     """
     order = _longest_first(lengths)
     if micro_batch_size is not None:
@@ -72,7 +73,7 @@ def micro_batches(
 
 
 def _shuffled(items: Sequence[Item], draws: random.Random) -> list[Item]:
-    """Sorted by drawn numbers: random() is the one method whose sequence Python promises to keep; shuffle() may change."""
+    """Shuffle by sorting on random keys: Python guarantees the sequence of random() across versions, but not shuffle()."""
     keys = [draws.random() for _ in items]
     return [items[number] for number in sorted(range(len(items)), key=keys.__getitem__)]
 
@@ -93,9 +94,9 @@ def _held(batch: Sequence[int], lengths: Sequence[int], padded: bool) -> int:
 
 
 def _packed(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Batches:
-    """Best-fit decreasing sets the number of batches; then batches of ever smaller size are filled while the number stays.
+    """Best-fit decreasing determines the number of batches; a binary search then lowers their size while that number suffices.
 
-    order: positions, longest first. The search over sizes is that of Coffman, Garey and Johnson's MULTIFIT (1978).
+    order: positions, longest first. The search over sizes is MULTIFIT by Coffman, Garey and Johnson (1978).
     """
 
     def loads(batches: Batches) -> list[int]:
@@ -109,7 +110,7 @@ def _packed(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Batche
         best = fewer
     best = min(best, _spread(order, lengths, len(best)), key=loads)
     low, high = max(-(-total // len(best)), lengths[order[0]]), loads(best)[0]
-    while high - low > EVEN_ENOUGH * low:
+    while high - low > BALANCE_TOLERANCE * low:
         size = (low + high) // 2
         smaller = _best_fit(order, lengths, size, most=len(best))
         if smaller is None:
@@ -120,7 +121,7 @@ def _packed(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Batche
 
 
 def _best_fit(order: Sequence[int], lengths: Sequence[int], tokens: int, *, most: int) -> Batches | None:
-    """Each position into the fullest batch that still takes it; None where more than `most` batches would be needed."""
+    """Put each position into the fullest batch that has room for it; None if more than `most` batches would be needed."""
     batches: Batches = []
     room: list[tuple[int, int]] = []  # (tokens left, batch), ascending
     for position in order:
@@ -139,7 +140,7 @@ def _best_fit(order: Sequence[int], lengths: Sequence[int], tokens: int, *, most
 
 
 def _spread(order: Sequence[int], lengths: Sequence[int], count: int) -> Batches:
-    """Each position to the batch with the fewest tokens so far, the first of equals."""
+    """Put each position into the batch with the fewest tokens so far; ties go to the first."""
     batches: Batches = [[] for _ in range(count)]
     loads = [(0, number) for number in range(count)]
     for position in order:
@@ -150,8 +151,8 @@ def _spread(order: Sequence[int], lengths: Sequence[int], count: int) -> Batches
 
 
 def _padded(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Batches:
-    """Neighbours in length share a batch: with as many as fit beside the longest, then beside the longest of the rest, the
-    number of batches is the least there is. The size is then lowered, batch by batch, as far as that number allows.
+    """Group examples of similar length: filling each batch greedily from the longest remaining example gives the minimum number
+    of batches. The size is then lowered, batch by batch, as far as that number allows.
 
     order: positions, longest first.
     """

@@ -1,5 +1,5 @@
-"""How this run computes a step on the machine that it finds itself on: which backend, micro-batches of which size, which layers
-recompute their activations."""
+"""How this run computes a step on this machine: the backend, the size of micro-batches, and which layers recompute their
+activations."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 CPU_TOKENS = 2048
-"""Of a micro-batch on a CPU, where larger ones gain nothing."""
+"""Tokens of a micro-batch on a CPU, where larger ones are no faster."""
 AMPERE = (8, 0)
 LAYERS = {"fused": "fused", "hf": "Hugging Face"}
 USUAL = 0.95
-"""Share of the optimizer steps that are to fit into one micro-batch; the rest is cut in two."""
+"""Fraction of optimizer steps that should fit into one micro-batch; the others are split in two."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """batch_size: examples of an optimizer step over all GPUs. micro_batch_size: where the config names a number.
-    checkpointing: of the Hugging Face layers. needed: memory of the largest micro-batch, estimated; None on a CPU and for models
+    """batch_size: examples per optimizer step over all GPUs. micro_batch_size: in examples, None unless the config sets it.
+    checkpointing: of the Hugging Face layers. needed: estimated memory of the largest micro-batch; None on a CPU and for models
     of unknown shape."""
 
     backend: Literal["fused", "hf"]
@@ -73,28 +73,28 @@ class StepPlan:
 def plan_step(
     config: RunConfig, model: PeftModel, device: Device, lengths: Sequence[int], *, gpus: int = 1
 ) -> StepPlan:
-    """The plan for this process's device. lengths: tokens of every training example. Raises UserError where the longest text
-    does not fit, and for training.kernels=fused with a model that cannot."""
+    """The plan for this process's device. lengths: tokens of every training example. Raises UserError if the longest text does
+    not fit, and for training.kernels=fused with a model that the fused backend does not support."""
     training, longest = config.training, max(lengths)
     backend, why = _backend(config, model, device, longest)
     micro_batch_size = None if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size
     batch_size = examples_per_step(training, gpus)
     shape, memory_gib = _shape(model), _memory_gib(device, training.max_memory_gib)
     load = replace(workload_of(config, device.dtype_name), accumulating=True)
-    wanted = None if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
+    requested = None if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
     if backend == "hf":
-        limits, checkpointing, needed = _hf(shape, load, memory_gib, longest, micro_batch_size, wanted)
+        limits, checkpointing, needed = _hf(shape, load, memory_gib, longest, micro_batch_size, requested)
         return StepPlan(backend, batch_size, micro_batch_size, limits, checkpointing, needed, why)
     assert shape is not None
     if memory_gib is None:
-        saved = 0 if wanted else shape.layers
+        saved = 0 if requested else shape.layers
         limits = MicroBatchConfig(max(longest, CPU_TOKENS), saved, shape.layers)
         return StepPlan(backend, batch_size, micro_batch_size, limits, False, None, why)
     mine = -(-batch_size // gpus)
     gpu, usual = _gpu(device), _usual_step(lengths, mine, training.seed)
     texts = min(micro_batch_size or mine, mine)
     limits = autotune(
-        shape, load, memory_gib, longest=longest, usual_step=usual, checkpointing=wanted,
+        shape, load, memory_gib, longest=longest, usual_step=usual, checkpointing=requested,
         micro_batch_size=micro_batch_size and texts, ampere=gpu.compute_capability >= AMPERE, texts=texts, gpu=gpu,
     )  # fmt: skip
     worst = FusedLoad(
@@ -108,11 +108,10 @@ def plan_step(
 def worst_micro_batch(
     lengths: Sequence[int], limits: MicroBatchConfig, micro_batch_size: int | None, *, batch_size: int, padded: bool
 ) -> list[int]:
-    """Indices of the examples that make up the largest micro-batch there may be: the longest, and of the next longest as many
-    as there is room for.
+    """Indices of the examples of the largest possible micro-batch: the longest one, and as many of the next longest as fit.
 
-    lengths: tokens of every training example. micro_batch_size: in examples, whatever they hold; None goes by limits.tokens.
-    batch_size: of an optimizer step, which no micro-batch exceeds. padded: every row counts as long as the longest.
+    lengths: tokens of every training example. micro_batch_size: a fixed number of examples; None applies limits.tokens instead.
+    batch_size: examples per optimizer step, an upper bound. padded: every row counts as many tokens as the longest.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if micro_batch_size is not None:
@@ -128,14 +127,14 @@ def worst_micro_batch(
 
 
 def _backend(config: RunConfig, model: PeftModel, device: Device, longest: int) -> tuple[Literal["fused", "hf"], str]:
-    asked = config.training.kernels
-    if asked == "hf":
+    requested = config.training.kernels
+    if requested == "hf":
         return "hf", "training.kernels"
     reason = why_not(model, longest)
-    if asked == "fused":
+    if requested == "fused":
         if reason:
             raise UserError(
-                f"training.kernels: fused does not go with this model: {reason}; use auto",
+                f"training.kernels: fused does not support this model: {reason}; use auto",
                 code="model.unsupported_kernels",
             )
         return "fused", "training.kernels"
@@ -152,12 +151,12 @@ def _hf(
     memory_gib: float | None,
     longest: int,
     micro_batch_size: int | None,
-    wanted: bool | None,
+    requested: bool | None,
 ) -> tuple[MicroBatchConfig, bool, MemoryEstimate | None]:
-    """Padded micro-batches: as many rows of the longest text as fit, with checkpointing unless the config forbids it."""
+    """Padded micro-batches: as many rows of the longest text as fit, with checkpointing unless the config disables it."""
     if memory_gib is None:
-        return MicroBatchConfig(max(longest, CPU_TOKENS), 0), bool(wanted), None
-    checkpointing = wanted is not False
+        return MicroBatchConfig(max(longest, CPU_TOKENS), 0), bool(requested), None
+    checkpointing = requested is not False
     if shape is None:
         return MicroBatchConfig(4 * longest, 0), checkpointing, None
     load = replace(load, tokens=longest, checkpointing=checkpointing)
@@ -174,13 +173,13 @@ def _shape(model: PeftModel) -> ModelShape | None:
 
 
 def _gpu(device: Device) -> GpuSpec:
-    """The entry of gpus.GPUS that this device is, or is most like."""
+    """The entry of gpus.GPUS for this device, or the most similar one."""
     found = torch.cuda.get_device_properties(device.place)
     return known_gpu(found.name, (found.major, found.minor), found.total_memory / GIB)
 
 
 def _memory_gib(device: Device, most: float | None) -> float | None:
-    """What this process may have of the GPU, CUDA's own share included (GiB); None on a CPU."""
+    """GPU memory available to this process in GiB, including its CUDA context; None on a CPU."""
     if device.place.type == "cpu":
         return None
     free, _ = torch.cuda.mem_get_info(device.place)
@@ -189,7 +188,7 @@ def _memory_gib(device: Device, most: float | None) -> float | None:
 
 
 def _usual_step(lengths: Sequence[int], batch_size: int, seed: int) -> int:
-    """Tokens that all but a few of the first epoch's steps stay below."""
+    """Tokens per step: the USUAL quantile over the steps of the first epoch."""
     steps = steps_of_epoch(lengths, batch_size=batch_size, seed=seed, epoch=0, by_length=False)
     sizes = sorted(sum(lengths[index] for index in step) for step in steps)
     return sizes[min(len(sizes) - 1, int(USUAL * len(sizes)))]

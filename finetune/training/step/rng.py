@@ -1,4 +1,4 @@
-"""The random generators that a training step draws from: python's, numpy's, torch's on the CPU and on this process's GPU."""
+"""The random generators that a training step uses: Python's, NumPy's, torch's on the CPU and on this process's GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ States = dict[str, Any]
 
 
 def capture() -> States:
-    """All states; about 0.1 ms, and the GPU is not waited for."""
+    """The states of all generators; takes about 0.1 ms and does not synchronise with the GPU."""
     name, keys, *rest = np.random.get_state()
     states: States = {
         "python": random.getstate(),

@@ -1,7 +1,7 @@
-"""One optimizer step's forward and backward passes: its examples in as many micro-batches as memory asks for.
+"""The forward and backward passes of one optimizer step, split into as many micro-batches as memory requires.
 
-What is learned does not depend on the pieces: every micro-batch's loss is divided by the labelled tokens of the whole step, over
-all GPUs. When memory runs out all the same, the step begins again in smaller pieces.
+The result does not depend on the split: the loss of every micro-batch is divided by the labelled tokens of the whole step, over
+all GPUs. If memory still runs out, the step starts again with smaller micro-batches.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from finetune.training.step.optimizer import FlatAdapters
 from finetune.training.step.packing import micro_batches, share
 
 BAD_STEPS = 10
-"""So many steps without a finite loss, one after the other, end the run."""
+"""Number of consecutive steps without a finite loss that ends the run."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the data loader gives for an optimizer step. tokens, labelled: of all its examples; mine: those of this process."""
+    """One optimizer step from the data loader. mine: this process's examples. tokens, labelled: counts over all processes."""
 
     mine: list[Example]
     tokens: int
@@ -39,7 +39,7 @@ class Step:
 
 
 def collate(examples: list[Example], *, rank: int, ranks: int) -> dict[str, Step]:
-    """A dict, as transformers' Trainer expects of a batch; the same on every rank but for `mine`."""
+    """A batch as a dict, as transformers' Trainer expects; the same on every rank except for `mine`."""
     lengths = [len(example) for example in examples]
     labelled = sum(example.predicted for example in examples)
     mine = [examples[position] for position in share(lengths, rank=rank, ranks=ranks)]
@@ -47,25 +47,25 @@ def collate(examples: list[Example], *, rank: int, ranks: int) -> dict[str, Step
 
 
 class Backend(Protocol):
-    """How a micro-batch becomes a loss: the fused layers without padding, or Hugging Face's with it."""
+    """Computes the loss of a micro-batch: with the fused layers without padding, or with Hugging Face's and padding."""
 
     padded: bool
 
     def loss(self, examples: Sequence[Example], labelled: int, limits: MicroBatchConfig) -> Tensor:
-        """Summed loss of the learned tokens over `labelled`; part of autograd's graph."""
+        """Sum of the token losses divided by `labelled`, with its autograd graph."""
 
     def begin(self) -> None:
         """Called before the micro-batches of a step."""
 
     def free_memory(self) -> bool:
-        """OOM fallback: do with less memory where that is still possible; returns whether it was."""
+        """OOM fallback: reduce memory use if possible; returns whether it was."""
 
     def validation_loss(self, examples: Sequence[Example], labelled: int) -> Tensor:
-        """As `loss`, of the adapters as they are: without dropout, and no part of a graph."""
+        """Like `loss`, with the current adapters, without dropout and without a graph."""
 
 
 class FusedBackend:
-    """Examples one behind the other, through finetune/models/fused/layer.py's layers, to the objective's loss."""
+    """Packs examples into one sequence without padding and runs the layers of finetune/models/fused/layer.py."""
 
     padded = False
 
@@ -99,10 +99,10 @@ class FusedBackend:
 
 
 class Stepper:
-    """Runs steps and keeps account of what went wrong in them.
+    """Runs steps and counts out-of-memory errors and bad losses.
 
-    micro_batch_size: in examples, where the config names a number. backward: the accelerator's, which scales float16 losses.
-    between: called before every micro-batch of a step; what it raises ends the step.
+    micro_batch_size: in examples, None unless the config sets it. backward: the accelerator's, which scales float16 losses.
+    between: called before every micro-batch of a step; an exception from it ends the step.
     """
 
     def __init__(
@@ -122,32 +122,32 @@ class Stepper:
         self.out_of_memory = 0
         self.watch = LossWatch(skips_bad_steps)
         self.rng_before: rng.States = {}
-        """Random states at the beginning of the step in progress."""
+        """Random states at the start of the step in progress."""
         self._backward, self._say, self._between = backward, say, between
 
     def run(self, step: Step) -> Tensor:
-        """Gradients of the whole step in the parameters, over all GPUs; returns the step's loss, detached."""
+        """Compute the gradients of the whole step, summed over all GPUs; returns the step's loss, detached."""
         self.rng_before = rng.capture()
-        loss = self._pieces(step)
-        self.watch.check()  # of the step before, now that the GPU has this one to do
+        loss = self._passes(step)
+        self.watch.check()  # the previous step's loss, now that the GPU is busy with this step
         while loss is None:
             self._oom_fallback(step.mine)
-            loss = self._pieces(step)
+            loss = self._passes(step)
         distributed.all_reduce(self.adapters.gradient)  # a rank without examples in this step adds nothing
         distributed.all_reduce(loss)
         self.watch.put(loss)
         return loss
 
     def memory_dry_run(self, examples: Sequence[Example]) -> None:
-        """The passes of one step whose gradients are thrown away, so that memory which is too small shows before the run."""
+        """Run the passes of one step and discard the gradients, so that a lack of memory shows before the run."""
         device = self.adapters.parameter.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            while self._pieces(Step(list(examples), 0, 1)) is None:
+            while self._passes(Step(list(examples), 0, 1)) is None:
                 self._oom_fallback(examples)
         self.adapters.begin()
 
-    def _pieces(self, step: Step) -> Tensor | None:
-        """The summed loss of all micro-batches; None if the GPU's memory did not suffice."""
+    def _passes(self, step: Step) -> Tensor | None:
+        """The summed loss of all micro-batches; None if the GPU ran out of memory."""
         total = torch.zeros((), device=self.adapters.parameter.device)
         self.adapters.begin()
         self.backend.begin()
@@ -158,10 +158,10 @@ class Stepper:
                 self._backward(loss)
                 total += loss.detach()
         except torch.OutOfMemoryError:
-            return None  # nothing is tidied up here: the traceback still holds the tensors of the failed pass
+            return None  # no cleanup here: the traceback still references the tensors of the failed pass
         return total
 
-    def _held(self, examples: Sequence[Example]) -> int:
+    def _size(self, examples: Sequence[Example]) -> int:
         """Tokens of a micro-batch, padding included."""
         lengths = [len(example) for example in examples]
         return len(lengths) * max(lengths) if self.backend.padded else sum(lengths)
@@ -174,12 +174,12 @@ class Stepper:
         return [[examples[position] for position in piece] for piece in pieces]
 
     def _oom_fallback(self, examples: Sequence[Example]) -> None:
-        """Half the tokens of a micro-batch, or where no less fit into one, all layers recomputed."""
+        """Halve the tokens of a micro-batch; if one example is the largest, recompute all layers; then free optional memory."""
         gc.collect()
         torch.cuda.empty_cache()
         self.out_of_memory += 1
         before, longest = self.limits, max(len(example) for example in examples)
-        largest = max(self._held(piece) for piece in self._micro_batches(examples))
+        largest = max(self._size(piece) for piece in self._micro_batches(examples))
         if largest > longest:
             self.limits = replace(before, tokens=max(longest, min(before.tokens, largest) // 2))
             self.micro_batch_size = None
@@ -189,18 +189,18 @@ class Stepper:
             self.limits = replace(before, dequantized_layers=0)
         else:
             raise UserError(
-                f"out of GPU memory with a single text of {longest} tokens and nothing left to save; lower "
+                f"out of GPU memory with a single text of {longest} tokens and no way left to save memory; lower "
                 "model.max_seq_length or choose a larger GPU (`finetune plan CONFIG --memory`)",
                 code="gpu.out_of_memory",
             )
-        self._say(f"out of GPU memory: {self._what_changed(before)}; the step begins again")
+        self._say(f"out of GPU memory: {self._what_changed(before)}; the step starts again")
 
     def _what_changed(self, before: MicroBatchConfig) -> str:
         for field, what in (("tokens", "tokens in a micro-batch"), ("uncheckpointed_layers", "layers not recomputed")):
             was, now = getattr(before, field), getattr(self.limits, field)
             if was != now:
                 return f"{now:,} {what} instead of {was:,}"
-        return "everything given up that can be done without"
+        return "all optional memory has been freed"
 
 
 def not_finite(what: str) -> UserError:
@@ -211,10 +211,10 @@ def not_finite(what: str) -> UserError:
 
 
 class LossWatch:
-    """Notices losses that are not finite, one step late so that the GPU is never waited for.
+    """Detects losses that are not finite, one step late to avoid synchronising with the GPU.
 
-    skips_bad_steps: float16's gradient scaler leaves such a step out, so that only ten in a row end the run. In other dtypes the
-    adapters are lost after one.
+    skips_bad_steps: float16's gradient scaler skips such a step, so only BAD_STEPS in a row end the run. In other dtypes one such
+    step corrupts the adapters.
     """
 
     def __init__(self, skips_bad_steps: bool) -> None:
@@ -226,12 +226,12 @@ class LossWatch:
         self._pending = {"loss": loss}
 
     def put_norm(self, norm: Tensor) -> None:
-        """Of the gradient of the loss put last. An infinite one would clip every gradient to nothing: a run without learning."""
-        if not self._skips:  # a gradient scaler makes infinite ones on purpose, to find its scale
+        """The gradient norm of the last loss. Clipping by an infinite norm would zero every gradient: nothing is learned."""
+        if not self._skips:  # a gradient scaler produces infinite norms on purpose while it searches for its scale
             self._pending["gradient"] = norm
 
     def check(self) -> None:
-        """Raises UserError if the run cannot go on. Call before the adapters are saved, too."""
+        """Raises UserError if the run cannot continue. Call it before saving the adapters, too."""
         if not self._pending:
             return
         bad = [name for name, value in self._pending.items() if not torch.isfinite(value)]
@@ -243,7 +243,7 @@ class LossWatch:
             return
         if self._skips:
             raise UserError(
-                f"the loss was not finite in {BAD_STEPS} steps in a row: activations leave the range of float16; use a GPU with "
+                f"the loss was not finite in {BAD_STEPS} steps in a row: activations exceed the range of float16; use a GPU with "
                 "bfloat16 (L4, A100), or lower training.learning_rate",
                 code="training.not_finite",
             )

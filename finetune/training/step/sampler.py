@@ -1,4 +1,4 @@
-"""The optimizer steps of an epoch as a sampler, and the DataLoader that tells it which epoch it is."""
+"""The optimizer steps of an epoch as a batch sampler, and a DataLoader that passes the epoch to it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from finetune.training.step.packing import steps_of_epoch
 
 
 class StepLoader(DataLoader[Any]):
-    """A DataLoader over a `sampler.StepSampler`, which passes the epoch on that transformers' Trainer sets.
+    """A DataLoader over a `sampler.StepSampler`, to which it passes the epoch that transformers' Trainer sets.
 
-    Build it with `batch_sampler=StepSampler(...)` and return it from `Trainer.get_train_dataloader` as it is: every process
-    sees whole steps and takes its `packing.share`, whereas accelerate's `prepare` would deal whole steps out to
-    processes. After a resume accelerate puts a SkipBatchSampler and a plain DataLoader in its place for the rest of one
-    epoch; Trainer then finds the sampler inside the SkipBatchSampler by itself.
+    Build it with `batch_sampler=StepSampler(...)` and return it unchanged from `Trainer.get_train_dataloader`: every process
+    gets whole steps and takes its `packing.share`, whereas accelerate's `prepare` would distribute whole steps over the
+    processes. After a resume, accelerate replaces it by a SkipBatchSampler and a plain DataLoader for the rest of the
+    epoch; Trainer then finds the sampler inside the SkipBatchSampler itself.
     """
 
     batch_sampler: Any
@@ -30,7 +30,7 @@ class StepLoader(DataLoader[Any]):
 class StepSampler:
     """The optimizer steps of an epoch, as `batch_sampler` of a `sampler.StepLoader`.
 
-    Each iteration is the whole epoch that was set last; torch's own DataLoader would set none and repeat the first.
+    Each iteration yields the whole epoch that was set last; torch's own DataLoader never sets one and would repeat the first.
     """
 
     lengths: Sequence[int]
@@ -40,11 +40,11 @@ class StepSampler:
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, of the iterations that begin from now on."""
+        """Set the epoch (from 0) for iterations that start from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Steps in an epoch."""
+        """Number of steps in an epoch."""
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -20,7 +20,7 @@ from finetune.example import IGNORED, Example  # noqa: E402
 from finetune.models.fused import attention, ops_torch  # noqa: E402
 from finetune.models.fused.attention import Segments  # noqa: E402
 from finetune.models.fused.model import FusedModel, ops_for  # noqa: E402
-from finetune.training.step.optimizer import FlatAdapters, page_again  # noqa: E402
+from finetune.training.step.optimizer import FlatAdapters, restore_paging  # noqa: E402
 from finetune.training.step.runner import FusedBackend, Stepper, collate  # noqa: E402
 from tests.helpers.fused_examples import (  # noqa: E402
     adapters,
@@ -286,7 +286,7 @@ def test_paged_states_go_on_from_a_file_bit_by_bit(kind: str, where: str, tmp_pa
     torch.save(first.state_dict(), tmp_path / "optimizer.pt")
     resumed, second = optimizer_of(whole.detach())
     second.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location=where, weights_only=True))
-    page_again(second)
+    restore_paging(second)
     for name in ("state1", "state2"):
         mine, theirs = second.state[resumed][name], first.state[whole][name]
         assert mine.is_paged and mine.device == theirs.device

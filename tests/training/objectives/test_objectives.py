@@ -1,4 +1,4 @@
-"""A training objective is one file and one line of registry: a toy trains through the command, with its own loss."""
+"""A training objective is one file and one registry entry: a toy objective trains through the command with its own loss."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.training.objectives.toy import SMOOTHING, TOY, smoothed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 WHOLE = {"effective_batch_size": 24, "per_device_train_batch_size": "auto", "gradient_accumulation_steps": None}
-"""All training examples in one step, so that the first loss is that of the untrained model on all of them."""
+"""All training examples in one step, so that the first loss is the untrained model's on all of them."""
 
 
 def first_losses(tiny_model: Path, tiny_data: Path) -> tuple[float, float]:
-    """(toy's, sft's) loss of the untrained model on the training set, by transformers alone."""
+    """(toy, sft) loss of the untrained model on the training set, computed with transformers only."""
     records = read_records(tiny_data / "train.jsonl")
     tokenizer: Any = load_tokenizer(ModelSection(name=str(tiny_model)))
     prompts = [PromptTemplate().render_record(record) for record in records]
@@ -51,7 +51,7 @@ def first_losses(tiny_model: Path, tiny_data: Path) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("kernels", ["fused", "hf"])
-def test_a_registered_objective_is_what_trains(
+def test_a_registered_objective_is_trained(
     kernels: str, tiny_config: Any, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(OBJECTIVES, "toy", TOY)
@@ -72,8 +72,8 @@ def test_a_registered_objective_is_what_trains(
     assert toys[-1] < toys[0]
 
 
-def test_the_fused_way_takes_any_loss_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same loss and gradients whether all logits are made at once, or a few at a time and again in the backward pass."""
+def test_the_fused_backend_computes_any_loss_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loss and gradients whether all logits are computed at once, or in blocks and recomputed in the backward pass."""
     monkeypatch.setattr(fused_model, "HEAD_ROWS", 7)
     model = lora_model()
     fused = fused_model.FusedModel(model, torch.float32)
@@ -89,23 +89,23 @@ def test_the_fused_way_takes_any_loss_in_blocks(monkeypatch: pytest.MonkeyPatch)
     assert worst_error(take_gradients(model), whole) < 1e-5
 
 
-def test_an_objective_that_is_not_registered_is_the_users_error(
+def test_an_unknown_objective_is_a_user_error(
     tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with reported("training.unknown_objective"):
         assert main(["train", str(tiny_config(training={"objective": "stf"}))]) == 2
-    assert "training.objective: 'stf' is none of sft" in capsys.readouterr().err
+    assert "training.objective: 'stf' is not one of sft" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
-# --- the example that every objective works with
+# --- the example that all objectives share
 
 
 @pytest.mark.parametrize(
     ("start", "targets", "predicted"),
     [(2, [IGNORED, 7, 8, IGNORED], 2), (1, [6, 7, 8, IGNORED], 3), (0, [6, 7, 8, IGNORED], 3), (4, [IGNORED] * 4, 0)],
 )
-def test_a_target_is_the_next_token_that_is_learned(start: int, targets: list[int], predicted: int) -> None:
+def test_a_target_is_the_next_token_if_that_has_a_loss(start: int, targets: list[int], predicted: int) -> None:
     example = Example([5, 6, 7, 8], start)
     assert (example.targets, example.predicted, example.answer_tokens) == (targets, predicted, 4 - start)
     assert example.labels == [IGNORED] * start + [5, 6, 7, 8][start:]

@@ -1,4 +1,4 @@
-"""Smoothed labels on prompt and answer: a toy objective that tests add."""
+"""A toy objective for tests: label smoothing on prompt and answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One flat tensor for all adapters: the optimizer does what it did, PEFT and torch see what they saw."""
+"""One flat tensor for all adapters: the optimizer's results, PEFT and torch are unaffected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.training.step.optimizer import BLOCK, FlatAdapters  # noqa: E402
 from tests.helpers.fused_examples import adapters, lora_model  # noqa: E402
 
 SHAPES = [(6, 50), (1,), (3, 100), (256,), (16, 64), (257,)]
-"""Of fewer numbers than a block, of exactly one, of whole blocks, of one more."""
+"""Sizes below one block, of exactly one block, of several blocks, and of one element more."""
 
 
 def parameters(seed: int = 0) -> list[Any]:
@@ -32,7 +32,7 @@ def gradients(step: int) -> list[Any]:
 
 
 def train(optimizer: Callable[[list[Any]], Any], *, flat: bool, steps: int = 6) -> list[Any]:
-    """The numbers after some steps; gradients reach the adapters as autograd brings them, by adding."""
+    """The values after some steps; gradients are accumulated into the adapters, as autograd does."""
     own = parameters()
     whole = FlatAdapters(own) if flat else None
     steps_of = optimizer([whole.parameter] if whole else own)
@@ -63,7 +63,7 @@ def test_adamw_over_the_flat_tensor_is_adamw_over_the_adapters() -> None:
 
 
 def test_eight_bit_adamw_keeps_the_blocks_of_each_adapter_apart() -> None:
-    """Above 4,096 numbers bitsandbytes quantises optimizer states in blocks of 256, each with a scale of its own."""
+    """Above 4,096 elements bitsandbytes quantises optimizer states in blocks of 256, each with its own scale."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
 
     def adamw(over: list[Any]) -> Any:
@@ -77,7 +77,7 @@ def test_eight_bit_adamw_keeps_the_blocks_of_each_adapter_apart() -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
-def test_adapters_begin_at_blocks_and_the_rest_stays_zero() -> None:
+def test_adapters_start_at_blocks_and_the_padding_stays_zero() -> None:
     own = parameters()
     before = [parameter.detach().clone() for parameter in own]
     flat = FlatAdapters(own)
@@ -104,7 +104,7 @@ def test_adapters_begin_at_blocks_and_the_rest_stays_zero() -> None:
     )
 
 
-def test_begin_takes_what_was_left_of_the_last_step_away() -> None:
+def test_begin_clears_the_gradients_of_the_last_step() -> None:
     own = parameters()
     flat = FlatAdapters(own)
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_begin_takes_what_was_left_of_the_last_step_away() -> None:
 
 
 def check_views(model: Any, flat: FlatAdapters) -> None:
-    """Writing the flat tensor still changes what the modules compute with, and the adapters' gradients still reach it."""
+    """Check that writes to the flat tensor reach the modules, and that the adapters' gradients reach the flat tensor."""
     for parameter in adapters(model).values():
         before = parameter.detach().clone()
         with torch.no_grad():
@@ -134,7 +134,7 @@ def check_views(model: Any, flat: FlatAdapters) -> None:
 
 
 def test_peft_saves_and_loads_through_the_views(tmp_path: Path) -> None:
-    """In every way that transformers' resume and PEFT take: load_adapter, set_peft_model_state_dict, load_state_dict."""
+    """With every function that transformers' resume and PEFT use: load_adapter, set_peft_model_state_dict, load_state_dict."""
     model = lora_model("qwen2", r=6, dropout=0.0)
     flat = FlatAdapters(list(adapters(model).values()))
     saved = {name: parameter.detach().clone() for name, parameter in adapters(model).items()}
@@ -163,7 +163,7 @@ def test_peft_saves_and_loads_through_the_views(tmp_path: Path) -> None:
         torch.testing.assert_close(plain(input_ids=inputs).logits, model.eval()(input_ids=inputs).logits)
 
 
-def test_moving_the_model_to_where_it_is_keeps_the_views() -> None:
+def test_moving_the_model_to_its_own_device_keeps_the_views() -> None:
     """accelerate does so when it prepares the model."""
     model = lora_model()
     flat = FlatAdapters(list(adapters(model).values()))

@@ -1,4 +1,4 @@
-"""Steps hold every example once and the same on every machine; micro-batches hold the budget, are few, and are even."""
+"""Steps hold every example once and are the same on every machine; micro-batches are within the limit, few and balanced."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ few_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=7)
 
 
 def realistic(seed: int, count: int, longest: int = 2048) -> list[int]:
-    """Lengths such as text-to-SQL has: about 310 tokens in the mean, one in twenty above 800."""
+    """Lengths typical of text-to-SQL: about 310 tokens on average, one in twenty above 800."""
     draws = random.Random(seed)
     return [min(longest, max(40, int(draws.lognormvariate(5.45, 0.75)))) for _ in range(count)]
 
 
 @cache
 def partitions(count: int) -> list[list[list[int]]]:
-    """Every way to part `count` positions into groups."""
+    """All partitions of `count` positions into groups."""
 
     def extend(groups: list[list[int]], position: int) -> Iterator[list[list[int]]]:
         if position == count:
@@ -52,12 +52,12 @@ def largest(batches: list[list[int]], lengths: list[int], padded: bool) -> int:
 
 
 def fewest(lengths: list[int], tokens: int, padded: bool) -> int:
-    """The least number of micro-batches there is, by trying all."""
+    """The minimum number of micro-batches, by exhaustive search."""
     return min(len(batches) for batches in partitions(len(lengths)) if largest(batches, lengths, padded) <= tokens)
 
 
 def smallest_largest(lengths: list[int], count: int, padded: bool) -> int:
-    """The smallest size that the largest of `count` micro-batches can have, by trying all."""
+    """The minimum size of the largest of `count` micro-batches, by exhaustive search."""
     return min(largest(batches, lengths, padded) for batches in partitions(len(lengths)) if len(batches) <= count)
 
 
@@ -73,7 +73,7 @@ def smallest_largest(lengths: list[int], count: int, padded: bool) -> int:
         (True, 1, [[7, 2, 8], [0, 3, 6], [9, 1, 4], [5]]),
     ],
 )
-def test_the_order_is_the_one_that_earlier_runs_had(by_length: bool, epoch: int, steps: list[list[int]]) -> None:
+def test_the_order_is_the_same_as_in_earlier_versions(by_length: bool, epoch: int, steps: list[list[int]]) -> None:
     assert steps_of_epoch(LENGTHS, batch_size=3, seed=17, epoch=epoch, by_length=by_length) == steps
 
 
@@ -87,7 +87,7 @@ def test_an_epoch_holds_every_example_once(
     assert all(1 <= len(step) <= batch_size for step in steps[-1:])
 
 
-def test_seed_and_epoch_each_change_the_order_and_neither_stands_for_the_other() -> None:
+def test_seed_and_epoch_change_the_order_independently() -> None:
     def order(seed: int, epoch: int) -> tuple[int, ...]:
         steps = steps_of_epoch([1] * 40, batch_size=8, seed=seed, epoch=epoch, by_length=False)
         return tuple(index for step in steps for index in step)
@@ -140,11 +140,11 @@ def test_by_length_moves_no_example_out_of_its_window() -> None:
     assert len(windows(True)) == 4
 
 
-def test_a_short_last_step_is_no_sample_of_the_longest_or_shortest() -> None:
+def test_a_short_last_step_is_a_random_sample() -> None:
     lengths = list(range(1, 102))
     last = [
         steps_of_epoch(lengths, batch_size=10, seed=1, epoch=epoch, by_length=True)[-1] for epoch in range(200)
-    ]  # of one example each, whose mean length is 51 with a standard error of 2
+    ]  # one example each, with a mean length of 51 and a standard error of 2
     assert {len(step) for step in last} == {1}
     assert 43 < sum(lengths[step[0]] for step in last) / len(last) < 59
 
@@ -172,7 +172,7 @@ def test_the_shares_of_all_ranks_make_up_the_step_and_are_balanced(lengths: list
 
 
 @given(few_lengths, st.integers(1, 4))
-def test_the_fullest_rank_is_within_a_third_of_the_best_there_is(lengths: list[int], ranks: int) -> None:
+def test_the_largest_share_is_within_a_third_of_the_optimum(lengths: list[int], ranks: int) -> None:
     loads = [sum(lengths[p] for p in share(lengths, rank=rank, ranks=ranks)) for rank in range(ranks)]
     best = smallest_largest(lengths, ranks, padded=False)
     assert 3 * ranks * max(loads) <= (4 * ranks - 1) * best  # Graham's bound for longest first, 1969
@@ -184,7 +184,7 @@ def test_shares_go_longest_first_with_ties_to_the_lowest_rank() -> None:
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(-1, 2), (2, 2), (0, 0)])
-def test_a_rank_that_is_not_there_gets_no_share(rank: int, ranks: int) -> None:
+def test_a_rank_out_of_range_is_refused(rank: int, ranks: int) -> None:
     with pytest.raises(ValueError, match=f"rank {rank} of {ranks}"):
         share(LENGTHS, rank=rank, ranks=ranks)
 
@@ -217,7 +217,7 @@ def test_packed_micro_batches_are_few_and_even(lengths: list[int], more: int) ->
 
 @settings(max_examples=150)
 @given(few_lengths, st.integers(0, 90))
-def test_padded_micro_batches_are_the_fewest_and_the_most_even_there_are(lengths: list[int], more: int) -> None:
+def test_padded_micro_batches_are_optimal_in_number_and_balance(lengths: list[int], more: int) -> None:
     tokens = max(lengths) + more
     batches = micro_batches(lengths, tokens=tokens, padded=True)
     assert len(batches) == fewest(lengths, tokens, padded=True)
@@ -231,10 +231,10 @@ def test_padded_micro_batches_are_the_fewest_and_the_most_even_there_are(lengths
         ([9, 8, 5, 4, 3], 15, [15, 14]),  # into the emptiest that has room: three
         ([12, 10, 10, 9, 5, 4], 25, [25, 25]),  # best-fit decreasing: three; to the emptiest of two: two
         ([5, 5, 4, 4, 3, 3, 3], 10, [9, 9, 9]),  # best-fit decreasing: 10, 9, 8; to the emptiest of three: 11
-        ([8, 8, 4, 2], 11, [8, 8, 6]),  # two hold 22 tokens, but not these
+        ([8, 8, 4, 2], 11, [8, 8, 6]),  # two batches hold 22 tokens, but not these examples
     ],
 )
-def test_packing_finds_what_simpler_ways_miss(lengths: list[int], tokens: int, sizes: list[int]) -> None:
+def test_packing_finds_what_simpler_methods_miss(lengths: list[int], tokens: int, sizes: list[int]) -> None:
     batches = micro_batches(lengths, tokens=tokens)
     assert [held(batch, lengths, padded=False) for batch in batches] == sizes
 
@@ -246,12 +246,12 @@ def test_no_micro_batch_is_needlessly_small(padded: bool) -> None:
     assert [len(batch) for batch in micro_batches([300] * 9, tokens=2400, padded=padded)] == [5, 4]
 
 
-def test_an_example_above_the_budget_stands_alone_and_disturbs_no_other() -> None:
+def test_an_example_above_the_limit_gets_its_own_micro_batch() -> None:
     assert micro_batches([50, 900, 50, 800], tokens=100) == [[1], [3], [0, 2]]
     assert micro_batches([50, 900, 50, 800], tokens=100, padded=True) == [[1], [3], [0, 2]]
 
 
-def test_realistic_steps_take_hardly_more_and_larger_micro_batches_than_their_tokens_need() -> None:
+def test_realistic_steps_are_packed_close_to_the_lower_bound() -> None:
     steps = [realistic(seed, 16, longest=1024) for seed in range(200)]
     packed = [micro_batches(step, tokens=1024) for step in steps]
     assert sum(map(len, packed)) <= 1.02 * sum(-(-sum(step) // 1024) for step in steps)  # is 1.0145
@@ -261,7 +261,7 @@ def test_realistic_steps_take_hardly_more_and_larger_micro_batches_than_their_to
 
 
 @pytest.mark.parametrize("tokens", [1, 10**6])
-def test_explicit_rows_are_obeyed_whatever_they_hold(tokens: int) -> None:
+def test_an_explicit_micro_batch_size_is_used_whatever_the_lengths(tokens: int) -> None:
     lengths = [10, 400, 30, 300, 20]
     assert micro_batches(lengths, tokens=tokens, micro_batch_size=2) == [[0, 1], [2, 3], [4]]
     assert micro_batches(lengths, tokens=tokens, micro_batch_size=2, padded=True) == [[1, 3], [2, 4], [0]]
@@ -277,7 +277,7 @@ def test_a_step_without_examples_has_no_micro_batches() -> None:
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize(("count", "milliseconds"), [(16, 1.0), (256, 10.0)])
-def test_cutting_a_step_takes_no_time_beside_training_it(count: int, milliseconds: float, padded: bool) -> None:
+def test_splitting_a_step_is_fast_compared_with_training_it(count: int, milliseconds: float, padded: bool) -> None:
     def took(lengths: list[int], tokens: int) -> float:
         began = time.perf_counter()
         micro_batches(lengths, tokens=tokens, padded=padded)

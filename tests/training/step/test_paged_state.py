@@ -1,4 +1,4 @@
-"""States of paged optimizers that went through a file. What only a GPU shows is in tests/models/fused/test_gpu.py."""
+"""Saved and loaded states of paged optimizers. Tests that need a GPU are in tests/models/fused/test_gpu.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.training.step.optimizer import page_again
+from finetune.training.step.optimizer import restore_paging
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -27,8 +27,8 @@ def step(parameter: torch.nn.Parameter, optimizer: Any, seed: int) -> None:
 
 @pytest.fixture
 def loaded(tmp_path: Path) -> tuple[torch.nn.Parameter, Any, torch.nn.Parameter, Any]:
-    """A parameter with its optimizer after two steps, and both once more as a resume loads them: as on a GPU, the saved states
-    say that they are paged."""
+    """A parameter with its optimizer after two steps, and a second pair loaded from them as in a resume: as on a GPU, the saved
+    states are marked as paged."""
     one, first = paged_optimizer(torch.arange(300_000.0))
     for seed in range(2):
         step(one, first, seed)
@@ -40,23 +40,23 @@ def loaded(tmp_path: Path) -> tuple[torch.nn.Parameter, Any, torch.nn.Parameter,
     return one, first, other, second
 
 
-def test_ordinary_memory_says_that_it_is_paged_after_loading(
+def test_after_loading_ordinary_memory_is_marked_as_paged(
     loaded: tuple[torch.nn.Parameter, Any, torch.nn.Parameter, Any],
 ) -> None:
     _, _, other, second = loaded
     assert second.state[other]["state1"].is_paged, (
-        "bitsandbytes or torch drop the mark by now: is page_again still needed?"
+        "bitsandbytes or torch drop the mark by now: is restore_paging still needed?"
     )
 
 
-def test_states_lie_where_the_optimizer_puts_its_own_with_the_same_numbers(
+def test_states_are_moved_into_paged_memory_with_the_same_values(
     loaded: tuple[torch.nn.Parameter, Any, torch.nn.Parameter, Any],
 ) -> None:
     one, first, other, second = loaded
-    page_again(second)
+    restore_paging(second)
     for name in ("state1", "state2"):
         mine = second.state[other][name]
-        assert not hasattr(mine, "is_paged")  # as init_state makes them without a GPU
+        assert not hasattr(mine, "is_paged")  # as init_state creates them without a GPU
         assert torch.equal(mine, first.state[one][name])
         assert mine.abs().max() > 0
         del first.state[one][name].is_paged
@@ -67,7 +67,7 @@ def test_states_lie_where_the_optimizer_puts_its_own_with_the_same_numbers(
 
 def test_a_wrapped_optimizer_is_paged_again(loaded: tuple[torch.nn.Parameter, Any, torch.nn.Parameter, Any]) -> None:
     _, _, other, second = loaded
-    page_again(SimpleNamespace(optimizer=second))  # as accelerate's AcceleratedOptimizer holds it
+    restore_paging(SimpleNamespace(optimizer=second))  # as accelerate's AcceleratedOptimizer holds it
     assert not hasattr(second.state[other]["state1"], "is_paged")
 
 
@@ -76,5 +76,5 @@ def test_other_optimizers_are_left_alone() -> None:
     optimizer = torch.optim.AdamW([parameter])
     step(parameter, optimizer, 0)
     before = dict(optimizer.state[parameter])
-    page_again(optimizer)
+    restore_paging(optimizer)
     assert all(optimizer.state[parameter][name] is value for name, value in before.items())

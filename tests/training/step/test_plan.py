@@ -1,4 +1,4 @@
-"""Which layers, how many tokens, what is kept: decided for the machine at hand, within what the config says."""
+"""The plan of a step: backend, micro-batch size and checkpointing, chosen for the machine within the config's limits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def large_model() -> Any:
-    """The numbers of Mistral-7B on a model without weights: only its config is read."""
+    """A model with the shape of Mistral-7B and no weights: only its config is read."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, MistralConfig
 
@@ -57,10 +57,10 @@ def plan(
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What torch says of a GPU with so many GiB of memory, some of them used already: no such device is here."""
+    """gpu(total, reserved) makes torch report a GPU with that much memory in GiB; the machine has no such device."""
 
     def of(total: float, reserved: float = 4.0) -> Device:
-        free = total - 0.5 - reserved  # the CUDA context has its own
+        free = total - 0.5 - reserved  # 0.5 GiB for the CUDA context
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(free * GIB), int(total * GIB)))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: int(reserved * GIB))
         named = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=int(total * GIB))
@@ -76,16 +76,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 # --- which layers
 
 
-def test_on_a_cpu_auto_is_hf_and_fused_has_to_be_asked_for(model: Any) -> None:
+def test_on_a_cpu_auto_is_hf_and_fused_must_be_requested(model: Any) -> None:
     found = plan(model)
     assert (found.backend, found.why, found.checkpointing, found.needed) == ("hf", "on a CPU", False, None)
-    asked = plan(model, kernels="fused")
-    assert (asked.backend, asked.why) == ("fused", "training.kernels")
-    assert asked.limits == MicroBatchConfig(2048, LAYERS, LAYERS)
+    requested = plan(model, kernels="fused")
+    assert (requested.backend, requested.why) == ("fused", "training.kernels")
+    assert requested.limits == MicroBatchConfig(2048, LAYERS, LAYERS)
     assert plan(model, kernels="fused", lengths=[3000, 5]).limits.tokens == 3000
 
 
-def test_on_a_gpu_auto_is_fused_where_the_model_can(model: Any, gpu: Any) -> None:
+def test_on_a_gpu_auto_is_fused_if_the_model_is_supported(model: Any, gpu: Any) -> None:
     found = plan(model, gpu(80))
     assert found.backend == "fused"
     assert found.why == "one of Llama, Mistral, Qwen2 on a GPU"
@@ -102,13 +102,13 @@ def test_on_a_gpu_auto_is_fused_where_the_model_can(model: Any, gpu: Any) -> Non
         ({"targets": ("q_proj", "lm_head")}, "adapters outside the decoder layers"),
     ],
 )
-def test_a_model_that_cannot_goes_hf_and_says_why_unless_fused_is_asked_for(
+def test_an_unsupported_model_uses_hf_with_a_reason_unless_fused_is_requested(
     changes: dict[str, Any], reason: str, gpu: Any
 ) -> None:
     other = lora_model(**changes)
     for device in (gpu(80), ON_CPU):
         assert (plan(other, device).backend, plan(other, device).why) == ("hf", reason)
-    with raises("model.unsupported_kernels", match=r"training\.kernels: fused does not go with this model") as caught:
+    with raises("model.unsupported_kernels", match=r"training\.kernels: fused does not support this model") as caught:
         plan(other, kernels="fused")
     assert reason in str(caught.value)
     assert str(caught.value).endswith("use auto")
@@ -118,28 +118,30 @@ def test_a_model_that_cannot_goes_hf_and_says_why_unless_fused_is_asked_for(
 # --- how much
 
 
-def test_a_large_gpu_keeps_everything_in_one_micro_batch(large_model: Any, gpu: Any) -> None:
+def test_a_large_gpu_recomputes_nothing_and_uses_one_micro_batch(large_model: Any, gpu: Any) -> None:
     found = plan(large_model, gpu(80))
     assert found.limits.uncheckpointed_layers == found.limits.dequantized_layers == 32
-    assert 16 * 112 < found.limits.tokens <= 16 * 200, "nearly every step of 16 fits, and not much more is set aside"
+    assert 16 * 112 < found.limits.tokens <= 16 * 200, (
+        "nearly every step of 16 fits, and little more memory is reserved"
+    )
     assert found.needed is not None
     assert found.needed.reserved < 80 * GIB
 
 
-def test_less_memory_never_changes_what_is_learned_from_and_the_plan_fits(large_model: Any, gpu: Any) -> None:
+def test_less_memory_never_changes_the_batch_size_and_the_plan_fits(large_model: Any, gpu: Any) -> None:
     sizes, lengths = (80, 40, 24, 16, 14, 12, 10, 8, 7), [4 * length for length in LENGTHS]
     plans = [plan(large_model, gpu(gib), lengths) for gib in sizes]
     for found, gib in zip(plans, sizes, strict=True):
         assert found.backend == "fused"
         assert found.limits.tokens >= max(lengths)
-        assert found.batch_size == 16, "memory decides in how many pieces, never from how many questions"
+        assert found.batch_size == 16, "memory decides the number of micro-batches, never the batch size"
         assert found.needed is not None
         assert found.needed.reserved / GIB < gib
     assert (plans[0].limits.uncheckpointed_layers, plans[0].limits.dequantized_layers) == (32, 32)
     assert plans[-1].limits.uncheckpointed_layers < 32 and plans[-1].limits.dequantized_layers == 0
 
 
-def test_max_memory_gib_is_a_smaller_gpu(large_model: Any, gpu: Any) -> None:
+def test_max_memory_gib_acts_like_a_smaller_gpu(large_model: Any, gpu: Any) -> None:
     capped, small = plan(large_model, gpu(80), max_memory_gib=10.0), plan(large_model, gpu(10))
     assert capped == small
     assert plan(large_model, gpu(10), max_memory_gib=64.0) == small
@@ -147,7 +149,9 @@ def test_max_memory_gib_is_a_smaller_gpu(large_model: Any, gpu: Any) -> None:
     assert capped.needed.reserved < 10 * GIB
 
 
-def test_what_other_programs_use_is_not_ours(large_model: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_used_by_other_programs_is_not_planned_with(
+    large_model: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = plan(large_model, gpu(24))
     device = gpu(80)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(19.5 * GIB), int(80 * GIB)))
@@ -164,15 +168,15 @@ def test_checkpointing_is_obeyed(large_model: Any, gpu: Any) -> None:
     assert plan(large_model, gpu(80), gradient_checkpointing=False).limits.uncheckpointed_layers == 32
     with raises("gpu.too_small"):
         plan(large_model, gpu(6.5), gradient_checkpointing=False, lengths=[1000] * 20)
-    for wanted in (True, False, "auto"):
-        hf = plan(large_model, gpu(80), kernels="hf", gradient_checkpointing=wanted)
-        assert hf.checkpointing == (wanted is not False)
+    for requested in (True, False, "auto"):
+        hf = plan(large_model, gpu(80), kernels="hf", gradient_checkpointing=requested)
+        assert hf.checkpointing == (requested is not False)
         assert hf.limits.uncheckpointed_layers == hf.limits.dequantized_layers == 0
     assert plan(lora_model(), kernels="fused", gradient_checkpointing=True).limits.uncheckpointed_layers == 0
     assert plan(lora_model(), gradient_checkpointing=True).checkpointing
 
 
-# --- questions
+# --- batch sizes
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def test_numbers_in_the_config_are_obeyed(
         assert (found.batch_size, found.micro_batch_size) == (batch_size, rows)
 
 
-def test_rows_of_the_config_size_the_micro_batch(large_model: Any, gpu: Any) -> None:
+def test_a_batch_size_in_the_config_sets_the_micro_batch(large_model: Any, gpu: Any) -> None:
     assert plan(large_model, gpu(80), per_device_train_batch_size=4).limits.tokens == 4 * max(LENGTHS)
     hf = plan(large_model, gpu(80), per_device_train_batch_size=4, kernels="hf")
     assert hf.limits.tokens == 4 * max(LENGTHS)
@@ -204,7 +208,7 @@ def test_rows_of_the_config_size_the_micro_batch(large_model: Any, gpu: Any) -> 
         plan(large_model, gpu(8), per_device_train_batch_size=64, lengths=[1000] * 64)
 
 
-def test_the_worst_micro_batch_is_none_that_a_step_exceeds() -> None:
+def test_the_worst_micro_batch_is_an_upper_bound_for_every_step() -> None:
     lengths = [50, 10, 40, 30, 50, 20]
     by_tokens = worst_micro_batch(lengths, MicroBatchConfig(125, 0), None, batch_size=4, padded=False)
     assert by_tokens[0] == 0
@@ -215,10 +219,10 @@ def test_the_worst_micro_batch_is_none_that_a_step_exceeds() -> None:
     assert worst_micro_batch(lengths, MicroBatchConfig(10, 0), 9, batch_size=2, padded=True) == [0, 4]
 
 
-# --- how it reads
+# --- its text
 
 
-def test_a_plan_reads_well(large_model: Any, gpu: Any) -> None:
+def test_the_text_of_a_plan(large_model: Any, gpu: Any) -> None:
     text = str(plan(large_model, gpu(10)))
     assert text.startswith(
         "fused layers (one of Llama, Mistral, Qwen2 on a GPU); 16 examples a step, micro-batches of up to "

@@ -1,4 +1,4 @@
-"""Whole optimizer steps in pieces: the same gradients in any pieces, and what happens when memory runs out or a loss is none."""
+"""Optimizer steps in micro-batches: the same gradients for any split, running out of memory, losses that are not finite."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WHOLE = MicroBatchConfig(1000, LAYERS)
 
 
 def examples(lengths: Sequence[int] = LENGTHS) -> list[Example]:
-    """The first half of the texts carries one label each, the rest half their tokens: labels are spread unevenly."""
+    """The first half of the texts has one label each, the others half their tokens: labels are unevenly distributed."""
     ids, _ = texts(lengths)
     return [Example(row, len(row) - 1 if i < len(ids) // 2 else max(1, len(row) // 2)) for i, row in enumerate(ids)]
 
@@ -33,16 +33,18 @@ def step_of(rows: list[Example]) -> Step:
     return collate(rows, rank=0, ranks=1)["step"]
 
 
-class Cramped:
-    """A path with so little memory that micro-batches above `room` tokens (or with kept layers above `kept`) run out of it.
+class LittleMemory:
+    """A backend that runs out of memory for micro-batches above `room` tokens or above `uncheckpointed` layers not recomputed.
 
-    backward_too: it shows in the backward pass only, when earlier layers' gradients are written already.
+    backward_too: it runs out only in the backward pass, when gradients of earlier layers are already written.
     """
 
     padded = False
 
-    def __init__(self, path: FusedBackend, *, room: int, kept: int = LAYERS, backward_too: bool = False) -> None:
-        self.backend, self.room, self.kept, self.backward_too = path, room, kept, backward_too
+    def __init__(
+        self, backend: FusedBackend, *, room: int, uncheckpointed: int = LAYERS, backward_too: bool = False
+    ) -> None:
+        self.backend, self.room, self.uncheckpointed, self.backward_too = backend, room, uncheckpointed, backward_too
         self.seen: list[tuple[int, int]] = []
 
     def begin(self) -> None:
@@ -58,7 +60,7 @@ class Cramped:
         tokens = sum(map(len, rows))
         self.seen.append((tokens, limits.uncheckpointed_layers))
         loss = self.backend.loss(rows, count, limits)
-        if tokens <= self.room and limits.uncheckpointed_layers <= self.kept:
+        if tokens <= self.room and limits.uncheckpointed_layers <= self.uncheckpointed:
             return loss
         if not self.backward_too:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -73,15 +75,15 @@ class Cramped:
 
 
 class Harness:
-    """A stepper over a small model, with what it said."""
+    """A stepper over a small model, with its messages."""
 
     def __init__(
         self, limits: MicroBatchConfig = WHOLE, *, rows: int | None = None, dropout: float = 0.0, skips: bool = False,
-        **cramped: Any,
+        **memory: Any,
     ) -> None:  # fmt: skip
         self.model = lora_model(dropout=dropout)
         fused = FusedBackend(FusedModel(self.model, torch.float32))
-        self.backend = Cramped(fused, **cramped) if cramped else None
+        self.backend = LittleMemory(fused, **memory) if memory else None
         self.said: list[str] = []
         self.flat = FlatAdapters(list(adapters(self.model).values()))
         self.stepper = Stepper(
@@ -110,7 +112,7 @@ def undisturbed(limits: MicroBatchConfig = WHOLE) -> tuple[float, dict[str, Any]
     ],
 )  # fmt: skip
 def test_a_step_has_the_hf_gradients_in_any_micro_batches(limits: MicroBatchConfig, rows: int | None) -> None:
-    """Over the labels of the whole step: those of a text with one label weigh no more than others."""
+    """Normalised over the labels of the whole step: the label of a text with one label has no more weight than others."""
     harness, mine = Harness(limits, rows=rows), examples()
     ids, labels = [row.ids for row in mine], [row.labels for row in mine]
     expected_loss, expected = hf_gradients(harness.model, ids, labels)
@@ -123,29 +125,31 @@ def test_a_step_has_the_hf_gradients_in_any_micro_batches(limits: MicroBatchConf
 
 
 @pytest.mark.parametrize("uncheckpointed_layers", [0, 2])
-def test_as_many_layers_are_kept_as_the_limits_say(uncheckpointed_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+def test_the_number_of_uncheckpointed_layers_is_passed_to_the_model(
+    uncheckpointed_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[int] = []
     original = FusedModel.loss
 
     def noted(self: FusedModel, *given: Any, **named: Any) -> Any:
-        asked.append(named["uncheckpointed_layers"])
+        passed.append(named["uncheckpointed_layers"])
         return original(self, *given, **named)
 
     monkeypatch.setattr(FusedModel, "loss", noted)
     Harness(MicroBatchConfig(64, uncheckpointed_layers)).stepper.run(step_of(examples()))
-    assert set(asked) == {uncheckpointed_layers}
+    assert set(passed) == {uncheckpointed_layers}
 
 
-def test_steps_do_not_add_up() -> None:
+def test_gradients_do_not_accumulate_over_steps() -> None:
     harness = Harness()
     harness.stepper.run(step_of(examples()))
     first = harness.gradients()
-    harness.model.zero_grad()  # transformers takes the adapters' gradients away after every step
+    harness.model.zero_grad()  # transformers sets the adapters' gradients to None after every step
     harness.stepper.run(step_of(examples()))
     assert worst_error(harness.gradients(), first) == 0.0
 
 
-def test_a_step_sees_the_optimizers_last_change() -> None:
+def test_a_step_uses_the_optimizers_last_update() -> None:
     harness = Harness()
     harness.stepper.run(step_of(examples()))
     with torch.no_grad():
@@ -159,11 +163,11 @@ def test_a_step_sees_the_optimizers_last_change() -> None:
     assert worst_error(found, expected) < 1e-5
 
 
-def test_the_validation_loss_is_that_of_the_adapters_as_they_are() -> None:
+def test_the_validation_loss_uses_the_current_adapters() -> None:
     harness, rows = Harness(dropout=0.4), examples()
     harness.stepper.run(step_of(rows))
     with torch.no_grad():
-        harness.flat.parameter.mul_(1.5)  # the optimizer's step, after which validation comes
+        harness.flat.parameter.mul_(1.5)  # the optimizer's update before validation
     ids, labels = [row.ids for row in rows], [row.labels for row in rows]
     harness.model.eval()
     expected, _ = hf_gradients(harness.model, ids, labels)
@@ -177,13 +181,13 @@ def test_the_validation_loss_is_that_of_the_adapters_as_they_are() -> None:
 
 def test_collate_counts_the_whole_step_on_every_rank() -> None:
     rows = examples()
-    rows[0] = Example(rows[0].ids, 0)  # no token comes before it, so none predicts it: it does not count
+    rows[0] = Example(rows[0].ids, 0)  # the first token is never predicted, so it does not count
     shares = [collate(rows, rank=rank, ranks=3)["step"] for rank in range(3)]
     assert {(step.tokens, step.labelled) for step in shares} == {(TOKENS, labelled([row.labels for row in rows]))}
     assert sorted(len(row) for step in shares for row in step.mine) == sorted(LENGTHS)
 
 
-def test_a_process_without_questions_has_a_loss_and_gradients_of_zero() -> None:
+def test_a_process_without_examples_has_a_loss_and_gradients_of_zero() -> None:
     harness = Harness()
     step = collate(examples()[:1], rank=1, ranks=2)["step"]
     assert step.mine == []
@@ -195,18 +199,18 @@ def test_a_process_without_questions_has_a_loss_and_gradients_of_zero() -> None:
 
 
 @pytest.mark.parametrize("backward_too", [False, True])
-def test_out_of_memory_begins_the_step_again_in_smaller_pieces(backward_too: bool) -> None:
+def test_out_of_memory_restarts_the_step_with_smaller_micro_batches(backward_too: bool) -> None:
     expected_loss, expected = undisturbed()
     harness = Harness(MicroBatchConfig(TOKENS, LAYERS), room=60, backward_too=backward_too)
     assert harness.backend is not None
     if backward_too:
         original = harness.stepper._oom_fallback
 
-        def make_room(*arguments: Any, **named: Any) -> None:
+        def remove_hook(*arguments: Any, **named: Any) -> None:
             harness.backend._handle.remove()  # type: ignore[union-attr]
             original(*arguments, **named)
 
-        harness.stepper._oom_fallback = make_room  # type: ignore[method-assign]
+        harness.stepper._oom_fallback = remove_hook  # type: ignore[method-assign]
     loss = harness.stepper.run(step_of(examples()))
     assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
     assert worst_error(harness.gradients(), expected) < 1e-5
@@ -216,18 +220,20 @@ def test_out_of_memory_begins_the_step_again_in_smaller_pieces(backward_too: boo
     assert "out of GPU memory" in harness.said[0]
     assert f"instead of {TOKENS:,}" in harness.said[0]
     harness.stepper.run(step_of(examples()))
-    assert len(harness.said) == harness.stepper.out_of_memory, "the smaller pieces stay: nothing is said again"
+    assert len(harness.said) == harness.stepper.out_of_memory, (
+        "the smaller micro-batches stay: there is no further message"
+    )
     assert all(tokens <= 60 for tokens, _ in harness.backend.seen[-3:])
 
 
-def test_out_of_memory_in_a_later_micro_batch_keeps_nothing_of_the_earlier_ones() -> None:
+def test_out_of_memory_in_a_later_micro_batch_discards_earlier_gradients() -> None:
     _, expected = undisturbed()
     harness = Harness(MicroBatchConfig(60, LAYERS), room=60)
-    path = harness.backend
-    assert path is not None
+    backend = harness.backend
+    assert backend is not None
     fail_at = [2]  # the second micro-batch, once
 
-    class Flaky(Cramped):
+    class Flaky(LittleMemory):
         def loss(self, rows: Sequence[Example], count: int, limits: MicroBatchConfig) -> Any:
             loss = super().loss(rows, count, limits)
             fail_at[0] -= 1
@@ -235,7 +241,7 @@ def test_out_of_memory_in_a_later_micro_batch_keeps_nothing_of_the_earlier_ones(
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return loss
 
-    harness.stepper.backend = Flaky(path.backend, room=60)
+    harness.stepper.backend = Flaky(backend.backend, room=60)
     harness.stepper.run(step_of(examples()))
     assert harness.stepper.out_of_memory == 1
     assert worst_error(harness.gradients(), expected) < 1e-5
@@ -248,7 +254,7 @@ def test_out_of_memory_halves_the_tokens() -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 4, 8])
-def test_a_number_of_rows_gives_way_too(rows: int) -> None:
+def test_a_micro_batch_size_of_the_config_is_reduced_too(rows: int) -> None:
     _, expected = undisturbed()
     harness = Harness(MicroBatchConfig(rows * 30, LAYERS), rows=rows, room=33)
     harness.stepper.run(step_of(examples()))
@@ -259,16 +265,16 @@ def test_a_number_of_rows_gives_way_too(rows: int) -> None:
     assert worst_error(harness.gradients(), expected) < 1e-5
 
 
-def test_with_one_text_alone_all_layers_are_computed_again() -> None:
+def test_with_one_text_per_micro_batch_all_layers_are_recomputed() -> None:
     _, expected = undisturbed()
-    harness = Harness(MicroBatchConfig(TOKENS, LAYERS), room=30, kept=0)
+    harness = Harness(MicroBatchConfig(TOKENS, LAYERS), room=30, uncheckpointed=0)
     harness.stepper.run(step_of(examples()))
     assert harness.stepper.limits == MicroBatchConfig(30, 0)
     assert worst_error(harness.gradients(), expected) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [None, 1, 4])
-def test_when_nothing_is_left_to_give_the_run_ends(rows: int | None) -> None:
+def test_when_no_fallback_is_left_the_run_ends(rows: int | None) -> None:
     harness = Harness(MicroBatchConfig(TOKENS, LAYERS), rows=rows, room=29)
     with raises("gpu.out_of_memory", match=r"single text of 30 tokens.*model\.max_seq_length") as caught:
         harness.stepper.run(step_of(examples()))
@@ -276,7 +282,7 @@ def test_when_nothing_is_left_to_give_the_run_ends(rows: int | None) -> None:
     assert harness.stepper.out_of_memory == len(harness.said) + 1
 
 
-def test_another_error_is_not_taken_for_want_of_memory() -> None:
+def test_another_error_is_not_handled_as_out_of_memory() -> None:
     harness = Harness(room=1000)
 
     def broken(*_: Any, **__: Any) -> Any:
@@ -288,7 +294,7 @@ def test_another_error_is_not_taken_for_want_of_memory() -> None:
     assert harness.stepper.out_of_memory == 0
 
 
-def test_a_rehearsal_leaves_random_state_gradients_and_watch_as_they_were() -> None:
+def test_a_memory_dry_run_does_not_change_random_state_gradients_or_watch() -> None:
     harness = Harness(MicroBatchConfig(TOKENS, LAYERS), dropout=0.2, room=100)
     torch.manual_seed(3)
     torch.rand(5)
@@ -302,10 +308,10 @@ def test_a_rehearsal_leaves_random_state_gradients_and_watch_as_they_were() -> N
         Harness(room=10).stepper.memory_dry_run(examples())
 
 
-# --- losses that are no numbers
+# --- losses that are not finite
 
 
-def test_a_loss_that_is_no_number_ends_the_run_one_step_later() -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_one_step_later() -> None:
     harness = Harness()
     with torch.no_grad():
         harness.flat.parameter[3] = float("nan")
@@ -315,7 +321,7 @@ def test_a_loss_that_is_no_number_ends_the_run_one_step_later() -> None:
     assert harness.stepper.watch.bad_steps == 1
 
 
-def test_where_the_scaler_skips_such_steps_ten_in_a_row_end_the_run() -> None:
+def test_if_the_scaler_skips_such_steps_ten_in_a_row_end_the_run() -> None:
     watch = LossWatch(skips_bad_steps=True)
     for finite in [False] * (BAD_STEPS - 1) + [True] + [False] * (BAD_STEPS - 1):
         watch.put(torch.tensor(1.0 if finite else float("inf")))
@@ -326,7 +332,7 @@ def test_where_the_scaler_skips_such_steps_ten_in_a_row_end_the_run() -> None:
         watch.check()
 
 
-def test_a_watch_looks_at_each_loss_once() -> None:
+def test_a_watch_checks_each_loss_once() -> None:
     watch = LossWatch(skips_bad_steps=True)
     watch.check()
     watch.put(torch.tensor(float("nan")))
@@ -335,8 +341,8 @@ def test_a_watch_looks_at_each_loss_once() -> None:
     assert watch.bad_steps == 1
 
 
-def test_a_gradient_that_is_none_ends_the_run_where_no_scaler_skips_it() -> None:
-    """Clipping would divide by an infinite norm: every gradient becomes zero, and the loss stays finite."""
+def test_a_gradient_that_is_not_finite_ends_the_run_unless_a_scaler_skips_it() -> None:
+    """Clipping divides by the infinite norm: every gradient would become zero while the loss stays finite."""
     watch = LossWatch(skips_bad_steps=False)
     watch.put(torch.tensor(1.0))
     watch.put_norm(torch.tensor(2.0))
@@ -347,28 +353,28 @@ def test_a_gradient_that_is_none_ends_the_run_where_no_scaler_skips_it() -> None
         watch.check()
 
 
-def test_the_last_that_a_step_gives_up_are_dequantized_weights() -> None:
+def test_the_last_fallback_frees_the_dequantized_weights() -> None:
     harness = Harness(MicroBatchConfig(30, 0, LAYERS), room=1000)
-    spared: list[bool] = []
+    freed: list[bool] = []
 
-    class Full(Cramped):
+    class Full(LittleMemory):
         def loss(self, rows: Sequence[Example], count: int, limits: MicroBatchConfig) -> Any:
-            if not spared:
+            if not freed:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().loss(rows, count, limits)
 
         def free_memory(self) -> bool:
-            spared.append(True)
-            return len(spared) == 1
+            freed.append(True)
+            return len(freed) == 1
 
     assert harness.backend is not None
     harness.stepper.backend = Full(harness.backend.backend, room=1000)
     harness.stepper.run(step_of(examples()))
-    assert spared == [True]
+    assert freed == [True]
     assert harness.stepper.limits == MicroBatchConfig(30, 0, 0)
 
 
-def test_an_infinite_gradient_counts_unless_a_scaler_is_looking_for_its_scale() -> None:
+def test_an_infinite_gradient_counts_unless_a_scaler_is_searching_for_its_scale() -> None:
     for skips in (False, True):
         watch = LossWatch(skips)
         for _ in range(BAD_STEPS + 2):

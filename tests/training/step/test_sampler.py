@@ -1,4 +1,4 @@
-"""Driven by the real Trainer: every epoch has its own order, and a stopped run goes on with the steps that were to come."""
+"""With the real Trainer: every epoch has its own order, and a resumed run continues with the remaining steps."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from finetune.training.step.packing import steps_of_epoch
 from finetune.training.step.sampler import StepLoader, StepSampler
 
 LENGTHS = [(37 * n) % 101 + 1 for n in range(14)]
-QUESTIONS, SEED, EPOCHS = 4, 17, 3
+BATCH_SIZE, SEED, EPOCHS = 4, 17, 3
 STEPS = 4
-"""In an epoch, the last of two examples."""
+"""Steps per epoch; the last one has two examples."""
 
 
 class Model(torch.nn.Module):
-    """A regression with dropout, so that the weights depend on torch's random state, too."""
+    """A regression with dropout, so that the weights depend on torch's random state too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ def collate(examples: list[int]) -> dict[str, torch.Tensor]:
 
 
 class StepTrainer(Trainer):
-    """Returns the loader as it is, and writes down what it is given to train."""
+    """Returns the loader unchanged, and records the steps it trains."""
 
     by_length = False
     workers = 0
 
     def get_train_dataloader(self) -> StepLoader:
         self.seen: list[list[int]] = []
-        sampler = StepSampler(LENGTHS, batch_size=QUESTIONS, seed=SEED, by_length=self.by_length)
+        sampler = StepSampler(LENGTHS, batch_size=BATCH_SIZE, seed=SEED, by_length=self.by_length)
         return StepLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collate, num_workers=self.workers)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -56,7 +56,7 @@ class StepTrainer(Trainer):
 
 
 class Stop(TrainerCallback):
-    """Saves and stops after some steps, as a preemption notice does."""
+    """Saves and stops after some steps, like a preemption notice."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -91,7 +91,7 @@ def expected() -> dict[bool, list[list[int]]]:
         by_length: [
             step
             for epoch in range(EPOCHS)
-            for step in steps_of_epoch(LENGTHS, batch_size=QUESTIONS, seed=SEED, epoch=epoch, by_length=by_length)
+            for step in steps_of_epoch(LENGTHS, batch_size=BATCH_SIZE, seed=SEED, epoch=epoch, by_length=by_length)
         ]
         for by_length in (False, True)
     }
@@ -99,12 +99,12 @@ def expected() -> dict[bool, list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, StepTrainer]:
-    """Runs that nothing interrupted, not by_length and by_length."""
+    """Uninterrupted runs, without and with by_length."""
     return {flag: run(tmp_path_factory.mktemp("whole"), by_length=flag) for flag in (False, True)}
 
 
 @pytest.mark.parametrize("by_length", [False, True])
-def test_every_epoch_has_the_order_of_its_own(
+def test_every_epoch_has_its_own_order(
     by_length: bool, whole: dict[bool, StepTrainer], expected: dict[bool, list[list[int]]]
 ) -> None:
     assert whole[by_length].state.global_step == EPOCHS * STEPS
@@ -118,10 +118,10 @@ def test_worker_processes_see_the_same_order(tmp_path: Path, expected: dict[bool
 
 
 @pytest.mark.parametrize("stop", [2, STEPS, STEPS + 1, 2 * STEPS - 1, 2 * STEPS, 2 * STEPS + 3])
-def test_a_stopped_run_goes_on_with_the_steps_that_were_to_come(
+def test_a_resumed_run_continues_with_the_remaining_steps(
     stop: int, tmp_path: Path, whole: dict[bool, StepTrainer], expected: dict[bool, list[list[int]]]
 ) -> None:
-    """Stopped in the middle of epochs 0, 1 and 2, and between two of them: same examples, same weights to the bit."""
+    """Stopped in the middle of epochs 0, 1 and 2, and between two of them: the same examples, bit-identical weights."""
     first = run(tmp_path, by_length=False, stop=stop)
     assert first.seen == expected[False][:stop]
     second = run(tmp_path, by_length=False, resume=tmp_path / f"checkpoint-{stop}")
@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_with_the_steps_that_were_to_come(
     assert weights(second) == weights(whole[False]) != weights(first)
 
 
-def test_a_run_by_length_that_is_stopped_twice_goes_on_the_same(
+def test_a_run_by_length_that_is_stopped_twice_is_the_same(
     tmp_path: Path, whole: dict[bool, StepTrainer], expected: dict[bool, list[list[int]]]
 ) -> None:
     attempts = [run(tmp_path, by_length=True, stop=3)]
