@@ -20,7 +20,7 @@ from finetune.runtime import distributed
 
 
 def print_anything() -> None:
-    """Make stdout and stderr print characters outside of their encoding as \\xfc or \\u2192 instead of raising UnicodeEncodeError.
+    """Make stdout and stderr print characters that they cannot encode as \\xfc or \\u2192, not raise UnicodeEncodeError.
 
     That includes lone surrogates, which stand for undecodable bytes of a file name and which UTF-8 cannot encode. An error
     handler set by PYTHONIOENCODING is kept.
