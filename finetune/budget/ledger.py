@@ -1,7 +1,7 @@
 """What a run has cost: one file per attempt, and the account over all of them.
 
-An attempt's file is small and is written anew, whole, at each event, so that a bucket has nothing to append. Usage is the sum
-over the attempts of (seconds on the meter when last heard of) x (price of their machine); no clock on the wall takes part in it.
+An attempt's file is small and is rewritten as a whole at each event, because a bucket cannot append. Usage is the sum over the
+attempts of (last recorded metered seconds) x (price of the machine); wall-clock time plays no part in it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from finetune.machine.price import MachinePrice
 from finetune.runtime import fault_injection
 from finetune.runtime.files import atomic_file, disk_error
 
-KEPT_HEARTBEAT_SECONDS = 600.0
-"""A heartbeat replaces the one before it, but for one every so many seconds: the file of a long run stays small."""
+HEARTBEAT_RETENTION_SECONDS = 600.0
+"""A heartbeat replaces the previous one, except that one per this many seconds is kept: the file of a long run stays small."""
 METERED = "metered_seconds"
-"""In a line: seconds on the meter of the attempt."""
+"""Key in a line: seconds on the attempt's meter."""
 _NAME = re.compile(r"attempt-(\d+)\.jsonl")
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt of a run, as its file tells it.
+    """One attempt of a run, as recorded in its file.
 
-    seconds: on the meter. price: of its machine; None where that has none. step: the last one told. reason: of its end; None
-    while it goes on, or if it was killed. seconds_before: of `seconds`, those before it began (boot, set-up). problems: what in
+    seconds: on the meter. price: of its machine; None if it has none. step: the last one recorded. reason: why it ended; None
+    while it runs, or if it was killed. seconds_before: the part of `seconds` before it began (boot, set-up). problems: what in
     the file cannot be used.
     """
 
@@ -78,7 +78,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Account:
-    """All attempts of a run, in their order. problems: what could not be read or counted, a line each."""
+    """All attempts of a run, in order. problems: what could not be read or counted, one line each."""
 
     attempts: tuple[Attempt, ...]
     problems: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class Ledger:
         self.folder = folder
 
     def account(self) -> Account:
-        """What the files tell. Damaged ones are reported, not raised; raises UserError where the folder cannot be listed."""
+        """The account from all files. Corrupt files are reported as problems; raises UserError if the folder cannot be listed."""
         attempts: list[Attempt] = []
         problems: list[str] = []
         seen: dict[str, str] = {}
@@ -125,9 +125,9 @@ class Ledger:
     def new_attempt(
         self, number: int, *, machine: dict[str, Any], price: MachinePrice | None, resumed_step: int | None
     ) -> AttemptLog:
-        """An attempt whose file is written by `AttemptLog.begin`, with the next free number where this one is taken by then.
+        """A new attempt. `AttemptLog.begin` writes its file, under the next free number if this one is taken by then.
 
-        machine: facts for people, such as zone, gpu, spot. price: of the machine.
+        machine: facts for the reader, such as zone, gpu, spot. price: of the machine.
         """
         usd_per_hour, basis = (price.usd_per_hour, price.basis) if price else (None, None)
         begin = {"event": "begin", "at": None, "attempt": number, "token": secrets.token_hex(8), METERED: None}
@@ -148,8 +148,8 @@ class Ledger:
 
 
 class AttemptLog:
-    """The file of the attempt that runs, from `begin` on. Any thread may write; each call raises UserError where the file cannot
-    be written, and the next one that succeeds brings what is missing."""
+    """The file of the running attempt, from `begin` on. Any thread may write; each call raises UserError if the file cannot be
+    written, and the next call that succeeds also writes what is missing."""
 
     def __init__(self, ledger: Ledger, begin: Line) -> None:
         self._ledger, self._lines = ledger, [begin]
@@ -157,12 +157,12 @@ class AttemptLog:
         self._written = False
 
     def begin(self, seconds_before: float) -> None:
-        """Opens the file. seconds_before: on the meter before now."""
+        """Creates the file. seconds_before: seconds already on the meter."""
         folder = self._ledger.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".attempt-*.jsonl.*.tmp"):  # of attempts that were killed as they wrote
-                leftover.unlink(missing_ok=True)
+            for orphan in folder.glob(".attempt-*.jsonl.*.tmp"):  # of attempts that were killed while writing
+                orphan.unlink(missing_ok=True)
         except OSError as error:
             raise disk_error(error, folder) from error
         with self._lock:
@@ -177,13 +177,13 @@ class AttemptLog:
     def path(self) -> Path:
         return self._ledger.path(self.number)
 
-    def told(self) -> Attempt:
-        """The attempt as its file tells it, or would if it could be written."""
+    def attempt(self) -> Attempt:
+        """The attempt as its file has it, or would have it if it could be written."""
         with self._lock:
             return _attempt(self.number, self.path.name, self._lines, ())
 
     def heartbeat(self, seconds: float, step: int | None) -> None:
-        """The attempt lives: seconds on its meter, optimizer steps done."""
+        """Records that the attempt is alive. seconds: on its meter. step: optimizer steps done."""
         line = {"event": "heartbeat", "at": _now(), METERED: round(seconds, 3), "step": step}
         with self._lock:
             if _replaceable(self._lines[-2:]):
@@ -192,7 +192,7 @@ class AttemptLog:
             self._write()
 
     def note(self, event: str, **facts: Any) -> None:
-        """Something worth knowing, such as a checkpoint; a `step` among the facts counts as in a heartbeat."""
+        """Records an event, such as a checkpoint; a `step` among the facts counts as in a heartbeat."""
         with self._lock:
             self._lines.append({"event": event, "at": _now()} | {name: _plain(fact) for name, fact in facts.items()})
             self._write()
@@ -201,11 +201,11 @@ class AttemptLog:
         self.note("end", **{METERED: round(seconds, 3), "step": step, "reason": reason})
 
     def _write(self) -> None:
-        if self._written and not self._ledger.folder.is_dir():  # made anew it would hide that the bucket is gone
+        if self._written and not self._ledger.folder.is_dir():  # creating it again would hide that the bucket is gone
             raise UserError(
                 f"{self._ledger.folder}: has vanished; is the bucket still mounted?", code="budget.ledger_vanished"
             )
-        self._leave_to_others()
+        self._avoid_taken_number()
         text = "".join(json.dumps(line, allow_nan=False, default=str) + "\n" for line in self._lines)
         with atomic_file(self.path) as file:
             file.write(text[: len(text) // 2])
@@ -213,8 +213,8 @@ class AttemptLog:
             file.write(text[len(text) // 2 :])
         self._written = True
 
-    def _leave_to_others(self) -> None:
-        """Another attempt's file is never written over: this one goes on under the next free number, and says so in it."""
+    def _avoid_taken_number(self) -> None:
+        """Never overwrite another attempt's file: continue under the next free number and record that in the file."""
         owner = _read(self.number, self.path).token if self.path.exists() else None
         if owner in (None, self._lines[0]["token"]) and (self._written or not self.path.exists()):
             return
@@ -239,7 +239,7 @@ def _read(number: int, path: Path) -> Attempt:
     if not lines:
         bad = ["nothing in it is readable; not counted"]
     elif lines[0]["event"] != "begin":
-        bad.append("its first line is missing, and with it the price")
+        bad.append("its first line is missing, and so is the price")
     return _attempt(number, path.name, lines, tuple(bad))
 
 
@@ -277,7 +277,7 @@ def _line(row: str) -> Line | None:
 
 def _replaceable(last: list[Line]) -> bool:
     heartbeats = [line["event"] for line in last] == ["heartbeat", "heartbeat"]
-    return heartbeats and last[1][METERED] - last[0][METERED] < KEPT_HEARTBEAT_SECONDS
+    return heartbeats and last[1][METERED] - last[0][METERED] < HEARTBEAT_RETENTION_SECONDS
 
 
 def _plain(fact: Any) -> Any:
@@ -286,11 +286,11 @@ def _plain(fact: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number that is not negative; None for anything else that a damaged file may hold."""
+    """A finite, non-negative number; None for anything else that a corrupt file may hold."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
     return float(value) if fits else None
 
 
 def _now() -> str:
-    """For people; nothing is computed from it."""
+    """For the reader; nothing is computed from it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

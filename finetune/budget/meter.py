@@ -1,4 +1,4 @@
-"""What all attempts of a run have cost up to now, and what its ceilings leave."""
+"""What all attempts of a run have cost so far, and what is left of its ceilings."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from finetune.budget.ledger import Account
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
 
-MOST_SAVE_RESERVE_SECONDS = 900.0
-"""For a start on another machine. Before one that took longer its machine stood idle, which no recovery does."""
+MAX_RESTART_RESERVE_SECONDS = 900.0
+"""Upper bound of the restart reserve. If a start took longer, its machine stood idle before it; a recovery does not do that."""
 MAX_RUN_USD, MAX_HOURS = "budget.max_run_usd", "budget.max_hours"
-"""The keys of a config that set the ceilings."""
+"""The config keys that set the ceilings."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """By all attempts up to now, measured. usd: None without a price. seconds_left: to the nearer ceiling; None without one."""
+    """Of all attempts so far, measured. usd: None without a price. seconds_left: to the nearer ceiling; None without one."""
 
     usd: float | None
     hours: float
@@ -30,22 +30,22 @@ class Usage:
 class Room:
     """What the run may still use before the ceiling that stops it first.
 
-    key: of the config, for that ceiling. seconds: until there, less those kept free. kept_seconds: kept free for a start after a
-    preemption; None where nothing is.
+    key: the config key of that ceiling. seconds: left until it, less the restart reserve. reserve_seconds: the restart reserve,
+    kept for a restart after a preemption; None if there is none.
     """
 
     key: str
     seconds: float
-    kept_seconds: float | None = None
+    reserve_seconds: float | None = None
 
 
 class Meter:
-    """Of one attempt. It may be asked by any thread.
+    """The meter of one attempt. Any thread may read it.
 
-    earlier: the attempts before it. time: the seconds that it pays for; whoever writes them into the ledger takes and marks them.
-    price: of this machine. restart_usd_per_hour: of the dearest machine on which the run may begin again, where this one may be
-    taken away. A start costs before the ledger can be looked at there, so what the longest one of this run would cost on that
-    machine is kept free before the ceilings.
+    earlier: the attempts before it. time: the seconds billed to it; the writer of the ledger calls its `take` and `mark`.
+    price: of this machine. restart_usd_per_hour: price of the dearest machine on which the run may restart, if this one can be
+    preempted. A restart costs money before the new machine can read the ledger, so the cost of this run's longest start on
+    that machine is reserved below the ceilings.
     """
 
     def __init__(
@@ -58,31 +58,31 @@ class Meter:
         restart_usd_per_hour: float | None = None,
     ) -> None:
         self.earlier, self.time, self.price, self.ceilings = earlier, time, price, ceilings
-        self._kept = self._restart_reserve(restart_usd_per_hour)
+        self._reserve = self._restart_reserve(restart_usd_per_hour)
 
     def check_start(self, save_interval_seconds: float) -> str | None:
-        """Why this attempt must not begin: less is left than the work between two saves costs. None if it may."""
+        """Why this attempt must not begin: less is left than the work between two checkpoints costs. None if it may."""
         room = self.room()
         if room.seconds >= save_interval_seconds:
             return None
-        kept = (
-            f" and the {duration(room.kept_seconds)} kept for a start after a preemption"
-            if room.kept_seconds is not None
+        reserve = (
+            f" and the {duration(room.reserve_seconds)} reserved for a restart after a preemption"
+            if room.reserve_seconds is not None
             else ""
         )
         return (
-            f"{self.spent().text}: less than the {duration(save_interval_seconds)} between two checkpoints{kept}; raise "
+            f"{self.usage().text}: less than the {duration(save_interval_seconds)} between two checkpoints{reserve}; raise "
             f"{room.key} to go on"
         )
 
-    def spent(self) -> Usage:
+    def usage(self) -> Usage:
         usd, left = self._usd(), self.seconds_left()
         return Usage(usd, self._hours(), self.ceilings, left if math.isfinite(left) else None, self._text(usd, left))
 
     def projected_usd(self, done_steps: int, left_steps: int, training_seconds: float) -> float | None:
-        """Estimated US dollars of the whole run: spent, and the steps that are left at the pace so far.
+        """Estimated US dollars of the whole run: the cost so far plus the remaining steps at the pace so far.
 
-        training_seconds: in which this attempt did done_steps. None without a price, or before a step is done.
+        training_seconds: that this attempt took for done_steps. None without a price, or before a step is done.
         """
         usd = self._usd()
         if usd is None or self.price is None or done_steps <= 0:
@@ -90,12 +90,13 @@ class Meter:
         return usd + max(0, left_steps) * training_seconds / done_steps / 3600 * self.price.usd_per_hour
 
     def seconds_left(self) -> float:
-        """Until the nearer ceiling, negative beyond it; inf without one."""
+        """Seconds until the nearer ceiling, negative beyond it; inf without one."""
         return min(self._limits().values(), default=math.inf)
 
     def room(self) -> Room:
         rooms = [
-            Room(key, left - self._kept.get(key, 0.0), self._kept.get(key)) for key, left in self._limits().items()
+            Room(key, left - self._reserve.get(key, 0.0), self._reserve.get(key))
+            for key, left in self._limits().items()
         ]
         return min(rooms, key=lambda room: room.seconds, default=Room("the budget", math.inf))
 
@@ -108,7 +109,7 @@ class Meter:
         return (self.earlier.usd or 0.0) + self.time.seconds() / 3600 * self.price.usd_per_hour
 
     def _limits(self) -> dict[str, float]:
-        """Seconds that each ceiling leaves, by its key in a config."""
+        """Seconds left until each ceiling, by its config key."""
         left: dict[str, float] = {}
         usd, price = self._usd(), self.price
         if self.ceilings.run_usd is not None and usd is not None:
@@ -121,11 +122,11 @@ class Meter:
         return left
 
     def _restart_reserve(self, restart_usd_per_hour: float | None) -> dict[str, float]:
-        """Seconds of this machine for a start of the run on another, by the ceiling's key in a config."""
+        """The reserve for a restart on another machine, in seconds of this one, by the ceiling's config key."""
         if restart_usd_per_hour is None:
             return {}
         starts = [self.time.seconds(), *(attempt.seconds_before for attempt in self.earlier.attempts)]
-        seconds = min(max(starts), MOST_SAVE_RESERVE_SECONDS)
+        seconds = min(max(starts), MAX_RESTART_RESERVE_SECONDS)
         here = self.price.usd_per_hour if self.price else 0.0
         dearer = max(1.0, restart_usd_per_hour / here) if here else 1.0
         return {MAX_RUN_USD: seconds * dearer, MAX_HOURS: seconds}
@@ -144,7 +145,7 @@ class Meter:
 
 
 def duration(seconds: float) -> str:
-    """For people: 5.9 h, 21.4 min, 36 s."""
+    """As text: 5.9 h, 21.4 min, 36 s."""
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""The budget of a run while it trains: what it has cost, its ceilings, its request to stop, and Google's notices."""
+"""The budget of a run while it trains: its cost so far, its ceilings, its request to stop, and preemption notices."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import NOTICE_SECONDS, Stop
 
-LEAST_MINUTES = 1.0
-"""That must be left of a budget where the config counts steps alone: what those take is not known before the first."""
+MIN_MINUTES = 1.0
+"""That must be left of a budget if the config sets the save interval in steps alone: their time is unknown before the first."""
 
 
 class RunBudget(Protocol):
-    """Of one attempt. Rank 0 keeps it; on the other ranks nothing is known of it and nothing happens."""
+    """The budget of one attempt. Rank 0 keeps it; on the other ranks every method does nothing."""
 
     def metered(self, hard_stop: Callable[[], None]) -> AbstractContextManager[None]:
-        """Around the whole attempt. hard_stop: what to do before the process is ended where it does not stop by itself."""
+        """Wraps the whole attempt. hard_stop: called before the process is killed because it did not stop by itself."""
 
     def book(self, reason: str) -> None:
-        """An attempt that ends before it begins has cost the machine's boot and set-up all the same."""
+        """Records an attempt that ends before training begins: it has still cost the machine's boot and set-up."""
 
     def notices(self) -> AbstractContextManager[None]:
-        """While Google may announce that it takes the machine away."""
+        """Listens for Google's preemption notices."""
 
     def follow(self, progress: Callable[[], tuple[int, int]], wall_seconds: Callable[[], float]) -> None:
         """progress: optimizer steps done and planned. wall_seconds: since this attempt's first step began."""
@@ -44,16 +44,16 @@ class RunBudget(Protocol):
         """Why this attempt must not begin; None if it may. Rank 0 decides for all."""
 
     def note(self, event: str, **facts: Any) -> None:
-        """A line of the ledger, such as a checkpoint; never raises and never waits."""
+        """Adds a line to the ledger, such as a checkpoint; never raises and never waits."""
 
     def end(self, reason: str) -> None:
-        """The last line of this attempt; what comes later is not on its meter."""
+        """Writes the last line of this attempt; later time is not on its meter."""
 
     def series(self) -> dict[str, float]:
-        """For the trackers, with every loss: US dollars."""
+        """For the trackers, with every loss: cost in US dollars and hours."""
 
     def short(self) -> str:
-        """For the bar: spent of the ceiling, and what the run will have cost."""
+        """For the progress bar: cost so far, the ceiling, and the projected cost of the run."""
 
     def record(self, reason: str | None = None) -> dict[str, Any]:
         """For run.json. reason: how this attempt ended, once it has."""
@@ -62,14 +62,14 @@ class RunBudget(Protocol):
 def open_budget(
     run: RunFolder, config: RunConfig, price: MachinePrice | None, stop: Stop, *, attempt: int, step: int
 ) -> RunBudget:
-    """Of the attempt that begins. step: optimizer steps done before it. Raises UserError where the ledger cannot be read."""
+    """The budget of a new attempt. step: optimizer steps done before it. Raises UserError if the ledger cannot be read."""
     if distributed.is_rank0():
         return FirstRankBudget(run, config, price, stop, attempt=attempt, step=step)
     return OtherRankBudget()
 
 
 class OtherRankBudget:
-    """Nothing happens. The methods are those of RunBudget."""
+    """Does nothing. The methods are those of RunBudget."""
 
     def metered(self, hard_stop: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext()
@@ -109,7 +109,7 @@ class FirstRankBudget:
         self, run: RunFolder, config: RunConfig, price: MachinePrice | None, stop: Stop, *, attempt: int, step: int
     ) -> None:
         self._stop, self._first_step = stop, step
-        self._save_minutes = config.checkpoint.every_minutes or LEAST_MINUTES
+        self._save_minutes = config.checkpoint.every_minutes or MIN_MINUTES
         self._progress: Callable[[], tuple[int, int]] = lambda: (step, 0)
         self._wall_seconds: Callable[[], float] = lambda: 0.0
         self._hard_stop: Callable[[], None] = lambda: None
@@ -174,37 +174,37 @@ class FirstRankBudget:
 
     def series(self) -> dict[str, float]:
         self._watchdog.reached(self._step)
-        spent, projected = self._meter.spent(), self._projected()
+        usage, projected = self._meter.usage(), self._projected()
         values = {
-            "spent_usd": spent.usd, "ceiling_usd": spent.ceilings.run_usd, "projected_usd": projected,
-            "hours_on_meter": spent.hours,
+            "spent_usd": usage.usd, "ceiling_usd": usage.ceilings.run_usd, "projected_usd": projected,
+            "hours_on_meter": usage.hours,
         }  # fmt: skip
         return {name: round(value, 6) for name, value in values.items() if value is not None}
 
     def short(self) -> str:
-        spent = self._meter.spent()
-        if spent.usd is None:
+        usage = self._meter.usage()
+        if usage.usd is None:
             return ""
-        ceiling, projected = spent.ceilings.run_usd, self._projected()
-        parts = [f"${spent.usd:.2f}" + (f" of ${ceiling:.2f}" if ceiling else "")]
+        ceiling, projected = usage.ceilings.run_usd, self._projected()
+        parts = [f"${usage.usd:.2f}" + (f" of ${ceiling:.2f}" if ceiling else "")]
         if projected is not None:
             parts.append(f"${projected:.2f} at the end (est.)")
         return ", ".join(parts)
 
     def record(self, reason: str | None = None) -> dict[str, Any]:
-        spent, projected = self._meter.spent(), self._projected()
+        usage, projected = self._meter.usage(), self._projected()
         return {
-            "spent_usd": None if spent.usd is None else round(spent.usd, 4),
-            "spent_basis": None if spent.usd is None else spent.text,
+            "spent_usd": None if usage.usd is None else round(usage.usd, 4),
+            "spent_basis": None if usage.usd is None else usage.text,
             "spending": {
-                "usd": None if spent.usd is None else round(spent.usd, 4),
-                "hours": round(spent.hours, 4),
-                "ceiling_usd": spent.ceilings.run_usd,
-                "ceiling_hours": spent.ceilings.hours,
+                "usd": None if usage.usd is None else round(usage.usd, 4),
+                "hours": round(usage.hours, 4),
+                "ceiling_usd": usage.ceilings.run_usd,
+                "ceiling_hours": usage.ceilings.hours,
                 "projected_usd": None if projected is None else round(projected, 4),
-                "basis": f"{spent.text}; projected: estimated from the pace so far",
+                "basis": f"{usage.text}; projected: estimated from the pace so far",
             },
-            "attempt_log": [*map(_told, self._meter.earlier.attempts), _told(self._this(reason))],
+            "attempt_log": [*map(_attempt_record, self._meter.earlier.attempts), _attempt_record(self._this(reason))],
         }
 
     @property
@@ -212,7 +212,7 @@ class FirstRankBudget:
         return self._progress()[0]
 
     def _this(self, reason: str | None) -> Attempt:
-        return replace(self._log.told(), seconds=self._meter.time.seconds(), step=self._step, reason=reason)
+        return replace(self._log.attempt(), seconds=self._meter.time.seconds(), step=self._step, reason=reason)
 
     def _projected(self) -> float | None:
         done, planned = self._progress()
@@ -221,7 +221,7 @@ class FirstRankBudget:
         return self._meter.projected_usd(done - self._first_step, planned - done, self._wall_seconds())
 
     def _end_now(self, reason: str) -> None:
-        """The run did not stop by itself: a step hangs. The last committed checkpoint is what there is."""
+        """Ends a run that did not stop by itself because a step hangs; only its last committed checkpoint remains."""
         say(f"{reason}; ending the run, the newest checkpoint is kept")
         try:
             self._hard_stop()
@@ -230,7 +230,7 @@ class FirstRankBudget:
             os._exit(EXIT_OK)
 
 
-def _told(attempt: Attempt) -> dict[str, Any]:
+def _attempt_record(attempt: Attempt) -> dict[str, Any]:
     return {
         "attempt": attempt.number,
         "started_at": attempt.began_at,

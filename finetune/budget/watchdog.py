@@ -1,9 +1,9 @@
-"""Holds a run's ceilings whatever the training loop does, and keeps its ledger up to date while it trains.
+"""Enforces a run's ceilings whatever the training loop does, and keeps its ledger up to date while it trains.
 
-Two threads: one watches the ceilings, the other writes, so that a bucket that does not answer cannot keep the first from its
-work. Before a ceiling the run is asked to stop while there is time to save; if it has not stopped, it is ended shortly before
-the ceiling; and if a call that holds Python's global lock keeps even that from happening, the timer of `faulthandler`, a thread
-of C that needs no lock, ends the process at the ceiling.
+Two threads: one watches the ceilings, the other writes the ledger, so that a bucket that does not respond cannot block the
+first. The run is asked to stop while there is time to save before a ceiling; if it does not stop, it is ended shortly before
+the ceiling; and if a call that holds Python's global interpreter lock prevents even that, the timer of `faulthandler`, a C
+thread that needs no lock, ends the process at the ceiling.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from finetune.errors import UserError
 HEARTBEAT_VARIABLE = "FINETUNE_HEARTBEAT_SECONDS"
 HEARTBEAT_SECONDS = 30.0
 SAVE_RESERVE_SECONDS = 20.0
-"""Saved free for a save before a ceiling, at least."""
+"""At least this much time is reserved for a save before a ceiling."""
 HARD_SECONDS = 5.0
-"""Before the ceiling the run is ended: time for a last line in the ledger and for run.json."""
+"""The run is ended this long before the ceiling: time for a last line in the ledger and for run.json."""
 RETRY_SECONDS = 1.0
 END_SECONDS = 15.0
-"""For the ledger's last line when a run closes; a store that takes longer is left alone."""
+"""Timeout for the ledger's last line when a run closes."""
 DAY_SECONDS = 86400.0
 STDERR = 2
 THREADS = "budget "
-"""Their names begin so."""
+"""Prefix of the threads' names."""
 
 
 class Event(Protocol):
-    """What is used of threading.Event. A test has one that waits for seconds which it lets pass by itself."""
+    """The part of threading.Event that is used. Tests pass one that waits on a fake clock."""
 
     def is_set(self) -> bool: ...
 
@@ -48,11 +48,12 @@ class Event(Protocol):
 
 
 class Watchdog:
-    """Of one attempt, from `start` to `close`.
+    """Watches one attempt, from `start` to `close`.
 
     log: not yet begun. time_to_save: seconds that a save needs now. ask_stop: sets a flag for the end of the step. hard_stop:
-    records the stop and ends the process. The hooks are called by a thread, with the reason in words. last_resort: whether
-    faulthandler's timer, of which a process has one, is set where there is a ceiling. event: makes what the threads wait in.
+    records the stop and ends the process. Both hooks are called from a thread, with the reason as text. last_resort: whether to
+    set faulthandler's timer, of which a process has only one, if there is a ceiling. event: makes the events that the threads
+    wait on.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Watchdog:
         """Raises UserError like `heartbeat_seconds`."""
         self._meter, self._log = meter, log
         self._say, self._time_to_save, self._ask_stop, self._hard_stop = say, time_to_save, ask_stop, hard_stop
-        self._step = log.told().resumed_step
+        self._step = log.attempt().resumed_step
         self._heartbeat = heartbeat_seconds()
         self._notes: deque[tuple[str, dict[str, Any]]] = deque()
         self._end: str | None = None  # why the attempt ends, for the writer
@@ -84,7 +85,7 @@ class Watchdog:
         ]
 
     def start(self) -> None:
-        """Begins the attempt in the ledger and starts the threads. Raises UserError where the ledger cannot be written."""
+        """Begins the attempt in the ledger and starts the threads. Raises UserError if the ledger cannot be written."""
         self._log.begin(self._meter.time.take())
         self._started = True
         self._keep("marker", self._meter.time.mark)
@@ -92,16 +93,16 @@ class Watchdog:
             thread.start()
 
     def reached(self, step: int) -> None:
-        """So many optimizer steps are done, for the next heartbeats."""
+        """Sets the number of optimizer steps done, for the next heartbeats."""
         self._step = step
 
     def note(self, event: str, **facts: Any) -> None:
-        """Into the ledger, soon, by the writing thread; never raises and never waits."""
+        """Queues a line for the ledger, which the writing thread adds; never raises and never waits."""
         self._notes.append((event, facts))
         self._wake.set()
 
     def close(self, reason: str) -> None:
-        """Writes the end of an attempt that has begun, and lets go of the ceilings; a second call does nothing. Never raises."""
+        """Writes the end of an attempt that has begun and stops watching; a second call does nothing. Never raises."""
         if self._closing.is_set():
             return
         self._end = reason
@@ -114,22 +115,22 @@ class Watchdog:
             self._timer.cancel()
         if self._started and not self._ended.is_set():
             self._say(
-                f"{self._log.path}: the end of this attempt is not in it, nor what it cost since its last line there"
+                f"{self._log.path}: the end of this attempt could not be written; its cost since the last line is missing"
             )
 
     def _watch(self) -> None:
-        """The thread that holds the ceilings; it outlives whatever the hooks raise."""
+        """The thread that enforces the ceilings; it survives whatever the hooks raise."""
         while not self._closing.is_set():
             wait = RETRY_SECONDS
             try:
                 wait = self._hold()
                 self._faults.pop("ceilings", None)
             except Exception as error:
-                self._complain("ceilings", f"the watch over the budget goes on after: {error!r}")
+                self._complain("ceilings", f"the budget watchdog continues after an error: {error!r}")
             self._closing.wait(wait)
 
     def _hold(self) -> float:
-        """One look at the ceilings; returns seconds until the next one."""
+        """Checks the ceilings once; returns seconds until the next check."""
         left = self._meter.seconds_left()
         if math.isinf(left) and left > 0:
             return self._heartbeat
@@ -137,17 +138,17 @@ class Watchdog:
             self._timer.set(left)
         if left <= HARD_SECONDS and not self._stopped:
             self._write_end("budget_stop")
-            self._hard_stop(f"{self._meter.room().key}: {self._meter.spent().text}; the run did not stop by itself")
+            self._hard_stop(f"{self._meter.room().key}: {self._meter.usage().text}; the run did not stop by itself")
             self._stopped = True
         room, save = self._meter.room(), self._save_seconds()
         if room.seconds <= save and not self._asked:
             self._asked = True
-            kept = (
-                f"; {duration(room.kept_seconds)} are kept for a start after a preemption"
-                if room.kept_seconds is not None
+            reserve = (
+                f"; {duration(room.reserve_seconds)} are reserved for a restart after a preemption"
+                if room.reserve_seconds is not None
                 else ""
             )
-            self._ask_stop(f"{room.key}: {self._meter.spent().text}{kept}")
+            self._ask_stop(f"{room.key}: {self._meter.usage().text}{reserve}")
         due = [self._heartbeat, left - HARD_SECONDS if left > HARD_SECONDS else RETRY_SECONDS]
         return max(0.05, min([*due, room.seconds - save] if room.seconds > save else due))
 
@@ -155,24 +156,24 @@ class Watchdog:
         try:
             return max(SAVE_RESERVE_SECONDS, self._time_to_save())
         except Exception as error:
-            self._complain("save", f"the time to save is not known: {error!r}")
+            self._complain("save", f"the time for a save is not known: {error!r}")
             return SAVE_RESERVE_SECONDS
 
     def _write_end(self, reason: str) -> None:
-        """The last line, by the writing thread; a store that does not answer is not waited for."""
+        """Has the writing thread write the last line; waits only briefly for a store that does not respond."""
         self._end = reason
         self._wake.set()
         self._ended.wait(HARD_SECONDS / 2)
 
     def _write(self) -> None:
-        """The thread that writes: heartbeats, notes, the end."""
+        """The thread that writes heartbeats, notes and the end."""
         while not self._ended.is_set():
             near = max(RETRY_SECONDS, self._meter.seconds_left() / 2)
             self._wake.wait(min(self._heartbeat, near))
             self._wake.clear()
             closing = (
                 self._closing.is_set()
-            )  # looked at before the end is: else a close in between would go without a line
+            )  # read before self._end: otherwise a close in between would leave no last line
             if self._keep("ledger", self._record):
                 self._keep("marker", self._meter.time.mark)
             if closing:
@@ -194,23 +195,23 @@ class Watchdog:
             action()
         except Exception as error:
             why = str(error) if isinstance(error, UserError) else repr(error)
-            self._complain(what, f"the {what} is not up to date, and is tried again at each heartbeat: {why}")
+            self._complain(what, f"the {what} is not up to date and is retried at each heartbeat: {why}")
             return False
         if self._faults.pop(what, None):
-            self._say(f"the {what} is written again")
+            self._say(f"the {what} is up to date again")
         return True
 
     def _complain(self, what: str, message: str) -> None:
-        """Once, until it works again."""
+        """Reports a fault once, until it is over."""
         if what not in self._faults:
             self._faults[what] = message
             self._say(message)
 
 
 class LastResort:
-    """faulthandler's timer: at the ceiling it writes where every thread hangs to stderr, and exits with 1.
+    """faulthandler's timer: at the ceiling it prints every thread's traceback to stderr and exits with 1.
 
-    1, because nothing of Python can run any more that would say so in run.json; 1 is not a code that is retried.
+    1, because no Python code can run any more to record the stop in run.json; an exit with 1 is not retried.
     """
 
     def __init__(self) -> None:
@@ -218,7 +219,7 @@ class LastResort:
         self._set = self._cancelled = False
 
     def set(self, seconds: float) -> None:
-        """Anew, unless the end is so near that a timer put off would never fire."""
+        """Restarts the timer, unless the ceiling is so near that a timer put off again and again would never fire."""
         with self._lock:
             if self._cancelled or (self._set and seconds <= HARD_SECONDS):
                 return
@@ -233,7 +234,7 @@ class LastResort:
 
 
 def heartbeat_seconds() -> float:
-    """FINETUNE_HEARTBEAT_SECONDS, for tests; else 30. Raises UserError for what is no number above 0."""
+    """FINETUNE_HEARTBEAT_SECONDS, for tests; else 30. Raises UserError if it is not a number above 0 and at most 30."""
     text = os.environ.get(HEARTBEAT_VARIABLE)
     try:
         seconds = float(text) if text else HEARTBEAT_SECONDS

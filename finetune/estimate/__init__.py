@@ -1,1 +1,1 @@
-"""What a run needs before it begins: memory, seconds, what fits on a GPU. Arithmetic alone, no torch."""
+"""Estimates made before a run: memory, time, and what fits on a GPU. Arithmetic only, without torch."""

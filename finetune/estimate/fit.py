@@ -1,7 +1,7 @@
-"""What fits on a GPU: how many tokens a micro-batch holds, how many layers keep their activations or dequantized weights.
+"""What fits on a GPU: the tokens of a micro-batch, and how many layers keep their activations or dequantized weights.
 
-Arithmetic over finetune/estimate/memory_fused.py, without torch: a run decides with it, and `finetune plan` predicts
-the decision.
+Arithmetic over finetune/estimate/memory_fused.py, without torch: a run makes its choice with it, and `finetune plan` predicts
+that choice.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from finetune.machine.hardware import GIB, dtype_for
 from finetune.models.architectures import ModelShape
 
 MOST_TOKENS = 32_768
-"""More tokens in one micro-batch gain nothing: an H100's matrix products are as fast from 2,000 on."""
+"""More tokens in one micro-batch gain nothing: an H100's matrix products reach full speed at 2,000."""
 PIECES = (1, 1.5, 2, 3, 4, 6, 8, 12, 16)
-"""Into so many micro-batches of one size an optimizer step is tried to be cut."""
+"""Candidate numbers of equal micro-batches per optimizer step."""
 ALIKE = 1.02
-"""Times nearer than this factor count as the same: then the larger micro-batch is taken."""
+"""Times within this factor of the best count as equal; then the larger micro-batch is chosen."""
 MARGIN = 0.03
-"""Share of a GPU's memory that is left free, for what the estimate does not know."""
+"""Share of a GPU's memory that is left free, for errors of the estimate."""
 USUAL_DEVIATIONS = 1.645
-"""So many standard deviations above the mean end 95% of a normal distribution."""
+"""95% of a normal distribution is below this many standard deviations above the mean."""
 
 
 @dataclass(frozen=True)
 class MicroBatchConfig:
-    """tokens: of one micro-batch. uncheckpointed_layers: the last so many keep their activations, the others recompute them in
-    the backward pass. dequantized_layers: so many keep their 4-bit weights dequantized."""
+    """tokens: of one micro-batch. uncheckpointed_layers: how many of the last layers keep their activations; the others recompute
+    them in the backward pass. dequantized_layers: how many of the first layers keep their 4-bit weights dequantized."""
 
     tokens: int
     uncheckpointed_layers: int
@@ -52,10 +52,10 @@ class MicroBatchConfig:
 
 @dataclass(frozen=True)
 class Fitted:
-    """How a config's step is computed on one GPU. needed: at the peak; of the least that could run where nothing fits.
+    """How a config's step is computed on one GPU. needed: memory at the peak; if nothing fits, that of the smallest choice.
 
     limits: of the fused backend; None on the Hugging Face backend, which pads micro_batch_size examples to one length and
-    checkpoints all layers or none. micro_batch_size: in examples; None where tokens alone bound a micro-batch.
+    checkpoints all layers or none. micro_batch_size: in examples; None if only tokens limit a micro-batch.
     """
 
     limits: MicroBatchConfig | None
@@ -67,15 +67,15 @@ class Fitted:
 
     @property
     def needed_gib(self) -> float:
-        """GiB with CUDA's own share; where it does not fit on the fused backend, with what has to be left free."""
+        """GiB including CUDA's own share, and including MARGIN if it does not fit on the fused backend."""
         margin = 0.0 if self.fits or self.limits is None else MARGIN * self.memory_gib
         return self.needed.reserved / GIB + CONTEXT_GIB + margin
 
 
 def fit_on(config: RunConfig, shape: ModelShape, gpu: GpuSpec, *, usual_step: float) -> Fitted:
-    """What a run of this config will do on a GPU, as far as its model and memory decide. usual_step: as for `autotune`.
+    """What a run of this config will choose on a GPU, given its model and memory. usual_step: as for `autotune`.
 
-    Raises UserError for projections and dtypes that memory is not known for.
+    Raises UserError for projections and dtypes whose memory cannot be estimated.
     """
     training = config.training
     dtype = dtype_for(gpu.compute_capability, config.model.torch_dtype)
@@ -109,12 +109,12 @@ def fit_on(config: RunConfig, shape: ModelShape, gpu: GpuSpec, *, usual_step: fl
 
 
 def usual_step_tokens(batch_size: int, mean_tokens: float) -> float:
-    """Tokens that 95% of the optimizer steps of batch_size examples stay below, whose mean length is mean_tokens. Estimated."""
+    """Estimated 95th percentile of the tokens in an optimizer step of batch_size examples with mean length mean_tokens."""
     return batch_size * mean_tokens * (1 + USUAL_DEVIATIONS * LENGTH_SPREAD / math.sqrt(batch_size))
 
 
 class TooSmall(UserError):
-    """least: the micro-batch that did not fit either."""
+    """least: the smallest micro-batch, which does not fit either."""
 
     def __init__(self, message: str, least: MicroBatchConfig, *, code: str) -> None:
         super().__init__(message, code=code)
@@ -134,15 +134,14 @@ def autotune(
     texts: int = 16,
     gpu: GpuSpec | None = None,
 ) -> MicroBatchConfig:
-    """The micro-batches for a GPU that reports memory_gib (GiB) in all: of those that fit, the fastest by
-    finetune/estimate/speed.py.
+    """The fastest micro-batch config, by finetune/estimate/speed_fused.py, that fits on a GPU with memory_gib (GiB) in total.
 
-    longest: tokens of the longest text, which must fit as a whole. usual_step: tokens of nearly every optimizer step; beyond it a
-    micro-batch need not grow. checkpointing: True recomputes every layer, False none, None as few as possible.
-    micro_batch_size: examples in a micro-batch where the config names a number. ampere, texts: as in FusedLoad. gpu: whose speed
-    decides between few large micro-batches with layers recomputed and many small ones without (an H100 waits for its host in
-    small ones, a T4 does not); None: an A100's. Raises TooSmall, a UserError, where not even the longest text fits with every
-    layer recomputed.
+    longest: tokens of the longest text, which must fit as a whole. usual_step: tokens that nearly every optimizer step stays
+    below; a micro-batch need not be larger. checkpointing: True recomputes every layer, False none, None as few as possible.
+    micro_batch_size: examples in a micro-batch, if the config sets it. ampere, texts: as in FusedLoad. gpu: its speed decides
+    between few large micro-batches with recomputed layers and many small ones without (in small ones an H100 waits for its
+    host, a T4 does not); None: an A100. Raises TooSmall, a UserError, if not even the longest text fits with every layer
+    recomputed.
     """
     load, gpu = replace(load, tokens=longest), gpu or GPUS["A100"]
 
@@ -151,8 +150,8 @@ def autotune(
         return fits(needed, memory_gib * (1 - MARGIN))
 
     def filled(tokens: int) -> MicroBatchConfig | None:
-        """With so many tokens: as many layers without recomputation as fit, then as many
-        dequantized; None if it does not fit at all."""
+        """For this many tokens: as many layers without recomputation as fit, then as many dequantized as fit; None if it does
+        not fit at all."""
         saved = 0 if checkpointing else shape.layers
         if checkpointing is None:
             saved = _most(saved, lambda n: fit(MicroBatchConfig(tokens, n)))
@@ -188,7 +187,7 @@ def _fused(load: Workload, limits: MicroBatchConfig, *, ampere: bool | None, tex
 
 
 def _most(top: int, holds: Callable[[int], bool]) -> int:
-    """The largest number of 0 .. top for which `holds` is true, given that it is so up to some number; 0 if for none."""
+    """The largest n in 0 .. top for which `holds` is true, by bisection: it must be true up to some n; 0 if it never is."""
     low, high = 0, top
     while low < high:
         middle = (low + high + 1) // 2

@@ -2,8 +2,8 @@
 does for the Hugging Face backend. No torch.
 
 The byte counts follow line by line from finetune/models/fused/layer.py, models/fused/ops_triton.py or
-models/fused/ops_torch.py, and the kernels of models/fused/attention.py; tests/estimate/test_memory_fused.py runs those
-on a CPU under a meter. Only RESERVE is set by measurement.
+models/fused/ops_torch.py, and the kernels of models/fused/attention.py; tests/estimate/test_memory_fused_meter.py runs those
+on a CPU and counts the bytes. Only RESERVE is set by measurement.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ from finetune.models.architectures import HEAD_ROWS, ModelShape, projection_name
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 RESERVE = 0.29
-"""Share of what comes and goes in one layer that torch's allocator holds beyond the peak, with segments that can grow
-(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). Found in the four cells FITTED of
-tests/estimate/test_memory_fused.py."""
+"""Memory that torch's allocator holds beyond the peak, as a share of one layer's transient tensors, with expandable segments
+(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). Fitted to the four cells FITTED of tests/estimate/test_memory_fused.py."""
 FLASH_BLOCK = 128
-"""Tokens to which FlashAttention's backward pass pads every text in its float32 sums, as a whole block more at most."""
+"""FlashAttention's backward pass pads every text in its float32 sums, by one block of this many tokens at most."""
 LOOP_SCORES = 4
-"""Matrices of a score for every pair of tokens and head that SDPA without a fused kernel has at a time (float32): estimated."""
+"""Score matrices (tokens x tokens per head, float32) that SDPA without a fused kernel has at a time: estimated."""
 
 
 @dataclass(frozen=True)
 class FusedLoad:
-    """One packed micro-batch. load: dtype, LoRA and optimizer of the run; load.tokens: of the longest text (rows and padding do
-    not count here).
+    """One packed micro-batch. load: dtype, LoRA and optimizer of the run; load.tokens: of the longest text (its
+    micro_batch_size and padding are not used).
 
-    tokens: of the micro-batch. uncheckpointed_layers: the last so many keep their activations, the others are recomputed.
-    dequantized_layers: so many have their 4-bit weights dequantized all the time. ampere: compute capability 8.0 or newer, with
-    Triton's operations and FlashAttention, else torch's operations and the memory-efficient kernel; None: unless the dtype is
-    float16, which only older GPUs compute in unasked. texts: at most so many in a micro-batch. labelled: share of tokens with a
-    label.
+    tokens: of the micro-batch. uncheckpointed_layers: how many of the last layers keep their activations; the others are
+    recomputed. dequantized_layers: how many layers keep their 4-bit weights dequantized. ampere: compute capability 8.0 or newer,
+    with Triton's operations and FlashAttention; False: torch's operations and the memory-efficient kernel; None: True unless
+    the dtype is float16, which is the default only on older GPUs. texts: the most in a micro-batch. labelled: share of tokens
+    with a label.
     """
 
     load: Workload
@@ -55,13 +54,13 @@ class FusedLoad:
 
     @property
     def padded(self) -> int:
-        """Tokens when every text is as long as the longest, which is how the memory-efficient kernel lays out its sums."""
+        """Tokens if every text were as long as the longest, which is how the memory-efficient kernel lays out its sums."""
         return self.texts * min(self.load.tokens, self.tokens)
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """Bytes of activations at one point of a step: `saved` for layers behind, `transient` comes and goes."""
+    """Bytes of activations at one point of a step: `saved` for the backward pass of other layers, `transient` in this layer."""
 
     saved: int
     transient: int
@@ -73,11 +72,10 @@ class _Moment:
 
 
 def fused_estimate(shape: ModelShape, fused: FusedLoad) -> MemoryEstimate:
-    """Bytes at the peak of a step. Estimated; tests/estimate/test_memory_fused.py says how far it was from what was
-    measured.
+    """Bytes at the peak of a step. Estimated; tests/estimate/test_memory_fused.py has its error against measurements.
 
-    Adapters and their gradients are float32 and always there (finetune/training/step/optimizer.py). Paged optimizer
-    state counts, though torch does not count it.
+    Adapters and their gradients are float32 and always allocated (finetune/training/step/optimizer.py). Paged optimizer
+    state is included, though torch does not count it.
     """
     load = fused.load
     lora = shape.lora_parameters(load.lora_r, load.lora_modules)
@@ -105,7 +103,7 @@ def fused_estimate(shape: ModelShape, fused: FusedLoad) -> MemoryEstimate:
 
 
 def _moments(shape: ModelShape, fused: FusedLoad) -> list[_Moment]:
-    """The head, the backward pass of the last layer, and of the one before, which has all rows; earlier ones need less."""
+    """The head, and the backward passes of the last layer and the one before it, which has all rows; earlier ones need less."""
     item, tokens, rows = ITEM_BYTES[fused.load.dtype], fused.tokens, fused.labelled_rows
     streams = item * shape.hidden * tokens * shape.layers  # the input of every layer
     layer, last = saved_bytes(shape, fused), saved_bytes(shape, fused, rows=rows)
@@ -134,7 +132,7 @@ def _head(shape: ModelShape, fused: FusedLoad, saved: int) -> _Moment:
 
 
 def _layer(shape: ModelShape, fused: FusedLoad) -> list[int]:
-    """Beside the layer's own saved tensors, in bytes: its MLP, and its attention, by when gate and up are gone."""
+    """Bytes in addition to the layer's saved tensors: in its MLP, and in its attention, when gate and up are already freed."""
     item = ITEM_BYTES[fused.load.dtype]
     freed = 2 * shape.intermediate * item * fused.tokens
     attention = item * shape.hidden * fused.tokens + _attention(shape, fused)
@@ -142,7 +140,7 @@ def _layer(shape: ModelShape, fused: FusedLoad) -> list[int]:
 
 
 def _last_layer(shape: ModelShape, fused: FusedLoad) -> list[int]:
-    """The same for the last layer, whose MLP and output have rows for labelled tokens alone."""
+    """The same for the last layer, whose MLP and output have rows only for labelled tokens."""
     item, rows = ITEM_BYTES[fused.load.dtype], fused.labelled_rows
     of_rows = (shape.hidden + shape.heads * shape.head_dim - 2 * shape.intermediate) * item * rows
     return [_mlp(shape, fused, rows), _attention(shape, fused) + of_rows]
@@ -177,8 +175,8 @@ def _attention(shape: ModelShape, fused: FusedLoad) -> int:
 
 
 def saved_bytes(shape: ModelShape, fused: FusedLoad, rows: int | None = None) -> int:
-    """Bytes that one layer keeps beside its input: q, k, v; attention's output and log-sum-exp; the stream between attention and
-    MLP; gate and up; and LoRA's r numbers for each projection. rows: of what lies behind attention, where fewer than tokens."""
+    """Bytes that one layer saves besides its input: q, k, v; attention's output and log-sum-exp; the residual stream between
+    attention and MLP; gate and up; LoRA's r numbers per projection. rows: of everything after attention, if fewer than tokens."""
     load, item = fused.load, ITEM_BYTES[fused.load.dtype]
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     names = projection_names(load.lora_modules)
@@ -190,7 +188,7 @@ def saved_bytes(shape: ModelShape, fused: FusedLoad, rows: int | None = None) ->
 
 
 def copies_bytes(shape: ModelShape, load: Workload) -> int:
-    """The adapters in the compute dtype: A of a group under each other, B on the diagonal of a block matrix."""
+    """Bytes of the adapters' copies in the compute dtype: the stacked A of each group, and B as a block-diagonal matrix."""
     item, names, total = ITEM_BYTES[load.dtype], projection_names(load.lora_modules), 0
     for group in GROUPS:
         columns = load.lora_r * len(names & set(group))
@@ -200,14 +198,14 @@ def copies_bytes(shape: ModelShape, load: Workload) -> int:
 
 
 def cache_bytes(shape: ModelShape, fused: FusedLoad) -> int:
-    """Unpacked weights that stay; none where the weights are not packed."""
+    """Bytes of the dequantized-weight cache; 0 if the weights are not quantised."""
     per_layer = shape.linear_parameters // shape.layers
     return ITEM_BYTES[fused.load.dtype] * per_layer * fused.dequantized_layers if fused.load.four_bit else 0
 
 
 def _scratch(shape: ModelShape, fused: FusedLoad) -> tuple[int, int]:
-    """The buffer into which the largest group's weights are dequantized, with their scales in float32; and the smaller one of the
-    first group, which it has replaced. 0 where nothing is dequantized."""
+    """Bytes of the buffer for the largest group's dequantized weights, with their float32 scales; and of the first group's
+    smaller buffer, which it replaced. 0 if nothing is dequantized at use."""
     if not fused.load.four_bit or fused.dequantized_layers == shape.layers:
         return 0, 0
     sizes = [sum(math.prod(shape.projections[name]) for name in group) for group in GROUPS]
@@ -217,7 +215,7 @@ def _scratch(shape: ModelShape, fused: FusedLoad) -> tuple[int, int]:
 
 
 def _per_token(shape: ModelShape, fused: FusedLoad) -> int:
-    """Of the whole batch: cos and sin, ids and positions; of the labelled tokens their places, labels and the head's gradient."""
+    """Bytes of cos, sin, ids and positions of all tokens, and of the labelled tokens' indices, labels and head gradient."""
     item = ITEM_BYTES[fused.load.dtype]
     of_rows = 16 + item * shape.hidden
     return (2 * item * shape.head_dim + 16) * fused.tokens + of_rows * fused.labelled_rows

@@ -1,9 +1,9 @@
 """GPU memory of one QLoRA training step, added up from the model's shape. Arithmetic only: needs no torch and no GPU.
 
-The peak of a step is the largest of a few moments, and each is a sum: weights, adapters and optimizer state that stay; what
-autograd keeps of the layers behind; and what the layer or the head at work holds just then. The byte counts of the parts
-follow from the operations of transformers' Llama family (RMSNorm in float32, rotary embedding, SDPA, SwiGLU), PEFT's LoRA on
-bitsandbytes' 4-bit layers and TRL's fused head. LABELLED and the two slacks are set by measurement.
+The peak of a step is the largest of a few moments. Each is a sum: weights, adapters and optimizer state, which stay; what
+autograd has saved of other layers; and the tensors of the layer or head being computed. The byte counts follow from the
+operations of transformers' Llama family (RMSNorm in float32, rotary embedding, SDPA, SwiGLU), PEFT's LoRA on bitsandbytes'
+4-bit layers and TRL's fused head. LABELLED and the two slacks are set by measurement.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CUBLAS_BYTES = 64 * 2**20
 """Workspaces of cuBLAS and cuBLASLt: 64 MiB on the H100 of the grid. Older GPUs take less."""
 CONTEXT_GIB = 0.5
-"""What CUDA itself takes beside torch's allocator (context, kernels, libraries). Estimated: an H100 that reports 79.1 GiB
-still gave one run 78.4 GiB of reserved memory, so it was at most 0.7 GiB there."""
+"""What CUDA itself takes outside of torch's allocator (context, kernels, libraries). Estimated: an H100 that reports 79.1 GiB
+let one run reserve 78.4 GiB, so it was at most 0.7 GiB there."""
 LABELLED = 0.25
-"""Share of tokens that carry a label and so reach the fused head; found in the grid's bytes per token. Text-to-SQL answers
-are about 0.12 of their examples (measured there, too), so this errs towards more."""
+"""Share of tokens that have a label and so reach the fused head; fitted to the grid's bytes per token. Text-to-SQL answers
+are about 0.12 of their examples (also measured there), so this overestimates."""
 SLACK, DROPOUT_SLACK = 0.40, 0.12
-"""Bytes that torch's allocator holds beyond the peak: one dequantized weight, and this share of what comes and goes within one
-layer or head. Calibrated: SLACK against the grid, DROPOUT_SLACK (a layer whose LoRA has dropout) against our own runs. Why they
+"""What torch's allocator holds beyond the peak: one dequantized weight, and this share of the transient tensors of one layer or
+head. Calibrated: SLACK against the grid, DROPOUT_SLACK (a layer whose LoRA has dropout) against our own runs. Why they
 differ is presumed: with dropout the peak comes before the layer at work has freed anything. Every measured run had one shape;
 lengths that vary leave more behind (up to 1.5 times the peak was seen), which the allocator gives back when it runs out."""
 GRID_PEAK_ERROR, PEAK_ERROR, RESERVED_ERROR = 0.001, 0.01, 0.03
@@ -52,7 +52,7 @@ class Workload:
     adapter_bytes: per adapter parameter; where it differs from dtype's, autocast makes copies in dtype.
     optimizer_bytes: state per adapter parameter. head: "full" makes the logits of every token.
     padded: rows of unequal length under a padding mask. SDPA then keeps the mask in every layer, and each query head gets
-    its own copy of keys and values. accumulating: gradients of earlier micro-batches are there already.
+    its own copy of keys and values. accumulating: gradients of earlier micro-batches are already allocated.
     """
 
     micro_batch_size: int
@@ -103,7 +103,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class _Moment:
-    """Bytes at one point of a step: `saved` for the backward pass of other layers, the rest comes and goes."""
+    """Bytes at one point of a step: `saved` for the backward pass of other layers, the rest is transient."""
 
     saved: float
     working: float
@@ -122,7 +122,7 @@ class _Moment:
 
 
 def estimate(shape: ModelShape, load: Workload) -> MemoryEstimate:
-    """Memory of one training step in bytes. Estimated, see GRID_PEAK_ERROR for how wrong it was.
+    """Memory of one training step in bytes. Estimated; see GRID_PEAK_ERROR for its error.
 
     Holds for SDPA with a fused kernel. Not counted: eager attention, which keeps every score, and validation, whose forward
     pass took a quarter of the bytes per token of training with checkpointing (in the grid).
@@ -160,7 +160,7 @@ def base_bytes(shape: ModelShape, load: Workload) -> int:
 
 
 def saved_per_layer(shape: ModelShape, load: Workload, mask_bytes: int = 1) -> int:
-    """Bytes that autograd keeps of one decoder layer until its backward pass.
+    """Bytes that autograd saves of one decoder layer until its backward pass.
 
     Per token: each of the two norms its input in float32 and one factor; attention its queries, keys, values, output and one
     float32 a head; SwiGLU the gate before and after SiLU, and the other half; LoRA its input (shared where projections share
@@ -220,7 +220,7 @@ def _head_moments(shape: ModelShape, load: Workload, saved: int, gradients: floa
 
 
 def _layer_moments(shape: ModelShape, load: Workload, saved: int, recomputed: int, gradients: float) -> list[_Moment]:
-    """The MLP of one layer, where it needs most. `recomputed`: bytes of the layer if it was, else 0.
+    """The MLP of one layer, at its largest moments. recomputed: bytes of the layer if it is recomputed, else 0.
 
     Backward: in down_proj, beside the weight that it dequantizes, the gradients of its output and twice of its input (base and
     LoRA); in SwiGLU three gradients of that width. down_proj's input is free by then.
@@ -245,7 +245,7 @@ def _layer_moments(shape: ModelShape, load: Workload, saved: int, recomputed: in
 
 
 def _dequantized_weight(shape: ModelShape, load: Workload) -> float:
-    """A weight of the MLP in dtype and its scales in float32, while a 4-bit layer is at work."""
+    """A weight of the MLP in dtype and its float32 scales, while a 4-bit layer is computed."""
     return shape.hidden * shape.intermediate * (_item_bytes(load.dtype) + 4 / 64) if load.four_bit else 0
 
 
@@ -278,7 +278,7 @@ def fits(needed: MemoryEstimate, memory_gib: float) -> bool:
 
 
 def largest_micro_batch(shape: ModelShape, load: Workload, memory_gib: float) -> int:
-    """The largest micro-batch, in rows of load.tokens, that fits into memory_gib (GiB); 0 where not even one does."""
+    """The largest micro-batch, in rows of load.tokens, that fits into memory_gib (GiB); 0 if not even one row fits."""
 
     def fit(micro_batch_size: int) -> bool:
         return fits(estimate(shape, replace(load, micro_batch_size=micro_batch_size)), memory_gib)

@@ -46,7 +46,7 @@ def memory_table(config: RunConfig, gpus: list[str]) -> str:
 
 
 def known_shape(model_name: str) -> ModelShape:
-    """The model's shape; UserError with what to do where it is not known."""
+    """The model's shape; UserError with a remedy if it is not known."""
     shape = shape_of(model_name)
     if shape is None:
         *names, last = (family.name for family in FAMILIES.values())
@@ -105,12 +105,12 @@ def _fused_parts(config: RunConfig, fitted: dict[str, Fitted]) -> list[str]:
 def _fused_footnotes(config: RunConfig) -> list[str]:
     batch_size = examples_per_step(config.training)
     return [
-        "activations kept: so many layers keep them for the backward pass, the others recompute them (checkpointing).",
-        "dequantized: so many keep their 4-bit weights dequantized, the others do it at every use. A run decides on both, and",
-        f"on the tokens of a micro-batch, by the memory that it finds, so that an optimizer step of {batch_size} examples takes",
-        f"few pieces. It leaves {MARGIN:.0%} free, which `needed` holds where nothing fits; then its own longest text counts,",
-        "not model.max_seq_length. All figures are estimated, from the model's shape and the layers' own code, and were checked",
-        "against four steps on one H100 80GB (2026-11-22). No other GPU was measured.",
+        "activations kept: layers that keep them for the backward pass; the others recompute them (checkpointing).",
+        "dequantized: layers that keep their 4-bit weights dequantized; the others dequantize them at every use. A run chooses",
+        f"both, and the tokens of a micro-batch, by the GPU's memory, so that an optimizer step of {batch_size} examples needs",
+        f"few micro-batches. It leaves {MARGIN:.0%} free (included in `needed` where nothing fits) and uses its own longest",
+        "text, not model.max_seq_length. All figures are estimated, from the model's shape and the layers' code, and were",
+        "checked against four steps on one H100 80GB (2026-11-22). No other GPU was measured.",
     ]
 
 

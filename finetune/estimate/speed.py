@@ -1,4 +1,4 @@
-"""How many training tokens a second a GPU does: measured where somebody has measured it, else estimated from an H100's step.
+"""Training throughput of a GPU in tokens per second: measured if there is a measurement, else estimated from an H100's step.
 
 Arithmetic without torch, for `finetune plan`. Tokens are those of prompt and answer; padding does not count.
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Speed:
-    """tokens_per_second counts prompt and answer without padding; source says in a line where the number comes from."""
+    """tokens_per_second counts prompt and answer without padding; source: where the number comes from, in one line."""
 
     tokens_per_second: float
     basis: Literal["measured", "estimated"]
@@ -48,7 +48,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured configuration of our training step; whoever measures another adds a row to MEASURED.
+    """One measured configuration of our training step; add a row to MEASURED for another one.
 
     gpu: its name in finetune.machine.gpus.GPUS. linear_parameters: of the model's shape; another model with the same
     projections is as fast, since its head sees labelled tokens alone.
@@ -83,7 +83,7 @@ adapters; our trainer was not measured without checkpointing. The third: tests/t
 machines."""
 
 SAME_LENGTH = 0.10
-"""A measurement speaks for texts whose mean length differs by at most this share; where the host decides, speed grows with it."""
+"""A measurement applies to texts whose mean length differs by at most this share: if host-bound, speed grows with the length."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ with the attention kernel of a T4; for bfloat16 it is taken over."""
 
 H100_SHARE = 0.74
 """Of its peak matrix rate an H100 reaches this on the shapes of Mistral-7B in bfloat16 (measured: 732 of 989 TFLOP/s, mean of the
-seven products in run 1/micro). Taken over for V100 and A100, where nobody has measured it for us."""
+seven products in run 1/micro). Assumed for V100 and A100 too, where we have no measurement."""
 
 LOW_POWER_SHARE = 0.5
 LOW_POWER = ("T4", "L4")
@@ -138,11 +138,11 @@ def training_speed(
     """Real tokens a second of QLoRA training (NF4, adapters on all seven projections, batches grouped by length).
 
     micro_batch_size: in examples. mean_tokens: mean length of an example, prompt and answer, in tokens.
-    Measured where MEASURED has the GPU, shape, rows, checkpointing and a like length; else estimated, see the module's text for
-    how wrong that may be. ValueError for rows or mean_tokens that are not positive and finite.
+    Measured if MEASURED has the GPU, shape, micro-batch size, checkpointing and a similar length; else estimated, see the
+    module's docstring for the error. ValueError if micro_batch_size or mean_tokens is not positive and finite.
     """
     if micro_batch_size < 1 or not (math.isfinite(mean_tokens) and mean_tokens > 0):
-        raise ValueError(f"rows ({micro_batch_size}) and mean_tokens ({mean_tokens}) must be positive")
+        raise ValueError(f"micro_batch_size ({micro_batch_size}) and mean_tokens ({mean_tokens}) must be positive")
     asked = (gpu.name, shape.linear_parameters, micro_batch_size, checkpointing)
     like = [
         row
@@ -163,7 +163,7 @@ def training_speed(
 def micro_batch_seconds(
     gpu: GpuSpec, shape: ModelShape, padded_tokens: float, *, checkpointing: bool, cost: StepCost = PLAIN
 ) -> float:
-    """Wall time of one micro-batch of that many tokens with padding: the slower of host and GPU."""
+    """Seconds of wall time of one micro-batch of padded_tokens tokens, padding included: the slower of host and GPU."""
     host = cost.host_per_layer if checkpointing else cost.host_per_layer_saved
     return max(host * shape.layers, gpu_seconds(gpu, shape, padded_tokens, checkpointing=checkpointing, cost=cost))
 
@@ -171,7 +171,7 @@ def micro_batch_seconds(
 def gpu_seconds(
     gpu: GpuSpec, shape: ModelShape, padded_tokens: float, *, checkpointing: bool, cost: StepCost = PLAIN
 ) -> float:
-    """Time that the GPU is busy with one micro-batch.
+    """Seconds that the GPU is busy with one micro-batch.
 
     Passes over the frozen weights: forward, backward (to the inputs alone), and with checkpointing forward again, 2 FLOP a
     parameter and token each. The backward pass is taken to move twice the activations of a forward pass. Left out, at 1 to 2%
@@ -191,7 +191,7 @@ def reached_share(gpu: GpuSpec) -> float:
 
 
 def projection_widths(shape: ModelShape) -> int:
-    """Elements that go into and come out of the seven projections of all layers, for one token."""
+    """Elements of the inputs and outputs of the seven projections, summed over all layers, for one token."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = 2 * (shape.hidden + query) + 2 * (shape.hidden + key)
     return shape.layers * (attention + 3 * (shape.hidden + shape.intermediate))

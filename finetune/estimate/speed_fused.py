@@ -1,8 +1,8 @@
-"""How many training tokens a second a GPU does with our layers (finetune/models/fused/layer.py), micro-batches without padding.
+"""Training throughput of a GPU in tokens per second on the fused backend (finetune/models/fused/layer.py), without padding.
 
-Measured where somebody has measured it, else estimated as speed.py says, whose table has the figures for an H100. How wrong that
-may be: it meets the GPU time of eight measured steps within 3% (five of them set its figures), and is up to 12% faster than the
-steps of benchmarks.throughput. On other GPUs nobody has measured it for us: take it as right within a factor of 2 either way.
+Measured if there is a measurement, else estimated as in speed.py, whose table has the figures for an H100. Its error: it is
+within 3% of the GPU time of eight measured steps (its figures are fitted to five of them), and up to 12% faster than the steps
+of benchmarks.throughput. On other GPUs we have no measurement: take it as right within a factor of 2 either way.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FusedStep:
-    """An optimizer step on the fused backend. batch_size: examples in it, of mean_tokens each. tokens: that one micro-batch holds
-    at most.
+    """An optimizer step on the fused backend. batch_size: examples in it, of mean_tokens each. tokens: the most in a micro-batch.
 
-    micro_batch_size: in examples, where the config names a number. uncheckpointed_layers, dequantized_layers: so many keep their
+    micro_batch_size: in examples, if the config sets it. uncheckpointed_layers, dequantized_layers: how many layers keep their
     activations, their dequantized weights (finetune/estimate/fit.py). labelled: share of the tokens whose rows the last layer's
     MLP computes.
     """
@@ -41,10 +40,10 @@ class FusedStep:
 
 @dataclass(frozen=True)
 class FusedMeasurement:
-    """One measured configuration of the fused step; whoever measures another adds a row to FUSED_MEASURED.
+    """One measured configuration of the fused step; add a row to FUSED_MEASURED for another one.
 
-    saved: no layer was recomputed, or all were. cached: all weights stayed dequantized, or none. batch_size: of an optimizer
-    step, which was one micro-batch.
+    saved: True if no layer was recomputed, False if all were. cached: True if all weights stayed dequantized, False if none
+    did. batch_size: of an optimizer step, which was one micro-batch.
     """
 
     gpu: str
@@ -63,7 +62,7 @@ FUSED_MEASURED = (
         "H100 80GB, `benchmarks.throughput`, fused layers in bfloat16, random Mistral-7B weights, texts of 322 tokens on "
         "average, 2026-11-23: median of 15,329 to 16,017"),
 )  # fmt: skip
-"""docs/performance.md has the table that this row is from, and what other machines did."""
+"""The row is from a table in docs/performance.md, which also has the results of other machines."""
 
 FUSED_HOST, FUSED_HOST_RECOMPUTE = 0.152 / 32, 0.060 / 32
 """Seconds a layer that the host takes to launch a micro-batch (forward 60 ms, backward 92 ms at a tiny size, H100's host), and to
@@ -72,7 +71,7 @@ FUSED_HOST_DEQUANTIZE = 0.037 / 32
 """Seconds a layer that the host takes to launch the dequantizing of its 4-bit weights for one pass (a forward pass over weights
 that are not cached took it 97 ms at a tiny size instead of 60)."""
 FUSED_STEP = 0.012
-"""Seconds of an optimizer step beside its micro-batches: clipping 5 ms, refreshed copies 4 ms (measured); the optimizer on one
+"""Seconds of an optimizer step besides its micro-batches: clipping 5 ms, refreshed copies 4 ms (measured); the optimizer on one
 flat tensor 3 ms (estimated)."""
 FUSED_WEIGHT_BYTES = 4.77
 """Of a 4-bit parameter and pass, as StepCost.weight_bytes. In the profile of a step of 4,696 tokens with checkpointing, two
@@ -82,11 +81,11 @@ FUSED_TRAFFIC = {(True, False): 21.8, (True, True): 23.1, (False, False): 57.5, 
 the GPU time of such steps (259, 264 ms; with torch's operations 371, 438 ms, and 19 ms for the memory-efficient attention
 kernel) leaves beside 179 ms of matrix products."""
 FUSED_RECOMPUTE = 0.275
-"""Share of that traffic which a second forward pass adds, its matrix products apart (22 of 80 ms)."""
+"""Share of that traffic that recomputing a forward pass adds, without its matrix products (22 of 80 ms)."""
 STEP_SIZES = (-1.465, -0.792, -0.366, 0.0, 0.366, 0.792, 1.465)
 """Sizes of optimizer steps as standard deviations from the mean: the middles of seven equal parts of a normal distribution."""
 LENGTH_SPREAD = 0.97
-"""Standard deviation of the lengths of text-to-SQL questions over their mean: that of a log-normal distribution with the median
+"""Standard deviation of the lengths of text-to-SQL examples over their mean: that of a log-normal distribution with the median
 (223) and 95th percentile (853 tokens) of the benchmarks."""
 
 
@@ -114,13 +113,13 @@ def fused_speed(gpu: GpuSpec, shape: ModelShape, step: FusedStep) -> Speed:
 
 
 def step_sizes(step: FusedStep) -> list[float]:
-    """Tokens of seven optimizer steps that stand for all."""
+    """Tokens of seven optimizer steps that represent the distribution of step sizes."""
     mean, deviation = step.batch_size * step.mean_tokens, LENGTH_SPREAD / math.sqrt(step.batch_size)
     return [mean * max(0.1, 1 + deviation * size) for size in STEP_SIZES]
 
 
 def fused_step_seconds(gpu: GpuSpec, shape: ModelShape, tokens: float, step: FusedStep) -> float:
-    """Wall time of an optimizer step of so many tokens, in micro-batches of one size."""
+    """Seconds of wall time of an optimizer step of `tokens` tokens, in micro-batches of equal size."""
     pieces = (
         math.ceil(step.batch_size / step.micro_batch_size) if step.micro_batch_size else math.ceil(tokens / step.tokens)
     )
@@ -142,18 +141,17 @@ def packed_layers(shape: ModelShape, step: FusedStep) -> tuple[int, int]:
 
 
 def fused_gpu_seconds(gpu: GpuSpec, shape: ModelShape, tokens: float, step: FusedStep) -> float:
-    """Time that the GPU is busy with one micro-batch.
+    """Seconds that the GPU is busy with one micro-batch.
 
-    As `gpu_seconds`, but what is recomputed leaves out down_proj, and behind the last layer's attention go labelled rows
-    alone.
+    As `gpu_seconds`, but recomputation leaves out down_proj, and after its attention the last layer computes only labelled rows.
     """
     names = shape.projections
     of_layer = shape.linear_parameters / shape.layers
     recomputed = (1 - math.prod(names["down_proj"]) / of_layer) * (shape.layers - step.uncheckpointed_layers)
-    spared = (1 - step.labelled) * (
+    skipped = (1 - step.labelled) * (
         1 - sum(math.prod(names[name]) for name in ("q_proj", "k_proj", "v_proj")) / of_layer
     )
-    flop = 2 * of_layer * (2 * (shape.layers - spared) + recomputed) * tokens
+    flop = 2 * of_layer * (2 * (shape.layers - skipped) + recomputed) * tokens
     traffic = FUSED_TRAFFIC[gpu.compute_capability >= (8, 0), step.dropout] * projection_widths(shape)
     traffic *= (1 + FUSED_RECOMPUTE * (1 - step.uncheckpointed_layers / shape.layers)) * tokens
     packed, packed_recomputed = packed_layers(shape, step)

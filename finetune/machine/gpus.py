@@ -1,6 +1,6 @@
-"""The GPUs that a run may be planned for: names as SkyPilot writes them, memory, arithmetic, and the machine they come in.
+"""The GPUs that a run can be planned for: SkyPilot's names, memory, compute rates, and their machine types.
 
-Arithmetic without torch, so that a laptop that only plans can use it.
+Imports no torch, so that a laptop that only plans can use it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from finetune.machine.hardware import dtype_for
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """One GPU model: what its data sheet says of it. What this machine has is a `hardware.DetectedGpu`.
+    """One GPU model, from its data sheet. The GPU of this machine is a `hardware.DetectedGpu`.
 
-    memory_gib: what CUDA reports as total, which is less than the name says (ECC and the driver's share).
-    tflops: peak dense matrix rate in the 16-bit type that we compute in, TFLOP/s, from NVIDIA's data sheets.
+    memory_gib: the total that CUDA reports, in GiB, which is less than the name says (ECC and the driver's share).
+    tflops: peak dense matrix rate in the 16-bit type that training uses, TFLOP/s, from NVIDIA's data sheets.
     bandwidth: memory bandwidth in GB/s, from the same.
-    machine: the Google Cloud machine type that our tasks name for it; "" where we plan no launches.
+    machine: its Google Cloud machine type in our tasks; "" if no launches are planned on it.
     """
 
     name: str
@@ -49,8 +49,8 @@ types)."""
 
 
 def known_gpu(name: str, compute_capability: tuple[int, int], memory_gib: float) -> GpuSpec:
-    """The entry of GPUS for a GPU that CUDA names so, or where there is none that of the same or the next older generation with
-    the nearest memory: its speed is the best guess."""
+    """The entry of GPUS for a GPU with this CUDA name. If there is none: of the same or the next older generation, the one with
+    the nearest memory, whose speed is the best guess."""
     words = name.upper().replace("-", " ").split()
     named = [gpu for key, gpu in GPUS.items() if key.partition("-")[0] in words]
     generations = {gpu.compute_capability for gpu in GPUS.values()}

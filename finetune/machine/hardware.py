@@ -1,4 +1,4 @@
-"""What machine this is: CPU, memory, GPU and the dtype that follows. run.json records it, doctor judges."""
+"""What machine this is: CPU, memory, GPU and the dtype that follows. run.json records it, `doctor` checks it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ GIB = 2**30
 NVIDIA_SMI_SECONDS = 5.0
 TURING = (7, 5)
 GROWING_SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""Environment in which torch's CUDA allocator grows its segments; PYTORCH_ALLOC_CONF, where it is set, is the newer name."""
+"""Environment that lets torch's CUDA allocator grow its segments; PYTORCH_ALLOC_CONF is the newer name of the variable."""
 
 
 @dataclass(frozen=True)
 class DetectedGpu:
-    """The first GPU that was found here, and how many of them there are. memory_gib is the total of one GPU, in GiB.
+    """The first GPU of this machine, and how many GPUs there are. memory_gib is the total of one GPU, in GiB.
 
-    What is known of its model is a `gpus.GpuSpec`.
+    The data sheet of its model is a `gpus.GpuSpec`.
     """
 
     name: str
@@ -33,7 +33,7 @@ class DetectedGpu:
 
 @dataclass(frozen=True)
 class Driver:
-    """What nvidia-smi says; version is "" and gpu None when it is on PATH and gives no answer."""
+    """What nvidia-smi reports; version is "" and gpu None if it is on PATH but gives no usable output."""
 
     version: str
     gpu: DetectedGpu | None
@@ -41,17 +41,17 @@ class Driver:
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """What the installed torch was built for, and what it finds."""
+    """What the installed torch was built for, and the GPU that it finds."""
 
     cuda: str | None  # CUDA version, None in a CPU build
     gpu: DetectedGpu | None = None  # what it can use
-    architectures: tuple[str, ...] = ()  # such as sm_80; empty while no GPU can be used
-    broken: str = ""  # the error where it cannot be imported, or finds a GPU and cannot start it
+    architectures: tuple[str, ...] = ()  # such as sm_80; empty if no GPU can be used
+    broken: str = ""  # the error if it cannot be imported, or finds a GPU but cannot initialise it
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """gpu is what torch can use, without torch what nvidia-smi lists; dtype is what `auto` means here."""
+    """gpu is the one that torch can use, or without torch the one that nvidia-smi lists; dtype is what `auto` means here."""
 
     platform: str
     cpu: str
@@ -65,8 +65,8 @@ class Hardware:
 
 
 def let_segments_grow() -> None:
-    """Have torch's CUDA allocator grow its segments, so that micro-batches of varying size leave few holes behind. To be called
-    before a GPU is first used; a setting of the user's stays."""
+    """Let torch's CUDA allocator grow its segments, so that micro-batches of varying size cause little fragmentation. Call it
+    before the first use of a GPU; the user's own setting is kept."""
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         for name, value in GROWING_SEGMENTS.items():
             os.environ.setdefault(name, value)
@@ -87,7 +87,7 @@ def dtype_for(compute_capability: tuple[int, int] | None, asked: str = "auto") -
 
 
 def detect() -> Hardware:
-    """This machine. Imports torch where it is installed, else asks nvidia-smi."""
+    """Detect this machine's hardware. Imports torch if it is installed, else calls nvidia-smi."""
     found = torch_build() or nvidia_driver()
     gpu = found.gpu if found else None
     return Hardware(
@@ -101,12 +101,12 @@ def detect() -> Hardware:
 
 
 def usable_cores() -> int:
-    """That this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def torch_build() -> TorchBuild | None:
-    """The installed torch, None if there is none."""
+    """The installed torch; None if it is not installed."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -127,8 +127,8 @@ def torch_build() -> TorchBuild | None:
 def runs_on(torch: TorchBuild, capability: tuple[int, int]) -> bool:
     """Whether a CUDA build has code for a GPU: compiled for its generation, or PTX of an older one.
 
-    A build that finds no GPU does not tell what it holds. Then only the known gap counts: builds for CUDA
-    12.8 and later start at Turing (7.5).
+    A build that finds no GPU does not report its architectures. Then only the known gap counts: builds for CUDA 12.8 and later
+    start at Turing (7.5).
     """
     if not torch.architectures:
         version = tuple(int(part) for part in (torch.cuda or "0").split(".")[:2])
@@ -147,8 +147,8 @@ def nvidia_driver() -> Driver | None:
     if shutil.which("nvidia-smi") is None:
         return None
     fields = "driver_version,memory.total,compute_cap,name"
-    question = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    lines = (program_output(question, NVIDIA_SMI_SECONDS) or "").splitlines()
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    lines = (program_output(query, NVIDIA_SMI_SECONDS) or "").splitlines()
     try:
         version, mebibytes, capability, name = (cell.strip() for cell in lines[0].split(",", 3))
         major, minor = capability.split(".")
@@ -159,14 +159,14 @@ def nvidia_driver() -> Driver | None:
 
 
 def program_output(command: list[str], seconds: float) -> str | None:
-    """What a program prints; None if it is missing, fails, or takes longer than `seconds` and is killed."""
+    """A program's stdout, stripped; None if it is missing, fails, or is killed because it takes longer than `seconds`."""
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # so that the kill also reaches what a wrapper script has started
+            start_new_session=True,  # so that the kill also reaches the children of a wrapper script
         )
     except OSError:
         return None

@@ -1,7 +1,7 @@
-"""Questions to Google's metadata server, which tells a machine about itself.
+"""A client of Google's metadata server, which tells a machine about itself.
 
-https://docs.cloud.google.com/compute/docs/metadata/querying-metadata: plain HTTP at a link-local address; a question carries
-`Metadata-Flavor: Google`, and so does a true answer; `wait_for_change` holds an answer back until the value is another one.
+https://docs.cloud.google.com/compute/docs/metadata/querying-metadata: plain HTTP at a link-local address. A request carries the
+header `Metadata-Flavor: Google`, and so does a genuine response; `wait_for_change` delays the response until the value changes.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ HOST_VARIABLE = "GCE_METADATA_HOST"
 HOST = "169.254.169.254"
 FLAVOR = ("Metadata-Flavor", "Google")
 CONNECT_SECONDS = 1.0
-"""Off Google Cloud nobody is there."""
-PATIENCE_SECONDS = 3.0
-"""For which an answer may be late, as on a machine that is busy."""
+"""Outside of Google Cloud no server is there."""
+LATE_SECONDS = 3.0
+"""How late a response may be, for example on a busy machine."""
 OK = 200
 
 
 @dataclass(frozen=True)
 class Answer:
-    """status: HTTP's, 0 where no metadata server answered. value, etag: "" unless status is OK."""
+    """status: of HTTP, 0 if no metadata server responded. value, etag: "" unless status is OK."""
 
     status: int
     value: str = ""
@@ -36,16 +36,16 @@ NO_RESPONSE = Answer(0)
 
 
 class Client:
-    """Asks one question at a time; another thread may hang up in the middle of one."""
+    """Sends one request at a time; another thread may cancel it."""
 
     def __init__(self) -> None:
         self._connection: http.client.HTTPConnection | None = None
-        self._hung_up = False
+        self._cancelled = False
 
     def ask(self, key: str, *, last_etag: str = "", wait_seconds: int = 0) -> Answer:
-        """The value of `instance/KEY`, at once; with wait_seconds as soon as it is not the one of last_etag, or after that time.
+        """The value of `instance/KEY`; with wait_seconds, as soon as its etag differs from last_etag, or after that time.
 
-        Raises nothing: a server that is busy, or cuts the line, is an answer too.
+        Raises nothing: an `Answer` also stands for a busy server and a dropped connection.
         """
         path = f"/computeMetadata/v1/instance/{quote(key)}"
         if wait_seconds:
@@ -54,20 +54,20 @@ class Client:
             )
             path = f"{path}?{urlencode(query)}"
         try:
-            return self._get(path, wait_seconds + PATIENCE_SECONDS)
+            return self._get(path, wait_seconds + LATE_SECONDS)
         except (OSError, http.client.HTTPException, ValueError):
             return NO_RESPONSE
         finally:
             self._connection = None
 
     def cancel(self) -> None:
-        """Ends the question that is being asked, and every later one, with nobody's answer."""
-        self._hung_up = True
+        """Ends the current request and every later one with NO_RESPONSE."""
+        self._cancelled = True
         connection = self._connection
-        line = connection.sock if connection else None
-        if line is not None:
+        open_socket = connection.sock if connection else None
+        if open_socket is not None:
             try:
-                line.shutdown(socket.SHUT_RDWR)
+                open_socket.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
 
@@ -77,14 +77,14 @@ class Client:
             connection.connect()
             connection.sock.settimeout(timeout)
             self._connection = connection
-            if self._hung_up:
+            if self._cancelled:
                 return NO_RESPONSE
             connection.request("GET", path, headers=dict([FLAVOR]))
             response = connection.getresponse()
             text = response.read().decode("utf-8").strip()
             if response.status != OK:
                 return Answer(response.status)
-            if response.headers.get(FLAVOR[0]) != FLAVOR[1]:  # another cloud's server lives at the same address
+            if response.headers.get(FLAVOR[0]) != FLAVOR[1]:  # another cloud has its server at the same address
                 return NO_RESPONSE
             return Answer(OK, text, response.headers.get("ETag", ""))
         finally:
@@ -92,6 +92,6 @@ class Client:
 
 
 def value(key: str) -> str | None:
-    """One value, such as `zone`; None off Google Cloud and where the server does not know. Off it takes a second at most."""
+    """One value, such as `zone`; None if the server does not know it, or outside of Google Cloud, after one second at most."""
     answer = Client().ask(key)
     return answer.value if answer.status == OK else None

@@ -1,4 +1,4 @@
-"""When Google takes the rented machine away: its metadata server is asked all the time, and a notice is told once."""
+"""Watches for preemption of this machine: polls Google's metadata server and reports each notice once."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from finetune.machine.price import provisioned
 
 PREEMPTED, MAINTENANCE = "preempted", "maintenance-event"
 ALARMS = {PREEMPTED: "TRUE", MAINTENANCE: "TERMINATE_ON_HOST_MAINTENANCE"}
-"""The values of instance/KEY that mean that this machine goes. A preempted one has up to 30 s from then; one with a GPU whose
-host is to be repaired, an hour, and only if somebody has asked before."""
+"""The values of instance/KEY that announce the end of this machine. After a preemption notice it has up to 30 s; before host
+maintenance a machine with a GPU has an hour, and only if the key was queried before."""
 HOLD_SECONDS = 10
-"""For which the metadata server holds an answer back when nothing changes. A line that died without a sign is noticed only
-after that, so it is short against the 30 s of a preemption, too."""
+"""How long the metadata server delays its response if nothing changes. A connection that died silently is noticed only after
+that, so it is short compared to the 30 s of a preemption."""
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.1, 2.0
-"""Between two questions to a server that is busy or gone."""
+"""Backoff between two requests to a server that is busy or gone."""
 REST_SECONDS = 0.5
-"""Between two that are answered, for servers that hold nothing back."""
+"""Pause after a successful request, for servers that do not delay their response."""
 
 
 class PreemptionWatch:
-    """Tells when Google announces that it takes this machine away. Silent off Google Cloud, where its threads end at once.
+    """Calls a hook when Google announces the end of this machine. Outside of Google Cloud its threads end at once.
 
-    on_notice: called by a thread, once for each of ALARMS with its key; it should do no more than to set a flag. Use as a context
+    on_notice: called from a thread, once for each key of ALARMS, with that key; it should only set a flag. Use as a context
     manager, or call `start` and `close`.
     """
 
     def __init__(self, on_notice: Callable[[str], None]) -> None:
         self._on_notice = on_notice
         self._closed = threading.Event()
-        self._stays = provisioned()
+        self._on_cloud = provisioned()
         self._clients = {key: metadata.Client() for key in ALARMS}
         self._threads = [
             threading.Thread(target=self._listen, args=(key,), name=f"metadata {key}", daemon=True) for key in ALARMS
@@ -43,11 +43,11 @@ class PreemptionWatch:
         return self
 
     def listening(self) -> bool:
-        """Whether a notice would still be heard."""
+        """Whether a notice would still be received."""
         return any(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:
-        """Ends the threads, in the middle of a question too."""
+        """Ends the threads, also during a request."""
         self._closed.set()
         for client in self._clients.values():
             client.cancel()
@@ -70,8 +70,8 @@ class PreemptionWatch:
             if answer.value.upper() == ALARMS[key]:
                 self._on_notice(key)
                 return
-            elsewhere = answer == metadata.NO_RESPONSE and answers == 1 and not self._stays
-            if elsewhere or 400 <= answer.status < 500:  # or not a key of this server
+            elsewhere = answer == metadata.NO_RESPONSE and answers == 1 and not self._on_cloud
+            if elsewhere or 400 <= answer.status < 500:  # the latter: a key that this server does not know
                 return
             if answer.status == metadata.OK:
                 etag, pause = answer.etag, FIRST_PAUSE_SECONDS

@@ -1,8 +1,8 @@
-"""What the rented machine that we run on costs an hour.
+"""The hourly price of the cloud machine that we run on.
 
-The price comes from the table that the launch policy handed over. It travels as the environment variable FINETUNE_PRICES;
-machine set-up keeps a copy of it in the home folder, for jobs that come later by `sky exec`. Where a fact about the machine is
-not known (its zone, whether it is spot), the dearest price that it could have counts.
+The price comes from the launch policy's price table. The launch passes it in the environment variable FINETUNE_PRICES; machine
+set-up keeps a copy in the home folder for jobs that are started later with `sky exec`. If a fact about the machine is unknown
+(its zone, whether it is spot), the highest price that it could have counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEPT = Path(".finetune") / "prices.json"
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine as far as it can be told; None is unknown."""
+    """What is known of this machine; None is unknown."""
 
     zone: str | None
     spot: bool | None
@@ -43,10 +43,10 @@ class MachinePrice:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What must not be crossed; None: no such ceiling.
+    """Limits that must not be exceeded; None: no such limit.
 
-    run_usd: US dollars, hours: billed hours of machines, both of a whole run with all its attempts. usd_per_hour: US dollars for
-    an hour of a machine; it is held where a machine is chosen (`finetune plan`), not while a run trains.
+    run_usd: US dollars, hours: billed machine hours, both of a whole run with all its attempts. usd_per_hour: US dollars per
+    machine hour; it is enforced when a machine is chosen (`finetune plan`), not while a run trains.
     """
 
     run_usd: float | None = None
@@ -55,28 +55,28 @@ class Ceilings:
 
 
 def machine_price() -> MachinePrice | None:
-    """The price of this machine; None where no price table came with the launch, such as on a laptop.
+    """The price of this machine; None if no price table came with the launch, such as on a laptop.
 
-    Asks the metadata server, for about a second a question where there is none. Raises UserError for a table that cannot be read.
+    Queries the metadata server; without one each query takes about a second. Raises UserError for a table that cannot be read.
     """
     table = _table()
     return price_in(table, this_machine()) if table is not None else None
 
 
 def dearest_usd_per_hour() -> float | None:
-    """Of all machines on which the launch may go on after this one; None where no price table came with it. Raises UserError for
-    a table that cannot be read."""
+    """The highest hourly price of the machines on which the launch may continue after this one, in US dollars; None without a
+    price table. Raises UserError for a table that cannot be read."""
     table = _table()
     return max(offer["usd_per_hour"] for offer in table["offers"]) if table is not None else None
 
 
 def provisioned() -> bool:
-    """Whether our launch policy started this machine, so that it costs money from its boot."""
+    """Whether our launch policy started this machine, so that it is billed from its boot."""
     return _table_text() is not None
 
 
 def price_in(table: dict[str, Any], machine: Machine) -> MachinePrice:
-    """The dearest price among the table's offers that this machine may be; the ceiling itself when it is none of them."""
+    """The highest price among the table's offers that match this machine; the ceiling itself if none does."""
     fits = [
         offer["usd_per_hour"]
         for offer in table["offers"]
@@ -89,8 +89,8 @@ def price_in(table: dict[str, Any], machine: Machine) -> MachinePrice:
         dearest = max(offer["usd_per_hour"] for offer in table["offers"])
         price = max(dearest, table["ceiling_usd_per_hour"] or 0.0)
         return MachinePrice(price, "the ceiling of the launch, because this machine is not in its price table")
-    doubt = f" (the dearest that fits: {', '.join(unknown)} unknown)" if unknown and len(set(fits)) > 1 else ""
-    return MachinePrice(max(fits), table["basis"] + doubt)
+    caveat = f" (the dearest that fits: {', '.join(unknown)} unknown)" if unknown and len(set(fits)) > 1 else ""
+    return MachinePrice(max(fits), table["basis"] + caveat)
 
 
 def this_machine() -> Machine:
@@ -105,12 +105,12 @@ def this_machine() -> Machine:
 
 
 def facts() -> dict[str, str | bool | None]:
-    """For the ledger: zone, spot and gpu as in `this_machine`, id and name as Google has them; None is unknown."""
+    """For the ledger: zone, spot and gpu as in `this_machine`, Google's id and name of the machine; None is unknown."""
     return {**vars(this_machine()), "id": metadata.value("id"), "name": metadata.value("name")}
 
 
 def gpu_of(name: str) -> str | None:
-    """The name in GPUS for what nvidia-smi calls a GPU, such as 'Tesla V100-SXM2-16GB'."""
+    """The name in GPUS for a GPU name of nvidia-smi, such as 'Tesla V100-SXM2-16GB'; None if it is not known."""
     words = name.upper().replace("-", " ").split()
     for known in sorted(GPUS, key=len, reverse=True):  # A100-80GB before A100
         if all(word in words for word in known.upper().split("-")):
@@ -119,8 +119,8 @@ def gpu_of(name: str) -> str | None:
 
 
 def wall_hours(price: MachinePrice | None, ceilings: Ceilings) -> float | None:
-    """Hours for which a run may go on from now: what its dollars buy at this price, less the machine's uptime, which is
-    on the meter too, but never more than its hours. None: no limit."""
+    """Hours for which a run may continue from now: what its dollars buy at this price, less the machine's uptime, which is
+    billed too, but at most its hours. None: no limit."""
     limits = [] if ceilings.hours is None else [ceilings.hours]
     if price is not None and ceilings.run_usd is not None:
         limits.append(max(0.0, ceilings.run_usd / price.usd_per_hour - (machine_age() or 0.0) / 3600))

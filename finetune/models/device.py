@@ -24,7 +24,10 @@ class Device:
 
 
 def choose_device(torch_dtype: str) -> Device:
-    """This process's GPU if there is one, and the dtype asked for, `auto` by compute capability."""
+    """This process's GPU if there is one, and the configured dtype; `auto` depends on the compute capability.
+
+    Raises UserError for bfloat16 on a GPU older than 8.0, and for float16 on a CPU.
+    """
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0"))
         capability = torch.cuda.get_device_capability(index)

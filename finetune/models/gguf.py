@@ -1,4 +1,4 @@
-"""A model out of a GGUF file in an installed Python package: unpacked once into a folder that transformers can load."""
+"""A model from a GGUF file in an installed Python package, converted once to a folder that transformers can load."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ PACKAGE_PREFIX = "package://"
 
 
 def cache_folder() -> Path:
-    """Where unpacked models are kept: FINETUNE_CACHE, else the user's cache folder."""
+    """Where converted models are cached: FINETUNE_CACHE, else the user's cache folder."""
     base = os.environ.get("FINETUNE_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / ("" if os.environ.get("FINETUNE_CACHE") else "finetune") / "models"
 
 
 def unpacked_gguf(name: str) -> Path:
-    """The GGUF file inside an installed package as a folder of float32 safetensors, made once and kept."""
+    """A folder of float32 safetensors from the GGUF file inside an installed package; made once and cached.
+
+    Raises UserError if the package or file does not exist, or the folder cannot be written.
+    """
     module, _, file = name.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -49,7 +52,7 @@ def unpacked_gguf(name: str) -> Path:
     except OSError as error:
         if not (target / "config.json").is_file():  # else another process was faster
             raise disk_error(error, target) from error
-    except SafetensorError as error:  # its own name for a full disk, too
+    except SafetensorError as error:  # safetensors raises it for a full disk, too
         raise UserError(f"{target}: cannot be written: {first_line(error)}", code="model.unpacking_failed") from error
     return target
 
@@ -61,8 +64,8 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF metadata of the tokenizer names <|im_start|> as its end; the model's config knows better.
+    # The GGUF metadata of the tokenizer wrongly names <|im_start|> as its end; the model's config is right.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    tokenizer.clean_up_tokenization_spaces = False  # else decoding would take blanks out of SQL
+    tokenizer.clean_up_tokenization_spaces = False  # else decoding would remove spaces from SQL
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

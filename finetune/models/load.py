@@ -1,6 +1,6 @@
-"""Builds what is trained: tokenizer, base model (4-bit or whole), LoRA adapters; dtype and attention by hardware.
+"""Loads what is trained: tokenizer, base model (4-bit or not), LoRA adapters.
 
-Nothing here assumes a CPU or a GPU: the compute capability decides.
+Nothing here assumes a CPU or a GPU: dtype and attention depend on the compute capability.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             f"model.name: the tokenizer of {section.name} has no end-of-text token, so answers cannot end",
             code="model.no_end_token",
         )
-    if tokenizer.pad_token_id is None:  # padding is masked everywhere, so any token will do
+    if tokenizer.pad_token_id is None:  # padding is masked everywhere, so any token works
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     result: PreTrainedTokenizerBase = tokenizer
@@ -43,15 +43,15 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 def load_base(
     section: ModelSection, quantization: QuantizationSection, device: Device, *, dequantize: bool = False
 ) -> PreTrainedModel:
-    """The base model on `device`: NF4 (or FP4) with double quantisation when asked for, else in the compute dtype.
+    """The base model on `device`: NF4 (or FP4) with double quantisation if configured, else in the compute dtype.
 
-    dequantize: unpack the quantised weights once. The numbers stay those of the 4-bit weights; memory grows fourfold.
-    Raises UserError when the name is wrong, weights are absent or damaged, or the hub cannot be reached.
+    dequantize: dequantize the weights once. Their values stay those of the 4-bit weights; memory grows fourfold.
+    Raises UserError if the name is wrong, weights are missing or corrupt, or the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM
 
     if device.place.type == "cpu":
-        rounding = "bf16" if section.cpu_bf16_matmul else "none"  # of the whole process, so also taken back
+        rounding = "bf16" if section.cpu_bf16_matmul else "none"  # a setting of the whole process, so always set
         torch.backends.mkldnn.matmul.fp32_precision = rounding  # type: ignore[attr-defined]
     model, loaded = _load(
         section,
@@ -62,7 +62,7 @@ def load_base(
         attn_implementation=attention_for(section.attn_implementation, device),
         quantization_config=_bits_and_bytes(quantization, device) if quantization.load_in_4bit else None,
     )
-    if loaded["missing_keys"]:  # transformers would go on with random numbers
+    if loaded["missing_keys"]:  # transformers would continue with random weights
         first, *more = sorted(loaded["missing_keys"])
         others = f" and {len(more)} others" if more else ""
         raise UserError(
@@ -77,29 +77,29 @@ def load_base(
 
 
 def _keep_one_layout(model: torch.nn.Module) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights for inference on CPUs with AVX512-BF16.
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
 
-    It does so at the first forward pass in eval mode, which is the first validation of a training run, and never undoes
-    it. Every later pass then computes in bfloat16 by a kernel without a backward, so that training goes on without the
-    gradient through the base layers (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
+    It repacks them at the first forward pass in eval mode, which is the first validation of a training run, and never undoes
+    it. Every later pass then runs a bfloat16 kernel without a backward, so that training continues without the gradient
+    through the base layers (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def attention_for(wanted: str, device: Device) -> str:
-    """`auto` is SDPA on a GPU and eager on a CPU: there its backward is matrix products, which two cores with AMX ran
+def attention_for(configured: str, device: Device) -> str:
+    """`auto` is SDPA on a GPU and eager on a CPU: there eager's backward is matrix products, which two cores with AMX ran
     1.4 times faster than SDPA's (496 against 360 tokens/s, SmolLM2-135M in NF4, batch 8 x 140, best of 6 steps)."""
-    if wanted != "auto":
-        return wanted
+    if configured != "auto":
+        return configured
     return "eager" if device.place.type == "cpu" else "sdpa"
 
 
 def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
-    """LoRA adapters on every layer that `target_modules` names, by the last part of its path or a longer one.
+    """Adds LoRA adapters to every layer whose path ends in one of `target_modules`.
 
-    Raises UserError when a name matches no layer that can carry an adapter.
+    Raises UserError if a name matches no layer that can have an adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -124,7 +124,7 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
 
 
 def require_adapter(folder: Path) -> None:
-    """Raises UserError unless the folder holds a trained adapter; for callers that first load a base model for minutes."""
+    """Raises UserError unless the folder has a trained adapter; for callers that would first load a base model for minutes."""
     if not (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{folder}: no adapter in it; run `finetune train` to the end, or name another run", code="adapter.missing"
@@ -132,7 +132,7 @@ def require_adapter(folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """A trained adapter on a freshly loaded base model, for inference."""
+    """A trained adapter on a freshly loaded base model, for inference. Raises UserError if it is missing or does not load."""
     from peft import PeftModel
 
     require_adapter(folder)
@@ -145,15 +145,15 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def adapters_to_float32(model: torch.nn.Module) -> None:
-    """TRL casts the adapters of a quantised model to bfloat16 when the trainer is built. That loses small updates on a CPU
-    and crashes the gradient scaler of float16 training, so there they go back to float32 afterwards."""
+    """Cast the adapters back to float32. TRL casts those of a quantised model to bfloat16 when the trainer is built, which loses
+    small updates on a CPU and crashes the gradient scaler of float16 training."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters; a packed 4-bit weight counts as what it unpacks to."""
+    """(all, trainable) parameters; a packed 4-bit weight counts with its dequantized size."""
     total = trainable = 0
     for parameter in model.parameters():
         packed = getattr(parameter, "quant_state", None)
@@ -164,18 +164,21 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def resolve_name(name: str) -> str:
-    """A hub id or folder that transformers can load; `package://module/file.gguf` is unpacked into a cache first."""
+    """A hub id or folder that transformers can load; `package://module/file.gguf` is first converted into a cache folder.
+
+    Raises UserError for a name that is none of these, and for an incomplete folder.
+    """
     if name.startswith(PACKAGE_PREFIX):
         return str(unpacked_gguf(name))
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"model.name: {name} holds no config.json, so it is no model folder", code="model.incomplete"
+                f"model.name: {name} has no config.json, so it is not a model folder", code="model.incomplete"
             )
         if not any(found for pattern in WEIGHT_FILES for found in folder.glob(pattern)):
             raise UserError(
-                f"model.name: {name} holds no weights (expected {WEIGHT_FILES[0]} files)", code="model.incomplete"
+                f"model.name: {name} has no weights (expected {WEIGHT_FILES[0]} files)", code="model.incomplete"
             )
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"model.name: no folder {name}; expected a local folder, a hub id such as mistralai/Mistral-7B-v0.1, "
@@ -184,8 +187,8 @@ def resolve_name(name: str) -> str:
 
 
 def weights_identity(section: ModelSection) -> list[Any]:
-    """What tells the weights of one model from those of another, without loading them: the pinned revision of a hub id,
-    the content hash in the name of an unpacked package, else name, size and time (ns) of every file in the folder."""
+    """Identifies the weights of a model without loading them: by the pinned revision of a hub id, the content hash in the name
+    of a converted package, else name, size and modification time (ns) of every file in the folder."""
     folder = Path(resolve_name(section.name))
     if not folder.is_dir():
         return [section.name, section.revision]

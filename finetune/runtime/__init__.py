@@ -1,1 +1,1 @@
-"""What every part stands on: files, the console, several processes, signals. Nothing here knows of a run."""
+"""What every other part builds on: files, the console, distributed processes, signals. Nothing here knows about a run."""

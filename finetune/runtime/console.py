@@ -1,8 +1,8 @@
-"""Prints that reach the terminal that there is, and that outlive their reader.
+"""Console output that survives terminals with a limited encoding and closed pipes.
 
-A terminal may lack the characters of a question or a file name: then they are shown as escapes. And the end of a log's reader
-must not be the end of a run. When a machine shuts down, every process of it gets SIGTERM at once, also the one that reads what
-training prints; the next line would then raise BrokenPipeError, between the notice and the checkpoint.
+A terminal may lack the characters of a question or a file name; they are then printed as escapes. And a run must not end because
+the reader of its log has ended. When a machine shuts down, all its processes get SIGTERM at once, including the one that reads
+the output of training; the next print would then raise BrokenPipeError, between the notice and the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from finetune.runtime import distributed
 
 
 def print_anything() -> None:
-    """From now on stdout and stderr show what their encoding lacks as \\xfc or \\u2192 instead of raising UnicodeEncodeError.
+    """Make stdout and stderr print characters that they cannot encode as \\xfc or \\u2192, not raise UnicodeEncodeError.
 
-    Half a surrogate pair, as Python writes bytes of a file name that are no text, is no character of UTF-8 either. What
-    PYTHONIOENCODING asks for such characters stays.
+    That includes lone surrogates, which stand for undecodable bytes of a file name and which UTF-8 cannot encode. An error
+    handler set by PYTHONIOENCODING is kept.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
@@ -31,9 +31,9 @@ def print_anything() -> None:
 
 
 def typed_text(text: str) -> str:
-    """What was meant by an argument that is text, not a file name: bytes beyond the locale's encoding are read as UTF-8.
+    """A command-line argument that is text, not a file name: bytes that the locale cannot decode are decoded as UTF-8.
 
-    Raises UnicodeDecodeError where they are none.
+    Raises UnicodeDecodeError if they are not UTF-8.
     """
     try:
         text.encode()
@@ -43,58 +43,60 @@ def typed_text(text: str) -> str:
 
 
 def one_line(message: str) -> str:
-    """An error's message; where it may have named a file that is there under a name which this locale cannot spell, that too."""
+    """An error's message in one line. If it contains characters that this locale cannot encode, a file may have been missed
+    because of that, so the message says so."""
     message = " ".join(message.splitlines())
     try:
         os.fsencode(message)
     except UnicodeEncodeError:
-        return f"{message} ({_unspelt()})"
+        return f"{message} ({_encoding_advice()})"
     return message
 
 
 def not_encoded(error: UnicodeEncodeError) -> str:
-    """What to say of it. Printing never raises it: it is a file name that the locale cannot spell, or one that is no text."""
+    """The message for this error. Printing never raises it, so it is about a file name: one that the locale cannot encode, or
+    one that is not valid text."""
     utf_8 = sys.getfilesystemencoding().lower() == "utf-8"
-    return f"{error.object!a}: {'not text in UTF-8; give it another name' if utf_8 else _unspelt()}"
+    return f"{error.object!a}: {'not text in UTF-8; give it another name' if utf_8 else _encoding_advice()}"
 
 
-def _unspelt() -> str:
+def _encoding_advice() -> str:
     return (
         f"this locale's encoding, {sys.getfilesystemencoding().lower()}, has no such characters: set PYTHONUTF8=1, or a UTF-8 "
         "locale such as LC_ALL=C.UTF-8"
     )
 
 
-class _Heard:
-    """A text stream that is written to as long as somebody reads it, and then to nobody."""
+class _BrokenPipeSafeStream:
+    """A text stream that discards its output once the reader has closed the pipe."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with self._kept():
+        with self._ignoring_errors():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._kept():
+        with self._ignoring_errors():
             self._stream.flush()
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
+    def _ignoring_errors(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
             self._to_devnull()
-        except OSError:  # a log on a full disk, a terminal that was closed: the next line may go through again
+        except OSError:  # a log on a full disk, a closed terminal: the next write may succeed again
             pass
 
     def _to_devnull(self) -> None:
-        """What is still buffered, what C code writes and what child processes print goes there, too."""
+        """Redirects the file descriptor, so also buffered text and the output of C code and child processes."""
         with suppress(OSError, ValueError):
-            nobody = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nobody, self._stream.fileno())
-            os.close(nobody)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -102,9 +104,9 @@ class _Heard:
 
 @contextmanager
 def broken_pipe_safe() -> Iterator[None]:
-    """While the block runs, no print to stdout or stderr raises because nobody can take it."""
+    """While the block runs, printing to stdout or stderr does not raise OSError, such as BrokenPipeError."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Heard(sys.stdout), _Heard(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _BrokenPipeSafeStream(sys.stdout), _BrokenPipeSafeStream(sys.stderr)  # type: ignore[assignment]
     try:
         yield
         sys.stdout.flush()

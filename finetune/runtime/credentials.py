@@ -1,4 +1,4 @@
-"""Whether the keys of other services are there. No key, nor any part of one, is ever read out, printed or stored."""
+"""Checks whether the keys of other services are present. No key, nor any part of one, is ever returned, printed or stored."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The processes of one run. torchrun starts one per GPU; rank 0 speaks and writes files for all of them.
+"""The processes of one run. torchrun starts one per GPU; rank 0 prints and writes files for all of them.
 
-A rank that fails says so in torchrun's key-value store, which the others watch: none waits for ever, and rank 0 tells the fault
-once. Without torchrun there is one rank, and everything here is free of cost and of torch.
+A rank that fails publishes its fault in torchrun's key-value store, which the others watch: none waits forever, and rank 0
+reports the fault once. Without torchrun there is one rank, and everything here is a no-op that does not import torch.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-PATIENCE = timedelta(hours=1)
-"""For which a rank waits for the others: rank 0 may be copying a checkpoint into a slow bucket."""
+TIMEOUT = timedelta(hours=1)
+"""How long a rank waits for the others: rank 0 may be copying a checkpoint into a slow bucket."""
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0
-"""For the main thread to come to an end by itself, before the watching thread ends the process."""
+"""Time for the main thread to end by itself, before the watching thread ends the process."""
 REPORTED_SECONDS = 20.0
-"""For rank 0 to tell the fault of another rank; then that rank tells it itself."""
+"""Time for rank 0 to report the fault of another rank; after that, the other rank reports it itself."""
 FAILED, REPORTED = "finetune/failed", "finetune/reported"
 
 
@@ -54,7 +54,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together, as torchrun and `accelerate launch` tell them."""
+    """How many processes train together, as set by torchrun and `accelerate launch`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -63,12 +63,12 @@ def is_rank0() -> bool:
 
 
 def barrier() -> None:
-    """Until every rank has come here. (NCCL's own barrier would also wait for the GPU.)"""
+    """Wait until every rank has reached this point. (NCCL's own barrier would also wait for the GPU.)"""
     any_of(False)
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is set on one of the ranks. A few tenths of a millisecond on one host: it goes by the CPU."""
+    """Whether the flag is set on any rank. Takes a few tenths of a millisecond on one host, because it runs on the CPU."""
     return any_of_each([flag])[0]
 
 
@@ -84,7 +84,7 @@ def any_of_each(flags: Sequence[bool]) -> list[bool]:
 
 
 def gather_on_rank0(value: Value) -> list[Value] | None:
-    """The values of all ranks, in their order, on rank 0; None on the others. They must be something that can be pickled."""
+    """On rank 0 the values of all ranks, in rank order; None on the others. The values must be picklable."""
     if world_size() == 1:
         return [value]
     import torch
@@ -95,7 +95,7 @@ def gather_on_rank0(value: Value) -> list[Value] | None:
 
 
 def run_on_rank0(make: Callable[[], Value]) -> Value:
-    """What `make` gives on rank 0, which alone calls it; the others wait for it. It must be something that can be pickled."""
+    """The result of `make`, which only rank 0 calls, on every rank. The result must be picklable."""
     if world_size() == 1:
         return make()
     import torch
@@ -107,7 +107,7 @@ def run_on_rank0(make: Callable[[], Value]) -> Value:
 
 
 def broadcast(tensor: torch.Tensor) -> None:
-    """Overwrite a tensor with that of rank 0."""
+    """Overwrite a tensor with rank 0's."""
     if world_size() > 1:
         import torch
 
@@ -115,7 +115,7 @@ def broadcast(tensor: torch.Tensor) -> None:
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor becomes its sum over the ranks."""
+    """Sum a tensor over the ranks, in place."""
     if world_size() > 1:
         import torch
 
@@ -124,7 +124,7 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def seed_per_rank(seed: int) -> None:
-    """Dropout masks of this rank that are not those of another. Rank 0 goes on as if it were alone."""
+    """Give each rank its own dropout masks. Rank 0 keeps the random state that it would have alone."""
     if not is_rank0():
         import torch
 
@@ -132,16 +132,16 @@ def seed_per_rank(seed: int) -> None:
 
 
 def on_failure(clean_up: Callable[[], None]) -> None:
-    """What to do where another rank has failed and this one hangs in wait for it; called from a thread."""
+    """Sets what rank 0 does before it exits because another rank has failed while it waits for it; called from a thread."""
     if _watch:
         _watch.clean_up = clean_up
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Around everything that ranks do together; they leave it together, or after one of them has failed.
+    """Wraps everything that the ranks do together; they leave it together, or after one of them has failed.
 
-    Raises UserError on rank 0 for the fault of any rank. The other ranks end in silence, with the exit code of that fault.
+    Raises UserError on rank 0 for the fault of any rank. The other ranks exit silently, with the exit code of that fault.
     """
     global _watch
     if world_size() == 1 or _watch:  # alone, or inside another `process_group`
@@ -178,12 +178,12 @@ def _connect() -> None:
                 code="distributed.too_many_processes",
             )
         torch.cuda.set_device(local)
-    else:  # accelerate would say "cpu:0": a place of its own to torch, to which it copies the model and cannot load a checkpoint
+    else:  # accelerate would use "cpu:0", another device to torch, to which it copies the model and cannot load a checkpoint
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     _watch = _Watch(PrefixStore(os.environ.get("TORCHELASTIC_RUN_ID", "run"), store))
-    _watch.thread = threading.Thread(target=_look_out, args=(_watch,), daemon=True)
+    _watch.thread = threading.Thread(target=_watch_store, args=(_watch,), daemon=True)
     _watch.thread.start()
 
 
@@ -207,27 +207,27 @@ def _message(error: BaseException) -> str:
 
 
 def _publish(watch: _Watch, error: BaseException) -> dict[str, Any]:
-    """Put the fault into the store, unless another was first; returns the first one: rank, message, code (with which to
-    exit), and for a UserError user_code, its own."""
+    """Put the fault into the store, unless another rank was first; returns the first fault: rank, message, code (the exit code),
+    and for a UserError user_code (the error's code)."""
     mine: dict[str, Any] = {"rank": rank(), "message": _message(error), "code": _exit_code(error)}
     if isinstance(error, UserError):
         mine["user_code"] = error.code
-    with suppress(RuntimeError):  # the store has gone with the process that kept it
+    with suppress(RuntimeError):  # the store ended with the process that hosts it
         mine = json.loads(watch.store.compare_set(FAILED, "", json.dumps(mine)))
     return mine
 
 
 def end_all(message: str, code: int) -> None:
-    """Let the other ranks, which may wait for this one for ever, end with that exit code; this one ends by itself."""
+    """Make the other ranks, which may wait for this one forever, exit with this code; the caller ends this rank itself."""
     if _watch:
         with suppress(RuntimeError):
             _watch.store.compare_set(FAILED, "", json.dumps({"rank": rank(), "message": message, "code": code}))
 
 
 def _end_of_failed(error: BaseException) -> None:
-    """Returns where this rank is to raise its own error; else raises what it shall raise instead."""
+    """Returns if this rank is to raise its own error; otherwise raises what it has to raise instead."""
     watch = _watch
-    if watch is None:  # the ranks have not met: rank 0, if it fails in the same way, has this long to say so
+    if watch is None:  # not connected yet: if rank 0 fails in the same way, it has this long to report it
         if not is_rank0():
             time.sleep(REPORTED_SECONDS)
         return
@@ -240,12 +240,12 @@ def _end_of_failed(error: BaseException) -> None:
         if known["rank"] != 0 and known["message"] != _message(error):
             _raise_for(known, error)
     elif known["rank"] != rank() or (isinstance(error, UserError | KeyboardInterrupt) and _reported(watch)):
-        time.sleep(GRACE_SECONDS)  # torchrun ends all as soon as one has ended: let it be rank 0, which is speaking
+        time.sleep(GRACE_SECONDS)  # torchrun ends all ranks once one has ended: let that be rank 0, which reports
         raise SystemExit(known["code"]) from None
 
 
 def _exit_at_once(code: int) -> None:
-    """The last words have been said. The interpreter's own end would wait for the other ranks, or abort with another code."""
+    """Exit without the interpreter's shutdown, which would wait for the other ranks, or abort with another code."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -266,13 +266,13 @@ def _reported(watch: _Watch) -> bool:
             if watch.store.check([REPORTED]):
                 return True
             time.sleep(POLL_SECONDS)
-    except RuntimeError:  # rank 0 kept the store, and has gone
+    except RuntimeError:  # rank 0 hosts the store and has ended
         return True
     return False
 
 
-def _look_out(watch: _Watch) -> None:
-    """The watching thread. The main thread may hang in a collective operation, from which nothing but the end frees it."""
+def _watch_store(watch: _Watch) -> None:
+    """The watching thread. The main thread may hang in a collective operation that only the end of the process interrupts."""
     while not watch.stopped.wait(POLL_SECONDS):
         try:
             if not watch.store.check([FAILED]):
@@ -287,7 +287,9 @@ def _look_out(watch: _Watch) -> None:
             message = " ".join(known["message"].split())
             from tqdm import tqdm
 
-            tqdm.write(f"finetune: process {known['rank']}: {message}", file=sys.stderr)  # not on the line of a bar
+            tqdm.write(
+                f"finetune: process {known['rank']}: {message}", file=sys.stderr
+            )  # not on the line of a progress bar
             with suppress(RuntimeError):
                 watch.store.set(REPORTED, "1")
         else:

@@ -1,4 +1,4 @@
-"""Small files written so that a reader sees the old one or the new one, never half of either."""
+"""Small files, written atomically: a reader sees the old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from finetune.errors import UserError
 def atomic_file(path: Path) -> Iterator[IO[str]]:
     """Write UTF-8 text to a temporary file in the same folder; it takes the name `path` only if the block succeeds.
 
-    Half a surrogate pair, which a file name may hold, is written as its escape (\\udcff), which JSON reads as what it was.
-    Raises UserError when the disk is full or the folder cannot be written.
+    A lone surrogate, which a file name may contain, is written as its escape (\\udcff), which JSON reads back unchanged.
+    Raises UserError if the disk is full or the folder cannot be written.
     """
     temporary = ""
     try:
@@ -52,7 +52,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_text(path: Path) -> str:
-    """A path for people to read; bytes of it that are no text are written as escapes."""
+    """A path as printable text; bytes that cannot be decoded become escapes."""
     return str(path).encode(errors="backslashreplace").decode()
 
 
@@ -78,7 +78,7 @@ def sha256_file(path: Path) -> str:
 
 
 def with_carriage_returns(paths: Iterable[Path]) -> list[Path]:
-    """Those of the files that have Windows line ends, which bash and make cannot read; what cannot be opened has none."""
+    """The files with Windows line ends, which bash and make cannot read; files that cannot be opened are left out."""
     found = []
     for path in paths:
         try:
@@ -90,12 +90,12 @@ def with_carriage_returns(paths: Iterable[Path]) -> list[Path]:
 
 
 def mend_line_ends(paths: Iterable[Path]) -> str:
-    """The command that gives files the line ends of Unix."""
+    """The shell command that converts the files to Unix line ends."""
     return f"sed -i 's/\\r$//' {shlex.join(map(str, paths))}"
 
 
 def disk_error(error: OSError, path: Path) -> UserError:
-    """A UserError that says what to do about an OSError at `path`."""
+    """A UserError for an OSError at `path`, with what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"{path}: no space left on the disk; free some or choose another output folder", code="disk.full"

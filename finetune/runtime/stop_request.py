@@ -1,6 +1,6 @@
-"""Requests to stop: signals, the preemption notice and the watchdog of the budget ask, from handlers and threads.
+"""Requests to stop, from signal handlers, the preemption notice and the budget watchdog.
 
-Asking changes nothing by itself: the training loop looks at the end of every step (training/save_policy.py).
+A request changes nothing by itself: the training loop checks for one at the end of every step (training/save_policy.py).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, Literal
 Reason = Literal["signal", "preemption", "budget"]
 
 NOTICE_SECONDS = 25.0
-"""From a notice to a committed checkpoint, of the 30 that Google gives a spot machine."""
+"""Time from a notice to a committed checkpoint, out of the 30 s that Google gives a spot machine."""
 SAVE_SECONDS = 10.0
-"""Of them, for saving and copying, until a save of this run has been timed."""
+"""The part of it for saving and copying, until a save of this run has been timed."""
 LEAST_SAVE_SECONDS = 3.0
 ONE_SIGNAL_SECONDS = 1.5
-"""SkyPilot and `timeout` both tell a job to end: two signals of one kind within this time are one."""
+"""SkyPilot and `timeout` both signal a job to end: two signals of one kind within this time count as one."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """at: monotonic seconds. within: seconds from then in which the checkpoint has to be committed; None: no hurry."""
+    """at: monotonic seconds. within: seconds from then until the checkpoint has to be committed; None: no deadline."""
 
     reason: Reason
     detail: str
@@ -43,7 +43,7 @@ class Stop:
         ] = []  # only ever appended to, which needs no lock (a handler could not wait for one)
         self.save_seconds = SAVE_SECONDS
         self.step_seconds = 0.0
-        """Of the longest of the last steps."""
+        """The longest of the last steps."""
         self._say, self._clock = say, clock
 
     def ask(self, reason: Reason, detail: str, within: float | None = None) -> None:
@@ -58,16 +58,16 @@ class Stop:
         return any(request.reason == reason for request in self.requests)
 
     def seconds_left(self) -> float | None:
-        """For the step in progress, so that a save still fits; None where nobody is in a hurry."""
+        """Seconds left for the current step so that a save still fits before the deadline; None without a deadline."""
         ends = [request.at + request.within for request in self.requests if request.within is not None]
         return min(ends) - self.save_seconds - self._clock() if ends else None
 
     def save_took(self, seconds: float) -> None:
-        """From the end of a step to its committed checkpoint; an older copy may still be running when it begins."""
+        """seconds: from the end of a step to its committed checkpoint, including the rest of an earlier copy."""
         self.save_seconds = min(max(2 * seconds, LEAST_SAVE_SECONDS), NOTICE_SECONDS)
 
     def time_to_save(self) -> float:
-        """Seconds that a stop at the end of the next step may take."""
+        """Seconds that a stop after the next step may take: the step and the save."""
         return self.step_seconds + self.save_seconds
 
     def waited(self) -> float | None:
@@ -76,9 +76,9 @@ class Stop:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask for a stop; a second one exits at once and leaves the last committed checkpoint as it is.
+    """SIGINT and SIGTERM request a stop; a second one exits at once and leaves the last committed checkpoint as it is.
 
-    Use as a context manager around training: it puts the earlier handlers back.
+    Use as a context manager around training: it restores the earlier handlers.
     """
 
     def __init__(self, stop: Stop, clock: Callable[[], float] = time.monotonic) -> None:

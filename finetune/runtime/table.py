@@ -1,4 +1,4 @@
-"""Rows of text under each other."""
+"""Aligned tables of text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], align: str = "l", *, rule: bool = False) -> list[str]:
-    """A line for each row, its cells two spaces apart and every column as wide as its longest cell.
+    """One line per row, with cells two spaces apart and every column as wide as its longest cell.
 
-    align: l (left) or r (right) for each column; the last letter goes on for the columns that are left. rule: a line of dashes
-    below the first row. Raises ValueError where rows differ in length.
+    align: l (left) or r (right) for each column; the last letter applies to all remaining columns. rule: a line of dashes
+    below the first row. Raises ValueError if rows differ in length.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = [(align[column] if column < len(align) else align[-1]) == "r" for column in range(len(widths))]

@@ -1,7 +1,7 @@
-"""`python -m finetune.runtime.torchrun`: torchrun, with exit codes that a managed job can go by.
+"""`python -m finetune.runtime.torchrun`: torchrun, with exit codes that a managed job can use.
 
-It takes torchrun's arguments. torchrun itself exits with 1 however a run ended, and gives it 30 seconds to save its work when it
-is told to stop. Here the code is that of `finetune train` (2 the user's mistake, 75 interrupted), and the time GRACE_SECONDS.
+It takes torchrun's arguments. torchrun itself exits with 1 however a run failed, and on a signal gives it 30 seconds to save.
+Here the exit code is that of `finetune train` (2 a user error, 75 interrupted), and the time is GRACE_SECONDS.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.distributed.run import parse_args, run
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR
 
 GRACE_SECONDS = 180
-"""For a checkpoint to be saved where the environment does not say; the default of finetune/job/settings.py, too."""
+"""Time to save a checkpoint if the environment does not set GRACE_SECONDS; also the default of finetune/job/settings.py."""
 SHARE = 0.9
-"""Of that time, so that the processes are gone before whoever waits for us gives up."""
+"""Share of that time for the processes, so that they have ended before whoever waits for us gives up."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start the processes, wait for them; returns the exit code of the run."""
-    logging.disable(logging.CRITICAL)  # the processes have told what there is to tell
+    """Start the processes and wait for them; returns the exit code of the run."""
+    logging.disable(logging.CRITICAL)  # the processes have reported their errors themselves
     grace = int(SHARE * float(os.environ.get("GRACE_SECONDS") or GRACE_SECONDS))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(grace))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a page of warning
@@ -39,13 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def exit_code(codes: Iterable[int]) -> int:
-    """The code of a run from those of its failed processes, of which torchrun ends by signal (-15) all but the first."""
+    """The exit code of a run from those of its failed processes; torchrun kills all but the first by signal (-15)."""
     all_codes = list(codes)
     found = [code for code in all_codes if code > 0]
     for code in (EXIT_USER_ERROR, EXIT_TRANSIENT):
         if code in found:
             return code
-    return found[0] if found else 128 - all_codes[0]  # as a shell tells of a signal
+    return found[0] if found else 128 - all_codes[0]  # a shell's code for a signal
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""JSON objects with a type: a plain dataclass for each object, its fields named like the keys.
+"""Typed JSON objects: one plain dataclass per object, with fields named like the keys.
 
-vars() of an instance is the object as it stands in the file: keys that no field is named after are kept as they are, and a key
-that is absent there is absent here. A field that was never set reads as its default, so that has to be one that cannot change.
+vars() of an instance equals the object in the file: keys without a field are kept, and a key that is absent in the file is absent
+here. A field that was never set reads as its default, which therefore has to be immutable.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or
 
 
 class Mismatch(ValueError):
-    """A value is not as its type says. The message begins with the dotted key."""
+    """A value does not match its type. The message begins with the dotted key."""
 
 
 def decode(kind: type[Kind], value: Mapping[str, object]) -> Kind:
-    """The JSON object as an instance of the dataclass `kind`. Raises Mismatch."""
+    """Convert a JSON object to an instance of the dataclass `kind`. Raises Mismatch."""
     return _object(kind, value, "")
 
 
@@ -31,7 +31,7 @@ def update(record: object, values: Mapping[str, object]) -> None:
 
 
 def encode(value: object) -> Any:
-    """What `json.dump` takes: the inverse of `decode`."""
+    """Convert to what `json.dump` takes: the inverse of `decode`."""
     if is_dataclass(value):
         value = vars(value)
     if isinstance(value, Mapping):
@@ -69,7 +69,7 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
 
 
 def _has_shape(kind: Any, value: object) -> bool:
-    """Whether it is at least of the kind: what stands in an object is another question."""
+    """Whether the value has the JSON type of `kind`; the fields of an object are not checked."""
     if get_origin(kind) is Sequence:
         return isinstance(value, list) and all(_has_shape(get_args(kind)[0], item) for item in value)
     if is_dataclass(kind) or get_origin(kind) is Mapping:

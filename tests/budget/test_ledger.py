@@ -1,4 +1,4 @@
-"""The ledger: what it counts, and what it makes of files that a killed machine, a bucket or a stranger left."""
+"""The ledger: what it counts, and how it handles files left by a killed machine, a bucket or another program."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.budget.ledger import KEPT_HEARTBEAT_SECONDS, METERED, AttemptLog, Ledger
+from finetune.budget.ledger import HEARTBEAT_RETENTION_SECONDS, METERED, AttemptLog, Ledger
 from finetune.machine.price import MachinePrice
 from tests.helpers.errors import raises
 
@@ -86,10 +86,16 @@ def test_the_first_line_of_a_file_is_what_earlier_versions_read_and_wrote(tmp_pa
     assert at and len(token) == 16
 
 
-def test_an_attempt_is_told_before_it_begins_and_leaves_no_file(tmp_path: Path) -> None:
+def test_an_attempt_can_be_read_before_it_begins_and_leaves_no_file(tmp_path: Path) -> None:
     log = Ledger(tmp_path / "ledger").new_attempt(2, machine=MACHINE, price=MachinePrice(3.6, "b"), resumed_step=8)
-    told = log.told()
-    assert (told.number, told.zone, told.usd, told.resumed_step, told.began_at) == (2, "us-central1-a", 0.0, 8, None)
+    attempt = log.attempt()
+    assert (attempt.number, attempt.zone, attempt.usd, attempt.resumed_step, attempt.began_at) == (
+        2,
+        "us-central1-a",
+        0.0,
+        8,
+        None,
+    )
     assert not (tmp_path / "ledger").exists()
 
 
@@ -109,8 +115,8 @@ def test_the_file_of_a_long_run_stays_small(tmp_path: Path) -> None:
     for seconds in heartbeats:
         log.heartbeat(seconds, int(seconds))
     kept = [line[METERED] for line in lines(log.path) if line["event"] == "heartbeat"]
-    assert len(kept) <= 6 * 3600 / KEPT_HEARTBEAT_SECONDS + 2
-    assert max(b - a for a, b in pairwise(kept)) <= KEPT_HEARTBEAT_SECONDS
+    assert len(kept) <= 6 * 3600 / HEARTBEAT_RETENTION_SECONDS + 2
+    assert max(b - a for a, b in pairwise(kept)) <= HEARTBEAT_RETENTION_SECONDS
     assert Ledger(tmp_path).account().attempts[0].seconds == heartbeats[-1]
 
 
@@ -143,7 +149,7 @@ def test_a_torn_last_line_is_dropped_and_reported(tmp_path: Path) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_no_damage_is_more_than_a_problem(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_corrupt_file_is_only_reported(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whatever bytes replace a part of a file: its account can be read, and the other attempts count."""
     folder = tmp_path_factory.mktemp("ledger")
     ledger = Ledger(folder)
@@ -176,7 +182,7 @@ def test_a_file_of_garbage_is_reported_and_keeps_its_number(text: str, tmp_path:
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-5", '"7"', "true", "null", "[1]"])
-def test_numbers_that_are_none_do_not_count(value: str, tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_do_not_count(value: str, tmp_path: Path) -> None:
     log = begin(Ledger(tmp_path))
     log.heartbeat(3600.0, 1)
     with log.path.open("a") as file:
@@ -196,7 +202,7 @@ def test_an_attempt_without_its_first_line_has_hours_but_no_price(tmp_path: Path
     assert account.hours == 1 and account.usd is None and "first line is missing" in account.problems[0]
 
 
-def test_leftovers_and_strange_files_are_no_attempts(tmp_path: Path) -> None:
+def test_temporary_and_unknown_files_are_not_attempts(tmp_path: Path) -> None:
     begin(Ledger(tmp_path)).heartbeat(3600.0, 1)
     for name in (".attempt-002.jsonl.abc.tmp", "attempt-002.jsonl.bak", "notes.txt", "attempt-x.jsonl"):
         (tmp_path / name).write_text("{}\n")
@@ -230,7 +236,8 @@ def test_a_number_that_is_taken_is_not_written_over(tmp_path: Path) -> None:
 
 
 def test_two_machines_that_take_a_number_at_once_both_count(tmp_path: Path) -> None:
-    """On a bucket neither sees the other's file in time; the later one wins it, and the first moves on at its next line."""
+    """On a bucket neither sees the other's file in time; the later one keeps the number, and the first takes another one at its
+    next line."""
     first = begin(Ledger(tmp_path))
     first.heartbeat(1800.0, 1)
     first.path.unlink()
@@ -241,7 +248,7 @@ def test_two_machines_that_take_a_number_at_once_both_count(tmp_path: Path) -> N
     assert [(a.number, a.hours, a.step) for a in Ledger(tmp_path).account().attempts] == [(1, 2, 9), (2, 1, 2)]
 
 
-def test_a_file_damaged_under_the_run_is_whole_again_after_the_next_line(tmp_path: Path) -> None:
+def test_a_file_corrupted_during_the_run_is_whole_again_after_the_next_line(tmp_path: Path) -> None:
     log = begin(Ledger(tmp_path))
     log.heartbeat(1800.0, 1)
     log.path.write_text("garbage")
@@ -249,7 +256,7 @@ def test_a_file_damaged_under_the_run_is_whole_again_after_the_next_line(tmp_pat
     assert Ledger(tmp_path).account().usd == 3.6 and log.number == 1
 
 
-def test_a_fault_of_the_folder_is_a_user_error_and_the_next_line_brings_what_is_missing(tmp_path: Path) -> None:
+def test_a_fault_of_the_folder_is_a_user_error_and_the_next_line_adds_what_is_missing(tmp_path: Path) -> None:
     folder = tmp_path / "ledger"
     log = begin(Ledger(folder))
     away = folder.rename(tmp_path / "away")
@@ -293,7 +300,7 @@ def test_a_slow_write_does_not_undo_a_later_one(tmp_path: Path, monkeypatch: pyt
     rename, slow, waits = os.replace, threading.Event(), threading.Event()
 
     class TellingLock:
-        """Tells when somebody has to wait for it."""
+        """Signals when a thread has to wait for it."""
 
         lock = threading.Lock()
 

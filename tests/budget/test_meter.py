@@ -1,4 +1,4 @@
-"""The meter: what is spent, what the ceilings leave, and what is kept free before them."""
+"""The meter: the cost so far, what is left of the ceilings, and the restart reserve."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def run(tmp_path: Path) -> BudgetRun:
     return BudgetRun(tmp_path)
 
 
-def test_spent_counts_every_attempt_with_the_time_since_the_last_beat(run: BudgetRun) -> None:
+def test_usage_counts_every_attempt_with_the_time_since_the_last_heartbeat(run: BudgetRun) -> None:
     run.past_attempt(3600.0, usd=1.8)
     run.clock.seconds = 1800.0
     meter = run.meter(usd=3.6, dollars=25.0, hours=24.0)
-    spent = meter.spent()
+    spent = meter.usage()
     assert (spent.usd, spent.hours) == (pytest.approx(3.6), 1.5)
     assert spent.seconds_left == pytest.approx((25 - 3.6) / 3.6 * 3600)
     assert spent.text == (
         "$3.60 of $25.00 (measured hours x $3.6/h, catalog of 2026-11-20), 1.50 of 24 h (measured), 5.9 h left"
     )
     run.clock.seconds += 1000.0
-    assert meter.spent().usd == pytest.approx(4.6)
+    assert meter.usage().usd == pytest.approx(4.6)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_spent_counts_every_attempt_with_the_time_since_the_last_beat(run: Budge
 )  # fmt: skip
 def test_what_is_left(run: BudgetRun, usd: Any, dollars: Any, hours: Any, text: str, left: Any) -> None:
     run.clock.seconds = 1800.0
-    spent = run.meter(usd, dollars, hours).spent()
+    spent = run.meter(usd, dollars, hours).usage()
     assert spent.text == text and spent.seconds_left == (None if left is None else pytest.approx(left))
 
 
@@ -59,33 +59,33 @@ def test_a_run_with_less_left_than_a_save_interval_costs_must_not_begin(run: Bud
     assert run.meter().check_start(1e9) is None
 
 
-def test_a_machine_that_may_be_taken_away_must_be_able_to_pay_for_the_longest_start(run: BudgetRun) -> None:
+def test_a_machine_that_may_be_preempted_must_be_able_to_pay_for_the_longest_start(run: BudgetRun) -> None:
     run.past_attempt(300.0)
     run.clock.seconds = 120.0
-    meter = run.meter(dollars=2.0, restart_usd=0.5)  # 2000 s, 420 of them are spent
+    meter = run.meter(dollars=2.0, restart_usd=0.5)  # 2000 s, 420 of them are used
     assert meter.check_start(1280.0) is None
     reason = meter.check_start(1281.0)
-    what = "less than the 21.4 min between two checkpoints and the 5.0 min kept for a start after a preemption"
+    what = "less than the 21.4 min between two checkpoints and the 5.0 min reserved for a restart after a preemption"
     assert reason and what in reason
 
 
-def test_the_time_that_a_machine_stood_idle_before_is_no_start(run: BudgetRun) -> None:
+def test_idle_time_before_a_start_is_not_in_the_restart_reserve(run: BudgetRun) -> None:
     run.clock.seconds = 7200.0
     meter = run.meter(hours=3.0, restart_usd=9.0)
     assert meter.check_start(2700.0) is None
     reason = meter.check_start(2701.0)
-    assert reason and "the 15.0 min kept for a start" in reason
+    assert reason and "the 15.0 min reserved for a restart" in reason
 
 
-def test_a_start_on_a_dearer_machine_is_kept_free_in_dollars(run: BudgetRun) -> None:
+def test_a_restart_on_a_dearer_machine_is_reserved_in_dollars(run: BudgetRun) -> None:
     run.clock.seconds = 100.0
     meter = run.meter(dollars=1.0, hours=1.0, restart_usd=18.0)  # 900 s are left, 500 of them for 100 s at $18/h
     assert meter.check_start(400.0) is None
     reason = meter.check_start(401.0)
-    assert reason and "the 8.3 min kept for a start" in reason and "raise budget.max_run_usd" in reason
+    assert reason and "the 8.3 min reserved for a restart" in reason and "raise budget.max_run_usd" in reason
 
 
-def test_the_projection_goes_by_the_pace_of_this_attempt(run: BudgetRun) -> None:
+def test_the_projection_uses_the_pace_of_this_attempt(run: BudgetRun) -> None:
     run.past_attempt(1000.0, usd=3.6)  # $1
     run.clock.seconds = 2000.0
     meter = run.meter(usd=3.6)  # $2 so far
@@ -103,15 +103,15 @@ def test_a_ledger_that_cannot_be_listed_refuses_the_run(run: BudgetRun) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 5000), st.floats(0.1, 10), st.booleans()), min_size=1, max_size=8))
-def test_spent_is_the_sum_of_the_attempts(
+def test_usage_is_the_sum_of_the_attempts(
     tmp_path_factory: pytest.TempPathFactory, attempts: list[tuple[float, float, bool]]
 ) -> None:
-    """Killed or ended, each counts up to when it was last heard of, at its own price."""
+    """Killed or ended, each counts up to its last recorded second, at its own price."""
     run, usd = BudgetRun(tmp_path_factory.mktemp("run")), 0.0
     for seconds, price, killed in attempts:
         run.clock.seconds = 0.0
         meter = run.meter(usd=price)
-        assert (meter.spent().usd or 0.0) == pytest.approx(usd, abs=1e-4)  # milliseconds are the ledger's smallest
+        assert (meter.usage().usd or 0.0) == pytest.approx(usd, abs=1e-4)  # milliseconds are the ledger's smallest
         log = run.log(meter)
         log.begin(meter.time.take())
         run.clock.seconds = seconds

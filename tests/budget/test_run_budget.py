@@ -1,4 +1,4 @@
-"""The budget that training holds: kept on rank 0, and nothing on the others."""
+"""The run budget: kept on rank 0, a no-op on the other ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def follows(budget: RunBudget, done: int, planned: int, seconds: float) -> None:
     budget.follow(lambda: (done, planned), lambda: seconds)
 
 
-def test_the_first_rank_tells_what_the_run_has_cost_and_will_cost(tmp_path: Path, clock: FakeClock) -> None:
+def test_the_first_rank_reports_what_the_run_has_cost_and_will_cost(tmp_path: Path, clock: FakeClock) -> None:
     first = Ledger(tmp_path / "ledger").new_attempt(1, machine={}, price=MachinePrice(1.8, "b"), resumed_step=None)
     first.begin(1000.0)
     first.end(1000.0, "preempted", 10)
@@ -79,9 +79,7 @@ def test_an_attempt_that_may_not_begin_is_booked_once(tmp_path: Path, clock: Fak
     assert (row["attempt"], row["started_at"]) == (1, attempt.began_at)
 
 
-def test_on_other_ranks_nothing_is_known_and_nothing_happens(
-    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_other_ranks_nothing_happens(tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     def asks(*_: object, **__: Any) -> Any:
         raise AssertionError("rank 0 alone asks")
 

@@ -1,6 +1,6 @@
-"""The watchdog: ceilings that hold whatever the run, the disk, the clock and the hooks do, and a ledger that is up to date.
+"""The watchdog enforces the ceilings whatever the run, the disk, the clock and the hooks do, and keeps the ledger up to date.
 
-Its threads are real, the seconds are a FakeClock's. test_watchdog_stops.py has the processes that really hang.
+Its threads are real, the seconds are a FakeClock's. test_watchdog_stops.py has processes that really hang.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def test_a_run_is_asked_in_time_and_ended_before_the_ceiling(run: BudgetRun) -> 
     assert run.ledger.account().attempts[0].reason == "budget_stop"
 
 
-def test_a_machine_that_may_be_taken_away_keeps_the_longest_start_free(run: BudgetRun) -> None:
+def test_a_machine_that_may_be_preempted_keeps_a_restart_reserve(run: BudgetRun) -> None:
     run.past_attempt(300.0)
     run.clock.seconds = 120.0
     run.watch(run.meter(dollars=2.0, restart_usd=0.5), time_to_save=lambda: 30.0)  # 1700 s are left to this attempt
     run.clock.advance(1700 - 300 - 30 - 120 - 1)
     assert not run.asked
     run.clock.advance(2.0)
-    assert run.asked[0].endswith("5.5 min left; 5.0 min are kept for a start after a preemption")
+    assert run.asked[0].endswith("5.5 min left; 5.0 min are reserved for a restart after a preemption")
     run.clock.advance(300.0)
     assert not run.ended
     run.clock.advance(30.0)
@@ -119,13 +119,13 @@ def test_hooks_that_fail_do_not_end_the_watch(run: BudgetRun) -> None:
 
     run.clock.seconds = 3585.0
     run.watch(run.meter(hours=1.0), time_to_save=fails, ask_stop=fails, hard_stop=fails_once)
-    assert any("the watch over the budget goes on after: RuntimeError" in text for text in run.said)
+    assert any("the budget watchdog continues after an error: RuntimeError" in text for text in run.said)
     run.clock.advance(12.0)
     assert len(calls) == 2
-    assert sum("time to save" in text for text in run.said) == 1
+    assert sum("time for a save" in text for text in run.said) == 1
 
 
-def test_a_ledger_that_cannot_be_written_is_said_once_and_caught_up(run: BudgetRun) -> None:
+def test_a_ledger_that_cannot_be_written_is_reported_once_and_caught_up(run: BudgetRun) -> None:
     watchdog = run.watch(run.meter())
     away = run.ledger.folder.rename(run.ledger.folder.with_name("away"))
     run.clock.advance(100.0)
@@ -135,12 +135,12 @@ def test_a_ledger_that_cannot_be_written_is_said_once_and_caught_up(run: BudgetR
     away.rename(run.ledger.folder)
     run.clock.advance(30.0)
     assert run.seconds() == [220.0]  # a heartbeat every 30 s since the note at 100 s
-    assert run.said[1:] == ["the ledger is written again"]
+    assert run.said[1:] == ["the ledger is up to date again"]
     assert '"event": "saved"' in (run.ledger.folder / "attempt-001.jsonl").read_text()
     gone = run.ledger.folder.rename(run.ledger.folder.with_name("gone"))
     watchdog.close("done")
     assert gone.is_dir() and not run.ledger.folder.exists()
-    assert run.said[-1].endswith("nor what it cost since its last line there")
+    assert run.said[-1].endswith("its cost since the last line is missing")
 
 
 def test_an_attempt_that_never_began_has_no_end(run: BudgetRun) -> None:
@@ -154,7 +154,7 @@ def test_an_attempt_that_never_began_has_no_end(run: BudgetRun) -> None:
     assert not run.said and run.ledger.folder.is_file()
 
 
-def test_the_ceiling_holds_while_the_store_does_not_answer(run: BudgetRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ceiling_holds_while_the_store_does_not_respond(run: BudgetRun, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = run.clock.event()
     watchdog = run.watch(run.meter(hours=1.0))
     monkeypatch.setattr(watchdog, "_record", answers.wait)  # as a bucket hangs in a write
@@ -167,8 +167,8 @@ def test_the_ceiling_holds_while_the_store_does_not_answer(run: BudgetRun, monke
     answers.set()
 
 
-def test_the_clock_on_the_wall_may_jump(run: BudgetRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The age is that of this process here."""
+def test_the_wall_clock_may_jump(run: BudgetRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meter reads the real age of this process here."""
     own = MachineTime(provisioned=False)
     before = own.seconds()
     ceilings = Ceilings(run_usd=before + 1000)
@@ -182,7 +182,7 @@ def test_the_clock_on_the_wall_may_jump(run: BudgetRun, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "31", "nan", "often"])
-def test_a_heartbeat_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_heartbeat_interval_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HEARTBEAT_VARIABLE, text)
     with raises("budget.bad_heartbeat", match=HEARTBEAT_VARIABLE):
         heartbeat_seconds()

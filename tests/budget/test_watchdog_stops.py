@@ -1,5 +1,5 @@
-"""Runs that hang, each a process of its own, in real time: the watchdog ends them before their ceiling or at it, whatever they
-hang in."""
+"""Hanging runs, each a process of its own, in real time: the watchdog ends them before or at their ceiling, wherever they
+hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.budget.watchdog import HEARTBEAT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 HEARTBEAT, CEILING = 0.5, 8.0
-WAYS = ("sleeps", "spins", "holds the lock", "hook hangs", "ends")
+HANGS = ("sleeps", "spins", "holds the lock", "hook hangs", "ends")
 
 PROGRAM = """
 import ctypes, os, sys, threading, time
@@ -60,7 +60,7 @@ elif how == "ends":
 
 @dataclass(frozen=True)
 class Ended:
-    """seconds: that the process really ran."""
+    """seconds: how long the process really ran."""
 
     code: int
     seconds: float
@@ -71,8 +71,8 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """One process for each of WAYS, all at once; each has CEILING dollars and pays one a second from its start."""
-    folders = {how: tmp_path_factory.mktemp("run") for how in WAYS}
+    """One process for each of HANGS, all at once; each has CEILING dollars and costs one a second from its start."""
+    folders = {how: tmp_path_factory.mktemp("run") for how in HANGS}
     environment = os.environ | {HEARTBEAT_VARIABLE: str(HEARTBEAT)}
     began, running = {}, {}
     for how, folder in folders.items():
@@ -82,7 +82,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
             stdout=(folder / "out").open("w"), stderr=(folder / "err").open("w"), cwd=ROOT, env=environment,
         )  # fmt: skip
     took: dict[str, float] = {}
-    while len(took) < len(WAYS):
+    while len(took) < len(HANGS):
         for how, process in running.items():
             if how not in took and process.poll() is not None:
                 took[how] = time.monotonic() - began[how]
@@ -114,7 +114,7 @@ def test_a_hanging_step_is_ended_before_the_ceiling(how: str, ended: dict[str, E
 def test_where_no_python_runs_the_last_resort_ends_it_at_the_ceiling(how: str, ended: dict[str, Ended]) -> None:
     run = ended[how]
     assert run.code == 1 and "Timeout" in run.err and '"<string>", line' in run.err  # where every thread hangs
-    assert CEILING - 0.5 < run.seconds < CEILING + HEARTBEAT + 1  # a second for the start on a busy machine
+    assert CEILING - 0.5 < run.seconds < CEILING + HEARTBEAT + 1  # one second for process start on a busy machine
     assert "hard stop" in run.out if how == "hook hangs" else "hard stop" not in run.out
     assert run.attempt.seconds > 0.4
 

@@ -183,7 +183,7 @@ def check_budget_stop(run: Run, budget: float, folder: Path) -> None:
     assert reconciliation.bill_usd - reconciliation.tail_usd < budget + heartbeat
     newest, passed_over = newest_checkpoint(folder / "stopped" / "poor")
     assert newest and newest.name == f"step-{run.record()['steps']['done']}" and not passed_over
-    assert run.record()["stop"]["reason"] == "budget" and "kept for a start" in run.record()["stop"]["detail"]
+    assert run.record()["stop"]["reason"] == "budget" and "reserved for a restart" in run.record()["stop"]["detail"]
     machines = len(environment.cloud.bill.stretches)
     time.sleep(NOTHING_SECONDS)
     assert len(environment.cloud.bill.stretches) == machines and not environment.cloud.machines(), (

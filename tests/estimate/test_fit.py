@@ -1,4 +1,4 @@
-"""What a run chooses on a GPU: it fits, nothing larger does, and memory goes to what gains most first."""
+"""What a run chooses on a GPU: it fits, nothing larger does, and memory is used first where it gains most."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_mistral_keeps_all_its_layers_on_every_gpu(
     assert dequantized[0] <= limits.dequantized_layers <= dequantized[1]
 
 
-def test_longer_texts_are_computed_again_in_as_many_layers_as_they_must() -> None:
+def test_longer_texts_are_recomputed_in_as_many_layers_as_necessary() -> None:
     kept = [autotune(MISTRAL, FLOAT16, 14.5, longest=longest, usual_step=8000).uncheckpointed_layers
             for longest in (2048, 3000, 4000, 6000, 8000)]  # fmt: skip
     assert kept[0] == 32 and kept == sorted(kept, reverse=True) and len(set(kept)) == 5
@@ -111,7 +111,7 @@ def test_a_micro_batch_grows_as_far_as_it_gains() -> None:
         assert autotune(MISTRAL, BFLOAT16, 140, longest=2048, usual_step=usual).tokens == tokens
 
 
-def test_weights_that_are_not_packed_need_no_place_unpacked() -> None:
+def test_unquantised_weights_need_no_dequantized_weight_cache() -> None:
     load = replace(BFLOAT16, four_bit=False)
     limits = autotune(MISTRAL, load, 79.1, longest=2048, usual_step=8000)
     assert limits == MicroBatchConfig(8000, 32, 0)
@@ -123,7 +123,7 @@ def test_an_older_gpu_holds_fewer_tokens() -> None:
     assert autotune(MISTRAL, FLOAT16, 14.5, longest=2048, usual_step=8000) == older
 
 
-def test_it_is_the_longest_of_its_own_texts_that_counts() -> None:
+def test_the_longest_of_its_own_texts_counts() -> None:
     short, long = (autotune(MISTRAL, FLOAT16, 14.5, longest=n, usual_step=8000) for n in (500, 2048))
     assert size(short) > size(long)
     assert autotune(MISTRAL, replace(FLOAT16, tokens=500), 14.5, longest=2048, usual_step=8000) == long
@@ -202,7 +202,7 @@ def test_more_memory_never_means_slower(memory_gib: float, more: float, longest:
     assert seconds(memory_gib + more) <= smaller * ALIKE
 
 
-def test_a_gpu_that_waits_for_its_host_takes_few_large_micro_batches_a_slow_one_many_small_ones() -> None:
+def test_a_host_bound_gpu_takes_few_large_micro_batches_and_a_slow_one_many_small_ones() -> None:
     """Measured on an H100 held to 10 GiB: 6,965 tokens/s in pieces of 1,651 tokens with 30 layers kept, 10,793 in one piece with
     all layers computed again."""
     fast, slow = (
@@ -235,14 +235,14 @@ def test_explicit_numbers_reach_the_choice() -> None:
     assert many_texts.limits and many_texts.limits != on("T4")  # up to 64 texts in a micro-batch
 
 
-def test_what_does_not_fit_says_what_the_least_would_need() -> None:
+def test_the_error_says_what_the_smallest_micro_batch_needs() -> None:
     big = config("per_device_train_batch_size=16", "gradient_checkpointing=false")
     found = fit_on(big, MISTRAL, GPUS["T4"], usual_step=8000.0)
     assert not found.fits and found.limits == MicroBatchConfig(16 * 2048, 32)
     assert found.needed_gib == pytest.approx(needs(MicroBatchConfig(16 * 2048, 32), FLOAT16) + MARGIN * 14.5)
 
 
-def test_the_hf_way_pads_rows_as_before() -> None:
+def test_the_hf_backend_pads_rows_as_before() -> None:
     found = fit_on(config("kernels=hf", "per_device_train_batch_size=4"), MISTRAL, GPUS["L4"], usual_step=8000.0)
     assert found.limits is None and found.checkpointing and found.micro_batch_size == 4
     assert found.needed_gib == estimate(MISTRAL, Workload(4, 2048)).reserved / GIB + CONTEXT_GIB
@@ -255,7 +255,7 @@ def test_the_hf_way_pads_rows_as_before() -> None:
     assert (off.micro_batch_size, off.fits) == (1, False)
 
 
-def test_a_usual_step_is_larger_than_the_mean_the_more_the_fewer_its_questions() -> None:
+def test_a_usual_step_exceeds_the_mean_by_more_the_fewer_its_examples() -> None:
     shares = [usual_step_tokens(n, 311) / (n * 311) for n in (1, 4, 16, 64)]
     assert shares == sorted(shares, reverse=True)
     assert usual_step_tokens(16, 311) == pytest.approx(16 * 311 * 1.4, rel=0.01)

@@ -1,4 +1,4 @@
-"""The memory estimate's byte counts against what autograd really keeps, and holds at its peak, on this machine's CPU."""
+"""The memory estimate's byte counts against what autograd really saves, and allocates at its peak, on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
 TINY = ModelShape("tiny", 64, 2, 8, 2, 16, 160, 128)
-"""heads x head_dim is not hidden, so that the two cannot be mixed up unseen."""
+"""heads x head_dim differs from hidden, so that mixing up the two fails a test."""
 SLIM = ModelShape("slim", 128, 4, 8, 2, 16, 448, 128)
 NARROW = replace(SLIM, intermediate=344)
 """MLPs as wide, for their hidden size, as Mistral's and Llama-2's."""

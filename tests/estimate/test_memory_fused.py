@@ -131,7 +131,7 @@ def test_copies_of_the_adapters_are_blocks_on_a_diagonal() -> None:
     assert some == 2 * 32 * (16 * (4096 + 6144) + 16 * (4096 + 28_672))
 
 
-def test_dequantized_weights_cost_two_bytes_a_parameter_and_nothing_where_nothing_is_packed() -> None:
+def test_dequantized_weights_cost_two_bytes_a_parameter_and_nothing_if_unquantised() -> None:
     all_layers = FusedLoad(Workload(1, 1), 1, 0, 32)
     assert cache_bytes(MISTRAL, all_layers) == 2 * 6_979_321_856
     assert cache_bytes(MISTRAL, replace(all_layers, load=Workload(1, 1, four_bit=False))) == 0
@@ -145,7 +145,7 @@ def test_the_buffer_of_the_first_group_stays_behind_in_the_reserve() -> None:
     assert packed - cached == 2 * 6144 * 4096
 
 
-def test_a_layer_that_is_computed_again_comes_and_goes() -> None:
+def test_a_recomputed_layer_is_transient() -> None:
     none, two, most, all_layers = (
         fused_estimate(MISTRAL, FusedLoad(Workload(1, 1), 4000, n)).reserve for n in (0, 2, 31, 32)
     )
@@ -158,7 +158,7 @@ def test_adapters_and_gradients_are_always_there() -> None:
     assert needed.adapters == 4 * 41_943_040 + copies_bytes(MISTRAL, Workload(1, 1))
 
 
-def test_float16_means_an_older_gpu_unless_it_is_said_which() -> None:
+def test_float16_means_an_older_gpu_unless_given() -> None:
     fused = FusedLoad(Workload(1, 2048, dtype="float16"), 4000, 0)
     assert fused_estimate(MISTRAL, fused) == fused_estimate(MISTRAL, replace(fused, ampere=False))
     newer = fused_estimate(MISTRAL, replace(fused, ampere=True))
@@ -223,7 +223,7 @@ def test_the_parts_add_up(drawn: tuple[ModelShape, FusedLoad]) -> None:
     st.integers(1, 4096),
 )
 def test_more_never_needs_less(drawn: tuple[ModelShape, FusedLoad], field: str, more: int) -> None:
-    """What finetune/estimate/fit.py searches by halves relies on it."""
+    """The bisection in finetune/estimate/fit.py relies on it."""
     shape, fused = drawn
     most = {"uncheckpointed_layers": shape.layers, "dequantized_layers": shape.layers, "labelled": 1.0}
     larger = replace(fused, **{field: min(getattr(fused, field) + more, most.get(field, 10**6))})

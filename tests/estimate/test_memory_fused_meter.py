@@ -1,7 +1,7 @@
-"""The fused estimate's byte counts against a meter: finetune/models/fused/layer.py runs on this machine's CPU, and every
-tensor is counted.
+"""The fused estimate's byte counts against a run of finetune/models/fused/layer.py on this machine's CPU that counts every
+tensor.
 
-Kernels that a CPU has not are stood in for by functions that allocate what the kernel's source allocates and compute nothing.
+Kernels that a CPU does not have are replaced by functions that allocate what the kernel's source allocates and compute nothing.
 """
 
 from __future__ import annotations
@@ -137,14 +137,14 @@ def measured(shape: ModelShape, fused: FusedLoad, labelled: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("kept", [0, 1, 4])
+@pytest.mark.parametrize("uncheckpointed", [0, 1, 4])
 @pytest.mark.parametrize(("ampere", "dropout"), [(True, 0.05), (False, 0.05), (False, 0.0)])
 @pytest.mark.parametrize("modules", [LOAD.lora_modules, ("q_proj", "v_proj")], ids=len)
 @pytest.mark.parametrize(
     ("shape", "labelled"), [(SLIM, 20), (SLIM, 45), (WIDE_HEAD, 45), (BROAD, 20), (GROUPED, 20)], ids=str
 )
-def test_the_peak_is_what_really_is_alive(
-    shape: ModelShape, labelled: int, modules: tuple[str, ...], dropout: float, ampere: bool, kept: int,
+def test_the_peak_is_what_is_really_allocated(
+    shape: ModelShape, labelled: int, modules: tuple[str, ...], dropout: float, ampere: bool, uncheckpointed: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("finetune.models.fused.attention.forward", kernel_forward)
@@ -156,7 +156,12 @@ def test_the_peak_is_what_really_is_alive(
     )
     load = replace(LOAD, lora_modules=modules, lora_dropout=dropout)
     fused = FusedLoad(
-        load, sum(LENGTHS), kept, ampere=ampere, texts=len(LENGTHS), labelled=labelled * len(LENGTHS) / sum(LENGTHS)
+        load,
+        sum(LENGTHS),
+        uncheckpointed,
+        ampere=ampere,
+        texts=len(LENGTHS),
+        labelled=labelled * len(LENGTHS) / sum(LENGTHS),
     )
     needed = fused_estimate(shape, fused)
     found = measured(shape, fused, labelled)

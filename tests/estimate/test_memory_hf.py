@@ -141,7 +141,7 @@ FREE = replace(BENCHMARKED, micro_batch_size=1, tokens=7044)
         ("6/benchD", "e_pf16_vl_nogc", replace(FREE, checkpointing=False)),
     ],
 )
-def test_the_peak_of_benchmarks_that_nothing_was_fitted_to(
+def test_the_peak_of_benchmarks_that_were_not_used_for_fitting(
     run: str, name: str, load: Workload, runs: dict[str, Any]
 ) -> None:
     row = next(row for row in runs[run]["rows"] if row["name"] == name)
@@ -228,8 +228,8 @@ def test_more_work_never_needs_less(shape: ModelShape, load: Workload, field: st
 
 @given(shapes(), LOADS)
 def test_checkpointing_never_needs_more(shape: ModelShape, load: Workload) -> None:
-    """With accumulation. Without it a first layer that is computed again meets all the gradients, which may decide where there
-    are few tokens, few layers and many adapters."""
+    """With accumulation. Without it all gradients exist when the first layer is recomputed, which may be the peak with few
+    tokens, few layers and many adapters."""
     load = replace(load, accumulating=True)
     with_it, without = (estimate(shape, replace(load, checkpointing=on)) for on in (True, False))
     assert with_it.peak <= without.peak
@@ -311,7 +311,7 @@ def test_every_setting_of_a_config_reaches_the_workload() -> None:
     )  # fmt: skip
 
 
-def test_what_cannot_be_estimated_is_said() -> None:
+def test_what_cannot_be_estimated_is_refused() -> None:
     with raises("lora.unknown_modules"):
         estimate(MISTRAL, Workload(1, 1, lora_modules=("q_proj", "lm_head")))
     with raises("model.bad_dtype", match=r"model\.torch_dtype: expected one of .*, found auto"):

@@ -27,7 +27,7 @@ def config(*overrides: str) -> RunConfig:
 
 
 def blocks(text: str) -> list[list[list[str]]]:
-    """Blocks of rows of cells; cells are two or more blanks apart."""
+    """Blocks of rows of cells; cells are two or more spaces apart."""
     return [
         [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in block.splitlines()]
         for block in text.split("\n\n")
@@ -69,7 +69,7 @@ def test_the_fused_parts_are_those_of_the_choice_and_add_up() -> None:
         assert printed[9] == round(needed.reserved / GIB + CONTEXT_GIB, 2) == pytest.approx(sum(printed[:9]), abs=0.05)
 
 
-def test_explicit_numbers_are_obeyed_and_said_not_to_fit() -> None:
+def test_explicit_numbers_are_used_even_if_they_do_not_fit() -> None:
     big = config("training.per_device_train_batch_size=16", "training.gradient_checkpointing=false")
     _, choices, _, _ = blocks(memory_table(big, ["T4", "A100"]))
     for row in choices[1:]:
@@ -146,7 +146,7 @@ def test_the_hf_table_says_what_is_estimated_and_against_what() -> None:
 
 
 @pytest.mark.parametrize("changes", [(), HF])
-def test_columns_stand_under_each_other(changes: tuple[str, ...]) -> None:
+def test_columns_are_aligned(changes: tuple[str, ...]) -> None:
     text = memory_table(config(*changes), list(GPUS))
     for block in text.split("\n\n")[1:3]:
         lines = [line for line in block.splitlines() if not line.startswith(("compute dtype", "rows x tokens"))]
@@ -186,7 +186,7 @@ def test_a_model_folder_needs_only_its_config(tmp_path: Path) -> None:
     assert known[1:] == read[1:]
 
 
-def test_what_is_unknown_is_said_with_what_to_do(tmp_path: Path) -> None:
+def test_unknown_names_are_refused_with_a_remedy(tmp_path: Path) -> None:
     with raises(
         "model.unknown_shape",
         match=r"model\.name: the shape of some/model is not known.*config\.json.*name that folder",

@@ -1,4 +1,4 @@
-"""The speed estimate put back on the H100 it was taken from, and what must hold wherever nothing was measured."""
+"""The speed estimate against the H100 that it was fitted to, and properties that must hold without a measurement."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_mistral_is_measured_on_an_h100_and_says_where() -> None:
     )
 
 
-def test_of_two_measurements_the_one_with_texts_of_like_length_speaks(monkeypatch: Any) -> None:
+def test_of_two_measurements_the_one_with_texts_of_similar_length_is_used(monkeypatch: Any) -> None:
     assert (
         training_speed(H100, MISTRAL, micro_batch_size=4, mean_tokens=230, checkpointing=True).tokens_per_second == 1431
     )
@@ -150,12 +150,14 @@ def test_of_two_measurements_the_one_with_texts_of_like_length_speaks(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("gpu", "shape", "rows_", "mean_tokens"),
+    ("gpu", "shape", "size", "mean_tokens"),
     [("A100", MISTRAL, 4, 300), ("H100", MISTRAL, 8, 300), ("H100", MISTRAL, 4, 400), ("H100", MISTRAL, 4, 260),
      ("H100", SHAPES["HuggingFaceTB/SmolLM2-135M"], 4, 300)],
 )  # fmt: skip
-def test_what_nobody_measured_is_marked_as_an_estimate(gpu: str, shape: Any, rows_: int, mean_tokens: float) -> None:
-    speed = training_speed(GPUS[gpu], shape, micro_batch_size=rows_, mean_tokens=mean_tokens, checkpointing=True)
+def test_without_a_measurement_the_speed_is_marked_as_an_estimate(
+    gpu: str, shape: Any, size: int, mean_tokens: float
+) -> None:
+    speed = training_speed(GPUS[gpu], shape, micro_batch_size=size, mean_tokens=mean_tokens, checkpointing=True)
     assert speed.basis == "estimated"
     assert "estimated" in speed.source
     assert gpu in speed.source
@@ -193,7 +195,7 @@ def test_an_estimate_for_a_t4_worked_out_by_hand() -> None:
     assert speed.tokens_per_second == pytest.approx(1200 / (products + traffic + unpacking + short), rel=2e-3)
 
 
-def test_a_question_alone_is_not_padded() -> None:
+def test_a_single_example_is_not_padded() -> None:
     speed = training_speed(GPUS["T4"], MISTRAL, micro_batch_size=1, mean_tokens=4000, checkpointing=True)
     busy = gpu_seconds(GPUS["T4"], MISTRAL, 4000, checkpointing=True)
     assert speed.tokens_per_second == pytest.approx(4000 / busy, rel=1e-3)
@@ -222,11 +224,11 @@ def test_small_batches_are_bound_by_the_host_and_do_not_gain_from_a_faster_gpu()
     shape=st.sampled_from(sorted(SHAPES)),
 )
 def test_more_work_never_takes_less_time(name: str, size: int, tokens: float, shape: str) -> None:
-    def seconds_a_batch(rows_: int, mean: float, checkpointing: bool) -> float:
+    def seconds_a_batch(size: int, mean: float, checkpointing: bool) -> float:
         speed = training_speed(
-            GPUS[name], SHAPES[shape], micro_batch_size=rows_, mean_tokens=mean, checkpointing=checkpointing
+            GPUS[name], SHAPES[shape], micro_batch_size=size, mean_tokens=mean, checkpointing=checkpointing
         )
-        return rows_ * mean / speed.tokens_per_second
+        return size * mean / speed.tokens_per_second
 
     once = seconds_a_batch(size, tokens, True)
     assert seconds_a_batch(size, tokens, False) < once
@@ -249,8 +251,8 @@ def test_the_parts_follow_parameters_widths_and_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows_", "mean_tokens"), [(0, 300), (-1, 300), (4, 0), (4, -3), (4, float("nan")), (4, float("inf"))]
+    ("size", "mean_tokens"), [(0, 300), (-1, 300), (4, 0), (4, -3), (4, float("nan")), (4, float("inf"))]
 )
-def test_nothing_to_train_on_is_refused(rows_: int, mean_tokens: float) -> None:
+def test_nothing_to_train_on_is_refused(size: int, mean_tokens: float) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        training_speed(GPUS["T4"], MISTRAL, micro_batch_size=rows_, mean_tokens=mean_tokens, checkpointing=True)
+        training_speed(GPUS["T4"], MISTRAL, micro_batch_size=size, mean_tokens=mean_tokens, checkpointing=True)

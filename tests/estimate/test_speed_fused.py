@@ -1,4 +1,4 @@
-"""The fused speed estimate put back on the H100 it was taken from, and what must hold elsewhere."""
+"""The fused speed estimate against the H100 that it was fitted to, and properties that must hold elsewhere."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_fused_steps_on_an_h100_are_measured_and_say_under_which_conditions() ->
         {"uncheckpointed_layers": 0, "dropout": False}, {"four_bit": False},
     ],
 )  # fmt: skip
-def test_what_no_fused_row_speaks_for_is_an_estimate(changes: dict[str, Any]) -> None:
+def test_without_a_matching_fused_row_the_speed_is_an_estimate(changes: dict[str, Any]) -> None:
     assert fused_speed(H100, MISTRAL, replace(STEP, **changes)).basis == "estimated"
     assert fused_speed(GPUS["A100"], MISTRAL, STEP).basis == "estimated"
 
@@ -122,7 +122,7 @@ def test_layers_that_are_cached_are_not_dequantized_and_the_first_ones_are() -> 
     per_layer = 4.77 * 218_103_808 / 300e9
     assert seconds(32, 0) - seconds(32, 20) == pytest.approx(20 * 2 * per_layer)
     down = 58_720_256 / 218_103_808
-    assert seconds(12, 0) - seconds(12, 20) == pytest.approx(20 * (3 - down) * per_layer)  # the 20 computed again
+    assert seconds(12, 0) - seconds(12, 20) == pytest.approx(20 * (3 - down) * per_layer)  # the 20 recomputed
     assert seconds(12, 20) - seconds(12, 32) == pytest.approx(12 * 2 * per_layer)
 
 

@@ -1,4 +1,4 @@
-"""A run's ledger and its meters on a clock of the test's own."""
+"""A run's ledger and its meters on a fake clock."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ BASIS = "catalog of 2026-11-20"
 
 
 class BudgetRun:
-    """clock: of the attempt that is under way, which began when it stood at 0. said, asked, ended: what the watchdogs said and
-    asked for."""
+    """clock: of the current attempt, which began at 0. said: messages of the watchdogs. asked, ended: the reasons that they
+    passed to ask_stop and hard_stop."""
 
     def __init__(self, folder: Path) -> None:
         self.ledger, self.clock = Ledger(folder / "ledger"), FakeClock()
@@ -60,7 +60,7 @@ class BudgetRun:
         return watchdog
 
     def past_attempt(self, seconds: float, usd: float | None = 3.6) -> None:
-        """An attempt of so many seconds, taken away."""
+        """A preempted attempt of this many seconds."""
         log = self.log(self.meter(usd))
         log.begin(seconds)
         log.end(seconds, "preempted", None)

@@ -1,4 +1,4 @@
-"""Seconds that pass only when a test says so, for the threads of a watchdog and for the meter that they look at."""
+"""A clock that moves only when a test advances it, for the threads of a watchdog and the meter that they read."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 from finetune.budget.watchdog import THREADS
 
-PATIENCE_SECONDS = 30.0
-"""Of real time, for threads that have something to do."""
+TIMEOUT_SECONDS = 30.0
+"""Real time for threads to finish what they are doing."""
 
 
 class FakeClock:
     """Give `event` to a Watchdog in place of threading.Event, and the clock itself to MachineTime as the age.
 
-    `advance` goes from one moment at which a thread wakes to the next, and waits at each until every thread waits again: what
-    takes hours takes milliseconds here, in the same order, and is the same on a busy machine.
+    `advance` jumps from one wake-up time to the next, and at each waits until every thread waits again: hours pass in
+    milliseconds, in the same order, and with the same result on a busy machine.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -40,12 +40,12 @@ class FakeClock:
         self._go_to(end)
 
     def settle(self) -> None:
-        """Returns once no thread has anything left to do before time passes."""
-        until = time.monotonic() + PATIENCE_SECONDS
+        """Returns once every thread waits for time to pass."""
+        until = time.monotonic() + TIMEOUT_SECONDS
         with self._changed:
             while self._busy():
-                assert time.monotonic() < until, f"still busy after {PATIENCE_SECONDS:g} s: {self._busy()}"
-                self._changed.wait(0.01)  # a thread that ends does not say so
+                assert time.monotonic() < until, f"still busy after {TIMEOUT_SECONDS:g} s: {self._busy()}"
+                self._changed.wait(0.01)  # a thread that ends does not notify
 
     def _go_to(self, moment: float) -> None:
         with self._changed:
@@ -72,7 +72,7 @@ class Wait:
 
 
 class FakeEvent:
-    """A threading.Event by a FakeClock."""
+    """A threading.Event on a FakeClock."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock, self._set = clock, False

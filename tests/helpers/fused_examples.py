@@ -1,4 +1,4 @@
-"""What the tests of the fused layers share: small models of each family, packed texts, and Hugging Face's as the referee."""
+"""Shared by the tests of the fused layers: small models of each family, packed texts, and Hugging Face's results to compare."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 VOCABULARY, LAYERS = 96, 3
 LENGTHS = (5, 17, 9, 1, 30)
-"""A text of one token is among them: it has no label and predicts nothing."""
+"""Includes a text of one token, which has no label and predicts nothing."""
 
 
 def lora_model(
@@ -37,8 +37,8 @@ def lora_model(
     scale: float = 0.1, device: str = "cpu", dtype: torch.dtype = torch.float32, lora: dict[str, Any] | None = None,
     **config: Any,
 ) -> PeftModel:  # fmt: skip
-    """Three layers with random weights, biases and norms, drawn in float32 on the CPU; float32 adapters that do something: B is
-    drawn, too."""
+    """Three layers with random weights, biases and norms, drawn in float32 on the CPU; float32 adapters with a random B, so that
+    they have an effect."""
     values: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": LAYERS,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
@@ -73,7 +73,7 @@ def lora_model(
 
 
 def quantise(base: Any) -> None:
-    """Every projection to NF4 with double quantisation, as transformers loads it."""
+    """Quantise every projection to NF4 with double quantisation, as transformers loads it."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for layer in base.get_decoder().layers:
@@ -119,7 +119,7 @@ def adapters(model: Any) -> dict[str, Any]:
 
 
 def take_gradients(model: Any) -> dict[str, Tensor]:
-    """The adapters' gradients, which are reset."""
+    """Return the adapters' gradients and reset them."""
     found = {name: parameter.grad.clone() for name, parameter in adapters(model).items()}
     model.zero_grad()
     return found
@@ -130,9 +130,9 @@ def hf_gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """(mean loss over the labelled tokens, gradients), one text after the other."""
     count, total = labelled(labels), 0.0
-    for row, wanted in zip(ids, labels, strict=True):
+    for row, row_labels in zip(ids, labels, strict=True):
         if len(row) > 1:
-            loss = hf_loss(model, row, wanted) / count
+            loss = hf_loss(model, row, row_labels) / count
             loss.backward()
             total += loss.item()
     return total, take_gradients(model)
@@ -149,7 +149,7 @@ def fused_gradients(
 
 
 def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Norm of the difference over the norm, of the adapter where it is largest."""
+    """The largest relative error of an adapter's gradient: norm of the difference over the norm."""
     assert found.keys() == expected.keys()
     assert expected
     errors = []
@@ -165,29 +165,27 @@ def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
-class StatedMask(torch.nn.Module):
-    """In place of LoRA's dropout: the mask that the fused layers draw for one projection of one layer.
+class FixedMask(torch.nn.Module):
+    """Replaces LoRA's dropout by the mask that the fused layers draw for one projection of one layer.
 
-    rows: those that its input is cut down to in the last layer behind attention; the others' results reach no loss.
+    rows: the tokens that the last layer computes after attention; the results of the others reach no loss.
     """
 
     def __init__(self, ops: ModuleType, p: float, seed: int, stream: int, rows: Tensor | None) -> None:
         super().__init__()
-        self.ops, self.p, self.seed, self.stream, self.micro_batch_size = ops, p, seed, stream, rows
+        self.ops, self.p, self.seed, self.stream, self.rows = ops, p, seed, stream, rows
 
     def forward(self, x: Tensor) -> Tensor:
         """x (1, tokens, width)."""
-        if self.micro_batch_size is None:
+        if self.rows is None:
             return x * revealed_mask(self.ops, x[0], self.p, self.seed, self.stream)
         mask = torch.zeros_like(x[0])
-        mask[self.micro_batch_size] = revealed_mask(
-            self.ops, x[0, self.micro_batch_size], self.p, self.seed, self.stream
-        )
+        mask[self.rows] = revealed_mask(self.ops, x[0, self.rows], self.p, self.seed, self.stream)
         return x * mask
 
 
 def revealed_mask(ops: ModuleType, x: Tensor, p: float, seed: int, stream: int) -> Tensor:
-    """The scaled mask over x (tokens, width) of projection number `stream`: lora_input_grad_ adds it where g and a are ones."""
+    """The scaled mask over x (tokens, width) of projection number `stream`, from lora_input_grad_ with ones in g and a."""
     mask = torch.zeros_like(x)
     g, a = x.new_zeros(x.shape[0], stream + 1), x.new_zeros(stream + 1, x.shape[1])
     g[:, stream], a[stream] = 1.0, 1.0
@@ -195,8 +193,8 @@ def revealed_mask(ops: ModuleType, x: Tensor, p: float, seed: int, stream: int) 
     return mask
 
 
-def put_stated_masks(model: Any, fused: FusedModel, seed: int, batch: Packed, p: float) -> None:
-    """Replace every Dropout of PEFT by the mask of a micro-batch of this seed; for one text, which is then not packed."""
+def put_fixed_masks(model: Any, fused: FusedModel, seed: int, batch: Packed, p: float) -> None:
+    """Replace every Dropout of PEFT by the masks that the fused layers draw for a micro-batch with this seed, of one text."""
     for layer, module in zip(fused.layers, model.get_base_model().get_decoder().layers, strict=True):
         for number, group in enumerate(GROUPS):
             modules: list[Any] = [
@@ -205,14 +203,14 @@ def put_stated_masks(model: Any, fused: FusedModel, seed: int, batch: Packed, p:
             for stream, projection in enumerate(m for m in modules if hasattr(m, "lora_dropout")):
                 group_seed = (seed + 1_000_003 * (4 * layer.number + number)) % 2**31
                 rows = batch.rows if layer.last and number else None
-                projection.lora_dropout["default"] = StatedMask(fused.ops, p, group_seed, stream, rows)
+                projection.lora_dropout["default"] = FixedMask(fused.ops, p, group_seed, stream, rows)
 
 
 # --- real trainers
 
 
 def section(**changes: Any) -> TrainingSection:
-    """Three steps of 8 questions at a rate that shows, without what would make runs differ."""
+    """Three steps of 8 examples at a learning rate with a visible effect, without settings that would make runs differ."""
     values: dict[str, Any] = {
         "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "optim": "adamw_torch",
         "gradient_checkpointing": False, "group_by_length": False, "logging_steps": 1, "warmup_ratio": 0.0, "eval_steps": 2,
@@ -228,7 +226,7 @@ def trainer_for(
     model: Any, tokenizer: Any, examples: Examples, *, validates: bool = False, plan: dict[str, Any] | None = None,
     say: Callable[[str], None] = print, **changes: Any,
 ) -> AnswerTrainer:  # fmt: skip
-    """The trainer of `finetune train` in the working directory. plan: what to change of the plan that it would make."""
+    """The trainer of `finetune train` in the working directory. plan: changes to its step plan."""
     training = section(**changes)
     made = replace(plan_for(training, model, examples.lengths), **(plan or {}))
     arguments = trainer_arguments(

@@ -1,4 +1,4 @@
-"""A toy family of models: Llama under another model_type and class."""
+"""A model family for tests: Llama under another model_type and class."""
 
 from __future__ import annotations
 

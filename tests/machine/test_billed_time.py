@@ -1,4 +1,4 @@
-"""Seconds that an attempt pays for: from boot or from its own start, never twice, whatever the clock on the wall says."""
+"""The billed seconds of an attempt: from boot or from its own start, never twice, independent of the wall clock."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_process_is_as_old_as_it_runs() -> None:
     assert 0.5 <= before < 5 and 0.3 <= after - before < 1
 
 
-def test_a_rented_machine_is_paid_from_its_boot(tmp_path: Path) -> None:
+def test_a_cloud_machine_is_billed_from_its_boot(tmp_path: Path) -> None:
     age = machine_age()
     assert age is not None and MachineTime(provisioned=True, home=tmp_path).seconds() == pytest.approx(age, abs=5)
     own = MachineTime(provisioned=False, home=tmp_path)
@@ -63,13 +63,13 @@ def test_a_rented_machine_is_paid_from_its_boot(tmp_path: Path) -> None:
     assert not (tmp_path / MARKER).exists()
 
 
-def test_a_second_attempt_pays_from_where_the_first_one_was_last_heard_of(tmp_path: Path) -> None:
+def test_a_second_attempt_is_billed_from_the_last_heartbeat_of_the_first(tmp_path: Path) -> None:
     age = Age(300.0)  # boot and set-up
     first = MachineTime(provisioned=True, home=tmp_path, age=age)
     age.seconds = 400.0
     assert first.take() == 400.0
     first.mark()
-    age.seconds = 430.0  # killed here, 30 s after its last beat
+    age.seconds = 430.0  # killed here, 30 s after its last heartbeat
     age.seconds = 1000.0  # the machine stood idle
     second = MachineTime(provisioned=True, home=tmp_path, age=age)
     assert second.seconds() == 600.0
@@ -86,12 +86,12 @@ def test_two_runs_at_the_same_time_share_the_seconds(tmp_path: Path) -> None:
     assert two.take() == 30.0
     two.mark()
     age.seconds = 160.0
-    assert one.seconds() == 160.0  # until it has looked
+    assert one.seconds() == 160.0  # until it reads the marker
     assert one.take() == 130.0 and two.take() == 60.0  # both before either has marked: the dearer reading
 
 
-def test_what_was_not_marked_is_paid_by_the_next(tmp_path: Path) -> None:
-    """The ledger could not be written, so the marker was left alone: the seconds are not lost."""
+def test_what_was_not_marked_is_billed_to_the_next(tmp_path: Path) -> None:
+    """The ledger could not be written, so the marker was not either: the seconds are not lost."""
     age = Age(100.0)
     MachineTime(provisioned=True, home=tmp_path, age=age).take()
     assert MachineTime(provisioned=True, home=tmp_path, age=age).take() == 100.0
@@ -110,7 +110,7 @@ def test_what_was_not_marked_is_paid_by_the_next(tmp_path: Path) -> None:
         '{"machine": "\\udcff", "seconds": 1}',
     ],
 )  # fmt: skip
-def test_a_marker_that_cannot_be_trusted_is_ignored(text: str, tmp_path: Path) -> None:
+def test_an_invalid_marker_is_ignored(text: str, tmp_path: Path) -> None:
     write_marker(tmp_path, text)
     assert MachineTime(provisioned=True, home=tmp_path, age=Age(100.0)).seconds() == 100.0
     write_marker(tmp_path, json.dumps({"machine": machine_identity(), "seconds": 50}))
@@ -126,7 +126,7 @@ def test_a_marker_that_cannot_be_written_is_a_user_error_and_loses_nothing(tmp_p
     assert mine.take() == 100.0
 
 
-def test_the_clock_on_the_wall_takes_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wall_clock_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for provisioned in (True, False):
         mine = MachineTime(provisioned=provisioned, home=tmp_path)
         before = mine.seconds()
@@ -155,7 +155,7 @@ def test_without_proc_the_time_since_loading_counts(tmp_path: Path, monkeypatch:
 def test_the_seconds_of_all_attempts_are_those_of_the_machine(
     tmp_path_factory: pytest.TempPathFactory, events: list[tuple[str, int, float]]
 ) -> None:
-    """Any interleaving of runs, one after the other or at the same time: what was told sums up to the age last told."""
+    """For any interleaving of runs, consecutive or concurrent, the recorded seconds sum up to the last recorded age."""
     home, age = tmp_path_factory.mktemp("home"), Age(12.0)
     running: dict[int, tuple[int, MachineTime]] = {}  # by run: number of the attempt, its time
     told: dict[int, float] = {}  # by attempt, as a ledger has it

@@ -1,4 +1,4 @@
-"""Which entry of the table a machine's own GPU is, or is most like."""
+"""Which entry of GPUS is that of a machine's GPU, or the most similar one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.machine.gpus import known_gpu
         ("Quadro M4000", (5, 2), 8.0, "V100"),
     ],
 )
-def test_a_gpu_is_known_by_name_or_taken_for_the_most_like(
+def test_a_gpu_is_found_by_name_or_by_similarity(
     name: str, capability: tuple[int, int], memory_gib: float, expected: str
 ) -> None:
     assert known_gpu(name, capability, memory_gib).name == expected

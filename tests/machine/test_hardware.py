@@ -1,4 +1,4 @@
-"""What machine this is, read from stand-ins for nvidia-smi and torch; and programs that hang."""
+"""Hardware detection with fake nvidia-smi and torch, and programs that hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.machine.hardware import DetectedGpu, Driver, TorchBuild, program_o
 
 @pytest.fixture(autouse=True)
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """A PATH that holds only the stand-ins made by program(name, shell script)."""
+    """A PATH that holds only the fakes made by program(name, shell script)."""
     monkeypatch.setenv("PATH", str(tmp_path))
 
     def make(name: str, script: str) -> None:
@@ -47,7 +47,7 @@ def test_nvidia_smi_is_read_with_commas_in_names_and_several_gpus(
 
 
 @pytest.mark.parametrize("script", ["exit 9", "echo 'No devices were found'", "echo '580.1, [N/A], [N/A], x'", "true"])
-def test_an_nvidia_smi_without_an_answer_is_a_driver_without_version(
+def test_an_nvidia_smi_without_output_is_a_driver_without_version(
     program: Callable[[str, str], None], script: str
 ) -> None:
     program("nvidia-smi", script)

@@ -1,4 +1,4 @@
-"""Questions to the metadata server, as Google documents it, and as servers and networks misbehave."""
+"""The client of the metadata server: as Google documents it, and with misbehaving servers and networks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
         yield server
 
 
-def test_the_stand_in_refuses_what_google_refuses(server: MetadataServer) -> None:
+def test_the_fake_server_refuses_what_google_refuses(server: MetadataServer) -> None:
     def status(path: str, headers: dict[str, str]) -> int:
         connection = http.client.HTTPConnection(server.host, timeout=5)
         connection.request("GET", path, headers=headers)
@@ -42,7 +42,7 @@ def test_a_value(server: MetadataServer) -> None:
     assert Client().ask("id") == metadata.Answer(200, server.values["id"], etag(server.values["id"]))
 
 
-def test_an_answer_is_held_back_until_the_value_changes(server: MetadataServer) -> None:
+def test_a_response_is_delayed_until_the_value_changes(server: MetadataServer) -> None:
     threading.Timer(0.3, server.set, ("preempted", "TRUE")).start()
     began = time.monotonic()
     answer = Client().ask("preempted", last_etag=etag("FALSE"), wait_seconds=30)
@@ -50,20 +50,20 @@ def test_an_answer_is_held_back_until_the_value_changes(server: MetadataServer) 
     assert 0.2 < time.monotonic() - began < 5
 
 
-def test_a_change_that_came_before_the_question_is_told_at_once(server: MetadataServer) -> None:
+def test_a_change_before_the_request_is_reported_at_once(server: MetadataServer) -> None:
     server.set("preempted", "TRUE")
     began = time.monotonic()
     assert Client().ask("preempted", last_etag=etag("FALSE"), wait_seconds=30).value == "TRUE"
     assert time.monotonic() - began < 5
 
 
-def test_when_nothing_changes_the_present_value_comes_in_the_end(server: MetadataServer) -> None:
+def test_when_nothing_changes_the_current_value_comes_after_the_timeout(server: MetadataServer) -> None:
     began = time.monotonic()
     assert Client().ask("preempted", last_etag=etag("FALSE"), wait_seconds=1).value == "FALSE"
     assert 0.9 < time.monotonic() - began < 5
 
 
-def test_hanging_up_ends_a_question_and_all_later_ones(server: MetadataServer) -> None:
+def test_cancel_ends_a_request_and_all_later_ones(server: MetadataServer) -> None:
     client = Client()
     threading.Timer(0.3, client.cancel).start()
     began = time.monotonic()
@@ -72,7 +72,7 @@ def test_hanging_up_ends_a_question_and_all_later_ones(server: MetadataServer) -
     assert client.ask("preempted") == NO_RESPONSE
 
 
-def test_faults_are_answers(server: MetadataServer) -> None:
+def test_faults_are_returned_as_answers(server: MetadataServer) -> None:
     server.break_next(503, 0)
     assert Client().ask("zone").status == 503
     assert Client().ask("zone") == NO_RESPONSE  # dropped
@@ -82,12 +82,12 @@ def test_faults_are_answers(server: MetadataServer) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "127.0.0.1:port", "no.such.host.invalid", "["])
-def test_off_google_cloud_nobody_answers(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_of_google_cloud_there_is_no_response(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(metadata.HOST_VARIABLE, host)
     assert Client().ask("zone") == NO_RESPONSE and value("zone") is None
 
 
-def test_a_proxy_is_never_asked(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_never_used(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert value("zone")
@@ -95,24 +95,24 @@ def test_a_proxy_is_never_asked(server: MetadataServer, monkeypatch: pytest.Monk
 
 @contextmanager
 def raw_server(reply: bytes) -> Iterator[str]:
-    """Answers the first connection with these bytes, whatever was asked."""
-    lines: list[socket.socket] = []
+    """Sends these bytes on the first connection, whatever the request."""
+    connections: list[socket.socket] = []
 
     def serve() -> None:
-        line, _ = listener.accept()
-        lines.append(line)
-        line.recv(4096)
-        line.sendall(reply)
+        connection, _ = listener.accept()
+        connections.append(connection)
+        connection.recv(4096)
+        connection.sendall(reply)
         if reply:
-            line.close()
+            connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
         yield f"127.0.0.1:{listener.getsockname()[1]}"
         thread.join()
-    for line in lines:
-        line.close()
+    for connection in connections:
+        connection.close()
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,12 @@ def raw_server(reply: bytes) -> Iterator[str]:
         b"HTTP/1.1 200 OK\r\nMetadata-Flavor: Google\r\nContent-Length: 400\r\n\r\nTRUE",  # cut off
         b"\x00\x01garbage\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nMetadata-Flavor: Google\r\nContent-Length: 2\r\n\r\n\xff\xfe",
-        b"",  # never an answer
+        b"",  # never responds
     ],
 )
-def test_what_is_not_the_metadata_server_is_nobody(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_server_counts_as_no_response(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     with raw_server(reply) as host:
         monkeypatch.setenv(metadata.HOST_VARIABLE, host)
         began = time.monotonic()
         assert Client().ask("preempted") == NO_RESPONSE
-        assert time.monotonic() - began < metadata.PATIENCE_SECONDS + 2
+        assert time.monotonic() - began < metadata.LATE_SECONDS + 2

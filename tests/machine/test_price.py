@@ -1,4 +1,4 @@
-"""What a rented machine costs: the price table of the launch, Google's metadata server and nvidia-smi, each a real one."""
+"""The price of a cloud machine, from the price table of the launch, the metadata server and nvidia-smi."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataServer]:
         yield server
 
 
-def test_a_machine_that_is_wholly_known_costs_its_own_price() -> None:
+def test_a_fully_known_machine_costs_its_own_price() -> None:
     price = price_in(TABLE, Machine("us-central1-a", True, "T4"))
     assert (price.usd_per_hour, price.basis) == (0.3, "a catalog of today")
 
@@ -79,7 +79,7 @@ def test_a_machine_that_is_wholly_known_costs_its_own_price() -> None:
         (Machine(None, None, None), 1.1, "zone, spot, gpu unknown"),
     ],
 )
-def test_what_is_not_known_counts_as_the_dearest_that_it_could_be(machine: Machine, usd: float, says: str) -> None:
+def test_an_unknown_fact_counts_at_the_highest_matching_price(machine: Machine, usd: float, says: str) -> None:
     price = price_in(TABLE, machine)
     assert price.usd_per_hour == usd and says in price.basis
 
@@ -89,7 +89,7 @@ def test_a_machine_outside_the_table_costs_the_ceiling() -> None:
     assert price_in(TABLE, elsewhere).usd_per_hour == 3.5
     assert (
         price_in(TABLE | {"ceiling_usd_per_hour": None}, elsewhere).usd_per_hour == 1.1
-    )  # the dearest that was allowed
+    )  # the highest price that was allowed
     assert "ceiling" in price_in(TABLE, elsewhere).basis
 
 
@@ -190,15 +190,15 @@ def test_the_command_prints_price_and_hours(
             main(["machine", "--max-hours", wrong])
 
 
-class Heard:
-    """The notices of a watch, as they come."""
+class Notices:
+    """Collects the notices of a watch."""
 
     def __init__(self) -> None:
-        self.notices: list[str] = []
+        self.keys: list[str] = []
         self._came = threading.Event()
 
     def __call__(self, notice: str) -> None:
-        self.notices.append(notice)
+        self.keys.append(notice)
         self._came.set()
 
     def soon(self, seconds: float = 5.0) -> bool:
@@ -206,7 +206,7 @@ class Heard:
 
 
 def waiting(server: MetadataServer) -> None:
-    """Until the watch has both its questions held back by the server."""
+    """Waits until the server holds both requests of the watch."""
     wait_until(lambda: len({path for path in server.asked if "wait_for_change" in path}) == 2)
 
 
@@ -214,66 +214,64 @@ def wait_until(true: object, seconds: float = 10.0) -> None:
     assert callable(true)
     until = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < until, "did not come about in time"
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.01)
 
 
-def test_a_preemption_is_told_once_and_at_once(server: MetadataServer) -> None:
-    heard = Heard()
-    with PreemptionWatch(heard):
+def test_a_preemption_is_reported_once_and_at_once(server: MetadataServer) -> None:
+    notices = Notices()
+    with PreemptionWatch(notices):
         waiting(server)
-        assert not heard.notices
+        assert not notices.keys
         began = time.monotonic()
         server.set("preempted", "TRUE")
-        assert heard.soon() and time.monotonic() - began < 2
+        assert notices.soon() and time.monotonic() - began < 2
         wait_until(lambda: f"metadata {PREEMPTED}" not in [thread.name for thread in threading.enumerate()])
-    assert heard.notices == [PREEMPTED]
+    assert notices.keys == [PREEMPTED]
 
 
-def test_a_machine_that_is_already_going_is_told_too(server: MetadataServer) -> None:
+def test_a_preemption_before_the_watch_is_reported_too(server: MetadataServer) -> None:
     server.set("preempted", "TRUE")
-    heard = Heard()
-    with PreemptionWatch(heard):
-        assert heard.soon(3)
-    assert heard.notices == [PREEMPTED]
+    notices = Notices()
+    with PreemptionWatch(notices):
+        assert notices.soon(3)
+    assert notices.keys == [PREEMPTED]
 
 
-def test_only_maintenance_that_ends_the_machine_is_told(server: MetadataServer) -> None:
-    heard = Heard()
-    with PreemptionWatch(heard):
+def test_only_maintenance_that_ends_the_machine_is_reported(server: MetadataServer) -> None:
+    notices = Notices()
+    with PreemptionWatch(notices):
         waiting(server)
         server.set("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
-        assert not heard.soon(0.3)
+        assert not notices.soon(0.3)
         server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
-        assert heard.soon()
-    assert heard.notices == [MAINTENANCE]
+        assert notices.soon()
+    assert notices.keys == [MAINTENANCE]
 
 
-def test_off_google_cloud_the_watch_ends_by_itself() -> None:
-    heard = Heard()
-    with PreemptionWatch(heard) as watch:
+def test_outside_of_google_cloud_the_watch_ends_by_itself() -> None:
+    notices = Notices()
+    with PreemptionWatch(notices) as watch:
         wait_until(lambda: not watch.listening(), 3)
-    assert not heard.notices
+    assert not notices.keys
 
 
-def test_on_a_rented_machine_it_waits_for_a_server_that_is_late(
-    server: MetadataServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_cloud_machine_it_waits_for_a_late_server(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, json.dumps(TABLE))
     server.stop()
-    heard = Heard()
-    with PreemptionWatch(heard) as watch:
+    notices = Notices()
+    with PreemptionWatch(notices) as watch:
         time.sleep(0.3)
         assert watch.listening()
         server.values["preempted"] = "TRUE"
         server.start()
-        assert heard.soon()
+        assert notices.soon()
 
 
-def test_a_busy_server_a_dropped_line_and_a_restart_are_survived(server: MetadataServer) -> None:
-    heard = Heard()
-    server.break_next(503, 503)  # already at the first question
-    with PreemptionWatch(heard):
+def test_a_busy_server_a_dropped_connection_and_a_restart_are_survived(server: MetadataServer) -> None:
+    notices = Notices()
+    server.break_next(503, 503)  # already at the first request
+    with PreemptionWatch(notices):
         waiting(server)
         server.break_next(503, 0, 500, 0)
         server.set("name", "wakes those that wait")
@@ -283,40 +281,40 @@ def test_a_busy_server_a_dropped_line_and_a_restart_are_survived(server: Metadat
         server.start()
         before = len(server.asked)
         wait_until(lambda: sum("wait_for_change" in path for path in server.asked[before:]) >= 2)
-        assert not heard.notices
+        assert not notices.keys
         server.set("preempted", "TRUE")
-        assert heard.soon()
-    assert heard.notices == [PREEMPTED]
+        assert notices.soon()
+    assert notices.keys == [PREEMPTED]
 
 
-def test_a_preemption_while_the_server_is_away_is_told_when_it_is_back(server: MetadataServer) -> None:
-    heard = Heard()
-    with PreemptionWatch(heard):
+def test_a_preemption_while_the_server_is_down_is_reported_when_it_is_back(server: MetadataServer) -> None:
+    notices = Notices()
+    with PreemptionWatch(notices):
         waiting(server)
         server.stop()
         server.values["preempted"] = "TRUE"
-        assert not heard.soon(0.3)
+        assert not notices.soon(0.3)
         server.start()
-        assert heard.soon()
+        assert notices.soon()
 
 
 def test_a_server_that_does_not_wait_is_not_flooded(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_wait", lambda *_: None)
-    with PreemptionWatch(Heard()):
+    with PreemptionWatch(Notices()):
         time.sleep(1.2)
     assert 4 <= len(server.asked) <= 8  # two keys, half a second apart
 
 
 def test_a_server_that_stays_busy_is_not_flooded(server: MetadataServer) -> None:
     server.break_next(*[503] * 1000)
-    with PreemptionWatch(Heard()) as watch:
+    with PreemptionWatch(Notices()) as watch:
         time.sleep(1.0)
         assert watch.listening()
     assert 4 <= len(server.asked) <= 12  # two keys: at once, after 0.1 s, 0.2 s, 0.4 s ...
 
 
-def test_closing_ends_a_question_that_is_held_back(server: MetadataServer) -> None:
-    watch = PreemptionWatch(Heard()).start()
+def test_closing_ends_a_pending_request(server: MetadataServer) -> None:
+    watch = PreemptionWatch(Notices()).start()
     waiting(server)
     began = time.monotonic()
     watch.close()
@@ -325,6 +323,6 @@ def test_closing_ends_a_question_that_is_held_back(server: MetadataServer) -> No
 
 def test_a_key_that_the_server_does_not_know_is_given_up(server: MetadataServer) -> None:
     server.forget("preempted", "maintenance-event")
-    with PreemptionWatch(Heard()) as watch:
+    with PreemptionWatch(Notices()) as watch:
         wait_until(lambda: not watch.listening(), 3)
     assert len(server.asked) == 2

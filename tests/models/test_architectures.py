@@ -1,4 +1,4 @@
-"""Model shapes: the known ones against published parameter counts, and config.json files, whole and broken."""
+"""Model shapes: the known ones against published parameter counts, and valid and invalid config.json files."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_missing_number_is_named(folder: Path) -> None:
 
 
 def test_a_folder_without_a_readable_config(folder: Path) -> None:
-    with raises("model.incomplete", match=r"config\.json: missing, so .* is no model folder"):
+    with raises("model.incomplete", match=r"config\.json: missing, so .* is not a model folder"):
         shape_of(str(folder))
     path = folder / "config.json"
     for content, message in (

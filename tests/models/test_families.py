@@ -1,4 +1,4 @@
-"""A family of models becomes known to shapes, memory, speed, the plan and the fused layer by one entry of FAMILIES."""
+"""One entry of FAMILIES makes a model family known to shapes, memory, speed, the plan and the fused layer."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_family_without_an_entry_is_unknown_everywhere(tmp_path: Path, toy_mod
     assert shape_of(name) is None
     with raises("model.unknown_shape", match=r"not known.*\(Llama, Mistral and Qwen2 models\)"):
         memory_table(run_config(model={"name": name, "revision": None}), ["L4"])
-    assert (why_not(toy_model, 30) or "").startswith("ToyLlamaForCausalLM is none of LlamaForCausalLM")
+    assert (why_not(toy_model, 30) or "").startswith("ToyLlamaForCausalLM is not one of LlamaForCausalLM")
 
 
 @pytest.mark.usefixtures("registered")
@@ -75,7 +75,7 @@ def test_with_one_entry_its_shape_memory_hours_and_dollars_are_those_of_its_numb
 
 
 @pytest.mark.usefixtures("registered")
-def test_with_one_entry_its_layers_are_computed_by_the_fused_one(toy_model: Any) -> None:
+def test_with_one_entry_the_fused_layer_computes_its_layers(toy_model: Any) -> None:
     ids, labels = texts()
     assert why_not(toy_model, 30) is None
     expected_loss, expected = hf_gradients(toy_model, ids, labels)

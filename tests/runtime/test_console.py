@@ -1,4 +1,4 @@
-"""Whoever reads what training prints may go away; training goes on."""
+"""Training continues when the reader of its output has ended."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ PRINTS = """
 import os, sys
 from finetune.runtime.console import broken_pipe_safe
 with broken_pipe_safe():
-    print("heard", flush=True)
+    print("read", flush=True)
     sys.stdin.readline()
     for _ in range(3):
-        print("unheard", flush=True)
-        print("unheard", file=sys.stderr)
+        print("unread", flush=True)
+        print("unread", file=sys.stderr)
         os.write(1, b"by C code")
 print("after the block")
 sys.exit(7)
 """
 
 
-def test_prints_to_nobody_do_not_end_a_process() -> None:
+def test_prints_to_a_closed_pipe_do_not_end_a_process() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", PRINTS],
         cwd=ROOT,
@@ -40,14 +40,14 @@ def test_prints_to_nobody_do_not_end_a_process() -> None:
         stderr=subprocess.STDOUT,
     )
     assert process.stdin and process.stdout
-    assert process.stdout.readline() == b"heard\n"
+    assert process.stdout.readline() == b"read\n"
     process.stdout.close()
     process.stdin.write(b"\n")
     process.stdin.close()
     assert process.wait(timeout=60) == 7
 
 
-def test_a_log_on_a_full_disk_is_no_reason_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_on_a_full_disk_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stderr", full)
         with broken_pipe_safe():
@@ -57,7 +57,7 @@ def test_a_log_on_a_full_disk_is_no_reason_to_end(monkeypatch: pytest.MonkeyPatc
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that closing it can empty its buffer
 
 
-def test_what_can_be_heard_is_heard(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_can_be_printed_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with broken_pipe_safe():
         print("to stdout")
         print("to stderr", file=sys.stderr)
@@ -65,9 +65,7 @@ def test_what_can_be_heard_is_heard(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("to stdout\n", "to stderr\n")
 
 
-def test_the_notice_of_a_shutdown_still_saves_when_the_log_has_no_reader(
-    tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_sigterm_still_saves_when_the_log_has_no_reader(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     """SIGTERM comes to all processes of a machine, the reader of our output first."""
     config = tiny_config(training={"max_steps": 5000, "logging_steps": 1}, checkpoint={"save_steps": 1000})
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Keys are found where the services' own libraries look for them, and only their presence is told."""
+"""Keys are found where the services' own libraries look for them, and only their presence is reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VARIABLES = (
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home folder, and no variable that names a key or its place."""
+    """An empty home folder, and no environment variable with a key or its location."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

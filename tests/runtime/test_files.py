@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, and what goes wrong on the disk is said in one line."""
+"""A file has the old content or the new one, and a disk error is reported in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of text under each other."""
+"""Aligned tables of text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = [("", "GPU", "hours"), ("1.", "A100-80GB", "2.5"), ("-", "L4", "10.0")]
         ("lr", ["          GPU  hours", "1.  A100-80GB    2.5", "-          L4   10.0"]),
     ],
 )
-def test_columns_are_as_wide_as_their_longest_cell_and_the_last_letter_goes_on(align: str, expected: list[str]) -> None:
+def test_columns_are_as_wide_as_their_longest_cell_and_the_last_letter_repeats(align: str, expected: list[str]) -> None:
     assert aligned(ROWS, align) == expected
 
 

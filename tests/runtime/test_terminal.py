@@ -28,9 +28,9 @@ TERMINALS = {
     "UTF-8": {"PYTHONIOENCODING": "utf-8"},
 }
 UNSAID = "gr\u00fc\u00df\u2192\u65e5"
-"""Of these ascii has none, latin-1 two."""
+"""ASCII has none of these characters, Latin-1 two."""
 NO_TEXT = os.fsdecode(b"\xff")
-"""A file name of one byte that is no UTF-8, as Python has it."""
+"""A file name of one byte that is not UTF-8, as Python decodes it."""
 
 
 @pytest.fixture(params=TERMINALS)
@@ -69,7 +69,7 @@ for words in (
 
 
 @pytest.mark.parametrize("name", [UNSAID, NO_TEXT], ids=["unsaid", "no-text"])
-def test_a_file_that_is_not_there_is_told_in_one_line(terminal: dict[str, str], name: str) -> None:
+def test_a_missing_file_is_reported_in_one_line(terminal: dict[str, str], name: str) -> None:
     code, out, err = python(terminal, "-c", ASKS_ALL, name)
     assert (code, out) == (0, ""), err
     lines = err.splitlines()
@@ -77,7 +77,7 @@ def test_a_file_that_is_not_there_is_told_in_one_line(terminal: dict[str, str], 
     assert all("no such" in line or "not a run" in line for line in lines)
 
 
-def test_wrong_words_and_help_are_told(terminal: dict[str, str]) -> None:
+def test_usage_errors_and_help_are_printed(terminal: dict[str, str]) -> None:
     code, _, err = finetune(terminal, UNSAID)
     assert code == 2 and "invalid choice" in err
     code, _, err = finetune(terminal, "generate", "runs/none", NO_TEXT, "--db", "shop.sqlite")
@@ -85,8 +85,8 @@ def test_wrong_words_and_help_are_told(terminal: dict[str, str]) -> None:
     assert finetune(terminal, "--help")[0] == finetune(terminal, "train", "--help")[0] == 0
 
 
-def test_a_file_name_that_the_locale_cannot_spell_is_told(tmp_path: Path) -> None:
-    """It stands in the config, which is UTF-8 everywhere."""
+def test_a_file_name_that_the_locale_cannot_encode_is_reported(tmp_path: Path) -> None:
+    """The name is in the config, which is UTF-8 everywhere."""
     config = tmp_path / "c.yaml"
     config.write_text(
         f"model: {{name: m}}\ndata: {{sources: [{{kind: jsonl, path: {UNSAID}.jsonl}}], output_dir: prepared}}\n",
@@ -104,7 +104,7 @@ def test_a_file_name_that_the_locale_cannot_spell_is_told(tmp_path: Path) -> Non
 
 
 def test_rejected_records_are_listed(terminal: dict[str, str], tmp_path: Path) -> None:
-    """Their texts come from the user's file, and go to stdout, on which Python alone would fail."""
+    """Their texts come from the user's file and go to stdout, where Python by default would raise."""
     wrong = json.dumps(row(2, schema=f"CREATE TABL {UNSAID}"), ensure_ascii=False)
     records = write_jsonl(tmp_path / "records.jsonl", [row(1), wrong])
     config = tmp_path / "c.yaml"
@@ -150,7 +150,7 @@ def test_rows_and_questions_of_other_scripts(terminal: dict[str, str], tiny_run:
 
 @pytest.mark.parametrize("encoding", ["ascii", "C"])
 def test_a_run_whose_names_cannot_be_printed(encoding: str, write_config: ConfigWriter, tmp_path: Path) -> None:
-    """The bar, what is said beside it, the record and the report; the config's name is no text at all."""
+    """The progress bar, messages, the record and the report; the config's name is not valid text."""
     terminal = {name: value for name, value in os.environ.items() if name not in LOCALES} | TERMINALS[encoding]
     folder = tmp_path / (UNSAID if encoding == "ascii" else "plain")
     folder.mkdir()
@@ -170,10 +170,10 @@ def test_a_run_whose_names_cannot_be_printed(encoding: str, write_config: Config
 
 
 @pytest.mark.parametrize(("where", "encoding"), [("name", "ascii"), ("folder", "C")])
-def test_a_run_folder_whose_name_is_no_text_is_refused_before_training(
+def test_a_run_folder_whose_name_is_not_text_is_refused_before_training(
     where: str, encoding: str, write_config: ConfigWriter, tmp_path: Path
 ) -> None:
-    """The tokenizer could not be saved there, which would show when all is trained and paid."""
+    """The tokenizer could not be saved there, which would show only after training."""
     terminal = {name: value for name, value in os.environ.items() if name not in LOCALES} | TERMINALS[encoding]
     folder = tmp_path / ("plain" if where == "name" else UNSAID if encoding == "C" else NO_TEXT)
     folder.mkdir()

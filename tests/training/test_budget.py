@@ -153,7 +153,7 @@ def test_a_run_on_a_spot_machine_keeps_a_restart_reserve(
     assert main(["train", str(tiny_config(budget={"max_hours": 2785 / 3600}, checkpoint=OFTEN))]) == 0
     record = record_of(tmp_path / "runs" / "tiny-001")
     assert (record["status"], record["steps"]["done"]) == ("budget_stop", 2)
-    assert ("3.3 min are kept for a start after a preemption" in record["stop"]["detail"]) == spot
+    assert ("3.3 min are reserved for a restart after a preemption" in record["stop"]["detail"]) == spot
 
 
 def test_a_step_that_hangs_does_not_cross_the_ceiling(

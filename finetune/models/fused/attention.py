@@ -1,9 +1,8 @@
-"""Causal attention over sequences that lie one behind the other without padding; no token sees another sequence.
+"""Causal attention over packed sequences without padding; no token sees another sequence.
 
-Forward and backward are called by hand (finetune/models/fused/layer.py keeps what lies between), so these are plain
-functions. Three ways,
-by hardware: FlashAttention-2 inside torch (compute capability >= 8.0), torch's memory-efficient kernel (older GPUs in float16),
-and torch's SDPA on one sequence after the other (everywhere, CPU included).
+Forward and backward are called explicitly (finetune/models/fused/layer.py keeps the tensors in between), so these are plain
+functions. Three backends, by hardware: FlashAttention-2 inside torch (compute capability >= 8.0), torch's memory-efficient
+kernel (older GPUs in float16), and torch's SDPA on one sequence after the other (everywhere, CPU included).
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ class Segments:
 
 @dataclass(frozen=True)
 class Attended:
-    """Output (tokens, heads, head_dim) and what the backward pass needs beside it: log-sum-exp and random state of the kernel."""
+    """out: (tokens, heads, head_dim). rest: what the backward pass also needs, the kernel's log-sum-exp and random state."""
 
     out: Tensor
     rest: tuple[Tensor, ...]
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The fastest way that this device has for this dtype. FlashAttention-2 needs Ampere; neither kernel takes float32 well."""
+    """The fastest backend of this device for this dtype. FlashAttention-2 needs Ampere; neither kernel suits float32."""
     if device.type != "cuda" or dtype == torch.float32:
         return "loop"
     return "flash" if torch.cuda.get_device_capability(device) >= (8, 0) else "efficient"
@@ -103,7 +102,7 @@ def backward(
 
 
 def _one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One sequence; SDPA wants (heads, tokens, head_dim)."""
+    """Attention of one sequence; SDPA takes (heads, tokens, head_dim)."""
     result: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=True,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -116,7 +115,7 @@ def _spans(segments: Segments) -> list[tuple[int, int]]:
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
-    """Keys or values with a copy for every query head: query head h reads key head h // (heads / kv_heads)."""
+    """Keys or values, copied for every query head: query head h reads key head h // (heads / kv_heads)."""
     tokens, own, width = x.shape
     return x[:, :, None].expand(tokens, own, heads // own, width).reshape(tokens, heads, width)
 

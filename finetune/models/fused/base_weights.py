@@ -1,4 +1,4 @@
-"""The frozen weights and biases of a model's projections as the layers take them: joined, and dequantized from their 4 bits."""
+"""The frozen weights and biases of a model's projections as the layers use them: joined, and dequantized from 4 bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """One buffer in which 4-bit weights are dequantized, the next over the last: a stream runs its kernels in order."""
+    """One buffer for dequantized 4-bit weights, overwritten at each use: safe because a CUDA stream runs its kernels in order."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -23,9 +23,9 @@ class Scratch:
 
 
 class Weights:
-    """The frozen weights of projections with one input under each other, (sum of outputs, inputs) in dtype.
+    """The frozen weights of projections that share an input, stacked to (sum of outputs, inputs) in dtype.
 
-    Packed ones are dequantized at every use, into the scratch buffer, or once if `cached`.
+    4-bit weights are dequantized into the scratch buffer at every use, or only once if `cached`.
     """
 
     def __init__(self, bases: Sequence[Any], dtype: torch.dtype, scratch: Scratch, *, cached: bool) -> None:
@@ -45,7 +45,7 @@ class Weights:
         return self._dequantized(self._scratch.matrix(sum(self._outputs), self._inputs))
 
     def forget(self) -> bool:
-        """Give the memory of cached weights back; returns whether there were any."""
+        """Free the cached dequantized weights; returns whether there were any."""
         cached = self._packed and self._whole is not None
         if cached:
             self._whole = None
@@ -64,7 +64,7 @@ class Weights:
 
 
 def joined_bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
-    """The biases one after the other, zero where one has none; None where none has one."""
+    """The biases, concatenated, with zeros for a projection without one; None if no projection has one."""
     if all(base.bias is None for base in bases):
         return None
     device = bases[0].weight.device
@@ -75,7 +75,7 @@ def joined_bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
 
 
 def _joined(bases: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """Weights that are not quantised, in one tensor of which the modules' own become parts: no second copy stays."""
+    """Unquantised weights, concatenated. The modules' own weights become views of the result, so that no second copy stays."""
     if len(bases) == 1:
         whole: Tensor = bases[0].weight.detach().to(dtype)
         return whole

@@ -1,15 +1,15 @@
 """One decoder layer of the Llama family with LoRA as a single autograd function: forward and backward written out.
 
-Why by hand: PEFT, transformers and autograd together launch some 380 kernels a layer and keep 142 KB a token of Mistral-7B.
-Here it is about 100 launches and 92 KB, or 8 KB where the layer is recomputed in the backward pass (gradient
-checkpointing). Nothing is approximated; tests/models/fused/test_layer.py holds every gradient against the Hugging Face backend.
+Why by hand: for Mistral-7B, PEFT, transformers and autograd together launch some 380 kernels per layer and save 142 KB per
+token. Here it is about 100 launches and 92 KB, or 8 KB if the layer is recomputed in the backward pass (gradient checkpointing).
+Nothing is approximated; tests/models/fused/test_layer.py compares every gradient with the Hugging Face backend's.
 
 With y = x W' + s drop(x) A' B' for a projection (W frozen, A and B trained, s = alpha / r, ' transposes, drop is LoRA's dropout):
 
     g = s dy B        dB = s dy' drop(x) A'        dA = g' drop(x)        dx = dy W + drop'(g A)
 
-so that of LoRA only drop(x) A' (r numbers a token) is kept; masks follow from a seed. Projections that share an input (q, k,
-v; gate, up) run as one product: their W and A lie under each other, their B on the diagonal of a block matrix, zero elsewhere.
+so that LoRA only saves drop(x) A' (r numbers per token); masks are drawn from a seed. Projections that share an input (q, k, v;
+gate, up) run as one product: their W and A are stacked, their B form a block-diagonal matrix.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from finetune.models.fused.attention import Attended, Segments
 class Batch:
     """What every layer needs of a packed micro-batch. cos, sin: (tokens, head_dim). seed: of this micro-batch's dropout.
 
-    rows: the tokens that the loss looks at; the last layer goes on with these alone once attention has seen all tokens.
+    rows: indices of the tokens with a loss; after its attention, the last layer computes only these.
     ops: finetune.models.fused.ops_torch or finetune.models.fused.ops_triton. dropout: LoRA's, 0 outside training.
     """
 
@@ -45,11 +45,11 @@ class Batch:
 
 
 class Group:
-    """Projections with one input: their frozen weights as one matrix, their adapters as one pair.
+    """Projections that share an input: their frozen weights as one matrix, their adapters as one pair.
 
-    weight: gives (sum of outputs, inputs) in the compute dtype (finetune.models.fused.base_weights.Weights). adapters: (A, B)
-    of each projection, None where it has none.
-    a (n r, inputs) and b (sum of outputs, n r) are copies in the compute dtype that `refresh` brings up to date.
+    weight: called, returns (sum of outputs, inputs) in the compute dtype (finetune.models.fused.base_weights.Weights).
+    adapters: (A, B) of each projection, None if it has none.
+    a (n r, inputs) and b (sum of outputs, n r) are copies in the compute dtype, which FusedModel.refresh updates.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Group:
             self._copies += [self.a[mine], self.b[begin:end, mine]]
 
     def copies(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(where to, where from): what has to be copied after the optimizer has changed the adapters."""
+        """(destinations, sources) of the copies to make after the optimizer has changed the adapters."""
         return self._copies, self.parameters
 
     def forward(self, x: Tensor, batch: Batch, seed: int, add_to: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(y, drop(x) A'). add_to: the residual stream (tokens, outputs), to which the result is added."""
+        """Returns (y, drop(x) A'). add_to: the residual stream (tokens, outputs), to which the result is added."""
         weight, start = self.weight().t(), self.bias if add_to is None else add_to
         y = x @ weight if start is None else torch.addmm(start, x, weight)
         if add_to is not None and self.bias is not None:
@@ -102,14 +102,14 @@ class Group:
     def backward(
         self, dy: Tensor, x: Tensor, xa: Tensor | None, batch: Batch, seed: int, *, need_dx: bool = True
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """(dx, gradients of the adapters in the order of `parameters`)."""
+        """Returns (dx, gradients of the adapters in the order of `parameters`)."""
         dx, g = self.input_gradient(dy, batch, seed, need_dx=need_dx)
         return dx, self.adapter_gradients(dy, g, x, xa, batch, seed)
 
     def input_gradient(
         self, dy: Tensor, batch: Batch, seed: int, *, need_dx: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(dx, g), of which g goes on to `adapter_gradients`."""
+        """Returns (dx, g); g is an input of `adapter_gradients`."""
         dx = dy @ self.weight() if need_dx else None
         if self.a is None or self.b is None:
             return dx, None
@@ -134,8 +134,8 @@ class Group:
 
 @dataclass
 class Saved:
-    """What the forward pass of a layer leaves for its backward pass; (tokens, width) each. down_inner is None where the layer
-    was recomputed."""
+    """What the forward pass of a layer saves for its backward pass; each (tokens, width). down_inner is None if the layer was
+    recomputed."""
 
     qkv: Tensor
     qkv_inner: Tensor | None
@@ -149,9 +149,9 @@ class Saved:
 
 @dataclass(frozen=True)
 class Layer:
-    """The frozen numbers of one decoder layer and its four groups of projections. number: its place, from 0.
+    """The frozen parameters of one decoder layer and its four groups of projections. number: its index, from 0.
 
-    last: its result has a row for each of batch.rows, not for each token.
+    last: its output has one row for each of batch.rows, not for each token.
     """
 
     number: int
@@ -188,13 +188,13 @@ class Layer:
         return y, saved
 
     def inside(self, x: Tensor, batch: Batch) -> Saved:
-        """Everything but the last projection, which no gradient needs."""
+        """The forward pass without down_proj, whose output no gradient needs."""
         ops = batch.ops
         qkv, qkv_inner = self.qkv.forward(ops.rms_norm(x, self.input_norm, self.eps), batch, self._seed(batch, 0))
         ops.rope_(qkv, batch.cos, batch.sin, self.heads + self.kv_heads, self.head_dim)
         attended = attention.forward(*self._split(qkv), batch.segments, batch.backend)
         middle, o_inner = self.o.forward(
-            self._wanted(attended.out.flatten(1), batch), batch, self._seed(batch, 1), add_to=self._wanted(x, batch)
+            self._labelled(attended.out.flatten(1), batch), batch, self._seed(batch, 1), add_to=self._labelled(x, batch)
         )
         gate_up, gate_up_inner = self.gate_up.forward(
             ops.rms_norm(middle, self.middle_norm, self.eps), batch, self._seed(batch, 2)
@@ -204,7 +204,7 @@ class Layer:
     def backward(
         self, dy: Tensor, x: Tensor, saved: Saved, batch: Batch, *, need_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """(dx, gradients in the order of `parameters`). Uses up `kept`."""
+        """Returns (dx, gradients in the order of `parameters`). Overwrites and frees parts of `saved`."""
         d_middle, mlp = self._mlp_backward(dy, saved, batch)
         dx, attention_block = self._attention_backward(d_middle, x, saved, batch, need_dx=need_dx)
         return dx, attention_block + mlp
@@ -213,7 +213,7 @@ class Layer:
         ops, seed, gate_up = batch.ops, self._seed(batch, 3), saved.gate_up
         assert gate_up is not None
         hidden, g = self.down.input_gradient(dy, batch, seed)
-        ops.swiglu_backward_(gate_up, hidden)  # now gate_up is its gradient, and hidden no gradient but SwiGLU's result
+        ops.swiglu_backward_(gate_up, hidden)  # now gate_up is its own gradient, and hidden is SwiGLU's output
         assert hidden is not None
         inner = saved.down_inner
         if inner is None and g is not None:
@@ -222,14 +222,14 @@ class Layer:
         del hidden
         normed = ops.rms_norm(saved.middle, self.middle_norm, self.eps)
         d_normed, above = self.gate_up.backward(gate_up, normed, saved.gate_up_inner, batch, self._seed(batch, 2))
-        saved.gate_up = None  # more than half of what the layer keeps
+        saved.gate_up = None  # more than half of what the layer saves
         return ops.rms_norm_backward(d_normed, saved.middle, self.middle_norm, self.eps, dy), above + down
 
     def _attention_backward(
         self, d_middle: Tensor, x: Tensor, saved: Saved, batch: Batch, *, need_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         ops, attended = batch.ops, saved.attended
-        out = self._wanted(attended.out.flatten(1), batch)
+        out = self._labelled(attended.out.flatten(1), batch)
         d_out, o = self.o.backward(d_middle, out, saved.o_inner, batch, self._seed(batch, 1))
         assert d_out is not None
         if self.last:
@@ -245,7 +245,7 @@ class Layer:
             return None, qkv + o
         return ops.rms_norm_backward(d_normed, x, self.input_norm, self.eps, d_middle), qkv + o
 
-    def _wanted(self, x: Tensor, batch: Batch) -> Tensor:
+    def _labelled(self, x: Tensor, batch: Batch) -> Tensor:
         return x[batch.rows] if self.last else x
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,7 +258,7 @@ class Layer:
 
 
 def _spread(part: Tensor, rows: Tensor, tokens: int) -> Tensor:
-    """The gradient of x[rows]: zero wherever no row was taken; rows are distinct."""
+    """The gradient of x[rows]: zero for all other rows. The rows must be distinct."""
     return part.new_zeros(tokens, part.shape[1]).index_copy_(0, rows, part)
 
 

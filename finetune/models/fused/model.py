@@ -1,7 +1,7 @@
-"""The fused backend: a PEFT model's layers, from packed examples to the loss on their answers, over
-finetune/models/fused/layer.py's layers.
+"""The fused backend: computes a PEFT model from packed examples to the loss on their answers, with the layers of
+finetune/models/fused/layer.py.
 
-The model stays transformers' and PEFT's: parameters, names and saved adapters are theirs. This only reads them.
+The model itself stays that of transformers and PEFT, with their parameters, names and saved adapters; this only reads them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PLAIN_LORA = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.lora_[AB]\.default\.we
 
 @dataclass(frozen=True)
 class Packed:
-    """Examples, prompt and answer, one behind the other. ids, positions (tokens,); rows: which tokens predict a labelled one
-    (labelled,); targets: those labels (labelled,). All int64 on one device."""
+    """Packed examples, each prompt and answer. ids, positions (tokens,); rows: indices of the tokens that predict a labelled
+    token (labelled,); targets: those labels (labelled,). All int64 on one device."""
 
     ids: Tensor
     positions: Tensor
@@ -42,16 +42,16 @@ class Packed:
 
 
 def pack(ids: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], device: torch.device) -> Packed:
-    """Row i of ids and targets is one text; targets say what each of its tokens has to predict, or IGNORED."""
+    """Pack texts. Row i of ids and of targets is one text; targets: what each of its tokens has to predict, or IGNORED."""
     lengths = [len(row) for row in ids]
     flat = torch.tensor([token for row in ids for token in row])
-    wanted = torch.tensor([target for row in targets for target in row])
-    rows = (wanted != IGNORED).nonzero().squeeze(1)
+    labels = torch.tensor([target for row in targets for target in row])
+    rows = (labels != IGNORED).nonzero().squeeze(1)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    flat, positions, rows, wanted = (
-        tensor.to(device, non_blocking=True) for tensor in (flat, positions, rows, wanted[rows])
+    flat, positions, rows, labels = (
+        tensor.to(device, non_blocking=True) for tensor in (flat, positions, rows, labels[rows])
     )
-    return Packed(flat, positions, rows, wanted, Segments.of(lengths, device))
+    return Packed(flat, positions, rows, labels, Segments.of(lengths, device))
 
 
 def why_not(model: PeftModel, longest: int) -> str | None:
@@ -60,31 +60,31 @@ def why_not(model: PeftModel, longest: int) -> str | None:
     name, config = type(base).__name__, base.config
     known = [family.causal_lm for family in FAMILIES.values()]
     if name not in known:
-        return f"{name} is none of {', '.join(known)}"
+        return f"{name} is not one of {', '.join(known)}"
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
         return f"texts of {longest} tokens are longer than the model's attention window of {window}"
     if getattr(config, "hidden_act", "silu") != "silu":
         return f"its activation is {config.hidden_act}"
     if _head_dim(config) % 8:
-        return f"its heads of {_head_dim(config)} numbers are no multiple of 8"
+        return f"its head dimension, {_head_dim(config)}, is not a multiple of 8"
     inside = {id(p) for layer in base.get_decoder().layers for p in layer.parameters()}
     if any(p.requires_grad and id(p) not in inside for p in model.parameters()):
-        return "adapters outside the decoder layers"
+        return "it has adapters outside the decoder layers"
     if any(p.requires_grad and not PLAIN_LORA.search(name) for name, p in model.named_parameters()):
         return "it trains more than LoRA's A and B of the layers' projections"
     lora: Any = model.peft_config.get("default")
     if lora is None or lora.rank_pattern or lora.alpha_pattern:
         return "its adapters differ in rank or scaling"
     if getattr(config, "attention_dropout", 0.0):
-        return f"it drops attention weights (attention_dropout={config.attention_dropout})"
+        return f"it has dropout on attention weights (attention_dropout={config.attention_dropout})"
     return None
 
 
 class FusedModel:
     """A PEFT model's weights as the fused layers need them. dtype: of the computation.
 
-    dequantized_layers: so many layers keep their 4-bit weights dequantized beside the packed ones; the others dequantize them at
+    dequantized_layers: the first layers, this many, also keep their 4-bit weights dequantized; the others dequantize them at
     every use into one scratch buffer.
     """
 
@@ -108,19 +108,19 @@ class FusedModel:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take over the adapters' values: after the optimizer, and after a checkpoint was loaded."""
+        """Copy the adapters' values: call it after an optimizer step, and after a checkpoint was loaded."""
         pairs = [group.copies() for layer in self.layers for group in layer.groups]
         with torch.no_grad():
             torch._foreach_copy_([to for pair in pairs for to in pair[0]], [p for pair in pairs for p in pair[1]])
 
     def forget_dequantized(self) -> bool:
-        """Give back the memory of all dequantized weights; returns whether there were any."""
+        """Free all cached dequantized weights; returns whether there were any."""
         forgotten = [group.weight.forget() for layer in self.layers for group in layer.groups]
         return any(forgotten)
 
     def hidden(self, packed: Packed, *, uncheckpointed_layers: int, training: bool) -> Tensor:
-        """(labelled, hidden): the last hidden states, normed, of the tokens that predict a label."""
-        # From the CPU's generator: no wait for a GPU, and part of a checkpoint. Validation draws none.
+        """(labelled, hidden): the last hidden states, after the norm, of the tokens that predict a label."""
+        # From the CPU's generator, which needs no wait for the GPU and is part of a checkpoint. Validation draws none.
         seed = int(torch.randint(2**31, ())) if training else 0
         x = self.decoder.embed_tokens(packed.ids).to(self.dtype)
         cos, sin = self.decoder.rotary_emb(x[None], packed.positions[None])
@@ -136,10 +136,11 @@ class FusedModel:
         self, packed: Packed, count: int | None = None, *, uncheckpointed_layers: int, training: bool = True,
         token_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Summed loss of the labelled tokens over `count`, by default their number.
+        """Summed loss of the labelled tokens divided by `count`, by default their number.
 
-        token_loss: logits (tokens, vocabulary) in float32 and targets (tokens,) to a sum; None: negative log-likelihood (nats).
-        uncheckpointed_layers: so many of the last layers keep what their backward pass needs, the others are recomputed.
+        token_loss: maps logits (tokens, vocabulary) in float32 and targets (tokens,) to a sum; None: negative log-likelihood
+        (nats). uncheckpointed_layers: this many of the last layers save what their backward pass needs, the others are
+        recomputed.
         """
         hidden = self.hidden(packed, uncheckpointed_layers=uncheckpointed_layers, training=training)
         total: Tensor
@@ -151,7 +152,7 @@ class FusedModel:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of the cross-entropy of hidden @ weight', a block of rows at a time; its gradient is made on the way."""
+    """Sum of the cross-entropy of hidden @ weight', one block of rows at a time; the forward pass also computes the gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -160,12 +161,12 @@ class _HeadLoss(torch.autograd.Function):
         for begin in range(0, hidden.shape[0], HEAD_ROWS):
             block = slice(begin, begin + HEAD_ROWS)
             logits = (hidden[block] @ weight.t()).float()
-            wanted = targets[block, None]
+            labels = targets[block, None]
             log_sum = logits.logsumexp(1, keepdim=True)
-            total += (log_sum - logits.gather(1, wanted)).sum()
+            total += (log_sum - logits.gather(1, labels)).sum()
             if gradient is not None:
                 share = logits.sub_(log_sum).exp_()
-                share.scatter_add_(1, wanted, share.new_full(wanted.shape, -1.0))
+                share.scatter_add_(1, labels, share.new_full(labels.shape, -1.0))
                 gradient[block] = share.to(hidden.dtype) @ weight
         ctx.gradient = gradient
         return total
@@ -178,19 +179,19 @@ class _HeadLoss(torch.autograd.Function):
 def _loss_in_blocks(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Sum of token_loss; the backward pass makes a block's logits again, so that one block's are held at a time."""
+    """Sum of token_loss; the backward pass recomputes a block's logits, so that only one block's are held at a time."""
 
-    def of_block(rows: Tensor, wanted: Tensor) -> Tensor:
-        return token_loss((rows @ weight.t()).float(), wanted)
+    def of_block(rows: Tensor, labels: Tensor) -> Tensor:
+        return token_loss((rows @ weight.t()).float(), labels)
 
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, wanted in zip(torch.split(hidden, HEAD_ROWS), torch.split(targets, HEAD_ROWS), strict=True):
-        total = total + checkpoint(of_block, rows, wanted, use_reentrant=False)
+    for rows, labels in zip(torch.split(hidden, HEAD_ROWS), torch.split(targets, HEAD_ROWS), strict=True):
+        total = total + checkpoint(of_block, rows, labels, use_reentrant=False)
     return total
 
 
 def ops_for(device: torch.device) -> ModuleType:
-    """Triton's operations where it works (compute capability >= 8.0 and Triton installed), else torch's."""
+    """Triton's operations if they run here (compute capability >= 8.0 and Triton installed), else torch's."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         try:
             from finetune.models.fused import ops_triton

@@ -1,10 +1,10 @@
-"""The small operations of the fused training layer in plain torch: the reference, and what runs where Triton does not.
+"""The small operations of the fused training layer in plain torch: the reference, and the fallback without Triton.
 
 All tensors are padding-free, (T tokens, features), with last stride 1; rows may be slices of a wider tensor.
 Projections that read the same input form a group of n; their LoRA A matrices (r, K) are stacked to (R, K), R = n*r.
 Dropout is PEFT's: each projection i has its own mask over x, and kept values are scaled by 1/(1-p). Masks are never
 stored: `stream_key(seed, i)` seeds the generator of projection i, so that forward and backward draw the same one,
-provided that x and dx have the same shape and dtype. Nothing here is recorded by autograd: call it where that is off.
+provided that x and dx have the same shape and dtype. Call these functions only while autograd is off.
 finetune/models/fused/ops_triton.py has the same functions with other masks: one layer must take all of them from one
 module.
 """
@@ -21,7 +21,7 @@ _WORD = (1 << 64) - 1
 def stream_key(seed: int, stream: int) -> int:
     """64 well mixed bits from a seed and a stream number: the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
 
-    Neighbouring seeds and streams share nothing, which matters: CPU generators look at the low 32 bits of a seed only.
+    Neighbouring seeds and streams are uncorrelated. This matters because CPU generators use only the low 32 bits of a seed.
     """
     word = (seed * 0x9E3779B97F4A7C15 + (stream + 1) * 0xD1342543DE82EF95) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
@@ -85,7 +85,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
-    """dL/dx (T, H) in x's dtype, plus `residual` (T, H), the gradient that went round the norm. The weight is frozen.
+    """dL/dx (T, H) in x's dtype, plus `residual` (T, H), the gradient of the residual branch. The weight is frozen.
 
     With m = dy * weight and s = 1/rms(x): dx = s * m - s^3 * mean(m * x) * x.
     """
@@ -120,13 +120,13 @@ def _blocks(rows: int, r: int) -> list[slice]:
 
 
 def _mask(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
-    """A new tensor like x of ones (kept) and zeros, the same for the same x.shape, x.dtype, p, seed and stream."""
+    """A new tensor like x of ones (kept) and zeros (dropped), determined by x.shape, x.dtype, p, seed and stream."""
     generator = torch.Generator(device=x.device).manual_seed(stream_key(seed, stream) >> 1)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p, generator=generator)
 
 
 def _product_in_float32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with a float32 result; half-precision products overflow and round before they are summed otherwise."""
+    """left @ right with a float32 result, because a half-precision result could overflow and would be rounded."""
     if left.dtype == torch.float32:
         return left @ right
     if left.is_cuda:

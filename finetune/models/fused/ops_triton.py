@@ -1,10 +1,10 @@
 # mypy: disable-error-code="import-not-found, no-untyped-def, no-untyped-call, untyped-decorator"
-"""The small operations of the fused training layer by Triton kernels, for CUDA with compute capability 8.0 or newer.
+"""The small operations of the fused training layer as Triton kernels, for CUDA with compute capability 8.0 or newer.
 
 Same functions, arguments and results as finetune/models/fused/ops_torch.py, which is the reference; only the dropout
 masks differ. The three LoRA operations move x (or dx) through memory once, whatever the number n of projections that
-share it (for n > 3 once per three). No atomics: the same call gives the same bytes. Where sums are split, the parts are
-float32 and are added in a fixed order. Triton launches on the current CUDA device, so that must be the tensors' own.
+share it (for n > 3 once per three). No atomics: the same call gives the same bytes. If sums are split, the parts are
+float32 and are added in a fixed order. Triton launches on the current CUDA device, which must be that of the tensors.
 
 Dropout masks come from a hash of (seed, row, column) per element; three projections take 10 of its 32 bits each. The
 keep probability is therefore a multiple of 1/1024 (p = 0.05 becomes 51/1024 = 0.0498), and kept values are scaled by
@@ -29,31 +29,31 @@ LEVELS = 1024
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work: tile of rows (tokens) x columns (features), warps and pipeline stages per program."""
+    """How a kernel divides its work: tile of rows (tokens) x columns (features), warps and pipeline stages per program."""
 
     rows: int
     columns: int
     warps: int
     stages: int
     programs: int
-    """Long sums are split until about this many programs run, about three for each of an H100's 132 multiprocessors."""
+    """Long sums are split until about this many programs run: about three for each of an H100's 132 multiprocessors."""
 
 
 DOWN = Blocks(rows=64, columns=64, warps=4, stages=4, programs=320)
 INPUT_GRAD = Blocks(rows=64, columns=64, warps=4, stages=1, programs=0)
 A_GRAD = Blocks(rows=64, columns=64, warps=4, stages=4, programs=384)
 A_GRAD_ROWS = 512
-"""lora_a_grad sums at least this many rows into one part, which keeps its float32 parts under 2R/512 of x's bytes."""
+"""lora_a_grad sums at least this many rows into one part, so that its float32 parts take less than 2R/512 of x's bytes."""
 
 
 def lora_down(x: Tensor, a: Tensor, r: int, p: float, seed: int) -> Tensor:
     """x (T, K), a (R, K) -> (T, R) in x's dtype: block i is (mask_i * x / (1-p)) @ a_i.T, summed in float32."""
     (tokens, width), rank = x.shape, a.shape[0]
     down = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
-    row_blocks = _pieces(tokens, DOWN.rows)
-    parts = min(_pieces(DOWN.programs, row_blocks), max(1, width // 512))
-    steps = _pieces(_pieces(width, parts), DOWN.columns)
-    parts = _pieces(width, steps * DOWN.columns)
+    row_blocks = _ceil_div(tokens, DOWN.rows)
+    parts = min(_ceil_div(DOWN.programs, row_blocks), max(1, width // 512))
+    steps = _ceil_div(_ceil_div(width, parts), DOWN.columns)
+    parts = _ceil_div(width, steps * DOWN.columns)
     sums = down if parts == 1 else torch.empty(parts, tokens, rank, dtype=torch.float32, device=x.device)
     for first, count, low, high in _passes(rank, r, seed):
         kernels.lora_down_kernel[(row_blocks, parts)](
@@ -68,7 +68,7 @@ def lora_down(x: Tensor, a: Tensor, r: int, p: float, seed: int) -> Tensor:
 def lora_input_grad_(dx: Tensor, g: Tensor, a: Tensor, r: int, p: float, seed: int) -> None:
     """dx (T, K) += sum over i of mask_i / (1-p) * (g_i @ a_i), in place; g (T, R), a (R, K)."""
     tokens, width = dx.shape
-    grid = (_pieces(width, INPUT_GRAD.columns), _pieces(tokens, INPUT_GRAD.rows))
+    grid = (_ceil_div(width, INPUT_GRAD.columns), _ceil_div(tokens, INPUT_GRAD.rows))
     for first, count, low, high in _passes(a.shape[0], r, seed):
         kernels.lora_input_grad_kernel[grid](
             dx, g, a, tokens, width, first, low, high, dx.stride(0), g.stride(0), a.stride(0), r,
@@ -80,10 +80,10 @@ def lora_a_grad(g: Tensor, x: Tensor, r: int, p: float, seed: int) -> Tensor:
     """g (T, R), x (T, K) -> the gradient of the stacked A, (R, K) in float32: block i is g_i.T @ (mask_i * x / (1-p))."""
     (tokens, width), rank = x.shape, g.shape[1]
     grad = torch.empty(rank, width, dtype=torch.float32, device=x.device)
-    column_blocks = _pieces(width, A_GRAD.columns)
+    column_blocks = _ceil_div(width, A_GRAD.columns)
     parts = max(1, min(A_GRAD.programs // column_blocks, tokens // A_GRAD_ROWS))
-    steps = _pieces(_pieces(tokens, parts), A_GRAD.rows)
-    parts = _pieces(tokens, steps * A_GRAD.rows)
+    steps = _ceil_div(_ceil_div(tokens, parts), A_GRAD.rows)
+    parts = _ceil_div(tokens, steps * A_GRAD.rows)
     sums = grad if parts == 1 else torch.empty(parts, rank, width, dtype=torch.float32, device=x.device)
     for first, count, low, high in _passes(rank, r, seed):
         kernels.lora_a_grad_kernel[(column_blocks, parts)](
@@ -119,9 +119,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
-    """dL/dx (T, H) in x's dtype, plus `residual` (T, H), the gradient that went round the norm. The weight is frozen.
+    """dL/dx (T, H) in x's dtype, plus `residual` (T, H), the gradient of the residual branch. The weight is frozen.
 
-    With m = dy * weight and s = 1/rms(x): dx = s * m - s^3 * mean(m * x) * x. s is found again from the row of x that has to be
+    With m = dy * weight and s = 1/rms(x): dx = s * m - s^3 * mean(m * x) * x. s is recomputed from the row of x, which has to be
     read anyway.
     """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -138,18 +138,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up (T, 2F), gate first -> silu(gate) * up (T, F)."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     product = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
-    kernels.swiglu_kernel[(tokens, _pieces(width, 1024))](gate_up, product, width, BLOCK=1024, num_warps=4)
+    kernels.swiglu_kernel[(tokens, _ceil_div(width, 1024))](gate_up, product, width, BLOCK=1024, num_warps=4)
     return product
 
 
 def swiglu_backward_(gate_up: Tensor, d: Tensor) -> None:
     """gate_up (T, 2F) becomes its own gradient, and d (T, F), the gradient of swiglu(gate_up), becomes swiglu(gate_up)."""
     tokens, width = d.shape
-    kernels.swiglu_backward_kernel[(tokens, _pieces(width, 1024))](gate_up, d, width, BLOCK=1024, num_warps=4)
+    kernels.swiglu_backward_kernel[(tokens, _ceil_div(width, 1024))](gate_up, d, width, BLOCK=1024, num_warps=4)
 
 
 def _passes(rank: int, r: int, seed: int) -> list[tuple[int, int, int, int]]:
-    """(first projection, projections, low key, high key) of each pass; the keys are 32 bits of the hash's seed each."""
+    """(first projection, number of projections, low key, high key) of each pass; each key is 32 bits of the hash's seed."""
     passes = []
     for first in range(0, rank // r, SHARED):
         key = stream_key(seed, first)
@@ -160,8 +160,8 @@ def _passes(rank: int, r: int, seed: int) -> list[tuple[int, int, int, int]]:
 
 @cache
 def _constants(blocks: Blocks, item: int, count: int, r: int, p: float) -> dict[str, Any]:
-    """Compile-time arguments. Large ranks and float32 get more warps and fewer stages: registers and shared memory end."""
-    rank = max(16, _power_of_2(r))  # 16 is the least that the matrix units take
+    """Compile-time arguments. Large ranks and float32 get more warps and fewer stages, to fit registers and shared memory."""
+    rank = max(16, _power_of_2(r))  # 16 is the minimum of the tensor cores
     large = rank * count * item > 128
     return {
         "N": count,
@@ -174,16 +174,16 @@ def _constants(blocks: Blocks, item: int, count: int, r: int, p: float) -> dict[
     }
 
 
-def _pieces(whole: int, size: int) -> int:
-    """Rounded up. Triton's own cdiv is made for kernels; called from here it took 8 us (seen in a profile)."""
+def _ceil_div(whole: int, size: int) -> int:
+    """Division rounded up. Triton's own cdiv is made for kernels; called from the host it took 8 us (seen in a profile)."""
     return -(-whole // size)
 
 
 def _power_of_2(size: int) -> int:
-    """The next, or size itself."""
+    """The smallest power of 2 that is not less than size."""
     return 1 << (size - 1).bit_length()
 
 
 def _sum_parts(parts: Tensor, total: Tensor) -> None:
     size = total.numel()
-    kernels.sum_parts_kernel[(_pieces(size, 1024),)](parts, total, size, parts.shape[0], BLOCK=1024, num_warps=4)
+    kernels.sum_parts_kernel[(_ceil_div(size, 1024),)](parts, total, size, parts.shape[0], BLOCK=1024, num_warps=4)

@@ -1,4 +1,4 @@
-"""finetune/models/fused/attention.py's loop against attention written out with a mask, in float64."""
+"""The loop backend of finetune/models/fused/attention.py against attention written out with a mask, in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def by_mask(q: Any, k: Any, v: Any, lengths: tuple[int, ...]) -> Any:
-    """Every token against every token, all but the earlier ones of its own sequence masked out."""
+    """Scores of all pairs of tokens, with a mask that leaves a token itself and the earlier ones of its sequence."""
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(sequence))
     visible = (sequence[:, None] == sequence[None]) & (place[:, None] >= place[None])
@@ -53,7 +53,7 @@ def test_forward_and_backward_are_those_of_masked_attention(
 
 
 def test_backward_works_inside_autograds_backward_and_leaves_its_inputs_alone() -> None:
-    """There gradients are off, and q, k and v belong to the layer, which goes on with them."""
+    """There gradients are disabled, and the layer still uses q, k and v afterwards."""
     q, k, v = parts(9, 2, 2, 8)
     before = [x.clone() for x in (q, k, v)]
     segments = Segments.of((4, 5), CPU)
@@ -86,7 +86,7 @@ def test_other_sequences_change_no_bit() -> None:
 
 
 def test_repeated_heads_and_the_sum_of_their_gradients_are_each_others_transpose() -> None:
-    """What the memory-efficient kernel is given in place of shared heads: query head h reads key head h // copies."""
+    """The memory-efficient kernel gets copies in place of shared heads: query head h reads key head h // copies."""
     x = torch.randn(5, 3, 8, dtype=torch.float64, requires_grad=True)
     repeated = attention._repeated(x, 12)
     assert torch.equal(repeated, x.repeat_interleave(4, dim=1))
@@ -103,7 +103,7 @@ def test_segments() -> None:
     assert segments.longest == 7
 
 
-def test_a_cpu_and_float32_go_the_loop() -> None:
+def test_a_cpu_and_float32_use_the_loop() -> None:
     assert attention.backend_for(CPU, torch.bfloat16) == "loop"
     assert attention.backend_for(CPU, torch.float32) == "loop"
     assert attention.backend_for(torch.device("cuda"), torch.float32) == "loop"

@@ -1,4 +1,4 @@
-"""The frozen weights as the layers take them."""
+"""The frozen weights as the layers use them."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from tests.helpers.fused_examples import (  # noqa: E402
     labelled,
     lora_model,
     packed,
-    put_stated_masks,
+    put_fixed_masks,
     take_gradients,
     texts,
     worst_error,
@@ -45,12 +45,12 @@ GPU = torch.device("cuda")
 LAYERS = 4
 LENGTHS = (300, 37, 700, 128, 5, 211)
 SHORT = (60, 37, 9, 48)
-"""Of one block of FlashAttention each, whose backward pass adds longer texts up in no fixed order."""
+"""Each fits one block of FlashAttention: its backward pass sums longer texts in no fixed order."""
 HALF_PRECISION = [torch.bfloat16, torch.float16]
 
 
 def small_mistral(dtype: Any = torch.float32, *, head_dim: int = 128, **changes: Any) -> Any:
-    """Four layers 512 wide. Weights are those of bfloat16 whatever the dtype, so that all have the same ones."""
+    """Four layers of width 512. The weights are rounded to bfloat16 whatever the dtype, so that all models have the same."""
     values: dict[str, Any] = {
         "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": LAYERS, "num_attention_heads": 512 // head_dim,
         "num_key_value_heads": 256 // head_dim, "head_dim": head_dim, "max_position_embeddings": 2048, "r": 16, "scale": 0.03,
@@ -66,7 +66,7 @@ def small_mistral(dtype: Any = torch.float32, *, head_dim: int = 128, **changes:
 
 
 def total_error(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    """Norm of the difference of all gradients over the norm of them all."""
+    """Norm of the difference of all gradients over their norm."""
     difference = torch.stack([(found[name].float() - gradient).norm() for name, gradient in expected.items()]).norm()
     return float(difference / torch.stack([gradient.norm() for gradient in expected.values()]).norm())
 
@@ -81,8 +81,10 @@ def on_gpu(lengths: Sequence[int] = LENGTHS) -> Any:
 @pytest.mark.parametrize("dtype", HALF_PRECISION)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 64), (4, 4, 128), (8, 2, 128)])
 @pytest.mark.parametrize("backend", ["flash", "efficient", "loop"])
-def test_every_way_of_attention_is_the_same(dtype: Any, heads: int, kv_heads: int, width: int, backend: Any) -> None:
-    """Against the loop in float64 on the same numbers; q, k and v are slices of one tensor, as in the layer."""
+def test_every_attention_backend_gives_the_same_result(
+    dtype: Any, heads: int, kv_heads: int, width: int, backend: Any
+) -> None:
+    """Against the loop in float64 on the same values; q, k and v are slices of one tensor, as in the layer."""
     lengths = (1, 37, 300, 128, 5, 1000)
     draws = torch.Generator("cuda").manual_seed(0)
     joined = torch.randn(sum(lengths), heads + 2 * kv_heads, width, generator=draws, device=GPU).to(dtype)
@@ -121,7 +123,7 @@ def test_another_text_changes_no_bit_of_a_texts_loss(backend: Any) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_hf_path(family: str, head_dim: int) -> None:
+def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_hf_backend(family: str, head_dim: int) -> None:
     """Both against float32 on the same weights; the Hugging Face backend as it trains: autocast, each text alone, unpadded."""
     full, half = (small_mistral(dtype, family=family, head_dim=head_dim) for dtype in (torch.float32, torch.bfloat16))
     backends = {"triton": ops_for(GPU), "torch": ops_torch}
@@ -145,7 +147,7 @@ def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_hf_path(family: str
 @pytest.mark.parametrize("backend", ["flash", "efficient"])
 @pytest.mark.parametrize("ops", ["triton", "torch"])
 def test_in_float16_with_scaled_losses_too(backend: Any, ops: str) -> None:
-    """With torch's operations and the memory-efficient kernel it is what a T4 and a V100 compute."""
+    """With torch's operations and the memory-efficient kernel, as on a T4 and a V100."""
     scale = 2.0**14
     ids, labels = texts(LENGTHS)
     _, exact = hf_gradients(small_mistral(), ids, labels)
@@ -191,7 +193,7 @@ def test_float16_overflow_is_skipped_by_the_scaler() -> None:
 
 @pytest.mark.parametrize("dtype", HALF_PRECISION)
 @pytest.mark.parametrize("ops", ["triton", "torch"])
-def test_with_dropout_a_layer_computed_again_gives_the_same_gradients(ops: str, dtype: Any) -> None:
+def test_with_dropout_a_recomputed_layer_gives_the_same_gradients(ops: str, dtype: Any) -> None:
     model = small_mistral(dtype, dropout=0.1)
     fused = FusedModel(model, dtype, ops=ops_torch if ops == "torch" else ops_for(GPU))
     batch = on_gpu(SHORT)
@@ -205,7 +207,7 @@ def test_with_dropout_a_layer_computed_again_gives_the_same_gradients(ops: str, 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("uncheckpointed_layers", [0, LAYERS])
-def test_in_float32_the_triton_way_is_the_hf_path_under_the_same_masks(p: float, uncheckpointed_layers: int) -> None:
+def test_in_float32_triton_equals_the_hf_backend_under_the_same_masks(p: float, uncheckpointed_layers: int) -> None:
     """256 of 1,024 levels are 0.25 exactly."""
     model = small_mistral(dropout=p)
     ids, labels = texts((211,))
@@ -214,7 +216,7 @@ def test_in_float32_the_triton_way_is_the_hf_path_under_the_same_masks(p: float,
     loss, found = fused_gradients(model, batch, uncheckpointed_layers=uncheckpointed_layers, seed=5, fused=fused)
     torch.manual_seed(5)
     if p:
-        put_stated_masks(model, fused, int(torch.randint(2**31, ())), batch, p)
+        put_fixed_masks(model, fused, int(torch.randint(2**31, ())), batch, p)
     expected_loss, expected = hf_gradients(model, ids, labels)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert worst_error(found, expected) < 1e-4
@@ -223,7 +225,7 @@ def test_in_float32_the_triton_way_is_the_hf_path_under_the_same_masks(p: float,
 # --- four bits, optimizer, memory
 
 
-def test_dequantized_weights_that_stay_give_the_same_bits() -> None:
+def test_cached_dequantized_weights_give_the_same_bits() -> None:
     model = small_mistral(torch.bfloat16, nf4=True)
     batch = on_gpu(SHORT)
     results = [
@@ -267,7 +269,7 @@ def test_the_eight_bit_optimizer_over_the_flat_tensor_is_that_over_the_adapters(
 
 @pytest.mark.parametrize("kind", ["PagedAdamW8bit", "PagedAdamW32bit"])
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
-def test_paged_states_go_on_from_a_file_bit_by_bit(kind: str, where: str, tmp_path: Path) -> None:
+def test_paged_optimizer_states_resume_from_a_file_bit_for_bit(kind: str, where: str, tmp_path: Path) -> None:
     """transformers loads them onto the CPU for one process, and onto the GPU for several."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -296,8 +298,8 @@ def test_paged_states_go_on_from_a_file_bit_by_bit(kind: str, where: str, tmp_pa
     assert torch.equal(whole, resumed)
 
 
-def test_real_want_of_memory_is_survived() -> None:
-    """The process is allowed too little for a step in one piece; in smaller ones it gives the same gradients."""
+def test_a_real_out_of_memory_error_is_survived() -> None:
+    """The process may use too little memory for a step in one micro-batch; in smaller ones the gradients are the same."""
     model = small_mistral(torch.bfloat16)
     flat = FlatAdapters(list(adapters(model).values()))
     said: list[str] = []

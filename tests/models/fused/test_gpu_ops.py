@@ -31,29 +31,29 @@ GROUPS = [(4096, 3, 16), (4096, 2, 16), (14336, 1, 16), (4096, 1, 64), (1000, 3,
 HEADS, HEAD_DIM = 40, 128
 
 
-def normal(*shape: int, seed: int = 0, dtype: Any = torch.float32, spare: int = 0) -> Any:
-    """Normal values on the GPU; `spare` columns lie between the rows."""
+def normal(*shape: int, seed: int = 0, dtype: Any = torch.float32, padding: int = 0) -> Any:
+    """Normal values on the GPU; `padding` columns are between the rows."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    wide = torch.randn(*shape[:-1], shape[-1] + spare, generator=generator, device="cuda").to(dtype)
+    wide = torch.randn(*shape[:-1], shape[-1] + padding, generator=generator, device="cuda").to(dtype)
     return wide[..., : shape[-1]]
 
 
 def assert_near(actual: Any, expected: Any, dtype: Any, steps: float = 2.0) -> None:
-    """Within `steps` roundings of dtype of the largest value; for float32, sums over thousands in another order."""
+    """Within `steps` roundings of dtype of the largest value; for float32, sums of thousands of terms in another order."""
     limit = 1e-4 if dtype == torch.float32 else steps * torch.finfo(dtype).eps
     error = (actual.float() - expected.float()).abs().max() / expected.float().abs().max()
     assert error <= limit, f"{error:.2e} of the largest value, expected at most {limit:.2e}"
 
 
 def inputs(tokens: int, width: int, n: int, r: int, dtype: Any) -> tuple[Any, Any, Any]:
-    x = normal(tokens, width, dtype=dtype, spare=64)
+    x = normal(tokens, width, dtype=dtype, padding=64)
     a = normal(n * r, width, seed=1, dtype=dtype) / math.sqrt(width)
-    g = normal(tokens, n * r, seed=2, dtype=dtype, spare=16)
+    g = normal(tokens, n * r, seed=2, dtype=dtype, padding=16)
     return x, a.contiguous(), g
 
 
 def revealed_masks(tokens: int, width: int, n: int, r: int, p: float, seed: int) -> Any:
-    """The scaled masks (n, T, K) float32 that lora_input_grad_ applies: g and a single out one projection each."""
+    """The scaled masks (n, T, K) float32 that lora_input_grad_ applies: g and a select one projection each."""
     masks = torch.zeros(n, tokens, width, device="cuda")
     for i in range(n):
         g, a = torch.zeros(tokens, n * r, device="cuda"), torch.zeros(n * r, width, device="cuda")
@@ -70,7 +70,7 @@ def test_without_dropout_triton_is_torch(dtype: Any, tokens: int, width: int, n:
     full = (x.float(), a.float(), g.float())
     assert_near(ops.lora_down(x, a, r, 0.0, 3), ops_torch.lora_down(full[0], full[1], r, 0.0, 3), dtype)
     assert_near(ops.lora_a_grad(g, x, r, 0.0, 3), ops_torch.lora_a_grad(full[2], full[0], r, 0.0, 3), torch.float32)
-    own = normal(tokens, width, seed=4, dtype=dtype, spare=32)
+    own = normal(tokens, width, seed=4, dtype=dtype, padding=32)
     expected = own.float().clone()
     ops.lora_input_grad_(own, g, a, r, 0.0, 3)
     ops_torch.lora_input_grad_(expected, full[2], full[1], r, 0.0, 3)
@@ -99,7 +99,7 @@ def test_all_three_kernels_draw_the_same_masks(dtype: Any, tokens: int, width: i
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3])
-def test_masks_keep_the_stated_share_and_scale_it_back(p: float) -> None:
+def test_masks_keep_the_given_share_and_scale_it_back(p: float) -> None:
     masks = revealed_masks(4901, 4096, 3, 16, p, 0)
     drop = round(p * 1024) / 1024
     assert torch.unique(masks).tolist() == pytest.approx([0.0, 1 / (1 - drop)])
@@ -162,7 +162,7 @@ def test_rope(dtype: Any, tokens: int, table: Any) -> None:
     angles = torch.outer(torch.arange(tokens), 10000 ** -torch.linspace(0, 1, HEAD_DIM // 2)).repeat(1, 2).cuda()
     cos, sin = angles.cos().to(table or dtype), angles.sin().to(table or dtype)
     for inverse in (False, True):
-        x = normal(tokens, (HEADS + 8) * HEAD_DIM, dtype=dtype, spare=64)
+        x = normal(tokens, (HEADS + 8) * HEAD_DIM, dtype=dtype, padding=64)
         expected = x.float().clone()
         ops_torch.rope_(expected, cos.float(), sin.float(), HEADS, HEAD_DIM, inverse)
         ops.rope_(x, cos, sin, HEADS, HEAD_DIM, inverse)
@@ -174,7 +174,7 @@ def test_rope(dtype: Any, tokens: int, table: Any) -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("width", [4096, 1000])
 def test_rms_norm(dtype: Any, tokens: int, width: int) -> None:
-    x, dy = normal(tokens, width, dtype=dtype, spare=8), normal(tokens, width, seed=1, dtype=dtype)
+    x, dy = normal(tokens, width, dtype=dtype, padding=8), normal(tokens, width, seed=1, dtype=dtype)
     weight, residual = normal(width, seed=2, dtype=dtype), normal(tokens, width, seed=3, dtype=dtype)
     y = ops.rms_norm(x, weight, 1e-5)
     assert y.dtype == dtype

@@ -1,4 +1,4 @@
-"""The fused layers against transformers and PEFT in float32 on a CPU: every adapter's gradient, every shape of model."""
+"""The fused layers against transformers and PEFT in float32 on a CPU: all adapter gradients, for models of many shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.fused_examples import (  # noqa: E402
     labelled,
     lora_model,
     packed,
-    put_stated_masks,
+    put_fixed_masks,
     take_gradients,
     texts,
     worst_error,
@@ -46,7 +46,7 @@ def check_against_hf(model: Any, *, uncheckpointed_layers: int = 1, dequantized_
 
 @pytest.mark.parametrize("uncheckpointed_layers", range(LAYERS + 1))
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_gradients_are_those_of_the_hf_path(family: str, uncheckpointed_layers: int) -> None:
+def test_gradients_are_those_of_the_hf_backend(family: str, uncheckpointed_layers: int) -> None:
     check_against_hf(lora_model(family), uncheckpointed_layers=uncheckpointed_layers)
 
 
@@ -107,8 +107,8 @@ def test_with_rank_stabilised_scaling() -> None:
     check_against_hf(lora_model(lora={"use_rslora": True}))
 
 
-def test_when_the_embeddings_ask_for_a_gradient() -> None:
-    """As PEFT's enable_input_require_grads makes them do: then the first layer has an input gradient to give."""
+def test_when_the_embeddings_require_a_gradient() -> None:
+    """As after PEFT's enable_input_require_grads: then the first layer has to compute an input gradient."""
     model = lora_model()
     ids, labels = texts()
     _, expected = hf_gradients(model, ids, labels)
@@ -164,7 +164,7 @@ def test_the_optimizers_changes_are_seen_after_refresh() -> None:
 
 @pytest.mark.parametrize("targets", [PROJECTIONS, ("v_proj", "up_proj", "down_proj")])
 @pytest.mark.parametrize("uncheckpointed_layers", [0, 1, LAYERS])
-def test_dropout_masks_are_the_same_forwards_backwards_and_computed_again(
+def test_dropout_masks_are_the_same_forwards_backwards_and_recomputed(
     uncheckpointed_layers: int, targets: tuple[str, ...]
 ) -> None:
     p = 0.3
@@ -175,7 +175,7 @@ def test_dropout_masks_are_the_same_forwards_backwards_and_computed_again(
     loss, found = fused_gradients(model, batch, uncheckpointed_layers=uncheckpointed_layers, seed=5, fused=fused)
     torch.manual_seed(5)
     seed = int(torch.randint(2**31, ()))
-    put_stated_masks(model, fused, seed, batch, p)
+    put_fixed_masks(model, fused, seed, batch, p)
     expected_loss, expected = hf_gradients(model, ids, labels)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert worst_error(found, expected) < CLOSE
@@ -189,7 +189,7 @@ def test_layers_groups_and_micro_batches_draw_different_masks() -> None:
     original = ops_torch.lora_down
 
     class Watched:
-        """fused_torch, with the seeds of its calls noted."""
+        """ops_torch, recording the seeds of its calls."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(ops_torch, name)
@@ -293,7 +293,7 @@ def test_a_text_that_comes_twice_has_twice_the_gradient() -> None:
     assert worst_error(two, one) < CLOSE
 
 
-def test_what_a_kept_layer_holds_is_freed_by_its_backward_pass() -> None:
+def test_what_a_layer_saves_is_freed_by_its_backward_pass() -> None:
     import weakref
 
     from finetune.models.fused.layer import Saved
@@ -314,14 +314,14 @@ def test_what_a_kept_layer_holds_is_freed_by_its_backward_pass() -> None:
         loss = fused.loss(packed(ids, labels), uncheckpointed_layers=2)
         assert [ref() is not None for ref in alive] == [False, True, True]
         loss.backward()
-    assert [ref() for ref in alive] == [None] * 4  # one layer was computed again
+    assert [ref() for ref in alive] == [None] * 4  # one layer was recomputed
     assert fused.device == CPU
 
 
 @pytest.mark.parametrize(("uncheckpointed_layers", "uses"), [(LAYERS, [1, 2, 2]), (1, [2, 3, 2]), (0, [2, 3, 3])])
-def test_no_weight_is_dequantized_in_vain(uncheckpointed_layers: int, uses: list[int]) -> None:
-    """Of q, k and v once forwards, once more where the layer is computed again, once for the input's gradient, which the first
-    layer's input does not need."""
+def test_no_weight_is_dequantized_needlessly(uncheckpointed_layers: int, uses: list[int]) -> None:
+    """Those of q, k and v once in the forward pass, once more if the layer is recomputed, and once for the input's gradient,
+    which the first layer does not need."""
     model = lora_model()
     ids, labels = texts()
     fused = FusedModel(model, torch.float32)
@@ -337,8 +337,8 @@ def test_no_weight_is_dequantized_in_vain(uncheckpointed_layers: int, uses: list
     assert counts == uses
 
 
-def test_gate_and_up_are_gone_when_attentions_backward_pass_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are more than half of what a layer keeps, and attention's gradients need the room."""
+def test_gate_and_up_are_freed_before_attentions_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are more than half of what a layer saves, and attention's gradients need the memory."""
     import weakref
 
     from finetune.models.fused import attention

@@ -1,4 +1,4 @@
-"""The way into the fused layers and out of them: packing, which models can go it, weights and adapters, the loss head."""
+"""The fused backend around its layers: packing, which models it supports, weights and adapters, the loss head."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_pack_puts_each_label_on_the_token_before_it() -> None:
     batch = pack([[5, 6, 7, 8], [9], [1, 2, 3]], [[IGNORED, 7, 8, IGNORED], [IGNORED], [2, IGNORED, IGNORED]], CPU)
     assert batch.ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3]
     assert batch.rows.tolist() == [1, 2, 5]
-    assert batch.targets.tolist() == [7, 8, 2]  # the 9 is the first of its text: nothing predicts it
+    assert batch.targets.tolist() == [7, 8, 2]  # the 9 is the first token of its text: nothing predicts it
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
     assert batch.segments.lengths == (4, 1, 3)
     assert {t.dtype for t in (batch.ids, batch.rows, batch.targets, batch.positions)} == {torch.int64}
@@ -56,11 +56,11 @@ def test_a_batch_without_labels_has_no_loss_and_gradients_of_zero() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("nf4", [False, True])
-def test_models_that_can(family: str, nf4: bool) -> None:
+def test_supported_models(family: str, nf4: bool) -> None:
     assert why_not(lora_model(family, nf4=nf4), 200) is None
 
 
-def test_a_text_longer_than_the_attention_window_cannot() -> None:
+def test_a_text_longer_than_the_attention_window_is_not_supported() -> None:
     model = lora_model(sliding_window=16)
     assert why_not(model, 16) is None
     assert why_not(model, 17) == "texts of 17 tokens are longer than the model's attention window of 16"
@@ -69,23 +69,23 @@ def test_a_text_longer_than_the_attention_window_cannot() -> None:
     assert worst_error(fused_gradients(model, packed(ids, labels))[1], expected) < 1e-5
 
 
-def test_a_window_that_is_not_used_stands_in_nobodys_way() -> None:
+def test_an_unused_window_does_not_matter() -> None:
     assert why_not(lora_model("qwen2", sliding_window=16, use_sliding_window=False), 100) is None
 
 
-def test_other_models_cannot() -> None:
+def test_other_models_are_not_supported() -> None:
     assert (why_not(lora_model("llama", hidden_act="gelu"), 9) or "").startswith("its activation is gelu")
-    assert "no multiple of 8" in (why_not(lora_model(head_dim=12), 9) or "")
-    assert why_not(lora_model(targets=("q_proj", "lm_head")), 9) == "adapters outside the decoder layers"
-    assert why_not(lora_model(targets=("q_proj", "embed_tokens")), 9) == "adapters outside the decoder layers"
+    assert "not a multiple of 8" in (why_not(lora_model(head_dim=12), 9) or "")
+    assert why_not(lora_model(targets=("q_proj", "lm_head")), 9) == "it has adapters outside the decoder layers"
+    assert why_not(lora_model(targets=("q_proj", "embed_tokens")), 9) == "it has adapters outside the decoder layers"
 
 
-def test_another_family_cannot() -> None:
+def test_another_family_is_not_supported() -> None:
     from peft import LoraConfig, get_peft_model
 
     base = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     model: Any = get_peft_model(base, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-    assert why_not(model, 9) == "GPT2LMHeadModel is none of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"
+    assert why_not(model, 9) == "GPT2LMHeadModel is not one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"
 
 
 UNSEEN = {
@@ -99,7 +99,7 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize("which", sorted(UNSEEN))
-def test_models_whose_arithmetic_is_another_cannot(which: str) -> None:
+def test_models_with_other_arithmetic_are_not_supported(which: str) -> None:
     assert why_not(UNSEEN[which](), 9) is not None
 
 
@@ -143,8 +143,8 @@ def test_one_model_may_be_prepared_twice() -> None:
         assert all(torch.equal(found[name], gradient) for name, gradient in before[1].items())
 
 
-def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_hf_path() -> None:
-    """Against float32 gradients of the very same weights, summed over all adapters; autocast is what training uses."""
+def test_in_bfloat16_the_error_is_no_larger_than_that_of_the_hf_backend() -> None:
+    """Against float32 gradients of the same weights, summed over all adapters; training uses autocast."""
     model = lora_model(scale=0.05, hidden_size=128, head_dim=32)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -206,7 +206,7 @@ def test_the_head_is_exact_where_a_plain_exponential_would_overflow() -> None:
     assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
 
 
-def test_the_loss_is_over_the_count_that_is_given_else_over_its_own_labels() -> None:
+def test_the_loss_is_divided_by_the_given_count_else_by_its_own_labels() -> None:
     model = lora_model()
     ids, labels = texts()
     fused = FusedModel(model, torch.float32)
@@ -216,7 +216,7 @@ def test_the_loss_is_over_the_count_that_is_given_else_over_its_own_labels() -> 
     )
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_without_gradients_nothing_is_saved() -> None:
     model = lora_model()
     ids, labels = texts()
     fused = FusedModel(model, torch.float32)
@@ -229,7 +229,7 @@ def test_without_gradients_nothing_is_kept() -> None:
         assert fused.loss(packed(ids, labels), uncheckpointed_layers=0, training=False).item() == expected.item()
 
 
-def test_cached_weights_are_given_back_and_the_numbers_stay() -> None:
+def test_cached_weights_are_freed_without_changing_the_loss() -> None:
     model = lora_model(nf4=True)
     fused = FusedModel(model, torch.float32, dequantized_layers=LAYERS)
     before = [group.weight().clone() for layer in fused.layers for group in layer.groups]

@@ -24,12 +24,12 @@ def normal(*shape: int, seed: int = 0, dtype: Any = torch.float32) -> Any:
 
 
 def slice_of_wider(*shape: int, seed: int = 0) -> Any:
-    """A (T, C) view whose rows lie in a wider tensor."""
+    """A (T, C) view of a wider tensor."""
     return normal(shape[0], shape[1] + 7, seed=seed)[:, 3 : 3 + shape[1]]
 
 
 def revealed_masks(tokens: int, width: int, n: int, r: int, p: float, seed: int) -> Any:
-    """The scaled masks (n, T, K) that lora_input_grad_ applies: g and a single out one projection each."""
+    """The scaled masks (n, T, K) that lora_input_grad_ applies: g and a select one projection each."""
     masks = torch.zeros(n, tokens, width)
     for i in range(n):
         g, a = torch.zeros(tokens, n * r), torch.zeros(n * r, width)
@@ -62,7 +62,7 @@ def test_lora_operations_are_the_formula_and_its_gradients(n: int, r: int, p: fl
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
-def test_masks_keep_the_stated_share_and_scale_it_back(p: float) -> None:
+def test_masks_keep_the_given_share_and_scale_it_back(p: float) -> None:
     masks = revealed_masks(256, 512, 3, 4, p, seed=5)
     assert torch.unique(masks).tolist() == pytest.approx([0.0, 1 / (1 - p)])
     kept = (masks > 0).double().mean(dim=(1, 2))
@@ -79,7 +79,7 @@ def test_masks_of_other_projections_and_seeds_are_independent() -> None:
     assert torch.equal(again, masks[3:6])
 
 
-def test_dropout_leaves_torchs_own_random_state_alone() -> None:
+def test_dropout_does_not_change_torchs_own_random_state() -> None:
     before = torch.get_rng_state()
     ops.lora_down(normal(8, 16), normal(4, 16), 4, 0.5, 1)
     assert torch.equal(torch.get_rng_state(), before)

@@ -57,7 +57,7 @@ def run(folder: Path, tokenizer: Any, examples: Examples, *, dropout: float = 0.
 
 
 def apart(ours: list[float], theirs: list[float]) -> float:
-    """The largest difference of two histories, relative to the second."""
+    """The largest difference between two loss histories, relative to the second."""
     assert len(ours) == len(theirs)
     return max(abs(one - other) / other for one, other in zip(ours, theirs, strict=True))
 
@@ -84,11 +84,11 @@ def test_two_hundred_steps_have_the_hf_losses(tiny_model: Path, tokenizer: Any, 
         assert (parameter - theirs[name]).norm() < 1e-3 * theirs[name].norm(), name
 
 
-def test_the_losses_do_not_depend_on_micro_batches_nor_on_what_is_kept(
+def test_the_losses_do_not_depend_on_micro_batches_nor_on_checkpointing(
     tiny_model: Path, tokenizer: Any, examples: Examples
 ) -> None:
-    def history(tokens: int, kept: int, rows: int | None = None) -> list[float]:
-        plan = {"limits": MicroBatchConfig(tokens, kept), "micro_batch_size": rows}
+    def history(tokens: int, uncheckpointed: int, size: int | None = None) -> list[float]:
+        plan = {"limits": MicroBatchConfig(tokens, uncheckpointed), "micro_batch_size": size}
         trainer = run(tiny_model, tokenizer, examples, kernels="fused", max_steps=8, learning_rate=2e-3, plan=plan)
         return losses(trainer)
 
@@ -97,8 +97,8 @@ def test_the_losses_do_not_depend_on_micro_batches_nor_on_what_is_kept(
     for other in (
         history(1, 0),
         history(140, 1),
-        history(100_000, 2, rows=1),
-        history(100_000, 1, rows=3),
+        history(100_000, 2, size=1),
+        history(100_000, 1, size=3),
     ):
         assert apart(other, whole) < 1e-6
 
@@ -124,7 +124,7 @@ def plain_loss(folder: Path, adapter: Path, rows: Examples) -> float:
 def test_the_adapter_of_a_fused_run_loads_with_plain_peft(
     tiny_config: Any, tiny_model: Path, tiny_data: Path, tokenizer: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    """The validation loss at the last step, which the fused layers computed, is that of the saved adapter."""
+    """The validation loss at the last step, from the fused layers, equals that of the saved adapter."""
     config = tiny_config(training=FUSED | {"eval_steps": 6}, quantization={"load_in_4bit": False})
     assert main(["train", str(config)]) == 0
     assert "fused layers (training.kernels)" in capsys.readouterr().err
@@ -139,7 +139,7 @@ def test_the_adapter_of_a_fused_run_loads_with_plain_peft(
 def test_a_fused_run_with_dropout_that_was_interrupted_ends_in_the_same_bytes(
     tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the first epoch of 6 steps, which the ninth step is beyond."""
+    """Interrupted in the first epoch of 6 steps; the ninth step is in the second."""
     training = FUSED | {"max_steps": 9}
     sections = {"lora": {"lora_dropout": 0.2}, "quantization": {"load_in_4bit": False}}
     assert main(["train", str(tiny_config(training=training, **sections))]) == 0

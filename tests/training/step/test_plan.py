@@ -98,8 +98,8 @@ def test_on_a_gpu_auto_is_fused_if_the_model_is_supported(model: Any, gpu: Any) 
     [
         ({"sliding_window": 64}, "texts of 200 tokens are longer than the model's attention window of 64"),
         ({"hidden_act": "gelu"}, "its activation is gelu"),
-        ({"head_dim": 12}, "its heads of 12 numbers are no multiple of 8"),
-        ({"targets": ("q_proj", "lm_head")}, "adapters outside the decoder layers"),
+        ({"head_dim": 12}, "its head dimension, 12, is not a multiple of 8"),
+        ({"targets": ("q_proj", "lm_head")}, "it has adapters outside the decoder layers"),
     ],
 )
 def test_an_unsupported_model_uses_hf_with_a_reason_unless_fused_is_requested(
