@@ -1,10 +1,11 @@
-"""Peak memory of fused training steps on a GPU, cell by cell, beside finetune/estimate/memory_fused.py's estimate.
+"""Measures the peak memory of fused training steps on a GPU and compares it with finetune/estimate/memory_fused.py.
 
     python -m benchmarks.fused_memory MODELFOLDER [--dtype bfloat16]
 
-MODELFOLDER as benchmarks.random_model makes it. A cell is a micro-batch of so many tokens (texts of 300, 37 of them answer), so
-many layers kept, so many with dequantized weights; two optimizer steps of two micro-batches each, paged 8-bit AdamW over the flat
-adapters. Prints a JSON object for every cell: measured and estimated peak and reserved bytes (GiB).
+MODELFOLDER is made by benchmarks.random_model. A cell is a number of tokens per micro-batch (texts of 300, 37 of them answer), a
+number of layers without activation checkpointing and a number with dequantized weights; it runs two optimizer steps of two
+micro-batches each, with paged 8-bit AdamW on the flat adapters. Prints a JSON object for every cell: measured and estimated peak
+and reserved memory (GiB).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CELLS = (
     (600, 32, 0), (1500, 32, 32), (3000, 32, 0), (3000, 0, 0), (6000, 32, 32), (6000, 16, 0),
     (9000, 0, 0), (9000, 32, 0), (12000, 8, 16), (12000, 0, 32), (15000, 32, 0), (18000, 0, 0),
 )  # fmt: skip
-"""Tokens, layers kept, layers with dequantized weights."""
+"""Tokens, layers without activation checkpointing, layers with dequantized weights."""
 
 
 def main() -> None:
@@ -55,20 +56,26 @@ def main() -> None:
     adapters_to_float32(model)
     shape = shape_of(str(arguments.model))
     assert shape is not None
-    for tokens, kept, cached in CELLS:
+    for tokens, uncheckpointed, dequantized in CELLS:
         load = Workload(1, TEXT, dtype=device.dtype_name, lora_r=lora.r, lora_dropout=lora.lora_dropout)
         row: dict[str, Any] = {
             "tokens": tokens,
-            "uncheckpointed_layers": kept,
-            "dequantized_layers": cached,
+            "uncheckpointed_layers": uncheckpointed,
+            "dequantized_layers": dequantized,
             "dtype": arguments.dtype,
         }
         try:
-            row |= measured(model, tokens, kept, cached, old_gpu=arguments.old_gpu)
+            row |= measured(model, tokens, uncheckpointed, dequantized, old_gpu=arguments.old_gpu)
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
         asked = FusedLoad(
-            load, tokens, kept, cached, ampere=not arguments.old_gpu, texts=tokens // TEXT, labelled=ANSWER / TEXT
+            load,
+            tokens,
+            uncheckpointed,
+            dequantized,
+            ampere=not arguments.old_gpu,
+            texts=tokens // TEXT,
+            labelled=ANSWER / TEXT,
         )
         estimated = fused_estimate(shape, asked)
         row |= {
@@ -78,13 +85,13 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
 
-def measured(model: Any, tokens: int, kept: int, cached: int, *, old_gpu: bool) -> dict[str, float]:
+def measured(model: Any, tokens: int, uncheckpointed: int, dequantized: int, *, old_gpu: bool) -> dict[str, float]:
     from bitsandbytes.optim import PagedAdamW8bit
 
     gc.collect()
     torch.cuda.empty_cache()
     options: dict[str, Any] = {"ops": ops_torch, "backend": "efficient"} if old_gpu else {}
-    fused = FusedModel(model, model.get_base_model().dtype, dequantized_layers=cached, **options)
+    fused = FusedModel(model, model.get_base_model().dtype, dequantized_layers=dequantized, **options)
     flat = FlatAdapters([parameter for parameter in model.parameters() if parameter.requires_grad])
     optimizer = PagedAdamW8bit([flat.parameter], lr=1e-5)
     ids = torch.randint(10, 30000, (tokens // TEXT, TEXT)).tolist()
@@ -94,7 +101,7 @@ def measured(model: Any, tokens: int, kept: int, cached: int, *, old_gpu: bool) 
         fused.refresh()
         flat.begin()
         for _ in range(2):
-            fused.loss(pack(ids, targets, fused.device), uncheckpointed_layers=kept).backward()
+            fused.loss(pack(ids, targets, fused.device), uncheckpointed_layers=uncheckpointed).backward()
         torch.nn.utils.clip_grad_norm_([flat.parameter], 1.0)
         optimizer.step()
     torch.cuda.synchronize()

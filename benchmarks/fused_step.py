@@ -1,10 +1,10 @@
-"""Where the time of a fused training step goes: variants side by side on one GPU, interleaved, and a profile of each.
+"""Measures where the time of a fused training step goes: variants interleaved on one GPU, and a profile of each.
 
     python -m benchmarks.fused_step MODELFOLDER --out DIR [--variants NAME ...] [--rounds 3]
 
-MODELFOLDER as benchmarks.random_model makes it. A step is 16 questions at text-to-SQL lengths in one micro-batch: forward,
+MODELFOLDER is made by benchmarks.random_model. A step is 16 examples of text-to-SQL lengths in one micro-batch: forward,
 backward, clipping, 8-bit AdamW. Prints a JSON object for every variant: tokens/s (median over steps and its quartiles), peak
-memory, time that the host took to launch a step, time that the GPU was busy with it; into DIR the kernels by their time.
+memory, the host's time to launch a step, and the GPU's busy time; writes the kernels sorted by time to DIR.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from finetune.training.step.optimizer import FlatAdapters
 
 ANSWER_TOKENS = 37
 VARIANTS: dict[str, dict[str, Any]] = {
-    "cached": {"cached": 32, "kept": 32, "dropout": 0.0},
-    "cached_drop": {"cached": 32, "kept": 32, "dropout": 0.05},
-    "plain": {"cached": 0, "kept": 32, "dropout": 0.0},
-    "plain_drop": {"cached": 0, "kept": 32, "dropout": 0.05},
-    "again": {"cached": 0, "kept": 0, "dropout": 0.0},
-    "again_drop": {"cached": 0, "kept": 0, "dropout": 0.05},
-    "again_cached_drop": {"cached": 32, "kept": 0, "dropout": 0.05},
-    "torch_ops": {"cached": 32, "kept": 32, "dropout": 0.0, "torch_ops": True},
-    "torch_ops_drop": {"cached": 32, "kept": 32, "dropout": 0.05, "torch_ops": True},
-    "efficient": {"cached": 32, "kept": 32, "dropout": 0.0, "backend": "efficient"},
+    "cached": {"dequantized": 32, "uncheckpointed": 32, "dropout": 0.0},
+    "cached_drop": {"dequantized": 32, "uncheckpointed": 32, "dropout": 0.05},
+    "plain": {"dequantized": 0, "uncheckpointed": 32, "dropout": 0.0},
+    "plain_drop": {"dequantized": 0, "uncheckpointed": 32, "dropout": 0.05},
+    "again": {"dequantized": 0, "uncheckpointed": 0, "dropout": 0.0},
+    "again_drop": {"dequantized": 0, "uncheckpointed": 0, "dropout": 0.05},
+    "again_cached_drop": {"dequantized": 32, "uncheckpointed": 0, "dropout": 0.05},
+    "torch_ops": {"dequantized": 32, "uncheckpointed": 32, "dropout": 0.0, "torch_ops": True},
+    "torch_ops_drop": {"dequantized": 32, "uncheckpointed": 32, "dropout": 0.05, "torch_ops": True},
+    "efficient": {"dequantized": 32, "uncheckpointed": 32, "dropout": 0.0, "backend": "efficient"},
 }
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     steps = texts(arguments.steps, len(tokenizer))
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": arguments.dtype,
                       "tokens_per_step": [sum(map(len, step[0])) for step in steps]}), flush=True)  # fmt: skip
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # before anything of the step is allocated
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # before the step allocates anything
     results: dict[str, dict[str, Any]] = {name: {"rates": [], "host": []} for name in arguments.variants}
     for number in range(arguments.rounds):
         for name in arguments.variants:
@@ -104,7 +104,7 @@ def one_round(
     from bitsandbytes.optim import PagedAdamW8bit
 
     fused = FusedModel(
-        model, model.get_base_model().dtype, dequantized_layers=variant["cached"], backend=variant.get("backend"),
+        model, model.get_base_model().dtype, dequantized_layers=variant["dequantized"], backend=variant.get("backend"),
         ops=ops_torch if variant.get("torch_ops") else ops_for(torch.device("cuda")),
     )  # fmt: skip
     fused.dropout = variant["dropout"]
@@ -117,7 +117,7 @@ def one_round(
         began = time.perf_counter()
         fused.refresh()
         flat.begin()
-        loss = fused.loss(pack(ids, targets, fused.device), uncheckpointed_layers=variant["kept"])
+        loss = fused.loss(pack(ids, targets, fused.device), uncheckpointed_layers=variant["uncheckpointed"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_([flat.parameter], 1.0)
         optimizer.step()

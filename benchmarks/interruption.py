@@ -1,10 +1,10 @@
-"""What an interruption costs: time that training waits for saves, from a notice to the committed checkpoint, and what is learned.
+"""Measures the cost of an interruption: stall per save, time from the notice to the committed checkpoint, and change of the loss.
 
     python -m benchmarks.random_model mistral-7b /tmp/mistral --corpus data/built/train.jsonl
     python -m benchmarks.interruption configs/mistral_7b_quick.yaml --out /tmp/interruption model.name=/tmp/mistral ...
 
-Runs `finetune train` three times with the same config: twice to the end, whose difference is the noise between two runs, and once
-with a SIGTERM in the middle, as a preemption brings it, and a resume. Prints a JSON object; everything in it is measured.
+Runs `finetune train` three times with the same config: twice uninterrupted, whose difference is the noise between two runs, and
+once with a SIGTERM in the middle, as on a preemption, and a resume. Prints a JSON object; everything in it is measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 USUAL_MINUTES = 10.0
-"""Between two saves, as in the default config; the share of a stall is given for it."""
+"""Time between two saves in the default config, which stall_share_at_10_minutes refers to."""
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def losses(run: dict[str, Any]) -> dict[int, float]:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any], after: int, until: int | None = None) -> float:
-    """Largest difference of the losses of a step, among the steps behind `after` up to `until`."""
+    """Largest difference between the two runs' losses of the same step, over the steps after `after` and up to `until`."""
     first, second = losses(one), losses(other)
     steps = [step for step in first.keys() & second.keys() if step > after and (until is None or step <= until)]
     return round(max((abs(first[step] - second[step]) for step in steps), default=0.0), 6)

@@ -1,4 +1,4 @@
-"""A model folder with random weights and a tokenizer made on the spot: right for speed, memory and plumbing, not for quality.
+"""Writes a model folder with random weights and a newly trained tokenizer: for tests of speed, memory and plumbing, not quality.
 
     python -m benchmarks.random_model mistral-7b /tmp/mistral --corpus data/built/train.jsonl
 
@@ -32,7 +32,7 @@ SHAPES: dict[str, Any] = {
 
 
 def make(shape: str, folder: Path, corpus: Iterable[str], *, seed: int = 0) -> None:
-    """Write config, weights (bfloat16 drawn on the GPU if there is one, for the tiny shape float32) and tokenizer."""
+    """Write config, tokenizer and weights (bfloat16, float32 for the tiny shape; generated on the GPU if there is one)."""
     torch.manual_seed(seed)
     config = SHAPES[shape]()
     tokenizer = make_tokenizer(corpus, config.vocab_size)
@@ -45,7 +45,7 @@ def make(shape: str, folder: Path, corpus: Iterable[str], *, seed: int = 0) -> N
 
 
 def make_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from the corpus; <s> is put in front, as Mistral's does."""
+    """A byte-level BPE tokenizer trained on the corpus; it prepends <s>, as Mistral's does."""
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

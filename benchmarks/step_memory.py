@@ -1,12 +1,12 @@
-"""Real training steps of the Hugging Face layers (training.kernels=hf) on a GPU: memory against
+"""Measures real training steps of the Hugging Face layers (training.kernels=hf) on a GPU: memory, compared with
 finetune/estimate/memory_hf.py, and speed.
 
     python -m benchmarks.step_memory /tmp/mistral --dtype bfloat16
 
-MODEL is a folder as benchmarks.random_model makes one (random weights are right for memory and speed). Prints a JSON object a
-line: for every cell the measured and the estimated bytes, then the speed at text-to-SQL lengths (log-normal, median 223 and
-95th percentile 853 tokens: the lengths behind ../shared/reference/h100_anchors.json). Every cell runs in a process of its own:
-a model that was trained leaves 262 MB behind, whatever is deleted.
+MODEL is a folder made by benchmarks.random_model (random weights suffice for memory and speed). Prints one JSON object per
+line: for every cell the measured memory and the error of the estimate, then the speed at text-to-SQL lengths (log-normal,
+median 223 and 95th percentile 853 tokens: the lengths behind ../shared/reference/h100_anchors.json). Every cell runs in its
+own process, because a trained model leaves 262 MB allocated, whatever is deleted.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ from finetune.training.trainer import Hooks, build_trainer
 
 ANSWER_TOKENS = 37
 CELLS = [(1, 512, False), (2, 1024, False), (4, 512, True), (4, 1024, True), (4, 2048, True), (7, 2048, True)]
-"""Rows, tokens, gradient checkpointing."""
-EPOCH = 240  # questions: 15 optimizer steps of 4 x 4
+"""Micro-batch size, tokens, gradient checkpointing."""
+EPOCH = 240  # examples: 15 optimizer steps of 4 x 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--cell", type=int, help="only this one of CELLS; the number after the last is the speed")
+    parser.add_argument(
+        "--cell", type=int, help="index in CELLS of the only cell to run; one past the last is the speed"
+    )
     arguments = parser.parse_args()
     if arguments.cell is None:
         for number in range(len(CELLS) + 1):
@@ -71,7 +73,7 @@ def main() -> None:
 def measure(
     model: Any, tokenizer: Any, device: Device, lora: LoraSection, rows: int, tokens: int, checkpointing: bool
 ) -> dict[str, Any]:
-    """Two optimizer steps of two micro-batches each; rows are a token short of `tokens`, so that there is padding."""
+    """Two optimizer steps of two micro-batches each; rows are one token shorter than `tokens`, so that there is padding."""
     torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"rows": rows, "tokens": tokens, "checkpointing": checkpointing}
     try:

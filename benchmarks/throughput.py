@@ -1,17 +1,18 @@
-"""Tokens per second of training: plain TRL as the guide configures it, ours, and Unsloth, on one GPU in turns.
+"""Compares training throughput in tokens per second: plain TRL as the guide configures it, ours, and Unsloth, on one GPU.
 
     python -m benchmarks.random_model mistral-7b /tmp/mistral --corpus data/built/train.jsonl
     python -m benchmarks.throughput /tmp/mistral --variants trl,ours,unsloth
 
-Every variant is a process that stays loaded; they take turns, round after round, in an order that rotates, and give their
-activations back before the next one's turn. All train the same texts in the same order, 16 an optimizer step, with one recipe.
-A figure is real tokens (prompt and answer, no padding) per second of optimizer steps, data collation included, the GPU waited
-for at the end of each. Thrown away as warm-up: the first steps of a variant (kernels are compiled; --warm-up), and the first of
-its every later turn (caches are cold; its memory it has back by then). What comes out: OUT/throughput.json, a plot (PNG and
-SVG), and each worker's log.
+Every variant is a process that keeps its model loaded. The variants take turns, in an order that rotates each round, and release
+their activation memory after each turn. All train the same texts in the same order, 16 per optimizer step, with one recipe.
+Throughput is real tokens (prompt and answer, no padding) per second of optimizer steps, including data collation, with a GPU
+synchronisation at the end of each step. Warm-up is discarded: the first steps of a variant, in which kernels are compiled
+(--warm-up), and the first step of each later turn, in which caches are cold (its memory is reserved before). Output:
+OUT/throughput.json, a plot (PNG and SVG), and each worker's log.
 
-Unsloth's versions exclude the newest stack, so it usually needs an environment of its own: --unsloth-python, or --unsloth-path
-for folders in front of this environment's packages. Where the package flash_attn is missing it gets the same kernel from torch.
+Unsloth does not support the newest versions of its dependencies, so it usually needs its own environment: --unsloth-python, or
+--unsloth-path for folders that take precedence over this environment's packages. If the package flash_attn is missing, Unsloth
+gets the same kernel from torch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from finetune.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_LATER = 1
-"""Steps thrown away in each turn but the first."""
+"""Warm-up steps discarded in each turn but the first."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--ours-memory-gib", type=float, metavar="GIB",
-        help="training.max_memory_gib of ours: with several of them, since one that has loaded knows nothing of the next",
+        help="training.max_memory_gib of ours; needed with several of them, since none accounts for those loaded later",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="measured optimizer steps of a turn")
@@ -157,11 +158,11 @@ def chosen(names: str, extra: list[str], ours_memory_gib: float | None = None) -
             raise UserError(
                 f"--ours {text}: expected NAME=JSON with an object of config keys and values", code="cli.bad_value"
             ) from None
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in known]
-    if unknown or not wanted:
+    requested = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in requested if name not in known]
+    if unknown or not requested:
         raise UserError(f"--variants {names}: expected names of {', '.join(known)}", code="cli.bad_value")
-    return {name: _with_memory(known[name], memory) for name in wanted}
+    return {name: _with_memory(known[name], memory) for name in requested}
 
 
 def _with_memory(variant: Variant, memory: dict[str, float]) -> Variant:
@@ -194,10 +195,10 @@ def command(variant: Variant, recipe: Recipe, arguments: argparse.Namespace) -> 
 
 
 def environment(variant: Variant, arguments: argparse.Namespace) -> dict[str, str]:
-    """This process's, with the repository importable; for Unsloth its folders in front, and a GPU hidden for --device cpu.
+    """This process's environment plus the repository; with Unsloth's folders first for Unsloth, and no GPU for --device cpu.
 
-    Ours grows its memory segments as `finetune train` does, here because a worker imports torch before its trainer is built;
-    Unsloth sees to that itself, and plain TRL leaves it as torch has it.
+    Ours uses expandable memory segments like `finetune train`; they are set here because a worker imports torch before it builds
+    its trainer. Unsloth sets them itself, and plain TRL uses torch's default.
     """
     paths = [arguments.unsloth_path if variant.kind == "unsloth" else "", os.environ.get("PYTHONPATH", ""), str(ROOT)]
     own = {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "HF_HUB_OFFLINE": "1"}
@@ -210,9 +211,9 @@ def environment(variant: Variant, arguments: argparse.Namespace) -> dict[str, st
 def measure(
     peers: list[Peer], rounds: int, steps: int, warm_up: int, timeout: float, out: Path, head: dict[str, Any]
 ) -> dict[str, Any]:
-    """Every peer's turn in every round; what is known is written to OUT after each. Returns `head` with the figures.
+    """Run every peer's turn in every round; write the results so far to OUT after each round. Returns `head` with the results.
 
-    A peer that fails or lets `timeout` seconds pass is ended and keeps its error; the others go on.
+    A peer that fails or does not answer within `timeout` seconds is ended and keeps its error; the others continue.
     """
     result = head
     try:
@@ -232,7 +233,7 @@ def measure(
 
 
 def load(peers: list[Peer], timeout: float) -> None:
-    """All at the same time, and then the late ones, each once the one before it is there."""
+    """Load all peers at the same time, and then the late ones one after the other."""
     early = [peer for peer in peers if not peer.late]
     for group in [early, *([peer] for peer in peers if peer.late)]:
         for peer in group:
@@ -243,7 +244,7 @@ def load(peers: list[Peer], timeout: float) -> None:
 
 
 def rotated(peers: list[Peer], number: int) -> list[Peer]:
-    """A B C, then B C A, then C A B: nobody is always first or always behind the same other."""
+    """A B C, then B C A, then C A B, so that no peer always runs first."""
     first = number % len(peers)
     return peers[first:] + peers[:first]
 

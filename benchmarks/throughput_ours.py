@@ -1,4 +1,4 @@
-"""Our own trainer in the benchmark: the one place where it touches finetune's training interface."""
+"""Our own trainer in the benchmark; the only module of the benchmark that uses finetune's training interface."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def our_config(recipe: Recipe, settings: dict[str, Any]) -> RunConfig:
 
 
 class InOrder:
-    """Stands in for batching.StepSampler: every step the next BATCH texts, so that all peers train the same ones."""
+    """Replaces sampler.StepSampler: each step takes the next BATCH texts, so that all peers train the same ones."""
 
     def __init__(self, texts: int) -> None:
         self.texts = texts

@@ -1,7 +1,7 @@
-"""A trainer that runs as many optimizer steps as it is told and then waits, with its activations given back.
+"""Runs a trainer for a requested number of optimizer steps, then makes it wait with its activation memory released.
 
-The pause lies inside transformers' training loop (a callback that does not return), so model, optimizer, schedule and place in
-the data stay what they are in one long run.
+The pause happens inside transformers' training loop (a callback that does not return), so model, optimizer, schedule and position
+in the data are those of one long run.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ Reply = dict[str, Any]
 
 
 class Pace(TrainerCallback):
-    """Times steps and answers orders.
+    """Measures steps and answers requests.
 
-    tokens_per_step: real tokens (prompt and answer) of each optimizer step, in order. tell: sends a reply; hear: waits for the
-    next order and gives its number of steps, or None for the end; ready: what to tell once training begins. A step lasts from
-    the end of the log of the step before it (or of the pause) to the GPU's end of work after the optimizer: collating counts,
+    tokens_per_step: real tokens (prompt and answer) of each optimizer step, in order. send: sends a reply. receive: waits for the
+    next request and returns its number of steps, or None for the end. ready: the reply once training begins. A step is timed from
+    the end of the previous step's logging (or of the pause) until the GPU has finished after the optimizer: collation counts,
     logging and pauses do not.
     """
 
     def __init__(
         self,
         tokens_per_step: list[int],
-        tell: Callable[[Reply], None],
-        hear: Callable[[], int | None],
+        send: Callable[[Reply], None],
+        receive: Callable[[], int | None],
         ready: Callable[[], Reply],
     ) -> None:
         self.tokens_per_step = tokens_per_step
-        self.tell, self.hear, self.ready = tell, hear, ready
+        self.send, self.receive, self.ready = send, receive, ready
         self.done = 0
-        self.wanted = 0
+        self.target = 0
         self.steps: list[dict[str, float | None]] = []
         self.seen = [0]
         self.begun = 0.0
@@ -46,13 +46,13 @@ class Pace(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.cuda.is_available():
-            self.reserved = torch.cuda.max_memory_reserved()  # by what a trainer tries before its first step
-        give_back()
-        self.tell({"ready": self.ready()})
+            self.reserved = torch.cuda.max_memory_reserved()  # includes what a trainer runs before its first step
+        release_memory()
+        self.send({"ready": self.ready()})
         self._wait()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if len(self.steps) >= self.wanted:  # a trainer that logs nothing for a step must not run on
+        if len(self.steps) >= self.target:  # a trainer that logs nothing for a step must not run on
             self._pause()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -68,7 +68,7 @@ class Pace(TrainerCallback):
         if self.steps and logs and "loss" in logs:
             loss = float(logs["loss"])
             self.steps[-1]["loss"] = loss if math.isfinite(loss) else None  # JSON has no NaN
-            if len(self.steps) >= self.wanted:
+            if len(self.steps) >= self.target:
                 self._pause()
             self.begun = time.perf_counter()
 
@@ -77,8 +77,8 @@ class Pace(TrainerCallback):
         if torch.cuda.is_available():
             self.reserved = torch.cuda.max_memory_reserved()
             reply |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "reserved_gib": self.reserved / 2**30}
-        give_back()
-        self.tell(reply)
+        release_memory()
+        self.send(reply)
         self._wait()
 
     def _counted(self) -> list[int] | None:
@@ -86,26 +86,26 @@ class Pace(TrainerCallback):
         return [after - before for before, after in pairwise(self.seen)] if self.seen[-1] else None
 
     def _wait(self) -> None:
-        wanted = self.hear()
-        if wanted is None:
-            raise SystemExit(0)  # the way out of a training loop that shall not end by saving anything
-        self.wanted = wanted
+        target = self.receive()
+        if target is None:
+            raise SystemExit(0)  # leaves the training loop without saving anything
+        self.target = target
         self.steps, self.seen = [], self.seen[-1:]
-        take_back(self.reserved)
+        reserve_memory(self.reserved)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.begun = time.perf_counter()
 
 
-def give_back() -> None:
-    """Everything that only a running step needs goes back to the driver of the GPU, for the next variant."""
+def release_memory() -> None:
+    """Release all GPU memory that only a running step needs to the driver, for the next variant."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-def take_back(reserved: int) -> None:
-    """The bytes given back, asked for in one piece and left in torch's cache: bit by bit this takes up to 0.7 s of some step."""
+def reserve_memory(reserved: int) -> None:
+    """Allocate the released bytes again at once into torch's cache; piece by piece this takes up to 0.7 s of a step."""
     if torch.cuda.is_available() and (missing := reserved - torch.cuda.memory_reserved()) > 0:
         torch.empty(missing, dtype=torch.uint8, device="cuda")

@@ -1,4 +1,4 @@
-"""A worker process of benchmarks.throughput as the driver sees it: started, told to run steps, ended when it fails or hangs."""
+"""The driver's side of a worker process of benchmarks.throughput: starts it, makes it run steps, ends it if it fails or hangs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Process = subprocess.Popen[str]
 
 @dataclass
 class Peer:
-    """One variant. error: one line once it has failed, from when on it is not asked again; info: what it said when loaded.
+    """One variant. error: one line after it has failed; it then gets no further requests. info: its reply after loading.
 
-    late: it looks at the GPU's free memory when it loads, so the others load first. turns: a dict each of round, left_out
+    late: it reads the GPU's free memory when it loads, so the others load first. turns: one dict per turn with round, left_out
     (warm-up steps) and the worker's reply. The worker's stderr goes to `log`.
     """
 
@@ -67,14 +67,14 @@ class Peer:
             assert self._process is not None and self._process.stdin is not None
             self._process.stdin.write(json.dumps({"go": steps}) + "\n")
             self._process.stdin.flush()
-        except OSError:  # it died meanwhile; the answer that does not come says so
+        except OSError:  # it has died; the missing answer reports that
             pass
         reply = self._answer("steps", timeout)
         if reply is not None:
             self.turns.append({"round": number, "left_out": left_out} | reply)
 
     def end(self) -> None:
-        """Ends the process and its children. A worker that waits for orders goes by itself; others are killed."""
+        """Ends the process and its children. A worker that waits for requests exits by itself; others are killed."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -88,13 +88,13 @@ class Peer:
         except subprocess.TimeoutExpired:
             pass
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # its session is its own, so this reaches nobody else
+            os.killpg(process.pid, signal.SIGKILL)  # it has its own session, so no other process is affected
         except ProcessLookupError:
             pass
         process.wait()
 
     def _answer(self, key: str, timeout: float) -> dict[str, Any] | None:
-        """The next reply with that key; None after an error, which is kept, with the process ended."""
+        """The next reply with that key; None after an error, which is stored and ends the process."""
         if self.error is not None:
             return None
         deadline = time.monotonic() + timeout
@@ -108,13 +108,13 @@ class Peer:
                     break
         except queue.Empty:
             self.error = f"no answer within {timeout:.0f} seconds, killed; see {self.log.name}"
-        self.error = self.error or self._last_words()
+        self.error = self.error or self._last_log_line()
         self.end()
         return None
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        return next((line for line in reversed(lines) if line), "ended without a word")
+        return next((line for line in reversed(lines) if line), "ended without any output")
 
 
 def _forward(pipe: IO[str], replies: queue.Queue[str | None]) -> None:
@@ -124,7 +124,7 @@ def _forward(pipe: IO[str], replies: queue.Queue[str | None]) -> None:
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """An empty dict for a line that is no JSON object: something printed before the worker took its stdout for itself."""
+    """The JSON object in a line; an empty dict for any other line, printed before the worker redirected its stdout."""
     try:
         value = json.loads(line)
     except ValueError:

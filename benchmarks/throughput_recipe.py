@@ -1,4 +1,4 @@
-"""What every peer of benchmarks.throughput trains alike: the recipe of the guide and one fixed sequence of texts.
+"""What all peers of benchmarks.throughput share: the recipe of the guide and one fixed sequence of texts.
 
 Imports nothing of this project, because Unsloth's worker runs in an environment of its own, and no torch, because Unsloth sets
 up torch's memory before it is imported.
@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 BATCH = 16
-"""Sequences per optimizer step, for everyone."""
+"""Sequences per optimizer step, for every peer."""
 ANSWER_TOKENS = 37
 IGNORED = -100
 MEDIAN_LOG, SPREAD_LOG = 5.409, 0.814
-"""Of the natural logarithm of a text's tokens, as benchmarks.step_memory draws them: text-to-SQL prompts and answers, median 223,
-95th percentile 853, mean about 300 after the cut at LONGEST."""
+"""Mean and standard deviation of the natural logarithm of a text's tokens, as in benchmarks.step_memory: text-to-SQL prompts and
+answers, median 223, 95th percentile 853, mean about 300 after truncation at LONGEST."""
 LONGEST = 2048
 FIRST_WORD = 10
-"""Token ids below stand for padding and the like."""
+"""Smaller token ids are reserved for padding and the like."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Texts:
-    """Parallel lists; labels are IGNORED but for the last ANSWER_TOKENS of each text."""
+    """Parallel lists; labels are IGNORED except for the last ANSWER_TOKENS of each text."""
 
     ids: list[list[int]]
     labels: list[list[int]]

@@ -10,14 +10,14 @@ from typing import Any
 from benchmarks.throughput_peer import Peer
 
 BASELINE = "trl"
-"""What ratios are over; where it was not measured, the first variant that was."""
+"""The denominator of the ratios; if it was not measured, the first measured variant is used."""
 
 
 def summarise(peers: Sequence[Peer]) -> dict[str, Any]:
-    """{"baseline": name or None, "variants": {name: row}}; a row without "tokens_per_second" is of a peer without a turn.
+    """{"baseline": name or None, "variants": {name: row}}; the row of a peer without a turn has no "tokens_per_second".
 
-    tokens_per_second is the median over the turns, of a turn all tokens over all seconds; ratio the median over the rounds of
-    the quotient with the baseline in the same round. lowest and highest stand beside both.
+    tokens_per_second is the median over the turns of total tokens / total seconds; ratio is the median over the rounds
+    of the quotient with the baseline in the same round. Both come with lowest and highest.
     """
     rates = {peer.name: {turn["round"]: turn_rate(turn) for turn in peer.turns} for peer in peers}
     measured = [name for name, turns in rates.items() if turns]
@@ -74,7 +74,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line a variant: tokens/s with spread, of the median step, ratio, GiB, losses; or why it failed."""
+    """One line per variant: tokens/s with range, tokens/s of the median step, ratio, GiB, losses; or why it failed."""
     lines = [
         f"{'variant':<14} {'tokens/s (lowest-highest)':<28} {'median step':>11} {'ratio':>6}  GiB peak/reserved  loss"
     ]
@@ -85,12 +85,12 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"{name:<14} failed: {row['error']}")
     gpu = next((row["gpu"] for row in result["variants"].values() if "gpu" in row), "CPU")
     first, later = (result["warm_up_steps_left_out"][turn] for turn in ("first_turn", "later_turns"))
-    kept = f"warm-up left out: {first} steps of the first turn, {later} of each later one"
+    warm_up = f"warm-up left out: {first} steps of the first turn, {later} of each later one"
     meaning = (
         "tokens/s: all tokens of a round over all its seconds, median over rounds; ratio: median over rounds of the quotient"
         "\nwithin a round (same texts); median step: median over all measured steps of a step's tokens/s"
     )
-    heading = f"measured on {gpu}, {result['date']}; ratio to {result['baseline']}; {kept}"
+    heading = f"measured on {gpu}, {result['date']}; ratio to {result['baseline']}; {warm_up}"
     return "\n".join([heading, meaning, *lines])
 
 
@@ -105,7 +105,7 @@ def _cells(row: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
-    """throughput.png and throughput.svg: a bar a measured variant, with lowest and highest turn. Nothing where none was."""
+    """Write throughput.png and throughput.svg: one bar per measured variant, with lowest and highest turn, if there is any."""
     rows = {name: row for name, row in result["variants"].items() if "tokens_per_second" in row}
     if not rows:
         return []

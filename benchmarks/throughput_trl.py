@@ -1,4 +1,4 @@
-"""The peer that the guide describes: TRL's SFTTrainer on a 4-bit model with PEFT's LoRA, with TRL's own collator and loss."""
+"""The peer that the guide describes: TRL's SFTTrainer on a 4-bit model with PEFT LoRA, using TRL's own collator and loss."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The peer Unsloth, as its documentation has it: FastLanguageModel, its LoRA, its patched SFTTrainer, batches without padding.
+"""The peer Unsloth, set up as in its documentation: FastLanguageModel, its LoRA, its patched SFTTrainer, padding-free batches.
 
-Its import changes transformers, TRL and PEFT for the whole process, so it comes first, and only in a process of its own.
+Importing it patches transformers, TRL and PEFT for the whole process, so it is imported first, and only in its own process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PADDED_ROWS = 4
 def unsloth_trainer(recipe: Recipe, texts: Texts) -> Any:
     """Unsloth's SFTTrainer in the order of the texts, padding-free with `recipe.rows` sequences a micro-batch.
 
-    Should Unsloth refuse padding-free batches it pads PADDED_ROWS at a time; `how` tells which of the two it is.
+    If Unsloth refuses padding-free batches, it pads PADDED_ROWS at a time; `how` says which of the two is in use.
     """
     prepare(recipe.flash)
     from unsloth import FastLanguageModel  # type: ignore[import-not-found]  # isort: skip
@@ -65,8 +65,8 @@ def unsloth_trainer(recipe: Recipe, texts: Texts) -> Any:
 def padding_free(recipe: Recipe) -> dict[str, Any]:
     """Arguments of SFTConfig for batches without padding.
 
-    Unsloth holds texts to the model's max_seq_length whatever max_length says, and gives padding-free up where it cannot cut
-    them. It can if the trainer prepares them: on token ids this cuts nothing up to LONGEST and tokenizes nothing.
+    Unsloth limits texts to the model's max_seq_length whatever max_length says, and disables padding-free batches if it cannot
+    truncate them. It can if the trainer prepares them: on token ids this truncates nothing up to LONGEST and tokenizes nothing.
     """
     options = sft_options(recipe, tempfile.mkdtemp()) | {"padding_free": True, "dataset_num_proc": 1}
     options.pop("dataset_kwargs", None)  # skip_prepare_dataset
@@ -85,7 +85,7 @@ def padded(recipe: Recipe) -> dict[str, Any]:
 
 
 def how(trainer: Any) -> str:
-    """The kind of micro-batches that the trainer really makes, and how many, for the record."""
+    """The kind and number of the micro-batches that the trainer actually uses, for the results."""
     options = trainer.args
     shape = f"{options.per_device_train_batch_size} x {options.gradient_accumulation_steps}"
     return f"padding-free, {shape}" if options.padding_free else f"padded (Unsloth refused padding-free), {shape}"
@@ -101,18 +101,18 @@ def prepare(flash: bool) -> None:
 
 
 def attention_in_use() -> str:
-    """For the record: how Unsloth will attend in padding-free batches."""
+    """The attention backend that Unsloth uses in padding-free batches, for the results."""
     from unsloth.utils.attention_dispatch import select_attention_backend  # type: ignore[import-not-found]
 
-    way = str(select_attention_backend(use_varlen=True))
-    return f"{way} (torch's kernel)" if shimmed() else way
+    backend = str(select_attention_backend(use_varlen=True))
+    return f"{backend} (torch's kernel)" if shimmed() else backend
 
 
 def keep_transformers_off_flash() -> None:
-    """Where flash_attn is only the kernel of torch: transformers would be told to use the package, and refuse.
+    """If flash_attn is only the shim, Unsloth would tell transformers to use the package, which transformers would refuse.
 
-    With this flag down in the module that tells it, transformers keeps SDPA. Unsloth's own layers, which run instead of
-    transformers', look at the copy of the flag in utils/attention_dispatch.py, which stays up.
+    With this flag off in the module that does so, transformers keeps SDPA. Unsloth's own layers, which replace those of
+    transformers, read the copy of the flag in utils/attention_dispatch.py, which stays on.
     """
     if shimmed():
         from unsloth.models import _utils  # type: ignore[import-not-found]

@@ -1,4 +1,4 @@
-"""One peer of benchmarks.throughput in a process of its own: loads the model, then runs optimizer steps as it is told.
+"""One peer of benchmarks.throughput in its own process: loads the model, then runs optimizer steps on request.
 
 Reads JSON lines from stdin ({"go": steps}; the end of the input ends it) and answers each with one on stdout. Whatever the
 libraries print goes to stderr. Not meant to be started by hand.
@@ -22,8 +22,8 @@ from typing import Any
 from benchmarks.throughput_recipe import BATCH, Recipe, Texts, make_texts
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "triton", "unsloth")
-SPARE_STEPS = 2
-"""So that the last ordered step is never the trainer's last, where it would begin to finish."""
+EXTRA_STEPS = 2
+"""Added so that the last requested step is never the trainer's last, in which it would begin to finish."""
 
 
 def main() -> None:
@@ -32,56 +32,56 @@ def main() -> None:
     parser.add_argument("recipe", help="fields of Recipe as JSON")
     parser.add_argument("settings", help="the variant's settings as JSON")
     arguments = parser.parse_args()
-    tell = private_stdout()
+    send = private_stdout()
     with tempfile.TemporaryDirectory(prefix="throughput_") as tempfile.tempdir:
-        work(arguments, tell)
+        work(arguments, send)
 
 
-def work(arguments: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Serves orders; an error is told in one line, with its traceback in the log."""
+def work(arguments: argparse.Namespace, send: Callable[[dict[str, Any]], None]) -> None:
+    """Serve requests; an error is reported in one line, with its traceback in the log."""
     try:
-        serve(arguments.kind, Recipe(**json.loads(arguments.recipe)), json.loads(arguments.settings), tell)
+        serve(arguments.kind, Recipe(**json.loads(arguments.recipe)), json.loads(arguments.settings), send)
     except Exception as error:
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}".strip().splitlines()
-        tell({"error": message[0] if len(message) < 2 else f"{message[0]} ... {message[-1]}"})
+        send({"error": message[0] if len(message) < 2 else f"{message[0]} ... {message[-1]}"})
         sys.exit(1)
 
 
 def private_stdout() -> Callable[[dict[str, Any]], None]:
-    """A sender of JSON lines to the real stdout, which from now on is stderr for everybody else."""
+    """A function that sends JSON lines to the real stdout. All other output to stdout goes to stderr from now on."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def tell(reply: dict[str, Any]) -> None:
+    def send(reply: dict[str, Any]) -> None:
         channel.write(json.dumps(reply) + "\n")
         channel.flush()
 
-    return tell
+    return send
 
 
-def hear() -> int | None:
+def receive() -> int | None:
     line = sys.stdin.readline()
     return int(json.loads(line)["go"]) if line.strip() else None
 
 
-def serve(kind: str, recipe: Recipe, settings: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+def serve(kind: str, recipe: Recipe, settings: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
     begun = time.perf_counter()
     config = json.loads((Path(recipe.model) / "config.json").read_text(encoding="utf-8"))
     longest = min(recipe.longest, int(config["max_position_embeddings"]))
-    texts = make_texts((recipe.steps + SPARE_STEPS) * BATCH, int(config["vocab_size"]), longest, recipe.seed)
+    texts = make_texts((recipe.steps + EXTRA_STEPS) * BATCH, int(config["vocab_size"]), longest, recipe.seed)
     trainer, how = BUILDERS[kind](recipe, settings, texts)
 
-    from benchmarks.throughput_pace import Pace  # after the builder: Unsloth wants to be imported first
+    from benchmarks.throughput_pace import Pace  # after the builder, because Unsloth has to be imported first
 
     lengths = texts.lengths
     tokens = [sum(lengths[step : step + BATCH]) for step in range(0, len(lengths), BATCH)]
-    trainer.args.max_steps = recipe.steps + SPARE_STEPS
+    trainer.args.max_steps = recipe.steps + EXTRA_STEPS
     trainer.add_callback(
-        Pace(tokens, tell, hear, lambda: environment() | {"how": how, "load_seconds": time.perf_counter() - begun})
+        Pace(tokens, send, receive, lambda: environment() | {"how": how, "load_seconds": time.perf_counter() - begun})
     )
     trainer.train()
-    raise RuntimeError("the trainer ended by itself before it was told to")
+    raise RuntimeError("the trainer ended before it was requested to")
 
 
 def _trl(recipe: Recipe, settings: dict[str, Any], texts: Texts) -> tuple[Any, str]:
@@ -116,7 +116,7 @@ BUILDERS: dict[str, Callable[[Recipe, dict[str, Any], Texts], tuple[Any, str]]] 
 
 
 def environment() -> dict[str, Any]:
-    """Versions, and what the GPU holds of this worker between its turns (GiB, CUDA's own share not counted)."""
+    """Versions, and the GPU memory that this worker holds between its turns (GiB, without CUDA's own memory)."""
     import torch
 
     versions = {}

@@ -1,4 +1,4 @@
-"""Kill training runs over and over, and see whether they end as if nothing had happened.
+"""Kill training runs repeatedly, and check that they end like an uninterrupted run.
 
 python -m chaos --kills 50
 """
@@ -21,7 +21,7 @@ from chaos.full_disk import on_a_full_disk, small_disk
 from chaos.outcome import Outcome, figures, table, verdict, violations
 from chaos.plan import Plan
 from chaos.provisioned import on_a_provisioned_machine
-from chaos.soak import Harness, Run, killed_over_and_over, uninterrupted
+from chaos.soak import Harness, Run, killed_repeatedly, uninterrupted
 from finetune.runtime.console import print_anything
 
 
@@ -32,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     seed = random.SystemRandom().randrange(10**6) if parsed.seed is None else parsed.seed
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    print(f"chaos: {parsed.kills} kills, seed {seed} (--seed {seed} draws the same ones), in {folder}", flush=True)
+    print(f"chaos: {parsed.kills} kills, seed {seed} (--seed {seed} repeats them), in {folder}", flush=True)
     try:
-        outcome = unleash(
+        outcome = run_session(
             folder, parsed.kills, seed, [kind for kind in KINDS if kind.name in parsed.kinds], parsed.extras
         )
     except KeyboardInterrupt:
-        print(f"chaos: interrupted; what there is so far stays in {folder}", file=sys.stderr)
+        print(f"chaos: interrupted; runs and logs so far are kept in {folder}", file=sys.stderr)
         return 1
     print("\n".join(["", *table(outcome), "", *figures(outcome)]))
     found = violations(outcome)
@@ -50,17 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if found else 0
 
 
-def unleash(folder: Path, kills: int, seed: int, kinds: Sequence[Kind], extras: bool) -> Outcome:
+def run_session(folder: Path, kills: int, seed: int, kinds: Sequence[Kind], extras: bool) -> Outcome:
     began = time.monotonic()
     environment = make_environment(folder / "environment")
     harness = Harness(environment, Machine(folder / "machine"), folder / "runs", _say)
     whole = {kind.name: uninterrupted(harness, kind) for kind in kinds}
     plan = Plan(kills, seed, len(kinds))
     killed: list[Run] = []
-    most = 2 * len(kinds) + kills  # an attempt may end before its kill comes, and with it the run
+    most = 2 * len(kinds) + kills  # a run may end before its kill comes
     while plan.left and len(killed) < most and not any(run.fault for run in [*whole.values(), *killed]):
         kind = kinds[len(killed) % len(kinds)]
-        killed.append(killed_over_and_over(harness, kind, f"{kind.name}-{len(killed) + 1:02d}", plan))
+        killed.append(killed_repeatedly(harness, kind, f"{kind.name}-{len(killed) + 1:02d}", plan))
     extras = extras and not plan.left
     filled = _full_disk(harness, kinds[0], folder / "small-disk") if extras else None
     name = f"{kinds[0].name}-provisioned"
@@ -71,7 +71,7 @@ def unleash(folder: Path, kills: int, seed: int, kinds: Sequence[Kind], extras: 
 def _full_disk(harness: Harness, kind: Kind, folder: Path) -> Run | None:
     with small_disk(folder) as disk:
         if disk is None:
-            _say("a full disk: left out, because only root may mount a small one")
+            _say("full disk: skipped, because only root may mount a small disk")
             return None
         return on_a_full_disk(harness, kind, disk, f"{kind.name}-full-disk")
 
@@ -82,10 +82,10 @@ def _say(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m chaos", description="Kill training runs over and over, and compare how they end."
+        prog="python -m chaos", description="Kill training runs repeatedly, and compare how they end."
     )
-    parser.add_argument("--kills", type=_positive, default=50, metavar="N", help="how often SIGKILL strikes (50)")
-    parser.add_argument("--seed", type=int, metavar="N", help="draws the same kills and damages again")
+    parser.add_argument("--kills", type=_positive, default=50, metavar="N", help="number of SIGKILLs (50)")
+    parser.add_argument("--seed", type=int, metavar="N", help="repeats the kills and damage of an earlier session")
     names = [kind.name for kind in KINDS]
     parser.add_argument(
         "--kinds", nargs="+", choices=names, default=names, metavar="KIND", help=", ".join(names) + " (all)"
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-extras",
         dest="extras",
         action="store_false",
-        help="leave out the run on a full disk and the one on a rented machine",
+        help="skip the run on a full disk and the one on a provisioned machine",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""One attempt of a run: a `finetune train` process that is started, watched through the files that it writes, and killed."""
+"""One attempt of a run: starts a `finetune train` process, watches the files that it writes, and kills it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from finetune.run_record import read_record
 from finetune.runtime.fault_injection import PLACES, VARIABLE
 
 HEARTBEAT_SECONDS = 0.05
-"""Of the heartbeats in the ledger; a kill between two of them loses less than this from it."""
+"""Interval of the heartbeats in the ledger; a kill between two of them loses less than this from the ledger."""
 POLL_SECONDS = 0.005
 PATIENCE_SECONDS = 180.0
-"""An attempt that takes longer hangs."""
+"""An attempt that takes longer counts as hung."""
 LEFT_OUT = ("FINETUNE_", "WANDB_", "SKYPILOT_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-"""Environment variables that begin so do not reach an attempt."""
+"""Prefixes of environment variables that are not passed to an attempt."""
 
 Action = tuple[int, Callable[[], object]]
-"""Something else that happens once an attempt has completed so many steps."""
+"""(steps, function): the function is called once an attempt has completed that many steps."""
 How = Literal["place", "step", "start", "notice"]
 
 
 @dataclass(frozen=True)
 class Kill:
-    """When an attempt dies.
+    """When an attempt is killed.
 
-    place: at one of the places of finetune/runtime/fault_injection.py, when it comes there for the `count`-th time.
-    step: `delay` seconds after the attempt has completed `count` steps. start: `delay` seconds after it was started.
-    notice: like step, but told before by SIGTERM, and killed `delay` seconds later if it is still there.
+    place: at one of the places of finetune/runtime/fault_injection.py, when it is reached for the `count`-th time.
+    step: `delay` seconds after the attempt has completed `count` steps. start: `delay` seconds after the start.
+    notice: after `count` steps SIGTERM, and SIGKILL `delay` seconds later if the process is still running.
     """
 
     how: How
@@ -54,11 +54,11 @@ class Kill:
 
 @dataclass(frozen=True)
 class EndedProcess:
-    """What was seen of the process of an attempt, from its start to its end.
+    """What was observed of an attempt's process.
 
-    seconds: from its start to its death; where it was not killed, to its last word in run.json. leaving: seconds from there
-    to the end of the process, in which Python takes itself apart. resumed: the step that it said to go on from, 0 for the
-    beginning, None if it died before. done: the last step that run.json counted in this attempt, None if it never did.
+    seconds: from its start until it was killed, or else until its last write to run.json. teardown: seconds from then
+    to the end of the process, in which Python shuts down. resumed: the step that it reported resuming from, 0 for the
+    beginning, None if it died before. done: the last step that run.json counted in this attempt, None if it counted none.
     """
 
     kill: Kill | None
@@ -67,7 +67,7 @@ class EndedProcess:
     resumed: int | None
     done: int | None
     output: str
-    leaving: float = 0.0
+    teardown: float = 0.0
     hung: bool = False
 
     @property
@@ -77,7 +77,7 @@ class EndedProcess:
 
 @dataclass
 class Machine:
-    """Where attempts run: its temporary and its home folder go when it goes. prices: the table that comes with a rented one."""
+    """Where attempts run; its temporary and home folders are deleted with it. prices: price table of a provisioned machine."""
 
     folder: Path
     prices: str | None = None
@@ -92,8 +92,8 @@ class Machine:
             "PYTHONPATH": str(self.python_path),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",  # byte for byte is a promise for CPUs
-            "GCE_METADATA_HOST": "127.0.0.1:9",  # nobody listens on the discard port
+            "CUDA_VISIBLE_DEVICES": "",  # identical bytes are guaranteed on CPUs only
+            "GCE_METADATA_HOST": "127.0.0.1:9",  # the discard port, where nothing listens
             "FINETUNE_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
         }
         if self.prices:
@@ -123,7 +123,7 @@ class Watch:
         self.changed: float | None = None  # monotonic seconds
 
     def look(self) -> None:
-        """An attempt first writes the step that it goes on from; what counts is a number that changes after that."""
+        """An attempt first writes the step that it resumes from; only a later change of the number is progress."""
         stamp = self._stamp()
         if stamp == self._seen:
             return
@@ -144,7 +144,7 @@ class Watch:
 
 
 def steps_done(run: Path) -> int | None:
-    """As run.json has it; None where there is none yet."""
+    """The completed steps in run.json; None if there is none yet."""
     try:
         steps = read_record(run / "run.json").steps
     except UserError:
@@ -155,7 +155,7 @@ def steps_done(run: Path) -> int | None:
 def attempt(
     machine: Machine, arguments: list[str], run: Path, kill: Kill | None, log: Path, action: Action | None = None
 ) -> EndedProcess:
-    """Start `finetune train ARGUMENTS`, kill it as told, wait until it is gone. log: file for what it says."""
+    """Start `finetune train ARGUMENTS`, kill it as `kill` says, and wait for its end. log: file for its output."""
     watch = Watch(run)
     command = [sys.executable, "-m", "finetune", "train", *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -186,8 +186,8 @@ def attempt(
 def _until_gone(
     process: subprocess.Popen[bytes], watch: Watch, kill: Kill | None, began: float, action: Action | None
 ) -> bool:
-    """Returns whether it was still there when patience ended."""
-    strikes = began + kill.delay if kill and kill.how == "start" else None
+    """Returns whether the process was still running after PATIENCE_SECONDS."""
+    kill_at = began + kill.delay if kill and kill.how == "start" else None
     waits = kill is not None and kill.how in ("step", "notice")
     while process.poll() is None:
         now = time.monotonic()
@@ -198,23 +198,23 @@ def _until_gone(
             action[1]()
             action = None
         if kill and waits and watch.done is not None and watch.done >= kill.count:
-            waits, strikes = False, now + kill.delay
+            waits, kill_at = False, now + kill.delay
             if kill.how == "notice":
                 process.send_signal(signal.SIGTERM)
-        if strikes is not None and now >= strikes:
+        if kill_at is not None and now >= kill_at:
             return False
         time.sleep(POLL_SECONDS)
     return False
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """With everything that it started, as when a machine vanishes."""
+    """Kill the process and its children, as when a machine disappears."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def resumed_step(said: str, *, fresh: bool) -> int | None:
-    """The step that an attempt's output says it goes on from; 0: the beginning."""
+    """The step that an attempt resumes from according to its output; 0 for the beginning, None if it does not say."""
     found = re.findall(r"resuming from \S*?step-(\d+)", said)
     if found:
         return int(found[-1])

@@ -1,4 +1,4 @@
-"""What has to hold when all runs have ended. Each check returns the violations that it finds, one line each."""
+"""The checks after all runs have ended. Each returns the violations that it finds, one line each."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from chaos.attempt import HEARTBEAT_SECONDS
 from chaos.soak import Life, Run
 
 TOLERANCE = 0.01
-"""Of the ledger against the clock."""
+"""Largest relative error of the ledger against the clock."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Steps that one kill made the run do again. in_copy: those of them that were made while a copy was running."""
+    """Steps that the run had to repeat because of one kill. in_copy: those of them made while a checkpoint was being copied."""
 
     steps: int
     interval: int
@@ -28,14 +28,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Spend:
-    """Seconds of the attempts that the ledger knows: by the clock of the harness, and booked. unbooked: of attempts that died
-    before their first line, which on a rented machine the next attempt books, because its meter runs on. leaving: of processes
-    after their last line, while Python took itself apart."""
+    """Seconds of the attempts in the ledger, by the harness's clock (real) and as booked. unbooked: seconds of attempts that died
+    before their first ledger line; on a provisioned machine the next attempt books them. teardown: seconds of processes after
+    their last line, while Python shut down."""
 
     real: float
     booked: float
     unbooked: float
-    leaving: float
+    teardown: float
     kills: int
 
     @property
@@ -44,12 +44,12 @@ class Spend:
 
     @property
     def allowance(self) -> float:
-        """What kills between two heartbeats take from the ledger at most, as a share."""
+        """The largest fraction that kills between two heartbeats can lose from the ledger."""
         return self.kills * HEARTBEAT_SECONDS / self.real if self.real else 0.0
 
 
 def losses(run: Run) -> list[Loss]:
-    """Of every attempt that died after it had made steps: where it was, less where the next one went on."""
+    """For every attempt that died after completing steps: its last step minus the step that the run resumed from."""
     found = []
     for index, life in enumerate(run.lives[:-1]):
         later = run.lives[index + 1 :]
@@ -66,7 +66,7 @@ def losses(run: Run) -> list[Loss]:
 
 
 def check_end(run: Run) -> list[str]:
-    """It came to its end, and nobody ever saw a traceback."""
+    """The run finished, and no attempt printed a traceback."""
     found = [f"{run.name}: did not finish: {run.fault}"] if run.fault else []
     return found + [
         f"{run.name}: attempt {number} ended in a traceback"
@@ -83,19 +83,21 @@ def check_weights(run: Run, whole: Run) -> list[str]:
 
 def check_losses(run: Run) -> list[str]:
     found = [
-        f"{run.name}: a kill cost {loss.steps} steps; {loss.interval} lie between two saves, {loss.in_copy} were made in a copy"
+        f"{run.name}: a kill cost {loss.steps} steps; the save interval is {loss.interval}, {loss.in_copy} made during a copy"
         for loss in losses(run)
         if loss.too_large
     ]
     for before, life in zip(run.lives, run.lives[1:], strict=False):
         resumed = life.attempt.resumed
         if resumed is not None and resumed != before.left:
-            found.append(f"{run.name}: went on from step {resumed}, but what was left whole was step {before.left}")
+            found.append(
+                f"{run.name}: resumed from step {resumed}, but the newest intact save was of step {before.left}"
+            )
     return found
 
 
 def check_curves(run: Run, whole: Run) -> list[str]:
-    """Every step once, with the loss of the uninterrupted run, in run.json and in TensorBoard."""
+    """Every step occurs once, with the loss of the uninterrupted run, in run.json and in TensorBoard."""
     if run.fault:
         return []
     found = []
@@ -108,17 +110,19 @@ def check_curves(run: Run, whole: Run) -> list[str]:
             lost = sorted(set(expected) - set(steps))
             doubled = sorted({step for step in steps if steps.count(step) > 1})
             found.append(
-                f"{run.name}: steps in {name}: lost {lost or 'none'}, doubled {doubled or 'none'}, {len(steps)} in all"
+                f"{run.name}: steps in {name}: missing {lost or 'none'}, repeated {doubled or 'none'}, {len(steps)} in all"
             )
         elif mine != other:
-            first = next(step for (step, loss), (_, wanted) in zip(mine, other, strict=True) if loss != wanted)
+            first = next(
+                step for (step, loss), (_, expected_loss) in zip(mine, other, strict=True) if loss != expected_loss
+            )
             found.append(f"{run.name}: losses in {name} differ from the uninterrupted run's from step {first} on")
     return found
 
 
 def check_orphans(run: Run) -> list[str]:
     partial_files = [name for name in run.orphans if not name.endswith(".tmp")]
-    return [f"{run.name}: left half a save behind: {', '.join(partial_files)}"] if partial_files else []
+    return [f"{run.name}: left a partial save behind: {', '.join(partial_files)}"] if partial_files else []
 
 
 def spend(runs: Sequence[Run]) -> Spend:
@@ -129,7 +133,7 @@ def spend(runs: Sequence[Run]) -> Spend:
         real=sum(life.attempt.seconds for life in known),
         booked=sum(life.booked or 0.0 for life in known),
         unbooked=sum(life.attempt.seconds for life in lives if life.booked is None),
-        leaving=sum(life.attempt.leaving for life in known),
+        teardown=sum(life.attempt.teardown for life in known),
         kills=sum(life.attempt.killed for life in known),
     )
 
@@ -154,11 +158,11 @@ def check_spend(runs: Sequence[Run], usd_per_hour: float) -> list[str]:
 
 
 def check_provisioned(name: str, total: Spend) -> list[str]:
-    """Idle time and attempts that died early are in the ledger, once."""
+    """Idle time and attempts that died early are in the ledger exactly once."""
     if abs(total.error) <= TOLERANCE:
         return []
     return [
-        f"{name}: the ledger has {total.booked:.2f} s of {total.real:.2f} s for which the machine was paid ({total.error:+.2%})"
+        f"{name}: the ledger has {total.booked:.2f} s of {total.real:.2f} s that the machine was billed for ({total.error:+.2%})"
     ]
 
 

@@ -1,4 +1,4 @@
-"""What happens to the checkpoints of a run while nobody trains: files are cut short, changed and deleted."""
+"""Corrupts the checkpoints of a run between attempts: files are truncated, changed and deleted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Target = Literal["newest", "one", "all"]
 TARGETS: tuple[Target, ...] = ("newest", "one", "all")
 
 
-def spoil(run: Path, target: Target, draws: random.Random) -> list[str]:
-    """Damage the newest checkpoint, one of them, or every one; returns what was done, one line for each."""
+def damage_checkpoints(run: Path, target: Target, draws: random.Random) -> list[str]:
+    """Corrupt the newest checkpoint, one of them, or every one. Returns what was done, one line per checkpoint."""
     folders = list(checkpoints(run).values())
     chosen = {"newest": folders[:1], "one": [draws.choice(folders)] if folders else [], "all": folders}[target]
-    return [_spoil_one(folder, draws) for folder in chosen]
+    return [_damage_one(folder, draws) for folder in chosen]
 
 
-def _spoil_one(folder: Path, draws: random.Random) -> str:
-    ways = [_cut, _flip, _delete, _garbage, _no_manifest, _nothing_left]
-    how = draws.choice(ways) if _saved_files(folder) else _nothing_left
+def _damage_one(folder: Path, draws: random.Random) -> str:
+    methods = [_cut, _flip, _delete, _garbage, _no_manifest, _nothing_left]
+    how = draws.choice(methods) if _saved_files(folder) else _nothing_left
     return f"{folder.name}: {how(folder, draws)}"
 
 
@@ -67,7 +67,7 @@ def _nothing_left(folder: Path, draws: random.Random) -> str:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """All that hold something, but not the manifest, in which a changed bit need not mean anything."""
+    """All non-empty files except the manifest, in which a changed bit need not make a difference."""
     return sorted(
         path for path in folder.rglob("*") if path.is_file() and path.stat().st_size and path.name != MANIFEST
     )

@@ -1,4 +1,4 @@
-"""What the chaos runs train: a model of random weights and a small data set made on the spot, and the kinds of run over them."""
+"""The test environment of the chaos runs: a model with random weights, a small generated data set, and the configurations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUESTIONS: tuple[tuple[str, str], ...] = (
      "SELECT name FROM train WHERE leaves < {n} ORDER BY leaves"),
 )  # fmt: skip
 SPLITS: tuple[Split, ...] = ("train",) * 120 + ("val",) * 6 + ("test",) * 6
-QUESTIONS_PER_STEP = 3
+BATCH_SIZE = 3
 USD_PER_HOUR = 3600.0
 """A dollar a second, so that cents are milliseconds."""
 
@@ -39,7 +39,7 @@ class Kind:
     sections: dict[str, dict[str, Any]]
 
 
-_EPOCH = SPLITS.count("train") // QUESTIONS_PER_STEP
+_EPOCH = SPLITS.count("train") // BATCH_SIZE
 
 KINDS = (
     Kind("float32", 2 * _EPOCH, 8, {"quantization": {"load_in_4bit": False}, "training": {"max_steps": 2 * _EPOCH}}),
@@ -54,7 +54,7 @@ KINDS = (
             "checkpoint": {"keep_every": 3},
         },
     ),
-    Kind("fused", 2 * _EPOCH, 6, {"training": {"max_steps": 2 * _EPOCH, "kernels": "fused"}}),  # on NF4 weights
+    Kind("fused", 2 * _EPOCH, 6, {"training": {"max_steps": 2 * _EPOCH, "kernels": "fused"}}),  # with NF4 weights
 )
 
 
@@ -77,7 +77,7 @@ class ChaosEnvironment:
         return self.folder / "prepared"
 
     def config(self, kind: Kind, run_name: str, runs: Path) -> Path:
-        """The YAML of one run, whose folder becomes runs/run_name."""
+        """Write the YAML config of one run, whose folder will be runs/run_name. Returns its path."""
         values: dict[str, dict[str, Any]] = {
             "model": {"name": str(self.model), "max_seq_length": 256},
             "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0},
@@ -88,7 +88,7 @@ class ChaosEnvironment:
             "training": {
                 "output_dir": str(runs),
                 "run_name": run_name,
-                "effective_batch_size": QUESTIONS_PER_STEP,
+                "effective_batch_size": BATCH_SIZE,
                 "learning_rate": 1e-2,
                 "optim": "adamw_torch",
                 "logging_steps": 1,
@@ -120,7 +120,7 @@ def make_environment(folder: Path) -> ChaosEnvironment:
 
 
 def _records() -> list[Record]:
-    """Three kinds of question in turn, each with its own number, so that all differ."""
+    """Three question templates in turn, each with its own number, so that all questions differ."""
     records = []
     for number, split in enumerate(SPLITS):
         question, sql = (text.format(n=number) for text in QUESTIONS[number % len(QUESTIONS)])

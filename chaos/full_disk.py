@@ -1,4 +1,4 @@
-"""A run on a disk that fills up in the middle, is full when it goes on, and has room again at last."""
+"""A run on a disk that fills up during training, is still full when the run resumes, and finally has space again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from chaos.soak import Harness, Run, last_line
 from finetune.errors import EXIT_OK, EXIT_USER_ERROR
 
 SIZE = "16m"
-"""Of the disk: room for the checkpoints, the adapter and what else a run writes, several times over."""
+"""Size of the disk: several times what the checkpoints, the adapter and all other files of a run need."""
 BLOCK = 4096
 
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A disk of its own, mounted at `folder`; None where this process may not mount one."""
+    """A separate disk mounted at `folder`; None if this process may not mount one."""
     folder.mkdir(parents=True)
     if os.geteuid() != 0 or _call("mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)):
         yield None
@@ -34,7 +34,7 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 
 def fill(disk: Path, *, leave: int = 0) -> None:
-    """Take all of its space but `leave` bytes."""
+    """Use up all of its space except `leave` bytes."""
     with (disk / "filler").open("ab", buffering=0) as file:
         try:
             while True:
@@ -50,8 +50,8 @@ def free(disk: Path) -> None:
 
 
 def on_a_full_disk(harness: Harness, kind: Kind, disk: Path, name: str) -> Run:
-    """Fills the disk in the middle of the first attempt, resumes while it is full, and while there is room for a record but not
-    for a checkpoint; then frees it, kills the run once more, and lets it end."""
+    """Fill the disk during the first attempt, resume while it is full and while there is space for run.json but not for a
+    checkpoint; then free it, kill the run once more, and let it finish."""
     harness = replace(harness, runs=disk)
     run = Run(name, kind, harness.folder(name))
     begun = 2 * kind.interval + 1
@@ -64,14 +64,14 @@ def on_a_full_disk(harness: Harness, kind: Kind, disk: Path, name: str) -> Run:
     complaints.append(harness.one_attempt(run, None, full_disk=True))
     free(disk)
     faults = [
-        f"on a full disk attempt {number} ended with exit code {made.code} and said: {last_line(made.output)}"
+        f"attempt {number} on a full disk ended with exit code {made.code}: {last_line(made.output)}"
         for number, made in enumerate(complaints, 1)
         if made.code != EXIT_USER_ERROR or "no space" not in last_line(made.output).lower()
     ]
     harness.one_attempt(run, Kill("step", count=begun + kind.interval, delay=0.02))
     made = harness.one_attempt(run, None)
     if made.code != EXIT_OK:
-        faults.append(f"with room again: exit code {made.code}: {last_line(made.output)}")
+        faults.append(f"after freeing the disk: exit code {made.code}: {last_line(made.output)}")
     run.fault = "; ".join(faults) or None
     return harness.close(run)
 

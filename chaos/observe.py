@@ -1,5 +1,5 @@
-"""What lies in a run's folder. Checkpoints, staged saves and adapter are read without the code that is on trial; loss curves and
-ledger with it."""
+"""Reads a run's folder. Checkpoints, staged saves and adapter are read without the code under test; loss curves and ledger
+with it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from finetune.budget.ledger import Ledger
 from finetune.run_record import read_record
 
 Curve = list[tuple[int, float]]
-"""(step, loss) in the order in which they stand there."""
+"""(step, loss) in the order in which they were logged."""
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """Folders by step, whole or not, the newest first."""
+    """Checkpoint folders by step, intact or not, newest first."""
     found = {int(path.name.removeprefix("step-")): path for path in (run / "checkpoints").glob("step-*")}
     return dict(sorted(found.items(), reverse=True))
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the manifest is there and every file is as it says."""
+    """Whether the manifest exists and every file matches it."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         return bool(files) and all(_sha256(folder / name) == entry["sha256"] for name, entry in files.items())
@@ -32,12 +32,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def newest_whole(run: Path) -> int:
-    """The step of the newest checkpoint that is whole, 0 if there is none."""
+    """The step of the newest intact checkpoint, 0 if there is none."""
     return next((step for step, folder in checkpoints(run).items() if is_whole(folder)), 0)
 
 
 def in_flight(run: Path, temporary: Path) -> list[int]:
-    """Steps whose save had begun and was not committed: staged saves on the local disk, and partial files in the store."""
+    """Steps whose save was begun but not committed: staged saves on the local disk, and partial checkpoints in the run folder."""
     committed = newest_whole(run)
     names = [path.name for path in temporary.glob("*/checkpoint-*")] + [path.name for path in checkpoints(run).values()]
     steps = {int(found[1]) for name in names if (found := re.match(r"(?:checkpoint|step)-(\d+)", name))}
@@ -45,13 +45,13 @@ def in_flight(run: Path, temporary: Path) -> list[int]:
 
 
 def newest_local(temporary: Path) -> int:
-    """The step of the newest snapshot on the local disk that was ready to be copied, 0 if there is none."""
+    """The step of the newest staged save on the local disk that was ready to be copied, 0 if there is none."""
     labels = [json.loads(path.read_text(encoding="utf-8")) for path in temporary.glob("*/checkpoint-*/labels.json")]
     return max((label["step"] for label in labels), default=0)
 
 
 def orphans(run: Path) -> list[str]:
-    """What a finished run must not hold: partial files of saves, and temporary files of writes that were cut off."""
+    """Files that a finished run must not contain: partial saves, and temporary files of interrupted writes."""
     partial_files = [path for path in checkpoints(run).values() if not (path / "manifest.json").is_file()]
     temporary = [path for path in run.rglob(".*") if path.name.endswith(".tmp")]
     return sorted(
@@ -72,17 +72,17 @@ def history(run: Path) -> Curve:
 
 
 def tensorboard(run: Path) -> Curve:
-    """The losses as TensorBoard shows them, which leaves out what a later attempt has declared void."""
+    """The losses as TensorBoard shows them, without those that a later attempt has invalidated."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every restart
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about every restart
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
 
 def booked(run: Path) -> dict[str, float]:
-    """Seconds on the meter by attempt file, as the run's own ledger reads them."""
+    """Seconds booked per attempt file, as read by the run's own ledger."""
     return {entry.file: entry.seconds for entry in Ledger(run / "ledger").account().attempts}
 
 

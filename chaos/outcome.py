@@ -1,4 +1,4 @@
-"""What came out of all runs: violations, a table, and the figures under it."""
+"""The outcome of all runs: violations, a table, and the totals below it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from finetune.runtime.table import aligned
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that was run. whole: the uninterrupted run of each kind, by its name; full_disk, provisioned: None where left out."""
+    """All runs of a session. whole: the uninterrupted run of each kind, by name. full_disk, provisioned: None if skipped."""
 
     whole: dict[str, Run]
     killed: list[Run]
     full_disk: Run | None
     provisioned: tuple[Run, checks.Spend] | None
-    wanted: int
+    requested: int
     places_missed: list[str]
     seconds: float
 
@@ -31,7 +31,7 @@ class Outcome:
 
     @property
     def own_meter(self) -> list[Run]:
-        """Those whose attempts pay for their own time alone."""
+        """The runs whose attempts are billed only for their own time."""
         return [*self.killed, *([self.full_disk] if self.full_disk else [])]
 
 
@@ -49,15 +49,15 @@ def violations(outcome: Outcome) -> list[str]:
     found += checks.check_spend([*outcome.whole.values(), *outcome.own_meter], USD_PER_HOUR)
     if outcome.provisioned:
         found += checks.check_provisioned(outcome.provisioned[0].name, outcome.provisioned[1])
-    if _kills(outcome.killed) < outcome.wanted:
-        found.append(f"{_kills(outcome.killed)} kills came about, {outcome.wanted} were wanted")
+    if _kills(outcome.killed) < outcome.requested:
+        found.append(f"only {_kills(outcome.killed)} of {outcome.requested} requested kills happened")
     if outcome.places_missed:
-        found.append(f"no attempt died at: {', '.join(outcome.places_missed)}")
+        found.append(f"no attempt was killed at: {', '.join(outcome.places_missed)}")
     return found
 
 
 def table(outcome: Outcome) -> list[str]:
-    """A line for each run."""
+    """One line per run."""
     columns: list[tuple[str, Callable[[Run], object]]] = [
         ("run", lambda run: run.name),
         ("attempts", lambda run: len(run.lives)),
@@ -66,7 +66,7 @@ def table(outcome: Outcome) -> list[str]:
         ("largest loss", _largest_loss),
         ("ledger", lambda run: f"{_spend(run, outcome).error:+.2%}"),
         ("adapter", lambda run: (run.adapter or "none")[:12]),
-        ("as the whole run's", lambda run: "yes" if _same(run, outcome) else "NO"),
+        ("as uninterrupted", lambda run: "yes" if _same(run, outcome) else "NO"),
     ]
     rows = [[str(value(run)) for _, value in columns] for run in [*outcome.whole.values(), *outcome.all_killed]]
     rows.insert(0, [name for name, _ in columns])
@@ -88,17 +88,17 @@ def figures(outcome: Outcome) -> list[str]:
     provisioned = outcome.provisioned[1] if outcome.provisioned else None
     return [
         "kills: " + ", ".join(f"{count} {name}" for name, count in by_name.most_common()),
-        f"damaged between attempts: {damaged} checkpoints; started over because none was left whole: {_restarts(outcome)}",
+        f"damaged between attempts: {damaged} checkpoints; restarts because none was left intact: {_restarts(outcome)}",
         f"spend: ledger {total.booked:.1f} s, clock {total.real:.1f} s ({total.error:+.2%}); a kill between two heartbeats of "
-        f"{HEARTBEAT_SECONDS:g} s hides up to that: {total.allowance:.2%} over {total.kills} kills",
-        f"not booked: {total.unbooked:.1f} s of attempts that died before their first line in the ledger, {total.leaving:.1f} s "
-        "in which processes left after their last one",
-        "full disk: " + ("filled, resumed on, freed" if outcome.full_disk else "left out"),
-        "rented machine, idle time and early deaths included: "
+        f"{HEARTBEAT_SECONDS:g} s loses at most that: {total.allowance:.2%} over {total.kills} kills",
+        f"not booked: {total.unbooked:.1f} s of attempts that died before their first line in the ledger, {total.teardown:.1f} s "
+        "of process shutdown after the last line",
+        "full disk: " + ("filled, resumed on, freed" if outcome.full_disk else "skipped"),
+        "provisioned machine, including idle time and early kills: "
         + (
             f"ledger {provisioned.booked:.1f} s, clock {provisioned.real:.1f} s ({provisioned.error:+.2%})"
             if provisioned
-            else "left out"
+            else "skipped"
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""A run on a rented machine, which costs money from its boot on, whether a process runs on it or not."""
+"""A run on a provisioned machine, which is billed from boot, whether or not a process runs on it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ IDLE_SECONDS = 1.0
 
 
 def on_a_provisioned_machine(harness: Harness, kind: Kind, folder: Path, name: str) -> tuple[Run, Spend] | None:
-    """Kills a run three times, the first time before it is in the ledger, with idle time between; returns it, and the seconds
-    from its first start to its end beside what was booked for them. None where the system does not tell a machine's age."""
+    """Kill a run three times, the first time before it is in the ledger, with idle time in between. Returns the run, and the
+    seconds from its first start to its end with those booked. None if the system does not report the machine's age."""
     age = machine_age()
     if age is None:
         return None
@@ -35,8 +35,8 @@ def on_a_provisioned_machine(harness: Harness, kind: Kind, folder: Path, name: s
         time.sleep(IDLE_SECONDS)
     made = harness.one_attempt(run, None)
     if made.code != EXIT_OK or len(run.kills) < len(kills):
-        run.fault = f"{len(run.kills)} kills of {len(kills)}, then exit code {made.code}: {last_line(made.output)}"
+        run.fault = f"{len(run.kills)} of {len(kills)} kills, then exit code {made.code}: {last_line(made.output)}"
     harness.close(run)
-    real = time.monotonic() - began - made.leaving
+    real = time.monotonic() - began - made.teardown
     mine = sum(booked(run.folder).values()) - age
-    return run, Spend(real, mine, unbooked=0.0, leaving=made.leaving, kills=len(run.kills))
+    return run, Spend(real, mine, unbooked=0.0, teardown=made.teardown, kills=len(run.kills))

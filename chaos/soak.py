@@ -1,4 +1,4 @@
-"""A run from its first attempt to its last, with what a managed job does between them."""
+"""A run from its first attempt to its last, with what a managed job does between attempts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from chaos.attempt import Action, EndedProcess, Kill, Machine, attempt
-from chaos.damage import spoil
+from chaos.damage import damage_checkpoints
 from chaos.environment import ChaosEnvironment, Kind
 from chaos.observe import (
     Curve,
@@ -26,17 +26,17 @@ from chaos.observe import (
 from chaos.plan import Plan
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT
 
-MOST_ATTEMPTS = 60
+MAX_ATTEMPTS = 60
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Life:
-    """An attempt and what it left.
+    """An attempt and the state of the run after it.
 
-    whole: step of its newest whole checkpoint. in_flight: steps of the saves that had begun after that one. left: the step that
-    the next attempt has to go on from, after damage and the loss of the machine: that of the newest whole checkpoint, or of a
-    newer snapshot where the machine is still there. booked: seconds in the ledger, None if it never began there.
+    whole: step of the newest intact checkpoint. in_flight: steps of later saves that had begun. left: the step that the next
+    attempt must resume from, after any damage and loss of the machine: that of the newest intact checkpoint, or of a newer
+    staged save if the machine still exists. booked: seconds in the ledger, None if it has no line there.
     """
 
     attempt: EndedProcess
@@ -50,7 +50,7 @@ class Life:
 
 @dataclass
 class Run:
-    """All attempts of a run, and what it came to. fault: why the harness gave it up, None if it came to its end."""
+    """All attempts of a run, and its result. fault: why the harness gave up on it, None if it finished."""
 
     name: str
     kind: Kind
@@ -70,7 +70,7 @@ class Run:
 
 @dataclass
 class Harness:
-    """Where runs take place. runs: the folder for them, which stands for the bucket."""
+    """Executes runs. runs: their folder, which represents the bucket."""
 
     environment: ChaosEnvironment
     machine: Machine
@@ -83,7 +83,7 @@ class Harness:
     def one_attempt(
         self, run: Run, kill: Kill | None, *, action: Action | None = None, full_disk: bool = False
     ) -> EndedProcess:
-        """What a managed job runs, as on_machine/train.sh decides it: a new run, or the one that has a record."""
+        """What a managed job does, following on_machine/train.sh: start a new run, or resume one that has a run.json."""
         before = set(booked(run.folder))
         begun = (run.folder / "run.json").is_file()
         if not begun:
@@ -107,7 +107,7 @@ class Harness:
         self.machine.folder.mkdir()
 
     def close(self, run: Run) -> Run:
-        """Read what a run has come to."""
+        """Read the result of a run."""
         if run.fault is None:
             run.adapter = adapter_hash(run.folder)
             run.losses, run.tensorboard = history(run.folder), tensorboard(run.folder)
@@ -116,12 +116,12 @@ class Harness:
         return run
 
 
-class NotOurs(Exception):
-    """The run's folder holds files, but no record: on_machine/train.sh does not touch it, and the run is stuck."""
+class NoRunRecord(Exception):
+    """The run's folder holds files but no run.json: on_machine/train.sh does not touch it, so the run is stuck."""
 
 
 def uninterrupted(harness: Harness, kind: Kind) -> Run:
-    """The run that all others of its kind have to equal."""
+    """The reference run that all others of its kind must equal."""
     run = Run(f"{kind.name}-whole", kind, harness.folder(f"{kind.name}-whole"))
     made = harness.one_attempt(run, None)
     if made.code != EXIT_OK:
@@ -129,22 +129,22 @@ def uninterrupted(harness: Harness, kind: Kind) -> Run:
     return harness.close(run)
 
 
-def killed_over_and_over(harness: Harness, kind: Kind, name: str, plan: Plan) -> Run:
-    """Killed as often as the plan wants it in one run, then left alone until its end."""
+def killed_repeatedly(harness: Harness, kind: Kind, name: str, plan: Plan) -> Run:
+    """A run that is killed as often as the plan's quota says and then finishes undisturbed."""
     run = Run(name, kind, harness.folder(name))
     quota = plan.quota()
-    while len(run.lives) < MOST_ATTEMPTS:
+    while len(run.lives) < MAX_ATTEMPTS:
         begins_at, done = newest_whole(run.folder), len(run.kills)
         first, last = not run.lives, done + 1 == quota
         kill = plan.kill(kind, begins_at, first=first, last=last) if done < quota else None
         try:
             made = harness.one_attempt(run, kill)
-        except NotOurs as error:
+        except NoRunRecord as error:
             run.fault = str(error)
             break
         if made.killed and kill and not made.hung:
-            plan.came_about(kill)
-            _misfortune(harness, run, plan)
+            plan.happened(kill)
+            _between_attempts(harness, run, plan)
             continue
         if kill:
             plan.missed(kill)
@@ -154,14 +154,14 @@ def killed_over_and_over(harness: Harness, kind: Kind, name: str, plan: Plan) ->
             run.fault = "hung" if made.hung else f"exit code {made.code}: {last_line(made.output)}"
         break
     else:
-        run.fault = f"no end after {MOST_ATTEMPTS} attempts"
+        run.fault = f"no end after {MAX_ATTEMPTS} attempts"
     return harness.close(run)
 
 
-def _misfortune(harness: Harness, run: Run, plan: Plan) -> None:
-    """What happens to checkpoints and machine while nobody trains."""
+def _between_attempts(harness: Harness, run: Run, plan: Plan) -> None:
+    """Damage checkpoints and replace the machine between attempts, as the plan says."""
     target = plan.damage(bool(checkpoints(run.folder)))
-    damage = tuple(spoil(run.folder, target, plan.draws)) if target else ()
+    damage = tuple(damage_checkpoints(run.folder, target, plan.draws)) if target else ()
     if plan.new_machine():
         harness.replace_machine()
     for line in damage:
@@ -175,7 +175,7 @@ def _remove_not_started(folder: Path) -> None:
         return
     others = [path for path in folder.rglob("*") if path.name != "config.yaml" and not path.match(".*.tmp")]
     if others:
-        raise NotOurs(f"holds {others[0].name}, but no run.json: a managed job cannot go on with it")
+        raise NoRunRecord(f"holds {others[0].name}, but no run.json: a managed job cannot resume it")
     shutil.rmtree(folder)
 
 
@@ -190,4 +190,4 @@ def describe(life: Life) -> str:
 
 def last_line(output: str) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
-    return lines[-1] if lines else "(nothing said)"
+    return lines[-1] if lines else "(no output)"

@@ -3,9 +3,9 @@
     python data/build.py [--out data/built]
 
 In:  databases/<db>/schema.sql, <table>.csv (an empty cell is NULL), questions.yaml (see families.py).
-Out: databases/<db>/<db>.sqlite and train.jsonl, val.jsonl, test.jsonl, one record a line.
+Out: databases/<db>/<db>.sqlite and train.jsonl, val.jsonl, test.jsonl, one record per line.
 
-Needs the standard library and PyYAML. The same input gives the same records, byte for byte, everywhere.
+Needs only the standard library and PyYAML. The same input gives the same records, byte for byte, on every machine.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SOURCES = HERE / "databases"
 TEST_ONLY = frozenset({"farm_market"})
 SPLITS = ("train", "val", "test")
 SEED = 145
-"""Decides splits, phrasings and order by hash, so an added family moves no other question. Of 200 seeds it
-gave the most even val and test over six databases and four difficulties; no model had a say in it."""
+"""Splits, phrasings and order are chosen by a hash with this seed, so adding a family moves no other question. Of 200 seeds
+it gave the most even val and test over six databases and four difficulties; no model was used to choose it."""
 VAL_SHARE, TEST_SHARE = 0.08, 0.14
 PHRASINGS = {"train": 2, "val": 1, "test": 1}
-"""Questions for one gold SQL. In train a family without slots, having one gold, gives all its phrasings."""
+"""Questions per gold SQL. In train, a family without slots, which has a single gold, contributes all its phrasings."""
 MIN_SHARE_WITH_ROWS = 0.95
 
 
@@ -55,7 +55,7 @@ class Record:
 def build(out: Path) -> dict[str, Any]:
     """Builds everything below `out`. Returns the counts of records by split and by database, and of golds.
 
-    All checks run before the first file is put in place, and each file appears whole or not at all.
+    All checks run before the first file is moved into place, and each file is replaced atomically.
     Raises DataError on a broken source file.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def fill_table(connection: sqlite3.Connection, path: Path) -> None:
 def to_records(family: Family, sql: str, questions: list[str], schema: str) -> list[Record]:
     """The records of one gold SQL, with phrasings picked by hash so that values and phrasings mix."""
     split = "test" if family.db_id in TEST_ONLY else split_of(sql)
-    wanted = len(questions) if split == "train" and not family.slots else PHRASINGS[split]
+    count = len(questions) if split == "train" and not family.slots else PHRASINGS[split]
     return [
         Record(
             id=f"{family.db_id}-{family.name}-{digest(question)[:8]}",
@@ -128,12 +128,12 @@ def to_records(family: Family, sql: str, questions: list[str], schema: str) -> l
             dialect="sqlite",
             split=split,
         )
-        for question in sorted(questions, key=digest)[:wanted]
+        for question in sorted(questions, key=digest)[:count]
     ]
 
 
 def split_of(sql: str) -> str:
-    """The split follows from the gold SQL alone, so that all its paraphrases stay together."""
+    """The split depends on the gold SQL alone, so that all its paraphrases stay together."""
     position = int(digest(sql)[:12], 16) / 16**12
     return "test" if position < TEST_SHARE else "val" if position < TEST_SHARE + VAL_SHARE else "train"
 
@@ -164,7 +164,7 @@ def family_of(record: Record) -> str:
 
 
 def write_splits(records: list[Record], folder: Path) -> None:
-    """Writes one JSONL file a split, in the order of a hash: any prefix is a sample of the whole."""
+    """Writes one JSONL file per split, ordered by a hash, so that any prefix is a sample of the whole."""
     shuffled = sorted(records, key=lambda record: digest(record.id))
     for split in SPLITS:
         lines = [json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in shuffled if r.split == split]
@@ -172,7 +172,7 @@ def write_splits(records: list[Record], folder: Path) -> None:
 
 
 def move_files(staging: Path, out: Path) -> None:
-    """Puts the finished files in place, the databases first, since the records point at them."""
+    """Moves the finished files into place, the databases first, since the records refer to them."""
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
         target = out / path.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,9 +180,9 @@ def move_files(staging: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line: prints one line. Exit code 2, with one line on stderr, if a file is broken."""
+    """The command line. Prints one line; if a source file is broken, one line on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack characters of a folder's name
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may be unable to show a folder's name
             stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description="Build the shipped text-to-SQL data set.")
     parser.add_argument("--out", type=Path, default=HERE / "built", help="folder (default: data/built)")

@@ -1,4 +1,4 @@
-"""Question families: what a questions.yaml means, and what must hold for the gold SQL that it yields."""
+"""Question families: reads questions.yaml, expands it, and checks the gold SQL that it yields."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ORDERED = re.compile(
 
 
 class DataError(Exception):
-    """A fault in the source files. The message is one line that says where it is."""
+    """A fault in the source files. The message is one line that names the place."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Questions of one shape: an SQL template, the values of its slots, and the ways in which people ask it.
+    """Questions of one shape: an SQL template, the values of its slots, and the phrasings of the question.
 
     `slots` maps a slot ("brand"), or several that change together ("low, high"), to a list of values or to a
-    SELECT that gives them. In `ask`, {d:date} and {m:month} write 2024-05-03 as 3 May 2024 and 2024-05 as
-    May 2024.
+    SELECT that returns them. In `ask`, {d:date} writes 2024-05-03 as 3 May 2024, and {m:month} writes 2024-05
+    as May 2024.
     """
 
     db_id: str
@@ -107,7 +107,7 @@ def in_words(iso: str) -> str:
 
 
 def check_gold(family: Family, connection: sqlite3.Connection, sql: str) -> bool:
-    """Whether a gold SQL returns a value that is not NULL. Raises DataError if it fails or is unordered."""
+    """Whether a gold SQL returns a value that is not NULL. Raises DataError if it fails or its order is ambiguous."""
     try:
         rows = connection.execute(sql).fetchall()
         if "ORDER BY" in sql:
@@ -118,10 +118,10 @@ def check_gold(family: Family, connection: sqlite3.Connection, sql: str) -> bool
 
 
 def check_order(family: Family, connection: sqlite3.Connection, sql: str) -> None:
-    """Raises DataError if ORDER BY leaves a choice: two rows with the same key up to the LIMIT, or a NULL."""
+    """Raises DataError if ORDER BY is ambiguous: two rows with the same key up to the LIMIT, or a NULL."""
     match = ORDERED.fullmatch(sql)
     if not match:
-        raise DataError(f"{family.where}: ORDER BY is understood at the end of one SELECT only: {sql}")
+        raise DataError(f"{family.where}: ORDER BY is supported only at the end of a single SELECT: {sql}")
     keys = match["keys"].replace(" DESC", "")
     unlimited = f"SELECT {match['distinct'] or ''}{keys} FROM {match['source']} ORDER BY {match['keys']}"
     ranked = connection.execute(unlimited).fetchall()

@@ -1,4 +1,4 @@
-"""benchmarks.throughput: the recipe that all peers share, the turns they take, their figures, and what fails or hangs."""
+"""benchmarks.throughput: the shared recipe, the peers' turns, the computed results, and peers that fail or hang."""
 
 from __future__ import annotations
 
@@ -125,13 +125,13 @@ def test_failing_and_hanging_peers_do_not_stop_the_others(tmp_path: Path) -> Non
     assert [len(turn["steps"]) for turn in rows["good"]["turns"]] == [7, 4]  # 3 and the warm-up of each turn
     assert "no answer within 5 seconds, killed" in rows["hangs"]["error"]
     assert rows["fails"]["error"] == "no more memory"
-    assert rows["speechless"]["error"] == "ended without a word"
+    assert rows["speechless"]["error"] == "ended without any output"
     assert rows["absent"]["error"] == "/no/such/python: No such file or directory"
     assert json.loads((tmp_path / "throughput.json").read_text()) == result
 
 
 def test_late_peers_start_when_the_others_have_loaded(tmp_path: Path) -> None:
-    """A worker writes the time when it is started; the early one takes a second to load."""
+    """Each worker writes the time of its start; the early one takes a second to load."""
     writes = "import time, sys\nprint(time.time(), file=sys.stderr, flush=True)\n"
     late, early = (
         peer(tmp_path, "late", writes + OBEDIENT),
@@ -152,7 +152,7 @@ def test_memory_for_ours_does_not_override_a_variant_of_its_own() -> None:
 
 
 def runs(process: int) -> bool:
-    """Whether it exists and is no zombie that nobody has collected yet."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -233,7 +233,7 @@ def test_only_ours_grows_its_segments_and_a_setting_of_the_users_stays(monkeypat
 def test_unsloth_prepares_the_texts_itself_and_pads_fewer_rows_where_it_must(
     rows: int, padded_shape: str, tiny_model: Path
 ) -> None:
-    """With skip_prepare_dataset Unsloth 2026.10.9 turns padding-free off; TRL's config must take what is left."""
+    """With skip_prepare_dataset Unsloth 2026.10.9 disables padding-free; TRL's config must accept the remaining options."""
     from trl import SFTConfig
 
     from benchmarks.throughput_unsloth import how, padded, padding_free

@@ -1,4 +1,4 @@
-"""`python -m chaos`: that its checks see what they are there for, and a short version of it."""
+"""`python -m chaos`: its checks detect the violations they are meant for, and a short session passes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from chaos import checks
 from chaos.__main__ import main
 from chaos.attempt import HEARTBEAT_SECONDS, EndedProcess, Kill, Machine, Watch, attempt, resumed_step
-from chaos.damage import TARGETS, spoil
+from chaos.damage import TARGETS, damage_checkpoints
 from chaos.environment import USD_PER_HOUR, ChaosEnvironment, kind_of
 from chaos.full_disk import fill, free, small_disk
 from chaos.observe import in_flight, is_whole, newest_local, newest_whole, orphans
 from chaos.plan import Plan
-from chaos.soak import Harness, Life, NotOurs, Run
+from chaos.soak import Harness, Life, NoRunRecord, Run
 from finetune.runtime.fault_injection import PLACES
 
 KIND = kind_of("float32")
@@ -43,7 +43,7 @@ def life(
 
 
 def run_of(*lives: Life, name: str = "run-01") -> Run:
-    """A run with nothing wrong about its end."""
+    """A run that ended without violations."""
     curve = [(step, 1 / step) for step in range(1, KIND.steps + 1)]
     spent = sum(each.booked or 0.0 for each in lives)
     return Run(
@@ -83,7 +83,7 @@ def test_more_than_an_interval_lost_fails_unless_a_copy_was_running() -> None:
     end = life(8, 80, 80, killed=False)
     exactly, one_more = run_of(life(0, 16, 8), end), run_of(life(0, 17, 8), end)
     assert checks.check_losses(exactly) == []
-    assert "a kill cost 9 steps; 8 lie between two saves, 0 were made in a copy" in checks.check_losses(one_more)[0]
+    assert "a kill cost 9 steps; the save interval is 8, 0 made during a copy" in checks.check_losses(one_more)[0]
     assert checks.check_losses(run_of(life(0, 17, 8, in_flight=(16,)), end)) == []
     assert "cost 10 steps" in checks.check_losses(run_of(life(0, 18, 8, in_flight=(17,)), end))[0]
 
@@ -93,10 +93,10 @@ def test_a_loss_is_counted_to_where_the_run_really_went_on() -> None:
     assert [loss.steps for loss in checks.losses(died_early)] == [5, 6]
 
 
-def test_going_on_from_another_checkpoint_than_the_newest_whole_one_fails() -> None:
+def test_resuming_from_another_checkpoint_than_the_newest_intact_one_fails() -> None:
     for resumed in (0, 24):
         run = run_of(life(0, 20, 16), life(resumed, 80, 80, killed=False))
-        assert any(f"went on from step {resumed}, but what was left whole was step 16" in line
+        assert any(f"resumed from step {resumed}, but the newest intact save was of step 16" in line
                    for line in checks.check_losses(run))  # fmt: skip
 
 
@@ -105,7 +105,8 @@ def test_what_damage_takes_is_no_loss_but_the_rest_has_to_be_used() -> None:
     assert checks.check_losses(run_of(corrupt, life(0, 80, 80, killed=False))) == []
     corrupt = replace(corrupt, left=8)
     assert (
-        "but what was left whole was step 8" in (checks.check_losses(run_of(corrupt, life(0, 80, 80, killed=False)))[0])
+        "but the newest intact save was of step 8"
+        in (checks.check_losses(run_of(corrupt, life(0, 80, 80, killed=False)))[0])
     )
 
 
@@ -113,9 +114,11 @@ def test_steps_lost_doubled_or_changed_in_a_curve_fail() -> None:
     curve = GOOD.tensorboard
     lost, doubled, both = [*curve[:4], *curve[5:]], [*curve[:5], *curve[4:]], [*curve[:5], *curve[4:5], *curve[6:]]
     changed = [*curve[:4], (5, 0.5), *curve[5:]]
-    assert "TensorBoard: lost [5], doubled none" in checks.check_curves(replace(GOOD, tensorboard=lost), WHOLE)[0]
-    assert "TensorBoard: lost none, doubled [5]" in checks.check_curves(replace(GOOD, tensorboard=doubled), WHOLE)[0]
-    assert "TensorBoard: lost [6], doubled [5]" in checks.check_curves(replace(GOOD, tensorboard=both), WHOLE)[0]
+    assert "TensorBoard: missing [5], repeated none" in checks.check_curves(replace(GOOD, tensorboard=lost), WHOLE)[0]
+    assert (
+        "TensorBoard: missing none, repeated [5]" in checks.check_curves(replace(GOOD, tensorboard=doubled), WHOLE)[0]
+    )
+    assert "TensorBoard: missing [6], repeated [5]" in checks.check_curves(replace(GOOD, tensorboard=both), WHOLE)[0]
     assert (
         "run.json differ from the uninterrupted run's from step 5 on"
         in (checks.check_curves(replace(GOOD, losses=changed), WHOLE)[0])
@@ -136,26 +139,26 @@ def test_a_ledger_that_is_off_by_more_than_a_hundredth_fails() -> None:
     assert "the ledger has 0.00 s" in checks.check_spend([run_of(life(0, 80, 80, booked=None))], USD_PER_HOUR)[0]
 
 
-def test_attempts_that_the_ledger_cannot_know_are_told_apart() -> None:
+def test_attempts_missing_from_the_ledger_are_counted_separately() -> None:
     run = run_of(
         life(None, None, 0, booked=None, seconds=3.0), life(0, 20, 16, full_disk=True, booked=1.0), life(0, 8, 8)
     )
     total = checks.spend([run])
     assert checks.check_provisioned("x", replace(total, booked=9.91)) == []
     assert (
-        "x: the ledger has 9.80 s of 10.00 s for which the machine was paid (-2.00%)"
+        "x: the ledger has 9.80 s of 10.00 s that the machine was billed for (-2.00%)"
         in (checks.check_provisioned("x", replace(total, booked=9.8))[0])
     )
     assert (total.real, total.booked, total.unbooked, total.kills) == (10.0, 9.95, 3.0, 1)
     assert total.allowance == pytest.approx(HEARTBEAT_SECONDS / 10)
 
 
-def test_halves_of_saves_fail() -> None:
+def test_partial_saves_fail() -> None:
     run = replace(GOOD, orphans=["checkpoints/step-3", ".run.json.x.tmp"])
-    assert checks.check_orphans(run) == ["run-01: left half a save behind: checkpoints/step-3"]
+    assert checks.check_orphans(run) == ["run-01: left a partial save behind: checkpoints/step-3"]
 
 
-# --- what it sees and does
+# --- observing and acting
 
 
 def save(run: Path, step: int) -> Path:
@@ -169,18 +172,18 @@ def save(run: Path, step: int) -> Path:
     return folder
 
 
-def test_damage_is_damage(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_not_intact(tmp_path: Path) -> None:
     for seed in range(60):
         run = tmp_path / str(seed)
         folders = [save(run, step) for step in (8, 16, 24)]
         assert newest_whole(run) == 24
         target = TARGETS[seed % 3]
-        said = spoil(run, target, random.Random(seed))
+        said = damage_checkpoints(run, target, random.Random(seed))
         whole = [is_whole(folder) for folder in folders]
         assert whole.count(False) == len(said) == (3 if target == "all" else 1)
         assert newest_whole(run) == {"newest": 16, "all": 0}.get(target, 24 if whole[2] else 16)
-    assert spoil(tmp_path / "nothing", "all", random.Random(0)) == []
-    assert spoil(tmp_path / "nothing", "one", random.Random(0)) == []
+    assert damage_checkpoints(tmp_path / "nothing", "all", random.Random(0)) == []
+    assert damage_checkpoints(tmp_path / "nothing", "one", random.Random(0)) == []
 
 
 def test_saves_that_had_begun_and_what_is_left_of_them(tmp_path: Path) -> None:
@@ -205,7 +208,7 @@ def test_steps_are_those_of_this_attempt(tmp_path: Path) -> None:
 
     write(20)
     watch = Watch(tmp_path)
-    write(20, "running")  # a new attempt begins, at what step is not told
+    write(20, "running")  # a new attempt begins; its first step is not known yet
     watch.look()
     assert watch.done is None
     write(17)
@@ -215,7 +218,7 @@ def test_steps_are_those_of_this_attempt(tmp_path: Path) -> None:
     assert watch.done == 20
 
 
-def test_what_an_attempt_says_about_where_it_goes_on() -> None:
+def test_the_resumed_step_is_read_from_the_output() -> None:
     assert resumed_step("resuming from runs/x/checkpoints/step-24\n", fresh=False) == 24
     assert resumed_step("runs/x: no checkpoint to resume from, starting from the beginning", fresh=False) == 0
     assert resumed_step("", fresh=True) == 0
@@ -237,7 +240,7 @@ def test_a_folder_with_files_but_no_record_is_not_touched(tmp_path: Path) -> Non
     harness = Harness(ChaosEnvironment(tmp_path), Machine(tmp_path / "machine"), tmp_path / "runs", lambda line: None)
     run = Run("x", KIND, tmp_path / "runs" / "x")
     (run.folder / "ledger").mkdir(parents=True)
-    with pytest.raises(NotOurs, match=r"holds ledger, but no run\.json"):
+    with pytest.raises(NoRunRecord, match=r"holds ledger, but no run\.json"):
         harness.one_attempt(run, None)
     assert run.folder.is_dir()
 
@@ -249,7 +252,7 @@ def test_the_plan_reaches_every_place_and_is_repeated_by_its_seed() -> None:
             quota, runs = plan.quota(), runs + 1
             for number in range(quota):
                 kills.append(plan.kill(KIND, 8, first=not number, last=number + 1 == quota))
-                plan.came_about(kills[-1])
+                plan.happened(kills[-1])
                 plan.damage()
         assert (runs, plan.not_reached()) == (7, [])
         return kills
@@ -264,7 +267,7 @@ def test_the_plan_reaches_every_place_and_is_repeated_by_its_seed() -> None:
     assert set(Plan(50, 0, 3).not_reached()) == set(PLACES)
 
 
-def test_thirteen_kills_are_enough_for_every_place_every_way_and_every_damage() -> None:
+def test_thirteen_kills_cover_every_place_every_kind_of_kill_and_every_damage() -> None:
     for seed in range(50):
         plan, kills, damages = Plan(13, seed, 3), [], []
         while plan.left:
@@ -274,7 +277,7 @@ def test_thirteen_kills_are_enough_for_every_place_every_way_and_every_damage() 
                 if kills[-1].how == "notice" and seed % 2:  # the attempt was gone before the kill came
                     plan.missed(kills[-1])
                     kills.append(plan.kill(KIND, 8, first=False, last=number + 1 == quota))
-                plan.came_about(kills[-1])
+                plan.happened(kills[-1])
                 damages.append(plan.damage(anything=number > 0))
         assert {kill.place for kill in kills if kill.how == "place"} == set(PLACES)
         assert {kill.how for kill in kills} == {"place", "step", "start", "notice"}

@@ -1,1 +1,1 @@
-"""From sources to a prepared folder, and from its records to tokens."""
+"""Turns data sources into a prepared folder, and its records into tokens."""

@@ -1,4 +1,4 @@
-"""From sources to checked, split records, and nothing written: all of `data check`, the first half of `prepare`."""
+"""Reads, validates and splits the sources without writing anything: all of `data check`, the first half of `prepare`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from finetune.config.schema import DataSection, SourceSection
 from finetune.data.records import SPLITS, Record, Split
 from finetune.data.sources import open_source
-from finetune.data.split import assign_splits, drop_duplicates, find_leaks, thin_out
+from finetune.data.split import assign_splits, drop_duplicates, find_leaks, subsample
 from finetune.data.validate import Accepted, Rejection, stopping_problem, validate
 from finetune.runtime.files import sha256_file
 
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """How many examples a source holds, and how many of them are faulty in themselves."""
+    """How many examples a source holds, and how many of them are faulty (duplicates and leaks not counted)."""
 
     read: int
     faulty: int
@@ -24,10 +24,10 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class Findings:
-    """What checking the sources brought to light.
+    """The result of checking all sources.
 
-    rejections are sorted by file and line. left_out: train records beyond max_train_records. problems: what keeps
-    `prepare` from writing anything, one line each.
+    rejections: sorted by file and line. left_out: number of train records dropped because of max_train_records. problems: why
+    `prepare` refuses to write, one line each; empty if it does not.
     """
 
     splits: dict[Split, list[Accepted]]
@@ -41,10 +41,10 @@ class Findings:
 
 
 def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -> Findings:
-    """Read, validate and split everything. timeout_seconds: wall-clock limit of one gold query; evaluation.timeout_seconds, under
-    which gold has to run again.
+    """Read, validate and split all sources. timeout_seconds: wall-clock limit of one gold query; pass evaluation.timeout_seconds,
+    since evaluation runs the gold queries again under that limit.
 
-    Raises UserError only where a source cannot be read at all; everything else is in the findings.
+    Raises UserError only if a source cannot be read at all; every other problem is in the findings.
     """
     accepted, rejections, counts, problems = _validate_all(data.sources, timeout_seconds, progress)
     accepted, repeated = drop_duplicates(accepted)
@@ -65,7 +65,7 @@ def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -
     rejections = sorted(
         [*rejections, *repeated, *leaks.values()], key=lambda item: (item.candidate.file, item.candidate.line)
     )
-    if not problems:  # else an empty split would only be a consequence
+    if not problems:  # otherwise an empty split would only be a consequence of them
         fractions = {"val": data.val_fraction, "test": data.test_fraction}
         problems = [*_empty_splits(splits, fractions), *ambiguous_databases(splits)]
     return Findings(splits, rejections, counts, left_out, problems)
@@ -90,17 +90,17 @@ def _validate_all(
 
 
 def _limit_train(splits: dict[Split, list[Accepted]], limit: int | None, seed: int) -> int:
-    """Thin out train to `limit` records; how many were left out."""
+    """Reduce train to at most `limit` records. Returns how many were left out."""
     train = splits["train"]
     if limit is None or len(train) <= limit:
         return 0
-    keep = thin_out([item.record for item in train], limit, seed)
+    keep = subsample([item.record for item in train], limit, seed)
     splits["train"] = [item for index, item in enumerate(train) if index in keep]
     return len(train) - limit
 
 
 def _empty_splits(splits: Mapping[Split, list[Accepted]], fractions: Mapping[str, float]) -> list[str]:
-    """Train and test must hold something; val may be empty if nobody asked for it."""
+    """Train and test must not be empty; val may be if its fraction is 0."""
     records = sum(map(len, splits.values()))
     databases = len({item.record.db_id for items in splits.values() for item in items})
     problems = []
@@ -120,7 +120,7 @@ def _empty_splits(splits: Mapping[Split, list[Accepted]], fractions: Mapping[str
 
 
 def ambiguous_databases(splits: Mapping[Split, list[Accepted]]) -> list[str]:
-    """A db_id that two sources use for different databases: evaluation could not tell which one is meant."""
+    """One problem for each db_id that two sources use for different databases: evaluation could not tell which one is meant."""
     chosen: dict[str, Path] = {}
     problems = {}
     for item in (*splits["val"], *splits["test"]):

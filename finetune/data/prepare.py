@@ -1,11 +1,11 @@
-"""Data preparation: sources in, a self-contained folder of checked and split records out.
+"""Data preparation: turns sources into a self-contained folder of checked and split records.
 
     train.jsonl  val.jsonl  test.jsonl     records, each with its split
-    rejected.jsonl                         file, line, reason, detail and the raw record of what was left out
+    rejected.jsonl                         file, line, reason, detail and raw record of everything rejected
     databases/<db_id>/<db_id>.sqlite       copies of the databases of val and test (.sqlite: the engine's suffix)
     manifest.json                          counts, token lengths, settings, SHA-256 of every other file; written last
 
-The same inputs give the same bytes. The folder appears whole or not at all.
+The same inputs give the same bytes. The folder is replaced atomically.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def prepare(
     tokenizer_name: str | None = None,
     progress: bool = True,
 ) -> Prepared:
-    """Check all sources and write the prepared folder, data.output_dir; an older prepared set there is replaced.
+    """Check all sources and write the prepared folder, data.output_dir. A prepared set that is already there is replaced.
 
-    max_seq_length (tokens): longer records are written and counted; training leaves them out. timeout_seconds: for each gold
-    query. tokenizer: None leaves the token counts unknown (null).
+    max_seq_length (tokens): longer records are written and counted; training leaves them out. timeout_seconds: limit of each
+    gold query. tokenizer: without one the token counts are null.
 
-    Raises UserError, before anything is written, when a source is unusable, a split ends up empty, or output_dir holds
-    something else than a prepared set.
+    Raises UserError, before anything is written, if a source is unusable, a split ends up empty, or output_dir holds
+    anything other than a prepared set.
     """
     output_dir = Path(data.output_dir)
     folder = Path(os.path.realpath(output_dir))
@@ -87,7 +87,7 @@ def prepare(
 
 
 def prepare_data(config: RunConfig, tokenizer: Any = None) -> Prepared:
-    """`prepare` with what the config says. tokenizer: as there."""
+    """`prepare` with the config's settings. tokenizer: as in `prepare`."""
     return prepare(
         config.data,
         max_seq_length=config.model.max_seq_length,
@@ -138,7 +138,7 @@ def _tokens(
 
 
 def _write(folder: Path, findings: Findings, manifest: dict[str, Any], progress: bool) -> bool:
-    """Build the set in a scratch folder and swap it in; False when the same set is there already."""
+    """Build the set in a scratch folder and swap it in. Returns False if an identical set is already in place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         new = Path(scratch) / "new"
@@ -156,7 +156,7 @@ def _write(folder: Path, findings: Findings, manifest: dict[str, Any], progress:
 
 
 def _json_line(value: Any) -> str:
-    """Escaped, because what was rejected may hold characters that are no Unicode text."""
+    """Non-ASCII is escaped, because a rejected record may hold lone surrogates, which cannot be encoded as UTF-8."""
     return json.dumps(value, default=str) + "\n"
 
 
@@ -200,9 +200,9 @@ def _check_replaceable(folder: Path, name: Path) -> None:
         raise UserError(f"{name}: data.output_dir is a file; choose a folder", code="data.output_dir_taken")
     ours = {MANIFEST, REJECTED, DATABASES, *map(records_file, SPLITS)}
     present = {path.name for path in folder.iterdir()}
-    strangers = sorted(present if MANIFEST not in present else present - ours)
-    if strangers:
+    unexpected = sorted(present if MANIFEST not in present else present - ours)
+    if unexpected:
         raise UserError(
-            f"{name}: data.output_dir holds other things than a prepared set ({strangers[0]}); choose another folder",
+            f"{name}: data.output_dir holds files that are not of a prepared set ({unexpected[0]}); choose another folder",
             code="data.output_dir_taken",
         )

@@ -1,4 +1,4 @@
-"""A prepared folder as it is read: here or on another machine, once every file has been checked against the manifest."""
+"""Reads a prepared folder, on this or another machine, after checking every file against the manifest."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PREPARE_COMMAND = "finetune data prepare CONFIG"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared folder whose files match their manifest; `changed` says whether `prepare` just wrote it.
+    """A prepared folder whose files match its manifest.
 
-    manifest_hash: SHA-256 (hex) of manifest.json, which stands for all of the data.
+    manifest_hash: SHA-256 (hex) of manifest.json, which identifies all of the data. changed: whether `prepare` just wrote it.
     """
 
     folder: Path
@@ -34,15 +34,15 @@ class Prepared:
         return read_records(self.folder / records_file(split))
 
     def database(self, record: Record) -> Path | None:
-        """The file of a val or test record's database, None when its source had none or no engine runs its dialect."""
+        """The database file of a val or test record; None if its source had none or no engine runs its dialect."""
         name = database_name(record)
         return self.folder / name if name and name in self.manifest["files"] else None
 
 
 def load_prepared(output_dir: Path, *, progress: bool = True) -> Prepared:
-    """A folder that `prepare` wrote, here or on another machine, after checking every file against the manifest.
+    """Load a folder that `prepare` wrote, on this or another machine, and check every file against the manifest.
 
-    Raises UserError when the folder, its manifest or a file is missing, or a file has changed.
+    Raises UserError if the folder, its manifest or a file is missing, or if a file has changed.
     """
     prepared = read_manifest(output_dir)
     if fault := first_fault(output_dir, prepared.manifest, progress):
@@ -51,7 +51,7 @@ def load_prepared(output_dir: Path, *, progress: bool = True) -> Prepared:
 
 
 def database_name(record: Record) -> str | None:
-    """Where a prepared folder has a record's database, if it has it; None where no engine runs the record's dialect."""
+    """The path of a record's database inside a prepared folder, which need not exist; None if no engine runs its dialect."""
     engine = engine_for(record.dialect)
     return f"{DATABASES}/{record.db_id}/{record.db_id}{engine.suffix}" if engine else None
 
@@ -71,7 +71,7 @@ def read_manifest(folder: Path, changed: bool = False) -> Prepared:
 
 
 def first_fault(folder: Path, manifest: dict[str, Any], progress: bool) -> str | None:
-    """The first file that is not as the manifest says, None when all are."""
+    """What is wrong with the first file that does not match the manifest; None if all match."""
     for name, expected in tqdm(manifest["files"].items(), desc="Verifying data", delay=1, disable=not progress):
         path = folder / name
         if not path.is_file():

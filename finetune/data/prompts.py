@@ -1,7 +1,7 @@
-"""The one prompt template: what training teaches, evaluation asks and `generate` sends.
+"""The one prompt template, shared by training, evaluation and `generate`.
 
-The template is versioned; its version and options are saved beside the weights, because an adapter answers well only
-to the prompt that it was trained on.
+The template is versioned. Its version and options are saved beside the weights, because an adapter answers well only
+with the prompt that it was trained on.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ _START = re.compile(
       | ^\s*(?P<bare>(?:select|with|values)\b.*)""",
     re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
-"""Where SQL begins in an answer: at a code fence, or at a line that starts like a query; the first of them counts."""
+"""Where SQL begins in an answer: at the first code fence or the first line that starts like a query, whichever comes first."""
 _END = re.compile(
     r"""'(?:[^']|'')*(?:'|\Z) | "(?:[^"]|"")*(?:"|\Z) | `[^`]*(?:`|\Z) | --[^\n]* | /\*.*?(?:\*/|\Z)
       | (?P<semicolon>;) | (?P<gap>\n[ \t\r]*\n|\n\#\#\#)""",
     re.DOTALL | re.VERBOSE,
 )
-"""What stands in quotes and comments, so that it is passed over, or else ends the query."""
+"""Quoted text and comments, which are skipped, and outside of them what may end the query."""
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How a question about a database becomes the text before the answer.
+    """Renders a question about a database as the prompt that the answer follows.
 
-    schema_format: `ddl` shows the CREATE TABLE text as it is, `compact` one line a table without types.
+    schema_format: `ddl` shows the CREATE TABLE text unchanged, `compact` one line per table without types.
     """
 
     schema_format: Literal["ddl", "compact"] = "ddl"
     version: str = PROMPT_VERSION
 
     def render(self, *, schema: str, question: str, dialect: str = "sqlite", evidence: str | None = None) -> str:
-        """The prompt for one question; `schema` is DDL text. The answer follows it without any separator."""
+        """The prompt for one question. `schema` is DDL text. The answer follows the prompt without any separator."""
         shown = _compact(schema, dialect) if self.schema_format == "compact" else schema.strip()
         hint = _HINT.format(evidence=evidence.strip()) if evidence and evidence.strip() else ""
         return (
@@ -69,7 +69,7 @@ class PromptTemplate:
         )
 
     def identity(self) -> str:
-        """Version and a short hash of template text and options: two equal identities render equal prompts."""
+        """Version and a short hash of template text and options: templates of equal identity render equal prompts."""
         text = json.dumps([_SCHEMA, _HINT, _QUESTION, asdict(self)])
         return f"{self.version}-{self.schema_format}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -79,12 +79,12 @@ class PromptTemplate:
 
 @lru_cache(maxsize=1024)
 def _compact(schema: str, dialect: str) -> str:
-    """Thousands of questions share a few schemas, and parsing one takes milliseconds."""
+    """Cached, because thousands of questions share a few schemas and parsing one takes milliseconds."""
     return compact(parse_ddl(schema, dialect))
 
 
 def load_template(folder: Path) -> PromptTemplate:
-    """The template saved beside an adapter. Raises UserError when it is missing or from another version."""
+    """The template saved beside an adapter. Raises UserError if it is missing, corrupt or of another version."""
     path = folder / PROMPT_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -107,14 +107,14 @@ def load_template(folder: Path) -> PromptTemplate:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Prompts as token ids, with the special tokens that the tokenizer puts in front."""
+    """Prompts as token ids, including the special tokens that the tokenizer prepends."""
     ids: list[list[int]] = tokenizer(list(prompts))["input_ids"] if prompts else []
     return ids
 
 
 def encode_examples(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[Example]:
-    """Training examples as token ids. Prompt and answer are tokenised apart and joined, so that the ids before the answer
-    are exactly those that generation starts from, whatever the tokenizer does at the seam."""
+    """Training examples as token ids. Prompt and answer are tokenised separately and concatenated, so that the ids before the
+    answer are exactly those that generation starts from, however the tokenizer would merge across the boundary."""
     ends = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else []
     return [
         Example([*start, *end, tokenizer.eos_token_id], len(start))
@@ -123,28 +123,28 @@ def encode_examples(tokenizer: Any, prompts: Sequence[str], answers: Sequence[st
 
 
 def completion(sql: str) -> str:
-    """The text that the model learns to answer: SQL on one line (but for quoted text) without a closing semicolon."""
+    """The answer text to train on: the SQL on one line (except inside quotes), without a closing semicolon."""
     return on_one_line(sql).rstrip("; ")
 
 
 def extract_sql(answer: str) -> str:
     """The SQL in a model's answer, on one line and without its semicolon; "" if the answer is empty.
 
-    Begins at the first code fence or the first line that starts like a query, else with the answer. Ends at the first
-    semicolon outside quotes and comments, or at the end of the fence; outside a fence also at a blank line and at a
-    `###` heading. Lenient on purpose: the base model has never seen the template.
+    The SQL begins at the first code fence or the first line that starts like a query; if there is neither, at the start of
+    the answer. It ends at the first semicolon outside quotes and comments, or at the end of the fence; outside a fence also
+    at a blank line and at a `###` heading. Lenient on purpose: the base model has never seen the template.
     """
     text, end, _ = _query_in(answer)
     return on_one_line(text[:end])
 
 
 def answer_is_complete(answer: str) -> bool:
-    """Whether generation may stop: nothing that follows could change `extract_sql(answer)`."""
+    """Whether generation may stop, because no further text could change `extract_sql(answer)`."""
     return _query_in(answer)[2]
 
 
 def _query_in(answer: str) -> tuple[str, int, bool]:
-    """The text in which the query stands, the offset of its end, and whether that is final whatever follows."""
+    """The text that contains the query, the offset of the query's end, and whether no further text could change that end."""
     start = _START.search(answer)
     fenced = start is not None and start["fenced"] is not None
     text = (start["fenced"] or start["bare"] or "") if start else answer.strip()

@@ -1,6 +1,6 @@
-"""The record: one question about one database with its gold SQL, and how records lie in JSONL files.
+"""The record, one question about one database with its gold SQL, and its JSONL format.
 
-Reading is strict: what a file says and what a stage understands must not drift apart unnoticed.
+Reading is strict: an unknown or malformed field is an error, so that no setting in a file is silently ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Record:
-    """One example. `schema` is DDL text, `dialect` a name that sqlglot knows, `evidence` a hint shown in the prompt."""
+    """One example. schema: DDL text. dialect: a name that sqlglot knows. evidence: a hint shown in the prompt."""
 
     id: str
     db_id: str
@@ -40,7 +40,7 @@ FIELDS = tuple(f.name for f in fields(Record))
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a JSONL file: its number from 1, and its value; where `problem` is set, `value` is the bare text."""
+    """One line of a JSONL file: its number, counted from 1, and its value; if `problem` is set, `value` is the raw text."""
 
     number: int
     value: Any
@@ -48,7 +48,7 @@ class Line:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a JSONL file, blank ones left out. Raises UserError when the file is missing or no file."""
+    """The lines of a JSONL file without the blank ones. Raises UserError if the path is missing or not a file."""
     if not path.is_file():
         raise UserError(
             f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file", code="data.not_found"
@@ -74,7 +74,7 @@ def _parse(number: int, text: str) -> Line:
 
 
 def field_problems(value: object, required: Collection[str] = REQUIRED) -> list[str]:
-    """What keeps a JSON value from being a record: missing and unknown fields, wrong types, empty texts."""
+    """Why a JSON value is not a valid record: missing and unknown fields, wrong types, empty texts."""
     if not isinstance(value, dict):
         return [f"expected a JSON object with the fields {', '.join(REQUIRED)}, found {_kind(value)}"]
     problems = [f"lacks the field {name}" for name in REQUIRED if name in required and name not in value]
@@ -110,7 +110,7 @@ def _kind(value: object) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of a JSONL file. Raises UserError that names file, line and field of the first fault."""
+    """All records of a JSONL file. Raises a UserError that names file, line and field of the first fault."""
     records = []
     for line in read_lines(path):
         problems = [line.problem] if line.problem else field_problems(line.value)
@@ -121,11 +121,11 @@ def read_records(path: Path) -> list[Record]:
 
 
 def to_json(record: Record) -> str:
-    """One JSON object without line break; fields that are None are left out."""
+    """The record as a JSON object on one line; fields that are None are left out."""
     return json.dumps({k: v for k, v in asdict(record).items() if v is not None}, ensure_ascii=False)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write records as JSONL, atomically. Raises UserError when the disk is full or the folder not writable."""
+    """Write records as JSONL, atomically. Raises UserError if the disk is full or the folder is not writable."""
     with atomic_file(path) as file:
         file.writelines(to_json(record) + "\n" for record in records)

@@ -1,6 +1,6 @@
 """The three kinds of source: our JSONL, a Spider-format folder, a Hugging Face dataset.
 
-Each yields raw candidates with the place they come from; whether they are any good is decided in `data_validate`.
+Each yields raw candidates and where they come from; finetune/data/validate.py decides which of them are usable.
 Relative paths are relative to the current directory.
 """
 
@@ -26,10 +26,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One example as it came, not yet checked.
+    """One example as read, not yet validated.
 
-    file, line: where it stands; a line of a JSONL file, else the position in the array or dataset, from 1.
-    where: the same for people. raw: what stood there. fields: the same under our names. problem: known already.
+    file, line: its place; line is the line of a JSONL file, else the position in the array or dataset, counted from 1.
+    where: the same for messages. raw: the value as read. fields: the value under our field names. problem: a fault found
+    while reading.
     """
 
     file: str
@@ -44,9 +45,9 @@ class Candidate:
 class Source:
     """An opened source.
 
-    databases: folder of <db_id>/<db_id>.sqlite, or None when there is none to run gold SQL on.
-    schemas: DDL by db_id for candidates that bring no schema of their own; None: they must bring it.
-    strict: the user's own file, where one malformed line stops everything; else it is one rejection among others.
+    databases: folder of <db_id>/<db_id>.sqlite, or None if there is no database to run gold SQL on.
+    schemas: DDL by db_id for candidates without a schema of their own; None if every candidate must have one.
+    strict: whether one malformed line is an error, as in the user's own file; otherwise it is only rejected.
     """
 
     candidates: list[Candidate]
@@ -56,9 +57,9 @@ class Source:
 
 
 def open_source(section: SourceSection, key: str, *, progress: bool = True) -> Source:
-    """Read all of one source; `key` is its place in the config, for errors.
+    """Read one source completely. key: its config key, for error messages.
 
-    Raises UserError when a file, folder, dataset or revision is missing, empty or of another format.
+    Raises UserError if a file, folder, dataset or revision is missing, empty or in the wrong format.
     """
     _check_dialect(section.dialect, f"{key}.dialect")
     databases = Path(section.databases) if section.databases else None
@@ -92,12 +93,14 @@ def open_source(section: SourceSection, key: str, *, progress: bool = True) -> S
         )
     if not source.candidates:
         raise UserError(f"{key}: {section.path}: empty, expected at least one example", code="data.empty")
-    settled = [_settle(candidate, section.dialect, section.split, key) for candidate in source.candidates]
-    return replace(source, candidates=settled)
+    candidates = [
+        _with_source_settings(candidate, section.dialect, section.split, key) for candidate in source.candidates
+    ]
+    return replace(source, candidates=candidates)
 
 
 def jsonl_source(path: Path, databases: Path | None) -> Source:
-    """Our own format: one record a line, schema included."""
+    """Our own format: one record per line, schema included."""
     candidates = [
         Candidate(str(path), line.number, f"{path}:{line.number}", line.value, line.value, line.problem)
         for line in read_lines(path)
@@ -106,10 +109,10 @@ def jsonl_source(path: Path, databases: Path | None) -> Source:
 
 
 def spider_source(folder: Path, files: list[str], databases: Path | None, shown: Path) -> Source:
-    """A folder laid out as Spider or BIRD: question files, tables.json, database/<db_id>/<db_id>.sqlite.
+    """A folder with the layout of Spider or BIRD: question files, tables.json, database/<db_id>/<db_id>.sqlite.
 
-    Where there is a database folder the schemas come from it, else from tables.json; one of the two must be there.
-    shown: what candidates call the folder, the same on every machine where `folder` is a download cache.
+    The schemas come from the database folder if there is one, else from tables.json; one of the two must exist.
+    shown: the folder's name in candidates, which stays the same on every machine when `folder` is a download cache.
     """
     databases = databases or (folder / "database" if (folder / "database").is_dir() else None)
     tables = folder / "tables.json"
@@ -171,8 +174,8 @@ def huggingface_source(
 ) -> Source:
     """A dataset that `datasets.load_dataset` reads: a hub id with a revision, or a local folder (parquet, CSV, ...).
 
-    columns maps our fields to theirs. Without `id` the position counts; without `db_id` examples of one schema share a
-    made-up one; without `schema` it is read from `databases`.
+    columns: maps our fields to the dataset's columns. Without `id`, ids are made from the position; without `db_id`, examples
+    of one schema share a generated one; without `schema`, the schema is read from `databases`.
     """
     _check_columns(columns, databases, key)
     dataset = _load_dataset(path, revision, subset, key)
@@ -201,8 +204,8 @@ def huggingface_source(
     return Source(candidates, databases, None if "schema" in columns else {}, strict=False)
 
 
-def _our_fields(row: Mapping[str, Any], columns: Mapping[str, str], made_up_id: str) -> dict[str, Any]:
-    fields = {"id": made_up_id} | {ours: row[theirs] for ours, theirs in columns.items()}
+def _our_fields(row: Mapping[str, Any], columns: Mapping[str, str], generated_id: str) -> dict[str, Any]:
+    fields = {"id": generated_id} | {ours: row[theirs] for ours, theirs in columns.items()}
     if isinstance(fields["id"], int):
         fields["id"] = str(fields["id"])
     if "db_id" not in fields:
@@ -214,15 +217,17 @@ def _check_columns(columns: Mapping[str, str], databases: Path | None, key: str)
     for ours in columns:
         if ours not in FIELDS:
             raise UserError(
-                f"{key}.columns.{ours}: no field of a record; expected some of {', '.join(FIELDS)}",
+                f"{key}.columns.{ours}: not a field of a record; expected any of {', '.join(FIELDS)}",
                 code="data.bad_columns",
             )
     for ours in ("question", "sql"):
         if ours not in columns:
-            raise UserError(f"{key}.columns: lacks {ours}, the name of their column for it", code="data.bad_columns")
+            raise UserError(
+                f"{key}.columns: {ours} is missing; name the dataset's column for it", code="data.bad_columns"
+            )
     if "schema" not in columns and not (databases and "db_id" in columns):
         raise UserError(
-            f"{key}.columns: lacks schema; name their column for it, or give db_id and the databases folder",
+            f"{key}.columns: schema is missing; name the dataset's column for it, or give db_id and the databases folder",
             code="data.bad_columns",
         )
 
@@ -231,7 +236,7 @@ def _load_dataset(path: str, revision: str | None, subset: str | None, key: str)
     datasets = _import("datasets", key)
     try:
         loaded = datasets.load_dataset(path, revision=revision, split=subset)
-    except Exception as error:  # every file format, the hub and the network raise kinds of their own
+    except Exception as error:  # every file format, the hub and the network have their own exceptions
         if revision is None:
             raise UserError(
                 f"{key}: {path}: cannot be read as a dataset ({_one_line(error)})", code="data.unreadable"
@@ -249,9 +254,9 @@ def _load_dataset(path: str, revision: str | None, subset: str | None, key: str)
 
 def _download(path: str, revision: str | None, files: list[str], key: str) -> Path:
     hub = _import("huggingface_hub", key)
-    wanted = [*files, "tables.json", "database/*"]
+    patterns = [*files, "tables.json", "database/*"]
     try:
-        return Path(hub.snapshot_download(path, repo_type="dataset", revision=revision, allow_patterns=wanted))
+        return Path(hub.snapshot_download(path, repo_type="dataset", revision=revision, allow_patterns=patterns))
     except Exception as error:  # as above
         raise _unreachable(path, revision, key, error) from error
 
@@ -265,7 +270,7 @@ def _unreachable(path: str, revision: str | None, key: str, error: Exception) ->
 
 
 def _local_or_hub(path: str, revision: str | None, key: str) -> Path | None:
-    """The local folder, or None for a hub id. A revision is what tells them apart, for both look like owner/name."""
+    """The local folder, or None for a hub id. Both may look like owner/name, so a revision is what marks a hub id."""
     local = Path(path)
     if revision is None:
         if local.is_dir():
@@ -281,14 +286,16 @@ def _local_or_hub(path: str, revision: str | None, key: str) -> Path | None:
         )
     if not _HUB_ID.fullmatch(path):
         raise UserError(
-            f"{key}.path: {path}: no such folder, and no Hugging Face dataset id (owner/name) either",
+            f"{key}.path: {path}: neither a folder nor a Hugging Face dataset id (owner/name)",
             code="data.not_found",
         )
     return None
 
 
-def _settle(candidate: Candidate, dialect: str, split: Literal["auto", "train", "val", "test"], key: str) -> Candidate:
-    """The candidate with what the source says of all its records."""
+def _with_source_settings(
+    candidate: Candidate, dialect: str, split: Literal["auto", "train", "val", "test"], key: str
+) -> Candidate:
+    """The candidate with the source's dialect and split applied."""
     if not isinstance(candidate.fields, dict):
         return candidate
     fields = {"dialect": dialect} | candidate.fields

@@ -1,6 +1,6 @@
-"""Who goes into train, val and test, and that nothing is in two of them.
+"""Assigns records to train, val and test, and makes sure that no two splits share anything.
 
-Test wins over val, and val over train: where two splits would share something, the weaker one gives its record up.
+Test takes precedence over val, and val over train: a record that would be shared is removed from the split of lower precedence.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from finetune.data.validate import DUPLICATE_ID, DUPLICATE_QUESTION, LEAK, Accep
 
 SplitBy = Literal["question", "database"]
 
-_STRENGTH: dict[Split | None, int] = {"test": 0, "val": 1, None: 2, "train": 3}
+_PRECEDENCE: dict[Split | None, int] = {"test": 0, "val": 1, None: 2, "train": 3}
 
 
 def question_key(record: Record) -> str:
-    """The question with case and spaces folded."""
+    """The question in lower case, with runs of whitespace collapsed."""
     return " ".join(record.question.casefold().split())
 
 
 def sql_key(record: Record) -> str:
-    """The gold SQL with case (outside text literals), spaces, comments and the closing semicolon folded."""
+    """The gold SQL normalised: lower case outside text literals, single spaces, no comments, no semicolon."""
     return _folded(record.sql, record.dialect, masked=False)
 
 
 def sql_skeleton(record: Record) -> str:
-    """The gold SQL as `sql_key`, with numbers, text and double-quoted words masked: what is left is its shape."""
+    """The shape of the gold SQL: `sql_key` with numbers, text and double-quoted words masked."""
     return _folded(record.sql, record.dialect, masked=True)
 
 
@@ -50,14 +50,14 @@ def _folded(sql: str, dialect: str, masked: bool) -> str:
 
 
 def drop_duplicates(accepted: Sequence[Accepted]) -> tuple[list[Accepted], list[Rejection]]:
-    """Keep one record of each id, and one of each question about a database; the order stays.
+    """Keep one record per id, and one per question about a database, in the original order.
 
-    The first one is kept, but one whose split is given as test or val goes before all others.
+    The first one is kept, except that a record assigned to test or val by its source takes precedence.
     """
     ids: dict[str, Accepted] = {}
     questions: dict[tuple[str, str], Accepted] = {}
     rejections: dict[int, Rejection] = {}
-    for index in sorted(range(len(accepted)), key=lambda i: _STRENGTH[accepted[i].record.split]):
+    for index in sorted(range(len(accepted)), key=lambda i: _PRECEDENCE[accepted[i].record.split]):
         item = accepted[index]
         same_id = ids.get(item.record.id)
         same_question = questions.get((item.record.db_id, question_key(item.record)))
@@ -85,13 +85,13 @@ def assign_splits(
     seed: int,
     progress: bool = False,
 ) -> list[Split]:
-    """The split of each record: its own where it has one, else by a seeded hash.
+    """The split of each record: its own if it has one, else chosen by a seeded hash.
 
     Records without a split that share a question or gold SQL (with split_by="database": a database) form a group, which
-    is never torn apart: it follows the hash of its first member, or goes to train if it shares with a record given
-    there. So records that are added later move no others, unless they join two groups. Given val and test sets stay as
-    they are: nothing joins a group through them, and `find_leaks` settles what they share with others. Fractions are
-    those of the records without a split, and met approximately.
+    is never divided: the hash of its first member decides, or it goes to train if it shares with a record that is already
+    assigned to train. So records added later do not move others, unless they connect two groups. Records already assigned
+    to val or test are in no group and connect none; `find_leaks` handles what they share with others. The fractions refer
+    to the records without a split, and are met approximately.
     """
     keys_of = _keys_by(split_by)
     bar = tqdm(records, desc="Comparing records", unit="record", delay=1, disable=not progress)
@@ -114,14 +114,14 @@ def unit_hash(seed: int, key: str) -> float:
 
 
 def _keys_by(split_by: SplitBy) -> Callable[[Record], list[str]]:
-    """What no two splits may share; questions and gold SQL also across databases."""
+    """The keys that no two splits may share; questions and gold SQL are compared across databases too."""
     if split_by == "database":
         return lambda record: [f"database {record.db_id}"]
     return lambda record: [f"question {question_key(record)}", f"gold SQL {sql_key(record)}"]
 
 
 def _groups(keys: Sequence[list[str]]) -> list[int]:
-    """For each item the index of the first one that it is connected to through shared keys (union-find)."""
+    """For each item, the index of the first item that it is connected to through shared keys (union-find)."""
     parent = list(range(len(keys)))
 
     def root(i: int) -> int:
@@ -139,14 +139,14 @@ def _groups(keys: Sequence[list[str]]) -> list[int]:
 
 
 def find_leaks(accepted: Sequence[Accepted], splits: Sequence[Split], split_by: SplitBy) -> dict[int, Rejection]:
-    """Rejections, by index, of what shares a question, gold SQL or (if split by it) a database with a stronger split.
+    """Rejections by index: records that share a question, gold SQL or (if split by it) a database with a higher-precedence split.
 
-    Needed where splits are given, and between databases when they are what was split.
+    Needed where sources assign splits, and with split_by="database" for questions shared across databases.
     """
     kinds: list[SplitBy] = ["question", "database"] if split_by == "database" else ["question"]
     leaks: dict[int, Rejection] = {}
     taken: dict[str, int] = {}
-    for index in sorted(range(len(accepted)), key=lambda i: _STRENGTH[splits[i]]):
+    for index in sorted(range(len(accepted)), key=lambda i: _PRECEDENCE[splits[i]]):
         keys = [key for kind in kinds for key in _keys_by(kind)(accepted[index].record)]
         clash = next((key for key in keys if key in taken and splits[taken[key]] != splits[index]), None)
         if clash:
@@ -160,7 +160,7 @@ def find_leaks(accepted: Sequence[Accepted], splits: Sequence[Split], split_by: 
     return leaks
 
 
-def thin_out(records: Sequence[Record], limit: int, seed: int) -> set[int]:
-    """Indices of the `limit` records to keep: a seeded sample that grows with the limit and hardly moves otherwise."""
+def subsample(records: Sequence[Record], limit: int, seed: int) -> set[int]:
+    """Indices of the `limit` records to keep: a seeded sample. A larger limit only adds records; new records hardly change it."""
     order = sorted(range(len(records)), key=lambda i: (unit_hash(seed, f"keep {records[i].id}"), i))
     return set(order[:limit])

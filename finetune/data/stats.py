@@ -1,4 +1,4 @@
-"""What the manifest says about prepared records: how long they are, how they spread, how far test resembles train."""
+"""Statistics for the manifest: token lengths, records per database, and how much of test has the shape of train."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PERCENTILES = (50, 90, 95, 99)
 
 @dataclass(frozen=True)
 class TokenCount:
-    """total: prompt, answer and end-of-text token, as training sees them. completion: what the loss is taken on."""
+    """total: tokens of prompt, answer and end of text, as in training. completion: the tokens that contribute to the loss."""
 
     total: int
     completion: int
@@ -34,7 +34,7 @@ def token_counts(
     desc: str = "Counting tokens",
     progress: bool = True,
 ) -> list[TokenCount]:
-    """Token counts of each record; `tokenizer` as `prompts.encode_examples` takes it."""
+    """Token counts of each record. tokenizer: as for `prompts.encode_examples`."""
     counts: list[TokenCount] = []
     with tqdm(total=len(records), desc=desc, unit="record", delay=1, disable=not progress) as bar:
         for start in range(0, len(records), _BATCH):
@@ -47,7 +47,7 @@ def token_counts(
 
 
 def token_summary(counts: Sequence[TokenCount], max_seq_length: int) -> dict[str, int | None]:
-    """Sums, percentiles (nearest rank) and how many records are longer than `max_seq_length` tokens."""
+    """Sums, percentiles (nearest rank) and the number of records longer than `max_seq_length` tokens."""
     totals = sorted(count.total for count in counts)
     summary: dict[str, int | None] = {
         f"p{p}": totals[math.ceil(p / 100 * len(totals)) - 1] if totals else None for p in _PERCENTILES

@@ -1,4 +1,4 @@
-"""Records become training examples. Needs the extra `train`."""
+"""Tokenises records into training examples. Needs the extra `train`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Examples:
-    """Training examples, and how many more were too long.
+    """Training examples, and the number of records left out as too long.
 
-    They lie in an Arrow table, where a token takes 8 bytes; in Python's lists it would take 36. Columns: input_ids, answer_start,
+    Stored in an Arrow table, where a token takes 8 bytes; in Python lists it would take 36. Columns: input_ids, answer_start,
     length.
     """
 
@@ -39,7 +39,7 @@ class Examples:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every example."""
+        """The length of each example in tokens."""
         return list(self.dataset["length"])
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ def tokenise(
     max_tokens: int,
     encode: Callable[[Any, Sequence[str], Sequence[str]], list[Example]] = encode_examples,
 ) -> Examples:
-    """Every record whose example fits into max_tokens; nothing is ever cut. encode: from tokenizer, prompts and answers."""
+    """Examples of all records that fit into max_tokens; nothing is truncated. encode: called with tokenizer, prompts, answers."""
     prompts = [template.render_record(record) for record in records]
     encoded = encode(tokenizer, prompts, [completion(record.sql) for record in records])
     kept = [example for example in encoded if len(example) <= max_tokens]

@@ -1,6 +1,6 @@
-"""Is a candidate a usable record? Fields, schema, SQL that parses, gold that runs on the database.
+"""Validates candidates: fields, schema, SQL that parses, gold SQL that runs on the database.
 
-Each candidate ends as `Accepted` or as a `Rejection` with a reason that people can act on.
+Each candidate becomes an `Accepted` record or a `Rejection` with a reason that the user can act on.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ FAULTS = (
     SQL_DOES_NOT_PARSE,
     GOLD_FAILS,
 )
-"""Reasons that say that the record is wrong in itself, and not that it repeats another one."""
+"""Reasons for which the record itself is wrong, as opposed to repeating another one."""
 
 MAX_FAULTY_FRACTION = 0.1
-"""More faulty records than this part of a source, and the source is taken for wrong as a whole: a mistyped folder of
-databases or the wrong dialect should stop the run, not shrink the data set to what happens to survive."""
+"""If a larger fraction of a source is faulty, the whole source is refused: a mistyped databases folder or the wrong
+dialect should stop the run, not shrink the data set to the records that happen to pass."""
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """A record, where it came from, and the file of its database if there is one that an engine can run it on."""
+    """A record, where it came from, and its database file if there is one and an engine runs its dialect."""
 
     record: Record
     candidate: Candidate
@@ -80,9 +80,9 @@ class _Fault(Exception):
 def validate(
     source: Source, *, timeout_seconds: float, progress: bool = True
 ) -> tuple[list[Accepted], list[Rejection]]:
-    """Sort one source's candidates into usable records and rejections, each in the source's order.
+    """Separate one source's candidates into usable records and rejections, each in the source's order.
 
-    timeout_seconds limits each gold query; records of a dialect without an engine are not run.
+    timeout_seconds: limit of each gold query. The gold SQL of a dialect without an engine is not run.
     """
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
@@ -140,7 +140,7 @@ def _listed_schema(db_id: str, source: Source) -> str:
 
 
 def _check_texts(record: Record, database: Path | None, gold_error: Callable[[str, Path, str], str | None]) -> None:
-    """Schema and gold SQL parse in the record's dialect, and the gold runs on the database."""
+    """Check that schema and gold SQL parse in the record's dialect, and that the gold SQL runs on the database."""
     try:
         problem = parses(record.sql, record.dialect)
     except UserError as error:
@@ -169,7 +169,7 @@ def _schema_problem(schema: str, dialect: str) -> str | None:
 
 
 def stopping_problem(rejections: Iterable[Rejection], read: int, strict: bool) -> str | None:
-    """Why a source of `read` candidates cannot be used, as one line that names the first culprit; None if it can."""
+    """Why a source of `read` candidates cannot be used, in one line that names the first faulty record; None if it can."""
     faulty = [rejection for rejection in rejections if rejection.reason in FAULTS]
     malformed = [rejection for rejection in faulty if rejection.reason == MALFORMED]
     if strict and malformed:

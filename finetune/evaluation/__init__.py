@@ -1,1 +1,1 @@
-"""What a model has learned: it is asked, its SQL is run, its rows are compared and counted."""
+"""Evaluation: generates answers, runs their SQL, and compares the rows with those of the gold SQL."""

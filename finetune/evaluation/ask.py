@@ -1,4 +1,4 @@
-"""One question to a trained model about one database: the SQL, and its rows on request."""
+"""Asks a trained model one question about one database: returns the SQL and, on request, its rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS_SHOWN = 50
 def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None = None, base: bool = False) -> str:
     """The SQL with which a run's model (or its base model) answers a question about a database or .sql schema.
 
-    Raises UserError when run or database cannot be read, or when the answer holds no SQL.
+    Raises UserError if the run or the database cannot be read, or if the answer contains no SQL.
     """
     schema = schema_of(database)
     if not question.strip():
@@ -43,7 +43,7 @@ def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None =
 
 
 def schema_of(path: Path) -> str:
-    """The CREATE TABLE statements, one a line, of a database or of a .sql file. Raises UserError if there are none."""
+    """The CREATE TABLE statements of a database or a .sql file, one per line. Raises UserError if there are none."""
     if not is_schema(path):
         return engine_of_file(path).schema(path)
     try:
@@ -61,7 +61,7 @@ def schema_of(path: Path) -> str:
 
 
 def is_schema(path: Path) -> bool:
-    """Whether a --db file is a schema as text, which has no rows; any other file is a database."""
+    """Whether a --db file is a schema in text form, which has no rows; any other file is a database."""
     return path.suffix.lower() == ".sql"
 
 

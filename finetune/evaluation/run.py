@@ -1,8 +1,8 @@
-"""Scores a model: every held-out question is asked, the answer's SQL executed, its rows compared with gold's.
+"""Scores a model: answers every held-out question, executes the SQL, and compares its rows with those of the gold SQL.
 
-Base and tuned model go through the same code, prompts and weights (the tuned one is the base plus its adapter), so the
-gain is the adapter's. The base model's score does not depend on a run: it is kept under <output_dir>/base/ and used again
-while weights, prompts, databases and settings stay the same.
+Base and tuned model use the same code, prompts and weights (the tuned model is the base model plus the adapter), so any
+gain is due to the adapter. The base model's score does not depend on a run: it is cached under <output_dir>/base/ and reused
+as long as weights, prompts, databases and settings stay the same.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SCORE = "score.json"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The questions of one evaluation, each with the database that it is judged on, and how they are asked."""
+    """The questions of one evaluation, each with the database that its answer is executed on, and the generation settings."""
 
     config: RunConfig
     generator: Generator
@@ -47,7 +47,7 @@ class EvaluationSet:
     template: PromptTemplate
     records: list[Record]
     databases: list[Path]
-    without_database: int  # records of the split that nothing can be executed for
+    without_database: int  # records of the split left out because nothing can be executed for them
 
     def prompts(self) -> list[str]:
         return [self.template.render_record(record) for record in self.records]
@@ -56,23 +56,23 @@ class EvaluationSet:
 def evaluate_base(
     config: RunConfig, *, loaded: LoadedModel | None = None, generator: str = DEFAULT, progress: bool = True
 ) -> dict[str, Any]:
-    """Score the base model of a config, or read the score if the same one was made before. Returns it (see scoring.score).
+    """Score the base model of a config, or read the cached score if there is one. Returns the score (see score.score).
 
-    loaded: the model, perhaps with an adapter, where it is in memory already. generator: who answers, by its name in
+    loaded: the model, with or without an adapter, if it is in memory already. generator: name of the answer generator in
     evaluation/generators/registry.py.
     """
     evaluation_set = _evaluation_set(config, generator_named(generator), PromptTemplate(config.data.schema_format))
-    kept = _kept_base(evaluation_set) or _score_base(
+    result = _cached_base(evaluation_set) or _score_base(
         evaluation_set, loaded or evaluation_set.generator.load(config, None), progress
     )
-    return kept[0]
+    return result[0]
 
 
 def evaluate_run(
     run: RunFolder, *, base: bool = True, generator: str = DEFAULT, progress: bool = True
 ) -> dict[str, Any]:
-    """Score a run's adapter and, unless `base` is False, its base model; writes eval.json and eval/*.jsonl in the run
-    folder and returns eval.json's content. Raises UserError when adapter, data or a database is missing.
+    """Score a run's adapter and, unless `base` is False, its base model; write eval.json and eval/*.jsonl into the run
+    folder. Returns the content of eval.json. Raises UserError if the adapter, the data or a database is missing.
     generator: as in `evaluate_base`."""
     config = run.config()
     require_adapter(run.adapter)
@@ -80,13 +80,13 @@ def evaluate_run(
     trained_on = run.record().data if run.run_json.is_file() else None
     if trained_on and trained_on.manifest_sha256 != evaluation_set.data.manifest_hash:
         say(
-            f"{evaluation_set.data.folder}: not the data that {run.path} was trained with, which may have held these questions"
+            f"{evaluation_set.data.folder}: not the data that {run.path} was trained on, which may have contained these questions"
         )
     model = evaluation_set.generator.load(config, run.adapter)
     scores: dict[str, dict[str, Any]] = {}
     rows: dict[str, list[Row]] = {}
     if base:
-        scores["base"], rows["base"] = _kept_base(evaluation_set) or _score_base(evaluation_set, model, progress)
+        scores["base"], rows["base"] = _cached_base(evaluation_set) or _score_base(evaluation_set, model, progress)
     scores["tuned"], rows["tuned"] = _ask(evaluation_set, model, progress, tuned=True)
     scores["tuned"]["adapter"] = str(run.adapter)
     for name in rows:
@@ -132,7 +132,7 @@ def _evaluation_set(config: RunConfig, generator: Generator, template: PromptTem
 def _ask(
     evaluation_set: EvaluationSet, model: LoadedModel, progress: bool, *, tuned: bool
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Generate and judge all answers of the tuned or of the base model."""
+    """Generate and score all answers of the tuned or of the base model."""
     evaluation = evaluation_set.config.evaluation
     prompts, name = evaluation_set.prompts(), "tuned model" if tuned else "base model"
     started = time.monotonic()
@@ -172,7 +172,7 @@ def _ask(
 
 
 def _score_base(evaluation_set: EvaluationSet, model: LoadedModel, progress: bool) -> tuple[dict[str, Any], list[Row]]:
-    """Ask the base model, an adapter switched off if there is one, and keep the result for later runs."""
+    """Score the base model, with any adapter disabled, and cache the result for later runs."""
     result, rows = _ask(evaluation_set, model, progress, tuned=False)
     folder = _base_folder(evaluation_set)
     _write_rows(folder / ROWS, rows)
@@ -180,20 +180,20 @@ def _score_base(evaluation_set: EvaluationSet, model: LoadedModel, progress: boo
     return result, rows
 
 
-def _kept_base(evaluation_set: EvaluationSet) -> tuple[dict[str, Any], list[Row]] | None:
-    """The base model's score if it was made before and can still be read."""
+def _cached_base(evaluation_set: EvaluationSet) -> tuple[dict[str, Any], list[Row]] | None:
+    """The base model's cached score; None if there is none that can be read."""
     folder = _base_folder(evaluation_set)
     try:
-        kept = json.loads((folder / SCORE).read_text(encoding="utf-8"))
-        return kept, [Row(**line.value) for line in read_lines(folder / ROWS)]
-    except (OSError, ValueError, TypeError, UserError):  # never made, or damaged, or of another version of Row
+        cached = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+        return cached, [Row(**line.value) for line in read_lines(folder / ROWS)]
+    except (OSError, ValueError, TypeError, UserError):  # missing, corrupt, or of another version of Row
         return None
 
 
 def _base_folder(evaluation_set: EvaluationSet) -> Path:
-    """Named by everything that the base model's score depends on."""
+    """The cache folder, named by a hash of everything that the base model's score depends on."""
     model, evaluation = asdict(evaluation_set.config.model), asdict(evaluation_set.config.evaluation)
-    del model["max_seq_length"], evaluation["batch_size"]  # of training; of speed
+    del model["max_seq_length"], evaluation["batch_size"]  # the first concerns training, the second speed
     files = evaluation_set.data.manifest["files"]
     depends = {
         "model": model,
@@ -214,7 +214,9 @@ def _base_folder(evaluation_set: EvaluationSet) -> Path:
             )
         ],
     }
-    if evaluation_set.generator is not generator_named(DEFAULT):  # which the scores that are kept already do not name
+    if evaluation_set.generator is not generator_named(
+        DEFAULT
+    ):  # not named: scores cached before this key existed stay valid
         depends["generator"] = [evaluation_set.generator.name, evaluation_set.generator.version]
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
     name = Path(evaluation_set.config.model.name).name or "model"

@@ -1,4 +1,4 @@
-"""From predictions to numbers: run each one, compare its rows with gold's, count, and say how sure the count is."""
+"""Scores predictions: runs each one, compares its rows with those of the gold SQL, and computes accuracy with its interval."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from finetune.sql.engines.base import Session
 
 CORRECT = "correct"
 RAN = (CORRECT, "wrong_rows")
-"""The verdicts of a prediction that was valid SQL for its database and gave a result."""
+"""The verdicts of predictions that were valid SQL for their database and returned a result."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question as it was asked, answered and judged; a line of eval/<model>.jsonl.
+    """One question with the model's answer and its verdict; a line of eval/<model>.jsonl.
 
-    verdict: correct, wrong_rows, no_sql, gold_failed, or the sandbox's reason (sql_error, timeout, ...).
-    double_quoted_text: the prediction used a "name" that is no column and so is a text constant to SQLite.
+    verdict: correct, wrong_rows, no_sql, gold_failed, or the sandbox's error kind (sql_error, timeout, ...).
+    double_quoted_text: whether the prediction used a "name" that is not a column, which SQLite reads as a text constant.
     """
 
     id: str
@@ -98,7 +98,7 @@ def _as_run(sql: str, rule: Rule) -> str:
 
 
 def score(rows: Sequence[Row]) -> dict[str, Any]:
-    """Execution accuracy, valid-SQL rate and counts over the rows, all and by difficulty and database."""
+    """Execution accuracy, valid-SQL rate and counts: over all rows, by difficulty and by database."""
     correct = sum(row.verdict == CORRECT for row in rows)
     low, high = wilson_interval(correct, len(rows))
     return {
@@ -115,7 +115,8 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def gain(base: Iterable[Row], tuned: Iterable[Row]) -> dict[str, int]:
-    """How many questions each model answers that the other does not, over the questions that both were asked."""
+    """How many questions only the tuned model (won), only the base model (lost), both or neither answered correctly, over the
+    questions that both were asked."""
     before = {row.id: row.verdict == CORRECT for row in base}
     pairs = Counter((before[row.id], row.verdict == CORRECT) for row in tuned if row.id in before)
     return {

@@ -1,1 +1,1 @@
-"""What a run was worth, on one page."""
+"""The report of a run, on one page."""

@@ -1,11 +1,11 @@
-"""What a careful reader must know before quoting a run's result."""
+"""The caveats that a reader must know before quoting a run's result."""
 
 from __future__ import annotations
 
 from finetune.report.source import Source, dig, finite
 from finetune.run_record import RunRecord
 
-FEW_QUESTIONS = 200  # below it a 95% interval may span more than 13 points
+FEW_QUESTIONS = 200  # with fewer, a 95% interval may be wider than 13 points
 STOPPED = {
     "interrupted": "was interrupted",
     "budget_stop": "stopped at its budget",
@@ -15,7 +15,7 @@ STOPPED = {
 
 
 def caveats(source: Source) -> list[str]:
-    """What a careful reader must know before quoting the result."""
+    """The caveats that a reader must know before quoting the result, one sentence each."""
     found = _caveats_of_training(source.run) + _caveats_of_evaluation(source)
     return [text for holds, text in found if holds]
 
@@ -27,7 +27,7 @@ def _caveats_of_training(run: RunRecord) -> list[tuple[bool, str]]:
     last, lowest = (validation[-1], min(validation)) if validation else (0, 0)
     return [
         (run.status != "done", f"The run {how_it_stopped(run)}: its training is not complete."),
-        (None in losses, "A logged loss was no finite number: training diverged there."),
+        (None in losses, "A logged loss was not a finite number: training diverged there."),
         (last > 1.02 * lowest, f"Validation loss ended at {last:.3g}, above its lowest value {lowest:.3g}."),
         (not run.git_commit, "The commit of the code that trained is unknown."),
         (bool(run.git_dirty), "The code had changes that are not in the commit of the run record."),
@@ -50,17 +50,20 @@ def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
         (not tuned, "The tuned model was not evaluated."),
         (not base, "The base model was not evaluated: it may have answered many of the questions before."),
         (other_questions, "Base and tuned model were asked different numbers of questions."),
-        (split != "test", f"The questions are of the {split} split, not of the test split."),
-        (asked < all_of_split, f"Asked were {asked} of the {all_of_split} questions of the {split} split."),
-        (source.other_data, "Evaluated on other data than training was prepared with: leaks are possible."),
-        (other_prompt, "Evaluated with another prompt version than training used."),
+        (split != "test", f"The questions are from the {split} split, not from the test split."),
+        (asked < all_of_split, f"Only {asked} of the {all_of_split} questions of the {split} split were asked."),
+        (source.other_data, "Evaluated on data other than the training run's prepared data: leaks are possible."),
+        (other_prompt, "Evaluated with another prompt version than the one used in training."),
         (
             asked < FEW_QUESTIONS,
-            f"Few questions: each of the {asked} weighs {100 / max(asked, 1):.1f} points.",
+            f"Few questions: each of the {asked} is worth {100 / max(asked, 1):.1f} points.",
         ),
         (no_gold > 0, f"Gold queries that failed: {no_gold}; these questions count as wrong."),
-        (bool(wrong), f"The single answers ({', '.join(wrong)}) do not add up to eval.json: evaluate again."),
-        (len(recount) < bool(base) + bool(tuned), "A file with single answers is missing: fewer examples."),
+        (
+            bool(wrong),
+            f"The recorded answers ({', '.join(wrong)}) do not match the counts in eval.json: evaluate again.",
+        ),
+        (len(recount) < bool(base) + bool(tuned), "A file of recorded answers is missing: fewer examples are shown."),
     ]
 
 

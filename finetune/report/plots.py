@@ -1,6 +1,6 @@
-"""The report's plots as inline SVG: real text, colours that follow the page's scheme, ids that never clash.
+"""The report's plots as inline SVG: selectable text, colours that follow the page's colour scheme, unique ids.
 
-Nothing here reads a file or knows the schema of run.json beyond the rows of its history.
+Nothing here reads a file, or depends on run.json except for the rows of its history.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ COLOURS = {
     "after": "#0b7285",
     "second": "#c2410c",
 }
-"""CSS variable of the page -> its light value, under which matplotlib draws with it."""
+"""CSS variable of the page -> its value in the light scheme, which matplotlib draws with and `_plot` replaces by the variable."""
 
-WIDTH = 4.7  # inches, 338 SVG units: about 1:1 on a phone, so that its text keeps 10 pixels
-SMOOTH_FROM = 40  # logged losses from which a running mean is drawn over the raw line
-MOST_BARS = 8
+WIDTH = 4.7  # inches, 338 SVG units: about 1:1 on a phone, where the text is then 10 pixels high
+SMOOTH_FROM = 40  # from this number of logged losses on, a running mean is drawn over the raw line
+MAX_BARS = 8
 
 Series = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: `svg` is markup to inline, empty where there was nothing to draw and `caption` says so."""
+    """One plot. svg: markup to inline; empty if there was nothing to draw, which the caption then says."""
 
     title: str
     caption: str
@@ -47,7 +47,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bar:
-    """Questions of one group and how many each model answered correctly; None where it was not evaluated."""
+    """The questions of one group, and how many each model answered correctly; None if it was not evaluated."""
 
     name: str
     questions: int
@@ -56,7 +56,7 @@ class Bar:
 
 
 def group_bars(base: dict[str, Any], tuned: dict[str, Any]) -> list[Bar]:
-    """Both models' `{group: {"correct", "questions"}}` as bars: easy to extra first, then by name."""
+    """Both models' `{group: {"correct", "questions"}}` as bars: difficulties from easy to extra, other groups by name."""
     order = {"easy": 0, "medium": 1, "hard": 2, "extra": 3}
     names = sorted({**base, **tuned}, key=lambda name: (order.get(name, len(order)), name))
     return [
@@ -71,15 +71,15 @@ def group_bars(base: dict[str, Any], tuned: dict[str, Any]) -> list[Bar]:
 
 
 def draw_plots(history: Sequence[Row], difficulty: Sequence[Bar], databases: Sequence[Bar]) -> list[Plot]:
-    """All figures in the order in which the report shows them.
+    """All plots in the order in which the report shows them.
 
     history: logged rows of run.json, each with `step` and some of `loss`, `eval_loss`, `learning_rate`,
-    `grad_norm`, `tokens_per_second`. Where a resumed run logged a step twice, the later row counts.
+    `grad_norm`, `tokens_per_second`. If a resumed run logged a step twice, the later row is used.
     """
     import matplotlib
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own matplotlibrc must not change the report
+        matplotlib.rcdefaults()  # the user's matplotlibrc must not change the report
         matplotlib.rcParams.update(_STYLE)
         return [
             _loss_plot(_series(history, "loss"), _series(history, "eval_loss")),
@@ -91,9 +91,9 @@ def draw_plots(history: Sequence[Row], difficulty: Sequence[Bar], databases: Seq
         ]
 
 
-_STYLE: Any = {  # Any: matplotlib types the keys as one long Literal
+_STYLE: Any = {  # Any, because matplotlib types the keys as one long Literal
     "svg.fonttype": "none",
-    "svg.hashsalt": "report",  # else the ids, and with them the file, differ from run to run
+    "svg.hashsalt": "report",  # otherwise the ids, and so the file, would differ between runs
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
     "text.color": COLOURS["ink"],
@@ -147,7 +147,7 @@ def _loss_plot(train: Series, validation: Series) -> Plot:
 
 
 def _line_plot(title: str, series: Series, caption: str) -> Plot:
-    """One quantity over optimizer steps; `caption` is a format string that may use high, median and last."""
+    """One quantity over optimizer steps. caption: a format string with the fields high, median and last."""
     values = sorted(value for _, value in series if math.isfinite(value))
     if not values:
         return Plot(title, "Nothing was logged.")
@@ -163,10 +163,10 @@ def _line_plot(title: str, series: Series, caption: str) -> Plot:
 
 
 def _bar_plot(title: str, bars: Sequence[Bar]) -> Plot:
-    """Share of correct answers in each group, base above tuned, with the counts beside the bars."""
+    """Percentage of correct answers in each group, base above tuned, with the counts beside the bars."""
     if not bars:
         return Plot(title, "Not evaluated.")
-    shown = sorted(bars, key=lambda bar: -bar.questions)[:MOST_BARS] if len(bars) > MOST_BARS else bars
+    shown = sorted(bars, key=lambda bar: -bar.questions)[:MAX_BARS] if len(bars) > MAX_BARS else bars
     figure, axes = _figure(0.8 + 0.4 * len(shown))
     models = [name for name in ("base", "tuned") if any(getattr(bar, name) is not None for bar in shown)]
     height = 0.7 / max(len(models), 1)
@@ -194,7 +194,7 @@ def _bar_plot(title: str, bars: Sequence[Bar]) -> Plot:
 
 
 def counts(bar: Bar) -> str:
-    """`3 → 12 of 40`: correct before, correct after, questions."""
+    """`3 → 12 of 40`: correct answers of the base model, of the tuned model, and questions."""
     known = [str(count) for count in (bar.base, bar.tuned) if count is not None]
     return f"{' → '.join(known)} of {bar.questions}"
 
@@ -213,7 +213,7 @@ def _xy(series: Series) -> tuple[list[float], list[float]]:
 
 
 def _running_mean(series: Series) -> Series:
-    """Centred mean over about a twentieth of the points; the window shrinks towards both ends."""
+    """Centred mean over about a twentieth of the points; the window narrows towards both ends."""
     reach = max(1, len(series) // 40)
     means = []
     for i, (x, _) in enumerate(series):
@@ -231,13 +231,13 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _plot(figure: Figure, title: str, caption: str, spoken: str = "") -> Plot:
-    """The drawn figure as SVG that belongs to the page around it: own ids, its colours, no address."""
+    """The figure as SVG for inlining: ids unique in the page, colours as the page's variables, no metadata URLs."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     drawn = re.search(r"<svg[^>]*viewBox=\"([^\"]*)\"[^>]*>(.*)</svg>", buffer.getvalue(), re.DOTALL)
     assert drawn is not None
-    body = re.sub(r"<style.*?</style>", "", drawn[2], flags=re.DOTALL)  # it would style the whole page
+    body = re.sub(r"<style.*?</style>", "", drawn[2], flags=re.DOTALL)  # it would apply to the whole page
     prefix = re.sub(r"\W+", "-", title.lower())
     body = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{prefix}-", body)
     for name, colour in COLOURS.items():

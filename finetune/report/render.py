@@ -1,8 +1,8 @@
-"""What a run was worth, on one page: run.json + eval.json -> report.html, report.md and summary.json.
+"""Writes the report of a run, on one page: run.json + eval.json -> report.html, report.md and summary.json.
 
-This file owns the figures and the sentences, `caveats` the warnings, the templates the layout, `plots` the plots, `source`
-what they are made from. A part that is missing (no evaluation, no base model, a run that stopped early) is named; it does not
-stop the report.
+This module computes the figures and sentences, `caveats` the warnings and `plots` the plots; the templates define the layout,
+and `source` reads the input. A missing part (no evaluation, no base model, a run that stopped early) is reported as such and
+does not prevent the report.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from finetune.report.source import (
     Json,
     Source,
     attempt_rows,
+    budget_lines,
     finite,
     memory_lines,
     number,
     read_run,
-    spending_lines,
 )
 from finetune.runtime.files import write_json, write_text
 from finetune.runtime.typed_json import encode
 
-EXAMPLES = 4  # shown of each kind
-MOST_CHARACTERS = 600  # shown of one answer; a base model may ramble on for pages
+EXAMPLES = 4  # shown per outcome
+MAX_CHARACTERS = 600  # shown of one answer; that of a base model may be pages long
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Examples:
-    """One kind of outcome, how many questions had it, and a few of them with their answers side by side."""
+    """One outcome, the number of questions with it, and a few of them with their answers side by side."""
 
     title: str
     total: int
@@ -62,9 +62,9 @@ class Examples:
 
 
 def write_report(run_dir: Path) -> Json:
-    """Write report.html, report.md and summary.json into the run folder; return what summary.json holds.
+    """Write report.html, report.md and summary.json into the run folder. Returns the content of summary.json.
 
-    Raises UserError where run.json is missing or an input file is broken; then nothing is written.
+    Raises UserError, before anything is written, if run.json is missing or an input file is broken.
     """
     source = read_run(run_dir)
     summary = summarise(source)
@@ -76,7 +76,7 @@ def write_report(run_dir: Path) -> Json:
 
 
 def summarise(source: Source) -> Json:
-    """What summary.json holds: shares from 0 to 1, minutes of training, GiB, US dollars; None: unknown."""
+    """The content of summary.json: accuracies from 0 to 1, minutes of training, GiB, US dollars; None if unknown."""
     run, seconds = source.run, finite(source.run.wall_seconds)
     return {
         "status": run.status,
@@ -92,7 +92,7 @@ def summarise(source: Source) -> Json:
 
 
 def headline(source: Source) -> str:
-    """The result in one sentence that may be quoted alone."""
+    """The result in one sentence that can be quoted on its own."""
     base, tuned = source.base, source.tuned
     if not base and not tuned:
         return f"Not evaluated, so its accuracy is unknown. To measure it: finetune evaluate {source.folder}"
@@ -116,7 +116,7 @@ def headline(source: Source) -> str:
 
 
 def tiles(source: Source, summary: Json) -> list[Tile]:
-    """The key figures, each with where it comes from."""
+    """The key figures, each with its basis: measured, estimated or unknown."""
     models = [model for model in (source.base, source.tuned) if model]
     only = "" if len(models) != 1 else " (tuned model only)" if source.tuned else " (base model only)"
     correct = " → ".join(str(model["correct"]) for model in models)
@@ -147,7 +147,7 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
 
 
 def significance(source: Source) -> list[str]:
-    """What may be concluded from the gain, in sentences; empty where the two models cannot be compared."""
+    """Sentences on the statistical significance of the gain; empty if the two models cannot be compared."""
     gain = source.evaluation.get("gain")
     if not gain or not source.base or not source.tuned:
         return []
@@ -157,17 +157,17 @@ def significance(source: Source) -> list[str]:
     low, high = (100 * bound for bound in paired_interval(won, lost, questions))
     p = mcnemar_exact(won, lost)
     verdict = "hardly explains" if p < 0.05 else "may explain"
-    chance = f"Had tuning no effect, a split as uneven as {won} to {lost} would turn up with probability {p:.2g}"
+    chance = f"If tuning had no effect, a split as uneven as {won} to {lost} would occur with probability {p:.2g}"
     return [
-        f"Tuning won {won} questions and lost {lost}; {both} were right and {neither} wrong both times.",
+        f"Tuning won {won} questions and lost {lost}; {both} were right and {neither} wrong for both models.",
         f"The change is {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f} (paired, Agresti-Min).",
         f"{chance} (McNemar's exact test, two-sided). Chance alone {verdict} the change.",
-        "Both figures cover the choice of questions; not the choice of databases, nor the training seed.",
+        "Both figures account for the choice of questions, but not for the choice of databases or the training seed.",
     ]
 
 
 def verdicts(source: Source) -> list[tuple[str, int | None, int | None]]:
-    """(verdict, base count, tuned count), right answers first; None where that model was not evaluated."""
+    """(verdict, base count, tuned count), correct answers first; a count is None if that model was not evaluated."""
     base, tuned = source.base.get("verdicts"), source.tuned.get("verdicts")
     last = tuned or base or {}
     names = sorted({**(base or {}), **last}, key=lambda name: (name != "correct", -last.get(name, 0), name))
@@ -175,7 +175,7 @@ def verdicts(source: Source) -> list[tuple[str, int | None, int | None]]:
 
 
 def common_errors(rows: list[Json]) -> list[tuple[str, int, str]]:
-    """The five most frequent kinds of error: (text before the first colon, how often, what once followed)."""
+    """The five most frequent kinds of error: (text before the first colon, count, an example of the text after it)."""
     messages = sorted(" ".join(str(row["error"]).split())[:200] for row in rows if row.get("error"))
     parts = [message.partition(":")[::2] for message in messages]
     kinds = Counter(kind for kind, _ in parts)
@@ -183,7 +183,7 @@ def common_errors(rows: list[Json]) -> list[tuple[str, int, str]]:
 
 
 def examples(source: Source) -> list[Examples]:
-    """A few questions of each outcome, picked by the hash of their id: always the same, nobody's choice."""
+    """A few questions of each outcome, selected by the hash of their id: reproducible and not hand-picked."""
     known = {name: {str(row["id"]): row for row in rows} for name, rows in source.rows.items()}
     titles: dict[tuple[bool, ...], str] = {(True,): "Right", (False,): "Wrong"}
     if len(known) == 2:
@@ -201,7 +201,7 @@ def examples(source: Source) -> list[Examples]:
 
 
 def render(source: Source, summary: Json) -> dict[str, str]:
-    """File name -> page. What questions, SQL and error messages hold is escaped for the page's language."""
+    """File name -> page. Text of questions, SQL and error messages is escaped for HTML or Markdown."""
     import jinja2
     from omegaconf import OmegaConf
 
@@ -229,7 +229,7 @@ def render(source: Source, summary: Json) -> dict[str, str]:
         "significance": significance(source),
         "caveats": caveats(source),
         "memory": memory_lines(source.run),
-        "spending": spending_lines(source.run),
+        "budget": budget_lines(source.run),
         "attempts": attempt_rows(source.run),
         "yaml": lambda value: OmegaConf.to_yaml(OmegaConf.create(value)),
     }
@@ -238,17 +238,17 @@ def render(source: Source, summary: Json) -> dict[str, str]:
 
 
 def _answers(known: list[tuple[str, Json]]) -> list[Answer]:
-    """The gold SQL and what each model answered; the raw answer where no SQL was found in it."""
+    """The gold SQL and each model's SQL, or its raw answer if that contains no SQL."""
     answers = [Answer("gold", str(known[0][1].get("gold")))]
     for name, row in known:
         text = str(row.get("prediction") or row.get("answer") or "(nothing)")
-        more = len(text) - MOST_CHARACTERS
-        text = text[:MOST_CHARACTERS] + (f" … ({more} more characters)" if more > 0 else "")
+        more = len(text) - MAX_CHARACTERS
+        text = text[:MAX_CHARACTERS] + (f" … ({more} more characters)" if more > 0 else "")
         answers.append(Answer(f"{name} model", text, row["verdict"], str(row.get("error") or "")))
     return answers
 
 
 def _markdown_inline(value: object) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """The text on one line, escaped so that Markdown shows it literally."""
     text = html.escape(" ".join(str(value).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)

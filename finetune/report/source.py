@@ -1,4 +1,4 @@
-"""What a report is made from: run.json, eval.json and the single answers, read and checked."""
+"""Reads and checks the input of a report: run.json, eval.json and the recorded answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OUTCOMES = ("won", "lost", "both", "neither")
 
 @dataclass(frozen=True)
 class Source:
-    """All that the report is made from; `evaluation` and `rows` are empty where nothing was evaluated."""
+    """The input of the report; `evaluation` and `rows` are empty if nothing was evaluated."""
 
     folder: Path
     run: RunRecord
@@ -31,7 +31,7 @@ class Source:
 
     @property
     def base(self) -> Json:
-        """The scores of the base model; empty where it was not evaluated."""
+        """The scores of the base model; empty if it was not evaluated."""
         return dig(self.evaluation, "models.base") or {}
 
     @property
@@ -40,22 +40,22 @@ class Source:
 
     @property
     def other_data(self) -> bool:
-        """Whether the questions come from other data than training was prepared with."""
+        """Whether the questions come from data other than the training run's prepared data."""
         trained_on = self.run.data.manifest_sha256 if self.run.data else None
         return bool(self.evaluation.get("data_manifest_sha256") != trained_on)
 
     @property
     def which_questions(self) -> str:
-        """What may be said of the questions; unseen are those of the test split that was prepared with the training data."""
+        """A phrase for the questions. Only those of the test split prepared together with the training data count as unseen."""
         split = self.evaluation.get("split")
         unseen = split == "test" and not self.other_data
         return "questions that training has not seen" if unseen else f"questions of the {split} split"
 
 
 def read_run(run_dir: Path) -> Source:
-    """Read what training and evaluation left in a run folder.
+    """Read what training and evaluation wrote into a run folder.
 
-    Raises UserError where run.json is missing, or where one of them is broken or not as its writer writes it.
+    Raises UserError if run.json is missing, or if a file is broken or not in the expected format.
     """
     run = read_record(run_dir / "run.json")
     path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
@@ -71,7 +71,7 @@ def read_run(run_dir: Path) -> Source:
 
 
 def _evaluation_problem(evaluation: Json) -> str | None:
-    """The first thing in eval.json that is not as `evaluate` writes it, None if all is."""
+    """The first place in eval.json that is not in the format of `evaluate`, as an error text; None if there is none."""
     models, gain = evaluation.get("models") or {}, evaluation.get("gain")
     if not isinstance(models, dict):
         return "models: expected an object"
@@ -86,29 +86,29 @@ def _scores_problem(scores: Any) -> str | None:
     if problem := _counts_problem(scores, ("correct", "questions")):
         return problem
     if number(scores, "execution_accuracy") is None:
-        return "lacks execution_accuracy, a number"
+        return "lacks the number execution_accuracy"
     interval = scores.get("execution_accuracy_interval95")
     if interval is not None and not (_is_list_of(interval, int | float) and len(interval) == 2):
-        return "has an execution_accuracy_interval95 that is no pair of numbers"
+        return "has an execution_accuracy_interval95 that is not a pair of numbers"
     for key in ("by_difficulty", "by_database"):
         groups = scores.get(key) or {}
         if not isinstance(groups, dict):
-            return f"has a {key} that is no object"
+            return f"has a {key} that is not an object"
         for name, group in groups.items():
             if problem := _counts_problem(group, ("correct", "questions")):
-                return f"has a {key} of which {name} {problem}"
+                return f"has a {key} object in which {name} {problem}"
     verdicts = scores.get("verdicts") or {}
     if not isinstance(verdicts, dict):
-        return "has verdicts that are no object"
+        return "has verdicts that are not an object"
     problem = _counts_problem(verdicts, tuple(verdicts))
-    return problem and f"has verdicts of which one {problem}"
+    return problem and f"has a verdicts object that {problem}"
 
 
 def _counts_problem(record: Any, keys: Sequence[str]) -> str | None:
     if not isinstance(record, dict):
-        return "is no object"
+        return "is not an object"
     absent = [key for key in keys if not isinstance(record.get(key), int) or record[key] < 0]
-    return f"lacks {absent[0]}, a count" if absent else None
+    return f"lacks the count {absent[0]}" if absent else None
 
 
 def _is_list_of(value: Any, kind: Any) -> bool:
@@ -116,7 +116,7 @@ def _is_list_of(value: Any, kind: Any) -> bool:
 
 
 def dig(record: Any, path: str) -> Any:
-    """The value at a dotted path of nested dicts; None where any part of it is absent."""
+    """The value at a dotted path of nested dicts; None if any part of the path is absent."""
     for key in path.split("."):
         record = record.get(key) if isinstance(record, dict) else None
     return record
@@ -129,17 +129,17 @@ def number(record: Json, path: str) -> float | None:
 
 
 def finite(value: float | None) -> float | None:
-    """None where it is unknown or no number."""
+    """The value, or None if it is unknown, infinite or NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def memory_lines(run: RunRecord) -> list[tuple[str, str]]:
-    """(what, predicted beside measured) for the memory of the GPU, as far as run.json has both; empty for a run on a CPU."""
+    """(label, predicted and measured value) for GPU memory, where run.json has both; empty for a run on a CPU."""
     lines = []
     memory = run.memory or MemoryRecord()
     for label, predicted, measured in (
-        ("Peak, given out", finite(memory.predicted_peak_gib), finite(memory.measured_peak_gib)),
-        ("Peak, held by torch", finite(memory.predicted_reserved_gib), finite(memory.measured_reserved_gib)),
+        ("Peak allocated", finite(memory.predicted_peak_gib), finite(memory.measured_peak_gib)),
+        ("Peak reserved by torch", finite(memory.predicted_reserved_gib), finite(memory.measured_reserved_gib)),
     ):
         if predicted and measured:
             off = predicted / measured - 1
@@ -147,9 +147,9 @@ def memory_lines(run: RunRecord) -> list[tuple[str, str]]:
     return lines
 
 
-def spending_lines(run: RunRecord) -> list[tuple[str, str]]:
-    """(what, spent of ceiling) for dollars and hours of all attempts, and what the whole run would come to at this pace; empty
-    for a run that has not recorded it."""
+def budget_lines(run: RunRecord) -> list[tuple[str, str]]:
+    """(label, amount spent and its ceiling) for the dollars and hours of all attempts, and the projected cost of the whole run;
+    empty if the run did not record them."""
     lines = []
     spending = run.spending or SpendingRecord()
     for label, spent, ceiling, form in (
@@ -167,8 +167,8 @@ def spending_lines(run: RunRecord) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class AttemptRow:
-    """One attempt of the run as a row of text, "–" where it is not known: what it ran on, from which step to which, for how long,
-    for how much, and how it ended."""
+    """One attempt of the run as table cells, "–" if unknown: its machine, first and last step, hours, price, cost in US dollars,
+    and how it ended."""
 
     number: str
     started: str
@@ -182,7 +182,7 @@ class AttemptRow:
 
 
 def attempt_rows(run: RunRecord) -> list[AttemptRow]:
-    """From the run's attempt_log; empty for a run that has none."""
+    """The rows of the run's attempt_log; empty if it has none."""
     return [_attempt(entry) for entry in run.attempt_log or []]
 
 
@@ -215,7 +215,7 @@ def _read_rows(path: Path, command: str) -> list[Json]:
     rows = []
     for line in read_lines(path):
         if line.problem or not isinstance(line.value, dict) or not {"id", "verdict"} <= set(line.value):
-            problem = line.problem or "no answer with id and verdict"
+            problem = line.problem or "not an answer with id and verdict"
             raise UserError(f"{path}:{line.number}: {problem}; run `{command}` again", code="report.bad_input")
         rows.append(line.value)
     return rows

@@ -1,1 +1,1 @@
-"""Running SQL nobody trusts, telling whether two results are equal, knowing what a database looks like."""
+"""Runs untrusted SQL, compares results, and reads the schemas of databases."""

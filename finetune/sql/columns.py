@@ -1,10 +1,10 @@
-"""Whether two results hold the same rows in some order of columns, without trying every order.
+"""Tests whether two results hold the same rows in some order of columns, without trying every order.
 
-Trying them all takes columns! comparisons; with twenty columns that never ends. Here columns and rows
-describe each other in turn (colour refinement, the usual first step of a graph isomorphism test): a column is
-described by its values and the kinds of rows they stand in, a row by its values and the kinds of columns they
-stand in, until no description grows more precise. Columns that still look alike are told apart by pairing two
-of them and describing again.
+Trying all orders takes (number of columns)! comparisons, which is infeasible for twenty columns. Instead, labels of columns
+and rows are refined in turn (colour refinement, the usual first step of a graph isomorphism test): the label of a column
+follows from its values and the labels of the rows they occur in, the label of a row from its values and the labels of the
+columns they occur in, until no label becomes more specific. Columns that still have equal labels are distinguished by pairing
+one of each result and refining again.
 """
 
 from collections import Counter, defaultdict
@@ -12,24 +12,24 @@ from collections.abc import Hashable, Sequence
 from itertools import count
 
 Columns = list[tuple[int, ...]]
-"""A result turned on its side, each value replaced by the number that stands for it in both results."""
+"""The columns of a result, with each value replaced by a number that identifies it in both results."""
 Labels = list[int]
-"""One number per column. Columns of two results may be paired only when their labels are equal."""
+"""One number per column. Columns of two results may be paired only if their labels are equal."""
 
 
 def equal_in_some_column_order(gold: Sequence[tuple[Hashable, ...]], predicted: Sequence[tuple[Hashable, ...]]) -> bool:
     """Whether some order of the predicted columns makes both results the same multiset of rows.
 
-    Both results must have rows, all of one width. It takes a few passes over all values; only a result built
-    to look the same from every side takes more.
+    Both results must have rows, all of the same width. This takes a few passes over all values; only a result constructed
+    to be highly symmetric takes more.
     """
     number = _numbering()
 
-    def turn(rows: Sequence[tuple[Hashable, ...]]) -> Counter[tuple[int, ...]]:
-        # Equal columns of one result are interchangeable: one of them stands for all.
+    def transposed(rows: Sequence[tuple[Hashable, ...]]) -> Counter[tuple[int, ...]]:
+        # Equal columns of one result are interchangeable, so one entry with a count represents them.
         return Counter(tuple(number[value] for value in column) for column in zip(*rows, strict=True))
 
-    gold_columns, predicted_columns = turn(gold), turn(predicted)
+    gold_columns, predicted_columns = transposed(gold), transposed(predicted)
     label = _numbering()
     gold_labels = [label[times, *sorted(column)] for column, times in gold_columns.items()]
     predicted_labels = [label[times, *sorted(column)] for column, times in predicted_columns.items()]
@@ -45,13 +45,13 @@ def _can_pair(gold: Columns, gold_labels: Labels, predicted: Columns, predicted_
             return _can_pair_by_guessing(gold, gold_labels, predicted, predicted_labels)
         kinds = len(set(gold_labels))
         number = _numbering()
-        gold_labels = _sharper(gold, gold_labels, number)
-        predicted_labels = _sharper(predicted, predicted_labels, number)
+        gold_labels = _refined(gold, gold_labels, number)
+        predicted_labels = _refined(predicted, predicted_labels, number)
     return False
 
 
-def _sharper(columns: Columns, labels: Labels, number: defaultdict[Hashable, int]) -> Labels:
-    """New labels: different where the old ones were, and where values stand in different kinds of rows."""
+def _refined(columns: Columns, labels: Labels, number: defaultdict[Hashable, int]) -> Labels:
+    """New labels, which differ where the old ones did, and also where values occur in rows of different labels."""
     rows = [number[_multiset(zip(labels, row, strict=True))] for row in zip(*columns, strict=True)]
     return [
         number[label, _multiset(zip(rows, column, strict=True))] for label, column in zip(labels, columns, strict=True)
@@ -80,5 +80,5 @@ def _multiset(items: "zip[tuple[int, int]]") -> Hashable:
 
 
 def _numbering() -> defaultdict[Hashable, int]:
-    """Equal things get the same number, in order of appearance."""
+    """Maps equal keys to the same number, counting up in order of appearance."""
     return defaultdict(count().__next__)

@@ -1,18 +1,18 @@
-"""Whether two results are equal, under the rules by which text-to-SQL models are scored.
+"""Compares two results under the rules by which text-to-SQL models are scored.
 
 - ``test_suite``: the rule of the test-suite evaluator (Zhong, Yu and Klein, EMNLP 2020;
   taoyds/test-suite-sql-eval) with its option --keep_distinct: the same rows, each the same number of times,
-  in any order of columns; the order of rows counts only where the gold query orders. This is our default.
-  Published Spider scores also delete DISTINCT from both queries before they run: `as_test_suite_runs_it(sql,
+  in any order of columns; the order of rows matters only if the gold query orders them. This is our default.
+  Published Spider scores also delete DISTINCT from both queries before they run, as `as_test_suite_runs_it(sql,
   keep_distinct=False)` does.
-- ``bird_set``: the rule of BIRD (Li et al., NeurIPS 2023): the same set of rows, however often and in
-  whatever order, with the columns as they stand.
-- ``strict``: as ``test_suite``, but with the columns as they stand.
+- ``bird_set``: the rule of BIRD (Li et al., NeurIPS 2023): the same set of rows, regardless of duplicates and
+  order, with the columns in the same order.
+- ``strict``: as ``test_suite``, but with the columns in the same order.
 
 Values are compared as Python compares them, as in both evaluators: 1 equals 1.0, '1' does not; NULL equals
 NULL; no rounding. Two empty results are equal whatever their columns.
 
-Two queries with equal results on one database need not mean the same: a count guessed right counts as right.
+Two queries with equal results on one database may still differ in meaning: a count that is right by chance is scored as right.
 """
 
 import re
@@ -29,10 +29,9 @@ Rule = Literal["test_suite", "bird_set", "strict"]
 
 
 def results_equal(gold: Rows, predicted: Rows, *, ordered: bool, rule: Rule) -> bool:
-    """Whether the predicted rows answer the question as the gold rows do.
+    """Whether the predicted rows equal the gold rows under `rule`.
 
-    `ordered` says that the gold query orders its rows (see `gold_is_ordered`); the rule ``bird_set`` ignores
-    it.
+    ordered: whether the gold query orders its rows (see `gold_is_ordered`); the rule ``bird_set`` ignores it.
     """
     if not gold or not predicted:
         return not gold and not predicted
@@ -52,11 +51,11 @@ def results_equal(gold: Rows, predicted: Rows, *, ordered: bool, rule: Rule) -> 
 
 
 def gold_is_ordered(sql: str, dialect: str = "sqlite", *, as_test_suite: bool = False) -> bool:
-    """Whether the order of the gold query's rows counts: ORDER BY at its outermost level.
+    """Whether the order of the gold query's rows matters, that is, whether it has ORDER BY at its outermost level.
 
-    The test-suite evaluator looks for the words "order by" anywhere in the text, so that an ORDER BY in a
-    nested query or a window fixes an order that the question leaves open: `as_test_suite=True` asks that. It
-    differs in 18 of Spider's 6,779 queries at hand, and in no verdict of 800 published predictions.
+    The test-suite evaluator looks for the words "order by" anywhere in the text, so that an ORDER BY in a nested query or
+    a window imposes an order that the question does not ask for; `as_test_suite=True` does the same. The two differ in 18
+    of Spider's 6,779 available queries, and in no verdict of 800 published predictions.
     """
     if as_test_suite:
         return "order by" in sql.lower()
@@ -71,9 +70,9 @@ def gold_is_ordered(sql: str, dialect: str = "sqlite", *, as_test_suite: bool = 
 
 
 def as_test_suite_runs_it(sql: str, *, keep_distinct: bool = True) -> str:
-    """The query text that the test-suite evaluator hands to SQLite.
+    """The query text that the test-suite evaluator passes to SQLite.
 
-    It joins comparison operators that a tokenizer tore apart, puts 2020 for MySQL's YEAR(CURDATE()), and,
+    It joins comparison operators that a tokenizer split, replaces MySQL's YEAR(CURDATE()) by 2020, and,
     unless `keep_distinct`, deletes DISTINCT.
     """
     sql = sql.replace("> =", ">=").replace("< =", "<=").replace("! =", "!=")

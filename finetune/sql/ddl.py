@@ -1,4 +1,4 @@
-"""Reads CREATE TABLE statements of any dialect into tables and keys, by sqlglot."""
+"""Reads CREATE TABLE statements of any dialect into tables and keys, using sqlglot."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ from finetune.sql.text import shortened
 
 
 def tables_by_sqlglot(creating: Iterable[str], dialect: str) -> list[Table]:
-    """One table per statement. Raises UserError with the statement that cannot be read."""
+    """One table per statement. Raises a UserError that quotes the statement that cannot be read."""
     tables = []
     for statement in creating:
         try:

@@ -1,17 +1,17 @@
-"""How hard a query is: easy, medium, hard or extra, by the rule of Spider's evaluation script.
+"""The difficulty of a query, easy, medium, hard or extra, by the rule of Spider's evaluation script.
 
 The rule (Yu et al., EMNLP 2018; `eval_hardness` in evaluation.py of taoyds/spider) counts three kinds of
-things in the outermost SELECT, for a query made with UNION, INTERSECT or EXCEPT in its first one:
+things in the outermost SELECT (for a query with UNION, INTERSECT or EXCEPT, in the first SELECT):
 
 - clauses: WHERE, GROUP BY, ORDER BY, LIMIT, and each JOIN, OR and LIKE;
 - nested queries in the conditions of WHERE, HAVING and ON, plus one for UNION, INTERSECT or EXCEPT;
 - others: more than one aggregate, more than one column selected, more than one condition in WHERE, more than
   one column in GROUP BY.
 
-Oddities of the script decide labels and are kept: a negated condition (NOT IN, NOT LIKE, NOT BETWEEN) in
-WHERE or HAVING counts as an aggregate, so does each AND and OR in HAVING, while count(*) > 3 in HAVING does
-not; a query in FROM counts for nothing. What Spider has not, the script cannot read; here a common table
-expression and EXISTS count as nested queries.
+Quirks of the script affect labels and are reproduced: a negated condition (NOT IN, NOT LIKE, NOT BETWEEN) in
+WHERE or HAVING counts as an aggregate, and so does each AND and OR in HAVING, while count(*) > 3 in HAVING does
+not; a query in FROM is not counted. The script cannot parse syntax that does not occur in Spider; here a common
+table expression and EXISTS count as nested queries.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ Difficulty = Literal["easy", "medium", "hard", "extra"]
 
 
 def difficulty(sql: str, dialect: str = "sqlite") -> Difficulty:
-    """The label of a query. One that does not parse is "extra": a gold query runs, so it is only unusual."""
+    """The label of a query. One that does not parse is "extra": since gold queries run, it must be unusual."""
     try:
         tree = query_tree(sql, dialect)
     except ParseError:
@@ -77,5 +77,5 @@ def _negations(condition: exp.Expr | None) -> int:
 
 
 def _own_nodes(part: exp.Expr) -> Iterator[exp.Expr]:
-    """The nodes of a part of a query, down to nested queries and not into them."""
+    """The nodes of a part of a query, including nested queries but not what is inside them."""
     yield from part.walk(prune=lambda node: isinstance(node, exp.Query))

@@ -1,4 +1,4 @@
-"""SQL as a syntax tree: does it parse, and is it one query. The only door to sqlglot's parser for queries."""
+"""Parses SQL into a syntax tree and checks that it is exactly one query. Queries reach sqlglot's parser only through here."""
 
 import logging
 import re
@@ -9,13 +9,13 @@ from sqlglot.errors import ParseError, TokenError
 
 from finetune.errors import UserError
 
-logging.getLogger("sqlglot").setLevel(logging.ERROR)  # it warns of statements that we turn away anyhow
+logging.getLogger("sqlglot").setLevel(logging.ERROR)  # it warns about statements that are rejected anyway
 
 
 def parses(sql: str, dialect: str = "sqlite") -> str | None:
-    """None when the text is exactly one query of the dialect, else one line on what is wrong, and where.
+    """None if the text is exactly one query of the dialect, else one line that says what is wrong and where.
 
-    A query is SELECT, VALUES, or a combination of them. Names are not looked up: see the sandbox for that.
+    A query is SELECT, VALUES, or a combination of them. Names are not resolved; the sandbox does that.
     Raises UserError for a dialect that sqlglot does not know.
     """
     try:
@@ -26,7 +26,7 @@ def parses(sql: str, dialect: str = "sqlite") -> str | None:
 
 
 def query_tree(sql: str, dialect: str = "sqlite") -> exp.Expr:
-    """The syntax tree of a text that is one query, without the parentheses around all of it.
+    """The syntax tree of a text that is one query, without parentheses around the whole query.
 
     Raises ParseError with a one-line message otherwise, and UserError for an unknown dialect.
     """

@@ -1,7 +1,7 @@
-"""What a database looks like: its DDL, the tables and keys in it, and a short rendering for prompts.
+"""Database schemas: DDL text, the tables and keys in it, and a compact rendering for prompts.
 
-The schema of a record is DDL text, one CREATE TABLE per line, as an engine's `schema` and `ddl_of_spider_entry`
-write it. Tables only: views, indexes, triggers and virtual tables do not appear.
+The schema of a record is DDL text, one CREATE TABLE per line, as returned by an engine's `schema` and by `ddl_of_spider_entry`.
+It contains tables only: no views, indexes, triggers or virtual tables.
 """
 
 import os
@@ -25,24 +25,24 @@ _KEYWORDS = """
     update using values when where
 """
 RESERVED = frozenset(_KEYWORDS.split())
-"""Words that SQLite refuses as a bare name of a table or column: its keywords, tried one by one (3.40)."""
+"""Words that SQLite does not accept as an unquoted table or column name: its keywords, each one tried (3.40)."""
 
 SPIDER_TYPES = {"text": " TEXT", "number": " NUMERIC", "time": " DATETIME", "boolean": " BOOLEAN"}
-"""Spider's own names of types; what it calls "others" is left without a type, as SQLite allows."""
+"""SQL types for Spider's type names; "others" gets no type, as SQLite allows."""
 
 
 def create_database(ddl: str, path: Path, *, source: str = "the schema") -> None:
-    """Make a SQLite file by running a script of CREATE statements (and of INSERTs, if it has any).
+    """Create a SQLite file by running a script of CREATE statements (and INSERTs, if it has any).
 
-    `source` names the script in errors. Raises UserError when a statement fails or wants another file
-    (ATTACH), when the script creates no table, and when `path` exists. The file appears whole or not at all.
+    source: the script's name in errors. Raises UserError if a statement fails or accesses another file (ATTACH), if the
+    script creates no table, and if `path` exists. The file is created atomically.
     """
     if path.exists():
-        raise UserError(f"{path}: exists already; remove it, or choose another name", code="sql.database_exists")
+        raise UserError(f"{path}: already exists; remove it or choose another name", code="sql.database_exists")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with closing(sqlite3.connect(unfinished, isolation_level=None)) as connection:
-            connection.execute("PRAGMA synchronous = OFF")  # a file that is not finished is thrown away
+            connection.execute("PRAGMA synchronous = OFF")  # an unfinished file is deleted anyway
             connection.set_authorizer(_allow_this_file_only)
             for statement in statements(ddl):
                 try:
@@ -64,10 +64,10 @@ def _allow_this_file_only(action: int, *_: str | None) -> int:
 
 
 def ddl_of_spider_entry(entry: Mapping[str, Any], *, source: str = "tables.json") -> str:
-    """DDL text for one entry of Spider's tables.json, for a database whose SQLite file is not at hand.
+    """DDL text for one entry of Spider's tables.json, for a database whose SQLite file is not available.
 
-    Names are the original ones; the types are Spider's five, so this is less than the file would tell.
-    `source` names the JSON file in the UserError raised for an entry that is not as Spider writes them.
+    Names are the original ones; the types are Spider's five, so less precise than those in the file.
+    source: the JSON file's name in the UserError that is raised for an entry in an unexpected format.
     """
     try:
         tables: list[str] = entry["table_names_original"]
@@ -78,7 +78,7 @@ def ddl_of_spider_entry(entry: Mapping[str, Any], *, source: str = "tables.json"
         foreign: list[tuple[int, int]] = [(key, other) for key, other in entry["foreign_keys"]]
         lines = []
         for number, table in enumerate(tables):
-            if table.lower().startswith("sqlite_"):  # Spider lists some of SQLite's own tables too
+            if table.lower().startswith("sqlite_"):  # Spider also lists some of SQLite's internal tables
                 continue
             mine = [index for index, (owner, _) in enumerate(columns) if owner == number]
             parts = [quoted(columns[index][1]) + SPIDER_TYPES.get(types[index], "") for index in mine]
@@ -94,16 +94,16 @@ def ddl_of_spider_entry(entry: Mapping[str, Any], *, source: str = "tables.json"
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         name = entry.get("db_id", "an entry without db_id")
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{source}: {name}: not as Spider writes it ({problem})", code="data.bad_json") from None
+        raise UserError(f"{source}: {name}: not in Spider's format ({problem})", code="data.bad_json") from None
     return "\n".join(lines)
 
 
 def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
-    """The tables that a DDL text creates, in its order; statements other than CREATE TABLE are passed over.
+    """The tables that a DDL text creates, in its order; statements other than CREATE TABLE are skipped.
 
-    For SQLite its own parser reads the text, because it takes much that sqlglot does not (ON CONFLICT, LONG
-    VARCHAR, PRIMARY KEY (a DESC)); sqlglot reads what is left, and all other dialects. Raises UserError with
-    the statement that cannot be read, and when there is no CREATE TABLE at all.
+    SQLite's DDL is read by SQLite itself, because it accepts much that sqlglot does not (ON CONFLICT, LONG VARCHAR,
+    PRIMARY KEY (a DESC)); sqlglot reads what SQLite rejects, and all other dialects. Raises UserError, quoting the
+    statement, if one cannot be read, and if there is no CREATE TABLE at all.
     """
     creating = [statement for statement in statements(ddl) if is_create_table(statement)]
     if not creating:
@@ -113,7 +113,7 @@ def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
             raise sqlite3.NotSupportedError
         tables = _tables_by_sqlite(creating)
     except sqlite3.Error:
-        from finetune.sql.ddl import tables_by_sqlglot  # slow to import, and SQLite's schemas need it not
+        from finetune.sql.ddl import tables_by_sqlglot  # slow to import, and not needed for SQLite's schemas
 
         tables = tables_by_sqlglot(creating, dialect)
     by_name = {table.name.lower(): table for table in tables}
@@ -121,7 +121,7 @@ def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
 
 
 def _resolved(keys: Iterable[ForeignKey], by_name: Mapping[str, Table]) -> tuple[ForeignKey, ...]:
-    """The keys with names as the other table spells them, and its primary key where no column is named."""
+    """The keys with the referenced names in the other table's spelling, and its primary key if no column is named."""
     resolved = []
     for key in keys:
         table = by_name.get(key.table.lower())
@@ -141,7 +141,7 @@ def is_create_table(statement: str) -> bool:
 
 
 def _tables_by_sqlite(creating: Iterable[str]) -> list[Table]:
-    """Made in memory and read back. The statements can neither select nor open anything."""
+    """Creates the tables in memory and reads them back. The statements can neither select nor open anything."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.set_authorizer(_allow_creating)
         for statement in creating:
@@ -184,7 +184,7 @@ def _table_by_pragma(connection: sqlite3.Connection, name: str) -> Table:
 def compact(tables: Iterable[Table]) -> str:
     """One line per table, for prompts: ``orders(id, customer_id -> customer.id, total)``.
 
-    Names that SQL needs in quotes stand in quotes, so that the model sees what it has to write.
+    Names that need quotes in SQL are quoted, so that the model sees what it has to write.
     """
     return "\n".join(
         f"{quoted(table.name)}({', '.join(_with_reference(column, table) for column in table.columns)})"
@@ -201,7 +201,7 @@ def _with_reference(column: Column, table: Table) -> str:
 
 
 def quoted(name: str) -> str:
-    """The name as SQL has to write it: in double quotes where it is no plain word, or a reserved one."""
+    """The name as written in SQL: in double quotes if it is not a plain word or is reserved."""
     if re.fullmatch(r"[^\W\d]\w*", name) and name.lower() not in RESERVED:
         return name
     return '"' + name.replace('"', '""') + '"'

@@ -1,4 +1,4 @@
-"""A database as its DDL declares it: tables with their columns and keys."""
+"""The tables, columns and keys that DDL declares."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ class Column:
     type: str
     primary_key: bool
     nullable: bool
-    """False for NOT NULL and for a primary key (in which SQLite, by an old mistake, allows NULL)."""
+    """False for NOT NULL and for a primary key (although SQLite, because of an old bug, allows NULL there)."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ForeignKey:
     columns: tuple[str, ...]
     table: str
     referenced: tuple[str, ...]
-    """As many as `columns`; empty when the DDL names none and the other table has no such primary key."""
+    """As many as `columns`; empty if the DDL names none and the other table has no primary key of as many columns."""
 
 
 @dataclass(frozen=True)

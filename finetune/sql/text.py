@@ -1,4 +1,4 @@
-"""SQL as text: what has to work on queries that do not parse, and leaves alone what stands in quotes."""
+"""SQL as text: functions that also work on queries that do not parse, and that leave quoted text unchanged."""
 
 import re
 import sqlite3
@@ -17,10 +17,10 @@ _TOKEN = re.compile(
 
 
 def double_quotes_as_names(sql: str) -> str:
-    """The query with every "name" written as `name`, which SQLite never takes for a string literal.
+    """The query with every "name" rewritten as `name`, which SQLite never reads as a string literal.
 
     SQLite reads a double-quoted name that matches nothing as text (https://sqlite.org/quirks.html,
-    "Double-quoted string literals are accepted"), so that a misspelt column is a constant and not an error.
+    "Double-quoted string literals are accepted"), so that a misspelt column is a constant instead of an error.
     """
 
     def rewrite(match: re.Match[str]) -> str:
@@ -39,7 +39,7 @@ def without_distinct(sql: str) -> str:
 
 
 def has_order_by(sql: str) -> bool:
-    """Whether ORDER BY stands anywhere in the query, outside quotes and comments."""
+    """Whether ORDER BY occurs anywhere in the query outside quotes and comments."""
     words = [
         (match["word"] or "").lower() for match in _TOKEN.finditer(sql) if not (match["space"] or match["comment"])
     ]
@@ -47,7 +47,7 @@ def has_order_by(sql: str) -> bool:
 
 
 def statements(sql: str) -> list[str]:
-    """The statements of a script, each with its semicolon; a trigger's body is not taken apart."""
+    """The statements of a script, each with its semicolon; a trigger's body is not split."""
     found, current = [], ""
     for match in _TOKEN.finditer(sql):
         current += match[0]
@@ -58,7 +58,7 @@ def statements(sql: str) -> list[str]:
 
 
 def on_one_line(sql: str) -> str:
-    """The text without comments, with single spaces, and none inside brackets or before a comma."""
+    """The text without comments, with single spaces, and no space just inside parentheses or before a comma."""
     parts: list[str] = []
     for match in _TOKEN.finditer(sql):
         if match["space"] or match["comment"]:
@@ -74,6 +74,6 @@ def on_one_line(sql: str) -> str:
 
 
 def shortened(statement: str) -> str:
-    """The statement on one line of at most 120 characters, for messages."""
+    """The statement on one line, cut to 120 characters, for messages."""
     line = on_one_line(statement)
     return line if len(line) <= 120 else line[:117] + "..."

@@ -1,4 +1,4 @@
-"""prepare, check and load_prepared, over our own JSONL. Splitting and the other sources have files of their own."""
+"""prepare, check and load_prepared on our own JSONL. Splitting and the other sources have test files of their own."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ from tests.helpers.errors import raises
 
 @pytest.fixture
 def shop(tmp_path: Path) -> SourceSection:
-    """A hundred good records with a database."""
+    """A hundred valid records with a database."""
     make_database(tmp_path / "databases")
     path = write_jsonl(tmp_path / "questions.jsonl", [row(number) for number in range(100)])
     return jsonl_source(path, databases=str(tmp_path / "databases"))
@@ -45,7 +45,7 @@ def run_check(sources: list[SourceSection], timeout_seconds: float = 10.0) -> Fi
 
 
 class Words:
-    """A tokenizer that takes a word for a token."""
+    """A tokenizer with one token per word."""
 
     eos_token_id = 0
 
@@ -77,7 +77,7 @@ def test_same_inputs_give_the_same_bytes(tmp_path: Path, shop: SourceSection) ->
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
 
 
-def test_preparing_the_same_again_touches_nothing_and_says_so(tmp_path: Path, shop: SourceSection) -> None:
+def test_preparing_the_same_data_again_changes_nothing_and_says_so(tmp_path: Path, shop: SourceSection) -> None:
     output = tmp_path / "prepared"
     first = run_prepare([shop], output)
     inode = (output / "manifest.json").stat().st_ino
@@ -88,7 +88,7 @@ def test_preparing_the_same_again_touches_nothing_and_says_so(tmp_path: Path, sh
     assert (output / "manifest.json").stat().st_ino == inode
 
 
-def test_other_data_replace_the_prepared_set_without_remains(tmp_path: Path, shop: SourceSection) -> None:
+def test_other_data_replaces_the_prepared_set_completely(tmp_path: Path, shop: SourceSection) -> None:
     output = tmp_path / "prepared"
     first = run_prepare([shop], output)
     write_jsonl(Path(shop.path), [row(number) for number in range(50)])
@@ -99,7 +99,7 @@ def test_other_data_replace_the_prepared_set_without_remains(tmp_path: Path, sho
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_damaged_prepared_set_is_fixed_by_preparing_again(tmp_path: Path, shop: SourceSection) -> None:
+def test_corrupt_prepared_set_is_fixed_by_preparing_again(tmp_path: Path, shop: SourceSection) -> None:
     output = tmp_path / "prepared"
     run_prepare([shop], output)
     (output / "train.jsonl").write_text("")
@@ -250,12 +250,12 @@ def test_missing_folder_of_databases_is_named(tmp_path: Path, shop: SourceSectio
         run_prepare([shop], tmp_path / "prepared")
 
 
-def test_output_folder_with_other_things_is_refused(tmp_path: Path, shop: SourceSection) -> None:
+def test_output_folder_with_other_files_is_refused(tmp_path: Path, shop: SourceSection) -> None:
     output = tmp_path / "prepared"
     output.mkdir()
     run_prepare([shop], output)  # an empty folder is fine
     (output / "notes.txt").write_text("mine")
-    with raises("data.output_dir_taken", match=r"output_dir holds other things.*notes\.txt"):
+    with raises("data.output_dir_taken", match=r"output_dir holds files that are not.*notes\.txt"):
         run_prepare([shop], output)
     foreign = write_jsonl(tmp_path / "foreign" / "train.jsonl", ["{}"])
     with raises("data.output_dir_taken", match=r"train\.jsonl"):
@@ -265,7 +265,7 @@ def test_output_folder_with_other_things_is_refused(tmp_path: Path, shop: Source
     assert foreign.read_text() == "{}\n"
 
 
-def test_full_disk_leaves_the_old_set_and_no_remains(
+def test_full_disk_leaves_the_old_set_and_no_partial_files(
     tmp_path: Path, shop: SourceSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "prepared"
@@ -282,7 +282,7 @@ def test_full_disk_leaves_the_old_set_and_no_remains(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_failure_while_swapping_brings_the_old_set_back(
+def test_failure_during_the_swap_restores_the_old_set(
     tmp_path: Path, shop: SourceSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "prepared"

@@ -1,4 +1,4 @@
-"""The prompt is pinned as text; answers are read leniently; generation stops where nothing can change."""
+"""The prompt text is pinned; SQL is extracted leniently from answers; generation stops once the SQL is complete."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_without_evidence_there_is_no_hint(evidence: str | None) -> None:
 
 
 def test_the_identity_is_pinned_so_that_a_changed_prompt_is_noticed() -> None:
-    """When this fails, the text of the prompt has changed: change PROMPT_VERSION too, and then this line."""
+    """If this fails, the prompt text has changed: change PROMPT_VERSION as well, then update this line."""
     assert prompts.PROMPT_VERSION == "1"
     assert PromptTemplate().identity() == "1-ddl-5bd0da2b"
 
@@ -119,7 +119,7 @@ def test_an_adapter_without_a_template_is_refused(tmp_path: Path) -> None:
 
 
 class CharTokenizer:
-    """One id per character, 1 at the start where special tokens are wanted, and 0 for the end of the text."""
+    """One id per character, 1 at the start if special tokens are requested, and 0 for the end of the text."""
 
     eos_token_id = 0
 

@@ -1,4 +1,4 @@
-"""The shipped data set of data/: what data/README.md promises about it, checked on a fresh build."""
+"""The data set shipped in data/: what data/README.md states about it, checked on a fresh build."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Databases = dict[str, sqlite3.Connection]
 
 
 def load_builder() -> Any:
-    """data/build.py as a module; the folder is no package, and "build" is the name of a package on PyPI."""
+    """data/build.py as a module; its folder is not a package, and "build" is the name of a package on PyPI."""
     sys.path.insert(0, str(DATA))
     try:
         spec = importlib.util.spec_from_file_location("shipped_data_build", DATA / "build.py")

@@ -152,11 +152,11 @@ def test_mistake_in_a_spider_folder_is_named(tmp_path: Path, case: str) -> None:
             "owner/name: no such folder in .*a Hugging Face dataset id needs a revision",
         ),
         ("./data/mine", None, "data.not_found", r"\./data/mine: no such folder in [^;]*$"),
-        ("/data/mine", "abc", "data.not_found", "/data/mine: no such folder, and no Hugging Face dataset id"),
+        ("/data/mine", "abc", "data.not_found", "/data/mine: neither a folder nor a Hugging Face dataset id"),
         ("here", "abc", "data.revision_of_folder", r"sources\[0\]\.revision: here is a local folder"),
     ],
 )
-def test_hub_ids_are_told_from_folders(
+def test_hub_ids_are_distinguished_from_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, path: str, revision: str | None, code: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -211,7 +211,7 @@ def test_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch, kind: 
 
 @pytest.fixture
 def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SourceSection:
-    """A local dataset of two splits, as it would come from the hub."""
+    """A local dataset with two splits, as the hub would provide it."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
@@ -259,9 +259,13 @@ HUGGINGFACE_MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
         "data.missing_column",
         "has no column 'q'; it has",
     ),
-    "unknown field": ({"columns": {"query": "answer"}}, "data.bad_columns", r"columns\.query: no field of a record"),
-    "no question": ({"columns": {"sql": "answer"}}, "data.bad_columns", "columns: lacks question"),
-    "no schema": ({"columns": {"question": "prompt", "sql": "answer"}}, "data.bad_columns", "columns: lacks schema"),
+    "unknown field": ({"columns": {"query": "answer"}}, "data.bad_columns", r"columns\.query: not a field of a record"),
+    "no question": ({"columns": {"sql": "answer"}}, "data.bad_columns", "columns: question is missing"),
+    "no schema": (
+        {"columns": {"question": "prompt", "sql": "answer"}},
+        "data.bad_columns",
+        "columns: schema is missing",
+    ),
     "several splits": (
         {"subset": None},
         "data.unknown_subset",

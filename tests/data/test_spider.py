@@ -1,4 +1,4 @@
-"""The real data set: every record of the shared Spider folder is read, and each one is accounted for."""
+"""The real Spider data set: every record of the shared folder is read and accounted for."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def sources() -> list[SourceSection]:
-    """train_spider.json is split into train and val; dev.json, on other databases, is the test set as it stands."""
+    """train_spider.json is split into train and val; dev.json, on other databases, is the test set unchanged."""
     return [
         SourceSection(kind="spider", path=str(SPIDER), files=["train_spider.json"]),
         SourceSection(kind="spider", path=str(SPIDER), files=["dev.json"], split="test"),

@@ -1,4 +1,4 @@
-"""That splits are stable, about as large as asked for, and share nothing."""
+"""Splits are stable, have about the requested sizes, and share nothing."""
 
 import random
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from finetune.data.records import SPLITS, Record, Split
-from finetune.data.split import assign_splits, question_key, sql_key, sql_skeleton, thin_out
+from finetune.data.split import assign_splits, question_key, sql_key, sql_skeleton, subsample
 from tests.helpers.data_examples import jsonl_source, read_jsonl, row, run_prepare, write_jsonl
 from tests.helpers.errors import raises
 
 
 def paraphrases(count: int, seed: int = 0) -> list[Record]:
-    """Records of which many share a gold query, and some a question with another gold query."""
+    """Records, many of which share a gold query and some of which share a question but not the gold query."""
     draw = random.Random(seed)
     return [
         Record(
@@ -56,7 +56,7 @@ def test_new_records_move_no_old_ones_unless_they_join_groups() -> None:
     assert split(more + records)[100:] == split(records)
 
 
-def test_another_seed_splits_otherwise() -> None:
+def test_another_seed_splits_differently() -> None:
     records = [Record(**row(number)) for number in range(300)]
     assert split(records, seed=1) != split(records, seed=2)
 
@@ -126,8 +126,8 @@ def test_skeleton_masks_literals_and_nothing_else() -> None:
 
 def test_sample_of_train_grows_with_its_limit() -> None:
     records = [Record(**row(number)) for number in range(100)]
-    assert thin_out(records, 10, seed=1) < thin_out(records, 30, seed=1)
-    assert len(thin_out(records, 30, seed=1)) == 30
+    assert subsample(records, 10, seed=1) < subsample(records, 30, seed=1)
+    assert len(subsample(records, 30, seed=1)) == 30
 
 
 GIVEN_SPLITS = {
@@ -146,7 +146,7 @@ GIVEN_SPLITS = {
 
 @pytest.mark.parametrize("case", GIVEN_SPLITS)
 @pytest.mark.parametrize("turned", [False, True])
-def test_what_leaks_from_a_held_out_split_is_taken_from_the_weaker_one(tmp_path: Path, case: str, turned: bool) -> None:
+def test_a_leak_is_removed_from_the_split_of_lower_precedence(tmp_path: Path, case: str, turned: bool) -> None:
     weak, strong = GIVEN_SPLITS[case]
     rows = [weak, strong, row(2, split="train"), row(3, split="val"), row(4, split="test")]
     source = jsonl_source(write_jsonl(tmp_path / "q.jsonl", rows[::-1] if turned else rows))

@@ -1,4 +1,4 @@
-"""`finetune generate`: one question, the SQL, and its rows."""
+"""`finetune generate`: one question gives the SQL and, on request, its rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUESTION = "How many items cost more than 3 euros?"
 
 @pytest.fixture(autouse=True)
 def no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left on stderr is ours."""
+    """Without progress bars, stderr holds only our own messages."""
     monkeypatch.setattr("transformers.core_model_loading.tqdm", lambda items, **_: items)
 
 
@@ -44,7 +44,7 @@ def database(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
-    """answer("SELECT ..."): what a model says that need not be loaded; returns the list of prompts that it gets."""
+    """answer("SELECT ..."): makes a fake model answer so; returns the list of prompts that it receives."""
 
     def play(text: str) -> list[str]:
         prompts: list[str] = []
@@ -63,7 +63,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake in the arguments has to be found before minutes go into loading a model."""
+    """A mistake in the arguments has to be found before minutes are spent on loading a model."""
     monkeypatch.setattr(hf, "load_base", lambda *_, **__: pytest.fail("a model was loaded"))
 
 

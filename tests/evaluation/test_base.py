@@ -1,4 +1,4 @@
-"""The base model's score is made once and kept, and made again as soon as anything changes that it depends on."""
+"""The base model's score is cached, and recomputed as soon as anything that it depends on changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ConfigWriter = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The models that were asked, in order. They need not be loaded, for all their answers are SELECT 1."""
+    """The models that were asked, in order. They are fakes that need not be loaded and always answer SELECT 1."""
     names: list[str] = []
 
     def answer(model: Any, tokenizer: Any, prompts: Sequence[str], **settings: Any) -> list[tuple[str, int]]:
@@ -41,7 +41,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def only_kept(tmp_path: Path) -> Path:
+def only_cached(tmp_path: Path) -> Path:
     (folder,) = (tmp_path / "runs" / "base").iterdir()
     return folder
 
@@ -50,7 +50,7 @@ def verdicts(kept: Path) -> list[str]:
     return [line["verdict"] for line in read_jsonl(kept / evaluation_run.ROWS)]
 
 
-def test_the_base_models_score_is_kept_for_all_runs_of_its_output_folder(
+def test_the_base_models_score_is_cached_for_all_runs_of_its_output_folder(
     tiny_config: ConfigWriter, tiny_run: Path, tmp_path: Path, asked: list[str]
 ) -> None:
     alone = as_json(evaluate_base(load_config(tiny_config()), progress=False))
@@ -58,7 +58,7 @@ def test_the_base_models_score_is_kept_for_all_runs_of_its_output_folder(
     runs = [first, RunFolder(Path(shutil.copytree(first.path, tmp_path / "runs" / "second")))]
     results = [evaluate_run(run, progress=False) for run in runs]
     assert asked == ["base", "tuned", "tuned"]
-    kept = only_kept(tmp_path)
+    kept = only_cached(tmp_path)
     assert json.loads((kept / evaluation_run.SCORE).read_text()) == alone
     for run, result in zip(runs, results, strict=True):
         assert result["models"]["base"] == alone | {"rows": "eval/base.jsonl"}
@@ -95,7 +95,7 @@ def test_the_base_model_is_asked_again_when_a_setting_that_matters_changes(
     assert len(asked) == (2 if again else 1)
 
 
-def test_other_weights_under_the_same_name_are_scored_anew(
+def test_other_weights_under_the_same_name_are_scored_again(
     tiny_config: ConfigWriter, tiny_model: Path, tmp_path: Path, asked: list[str]
 ) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
@@ -116,7 +116,7 @@ def test_other_weights_under_the_same_name_are_scored_anew(
         {"evidence": "Items have numbers."},
     ],
 )
-def test_other_databases_or_prompts_are_scored_anew(
+def test_other_databases_or_prompts_are_scored_again(
     tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], changes: dict[str, Any]
 ) -> None:
     config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path))}))
@@ -138,13 +138,13 @@ def test_other_databases_or_prompts_are_scored_anew(
         lambda kept: (kept / evaluation_run.SCORE).write_text("{"),
     ],
 )
-def test_a_kept_score_that_cannot_be_read_is_made_again(
+def test_a_cached_score_that_cannot_be_read_is_recomputed(
     tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], damage: Callable[[Path], None]
 ) -> None:
     config = load_config(tiny_config())
     before = evaluate_base(config, progress=False)
-    rows = verdicts(only_kept(tmp_path))
-    damage(only_kept(tmp_path))
+    rows = verdicts(only_cached(tmp_path))
+    damage(only_cached(tmp_path))
     again = evaluate_base(config, progress=False)
     assert len(asked) == 2
-    assert (again["verdicts"], verdicts(only_kept(tmp_path))) == (before["verdicts"], rows)
+    assert (again["verdicts"], verdicts(only_cached(tmp_path))) == (before["verdicts"], rows)

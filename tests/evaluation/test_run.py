@@ -1,4 +1,4 @@
-"""`finetune evaluate`: what it writes, what it keeps, and that base and tuned model sit the same evaluation_set."""
+"""`finetune evaluate`: what it writes, what it caches, and that base and tuned model answer the same questions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Answers = Callable[[str], str]
 
 @pytest.fixture(autouse=True)
 def no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left on stderr is ours."""
+    """Without progress bars, stderr holds only our own messages."""
     monkeypatch.setattr("transformers.core_model_loading.tqdm", lambda items, **_: items)
 
 
@@ -45,9 +45,9 @@ def run(tiny_run: Path, tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def speak(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> Callable[..., list[str]]:
-    """speak(base=..., tuned=...): what the models answer to a gold query, in place of the tiny model's babble.
+    """speak(base=..., tuned=...): what the models answer to a gold query, instead of the tiny model's random text.
 
-    Returns the list in which every model that is asked leaves its name.
+    Returns a list to which each model that is asked adds its name.
     """
     template = PromptTemplate()
     gold = {template.render_record(record): record.sql for record in load_prepared(tiny_data).records("test")}
@@ -131,7 +131,7 @@ def test_a_model_that_answers_gold_scores_a_hundred_percent(run: RunFolder, spea
     assert (summary["base_execution_accuracy"], summary["tuned_execution_accuracy"]) == (0.0, 1.0)
 
 
-def test_every_row_holds_the_hash_of_the_very_prompt(run: RunFolder, speak: Any, tiny_data: Path) -> None:
+def test_every_row_holds_the_hash_of_its_exact_prompt(run: RunFolder, speak: Any, tiny_data: Path) -> None:
     speak()
     evaluate_run(run, progress=False)
     records = load_prepared(tiny_data).records("test")
@@ -141,7 +141,7 @@ def test_every_row_holds_the_hash_of_the_very_prompt(run: RunFolder, speak: Any,
     assert [line["gold"] for line in rows] == [record.sql for record in records]
 
 
-# base and tuned sit the same evaluation_set
+# base and tuned model answer the same questions
 
 
 def answers(rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
@@ -255,7 +255,7 @@ def test_a_run_without_adapter_is_an_error_before_a_model_is_loaded(
     assert not run.eval_json.exists()
 
 
-def test_data_that_was_prepared_anew_since_training_is_said_and_becomes_a_caveat(
+def test_data_prepared_again_since_training_is_reported_and_becomes_a_caveat(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate_run(copy_run(tiny_run, tmp_path / "runs"), progress=False)

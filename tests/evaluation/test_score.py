@@ -1,4 +1,4 @@
-"""From an answer to a verdict, and from verdicts to numbers."""
+"""The verdict on one answer, and the scores computed from many verdicts."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def sandbox() -> Iterator[SqlSandbox]:
 
 @pytest.fixture
 def ask(database: Path, sandbox: SqlSandbox) -> Any:
-    """ask(gold, answer, ...) -> the judged row."""
+    """ask(gold, answer, ...) -> the scored row."""
 
-    def judged(gold: str, answer: str, *, rule: Rule = "test_suite", seconds: float = 10.0) -> Row:
+    def scored_row(gold: str, answer: str, *, rule: Rule = "test_suite", seconds: float = 10.0) -> Row:
         record = Record(**row(1, sql=gold))
         return score_answer(
             record, database, "the prompt", answer, 7, sandbox=sandbox, rule=rule, timeout_seconds=seconds
         )
 
-    return judged
+    return scored_row
 
 
 def made(verdict: str, number: int = 0, *, level: str = "easy", db_id: str = "shop", tokens: int = 5) -> Row:
@@ -79,28 +79,28 @@ def made(verdict: str, number: int = 0, *, level: str = "easy", db_id: str = "sh
 def test_every_kind_of_answer_has_its_verdict(
     ask: Any, gold: str, answer: str, verdict: str, error: str | None
 ) -> None:
-    judged = ask(gold, answer)
-    assert (judged.verdict, judged.error) == (verdict, error)
+    scored_row = ask(gold, answer)
+    assert (scored_row.verdict, scored_row.error) == (verdict, error)
 
 
 def test_an_endless_query_ends_at_the_timeout_and_leaves_the_next_one_its_time(ask: Any) -> None:
-    judged = ask("SELECT COUNT(*) FROM item", ENDLESS, seconds=0.2)
-    assert (judged.verdict, judged.error) == ("timeout", "no answer within 0.2 seconds")
-    assert 0.2 <= judged.seconds < 5
+    scored_row = ask("SELECT COUNT(*) FROM item", ENDLESS, seconds=0.2)
+    assert (scored_row.verdict, scored_row.error) == ("timeout", "no answer within 0.2 seconds")
+    assert 0.2 <= scored_row.seconds < 5
     assert ask("SELECT COUNT(*) FROM item", "SELECT 6").verdict == "correct"
 
 
-def test_a_judged_row_says_what_was_asked_and_answered(ask: Any) -> None:
-    judged = ask("SELECT name FROM item WHERE id = 1", "Sure:\nSELECT name\nFROM item;\nThat is all.")
+def test_a_scored_row_says_what_was_asked_and_answered(ask: Any) -> None:
+    scored_row = ask("SELECT name FROM item WHERE id = 1", "Sure:\nSELECT name\nFROM item;\nThat is all.")
     asked = row(1)
-    assert (judged.id, judged.db_id, judged.question) == (asked["id"], asked["db_id"], asked["question"])
-    assert judged.gold == "SELECT name FROM item WHERE id = 1" and judged.difficulty == "easy"
-    assert judged.answer == "Sure:\nSELECT name\nFROM item;\nThat is all."
-    assert judged.prediction == "SELECT name FROM item"
-    assert judged.new_tokens == 7
-    assert judged.prompt_sha256 == hashlib.sha256(b"the prompt").hexdigest()
-    assert judged.gold_sha256 == hashlib.sha256(judged.gold.encode()).hexdigest()
-    assert Row(**as_dict(judged)) == judged
+    assert (scored_row.id, scored_row.db_id, scored_row.question) == (asked["id"], asked["db_id"], asked["question"])
+    assert scored_row.gold == "SELECT name FROM item WHERE id = 1" and scored_row.difficulty == "easy"
+    assert scored_row.answer == "Sure:\nSELECT name\nFROM item;\nThat is all."
+    assert scored_row.prediction == "SELECT name FROM item"
+    assert scored_row.new_tokens == 7
+    assert scored_row.prompt_sha256 == hashlib.sha256(b"the prompt").hexdigest()
+    assert scored_row.gold_sha256 == hashlib.sha256(scored_row.gold.encode()).hexdigest()
+    assert Row(**as_dict(scored_row)) == scored_row
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ WHOLE = "SELECT id FROM item WHERE price >= 3"
 def test_under_test_suite_both_queries_run_as_the_official_evaluator_runs_them(
     ask: Any, gold: str, answer: str, rule: Rule, verdict: str
 ) -> None:
-    judged = ask(gold, answer, rule=rule)
-    assert judged.verdict == verdict
-    assert (judged.gold, judged.prediction) == (gold, answer)  # the row keeps what was written
+    scored_row = ask(gold, answer, rule=rule)
+    assert scored_row.verdict == verdict
+    assert (scored_row.gold, scored_row.prediction) == (gold, answer)  # the row keeps what was written
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def numbered(verdicts: Sequence[str]) -> list[Row]:
     return [made(verdict, number) for number, verdict in enumerate(verdicts)]
 
 
-def test_the_gain_counts_who_answers_what_the_other_does_not() -> None:
+def test_the_gain_counts_what_only_one_of_the_models_answers() -> None:
     base = numbered(["correct", "correct", "wrong_rows", "sql_error", "no_sql", "timeout"])
     tuned = numbered(["correct", "wrong_rows", "correct", "correct", "correct", "sql_error"])
     assert gain(base, tuned) == {"won": 3, "lost": 1, "both": 1, "neither": 1}
@@ -241,7 +241,7 @@ def test_the_gain_is_over_the_questions_that_both_were_asked() -> None:
     assert gain(base[:1], tuned[1:]) == {"won": 0, "lost": 0, "both": 0, "neither": 0}
 
 
-# how sure a count is
+# the interval of a proportion
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A small shop database and records about it, for the tests of the data modules."""
+"""A small shop database and records for it, used by the tests of the data modules."""
 
 import json
 import sqlite3
@@ -24,7 +24,7 @@ def make_database(folder: Path, db_id: str = "shop", items: int = 3) -> Path:
 
 
 def row(number: int, **changes: Any) -> dict[str, Any]:
-    """A record of its own question and its own gold SQL."""
+    """A record whose question and gold SQL are unique to its number."""
     fields = {
         "id": f"r{number}",
         "db_id": "shop",
@@ -40,7 +40,7 @@ def without(fields: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    """Rows that are text already are written as they stand."""
+    """Rows that are strings already are written unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [item if isinstance(item, str) else json.dumps(item) for item in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -56,7 +56,7 @@ def jsonl_source(path: Path, **settings: Any) -> SourceSection:
 
 
 def data_section(sources: list[SourceSection], output_dir: Path | str, **changes: Any) -> DataSection:
-    """With larger held-out splits than the default."""
+    """A data section with larger held-out splits than the default."""
     return DataSection(sources, str(output_dir), **({"val_fraction": 0.2, "test_fraction": 0.2} | changes))
 
 
@@ -69,7 +69,7 @@ def run_prepare(
     tokenizer_name: str | None = None,
     **changes: Any,
 ) -> Prepared:
-    """changes: of the data section."""
+    """changes: keys of the data section to override."""
     return prepare(
         data_section(sources, output_dir, **changes),
         max_seq_length=max_seq_length,

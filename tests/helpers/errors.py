@@ -1,4 +1,4 @@
-"""How tests look at a UserError: by its code. What it says is asserted in one place, the test of that message."""
+"""Assertions on a UserError by its code. The wording of a message is asserted only in the test of that message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.runtime.console import one_line
 def raises(
     code: str, *, match: str | None = None, kind: type[UserError] = UserError
 ) -> Iterator[pytest.ExceptionInfo[UserError]]:
-    """The block raises a UserError with this code, in one line; match: a pattern that is found in it."""
+    """The block raises a one-line UserError with this code. match: a regular expression that its message must contain."""
     with pytest.raises(kind, match=match) as caught:
         yield caught
     check(caught.value, code)
@@ -25,15 +25,15 @@ def raises(
 
 @contextmanager
 def reported(code: str) -> Iterator[None]:
-    """Within the block `main` turns a UserError with this code into the line that it prints."""
+    """Within the block, `main` reports exactly one UserError, and it has this code."""
     seen: list[BaseException | None] = []
 
-    def look(text: str) -> str:
+    def record(text: str) -> str:
         seen.append(sys.exception())
         return one_line(text)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cli_main, "one_line", look)
+        patched.setattr(cli_main, "one_line", record)
         yield
     assert len(seen) == 1, "main reported no error, or several"
     check(seen[0], code)

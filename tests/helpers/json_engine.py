@@ -1,4 +1,4 @@
-"""A toy SQL engine: a database is a JSON file {table: [row, ...]}, and sqlglot's own executor runs DuckDB's dialect on it."""
+"""A toy SQL engine: a database is a JSON file {table: [row, ...]}, on which sqlglot's executor runs DuckDB's dialect."""
 
 from __future__ import annotations
 

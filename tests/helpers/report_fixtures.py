@@ -1,4 +1,4 @@
-"""A believable run folder, always the same, as training and evaluation leave it; a reader for its page."""
+"""A realistic, deterministic run folder as training and evaluation write it, and a parser for its report page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _PROSE = "To answer the question, you would first look at the table that holds t
 
 
 def build_run(folder: Path, *, questions: int = 150, **changes: Any) -> Path:
-    """Write a finished, evaluated run into `folder` and return it; `changes` go over the keys of run.json."""
+    """Write a finished, evaluated run into `folder` and return the folder. changes: keys of run.json to override."""
     (folder / "eval").mkdir(parents=True)
     write(folder / "run.json", run_record() | changes)
     base, tuned = rows(questions)
@@ -61,7 +61,7 @@ def change(path: Path, **changes: Any) -> None:
 
 
 def write_evaluation(folder: Path, **changes: Any) -> None:
-    """Write eval.json and eval/*.jsonl that agree; base=None or tuned=None leaves that model out."""
+    """Write consistent eval.json and eval/*.jsonl; base=None or tuned=None leaves that model out."""
     models = {name: changes.pop(name) for name in ("base", "tuned")}
     record: dict[str, Any] = {
         "split": "test",
@@ -85,8 +85,8 @@ def write_evaluation(folder: Path, **changes: Any) -> None:
 
 
 def rows(questions: int) -> tuple[list[Row], list[Row]]:
-    """What a weak base model and a tuned one answered to the same questions."""
-    luck = random.Random(7)
+    """The answers of a weak base model and of a tuned model to the same questions."""
+    draws = random.Random(7)
     base, tuned = [], []
     for number in range(questions):
         db, difficulty, question, gold, wrong, error = _QUESTIONS[number % len(_QUESTIONS)]
@@ -97,8 +97,8 @@ def rows(questions: int) -> tuple[list[Row], list[Row]]:
         right = {"prediction": shared["gold"], "answer": shared["gold"], "verdict": "correct", "error": None}
         miss = {"prediction": wrong.format(**blanks), "answer": wrong.format(**blanks), **failed}
         prose = {"prediction": "", "answer": _PROSE, "verdict": "no_sql", "error": "no SQL in the answer"}
-        tuned.append(shared | (right if luck.random() < _CHANCE[difficulty] else miss) | {"seconds": 0.4})
-        base_answer = right if luck.random() < 0.03 else miss if luck.random() < 0.5 else prose
+        tuned.append(shared | (right if draws.random() < _CHANCE[difficulty] else miss) | {"seconds": 0.4})
+        base_answer = right if draws.random() < 0.03 else miss if draws.random() < 0.5 else prose
         base.append(shared | base_answer | {"seconds": 1.9})
     return base, tuned
 
@@ -140,15 +140,15 @@ def wilson(correct: int, questions: int) -> list[float]:
 
 
 def history(steps: int) -> list[dict[str, Any]]:
-    luck = random.Random(3)
+    draws = random.Random(3)
     logged: list[dict[str, Any]] = []
     for step in range(2, steps + 1, 2):
         done = step / steps
         rate = 4e-4 * min(1, done / 0.03) * (0.5 + 0.5 * math.cos(math.pi * done))
-        loss = 0.35 + 2.1 * math.exp(-7 * done) + luck.gauss(0, 0.06)
+        loss = 0.35 + 2.1 * math.exp(-7 * done) + draws.gauss(0, 0.06)
         logged.append({"step": step, "epoch": 2 * done, "loss": loss, "learning_rate": rate,
-                       "grad_norm": 0.8 + 2 * math.exp(-5 * done) + abs(luck.gauss(0, 0.2)),
-                       "tokens_per_second": luck.gauss(326, 7)})  # fmt: skip
+                       "grad_norm": 0.8 + 2 * math.exp(-5 * done) + abs(draws.gauss(0, 0.2)),
+                       "tokens_per_second": draws.gauss(326, 7)})  # fmt: skip
         if step % 40 == 0:
             logged.append({"step": step, "epoch": 2 * done, "eval_loss": 0.5 + 1.6 * math.exp(-6 * done)})
     return logged
@@ -220,7 +220,7 @@ def run_record(steps: int = 240) -> dict[str, Any]:
 
 
 def spending() -> dict[str, Any]:
-    """What run.json holds of a run that was preempted once, restarted, and stopped at its budget."""
+    """The keys of run.json for a run that was preempted once, restarted, and stopped at its budget."""
     usd_per_hour = {"spot": 1.68, "on-demand": 3.78}
     ends = [
         (0, 2310, "spot", 3.21, "preempted"),

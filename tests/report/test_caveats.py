@@ -1,4 +1,4 @@
-"""What weakens a result is said beside it."""
+"""Everything that weakens a result is reported as a caveat."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_finished_run_with_many_questions_has_no_caveat(run_dir: Path) -> None
         ({"data": {"counts": {"test": 1034}, "manifest_sha256": "6f1e" * 16}}, {}, "600 of the 1034"),
         ({}, {"data_manifest_sha256": "0" * 64}, "leaks are possible"),
         ({}, {"prompt_version": "2"}, "another prompt version"),
-        ({}, {"split": "val"}, "of the val split, not of the test split"),
+        ({}, {"split": "val"}, "from the val split, not from the test split"),
     ],
 )
 def test_what_weakens_the_result_becomes_a_caveat(
@@ -64,8 +64,8 @@ def test_questions_whose_gold_query_fails_are_a_caveat(run_dir: Path) -> None:
     assert caveats(run_dir) == "Gold queries that failed: 1; these questions count as wrong."
 
 
-def test_answers_that_do_not_add_up_to_the_scores_are_a_caveat(run_dir: Path) -> None:
+def test_answers_that_do_not_match_the_scores_are_a_caveat(run_dir: Path) -> None:
     ask(run_dir)
     path = run_dir / "eval" / "tuned.jsonl"
     path.write_text(path.read_text().replace('"correct"', '"wrong_rows"', 1))
-    assert caveats(run_dir) == "The single answers (tuned) do not add up to eval.json: evaluate again."
+    assert caveats(run_dir) == "The recorded answers (tuned) do not match the counts in eval.json: evaluate again."

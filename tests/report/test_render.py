@@ -1,4 +1,4 @@
-"""What `finetune report` promises: true figures, one file that opens offline, text that stays text."""
+"""`finetune report`: its figures match the run, the page works offline, and untrusted text is escaped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVIL = "<script>alert('x')</script>\n# Heading\n```\n| [link](javascript:x) & \"
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a finished, evaluated run; tests only read it."""
+    """The report of a finished, evaluated run, which tests must not change."""
     run_dir = build_run(tmp_path_factory.mktemp("report") / "demo")
     report_render.write_report(run_dir)
     return run_dir
@@ -105,11 +105,11 @@ def test_ids_are_unique_over_all_plots_and_every_reference_has_its_target(full: 
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 6
     assert len(ids) == len(set(ids)) > 100
     html = (full / "report.html").read_text(encoding="utf-8")
-    wanted = {link[1:] for link in page.values("xlink:href")} | set(re.findall(r"url\(#([^)]+)\)", html))
-    assert wanted and wanted <= set(ids)
+    targets = {link[1:] for link in page.values("xlink:href")} | set(re.findall(r"url\(#([^)]+)\)", html))
+    assert targets and targets <= set(ids)
 
 
-def test_every_plot_has_a_text_for_those_who_cannot_see_it(page: Page) -> None:
+def test_every_plot_has_a_text_alternative(page: Page) -> None:
     labels = [attrs.get("aria-label") or "" for tag, attrs in page.tags if tag == "svg"]
     assert all(attrs.get("role") == "img" for tag, attrs in page.tags if tag == "svg")
     assert "training 2.34 to 0.316, validation 1.09 to 0.504" in labels[0]
@@ -128,7 +128,7 @@ def test_every_colour_of_the_plots_is_defined_for_light_and_for_dark(full: Path)
     assert not re.search(r"#[0-9a-f]{6}\b", svgs)
 
 
-def test_untrusted_text_stays_text(run_dir: Path) -> None:
+def test_untrusted_text_is_escaped(run_dir: Path) -> None:
     base, tuned = rows(12)
     for row in base + tuned:
         row |= dict.fromkeys(("question", "gold", "prediction", "answer", "db_id", "difficulty"), EVIL)
@@ -162,10 +162,10 @@ def fail_at_once(run_dir: Path) -> None:
         (lambda run: (run / "eval.json").unlink(), "accuracy is unknown. To measure it: finetune evaluate "),
         (lambda run: write_evaluation(run, base=None, tuned=rows(150)[1]), "so the gain is unknown."),
         (lambda run: write_evaluation(run, base=rows(150)[0], tuned=None), "The base model answers 7 of 150"),
-        (remove_answers, "No answers at hand."),
+        (remove_answers, "No answers available."),
         (
             lambda run: change(run / "run.json", history=[]),
-            "Few questions: each of the 150 weighs 0.7 points.",
+            "Few questions: each of the 150 is worth 0.7 points.",
         ),
         (lambda run: change(run / "run.json", status="interrupted"), "was interrupted after 240 of 240"),
         (fail_at_once, "The run failed: its training is not complete."),
@@ -186,7 +186,7 @@ def test_without_history_each_plot_says_that_nothing_was_logged(run_dir: Path) -
     assert "No loss was logged." in html and html.count("Nothing was logged.") == 3
 
 
-def test_figures_that_are_no_numbers_become_null(run_dir: Path) -> None:
+def test_figures_that_are_not_numbers_become_null(run_dir: Path) -> None:
     change(run_dir / "run.json", tokens_per_second=float("nan"), wall_seconds=None, peak_memory_gib=None)
     summary = report_render.summarise(read_run(run_dir))
     assert [summary[key] for key in ("tokens_per_second", "minutes", "peak_memory_gib")] == [None] * 3
@@ -202,7 +202,7 @@ def test_figures_that_are_no_numbers_become_null(run_dir: Path) -> None:
             "eval.json",
             '{"models": {"tuned": {"questions": 5, "correct": 1}}}',
             "report.bad_input",
-            r"tuned lacks execution_accuracy",
+            r"tuned lacks the number execution_accuracy",
         ),
         (
             "eval/tuned.jsonl",
@@ -214,7 +214,7 @@ def test_figures_that_are_no_numbers_become_null(run_dir: Path) -> None:
             "eval/base.jsonl",
             "17",
             "report.bad_input",
-            r"base\.jsonl:1: no answer with id and verdict; run `finetune evaluate",
+            r"base\.jsonl:1: not an answer with id and verdict; run `finetune evaluate",
         ),
     ],
 )
@@ -266,7 +266,7 @@ def test_the_paired_interval_is_that_of_agresti_and_min() -> None:
     assert statistics.paired_interval(0, 41, 150) == pytest.approx((-high, -low))
 
 
-def test_a_gain_that_chance_may_explain_is_called_so(run_dir: Path) -> None:
+def test_a_gain_that_chance_may_explain_is_reported_as_such(run_dir: Path) -> None:
     assert "Chance alone hardly explains" in report_render.significance(read_run(run_dir))[2]
     change(run_dir / "eval.json", gain={"won": 6, "lost": 3, "both": 40, "neither": 101})
     sentences = report_render.significance(read_run(run_dir))

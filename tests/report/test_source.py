@@ -1,4 +1,4 @@
-"""What the report reads is checked first: a broken eval.json or run.json is one clear line, never a traceback."""
+"""The report's input is checked first: a broken eval.json or run.json gives a one-line error, never a traceback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_dir(tmp_path: Path) -> Path:
     return build_run(tmp_path / "demo")
 
 
-def spoil(path: tuple[str, ...], value: Any) -> Callable[[dict[str, Any]], None]:
+def broken(path: tuple[str, ...], value: Any) -> Callable[[dict[str, Any]], None]:
     def change(record: dict[str, Any]) -> None:
         for key in path[:-1]:
             record = record[key]
@@ -39,29 +39,29 @@ def spoil(path: tuple[str, ...], value: Any) -> Callable[[dict[str, Any]], None]
     [
         (("models",), [1, 2], "models: expected an object"),
         (("models",), "tuned", "models: expected an object"),
-        (("models", "tuned"), 7, "models.tuned is no object"),
-        (("models", "base"), [], "models.base is no object"),
-        (("models", "tuned", "correct"), None, "models.tuned lacks correct, a count"),
-        (("models", "tuned", "correct"), "50", "models.tuned lacks correct, a count"),
-        (("models", "tuned", "questions"), -1, "models.tuned lacks questions, a count"),
-        (("models", "base", "execution_accuracy"), "high", "models.base lacks execution_accuracy, a number"),
+        (("models", "tuned"), 7, "models.tuned is not an object"),
+        (("models", "base"), [], "models.base is not an object"),
+        (("models", "tuned", "correct"), None, "models.tuned lacks the count correct"),
+        (("models", "tuned", "correct"), "50", "models.tuned lacks the count correct"),
+        (("models", "tuned", "questions"), -1, "models.tuned lacks the count questions"),
+        (("models", "base", "execution_accuracy"), "high", "models.base lacks the number execution_accuracy"),
         (("models", "base", "execution_accuracy_interval95"), [0.1], "execution_accuracy_interval95"),
         (("models", "base", "execution_accuracy_interval95"), 0.1, "execution_accuracy_interval95"),
-        (("models", "tuned", "by_difficulty"), [1], "by_difficulty that is no object"),
-        (("models", "tuned", "by_difficulty", "easy"), 3, "by_difficulty of which easy is no object"),
-        (("models", "tuned", "by_database", "school", "questions"), None, "school lacks questions, a count"),
-        (("models", "tuned", "verdicts"), [1], "verdicts that are no object"),
-        (("models", "tuned", "verdicts", "correct"), "many", "verdicts of which one lacks correct, a count"),
-        (("gain",), [1, 2], "gain is no object"),
-        (("gain", "neither"), None, "gain lacks neither, a count"),
-        (("gain", "won"), 1.5, "gain lacks won, a count"),
+        (("models", "tuned", "by_difficulty"), [1], "by_difficulty that is not an object"),
+        (("models", "tuned", "by_difficulty", "easy"), 3, "by_difficulty object in which easy is not an object"),
+        (("models", "tuned", "by_database", "school", "questions"), None, "school lacks the count questions"),
+        (("models", "tuned", "verdicts"), [1], "verdicts that are not an object"),
+        (("models", "tuned", "verdicts", "correct"), "many", "verdicts object that lacks the count correct"),
+        (("gain",), [1, 2], "gain is not an object"),
+        (("gain", "neither"), None, "gain lacks the count neither"),
+        (("gain", "won"), 1.5, "gain lacks the count won"),
     ],
 )
 def test_an_evaluation_of_a_broken_shape_is_one_line_and_no_report(
     run_dir: Path, path: tuple[str, ...], value: Any, said: str
 ) -> None:
     record = json.loads((run_dir / "eval.json").read_text())
-    spoil(path, value)(record)
+    broken(path, value)(record)
     write(run_dir / "eval.json", record)
     with raises("report.bad_input") as caught:
         write_report(run_dir)
@@ -101,7 +101,7 @@ MEMORY = {
 
 
 def pages(run_dir: Path) -> tuple[str, str]:
-    """The visible text of the HTML report, and the Markdown one."""
+    """The visible text of the HTML report, and the Markdown report."""
     html, markdown = ((run_dir / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     return Page(html).text, markdown
 
@@ -111,8 +111,8 @@ def test_estimated_and_measured_memory_stand_side_by_side(tmp_path: Path) -> Non
     write_report(run_dir)
     html, markdown = pages(run_dir)
     for what, figures in (
-        ("Peak, given out", "36.45 GiB estimated, 36.32 GiB measured (+0.4%)"),
-        ("Peak, held by torch", "37.10 GiB estimated, 36.45 GiB measured (+1.8%)"),
+        ("Peak allocated", "36.45 GiB estimated, 36.32 GiB measured (+0.4%)"),
+        ("Peak reserved by torch", "37.10 GiB estimated, 36.45 GiB measured (+1.8%)"),
     ):
         assert what in html and figures in html
         assert f"- {what}: {figures}\n" in markdown
@@ -122,16 +122,16 @@ def test_estimated_and_measured_memory_stand_side_by_side(tmp_path: Path) -> Non
 def test_without_both_there_is_no_comparison(memory: Any, tmp_path: Path) -> None:
     run_dir = build_run(tmp_path / "cpu", memory=memory)
     write_report(run_dir)
-    assert all("given out" not in text and "Memory of the GPU" not in text for text in pages(run_dir))
+    assert all("Peak allocated" not in text and "GPU memory, estimated" not in text for text in pages(run_dir))
 
 
 def table(html: str) -> list[list[str]]:
-    """The cells of the table of attempts."""
-    section = html[html.index("Attempts and spending") : html.index("Run record")]
+    """The cells of the attempts table."""
+    section = html[html.index("Attempts and budget") : html.index("Run record")]
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)][1:]
 
 
-def test_every_attempt_has_a_row_and_the_sum_stands_against_its_ceiling(tmp_path: Path) -> None:
+def test_every_attempt_has_a_row_and_the_total_is_shown_with_its_ceiling(tmp_path: Path) -> None:
     run_dir = build_run(tmp_path / "spot", **spending())
     write_report(run_dir)
     zone = "us-central1-b"
@@ -159,10 +159,10 @@ def test_every_attempt_has_a_row_and_the_sum_stands_against_its_ceiling(tmp_path
 def test_a_run_that_recorded_no_attempts_has_no_such_section(tmp_path: Path, values: Any) -> None:
     run_dir = build_run(tmp_path / "old", **values)
     write_report(run_dir)
-    assert all("Attempts and spending" not in text and "Projected" not in text for text in pages(run_dir))
+    assert all("Attempts and budget" not in text and "Projected" not in text for text in pages(run_dir))
 
 
-def test_what_an_attempt_does_not_know_is_a_dash(tmp_path: Path) -> None:
+def test_unknown_values_of_an_attempt_are_dashes(tmp_path: Path) -> None:
     run_dir = build_run(
         tmp_path / "bare", attempt_log=[{"attempt": 1, "hours": float("nan"), "spot": None, "from_step": 0}]
     )
@@ -171,7 +171,7 @@ def test_what_an_attempt_does_not_know_is_a_dash(tmp_path: Path) -> None:
     assert "| 1 | – | – | – | 0 to – | – | – | – | – |" in pages(run_dir)[1]
 
 
-def test_an_end_that_holds_markup_stays_text(tmp_path: Path) -> None:
+def test_a_reason_that_contains_markup_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script> | *x*"
     run_dir = build_run(
         tmp_path / "evil", attempt_log=[{"attempt": 1, "reason": evil}], spending={"usd": 1.0, "basis": evil}

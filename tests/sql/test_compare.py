@@ -36,7 +36,7 @@ CASES = SHARED / "evaluator_cases.jsonl"
         ([(1, "a"), (2, "b")], [("a", 1), ("b", 2)], True, True, False, False),
         # the same values in each column, but not the same rows
         ([(1, "a"), (2, "b")], [(1, "b"), (2, "a")], False, False, False, False),
-        # a row too often
+        # a row repeated too often
         ([(1,), (1,)], [(1,)], False, False, False, True),
         ([(1,), (1,), (2,)], [(1,), (2,), (2,)], False, False, False, True),
         # another number of columns
@@ -79,8 +79,8 @@ def by_brute_force(gold: list[Row], predicted: list[Row], ordered: bool) -> bool
 
 @st.composite
 def pairs_of_results(draw: st.DrawFn) -> tuple[list[Row], list[Row]]:
-    """Results with few different values, so that many columns look alike; the second is often the first in
-    another order, and sometimes with two values of one column exchanged, which no count of values shows."""
+    """Results with few different values, so that many columns look alike. The second is often the first in another order,
+    sometimes with two values of one column exchanged, which leaves the count of each value unchanged."""
     width = draw(st.integers(1, 5))
     values: list[Hashable] = draw(st.sampled_from([[0, 1], [0, 1.0, "1", None, b"1"]]))
     value = st.sampled_from(values)
@@ -120,7 +120,7 @@ def test_twenty_columns_and_ten_thousand_rows_take_a_second(different_values: in
     equal = in_another_order(gold, chance)
     first, second = list(equal[0]), list(next(row for row in equal if row[0] != equal[0][0]))
     wrong = [row for row in equal if row not in (tuple(first), tuple(second))]
-    first[0], second[0] = second[0], first[0]  # every column still holds the same values as often
+    first[0], second[0] = second[0], first[0]  # every column still holds each value equally often
     wrong += [tuple(first), tuple(second)] + [(-1,) * 20] * (len(equal) - len(wrong) - 2)
     started = time.monotonic()
     assert results_equal(gold, equal, ordered=False, rule="test_suite")
@@ -135,7 +135,7 @@ def test_columns_that_all_look_alike_do_not_blow_up() -> None:
     twins: list[Row] = [(number % 2,) * 20 for number in range(100)]
     for rows in (one_hot, list[Row](bits), twins):
         assert results_equal(rows, in_another_order(rows, chance), ordered=False, rule="test_suite")
-    # In both, any nine columns hold every pattern of bits equally often.
+    # In both results, any nine columns contain every bit pattern equally often.
     even = [(*row, sum(row) % 2) for row in bits]
     part = [(*row, sum(row[:9]) % 2) for row in bits]
     started = time.monotonic()
@@ -173,7 +173,7 @@ def test_gold_of_another_dialect_is_read_in_it() -> None:
     assert gold_is_ordered("SELECT TOP 3 [a] FROM [t] ORDER BY [a]", "tsql")
 
 
-def test_the_test_suites_repairs_are_made() -> None:
+def test_queries_are_repaired_as_the_test_suite_does() -> None:
     sql = "SELECT DISTINCT a FROM t WHERE b > = 1 AND c ! = YEAR ( CURDATE() ) AND d < = 'distinct'"
     assert as_test_suite_runs_it(sql) == "SELECT DISTINCT a FROM t WHERE b >= 1 AND c != 2020AND d <= 'distinct'"
     assert "DISTINCT" not in as_test_suite_runs_it(sql, keep_distinct=False)

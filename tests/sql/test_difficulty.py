@@ -1,9 +1,9 @@
 """Syntax, and Spider's hardness rule.
 
-The labels of LABELLED were worked out by a second program, written apart from ours, that parses as Spider's
-script does (process_sql.py) and applies its `eval_hardness`. On the 6,778 Spider queries at hand that it can
-parse, both programs give the same label 6,776 times. In the other two (one query, twice) Spider's parser loses
-the right side of an OR between columns.
+The labels of LABELLED were computed by a second, independent program that parses as Spider's script does
+(process_sql.py) and applies its `eval_hardness`. On the 6,778 available Spider queries that it can parse, both
+programs give the same label 6,776 times. In the other two (one query, twice) Spider's parser loses the right
+side of an OR between columns.
 """
 
 import json
@@ -24,7 +24,7 @@ LABELLED = [
     ("SELECT DISTINCT port FROM trip", "easy"),
     ("SELECT port FROM trip GROUP BY port HAVING count(*) > 3", "easy"),
     ("SELECT port FROM trip GROUP BY port HAVING count(*) BETWEEN 2 AND 3", "easy"),
-    # a query in FROM counts for nothing
+    # a query in FROM is not counted
     ("SELECT count(*) FROM (SELECT port FROM trip WHERE tons > 3 GROUP BY port)", "easy"),
     ("SELECT name, year FROM ship", "medium"),
     ("SELECT max(tons), min(tons) FROM trip", "medium"),
@@ -41,7 +41,7 @@ LABELLED = [
     ("SELECT name FROM ship UNION SELECT port FROM trip WHERE tons > 3 AND tons < 9", "hard"),
     ("SELECT name FROM ship WHERE year > (SELECT avg(year) FROM ship)", "hard"),
     ("SELECT name FROM ship WHERE name LIKE 'A%' OR year = 1990", "hard"),
-    # NOT counts as an aggregate: two of them, and the nested query is no longer alone
+    # NOT counts as an aggregate; two of them add to the nested query
     ("SELECT count(*) FROM ship WHERE id NOT IN (SELECT ship_id FROM trip)", "extra"),
     # each AND in HAVING counts as an aggregate
     ("SELECT port FROM trip GROUP BY port HAVING count(*) > 2 AND sum(tons) > 3 AND avg(tons) > 9", "medium"),
@@ -71,7 +71,7 @@ def test_labels_are_those_of_spiders_rule(sql: str, label: str) -> None:
         ("VALUES (1)", "easy"),
     ],
 )
-def test_what_spider_has_not_has_a_label_too(sql: str, label: str) -> None:
+def test_syntax_that_spider_does_not_use_has_a_label_too(sql: str, label: str) -> None:
     assert difficulty(sql) == label
 
 
@@ -79,7 +79,7 @@ def test_labels_read_the_dialect() -> None:
     assert difficulty("SELECT TOP 1 [name] FROM [ship] ORDER BY [year]", "tsql") == "medium"
 
 
-def test_spider_falls_into_the_four_labels_as_the_second_program_counts_them() -> None:
+def test_label_counts_on_spider_match_the_second_program() -> None:
     if not SPIDER.exists():
         pytest.skip(f"{SPIDER} is not at hand")
     counted = {

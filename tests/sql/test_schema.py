@@ -1,4 +1,4 @@
-"""Schemas: read from databases, written as DDL, read back, shortened."""
+"""Schemas: read from databases, written as DDL, read back, and rendered compactly."""
 
 import json
 import sqlite3
@@ -57,7 +57,7 @@ def columns_by_table(path: Path) -> dict[str, list[Any]]:
 # From a database to DDL and back ----------------------------------------------------------------------------
 
 
-def test_ddl_is_one_table_a_line_in_order_of_creation_without_comments_and_spare_blanks(
+def test_ddl_is_one_table_a_line_in_order_of_creation_without_comments_and_extra_spaces(
     tmp_path: Path,
 ) -> None:
     script = (
@@ -78,7 +78,7 @@ def test_ddl_is_one_table_a_line_in_order_of_creation_without_comments_and_spare
     ]
 
 
-def test_every_spider_database_survives_the_way_to_ddl_and_back(tmp_path: Path) -> None:
+def test_every_spider_database_survives_the_round_trip_through_ddl(tmp_path: Path) -> None:
     databases = spider_databases()
     for number, path in enumerate(databases):
         copy = tmp_path / f"{number}.sqlite"
@@ -160,7 +160,7 @@ def test_odd_ddl_is_read(ddl: str, columns: str) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["sqlite", "mysql", "postgres"])
-def test_keys_in_all_their_spellings(dialect: str) -> None:
+def test_keys_in_every_notation(dialect: str) -> None:
     tables = parse_ddl(
         """
         CREATE TABLE Ship (Id int PRIMARY KEY, name text);
@@ -337,7 +337,7 @@ def test_a_bad_script_names_file_and_statement_and_leaves_nothing(
 def test_an_existing_file_is_not_replaced(tmp_path: Path) -> None:
     path = made(tmp_path, SHOP)
     before = path.read_bytes()
-    with raises("sql.database_exists", match=r"made\.sqlite: exists already"):
+    with raises("sql.database_exists", match=r"made\.sqlite: already exists"):
         create_database(SHOP, path)
     with raises("disk.error", match="cannot be written"):
         create_database(SHOP, tmp_path / "no such folder" / "shop.sqlite")

@@ -1,8 +1,8 @@
-"""The FlashAttention-2 kernel inside torch under the names that Unsloth imports from the package flash_attn.
+"""torch's FlashAttention-2 kernel under the names that Unsloth imports from the package flash_attn.
 
-For machines without that package: it comes as source alone and takes an hour to compile. The kernel is the same; what the
-package has beyond it (soft-capped scores, caches, ALiBi) is not offered, hence a version below 2.6.3, where Unsloth would ask
-for it. On a path of its own, so that nothing but benchmarks/throughput_unsloth.py finds it.
+For machines without that package, which is distributed as source only and takes an hour to compile. The kernel is the same; the
+package's other features (soft-capped scores, caches, ALiBi) are not provided, hence a version below 2.6.3, from which on Unsloth
+would use them. The shim has its own path entry, so that only benchmarks/throughput_unsloth.py finds it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor | None, bounds_k: Tensor | None, longest_q: int, longest_k: int,
     dropout: float, scale: float | None, causal: bool, window: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """torch knows the kernel's gradient. A side of the window below 0 has no limit; torch writes that None."""
+    """torch provides the kernel's gradient. A window side below 0 means unlimited, which torch expresses as None."""
     left, right = (None if side < 0 else side for side in window)
     out: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, False, scale=scale,

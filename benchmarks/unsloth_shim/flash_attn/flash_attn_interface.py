@@ -1,4 +1,4 @@
-"""Unsloth takes the presence of this module for a working FlashAttention-2."""
+"""Unsloth considers FlashAttention-2 available if this module exists."""
 
 from __future__ import annotations
 

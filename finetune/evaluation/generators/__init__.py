@@ -1,1 +1,1 @@
-"""Who turns prompts into answers, one file a generator."""
+"""Answer generators, which turn prompts into answers; one file each."""

@@ -1,4 +1,4 @@
-"""What an answer generator is to `evaluate` and `generate`: it loads the model of a config, with a run's adapter, and turns
+"""The interface of an answer generator for `evaluate` and `generate`: it loads a config's model with a run's adapter and turns
 prompts into answers. finetune/evaluation/generators/registry.py lists the generators."""
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Answer(NamedTuple):
 
 
 class LoadedModel(Protocol):
-    """A base model in memory, with the adapter that it was loaded with, if any."""
+    """A base model in memory, with the adapter it was loaded with, if any."""
 
     @property
     def dtype_name(self) -> str:
-        """Of the computation, for example bfloat16."""
+        """The dtype of the computation, for example bfloat16."""
         ...
 
     def answers(
@@ -37,22 +37,22 @@ class LoadedModel(Protocol):
     ) -> list[Answer]:
         """The greedy answer to every prompt, in the prompts' order, of at most `max_new_tokens` tokens.
 
-        tuned: with the adapter, or as the base model. batch_size: prompts at once. UserError where memory is too small.
+        tuned: whether to use the adapter. batch_size: prompts per batch. Raises UserError if memory is too small.
         """
         ...
 
 
 class Generator(Protocol):
-    """How a model is loaded and asked."""
+    """Loads models and generates answers with them."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def version(self) -> str:
-        """Of the software that computes the answers: another one may answer otherwise."""
+        """The version of the software that computes the answers; another version may answer differently."""
         ...
 
     def load(self, config: RunConfig, adapter: Path | None) -> LoadedModel:
-        """The config's model, with the adapter in this folder. UserError for weights or an adapter that do not load."""
+        """The config's model with the adapter of this folder. Raises UserError for weights or an adapter that do not load."""
         ...

@@ -1,4 +1,4 @@
-"""Greedy answers by transformers, in batches: the same code for evaluation, for the base model and for `generate`."""
+"""Greedy decoding with transformers, in batches: the same code for the base model, the tuned model and `generate`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class HfGenerator:
 
 
 class HfModel:
-    """A model of transformers, perhaps with PEFT's adapters, and its tokenizer: see `LoadedModel`."""
+    """A transformers model, possibly with PEFT adapters, and its tokenizer: see `LoadedModel`."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, device: Device) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -71,7 +71,7 @@ class HfModel:
 
 
 class AnswersComplete(StoppingCriteria):
-    """Ends each row of a batch as soon as nothing that follows could change the SQL in it."""
+    """Ends each row of a batch as soon as no further token could change the SQL in it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> None:
         self._tokenizer, self._prompt_tokens = tokenizer, prompt_tokens
@@ -101,7 +101,8 @@ def generate_answers(
 ) -> list[tuple[str, int]]:
     """(answer, number of new tokens without the end-of-text token) for every prompt, in the prompts' order.
 
-    Prompts of similar length share a batch, longest first, so that GPU memory runs out at once, as a UserError, or never.
+    Prompts of similar length share a batch, longest first, so that if GPU memory does not suffice, the UserError comes with
+    the first batch.
     """
     encoded = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
@@ -128,7 +129,7 @@ def generate_answers(
 
 @torch.inference_mode()
 def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Any, max_new_tokens: int) -> torch.Tensor:
-    """New token ids, (rows, at most max_new_tokens)."""
+    """New token ids, shape (rows, at most max_new_tokens)."""
     width = batch["input_ids"].shape[1]
     output: torch.Tensor = model.generate(
         **batch,
@@ -148,7 +149,7 @@ def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Any, max_new_
 
 
 def _until_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The answer's own tokens: up to the end-of-text token, without the padding of rows that ended early."""
+    """The tokens of the answer: up to the end-of-text token, and without the padding of rows that ended early."""
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     while ids and ids[-1] == tokenizer.pad_token_id:

@@ -1,4 +1,4 @@
-"""The answer generators by name. A new one is a module here and an entry in GENERATORS: docs/extending.md."""
+"""The answer generators by name. To add one, write a module here and add it to GENERATORS: docs/extending.md."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Who runs SQL that nobody trusts, one file an engine."""
+"""SQL engines, which run untrusted SQL; one file each."""

@@ -1,4 +1,4 @@
-"""The SQL engines by dialect. A new one is a module here and an entry in ENGINES: docs/extending.md."""
+"""The SQL engines by dialect. To add one, write a module here and add it to ENGINES: docs/extending.md."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,20 +13,20 @@ ENGINES: dict[str, Engine] = {DEFAULT: SqliteEngine()}
 
 
 def engine_for(dialect: str) -> Engine | None:
-    """The engine that runs a dialect; None where there is none, and SQL of that dialect is parsed and never run."""
+    """The engine that runs a dialect. None if there is none; SQL of that dialect is then only parsed, never run."""
     return ENGINES.get(dialect)
 
 
 def engine_of_file(database: Path) -> Engine:
-    """The engine whose databases have this file's suffix, by default SQLite: its files have all kinds of names."""
+    """The engine whose databases have this file's suffix; SQLite for any other suffix, because its files use many."""
     by_suffix = {engine.suffix: engine for engine in ENGINES.values()}
     return by_suffix.get(database.suffix.lower(), ENGINES[DEFAULT])
 
 
 @contextmanager
 def open_sessions() -> Iterator[Callable[[str], Session]]:
-    """A function from a dialect that has an engine to its session: each is opened when it is first asked for, and all are
-    closed at the end of the `with` statement."""
+    """A function that returns the session of a dialect, which must have an engine. Each session is opened on first use, and
+    all are closed at the end of the `with` statement."""
     with ExitStack() as stack:
 
         @functools.cache

@@ -1,23 +1,22 @@
-"""Runs SQL that nobody has read, written by a model, against a SQLite file, and gives back rows or a reason.
+"""Runs untrusted, model-written SQL against a SQLite file, and returns rows or an error.
 
-One query costs about a millisecond, because one worker process (`sql/engines/sqlite_worker.py`) serves them all; it is
-started again after it had to be killed. The promises, each held by a test:
+One query costs about a millisecond, because all queries share one worker process (`sql/engines/sqlite_worker.py`), which is
+restarted after it had to be killed. The guarantees, each covered by a test:
 
-- The file is opened read-only, and an authorizer lets a statement do nothing but read: no writes, no ATTACH
-  (which creates files), TEMP tables, transactions, PRAGMA (also not as a table), VACUUM INTO or
-  load_extension. One statement.
-- Time: the parent kills the worker when `timeout_seconds` of wall-clock time are over. Nothing inside the
-  worker could do that during one heavy function call. A CPU limit ends the worker too.
-- Memory: RLIMIT_AS on the worker, and no text or BLOB longer than the result may be. Results are capped in
-  rows and bytes. RLIMIT_FSIZE is 0, few files may be open, there are no core dumps.
-- The worker runs isolated (`python -I -S`), in a session of its own, in `/`, without the parent's
-  environment, and ends when the parent ends, however it ends. Each query gets a fresh connection: none sees
-  what another did.
+- The file is opened read-only, and an authorizer allows a statement only to read: no writes, no ATTACH (which creates
+  files), TEMP tables, transactions, PRAGMA (also not as a table-valued function), VACUUM INTO or load_extension. Only one
+  statement runs.
+- Time: the parent kills the worker after `timeout_seconds` of wall-clock time, because nothing inside the worker could
+  interrupt a single long function call. A CPU limit ends the worker too.
+- Memory: RLIMIT_AS limits the worker, and no text or BLOB may exceed the size limit of a result. Results are limited in
+  rows and bytes. RLIMIT_FSIZE is 0, few files may be open, and there are no core dumps.
+- The worker runs isolated (`python -I -S`), in its own session, in `/`, without the parent's environment, and ends
+  when the parent ends, for whatever reason. Each query gets a fresh connection, so none can affect another.
 
-NOT covered: a flaw in SQLite itself that runs foreign code (no seccomp, no namespaces, no other user: such
-code could read this user's files and reach the network); what the query reads (all of the database, its
-schema table included); random() and date('now'), which make results differ from run to run; the load of one
-core until the timeout; RLIMIT_AS on macOS, which does not honour it; Windows.
+NOT covered: a vulnerability in SQLite itself that executes arbitrary code (there is no seccomp, no namespace and no other
+user, so such code could read this user's files and reach the network); what the query reads (all of the database, its
+schema table included); random() and date('now'), which make results differ between runs; the load of one core until the
+timeout; RLIMIT_AS on macOS, which does not honour it; Windows.
 """
 
 import json
@@ -52,9 +51,9 @@ class SqliteEngine:
 
     def check(self, database: Path) -> None:
         log = database.with_name(f"{database.name}-wal")
-        if log.exists() and log.stat().st_size:  # a copy of the file alone would be another database
+        if log.exists() and log.stat().st_size:  # a copy of the file alone would lack these changes
             raise UserError(
-                f"{database}: has changes that only stand in {log.name}; close the program that writes to it",
+                f"{database}: some changes are only in {log.name} so far; close the program that writes to the database",
                 code="sql.database_in_use",
             )
 
@@ -69,7 +68,7 @@ class SqlSandbox:
     """Runs queries one after the other in a worker process. Use it in a `with` statement, from one thread."""
 
     def __init__(self, *, memory_bytes: int = MEMORY_BYTES, max_result_bytes: int = RESULT_BYTES) -> None:
-        """`memory_bytes`: the worker's address space. `max_result_bytes`: a result as JSON, and any value."""
+        """memory_bytes: limit of the worker's address space. max_result_bytes: limit of a result as JSON, and of any value."""
         self._limits = {"memory_bytes": memory_bytes, "max_result_bytes": max_result_bytes}
         self._worker: subprocess.Popen[bytes] | None = None
 
@@ -82,7 +81,7 @@ class SqlSandbox:
         self.close()
 
     def close(self) -> None:
-        """End the worker. The next `run` would start another one."""
+        """End the worker. The next `run` starts a new one."""
         if self._worker is None:
             return
         self._worker.kill()
@@ -101,16 +100,15 @@ class SqlSandbox:
         *,
         double_quoted_text: bool = True,
     ) -> QueryResult:
-        """Run one query on one SQLite file; the next query may name another file.
+        """Run one query on one SQLite file; the next query may use another file.
 
-        Whatever the query does wrong comes back as an error in the result. A file that is missing, no SQLite
-        file or damaged raises UserError: that is not the query's fault.
+        Any failure of the query is returned as an error in the result. A file that is missing, corrupt or not a SQLite
+        file raises UserError, because that is not the query's fault.
 
-        SQLite reads "France" as the text 'France' when there is no such column. Spider's gold queries and the
-        published scores rely on that, so it is on by default; but a misspelt column then is a constant and no
-        error, and count("nmae") counts rows. The result says whether it happened. With
-        `double_quoted_text=False` a double-quoted word is always a name, as in the SQL standard, and such a
-        query fails.
+        SQLite reads "France" as the text 'France' if there is no such column. Spider's gold queries and the published
+        scores rely on that, so it is on by default; but then a misspelt column is a constant instead of an error, and
+        count("nmae") counts rows. `QueryResult.double_quoted_text` reports it. With `double_quoted_text=False` a
+        double-quoted word is always a name, as in the SQL standard, and such a query fails.
         """
         names_only = double_quotes_as_names(sql)
         request = {
@@ -131,26 +129,26 @@ class SqlSandbox:
             return _failure("timeout", message, time.monotonic() - started)
         except (EOFError, BrokenPipeError):
             return self._died(time.monotonic() - started)
-        except BaseException:  # Ctrl-C: what is still under way must not be taken for the next query's answer
+        except BaseException:  # Ctrl-C: a pending answer must not be read as that of the next query
             self.close()
             raise
         seconds = time.monotonic() - started
         answer = json.loads(end)
         if answer.get("error_kind") == "bad_database":
             raise UserError(
-                f"{database}: damaged, or not a SQLite file ({answer['error']})", code="sql.database_corrupt"
+                f"{database}: corrupt, or not a SQLite file ({answer['error']})", code="sql.database_corrupt"
             )
         if "error" in answer:
             if answer["error_kind"] == "too_large":
-                self.close()  # memory was short; start afresh
+                self.close()  # memory ran short; use a fresh worker
             return _failure(answer["error_kind"], answer["error"], seconds)
         rows = [tuple(row) for row in json.loads(b"[" + b",".join(lines) + b"]", object_hook=_blob)]
         return QueryResult(rows, tuple(answer["columns"]), None, None, seconds, answer["double_quoted_text"])
 
     def _start(self) -> None:
         self.close()
-        environment = {"PATH": os.defpath, "MALLOC_ARENA_MAX": "1"}  # one arena: each reserves address space
-        if "LD_LIBRARY_PATH" in os.environ:  # some builds of Python find their own library by it
+        environment = {"PATH": os.defpath, "MALLOC_ARENA_MAX": "1"}  # one arena, because each reserves address space
+        if "LD_LIBRARY_PATH" in os.environ:  # some Python builds need it to find their own library
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self._worker = subprocess.Popen(
             [sys.executable, "-I", "-S", str(WORKER), json.dumps(self._limits)],
@@ -167,7 +165,7 @@ class SqlSandbox:
             self.close()
             memory = self._limits["memory_bytes"] >> 20
             raise UserError(
-                f"the SQL worker did not start with {memory} MiB of memory: give it more, and see that "
+                f"the SQL worker did not start with {memory} MiB of memory; give it more, and check that "
                 f"`{sys.executable} -c 'import sqlite3'` works",
                 code="sql.worker_failed",
             ) from None
@@ -175,7 +173,7 @@ class SqlSandbox:
     def _exchange(self, request: dict[str, Any] | None, deadline: float) -> list[bytes]:
         """Send the request, if any, and read the lines of the answer up to the JSON object that ends it.
 
-        Raises TimeoutError, or EOFError or BrokenPipeError when the worker is gone.
+        Raises TimeoutError after the deadline, and EOFError or BrokenPipeError if the worker has died.
         """
         assert self._worker is not None and self._worker.stdin is not None and self._worker.stdout is not None
         if request is not None:
@@ -205,9 +203,9 @@ class SqlSandbox:
 
 
 def ddl_of_database(path: Path) -> str:
-    """The CREATE TABLE statements of a SQLite file in order of creation, one a line, without comments.
+    """The CREATE TABLE statements of a SQLite file in order of creation, one per line, without comments.
 
-    Raises UserError for a file that is missing, damaged or no SQLite file, and for one without tables.
+    Raises UserError for a file that is missing, corrupt or not a SQLite file, and for one without tables.
     """
     uri = read_only_uri(path)
     try:
@@ -217,7 +215,7 @@ def ddl_of_database(path: Path) -> str:
                 r" WHERE type = 'table' AND name NOT LIKE 'sqlite\_%' ESCAPE '\' ORDER BY rowid"
             ).fetchall()
     except sqlite3.Error as error:
-        raise UserError(f"{path}: damaged, or not a SQLite file ({error})", code="sql.database_corrupt") from None
+        raise UserError(f"{path}: corrupt, or not a SQLite file ({error})", code="sql.database_corrupt") from None
     virtual = tuple(f"{name}_" for name, sql in found if sql.upper().startswith("CREATE VIRTUAL"))
     tables = [sql for name, sql in found if sql.upper().startswith("CREATE TABLE") and not name.startswith(virtual)]
     if not tables:
@@ -226,9 +224,9 @@ def ddl_of_database(path: Path) -> str:
 
 
 def read_only_uri(database: Path) -> str:
-    """The URI under which SQLite opens the file without writing to it; UserError when it is not SQLite's.
+    """The URI with which SQLite opens the file without writing to it. Raises UserError if it is not a SQLite file.
 
-    ``immutable`` spares locks and side files, but would overlook a write-ahead log or journal beside it.
+    ``immutable`` avoids locks and extra files, but would ignore a write-ahead log or journal beside the file.
     """
     check_sqlite_file(database)
     path = database.resolve()
@@ -237,11 +235,11 @@ def read_only_uri(database: Path) -> str:
 
 
 def check_sqlite_file(path: Path) -> None:
-    """Raise UserError, naming the file, unless it exists and begins as a SQLite file does."""
+    """Raise a UserError that names the file unless it exists and begins with SQLite's header."""
     if not path.exists():
         raise UserError(f"{path}: no such database file", code="sql.database_missing")
     if not path.is_file():
-        raise UserError(f"{path}: a SQLite file was expected, this is a folder", code="sql.database_missing")
+        raise UserError(f"{path}: expected a SQLite file, found a folder", code="sql.database_missing")
     try:
         with path.open("rb") as file:
             header = file.read(len(SQLITE_HEADER))

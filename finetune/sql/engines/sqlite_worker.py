@@ -1,8 +1,7 @@
 """The child process of `sqlite.SqlSandbox`: `python -I -S sql/engines/sqlite_worker.py LIMITS`. Standard library only.
 
-One JSON object a line comes in on stdin: uri, sql, names_only, timeout_seconds, max_rows. Out goes one JSON
-array per row, then one JSON object that ends the answer, with the columns or the error. BLOBs travel as
-{"blob": "<hex>"}.
+Reads one JSON object per line from stdin: uri, sql, names_only, timeout_seconds, max_rows. Writes one JSON array per row,
+then one JSON object that ends the answer, with the columns or the error. BLOBs are encoded as {"blob": "<hex>"}.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ ERROR_KINDS = {
 
 
 class TooLarge(Exception):
-    """The answer passed one of the caps."""
+    """The answer exceeds a size limit."""
 
 
 def main() -> None:
@@ -57,19 +56,19 @@ def main() -> None:
 
 
 def limit_resources(memory_bytes: int) -> None:
-    wanted = {
+    limits = {
         resource.RLIMIT_AS: memory_bytes,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: 16,
         resource.RLIMIT_CORE: 0,
     }
-    for which, value in wanted.items():
+    for which, value in limits.items():
         with contextlib.suppress(ValueError, OSError):  # macOS refuses RLIMIT_AS
             resource.setrlimit(which, (value, value))
 
 
 def allow_cpu_seconds(seconds: float) -> None:
-    """Move the CPU limit to what was used so far plus this query's time. SIGXCPU ends a stray worker."""
+    """Set the CPU limit to the time used so far plus this query's time. SIGXCPU ends a runaway worker."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = math.ceil(time.process_time() + seconds) + 1
     if hard != resource.RLIM_INFINITY:
@@ -78,7 +77,7 @@ def allow_cpu_seconds(seconds: float) -> None:
 
 
 def read_requests(requests: "queue.SimpleQueue[dict[str, Any]]") -> None:
-    """Runs in a thread of its own, so that the parent's end is this one's too, even amid a query."""
+    """Runs in its own thread, so that this process ends with its parent, even during a query."""
     for line in sys.stdin.buffer:
         requests.put(json.loads(line))
     os._exit(0)
@@ -113,12 +112,12 @@ def failure(kind: str, message: str) -> dict[str, Any]:
 
 
 def open_read_only(uri: str, denied: list[str], max_result_bytes: int) -> sqlite3.Connection:
-    """A fresh connection: nothing that a query does can reach the next one."""
+    """A fresh connection, so that no query can affect the next one."""
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, cached_statements=0)
     connection.text_factory = lambda raw: raw.decode("utf-8", "backslashreplace")
     connection.execute("PRAGMA temp_store = MEMORY")
     connection.execute("PRAGMA trusted_schema = OFF")
-    if sys.version_info >= (3, 12):  # some builds of SQLite have it off
+    if sys.version_info >= (3, 12):  # some builds of SQLite disable it
         connection.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, True)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max_result_bytes)
     connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
@@ -135,7 +134,7 @@ def open_read_only(uri: str, denied: list[str], max_result_bytes: int) -> sqlite
 
 
 def refused(action: int, first: str | None, second: str | None) -> str | None:
-    """What the statement tried and may not, or None. Codes: https://sqlite.org/c3ref/c_alter_table.html."""
+    """The forbidden action that the statement tried, or None. Codes: https://sqlite.org/c3ref/c_alter_table.html."""
     if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in FORBIDDEN_FUNCTIONS:
         return f"the function {second}"
     if action in READING:
@@ -143,7 +142,7 @@ def refused(action: int, first: str | None, second: str | None) -> str | None:
     if action == sqlite3.SQLITE_PRAGMA and first in PRAGMAS_OF_FULL_TEXT_SEARCH and second is None:
         return None
     if action in CHANGING and first in ("sqlite_master", "sqlite_temp_master"):
-        # SQLite announces this UPDATE, without making it, when a query opens json_each or a virtual table.
+        # SQLite reports this UPDATE to the authorizer, without executing it, when a query opens json_each or a virtual table.
         return None if action == sqlite3.SQLITE_UPDATE else "changing the schema"
     return ACTION_NAMES.get(action, "changing the schema")
 

@@ -1,4 +1,4 @@
-"""Greedy answers: in the prompts' order, untouched by padding, and ended where nothing more can matter."""
+"""Greedy answers come in the prompts' order, do not depend on padding, and end once the SQL is complete."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def ask(model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 3, tok
     )  # fmt: skip
 
 
-# whose answer it is
+# the order of answers
 
 
 class Echo:
-    """Stands in for a model: answers with the last words of its prompt, and keeps the batches that it was given."""
+    """A fake model that answers with the last words of its prompt and records the batches it was given."""
 
     device = torch.device("cpu")
 
@@ -103,7 +103,7 @@ def test_decoding_is_greedy_whatever_the_model_folder_says(model: Any, tokenizer
 
 
 def ids_of(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, batch_size: int) -> list[list[int]]:
-    """The very token ids of the answers to PROMPTS, in their order."""
+    """The exact token ids of the answers to PROMPTS, in their order."""
     marks: dict[str, list[int]] = {}
 
     def decode(ids: list[int], **_: Any) -> str:
@@ -139,7 +139,7 @@ def test_a_batch_of_one_and_a_batch_of_many_give_the_same_tokens(
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> Any:
-    """scripted([(prompt, answer tokens), ...]): the model will answer so, through the libraries' own decoding loop."""
+    """scripted([(prompt, answer tokens), ...]): makes the model answer so, through the library's own decoding loop."""
     counts = SimpleNamespace(passes=0)
     forward = model.forward
 
@@ -181,7 +181,7 @@ def test_each_answer_ends_at_its_own_end(scripted: Any, model: Any, tokenizer: A
     counts = scripted(script)
     answers = ask(model, tokenizer, [prompt for prompt, _ in script], batch_size=4, tokens=20)
     assert answers == [
-        ("SELECT name FROM item", len(name)),  # the end-of-text token is no token of the answer
+        ("SELECT name FROM item", len(name)),  # the end-of-text token does not count
         ("SELECT name FROM item WHERE id = 1;", len(name + more + semicolon)),
         ("SELECT name FROM item\n\n", len(name + gap)),
         (tokenizer.decode(cut_off), 20),

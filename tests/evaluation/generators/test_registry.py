@@ -1,4 +1,4 @@
-"""A second answer generator is one module and one entry of the registry: `evaluate` then scores what it answers."""
+"""A second answer generator takes one module and one registry entry: `evaluate` then scores its answers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_its_answers_are_scored_for_the_tuned_and_the_base_model(
     ]
 
 
-def test_its_base_score_is_kept_apart_from_other_generators_and_versions(
+def test_its_base_score_is_cached_separately_from_other_generators_and_versions(
     tiny_config: ConfigWriter, gold: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, toy, other = load_config(tiny_config()), DictGenerator(base=gold), DictGenerator(base={})
@@ -60,7 +60,7 @@ def test_its_base_score_is_kept_apart_from_other_generators_and_versions(
     for _ in range(2):
         assert evaluate_base(config, generator="dict", progress=False)["execution_accuracy"] == 1.0
         assert evaluate_base(config, generator="other", progress=False)["execution_accuracy"] == 0.0
-    assert toy.adapters == other.adapters == [None]  # loaded once, then kept
+    assert toy.adapters == other.adapters == [None]  # loaded once, then cached
     monkeypatch.setattr(toy, "version", "2")
     evaluate_base(config, generator="dict", progress=False)
     assert len(toy.adapters) == 2

@@ -1,4 +1,4 @@
-"""A second SQL engine is one module and one entry of the registry: data, evaluation and `generate` then run its dialect."""
+"""A second SQL engine takes one module and one registry entry: data, evaluation and `generate` then run its dialect."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_its_records_are_validated_with_schemas_and_gold_of_its_databases(tmp_pa
 
 
 def prepared(folder: Path) -> Any:
-    """Half of the records are of SQLite, half of the toy's dialect, each with a database of its own."""
+    """Half of the records are for SQLite, half for the toy engine, each half with its own database."""
     make_database(folder / "databases")
     make_json_database(folder / "databases", "stall")
     rows = [row(number, split=split) for number, split in enumerate(["train", "test"])]
@@ -74,7 +74,7 @@ def prepared(folder: Path) -> Any:
 
 
 @pytest.mark.usefixtures("json_engine")
-def test_predictions_are_judged_each_by_the_engine_of_its_dialect(tmp_path: Path) -> None:
+def test_each_prediction_is_run_by_the_engine_of_its_dialect(tmp_path: Path) -> None:
     data = prepared(tmp_path)
     (of_sqlite, of_toy) = sorted(data.records("test"), key=lambda record: record.db_id)
     files = [str(data.database(record).relative_to(data.folder)) for record in (of_sqlite, of_toy)]

@@ -1,4 +1,4 @@
-"""One hostile query, or more, for each promise that `finetune.sql.engines.sqlite` makes."""
+"""At least one hostile query for each guarantee listed in `finetune.sql.engines.sqlite`."""
 
 import os
 import resource
@@ -25,7 +25,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's li
 
 @pytest.fixture
 def database(tmp_path: Path) -> Path:
-    path = tmp_path / "film club #1?.sqlite"  # a name that a careless URI would cut off
+    path = tmp_path / "film club #1?.sqlite"  # characters that a URI has to escape
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE film (id INTEGER PRIMARY KEY, title TEXT, year INTEGER)")
         connection.execute("INSERT INTO film VALUES (1, 'Alien', 1979), (2, 'Brazil', 1985), (3, NULL, 1990)")
@@ -54,7 +54,7 @@ def is_running(pid: int) -> bool:
         return False
     except FileNotFoundError:  # no /proc on this system
         return True
-    return state != "Z"  # ended, but nobody has collected it
+    return state != "Z"  # a zombie counts as ended
 
 
 # What comes back --------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def test_rows_and_columns_come_back(sandbox: SqlSandbox, database: Path) -> None
     assert 0 < result.seconds < 5
 
 
-def test_every_type_of_value_survives_the_way(sandbox: SqlSandbox, database: Path) -> None:
+def test_every_type_of_value_survives_the_round_trip(sandbox: SqlSandbox, database: Path) -> None:
     sql = "SELECT NULL, 9223372036854775807, 0.1, 1e999, 'naïve\n{\"', x'00ff', '', x''"
     result = sandbox.run(database, sql, 5)
     assert result.rows == [(None, 2**63 - 1, 0.1, float("inf"), 'naïve\n{"', b"\x00\xff", "", b"")]
@@ -129,7 +129,7 @@ def test_several_databases_one_after_the_other(sandbox: SqlSandbox, database: Pa
         assert sandbox.run(database, "SELECT count(*) FROM film", 5).rows == [(3,)]
 
 
-# Reading and nothing else -----------------------------------------------------------------------------------
+# Read-only access -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_only_one_statement_runs(sandbox: SqlSandbox, database: Path) -> None:
     assert sandbox.run(database, "SELECT 1; -- that is all", 5).rows == [(1,)]
 
 
-def test_a_query_leaves_nothing_to_the_next_one(sandbox: SqlSandbox, database: Path) -> None:
+def test_a_query_does_not_affect_the_next_one(sandbox: SqlSandbox, database: Path) -> None:
     for sql in ("PRAGMA case_sensitive_like = ON", "CREATE TEMP TABLE film AS SELECT 1 AS title", "BEGIN"):
         sandbox.run(database, sql, 5)
     assert sandbox.run(database, "SELECT count(*) FROM film WHERE title LIKE 'aLIEN'", 5).rows == [(1,)]
@@ -200,7 +200,7 @@ def test_a_query_leaves_nothing_to_the_next_one(sandbox: SqlSandbox, database: P
     "sql",
     [
         ENDLESS,
-        # One call that never comes back to SQLite's own loop, where a progress handler would be asked:
+        # One call that does not return to SQLite's own loop, where a progress handler would be called:
         "SELECT instr(printf('%.*c', 1000000, 'a'), printf('%.*c', 500000, 'a') || 'b')",
     ],
     ids=["endless recursion", "one heavy function call"],
@@ -228,7 +228,7 @@ def test_the_wall_clock_ends_any_query(sandbox: SqlSandbox, database: Path, sql:
         ),
     ],
 )
-def test_a_memory_bomb_is_defused(database: Path, sql: str) -> None:
+def test_a_query_that_needs_too_much_memory_is_stopped(database: Path, sql: str) -> None:
     with SqlSandbox(memory_bytes=128 << 20, max_result_bytes=8 << 20) as sandbox:
         result = sandbox.run(database, sql, 10)
         assert result.error_kind == "too_large" and result.rows is None, result
@@ -250,7 +250,7 @@ def test_a_giant_result_is_cut_off(sandbox: SqlSandbox, database: Path) -> None:
 
 
 @linux_only
-def test_the_worker_has_nothing_of_the_parents_environment(
+def test_the_worker_does_not_inherit_the_parents_environment(
     sandbox: SqlSandbox, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -326,7 +326,7 @@ def test_the_worker_ends_when_its_parent_is_killed(database: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", script, str(database), ENDLESS], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    time.sleep(0.2)  # the endless query is under way
+    time.sleep(0.2)  # the endless query is running
     assert is_running(pid)
     parent.kill()
     parent.wait()
@@ -337,7 +337,7 @@ def test_the_worker_ends_when_its_parent_is_killed(database: Path) -> None:
     assert not is_running(pid)
 
 
-def test_a_query_costs_no_python_start(sandbox: SqlSandbox, database: Path) -> None:
+def test_a_query_does_not_start_a_python_process(sandbox: SqlSandbox, database: Path) -> None:
     sandbox.run(database, "SELECT 1", 5)
     pid = worker_pid(sandbox)
     seconds = sorted(sandbox.run(database, "SELECT title FROM film", 5).seconds for _ in range(50))
@@ -362,22 +362,22 @@ def test_a_bad_file_is_the_users_mistake_and_named(sandbox: SqlSandbox, tmp_path
     (tmp_path / "folder.sqlite").mkdir()
     for name, code, said in [
         ("missing", "sql.database_missing", "no such database file"),
-        ("folder", "sql.database_missing", "a SQLite file was expected, this is a folder"),
+        ("folder", "sql.database_missing", "expected a SQLite file, found a folder"),
         ("empty", "sql.database_corrupt", "not a SQLite file; it is empty"),
         ("notes", "sql.database_corrupt", "not a SQLite file"),
-        ("damaged", "sql.database_corrupt", "damaged, or not a SQLite file"),
+        ("damaged", "sql.database_corrupt", "corrupt, or not a SQLite file"),
     ]:
         with raises(code, match=rf"{name}\.sqlite: {said}"):
             sandbox.run(tmp_path / f"{name}.sqlite", "SELECT * FROM film", 5)
 
 
-def test_a_file_that_lacks_what_is_in_its_log_may_not_be_copied(tmp_path: Path) -> None:
+def test_a_file_with_changes_only_in_its_log_may_not_be_copied(tmp_path: Path) -> None:
     path = tmp_path / "live.sqlite"
     with closing(sqlite3.connect(path)) as writer:
         writer.execute("PRAGMA journal_mode = WAL")
         writer.execute("CREATE TABLE t (a)")
         writer.commit()
-        with raises("sql.database_in_use", match=r"live\.sqlite: has changes that only stand in live\.sqlite-wal"):
+        with raises("sql.database_in_use", match=r"live\.sqlite: some changes are only in live\.sqlite-wal"):
             SqliteEngine().check(path)
     SqliteEngine().check(path)
 
