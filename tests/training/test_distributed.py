@@ -99,7 +99,7 @@ BOTH = """
 import sys
 from finetune.runtime import distributed as ranks
 from finetune.cli.main import main
-with ranks.together():
+with ranks.process_group():
     codes = [main(["train", config, "training.run_name=two"]) for config in sys.argv[1:]]
 sys.exit(max(codes))
 """
