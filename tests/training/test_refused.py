@@ -59,7 +59,7 @@ def refused(arguments: list[str], code: str, shown: Shown, match: str = "") -> s
         ({"data": {"output_dir": "nowhere/prepared"}}, "file.missing",
          r"nowhere/prepared/manifest\.json.*`finetune data prepare CONFIG`"),
         ({"data": {"schema_format": "compact"}}, "prompt.mismatch",
-         r"prepared: was prepared for prompt 1-ddl-\w+, this config renders 1-compact-\w+; run `finetune data prepare"),
+         r"prepared: was prepared for prompt 1-ddl-\w+, but this config uses 1-compact-\w+; run `finetune data prepare"),
         ({"training": {"run_name": "../up"}}, "run.bad_name", r"training\.run_name"),
     ],
 )  # fmt: skip
@@ -144,7 +144,7 @@ def test_dollars_without_a_price_are_refused_before_anything_is_loaded(
     monkeypatch.setenv("HOME", str(tmp_path))  # it has no price table
     monkeypatch.delenv("FINETUNE_PRICES", raising=False)
     monkeypatch.setattr(training_run, "load_parts", lambda inputs: pytest.fail("loaded"))
-    message = r"^finetune: budget\.max_run_usd: the price of this machine is not known .*; set budget\.usd_per_hour$"
+    message = r"^finetune: budget\.max_run_usd: the price of this machine is unknown .*; set budget\.usd_per_hour$"
     refused(["train", str(tiny_config(budget={"max_run_usd": 5.0}))], "price.unknown", capsys, message)
     monkeypatch.setenv("FINETUNE_PRICES", "{")
     config = tiny_config(budget={"max_run_usd": 5.0, "usd_per_hour": 1.0})
