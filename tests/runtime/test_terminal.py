@@ -194,7 +194,7 @@ def test_other_programs(terminal: dict[str, str], tmp_path: Path) -> None:
 import sys, chaos.__main__ as program
 def interrupt(*_):
     raise KeyboardInterrupt
-program.unleash = interrupt
+program.run_session = interrupt
 sys.exit(program.main(["--kills", "1", "--seed", "1"]))
 """
     code, out, err = python(terminal | {"TMPDIR": str(out_folder)}, "-c", program)
