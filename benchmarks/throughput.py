@@ -34,7 +34,7 @@ from benchmarks.throughput_report import last_turn, plot, summarise, table
 from finetune.config.schema import LoraSection, TrainingSection
 from finetune.errors import EXIT_MISSING, EXIT_USER_ERROR, UserError
 from finetune.machine.hardware import GROWING_SEGMENTS
-from finetune.runtime.console import print_anything
+from finetune.runtime.console import escape_unprintable
 from finetune.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    print_anything()
+    escape_unprintable()
     arguments = parse()
     try:
         check(arguments)

@@ -22,12 +22,12 @@ from chaos.outcome import Outcome, figures, table, verdict, violations
 from chaos.plan import Plan
 from chaos.provisioned import on_a_provisioned_machine
 from chaos.soak import Harness, Run, killed_repeatedly, uninterrupted
-from finetune.runtime.console import print_anything
+from finetune.runtime.console import escape_unprintable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 if everything held, 1 if not, 2 for a wrong argument."""
-    print_anything()
+    escape_unprintable()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the attempt in progress ends with us
     parsed = _parser().parse_args(arguments)
     seed = random.SystemRandom().randrange(10**6) if parsed.seed is None else parsed.seed

@@ -38,7 +38,7 @@ class NotEstimated(UserError):
     """The work or memory of a run cannot be estimated beforehand; the run may still be launched."""
 
 
-def all_in_one(errors: Sequence[UserError], where: str, *, code: str) -> UserError:
+def combined(errors: Sequence[UserError], where: str, *, code: str) -> UserError:
     """One error that lists all of them. code: used when their codes differ; otherwise their common code is kept."""
     kinds = {error.code for error in errors}
     return UserError(f"{where}: " + "; ".join(map(str, errors)), code=kinds.pop() if len(kinds) == 1 else code)

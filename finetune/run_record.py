@@ -146,7 +146,7 @@ class PeakMemory:
 
 
 @dataclass
-class SpendingRecord:
+class UsageRecord:
     """Cost of all attempts and the ceilings on it. usd: None if the price is unknown."""
 
     usd: float | None = None
@@ -209,7 +209,7 @@ class RunRecord:
     history: Sequence[Row] | None = None
     spent_usd: float | None = None
     spent_basis: str | None = None
-    spending: SpendingRecord | None = None
+    spending: UsageRecord | None = None
     attempt_log: Sequence[AttemptRecord] | None = None
     hardware: HardwareRecord | None = None
     model: ModelRecord | None = None

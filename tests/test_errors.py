@@ -14,12 +14,12 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.schema import RunConfig
-from finetune.errors import NotEstimated, UserError, all_in_one
+from finetune.errors import NotEstimated, UserError, combined
 from finetune.estimate.fit import MicroBatchConfig, TooSmall
 from tests.helpers.errors import raises, reported
 
 ROOT = Path(__file__).resolve().parents[1]
-MAKERS = ("UserError", "NotEstimated", "TooSmall", "all_in_one")
+MAKERS = ("UserError", "NotEstimated", "TooSmall", "combined")
 CODE = re.compile(r"[a-z]+(_[a-z]+)*\.[a-z]+(_[a-z]+)*")
 PASSED_ON = ("error.code", "self._fault.code", "known['user_code']")
 """Codes of errors that are re-raised with a prefix."""
@@ -66,7 +66,7 @@ def test_every_subclass_of_user_error_is_searched() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef) and {ast.unparse(base) for base in node.bases} & {*MAKERS}
     }
-    assert {"UserError", *derived, "all_in_one"} == {*MAKERS}
+    assert {"UserError", *derived, "combined"} == {*MAKERS}
 
 
 def test_every_code_is_asserted_by_a_test() -> None:
@@ -104,7 +104,7 @@ def test_an_error_survives_pickling(error: UserError) -> None:
 
 def test_combined_errors_keep_a_common_code() -> None:
     first, second, other = (UserError(text, code=f"some.{kind}") for text, kind in [("1", "a"), ("2", "a"), ("3", "b")])
-    alike, mixed = all_in_one([first, second], "here", code="some.c"), all_in_one([first, other], "here", code="some.c")
+    alike, mixed = combined([first, second], "here", code="some.c"), combined([first, other], "here", code="some.c")
     assert (str(alike), alike.code) == ("here: 1; 2", "some.a")
     assert (str(mixed), mixed.code) == ("here: 1; 3", "some.c")
 

@@ -40,7 +40,7 @@ class RunBudget(Protocol):
     def follow(self, progress: Callable[[], tuple[int, int]], wall_seconds: Callable[[], float]) -> None:
         """progress: optimizer steps done and planned. wall_seconds: since this attempt's first step began."""
 
-    def nothing_left(self) -> str | None:
+    def refusal_to_start(self) -> str | None:
         """Why this attempt must not begin; None if it may. Rank 0 decides for all."""
 
     def note(self, event: str, **facts: Any) -> None:
@@ -83,7 +83,7 @@ class OtherRankBudget:
     def follow(self, progress: Callable[[], tuple[int, int]], wall_seconds: Callable[[], float]) -> None:
         pass
 
-    def nothing_left(self) -> str | None:
+    def refusal_to_start(self) -> str | None:
         return None
 
     def note(self, event: str, **facts: Any) -> None:
@@ -162,7 +162,7 @@ class FirstRankBudget:
     def follow(self, progress: Callable[[], tuple[int, int]], wall_seconds: Callable[[], float]) -> None:
         self._progress, self._wall_seconds = progress, wall_seconds
 
-    def nothing_left(self) -> str | None:
+    def refusal_to_start(self) -> str | None:
         return self._meter.check_start(60 * self._save_minutes)
 
     def note(self, event: str, **facts: Any) -> None:

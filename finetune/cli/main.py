@@ -12,12 +12,12 @@ from types import ModuleType
 
 from finetune.cli import config, data, demo, doctor, evaluate, generate, job, machine, plan, report, train
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
-from finetune.runtime.console import not_encoded, one_line, print_anything, typed_text
+from finetune.runtime.console import escape_unprintable, not_encoded, one_line, typed_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 something is missing, 2 user error, 75 interrupted."""
-    print_anything()
+    escape_unprintable()
     parsed = _parse(arguments)
     _quiet_libraries()
     try:

@@ -26,7 +26,7 @@ from finetune.config.schema import (
     TrainingSection,
 )
 from finetune.config.validate import impossible_values
-from finetune.errors import UserError, all_in_one
+from finetune.errors import UserError, combined
 from finetune.runtime.console import say
 
 EFFECTIVE_BATCH = 16
@@ -136,7 +136,7 @@ def _checked(tree: dict[str, Any], origin: str, problems: list[UserError]) -> Ru
         else:
             problems = [UserError(problem, code="config.bad_value") for problem in impossible_values(config)]
     if problems:
-        raise all_in_one(problems, origin, code="config.several")
+        raise combined(problems, origin, code="config.several")
     return config
 
 

@@ -22,7 +22,7 @@ from finetune.doctor.cloud import cloud_checks
 from finetune.errors import EXIT_MISSING, EXIT_OK
 from finetune.machine.hardware import GIB, Driver, Hardware, TorchBuild, detect, nvidia_driver, runs_on, torch_build
 from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
-from finetune.runtime.files import mend_line_ends, with_carriage_returns
+from finetune.runtime.files import unix_line_ends_command, with_carriage_returns
 from finetune.runtime.table import aligned
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def line_end_checks(root: Path) -> Iterator[Check]:
     bad = [path.relative_to(root) for path in with_carriage_returns(scripts)]
     if bad:
         what = f"CR LF in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
-        yield Check("line ends", "missing", what, "LF", f"run `{mend_line_ends(bad)}` in {root}")
+        yield Check("line ends", "missing", what, "LF", f"run `{unix_line_ends_command(bad)}` in {root}")
     elif any(path.is_file() for path in scripts):
         yield Check("line ends", "ok", "LF", "LF")
 

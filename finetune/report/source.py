@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.data.records import read_lines
 from finetune.errors import UserError
-from finetune.run_record import AttemptRecord, MemoryRecord, RunRecord, SpendingRecord, read_record
+from finetune.run_record import AttemptRecord, MemoryRecord, RunRecord, UsageRecord, read_record
 from finetune.runtime.files import read_json
 
 Json = dict[str, Any]
@@ -151,7 +151,7 @@ def budget_lines(run: RunRecord) -> list[tuple[str, str]]:
     """(label, amount spent and its ceiling) for the dollars and hours of all attempts, and the projected cost of the whole run;
     empty if the run did not record them."""
     lines = []
-    spending = run.spending or SpendingRecord()
+    spending = run.spending or UsageRecord()
     for label, spent, ceiling, form in (
         ("Dollars", finite(spending.usd), finite(spending.ceiling_usd), "${:,.2f}"),
         ("Hours", finite(spending.hours), finite(spending.ceiling_hours), "{:,.2f} h"),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from finetune.runtime import distributed
 
 
-def print_anything() -> None:
+def escape_unprintable() -> None:
     """Make stdout and stderr print characters that they cannot encode as \\xfc or \\u2192, not raise UnicodeEncodeError.
 
     That includes lone surrogates, which stand for undecodable bytes of a file name and which UTF-8 cannot encode. An error

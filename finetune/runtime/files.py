@@ -89,7 +89,7 @@ def with_carriage_returns(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def mend_line_ends(paths: Iterable[Path]) -> str:
+def unix_line_ends_command(paths: Iterable[Path]) -> str:
     """The shell command that converts the files to Unix line ends."""
     return f"sed -i 's/\\r$//' {shlex.join(map(str, paths))}"
 

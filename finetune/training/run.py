@@ -91,7 +91,7 @@ def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | No
     distributed.on_failure(lambda: clean_up(session))
     with failures_recorded(session):
         recorder.resume_from(found)
-        refusal = distributed.run_on_rank0(budget.nothing_left)
+        refusal = distributed.run_on_rank0(budget.refusal_to_start)
         if refusal is None:
             recorder.begin()  # before anything else: a folder without run.json is not a run
             with budget.metered(hard_stop=lambda: stop_hanging(run, recorder)):

@@ -68,7 +68,7 @@ def test_the_first_rank_reports_what_the_run_has_cost_and_will_cost(tmp_path: Pa
 def test_an_attempt_that_may_not_begin_is_booked_once(tmp_path: Path, clock: FakeClock) -> None:
     clock.seconds = 1950.0
     budget = open_in(tmp_path, step=4)
-    reason = budget.nothing_left()
+    reason = budget.refusal_to_start()
     assert reason and reason.startswith("$1.95 of $2.00") and "raise budget.max_run_usd" in reason
     assert not (tmp_path / "ledger").exists()
     budget.book("budget_stop")
@@ -94,6 +94,6 @@ def test_on_other_ranks_nothing_happens(tmp_path: Path, clock: FakeClock, monkey
         budget.note("commit", step=5)
     budget.book("failed")
     budget.end("done")
-    told = (budget.nothing_left(), budget.series(), budget.short(), budget.record("done"))
+    told = (budget.refusal_to_start(), budget.series(), budget.short(), budget.record("done"))
     assert told == (None, {}, "", {})
     assert not list(tmp_path.iterdir())

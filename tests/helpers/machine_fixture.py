@@ -1,4 +1,4 @@
-"""A rented machine for the scripts of on_machine/: a checkout, a home, a bucket, and stand-ins for the programs that
+"""A cloud machine for the scripts of on_machine/: a checkout, a home, a bucket, and stand-ins for the programs that
 cost money.
 
 The stand-ins record how they were called; the scripts, bash and `finetune job` are the real ones.
@@ -53,7 +53,7 @@ TENSORBOARD = RECORDER + 'echo $$ >"$CALLS.tensorboard"\nexec sleep 60\n'
 
 
 @dataclass
-class RentedMachine:
+class CloudMachine:
     """A machine under `folder`. `env` is added to what the scripts see."""
 
     folder: Path
@@ -126,9 +126,9 @@ class RentedMachine:
         (folder / name).chmod(0o755)
 
 
-def rent(folder: Path) -> RentedMachine:
+def rent(folder: Path) -> CloudMachine:
     """A machine whose set-up is done: programs in ~/finetune-env, an empty bucket, a checkout with scripts and config.yaml."""
-    machine = RentedMachine(folder)
+    machine = CloudMachine(folder)
     machine.bucket.mkdir(parents=True)
     shutil.copytree(ROOT / "on_machine", machine.checkout / "on_machine")
     (machine.checkout / "config.yaml").write_text(CONFIG, encoding="utf-8")
@@ -142,7 +142,7 @@ def rent(folder: Path) -> RentedMachine:
     return machine
 
 
-def begin_run(machine: RentedMachine, status: str, name: str = "run", **values: Any) -> Path:
+def begin_run(machine: CloudMachine, status: str, name: str = "run", **values: Any) -> Path:
     """A run in the bucket as an earlier attempt left it."""
     folder = machine.run_folder(name)
     folder.mkdir(parents=True)

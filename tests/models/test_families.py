@@ -15,7 +15,7 @@ from finetune.config.schema import RunConfig, TrainingSection  # noqa: E402
 from finetune.estimate.memory_table import memory_table  # noqa: E402
 from finetune.machine.gpus import GPUS  # noqa: E402
 from finetune.models.architectures import FAMILIES, Family, shape_of  # noqa: E402
-from finetune.models.fused.model import why_not  # noqa: E402
+from finetune.models.fused.model import unsupported_reason  # noqa: E402
 from finetune.training.step.plan import plan_step  # noqa: E402
 from tests.helpers.errors import raises  # noqa: E402
 from tests.helpers.fused_examples import (  # noqa: E402
@@ -60,7 +60,7 @@ def test_a_family_without_an_entry_is_unknown_everywhere(tmp_path: Path, toy_mod
     assert shape_of(name) is None
     with raises("model.unknown_shape", match=r"not known.*\(Llama, Mistral and Qwen2 models\)"):
         memory_table(run_config(model={"name": name, "revision": None}), ["L4"])
-    assert (why_not(toy_model, 30) or "").startswith("ToyLlamaForCausalLM is not one of LlamaForCausalLM")
+    assert (unsupported_reason(toy_model, 30) or "").startswith("ToyLlamaForCausalLM is not one of LlamaForCausalLM")
 
 
 @pytest.mark.usefixtures("registered")
@@ -77,7 +77,7 @@ def test_with_one_entry_its_shape_memory_hours_and_dollars_are_those_of_its_numb
 @pytest.mark.usefixtures("registered")
 def test_with_one_entry_the_fused_layer_computes_its_layers(toy_model: Any) -> None:
     ids, labels = texts()
-    assert why_not(toy_model, 30) is None
+    assert unsupported_reason(toy_model, 30) is None
     expected_loss, expected = hf_gradients(toy_model, ids, labels)
     loss, found = fused_gradients(toy_model, packed(ids, labels))
     assert loss == pytest.approx(expected_loss, rel=1e-5)

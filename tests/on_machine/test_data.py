@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.machine_fixture import SET, RentedMachine, begin_run, lay_out_set, rent, sha256
+from tests.helpers.machine_fixture import SET, CloudMachine, begin_run, lay_out_set, rent, sha256
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> RentedMachine:
+def machine(tmp_path: Path) -> CloudMachine:
     return rent(tmp_path)
 
 
-def sets_in(machine: RentedMachine) -> list[Path]:
+def sets_in(machine: CloudMachine) -> list[Path]:
     return sorted(path for path in (machine.bucket / "data").glob("shop-*"))
 
 
-def keep_set_of_a_run(machine: RentedMachine) -> str:
+def keep_set_of_a_run(machine: CloudMachine) -> str:
     """A set in the bucket as the first attempt of a run left it. Returns the SHA-256 of its manifest."""
     lay_out_set(machine.bucket / "data" / "new", "of the run")
     sha = sha256(machine.bucket / "data" / "new" / "manifest.json")
@@ -27,7 +27,7 @@ def keep_set_of_a_run(machine: RentedMachine) -> str:
     return sha
 
 
-def test_uploaded_data_are_used_and_saved_for_the_next_machine(machine: RentedMachine, tmp_path: Path) -> None:
+def test_uploaded_data_are_used_and_saved_for_the_next_machine(machine: CloudMachine, tmp_path: Path) -> None:
     lay_out_set(machine.checkout / SET, "on the laptop")
     machine.run("train.sh")
     assert not machine.called("data")
@@ -43,7 +43,7 @@ def test_uploaded_data_are_used_and_saved_for_the_next_machine(machine: RentedMa
     assert (second.checkout / SET / "databases/shop/shop.sqlite").read_text() == "on the laptop"
 
 
-def test_missing_data_are_prepared_and_saved(machine: RentedMachine) -> None:
+def test_missing_data_are_prepared_and_saved(machine: CloudMachine) -> None:
     code, said = machine.run("train.sh", OVERRIDES="data.seed=3")
     assert code == 0, said
     assert machine.called("data") == ["data prepare config.yaml data.seed=3"]
@@ -52,7 +52,7 @@ def test_missing_data_are_prepared_and_saved(machine: RentedMachine) -> None:
     assert (kept / "train.jsonl").exists()
 
 
-def test_data_of_another_config_are_not_used(machine: RentedMachine, tmp_path: Path) -> None:
+def test_data_of_another_config_are_not_used(machine: CloudMachine, tmp_path: Path) -> None:
     machine.run("train.sh")
     second = rent(tmp_path / "second")
     second.env["FINETUNE_MOUNT"] = str(machine.bucket)
@@ -60,7 +60,7 @@ def test_data_of_another_config_are_not_used(machine: RentedMachine, tmp_path: P
     assert second.called("data") == ["data prepare config.yaml data.max_train_records=5"]
 
 
-def test_what_an_earlier_job_left_here_is_not_used_for_another_config(machine: RentedMachine, tmp_path: Path) -> None:
+def test_what_an_earlier_job_left_here_is_not_used_for_another_config(machine: CloudMachine, tmp_path: Path) -> None:
     machine.run("train.sh")
     machine.run("train.sh", RUN_NAME="again")
     assert len(machine.called("data")) == 1
@@ -73,7 +73,7 @@ def test_what_an_earlier_job_left_here_is_not_used_for_another_config(machine: R
     assert second.called("data") == ["data prepare config.yaml data.seed=3"]
 
 
-def test_a_partial_copy_in_the_bucket_is_not_used(machine: RentedMachine, tmp_path: Path) -> None:
+def test_a_partial_copy_in_the_bucket_is_not_used(machine: CloudMachine, tmp_path: Path) -> None:
     lay_out_set(machine.checkout / SET, "on the laptop")
     machine.run("train.sh")
     (kept,) = sets_in(machine)
@@ -88,7 +88,7 @@ def test_a_partial_copy_in_the_bucket_is_not_used(machine: RentedMachine, tmp_pa
     assert (kept / "databases/shop/shop.sqlite").read_text() == "on the laptop"
 
 
-def test_an_interrupted_copy_is_not_used(machine: RentedMachine) -> None:
+def test_an_interrupted_copy_is_not_used(machine: CloudMachine) -> None:
     sha = keep_set_of_a_run(machine)
     lay_out_set(machine.checkout / SET, "prepared again since")
     begin_run(machine, "interrupted", data={"manifest_sha256": sha})
@@ -103,7 +103,7 @@ def test_an_interrupted_copy_is_not_used(machine: RentedMachine) -> None:
 
 
 @pytest.mark.parametrize("script", ["train.sh", "evaluate.sh"])
-def test_a_run_gets_its_own_data_though_others_were_uploaded(machine: RentedMachine, script: str) -> None:
+def test_a_run_gets_its_own_data_though_others_were_uploaded(machine: CloudMachine, script: str) -> None:
     sha = keep_set_of_a_run(machine)
     lay_out_set(machine.checkout / SET, "prepared again since")
     begin_run(machine, "interrupted", data={"manifest_sha256": sha})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.machine_fixture import CONFIG, RentedMachine, begin_run, gone, rent, wait_for
+from tests.helpers.machine_fixture import CONFIG, CloudMachine, begin_run, gone, rent, wait_for
 
 SLOW_TO_STOP = """
 import os, signal, subprocess, sys, time
@@ -38,14 +38,14 @@ def prices(usd_per_hour: float) -> str:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> RentedMachine:
+def machine(tmp_path: Path) -> CloudMachine:
     return rent(tmp_path)
 
 
 # --- start, resume, done ---------------------------------------------------------------------------------------------------
 
 
-def test_a_new_run_begins_in_the_bucket_under_its_ceiling(machine: RentedMachine) -> None:
+def test_a_new_run_begins_in_the_bucket_under_its_ceiling(machine: CloudMachine) -> None:
     code, said = machine.run("train.sh", MAX_RUN_USD="7.5", OVERRIDES="lora.r=4 training.seed=1")
     assert code == 0, said
     assert machine.calls()[-1] == (
@@ -56,7 +56,7 @@ def test_a_new_run_begins_in_the_bucket_under_its_ceiling(machine: RentedMachine
 
 
 @pytest.mark.parametrize("status", ["interrupted", "running", "failed", "budget_stop"])
-def test_an_interrupted_run_resumes_under_the_ceiling_typed_last(machine: RentedMachine, status: str) -> None:
+def test_an_interrupted_run_resumes_under_the_ceiling_typed_last(machine: CloudMachine, status: str) -> None:
     folder = begin_run(machine, status)
     before = (folder / "config.yaml").read_text()
     code, said = machine.run("train.sh", MAX_RUN_USD="40")
@@ -68,14 +68,14 @@ def test_an_interrupted_run_resumes_under_the_ceiling_typed_last(machine: Rented
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "run.json"]
 
 
-def test_a_finished_run_is_left_alone(machine: RentedMachine) -> None:
+def test_a_finished_run_is_left_alone(machine: CloudMachine) -> None:
     begin_run(machine, "done")
     code, said = machine.run("train.sh")
     assert (code, machine.calls()) == (0, [])
     assert "run is done" in said
 
 
-def test_an_attempt_killed_before_its_first_record_is_started_again(machine: RentedMachine) -> None:
+def test_an_attempt_killed_before_its_first_record_is_started_again(machine: CloudMachine) -> None:
     folder = begin_run(machine, "running")
     (folder / "run.json").unlink()
     (folder / ".run.json.x1.tmp").touch()
@@ -85,7 +85,7 @@ def test_an_attempt_killed_before_its_first_record_is_started_again(machine: Ren
     assert not folder.exists(), "`finetune train` refuses a name that is taken"
 
 
-def test_a_folder_of_something_else_is_not_touched(machine: RentedMachine) -> None:
+def test_a_folder_of_something_else_is_not_touched(machine: CloudMachine) -> None:
     folder = begin_run(machine, "running")
     (folder / "run.json").unlink()
     (folder / "thesis.txt").touch()
@@ -98,7 +98,7 @@ def test_a_folder_of_something_else_is_not_touched(machine: RentedMachine) -> No
 # --- names -----------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_name_the_run_is_named_after_the_job_also_on_the_next_machine(machine: RentedMachine) -> None:
+def test_without_a_name_the_run_is_named_after_the_job_also_on_the_next_machine(machine: CloudMachine) -> None:
     task = "sky-managed-2026-11-22-15-12-31-123456_train spot/a:b_12-0"
     name = "sky-managed-2026-11-22-15-12-31-123456_train-spot-a-b_12-0"
     machine.run("train.sh", RUN_NAME="", SKYPILOT_TASK_ID=task)
@@ -110,7 +110,7 @@ def test_without_a_name_the_run_is_named_after_the_job_also_on_the_next_machine(
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", ".hidden", "two words", "a" * 101, "-flag"])
-def test_a_name_that_is_not_a_valid_folder_is_refused(machine: RentedMachine, name: str) -> None:
+def test_a_name_that_is_not_a_valid_folder_is_refused(machine: CloudMachine, name: str) -> None:
     code, said = machine.run("train.sh", RUN_NAME=name)
     assert (code, machine.calls()) == (2, [])
     assert "RUN_NAME" in said
@@ -129,27 +129,27 @@ def test_a_name_that_is_not_a_valid_folder_is_refused(machine: RentedMachine, na
         ("RUN_NAME", ""),
     ],
 )
-def test_an_invalid_setting_is_refused(machine: RentedMachine, variable: str, value: str) -> None:
+def test_an_invalid_setting_is_refused(machine: CloudMachine, variable: str, value: str) -> None:
     code, said = machine.run("train.sh", **{variable: value})
     assert (code, machine.called("train")) == (2, [])
     assert variable in said
 
 
-def test_empty_secrets_are_dropped_and_others_passed_on(machine: RentedMachine) -> None:
+def test_empty_secrets_are_dropped_and_others_passed_on(machine: CloudMachine) -> None:
     machine.run("train.sh", WANDB_API_KEY="", HF_TOKEN="token-of-mine")
     seen = machine.seen_environment()
     assert "HF_TOKEN=token-of-mine" in seen
     assert not [line for line in seen if line.startswith("WANDB_API_KEY")]
 
 
-def test_without_a_bucket_nothing_starts(machine: RentedMachine) -> None:
+def test_without_a_bucket_nothing_starts(machine: CloudMachine) -> None:
     machine.bucket.rmdir()
     code, said = machine.run("train.sh")
     assert (code, machine.calls()) == (2, [])
     assert "no bucket" in said
 
 
-def test_an_invalid_config_is_a_user_error(machine: RentedMachine) -> None:
+def test_an_invalid_config_is_a_user_error(machine: CloudMachine) -> None:
     (machine.checkout / "config.yaml").write_text(CONFIG + "trainnig: {}\n")
     code, said = machine.run("train.sh")
     assert (code, machine.calls()) == (2, [])
@@ -161,19 +161,19 @@ def test_an_invalid_config_is_a_user_error(machine: RentedMachine) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
-def test_the_job_has_the_exit_code_of_training(machine: RentedMachine, code: int) -> None:
+def test_the_job_has_the_exit_code_of_training(machine: CloudMachine, code: int) -> None:
     assert machine.run("train.sh", FAKE_CODE=str(code))[0] == code
 
 
 @pytest.mark.parametrize("work", [SLOW_TO_STOP, DEAF], ids=["saves", "hangs"])
-def test_when_the_hours_are_over_the_job_succeeds_and_is_not_restarted(machine: RentedMachine, work: str) -> None:
+def test_when_the_hours_are_over_the_job_succeeds_and_is_not_restarted(machine: CloudMachine, work: str) -> None:
     code, said = machine.run("train.sh", MAX_HOURS="0.0004", FAKE_WORK=work)
     assert code == 0, said
     assert "0.0004 hours are over" in said
     assert "RUN_NAME=run" in said
 
 
-def test_a_preemption_notice_is_sent_once_and_only_to_training(machine: RentedMachine) -> None:
+def test_a_preemption_notice_is_sent_once_and_only_to_training(machine: CloudMachine) -> None:
     machine.env["FAKE_WORK"] = SLOW_TO_STOP
     process = machine.start("train.sh")
     wait_for(machine.folder / "calls.ready")
@@ -187,7 +187,7 @@ def test_a_preemption_notice_is_sent_once_and_only_to_training(machine: RentedMa
     assert gone(int((machine.folder / "calls.tensorboard").read_text()))
 
 
-def test_tensorboard_shows_all_runs_on_localhost_only(machine: RentedMachine) -> None:
+def test_tensorboard_shows_all_runs_on_localhost_only(machine: CloudMachine) -> None:
     machine.env["FAKE_WORK"] = "import time; time.sleep(1)"
     code, said = machine.run("train.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "mine"}')
     assert code == 0, said
@@ -197,14 +197,14 @@ def test_tensorboard_shows_all_runs_on_localhost_only(machine: RentedMachine) ->
     assert gone(int((machine.folder / "calls.tensorboard").read_text()))
 
 
-def test_with_an_unknown_price_only_max_hours_applies(machine: RentedMachine) -> None:
+def test_with_an_unknown_price_only_max_hours_applies(machine: CloudMachine) -> None:
     code, said = machine.run("train.sh", FINETUNE_PRICES="{torn", MAX_HOURS="3")
     assert code == 0, said
     assert "FINETUNE_PRICES" in said and "only MAX_HOURS=3 limits its time" in said
     assert "at most 3.0000 hours" in said
 
 
-def test_a_budget_that_the_machine_has_used_up_starts_nothing(machine: RentedMachine) -> None:
+def test_a_budget_that_the_machine_has_used_up_starts_nothing(machine: CloudMachine) -> None:
     code, said = machine.run("train.sh", FINETUNE_PRICES=prices(usd_per_hour=1e9))
     assert (code, machine.called("train")) == (2, [])
     assert "MAX_RUN_USD" in said
@@ -213,7 +213,7 @@ def test_a_budget_that_the_machine_has_used_up_starts_nothing(machine: RentedMac
 # --- evaluation, development -----------------------------------------------------------------------------------------------
 
 
-def test_a_named_run_is_scored_and_reported(machine: RentedMachine) -> None:
+def test_a_named_run_is_scored_and_reported(machine: CloudMachine) -> None:
     begin_run(machine, "done")
     code, said = machine.run("evaluate.sh", BUCKET="my-bucket")
     assert code == 0, said
@@ -221,7 +221,7 @@ def test_a_named_run_is_scored_and_reported(machine: RentedMachine) -> None:
     assert "gs://my-bucket/runs/run/report.html" in said
 
 
-def test_without_a_name_the_newest_trained_run_is_scored_or_that_of_this_job(machine: RentedMachine) -> None:
+def test_without_a_name_the_newest_trained_run_is_scored_or_that_of_this_job(machine: CloudMachine) -> None:
     for age, name in enumerate(["new", "old", "untrained"]):
         adapter = begin_run(machine, "done", name) / "adapter" / "adapter_config.json"
         if name != "untrained":
@@ -235,20 +235,20 @@ def test_without_a_name_the_newest_trained_run_is_scored_or_that_of_this_job(mac
     assert machine.called("evaluate")[1:] == [f"evaluate {machine.run_folder('job')}"]
 
 
-def test_a_missing_run_is_reported_with_the_existing_ones(machine: RentedMachine) -> None:
+def test_a_missing_run_is_reported_with_the_existing_ones(machine: CloudMachine) -> None:
     begin_run(machine, "done", "other")
     code, said = machine.run("evaluate.sh")
     assert (code, machine.calls()) == (2, [])
     assert "other/" in said
 
 
-def test_a_failed_evaluation_is_not_reported(machine: RentedMachine) -> None:
+def test_a_failed_evaluation_is_not_reported(machine: CloudMachine) -> None:
     begin_run(machine, "done")
     assert machine.run("evaluate.sh", FAKE_CODE="2")[0] == 2
     assert not machine.called("report")
 
 
-def test_an_evaluation_that_takes_too_long_fails(machine: RentedMachine) -> None:
+def test_an_evaluation_that_takes_too_long_fails(machine: CloudMachine) -> None:
     begin_run(machine, "done")
     code, said = machine.run("evaluate.sh", MAX_HOURS="0.0004", FAKE_WORK="import time; time.sleep(30)")
     assert code == 2
@@ -256,7 +256,7 @@ def test_an_evaluation_that_takes_too_long_fails(machine: RentedMachine) -> None
     assert not machine.called("report")
 
 
-def test_jupyter_listens_on_localhost_keeps_its_token_and_ends_when_idle(machine: RentedMachine) -> None:
+def test_jupyter_listens_on_localhost_keeps_its_token_and_ends_when_idle(machine: CloudMachine) -> None:
     code, said = machine.run("dev.sh", SKYPILOT_CLUSTER_INFO='{"cluster_name": "dev"}')
     assert code == 0, said
     (call,) = machine.called("jupyter")
@@ -282,14 +282,14 @@ exec %s "$@"
 ENDS = "training.output_dir={bucket}/runs training.run_name=run budget.max_run_usd=25"
 
 
-def with_gpus(machine: RentedMachine, listed: str) -> None:
+def with_gpus(machine: CloudMachine, listed: str) -> None:
     """Stand-ins for nvidia-smi, and for python when it starts several processes."""
     programs = machine.home / "finetune-env" / "bin"
     machine.program(programs, "nvidia-smi", f"#!/bin/sh\n[ \"$1\" = --list-gpus ] && printf '%s\\n' '{listed}'\n")
     machine.program(programs, "python", PYTHON % sys.executable)
 
 
-def test_several_gpus_train_with_one_process_each(machine: RentedMachine) -> None:
+def test_several_gpus_train_with_one_process_each(machine: CloudMachine) -> None:
     with_gpus(machine, TWO)
     code, said = machine.run("train.sh", FAKE_CODE="75")
     assert code == 75, said
@@ -305,7 +305,7 @@ def test_several_gpus_train_with_one_process_each(machine: RentedMachine) -> Non
 
 
 @pytest.mark.parametrize(("listed", "visible"), [(TWO.partition("\n")[0], ""), (TWO, "1"), ("", "")])
-def test_one_gpu_or_none_needs_one_process(machine: RentedMachine, listed: str, visible: str) -> None:
+def test_one_gpu_or_none_needs_one_process(machine: CloudMachine, listed: str, visible: str) -> None:
     with_gpus(machine, listed)
     code, said = machine.run("train.sh", CUDA_VISIBLE_DEVICES=visible)
     assert code == 0, said
@@ -313,7 +313,7 @@ def test_one_gpu_or_none_needs_one_process(machine: RentedMachine, listed: str, 
 
 
 @pytest.mark.parametrize(("listed", "processes"), [(TWO, 2), (TWO.partition("\n")[0], 1)])
-def test_the_nodes_of_a_task_connect_to_the_first(machine: RentedMachine, listed: str, processes: int) -> None:
+def test_the_nodes_of_a_task_connect_to_the_first(machine: CloudMachine, listed: str, processes: int) -> None:
     with_gpus(machine, listed)
     nodes = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5", "SKYPILOT_NODE_RANK": "1"}
     code, said = machine.run("train.sh", **nodes)

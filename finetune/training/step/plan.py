@@ -27,7 +27,7 @@ from finetune.machine.gpus import GpuSpec, known_gpu
 from finetune.machine.hardware import GIB
 from finetune.models.architectures import FAMILIES, ModelShape, shape_from_config
 from finetune.models.device import Device
-from finetune.models.fused.model import FusedModel, why_not
+from finetune.models.fused.model import FusedModel, unsupported_reason
 from finetune.training.step.packing import steps_of_epoch
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _backend(config: RunConfig, model: PeftModel, device: Device, longest: int) 
     requested = config.training.kernels
     if requested == "hf":
         return "hf", "training.kernels"
-    reason = why_not(model, longest)
+    reason = unsupported_reason(model, longest)
     if requested == "fused":
         if reason:
             raise UserError(

@@ -77,7 +77,7 @@ class FusedBackend:
         self.fused.refresh()
 
     def free_memory(self) -> bool:
-        return self.fused.forget_dequantized()
+        return self.fused.free_dequantized()
 
     def loss(self, examples: Sequence[Example], labelled: int, limits: MicroBatchConfig) -> Tensor:
         return self.fused.loss(

@@ -95,8 +95,8 @@ def four_regions(**odd: Any) -> list[str]:
         ({"host_spot": 0.11}, [], []),  # spot prices of hosts really differ that much
         ({"gpu_spot": 0.7, "host_spot": 0.01}, [], ["machine at $0.7100/h is 59% of the median $1.2000"]),
         ({"gpu_spot": 3.0}, [], []),
-        ({"gpu_spot": 3.01}, ["GPU at $3.0100/h spot is above than $3.0000/h"], ["GPU at $3.0100/h spot is above"]),
-        ({"host_spot": 0.6}, ["host at $0.6000/h spot is above than $0.5000/h"], ["host at $0.6000/h spot is above"]),
+        ({"gpu_spot": 3.01}, ["GPU at $3.0100/h spot is above $3.0000/h"], ["GPU at $3.0100/h spot is above"]),
+        ({"host_spot": 0.6}, ["host at $0.6000/h spot is above $0.5000/h"], ["host at $0.6000/h spot is above"]),
     ],
 )
 def test_an_implausible_price_is_an_anomaly_with_its_numbers(

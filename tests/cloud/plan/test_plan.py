@@ -393,7 +393,7 @@ def test_an_offer_with_a_price_anomaly_is_passed_over_and_shown(tmp_path: Path) 
 def test_a_machine_with_only_anomalous_prices_is_refused_with_the_anomaly(tmp_path: Path) -> None:
     plan = plan_of(run_config(plan={"gpus": ["L4", "T4"]}), with_a_wrong_price(tmp_path))
     row = row_of(plan, "T4", spot=True)
-    assert row.refusals == ("price anomaly: GPU at $0.5000/h spot is above than $0.4000/h on demand in the same zone",)
+    assert row.refusals == ("price anomaly: GPU at $0.5000/h spot is above $0.4000/h on demand in the same zone",)
     assert row.offer and row.cost and row.passed_over is None
     assert names(plan) == ["L4 spot", "L4 on-demand"]
 

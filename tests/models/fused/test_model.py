@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config  # noqa: E402
 from finetune.example import IGNORED  # noqa: E402
 from finetune.models.fused import model as fused_model  # noqa: E402
 from finetune.models.fused import ops_torch  # noqa: E402
-from finetune.models.fused.model import FusedModel, ops_for, pack, why_not  # noqa: E402
+from finetune.models.fused.model import FusedModel, ops_for, pack, unsupported_reason  # noqa: E402
 from tests.helpers.fused_examples import (  # noqa: E402
     CPU,
     LAYERS,
@@ -57,27 +57,32 @@ def test_a_batch_without_labels_has_no_loss_and_gradients_of_zero() -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("nf4", [False, True])
 def test_supported_models(family: str, nf4: bool) -> None:
-    assert why_not(lora_model(family, nf4=nf4), 200) is None
+    assert unsupported_reason(lora_model(family, nf4=nf4), 200) is None
 
 
 def test_a_text_longer_than_the_attention_window_is_not_supported() -> None:
     model = lora_model(sliding_window=16)
-    assert why_not(model, 16) is None
-    assert why_not(model, 17) == "texts of 17 tokens are longer than the model's attention window of 16"
+    assert unsupported_reason(model, 16) is None
+    assert unsupported_reason(model, 17) == "texts of 17 tokens are longer than the model's attention window of 16"
     ids, labels = texts((16, 5))
     _, expected = hf_gradients(model, ids, labels)  # and at the window's length transformers computes the same
     assert worst_error(fused_gradients(model, packed(ids, labels))[1], expected) < 1e-5
 
 
 def test_an_unused_window_does_not_matter() -> None:
-    assert why_not(lora_model("qwen2", sliding_window=16, use_sliding_window=False), 100) is None
+    assert unsupported_reason(lora_model("qwen2", sliding_window=16, use_sliding_window=False), 100) is None
 
 
 def test_other_models_are_not_supported() -> None:
-    assert (why_not(lora_model("llama", hidden_act="gelu"), 9) or "").startswith("its activation is gelu")
-    assert "not a multiple of 8" in (why_not(lora_model(head_dim=12), 9) or "")
-    assert why_not(lora_model(targets=("q_proj", "lm_head")), 9) == "it has adapters outside the decoder layers"
-    assert why_not(lora_model(targets=("q_proj", "embed_tokens")), 9) == "it has adapters outside the decoder layers"
+    assert (unsupported_reason(lora_model("llama", hidden_act="gelu"), 9) or "").startswith("its activation is gelu")
+    assert "not a multiple of 8" in (unsupported_reason(lora_model(head_dim=12), 9) or "")
+    assert (
+        unsupported_reason(lora_model(targets=("q_proj", "lm_head")), 9) == "it has adapters outside the decoder layers"
+    )
+    assert (
+        unsupported_reason(lora_model(targets=("q_proj", "embed_tokens")), 9)
+        == "it has adapters outside the decoder layers"
+    )
 
 
 def test_another_family_is_not_supported() -> None:
@@ -85,7 +90,10 @@ def test_another_family_is_not_supported() -> None:
 
     base = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     model: Any = get_peft_model(base, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-    assert why_not(model, 9) == "GPT2LMHeadModel is not one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"
+    assert (
+        unsupported_reason(model, 9)
+        == "GPT2LMHeadModel is not one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"
+    )
 
 
 UNSEEN = {
@@ -100,7 +108,7 @@ UNSEEN = {
 
 @pytest.mark.parametrize("which", sorted(UNSEEN))
 def test_models_with_other_arithmetic_are_not_supported(which: str) -> None:
-    assert why_not(UNSEEN[which](), 9) is not None
+    assert unsupported_reason(UNSEEN[which](), 9) is not None
 
 
 # --- weights and adapters
@@ -233,7 +241,7 @@ def test_cached_weights_are_freed_without_changing_the_loss() -> None:
     model = lora_model(nf4=True)
     fused = FusedModel(model, torch.float32, dequantized_layers=LAYERS)
     before = [group.weight().clone() for layer in fused.layers for group in layer.groups]
-    assert fused.forget_dequantized()
-    assert not fused.forget_dequantized()
+    assert fused.free_dequantized()
+    assert not fused.free_dequantized()
     after = [group.weight().clone() for layer in fused.layers for group in layer.groups]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
