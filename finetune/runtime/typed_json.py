@@ -71,7 +71,7 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
 def _has_shape(kind: Any, value: object) -> bool:
     """Whether the value has the JSON type of `kind`; the fields of an object are not checked."""
     if get_origin(kind) is Sequence:
-        return isinstance(value, list) and all(_has_shape(get_args(kind)[0], item) for item in value)
+        return isinstance(value, list | tuple) and all(_has_shape(get_args(kind)[0], item) for item in value)
     if is_dataclass(kind) or get_origin(kind) is Mapping:
         return isinstance(value, dict)
     if kind in (int, float):

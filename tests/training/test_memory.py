@@ -18,7 +18,9 @@ from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.estimate.fit import MicroBatchConfig  # noqa: E402
 from finetune.estimate.memory_hf import MemoryEstimate  # noqa: E402
-from finetune.machine.hardware import GIB  # noqa: E402
+from finetune.machine.hardware import GIB, DetectedGpu, Hardware  # noqa: E402
+from finetune.models.device import Device  # noqa: E402
+from finetune.run_record import RunRecord, read_record, write_record  # noqa: E402
 from finetune.training import measurements  # noqa: E402
 from finetune.training import run as training_run  # noqa: E402
 from finetune.training.step.plan import StepPlan, worst_micro_batch  # noqa: E402
@@ -136,6 +138,17 @@ def test_on_a_gpu_estimate_and_measurement_are_both_recorded(monkeypatch: pytest
     assert found.basis and "estimated" in found.basis and "measured" in found.basis
     unknown = measurements.describe_memory(StepPlan("hf", 16, None, MicroBatchConfig(4096, 0), True, None, ""))
     assert unknown is not None and list(vars(unknown).values())[:4] == [None, None, 9.0, 10.0]
+
+
+def test_the_gpu_of_a_run_is_recorded_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = DetectedGpu("NVIDIA L4", 22.0, (8, 9), count=2)
+    monkeypatch.setattr(measurements, "detect", lambda: Hardware("Linux", "EPYC", 2, 24.0, gpu, "float16"))
+    record = RunRecord()
+    record.hardware = measurements.describe_hardware(Device(torch.device("cpu"), torch.bfloat16))
+    write_record(tmp_path / "run.json", record)
+    found = read_record(tmp_path / "run.json").hardware
+    assert found and found.gpu and found.dtype == "bfloat16"
+    assert (found.gpu.name, found.gpu.compute_capability, found.gpu.count) == ("NVIDIA L4", [8, 9], 2)
 
 
 # --- losses that are not finite
