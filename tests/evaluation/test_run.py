@@ -229,7 +229,7 @@ def test_records_without_a_database_are_left_out_and_counted(
     record.data = DataRecord(counts={"test": 3}, manifest_sha256=result["data_manifest_sha256"])
     run.write_record(record)
     write_report(run.path)
-    assert "Asked were 2 of the 3 questions of the test split" in (run.path / "report.md").read_text()
+    assert "Only 2 of the 3 questions of the test split were asked" in (run.path / "report.md").read_text()
 
 
 def test_a_split_without_any_database_is_an_error_before_a_model_is_loaded(

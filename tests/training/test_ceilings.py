@@ -194,6 +194,6 @@ def test_a_new_run_takes_the_ceilings_as_overrides(tiny_config: ConfigWriter, tm
     capsys.readouterr()
     with reported("cli.conflicting_options"):
         assert main(["train", config, "--max-run-usd", "9", "budget.max_run_usd=10"]) == 2
-    assert "--max-run-usd: is the same as budget.max_run_usd=" in capsys.readouterr().err
+    assert "--max-run-usd: same as budget.max_run_usd=" in capsys.readouterr().err
     assert main(["train", config, "--max-run-usd", "0"]) == 2
     assert not (tmp_path / "runs" / "tiny-002").exists()
