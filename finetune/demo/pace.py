@@ -15,7 +15,7 @@ from finetune.data.prompts import PromptTemplate, completion, encode_examples
 from finetune.demo.schedule import Pace
 from finetune.evaluation.generators.hf import generate_answers
 from finetune.training.step.hf_backend import answer_loss, padded
-from finetune.training.trl_without_wandb import DataCollatorForLanguageModeling
+from finetune.training.tracking.trl_without_wandb import DataCollatorForLanguageModeling
 
 if TYPE_CHECKING:
     from peft import PeftModel

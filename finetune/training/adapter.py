@@ -11,7 +11,7 @@ import torch
 from finetune.data.prompts import PromptTemplate
 from finetune.run_folder import RunFolder
 from finetune.runtime import fault_injection
-from finetune.training.record import RunRecorder
+from finetune.training.record.recorder import RunRecorder
 from finetune.training.setup import Parts
 
 TEMPORARY_ADAPTER, TEMPORARY_COPY = ".adapter.tmp", ".adapter-of-checkpoint.tmp"

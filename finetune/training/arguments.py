@@ -9,7 +9,7 @@ import torch
 from finetune.config.schema import TrainingSection
 from finetune.models.device import Device
 from finetune.training.step.plan import StepPlan
-from finetune.training.trl_without_wandb import SFTConfig
+from finetune.training.tracking.trl_without_wandb import SFTConfig
 
 CPU_PADDING = 16
 """Batches on a CPU are padded to multiples of this many tokens. Without it, every new length made oneDNN compile kernels again

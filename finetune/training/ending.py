@@ -19,7 +19,7 @@ from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.files import disk_error
 from finetune.training.adapter import adapter_from, adapter_is_of, remove_partial_files
-from finetune.training.record import RunRecorder
+from finetune.training.record.recorder import RunRecorder
 from finetune.training.session import Session
 
 HARD_STOP_SECONDS = 1.5

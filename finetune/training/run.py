@@ -25,7 +25,7 @@ from finetune.training.adapter import save_adapter
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.training.ending import clean_up, close, failures_recorded, refused, stop_hanging
-from finetune.training.record import RunRecorder, new_record
+from finetune.training.record.recorder import RunRecorder, new_record
 from finetune.training.resume import (
     check_same_steps,
     check_unfinished,
@@ -40,7 +40,7 @@ from finetune.training.session import Session
 from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
 from finetune.training.staging import LOGGING_STATE, CheckpointStaging, check_resumed, scratch_folder
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
-from finetune.training.tracking import trackers
+from finetune.training.tracking.trackers import trackers
 from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
 
 

@@ -10,7 +10,7 @@ from finetune.checkpoint.store import read_manifest
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord
 from finetune.runtime.stop_request import Stop
-from finetune.training.record import RunRecorder
+from finetune.training.record.recorder import RunRecorder
 from finetune.training.setup import Inputs
 
 

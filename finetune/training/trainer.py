@@ -29,7 +29,7 @@ from finetune.training.step.packing import micro_batches
 from finetune.training.step.plan import StepPlan
 from finetune.training.step.runner import FusedBackend, Step, Stepper, collate, not_finite
 from finetune.training.step.sampler import StepLoader, StepSampler
-from finetune.training.trl_without_wandb import SFTConfig, SFTTrainer
+from finetune.training.tracking.trl_without_wandb import SFTConfig, SFTTrainer
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -25,7 +25,7 @@ from finetune.cli.main import main  # noqa: E402
 from finetune.run_folder import RunFolder  # noqa: E402
 from finetune.run_record import RunRecord, StepCount  # noqa: E402
 from finetune.training import ending  # noqa: E402
-from finetune.training.record import RunRecorder  # noqa: E402
+from finetune.training.record.recorder import RunRecorder  # noqa: E402
 from finetune.training.session import Session  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")

@@ -21,8 +21,8 @@ from finetune.estimate.memory_hf import MemoryEstimate  # noqa: E402
 from finetune.machine.hardware import GIB, DetectedGpu, Hardware  # noqa: E402
 from finetune.models.device import Device  # noqa: E402
 from finetune.run_record import RunRecord, read_record, write_record  # noqa: E402
-from finetune.training import measurements  # noqa: E402
 from finetune.training import run as training_run  # noqa: E402
+from finetune.training.record import measurements  # noqa: E402
 from finetune.training.step.plan import StepPlan, worst_micro_batch  # noqa: E402
 from finetune.training.trainer import build_trainer  # noqa: E402
 

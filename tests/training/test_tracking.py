@@ -20,8 +20,8 @@ import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.config.schema import TrackingSection
-from finetune.training.tensorboard import EventFile, logged_points
-from finetune.training.tracking import WeightsAndBiases, trackers, wandb_mode, wandb_run_id
+from finetune.training.tracking.tensorboard import EventFile, logged_points
+from finetune.training.tracking.trackers import WeightsAndBiases, trackers, wandb_mode, wandb_run_id
 
 SAVED_EVERY, VALIDATED_EVERY = 10, 5
 LAST = 70

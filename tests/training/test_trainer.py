@@ -25,7 +25,7 @@ from finetune.models.load import attach_lora, load_base, load_tokenizer  # noqa:
 from finetune.training import trainer as training_trainer  # noqa: E402
 from finetune.training.arguments import one_gpu_a_process  # noqa: E402
 from finetune.training.step.hf_backend import answer_loss  # noqa: E402
-from finetune.training.trl_without_wandb import not_importable  # noqa: E402
+from finetune.training.tracking.trl_without_wandb import not_importable  # noqa: E402
 from tests.helpers.errors import raises  # noqa: E402
 from tests.helpers.fused_examples import ON_CPU as CPU  # noqa: E402
 from tests.helpers.fused_examples import losses, trainer_for  # noqa: E402

@@ -26,7 +26,7 @@ from finetune.config.schema import TrackingSection
 from finetune.errors import UserError
 from finetune.runtime.credentials import wandb_key_present
 from finetune.runtime.files import write_text
-from finetune.training.tensorboard import TensorBoard, scalars
+from finetune.training.tracking.tensorboard import TensorBoard, scalars
 
 Mode = Literal["online", "offline"]
 

@@ -27,7 +27,7 @@ from finetune.runtime.console import say
 from finetune.runtime.files import as_text
 from finetune.runtime.typed_json import update
 from finetune.training.callbacks import Throughput
-from finetune.training.measurements import (
+from finetune.training.record.measurements import (
     Progress,
     describe_hardware,
     describe_memory,
