@@ -245,15 +245,16 @@ def _read(number: int, path: Path) -> Attempt:
 
 def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...]) -> Attempt:
     first = next((line for line in lines if line["event"] == "begin"), {})
-    machine, token = first.get("machine"), first.get("token")
+    machine, token, began_at, resumed = (first.get(key) for key in ("machine", "token", "at", "step"))
+    facts = machine.items() if isinstance(machine, dict) else ()
     return Attempt(
         number,
         name,
         seconds=max((seconds for line in lines if (seconds := _number(line.get(METERED))) is not None), default=0.0),
         price=_price(first),
-        machine=machine if isinstance(machine, dict) else {},
-        began_at=first.get("at"),
-        resumed_step=first.get("step"),
+        machine={key: fact for key, fact in facts if isinstance(fact, bool if key == "spot" else str)},
+        began_at=began_at if isinstance(began_at, str) else None,
+        resumed_step=resumed if isinstance(resumed, int) and not isinstance(resumed, bool) else None,
         step=next((line["step"] for line in reversed(lines) if isinstance(line.get("step"), int)), None),
         reason=next((str(line.get("reason")) for line in reversed(lines) if line["event"] == "end"), None),
         token=token if isinstance(token, str) else None,

@@ -119,7 +119,7 @@ def decide(before: Values, now: Values, *, gpus: int = 1, backend: str | None = 
     one.
 
     A missing key has its default value, so that checkpoints of earlier versions can be resumed. gpus: number of GPUs of this
-    attempt. backend: the backend of the earlier attempts (`step.path` of run.json: fused or hf), None if unknown; then a change
+    attempt. backend: that of the earlier attempts (`step.backend` of run.json: fused or hf), None if unknown; then a change
     of training.kernels is refused whenever it might change the order of the examples. Raises UserError if the edited keys
     contradict each other.
     """

@@ -72,7 +72,7 @@ def run_limited(command: Sequence[str], hours: float, settings: JobSettings, out
     code = shell_code(code)
     if (code or out_of_time) and full.exists():
         say(
-            f"the disk was nearly full ({full.read_text(encoding='utf-8').strip()} MiB left): stopped, checkpoints are kept; "
+            f"the disk was nearly full ({full.read_text(encoding='utf-8').strip()} MiB left): stopped, what was saved is kept; "
             "launch again with a larger resources.disk_size, or free some space, with the same --env RUN_NAME"
         )
         return Ended(EXIT_USER_ERROR, False)  # the disk of another machine would fill too

@@ -88,7 +88,13 @@ def close_failed(session: Session, error: BaseException) -> None:
 
 def clean_up(session: Session) -> None:
     """`close_failed` for a thread that is about to end this process because another process has failed."""
-    _within(CLEAN_UP_SECONDS, lambda: close_failed(session, RuntimeError()))
+
+    def end() -> None:
+        with suppress(OSError, UserError):
+            session.recorder.close("failed")  # before the ledger, which may be slow
+        close_failed(session, RuntimeError())
+
+    _within(CLEAN_UP_SECONDS, end)
 
 
 def stop_hanging(run: RunFolder, recorder: RunRecorder) -> None:
@@ -102,9 +108,9 @@ def stop_hanging(run: RunFolder, recorder: RunRecorder) -> None:
         try:
             recorder.close("budget_stop")
             recorded.set()
-            if recorder.newest:
-                adapter_from(run, recorder.newest)
-                recorder.close("budget_stop", adapter_step=int(read_manifest(recorder.newest)["step"]))
+            if newest := recorder.newest:  # read once: a newer checkpoint may be committed meanwhile
+                adapter_from(run, newest)
+                recorder.close("budget_stop", adapter_step=int(read_manifest(newest)["step"]))
         except Exception as error:  # any error: the process ends all the same
             what = run.adapter if recorded.is_set() else run.run_json
             say(f"{what}: not written ({first_line(error)}); `finetune train --resume {run.path}` will write it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,8 @@ def keep_threads(record: RunRecord, device: torch.device) -> None:
     began = record.threads
     if began is None or device.type != "cpu":
         return
-    threads = min(began, max(1, usable_cores() // distributed.world_size()))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = min(began, max(torch.get_num_threads(), usable_cores() // processes))
     if threads < began:
         say(f"began with {began} threads, and there are cores for {threads}: results may differ in the last digits")
     torch.set_num_threads(threads)

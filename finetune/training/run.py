@@ -88,9 +88,9 @@ def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | No
     budget = open_budget(run, inputs.config, inputs.price, stop, attempt=record.attempts, step=step)
     recorder, before = RunRecorder(run, record, budget, began), record.status
     session = Session(run, inputs, recorder, budget, stop, found)
-    distributed.on_failure(lambda: clean_up(session))
     with failures_recorded(session):
         recorder.resume_from(found)
+        distributed.on_failure(lambda: clean_up(session))
         refusal = distributed.run_on_rank0(budget.refusal_to_start)
         if refusal is None:
             recorder.begin()  # before anything else: a folder without run.json is not a run

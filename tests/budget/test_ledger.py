@@ -340,3 +340,13 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_lines_before_it(tmp_path: Pa
     account = Ledger(tmp_path).account()
     assert account.attempts[0].seconds == 1200.0 and not account.problems
     assert begin(Ledger(tmp_path), Ledger(tmp_path).next_attempt()).number == 2
+
+
+def test_values_of_other_types_in_the_first_line_are_unknown(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path), usd=7.2)
+    (first, *_) = lines(log.path)
+    odd = {"at": 1, "step": "x", "machine": {"name": ["m"], "zone": 3, "gpu": "L4", "spot": "yes"}}
+    log.path.write_text(json.dumps(first | odd) + "\n", encoding="utf-8")
+    (attempt,) = Ledger(tmp_path).account().attempts
+    assert (attempt.began_at, attempt.resumed_step, attempt.zone, attempt.spot) == (None, None, None, None)
+    assert (attempt.gpu, attempt.usd_per_hour, attempt.machine) == ("L4", 7.2, {"gpu": "L4"})

@@ -2,8 +2,8 @@
 
 Bounds of waits are written in seconds of the computer that the scenarios were measured on last. Before anything else is started,
 `python -m tests.emulated_cloud.pace` measures what most of a scenario consists of: SkyPilot's processes starting, as many side
-by side as there are worlds. It prints the factor, which the worlds' processes find in FT_CLOUD_PACE. A computer on which that
-takes longer waits longer, by the same factor; none waits less.
+by side as there are test environments. It prints the factor, which the processes of the environments find in FT_CLOUD_PACE. A
+computer on which that takes longer waits longer, by the same factor; none waits less.
 
 How long a machine takes from its boot to its training decides what a budget pays for, so the starts that were seen in this
 session count there, and the factor alone before the first.
@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 VARIABLE = "FT_CLOUD_PACE"
 LOADING = "import sky.client.cli.command"
-WORLDS = 2
+ENVIRONMENTS = 2
 """Side by side, as dev/cloud_test.sh has it."""
 IMPORT_SECONDS = 2.4
 """Until that many processes have SkyPilot's command line loaded; measured on two quiet cores of an AMD EPYC, 2026-11-29."""
@@ -64,12 +64,16 @@ def measure(load: Callable[[], float] | None = None) -> float:
 
 
 def load_side_by_side() -> float:
-    """Seconds until as many processes as there are worlds have loaded SkyPilot's command line. Raises AssertionError where
-    one cannot."""
+    """Seconds until as many processes as there are test environments have loaded SkyPilot's command line. Raises AssertionError
+    where one cannot."""
     with tempfile.TemporaryDirectory() as home:  # it makes a folder there
         began = time.monotonic()
         words = [sys.executable, "-c", LOADING]
-        processes = [subprocess.Popen(words, cwd=home, env=os.environ | {"HOME": home}) for _ in range(WORLDS)]
+        quiet = subprocess.DEVNULL  # the factor alone is printed
+        processes = [
+            subprocess.Popen(words, cwd=home, env=os.environ | {"HOME": home}, stdout=quiet)
+            for _ in range(ENVIRONMENTS)
+        ]
         codes = [process.wait() for process in processes]
         seconds = time.monotonic() - began
     assert not any(codes), f"{words}: exit codes {codes}"

@@ -35,18 +35,20 @@ def test_the_factor_follows_the_shorter_of_two_looks_after_one_that_does_not_cou
     assert measured(9.0, 90.0, 80.0) == pace.MOST, "nor without end"
 
 
-def test_a_look_is_as_many_processes_as_worlds_and_one_that_fails_is_told(
+def test_a_look_is_as_many_processes_as_environments_and_one_that_fails_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pace, "LOADING", f"import os; open(f'{tmp_path}/{{os.getpid()}}', 'w').close()")
     assert pace.load_side_by_side() > 0
-    assert len(list(tmp_path.iterdir())) == pace.WORLDS
+    assert len(list(tmp_path.iterdir())) == pace.ENVIRONMENTS
     monkeypatch.setattr(pace, "LOADING", "raise SystemExit(3)")
     with pytest.raises(AssertionError, match=r"exit codes \[3, 3\]"):
         pace.load_side_by_side()
 
 
-def test_a_world_takes_the_factor_of_the_session_and_measures_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_takes_the_factor_of_the_session_and_measures_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pace, "measure", lambda: 3.0)
     assert pace.patience(100) == 100, "before it is known"
     monkeypatch.setenv(pace.VARIABLE, "2.50")

@@ -71,8 +71,8 @@ def test_a_disk_that_is_nearly_full(environment: CloudEnvironment, project: Path
     print(ended.out[-1500:])
     lines = [line for line in ended.out.splitlines() if "disk" in line]
     assert len(lines) == 1 and lines[0].endswith(
-        "MiB left): stopped, checkpoints are kept; launch again with a larger resources.disk_size, or free some space, with the "
-        "same --env RUN_NAME"
+        "MiB left): stopped, what was saved is kept; launch again with a larger resources.disk_size, or free some space, with "
+        "the same --env RUN_NAME"
     ), lines
     assert "machine: the disk was nearly full (" in lines[0]
     assert "status: FAILED" in ended.out and ended.code == 100, "code of `sky logs` for a job that has failed"

@@ -63,6 +63,21 @@ def by_the_budget(recorder: RunRecorder, run: RunFolder) -> None:
     ending.stop_hanging(run, recorder)
 
 
+def test_the_adapter_of_a_hard_stop_is_that_of_one_checkpoint(
+    recorder: RunRecorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is copied, another save is committed."""
+
+    def copy(run: RunFolder, checkpoint: Path) -> None:
+        recorder.newest = tmp_path / "step-4"
+
+    recorder.newest = tmp_path / "step-2"
+    monkeypatch.setattr(ending, "adapter_from", copy)
+    monkeypatch.setattr(ending, "read_manifest", lambda folder: {"step": int(folder.name.removeprefix("step-"))})
+    ending.stop_hanging(RunFolder(tmp_path), recorder)
+    assert record_of(tmp_path)["adapter_step"] == 2
+
+
 def by_another_process(recorder: RunRecorder, run: RunFolder) -> None:
     nothing: Any = None
     spending: Any = SimpleNamespace(end=lambda reason: None)
