@@ -24,7 +24,7 @@ OLD_STEP_KEYS = {
     "cached_layers": "dequantized_layers",
 }
 OLD_BACKENDS = {"lean": "fused", "stock": "hf"}
-"""Names in earlier versions of the keys of `step` and of the values of its backend."""
+"""Names in earlier versions of the keys of `step`, and of its backend: those of `training.kernels`, too."""
 
 Row = Mapping[str, float | None]
 """One log entry: step, epoch, and some of loss, eval_loss, learning_rate, grad_norm, tokens_per_second."""

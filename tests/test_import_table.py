@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "checkpoint": "errors runtime",
     "sql": "errors",
     "run_record": "errors runtime",
-    "config": "errors runtime machine",
+    "config": "errors runtime machine run_record",
     "models": "errors runtime machine config",
     "models.fused": "example models",
     "run_folder": "errors runtime config run_record",

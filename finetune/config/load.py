@@ -26,12 +26,13 @@ from finetune.config.schema import (
     TrainingSection,
 )
 from finetune.config.validate import impossible_values
-from finetune.errors import UserError, combined
+from finetune.errors import UserError, combined, first_line
+from finetune.run_record import OLD_BACKENDS
 from finetune.runtime.console import say
 
 EFFECTIVE_BATCH = 16
 """Examples per optimizer step where the config does not say: the guide's 4 x 4."""
-RENAMED_VALUES = {"training.kernels": {"lean": "fused", "stock": "hf"}}
+RENAMED_VALUES = {"training.kernels": OLD_BACKENDS}
 """Old names of values, which the configs of older runs still use: key -> old name -> new name."""
 _warned: set[tuple[str, str]] = set()
 
@@ -132,7 +133,7 @@ def _checked(tree: dict[str, Any], origin: str, problems: list[UserError]) -> Ru
         try:
             config: RunConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))  # type: ignore[assignment]
         except OmegaConfBaseException as error:  # a ${reference} that does not resolve, or resolves to another type
-            problems = [UserError(f"{error.full_key}: {_first_line(error)}", code="config.bad_reference")]
+            problems = [UserError(f"{error.full_key}: {first_line(error)}", code="config.bad_reference")]
         else:
             problems = [UserError(problem, code="config.bad_value") for problem in impossible_values(config)]
     if problems:
@@ -168,7 +169,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}", code="config.bad_yaml") from error
+        raise UserError(f"{path}: {first_line(error)}", code="config.bad_yaml") from error
     except Exception as error:  # PyYAML raises several types, each with line and column
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}", code="config.bad_yaml") from error
     if not isinstance(tree, dict):
@@ -193,7 +194,7 @@ def _merge_override(tree: dict[str, Any], override: str, problems: list[UserErro
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except Exception as error:
-        problems.append(UserError(f"override {override!r}: {_first_line(error)}", code="config.bad_override"))
+        problems.append(UserError(f"override {override!r}: {first_line(error)}", code="config.bad_override"))
         return
     for section in sections:
         if tree.get(section) is None:
@@ -288,7 +289,3 @@ def _nearest(key: str, where: str, names: list[str]) -> str:
     }
     close = difflib.get_close_matches(key, list(everywhere), n=1, cutoff=0.75)
     return f" (did you mean {everywhere[close[0]]}?)" if close else f" (valid here: {', '.join(names)})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

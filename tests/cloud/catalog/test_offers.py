@@ -16,30 +16,13 @@ from tests.helpers.catalog_fixture import CATALOG, gpu, host, lay_out_catalog, p
 from tests.helpers.errors import raises
 
 A100 = "a2-highgpu-1g"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("SKY_RUNTIME_DIR", raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture
 def catalog(home: Path) -> Catalog:
     lay_out_catalog(home)
     return load_catalog()
-
-
-@pytest.fixture
-def made(home: Path) -> Callable[..., Catalog]:
-    """A catalog with the given lines."""
-
-    def make(*lines: str) -> Catalog:
-        write_prices(home, list(lines))
-        return load_catalog(allow_snapshot=False)
-
-    return make
 
 
 def message(code: str, call: Callable[[], object]) -> str:

@@ -11,27 +11,10 @@ import pytest
 
 from finetune.cloud.catalog.offers import Catalog, load_catalog
 from finetune.machine.gpus import GPUS
-from tests.helpers.catalog_fixture import gpu, host, lay_out_catalog, shared_catalog, write_prices
+from tests.helpers.catalog_fixture import gpu, host, lay_out_catalog, shared_catalog
 
 A100 = "a2-highgpu-1g"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("SKY_RUNTIME_DIR", raising=False)
-    return tmp_path
-
-
-@pytest.fixture
-def made(home: Path) -> Callable[..., Catalog]:
-    """A catalog with the given lines."""
-
-    def make(*lines: str) -> Catalog:
-        write_prices(home, list(lines))
-        return load_catalog(allow_snapshot=False)
-
-    return make
+pytestmark = pytest.mark.usefixtures("home")
 
 
 ANOMALIES = {
