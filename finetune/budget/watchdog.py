@@ -171,9 +171,7 @@ class Watchdog:
             near = max(RETRY_SECONDS, self._meter.seconds_left() / 2)
             self._wake.wait(min(self._heartbeat, near))
             self._wake.clear()
-            closing = (
-                self._closing.is_set()
-            )  # read before self._end: otherwise a close in between would leave no last line
+            closing = self._closing.is_set()  # read before self._end, or a close in between would leave no last line
             if self._keep("ledger", self._record):
                 self._keep("marker", self._meter.time.mark)
             if closing:
