@@ -59,6 +59,7 @@ class EndedProcess:
     seconds: from its start until it was killed, or else until its last write to run.json. teardown: seconds from then
     to the end of the process, in which Python shuts down. resumed: the step that it reported resuming from, 0 for the
     beginning, None if it died before. done: the last step that run.json counted in this attempt, None if it counted none.
+    finished: it had recorded the run as done, so nothing is left to resume even if it was killed after that.
     """
 
     kill: Kill | None
@@ -69,10 +70,11 @@ class EndedProcess:
     output: str
     teardown: float = 0.0
     hung: bool = False
+    finished: bool = False
 
     @property
     def killed(self) -> bool:
-        return self.code == -signal.SIGKILL
+        return self.code == -signal.SIGKILL and not self.finished
 
 
 @dataclass
@@ -152,6 +154,13 @@ def steps_done(run: Path) -> int | None:
     return steps.done if steps else None
 
 
+def is_done(run: Path) -> bool:
+    try:
+        return read_record(run / "run.json").status == "done"
+    except UserError:
+        return False
+
+
 def attempt(
     machine: Machine, arguments: list[str], run: Path, kill: Kill | None, log: Path, action: Action | None = None
 ) -> EndedProcess:
@@ -177,10 +186,14 @@ def attempt(
             process.wait()
         gone = time.monotonic()
     watch.look()
-    ended = gone if process.returncode < 0 or watch.changed is None else min(gone, watch.changed)
+    finished = is_done(run)
+    died = process.returncode < 0 and not finished
+    ended = gone if died or watch.changed is None else min(gone, watch.changed)
     said = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     resumed = resumed_step(said, fresh="--resume" not in arguments)
-    return EndedProcess(kill, process.returncode, ended - began, resumed, watch.done, said, gone - ended, hung)
+    return EndedProcess(
+        kill, process.returncode, ended - began, resumed, watch.done, said, gone - ended, hung, finished
+    )
 
 
 def _until_gone(

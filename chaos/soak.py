@@ -150,7 +150,8 @@ def killed_repeatedly(harness: Harness, kind: Kind, name: str, plan: Plan) -> Ru
             plan.missed(kill)
         if made.code == EXIT_TRANSIENT and kill and kill.how == "notice":
             continue
-        if made.code != EXIT_OK:
+        ended = made.code == EXIT_OK or made.finished  # `finetune job train` leaves a run that is done alone
+        if made.hung or not ended:
             run.fault = "hung" if made.hung else f"exit code {made.code}: {last_line(made.output)}"
         break
     else:
@@ -181,7 +182,7 @@ def _remove_not_started(folder: Path) -> None:
 
 def describe(life: Life) -> str:
     made = life.attempt
-    end = "killed" if made.killed else f"exit {made.code}"
+    end = "killed" if made.killed else "finished" if made.finished else f"exit {made.code}"
     by = f" ({made.kill.name})" if made.kill else ""
     steps = f"step {made.resumed if made.resumed is not None else '?'} to {made.done if made.done is not None else '?'}"
     saving = f", saving {', '.join(map(str, life.in_flight))}" if life.in_flight else ""

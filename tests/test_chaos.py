@@ -14,11 +14,11 @@ from chaos import checks
 from chaos.__main__ import main
 from chaos.attempt import HEARTBEAT_SECONDS, EndedProcess, Kill, Machine, Watch, attempt, resumed_step
 from chaos.damage import TARGETS, damage_checkpoints
-from chaos.environment import USD_PER_HOUR, ChaosEnvironment, kind_of
+from chaos.environment import USD_PER_HOUR, ChaosEnvironment, kind_of, make_environment
 from chaos.full_disk import fill, free, small_disk
 from chaos.observe import in_flight, is_whole, newest_local, newest_whole, orphans
 from chaos.plan import Plan
-from chaos.soak import Harness, Life, NoRunRecord, Run
+from chaos.soak import Harness, Life, NoRunRecord, Run, killed_repeatedly
 from finetune.runtime.fault_injection import PLACES
 
 KIND = kind_of("float32")
@@ -234,6 +234,42 @@ def test_a_real_process_is_started_and_killed(tmp_path: Path) -> None:
     made = attempt(machine, config, tmp_path / "run", Kill("start", delay=0.02), tmp_path / "a.log")
     assert (made.code, made.killed) == (-9, True)
     assert made.seconds < 5
+
+
+SHUTDOWN = """
+import json, pathlib, sys, time
+run = pathlib.Path(sys.argv[-1])
+run.mkdir(parents=True, exist_ok=True)
+(run / "run.json").write_text(json.dumps({"status": "%s", "steps": {"done": 80}}))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("status", "killed"), [("done", False), ("running", True)])
+def test_a_kill_while_python_shuts_down_after_the_run_is_done_is_no_kill(
+    tmp_path: Path, status: str, killed: bool
+) -> None:
+    package = tmp_path / "fake" / "finetune"
+    package.mkdir(parents=True)
+    (package / "__main__.py").write_text(SHUTDOWN % status)
+    machine = Machine(tmp_path / "machine", python_path=package.parent)
+    run = tmp_path / "run"
+    made = attempt(machine, ["--resume", str(run)], run, Kill("start", delay=1.5), tmp_path / "a.log")
+    assert (made.code, made.killed, made.finished) == (-9, killed, not killed)
+    assert (made.teardown > 0) is not killed
+
+
+def test_a_run_that_is_done_is_not_resumed_as_by_a_managed_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = EndedProcess(Kill("notice"), -9, 10.0, 0, KIND.steps, "", finished=True)
+    monkeypatch.setattr("chaos.soak.attempt", lambda *arguments: made)
+    monkeypatch.setattr(Harness, "close", lambda harness, run: run)
+    environment = make_environment(tmp_path / "environment")
+    harness = Harness(environment, Machine(tmp_path / "machine"), tmp_path / "runs", lambda line: None)
+    plan = Plan(2, 7, 1)
+    run = killed_repeatedly(harness, KIND, "x", plan)
+    assert (len(run.lives), run.fault, plan.left) == (1, None, 2)
+    made = replace(made, hung=True)
+    assert killed_repeatedly(harness, KIND, "y", plan).fault == "hung"
 
 
 def test_a_folder_with_files_but_no_record_is_not_touched(tmp_path: Path) -> None:
