@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "cloud.gcloud": "errors",
     "cloud.catalog": "errors",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate cloud.catalog",
-    "cloud.launch": "errors runtime machine config cloud.gcloud cloud.catalog cloud.plan",
+    "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime run_record data evaluation",
     "doctor": "errors runtime machine cloud.gcloud",
     "job": "errors runtime machine config run_folder prepared_folder",

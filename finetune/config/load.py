@@ -158,6 +158,12 @@ def to_yaml(config: RunConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
+def data_key(config: RunConfig) -> str:
+    """A hash of the config's data section, 12 hex digits; the name under which the bucket knows its prepared data."""
+    section = to_dict(config)["data"]
+    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def config_hash(config: RunConfig) -> str:
     """SHA-256 (hex) of the resolved config, independent of key order and comments."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()

@@ -7,15 +7,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config.load import to_dict
+from finetune.config.load import data_key
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.job.programs import say
@@ -71,12 +69,6 @@ class DataCache:
 
     def _key_file(self, identity: str) -> Path:
         return self.state / f"set-{identity}"
-
-
-def data_key(config: RunConfig) -> str:
-    """A hash of the config's data section."""
-    section = to_dict(config)["data"]
-    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:ID_LENGTH]
 
 
 def set_id(folder: Path) -> str:

@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.machine.price import LARGEST_LIMIT, parse_limit
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 DEFAULTS = {"MAX_RUN_USD": "25", "MAX_HOURS": "24", "GRACE_SECONDS": "180", "FINETUNE_MOUNT": "/bucket"}
@@ -109,10 +110,10 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
 
 def _positive(name: str, text: str, problems: list[str]) -> Decimal:
     """Parsed as in the launch policy."""
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) and Decimal(text) > 0:
-        return Decimal(text)
-    problems.append(f"{name}: expected a number above 0, found {text!r}")
-    return Decimal(1)
+    number = parse_limit(text)
+    if number is None:
+        problems.append(f"{name}: expected a number above 0 and up to {LARGEST_LIMIT:,}, found {text[:40]!r}")
+    return number or Decimal(1)
 
 
 def _nodes(given: Mapping[str, str], problems: list[str]) -> Nodes | None:

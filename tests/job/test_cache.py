@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.config.load import load_config, to_yaml
-from finetune.job.cache import DataCache, copy_set, data_key, set_id
+from finetune.config.load import data_key, load_config, to_yaml
+from finetune.job.cache import DataCache, copy_set, set_id
 from tests.helpers.errors import raises
 from tests.helpers.machine_fixture import CONFIG, ROOT, lay_out_set, sha256
 
