@@ -241,17 +241,17 @@ class _Reader:
 
     def section(self, values: dict[Any, Any], schema: type, place: Place) -> Any:
         """An instance of the dataclass `schema`; it is complete only if no problem was found."""
-        made = schema()
-        hints = get_type_hints(schema)
+        made, hints = schema(), get_type_hints(schema)
         for key in [key for key in values if key not in hints]:
-            near = _nearest(str(key), _dotted(place), list(hints)) if len(self._problems) < MOST_LISTED else ""
-            self._refuse(f"unknown key {_dotted((*place, shown(str(key))[1:-1]))[:-1]}{near}", "config.unknown_key")
+            name = _dotted((*place, shown(str(key))[1:-1]))
+            near = _nearest(str(key), place, list(hints)) if len(self._problems) < MOST_LISTED else ""
+            self._problems.append(UserError(f"unknown key {name}{near}", code="config.unknown_key"))
         for field in fields(schema):
             here = (*place, field.name)
             if field.name in values:
                 setattr(made, field.name, self._value(values[field.name], schema, field.name, hints[field.name], here))
             elif field.default == MISSING:
-                self._refuse(f"missing key {_dotted(here)[:-1]}", "config.missing_key")
+                self._problems.append(UserError(f"missing key {_dotted(here)}", code="config.missing_key"))
             elif is_dataclass(hints[field.name]):
                 setattr(made, field.name, self.section({}, hints[field.name], here))  # type: ignore[arg-type]
         return made
@@ -259,34 +259,30 @@ class _Reader:
     def _value(self, value: Any, schema: type, key: str, hint: Any, place: Place) -> Any:
         if is_dataclass(hint):
             if not isinstance(value, dict) and not is_null(value):  # null: all keys of the section are commented out
-                self._refuse(f"{_dotted(place)[:-1]}: expected a section of keys, found {_found(value)}")
-                return None
+                return self._expected("a section of keys", value, place)
             return self.section({} if is_null(value) else value, hint, place)  # type: ignore[arg-type]
         if hint == list[SourceSection]:
-            return self._sources(value, place)
+            if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+                return self._expected("a list of sources, each with kind and path", value, place)
+            return [self.section(item, SourceSection, (*place, str(number))) for number, item in enumerate(value)]
         try:
-            if self._references is not None:
-                value = self._references.filled_in(value, place)
-            return convert(hint, value)
+            filled_in = value if self._references is None else self._references.filled_in(value, place)
+            return convert(hint, filled_in)
         except Unfit:
-            self._refuse(f"{_dotted(place)[:-1]}: expected {_describe(schema, key)}, found {_found(value)}")
+            return self._expected(_describe(schema, key), filled_in, place)
         except UserError as error:
-            self._problems.append(UserError(f"{_dotted(place)[:-1]}: {error}", code=error.code))
-        return None
+            self._problems.append(UserError(f"{_dotted(place)}: {error}", code=error.code))
+            return None
 
-    def _sources(self, value: Any, place: Place) -> list[Any]:
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            self._refuse(f"{_dotted(place)[:-1]}: expected a list of sources, each with kind and path")
-            return []
-        return [self.section(item, SourceSection, (*place, str(number))) for number, item in enumerate(value)]
-
-    def _refuse(self, message: str, code: str = "config.bad_type") -> None:
-        self._problems.append(UserError(message, code=code))
+    def _expected(self, what: str, value: Any, place: Place) -> None:
+        self._problems.append(
+            UserError(f"{_dotted(place)}: expected {what}, found {_found(value)}", code="config.bad_type")
+        )
 
 
 def _dotted(place: Place) -> str:
-    """The place as people write it, with a final dot: data.sources[0]."""
-    return "".join(f"[{key}]." if key.isdecimal() else f"{key}." for key in place).replace(".[", "[")
+    """The place as people write it: data.sources[0].path."""
+    return "".join(f"[{key}]" if key.isdecimal() else f".{key}" for key in place).removeprefix(".")
 
 
 def _found(value: Any, depth: int = 3) -> str:
@@ -317,11 +313,11 @@ def _describe(schema: type, key: str) -> str:
     return hint
 
 
-def _nearest(key: str, where: str, names: list[str]) -> str:
+def _nearest(key: str, place: Place, names: list[str]) -> str:
     """A hint with the nearest valid name: in this section first, then anywhere in the schema."""
     close = difflib.get_close_matches(key[:100], names, n=1, cutoff=0.6)
     if close:
-        return f" (did you mean {where}{close[0]}?)"
+        return f" (did you mean {_dotted((*place, close[0]))}?)"
     everywhere = {
         name: f"{section.name}.{name}"
         for section in fields(RunConfig)

@@ -102,9 +102,9 @@ def read_text(path: Path, largest: int = LARGEST_FILE) -> str:
         raise ValueError(f"not text in UTF-8 (byte {error.start})") from error
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
     """A JSON value. Raises ValueError, and only that, with one short line: also for a repeated key, for NaN, for numbers of
-    hundreds of digits or beyond a float, and for a value that is nested too deeply."""
+    hundreds of digits or beyond a float, and for a value that is nested too deeply. nan: NaN and Infinity are allowed."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
@@ -113,7 +113,7 @@ def parse_json(text: str | bytes) -> Any:
             object_pairs_hook=_without_repeated_keys,
             parse_int=_whole_number,
             parse_float=_finite_number,
-            parse_constant=_no_number,
+            parse_constant=float if nan else _no_number,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -252,6 +252,13 @@ def test_aliases_of_aliases_take_no_time(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 10_500
 
 
+def test_a_few_lines_that_stand_for_millions_of_values_are_refused(tmp_path: Path) -> None:
+    lists = ", ".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 100)}]" for n in range(1, 5))
+    with raises("config.too_large", match=r"data\.sources\[0\]\.columns: is far too large") as caught:
+        load(tmp_path, HEAD.replace("data.jsonl", f"x, columns: {{k0: &k0 [x], {lists}}}"))
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_file_with_a_byte_order_mark_is_read(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(f"{HEAD}training: {{run_name: für}}\n".encode(encoding))
