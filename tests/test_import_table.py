@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "training": "errors example runtime machine checkpoint config models "
     "run_record run_folder prepared_folder data budget training.objectives training.step",
     "evaluation": "errors runtime sql config models run_folder data",
-    "cloud.gcloud": "errors",
-    "cloud.catalog": "errors",
+    "cloud.gcloud": "errors runtime",
+    "cloud.catalog": "errors runtime",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate cloud.catalog",
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime run_record data evaluation",

@@ -19,7 +19,7 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice
 from finetune.runtime import fault_injection
-from finetune.runtime.files import atomic_file, disk_error
+from finetune.runtime.files import atomic_file, disk_error, parse_json, read_bytes
 
 HEARTBEAT_RETENTION_SECONDS = 600.0
 """A heartbeat replaces the previous one, except that one per this many seconds is kept: the file of a long run stays small."""
@@ -225,7 +225,7 @@ class AttemptLog:
 
 def _read(number: int, path: Path) -> Attempt:
     try:
-        rows = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+        rows = read_bytes(path).decode("utf-8", errors="replace").split("\n")
     except OSError as error:
         return Attempt(number, path.name, problems=(f"not readable ({error.strerror}); not counted",))
     lines, bad = [], []
@@ -270,7 +270,7 @@ def _price(begin: Line) -> MachinePrice | None:
 
 def _line(row: str) -> Line | None:
     try:
-        line = json.loads(row)
+        line = parse_json(row)
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("event"), str) else None

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.checkpoint.filesystem import Disk
+from finetune.runtime.files import parse_json, read_bytes
 
 MANIFEST = "manifest.json"
 _SEAL = "manifest_sha256"
@@ -43,7 +44,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise InvalidCheckpoint(f"{MANIFEST} is not a file", corrupt=True)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise InvalidCheckpoint("no manifest: the save was cut off", incomplete=True) from None
     if not content.rstrip().endswith(b"\n}"):  # only the very last line is an unindented brace
@@ -74,7 +75,7 @@ def right_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
 
 def _checked(folder: Path, content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        value = parse_json(content)
         seal = value.pop(_SEAL)
         right = seal == _seal_of(value)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded
+from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
 from finetune.errors import EXIT_OK, UserError
 
 
@@ -19,7 +18,7 @@ def add(commands: Any) -> None:
         "finetune evaluate runs/demo\n  finetune evaluate configs/demo_cpu.yaml   (the base model alone)",
     )
     evaluate.add_argument(
-        "target", type=Path, metavar="RUN|CONFIG", help="a run folder, or a config for the base model"
+        "target", type=path, metavar="RUN|CONFIG", help="a run folder, or a config for the base model"
     )
     evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="with a config: " + OVERRIDES)
     evaluate.add_argument("--no-base", action="store_true", help="do not score the base model")

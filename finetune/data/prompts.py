@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import UserError
 from finetune.example import Example
-from finetune.runtime.files import write_text
+from finetune.runtime.files import load_json, write_text
 from finetune.sql.schema import compact, parse_ddl
 from finetune.sql.text import on_one_line
 
@@ -87,7 +87,7 @@ def load_template(folder: Path) -> PromptTemplate:
     """The template saved beside an adapter. Raises UserError if it is missing, corrupt or of another version."""
     path = folder / PROMPT_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = load_json(path)
         template = PromptTemplate(schema_format=saved["schema_format"], version=saved["version"])
     except FileNotFoundError:
         raise UserError(

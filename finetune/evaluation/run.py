@@ -30,7 +30,7 @@ from finetune.models.device import choose_device
 from finetune.models.load import require_adapter, weights_identity
 from finetune.run_folder import RunFolder
 from finetune.runtime.console import say
-from finetune.runtime.files import atomic_file, write_json
+from finetune.runtime.files import atomic_file, load_json, write_json
 from finetune.sql.engines.registry import open_sessions
 
 ROWS = "rows.jsonl"
@@ -184,7 +184,7 @@ def _cached_base(evaluation_set: EvaluationSet) -> tuple[dict[str, Any], list[Ro
     """The base model's cached score; None if there is none that can be read."""
     folder = _base_folder(evaluation_set)
     try:
-        cached = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+        cached = load_json(folder / SCORE)
         return cached, [Row(**line.value) for line in read_lines(folder / ROWS)]
     except (OSError, ValueError, TypeError, UserError):  # missing, corrupt, or of another version of Row
         return None

@@ -3,7 +3,6 @@ BUCKET; SkyPilot sets SKYPILOT_*."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.machine.price import LARGEST_LIMIT, parse_limit
+from finetune.runtime.files import parse_json
+from finetune.runtime.paths import expanded
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 DEFAULTS = {"MAX_RUN_USD": "25", "MAX_HOURS": "24", "GRACE_SECONDS": "180", "FINETUNE_MOUNT": "/bucket"}
@@ -92,11 +93,11 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
         raise UserError("; ".join(problems), code="job.bad_setting")
     environment = {key: value for key, value in given.items() if value or key not in SECRETS}
     return JobSettings(
-        mount=Path(values["FINETUNE_MOUNT"]),
+        mount=Path(expanded(values["FINETUNE_MOUNT"])),
         state=Path(given.get("HOME") or Path.home()) / ".finetune",
         run_name=name,
         task_id=given.get("SKYPILOT_TASK_ID", ""),
-        config=given.get("CONFIG", ""),
+        config=expanded(given.get("CONFIG", "")),  # here, on the machine, whose home folder is meant
         overrides=given.get("OVERRIDES", "").split(),
         max_run_usd=numbers["MAX_RUN_USD"],
         max_hours=numbers["MAX_HOURS"],
@@ -136,7 +137,7 @@ def _nodes(given: Mapping[str, str], problems: list[str]) -> Nodes | None:
 def _cluster(given: Mapping[str, str]) -> str:
     """The cluster's name, for commands in messages; SkyPilot's variable holds more than the name."""
     try:
-        name = json.loads(given.get("SKYPILOT_CLUSTER_INFO") or "{}").get("cluster_name")
+        name = parse_json(given.get("SKYPILOT_CLUSTER_INFO") or "{}").get("cluster_name")
     except (ValueError, AttributeError):
         name = None
     return str(name or "CLUSTER")

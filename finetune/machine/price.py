@@ -7,7 +7,6 @@ set-up keeps a copy in the home folder for jobs that are started later with `sky
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, first_line
 from finetune.machine import metadata
 from finetune.machine.billed_time import machine_age
 from finetune.machine.gpus import GPUS
 from finetune.machine.hardware import nvidia_driver
+from finetune.runtime.files import parse_json, read_text
 
 VARIABLE = "FINETUNE_PRICES"
 KEPT = Path(".finetune") / "prices.json"
@@ -149,7 +149,12 @@ def _table_text() -> tuple[str, str] | None:
     if text:
         return text, VARIABLE
     kept = Path.home() / KEPT
-    return (kept.read_text(encoding="utf-8"), str(kept)) if kept.is_file() else None
+    try:
+        return read_text(kept), str(kept)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{kept}: not readable ({first_line(error)}); launch again", code="price.bad_table") from error
 
 
 def _table() -> dict[str, Any] | None:
@@ -158,7 +163,7 @@ def _table() -> dict[str, Any] | None:
         return None
     text, place = found
     try:
-        table = json.loads(text)
+        table = parse_json(text)
         offers = [
             {**offer, "usd_per_hour": _believable(offer["usd_per_hour"])}
             for offer in table["offers"]
@@ -189,7 +194,7 @@ def _believable(value: Any) -> float:
 
 def _zone() -> str | None:
     try:
-        zone = json.loads(os.environ.get("SKYPILOT_CLUSTER_INFO", "{}")).get("zone")
+        zone = parse_json(os.environ.get("SKYPILOT_CLUSTER_INFO", "{}")).get("zone")
     except (ValueError, AttributeError):
         zone = None
     if zone:

@@ -13,6 +13,7 @@ from finetune.data.records import read_lines
 from finetune.errors import UserError
 from finetune.run_record import AttemptRecord, MemoryRecord, RunRecord, UsageRecord, read_record
 from finetune.runtime.files import read_json
+from finetune.runtime.typed_json import LARGEST
 
 Json = dict[str, Any]
 
@@ -107,7 +108,7 @@ def _scores_problem(scores: Any) -> str | None:
 def _counts_problem(record: Any, keys: Sequence[str]) -> str | None:
     if not isinstance(record, dict):
         return "is not an object"
-    absent = [key for key in keys if not isinstance(record.get(key), int) or record[key] < 0]
+    absent = [key for key in keys if type(record.get(key)) is not int or not 0 <= record[key] < LARGEST]
     return f"lacks the count {absent[0]}" if absent else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
@@ -36,9 +35,10 @@ from finetune.training.resume import (
     store_of,
 )
 from finetune.training.save_policy import EndOfStep, StepAbandoned
+from finetune.training.saved_files import read_logging_state
 from finetune.training.session import Session
 from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
-from finetune.training.staging import LOGGING_STATE, CheckpointStaging, check_resumed, scratch_folder
+from finetune.training.staging import LOGGING_STATE, CheckpointStaging, check_resumed, remove_half_saves, scratch_folder
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
 from finetune.training.tracking.trackers import trackers
 from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
@@ -125,10 +125,15 @@ def _fit(session: Session, parts: Parts) -> int:
         tracking = trackers(inputs.config.tracking, run.path, run.path.name, session.resumed_step, say)
         for callback in (*tracking, history, bar, ends, staging, _before(session, trainer, plan)):
             trainer.add_callback(callback)
-        with closing(writer) if writer else nullcontext():
-            _train(session, trainer, staging)
+        try:
+            with closing(writer) if writer else nullcontext():
+                _train(session, trainer, staging)
+                if writer:
+                    _committed(session, writer, staging)
+        except BaseException:
             if writer:
-                _committed(session, writer, staging)
+                remove_half_saves(Path(trainer.args.output_dir))
+            raise
     with suppress(OSError):
         Path(trainer.args.output_dir).rmdir()  # unless it still holds a staged save
     write()
@@ -186,7 +191,7 @@ def _before(session: Session, trainer: AnswerTrainer, plan: StepPlan) -> BeforeF
     def restore() -> None:
         if session.resume_from:
             check_resumed(trainer, session.resume_from)
-            trainer.restore_logging_state(json.loads((session.resume_from / LOGGING_STATE).read_text(encoding="utf-8")))
+            trainer.restore_logging_state(vars(read_logging_state(session.resume_from / LOGGING_STATE)))
 
     actions = [restore]
     if needs_memory_dry_run(trainer.args.device):

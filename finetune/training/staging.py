@@ -8,7 +8,6 @@ checkpoint therefore holds the loss of a few fixed examples, and a resume compar
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -33,6 +32,7 @@ from finetune.run_record import SavesRecord
 from finetune.runtime import fault_injection
 from finetune.runtime.console import say
 from finetune.runtime.files import write_json, write_text
+from finetune.training.saved_files import read_labels, read_probe
 from finetune.training.trainer import AnswerTrainer
 
 CONFIG, DATA_MANIFEST, LOGGING_STATE, LABELS = "config.yaml", "data-manifest.json", "window.json", "labels.json"
@@ -46,20 +46,26 @@ def scratch_folder(run_id: str) -> Path:
     return folder
 
 
+def remove_half_saves(folder: Path) -> None:
+    """Remove the staged saves that were never completed: they may be what fills the local disk, and nothing reads them."""
+    for save in folder.glob("checkpoint-*"):
+        if not (save / LABELS).exists():
+            shutil.rmtree(save, ignore_errors=True)
+
+
 def commit_orphaned_save(store: CheckpointStore) -> None:
     """Commit the newest staged save that an earlier attempt on this machine left uncommitted, if there is one."""
-    left = sorted(
-        _scratch(store.run_id).glob(f"*/{LABELS}"),
-        key=lambda path: int(json.loads(path.read_text(encoding="utf-8"))["step"]),
-    )
-    if not left:
+    found = [
+        (labels, path.parent) for path in _scratch(store.run_id).glob(f"*/{LABELS}") if (labels := read_labels(path))
+    ]
+    if not found:
         return
-    labels = json.loads(left[-1].read_text(encoding="utf-8"))
+    labels, folder = max(found, key=lambda item: item[0].step)
     try:
-        store.put(left[-1].parent, **labels)
-        say(f"committed the staged save of step {labels['step']}, which an earlier attempt left on this machine")
+        store.put(folder, **vars(labels))
+        say(f"committed the staged save of step {labels.step}, which an earlier attempt left on this machine")
     except UserError as error:
-        say(f"cannot commit the staged save of step {labels['step']}, which an earlier attempt left: {error}")
+        say(f"cannot commit the staged save of step {labels.step}, which an earlier attempt left: {error}")
 
 
 def _scratch(run_id: str) -> Path:
@@ -160,7 +166,7 @@ def probe_loss(trainer: AnswerTrainer) -> dict[str, Any]:
 def check_resumed(trainer: AnswerTrainer, folder: Path) -> None:
     """Raises UserError if the loaded model differs from that of the checkpoint in `folder`."""
     _check_tensors(trainer, folder)
-    saved = json.loads((folder / PROBE_LOSS).read_text(encoding="utf-8"))["loss"]
+    saved = read_probe(folder / PROBE_LOSS).loss
     now = probe_loss(trainer)["loss"]
     kind = trainer.args.device.type
     if saved is None or now is None:
