@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
-import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,37 +33,52 @@ from finetune.run_record import SavesRecord
 from finetune.runtime import fault_injection
 from finetune.runtime.console import say
 from finetune.runtime.files import write_json, write_text
+from finetune.training.scratch import scratch_folders
 from finetune.training.trainer import AnswerTrainer
 
 CONFIG, DATA_MANIFEST, LOGGING_STATE, LABELS = "config.yaml", "data-manifest.json", "window.json", "labels.json"
+MOST_STEPS = 10**12
+"""Far more steps than a run can have: a larger number in a file is damage."""
+_HASH = re.compile(r"[0-9a-f]{1,64}")
 
 
-def scratch_folder(run_id: str) -> Path:
-    """An empty folder on the local disk for staged saves of this run."""
-    folder = _scratch(run_id)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+@dataclass(frozen=True)
+class Labels:
+    """The last file of a staged save, which makes it complete: what its checkpoint's manifest will say."""
+
+    step: int
+    config_hash: str
+    data_hash: str
+    attempt: int
+
+
+def read_labels(path: Path) -> Labels | None:
+    """None if the file is not readable, or if a value cannot be one that `CheckpointStaging` has written."""
+    try:
+        labels = Labels(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    numbers = all(type(number) is int and 0 <= number <= MOST_STEPS for number in (labels.step, labels.attempt))
+    hashes = all(isinstance(text, str) and _HASH.fullmatch(text) for text in (labels.config_hash, labels.data_hash))
+    return labels if numbers and hashes else None
 
 
 def commit_orphaned_save(store: CheckpointStore) -> None:
     """Commit the newest staged save that an earlier attempt on this machine left uncommitted, if there is one."""
-    left = sorted(
-        _scratch(store.run_id).glob(f"*/{LABELS}"),
-        key=lambda path: int(json.loads(path.read_text(encoding="utf-8"))["step"]),
-    )
+    found = [path for folder in scratch_folders(store.run_id) for path in folder.glob(f"*/{LABELS}")]
+    left = [
+        (labels, path.parent)
+        for path in found
+        if not path.parent.is_symlink() and (labels := read_labels(path)) is not None
+    ]
     if not left:
         return
-    labels = json.loads(left[-1].read_text(encoding="utf-8"))
+    labels, staged = max(left, key=lambda item: (item[0].step, item[0].attempt))
     try:
-        store.put(left[-1].parent, **labels)
-        say(f"committed the staged save of step {labels['step']}, which an earlier attempt left on this machine")
+        store.put(staged, **asdict(labels))
+        say(f"committed the staged save of step {labels.step}, which an earlier attempt left on this machine")
     except UserError as error:
-        say(f"cannot commit the staged save of step {labels['step']}, which an earlier attempt left: {error}")
-
-
-def _scratch(run_id: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"finetune-{run_id}"
+        say(f"cannot commit the staged save of step {labels.step}, which an earlier attempt left: {error}")
 
 
 @dataclass
@@ -129,14 +144,9 @@ class CheckpointStaging(TrainerCallback):
             for path in self.run.ledger.glob("attempt-*.jsonl"):
                 shutil.copyfile(path, folder / "ledger" / path.name)
         fault_injection.place("snapshot")
-        labels = {
-            "step": state.global_step,
-            "config_hash": config_hash(self.config),
-            "data_hash": self.data.manifest_hash,
-            "attempt": self.attempt,
-        }
-        write_json(folder / LABELS, labels)  # the last file: from here on the staged save is complete
-        self.writer.submit(folder, **labels)  # type: ignore[arg-type]
+        labels = Labels(state.global_step, config_hash(self.config), self.data.manifest_hash, self.attempt)
+        write_json(folder / LABELS, asdict(labels))  # the last file: from here on the staged save is complete
+        self.writer.submit(folder, **asdict(labels))
         self.saves.count += 1
         self.saves.stall_seconds += self.trainer.save_seconds + time.monotonic() - began
 
