@@ -10,6 +10,7 @@ from typing import Any
 from finetune.config.schema import RunConfig
 from finetune.errors import shown
 from finetune.machine.gpus import GPUS
+from finetune.run_name import fault_of_name
 
 LARGEST: dict[str, float] = {
     "model.max_seq_length": 1 << 20,
@@ -118,6 +119,8 @@ def impossible_values(config: RunConfig) -> list[str]:
         value = getattr(c.budget, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             problems.append(f"budget.{name}: expected more than 0")
+    if t.run_name is not None and (fault := fault_of_name(t.run_name)):
+        problems.append(f"training.run_name: {fault}")
     for gpu in c.plan.gpus:
         if gpu not in GPUS:
             problems.append(f"plan.gpus: unknown GPU {gpu!r}; known: {', '.join(GPUS)}")

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.machine.price import LARGEST_LIMIT, parse_limit
+from finetune.run_name import LONGEST_NAME, fault_of_name
 from finetune.runtime.files import parse_json
 from finetune.runtime.paths import expanded
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 DEFAULTS = {"MAX_RUN_USD": "25", "MAX_HOURS": "24", "GRACE_SECONDS": "180", "FINETUNE_MOUNT": "/bucket"}
-LONGEST_NAME = 100
-"""Longest run name, in characters; W&B allows 128."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,10 @@ class JobSettings:
             raise UserError(
                 "RUN_NAME: empty, and no SKYPILOT_TASK_ID to name the run after", code="job.missing_setting"
             )
-        return re.sub(r"[^A-Za-z0-9_-]", "-", self.task_id)[:LONGEST_NAME]
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", self.task_id)[:LONGEST_NAME].lstrip("-")
+        if fault := fault_of_name(name):
+            raise UserError(f"SKYPILOT_TASK_ID: cannot name the run: {fault}; set RUN_NAME", code="job.bad_setting")
+        return name
 
     def require_bucket(self) -> None:
         """Raises UserError if no writable bucket is mounted."""
@@ -86,8 +88,10 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
     name = given.get("RUN_NAME", "")
     if name and not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
         problems.append(
-            f"RUN_NAME: expected at most {LONGEST_NAME} of A-Z a-z 0-9 . _ - with a letter or digit first, found {name!r}"
+            f"RUN_NAME: expected at most {LONGEST_NAME} of A-Z a-z 0-9 . _ - with a letter or digit first, found {name[:99]!r}"
         )
+    elif name and (fault := fault_of_name(name)):
+        problems.append(f"RUN_NAME: {fault}")
     nodes = _nodes(given, problems)
     if problems:
         raise UserError("; ".join(problems), code="job.bad_setting")

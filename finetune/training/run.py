@@ -26,6 +26,7 @@ from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, T
 from finetune.training.ending import clean_up, close, failures_recorded, refused, stop_hanging
 from finetune.training.record.recorder import RunRecorder, new_record
 from finetune.training.resume import (
+    check_numbers,
     check_same_steps,
     check_unfinished,
     id_of,
@@ -36,9 +37,10 @@ from finetune.training.resume import (
 )
 from finetune.training.save_policy import EndOfStep, StepAbandoned
 from finetune.training.saved_files import read_logging_state
+from finetune.training.scratch import remove_if_empty, scratch_folder
 from finetune.training.session import Session
 from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
-from finetune.training.staging import LOGGING_STATE, CheckpointStaging, check_resumed, remove_half_saves, scratch_folder
+from finetune.training.staging import LOGGING_STATE, CheckpointStaging, check_resumed, remove_half_saves
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
 from finetune.training.tracking.trackers import trackers
 from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
@@ -70,6 +72,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
         typed = [f"budget.{name}={value!r}" for name, value in (ceilings or {}).items()]
         config, record = distributed.run_on_rank0(lambda: (load_config(run.config_yaml, typed), run.record()))
         check_unfinished(run, record)
+        check_numbers(run, record)
         inputs = inputs_of(config)
         keep_threads(record, inputs.device.place)
         store = store_of(run, config, record)
@@ -135,7 +138,7 @@ def _fit(session: Session, parts: Parts) -> int:
                 remove_half_saves(Path(trainer.args.output_dir))
             raise
     with suppress(OSError):
-        Path(trainer.args.output_dir).rmdir()  # unless it still holds a staged save
+        remove_if_empty(Path(trainer.args.output_dir))
     write()
     return _finish(session, trainer, parts, ends)
 

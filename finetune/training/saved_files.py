@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,14 @@ from finetune.runtime.files import parse_json, read_text
 from finetune.runtime.typed_json import decode
 
 Kind = TypeVar("Kind")
+MOST_STEPS = 10**12
+"""Far more steps than a run can have: a larger number in a file is damage."""
+_HASH = re.compile(r"[0-9a-f]{1,64}")
 
 
 @dataclass
 class Labels:
-    """What the store is told about a staged save."""
+    """The last file of a staged save, which makes it complete: what its checkpoint's manifest will say."""
 
     step: int
     config_hash: str
@@ -51,12 +55,14 @@ class ProgressState:
 
 
 def read_labels(path: Path) -> Labels | None:
-    """None for a file that is not complete or not ours."""
+    """None if the file is not readable, or if a value cannot be one that a save has written."""
     try:
         labels = _read(Labels, path)
     except (OSError, ValueError):
         return None
-    return Labels(labels.step, labels.config_hash, labels.data_hash, labels.attempt) if labels.step >= 0 else None
+    numbers = all(0 <= number <= MOST_STEPS for number in (labels.step, labels.attempt))
+    hashes = all(_HASH.fullmatch(text) for text in (labels.config_hash, labels.data_hash))
+    return Labels(labels.step, labels.config_hash, labels.data_hash, labels.attempt) if numbers and hashes else None
 
 
 def read_probe(path: Path) -> Probe:
