@@ -60,6 +60,7 @@ NEEDS_TORCH = (
     "evaluation.ask",
     "evaluation.generators.hf",
     "evaluation.generators.registry",
+    "evaluation.questions",
     "evaluation.run",
     "models.device",
     "models.fused",
