@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from finetune.cli import config, data, demo, doctor, evaluate, generate, job, machine, plan, report, train
-from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
+from finetune.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, Interrupted, UserError
 from finetune.runtime.console import escape_unprintable, not_encoded, one_line, typed_text
 from finetune.runtime.files import disk_error
 
@@ -26,10 +26,13 @@ machine, and keeps its traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 something is missing, 2 user error, 75 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 something is missing, 2 user error, 75 interrupted and to be continued by
+    the same command, 130 interrupted with nothing kept."""
     escape_unprintable()
+    continues = False
     try:
         parsed = _parse(arguments)
+        continues = parsed.continues
         _quiet_libraries()
         code: int = parsed.command(parsed)
         sys.stdout.flush()  # here, where a broken pipe is caught
@@ -48,9 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"finetune: {one_line(str(disk_error(error, Path(os.fsdecode(error.filename)))))}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Interrupted as error:
+        print(f"finetune: interrupted: {one_line(str(error))}", file=sys.stderr)
+        return EXIT_TRANSIENT if error.resumable or continues else error.code
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
-        return EXIT_TRANSIENT
+        return EXIT_TRANSIENT if continues else EXIT_INTERRUPTED
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
