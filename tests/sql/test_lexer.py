@@ -1,8 +1,11 @@
 """The lexical rules of each dialect, each case from the engine's documentation or grammar, and the limits on the work."""
 
 import random
+import sqlite3
 import time
+from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import sqlglot
@@ -10,6 +13,7 @@ from sqlglot.dialects import DIALECTS
 from sqlglot.errors import TokenError
 
 from finetune.sql.dialects import SYNONYMS, dialect_name
+from finetune.sql.engines.sqlite import SqlSandbox
 from finetune.sql.lexer import MAX_STATEMENT_BYTES, pieces, too_long, unclosed
 from finetune.sql.text import has_order_by, is_select, on_one_line, shortened, statements, without_distinct
 from tests.helpers.errors import raises
@@ -243,6 +247,16 @@ def test_time_grows_with_the_length_and_not_with_its_square(dialect: str, unit: 
 def test_a_statement_is_measured_in_bytes(sql: str, problem: str | None) -> None:
     found = too_long(sql)
     assert found is None if problem is None else problem in (found or "")
+
+
+def test_the_sandbox_refuses_a_statement_that_is_too_long(tmp_path: Path) -> None:
+    database = tmp_path / "a.sqlite"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("CREATE TABLE t (a)")
+    with SqlSandbox() as sandbox:
+        result = sandbox.run(database, "SELECT '" + "x" * 10_000_000 + "'", 5.0)
+    assert (result.rows, result.error_kind) == (None, "too_large")
+    assert result.error == "the statement is 10.0 MB long; 1 MB is the limit"
 
 
 def test_pieces_follow_each_other() -> None:
