@@ -35,9 +35,19 @@ def without_distinct(sql: str, *, dialect: str = "sqlite") -> str:
 
 
 def has_order_by(sql: str, *, dialect: str = "sqlite") -> bool:
-    """Whether ORDER BY occurs anywhere in the query outside quotes and comments."""
-    words = [piece.word for piece in pieces(sql, dialect=dialect) if piece.is_code]
+    """Whether ORDER BY occurs in the query outside parentheses, quotes and comments."""
+    depth, words = 0, [""]
+    for piece in pieces(sql, dialect=dialect):
+        depth += (piece.text == "(") - (piece.text == ")")
+        if piece.is_code and depth == 0:
+            words.append(piece.word)
     return ("order", "by") in pairwise(words)
+
+
+def is_select(sql: str, *, dialect: str = "sqlite") -> bool:
+    """Whether the text begins like a query: with SELECT, WITH or VALUES."""
+    code = (piece for piece in pieces(sql, dialect=dialect) if piece.is_code)
+    return next((piece.word for piece in code if piece.text != "("), "") in ("select", "with", "values")
 
 
 def statements(sql: str, *, dialect: str = "sqlite") -> list[str]:

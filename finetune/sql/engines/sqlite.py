@@ -35,6 +35,7 @@ from typing import Any, Self
 from finetune.errors import UserError
 from finetune.sql.ddl.in_sqlite import shown_statements
 from finetune.sql.engines.base import MAX_ROWS, MEMORY_BYTES, RESULT_BYTES, ErrorKind, QueryResult
+from finetune.sql.lexer import too_long
 from finetune.sql.text import double_quotes_as_names, on_one_line
 
 SQLITE_HEADER = b"SQLite format 3\x00"
@@ -111,6 +112,8 @@ class SqlSandbox:
         count("nmae") counts rows. `QueryResult.double_quoted_text` reports it. With `double_quoted_text=False` a
         double-quoted word is always a name, as in the SQL standard, and such a query fails.
         """
+        if problem := too_long(sql):
+            return _failure("too_large", problem, 0.0)
         names_only = double_quotes_as_names(sql)
         request = {
             "uri": read_only_uri(database),
