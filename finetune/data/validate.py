@@ -16,6 +16,7 @@ from typing import Any, Literal
 from sqlglot.errors import ParseError
 from tqdm import tqdm
 
+from finetune.data.golds import Golds
 from finetune.data.prompts import completion
 from finetune.data.records import REQUIRED, Record, field_problems
 from finetune.data.sources import Candidate, Source
@@ -23,6 +24,7 @@ from finetune.errors import UserError
 from finetune.sql.dialects import dialect_name
 from finetune.sql.engines.base import Engine
 from finetune.sql.engines.registry import ENGINES, engine_for, open_sessions
+from finetune.sql.gold import Gold, GoldExaminer
 from finetune.sql.lexer import too_long
 from finetune.sql.parsing import NotAQueryError, query_tree, same_tree
 from finetune.sql.references import tables_not_shown
@@ -38,6 +40,8 @@ SQL_DOES_NOT_PARSE = "sql_does_not_parse"
 SQL_CHANGES_ON_ONE_LINE = "sql_changes_on_one_line"
 GOLD_FAILS = "gold_fails"
 TABLE_NOT_SHOWN = "table_not_shown"
+GOLD_HITS_LIMIT = "gold_hits_limit"
+GOLD_UNSTABLE = "gold_unstable"
 DUPLICATE_ID = "duplicate_id"
 DUPLICATE_QUESTION = "duplicate_question"
 LEAK = "leak"
@@ -52,6 +56,8 @@ FAULTS = (
     SQL_CHANGES_ON_ONE_LINE,
     GOLD_FAILS,
     TABLE_NOT_SHOWN,
+    GOLD_HITS_LIMIT,
+    GOLD_UNSTABLE,
 )
 """Reasons for which the record itself is wrong, as opposed to repeating another one (duplicate, leak) and to being left out on
 purpose."""
@@ -91,25 +97,30 @@ class _Fault(Exception):
         self.reason, self.detail = reason, detail
 
 
-Run = Callable[[str, Path, str], str | None]
-"""Runs the SQL of a dialect on a database; returns the error, if any."""
+Examine = Callable[[str, Path, str], Gold]
+"""Runs the SQL of a dialect on a database, and says what it is worth as gold."""
 
 
 def validate(
-    source: Source, *, timeout_seconds: float, statements: Literal["all", "select"] = "all", progress: bool = True
+    source: Source,
+    *,
+    timeout_seconds: float,
+    statements: Literal["all", "select"] = "all",
+    golds: Golds | None = None,
+    progress: bool = True,
 ) -> tuple[list[Accepted], list[Rejection]]:
     """Separate one source's candidates into usable records and rejections, each in the source's order.
 
     timeout_seconds: limit of each gold query. The gold SQL of a dialect without an engine is not run. statements: whether gold
-    SQL that is no query (INSERT, DELETE, ...) is a fault (`all`) or is left out (`select`).
+    SQL that is no query (INSERT, DELETE, ...) is a fault (`all`) or is left out (`select`). golds: takes up what was found out
+    about each gold query.
     """
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
     with open_sessions() as session, TemporaryDirectory(prefix="finetune-") as scratch:
-
-        @functools.cache  # one gold query often answers several paraphrases
-        def gold_error(dialect: str, database: Path, sql: str) -> str | None:
-            return session(dialect).run(database, sql, timeout_seconds).error
+        examiner = GoldExaminer(session, timeout_seconds)
+        gold_of = functools.partial((golds or Golds()).examine, examiner)
+        on_empty = functools.partial(Golds().examine, examiner)
 
         @functools.cache
         def schema_of(dialect: str, database: Path) -> str:
@@ -127,7 +138,12 @@ def validate(
         for candidate in tqdm(source.candidates, desc="Checking records", unit="record", delay=1, disable=not progress):
             try:
                 record, database = _record(candidate, source, schema_of)
-                _check_texts(record, database, gold_error, empty_database, statements)
+                answer, problem = _answer(record, statements)
+                _check_schema(record, problem)
+                if database is not None:
+                    _check_runs(record, database, gold_of, answer, problem)
+                elif problem:
+                    _check_runs(record, _required(empty_database(record.schema), problem), on_empty, answer, problem)
                 accepted.append(Accepted(record, candidate, database))
             except _Fault as fault:
                 rejections.append(Rejection(candidate, fault.reason, fault.detail))
@@ -171,38 +187,38 @@ def _listed_schema(db_id: str, source: Source) -> str:
     return source.schemas[db_id]
 
 
-def _check_texts(
-    record: Record,
-    database: Path | None,
-    run: Run,
-    empty_database: Callable[[str], Path | None],
-    statements: Literal["all", "select"],
-) -> None:
-    """Check that schema and gold SQL are of the record's dialect, that the gold SQL runs on the database, that the answer to train
-    on means the same, and that the schema shows the tables it reads."""
-    answer, problem = _answer(record, statements)
+def _check_schema(record: Record, problem: str | None) -> None:
+    """Check that the schema is of the record's dialect, and that it shows the tables that the gold SQL reads. problem: why the
+    gold SQL does not parse."""
     if fault := _schema_problem(record.schema, record.dialect):
         raise _Fault(SCHEMA_DOES_NOT_PARSE, fault)
-    if problem and database is None:
-        database = empty_database(record.schema)
-        if database is None:
-            raise _Fault(SQL_DOES_NOT_PARSE, problem)
-    if database is not None:
-        _check_runs(record, database, run, answer, problem)
     if not problem and (missing := tables_not_shown(record.sql, record.schema, record.dialect)):
         raise _Fault(TABLE_NOT_SHOWN, f"the gold SQL reads {', '.join(missing)}, which the schema does not create")
 
 
-def _check_runs(record: Record, database: Path, run: Run, answer: str, problem: str | None) -> None:
-    """problem: why the gold SQL does not parse; then the answer has to run, too."""
+def _required(database: Path | None, problem: str) -> Path:
+    if database is None:
+        raise _Fault(SQL_DOES_NOT_PARSE, problem)
+    return database
+
+
+def _check_runs(record: Record, database: Path, examine: Examine, answer: str, problem: str | None) -> None:
+    """Check that the gold SQL runs on the database, and, where it does not parse, that the answer to train on does, too."""
     try:
-        failure = run(record.dialect, database, record.sql)
-        if problem and (refused := failure or run(record.dialect, database, answer)):
-            raise _Fault(SQL_DOES_NOT_PARSE, f"{problem}; SQLite says: {refused}")
+        gold = examine(record.dialect, database, record.sql)
+        trained = examine(record.dialect, database, answer) if problem else gold
     except UserError as error:
         raise _Fault(DATABASE_UNREADABLE, str(error)) from None
-    if failure:
-        raise _Fault(GOLD_FAILS, failure)
+    if problem and (refused := next((one for one in (gold, trained) if one.kind == "failed"), None)):
+        raise _Fault(SQL_DOES_NOT_PARSE, f"{problem}; SQLite says: {refused.detail}")
+    if gold.kind == "failed":
+        raise _Fault(GOLD_FAILS, gold.detail)
+    if gold.kind == "limit":
+        raise _Fault(
+            GOLD_HITS_LIMIT, f"{gold.detail}; raise the limits of the section evaluation, or shorten the query"
+        )
+    if gold.kind == "unstable":
+        raise _Fault(GOLD_UNSTABLE, str(gold))
 
 
 def _answer(record: Record, statements: Literal["all", "select"]) -> tuple[str, str | None]:
