@@ -49,6 +49,7 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
 
 def _data_check(arguments: argparse.Namespace) -> int:
     from finetune.data.check import check
+    from finetune.data.validate import LEFT_OUT
 
     config = loaded(arguments)
     findings = check(config.data, timeout_seconds=config.evaluation.timeout_seconds)
@@ -57,8 +58,10 @@ def _data_check(arguments: argparse.Namespace) -> int:
     for problem in findings.problems:
         print(problem)
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
-    print(f"{arguments.config}: {counts}, {len(findings.rejections)} rejected")
-    return EXIT_MISSING if findings.rejections or findings.problems else EXIT_OK
+    rejected = sum(rejection.reason != LEFT_OUT for rejection in findings.rejections)
+    left_out = len(findings.rejections) - rejected
+    print(f"{arguments.config}: {counts}, {rejected} rejected" + (f", {left_out} left out" if left_out else ""))
+    return EXIT_MISSING if rejected or findings.problems else EXIT_OK
 
 
 def _tokenizer_if_installed(config: RunConfig) -> Any:

@@ -1,11 +1,13 @@
 """Gold SQL of every dialect: what the answer to train on is, what SQLite's word counts for, and statements that are no query."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.cli.main import main
 from finetune.config.schema import SourceSection
 from finetune.data.check import Findings, check
 from finetune.data.prompts import completion
@@ -152,6 +154,19 @@ def test_the_filter_leaves_other_statements_out_and_lists_them(tmp_path: Path, m
     assert findings.problems == [] and (findings.sources[0].read, findings.sources[0].faulty) == (23, 0)
     manifest = run_prepare([mixed], tmp_path / "prepared", statements="select").manifest
     assert manifest["rejected"] == {"left_out": 3} and manifest["settings"]["statements"] == "select"
+
+
+def test_check_succeeds_if_nothing_but_the_filtered_is_left_out(
+    tmp_path: Path, mixed: SourceSection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    source = {"kind": "jsonl", "path": mixed.path, "databases": mixed.databases}
+    data = {"output_dir": str(tmp_path / "prepared"), "statements": "select", "sources": [source]}
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
+    config.write_text(json.dumps({"model": {"name": "unused"}, "data": data | fractions}))
+    assert main(["data", "check", str(config)]) == 0
+    assert capsys.readouterr().out.endswith("0 rejected, 3 left out\n")
+    assert main(["data", "check", str(config), "data.statements=all"]) != 0
 
 
 def test_the_filter_hides_no_faults_among_the_queries(tmp_path: Path, mixed: SourceSection) -> None:
