@@ -50,6 +50,7 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
 def _data_check(arguments: argparse.Namespace) -> int:
     from finetune.data.check import check
     from finetune.data.golds import tally
+    from finetune.data.validate import LEFT_OUT
 
     config = loaded(arguments)
     findings = check(config.data, timeout_seconds=config.evaluation.timeout_seconds)
@@ -67,8 +68,11 @@ def _data_check(arguments: argparse.Namespace) -> int:
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
     flagged = findings.flagged()
     apart = f"; used, but scored apart for their gold queries: {tally(flagged)}" if flagged else ""
-    print(f"{arguments.config}: {counts}, {len(findings.rejections)} rejected{apart}")
-    return EXIT_MISSING if findings.rejections or findings.problems or hollow else EXIT_OK
+    rejected = sum(rejection.reason != LEFT_OUT for rejection in findings.rejections)
+    left_out = len(findings.rejections) - rejected
+    left = f", {left_out} left out" if left_out else ""
+    print(f"{arguments.config}: {counts}, {rejected} rejected{left}{apart}")
+    return EXIT_MISSING if rejected or findings.problems or hollow else EXIT_OK
 
 
 def _tokenizer_if_installed(config: RunConfig) -> Any:

@@ -1,11 +1,13 @@
 """Gold SQL of every dialect: what the answer to train on is, what SQLite's word counts for, and statements that are no query."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.cli.main import main
 from finetune.config.schema import SourceSection
 from finetune.data.check import Findings, check
 from finetune.data.prompts import completion
@@ -57,7 +59,8 @@ TRAINED = [
 
 @pytest.mark.parametrize(("dialect", "sql", "trained"), TRAINED)
 def test_the_answer_to_train_on_is_the_gold_sql(tmp_path: Path, dialect: str, sql: str, trained: str | None) -> None:
-    findings = one(tmp_path, sql=sql, dialect=dialect)
+    schema = "CREATE TABLE t (a INT, b INT, kind INT); CREATE TABLE notes (id INT, body VARCHAR(99), kind INT)"
+    findings = one(tmp_path, sql=sql, dialect=dialect, schema=schema)
     assert findings.rejections == []
     (record,) = [record for split in findings.splits for record in findings.records(split)]
     assert completion(record.sql, dialect=record.dialect) == (trained or sql)
@@ -152,6 +155,19 @@ def test_the_filter_leaves_other_statements_out_and_lists_them(tmp_path: Path, m
     assert findings.problems == [] and (findings.sources[0].read, findings.sources[0].faulty) == (23, 0)
     manifest = run_prepare([mixed], tmp_path / "prepared", statements="select").manifest
     assert manifest["rejected"] == {"left_out": 3} and manifest["settings"]["statements"] == "select"
+
+
+def test_check_succeeds_if_nothing_but_the_filtered_is_left_out(
+    tmp_path: Path, mixed: SourceSection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    source = {"kind": "jsonl", "path": mixed.path, "databases": mixed.databases}
+    data = {"output_dir": str(tmp_path / "prepared"), "statements": "select", "sources": [source]}
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
+    config.write_text(json.dumps({"model": {"name": "unused"}, "data": data | fractions}))
+    assert main(["data", "check", str(config)]) == 0
+    assert "0 rejected, 3 left out" in capsys.readouterr().out
+    assert main(["data", "check", str(config), "data.statements=all"]) != 0
 
 
 def test_the_filter_hides_no_faults_among_the_queries(tmp_path: Path, mixed: SourceSection) -> None:
