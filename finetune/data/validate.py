@@ -16,7 +16,7 @@ from tqdm import tqdm
 from finetune.data.records import REQUIRED, Record, field_problems
 from finetune.data.sources import Candidate, Source
 from finetune.errors import UserError
-from finetune.sql.engines.base import Engine
+from finetune.sql.engines.base import Engine, Limits
 from finetune.sql.engines.registry import ENGINES, engine_for, open_sessions
 from finetune.sql.parsing import parses
 from finetune.sql.schema import parse_ddl
@@ -41,6 +41,10 @@ FAULTS = (
     GOLD_FAILS,
 )
 """Reasons for which the record itself is wrong, as opposed to repeating another one."""
+
+LIMIT_ADVICE = (
+    "a limit, which timeout_seconds, max_rows and the other limits in the config's section evaluation can raise"
+)
 
 MAX_FAULTY_FRACTION = 0.1
 """If a larger fraction of a source is faulty, the whole source is refused: a mistyped databases folder or the wrong
@@ -78,19 +82,20 @@ class _Fault(Exception):
 
 
 def validate(
-    source: Source, *, timeout_seconds: float, progress: bool = True
+    source: Source, *, timeout_seconds: float, limits: Limits | None = None, progress: bool = True
 ) -> tuple[list[Accepted], list[Rejection]]:
     """Separate one source's candidates into usable records and rejections, each in the source's order.
 
-    timeout_seconds: limit of each gold query. The gold SQL of a dialect without an engine is not run.
+    timeout_seconds, limits: of each gold query. The gold SQL of a dialect without an engine is not run.
     """
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
-    with open_sessions() as session:
+    with open_sessions(limits) as session:
 
         @functools.cache  # one gold query often answers several paraphrases
         def gold_error(dialect: str, database: Path, sql: str) -> str | None:
-            return session(dialect).run(database, sql, timeout_seconds).error
+            result = session(dialect).run(database, sql, timeout_seconds)
+            return f"{result.error} ({LIMIT_ADVICE})" if result.hit_limit else result.error
 
         @functools.cache
         def schema_of(dialect: str, database: Path) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import EvaluationSection, RunConfig
+from finetune.data.limits import LIMIT_KEYS, limits_of
 from finetune.data.prepared import Prepared, load_prepared
 from finetune.data.prompts import PromptTemplate, load_template
 from finetune.data.records import Record, read_lines
@@ -146,7 +147,7 @@ def _ask(
     )
     seconds = time.monotonic() - started
     questions = zip(evaluation_set.records, evaluation_set.databases, prompts, answers, strict=True)
-    with open_sessions() as session:
+    with open_sessions(limits_of(evaluation)) as session:
         rows = [
             score_answer(
                 record,
@@ -194,6 +195,9 @@ def _base_folder(evaluation_set: EvaluationSet) -> Path:
     """The cache folder, named by a hash of everything that the base model's score depends on."""
     model, evaluation = asdict(evaluation_set.config.model), asdict(evaluation_set.config.evaluation)
     del model["max_seq_length"], evaluation["batch_size"]  # the first concerns training, the second speed
+    for key in LIMIT_KEYS:  # not named at their defaults: scores cached before these keys existed stay valid
+        if evaluation[key] == getattr(EvaluationSection(), key):
+            del evaluation[key]
     files = evaluation_set.data.manifest["files"]
     depends = {
         "model": model,
