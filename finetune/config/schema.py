@@ -60,6 +60,9 @@ class DataSection:
     val_fraction: float = 0.05  # of the records whose split is auto
     test_fraction: float = 0.1
     split_by: Literal["question", "database"] = "question"
+    statements: Literal["all", "select"] = (
+        "all"  # all: INSERT, DELETE ... as gold are faults; select: they are left out
+    )
     schema_format: Literal["ddl", "compact"] = "ddl"  # how the prompt shows the schema; compact takes fewer tokens
     max_train_records: int | None = None
     seed: int = 13

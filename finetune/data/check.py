@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.config.schema import DataSection, SourceSection
+from finetune.config.schema import DataSection
 from finetune.data.records import SPLITS, Record, Split
 from finetune.data.sources import open_source
 from finetune.data.split import assign_splits, drop_duplicates, find_leaks, subsample
-from finetune.data.validate import Accepted, Rejection, stopping_problem, validate
+from finetune.data.validate import LEFT_OUT, Accepted, Rejection, stopping_problem, validate
 from finetune.runtime.files import sha256_file
 from finetune.sql.engines.base import Limits
 from finetune.sql.engines.registry import ENGINES
@@ -50,7 +50,7 @@ def check(
 
     Raises UserError only if a source cannot be read at all; every other problem is in the findings.
     """
-    accepted, rejections, counts, problems = _validate_all(data.sources, timeout_seconds, limits, progress)
+    accepted, rejections, counts, problems = _validate_all(data, timeout_seconds, limits, progress)
     accepted, repeated = drop_duplicates(accepted)
     assigned = assign_splits(
         [item.record for item in accepted],
@@ -76,18 +76,20 @@ def check(
 
 
 def _validate_all(
-    sources: Sequence[SourceSection], timeout_seconds: float, limits: Limits | None, progress: bool
+    data: DataSection, timeout_seconds: float, limits: Limits | None, progress: bool
 ) -> tuple[list[Accepted], list[Rejection], list[SourceCounts], list[str]]:
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
     counts: list[SourceCounts] = []
     problems: list[str] = []
-    for number, section in enumerate(sources):
+    for number, section in enumerate(data.sources):
         source = open_source(section, f"data.sources[{number}]", progress=progress)
-        good, bad = validate(source, timeout_seconds=timeout_seconds, limits=limits, progress=progress)
+        good, bad = validate(
+            source, timeout_seconds=timeout_seconds, limits=limits, statements=data.statements, progress=progress
+        )
         problem = stopping_problem(bad, len(source.candidates), source.strict)
         problems += [problem] if problem else []
-        counts.append(SourceCounts(read=len(source.candidates), faulty=len(bad)))
+        counts.append(SourceCounts(read=len(source.candidates), faulty=sum(item.reason != LEFT_OUT for item in bad)))
         accepted += good
         rejections += bad
     return accepted, rejections, counts, problems

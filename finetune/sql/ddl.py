@@ -20,7 +20,9 @@ def tables_by_sqlglot(creating: Iterable[str], dialect: str) -> list[Table]:
             if not isinstance(tree, exp.Create) or not isinstance(tree.this, exp.Schema):
                 raise ParseError("its columns cannot be read")
         except ParseError as error:
-            raise UserError(f"schema: {error}, in: {shortened(statement)}", code="sql.bad_schema") from None
+            raise UserError(
+                f"schema: {error}, in: {shortened(statement, dialect=dialect)}", code="sql.bad_schema"
+            ) from None
         tables.append(_table(tree.this))
     return tables
 

@@ -105,9 +105,11 @@ def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
     PRIMARY KEY (a DESC)); sqlglot reads what SQLite rejects, and all other dialects. Raises UserError, quoting the
     statement, if one cannot be read, and if there is no CREATE TABLE at all.
     """
-    creating = [statement for statement in statements(ddl) if is_create_table(statement)]
+    creating = [part for part in statements(ddl, dialect=dialect) if is_create_table(part, dialect=dialect)]
     if not creating:
-        raise UserError(f"schema: no CREATE TABLE statement in it: {shortened(ddl)}", code="sql.no_tables")
+        raise UserError(
+            f"schema: no CREATE TABLE statement in it: {shortened(ddl, dialect=dialect)}", code="sql.no_tables"
+        )
     try:
         if dialect != "sqlite":
             raise sqlite3.NotSupportedError
@@ -136,8 +138,8 @@ def _resolved(keys: Iterable[ForeignKey], by_name: Mapping[str, Table]) -> tuple
     return tuple(resolved)
 
 
-def is_create_table(statement: str) -> bool:
-    return re.match(r"CREATE TABLE\b", on_one_line(statement), re.IGNORECASE) is not None
+def is_create_table(statement: str, *, dialect: str = "sqlite") -> bool:
+    return re.match(r"CREATE TABLE\b", on_one_line(statement, dialect=dialect), re.IGNORECASE) is not None
 
 
 def _tables_by_sqlite(creating: Iterable[str]) -> list[Table]:

@@ -15,8 +15,6 @@ LIMIT_KINDS: frozenset[ErrorKind] = frozenset({"timeout", "too_large"})
 """The errors that say nothing about the query's correctness: with higher limits it might give a result."""
 RESULT_FACTOR = 8
 """The limits of a result grow by this factor at most, because results are kept and compared in memory."""
-MAX_STATEMENT_BYTES = 1_000_000
-"""A longer statement is not run: SQLite's own default limit (SQLITE_MAX_SQL_LENGTH)."""
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,17 @@ from typing import Any, Self
 
 from finetune.errors import UserError
 from finetune.sql.engines import sqlite_file
-from finetune.sql.engines.base import MAX_STATEMENT_BYTES, ErrorKind, Limits, QueryResult
+from finetune.sql.engines.base import ErrorKind, Limits, QueryResult
 from finetune.sql.engines.sqlite_file import SqliteFile
 from finetune.sql.engines.sqlite_process import Worker, WorkerEnded, start_of_last_line
+from finetune.sql.lexer import too_long
 from finetune.sql.text import double_quotes_as_names, on_one_line
 
 OVERHEAD_BYTES = 1 << 20
 """What an answer may have besides the JSON text of its rows and the comma and line end of each."""
 RUNS_TRIED = 3
 """How often a query is run because the database changed under it."""
+SMALL_BYTES = 256 << 10
 LAYOUT_LIMIT = 5000
 """Databases of one folder that a worker may read."""
 
@@ -123,9 +125,8 @@ class SqlSandbox:
         count("nmae") counts rows. `QueryResult.double_quoted_text` reports it. With `double_quoted_text=False` a
         double-quoted word is always a name, as in the SQL standard, and such a query fails.
         """
-        size = len(sql) if len(sql) > MAX_STATEMENT_BYTES else len(sql.encode("utf-8", "surrogatepass"))
-        if size > MAX_STATEMENT_BYTES:
-            return _failure("too_large", f"the query is longer than {MAX_STATEMENT_BYTES:,} bytes", 0.0)
+        if problem := too_long(sql):
+            return _failure("too_large", problem, 0.0)
         names_only = double_quotes_as_names(sql)
         request = {
             "sql": sql if double_quoted_text else names_only,
@@ -204,7 +205,7 @@ class SqlSandbox:
     def _in_one_file(self, database: Path) -> SqliteFile:
         """The database in a single file: itself, or a private copy with its log folded in, renewed after each change."""
         found = sqlite_file.find(database)
-        if found.whole:
+        if found.whole and not (found.bytes <= SMALL_BYTES and self._is_closed_to_the_worker(found.file)):
             return found
         folder = self._private_folder()
         known, copied = self._copies.get(found.file, (None, folder / f"{len(self._copies)}.sqlite"))
@@ -253,6 +254,11 @@ class SqlSandbox:
         self._stop()
         self._worker = Worker(limits, self._readable, folder)
         return self._worker
+
+    def _is_closed_to_the_worker(self, file: Path) -> bool:
+        """Whether it takes another worker to read this file: a copy of a small one costs less."""
+        worker = self._worker
+        return worker is not None and worker.is_running() and bool(worker.layers) and file not in worker.readable
 
     def _stop(self) -> int | None:
         """End the worker. The next query starts a new one. Returns its exit status."""

@@ -14,8 +14,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from finetune.sql.engines.base import MAX_STATEMENT_BYTES, Limits, QueryResult
+from finetune.sql.engines.base import Limits, QueryResult
 from finetune.sql.engines.sqlite import SqlSandbox
+from finetune.sql.lexer import MAX_STATEMENT_BYTES
 from tests.helpers.errors import raises
 
 ENDLESS = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT count(*) FROM t"
@@ -291,7 +292,7 @@ def test_a_statement_of_more_than_a_megabyte_is_not_run_nor_looked_at(sandbox: S
         patched.setattr("finetune.sql.engines.sqlite.double_quotes_as_names", Mock(side_effect=AssertionError))
         for sql in (longest + " ", "é" * (MAX_STATEMENT_BYTES // 2 + 1), "SELECT " + "[" * 10_000_000):
             result = sandbox.run(database, sql, 5)
-            assert result.hit_limit and result.error == "the query is longer than 1,000,000 bytes"
+            assert result.hit_limit and result.error is not None and "1 MB is the limit" in result.error
 
 
 # The worker's life ------------------------------------------------------------------------------------------

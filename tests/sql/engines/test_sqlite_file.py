@@ -264,6 +264,7 @@ def test_a_file_that_changes_during_a_query_is_read_again(
 ) -> None:
     path = tmp_path / "live.sqlite"
     plain(path)
+    sandbox.close()  # the next worker may read the file, so that it is not copied
     run_on, changes = sandbox._run_on, iter(["INSERT INTO t VALUES (3)"])
 
     def changed_meanwhile(*arguments: object) -> object:
@@ -305,6 +306,16 @@ def test_a_file_that_changes_all_the_time_is_not_copied(tmp_path: Path, monkeypa
     changes += range(1, 100)
     with raises("sql.database_in_use", match="changes while it is copied"):
         sqlite_file.copy(path, tmp_path / "other.sqlite")
+
+
+def test_small_databases_in_no_common_folder_share_a_worker(sandbox: SqlSandbox, tmp_path: Path) -> None:
+    workers = set()
+    for number in range(4):
+        plain(tmp_path / f"{number}.sqlite")
+        assert sandbox.run(tmp_path / f"{number}.sqlite", "SELECT a FROM t ORDER BY a", 5).rows == ROWS
+        assert sandbox._worker is not None
+        workers.add(sandbox._worker.pid)
+    assert len(workers) <= 2
 
 
 def test_a_path_that_is_too_long_for_sqlite_is_read_from_a_copy(sandbox: SqlSandbox, tmp_path: Path) -> None:
