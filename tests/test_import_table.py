@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "cloud.plan": "errors runtime machine config models prepared_folder estimate cloud.catalog",
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime run_record data evaluation",
-    "doctor": "errors runtime machine cloud.gcloud",
+    "doctor": "errors runtime machine sql cloud.gcloud",
     "job": "errors runtime machine config run_name run_folder prepared_folder",
     "demo": "errors tokens runtime config models run_folder data training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate training "

@@ -50,10 +50,12 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
 def _data_check(arguments: argparse.Namespace) -> int:
     from finetune.data.check import check
     from finetune.data.golds import tally
+    from finetune.data.limits import limits_of
     from finetune.data.validate import LEFT_OUT
 
     config = loaded(arguments)
-    findings = check(config.data, timeout_seconds=config.evaluation.timeout_seconds)
+    evaluation = config.evaluation
+    findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
     for rejection in findings.rejections:
         print(rejection)
     for problem in findings.problems:

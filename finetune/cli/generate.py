@@ -33,6 +33,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from finetune.run_folder import open_run
 
     run = open_run(arguments.run_folder)
+    from finetune.data.limits import limits_of
     from finetune.evaluation.ask import ask, is_schema, run_and_format
 
     if arguments.run and is_schema(arguments.db):
@@ -43,5 +44,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     sql = ask(run, arguments.db, arguments.question, evidence=arguments.evidence, base=arguments.base)
     print(sql)
     if arguments.run:
-        print(run_and_format(arguments.db, sql, run.config().evaluation.timeout_seconds))
+        evaluation = run.config().evaluation
+        print(run_and_format(arguments.db, sql, evaluation.timeout_seconds, limits_of(evaluation)))
     return EXIT_OK

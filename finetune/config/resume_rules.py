@@ -63,6 +63,8 @@ _APPLIES: dict[str, tuple[str, ...]] = {
     "training does not read it": (
         *("evaluation.split", "evaluation.max_questions", "evaluation.batch_size", "evaluation.max_new_tokens"),
         *("evaluation.timeout_seconds", "evaluation.rule", "evaluation.dequantize"),
+        *("evaluation.max_memory_mib", "evaluation.max_temp_mib", "evaluation.max_rows", "evaluation.max_result_mib"),
+        "evaluation.large_database_mib",
         *("plan.gpus", "plan.disk_gib", "plan.setup_minutes", "plan.spot_preemptions_per_hour"),
         *("plan.records", "plan.mean_tokens"),
     ),

@@ -149,6 +149,13 @@ class EvaluationSection:
     batch_size: int = 16
     max_new_tokens: int = 256
     timeout_seconds: float = 10.0  # for one SQL query
+    max_memory_mib: int = 512  # of the process that runs SQL queries
+    max_temp_mib: int = 512  # for one temporary file of a query, as large sorts and groups need; 0: none, all in memory
+    max_rows: int = 100_000  # of a query's result
+    max_result_mib: int = 32  # of a query's result, and of any value in it
+    large_database_mib: float | None = (
+        128.0  # the five limits above are for smaller databases, and grow in proportion for larger ones; null: they do not
+    )
     rule: Literal["test_suite", "test_suite_no_distinct", "bird_set", "strict"] = (
         "test_suite"  # when two results are considered equal; eval.json holds the scores under all of them
     )

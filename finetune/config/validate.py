@@ -101,6 +101,14 @@ def impossible_values(config: RunConfig) -> list[str]:
         (c.evaluation.batch_size >= 1, "evaluation.batch_size: expected at least 1"),
         (c.evaluation.max_new_tokens >= 1, "evaluation.max_new_tokens: expected at least 1"),
         (0 < c.evaluation.timeout_seconds < math.inf, "evaluation.timeout_seconds: expected more than 0"),
+        (64 <= c.evaluation.max_memory_mib <= 2**24, "evaluation.max_memory_mib: expected 64 to 16,777,216"),
+        (0 <= c.evaluation.max_temp_mib <= 2**24, "evaluation.max_temp_mib: expected 0 (no such files) to 16,777,216"),
+        (1 <= c.evaluation.max_rows <= 10**9, "evaluation.max_rows: expected 1 to 1,000,000,000"),
+        (1 <= c.evaluation.max_result_mib <= 2**14, "evaluation.max_result_mib: expected 1 to 16,384"),
+        (
+            c.evaluation.large_database_mib is None or 1 <= c.evaluation.large_database_mib <= 2**24,
+            "evaluation.large_database_mib: expected 1 to 16,777,216",
+        ),
         (
             c.evaluation.max_questions is None or c.evaluation.max_questions >= 1,
             "evaluation.max_questions: expected at least 1",

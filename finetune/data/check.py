@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from finetune.data.sources import open_source
 from finetune.data.split import assign_splits, drop_duplicates, find_leaks, subsample
 from finetune.data.validate import GOLD_UNSTABLE, LEFT_OUT, Accepted, Rejection, stopping_problem, validate
 from finetune.runtime.files import sha256_file
+from finetune.sql.engines.base import Limits
+from finetune.sql.engines.registry import ENGINES
 from finetune.sql.gold import SOUND, WHY
 
 
@@ -52,14 +54,16 @@ class Findings:
         return Counter(flag.kind for flag in self.flags if not splits or flag.split in splits)
 
 
-def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -> Findings:
+def check(
+    data: DataSection, *, timeout_seconds: float, limits: Limits | None = None, progress: bool = True
+) -> Findings:
     """Read, validate and split all sources. timeout_seconds: wall-clock limit of one gold query; pass evaluation.timeout_seconds,
-    since evaluation runs the gold queries again under that limit.
+    and as limits `limits_of(evaluation)`, since evaluation runs the gold queries again under those limits.
 
     Raises UserError only if a source cannot be read at all; every other problem is in the findings.
     """
-    golds = Golds()
-    accepted, rejections, counts, problems = _validate_all(data, timeout_seconds, golds, progress)
+    golds = Golds(limits)
+    accepted, rejections, counts, problems = _validate_all(data, timeout_seconds, limits, golds, progress)
     accepted, repeated = drop_duplicates(accepted)
     assigned = assign_splits(
         [item.record for item in accepted],
@@ -85,7 +89,7 @@ def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -
 
 
 def _validate_all(
-    data: DataSection, timeout_seconds: float, golds: Golds, progress: bool
+    data: DataSection, timeout_seconds: float, limits: Limits | None, golds: Golds, progress: bool
 ) -> tuple[list[Accepted], list[Rejection], list[SourceCounts], list[str]]:
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
@@ -94,7 +98,12 @@ def _validate_all(
     for number, section in enumerate(data.sources):
         source = open_source(section, f"data.sources[{number}]", progress=progress)
         good, bad = validate(
-            source, timeout_seconds=timeout_seconds, statements=data.statements, golds=golds, progress=progress
+            source,
+            timeout_seconds=timeout_seconds,
+            limits=limits,
+            statements=data.statements,
+            golds=golds,
+            progress=progress,
         )
         good, bad = _without_changing(good, bad, golds, timeout_seconds)
         problem = stopping_problem(bad, len(source.candidates), source.strict)
@@ -160,6 +169,10 @@ def _empty_splits(splits: Mapping[Split, list[Accepted]], fractions: Mapping[str
     return problems
 
 
+def _hashes(files: Iterable[Path]) -> list[str]:
+    return [sha256_file(file) for file in files]
+
+
 def ambiguous_databases(splits: Mapping[Split, list[Accepted]]) -> list[str]:
     """One problem for each db_id that two sources use for different databases: evaluation could not tell which one is meant."""
     chosen: dict[str, Path] = {}
@@ -168,7 +181,8 @@ def ambiguous_databases(splits: Mapping[Split, list[Accepted]]) -> list[str]:
         if item.database is None:
             continue
         first = chosen.setdefault(item.record.db_id, item.database)
-        if first != item.database and sha256_file(first) != sha256_file(item.database):
+        files = ENGINES[item.record.dialect].files
+        if first != item.database and _hashes(files(first)) != _hashes(files(item.database)):
             problems[item.record.db_id] = (
                 f"{item.candidate.where}: db_id {item.record.db_id!r} means {item.database} here and {first} "
                 "elsewhere, and they differ; rename one"

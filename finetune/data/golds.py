@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.data.records import Record, Split
+from finetune.sql.engines.base import Limits
 from finetune.sql.engines.registry import open_sessions
 from finetune.sql.gold import SOUND, VOLATILE, WHY, Gold, GoldExaminer, same_rows, volatility, without_rows
 
@@ -22,7 +23,9 @@ class Golds:
     """The gold queries that were run, by dialect, database and text. The rows of those that read the clock are kept until
     `changing` has run them again."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits | None = None) -> None:
+        """limits: of each query that runs again; None for the defaults."""
+        self._limits = limits
         self._found: dict[Key, Gold] = {}
         self._clock: dict[Key, Gold] = {}
         self._ran = 0.0
@@ -48,7 +51,7 @@ class Golds:
         if not self._clock:
             return set()
         time.sleep(max(0.0, self._ran + SECOND - time.monotonic()))
-        with open_sessions() as session:
+        with open_sessions(self._limits) as session:
             found = {
                 key
                 for key, gold in self._clock.items()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections import Counter
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from finetune.config.schema import DataSection, RunConfig
 from finetune.data.check import Findings, check
 from finetune.data.golds import tally
+from finetune.data.limits import limits_of
 from finetune.data.prepared import (
     MANIFEST_FORMAT,
     Prepared,
@@ -39,6 +39,8 @@ from finetune.errors import UserError
 from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, records_file
 from finetune.runtime.console import say
 from finetune.runtime.files import disk_error, write_json, write_text
+from finetune.sql.engines.base import Limits
+from finetune.sql.engines.registry import ENGINES
 
 
 def prepare(
@@ -46,13 +48,14 @@ def prepare(
     *,
     max_seq_length: int,
     timeout_seconds: float,
+    limits: Limits | None = None,
     tokenizer: Any = None,
     tokenizer_name: str | None = None,
     progress: bool = True,
 ) -> Prepared:
     """Check all sources and write the prepared folder, data.output_dir. A prepared set that is already there is replaced.
 
-    max_seq_length (tokens): longer records are written and counted; training leaves them out. timeout_seconds: limit of each
+    max_seq_length (tokens): longer records are written and counted; training leaves them out. timeout_seconds, limits: of each
     gold query. tokenizer: without one the token counts are null.
 
     Raises UserError, before anything is written, if a source is unusable, a split ends up empty, or output_dir holds
@@ -61,7 +64,7 @@ def prepare(
     output_dir = Path(data.output_dir)
     folder = Path(os.path.realpath(output_dir))
     _check_replaceable(folder, output_dir)
-    findings = check(data, timeout_seconds=timeout_seconds, progress=progress)
+    findings = check(data, timeout_seconds=timeout_seconds, limits=limits, progress=progress)
     template = PromptTemplate(data.schema_format)
     if findings.problems:
         raise UserError("; ".join(findings.problems), code="data.refused")
@@ -98,6 +101,7 @@ def prepare_data(config: RunConfig, tokenizer: Any = None) -> Prepared:
         config.data,
         max_seq_length=config.model.max_seq_length,
         timeout_seconds=config.evaluation.timeout_seconds,
+        limits=limits_of(config.evaluation),
         tokenizer=tokenizer,
         tokenizer_name=config.model.name,
     )
@@ -168,11 +172,16 @@ def _json_line(value: Any) -> str:
 
 def _copy_databases(findings: Findings, folder: Path, progress: bool) -> None:
     held_out = [*findings.splits["val"], *findings.splits["test"]]
-    databases = {name: item.database for item in held_out if item.database and (name := database_name(item.record))}
-    for name, source in tqdm(sorted(databases.items()), desc="Copying databases", delay=1, disable=not progress):
+    databases = {
+        name: (ENGINES[item.record.dialect], item.database)
+        for item in held_out
+        if item.database and (name := database_name(item.record))
+    }
+    for name in tqdm(sorted(databases), desc="Copying databases", delay=1, disable=not progress):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        engine, database = databases[name]
+        engine.copy(database, target)
 
 
 def _files(folder: Path) -> list[Path]:

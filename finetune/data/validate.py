@@ -22,7 +22,7 @@ from finetune.data.records import REQUIRED, Record, field_problems
 from finetune.data.sources import Candidate, Source
 from finetune.errors import UserError
 from finetune.sql.dialects import dialect_name
-from finetune.sql.engines.base import Engine
+from finetune.sql.engines.base import Engine, Limits
 from finetune.sql.engines.registry import ENGINES, engine_for, open_sessions
 from finetune.sql.gold import Gold, GoldExaminer
 from finetune.sql.lexer import too_long
@@ -61,6 +61,10 @@ FAULTS = (
 )
 """Reasons for which the record itself is wrong, as opposed to repeating another one (duplicate, leak) and to being left out on
 purpose."""
+
+LIMIT_ADVICE = (
+    "a limit, which timeout_seconds, max_rows and the other limits in the config's section evaluation can raise"
+)
 
 MAX_FAULTY_FRACTION = 0.1
 """If a larger fraction of a source is faulty, the whole source is refused: a mistyped databases folder or the wrong
@@ -105,19 +109,20 @@ def validate(
     source: Source,
     *,
     timeout_seconds: float,
+    limits: Limits | None = None,
     statements: Literal["all", "select"] = "all",
     golds: Golds | None = None,
     progress: bool = True,
 ) -> tuple[list[Accepted], list[Rejection]]:
     """Separate one source's candidates into usable records and rejections, each in the source's order.
 
-    timeout_seconds: limit of each gold query. The gold SQL of a dialect without an engine is not run. statements: whether gold
+    timeout_seconds, limits: of each gold query. The gold SQL of a dialect without an engine is not run. statements: whether gold
     SQL that is no query (INSERT, DELETE, ...) is a fault (`all`) or is left out (`select`). golds: takes up what was found out
     about each gold query.
     """
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
-    with open_sessions() as session, TemporaryDirectory(prefix="finetune-") as scratch:
+    with open_sessions(limits) as session, TemporaryDirectory(prefix="finetune-") as scratch:
         examiner = GoldExaminer(session, timeout_seconds)
         gold_of = functools.partial((golds or Golds()).examine, examiner)
         on_empty = functools.partial(Golds().examine, examiner)
@@ -214,9 +219,7 @@ def _check_runs(record: Record, database: Path, examine: Examine, answer: str, p
     if gold.kind == "failed":
         raise _Fault(GOLD_FAILS, gold.detail)
     if gold.kind == "limit":
-        raise _Fault(
-            GOLD_HITS_LIMIT, f"{gold.detail}; raise the limits of the section evaluation, or shorten the query"
-        )
+        raise _Fault(GOLD_HITS_LIMIT, f"{gold.detail} ({LIMIT_ADVICE})")
     if gold.kind == "unstable":
         raise _Fault(GOLD_UNSTABLE, str(gold))
 

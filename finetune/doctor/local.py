@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 from finetune.doctor.check import Check, Need, Status
 from finetune.doctor.check import absent as _absent
 from finetune.doctor.cloud import cloud_checks
-from finetune.errors import EXIT_MISSING, EXIT_OK
+from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
 from finetune.machine.hardware import GIB, Driver, Hardware, TorchBuild, detect, nvidia_driver, runs_on, torch_build
 from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
 from finetune.runtime.files import unix_line_ends_command, with_carriage_returns
 from finetune.runtime.table import aligned
+from finetune.sql.engines.sqlite import SqlSandbox
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -55,6 +56,7 @@ def examine(need: Need = "train", root: Path = CHECKOUT, regions: list[str] | No
             *package_checks(need, root),
             *gpu_checks(need, hardware, driver.result(), torch),
             *machine_checks(need, hardware),
+            *sandbox_checks(),
             *line_end_checks(root),
             *key_checks(),
             *cloud.result(),
@@ -78,6 +80,25 @@ def render(checks: list[Check]) -> str:
     count = sum(check.status == "missing" for check in checks)
     lines += ["", f"{count} missing" if count else "nothing required is missing"]
     return "\n".join(lines)
+
+
+def sandbox_checks() -> Iterator[Check]:
+    """The second layer of the SQL sandbox, as a worker that was started reports it; SQL is run without it, too."""
+    name, needed = "SQL sandbox", "SQLite's own limits; better with Landlock and seccomp"
+    try:
+        with SqlSandbox() as sandbox:
+            layers = sandbox.second_layer()
+    except UserError as error:
+        yield Check(name, "warning", "does not start", needed, str(error))
+        return
+    absent = [layer for layer in ("Landlock", "seccomp") if not any(found.startswith(layer) for found in layers)]
+    found = ", ".join([*(f"{layer} on" for layer in layers), *(f"{layer} off" for layer in absent)])
+    advice = (
+        "only matters if a flaw in SQLite executes code: use a Linux kernel from 5.13 on that allows them"
+        if absent
+        else ""
+    )
+    yield Check(name, "info" if absent else "ok", found, needed, advice)
 
 
 def line_end_checks(root: Path) -> Iterator[Check]:

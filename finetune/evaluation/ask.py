@@ -11,6 +11,7 @@ from finetune.evaluation.generators.registry import generator_named
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
 from finetune.runtime.table import aligned
+from finetune.sql.engines.base import Limits
 from finetune.sql.engines.registry import DEFAULT as DEFAULT_DIALECT
 from finetune.sql.engines.registry import engine_of_file
 from finetune.sql.schema import schema_of_script
@@ -60,9 +61,9 @@ def is_schema(path: Path) -> bool:
     return path.suffix.lower() == ".sql"
 
 
-def run_and_format(database: Path, sql: str, timeout_seconds: float) -> str:
+def run_and_format(database: Path, sql: str, timeout_seconds: float, limits: Limits | None = None) -> str:
     """The rows of a query as an aligned text table, at most ROWS_SHOWN of them."""
-    with engine_of_file(database).open() as session:
+    with engine_of_file(database).open(limits or Limits()) as session:
         result = session.run(database, sql, timeout_seconds)
     if result.rows is None:
         raise UserError(f"the SQL does not run: {result.error}", code="ask.sql_failed")

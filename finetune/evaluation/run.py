@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from finetune.config.schema import EvaluationSection, RunConfig
+from finetune.data.limits import limits_of
 from finetune.data.prompts import PromptTemplate, load_template
 from finetune.data.records import read_lines
 from finetune.errors import Interrupted, UserError
@@ -202,7 +203,7 @@ def _judged(questions: EvaluationSet, models: Sequence[Model], progress: bool) -
         groups.setdefault((record.dialect, database, record.sql), []).append(number)
     found: list[dict[int, Row]] = [{} for _ in models]
     answers = [model.answers.in_order() for model in models]
-    with open_sessions() as session, tqdm(
+    with open_sessions(limits_of(evaluation)) as session, tqdm(
         total=len(pairs) * len(models), desc="judging answers", unit="answer", delay=2, disable=not progress
     ) as bar:  # fmt: skip
         judge = Judge(session, rule=evaluation.rule, timeout_seconds=evaluation.timeout_seconds)

@@ -266,6 +266,16 @@ def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: P
         ("evaluation", "timeout_seconds", 0.0),
         ("evaluation", "timeout_seconds", float("inf")),
         ("evaluation", "max_questions", 0),
+        ("evaluation", "max_memory_mib", 63),
+        ("evaluation", "max_memory_mib", 2**24 + 1),
+        ("evaluation", "max_temp_mib", -1),
+        ("evaluation", "max_temp_mib", 2**24 + 1),
+        ("evaluation", "max_rows", 0),
+        ("evaluation", "max_rows", 10**9 + 1),
+        ("evaluation", "max_result_mib", 0),
+        ("evaluation", "max_result_mib", 2**14 + 1),
+        ("evaluation", "large_database_mib", 0.5),
+        ("evaluation", "large_database_mib", float("nan")),
     ],
 )
 def test_an_out_of_range_value_is_refused_with_its_key(tmp_path: Path, section: str, key: str, value: object) -> None:

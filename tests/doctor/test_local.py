@@ -21,6 +21,7 @@ from finetune.doctor.check import Check, Need
 from finetune.machine import hardware
 from finetune.machine.hardware import DetectedGpu, Driver, Hardware, TorchBuild
 from finetune.runtime.credentials import huggingface_token_present, wandb_key_present
+from finetune.sql.engines.sqlite import SqlSandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 V100 = DetectedGpu("Tesla V100-SXM2-16GB", 16.0, (7, 0))
@@ -280,6 +281,29 @@ def test_free_disk_is_compared_with_what_a_run_writes(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gib * 2**30))
     checks = list(local_doctor.machine_checks(need, Hardware("Linux", "cpu", 2, 16.0, None, "float32")))
     assert [check.status for check in checks if check.name.startswith("disk")] == [status, status]
+
+
+@pytest.mark.parametrize(
+    ("layers", "status", "found"),
+    [
+        (("Landlock 7", "seccomp"), "ok", "Landlock 7 on, seccomp on"),
+        (("seccomp",), "info", "seccomp on, Landlock off"),
+        ((), "info", "Landlock off, seccomp off"),
+    ],
+)
+def test_the_second_layer_of_the_sql_sandbox_is_on_or_off(
+    layers: tuple[str, ...], status: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SqlSandbox, "second_layer", lambda _: layers)
+    [check] = local_doctor.sandbox_checks()
+    assert (check.name, check.status, check.found) == ("SQL sandbox", status, found)
+    assert bool(check.advice) == (status != "ok")
+
+
+def test_a_sql_sandbox_that_does_not_start_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.sql.engines.sqlite_process.START_WORKER", "no python {!r}")
+    [check] = local_doctor.sandbox_checks()
+    assert (check.status, check.found) == ("warning", "does not start") and "import sqlite3" in check.advice
 
 
 def test_little_memory_is_a_warning() -> None:

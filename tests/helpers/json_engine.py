@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from sqlglot.errors import SqlglotError
 from sqlglot.executor import execute
 
 from finetune.errors import UserError
-from finetune.sql.engines.base import MAX_ROWS, MEMORY_BYTES, RESULT_BYTES, QueryResult
+from finetune.sql.engines.base import Limits, QueryResult
 
 TYPES = {int: "INTEGER", float: "DOUBLE", str: "VARCHAR"}
 
@@ -25,6 +26,9 @@ def read(database: Path) -> Any:
 
 
 class JsonSession:
+    def __init__(self, limits: Limits):
+        self.limits = limits
+
     def __enter__(self) -> Self:
         return self
 
@@ -36,8 +40,9 @@ class JsonSession:
     def close(self) -> None:
         pass
 
-    def run(self, database: Path, sql: str, timeout_seconds: float, max_rows: int = MAX_ROWS) -> QueryResult:
+    def run(self, database: Path, sql: str, timeout_seconds: float, max_rows: int | None = None) -> QueryResult:
         tables, started = read(database), time.monotonic()
+        max_rows = self.limits.max_rows if max_rows is None else max_rows
         try:
             result = execute(sql, tables=tables, dialect="duckdb")
         except SqlglotError as error:
@@ -54,11 +59,17 @@ class JsonEngine:
     def check(self, database: Path) -> None:
         read(database)
 
+    def copy(self, database: Path, target: Path) -> None:
+        shutil.copyfile(database, target)
+
+    def files(self, database: Path) -> list[Path]:
+        return [database]
+
     def schema(self, database: Path) -> str:
         return "\n".join(
             f"CREATE TABLE {table} ({', '.join(f'{name} {TYPES[type(value)]}' for name, value in rows[0].items())});"
             for table, rows in read(database).items()
         )
 
-    def open(self, *, memory_bytes: int = MEMORY_BYTES, max_result_bytes: int = RESULT_BYTES) -> JsonSession:
-        return JsonSession()
+    def open(self, limits: Limits = Limits()) -> JsonSession:  # noqa: B008 (frozen)
+        return JsonSession(limits)

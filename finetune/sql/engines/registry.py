@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from finetune.sql.engines.base import Engine, Session
+from finetune.sql.engines.base import Engine, Limits, Session
 from finetune.sql.engines.sqlite import SqliteEngine
 
 DEFAULT = "sqlite"
@@ -24,13 +24,13 @@ def engine_of_file(database: Path) -> Engine:
 
 
 @contextmanager
-def open_sessions() -> Iterator[Callable[[str], Session]]:
+def open_sessions(limits: Limits | None = None) -> Iterator[Callable[[str], Session]]:
     """A function that returns the session of a dialect, which must have an engine. Each session is opened on first use, and
-    all are closed at the end of the `with` statement."""
+    all are closed at the end of the `with` statement. limits: of each query; None for the defaults."""
     with ExitStack() as stack:
 
         @functools.cache
         def session(dialect: str) -> Session:
-            return stack.enter_context(ENGINES[dialect].open())
+            return stack.enter_context(ENGINES[dialect].open(limits or Limits()))
 
         yield session

@@ -9,14 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
-from finetune.sql.engines.base import QueryResult
-from finetune.sql.engines.sqlite import SqliteEngine, SqlSandbox
+from finetune.sql.engines.base import Limits, QueryResult
+from finetune.sql.engines.sqlite import SqlSandbox
+from finetune.sql.lexer import MAX_STATEMENT_BYTES
 from tests.helpers.errors import raises
 
 ENDLESS = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT count(*) FROM t"
@@ -37,7 +37,7 @@ def database(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[SqlSandbox]:
-    with SqlSandbox(max_result_bytes=8 << 20) as box:
+    with SqlSandbox(Limits(max_result_bytes=8 << 20)) as box:
         yield box
 
 
@@ -228,15 +228,17 @@ def test_the_wall_clock_ends_any_query(sandbox: SqlSandbox, database: Path, sql:
         ),
     ],
 )
-def test_a_query_that_needs_too_much_memory_is_stopped(database: Path, sql: str) -> None:
-    with SqlSandbox(memory_bytes=128 << 20, max_result_bytes=8 << 20) as sandbox:
+@pytest.mark.parametrize("temp_bytes", [0, 16 << 20])
+def test_a_query_that_needs_too_much_memory_is_stopped(database: Path, sql: str, temp_bytes: int) -> None:
+    limits = Limits(memory_bytes=128 << 20, max_result_bytes=8 << 20, temp_bytes=temp_bytes)
+    with SqlSandbox(limits) as sandbox:
         result = sandbox.run(database, sql, 10)
         assert result.error_kind == "too_large" and result.rows is None, result
         assert sandbox.run(database, "SELECT 1", 5).rows == [(1,)]
 
 
 def test_no_single_value_is_longer_than_a_result_may_be(database: Path) -> None:
-    with SqlSandbox(max_result_bytes=1 << 20) as sandbox:
+    with SqlSandbox(Limits(max_result_bytes=1 << 20)) as sandbox:
         assert sandbox.run(database, "SELECT length(zeroblob(1000000))", 5).rows == [(1_000_000,)]
         assert sandbox.run(database, "SELECT length(zeroblob(2000000))", 5).error_kind == "too_large"
 
@@ -258,7 +260,7 @@ def test_the_worker_does_not_inherit_the_parents_environment(
     sandbox.run(database, "SELECT 1", 5)
     process = Path(f"/proc/{worker_pid(sandbox)}")
     names = {entry.split(b"=")[0] for entry in (process / "environ").read_bytes().split(b"\0") if entry}
-    assert names <= {b"PATH", b"MALLOC_ARENA_MAX", b"LD_LIBRARY_PATH"}
+    assert names <= {b"PATH", b"MALLOC_ARENA_MAX", b"LD_LIBRARY_PATH", b"SQLITE_TMPDIR"}
     assert os.readlink(process / "cwd") == "/"
     assert os.getsid(worker_pid(sandbox)) == worker_pid(sandbox)
 
@@ -268,7 +270,7 @@ def test_the_worker_has_hard_limits(sandbox: SqlSandbox, database: Path) -> None
     sandbox.run(database, "SELECT 1", 5)
     pid = worker_pid(sandbox)
     assert resource.prlimit(pid, resource.RLIMIT_AS) == (512 << 20, 512 << 20)
-    assert resource.prlimit(pid, resource.RLIMIT_FSIZE) == (0, 0)
+    assert resource.prlimit(pid, resource.RLIMIT_FSIZE) == (512 << 20, 512 << 20)
     assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (16, 16)
     assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
     assert 0 < resource.prlimit(pid, resource.RLIMIT_CPU)[0] <= 60
@@ -280,7 +282,17 @@ def test_a_worker_out_of_cpu_time_is_a_timeout(sandbox: SqlSandbox, database: Pa
     limit = (resource.RLIMIT_CPU, (1, resource.RLIM_INFINITY))
     threading.Timer(0.3, resource.prlimit, (worker_pid(sandbox), *limit)).start()
     result = sandbox.run(database, ENDLESS, 20)
-    assert result.error_kind == "timeout" and result.seconds < 5
+    assert result.error_kind == "timeout" and result.seconds < 15
+
+
+def test_a_statement_of_more_than_a_megabyte_is_not_run_nor_looked_at(sandbox: SqlSandbox, database: Path) -> None:
+    longest = f"SELECT length('{'x' * (MAX_STATEMENT_BYTES - 20)}')".ljust(MAX_STATEMENT_BYTES)
+    assert sandbox.run(database, longest, 5).rows == [(MAX_STATEMENT_BYTES - 20,)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("finetune.sql.engines.sqlite.double_quotes_as_names", Mock(side_effect=AssertionError))
+        for sql in (longest + " ", "é" * (MAX_STATEMENT_BYTES // 2 + 1), "SELECT " + "[" * 10_000_000):
+            result = sandbox.run(database, sql, 5)
+            assert result.hit_limit and result.error is not None and "1 MB is the limit" in result.error
 
 
 # The worker's life ------------------------------------------------------------------------------------------
@@ -307,7 +319,7 @@ def test_an_interrupted_query_does_not_answer_the_next_one(
 ) -> None:
     sandbox.run(database, "SELECT 1", 5)
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.sql.engines.sqlite._is_complete", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("finetune.sql.engines.sqlite_process._is_complete", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             sandbox.run(database, "SELECT 'late'", 5)
     assert sandbox.run(database, "SELECT 'next'", 5).rows == [("next",)]
@@ -346,7 +358,7 @@ def test_a_query_does_not_start_a_python_process(sandbox: SqlSandbox, database: 
 
 
 def test_too_little_memory_to_start_is_the_users_mistake(database: Path) -> None:
-    with SqlSandbox(memory_bytes=1 << 20) as sandbox, raises("sql.worker_failed", match="1 MiB"):
+    with SqlSandbox(Limits(memory_bytes=1 << 20)) as sandbox, raises("sql.worker_failed", match="1 MiB"):
         sandbox.run(database, "SELECT 1", 5)
 
 
@@ -369,26 +381,6 @@ def test_a_bad_file_is_the_users_mistake_and_named(sandbox: SqlSandbox, tmp_path
     ]:
         with raises(code, match=rf"{name}\.sqlite: {said}"):
             sandbox.run(tmp_path / f"{name}.sqlite", "SELECT * FROM film", 5)
-
-
-def test_a_file_with_changes_only_in_its_log_may_not_be_copied(tmp_path: Path) -> None:
-    path = tmp_path / "live.sqlite"
-    with closing(sqlite3.connect(path)) as writer:
-        writer.execute("PRAGMA journal_mode = WAL")
-        writer.execute("CREATE TABLE t (a)")
-        writer.commit()
-        with raises("sql.database_in_use", match=r"live\.sqlite: some changes are only in live\.sqlite-wal"):
-            SqliteEngine().check(path)
-    SqliteEngine().check(path)
-
-
-def test_rows_still_in_a_write_ahead_log_are_seen(sandbox: SqlSandbox, tmp_path: Path) -> None:
-    path = tmp_path / "live.sqlite"
-    writer = sqlite3.connect(path)
-    writer.execute("PRAGMA journal_mode = WAL")
-    writer.execute("CREATE TABLE t AS SELECT 1 AS a")
-    assert sandbox.run(path, "SELECT a FROM t", 5).rows == [(1,)]
-    writer.close()
 
 
 # Double quotes ----------------------------------------------------------------------------------------------
