@@ -14,8 +14,8 @@ from finetune.config.schema import SourceSection
 from finetune.data.check import Findings, check
 from finetune.data.golds import Golds
 from finetune.data.validate import FAULTS
-from finetune.sql.engines.sqlite import SqlSandbox
 from tests.helpers.data_examples import data_section, jsonl_source, make_database, row, run_prepare, write_jsonl
+from tests.helpers.executed import executed
 
 ConfigWriter = Callable[..., Path]
 
@@ -86,9 +86,7 @@ def test_the_clock_and_chance_are_flagged_also_where_no_database_is_at_hand(tmp_
 def test_gold_of_paraphrases_runs_once_and_once_more_to_be_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[str] = []
-    run = SqlSandbox.run
-    monkeypatch.setattr(SqlSandbox, "run", lambda *given: (ran.append(given[2]), run(*given))[1])
+    ran = executed(monkeypatch)
     gold = "SELECT name FROM item WHERE id = 1"
     found(source(tmp_path, dict.fromkeys(range(5), gold)))
     assert ran.count(gold) == 2

@@ -25,9 +25,9 @@ from finetune.report.render import write_report
 from finetune.run_folder import RunFolder, open_run
 from finetune.run_record import DataRecord
 from finetune.sql.compare import RULES
-from finetune.sql.engines.sqlite import SqlSandbox
 from tests.helpers.data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
 from tests.helpers.errors import raises, reported
+from tests.helpers.executed import executed
 from tests.helpers.run_examples import copy_run, prepare_shop
 
 ConfigWriter = Callable[..., Path]
@@ -217,9 +217,7 @@ def test_the_scores_under_every_rule_are_those_of_an_evaluation_with_that_rule(
 
 
 def test_gold_runs_once_for_both_models(run: RunFolder, speak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-    execute = SqlSandbox.run
-    monkeypatch.setattr(SqlSandbox, "run", lambda *given: (ran.append(given[2]), execute(*given))[1])
+    ran = executed(monkeypatch)
     speak(base=lambda gold: "SELECT 1", tuned=lambda gold: "SELECT 2")
     evaluate_run(run, progress=False)
     golds = [line["gold"] for line in read_jsonl(run.eval_rows("tuned"))]
@@ -233,11 +231,11 @@ def test_hollow_golds_are_scored_apart_printed_and_a_caveat(
     monkeypatch.setattr(hf, "generate_answers", lambda m, t, prompts, **_: [("SELECT 1 WHERE 1 = 0", 3)] * len(prompts))
     assert cli.main(["evaluate", str(run.path)]) == 0
     printed = capsys.readouterr().out.splitlines()[-1]
-    assert printed.startswith(" tuned: execution accuracy 50.0%") and printed.endswith("; without 1 hollow golds 0.0%")
+    assert printed.startswith(" tuned: execution accuracy 50.0%") and printed.endswith("; without 1 hollow gold 0.0%")
     scores = scored(run.eval_json)["models"]["tuned"]
     assert scores["by_gold"] == {"no_rows": {"correct": 1, "questions": 1}, "sound": {"correct": 0, "questions": 1}}
     write_report(run.path)
-    assert "1 of 2 (1 no_rows)" in (run.path / "report.md").read_text()
+    assert r"1 of 2 (1 no\_rows)" in (run.path / "report.md").read_text()
 
 
 # which questions
