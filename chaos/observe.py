@@ -39,14 +39,16 @@ def newest_whole(run: Path) -> int:
 def in_flight(run: Path, temporary: Path) -> list[int]:
     """Steps whose save was begun but not committed: staged saves on the local disk, and partial checkpoints in the run folder."""
     committed = newest_whole(run)
-    names = [path.name for path in temporary.glob("*/checkpoint-*")] + [path.name for path in checkpoints(run).values()]
+    names = [path.name for path in temporary.glob("**/checkpoint-*")] + [
+        path.name for path in checkpoints(run).values()
+    ]
     steps = {int(found[1]) for name in names if (found := re.match(r"(?:checkpoint|step)-(\d+)", name))}
     return sorted(step for step in steps if step > committed)
 
 
 def newest_local(temporary: Path) -> int:
     """The step of the newest staged save on the local disk that was ready to be copied, 0 if there is none."""
-    labels = [json.loads(path.read_text(encoding="utf-8")) for path in temporary.glob("*/checkpoint-*/labels.json")]
+    labels = [json.loads(path.read_text(encoding="utf-8")) for path in temporary.glob("**/checkpoint-*/labels.json")]
     return max((label["step"] for label in labels), default=0)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +23,10 @@ from pathlib import Path
 from finetune.config.load import load_config, to_yaml
 from finetune.config.schema import RunConfig, TrainingSection
 from finetune.errors import UserError
+from finetune.run_name import fault_of_name
 from finetune.run_record import RunRecord, read_record, write_record
+from finetune.runtime.confined import remove_tree
+from finetune.runtime.console import one_line
 from finetune.runtime.files import as_text, disk_error, write_text
 
 RECORDED_PACKAGES = (
@@ -83,8 +85,8 @@ def check_name_is_free(training: TrainingSection) -> None:
     name = training.run_name
     if name is None:
         return
-    if not name or Path(name).name != name or name.startswith("."):
-        raise UserError(f"training.run_name: expected a plain folder name, found {name!r}", code="run.bad_name")
+    if fault := fault_of_name(name):
+        raise UserError(f"training.run_name: {fault}", code="run.bad_name")
     if os.path.lexists(Path(training.output_dir) / name):
         raise _taken(Path(training.output_dir) / name)
 
@@ -98,6 +100,11 @@ def create_run(config: RunConfig, config_file: Path) -> RunFolder:
     check_name_is_free(config.training)
     root = Path(config.training.output_dir)
     name = config.training.run_name
+    if name is None and (fault := fault_of_name(f"{config_file.stem}-001")):
+        raise UserError(
+            f"{one_line(as_text(config_file))}: a run cannot be named after it: {fault}; set training.run_name",
+            code="run.bad_name",
+        )
     # otherwise saving the tokenizer would fail after the whole training
     str((root / (name or config_file.stem)).absolute()).encode()
     try:
@@ -133,7 +140,7 @@ def remove_not_started(run: RunFolder) -> None:
             raise UserError(
                 f"{run.path}: holds files, but no run.json; choose another name for the run", code="run.name_taken"
             )
-    shutil.rmtree(run.path)
+    remove_tree(run.path, inside=run.path.parent)
 
 
 def _claim(path: Path) -> Path:

@@ -14,7 +14,7 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.schema import RunConfig
-from finetune.errors import NotEstimated, UserError, combined
+from finetune.errors import LONGEST_LIST, LONGEST_MESSAGE, NotEstimated, UserError, combined, shown
 from finetune.estimate.fit import MicroBatchConfig, TooSmall
 from tests.helpers.errors import raises, reported
 
@@ -112,10 +112,34 @@ def test_combined_errors_keep_a_common_code() -> None:
 # the helper of the tests
 
 
+def test_a_message_is_one_short_line_that_moves_no_cursor() -> None:
+    error = UserError("a\nb\x1b[2J\x07\r\u2028\ud800ü", code="some.code")
+    assert str(error) == r"a\nb\x1b[2J\x07\r\u2028\ud800ü"
+    long = str(UserError(f"file: {'x' * 5000}; do this", code="some.code"))
+    assert len(long) == LONGEST_MESSAGE and long.startswith("file: xx") and long.endswith("x; do this")
+    many = str(combined([UserError("y" * 900, code="some.a")] * 400, "z" * 900, code="some.b"))
+    assert len(many) <= LONGEST_LIST + 500 and many.endswith("; and 375 more")
+
+
 @pytest.mark.parametrize(
-    "error", [UserError("x", code="other.code"), UserError("x\ny", code="some.code"), OSError("x")]
+    ("value", "text"),
+    [
+        ("a\x1b", r"'a\x1b'"),
+        ("x" * 5000, f"'{'x' * 80}…' (5,000 characters)"),
+        (10**5000, "a number of about 5,000 digits"),
+        (2**32, "4294967296"),
+        ([[[[[1]]]]], "[[[[...]]]]"),
+        (None, "None"),
+    ],
+    ids=["control", "long", "huge", "number", "nested", "none"],
 )
-def test_another_code_or_several_lines_fail_the_assertion(error: Exception) -> None:
+def test_a_value_is_shown_shortly(value: object, text: str) -> None:
+    assert shown(value, 200) == text
+    assert len(shown([value] * 1000)) <= 80
+
+
+@pytest.mark.parametrize("error", [UserError("x", code="other.code"), OSError("x")])
+def test_another_code_fails_the_assertion(error: Exception) -> None:
     with pytest.raises((AssertionError, OSError)), raises("some.code"):
         raise error
 

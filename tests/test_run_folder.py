@@ -72,11 +72,67 @@ def test_a_taken_name_is_refused_and_the_existing_one_is_not_touched(existing: s
     assert [path.name for path in root.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp", ".hidden"])
+BAD_NAMES = (
+    *(
+        "",
+        ".",
+        "..",
+        "a/b",
+        "/tmp",
+        ".hidden",
+        "a\\b",
+        "../x",
+        "a\nb",
+        "a\n",
+        "\n",
+        "a\rb",
+        "a\0b",
+        "a\x1b[2Jb",
+        "a\x7f",
+        "a\x85b",
+    ),
+    *(
+        "a\u2028b",
+        "a\u2029b",
+        "a\u202etxt",
+        "\ufeffa",
+        "a\udcffb",
+        " a",
+        "a ",
+        "\u3000a",
+        "-rf",
+        "--resume",
+        "a" * 101,
+        "\u65e5" * 90,
+    ),
+    *("base", "Base", "BASE"),
+)
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
 def test_a_name_that_is_no_folder_name_is_refused(name: str, root: Path) -> None:
-    with raises("run.bad_name", match=r"training\.run_name: expected a plain folder name"):
-        create_run(config(root, name), FILE)
+    """In a config, on the command line and where a run's config is read back, and for a config that was made otherwise."""
+    with raises("config.bad_value", match=r"training\.run_name: expected a"):
+        config(root, name)
+    unchecked = config(root)
+    unchecked.training.run_name = name
+    with raises("run.bad_name", match=r"^training\.run_name: expected a"):
+        create_run(unchecked, FILE)
     assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a" * 100, "gr\u00fc\u00df\u2192\u65e5", "1.10", "a b", "based", "base-001", "a.b_c-d"]
+)
+def test_other_names_are_accepted(name: str, root: Path) -> None:
+    assert create_run(config(root, name), FILE).path.name == name
+
+
+@pytest.mark.parametrize("stem", ["a\nb", "-rf", ".hidden", "b" * 120])
+def test_a_config_file_that_cannot_name_a_run(stem: str, root: Path) -> None:
+    with raises("run.bad_name", match=r"a run cannot be named after it: .*set training\.run_name"):
+        create_run(config(root), Path(f"{stem}.yaml"))
+    assert create_run(config(root, "named"), Path(f"{stem}.yaml")).path.name == "named"
 
 
 def test_runs_that_start_at_once_get_folders_of_their_own(root: Path) -> None:

@@ -19,13 +19,16 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice
 from finetune.runtime import fault_injection
-from finetune.runtime.files import atomic_file, disk_error
+from finetune.runtime.confined import remove_file
+from finetune.runtime.files import atomic_file, disk_error, parse_json, read_bytes
 
 HEARTBEAT_RETENTION_SECONDS = 600.0
 """A heartbeat replaces the previous one, except that one per this many seconds is kept: the file of a long run stays small."""
 METERED = "metered_seconds"
 """Key in a line: seconds on the attempt's meter."""
-_NAME = re.compile(r"attempt-(\d+)\.jsonl")
+_NAME = re.compile(r"attempt-([0-9]{3,9})\.jsonl")
+MOST_SECONDS, MOST_USD_PER_HOUR, MOST_STEPS = 1e9, 1e6, 10**12
+"""More than any attempt or machine has: a larger number in a file is damage. 1e9 s are 30 years."""
 Line = dict[str, Any]
 
 
@@ -162,7 +165,7 @@ class AttemptLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for orphan in folder.glob(".attempt-*.jsonl.*.tmp"):  # of attempts that were killed while writing
-                orphan.unlink(missing_ok=True)
+                remove_file(orphan, inside=folder)
         except OSError as error:
             raise disk_error(error, folder) from error
         with self._lock:
@@ -225,7 +228,9 @@ class AttemptLog:
 
 def _read(number: int, path: Path) -> Attempt:
     try:
-        rows = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+        if not path.is_file():  # a FIFO would never end
+            return Attempt(number, path.name, problems=("not readable (not a file); not counted",))
+        rows = read_bytes(path).decode("utf-8", errors="replace").split("\n")
     except OSError as error:
         return Attempt(number, path.name, problems=(f"not readable ({error.strerror}); not counted",))
     lines, bad = [], []
@@ -250,27 +255,27 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
     return Attempt(
         number,
         name,
-        seconds=max((seconds for line in lines if (seconds := _number(line.get(METERED))) is not None), default=0.0),
+        seconds=max((seconds for line in lines if (seconds := _seconds(line)) is not None), default=0.0),
         price=_price(first),
         machine={key: fact for key, fact in facts if isinstance(fact, bool if key == "spot" else str)},
         began_at=began_at if isinstance(began_at, str) else None,
-        resumed_step=resumed if isinstance(resumed, int) and not isinstance(resumed, bool) else None,
-        step=next((line["step"] for line in reversed(lines) if isinstance(line.get("step"), int)), None),
+        resumed_step=_step(resumed),
+        step=next((step for line in reversed(lines) if (step := _step(line.get("step"))) is not None), None),
         reason=next((str(line.get("reason")) for line in reversed(lines) if line["event"] == "end"), None),
         token=token if isinstance(token, str) else None,
-        seconds_before=_number(first.get(METERED)) or 0.0,
-        problems=problems,
+        seconds_before=_seconds(first) or 0.0,
+        problems=(*problems, *_implausible(lines)),
     )
 
 
 def _price(begin: Line) -> MachinePrice | None:
-    usd_per_hour = _number(begin.get("usd_per_hour"))
+    usd_per_hour = _number(begin.get("usd_per_hour"), MOST_USD_PER_HOUR)
     return None if usd_per_hour is None else MachinePrice(usd_per_hour, str(begin.get("basis") or ""))
 
 
 def _line(row: str) -> Line | None:
     try:
-        line = json.loads(row)
+        line = parse_json(row)
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("event"), str) else None
@@ -286,10 +291,29 @@ def _plain(fact: Any) -> Any:
     return None if isinstance(fact, float) and not math.isfinite(fact) else fact
 
 
-def _number(value: Any) -> float | None:
-    """A finite, non-negative number; None for anything else that a corrupt file may hold."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+def _seconds(line: Line) -> float | None:
+    return _number(line.get(METERED), MOST_SECONDS)
+
+
+def _step(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value <= MOST_STEPS else None
+
+
+def _number(value: Any, most: float) -> float | None:
+    """A number from 0 to `most`; None for anything else that a corrupt file may hold."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most  # false for NaN
     return float(value) if fits else None
+
+
+def _implausible(lines: list[Line]) -> list[str]:
+    """What a file says about seconds and dollars that no attempt can have: left out of the account, but never silently."""
+    limits = {METERED: MOST_SECONDS, "usd_per_hour": MOST_USD_PER_HOUR}
+    return [
+        f"{key} {str(line[key])[:40]!r} is not a number from 0 to {most:g} and left out"
+        for line in lines
+        for key, most in limits.items()
+        if line.get(key) is not None and _number(line[key], most) is None
+    ][:3]
 
 
 def _now() -> str:

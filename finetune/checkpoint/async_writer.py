@@ -6,7 +6,6 @@ disk and is retried until a newer one replaces it.
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from finetune.checkpoint.store import CheckpointStore, read_manifest
 from finetune.errors import UserError
+from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error
 
 PATIENCE = 3
@@ -203,12 +203,12 @@ class AsyncCheckpointWriter:
                 self._tell(
                     f"after the save of step {save.step}: {error if isinstance(error, UserError) else repr(error)}"
                 )
-        shutil.rmtree(save.staged, ignore_errors=True)
+        _delete(save.staged)
 
     def _settle(self, save: _Save, committed: Committed | None, fault: UserError | None) -> None:
         earlier, again = self._failed, self._failed is save  # only this thread changes it
         if earlier is not None and not again:  # a newer state is committed, or at least staged
-            shutil.rmtree(earlier.staged, ignore_errors=True)
+            _delete(earlier.staged)
         if fault is not None and not again:
             self._tell(
                 f"step {save.step} is not saved: {fault}; its staged save is kept in {save.staged} and will be retried"
@@ -230,4 +230,8 @@ class AsyncCheckpointWriter:
 
 def _delete_in_background(folder: Path) -> None:
     """Deleting large files takes a while, even on a local disk."""
-    threading.Thread(target=shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, daemon=True).start()
+    threading.Thread(target=_delete, args=(folder,), daemon=True).start()
+
+
+def _delete(staged: Path) -> None:
+    remove_tree(staged, inside=staged.parent, ignore_errors=True)

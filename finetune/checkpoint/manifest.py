@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint.filesystem import Disk
+from finetune.runtime.confined import is_relative_name, stays_inside
+from finetune.runtime.files import parse_json, read_bytes
 
 MANIFEST = "manifest.json"
 _SEAL = "manifest_sha256"
@@ -43,7 +45,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise InvalidCheckpoint(f"{MANIFEST} is not a file", corrupt=True)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise InvalidCheckpoint("no manifest: the save was cut off", incomplete=True) from None
     if not content.rstrip().endswith(b"\n}"):  # only the very last line is an unindented brace
@@ -56,6 +58,8 @@ def check_files(folder: Path, manifest: dict[str, Any], disk: Disk) -> None:
     OSError for a file that cannot be read."""
     files = manifest["files"]
     for name, expected in files.items():
+        if not stays_inside(folder / name, folder):
+            raise InvalidCheckpoint(f"{name} is a link that leads out of the checkpoint", corrupt=True)
         if not (folder / name).is_file():
             raise InvalidCheckpoint(f"{name} is missing", corrupt=True)
         size = (folder / name).stat().st_size
@@ -74,7 +78,7 @@ def right_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
 
 def _checked(folder: Path, content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        value = parse_json(content)
         seal = value.pop(_SEAL)
         right = seal == _seal_of(value)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -93,8 +97,7 @@ def _checked(folder: Path, content: bytes) -> dict[str, Any]:
 
 
 def _check_entry(name: str, entry: Any) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST) or "\0" in name:
+    if not is_relative_name(name) or name == MANIFEST:
         raise InvalidCheckpoint(f"the manifest names {name!r}, which is not a file of the checkpoint", corrupt=True)
     size, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or size < 0 or not isinstance(sha256, str) or not _HASH.fullmatch(sha256):

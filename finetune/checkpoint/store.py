@@ -32,6 +32,7 @@ from finetune.checkpoint.manifest import (
 )
 from finetune.errors import UserError
 from finetune.runtime import fault_injection
+from finetune.runtime.confined import check_inside
 from finetune.runtime.files import disk_error
 
 __all__ = ["MANIFEST", "CheckpointStore", "Disk", "Skipped", "fault", "newest_first", "read_manifest", "step_folder"]
@@ -231,7 +232,8 @@ class CheckpointStore:
         return {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in written.items()}
 
     def _remove(self, folder: Path) -> None:
-        """Delete a folder, its manifest first. It need not exist."""
+        """Delete a folder, its manifest first. It need not exist; a link in it is deleted, not followed."""
+        check_inside(folder, self.root)
         if folder.is_symlink() or folder.is_file():
             self._disk.remove_file(folder)
         if not folder.is_dir():

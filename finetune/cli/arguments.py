@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.runtime.console import typed_text
+from finetune.runtime.paths import expanded
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
@@ -42,14 +43,14 @@ def add_command(
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("config", type=path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
 
-def loaded(arguments: argparse.Namespace, path: Path | None = None) -> RunConfig:
+def loaded(arguments: argparse.Namespace, file: Path | None = None) -> RunConfig:
     from finetune.config.load import load_config
 
-    return load_config(path or arguments.config, arguments.overrides)
+    return load_config(file or arguments.config, arguments.overrides)
 
 
 def positive(text: str) -> float:
@@ -75,6 +76,11 @@ def large_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def path(argument: str) -> Path:
+    """A path as typed; `~` and variables in it are expanded, which the shell does not do in quotes. Raises UserError."""
+    return Path(expanded(argument))
 
 
 def text(argument: str) -> str:

@@ -6,10 +6,9 @@ import argparse
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded
+from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
 from finetune.errors import EXIT_OK, Interrupted, UserError
 
 EVALUATION_KEYS = "evaluation."
@@ -29,7 +28,7 @@ def add(commands: Any) -> None:
         "and one with another rule or time limit only judges again."
     )
     evaluate.add_argument(
-        "target", type=Path, metavar="RUN|CONFIG", help="a run folder, or a config for the base model"
+        "target", type=path, metavar="RUN|CONFIG", help="a run folder, or a config for the base model"
     )
     evaluate.add_argument(
         "overrides",

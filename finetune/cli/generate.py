@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import add_command, text
+from finetune.cli.arguments import add_command, path, text
 from finetune.errors import EXIT_OK, UserError
 
 
@@ -18,10 +17,10 @@ def add(commands: Any) -> None:
         "answer one question with SQL",
         'finetune generate runs/demo --db shop.sqlite --run "Which customers ordered twice in May?"',
     )
-    generate.add_argument("run_folder", type=Path, metavar="RUN")
+    generate.add_argument("run_folder", type=path, metavar="RUN")
     generate.add_argument("question", type=text, metavar="QUESTION")
     generate.add_argument(
-        "--db", type=Path, required=True, metavar="FILE", help="a SQLite file, or a schema as .sql file"
+        "--db", type=path, required=True, metavar="FILE", help="a SQLite file, or a schema as .sql file"
     )
     generate.add_argument("--run", action="store_true", help="also run the SQL, read-only, and print the rows")
     generate.add_argument(

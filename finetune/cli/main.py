@@ -4,24 +4,36 @@ sub-command that needs them, so that --help is fast."""
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from finetune.cli import config, data, demo, doctor, evaluate, generate, job, machine, plan, report, train
 from finetune.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, Interrupted, UserError
 from finetune.runtime.console import escape_unprintable, not_encoded, one_line, typed_text
+from finetune.runtime.files import disk_error
+
+OF_A_PATH = {
+    *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+}
+"""Errors of the system that a user can fix, because they are about a path. Any other one is a fault of this program or of the
+machine, and keeps its traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 something is missing, 2 user error, 75 interrupted and to be continued by
     the same command, 130 interrupted with nothing kept."""
     escape_unprintable()
-    parsed = _parse(arguments)
-    _quiet_libraries()
+    continues = False
     try:
+        parsed = _parse(arguments)
+        continues = parsed.continues
+        _quiet_libraries()
         code: int = parsed.command(parsed)
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code
@@ -31,15 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnicodeEncodeError as error:
         print(f"finetune: {not_encoded(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has exited
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_OK
+        if error.errno not in OF_A_PATH or error.filename is None:
+            raise
+        print(f"finetune: {one_line(str(disk_error(error, Path(os.fsdecode(error.filename)))))}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except Interrupted as error:
         print(f"finetune: interrupted: {one_line(str(error))}", file=sys.stderr)
-        return EXIT_TRANSIENT if error.resumable or parsed.continues else error.code
+        return EXIT_TRANSIENT if error.resumable or continues else error.code
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
-        return EXIT_TRANSIENT if parsed.continues else EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        return EXIT_TRANSIENT if continues else EXIT_INTERRUPTED
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, positive
+from finetune.cli.arguments import OVERRIDES, add_command, path, positive
 from finetune.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def add(commands: Any) -> None:
         "finetune plan configs/mistral_7b_qlora.yaml --max-run-usd 20\n"
         "  finetune plan configs/mistral_7b_qlora.yaml --memory",
     )
-    plan.add_argument("config", type=Path, metavar="CONFIG")
+    plan.add_argument("config", type=path, metavar="CONFIG")
     plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     plan.add_argument(
         "--max-run-usd", type=positive, metavar="USD", help="ceiling for the whole run (default: budget.max_run_usd)"
@@ -42,7 +41,7 @@ def add(commands: Any) -> None:
     plan.add_argument("--memory", action="store_true", help="print the parts of the GPU memory for each GPU instead")
     plan.add_argument(
         "--write",
-        type=Path,
+        type=path,
         metavar="TASK",
         help="write the order into this task YAML, such as sky/train_cheapest.yaml",
     )

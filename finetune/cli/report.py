@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import add_command, print_result
+from finetune.cli.arguments import add_command, path, print_result
 from finetune.errors import EXIT_OK
 
 
@@ -14,7 +13,7 @@ def add(commands: Any) -> None:
     report = add_command(
         commands, "report", _report, "write report.html, report.md and summary.json", "finetune report runs/demo"
     )
-    report.add_argument("run", type=Path, metavar="RUN")
+    report.add_argument("run", type=path, metavar="RUN")
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded
+from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
 from finetune.errors import UserError
 
 
@@ -22,7 +21,7 @@ def add(commands: Any) -> None:
         continues=True,
     )
     train.add_argument("--resume", action="store_true", help="resume the run whose folder is given instead of a config")
-    train.add_argument("target", type=Path, metavar="CONFIG|RUN", help="a config file; with --resume a run folder")
+    train.add_argument("target", type=path, metavar="CONFIG|RUN", help="a config file; with --resume a run folder")
     for option, unit, what in (("--max-run-usd", "USD", "dollars"), ("--max-hours", "HOURS", "hours")):
         train.add_argument(
             option,

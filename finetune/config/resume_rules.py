@@ -86,7 +86,7 @@ _REFUSED: dict[str, tuple[str, ...]] = {
     "the run regularises with this rate": ("lora.lora_dropout", "training.weight_decay"),
     "the run trains on data prepared with this value": (
         *("data.sources", "data.val_fraction", "data.test_fraction", "data.split_by", "data.schema_format"),
-        *("data.max_train_records", "data.seed"),
+        *("data.max_train_records", "data.statements", "data.seed"),
     ),
     "it determines the order of the examples and the dropout masks": ("training.seed",),
     "the learning rate would jump": (

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from omegaconf import MISSING
 
+PATH = "path"
+PathText = Annotated[str, PATH]
+"""A key that holds a path: `~` and variables in it are expanded when the config is loaded (`config.references`)."""
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 @dataclass
 class ModelSection:
-    name: str = MISSING  # a hub id, a local folder, or package://<module>/<file>.gguf
+    name: PathText = MISSING  # a hub id, a local folder, or package://<module>/<file>.gguf
     revision: str | None = None  # commit of the hub id; without it the hub may serve other weights later
     max_seq_length: int = 2048  # tokens of prompt + answer; longer examples are dropped and counted, never truncated
     torch_dtype: Dtype = "auto"  # auto: bfloat16 from compute capability 8.0, float16 below, float32 on CPU
@@ -41,12 +44,12 @@ class LoraSection:
 @dataclass
 class SourceSection:
     kind: Literal["jsonl", "spider", "huggingface"] = MISSING
-    path: str = MISSING  # a file (jsonl), or a folder or hub id (spider, huggingface)
+    path: PathText = MISSING  # a file (jsonl), or a folder or hub id (spider, huggingface)
     revision: str | None = None  # required where path is a hub id
-    files: list[str] = field(default_factory=list)  # spider: question files inside path, e.g. train_spider.json
+    files: list[PathText] = field(default_factory=list)  # spider: question files inside path, e.g. train_spider.json
     subset: str | None = None  # huggingface: which split of the dataset to read, e.g. train
     columns: dict[str, str] = field(default_factory=dict)  # huggingface: field of our records -> column of the dataset
-    databases: str | None = None  # folder that holds <db_id>/<db_id>.sqlite; spider: <path>/database
+    databases: PathText | None = None  # folder that holds <db_id>/<db_id>.sqlite; spider: <path>/database
     dialect: str = "sqlite"
     split: Literal["auto", "train", "val", "test"] = (
         "auto"  # auto: the record's own split if it has one, else by fraction
@@ -56,10 +59,13 @@ class SourceSection:
 @dataclass
 class DataSection:
     sources: list[SourceSection] = field(default_factory=list)
-    output_dir: str = MISSING  # where `data prepare` writes and every later stage reads
+    output_dir: PathText = MISSING  # where `data prepare` writes and every later stage reads
     val_fraction: float = 0.05  # of the records whose split is auto
     test_fraction: float = 0.1
     split_by: Literal["question", "database"] = "question"
+    statements: Literal["all", "select"] = (
+        "all"  # all: INSERT, DELETE ... as gold are faults; select: they are left out
+    )
     schema_format: Literal["ddl", "compact"] = "ddl"  # how the prompt shows the schema; compact takes fewer tokens
     max_train_records: int | None = None
     seed: int = 13
@@ -67,7 +73,7 @@ class DataSection:
 
 @dataclass
 class TrainingSection:
-    output_dir: str = "runs"
+    output_dir: PathText = "runs"
     run_name: str | None = None  # null: a new folder, named after the config file and numbered
     seed: int = 42
     objective: str = "sft"  # a name of finetune/training/objectives/registry.py

@@ -3,9 +3,46 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from finetune.config.schema import RunConfig
+from finetune.errors import shown
 from finetune.machine.gpus import GPUS
+from finetune.run_name import fault_of_name
+
+LARGEST: dict[str, float] = {
+    "model.max_seq_length": 1 << 20,
+    "lora.r": 8192,
+    "lora.lora_alpha": 10**6,
+    "data.max_train_records": 10**9,
+    "data.seed": 2**32 - 1,  # numpy takes no larger one
+    "training.seed": 2**32 - 1,
+    "training.num_train_epochs": 10_000,
+    "training.effective_batch_size": 1 << 20,
+    "training.per_device_train_batch_size": 1 << 16,
+    "training.gradient_accumulation_steps": 1 << 16,
+    "training.per_device_eval_batch_size": 1 << 16,
+    "training.weight_decay": 100,
+    "training.max_memory_gib": 10**6,
+    "checkpoint.every_minutes": 10**6,
+    "budget.usd_per_hour": 10**6,
+    "budget.max_run_usd": 10**9,
+    "budget.max_hours": 10**6,
+    "evaluation.batch_size": 1 << 16,
+    "evaluation.max_new_tokens": 1 << 20,
+    "evaluation.timeout_seconds": 86_400,
+    "plan.disk_gib": 1 << 16,  # Google's largest persistent disk
+    "plan.setup_minutes": 10**5,
+    "plan.records": 10**10,
+    "plan.mean_tokens": 1 << 20,
+}
+"""The largest value of a key: one beyond it is a typing mistake, or fails later in a library with a message of its own."""
+LARGEST_OTHER = 10**9
+"""That of every other number."""
+NO_ADAPTER = ("lm_head", "embed_tokens", "embed_out", "wte", "wpe")
+"""Output heads and token embeddings: the loss is computed from their weights directly, past an adapter."""
 
 
 def impossible_values(config: RunConfig) -> list[str]:
@@ -76,15 +113,46 @@ def impossible_values(config: RunConfig) -> list[str]:
         (c.plan.records is None or c.plan.records >= 1, "plan.records: expected at least 1"),
         (1 <= c.plan.mean_tokens < math.inf, "plan.mean_tokens: expected at least 1"),
     ]
-    problems = [message for holds, message in rules if not holds]
+    problems = [message for holds, message in rules if not holds] + _too_large(config)
+    problems += _unusable_modules(c.lora.target_modules)
     for name in ("usd_per_hour", "max_run_usd", "max_hours"):
         value = getattr(c.budget, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             problems.append(f"budget.{name}: expected more than 0")
+    if t.run_name is not None and (fault := fault_of_name(t.run_name)):
+        problems.append(f"training.run_name: {fault}")
     for gpu in c.plan.gpus:
         if gpu not in GPUS:
             problems.append(f"plan.gpus: unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
     for number, source in enumerate(d.sources):
         if source.kind == "huggingface" and not {"question", "sql"} <= set(source.columns):
             problems.append(f"data.sources[{number}].columns: expected at least question and sql")
+    return problems
+
+
+def _too_large(section: Any, where: str = "") -> list[str]:
+    problems: list[str] = []
+    for field in fields(section):
+        value, key = getattr(section, field.name), f"{where}{field.name}"
+        if is_dataclass(value):
+            problems += _too_large(value, f"{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            largest = LARGEST.get(key, LARGEST_OTHER)
+            if largest < abs(value) < math.inf:
+                problems.append(f"{key}: expected at most {largest:,}, found {shown(value)}")
+    return problems
+
+
+def _unusable_modules(names: list[str]) -> list[str]:
+    """What is wrong with target modules, as far as it does not depend on the model."""
+    problems = []
+    for name in names:
+        if name.rpartition(".")[2] in NO_ADAPTER:
+            problems.append(
+                f"lora.target_modules: {name} gets no adapter, because the loss is computed from its weights; leave it out"
+            )
+        elif not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
+            problems.append(
+                f"lora.target_modules: expected names of layers such as q_proj, without patterns, found {shown(name)}"
+            )
     return problems

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.config.schema import DataSection, SourceSection
+from finetune.config.schema import DataSection
 from finetune.data.golds import Flag, Golds, HollowDatabase, hollow_databases
 from finetune.data.records import SPLITS, Record, Split
 from finetune.data.sources import open_source
 from finetune.data.split import assign_splits, drop_duplicates, find_leaks, subsample
-from finetune.data.validate import GOLD_UNSTABLE, Accepted, Rejection, stopping_problem, validate
+from finetune.data.validate import GOLD_UNSTABLE, LEFT_OUT, Accepted, Rejection, stopping_problem, validate
 from finetune.runtime.files import sha256_file
 from finetune.sql.gold import SOUND, WHY
 
@@ -59,7 +59,7 @@ def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -
     Raises UserError only if a source cannot be read at all; every other problem is in the findings.
     """
     golds = Golds()
-    accepted, rejections, counts, problems = _validate_all(data.sources, timeout_seconds, golds, progress)
+    accepted, rejections, counts, problems = _validate_all(data, timeout_seconds, golds, progress)
     accepted, repeated = drop_duplicates(accepted)
     assigned = assign_splits(
         [item.record for item in accepted],
@@ -85,19 +85,21 @@ def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -
 
 
 def _validate_all(
-    sources: Sequence[SourceSection], timeout_seconds: float, golds: Golds, progress: bool
+    data: DataSection, timeout_seconds: float, golds: Golds, progress: bool
 ) -> tuple[list[Accepted], list[Rejection], list[SourceCounts], list[str]]:
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
     counts: list[SourceCounts] = []
     problems: list[str] = []
-    for number, section in enumerate(sources):
+    for number, section in enumerate(data.sources):
         source = open_source(section, f"data.sources[{number}]", progress=progress)
-        good, bad = validate(source, timeout_seconds=timeout_seconds, golds=golds, progress=progress)
+        good, bad = validate(
+            source, timeout_seconds=timeout_seconds, statements=data.statements, golds=golds, progress=progress
+        )
         good, bad = _without_changing(good, bad, golds, timeout_seconds)
         problem = stopping_problem(bad, len(source.candidates), source.strict)
         problems += [problem] if problem else []
-        counts.append(SourceCounts(read=len(source.candidates), faulty=len(bad)))
+        counts.append(SourceCounts(read=len(source.candidates), faulty=sum(item.reason != LEFT_OUT for item in bad)))
         accepted += good
         rejections += bad
     return accepted, rejections, counts, problems

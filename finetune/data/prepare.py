@@ -79,6 +79,7 @@ def prepare(
             "test_fraction": data.test_fraction,
             "max_train_records": data.max_train_records,
             "max_seq_length": max_seq_length,
+            **({} if data.statements == "all" else {"statements": data.statements}),
         },
         "prompt": template.identity(),
         "tokenizer": tokenizer_name if tokenizer is not None else None,

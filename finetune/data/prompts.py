@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from finetune.errors import UserError
-from finetune.example import Example
-from finetune.runtime.files import write_text
+from finetune.runtime.files import load_json, write_text
 from finetune.sql.schema import compact, parse_ddl
 from finetune.sql.text import on_one_line
+from finetune.tokens import encode_examples as encode_examples
+from finetune.tokens import encode_prompts as encode_prompts
 
 if TYPE_CHECKING:
     from finetune.data.records import Record
@@ -87,7 +87,7 @@ def load_template(folder: Path) -> PromptTemplate:
     """The template saved beside an adapter. Raises UserError if it is missing, corrupt or of another version."""
     path = folder / PROMPT_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = load_json(path)
         template = PromptTemplate(schema_format=saved["schema_format"], version=saved["version"])
     except FileNotFoundError:
         raise UserError(
@@ -106,25 +106,9 @@ def load_template(folder: Path) -> PromptTemplate:
     return template
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Prompts as token ids, including the special tokens that the tokenizer prepends."""
-    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"] if prompts else []
-    return ids
-
-
-def encode_examples(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[Example]:
-    """Training examples as token ids. Prompt and answer are tokenised separately and concatenated, so that the ids before the
-    answer are exactly those that generation starts from, however the tokenizer would merge across the boundary."""
-    ends = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else []
-    return [
-        Example([*start, *end, tokenizer.eos_token_id], len(start))
-        for start, end in zip(encode_prompts(tokenizer, prompts), ends, strict=True)
-    ]
-
-
-def completion(sql: str) -> str:
+def completion(sql: str, *, dialect: str = "sqlite") -> str:
     """The answer text to train on: the SQL on one line (except inside quotes), without a closing semicolon."""
-    return on_one_line(sql).rstrip("; ")
+    return on_one_line(sql, dialect=dialect).rstrip("; ")
 
 
 def extract_sql(answer: str) -> str:

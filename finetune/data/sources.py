@@ -19,6 +19,7 @@ from tqdm import tqdm
 from finetune.config.schema import SourceSection
 from finetune.data.records import FIELDS, read_lines
 from finetune.errors import UserError
+from finetune.sql.dialects import dialect_name
 from finetune.sql.schema import ddl_of_spider_entry
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -61,7 +62,7 @@ def open_source(section: SourceSection, key: str, *, progress: bool = True) -> S
 
     Raises UserError if a file, folder, dataset or revision is missing, empty or in the wrong format.
     """
-    _check_dialect(section.dialect, f"{key}.dialect")
+    dialect = _known_dialect(section.dialect, f"{key}.dialect")
     databases = Path(section.databases) if section.databases else None
     if databases and not databases.is_dir():
         raise UserError(
@@ -93,9 +94,7 @@ def open_source(section: SourceSection, key: str, *, progress: bool = True) -> S
         )
     if not source.candidates:
         raise UserError(f"{key}: {section.path}: empty, expected at least one example", code="data.empty")
-    candidates = [
-        _with_source_settings(candidate, section.dialect, section.split, key) for candidate in source.candidates
-    ]
+    candidates = [_with_source_settings(candidate, dialect, section.split, key) for candidate in source.candidates]
     return replace(source, candidates=candidates)
 
 
@@ -307,12 +306,10 @@ def _with_source_settings(
     return replace(candidate, fields=fields, problem=problem)
 
 
-def _check_dialect(dialect: str, key: str) -> None:
-    from sqlglot.dialects.dialect import Dialect
-
+def _known_dialect(dialect: str, key: str) -> str:
     try:
-        Dialect.get_or_raise(dialect)
-    except ValueError as error:
+        return dialect_name(dialect)
+    except UserError as error:
         raise UserError(f"{key}: {error}", code="sql.unknown_dialect") from None
 
 

@@ -12,10 +12,12 @@ from typing import Literal
 
 import sqlglot
 from sqlglot import TokenType
+from sqlglot.errors import TokenError
 from tqdm import tqdm
 
 from finetune.data.records import Record, Split
 from finetune.data.validate import DUPLICATE_ID, DUPLICATE_QUESTION, LEAK, Accepted, Rejection
+from finetune.sql.lexer import pieces
 
 SplitBy = Literal["question", "database"]
 
@@ -40,7 +42,11 @@ def sql_skeleton(record: Record) -> str:
 @functools.lru_cache(maxsize=1 << 17)
 def _folded(sql: str, dialect: str, masked: bool) -> str:
     parts = []
-    for token in sqlglot.tokenize(sql, read=dialect):
+    try:
+        tokens = sqlglot.tokenize(sql, read=dialect)
+    except TokenError:  # a gold query that SQLite runs all the same
+        return " ".join(piece.text.casefold() for piece in pieces(sql, dialect=dialect) if piece.is_code)
+    for token in tokens:
         is_text = token.token_type == TokenType.STRING
         if masked and (is_text or token.token_type == TokenType.NUMBER or sql[token.start] == '"'):
             parts.append("?")

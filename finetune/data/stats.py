@@ -10,9 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.data.prompts import PromptTemplate, completion, encode_examples
+from finetune.data.prompts import PromptTemplate, completion
 from finetune.data.records import Record
 from finetune.data.split import sql_skeleton
+from finetune.tokens import encode_examples
 
 _BATCH = 256
 _PERCENTILES = (50, 90, 95, 99)
@@ -34,13 +35,13 @@ def token_counts(
     desc: str = "Counting tokens",
     progress: bool = True,
 ) -> list[TokenCount]:
-    """Token counts of each record. tokenizer: as for `prompts.encode_examples`."""
+    """Token counts of each record. tokenizer: as for `tokens.encode_examples`."""
     counts: list[TokenCount] = []
     with tqdm(total=len(records), desc=desc, unit="record", delay=1, disable=not progress) as bar:
         for start in range(0, len(records), _BATCH):
             batch = records[start : start + _BATCH]
             prompts = [template.render_record(record) for record in batch]
-            examples = encode_examples(tokenizer, prompts, [completion(r.sql) for r in batch])
+            examples = encode_examples(tokenizer, prompts, [completion(r.sql, dialect=r.dialect) for r in batch])
             counts += [TokenCount(len(example), example.answer_tokens) for example in examples]
             bar.update(len(batch))
     return counts

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from finetune.data.prompts import PromptTemplate, completion, encode_examples
+from finetune.data.prompts import PromptTemplate, completion
 from finetune.data.records import Record
 from finetune.example import Example
+from finetune.tokens import encode_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,6 @@ def tokenise(
 ) -> Examples:
     """Examples of all records that fit into max_tokens; nothing is truncated. encode: called with tokenizer, prompts, answers."""
     prompts = [template.render_record(record) for record in records]
-    encoded = encode(tokenizer, prompts, [completion(record.sql) for record in records])
+    encoded = encode(tokenizer, prompts, [completion(record.sql, dialect=record.dialect) for record in records])
     kept = [example for example in encoded if len(example) <= max_tokens]
     return Examples.of(kept, len(encoded) - len(kept))

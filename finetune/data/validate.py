@@ -8,20 +8,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
+from sqlglot.errors import ParseError
 from tqdm import tqdm
 
 from finetune.data.golds import Golds
+from finetune.data.prompts import completion
 from finetune.data.records import REQUIRED, Record, field_problems
 from finetune.data.sources import Candidate, Source
 from finetune.errors import UserError
+from finetune.sql.dialects import dialect_name
 from finetune.sql.engines.base import Engine
 from finetune.sql.engines.registry import ENGINES, engine_for, open_sessions
 from finetune.sql.gold import Gold, GoldExaminer
-from finetune.sql.parsing import parses
-from finetune.sql.schema import parse_ddl
+from finetune.sql.lexer import too_long
+from finetune.sql.parsing import NotAQueryError, query_tree, same_tree
+from finetune.sql.references import tables_not_shown
+from finetune.sql.schema import create_database, parse_ddl
+from finetune.sql.text import is_select, shortened
 
 MALFORMED = "malformed"
 DATABASE_MISSING = "database_missing"
@@ -29,12 +37,15 @@ DATABASE_UNREADABLE = "database_unreadable"
 SCHEMA_MISSING = "schema_missing"
 SCHEMA_DOES_NOT_PARSE = "schema_does_not_parse"
 SQL_DOES_NOT_PARSE = "sql_does_not_parse"
+SQL_CHANGES_ON_ONE_LINE = "sql_changes_on_one_line"
 GOLD_FAILS = "gold_fails"
 GOLD_HITS_LIMIT = "gold_hits_limit"
 GOLD_UNSTABLE = "gold_unstable"
+TABLE_NOT_SHOWN = "table_not_shown"
 DUPLICATE_ID = "duplicate_id"
 DUPLICATE_QUESTION = "duplicate_question"
 LEAK = "leak"
+LEFT_OUT = "left_out"
 FAULTS = (
     MALFORMED,
     DATABASE_MISSING,
@@ -42,11 +53,14 @@ FAULTS = (
     SCHEMA_MISSING,
     SCHEMA_DOES_NOT_PARSE,
     SQL_DOES_NOT_PARSE,
+    SQL_CHANGES_ON_ONE_LINE,
     GOLD_FAILS,
     GOLD_HITS_LIMIT,
     GOLD_UNSTABLE,
+    TABLE_NOT_SHOWN,
 )
-"""Reasons for which the record itself is wrong, as opposed to repeating another one."""
+"""Reasons for which the record itself is wrong, as opposed to repeating another one (duplicate, leak) and to being left out on
+purpose."""
 
 MAX_FAULTY_FRACTION = 0.1
 """If a larger fraction of a source is faulty, the whole source is refused: a mistyped databases folder or the wrong
@@ -83,28 +97,47 @@ class _Fault(Exception):
         self.reason, self.detail = reason, detail
 
 
+Run = Callable[[str, Path, str], Gold]
+"""Runs the SQL of a dialect on a database; returns what was found out about it."""
+
+
 def validate(
-    source: Source, *, timeout_seconds: float, golds: Golds | None = None, progress: bool = True
+    source: Source,
+    *,
+    timeout_seconds: float,
+    statements: Literal["all", "select"] = "all",
+    golds: Golds | None = None,
+    progress: bool = True,
 ) -> tuple[list[Accepted], list[Rejection]]:
     """Separate one source's candidates into usable records and rejections, each in the source's order.
 
-    timeout_seconds: limit of each gold query. The gold SQL of a dialect without an engine is not run. golds: takes up what was
-    found out about each gold query.
+    timeout_seconds: limit of each gold query. The gold SQL of a dialect without an engine is not run. statements: whether gold
+    SQL that is no query (INSERT, DELETE, ...) is a fault (`all`) or is left out (`select`). golds: takes up what was found out
+    about each gold query.
     """
+    golds = golds or Golds()
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
-    golds = golds or Golds()
-    with open_sessions() as session:
+    with open_sessions() as session, TemporaryDirectory(prefix="finetune-") as scratch:
         gold_of = functools.partial(golds.examine, GoldExaminer(session, timeout_seconds))
 
         @functools.cache
         def schema_of(dialect: str, database: Path) -> str:
             return ENGINES[dialect].schema(database)
 
+        @functools.cache
+        def empty_database(schema: str) -> Path | None:
+            path = Path(scratch) / f"{sha256(schema.encode()).hexdigest()}.sqlite"
+            try:
+                create_database(schema, path)
+            except UserError:
+                return None
+            return path
+
         for candidate in tqdm(source.candidates, desc="Checking records", unit="record", delay=1, disable=not progress):
             try:
                 record, database = _record(candidate, source, schema_of)
-                _check_texts(record, database, gold_of)
+                _check_texts(record, database, gold_of, empty_database, statements)
                 accepted.append(Accepted(record, candidate, database))
             except _Fault as fault:
                 rejections.append(Rejection(candidate, fault.reason, fault.detail))
@@ -117,6 +150,10 @@ def _record(candidate: Candidate, source: Source, schema_of: Callable[[str, Path
     if problems:
         raise _Fault(MALFORMED, "; ".join(problems))
     fields = dict(candidate.fields)
+    try:
+        fields["dialect"] = dialect_name(fields["dialect"])
+    except UserError as error:
+        raise _Fault(MALFORMED, f"dialect: {error}") from None
     database, engine = None, engine_for(fields["dialect"])
     try:
         if source.databases and engine:
@@ -144,20 +181,34 @@ def _listed_schema(db_id: str, source: Source) -> str:
     return source.schemas[db_id]
 
 
-def _check_texts(record: Record, database: Path | None, gold_of: Callable[[str, Path, str], Gold]) -> None:
-    """Check that schema and gold SQL parse in the record's dialect, and that the gold SQL runs on the database."""
+def _check_texts(
+    record: Record,
+    database: Path | None,
+    run: Run,
+    empty_database: Callable[[str], Path | None],
+    statements: Literal["all", "select"],
+) -> None:
+    """Check that schema and gold SQL are of the record's dialect, that the gold SQL runs on the database, that the answer to
+    train on means the same, and that the schema shows the tables it reads."""
+    answer, problem = _answer(record, statements)
+    if fault := _schema_problem(record.schema, record.dialect):
+        raise _Fault(SCHEMA_DOES_NOT_PARSE, fault)
+    if problem and database is None:
+        database = empty_database(record.schema)
+        if database is None:
+            raise _Fault(SQL_DOES_NOT_PARSE, problem)
+    if database is not None:
+        _check_runs(record, database, run, answer, problem)
+    if not problem and (missing := tables_not_shown(record.sql, record.schema, record.dialect)):
+        raise _Fault(TABLE_NOT_SHOWN, f"the gold SQL reads {', '.join(missing)}, which the schema does not create")
+
+
+def _check_runs(record: Record, database: Path, run: Run, answer: str, problem: str | None) -> None:
+    """problem: why the gold SQL does not parse; then the answer has to run, too."""
     try:
-        problem = parses(record.sql, record.dialect)
-    except UserError as error:
-        raise _Fault(MALFORMED, f"dialect: {error}") from None
-    if problem:
-        raise _Fault(SQL_DOES_NOT_PARSE, problem)
-    if problem := _schema_problem(record.schema, record.dialect):
-        raise _Fault(SCHEMA_DOES_NOT_PARSE, problem)
-    if database is None:
-        return
-    try:
-        gold = gold_of(record.dialect, database, record.sql)
+        gold = run(record.dialect, database, record.sql)
+        if problem and (refused := gold.error or run(record.dialect, database, answer).error):
+            raise _Fault(SQL_DOES_NOT_PARSE, f"{problem}; SQLite says: {refused}")
     except UserError as error:
         raise _Fault(DATABASE_UNREADABLE, str(error)) from None
     if gold.kind == "failed":
@@ -168,6 +219,26 @@ def _check_texts(record: Record, database: Path | None, gold_of: Callable[[str, 
         )
     if gold.kind == "unstable":
         raise _Fault(GOLD_UNSTABLE, str(gold))
+
+
+def _answer(record: Record, statements: Literal["all", "select"]) -> tuple[str, str | None]:
+    """The answer to train on, and why the gold SQL does not parse if only the engine can say whether it is valid: SQLite accepts
+    more than sqlglot knows (CAST(x AS BIG INT), FROM t, u ON ..., names such as glob)."""
+    try:
+        tree = query_tree(record.sql, record.dialect)
+    except NotAQueryError as error:
+        if statements == "select":
+            raise _Fault(LEFT_OUT, f"data.statements: {error}") from None
+        raise _Fault(SQL_DOES_NOT_PARSE, f"{error} (`data.statements: select` leaves such records out)") from None
+    except ParseError as error:
+        if record.dialect == "sqlite" and not too_long(record.sql) and is_select(record.sql):
+            return completion(record.sql), str(error)
+        raise _Fault(SQL_DOES_NOT_PARSE, str(error)) from None
+    answer = completion(record.sql, dialect=record.dialect)
+    if answer != record.sql and not same_tree(tree, answer, record.dialect):
+        detail = "without its comments and line breaks, as it is trained on, the SQL does not read the same: "
+        raise _Fault(SQL_CHANGES_ON_ONE_LINE, detail + shortened(answer, dialect=record.dialect))
+    return answer, None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -181,7 +252,9 @@ def _schema_problem(schema: str, dialect: str) -> str | None:
 
 def stopping_problem(rejections: Iterable[Rejection], read: int, strict: bool) -> str | None:
     """Why a source of `read` candidates cannot be used, in one line that names the first faulty record; None if it can."""
+    rejections = list(rejections)
     faulty = [rejection for rejection in rejections if rejection.reason in FAULTS]
+    read -= sum(rejection.reason == LEFT_OUT for rejection in rejections)
     malformed = [rejection for rejection in faulty if rejection.reason == MALFORMED]
     if strict and malformed:
         more = f" (and {len(malformed) - 1} more such lines; `finetune data check` lists them)" if malformed[1:] else ""

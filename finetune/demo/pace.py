@@ -11,9 +11,10 @@ import torch
 from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
-from finetune.data.prompts import PromptTemplate, completion, encode_examples
+from finetune.data.prompts import PromptTemplate, completion
 from finetune.demo.schedule import Pace
 from finetune.evaluation.generators.hf import generate_answers
+from finetune.tokens import encode_examples
 from finetune.training.step.hf_backend import answer_loss, padded
 from finetune.training.tracking.trl_without_wandb import DataCollatorForLanguageModeling
 
@@ -69,7 +70,7 @@ def _usual_batch(
     encoded = encode_examples(
         tokenizer,
         [template.render_record(record) for record in records],
-        [completion(record.sql) for record in records],
+        [completion(record.sql, dialect=record.dialect) for record in records],
     )
     encoded.sort(key=len)
     size = examples_per_step(config.training)

@@ -5,7 +5,6 @@ Google is queried through gcloud, with all calls in parallel, so it takes as lon
 
 from __future__ import annotations
 
-import json
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from finetune.cloud.gcloud.config import (
 )
 from finetune.doctor.check import Check, Need, Status, absent
 from finetune.errors import UserError
+from finetune.runtime.files import parse_json
 
 HOME_REGION = "us-central1"
 """Where to request quota if no region is given: it has all four GPUs (Google's page on GPU regions)."""
@@ -204,7 +204,7 @@ def bucket_check(need: Need, answer: Answer, login: Login) -> Check:
     if answer.trouble:
         return Check("bucket", absent("cloud", need), f"{name}: {answer.trouble}", "", advice)
     try:
-        location = str(json.loads(answer.output)["location"]).lower()
+        location = str(parse_json(answer.output)["location"]).lower()
     except (ValueError, KeyError, TypeError):
         return Check("bucket", "warning", f"{name}: {UNREADABLE.trouble}", "", UNREADABLE.advice)
     return Check("bucket", "ok", f"{name} in {location}")

@@ -30,7 +30,7 @@ from finetune.evaluation.score import Judge, Row, as_dict, gains, score
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
 from finetune.runtime.console import say
-from finetune.runtime.files import atomic_file, write_json
+from finetune.runtime.files import atomic_file, load_json, write_json
 from finetune.sql.engines.registry import open_sessions
 
 ROWS = "rows.jsonl"
@@ -122,7 +122,7 @@ def _base(questions: EvaluationSet, runs: Path) -> Model:
     folder = _base_folder(questions, runs)
     model = Model("base", False, _answer_file(questions, folder / ANSWERS, "base model", None))
     try:
-        cached = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+        cached = load_json(folder / SCORE)
         if model.answers.complete and cached.pop("judged") == questions.judging():
             rows = [Row(**line.value) for line in read_lines(folder / ROWS)]
             if [row.id for row in rows] == [record.id for record in questions.records]:

@@ -7,23 +7,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config.load import to_dict
+from finetune.config.load import data_key
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.job.programs import say
 from finetune.prepared_folder import DATABASES, MANIFEST
+from finetune.runtime.confined import remove_file, remove_tree
 from finetune.runtime.files import sha256_file, write_text
 
 ID_LENGTH = 12
 PART = ".part"
+_ID = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}")
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,13 @@ class DataCache:
         required: SHA-256 of the manifest that an earlier attempt used, "" for a new run. The set is searched in this order: the
         working directory as uploaded, the bucket, the sources. A set that an earlier job put here for another config is ignored.
         """
-        folder, key, required = Path(config.data.output_dir), data_key(config), required[:ID_LENGTH]
+        folder, key = Path(config.data.output_dir), data_key(config)
+        required = _checked_id(required[:ID_LENGTH], "the run's manifest_sha256") if required else ""
         here = set_id(folder)
         if here and not required and _text(self._key_file(here)) not in ("", key):
             here = ""
         if not here or (required and here != required):
-            cached = required or _text(self.bucket / "by-config" / key)
+            cached = required or self._last_used(key)
             if cached and (self._in_bucket(folder, cached) / MANIFEST).is_file():
                 say(f"data: {self._in_bucket(folder, cached)} -> {folder}")
                 _remove_set(folder)
@@ -66,6 +68,11 @@ class DataCache:
             copy_set(folder, self._in_bucket(folder, here))
         write_text(self.bucket / "by-config" / key, f"{here}\n")
 
+    def _last_used(self, key: str) -> str:
+        """The id of the set last used for this data section, "" if there is none."""
+        file = self.bucket / "by-config" / key
+        return _checked_id(text, str(file)) if (text := _text(file)) else ""
+
     def _in_bucket(self, folder: Path, identity: str) -> Path:
         return self.bucket / f"{folder.name}-{identity}"
 
@@ -73,10 +80,15 @@ class DataCache:
         return self.state / f"set-{identity}"
 
 
-def data_key(config: RunConfig) -> str:
-    """A hash of the config's data section."""
-    section = to_dict(config)["data"]
-    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()[:ID_LENGTH]
+def _checked_id(text: str, source: str) -> str:
+    """An id that was read from a file, which becomes part of a path. Raises UserError unless it is one."""
+    if not _ID.fullmatch(text):
+        raise UserError(
+            f"{source}: expected the id of a prepared set, {ID_LENGTH} hexadecimal digits, found {text[:40]!r}; delete or "
+            "restore the file",
+            code="job.bad_set_id",
+        )
+    return text
 
 
 def set_id(folder: Path) -> str:
@@ -87,10 +99,10 @@ def set_id(folder: Path) -> str:
 
 def _remove_set(folder: Path) -> None:
     """Remove what `copy_set` may have written, complete or partial: `data prepare` refuses a folder with other files."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder / DATABASES, ignore_errors=True)
+    remove_file(folder / MANIFEST, inside=folder)
+    remove_tree(folder / DATABASES, inside=folder, ignore_errors=True)
     for path in [*folder.glob("*.jsonl"), *folder.glob(f".*{PART}")]:
-        path.unlink(missing_ok=True)
+        remove_file(path, inside=folder)
 
 
 def copy_set(source: Path, target: Path) -> None:
@@ -110,7 +122,7 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, part)
         os.replace(part, target)
     finally:
-        part.unlink(missing_ok=True)
+        remove_file(part, inside=target.parent)
 
 
 def _text(path: Path) -> str:

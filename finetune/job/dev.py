@@ -14,6 +14,7 @@ from finetune.errors import EXIT_OK, UserError
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import last_lines, say, tensorboard
 from finetune.job.settings import JobSettings
+from finetune.runtime.confined import remove_file
 
 IDLE_SECONDS = 1800
 PORT = 8888
@@ -53,5 +54,5 @@ def _link(link: Path, folder: Path) -> None:
             f"{link}: exists in the working directory, and is needed as a link to the bucket's notebooks; rename yours",
             code="job.name_taken",
         )
-    link.unlink(missing_ok=True)
+    remove_file(link, inside=link.parent)
     link.symlink_to(folder)

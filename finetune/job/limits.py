@@ -15,6 +15,7 @@ from finetune.errors import EXIT_USER_ERROR, UserError
 from finetune.job.programs import say, shell_code
 from finetune.job.settings import JobSettings
 from finetune.machine.price import Ceilings, machine_price, wall_hours
+from finetune.runtime.confined import remove_file
 
 POLL_SECONDS = 0.2
 ROOM_SCRIPT = Path("on_machine") / "room.sh"
@@ -55,7 +56,7 @@ def run_limited(command: Sequence[str], hours: float, settings: JobSettings, out
     once; its child processes get none, because it still needs them.
     """
     full = settings.state / "room.full"
-    full.unlink(missing_ok=True)
+    remove_file(full, inside=settings.state)
     stopper = _ProgramStopper(float(settings.grace_seconds))
     ends, out_of_time = time.monotonic() + hours * 3600, False
     with stopper.on_signals():

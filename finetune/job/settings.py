@@ -3,7 +3,6 @@ BUCKET; SkyPilot sets SKYPILOT_*."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -12,11 +11,13 @@ from decimal import Decimal
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.machine.price import LARGEST_LIMIT, parse_limit
+from finetune.run_name import LONGEST_NAME, fault_of_name
+from finetune.runtime.files import parse_json
+from finetune.runtime.paths import expanded
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 DEFAULTS = {"MAX_RUN_USD": "25", "MAX_HOURS": "24", "GRACE_SECONDS": "180", "FINETUNE_MOUNT": "/bucket"}
-LONGEST_NAME = 100
-"""Longest run name, in characters; W&B allows 128."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class JobSettings:
             raise UserError(
                 "RUN_NAME: empty, and no SKYPILOT_TASK_ID to name the run after", code="job.missing_setting"
             )
-        return re.sub(r"[^A-Za-z0-9_-]", "-", self.task_id)[:LONGEST_NAME]
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", self.task_id)[:LONGEST_NAME].lstrip("-")
+        if fault := fault_of_name(name):
+            raise UserError(f"SKYPILOT_TASK_ID: cannot name the run: {fault}; set RUN_NAME", code="job.bad_setting")
+        return name
 
     def require_bucket(self) -> None:
         """Raises UserError if no writable bucket is mounted."""
@@ -84,18 +88,20 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
     name = given.get("RUN_NAME", "")
     if name and not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
         problems.append(
-            f"RUN_NAME: expected at most {LONGEST_NAME} of A-Z a-z 0-9 . _ - with a letter or digit first, found {name!r}"
+            f"RUN_NAME: expected at most {LONGEST_NAME} of A-Z a-z 0-9 . _ - with a letter or digit first, found {name[:99]!r}"
         )
+    elif name and (fault := fault_of_name(name)):
+        problems.append(f"RUN_NAME: {fault}")
     nodes = _nodes(given, problems)
     if problems:
         raise UserError("; ".join(problems), code="job.bad_setting")
     environment = {key: value for key, value in given.items() if value or key not in SECRETS}
     return JobSettings(
-        mount=Path(values["FINETUNE_MOUNT"]),
+        mount=Path(expanded(values["FINETUNE_MOUNT"])),
         state=Path(given.get("HOME") or Path.home()) / ".finetune",
         run_name=name,
         task_id=given.get("SKYPILOT_TASK_ID", ""),
-        config=given.get("CONFIG", ""),
+        config=expanded(given.get("CONFIG", "")),  # here, on the machine, whose home folder is meant
         overrides=given.get("OVERRIDES", "").split(),
         max_run_usd=numbers["MAX_RUN_USD"],
         max_hours=numbers["MAX_HOURS"],
@@ -109,10 +115,10 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
 
 def _positive(name: str, text: str, problems: list[str]) -> Decimal:
     """Parsed as in the launch policy."""
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) and Decimal(text) > 0:
-        return Decimal(text)
-    problems.append(f"{name}: expected a number above 0, found {text!r}")
-    return Decimal(1)
+    number = parse_limit(text)
+    if number is None:
+        problems.append(f"{name}: expected a number above 0 and up to {LARGEST_LIMIT:,}, found {text[:40]!r}")
+    return number or Decimal(1)
 
 
 def _nodes(given: Mapping[str, str], problems: list[str]) -> Nodes | None:
@@ -135,7 +141,7 @@ def _nodes(given: Mapping[str, str], problems: list[str]) -> Nodes | None:
 def _cluster(given: Mapping[str, str]) -> str:
     """The cluster's name, for commands in messages; SkyPilot's variable holds more than the name."""
     try:
-        name = json.loads(given.get("SKYPILOT_CLUSTER_INFO") or "{}").get("cluster_name")
+        name = parse_json(given.get("SKYPILOT_CLUSTER_INFO") or "{}").get("cluster_name")
     except (ValueError, AttributeError):
         name = None
     return str(name or "CLUSTER")

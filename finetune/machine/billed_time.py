@@ -8,13 +8,12 @@ time counts.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.runtime.files import write_json
+from finetune.runtime.files import load_json, write_json
 
 MARKER = Path(".finetune") / "metered.json"
 """In the home folder of a cloud machine."""
@@ -79,7 +78,7 @@ class MachineTime:
         if self._marker is None:
             return 0.0
         try:
-            mark = json.loads(self._marker.read_text(encoding="utf-8"))
+            mark = load_json(self._marker)
             seconds = float(mark["seconds"])
             return seconds if mark["machine"] == self._identity and 0 <= seconds <= now else 0.0
         except (OSError, ValueError, KeyError, TypeError):

@@ -7,21 +7,30 @@ set-up keeps a copy in the home folder for jobs that are started later with `sky
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, first_line
 from finetune.machine import metadata
 from finetune.machine.billed_time import machine_age
 from finetune.machine.gpus import GPUS
 from finetune.machine.hardware import nvidia_driver
+from finetune.runtime.files import parse_json, read_text
 
 VARIABLE = "FINETUNE_PRICES"
 KEPT = Path(".finetune") / "prices.json"
 """In the home folder; written by on_machine/setup.sh."""
+
+
+LARGEST_LIMIT = 1_000_000
+"""Largest MAX_RUN_USD (US dollars) and MAX_HOURS (hours): above that it is a slip of the keyboard."""
+PLAUSIBLE_USD_PER_HOUR = (1e-4, 1e6)
+"""Smallest and largest hourly price that is believed. Google's cheapest GPU machines cost cents, and its largest some hundred
+dollars; the bounds keep hours = dollars / price finite."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,13 @@ class Ceilings:
     run_usd: float | None = None
     hours: float | None = None
     usd_per_hour: float | None = None
+
+
+def parse_limit(text: str) -> Decimal | None:
+    """A limit as people type it, such as 25 or 0.5; None unless it is a number above 0 and up to LARGEST_LIMIT."""
+    if len(text) <= 40 and re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) and 0 < Decimal(text) <= LARGEST_LIMIT:
+        return Decimal(text)
+    return None
 
 
 def machine_price() -> MachinePrice | None:
@@ -133,7 +149,12 @@ def _table_text() -> tuple[str, str] | None:
     if text:
         return text, VARIABLE
     kept = Path.home() / KEPT
-    return (kept.read_text(encoding="utf-8"), str(kept)) if kept.is_file() else None
+    try:
+        return read_text(kept), str(kept)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{kept}: not readable ({first_line(error)}); launch again", code="price.bad_table") from error
 
 
 def _table() -> dict[str, Any] | None:
@@ -142,15 +163,18 @@ def _table() -> dict[str, Any] | None:
         return None
     text, place = found
     try:
-        table = json.loads(text)
+        table = parse_json(text)
         offers = [
-            {**offer, "usd_per_hour": float(offer["usd_per_hour"])}
+            {**offer, "usd_per_hour": _believable(offer["usd_per_hour"])}
             for offer in table["offers"]
             if {"zone", "spot", "gpu"} <= set(offer)
         ]
         ceiling = table["ceiling_usd_per_hour"]
-        checked = {"basis": str(table["basis"]), "ceiling_usd_per_hour": None if ceiling is None else float(ceiling)}
-    except (ValueError, KeyError, TypeError) as error:
+        checked = {
+            "basis": str(table["basis"]),
+            "ceiling_usd_per_hour": None if ceiling is None else _believable(ceiling),
+        }
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{place}: not a price table of our launch policy ({error!r}); launch again", code="price.bad_table"
         ) from error
@@ -159,9 +183,18 @@ def _table() -> dict[str, Any] | None:
     return {**checked, "offers": offers}
 
 
+def _believable(value: Any) -> float:
+    """US dollars per hour. Raises ValueError for a price at which a run would cost nothing, or that is no number."""
+    usd = float(value)
+    lowest, highest = PLAUSIBLE_USD_PER_HOUR
+    if isinstance(value, bool) or not lowest <= usd <= highest:
+        raise ValueError(f"a price of {usd:g} US dollars per hour")
+    return usd
+
+
 def _zone() -> str | None:
     try:
-        zone = json.loads(os.environ.get("SKYPILOT_CLUSTER_INFO", "{}")).get("zone")
+        zone = parse_json(os.environ.get("SKYPILOT_CLUSTER_INFO", "{}")).get("zone")
     except (ValueError, AttributeError):
         zone = None
     if zone:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, shown
+from finetune.runtime.files import load_json
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of one decoder layer, which can be stored in 4 bits and can have LoRA adapters."""
+LARGEST_DIMENSION = 1 << 31
 HEAD_ROWS = 1024
 """Labelled tokens per block of logits in the fused backend's head."""
 
@@ -137,7 +138,7 @@ def shape_of(model_name: str) -> ModelShape | None:
         return SHAPES.get(model_name)
     path = Path(model_name) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: missing, so {model_name} is not a model folder", code="model.incomplete") from None
     except (ValueError, OSError) as error:
@@ -161,8 +162,10 @@ def shape_from_config(values: dict[str, Any], path: Path) -> ModelShape | None:
     def number(key: str, default: int | None = None) -> int:
         value = values.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: {key}: expected a whole number above 0, found {value!r}", code="model.bad_config")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < LARGEST_DIMENSION:
+            raise UserError(
+                f"{path}: {key}: expected a whole number above 0, found {shown(value)}", code="model.bad_config"
+            )
         return value
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")

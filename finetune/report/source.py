@@ -12,7 +12,9 @@ from typing import Any
 from finetune.data.records import read_lines
 from finetune.errors import UserError
 from finetune.run_record import AttemptRecord, MemoryRecord, RunRecord, UsageRecord, read_record
+from finetune.runtime.confined import within
 from finetune.runtime.files import read_json
+from finetune.runtime.typed_json import LARGEST
 
 Json = dict[str, Any]
 
@@ -63,9 +65,9 @@ def read_run(run_dir: Path) -> Source:
     if problem := _evaluation_problem(evaluation):
         raise UserError(f"{path}: {problem}; run `{command}` again", code="report.bad_input")
     rows = {
-        name: _read_rows(run_dir / model["rows"], command)
+        name: _read_rows(file, command)
         for name, model in (evaluation.get("models") or {}).items()
-        if model and (run_dir / str(model.get("rows"))).is_file()
+        if model and (file := _rows_file(run_dir, name, model.get("rows"), command)) and file.is_file()
     }
     return Source(run_dir, run, evaluation, rows)
 
@@ -107,7 +109,7 @@ def _scores_problem(scores: Any) -> str | None:
 def _counts_problem(record: Any, keys: Sequence[str]) -> str | None:
     if not isinstance(record, dict):
         return "is not an object"
-    absent = [key for key in keys if not isinstance(record.get(key), int) or record[key] < 0]
+    absent = [key for key in keys if type(record.get(key)) is not int or not 0 <= record[key] < LARGEST]
     return f"lacks the count {absent[0]}" if absent else None
 
 
@@ -209,6 +211,19 @@ def _or_dash(value: Any) -> str:
 
 def _figure(value: float | None, form: str) -> str:
     return UNKNOWN if finite(value) is None else form.format(value)
+
+
+def _rows_file(run_dir: Path, name: str, rows: Any, command: str) -> Path | None:
+    """The file of a model's answers, which eval.json names; None if it names none."""
+    if rows is None:
+        return None
+    if path := within(run_dir, rows):
+        return path
+    raise UserError(
+        f"{run_dir / 'eval.json'}: models.{name}.rows: expected a file in the run's folder, found {str(rows)[:100]!r}; "
+        f"run `{command}` again",
+        code="report.bad_input",
+    )
 
 
 def _read_rows(path: Path, command: str) -> list[Json]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetune.errors import printable
 from finetune.runtime import distributed
 
 
@@ -45,7 +46,7 @@ def typed_text(text: str) -> str:
 def one_line(message: str) -> str:
     """An error's message in one line. If it contains characters that this locale cannot encode, a file may have been missed
     because of that, so the message says so."""
-    message = " ".join(message.splitlines())
+    message = printable(" ".join(message.splitlines()))
     try:
         os.fsencode(message)
     except UnicodeEncodeError:

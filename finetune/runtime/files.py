@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shlex
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
-from finetune.errors import UserError
+from finetune.errors import UserError, shown
 
 
 @contextmanager
@@ -56,19 +58,131 @@ def as_text(path: Path) -> str:
     return str(path).encode(errors="backslashreplace").decode()
 
 
+LARGEST_FILE = 1 << 28
+"""Bytes of a file that is read as a whole, where the caller sets no other limit; the largest, a long run's run.json, has a few
+million."""
+LONGEST_NUMBER = 300
+"""Digits: a longer whole number has no float."""
+
+
+def kind_of(path: Path) -> str:
+    """What is at the path, for messages: "a file", "a folder", "a pipe", "a device", "a socket", "nothing"."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return "a broken link" if _is_link(path) else "nothing"
+    kinds = {stat.S_ISREG: "a file", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((kind for is_kind, kind in kinds.items() if is_kind(mode)), "a device")
+
+
+def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
+    """The content of a file that is not larger than `largest` bytes. Raises OSError, and only that, for anything else: for a pipe
+    it does not wait."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if kind_of(path) == "a file" else None
+    except ValueError:  # a NUL character in the name
+        handle = None
+    if handle is None:
+        _raise_unreadable(path)
+    with open(handle, "rb") as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            _raise_unreadable(path)
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise OSError(errno.EFBIG, f"larger than {largest:,} bytes, which no such file is", str(path))
+    return content
+
+
+def read_text(path: Path, largest: int = LARGEST_FILE) -> str:
+    """The content as UTF-8 text, without a byte-order mark. Raises OSError, and ValueError for another encoding."""
+    content = read_bytes(path, largest)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not text in UTF-8 (byte {error.start})") from error
+
+
+def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
+    """A JSON value. Raises ValueError, and only that, with one short line: also for a repeated key, for NaN, for numbers of
+    hundreds of digits or beyond a float, and for a value that is nested too deeply. nan: NaN and Infinity are allowed."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        return json.loads(
+            text,
+            object_pairs_hook=_without_repeated_keys,
+            parse_int=_whole_number,
+            parse_float=_finite_number,
+            parse_constant=float if nan else _no_number,
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not text in UTF-8 (byte {error.start})") from error
+
+
+def load_json(path: Path, largest: int = LARGEST_FILE) -> Any:
+    """The JSON value in a file. Raises OSError and ValueError."""
+    return parse_json(read_text(path, largest))
+
+
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
     """A JSON object from a file that an earlier stage wrote; `made_by` names that stage's command in errors."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; run `{made_by}` first", code="file.missing") from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise UserError(
+            f"{path}: not readable ({error.strerror}); run `{made_by}` again", code="file.bad_json"
+        ) from error
+    except ValueError as error:
         raise UserError(
             f"{path}: not readable as JSON ({error}); run `{made_by}` again", code="file.bad_json"
         ) from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object; run `{made_by}` again", code="file.bad_json")
     return value
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} is there twice")
+    return made
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _finite_number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {shown(text)[1:-1]} is too large")
+    return value
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _raise_unreadable(path: Path) -> NoReturn:
+    """Raises the OSError that reading the path would give, or one that says what is there instead of a file."""
+    try:
+        path.stat()
+    except ValueError:
+        raise OSError(errno.EINVAL, "a NUL character in its name", str(path)) from None
+    raise OSError(errno.EISDIR, f"is {kind_of(path)}, not a file", str(path))
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except (OSError, ValueError):
+        return False
 
 
 def sha256_file(path: Path) -> str:

@@ -6,13 +6,18 @@ here. A field that was never set reads as its default, which therefore has to be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from finetune.errors import shown
+
 Kind = TypeVar("Kind")
 
+LARGEST = 1 << 63
+"""No whole number in a file of ours reaches it: these are counts, sizes in bytes, steps and seeds."""
 NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -57,7 +62,7 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
             return None
         (kind,) = set(get_args(kind)) - {NoneType}
     if not _has_shape(kind, value):
-        found = f", found {value!r:.40}" if kind in NAMES else ""
+        found = f", found {shown(value)}" if kind in NAMES else ""
         raise Mismatch(f"{where}: expected {_described(kind)}{found}")
     if is_dataclass(kind):
         return _object(kind, value, f"{where}.")  # type: ignore[arg-type]
@@ -75,7 +80,8 @@ def _has_shape(kind: Any, value: object) -> bool:
     if is_dataclass(kind) or get_origin(kind) is Mapping:
         return isinstance(value, dict)
     if kind in (int, float):
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return fits and (math.isfinite(value) if isinstance(value, float) else abs(value) < LARGEST)  # type: ignore[arg-type]
     return kind is Any or isinstance(value, kind)
 
 

@@ -70,7 +70,7 @@ def gold_is_ordered(sql: str, dialect: str = "sqlite", *, as_test_suite: bool = 
     try:
         return query_tree(sql, dialect).args.get("order") is not None
     except ParseError:
-        return has_order_by(sql)
+        return has_order_by(sql, dialect=dialect)
 
 
 def as_rule_runs_it(sql: str, rule: Rule) -> str:

@@ -11,6 +11,7 @@ import torch
 from finetune.data.prompts import PromptTemplate
 from finetune.run_folder import RunFolder
 from finetune.runtime import fault_injection
+from finetune.runtime.confined import remove_tree
 from finetune.training.record.recorder import RunRecorder
 from finetune.training.setup import Parts
 
@@ -45,17 +46,17 @@ def adapter_is_of(run: RunFolder, recorder: RunRecorder, step: int) -> bool:
 
 def _fresh(run: RunFolder, name: str = TEMPORARY_ADAPTER) -> Path:
     temporary = run.path / name
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_tree(temporary, inside=run.path, ignore_errors=True)
     return temporary
 
 
 def _into_place(run: RunFolder, temporary: Path) -> None:
     fault_injection.place("adapter")
-    if run.adapter.exists():  # from an attempt that stopped at its budget
-        shutil.rmtree(run.adapter)
+    if os.path.lexists(run.adapter):  # from an attempt that stopped at its budget
+        remove_tree(run.adapter, inside=run.path)
     os.replace(temporary, run.adapter)
 
 
 def remove_partial_files(run: RunFolder) -> None:
     for name in (TEMPORARY_ADAPTER, TEMPORARY_COPY):
-        shutil.rmtree(run.path / name, ignore_errors=True)
+        remove_tree(run.path / name, inside=run.path, ignore_errors=True)

@@ -16,6 +16,7 @@ from finetune.checkpoint.store import read_manifest
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError, first_line
 from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
+from finetune.runtime.confined import remove_tree
 from finetune.runtime.console import say
 from finetune.runtime.files import disk_error
 from finetune.training.adapter import adapter_from, adapter_is_of, remove_partial_files
@@ -134,7 +135,7 @@ def _remove_not_started(session: Session) -> bool:
     """Delete the folder of a new run for which nothing was loaded yet; returns whether this is such a run."""
     not_started = session.record.attempts == 1 and session.record.hardware is None
     if not_started and distributed.is_rank0():
-        shutil.rmtree(session.run.path, ignore_errors=True)
+        remove_tree(session.run.path, inside=session.run.path.parent, ignore_errors=True)
         with suppress(OSError):
             session.run.path.parent.rmdir()  # only if it is empty
     return not_started

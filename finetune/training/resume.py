@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,9 @@ from finetune.training.step.plan import StepPlan
 
 RETRY_PAUSES = (2.0, 5.0, 0.0)
 """Seconds to wait after each attempt to read a store that reports read errors."""
+MOST_ATTEMPTS, MOST_THREADS, MOST_SECONDS = 10**6, 10**5, 10**10
+"""More than any run has had: a larger number in run.json is damage."""
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def store_of(run: RunFolder, config: RunConfig, record: RunRecord) -> CheckpointStore:
@@ -39,11 +43,34 @@ def store_of(run: RunFolder, config: RunConfig, record: RunRecord) -> Checkpoint
 
 
 def id_of(run: RunFolder, record: RunRecord) -> str:
+    """Checked here, where it is read: it identifies checkpoints and staged saves."""
     if record.run_id is None:
         raise UserError(
             f"{run.run_json}: run_id: missing; the run is too old to resume: start a new one", code="run.bad_record"
         )
+    if not _RUN_ID.fullmatch(record.run_id):
+        raise UserError(
+            f"{run.run_json}: run_id: expected 32 hexadecimal digits, found {record.run_id[:100]!r}; restore the file, or start "
+            "a new run",
+            code="run.bad_record",
+        )
     return record.run_id
+
+
+def check_numbers(run: RunFolder, record: RunRecord) -> None:
+    """Raises UserError for numbers of run.json that a resume continues from and that no run can have."""
+    numbers: list[tuple[str, float | None, float, float]] = [
+        ("attempts", record.attempts, 1, MOST_ATTEMPTS),
+        ("threads", record.threads, 1, MOST_THREADS),
+        ("wall_seconds", record.wall_seconds, 0, MOST_SECONDS),
+    ]
+    for key, value, least, most in numbers:
+        if value is not None and not least <= value <= most:
+            raise UserError(
+                f"{run.run_json}: {key}: expected a number from {least:g} to {most:g}, found {str(value)[:40]}; restore the "
+                "file, or start a new run",
+                code="run.bad_record",
+            )
 
 
 def check_unfinished(run: RunFolder, record: RunRecord) -> None:

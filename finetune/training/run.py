@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
@@ -27,6 +26,7 @@ from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, T
 from finetune.training.ending import clean_up, close, failures_recorded, refused, stop_hanging
 from finetune.training.record.recorder import RunRecorder, new_record
 from finetune.training.resume import (
+    check_numbers,
     check_same_steps,
     check_unfinished,
     id_of,
@@ -36,9 +36,11 @@ from finetune.training.resume import (
     store_of,
 )
 from finetune.training.save_policy import EndOfStep, StepAbandoned
+from finetune.training.saved_files import read_logging_state
+from finetune.training.scratch import remove_if_empty, scratch_folder
 from finetune.training.session import Session
 from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
-from finetune.training.staging import LOGGING_STATE, CheckpointStaging, check_resumed, scratch_folder
+from finetune.training.staging import LOGGING_STATE, CheckpointStaging, check_resumed, remove_half_saves
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
 from finetune.training.tracking.trackers import trackers
 from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
@@ -70,6 +72,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
         typed = [f"budget.{name}={value!r}" for name, value in (ceilings or {}).items()]
         config, record = distributed.run_on_rank0(lambda: (load_config(run.config_yaml, typed), run.record()))
         check_unfinished(run, record)
+        check_numbers(run, record)
         inputs = inputs_of(config)
         keep_threads(record, inputs.device.place)
         store = store_of(run, config, record)
@@ -125,12 +128,17 @@ def _fit(session: Session, parts: Parts) -> int:
         tracking = trackers(inputs.config.tracking, run.path, run.path.name, session.resumed_step, say)
         for callback in (*tracking, history, bar, ends, staging, _before(session, trainer, plan)):
             trainer.add_callback(callback)
-        with closing(writer) if writer else nullcontext():
-            _train(session, trainer, staging)
+        try:
+            with closing(writer) if writer else nullcontext():
+                _train(session, trainer, staging)
+                if writer:
+                    _committed(session, writer, staging)
+        except BaseException:
             if writer:
-                _committed(session, writer, staging)
+                remove_half_saves(Path(trainer.args.output_dir))
+            raise
     with suppress(OSError):
-        Path(trainer.args.output_dir).rmdir()  # unless it still holds a staged save
+        remove_if_empty(Path(trainer.args.output_dir))
     write()
     return _finish(session, trainer, parts, ends)
 
@@ -186,7 +194,7 @@ def _before(session: Session, trainer: AnswerTrainer, plan: StepPlan) -> BeforeF
     def restore() -> None:
         if session.resume_from:
             check_resumed(trainer, session.resume_from)
-            trainer.restore_logging_state(json.loads((session.resume_from / LOGGING_STATE).read_text(encoding="utf-8")))
+            trainer.restore_logging_state(vars(read_logging_state(session.resume_from / LOGGING_STATE)))
 
     actions = [restore]
     if needs_memory_dry_run(trainer.args.device):

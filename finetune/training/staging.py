@@ -8,12 +8,10 @@ checkpoint therefore holds the loss of a few fixed examples, and a resume compar
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +29,39 @@ from finetune.prepared_folder import MANIFEST
 from finetune.run_folder import RunFolder
 from finetune.run_record import SavesRecord
 from finetune.runtime import fault_injection
+from finetune.runtime.confined import remove_tree
 from finetune.runtime.console import say
 from finetune.runtime.files import write_json, write_text
+from finetune.training.saved_files import Labels, read_labels, read_probe
+from finetune.training.scratch import scratch_folders
 from finetune.training.trainer import AnswerTrainer
 
 CONFIG, DATA_MANIFEST, LOGGING_STATE, LABELS = "config.yaml", "data-manifest.json", "window.json", "labels.json"
 
 
-def scratch_folder(run_id: str) -> Path:
-    """An empty folder on the local disk for staged saves of this run."""
-    folder = _scratch(run_id)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def remove_half_saves(folder: Path) -> None:
+    """Remove the staged saves that were never completed: they may be what fills the local disk, and nothing reads them."""
+    for save in folder.glob("checkpoint-*"):
+        if not (save / LABELS).exists():
+            remove_tree(save, inside=folder, ignore_errors=True)
 
 
 def commit_orphaned_save(store: CheckpointStore) -> None:
     """Commit the newest staged save that an earlier attempt on this machine left uncommitted, if there is one."""
-    left = sorted(
-        _scratch(store.run_id).glob(f"*/{LABELS}"),
-        key=lambda path: int(json.loads(path.read_text(encoding="utf-8"))["step"]),
-    )
+    found = [path for folder in scratch_folders(store.run_id) for path in folder.glob(f"*/{LABELS}")]
+    left = [
+        (labels, path.parent)
+        for path in found
+        if not path.parent.is_symlink() and (labels := read_labels(path)) is not None
+    ]
     if not left:
         return
-    labels = json.loads(left[-1].read_text(encoding="utf-8"))
+    labels, staged = max(left, key=lambda item: (item[0].step, item[0].attempt))
     try:
-        store.put(left[-1].parent, **labels)
-        say(f"committed the staged save of step {labels['step']}, which an earlier attempt left on this machine")
+        store.put(staged, **asdict(labels))
+        say(f"committed the staged save of step {labels.step}, which an earlier attempt left on this machine")
     except UserError as error:
-        say(f"cannot commit the staged save of step {labels['step']}, which an earlier attempt left: {error}")
-
-
-def _scratch(run_id: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"finetune-{run_id}"
+        say(f"cannot commit the staged save of step {labels.step}, which an earlier attempt left: {error}")
 
 
 @dataclass
@@ -129,14 +127,9 @@ class CheckpointStaging(TrainerCallback):
             for path in self.run.ledger.glob("attempt-*.jsonl"):
                 shutil.copyfile(path, folder / "ledger" / path.name)
         fault_injection.place("snapshot")
-        labels = {
-            "step": state.global_step,
-            "config_hash": config_hash(self.config),
-            "data_hash": self.data.manifest_hash,
-            "attempt": self.attempt,
-        }
-        write_json(folder / LABELS, labels)  # the last file: from here on the staged save is complete
-        self.writer.submit(folder, **labels)  # type: ignore[arg-type]
+        labels = Labels(state.global_step, config_hash(self.config), self.data.manifest_hash, self.attempt)
+        write_json(folder / LABELS, asdict(labels))  # the last file: from here on the staged save is complete
+        self.writer.submit(folder, **asdict(labels))
         self.saves.count += 1
         self.saves.stall_seconds += self.trainer.save_seconds + time.monotonic() - began
 
@@ -160,7 +153,7 @@ def probe_loss(trainer: AnswerTrainer) -> dict[str, Any]:
 def check_resumed(trainer: AnswerTrainer, folder: Path) -> None:
     """Raises UserError if the loaded model differs from that of the checkpoint in `folder`."""
     _check_tensors(trainer, folder)
-    saved = json.loads((folder / PROBE_LOSS).read_text(encoding="utf-8"))["loss"]
+    saved = read_probe(folder / PROBE_LOSS).loss
     now = probe_loss(trainer)["loss"]
     kind = trainer.args.device.type
     if saved is None or now is None:

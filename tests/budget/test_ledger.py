@@ -350,3 +350,45 @@ def test_values_of_other_types_in_the_first_line_are_unknown(tmp_path: Path) -> 
     (attempt,) = Ledger(tmp_path).account().attempts
     assert (attempt.began_at, attempt.resumed_step, attempt.zone, attempt.spot) == (None, None, None, None)
     assert (attempt.gpu, attempt.usd_per_hour, attempt.machine) == ("L4", 7.2, {"gpu": "L4"})
+
+
+BAD_NUMBERS = ("-1", "NaN", "Infinity", "-Infinity", "1e999", "1e300", "1" + "0" * 400, "true", '"5"', "[5]", "{}")
+
+
+@pytest.mark.parametrize("number", BAD_NUMBERS)
+@pytest.mark.parametrize("key", [METERED, "usd_per_hour"])
+def test_a_number_that_no_attempt_can_have_is_left_out_and_reported(key: str, number: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    log = begin(ledger, before=5.0)
+    good = log.path.read_text()
+    old = {METERED: f'"{METERED}": 5.0', "usd_per_hour": '"usd_per_hour": 3.6'}[key]
+    assert old in good
+    log.path.write_text(good.replace(old, f'"{key}": {number}'))
+    (attempt,) = ledger.account().attempts
+    assert (attempt.seconds if key == METERED else attempt.usd_per_hour) in (0.0, None)
+    assert any(key in problem and "left out" in problem for problem in ledger.account().problems)
+
+
+@pytest.mark.parametrize("step", ["-1", "1e999", "true", '"x"', "1" + "0" * 400, "2.5"])
+def test_a_step_that_no_attempt_can_have_is_unknown(step: str, tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path), resumed_step=7)
+    log.path.write_text(log.path.read_text().replace('"step": 7', f'"step": {step}'))
+    (attempt,) = Ledger(tmp_path).account().attempts
+    assert (attempt.resumed_step, attempt.step) == (None, None)
+
+
+def test_names_that_are_no_attempt_of_ours_and_files_that_never_end(tmp_path: Path) -> None:
+    begin(Ledger(tmp_path))
+    for name in (
+        f"attempt-{'9' * 240}.jsonl",
+        "attempt-\u0661\u0662\u0663.jsonl",
+        "attempt--05.jsonl",
+        "attempt-1.jsonl",
+    ):
+        (tmp_path / name).write_text("{}\n")
+    os.mkfifo(tmp_path / "attempt-002.jsonl")
+    (tmp_path / "attempt-003.jsonl").write_text("[" * 100_000)
+    account = Ledger(tmp_path).account()
+    assert [attempt.number for attempt in account.attempts] == [1, 2, 3]
+    assert len(account.problems) == 3 and "002.jsonl: not readable (not a file)" in account.problems[0]
+    assert Ledger(tmp_path).next_attempt() == 4

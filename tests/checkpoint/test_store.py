@@ -296,3 +296,26 @@ def test_the_number_of_a_checkpoint_counts_those_of_earlier_steps(store: Checkpo
     (store.root / "step-20" / "weights.bin").unlink()
     assert checkpoint_store.read_manifest(put(store, 20))["number"] == 2
     assert checkpoint_store.read_manifest(put(store, 40))["number"] == 4
+
+
+def test_a_checkpoint_whose_file_is_a_link_out_of_it_is_not_used_and_the_target_survives(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    older, folder = put(store, 5), put(store, 7)
+    name = next(iter(checkpoint_store.read_manifest(folder)["files"]))
+    outside = tmp_path / "outside"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    found, (skipped,) = store.latest_valid()
+    assert found == older and skipped.corrupt and skipped.reason == f"{name} is a link that leads out of the checkpoint"
+    store.quarantine(skipped)
+    put(store, 7)
+    assert outside.is_file()
+
+
+def test_a_step_that_is_no_number_makes_no_path(store: CheckpointStore, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("")
+    with raises("file.outside"):
+        store._remove(store.root / "step-1" / ".." / ".." / "precious")
+    assert (tmp_path / "precious" / "thesis.txt").is_file()

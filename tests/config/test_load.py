@@ -171,10 +171,11 @@ def test_an_ill_typed_value_is_refused_with_what_was_expected(
     tmp_path: Path, section: str, key: str, value: object, expected: str
 ) -> None:
     message = problems("config.bad_type", write(tmp_path, merged(**{section: {key: value}})))
-    assert f"{section}.{key}: expected {expected}, found {value!r}" in message
+    found = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    assert f"{section}.{key}: expected {expected}, found {found}" in message
 
 
-@pytest.mark.parametrize("columns", [["question"], "question", {1: 2}, {"question": None}])
+@pytest.mark.parametrize("columns", [["question"], "question", {"question": [1]}, {"question": None}])
 def test_ill_typed_columns_of_a_source_are_refused(tmp_path: Path, columns: object) -> None:
     source = {**HUGGINGFACE, "columns": columns}
     assert "data.sources[0].columns: expected dict[str, str]" in problems(
@@ -299,7 +300,6 @@ def test_out_of_range_values_are_reported_all_at_once(tmp_path: Path) -> None:
         ("model: [\n", "config.bad_yaml", "not valid YAML"),
         ("model: {name: a}\nmodel: {name: b}\n", "config.bad_yaml", "duplicate key model"),
         ("- a list\n", "config.bad_yaml", "expected sections"),
-        ("training: {output_dir: '${oc.env:HOME'}\n", "config.bad_yaml", "BRACE_CLOSE"),
         ("", "config.missing_key", "missing key model.name"),
     ],
 )

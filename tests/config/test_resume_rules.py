@@ -73,6 +73,7 @@ FIXED = (
         "data.seed",
     ),
     *("data.split_by", "data.val_fraction", "data.test_fraction", "data.schema_format", "data.max_train_records"),
+    "data.statements",
 )
 CHANGEABLE = (
     *("budget.max_run_usd", "budget.max_hours", "budget.usd_per_hour", "tracking.wandb", "evaluation.split"),

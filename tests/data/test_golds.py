@@ -14,7 +14,7 @@ from finetune.config.schema import SourceSection
 from finetune.data.check import Findings, check
 from finetune.data.golds import Golds
 from finetune.data.validate import FAULTS
-from tests.helpers.data_examples import data_section, jsonl_source, make_database, row, run_prepare, write_jsonl
+from tests.helpers.data_examples import SCHEMA, data_section, jsonl_source, make_database, row, run_prepare, write_jsonl
 from tests.helpers.executed import executed
 
 ConfigWriter = Callable[..., Path]
@@ -134,6 +134,9 @@ def test_a_table_that_is_empty_is_named_by_the_examination(tmp_path: Path) -> No
     folder = tmp_path / "databases"
     with sqlite3.connect(make_database(folder, items=40)) as connection:
         connection.execute("CREATE TABLE sale (item INTEGER)")
-    findings = found(source(tmp_path, {3: "SELECT name FROM item WHERE id NOT IN (SELECT item FROM sale)"}))
+    gold = {"sql": "SELECT name FROM item WHERE id NOT IN (SELECT item FROM sale)"}
+    schema = SCHEMA + "\nCREATE TABLE sale (item INTEGER);"
+    lines = [row(number, schema=schema, **(gold if number == 3 else {})) for number in range(40)]
+    findings = found(jsonl_source(write_jsonl(tmp_path / "records.jsonl", lines), databases=str(folder)))
     assert [(flag.line, flag.kind) for flag in findings.flags] == [(4, "empty_table")]
     assert Golds().changing(1.0) == set()

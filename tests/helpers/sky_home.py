@@ -45,7 +45,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tests.helpers.json_server import JsonHandler, serving
 
@@ -224,11 +224,13 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path, minutes: flo
 
 
 class Buckets:
-    """Stand-in for Google Cloud Storage: buckets by name, with the request that created them. Objects are not stored."""
+    """Stand-in for Google Cloud Storage: buckets by name, with the request that created them. objects: names that every bucket
+    is said to hold; none is stored."""
 
     def __init__(self) -> None:
         self.made: dict[str, Json] = {}
         self.forbidden: set[str] = set()
+        self.objects: set[str] = set()
         self.asked: list[str] = []
 
 
@@ -249,7 +251,12 @@ def bucket_stand_in() -> Iterator[tuple[Buckets, dict[str, str]]]:
                 buckets.made[body["name"]] = body
                 return 200, body
             buckets.asked.append(f"GET {path}")
-            name = path.removeprefix("/storage/v1/b/")
+            name, _, held = path.removeprefix("/storage/v1/b/").partition("/o/")
+            if held:
+                there = unquote(held) in buckets.objects
+                return (
+                    (200, {"name": unquote(held)}) if there else (404, {"error": {"code": 404, "message": "no object"}})
+                )
             if name in buckets.forbidden:
                 return 403, {"error": {"code": 403, "message": "does not have storage.buckets.get access"}}
             found = buckets.made.get(name)

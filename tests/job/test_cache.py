@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.config.load import load_config, to_yaml
-from finetune.job.cache import DataCache, copy_set, data_key, set_id
+from finetune.config.load import data_key, load_config, to_yaml
+from finetune.job.cache import DataCache, copy_set, set_id
 from tests.helpers.errors import raises
 from tests.helpers.machine_fixture import CONFIG, ROOT, lay_out_set, sha256
 
@@ -135,3 +135,19 @@ def test_files_of_an_interrupted_copy_do_not_prevent_preparation(config: Path, t
     (tmp_path / "state").mkdir()
     DataCache(tmp_path / "bucket", tmp_path / "state").lay_out(loaded, "", prepare)
     assert set_id(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["x/../../out", "../" * 4, "/etc", "A" * 12, "a" * 13, "a" * 11, "a" * 12 + "\nb", "*"]
+)
+def test_an_id_that_is_no_id_is_refused_where_it_is_read(text: str, config: Path, tmp_path: Path) -> None:
+    cache, loaded = DataCache(tmp_path / "bucket", tmp_path / "state"), load_config(config)
+    pointer = tmp_path / "bucket" / "by-config" / data_key(loaded)
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    with raises("job.bad_set_id", match="by-config.*expected the id of a prepared set"):
+        cache.lay_out(loaded, "", lambda: pytest.fail("not prepared"))
+    with raises("job.bad_set_id", match="manifest_sha256: expected the id"):
+        cache.lay_out(loaded, "../../../../x", lambda: pytest.fail("not prepared"))
+    assert sorted(tmp_path.rglob("*")) == before

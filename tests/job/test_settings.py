@@ -37,6 +37,11 @@ def test_missing_and_empty_variables_have_defaults() -> None:
         *((name, value) for name in ("MAX_RUN_USD", "MAX_HOURS", "GRACE_SECONDS") for value in ("0", "1e3", "-1", "٣")),
         ("RUN_NAME", "run\n"),
         ("RUN_NAME", "a/b"),
+        ("RUN_NAME", "base"),
+        ("RUN_NAME", "Base"),
+        ("RUN_NAME", ".a"),
+        ("RUN_NAME", "-a"),
+        ("RUN_NAME", "a\nb"),
     ],
 )
 def test_an_invalid_value_is_named_in_one_line(name: str, value: str) -> None:
@@ -45,6 +50,20 @@ def test_an_invalid_value_is_named_in_one_line(name: str, value: str) -> None:
     said = str(raised.value)
     assert said.startswith(f"{name}: expected ") and repr(value) in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_long_name_is_refused_and_not_shown_whole() -> None:
+    with raises("job.bad_setting", match="^RUN_NAME: expected at most 100 of") as raised:
+        read_settings(GIVEN | {"RUN_NAME": "a" * 5000})
+    assert len(str(raised.value)) < 300
+
+
+def test_a_task_id_that_cannot_name_a_run_is_refused() -> None:
+    settings = read_settings(
+        {name: value for name, value in GIVEN.items() if name != "RUN_NAME"} | {"SKYPILOT_TASK_ID": "BASE"}
+    )
+    with raises("job.bad_setting", match="SKYPILOT_TASK_ID: cannot name the run: .*set RUN_NAME"):
+        settings.name_of_run()
 
 
 def test_all_wrong_values_are_named_at_once() -> None:

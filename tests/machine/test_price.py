@@ -144,6 +144,14 @@ def test_the_table_of_this_job_wins_over_the_one_kept_at_set_up(
     assert found and found.usd_per_hour == 1.1
 
 
+@pytest.mark.parametrize("usd", [0, -1, 1e-300, 1e300, 10**400, float("nan"), float("inf"), -0.0, True, "", [1]])
+def test_a_price_that_no_machine_has_is_not_believed(usd: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in ({"ceiling_usd_per_hour": usd}, {"offers": [OFFERS[0] | {"usd_per_hour": usd}]}):
+        monkeypatch.setenv(VARIABLE, json.dumps(TABLE | table))
+        with raises("price.bad_table", match="launch again"):
+            machine_price()
+
+
 def test_the_dearest_machine_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dearest_usd_per_hour() is None
     monkeypatch.setenv(VARIABLE, json.dumps(TABLE))

@@ -52,6 +52,13 @@ def broken(path: tuple[str, ...], value: Any) -> Callable[[dict[str, Any]], None
         (("models", "tuned", "by_database", "school", "questions"), None, "school lacks the count questions"),
         (("models", "tuned", "verdicts"), [1], "verdicts that are not an object"),
         (("models", "tuned", "verdicts", "correct"), "many", "verdicts object that lacks the count correct"),
+        (("models", "tuned", "rows"), "/etc/passwd", "models.tuned.rows: expected a file in the run's folder"),
+        (
+            ("models", "base", "rows"),
+            "../other/eval/base.jsonl",
+            "models.base.rows: expected a file in the run's folder",
+        ),
+        (("models", "base", "rows"), 7, "models.base.rows: expected a file in the run's folder, found '7'"),
         (("gain",), [1, 2], "gain is not an object"),
         (("gain", "neither"), None, "gain lacks the count neither"),
         (("gain", "won"), 1.5, "gain lacks the count won"),

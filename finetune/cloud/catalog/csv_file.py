@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.errors import UserError
+from finetune.runtime.files import read_bytes
 
 SCHEMA = "v8"
 """SkyPilot 0.14's version of the catalog (CATALOG_SCHEMA_VERSION in its skylet/constants.py)."""
@@ -83,12 +84,15 @@ def read_clouds(folder: Path) -> dict[str, list[str]]:
         text = _read(folder / ACCELERATORS).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return {}
-    return {row[0]: re.findall(r"'([^']*)'", row[1]) for row in csv.reader(io.StringIO(text)) if len(row) == 2}
+    try:
+        return {row[0]: re.findall(r"'([^']*)'", row[1]) for row in csv.reader(io.StringIO(text)) if len(row) == 2}
+    except csv.Error:  # a NUL character, or a cell without an end
+        return {}
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import configparser
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.runtime.files import load_json, read_text
 
 LOG_IN = "gcloud auth login"
 LOG_IN_APPLICATIONS = "gcloud auth application-default login"
@@ -85,14 +85,14 @@ def skypilot_setting(*keys: str) -> Any:
 
     The file is ~/.sky/config.yaml, or what SKYPILOT_GLOBAL_CONFIG names. Raises UserError if it is not YAML.
     """
-    import yaml
+    from finetune.runtime.yaml_file import load_yaml
 
     path = Path(os.environ.get("SKYPILOT_GLOBAL_CONFIG") or "~/.sky/config.yaml").expanduser()
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = load_yaml(read_text(path))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError):
         raise UserError(
             f"{path}: not readable as YAML; correct or remove SkyPilot's config file", code="cloud.bad_skypilot_config"
         ) from None
@@ -116,7 +116,7 @@ def _credentials(path: Path, folder: Path) -> dict[str, Any]:
             f"{path}: missing, and SkyPilot needs it; run `{LOG_IN_APPLICATIONS}`", code="gcloud.missing_credentials"
         )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except OSError as error:
         raise UserError(
             f"{path}: not readable ({error.strerror}); correct its permissions", code="file.unreadable"
@@ -174,14 +174,14 @@ def _property(name: str, folder: Path) -> str:
     path = folder / "configurations" / f"config_{_active_configuration(folder)}"
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(path.read_text(encoding="utf-8"))
+        parser.read_string(read_text(path))
     except FileNotFoundError:
         return ""
     except OSError as error:
         raise UserError(
             f"{path}: not readable ({error.strerror}); correct its permissions", code="file.unreadable"
         ) from None
-    except (configparser.Error, UnicodeDecodeError):
+    except (configparser.Error, ValueError):
         raise UserError(
             f"{path}: not a file that gcloud wrote; remove it and run `gcloud init`", code="gcloud.bad_config"
         ) from None
@@ -195,10 +195,10 @@ def _active_configuration(folder: Path) -> str:
         return named
     path = folder / "active_config"
     try:
-        name = path.read_text(encoding="utf-8") or "default"
+        name = read_text(path) or "default"
     except FileNotFoundError:
         return ""
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         name = "?"
     if not re.fullmatch("[a-z][-a-z0-9]*|NONE", name):
         raise UserError(

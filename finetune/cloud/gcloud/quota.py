@@ -8,10 +8,11 @@ preemptible quota is 0, and tries one where it is not listed (0.14.1, check_quot
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
+
+from finetune.runtime.files import parse_json
 
 TASK_GPUS = ("T4", "V100", "L4", "A100")
 """The GPUs of the task YAMLs."""
@@ -52,7 +53,7 @@ def read_regions(text: str) -> dict[str, Quotas]:
 
     A region for which Google returned no quotas is left out. Raises ValueError on any other output.
     """
-    regions = json.loads(text)
+    regions = parse_json(text)
     if not isinstance(regions, list):
         raise ValueError("no list of regions")
     return {_name(region): _quotas(region["quotas"]) for region in regions if _name(region) and region.get("quotas")}
@@ -63,7 +64,7 @@ def read_project(text: str) -> Quotas:
 
     Raises ValueError on any other output.
     """
-    project = json.loads(text)
+    project = parse_json(text)
     if not isinstance(project, dict):
         raise ValueError("no project")
     return _quotas(project.get("quotas") or [])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +50,13 @@ def fill_bucket(task: Any, say: Any) -> None:
     say(f"finetune: bucket gs://{name}" + ("" if known or by_address else ", to be created"))
 
 
+def holds(name: str, path: str) -> bool:
+    """Whether the bucket has this object. Also False if Google does not answer within SECONDS."""
+    found: list[bool] = []
+    _within_seconds(lambda client: found.append(client.bucket(name).blob(path).exists()))
+    return found == [True]
+
+
 @dataclass
 class _Answer:
     """Google's answer about a bucket so far. lacking: the missing ones of NEEDED; error: raised by one of several libraries."""
@@ -88,15 +95,9 @@ def _is_there(name: str) -> bool:
 
 def _ask(name: str) -> _Answer:
     """The answer, after at most SECONDS."""
-    from sky.adaptors import gcp
-
     answer = _Answer()
-    try:
-        client = gcp.storage_client()  # outside the time limit: the import takes most of a second
-    except Exception:  # SkyPilot reports the problem
-        return answer
 
-    def look_up() -> None:
+    def look_up(client: Any) -> None:
         try:
             bucket = client.lookup_bucket(name)
         except Exception as error:
@@ -108,14 +109,26 @@ def _ask(name: str) -> _Answer:
                 allowed = bucket.test_iam_permissions(list(NEEDED))
                 answer.lacking = [one for one in NEEDED if one not in allowed]
 
-    def look_up_quietly() -> None:
-        with _no_warnings_of_retries():  # in the thread, because it may run longer than we wait
-            look_up()
+    _within_seconds(look_up)
+    return answer
 
-    asking = threading.Thread(target=look_up_quietly, daemon=True)
+
+def _within_seconds(question: Callable[[Any], object]) -> None:
+    """Put a question to Google's storage client in a thread, and wait for SECONDS; errors and late answers are dropped."""
+    from sky.adaptors import gcp
+
+    try:
+        client = gcp.storage_client()  # outside the time limit: the import takes most of a second
+    except Exception:  # SkyPilot reports the problem
+        return
+
+    def ask_quietly() -> None:
+        with _no_warnings_of_retries(), suppress(Exception):  # in the thread, because it may run longer than we wait
+            question(client)
+
+    asking = threading.Thread(target=ask_quietly, daemon=True)
     asking.start()
     asking.join(SECONDS)
-    return answer
 
 
 @contextmanager

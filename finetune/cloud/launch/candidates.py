@@ -25,7 +25,9 @@ NEAREST = 6
 class Requirement:
     """One alternative of a task's resources.
 
-    ceiling: US dollars per hour for all `nodes` machines of the task together; None for no ceiling.
+    nodes: machines of one job, which pays for all of them. machines: those of the whole task, more than nodes for a service or
+    a pool.
+    ceiling: US dollars per hour for all `machines` together; None for no ceiling.
     """
 
     gpu: str
@@ -39,6 +41,7 @@ class Requirement:
     ceiling: float | None
     place: int  # index among the task's alternatives
     nodes: int = 1
+    machines: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,9 @@ def list_candidates(
 
 
 def _refusal(requirement: Requirement, offer: Offer, on_gpu: OnGpu | None, trust_prices: bool) -> str:
-    if requirement.ceiling is not None and offer.usd_per_hour * requirement.nodes > requirement.ceiling:
+    if requirement.ceiling is not None and offer.usd_per_hour * requirement.machines > requirement.ceiling:
         return f"above max_hourly_cost ${requirement.ceiling:g}" + (
-            f" with {requirement.nodes} nodes" if requirement.nodes > 1 else ""
+            f" with {requirement.machines} machines" if requirement.machines > 1 else ""
         )
     if offer.anomalies and not trust_prices:
         return f"price anomaly: {'; '.join(offer.anomalies)}"
@@ -182,7 +185,7 @@ def refusal_message(candidates: Sequence[Candidate], source: str) -> str:
 
 def _remedy(candidate: Candidate) -> str:
     if candidate.refusal.startswith("above"):
-        usd = candidate.offer.usd_per_hour * candidate.requirement.nodes
+        usd = candidate.offer.usd_per_hour * candidate.requirement.machines
         return f"; max_hourly_cost: {_rounded_up(usd):.2f} would allow it"
     if candidate.refusal.startswith("price"):
         return "; if the price is right, launch with --env FINETUNE_TRUST_PRICES=1"

@@ -22,28 +22,32 @@ from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.catalog.offers import Catalog
 from finetune.cloud.catalog.refresh import catalog_for_launch
 from finetune.cloud.launch import candidates
-from finetune.cloud.launch.bucket import fill_bucket
+from finetune.cloud.launch.bucket import fill_bucket, holds
 from finetune.cloud.launch.candidates import Candidate, CandidateGroup
 from finetune.cloud.launch.sky_resources import (
-    AUTOSTOP,
+    BUDGET,
+    DEFAULT_CEILING_USD,
     asks_for_gpu_on_gcp,
+    autostop_changes,
     check_priceable,
     machine_requirements,
+    machines_at_once,
     pin_to_cluster,
     pinned,
-    stops_by_itself,
+    refuse_ceilings,
 )
+from finetune.cloud.launch.travel import check_config_travels, check_inputs_travel, check_scripts_travel, luggage_of
 from finetune.cloud.plan.plan import OnGpu, run_on
 from finetune.cloud.plan.workload import run_size
-from finetune.config.load import load_config
-from finetune.config.schema import PlanSection
+from finetune.config.load import data_key, load_config
+from finetune.config.schema import PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
 from finetune.machine.gpus import GPUS
-from finetune.machine.price import VARIABLE
+from finetune.machine.price import LARGEST_LIMIT, VARIABLE, parse_limit
 from finetune.runtime.console import escape_unprintable
 from finetune.runtime.files import unix_line_ends_command, with_carriage_returns
 
-CONFIG, OVERRIDES, BUDGET, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_RUN_USD", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
+CONFIG, OVERRIDES, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
 """Environment variables of our task YAMLs."""
 DEFAULT_RUN_USD = 25.0
 SHOWN = 12
@@ -62,9 +66,13 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
             if user_request.at_client_side:
                 escape_unprintable()
                 _check_scripts(task)
+            fill_bucket(task, say)
+            if user_request.at_client_side:
+                _check_travels(task)
             if asks_for_gpu_on_gcp(task):
                 _apply(user_request, say)
-            fill_bucket(task, say)
+            else:
+                refuse_ceilings(task)
             _fill_secrets(task)
         except UserError as error:
             raise exceptions.UserRequestRejectedByPolicy(f"finetune: {error}") from None
@@ -93,6 +101,26 @@ def _check_scripts(task: sky.Task) -> None:
         )
 
 
+def _check_travels(task: sky.Task) -> None:
+    """Raises UserError for what the job would miss on the machine. A run that the bucket has already needs only the scripts."""
+    luggage = luggage_of(task)
+    check_scripts_travel(task, luggage)
+    named, bucket, run = (task.envs.get(name, "") for name in (CONFIG, "BUCKET", "RUN_NAME"))
+    if not named or (run and holds(bucket, f"runs/{run}/run.json")):
+        return
+    check_config_travels(named, luggage)
+    if luggage.from_git and not Path(named).is_file():
+        return
+    config = _config_of(task)
+    check_inputs_travel(task, config, luggage, lambda: holds(bucket, f"data/by-config/{data_key(config)}"))
+
+
+def _config_of(task: sky.Task) -> RunConfig:
+    """The config as the job will read it, in workdir."""
+    folder = Path(task.workdir).expanduser() if isinstance(task.workdir, str) else Path()
+    return load_config(folder / task.envs[CONFIG], task.envs.get(OVERRIDES, "").split())
+
+
 def _apply(request: sky.UserRequest, say: Any) -> None:
     task = request.task
     name = request.request_name.value
@@ -102,9 +130,14 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     exists = pin_to_cluster(request)
     budget = _run_budget(task, say)
     catalog = catalog_for_launch(say)
-    requirements = machine_requirements(task, catalog)
+    machines = machines_at_once(task, updating=name == "serve.update")
+    requirements = machine_requirements(task, catalog, machines)
     on_gpus, plan = _run(task, {one.gpu for one in requirements}, say)
     trusts = task.envs.get(TRUST) == "1"
+    if any(resources.max_hourly_cost is None for resources in task.resources):
+        say(
+            f"finetune: no max_hourly_cost in resources: the ceiling is ${DEFAULT_CEILING_USD:g}/h for all machines of the task"
+        )
     found = candidates.list_candidates(catalog, requirements, on_gpus, plan, trust_prices=trusts)
     if (
         VARIABLE in task.envs
@@ -120,12 +153,9 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     if runs_where_it_is:
         return
     managed = request.request_options is None or name.startswith("jobs.")
-    if not managed and not all(stops_by_itself(resources) for resources in task.resources):
-        say(
-            "finetune: no autostop in resources: the machine is terminated after {idle_minutes} idle minutes".format(
-                **AUTOSTOP
-            )
-        )
+    if not managed:
+        for change in sorted({autostop_changes(resources) for resources in task.resources} - {""}):
+            say(f"finetune: {change}")
     task.set_resources(pinned(task, groups, catalog, managed, by_size=not exists))
     _report(groups, found, catalog, budget, say)
     if managed:
@@ -144,20 +174,23 @@ def _run_budget(task: sky.Task, say: Any) -> float:
 
 def _positive(name: str, text: str, unit: str) -> float:
     """Parsed as in finetune/job/settings.py, which would otherwise refuse the number on a machine that is already billed."""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) or not float(text) > 0:
+    number = parse_limit(text)
+    if number is None:
         raise UserError(
-            f"envs.{name}: expected a positive number of {unit}, found {text!r}; write it like 25 or 0.5",
+            f"envs.{name}: expected a positive number of {unit} up to {LARGEST_LIMIT:,}, found {text[:40]!r}; write it like 25 "
+            "or 0.5",
             code="launch.bad_value",
         )
-    return float(text)
+    return float(number)
 
 
 def _run(task: sky.Task, names: set[str], say: Any) -> tuple[dict[str, OnGpu], PlanSection]:
     """Memory, speed and hours of the task's run on each GPU; empty if the task names no config of ours."""
     named = task.envs.get(CONFIG)
-    if not named or (VARIABLE in task.envs and not Path(named).is_file()):  # the latter: on a server on another machine
+    elsewhere = VARIABLE in task.envs or isinstance(task.workdir, dict)  # on the server's machine; in a git repository
+    if not named or (elsewhere and not Path(named).is_file()):
         return {}, PlanSection()
-    config = load_config(Path(named), task.envs.get(OVERRIDES, "").split())
+    config = _config_of(task)
     if not names <= set(GPUS):
         say(
             f"finetune: no speed is known for {', '.join(sorted(names - set(GPUS)))}: machines are ranked by price alone"
@@ -183,8 +216,6 @@ def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catal
     for reason, count in dropped.items():
         say(f"finetune: not allowed: {count} zone{'s' * (count > 1)} of {reason}")
     best = groups[0].best
-    if any(group.best.requirement.ceiling is None for group in groups):
-        say("finetune: WARNING: no max_hourly_cost in resources: this launch has no ceiling on the hourly price")
     if best.cost and best.cost.usd > budget:
         say(
             f"finetune: WARNING: the run is estimated at ${best.cost.usd:.2f}, above its budget of ${budget:g} ({BUDGET}): "

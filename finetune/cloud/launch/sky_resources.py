@@ -17,6 +17,15 @@ from finetune.cloud.launch.candidates import CandidateGroup, Requirement
 from finetune.errors import UserError
 
 AUTOSTOP = {"idle_minutes": 10, "down": True}
+MOST_IDLE_MINUTES = 60
+"""Longest idle time before a machine is terminated: an A100 machine costs about 4 US dollars in it."""
+DEFAULT_CEILING_USD = 5.0
+"""Ceiling of a task without max_hourly_cost, in US dollars per hour for all its machines; above that of every task in sky/."""
+MOST_RESTARTS = 10
+NEVER_RECOVERED = {0: "done", 2: "the user's mistake, the same on every machine"}
+"""Exit codes after which a new machine ends like the one before it, and what they mean."""
+BUDGET = "MAX_RUN_USD"
+"""Environment variable of our task YAMLs: the budget of a run in US dollars."""
 Json = dict[str, Any]
 
 
@@ -39,8 +48,44 @@ def _gpus(resources: sky.Resources) -> Json:
     return sky.GCP().get_accelerators_from_instance_type(resources.instance_type) or {}
 
 
+def refuse_ceilings(task: sky.Task) -> None:
+    """For a task that is not on a GPU of Google Cloud. Raises UserError if it has a ceiling: nothing would enforce it there."""
+    if any(resources.max_hourly_cost is not None for resources in task.resources):
+        name = "resources.max_hourly_cost"
+    elif BUDGET in task.envs:
+        name = f"envs.{BUDGET}"
+    else:
+        return
+    where = ", ".join(sorted({str(r.cloud or "any cloud") for r in task.resources}))
+    raise UserError(
+        f"{name}: a ceiling is enforced only on GPUs of Google Cloud, and this task asks for another machine ({where}); "
+        f"write `infra: gcp` and a GPU, or remove max_hourly_cost and {BUDGET}",
+        code="launch.no_ceiling_there",
+    )
+
+
+def machines_at_once(task: sky.Task, *, updating: bool = False) -> int:
+    """The most machines that a task may run at the same time: nodes, times replicas of a service or workers of a pool.
+
+    updating: the replicas of the earlier version still run. SkyServe starts an on-demand replica for each spot replica that is
+    not ready if dynamic_ondemand_fallback is set (FallbackRequestRateAutoscaler in SkyPilot's serve/autoscalers.py).
+    """
+    service = task.service
+    if service is None:
+        return int(task.num_nodes)
+    most = max(service.min_replicas, service.max_replicas or 0)
+    replicas = most + (service.num_overprovision or 0) + (most if service.dynamic_ondemand_fallback else 0)
+    return int(task.num_nodes * replicas * (2 if updating else 1))
+
+
 def check_priceable(task: sky.Task) -> None:
-    """Raises UserError for resources that would add costs which are not in the price table."""
+    """Raises UserError for resources that would add costs which are not in the price table, or costs without end."""
+    if task.volumes:
+        raise UserError(
+            "volumes: their price is not known here, so the ceiling could not be enforced; use resources.disk_size, or the "
+            "bucket",
+            code="price.unknown",
+        )
     for resources in task.resources:
         if resources.volumes:
             raise UserError(
@@ -48,11 +93,32 @@ def check_priceable(task: sky.Task) -> None:
                 "use disk_size, or the bucket",
                 code="price.unknown",
             )
-        strategy = (resources.job_recovery or {}).get("strategy")
+        recovery = resources.job_recovery or {}
+        strategy = recovery.get("strategy")
+        _check_restarts(recovery)
         if strategy == "FAILOVER":
             raise UserError(
                 "resources.job_recovery: after a preemption FAILOVER takes any zone of the region, at any price; "
                 "use EAGER_NEXT_REGION",
+                code="launch.unbounded_recovery",
+            )
+
+
+def _check_restarts(recovery: Json) -> None:
+    """Raises UserError if a job that fails for good would be started over and over; each start is billed for boot and set-up."""
+    restarts = recovery.get("max_restarts_on_errors") or 0
+    if restarts > MOST_RESTARTS:
+        raise UserError(
+            f"resources.job_recovery.max_restarts_on_errors: expected at most {MOST_RESTARTS}, found {restarts}: each restart "
+            "is billed for boot and set-up, also if it fails before the run's ledger begins",
+            code="launch.unbounded_recovery",
+        )
+    codes = recovery.get("recover_on_exit_codes", [])
+    for code in codes if isinstance(codes, list) else [codes]:
+        if code in NEVER_RECOVERED:
+            raise UserError(
+                f"resources.job_recovery.recover_on_exit_codes: {code} means {NEVER_RECOVERED[code]}, so the job would be "
+                "started without end; 75 is the code to recover on",
                 code="launch.unbounded_recovery",
             )
 
@@ -80,7 +146,8 @@ def pin_to_cluster(request: sky.UserRequest) -> bool:
     return True
 
 
-def machine_requirements(task: sky.Task, catalog: Catalog) -> list[Requirement]:
+def machine_requirements(task: sky.Task, catalog: Catalog, machines: int) -> list[Requirement]:
+    """machines: as many as may run at the same time."""
     requirements = []
     for place, resources in enumerate(task.resources):
         candidates.check_ceiling(resources.max_hourly_cost, "resources.max_hourly_cost")
@@ -95,8 +162,9 @@ def machine_requirements(task: sky.Task, catalog: Catalog) -> list[Requirement]:
                 zone=resources.zone,
                 disk_gib=resources.disk_size,
                 disk_tier=resources.disk_tier.value if resources.disk_tier else "medium",
-                ceiling=resources.max_hourly_cost,
+                ceiling=DEFAULT_CEILING_USD if resources.max_hourly_cost is None else resources.max_hourly_cost,
                 nodes=task.num_nodes,
+                machines=machines,
                 place=place,
             )
         )
@@ -144,8 +212,8 @@ def pinned(
         one = alternative.copy(
             **place, accelerators={offer.gpu: offer.count}, instance_type=None, cpus=None, memory=None
         )
-        if not managed and not stops_by_itself(alternative):
-            one = one.copy(autostop=AUTOSTOP)
+        if not managed:
+            one = one.copy(autostop=bounded_autostop(alternative))
         if kind not in expressed:
             expressed[kind] = _expression(one, offer.machine, catalog) if by_size else {"instance_type": offer.machine}
         pinned.append(one.copy(**expressed[kind]))
@@ -163,5 +231,26 @@ def _expression(resources: sky.Resources, machine: str, catalog: Catalog) -> Jso
     return {"instance_type": machine}
 
 
-def stops_by_itself(resources: sky.Resources) -> bool:
-    return bool(resources.autostop_config and resources.autostop_config.enabled)
+def bounded_autostop(resources: sky.Resources) -> Json:
+    """The task's autostop, with an idle time of at most MOST_IDLE_MINUTES and `down`: a stopped machine's disk is billed for as
+    long as it exists. AUTOSTOP if the task has none."""
+    asked = resources.autostop_config
+    if not asked or not asked.enabled or asked.idle_minutes < 0:
+        return AUTOSTOP
+    waits = {"wait_for": asked.wait_for.value} if asked.wait_for else {}
+    return {"idle_minutes": min(asked.idle_minutes, MOST_IDLE_MINUTES), "down": True, **waits}
+
+
+def autostop_changes(resources: sky.Resources) -> str:
+    """What `bounded_autostop` changes, as text for the user; "" for nothing."""
+    asked, given = resources.autostop_config, bounded_autostop(resources)
+    if not asked or not asked.enabled or asked.idle_minutes < 0:
+        return f"no autostop in resources: the machine is terminated after {given['idle_minutes']} idle minutes"
+    changes = []
+    if asked.idle_minutes > MOST_IDLE_MINUTES:
+        changes.append(
+            f"idle_minutes is {MOST_IDLE_MINUTES}, the most that is allowed, instead of {asked.idle_minutes}"
+        )
+    if not asked.down:
+        changes.append("down is true: a stopped machine's disk would be billed until somebody deletes it")
+    return f"autostop: {'; '.join(changes)}" if changes else ""

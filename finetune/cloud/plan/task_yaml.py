@@ -9,7 +9,8 @@ import yaml
 
 from finetune.cloud.plan.plan import Plan, Row
 from finetune.errors import UserError
-from finetune.runtime.files import write_text
+from finetune.runtime.files import read_bytes, write_text
+from finetune.runtime.yaml_file import load_yaml
 
 LISTS = ("ordered", "any_of")
 REPLACED = {"accelerators", "instance_type", "use_spot"}
@@ -45,9 +46,9 @@ def write_order(plan: Plan, task: Path, command: str) -> None:
 def _read(task: Path) -> tuple[str, dict[str, Any]]:
     """The text with its line ends unchanged, and its parsed content."""
     try:
-        text = task.read_bytes().decode("utf-8")
-        content = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = read_bytes(task).decode("utf-8")
+        content = load_yaml(text)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{task}: not a readable task YAML ({' '.join(str(error).split())})", code="plan.unwritable_task"
         ) from error
@@ -85,8 +86,8 @@ def _check_entries(task: Path, name: str, entries: Any) -> None:
 
 def _same_but_for_lists(written: str, before: dict[str, Any]) -> bool:
     try:
-        after = yaml.safe_load(written)
-    except yaml.YAMLError:
+        after = load_yaml(written)
+    except ValueError:
         return False
     if not isinstance(after, dict) or not isinstance(after.get("resources"), dict):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig, SourceSection
 from finetune.errors import NotEstimated, UserError
 from finetune.prepared_folder import MANIFEST
+from finetune.runtime.files import load_json
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def run_size(config: RunConfig) -> RunSize:
 def _counted(manifest: Path, assumed_tokens: float) -> tuple[int, float, int, str]:
     """Training examples, mean tokens, validation examples, and their source as text, from a prepared folder."""
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = load_json(manifest)
         counts, tokens = content["counts"], content["tokens"]
         records, validation = int(counts["train"]), int(counts["val"])
         train = tokens["train"] if tokens else None
@@ -111,7 +111,7 @@ def _source_records(source: SourceSection) -> int | None:
             with path.open("rb") as lines:
                 return sum(1 for line in lines if line.strip())
         if source.kind == "spider" and path.is_dir():
-            return sum(len(json.loads((path / name).read_text(encoding="utf-8"))) for name in source.files)
+            return sum(len(load_json(path / name)) for name in source.files)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error})", code="file.unreadable") from error
     return None

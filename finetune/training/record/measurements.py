@@ -32,6 +32,7 @@ from finetune.run_record import (
 from finetune.runtime import distributed
 from finetune.runtime.typed_json import decode
 from finetune.training.callbacks import history_rows
+from finetune.training.saved_files import read_progress_state
 from finetune.training.step.plan import StepPlan
 from finetune.training.step.runner import Stepper
 
@@ -129,6 +130,10 @@ def progress_at(checkpoint: Path) -> Progress:
     """The progress saved in a checkpoint. Raises UserError if its trainer state cannot be read."""
     file = checkpoint / TRAINER_STATE_NAME
     try:
+        state = read_progress_state(file)
+        step = checkpoint.name.rpartition("-")[2]
+        if step.isdecimal() and int(step) != state.global_step:
+            raise ValueError(f"it is of step {state.global_step}")
         return progress_of(TrainerState.load_from_json(str(file)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = error.strerror if isinstance(error, OSError) else first_line(error)

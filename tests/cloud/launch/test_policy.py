@@ -38,7 +38,7 @@ def ask(
     worker: SkyWorker, resources: Json, envs: Json = ENVS, op: str = "optimize", request: str = "", **task: Any
 ) -> Json:
     more = {"request": request} if request else {}
-    whole = {"name": "t", "run": "true", "resources": resources, "envs": envs} | task
+    whole = {"name": "t", "run": "true", "workdir": ".", "resources": resources, "envs": envs} | task
     return worker.ask(op, whole, policy=POLICY, **more)
 
 
@@ -137,11 +137,13 @@ def test_on_exec_nothing_is_chosen_but_prices_are_passed_on(worker: SkyWorker) -
 
 @pytest.mark.parametrize(
     "resources",
-    [{"infra": "gcp", "cpus": "4+"}, {"infra": "aws", "accelerators": "A100:8", "max_hourly_cost": 1}, {}],
+    [{"infra": "gcp", "cpus": "4+"}, {"infra": "aws", "accelerators": "A100:8"}, {}],
 )
 def test_tasks_without_a_gpu_or_on_another_cloud_pass_unchanged(worker: SkyWorker, resources: Json) -> None:
     """The one for AWS ends in the same refusal with and without us: this home has no login there."""
-    plain = worker.ask("optimize", {"name": "t", "run": "true", "resources": dict(resources), "envs": {}})
+    plain = worker.ask(
+        "optimize", {"name": "t", "run": "true", "workdir": ".", "resources": dict(resources), "envs": {}}
+    )
     ours = ask(worker, resources, {})
     assert {key: ours.get(key) for key in ("sent", "message")} == {key: plain.get(key) for key in ("sent", "message")}
     assert "finetune" not in ours["printed"]
@@ -175,14 +177,16 @@ def test_a_gpu_that_is_too_small_for_the_run_is_refused(worker: SkyWorker) -> No
     assert "does not fit: needs" in refused("launch.all_refused", ask(worker, T4, big))
 
 
-def test_a_task_without_a_ceiling_gets_a_warning(worker: SkyWorker) -> None:
+def test_a_task_without_a_ceiling_gets_one(worker: SkyWorker) -> None:
     endless = {key: value for key, value in T4.items() if key != "max_hourly_cost"}
-    assert "WARNING: no max_hourly_cost" in ask(worker, endless)["printed"]
+    assert "the ceiling is $5/h for all machines of the task" in ask(worker, endless)["printed"]
+    message = refused("launch.all_refused", ask(worker, endless, num_nodes=20))
+    assert "above max_hourly_cost $5 with 20 machines" in message
 
 
 def test_the_ceiling_applies_to_all_nodes_together(worker: SkyWorker) -> None:
     message = refused("launch.all_refused", ask(worker, T4, num_nodes=2))
-    assert "above max_hourly_cost $1 with 2 nodes" in message and "max_hourly_cost: 1.71 would allow it" in message
+    assert "above max_hourly_cost $1 with 2 machines" in message and "max_hourly_cost: 1.71 would allow it" in message
     assert "chosen" in ask(worker, T4 | {"max_hourly_cost": 1.71}, num_nodes=2)
 
 
@@ -199,11 +203,11 @@ def test_the_refusal_shows_price_parts_and_a_sufficient_ceiling(worker: SkyWorke
         (A100 | {"instance_type": "n1-highmem-8"}, ENVS, "cloud.machine_mismatch", "A100:1"),
         (T4 | {"max_hourly_cost": float("nan")}, ENVS, "launch.bad_value", "resources.max_hourly_cost"),
         (T4, ENVS | {"MAX_RUN_USD": "lots"}, "launch.bad_value",
-         "envs.MAX_RUN_USD: expected a positive number of US dollars, found 'lots'"),
+         "envs.MAX_RUN_USD: expected a positive number of US dollars up to 1,000,000, found 'lots'"),
         (T4, ENVS | {"MAX_RUN_USD": "-3"}, "launch.bad_value", "envs.MAX_RUN_USD"),
         (T4, ENVS | {"MAX_RUN_USD": "nan"}, "launch.bad_value", "envs.MAX_RUN_USD"),
         (T4, ENVS | {"MAX_RUN_USD": ""}, "launch.bad_value", "envs.MAX_RUN_USD"),
-        (T4, ENVS | {"CONFIG": "configs/none.yaml"}, "config.not_found", "configs/none.yaml"),
+        (T4, ENVS | {"CONFIG": "configs/none.yaml"}, "launch.not_copied", "configs/none.yaml"),
         (T4, ENVS | {"OVERRIDES": "lora.rank=8"}, "config.unknown_key", "lora.rank"),
         (T4, ENVS | {"OVERRIDES": "lora.r 8"}, "config.bad_override", "lora.r"),
         ({"infra": "gcp", "accelerators": "A10:1"}, ENVS, "cloud.gpu_not_offered", "A10"),

@@ -41,7 +41,13 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
 def ask(
     worker: SkyWorker, resources: Json, op: str = "reachable", request: str = "CLUSTER_LAUNCH", **task: Any
 ) -> Json:
-    whole = {"name": "t", "run": "true", "resources": json.loads(json.dumps(resources)), "envs": ENVS} | task
+    whole = {
+        "name": "t",
+        "run": "true",
+        "workdir": ".",
+        "resources": json.loads(json.dumps(resources)),
+        "envs": ENVS,
+    } | task
     return worker.ask(op, whole, policy=POLICY, request=request)
 
 

@@ -1,0 +1,119 @@
+"""How certain the scores are: an interval over questions and one over databases, what each supports, and the test of the gain.
+
+Questions on one database are right or wrong together, and several may share a gold query. So an interval that takes them as
+independent says how the model does on more such questions about these databases; what other databases would give is much less
+certain, and is estimated by drawing whole databases.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from finetune.evaluation.statistics import bootstrap_by_database, mcnemar_exact, paired_interval
+from finetune.report.source import Json, Source
+
+Interval = tuple[float, float]
+
+
+def by_database(scores: Json) -> Interval | None:
+    """The interval of a model's accuracy over databases, fractions from 0 to 1; None if it has fewer than two."""
+    groups = (scores.get("by_database") or {}).values()
+    return bootstrap_by_database([(group["correct"], group["questions"]) for group in groups if group["questions"]])
+
+
+def intervals_in_words(scores: Json) -> str:
+    """The intervals of a model's accuracy for the headline, "" if eval.json has none."""
+    of_questions = scores.get("execution_accuracy_interval95")
+    if not of_questions:
+        return ""
+    text, databases = f", 95% interval {_points(of_questions)}", by_database(scores)
+    return text + (f" over questions, {_points(databases)} over databases" if databases else "")
+
+
+def certainty(source: Source) -> list[str]:
+    """Sentences on how certain the accuracy and the gain are; empty if nothing was evaluated."""
+    scored = source.tuned or source.base
+    return [*_accuracy(source, scored), *_gain(source)] if scored else []
+
+
+def _accuracy(source: Source, scored: Json) -> list[str]:
+    name = "tuned" if source.tuned else "base"
+    number, interval = len(scored.get("by_database") or {}), by_database(scored)
+    of_questions = scored.get("execution_accuracy_interval95")
+    sentences = []
+    if of_questions:
+        sentences.append(
+            f"The {name} model's accuracy is {100 * scored['execution_accuracy']:.1f}%, 95% interval {_points(of_questions)} "
+            f"over questions (Wilson): this supports a claim about more questions of this kind on {_these(number)}."
+        )
+    if interval:
+        sentences.append(
+            f"Over databases the interval is {_points(interval)} (bootstrap of the {number} databases): this supports a claim "
+            f"about other databases{_limits(source, number)}."
+        )
+    elif number == 1:
+        sentences.append("All questions are about one database, so nothing can be said about another one.")
+    golds = {row["gold_sha256"] for row in source.rows.get(name, []) if row.get("gold_sha256")}
+    asked = scored["questions"]
+    if golds and len(golds) < asked:
+        sentences.append(
+            f"The {asked} questions have {len(golds)} different gold queries, so they are fewer than they look."
+        )
+    return sentences
+
+
+def _gain(source: Source) -> list[str]:
+    gain = source.evaluation.get("gain")
+    if not gain or not source.base or not source.tuned:
+        return []
+    won, lost, both, neither = (gain[key] for key in ("won", "lost", "both", "neither"))
+    questions = won + lost + both + neither
+    p = mcnemar_exact(won, lost)
+    verdict = "hardly explains" if p < 0.05 else "may explain"
+    chance = f"If tuning had no effect, a split as uneven as {won} to {lost} would occur with probability {p:.2g}"
+    return [
+        f"Tuning won {won} questions and lost {lost}; {both} were right and {neither} wrong for both models.",
+        f"The change is {100 * (won - lost) / max(questions, 1):+.1f} points, 95% interval "
+        f"{_points(paired_interval(won, lost, questions), '+')} over questions (paired, Agresti-Min)"
+        f"{_gain_by_database(source, won - lost)}.",
+        f"{chance} (McNemar's exact test, two-sided). Chance alone {verdict} the change on these databases.",
+        "No figure here accounts for the choice of the training seed.",
+    ]
+
+
+def _gain_by_database(source: Source, net: int) -> str:
+    """The interval of the gain over databases, from the recorded answers; "" if they are missing or contradict eval.json."""
+    right = {name: {str(row["id"]): row for row in rows} for name, rows in source.rows.items()}
+    points: dict[str, float] = defaultdict(float)
+    questions: dict[str, int] = defaultdict(int)
+    for identity, row in right.get("tuned", {}).items():
+        if before := right.get("base", {}).get(identity):
+            database = str(row.get("db_id"))
+            questions[database] += 1
+            points[database] += (row["verdict"] == "correct") - (before["verdict"] == "correct")
+    interval = bootstrap_by_database([(points[name], questions[name]) for name in sorted(questions)])
+    if interval is None or sum(points.values()) != net:
+        return ""
+    zero = "; it includes 0" if interval[0] <= 0 <= interval[1] else ""
+    return f", {_points(interval, '+')} over databases (bootstrap{zero})"
+
+
+def _limits(source: Source, number: int) -> str:
+    """What weakens a claim about other databases."""
+    data = (source.run.config or {}).get("data") or {}
+    weak = []
+    if data.get("split_by") == "question":
+        weak.append("other questions on these databases were trained on (data.split_by: question)")
+    if number < 10:
+        weak.append("with so few of them the interval is too narrow")
+    return f", and only with reserve: {'; '.join(weak)}" if weak else ""
+
+
+def _these(number: int) -> str:
+    return f"these {number} databases" if number > 1 else "this database"
+
+
+def _points(interval: Iterable[float], sign: str = "") -> str:
+    low, high = (f"{100 * bound:{sign}.1f}" for bound in interval)
+    return f"{low} to {high}"
