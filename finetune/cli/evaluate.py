@@ -57,7 +57,8 @@ def _aside(result: dict[str, Any]) -> str:
         return ""
     if not telling["questions"]:
         return "; every gold query is hollow: this score says nothing"
-    return f"; without {result['questions'] - telling['questions']} hollow golds {telling['execution_accuracy']:.1%}"
+    hollow = result["questions"] - telling["questions"]
+    return f"; without {hollow} hollow gold{'s' if hollow > 1 else ''} {telling['execution_accuracy']:.1%}"
 
 
 def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:

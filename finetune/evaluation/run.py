@@ -3,7 +3,7 @@
 Base and tuned model use the same code, prompts and weights (the tuned model is the base model plus the adapter), so any
 gain is due to the adapter. Answers are kept as they come (answers.py): an evaluation that was killed goes on where it was, and
 one with another rule or time limit only judges again. The base model's answers and score do not depend on a run: they are in
-<output_dir>/base/ and are used as long as weights, prompts and settings stay the same.
+base/ beside the runs and are used as long as weights, prompts and settings stay the same.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def evaluate_base(
     evaluation/generators/registry.py. Raises Interrupted on Ctrl-C.
     """
     questions = evaluation_set(config, generator_named(generator), PromptTemplate(config.data.schema_format))
-    base = _base(questions)
+    base = _base(questions, Path(config.training.output_dir))
     _complete(questions, [base], lambda: loaded or questions.generator.load(config, None), progress)
     return base.result[0]
 
@@ -93,7 +93,7 @@ def evaluate_run(
         say(
             f"{questions.data.folder}: not the data that {run.path} was trained on, which may have contained these questions"
         )
-    models = [*([_base(questions)] if base else []), _tuned(questions, run)]
+    models = [*([_base(questions, run.path.parent)] if base else []), _tuned(questions, run)]
     _complete(questions, models, lambda: questions.generator.load(config, run.adapter), progress)
     scores: dict[str, dict[str, Any]] = {}
     for model in models:
@@ -117,9 +117,10 @@ def evaluate_run(
     return result
 
 
-def _base(questions: EvaluationSet) -> Model:
-    """The base model, with its cached rows and score if they are there."""
-    folder = _base_folder(questions)
+def _base(questions: EvaluationSet, runs: Path) -> Model:
+    """The base model, with its cached rows and score if they are there. runs: the folder of the run, which need not be the
+    output_dir of its config, since a run may be copied from a bucket."""
+    folder = _base_folder(questions, runs)
     model = Model("base", False, _answer_file(questions, folder / ANSWERS, "base model", None))
     try:
         cached = load_json(folder / SCORE)
@@ -145,11 +146,11 @@ def _answer_file(questions: EvaluationSet, path: Path, name: str, adapter: Path 
     return answers
 
 
-def _base_folder(questions: EvaluationSet) -> Path:
+def _base_folder(questions: EvaluationSet, runs: Path) -> Path:
     """The folder of the base model's answers and score, named by a hash of everything that the answers depend on."""
     name = Path(questions.config.model.name).name or "model"
     key = _key(questions, questions.generation(None))
-    return Path(questions.config.training.output_dir) / "base" / f"{name}-{key}"
+    return runs / "base" / f"{name}-{key}"
 
 
 def _key(questions: EvaluationSet, settings: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ from finetune.run_folder import RunFolder
 
 
 def evaluate(settings: JobSettings) -> int:
-    """Exit codes: those of `finetune evaluate`; 2 if the limit was too low."""
+    """Exit codes: those of `finetune evaluate` (75: interrupted, and the next launch goes on from its answers); 2 if the
+    limit was too low."""
     settings.require_bucket()
     run = run_to_score(settings)
     say(f"scoring {run.path}")
@@ -20,7 +21,8 @@ def evaluate(settings: JobSettings) -> int:
     ended = run_limited(["finetune", "evaluate", str(run.path)], hours, settings)
     if ended.out_of_time:
         raise UserError(
-            f"not scored in {hours:.4f} hours ({settings.limits}); launch again with a higher limit",
+            f"not scored in {hours:.4f} hours ({settings.limits}); the answers so far are in the bucket: launch again with "
+            f"--env RUN_NAME={run.path.name}, which goes on from them, and a higher limit if one launch should do",
             code="job.out_of_time",
         )
     if ended.code != EXIT_OK:

@@ -79,6 +79,11 @@ class Gold:
     result: QueryResult
     detail: str = ""
 
+    @property
+    def error(self) -> str | None:
+        """Why there is no result; None if there is one."""
+        return self.detail if self.kind in ("failed", "limit") else None
+
     def __str__(self) -> str:
         why = WHY.get(self.kind, self.kind)
         return f"{why}: {self.detail}" if self.detail else why

@@ -14,8 +14,8 @@ from finetune.config.schema import SourceSection
 from finetune.data.check import Findings, check
 from finetune.data.golds import Golds
 from finetune.data.validate import FAULTS
-from finetune.sql.engines.sqlite import SqlSandbox
-from tests.helpers.data_examples import data_section, jsonl_source, make_database, row, run_prepare, write_jsonl
+from tests.helpers.data_examples import SCHEMA, data_section, jsonl_source, make_database, row, run_prepare, write_jsonl
+from tests.helpers.executed import executed
 
 ConfigWriter = Callable[..., Path]
 
@@ -86,9 +86,7 @@ def test_the_clock_and_chance_are_flagged_also_where_no_database_is_at_hand(tmp_
 def test_gold_of_paraphrases_runs_once_and_once_more_to_be_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[str] = []
-    run = SqlSandbox.run
-    monkeypatch.setattr(SqlSandbox, "run", lambda *given: (ran.append(given[2]), run(*given))[1])
+    ran = executed(monkeypatch)
     gold = "SELECT name FROM item WHERE id = 1"
     found(source(tmp_path, dict.fromkeys(range(5), gold)))
     assert ran.count(gold) == 2
@@ -136,6 +134,9 @@ def test_a_table_that_is_empty_is_named_by_the_examination(tmp_path: Path) -> No
     folder = tmp_path / "databases"
     with sqlite3.connect(make_database(folder, items=40)) as connection:
         connection.execute("CREATE TABLE sale (item INTEGER)")
-    findings = found(source(tmp_path, {3: "SELECT name FROM item WHERE id NOT IN (SELECT item FROM sale)"}))
+    gold = {"sql": "SELECT name FROM item WHERE id NOT IN (SELECT item FROM sale)"}
+    schema = SCHEMA + "\nCREATE TABLE sale (item INTEGER);"
+    lines = [row(number, schema=schema, **(gold if number == 3 else {})) for number in range(40)]
+    findings = found(jsonl_source(write_jsonl(tmp_path / "records.jsonl", lines), databases=str(folder)))
     assert [(flag.line, flag.kind) for flag in findings.flags] == [(4, "empty_table")]
     assert Golds().changing(1.0) == set()

@@ -24,8 +24,10 @@ from finetune.evaluation.statistics import wilson_interval
 from finetune.report.render import write_report
 from finetune.run_folder import RunFolder, open_run
 from finetune.run_record import DataRecord
+from finetune.sql.compare import RULES
 from tests.helpers.data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
 from tests.helpers.errors import raises, reported
+from tests.helpers.executed import executed
 from tests.helpers.run_examples import copy_run, prepare_shop
 
 ConfigWriter = Callable[..., Path]
@@ -170,6 +172,70 @@ def test_without_base_only_the_tuned_model_is_asked(run: RunFolder, speak: Any) 
     result = scored(run.eval_json)
     assert list(result["models"]) == ["tuned"] and result["gain"] is None
     assert write_report(run.path)["base_execution_accuracy"] is None
+
+
+def test_the_base_models_answers_lie_beside_the_run_wherever_it_was_copied_to(
+    tiny_run: Path, tmp_path: Path, speak: Any
+) -> None:
+    speak()
+    run = copy_run(tiny_run, tmp_path / "runs", training={"output_dir": str(tmp_path / "bucket" / "runs")})
+    evaluate_run(run, progress=False)
+    assert len(list((tmp_path / "runs" / "base").iterdir())) == 1 and not (tmp_path / "bucket").exists()
+
+
+# every variant for the same answers
+
+
+def test_the_scores_under_every_rule_are_those_of_an_evaluation_with_that_rule(
+    run: RunFolder, speak: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the other evaluations ask no model again."""
+    answers_of = {
+        "List": lambda gold: gold.replace("SELECT name", "SELECT DISTINCT name") + " LIMIT 9",
+        "How": lambda gold: gold.replace(" ORDER BY price DESC", ""),
+    }
+    asked = speak(base=answers_of["List"], tuned=answers_of["How"])
+    assert cli.main(["evaluate", str(run.path)]) == 0
+    first = scored(run.eval_json)
+    assert asked == ["base", "tuned"] and set(first["gain_by_rule"]) == set(RULES)
+    assert first["timeout_seconds"] == 10.0
+    seen = set()
+    for rule in RULES:
+        assert cli.main(["evaluate", str(run.path), f"evaluation.rule={rule}", "evaluation.timeout_seconds=5"]) == 0
+        again = scored(run.eval_json)
+        assert (again["rule"], again["timeout_seconds"]) == (rule, 5.0)
+        assert again["gain"] == first["gain_by_rule"][rule]
+        for name, scores in again["models"].items():
+            under_rule = first["models"][name]["rules"][rule]
+            assert {key: scores[key] for key in under_rule} == under_rule
+            assert scores["rules"] == first["models"][name]["rules"]
+            assert scores["seconds"] == first["models"][name]["seconds"]
+        seen.add(tuple(scores["correct"] for scores in again["models"].values()))
+    assert asked == ["base", "tuned"], "no answer was generated again"
+    assert len(seen) > 1, "rules that all agree prove nothing"
+    assert "of the tuned model" in capsys.readouterr().err
+
+
+def test_gold_runs_once_for_both_models(run: RunFolder, speak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = executed(monkeypatch)
+    speak(base=lambda gold: "SELECT 1", tuned=lambda gold: "SELECT 2")
+    evaluate_run(run, progress=False)
+    golds = [line["gold"] for line in read_jsonl(run.eval_rows("tuned"))]
+    assert len(golds) == 6 and [ran.count(gold) for gold in golds] == [1] * 6
+
+
+def test_hollow_golds_are_scored_apart_printed_and_a_caveat(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(tiny_run, tmp_path / "runs", data={"output_dir": str(prepare_shop(tmp_path, items=4))})
+    monkeypatch.setattr(hf, "generate_answers", lambda m, t, prompts, **_: [("SELECT 1 WHERE 1 = 0", 3)] * len(prompts))
+    assert cli.main(["evaluate", str(run.path)]) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith(" tuned: execution accuracy 50.0%") and printed.endswith("; without 1 hollow gold 0.0%")
+    scores = scored(run.eval_json)["models"]["tuned"]
+    assert scores["by_gold"] == {"no_rows": {"correct": 1, "questions": 1}, "sound": {"correct": 0, "questions": 1}}
+    write_report(run.path)
+    assert r"1 of 2 (1 no\_rows)" in (run.path / "report.md").read_text()
 
 
 # which questions

@@ -19,6 +19,7 @@ from finetune.evaluation.statistics import wilson_interval
 from finetune.sql.compare import RULES, Rule
 from finetune.sql.engines.sqlite import SqlSandbox
 from tests.helpers.data_examples import make_database, row
+from tests.helpers.executed import executed
 
 ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n"
 HUGE = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 100001) SELECT x FROM n"
@@ -230,9 +231,7 @@ def test_a_gold_query_that_ends_at_the_time_limit_is_no_wrong_answer(ask: Any) -
 def test_a_gold_query_runs_once_for_all_answers_and_beside_each_one_if_it_reads_the_clock(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[str] = []
-    run = SqlSandbox.run
-    monkeypatch.setattr(SqlSandbox, "run", lambda *given: (ran.append(given[2]), run(*given))[1])
+    ran = executed(monkeypatch)
     with SqlSandbox() as sandbox:
         judge = Judge(lambda dialect: sandbox, rule="test_suite", timeout_seconds=10.0)
         for gold, runs in [("SELECT name FROM item WHERE price < 9", 1), (CLOCK, 3 + 4)]:

@@ -182,7 +182,7 @@ def test_an_evaluation_that_takes_too_long_is_an_error(
     (run / "config.yaml").touch()
     monkeypatch.setattr(job_evaluate, "data_of_run", lambda *_: None)
     monkeypatch.setattr(job_evaluate, "run_limited", lambda *_: Ended(143, out_of_time=True))
-    with raises("job.out_of_time", match="^not scored in 24.0000 hours"):
+    with raises("job.out_of_time", match="^not scored in 24.0000 hours.*--env RUN_NAME=mine, which goes on"):
         job_evaluate.evaluate(settings)
 
 

@@ -248,12 +248,20 @@ def test_a_failed_evaluation_is_not_reported(machine: CloudMachine) -> None:
     assert not machine.called("report")
 
 
-def test_an_evaluation_that_takes_too_long_fails(machine: CloudMachine) -> None:
+def test_an_evaluation_that_takes_too_long_fails_and_says_how_to_go_on(machine: CloudMachine) -> None:
     begin_run(machine, "done")
     code, said = machine.run("evaluate.sh", MAX_HOURS="0.0004", FAKE_WORK="import time; time.sleep(30)")
     assert code == 2
-    assert "not scored in 0.0004 hours" in said
+    assert "not scored in 0.0004 hours" in said and "--env RUN_NAME=run, which goes on" in said
     assert not machine.called("report")
+
+
+def test_an_evaluation_that_was_interrupted_exits_as_it_does_so_that_it_is_run_again(machine: CloudMachine) -> None:
+    begin_run(machine, "done")
+    assert machine.run("evaluate.sh", FAKE_CODE="75")[0] == 75
+    assert not machine.called("report")
+    assert machine.run("evaluate.sh", FAKE_CODE="0")[0] == 0
+    assert machine.called("evaluate") == [f"evaluate {machine.run_folder()}"] * 2
 
 
 def test_jupyter_listens_on_localhost_keeps_its_token_and_ends_when_idle(machine: CloudMachine) -> None:
