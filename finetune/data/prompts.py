@@ -122,9 +122,9 @@ def encode_examples(tokenizer: Any, prompts: Sequence[str], answers: Sequence[st
     ]
 
 
-def completion(sql: str) -> str:
+def completion(sql: str, *, dialect: str = "sqlite") -> str:
     """The answer text to train on: the SQL on one line (except inside quotes), without a closing semicolon."""
-    return on_one_line(sql).rstrip("; ")
+    return on_one_line(sql, dialect=dialect).rstrip("; ")
 
 
 def extract_sql(answer: str) -> str:

@@ -40,7 +40,7 @@ def token_counts(
         for start in range(0, len(records), _BATCH):
             batch = records[start : start + _BATCH]
             prompts = [template.render_record(record) for record in batch]
-            examples = encode_examples(tokenizer, prompts, [completion(r.sql) for r in batch])
+            examples = encode_examples(tokenizer, prompts, [completion(r.sql, dialect=r.dialect) for r in batch])
             counts += [TokenCount(len(example), example.answer_tokens) for example in examples]
             bar.update(len(batch))
     return counts

@@ -62,6 +62,6 @@ def tokenise(
 ) -> Examples:
     """Examples of all records that fit into max_tokens; nothing is truncated. encode: called with tokenizer, prompts, answers."""
     prompts = [template.render_record(record) for record in records]
-    encoded = encode(tokenizer, prompts, [completion(record.sql) for record in records])
+    encoded = encode(tokenizer, prompts, [completion(record.sql, dialect=record.dialect) for record in records])
     kept = [example for example in encoded if len(example) <= max_tokens]
     return Examples.of(kept, len(encoded) - len(kept))

@@ -69,7 +69,7 @@ def _usual_batch(
     encoded = encode_examples(
         tokenizer,
         [template.render_record(record) for record in records],
-        [completion(record.sql) for record in records],
+        [completion(record.sql, dialect=record.dialect) for record in records],
     )
     encoded.sort(key=len)
     size = examples_per_step(config.training)
