@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,15 +17,29 @@ from tqdm import tqdm
 
 from finetune.data.records import Record, Split
 from finetune.data.validate import DUPLICATE_ID, DUPLICATE_QUESTION, LEAK, Accepted, Rejection
+from finetune.sql.lexer import pieces
 
 SplitBy = Literal["question", "database"]
 
 _PRECEDENCE: dict[Split | None, int] = {"test": 0, "val": 1, None: 2, "train": 3}
 
 
+_IN_QUOTES = re.compile(r"""(?<!\w)(?:'\S(?:.*?\S)??'|"[^"]+"|“[^”]+”|‘[^’]+’|«[^»]+»|`[^`]+`)(?!\w)""")
+"""A quoted value in a question; an apostrophe inside or at the end of a word opens none."""
+
+
 def question_key(record: Record) -> str:
-    """The question in lower case, with runs of whitespace collapsed."""
-    return " ".join(record.question.casefold().split())
+    """The question in lower case except for values in quotes, with runs of whitespace collapsed."""
+    text = " ".join(record.question.split())
+    parts, end = [], 0
+    for match in _IN_QUOTES.finditer(text):
+        parts += [text[end : match.start()].casefold(), match[0]]
+        end = match.end()
+    return "".join([*parts, text[end:].casefold()])
+
+
+def _question_as_written(record: Record) -> str:
+    return " ".join(record.question.split())
 
 
 def sql_key(record: Record) -> str:
@@ -52,15 +67,18 @@ def _folded(sql: str, dialect: str, masked: bool) -> str:
 def drop_duplicates(accepted: Sequence[Accepted]) -> tuple[list[Accepted], list[Rejection]]:
     """Keep one record per id, and one per question about a database, in the original order.
 
-    The first one is kept, except that a record assigned to test or val by its source takes precedence.
+    Two questions that differ in case alone are one if their gold SQL is the same, with its quoted values as they are written:
+    "grade a" and "grade A" may be two questions. Without that, only equal texts are one. The first one is kept, except that a
+    record assigned to test or val by its source takes precedence.
     """
     ids: dict[str, Accepted] = {}
-    questions: dict[tuple[str, str], Accepted] = {}
+    questions: dict[tuple[str, ...], Accepted] = {}
     rejections: dict[int, Rejection] = {}
     for index in sorted(range(len(accepted)), key=lambda i: _PRECEDENCE[accepted[i].record.split]):
         item = accepted[index]
         same_id = ids.get(item.record.id)
-        same_question = questions.get((item.record.db_id, question_key(item.record)))
+        keys = _question_keys(item.record)
+        same_question = next((questions[key] for key in keys if key in questions), None)
         if same_id:
             detail = f"id {item.record.id!r} is also that of {same_id.candidate.where}"
             rejections[index] = Rejection(item.candidate, DUPLICATE_ID, detail)
@@ -71,9 +89,24 @@ def drop_duplicates(accepted: Sequence[Accepted]) -> tuple[list[Accepted], list[
             rejections[index] = Rejection(item.candidate, LEAK if leak else DUPLICATE_QUESTION, detail)
         else:
             ids[item.record.id] = item
-            questions[item.record.db_id, question_key(item.record)] = item
+            questions |= dict.fromkeys(keys, item)
     kept = [item for index, item in enumerate(accepted) if index not in rejections]
     return kept, [rejections[index] for index in sorted(rejections)]
+
+
+def _question_keys(record: Record) -> list[tuple[str, ...]]:
+    """Records that share one of these ask the same."""
+    return [
+        (record.db_id, _question_as_written(record)),
+        (record.db_id, question_key(record), _gold_as_written(record.sql, record.dialect)),
+    ]
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _gold_as_written(sql: str, dialect: str) -> str:
+    """The gold SQL without regard to spaces, comments and case, except in quotes: SQLite reads "A" as a value, too."""
+    found = [piece for piece in pieces(sql, dialect=dialect) if piece.is_code and piece.text != ";"]
+    return " ".join(piece.text if piece.kind in ("text", "name") else piece.text.casefold() for piece in found)
 
 
 def assign_splits(

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetune.data.candidates import Candidate, Source
 from finetune.data.records import REQUIRED, Record, field_problems
-from finetune.data.sources import Candidate, Source
 from finetune.errors import UserError
 from finetune.sql.engines.base import Engine
 from finetune.sql.engines.registry import ENGINES, engine_for, open_sessions
