@@ -42,12 +42,12 @@ def _check_utf8(path: Path) -> None:
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{path}: UTF-16 text; save it as UTF-8", code="data.not_utf8")
+                raise UserError(f"{path}: UTF-16 text; save it as UTF-8", code="data.bad_encoding")
             try:
                 raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path}:{number}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as UTF-8, for example with "
                     f"`iconv -f WINDOWS-1252 -t UTF-8` if it comes from Excel",
-                    code="data.not_utf8",
+                    code="data.bad_encoding",
                 ) from None

@@ -68,7 +68,7 @@ def read_lines(path: Path) -> Iterator[Line]:
         )
     with path.open("rb") as file:
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise UserError(f"{path}: UTF-16 text; save it as UTF-8", code="data.not_utf8")
+            raise UserError(f"{path}: UTF-16 text; save it as UTF-8", code="data.bad_encoding")
         first = True
         for number, raw in enumerate(file, 1):
             try:

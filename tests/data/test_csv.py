@@ -68,11 +68,11 @@ def test_numbers_of_parquet_become_the_text_that_people_write(
 CSV_MISTAKES: dict[str, tuple[bytes, str, str]] = {
     "cp1252": (
         f"{HEADER}\na,b,c,Caf\u00e9?,d,e,f".encode("cp1252"),
-        "data.not_utf8",
+        "data.bad_encoding",
         r"train\.csv:2: .*byte 0xe9.*iconv",
     ),
-    "cp1252 header": ("id,pr\u00e9nom".encode("cp1252"), "data.not_utf8", r"train\.csv:1: not UTF-8"),
-    "UTF-16": (HEADER.encode("utf-16"), "data.not_utf8", r"train\.csv: UTF-16"),
+    "cp1252 header": ("id,pr\u00e9nom".encode("cp1252"), "data.bad_encoding", r"train\.csv:1: not UTF-8"),
+    "UTF-16": (HEADER.encode("utf-16"), "data.bad_encoding", r"train\.csv: UTF-16"),
     "a column twice": (
         f"{HEADER},sql\n".encode(),
         "data.repeated_column",

@@ -132,7 +132,7 @@ def test_utf16_is_one_error(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "records.jsonl"
     mark = "" if encoding == "utf-16" else "\ufeff"
     path.write_bytes((mark + json.dumps(row(1)) + "\n").encode(encoding) * 3)
-    with raises("data.not_utf8", match=r"records\.jsonl: UTF-16 text; save it as UTF-8"):
+    with raises("data.bad_encoding", match=r"records\.jsonl: UTF-16 text; save it as UTF-8"):
         list(read_lines(path))
 
 
