@@ -67,18 +67,18 @@ def _folded(sql: str, dialect: str, masked: bool) -> str:
 def drop_duplicates(accepted: Sequence[Accepted]) -> tuple[list[Accepted], list[Rejection]]:
     """Keep one record per id, and one per question about a database, in the original order.
 
-    Two questions that differ in case alone are one if their gold SQL is the same, with its quoted values as they are written:
-    "grade a" and "grade A" may be two questions. Without that, only equal texts are one. The first one is kept, except that a
-    record assigned to test or val by its source takes precedence.
+    Two questions that differ in case alone are one, unless quoted values of their gold SQL differ in case as well: "grade a"
+    and "grade A" may be two questions. The first one is kept, except that a record assigned to test or val by its source takes
+    precedence.
     """
     ids: dict[str, Accepted] = {}
-    questions: dict[tuple[str, ...], Accepted] = {}
+    questions: dict[tuple[str, str], list[Accepted]] = {}
     rejections: dict[int, Rejection] = {}
     for index in sorted(range(len(accepted)), key=lambda i: _PRECEDENCE[accepted[i].record.split]):
         item = accepted[index]
         same_id = ids.get(item.record.id)
-        keys = _question_keys(item.record)
-        same_question = next((questions[key] for key in keys if key in questions), None)
+        alike = questions.setdefault((item.record.db_id, question_key(item.record)), [])
+        same_question = next((other for other in alike if _asks_the_same(item.record, other.record)), None)
         if same_id:
             detail = f"id {item.record.id!r} is also that of {same_id.candidate.where}"
             rejections[index] = Rejection(item.candidate, DUPLICATE_ID, detail)
@@ -89,24 +89,23 @@ def drop_duplicates(accepted: Sequence[Accepted]) -> tuple[list[Accepted], list[
             rejections[index] = Rejection(item.candidate, LEAK if leak else DUPLICATE_QUESTION, detail)
         else:
             ids[item.record.id] = item
-            questions |= dict.fromkeys(keys, item)
+            alike.append(item)
     kept = [item for index, item in enumerate(accepted) if index not in rejections]
     return kept, [rejections[index] for index in sorted(rejections)]
 
 
-def _question_keys(record: Record) -> list[tuple[str, ...]]:
-    """Records that share one of these ask the same."""
-    return [
-        (record.db_id, _question_as_written(record)),
-        (record.db_id, question_key(record), _gold_as_written(record.sql, record.dialect)),
-    ]
+def _asks_the_same(one: Record, other: Record) -> bool:
+    """Of two records with one `question_key`: whether also the values that they ask for are the same."""
+    if _question_as_written(one) == _question_as_written(other):
+        return True
+    values, others = _quoted_values(one.sql, one.dialect), _quoted_values(other.sql, other.dialect)
+    differ_in_case = values != others and {v.casefold() for v in values} == {v.casefold() for v in others}
+    return not differ_in_case
 
 
-@functools.lru_cache(maxsize=1 << 17)
-def _gold_as_written(sql: str, dialect: str) -> str:
-    """The gold SQL without regard to spaces, comments and case, except in quotes: SQLite reads "A" as a value, too."""
-    found = [piece for piece in pieces(sql, dialect=dialect) if piece.is_code and piece.text != ";"]
-    return " ".join(piece.text if piece.kind in ("text", "name") else piece.text.casefold() for piece in found)
+def _quoted_values(sql: str, dialect: str) -> frozenset[str]:
+    """What stands in quotes, double ones included: SQLite reads "A" as a value if there is no such column."""
+    return frozenset(piece.text[1:-1] for piece in pieces(sql, dialect=dialect) if piece.kind in ("text", "name"))
 
 
 def assign_splits(

@@ -126,7 +126,9 @@ SAME_QUESTION = [
         "SELECT 1",
         True,
     ),
-    ("List the names", "SELECT name FROM item", "list the names", "SELECT name FROM item AS i", False),
+    ("List the names", "SELECT name FROM item", "list the names", "SELECT name FROM item AS i", True),
+    ("Is it a or A?", "SELECT 'A'", "is it A or a?", "SELECT 'a' AS x", False),
+    ("Who is May?", "SELECT 'May'", "who is may?", "SELECT 'June'", True),
     ("Straße?", "SELECT 1", "STRASSE?", "SELECT 1", True),
 ]
 
