@@ -5,14 +5,17 @@ Reading is strict: an unknown or malformed field is an error, so that no setting
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.data.strict_json import RepeatedKeyError, array_items, loads
 from finetune.errors import UserError
 from finetune.runtime.files import atomic_file
 
@@ -40,35 +43,88 @@ FIELDS = tuple(f.name for f in fields(Record))
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a JSONL file: its number, counted from 1, and its value; if `problem` is set, `value` is the raw text."""
+    """One record of a file: its line, counted from 1 (in_array: its position in the array), and its value; if `problem` is set
+    because it is not JSON, `value` is the raw text."""
 
     number: int
     value: Any
     problem: str | None = None
+    in_array: bool = False
+
+    def place(self, path: Path) -> str:
+        """Where it is, for messages."""
+        return f"{path} record {self.number}" if self.in_array else f"{path}:{self.number}"
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a JSONL file without the blank ones. Raises UserError if the path is missing or not a file."""
+    """The records of a JSONL file, without blank lines, or of a file that is one JSON array.
+
+    Raises UserError if the path is missing or not a file, and if the file is neither of the two: an array that is not closed,
+    records over several lines, UTF-16.
+    """
     if not path.is_file():
         raise UserError(
             f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file", code="data.not_found"
         )
     with path.open("rb") as file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path}: UTF-16 text; save it as UTF-8", code="data.bad_encoding")
+        first = True
         for number, raw in enumerate(file, 1):
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
                 yield Line(number, repr(raw), f"not UTF-8 text ({error.reason} at byte {error.start})")
                 continue
-            if text:
-                yield _parse(number, text)
+            if not text:
+                continue
+            line = _parse(number, text)
+            if first and (line.problem or isinstance(line.value, list)):
+                array = _array(path, line)
+                if array is not None:
+                    yield from array
+                    return
+            first = False
+            yield line
+
+
+def _array(path: Path, first: Line) -> list[Line] | None:
+    """The records of a file that is one array; None if its lines are to be read one by one. first: its first line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return [
+            Line(number, item, problem, in_array=True) for number, (item, problem) in enumerate(array_items(text), 1)
+        ]
+    except json.JSONDecodeError as error:
+        if first.problem and str(first.value).startswith("["):
+            where = f"{path}:{error.lineno}: not a JSON array ({error.msg} at column {error.colno})"
+            raise UserError(f"{where}; expected one record per line, or an array", code="data.bad_json") from None
+    except TypeError:  # one value that is no array
+        pass
+    except (ValueError, RecursionError):
+        return None
+    start, _, rest = text.strip().partition("\n")
+    if (
+        start.strip().startswith("{")
+        and not start.strip().endswith("}")
+        and not rest.lstrip().startswith(("{", "["))
+        and rest
+    ):
+        raise UserError(
+            f"{path}:{first.number}: a JSON object over several lines; expected one record per line (as `jq -c .` writes them), "
+            "or an array of records",
+            code="data.bad_json",
+        )
+    return None
 
 
 def _parse(number: int, text: str) -> Line:
     try:
-        return Line(number, json.loads(text))
+        return Line(number, loads(text))
     except json.JSONDecodeError as error:
         return Line(number, text, f"not JSON ({error.msg} at column {error.colno})")
+    except RepeatedKeyError as error:
+        return Line(number, text, str(error))
     except (ValueError, RecursionError) as error:
         return Line(number, text, f"not JSON ({error})")
 
@@ -105,6 +161,8 @@ def _value_problem(name: str, content: object) -> str | None:
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, date):
+        return "a date"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -115,7 +173,7 @@ def read_records(path: Path) -> list[Record]:
     for line in read_lines(path):
         problems = [line.problem] if line.problem else field_problems(line.value)
         if problems:
-            raise UserError(f"{path}:{line.number}: {'; '.join(problems)}", code="data.bad_record")
+            raise UserError(f"{line.place(path)}: {'; '.join(problems)}", code="data.bad_record")
         records.append(Record(**line.value))
     return records
 

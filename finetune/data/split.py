@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -24,9 +25,22 @@ SplitBy = Literal["question", "database"]
 _PRECEDENCE: dict[Split | None, int] = {"test": 0, "val": 1, None: 2, "train": 3}
 
 
+_IN_QUOTES = re.compile(r"""(?<!\w)(?:'\S(?:.*?\S)??'|"[^"]+"|“[^”]+”|‘[^’]+’|«[^»]+»|`[^`]+`)(?!\w)""")
+"""A quoted value in a question; an apostrophe inside or at the end of a word opens none."""
+
+
 def question_key(record: Record) -> str:
-    """The question in lower case, with runs of whitespace collapsed."""
-    return " ".join(record.question.casefold().split())
+    """The question in lower case except for values in quotes, with runs of whitespace collapsed."""
+    text = " ".join(record.question.split())
+    parts, end = [], 0
+    for match in _IN_QUOTES.finditer(text):
+        parts += [text[end : match.start()].casefold(), match[0]]
+        end = match.end()
+    return "".join([*parts, text[end:].casefold()])
+
+
+def _question_as_written(record: Record) -> str:
+    return " ".join(record.question.split())
 
 
 def sql_key(record: Record) -> str:
@@ -58,15 +72,18 @@ def _folded(sql: str, dialect: str, masked: bool) -> str:
 def drop_duplicates(accepted: Sequence[Accepted]) -> tuple[list[Accepted], list[Rejection]]:
     """Keep one record per id, and one per question about a database, in the original order.
 
-    The first one is kept, except that a record assigned to test or val by its source takes precedence.
+    Two questions that differ in case alone are one, unless quoted values of their gold SQL differ in case as well: "grade a"
+    and "grade A" may be two questions. The first one is kept, except that a record assigned to test or val by its source takes
+    precedence.
     """
     ids: dict[str, Accepted] = {}
-    questions: dict[tuple[str, str], Accepted] = {}
+    questions: dict[tuple[str, str], list[Accepted]] = {}
     rejections: dict[int, Rejection] = {}
     for index in sorted(range(len(accepted)), key=lambda i: _PRECEDENCE[accepted[i].record.split]):
         item = accepted[index]
         same_id = ids.get(item.record.id)
-        same_question = questions.get((item.record.db_id, question_key(item.record)))
+        alike = questions.setdefault((item.record.db_id, question_key(item.record)), [])
+        same_question = next((other for other in alike if _asks_the_same(item.record, other.record)), None)
         if same_id:
             detail = f"id {item.record.id!r} is also that of {same_id.candidate.where}"
             rejections[index] = Rejection(item.candidate, DUPLICATE_ID, detail)
@@ -77,9 +94,23 @@ def drop_duplicates(accepted: Sequence[Accepted]) -> tuple[list[Accepted], list[
             rejections[index] = Rejection(item.candidate, LEAK if leak else DUPLICATE_QUESTION, detail)
         else:
             ids[item.record.id] = item
-            questions[item.record.db_id, question_key(item.record)] = item
+            alike.append(item)
     kept = [item for index, item in enumerate(accepted) if index not in rejections]
     return kept, [rejections[index] for index in sorted(rejections)]
+
+
+def _asks_the_same(one: Record, other: Record) -> bool:
+    """Of two records with one `question_key`: whether also the values that they ask for are the same."""
+    if _question_as_written(one) == _question_as_written(other):
+        return True
+    values, others = _quoted_values(one.sql, one.dialect), _quoted_values(other.sql, other.dialect)
+    differ_in_case = values != others and {v.casefold() for v in values} == {v.casefold() for v in others}
+    return not differ_in_case
+
+
+def _quoted_values(sql: str, dialect: str) -> frozenset[str]:
+    """What stands in quotes, double ones included: SQLite reads "A" as a value if there is no such column."""
+    return frozenset(piece.text[1:-1] for piece in pieces(sql, dialect=dialect) if piece.kind in ("text", "name"))
 
 
 def assign_splits(

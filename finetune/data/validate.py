@@ -16,10 +16,10 @@ from typing import Any, Literal
 from sqlglot.errors import ParseError
 from tqdm import tqdm
 
+from finetune.data.candidates import Candidate, Source
 from finetune.data.golds import Golds
 from finetune.data.prompts import completion
 from finetune.data.records import REQUIRED, Record, field_problems
-from finetune.data.sources import Candidate, Source
 from finetune.errors import UserError
 from finetune.sql.dialects import dialect_name
 from finetune.sql.engines.base import Engine, Limits

@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 from sqlglot import exp
+from sqlglot.errors import ParseError
 
 from finetune.sql.ddl.names import path_of
 from finetune.sql.parsing import query_tree
@@ -22,9 +23,12 @@ def tables_not_shown(sql: str, schema: str, dialect: str) -> list[str]:
     """The tables that a query reads and the DDL does not create, as the query writes them, sorted.
 
     Left out: the query's own WITH tables and aliases, functions, files, and the database's catalog. A name without its
-    schema means any table of that name. Both texts must be readable.
+    schema means any table of that name. Empty if the query cannot be parsed.
     """
-    tree = query_tree(sql, dialect)
+    try:
+        tree = query_tree(sql, dialect)
+    except ParseError:  # SQLite runs queries that sqlglot does not read
+        return []
     shown = _paths(schema, dialect)
     own = {cte.alias.lower() for cte in tree.find_all(exp.CTE)}
     tables = list(tree.find_all(exp.Table))

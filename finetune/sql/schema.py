@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.sql.ddl.in_sqlite import RELATION, tables_by_sqlite
+from finetune.sql.dialects import dialect_name
 from finetune.sql.quoting import quoted
 from finetune.sql.tables import Column, ForeignKey, Table, table_at
 from finetune.sql.text import on_one_line, shortened, statements
@@ -97,8 +98,9 @@ def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
     it. SQLite's DDL is read by SQLite itself; sqlglot reads what SQLite rejects, and all other dialects. Raises UserError
     also if no table is left.
     """
+    dialect = dialect_name(dialect)
     if not re.search(r"\b(?:CREATE|INTO)\b", ddl, re.IGNORECASE):
-        raise _without_tables(ddl)
+        raise _without_tables(ddl, dialect)
     try:
         if dialect != "sqlite":
             raise sqlite3.NotSupportedError
@@ -108,12 +110,13 @@ def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
 
         tables = tables_by_sqlglot(ddl, dialect)
     if not tables:
-        raise _without_tables(ddl)
+        raise _without_tables(ddl, dialect)
     return tuple(replace(table, foreign_keys=_resolved(table, tables)) for table in tables)
 
 
-def _without_tables(ddl: str) -> UserError:
-    return UserError(f"schema: no CREATE TABLE statement in it: {shortened(ddl)}", code="sql.no_tables")
+def _without_tables(ddl: str, dialect: str) -> UserError:
+    what = shortened(ddl, dialect=dialect)
+    return UserError(f"schema: no CREATE TABLE statement in it: {what}", code="sql.no_tables")
 
 
 def _resolved(owner: Table, tables: Iterable[Table]) -> tuple[ForeignKey, ...]:

@@ -149,6 +149,15 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str, str]] = {
     "SQL that does not parse": ({"sql": "SELECT FROM WHERE"}, "sql_does_not_parse", ""),
     "SQL that is no query": ({"sql": "DELETE FROM item"}, "sql_does_not_parse", "not a query"),
     "unknown column": ({"sql": "SELECT colour FROM item"}, "gold_fails", "no such column: colour"),
+    "table that the schema does not show": (
+        {
+            "dialect": "snowflake",
+            "schema": "CREATE OR REPLACE TABLE client (id int)",
+            "sql": "SELECT 1 FROM client, orders",
+        },
+        "table_not_shown",
+        "the gold SQL reads orders, which the schema does not create",
+    ),
     "schema that is no DDL": ({"schema": "item: id, name"}, "schema_does_not_parse", "no CREATE TABLE"),
     "missing database": ({"db_id": "absent"}, "database_missing", "absent.sqlite"),
     "no SQLite file": ({"db_id": "text"}, "database_unreadable", "not a SQLite file"),

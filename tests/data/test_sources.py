@@ -10,7 +10,7 @@ import pytest
 from finetune.config.schema import SourceSection
 from finetune.data.records import SPLITS
 from finetune.data.sources import open_source
-from tests.helpers.data_examples import SCHEMA, make_database, read_jsonl, row, run_prepare
+from tests.helpers.data_examples import SCHEMA, make_database, read_jsonl, row, run_prepare, write_jsonl
 from tests.helpers.errors import raises
 
 TABLES = [
@@ -283,3 +283,88 @@ def test_mistake_in_a_huggingface_source_is_named(parquet: SourceSection, case: 
         setattr(parquet, name, value)
     with raises(code, match=message):
         open_source(parquet, "data.sources[0]", progress=False)
+
+
+# Keys that a kind does not use, arrays, repeated keys, BIRD -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("jsonl", "columns", {"sql": "query"}),
+        ("jsonl", "revision", "abc"),
+        ("jsonl", "subset", "train"),
+        ("jsonl", "files", ["a.json"]),
+        ("spider", "columns", {"sql": "query"}),
+        ("spider", "subset", "train"),
+        ("huggingface", "files", ["a.json"]),
+    ],
+)
+def test_key_that_a_kind_of_source_does_not_use_is_refused(
+    parquet: SourceSection, tmp_path: Path, kind: Any, name: str, value: Any
+) -> None:
+    section = parquet
+    if kind == "jsonl":
+        section = SourceSection(kind="jsonl", path=str(write_jsonl(tmp_path / "q.jsonl", [row(1)])))
+    elif kind == "spider":
+        section = spider_folder(tmp_path / "spider", [entry(1)])
+    open_source(section, "data.sources[0]", progress=False)
+    setattr(section, name, value)
+    with raises("data.unused_key", match=rf"data\.sources\[0\]\.{name}: `kind: {kind}` does not use this key"):
+        open_source(section, "data.sources[0]", progress=False)
+
+
+def test_a_repeated_key_is_a_fault_of_its_record_alone(tmp_path: Path) -> None:
+    source = spider_folder(tmp_path / "set", [entry(number) for number in range(30)])
+    path = tmp_path / "set" / "train.json"
+    text = json.dumps([entry(number) for number in range(30)], indent=1)
+    path.write_text(text.replace('"query":', '"query": "SELECT 9", "query":', 1))
+    run_prepare([source], tmp_path / "prepared")
+    (rejected,) = read_jsonl(tmp_path / "prepared" / "rejected.jsonl")
+    assert (rejected["line"], rejected["reason"], rejected["detail"]) == (
+        1,
+        "malformed",
+        "the key 'query' is there twice",
+    )
+
+
+def test_a_database_with_two_schemas_in_tables_json_is_refused(tmp_path: Path) -> None:
+    source = spider_folder(tmp_path / "set", [entry(1)], databases=False)
+    tables = tmp_path / "set" / "tables.json"
+    tables.write_text(json.dumps([*TABLES, *TABLES]))
+    open_source(source, "data.sources[0]")
+    tables.write_text(json.dumps([*TABLES, TABLES[0] | {"table_names_original": ["things"]}]))
+    with raises("data.bad_json", match=r"tables\.json record 2: another schema for shop"):
+        open_source(source, "data.sources[0]")
+    tables.write_text(json.dumps(TABLES).replace('"db_id":', '"db_id": "x", "db_id":'))
+    with raises("data.bad_json", match=r"tables\.json record 1: the key 'db_id' is there twice"):
+        open_source(source, "data.sources[0]")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["dev_databases", "dev_databases/dev_databases", "database", "dev_databases train_databases", "dev_tables.json"],
+)
+def test_bird_folder_needs_no_databases_key(tmp_path: Path, layout: str) -> None:
+    folder = tmp_path / "bird"
+    for part in layout.split(" "):
+        if part.endswith(".json"):
+            folder.mkdir()
+            (folder / part).write_text(json.dumps(TABLES))
+        else:
+            make_database(folder / part, "shop" if "dev" in part or part == "database" else "other")
+    bird = [{"db_id": "shop", "question": row(n)["question"], "SQL": row(n)["sql"], "evidence": ""} for n in range(60)]
+    (folder / "dev.json").write_text(json.dumps(bird))
+    prepared = run_prepare([SourceSection(kind="spider", path=str(folder), files=["dev.json"])], tmp_path / "prepared")
+    record = prepared.records("test")[0]
+    assert "CREATE TABLE item" in record.schema
+    assert (prepared.database(record) is None) == layout.endswith(".json")
+
+
+def test_bird_folder_with_databases_of_several_splits_asks_which(tmp_path: Path) -> None:
+    for name in ("dev", "train"):
+        make_database(tmp_path / "bird" / f"{name}_databases")
+        (tmp_path / "bird" / f"{name}.json").write_text(json.dumps([entry(1)]))
+    section = SourceSection(kind="spider", path=str(tmp_path / "bird"), files=["dev.json", "train.json"])
+    with raises("data.no_schema", match="which of dev_databases, train_databases belongs to dev.json, train.json"):
+        open_source(section, "data.sources[0]")

@@ -105,6 +105,51 @@ def test_given_test_set_stays_as_it_is(tmp_path: Path) -> None:
     assert prepared.manifest["rejected"] == {"leak": 5}
 
 
+SAME_QUESTION = [
+    # first question, its gold, second question, its gold, whether the second is a duplicate
+    ("Which item?", "SELECT 1", "which  ITEM?", "select 1 -- x", True),
+    ("Which item?", "SELECT 1", "Which item?", "SELECT 2", True),
+    ("Who has grade A?", "SELECT 'A'", "Who has grade a?", "SELECT 'a'", False),
+    (
+        "Who has grade A?",
+        'SELECT name FROM item WHERE name = "A"',
+        "Who has grade a?",
+        'SELECT name FROM item WHERE name = "a"',
+        False,
+    ),
+    ("Who has code 'A1'?", "SELECT 'A1'", "Who has code 'a1'?", "SELECT 'a1'", False),
+    ("Who has code “A1”?", "SELECT 1", "Who has code “a1”?", "SELECT 1", False),
+    (
+        "The pupils' names and the teachers' ids",
+        "SELECT 1",
+        "THE PUPILS' NAMES AND THE TEACHERS' IDS",
+        "SELECT 1",
+        True,
+    ),
+    ("List the names", "SELECT name FROM item", "list the names", "SELECT name FROM item AS i", True),
+    ("Is it a or A?", "SELECT 'A'", "is it A or a?", "SELECT 'a' AS x", False),
+    ("Who is May?", "SELECT 'May'", "who is may?", "SELECT 'June'", True),
+    ("Straße?", "SELECT 1", "STRASSE?", "SELECT 1", True),
+]
+
+
+@pytest.mark.parametrize(("first", "gold", "second", "other_gold", "same"), SAME_QUESTION)
+def test_case_alone_makes_no_duplicate_of_a_question_with_another_answer(
+    tmp_path: Path, first: str, gold: str, second: str, other_gold: str, same: bool
+) -> None:
+    rows = [row(1, question=first, sql=gold, split="train"), row(2, question=second, sql=other_gold, split="train")]
+    rows += [row(3, split="val"), row(4, split="test")]
+    source = jsonl_source(write_jsonl(tmp_path / "q.jsonl", rows))
+    prepared = run_prepare([source], tmp_path / "prepared")
+    assert prepared.manifest["rejected"] == ({"duplicate_question": 1} if same else {})
+
+
+def test_questions_about_values_of_another_case_may_stand_in_train_and_test() -> None:
+    one = Record(**row(1, question="Who has 'A1' in the US?"))
+    assert question_key(one) == "who has 'A1' in the us?"
+    assert question_key(one) != question_key(Record(**row(2, question="Who has 'a1' in the US?")))
+
+
 def test_gold_sql_is_compared_without_case_spaces_and_semicolon() -> None:
     def key(sql: str) -> str:
         return sql_key(Record(**row(1, sql=sql)))

@@ -276,7 +276,7 @@ ERRORS = [
     ("postgres", "DO $$ BEGIN CREATE TABLE o (a int); END $$", "inside a block or a text.*, in: DO "),
     ("postgres", "ALTER TABLE client SET SCHEMA z", "in: ALTER TABLE client SET SCHEMA z"),
     ("postgres", "CREATE TABLE o (a int, b int MADE UP)", "in: CREATE TABLE o"),
-    ("postgres", "CREATE TABLE o (a text DEFAULT 'x)", "schema: "),
+    ("postgres", "CREATE TABLE o (a text DEFAULT 'x)", "a quote or comment in it is not closed"),
     ("postgres", "CALL p() CREATE TABLE o (a int, b MADE UP TYPE)", "inside a block or a text"),
     ("tsql", "EXEC sp_executesql N'CREATE VIEW o AS SELECT 1 AS a'", "inside a block or a text"),
     ("tsql", "CREATE TABLE o (a int MADE UP)", "in: CREATE TABLE o"),

@@ -24,7 +24,8 @@ from finetune.sql.ddl.items import (
 from finetune.sql.ddl.names import path_of, table_name
 from finetune.sql.ddl.queries import query_columns
 from finetune.sql.ddl.repair import readable_alter, readable_create
-from finetune.sql.ddl.script import Statement, dialect_named, split_script, virtual_table
+from finetune.sql.ddl.script import Statement, split_script, virtual_table
+from finetune.sql.dialects import dialect_name
 from finetune.sql.parsing import parse_statements
 from finetune.sql.tables import Column, Table, table_at
 from finetune.sql.text import shortened
@@ -38,23 +39,17 @@ def tables_by_sqlglot(ddl: str, dialect: str) -> list[Table]:
 
     Raises a UserError that quotes the statement that cannot be read, and for an unknown dialect.
     """
-    parse_statements("", dialect)  # refuses an unknown dialect
+    dialect = dialect_name(dialect)
     reader = _Reader(dialect)
+    text = ddl
     try:
-        statements = split_script(ddl, reader.dialect)
-    except ParseError as error:
-        raise UserError(f"schema: {error}, in: {shortened(ddl, dialect=dialect)}", code="sql.bad_schema") from None
-    for statement in statements:
-        try:
+        for statement in split_script(ddl, reader.dialect):
+            text = statement.text
             reader.apply(statement)
-        except ParseError as error:
-            raise UserError(
-                f"schema: {error}, in: {shortened(statement.text, dialect=dialect)}", code="sql.bad_schema"
-            ) from None
-        except _FAULTS_OF_PARSER:
-            raise UserError(
-                f"schema: it cannot be read, in: {shortened(statement.text, dialect=dialect)}", code="sql.bad_schema"
-            ) from None
+    except (ParseError, *_FAULTS_OF_PARSER) as error:
+        problem = error if isinstance(error, ParseError) else "it cannot be read"
+        where = " ".join(shortened(text, dialect=dialect).split())  # where a quote is not closed, it keeps its lines
+        raise UserError(f"schema: {problem}, in: {where}", code="sql.bad_schema") from None
     return reader.tables
 
 
@@ -62,7 +57,7 @@ class _Reader:
     """The tables after the statements applied so far. Its methods raise ParseError for what cannot be read."""
 
     def __init__(self, dialect: str) -> None:
-        self.name, self.dialect = dialect, dialect_named(dialect)
+        self.name, self.dialect = dialect, Dialect.get_or_raise(dialect)
         self.tables: list[Table] = []
 
     def apply(self, statement: Statement) -> None:

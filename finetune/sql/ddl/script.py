@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-import sqlglot
 from sqlglot.dialects import TSQL, MySQL, Oracle, Postgres
 from sqlglot.dialects.dialect import Dialect
 from sqlglot.errors import ParseError, SqlglotError
@@ -120,8 +119,8 @@ def tokens_of(text: str, dialect: Dialect) -> list[Token]:
     """Raises ParseError where the text ends inside a quote."""
     try:
         return list(dialect.tokenize(text))
-    except SqlglotError as error:
-        raise ParseError(" ".join(str(error).split())) from None
+    except SqlglotError:
+        raise ParseError("a quote or comment in it is not closed") from None
 
 
 def _words(token: Token, text: str) -> list[str]:
@@ -272,7 +271,3 @@ def virtual_table(text: str, dialect: Dialect) -> tuple[str, list[str]]:
     if not columns:
         raise ParseError("its columns cannot be read")
     return tokens[using - 1].text, [column for column in columns if column != ")"]
-
-
-def dialect_named(name: str) -> Dialect:
-    return sqlglot.Dialect.get_or_raise(name)
