@@ -62,6 +62,7 @@ NEEDS_TORCH = (
     "evaluation.generators.hf",
     "evaluation.generators.registry",
     "evaluation.run",
+    "models.adapter",
     "models.attention",
     "models.device",
     "models.fused",
