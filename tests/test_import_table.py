@@ -64,6 +64,7 @@ NEEDS_TORCH = (
     "evaluation.generators.registry",
     "evaluation.questions",
     "evaluation.run",
+    "models.adapter",
     "models.attention",
     "models.device",
     "models.fused",

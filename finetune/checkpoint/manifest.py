@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     if not content.rstrip().endswith(b"\n}"):  # only the very last line is an unindented brace
         raise InvalidCheckpoint("half a manifest: the save was cut off", incomplete=True)
     return _checked(folder, content)
+
+
+def check_names(manifest: dict[str, Any], required: Iterable[str]) -> None:
+    """Raises InvalidCheckpoint if the manifest does not list all required files."""
+    if missing := [name for name in required if name not in manifest["files"]]:
+        raise InvalidCheckpoint(f"the manifest lists no {', '.join(missing)}: not a whole save", corrupt=True)
 
 
 def check_files(folder: Path, manifest: dict[str, Any], disk: Disk) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from finetune.checkpoint.manifest import (
     MANIFEST,
     InvalidCheckpoint,
     check_files,
+    check_names,
     manifest_of,
     manifest_text,
     right_sizes,
@@ -58,13 +59,17 @@ class CheckpointStore:
     """The checkpoints of one run in the folder `root`, which the first `put` creates; its parent must exist.
 
     keep_last: number of newest checkpoints to keep. keep_every: of the older ones, every keep_every-th is kept too.
+    required: the files without which a folder is not a checkpoint. content: why their content is not one (a folder and its
+    manifest), None if it is.
     """
 
     def __init__(
-        self, root: Path, *, run_id: str, keep_last: int = 2, keep_every: int | None = None, disk: Disk = DISK
-    ) -> None:
+        self, root: Path, *, run_id: str, keep_last: int = 2, keep_every: int | None = None, disk: Disk = DISK,
+        required: Sequence[str] = (), content: Callable[[Path, dict[str, Any]], str | None] | None = None,
+    ) -> None:  # fmt: skip
         self.root, self.run_id, self.keep_last, self.keep_every = root, run_id, keep_last, keep_every
         self._disk = disk
+        self._required, self._content = required, content
         self._seen = os.access(root, os.F_OK)
         self._corrupt: set[Path] = set()
 
@@ -189,8 +194,11 @@ class CheckpointStore:
             manifest = manifest_of(folder)
             if manifest["run_id"] != self.run_id:
                 return InvalidCheckpoint(f"is of another run ({manifest['run_id']})", wrong_run=True)
+            check_names(manifest, self._required)
             if deep:
                 check_files(folder, manifest, self._disk)
+            if deep and self._content and (why := self._content(folder, manifest)):
+                return InvalidCheckpoint(why, corrupt=True)
         except InvalidCheckpoint as invalid:
             return invalid
         except OSError as error:
@@ -202,7 +210,9 @@ class CheckpointStore:
         found = {}
         for folder in newest_first(self.root):
             try:
-                found[folder] = manifest_of(folder)
+                manifest = manifest_of(folder)
+                check_names(manifest, self._required)
+                found[folder] = manifest
             except (InvalidCheckpoint, OSError):
                 continue
         return {folder: manifest for folder, manifest in found.items() if manifest["run_id"] == self.run_id}

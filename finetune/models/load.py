@@ -5,6 +5,7 @@ Nothing here assumes a CPU or a GPU: dtype and attention depend on the compute c
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,17 @@ from safetensors import SafetensorError
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.errors import UserError, first_line
+from finetune.models.adapter import (
+    WEIGHTS,
+    base_identity,
+    check_base,
+    check_folder,
+    check_layers,
+    check_run,
+    check_tensors,
+    is_sealed,
+    mismatch,
+)
 from finetune.models.attention import attention_for
 from finetune.models.device import Device
 from finetune.models.gguf import PACKAGE_PREFIX, unpacked_gguf
@@ -101,8 +113,8 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)}
-    unmatched = [t for t in section.target_modules if not any(f".{name}".endswith(f".{t}") for name in layers)]
+    layers = _layers(model)
+    unmatched = [t for t in section.target_modules if not any(_matches(name, t) for name in layers)]
     if unmatched:
         linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
         raise UserError(
@@ -121,25 +133,58 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     return get_peft_model(model, config)  # type: ignore[return-value]
 
 
+def _layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layers that can have an adapter, by path."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)}
+
+
+def _matches(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
 def require_adapter(folder: Path) -> None:
-    """Raises UserError unless the folder has a trained adapter; for callers that would first load a base model for minutes."""
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder}: no adapter in it; run `finetune train` to the end, or name another run", code="adapter.missing"
-        )
+    """Raises UserError unless the folder has a trained adapter, unchanged since training wrote it; for callers that would first
+    load a base model for minutes."""
+    check_folder(folder)
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """A trained adapter on a freshly loaded base model, for inference. Raises UserError if it is missing or does not load."""
-    from peft import PeftModel
+def load_adapter(
+    model: PreTrainedModel, folder: Path, lora: LoraSection | None = None, section: ModelSection | None = None
+) -> PeftModel:
+    """A trained adapter on a freshly loaded base model, for inference.
 
-    require_adapter(folder)
+    Raises UserError if it is missing, has changed, does not fit this model to the last tensor, or was trained with other LoRA
+    settings (lora) or on another base model (section) than the run's.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    settings = check_folder(folder)
+    if lora is not None:
+        check_run(folder, settings, lora)
+        wanted = {name for name in _layers(model) if any(_matches(name, target) for target in lora.target_modules)}
+    if section is not None:
+        check_base(folder, identity_of_base(section))
+    if not is_sealed(folder):
+        say(f"{folder}: no manifest in it (from an earlier version), so whether a file has changed cannot be told")
+    if not (folder / WEIGHTS).is_file():  # PEFT would look for other files, and on the hub
+        raise mismatch(folder, f"{WEIGHTS} is missing")
     try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: the adapter does not load on this base model: {first_line(error)}", code="adapter.mismatch"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about missing tensors, which the check below refuses
+            loaded = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise mismatch(folder, _reason(error)) from error
+    if lora is not None:
+        adapted = {name for name, module in loaded.get_base_model().named_modules() if hasattr(module, "lora_A")}
+        check_layers(folder, wanted, adapted)
+    check_tensors(folder, get_peft_model_state_dict(loaded))
+    return loaded
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong; torch writes a headline above it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else first_line(error)
 
 
 def adapters_to_float32(model: torch.nn.Module) -> None:
@@ -194,6 +239,14 @@ def weights_identity(section: ModelSection) -> list[Any]:
         return [folder.name]
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def identity_of_base(section: ModelSection) -> dict[str, Any]:
+    """See adapter.base_identity. A converted package has the hash of its content in its folder's name."""
+    source = resolve_name(section.name)
+    if section.name.startswith(PACKAGE_PREFIX):
+        return base_identity(section.name, Path(source).name, None)
+    return base_identity(section.name, section.revision, Path(source) if Path(source).is_dir() else None)
 
 
 def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:

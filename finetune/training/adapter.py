@@ -8,15 +8,28 @@ from pathlib import Path
 
 import torch
 
+from finetune.checkpoint.store import read_manifest
 from finetune.data.prompts import PromptTemplate
+from finetune.errors import UserError
+from finetune.models.adapter import BASE, seal_adapter
+from finetune.models.load import identity_of_base
 from finetune.run_folder import RunFolder
 from finetune.runtime import fault_injection
 from finetune.runtime.confined import remove_tree
+from finetune.runtime.files import sha256_file, write_json
 from finetune.training.record.recorder import RunRecorder
 from finetune.training.setup import Parts
 
 TEMPORARY_ADAPTER, TEMPORARY_COPY = ".adapter.tmp", ".adapter-of-checkpoint.tmp"
-ADAPTER_FILES = ("adapter_*", "README.md", "tokenizer*", "special_tokens_map.json", "chat_template*", "prompt.json")
+ADAPTER_FILES = (
+    "adapter_*",
+    "README.md",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "prompt.json",
+    "base.json",
+)
 """The files of a checkpoint that make up a self-contained adapter folder."""
 
 
@@ -26,6 +39,8 @@ def save_adapter(run: RunFolder, model: torch.nn.Module, parts: Parts, template:
     model.save_pretrained(str(temporary))  # type: ignore[operator]
     parts.tokenizer.save_pretrained(str(temporary))
     template.save(temporary)
+    write_json(temporary / BASE, identity_of_base(run.config().model))
+    seal_adapter(temporary)
     _into_place(run, temporary)
 
 
@@ -33,9 +48,16 @@ def adapter_from(run: RunFolder, checkpoint: Path) -> None:
     """Make the adapter folder from a checkpoint, without loading the model."""
     temporary = _fresh(run, TEMPORARY_COPY)
     temporary.mkdir()
+    saved = read_manifest(checkpoint)["files"]
     for pattern in ADAPTER_FILES:
         for path in checkpoint.glob(pattern):
             shutil.copyfile(path, temporary / path.name)
+            if path.name not in saved or sha256_file(temporary / path.name) != saved[path.name]["sha256"]:
+                raise UserError(
+                    f"{path}: has changed since the checkpoint was saved; remove {checkpoint} and resume the run",
+                    code="checkpoint.corrupt",
+                )
+    seal_adapter(temporary)
     _into_place(run, temporary)
 
 

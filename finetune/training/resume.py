@@ -22,6 +22,7 @@ from finetune.run_record import RunRecord, StepRecord
 from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.runtime.files import write_text
+from finetune.training.checkpoint_content import REQUIRED, content_fault
 from finetune.training.staging import CONFIG, commit_orphaned_save
 from finetune.training.step.plan import StepPlan
 
@@ -39,6 +40,8 @@ def store_of(run: RunFolder, config: RunConfig, record: RunRecord) -> Checkpoint
         run_id=id_of(run, record),
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
+        required=REQUIRED,
+        content=content_fault,
     )
 
 

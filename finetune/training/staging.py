@@ -25,6 +25,8 @@ from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
+from finetune.models.adapter import BASE
+from finetune.models.load import identity_of_base
 from finetune.prepared_folder import MANIFEST
 from finetune.run_folder import RunFolder
 from finetune.run_record import SavesRecord
@@ -102,6 +104,7 @@ class CheckpointStaging(TrainerCallback):
         self.trainer, self.writer, self.run = trainer, writer, run
         self.config, self.data, self.template, self.attempt = config, data, template, attempt
         self.saves = Saves()
+        self.base = identity_of_base(config.model) if writer else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.writer:
@@ -121,6 +124,7 @@ class CheckpointStaging(TrainerCallback):
         write_json(folder / LOGGING_STATE, self.trainer.logging_state())
         write_text(folder / CONFIG, to_yaml(self.config))
         self.template.save(folder)
+        write_json(folder / BASE, self.base)
         shutil.copyfile(self.data.folder / MANIFEST, folder / DATA_MANIFEST)
         if self.run.ledger.is_dir():
             (folder / "ledger").mkdir()

@@ -16,6 +16,7 @@ from finetune.data.prompts import PromptTemplate
 from finetune.evaluation.ask import ROWS_SHOWN, schema_of
 from finetune.evaluation.generators import hf
 from finetune.evaluation.generators.hf import generate_answers
+from finetune.models.adapter import seal_adapter
 from finetune.models.device import choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
 from finetune.run_folder import RunFolder
@@ -105,6 +106,7 @@ def test_the_prompt_shows_schema_question_and_evidence(run: RunFolder, database:
 def test_a_compact_template_is_taken_from_beside_the_adapter(run: RunFolder, database: Path, answer: Any) -> None:
     prompts = answer("SELECT 1")
     PromptTemplate("compact").save(run.adapter)
+    seal_adapter(run.adapter)
     assert generate(run, database) == 0
     assert "item(id, name, price)" in prompts[0] and "CREATE TABLE" not in prompts[0]
 

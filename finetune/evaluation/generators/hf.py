@@ -16,9 +16,11 @@ from finetune.config.schema import RunConfig
 from finetune.data.prompts import answer_is_complete
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Answer
+from finetune.models.adapter import is_sealed
 from finetune.models.device import Device, choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
-from finetune.tokens import decode_answer, encode_prompts, stop_ids
+from finetune.runtime.console import say
+from finetune.tokens import added_after, decode_answer, encode_prompts, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,11 @@ class HfGenerator:
         device = choose_device(config.model.torch_dtype)
         model: Any = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
         tokenizer = load_tokenizer(config.model)
-        return HfModel(model if adapter is None else load_adapter(model, adapter), tokenizer, device)
+        if adapter is not None:
+            model = load_adapter(model, adapter, config.lora, config.model)
+            if not is_sealed(adapter) and (end := added_after(tokenizer)):
+                say(f"{adapter}: was trained with {end} before each answer, by an earlier version; train again")
+        return HfModel(model, tokenizer, device)
 
 
 class HfModel:
