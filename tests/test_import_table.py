@@ -65,6 +65,7 @@ NEEDS_TORCH = (
     "models.fused",
     "models.gguf",
     "models.load",
+    "models.target_modules",
     "runtime.torchrun",
     "training",
     "training.objectives",

@@ -27,7 +27,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, padded on the left for generation (the trainer's collator pads by itself)."""
     from transformers import AutoTokenizer
 
-    tokenizer = _load(section, AutoTokenizer.from_pretrained)
+    tokenizer = load_part(section, AutoTokenizer.from_pretrained)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name: the tokenizer of {section.name} has no end-of-text token, so answers cannot end",
@@ -53,7 +53,7 @@ def load_base(
     if device.place.type == "cpu":
         rounding = "bf16" if section.cpu_bf16_matmul else "none"  # a setting of the whole process, so always set
         torch.backends.mkldnn.matmul.fp32_precision = rounding  # type: ignore[attr-defined]
-    model, loaded = _load(
+    model, loaded = load_part(
         section,
         AutoModelForCausalLM.from_pretrained,
         output_loading_info=True,
@@ -103,15 +103,9 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)}
-    unmatched = [t for t in section.target_modules if not any(f".{name}".endswith(f".{t}") for name in layers)]
-    if unmatched:
-        linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
-        raise UserError(
-            f"lora.target_modules: {', '.join(unmatched)} match nothing in this model; its linear layers are "
-            f"{', '.join(sorted(linear - {'lm_head'}))}",
-            code="lora.unknown_modules",
-        )
+    from finetune.models.target_modules import check_modules
+
+    check_modules(model, section)
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.lora_alpha,
@@ -198,7 +192,7 @@ def weights_identity(section: ModelSection) -> list[Any]:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
+def load_part(section: ModelSection, loader: Any, **arguments: Any) -> Any:
     source = resolve_name(section.name)
     hub = not Path(source).exists()
     if hub and section.revision is None:

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.data.records import read_lines
 from finetune.errors import UserError
 from finetune.run_record import AttemptRecord, MemoryRecord, RunRecord, UsageRecord, read_record
 from finetune.runtime.files import read_json
+from finetune.runtime.paths import LONGEST_NAME
 from finetune.runtime.typed_json import LARGEST
 
 Json = dict[str, Any]
@@ -66,9 +67,17 @@ def read_run(run_dir: Path) -> Source:
     rows = {
         name: _read_rows(run_dir / model["rows"], command)
         for name, model in (evaluation.get("models") or {}).items()
-        if model and (run_dir / str(model.get("rows"))).is_file()
+        if model and _is_inside(model.get("rows")) and (run_dir / model["rows"]).is_file()
     }
     return Source(run_dir, run, evaluation, rows)
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether it names a file of the run's folder."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and all(len(part) <= LONGEST_NAME for part in path.parts)
 
 
 def _evaluation_problem(evaluation: Json) -> str | None:

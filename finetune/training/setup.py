@@ -15,6 +15,7 @@ from finetune.errors import UserError
 from finetune.machine.price import MachinePrice, machine_price
 from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
+from finetune.models.target_modules import check_target_modules
 from finetune.runtime.console import say
 from finetune.runtime.credentials import wandb_key_present
 from finetune.training.objectives.registry import objective_named
@@ -66,6 +67,7 @@ def inputs_of(config: RunConfig) -> Inputs:
             f"{template.identity()}; run `finetune data prepare CONFIG` again",
             code="prompt.mismatch",
         )
+    check_target_modules(config.model, config.lora)
     return Inputs(config, device, data, template, price)
 
 

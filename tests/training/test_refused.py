@@ -49,6 +49,9 @@ def refused(arguments: list[str], code: str, shown: Shown, match: str = "") -> s
     [
         ({"training": {"learning_rat": 1}}, "config.unknown_key", r"tiny\.yaml: .*training\.learning_rat"),
         ({"lora": {"target_modules": ["q_proj", "query", "key"]}}, "lora.unknown_modules", "query, key"),
+        ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, "config.bad_value", "lm_head gets no adapter"),
+        ({"lora": {"target_modules": ["embed_tokens"]}}, "config.bad_value", "embed_tokens gets no adapter"),
+        ({"lora": {"target_modules": ["model.layers.0.mlp.up_proj", "0"]}}, "lora.unknown_modules", "0 match nothing"),
         ({"model": {"name": "no/such/folder"}}, "model.not_found", r"model\.name: .*no/such/folder"),
         ({"model": {"name": "mistralai/Mistral-7B-v0.1"}}, "model.no_revision", r"model\.revision"),
         ({"model": {"name": "package://no_such_package/x.gguf"}}, "install.missing_package", r"model\.name: .*no_such_package"),
