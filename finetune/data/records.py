@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import UserError
-from finetune.runtime.files import atomic_file
+from finetune.runtime.files import atomic_file, kind_of
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -49,10 +49,9 @@ class Line:
 
 def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a JSONL file without the blank ones. Raises UserError if the path is missing or not a file."""
-    if not path.is_file():
-        raise UserError(
-            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file", code="data.not_found"
-        )
+    if (kind := kind_of(path)) != "a file":
+        found = "no such file" if kind == "nothing" else kind
+        raise UserError(f"{path}: {found}; expected a JSONL file", code="data.not_found")
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:

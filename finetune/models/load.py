@@ -15,10 +15,11 @@ from finetune.config.schema import LoraSection, ModelSection, QuantizationSectio
 from finetune.errors import UserError, first_line
 from finetune.models.device import Device
 from finetune.models.gguf import PACKAGE_PREFIX, unpacked_gguf
+from finetune.models.target_modules import check_modules
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -27,7 +28,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, padded on the left for generation (the trainer's collator pads by itself)."""
     from transformers import AutoTokenizer
 
-    tokenizer = load_part(section, AutoTokenizer.from_pretrained)
+    tokenizer = _load(section, AutoTokenizer.from_pretrained)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name: the tokenizer of {section.name} has no end-of-text token, so answers cannot end",
@@ -38,6 +39,14 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "left"
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+def load_model_config(section: ModelSection) -> PretrainedConfig:
+    """The model's own config. Raises UserError like `load_base`."""
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = _load(section, AutoConfig.from_pretrained)
+    return config
 
 
 def load_base(
@@ -53,7 +62,7 @@ def load_base(
     if device.place.type == "cpu":
         rounding = "bf16" if section.cpu_bf16_matmul else "none"  # a setting of the whole process, so always set
         torch.backends.mkldnn.matmul.fp32_precision = rounding  # type: ignore[attr-defined]
-    model, loaded = load_part(
+    model, loaded = _load(
         section,
         AutoModelForCausalLM.from_pretrained,
         output_loading_info=True,
@@ -102,8 +111,6 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     Raises UserError if a name matches no layer that can have an adapter.
     """
     from peft import LoraConfig, get_peft_model
-
-    from finetune.models.target_modules import check_modules
 
     check_modules(model, section)
     config = LoraConfig(
@@ -192,7 +199,7 @@ def weights_identity(section: ModelSection) -> list[Any]:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def load_part(section: ModelSection, loader: Any, **arguments: Any) -> Any:
+def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
     source = resolve_name(section.name)
     hub = not Path(source).exists()
     if hub and section.revision is None:

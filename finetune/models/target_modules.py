@@ -6,24 +6,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finetune.config.schema import LoraSection, ModelSection
+from finetune.config.schema import LoraSection
 from finetune.errors import UserError
-from finetune.models.load import load_part
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 MOST_NAMED = 20
 
 
-def check_target_modules(model: ModelSection, lora: LoraSection) -> None:
-    """Raises UserError where `check_modules` would after minutes of loading, and for a model that cannot be found."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def check_target_modules(config: PretrainedConfig, lora: LoraSection, *, trust_remote_code: bool) -> None:
+    """Raises UserError where `check_modules` would after minutes of loading. config: the model's own, from its config.json."""
+    from transformers import AutoModelForCausalLM
 
-    config = load_part(model, AutoConfig.from_pretrained)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception:  # a model with code of its own may need its weights for this; loading it checks again
         return
     check_modules(skeleton, lora)
@@ -38,7 +36,9 @@ def check_modules(model: PreTrainedModel, lora: LoraSection) -> None:
     unmatched = [target for target, matches in found.items() if not matches]
     heads = [target for target, matches in found.items() if ends & {id(layer) for layer in matches}]
     if unmatched or heads:
-        what = f"{', '.join(unmatched)} match nothing in this model" if unmatched else f"{', '.join(heads)} get no adapter"
+        what = (
+            f"{', '.join(unmatched)} match nothing in this model" if unmatched else f"{', '.join(heads)} get no adapter"
+        )
         raise UserError(
             f"lora.target_modules: {what}; its linear layers are {', '.join(sorted(usable)[:MOST_NAMED])}",
             code="lora.unknown_modules",
