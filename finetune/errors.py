@@ -97,8 +97,10 @@ def shown(value: object, longest: int = LONGEST_VALUE) -> str:
 
 class _ShortRepr(reprlib.Repr):
     def repr_str(self, value: str, level: int) -> str:
-        text = repr(value[:LONGEST_VALUE])
-        return text if len(value) <= LONGEST_VALUE else f"{text[:-1]}…{text[-1]} ({len(value):,} characters)"
+        if len(value) <= LONGEST_VALUE:
+            return repr(value)
+        text = repr(value[: LONGEST_VALUE // 2])
+        return f"{text[:-1]}…{text[-1]} ({len(value):,} characters)"
 
     def repr_int(self, value: int, level: int) -> str:  # Python refuses to write out thousands of digits
         return (

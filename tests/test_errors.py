@@ -125,7 +125,7 @@ def test_a_message_is_one_short_line_that_moves_no_cursor() -> None:
     ("value", "text"),
     [
         ("a\x1b", r"'a\x1b'"),
-        ("x" * 5000, f"'{'x' * 80}…' (5,000 characters)"),
+        ("x" * 5000, f"'{'x' * 40}…' (5,000 characters)"),
         (10**5000, "a number of about 5,000 digits"),
         (2**32, "4294967296"),
         ([[[[[1]]]]], "[[[[...]]]]"),

@@ -71,6 +71,7 @@ NEEDS_TORCH = (
     "models.gguf",
     "models.head",
     "models.load",
+    "models.target_modules",
     "runtime.torchrun",
     "training",
     "training.objectives",

@@ -13,7 +13,18 @@ from pathlib import Path
 from types import ModuleType
 
 from finetune.cli import config, data, demo, doctor, evaluate, generate, job, machine, plan, report, train
-from finetune.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, Interrupted, UserError
+from finetune.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TRANSIENT,
+    EXIT_USER_ERROR,
+    LONGEST_MESSAGE,
+    Interrupted,
+    UserError,
+    printable,
+    shortened,
+    shown,
+)
 from finetune.runtime.console import escape_unprintable, not_encoded, one_line, typed_text
 from finetune.runtime.files import disk_error
 
@@ -64,14 +75,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {shortened(printable(' '.join(rest)), LONGEST_MESSAGE)}")
     if rest:
         parsed.overrides += rest
     if hasattr(parsed, "overrides"):  # values for a config, which is UTF-8 everywhere
         try:
             parsed.overrides = [typed_text(word) for word in parsed.overrides]
         except UnicodeDecodeError as error:
-            parser.error(f"KEY=VALUE: expected text in UTF-8, found {error.object!r}")
+            parser.error(f"KEY=VALUE: expected text in UTF-8, found {shown(error.object)}")
     return parsed
 
 

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
-from finetune.errors import UserError
+from finetune.errors import UserError, shown
 
 
 def add(commands: Any) -> None:
@@ -83,7 +83,7 @@ def _typed_ceilings(arguments: argparse.Namespace) -> dict[str, float]:
         except ValueError:
             ceilings[key] = math.nan
         if not 0 < ceilings[key] < math.inf:
-            raise UserError(f"{option}: expected a number above 0, found {text!r}", code="cli.bad_value")
+            raise UserError(f"{option}: expected a number above 0, found {shown(text)}", code="cli.bad_value")
     return ceilings
 
 

@@ -38,14 +38,20 @@ def convert(hint: Any, value: Any) -> Any:
 def _any_of(hints: tuple[Any, ...], value: Any) -> Any:
     if is_null(value) and NoneType in hints:
         return None
-    for hint in sorted(
-        (hint for hint in hints if hint is not NoneType), key=lambda hint: get_origin(hint) is not Literal
-    ):
+    kinds = [hint for hint in hints if hint is not NoneType]
+    words = [hint for hint in kinds if _is_words(hint)]
+    for hint in [*words, *(hint for hint in kinds if hint not in words)]:
         try:
             return convert(hint, value)
         except Unfit:
             continue
     raise Unfit
+
+
+def _is_words(hint: Any) -> bool:
+    """Whether the type is one of a few words, such as Literal["auto"]."""
+    origin: Any = get_origin(hint)
+    return origin is Literal
 
 
 def _one_of(choices: tuple[Any, ...], value: Any) -> Any:

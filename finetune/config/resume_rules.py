@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig, TrainingSection
-from finetune.errors import UserError
+from finetune.errors import UserError, printable
 
 Values = dict[str, Any]
 
@@ -218,4 +218,5 @@ def _leaves(values: Values, place: str = "") -> Iterator[tuple[str, Any]]:
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) and value else json.dumps(value)
+    text = printable(text)
     return text if len(text) <= LONGEST else text[: LONGEST - 2] + " …"

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from finetune.errors import first_line, shown
+from finetune.runtime.yaml_file import too_deep
 
 LARGEST_BYTES = 1 << 20
 """Of a config file."""
@@ -35,6 +36,8 @@ def parse(content: bytes | str) -> Any:
     Anchors, aliases and merge keys (`<<`) work. Raises BadYaml for what is not YAML, a repeated key, a key that is not a scalar,
     a tag of a kind that a config does not have, and for a document that contains itself or is nested too deeply.
     """
+    if too_deep(content.decode("latin-1") if isinstance(content, bytes) else content):
+        raise BadYaml("nested too deeply")
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
         return None if root is None else _Values().of(root)

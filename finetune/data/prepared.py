@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
 
-from finetune.data.records import Record, Split, read_records
-from finetune.errors import UserError
+from finetune.data.records import SPLITS, Record, Split, read_records
+from finetune.errors import UserError, shown
 from finetune.prepared_folder import DATABASES, MANIFEST, records_file
 from finetune.runtime.files import read_json, sha256_file
+from finetune.runtime.paths import LONGEST_NAME
+from finetune.runtime.typed_json import Mismatch, decode
 from finetune.sql.engines.registry import engine_for
 
 MANIFEST_FORMAT = 1
 PREPARE_COMMAND = "finetune data prepare CONFIG"
+
+
+@dataclass
+class FileEntry:
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class ManifestKeys:
+    """The keys of the manifest that are read later. counts: records, by split among others."""
+
+    prompt: str
+    counts: Mapping[str, int]
+    files: Mapping[str, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -63,11 +81,29 @@ def fingerprint(path: Path) -> dict[str, int | str]:
 def read_manifest(folder: Path, changed: bool = False) -> Prepared:
     path = folder / MANIFEST
     manifest = read_json(path, PREPARE_COMMAND)
-    if manifest.get("format") != MANIFEST_FORMAT or not isinstance(manifest.get("files"), dict):
+    problem = "not of this version" if manifest.get("format") != MANIFEST_FORMAT else _problem(manifest)
+    if problem:
         raise UserError(
-            f"{path}: not a manifest of this version; run `{PREPARE_COMMAND}` again", code="data.bad_manifest"
+            f"{path}: not a manifest of prepared data: {problem}; run `{PREPARE_COMMAND}` again",
+            code="data.bad_manifest",
         )
     return Prepared(folder, manifest, sha256_file(path), changed)
+
+
+def _problem(manifest: dict[str, Any]) -> str | None:
+    """What is wrong with the keys that are read later; None if nothing is."""
+    try:
+        keys = decode(ManifestKeys, manifest)
+    except Mismatch as mismatch:
+        return str(mismatch)
+    for split in SPLITS:
+        if keys.counts.get(split, -1) < 0:
+            return f"counts: lacks the count {split}"
+    for name in keys.files:
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name or max(map(len, parts)) > LONGEST_NAME:
+            return f"files: {shown(name)} is not a file of this folder"
+    return None
 
 
 def first_fault(folder: Path, manifest: dict[str, Any], progress: bool) -> str | None:

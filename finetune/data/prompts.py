@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from finetune.errors import UserError
+from finetune.errors import UserError, first_line, shown
 from finetune.runtime.files import load_json, write_text
 from finetune.sql.schema import compact, parse_ddl
 from finetune.sql.text import on_one_line
@@ -88,18 +88,21 @@ def load_template(folder: Path) -> PromptTemplate:
     path = folder / PROMPT_FILE
     try:
         saved = load_json(path)
+        if not all(isinstance(saved[key], str) for key in ("schema_format", "version")):
+            raise TypeError("schema_format and version are texts")
         template = PromptTemplate(schema_format=saved["schema_format"], version=saved["version"])
     except FileNotFoundError:
         raise UserError(
             f"{path}: missing; it says which prompt this adapter was trained on", code="prompt.missing"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not a prompt file ({error}); take the adapter folder from the run again", code="prompt.corrupt"
+            f"{path}: not a prompt file ({first_line(error)}); take the adapter folder from the run again",
+            code="prompt.corrupt",
         ) from error
     if template.identity() != saved.get("identity"):
         raise UserError(
-            f"{path}: the adapter was trained on prompt {saved.get('identity')}, this version of finetune renders "
+            f"{path}: the adapter was trained on prompt {shown(saved.get('identity'))[1:-1]}, this version of finetune renders "
             f"{template.identity()}; use the finetune version that trained it",
             code="prompt.mismatch",
         )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from finetune.data.strict_json import RepeatedKeyError, array_items, loads
 from finetune.errors import UserError
-from finetune.runtime.files import atomic_file
+from finetune.runtime.files import atomic_file, kind_of
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -62,10 +62,9 @@ def read_lines(path: Path) -> Iterator[Line]:
     Raises UserError if the path is missing or not a file, and if the file is neither of the two: an array that is not closed,
     records over several lines, UTF-16.
     """
-    if not path.is_file():
-        raise UserError(
-            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a JSONL file", code="data.not_found"
-        )
+    if (kind := kind_of(path)) != "a file":
+        found = "no such file" if kind == "nothing" else kind
+        raise UserError(f"{path}: {found}; expected a JSONL file", code="data.not_found")
     with path.open("rb") as file:
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UserError(f"{path}: UTF-16 text; save it as UTF-8", code="data.bad_encoding")

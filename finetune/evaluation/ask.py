@@ -10,6 +10,7 @@ from finetune.evaluation.generators.registry import DEFAULT as DEFAULT_GENERATOR
 from finetune.evaluation.generators.registry import generator_named
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
+from finetune.runtime.files import read_text
 from finetune.runtime.table import aligned
 from finetune.sql.engines.base import Limits
 from finetune.sql.engines.registry import DEFAULT as DEFAULT_DIALECT
@@ -47,9 +48,10 @@ def schema_of(path: Path) -> str:
     if not is_schema(path):
         return engine_of_file(path).schema(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as text ({error})", code="file.unreadable") from error
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: not readable as text ({why})", code="file.unreadable") from error
     try:
         return schema_of_script(text)
     except UserError as error:

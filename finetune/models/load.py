@@ -28,12 +28,13 @@ from finetune.models.adapter import (
 from finetune.models.attention import attention_for
 from finetune.models.device import Device
 from finetune.models.gguf import PACKAGE_PREFIX, unpacked_gguf
+from finetune.models.target_modules import check_modules
 from finetune.runtime.console import say
 from finetune.tokens import added_after
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -55,6 +56,14 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         say(f"model.name: the tokenizer of {section.name} adds {end} after each text; it is left out before the answer")
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+def load_model_config(section: ModelSection) -> PretrainedConfig:
+    """The model's own config. Raises UserError like `load_base`."""
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = _load(section, AutoConfig.from_pretrained)
+    return config
 
 
 def load_base(
@@ -113,15 +122,7 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     """
     from peft import LoraConfig, get_peft_model
 
-    layers = _layers(model)
-    unmatched = [t for t in section.target_modules if not any(_matches(name, t) for name in layers)]
-    if unmatched:
-        linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
-        raise UserError(
-            f"lora.target_modules: {', '.join(unmatched)} match nothing in this model; its linear layers are "
-            f"{', '.join(sorted(linear - {'lm_head'}))}",
-            code="lora.unknown_modules",
-        )
+    check_modules(model, section)
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.lora_alpha,

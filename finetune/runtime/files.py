@@ -127,9 +127,9 @@ def load_json(path: Path, largest: int = LARGEST_FILE) -> Any:
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
-    """A JSON object from a file that an earlier stage wrote; `made_by` names that stage's command in errors."""
+    """A JSON object from a file that an earlier stage wrote, NaN included; `made_by` names that stage's command in errors."""
     try:
-        value = load_json(path)
+        value = parse_json(read_text(path), nan=True)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; run `{made_by}` first", code="file.missing") from None
     except OSError as error:

@@ -6,7 +6,6 @@ here. A field that was never set reads as its default, which therefore has to be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
@@ -81,7 +80,7 @@ def _has_shape(kind: Any, value: object) -> bool:
         return isinstance(value, dict)
     if kind in (int, float):
         fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        return fits and (math.isfinite(value) if isinstance(value, float) else abs(value) < LARGEST)  # type: ignore[arg-type]
+        return fits and (isinstance(value, float) or abs(value) < LARGEST)  # type: ignore[arg-type]
     return kind is Any or isinstance(value, kind)
 
 

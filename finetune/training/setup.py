@@ -14,7 +14,8 @@ from finetune.data.tokenize import Examples, tokenise
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice, machine_price
 from finetune.models.device import Device, choose_device
-from finetune.models.load import attach_lora, load_base, load_tokenizer
+from finetune.models.load import attach_lora, load_base, load_model_config, load_tokenizer
+from finetune.models.target_modules import check_target_modules
 from finetune.runtime.console import say
 from finetune.runtime.credentials import wandb_key_present
 from finetune.training.objectives.registry import objective_named
@@ -66,6 +67,8 @@ def inputs_of(config: RunConfig) -> Inputs:
             f"{template.identity()}; run `finetune data prepare CONFIG` again",
             code="prompt.mismatch",
         )
+    own = load_model_config(config.model)
+    check_target_modules(own, config.lora, trust_remote_code=config.model.trust_remote_code)
     return Inputs(config, device, data, template, price)
 
 

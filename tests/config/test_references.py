@@ -205,7 +205,7 @@ def test_loops_and_texts_that_grow_are_refused(tmp_path: Path) -> None:
         load(
             tmp_path, HEAD, "training.run_name=${tracking.wandb_project}", "tracking.wandb_project=${training.run_name}"
         )
-    keys = [f"data.sources=[{{kind: jsonl, path: x, columns: {{c0: {'x' * 100}, "
-            + ", ".join(f"c{n}: '{'${.c%d}' % (n - 1) * 9}'" for n in range(1, 20)) + "}}]"]  # fmt: skip
+    grows = ", ".join(f"c{n}: '{'${.c' + str(n - 1) + '}' + ('${.c' + str(n - 1) + '}') * 8}'" for n in range(1, 20))
+    keys = [f"data.sources=[{{kind: jsonl, path: x, columns: {{c0: {'x' * 100}, {grows}}}}}]"]
     with raises("config.bad_reference", match="far too long"):
         load(tmp_path, HEAD, *keys)

@@ -197,4 +197,4 @@ def test_unknown_names_are_refused_with_a_remedy(tmp_path: Path) -> None:
     with raises("plan.no_gpu", match=r"plan\.gpus: name at least one GPU"):
         memory_table(config(), [])
     with raises("lora.unknown_modules"):
-        memory_table(config("lora.target_modules=[q_proj,lm_head]"), ["A100"])
+        memory_table(config("lora.target_modules=[q_proj,kv_proj]"), ["A100"])

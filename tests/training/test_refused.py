@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.runtime import fault_injection  # noqa: E402
 from finetune.training import run as training_run  # noqa: E402
+from finetune.training.staging import LABELS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ConfigWriter = Callable[..., Path]
@@ -49,6 +51,9 @@ def refused(arguments: list[str], code: str, shown: Shown, match: str = "") -> s
     [
         ({"training": {"learning_rat": 1}}, "config.unknown_key", r"tiny\.yaml: .*training\.learning_rat"),
         ({"lora": {"target_modules": ["q_proj", "query", "key"]}}, "lora.unknown_modules", "query, key"),
+        ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, "config.bad_value", "lm_head gets no adapter"),
+        ({"lora": {"target_modules": ["embed_tokens"]}}, "config.bad_value", "embed_tokens gets no adapter"),
+        ({"lora": {"target_modules": ["model.layers.0.mlp.up_proj", "0"]}}, "lora.unknown_modules", "0 match nothing"),
         ({"model": {"name": "no/such/folder"}}, "model.not_found", r"model\.name: .*no/such/folder"),
         ({"model": {"name": "mistralai/Mistral-7B-v0.1"}}, "model.no_revision", r"model\.revision"),
         ({"model": {"name": "package://no_such_package/x.gguf"}}, "install.missing_package", r"model\.name: .*no_such_package"),
@@ -236,6 +241,20 @@ def test_a_full_disk_is_reported_in_one_line(
         assert all(
             checkpoint_store.fault(folder) is None for folder in checkpoint_store.newest_first(run / "checkpoints")
         )
+
+
+@pytest.mark.parametrize("kilobytes", [40, 160])
+def test_a_full_scratch_disk_keeps_no_half_save(
+    kilobytes: int,
+    small_disk: Callable[..., Path],
+    tiny_config: ConfigWriter,
+    capsys: Shown,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disk = small_disk(f"size={kilobytes}k")
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    refused(["train", str(tiny_config())], "disk.full", capsys, f"{disk}: no space left")
+    assert [path for path in disk.rglob("checkpoint-*") if not (path / LABELS).exists()] == []
 
 
 FAULTS = [

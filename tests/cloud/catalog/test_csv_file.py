@@ -117,7 +117,7 @@ def test_a_binary_file_is_refused_with_its_line(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_a_user_error(tmp_path: Path) -> None:
     path = tmp_path / CATALOG / VMS
     path.mkdir(parents=True)
-    assert refused(path, "file.unreadable").startswith("not readable (Is a directory)")
+    assert refused(path, "file.unreadable").startswith("not readable (is a folder, not a file)")
     path.rmdir()
     path.symlink_to(path)
     assert refused(path, "file.unreadable").startswith("not readable (Too many levels")
