@@ -24,6 +24,8 @@ class UserError(Exception):
     prefixes another one with its location keeps that one's code.
     """
 
+    exit_code = EXIT_USER_ERROR
+
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
         self.code = code
@@ -32,6 +34,16 @@ class UserError(Exception):
         self,
     ) -> tuple[Any, ...]:  # otherwise the code would be lost when another process unpickles the error
         return _unpickled, (type(self), self.args), self.__dict__
+
+
+class TransientError(UserError):
+    """Nothing is wrong with the config or the data: the same command later continues the work."""
+
+    exit_code = EXIT_TRANSIENT
+
+
+class TakenOver(UserError):
+    """Another attempt has taken over the run of this one, which must not write to its folder any more."""
 
 
 class NotEstimated(UserError):

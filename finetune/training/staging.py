@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.budget.lease import Lease
 from finetune.checkpoint.async_writer import AsyncCheckpointWriter, Committed
 from finetune.checkpoint.store import CheckpointStore
 from finetune.config.load import config_hash, to_yaml
@@ -50,32 +51,43 @@ class Labels:
     config_hash: str
     data_hash: str
     attempt: int
+    lease: int
+    """Number of the claim of the attempt (budget/lease.py)."""
+
+    def for_manifest(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "lease"}
 
 
 def read_labels(path: Path) -> Labels | None:
     """None if the file is not readable, or if a value cannot be one that `CheckpointStaging` has written."""
+    if not path.is_file():  # a FIFO would never end
+        return None
     try:
         labels = Labels(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    numbers = all(type(number) is int and 0 <= number <= MOST_STEPS for number in (labels.step, labels.attempt))
+    numbers = all(
+        type(number) is int and 0 <= number <= MOST_STEPS for number in (labels.step, labels.attempt, labels.lease)
+    )
     hashes = all(isinstance(text, str) and _HASH.fullmatch(text) for text in (labels.config_hash, labels.data_hash))
     return labels if numbers and hashes else None
 
 
 def commit_orphaned_save(store: CheckpointStore) -> None:
-    """Commit the newest staged save that an earlier attempt on this machine left uncommitted, if there is one."""
+    """Commit the newest staged save that an earlier attempt left uncommitted on this machine, if there is one. Not one from
+    before the newest checkpoints: another machine has gone on from an older state since."""
+    _, newest = store.heritage()
     found = [path for folder in scratch_folders(store.run_id) for path in folder.glob(f"*/{LABELS}")]
     left = [
         (labels, path.parent)
         for path in found
-        if not path.parent.is_symlink() and (labels := read_labels(path)) is not None
+        if not path.parent.is_symlink() and (labels := read_labels(path)) and labels.lease >= newest
     ]
     if not left:
         return
     labels, staged = max(left, key=lambda item: (item[0].step, item[0].attempt))
     try:
-        store.put(staged, **asdict(labels))
+        store.put(staged, **labels.for_manifest())
         say(f"committed the staged save of step {labels.step}, which an earlier attempt left on this machine")
     except UserError as error:
         say(f"cannot commit the staged save of step {labels.step}, which an earlier attempt left: {error}")
@@ -114,13 +126,15 @@ class CheckpointStaging(TrainerCallback):
         data: Prepared,
         template: PromptTemplate,
         attempt: int,
+        lease: Lease,
     ) -> None:
         """writer: None on ranks that do not write."""
         self.trainer, self.writer, self.run = trainer, writer, run
-        self.config, self.data, self.template, self.attempt = config, data, template, attempt
+        self.config, self.data, self.template, self.attempt, self.lease = config, data, template, attempt, lease
         self.saves = Saves()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.lease.check_pulse()
         if self.writer:
             self.writer.check()
 
@@ -144,9 +158,11 @@ class CheckpointStaging(TrainerCallback):
             for path in self.run.ledger.glob("attempt-*.jsonl"):
                 shutil.copyfile(path, folder / "ledger" / path.name)
         fault_injection.place("snapshot")
-        labels = Labels(state.global_step, config_hash(self.config), self.data.manifest_hash, self.attempt)
+        labels = Labels(
+            state.global_step, config_hash(self.config), self.data.manifest_hash, self.attempt, self.lease.number
+        )
         write_json(folder / LABELS, asdict(labels))  # the last file: from here on the staged save is complete
-        self.writer.submit(folder, **asdict(labels))
+        self.writer.submit(folder, **labels.for_manifest())
         self.saves.count += 1
         self.saves.stall_seconds += self.trainer.save_seconds + time.monotonic() - began
 

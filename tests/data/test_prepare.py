@@ -375,3 +375,14 @@ def test_database_with_changes_outside_its_file_is_refused(tmp_path: Path, shop:
         with raises("data.refused", match=r"database_unreadable: .*shop\.sqlite-wal"):
             run_prepare([shop], tmp_path / "prepared")
     run_prepare([shop], tmp_path / "prepared")
+
+
+@pytest.mark.parametrize("name", ["../q.jsonl", "/etc/passwd", "databases/../../q.jsonl", "a\\b", "", "a\nb"])
+def test_a_manifest_that_names_a_file_outside_is_refused(name: str, tmp_path: Path, shop: SourceSection) -> None:
+    output = tmp_path / "prepared"
+    run_prepare([shop], output)
+    manifest = json.loads((output / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    with raises("data.changed", match="which is not a file of this folder; run"):
+        load_prepared(output)
