@@ -24,7 +24,9 @@ from chaos.observe import (
     tensorboard,
 )
 from chaos.plan import Plan
-from finetune.errors import EXIT_OK, EXIT_TRANSIENT
+from finetune.budget.lease import clear_not_started
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
+from finetune.run_folder import RunFolder
 
 MAX_ATTEMPTS = 60
 Say = Callable[[str], None]
@@ -172,12 +174,10 @@ def _between_attempts(harness: Harness, run: Run, plan: Plan) -> None:
 
 
 def _remove_not_started(folder: Path) -> None:
-    if not folder.is_dir():
-        return
-    others = [path for path in folder.rglob("*") if path.name != "config.yaml" and not path.match(".*.tmp")]
-    if others:
-        raise NoRunRecord(f"holds {others[0].name}, but no run.json: a managed job cannot resume it")
-    shutil.rmtree(folder)
+    try:
+        clear_not_started(RunFolder(folder), print)
+    except UserError as error:
+        raise NoRunRecord(f"{error}: a managed job cannot resume it") from error
 
 
 def describe(life: Life) -> str:

@@ -37,6 +37,8 @@ class UserError(Exception):
     prefixes another one with its location keeps that one's code.
     """
 
+    exit_code = EXIT_USER_ERROR
+
     def __init__(self, message: str, *, code: str, longest: int = LONGEST_MESSAGE) -> None:
         super().__init__(shortened(printable(message), longest))
         self.code = code
@@ -54,6 +56,16 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, *, resumable: bool, code: int = EXIT_INTERRUPTED) -> None:
         super().__init__(message)
         self.resumable, self.code = resumable, code
+
+
+class TransientError(UserError):
+    """Nothing is wrong with the config or the data: the same command later continues the work."""
+
+    exit_code = EXIT_TRANSIENT
+
+
+class TakenOver(UserError):
+    """Another attempt has taken over the run of this one, which must not write to its folder any more."""
 
 
 class NotEstimated(UserError):

@@ -4,6 +4,7 @@ runs/<name>/config.yaml        the resolved config, self-contained
             run.json           the run record: written at the start, at every log, and at the end
             checkpoints/step-N/
             ledger/            the cost of each attempt
+            lease/             which attempt is the live one
             adapter/           the trained adapter, tokenizer and prompt.json
             tensorboard/
             eval.json, eval/<model>.jsonl
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -56,6 +58,10 @@ class RunFolder:
         return self.path / "ledger"
 
     @property
+    def lease(self) -> Path:
+        return self.path / "lease"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 
@@ -91,9 +97,12 @@ def check_name_is_free(training: TrainingSection) -> None:
         raise _taken(Path(training.output_dir) / name)
 
 
-def create_run(config: RunConfig, config_file: Path) -> RunFolder:
+def create_run(
+    config: RunConfig, config_file: Path, claim: Callable[[RunFolder], object] = lambda run: None
+) -> RunFolder:
     """Create the folder of a new run; an existing folder is never used.
 
+    claim: called for the folder before anything is written there; it raises UserError if another process has the folder too.
     Its name is `training.run_name`, or the config file's name and the next free number. Raises UserError when the named
     folder exists or cannot be created, and UnicodeEncodeError when its path is not valid Unicode.
     """
@@ -112,10 +121,11 @@ def create_run(config: RunConfig, config_file: Path) -> RunFolder:
         folder = RunFolder(_claim(root / name) if name else _claim_numbered(root, config_file.stem))
     except OSError as error:
         raise disk_error(error, root) from error
+    claim(folder)
     try:
         write_text(folder.config_yaml, f"# finetune train {as_text(config_file)}\n{to_yaml(config)}")
     except BaseException:
-        folder.path.rmdir()
+        remove_tree(folder.path, inside=root)
         raise
     return folder
 
@@ -136,7 +146,8 @@ def remove_not_started(run: RunFolder) -> None:
     if not run.path.is_dir() or run.run_json.exists():
         return
     for path in run.path.rglob("*"):
-        if path.name != run.config_yaml.name and not (path.name.startswith(".") and path.suffix == ".tmp"):
+        ours = path.name == run.config_yaml.name or run.lease in (path, path.parent)
+        if not ours and not (path.name.startswith(".") and path.suffix == ".tmp"):
             raise UserError(
                 f"{run.path}: holds files, but no run.json; choose another name for the run", code="run.name_taken"
             )

@@ -276,7 +276,7 @@ def test_a_folder_with_files_but_no_record_is_not_touched(tmp_path: Path) -> Non
     harness = Harness(ChaosEnvironment(tmp_path), Machine(tmp_path / "machine"), tmp_path / "runs", lambda line: None)
     run = Run("x", KIND, tmp_path / "runs" / "x")
     (run.folder / "ledger").mkdir(parents=True)
-    with pytest.raises(NoRunRecord, match=r"holds ledger, but no run\.json"):
+    with pytest.raises(NoRunRecord, match=r"holds files, but no run\.json"):
         harness.one_attempt(run, None)
     assert run.folder.is_dir()
 

@@ -19,7 +19,7 @@ from finetune.estimate.fit import MicroBatchConfig, TooSmall
 from tests.helpers.errors import raises, reported
 
 ROOT = Path(__file__).resolve().parents[1]
-MAKERS = ("UserError", "NotEstimated", "TooSmall", "combined")
+MAKERS = ("UserError", "NotEstimated", "TakenOver", "TooSmall", "TransientError", "combined")
 CODE = re.compile(r"[a-z]+(_[a-z]+)*\.[a-z]+(_[a-z]+)*")
 PASSED_ON = ("error.code", "self._fault.code", "known['user_code']")
 """Codes of errors that are re-raised with a prefix."""

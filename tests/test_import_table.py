@@ -46,8 +46,8 @@ MAY_IMPORT = {
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime run_record data evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
-    "job": "errors runtime machine config run_name run_folder prepared_folder",
-    "demo": "errors tokens runtime config models run_folder data training.step training evaluation",
+    "job": "errors runtime machine config run_name run_folder prepared_folder budget",
+    "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate training "
     "evaluation cloud.catalog cloud.plan report doctor job demo",
     "__main__": "cli",

@@ -103,13 +103,16 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def account(self) -> Account:
-        """The account from all files. Corrupt files are reported as problems; raises UserError if the folder cannot be listed."""
+    def account(self, without: str | None = None) -> Account:
+        """The account from all files, except that of the token `without`. Corrupt files are reported as problems; raises
+        UserError if the folder cannot be listed."""
         attempts: list[Attempt] = []
         problems: list[str] = []
         seen: dict[str, str] = {}
         for number, path in self._files():
             attempt = _read(number, path)
+            if without is not None and attempt.token == without:
+                continue
             problems += [f"{path}: {problem}" for problem in attempt.problems]
             if attempt.token is not None and attempt.token in seen:
                 problems.append(f"{path}: a copy of {seen[attempt.token]}; counted once")
@@ -179,6 +182,10 @@ class AttemptLog:
     @property
     def path(self) -> Path:
         return self._ledger.path(self.number)
+
+    def others(self) -> Account:
+        """All other attempts as their files are now. Raises UserError like `Ledger.account`."""
+        return self._ledger.account(without=str(self._lines[0]["token"]))
 
     def attempt(self) -> Attempt:
         """The attempt as its file has it, or would have it if it could be written."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from finetune.budget.ledger import Account
+from finetune.budget.ledger import Account, Attempt
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
 
 MAX_RESTART_RESERVE_SECONDS = 900.0
 """Upper bound of the restart reserve. If a start took longer, its machine stood idle before it; a recovery does not do that."""
+SILENT_SECONDS = 90.0
+"""Another attempt whose ledger does not grow for so long, three heartbeats, does not spend any more."""
 MAX_RUN_USD, MAX_HOURS = "budget.max_run_usd", "budget.max_hours"
 """The config keys that set the ceilings."""
 
@@ -39,13 +41,23 @@ class Room:
     reserve_seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class _Running:
+    """Another attempt that spends at the same time, as its ledger was last seen. since: an earlier moment, from which on it may
+    have spent more; seen: when its ledger had grown. Both in seconds of our own meter."""
+
+    attempt: Attempt
+    since: float
+    seen: float
+
+
 class Meter:
     """The meter of one attempt. Any thread may read it.
 
-    earlier: the attempts before it. time: the seconds billed to it; the writer of the ledger calls its `take` and `mark`.
-    price: of this machine. restart_usd_per_hour: price of the dearest machine on which the run may restart, if this one can be
-    preempted. A restart costs money before the new machine can read the ledger, so the cost of this run's longest start on
-    that machine is reserved below the ceilings.
+    earlier: the other attempts, as far as they are known; `see` brings them up to date. time: the seconds billed to it; the
+    writer of the ledger calls its `take` and `mark`. price: of this machine. restart_usd_per_hour: price of the dearest machine
+    on which the run may restart, if this one can be preempted. A restart costs money before the new machine can read the ledger,
+    so the cost of this run's longest start on that machine is reserved below the ceilings.
     """
 
     def __init__(
@@ -58,7 +70,21 @@ class Meter:
         restart_usd_per_hour: float | None = None,
     ) -> None:
         self.earlier, self.time, self.price, self.ceilings = earlier, time, price, ceilings
+        self._running: tuple[_Running, ...] = ()
+        self._looked = time.seconds()
         self._reserve = self._restart_reserve(restart_usd_per_hour)
+
+    def see(self, others: Account) -> None:
+        """Count the other attempts as they are now: an earlier one may still be spending, such as one that has lost the run and
+        does not know it yet."""
+        before, now = {attempt.file: attempt.seconds for attempt in self.earlier.attempts}, self.time.seconds()
+        running = []
+        for attempt in others.attempts:
+            if attempt.reason is None and attempt.seconds > before.get(attempt.file, attempt.seconds):
+                running.append(_Running(attempt, since=self._looked, seen=now))
+            elif attempt.reason is None:
+                running += [one for one in self._running if one.attempt.file == attempt.file]
+        self._running, self._looked, self.earlier = tuple(running), now, others
 
     def check_start(self, save_interval_seconds: float) -> str | None:
         """Why this attempt must not begin: less is left than the work between two checkpoints costs. None if it may."""
@@ -109,16 +135,19 @@ class Meter:
         return (self.earlier.usd or 0.0) + self.time.seconds() / 3600 * self.price.usd_per_hour
 
     def _limits(self) -> dict[str, float]:
-        """Seconds left until each ceiling, by its config key."""
+        """Seconds left until each ceiling, by its config key. Attempts that run at the same time spend their part of them."""
         left: dict[str, float] = {}
-        usd, price = self._usd(), self.price
+        usd, now = self._usd(), self.time.seconds()
+        running = [one for one in self._running if now - one.seen <= SILENT_SECONDS]
+        unseen = sum(now - one.since for one in running) / 3600
         if self.ceilings.run_usd is not None and usd is not None:
-            more = self.ceilings.run_usd - usd
-            left[MAX_RUN_USD] = (
-                more / price.usd_per_hour * 3600 if price and price.usd_per_hour else math.copysign(math.inf, more)
-            )
+            here = self.price.usd_per_hour if self.price else 0.0
+            others = [(one, one.attempt.usd_per_hour or 0.0) for one in running]
+            more = self.ceilings.run_usd - usd - sum((now - one.since) / 3600 * price for one, price in others)
+            rate = here + sum(price for _, price in others)
+            left[MAX_RUN_USD] = more / rate * 3600 if rate else math.copysign(math.inf, more)
         if self.ceilings.hours is not None:
-            left[MAX_HOURS] = (self.ceilings.hours - self._hours()) * 3600
+            left[MAX_HOURS] = (self.ceilings.hours - self._hours() - unseen) / (1 + len(running)) * 3600
         return left
 
     def _restart_reserve(self, restart_usd_per_hour: float | None) -> dict[str, float]:

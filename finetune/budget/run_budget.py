@@ -12,7 +12,7 @@ from finetune.budget.ledger import Attempt, Ledger
 from finetune.budget.meter import Meter
 from finetune.budget.watchdog import Watchdog
 from finetune.config.schema import RunConfig
-from finetune.errors import EXIT_OK
+from finetune.errors import EXIT_OK, TakenOver
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.preemption import PREEMPTED, PreemptionWatch
 from finetune.machine.price import Ceilings, MachinePrice, dearest_usd_per_hour, facts, provisioned
@@ -66,6 +66,14 @@ def open_budget(
     if distributed.is_rank0():
         return FirstRankBudget(run, config, price, stop, attempt=attempt, step=step)
     return OtherRankBudget()
+
+
+def book_refused(run: RunFolder, config: RunConfig, price: MachinePrice | None) -> None:
+    """Records an attempt that another one has kept from the run: its machine's boot and set-up are part of what the run costs.
+    Nothing on a machine that is not paid for."""
+    if price is not None and provisioned():
+        attempt = Ledger(run.ledger).next_attempt()
+        FirstRankBudget(run, config, price, Stop(say), attempt=attempt, step=0).book("refused")
 
 
 class OtherRankBudget:
@@ -139,6 +147,9 @@ class FirstRankBudget:
         self._watchdog.start()
         try:
             yield
+        except TakenOver:
+            self._watchdog.close("taken over")
+            raise
         finally:
             self._watchdog.close("failed")
 

@@ -176,6 +176,7 @@ class Watchdog:
                 self._keep("marker", self._meter.time.mark)
             if closing:
                 return
+            self._keep("account of other attempts", lambda: self._meter.see(self._log.others()))
 
     def _record(self) -> None:
         seconds, reason = self._meter.time.take(), self._end

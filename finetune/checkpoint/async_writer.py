@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.checkpoint.store import CheckpointStore, read_manifest
-from finetune.errors import UserError
+from finetune.errors import TakenOver, UserError
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error
 
@@ -66,6 +66,7 @@ class AsyncCheckpointWriter:
         self._closing = self._closed = False
         self._thread: threading.Thread | None = None
         self._submitted = 0
+        self._deleting: list[threading.Thread] = []
 
     def submit(self, staged: Path, *, step: int, config_hash: str, data_hash: str, attempt: int) -> None:
         """Submit a staged save, a folder that is deleted after its commit or when a newer one replaces it. Returns immediately.
@@ -83,13 +84,15 @@ class AsyncCheckpointWriter:
                 self._thread.start()
             self._changed.notify_all()
         if dropped is not None:
-            _delete_in_background(dropped.staged)
+            self._deleting.append(_delete_in_background(dropped.staged))
         if running is not None:
             instead = f" in place of step {dropped.step}, which is dropped" if dropped else ""
             self._tell(f"step {running.step} is still being copied; step {step} waits{instead}")
 
     def check(self) -> None:
         """Raises UserError once PATIENCE saves in a row have failed. Cheap enough to call at every step."""
+        if isinstance(self._fault, TakenOver):
+            raise self._fault
         if self._failures >= PATIENCE:
             with self._changed:
                 if self._failures >= PATIENCE:
@@ -105,10 +108,12 @@ class AsyncCheckpointWriter:
             if self._closing:
                 raise RuntimeError("finish after close")
             self._wait_until_idle(deadline, timeout)
-            if self._failed is not None:
+            if self._failed is not None and not isinstance(self._fault, TakenOver):
                 self._waiting = self._failed
                 self._changed.notify_all()
                 self._wait_until_idle(deadline, timeout)
+            if isinstance(self._fault, TakenOver):
+                raise self._fault
             if self._failed is not None:
                 raise self._given_up("tried twice")
             return self._committed
@@ -121,10 +126,12 @@ class AsyncCheckpointWriter:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)
+        for thread in self._deleting:
+            thread.join(CLOSE_SECONDS)
         with self._changed:
             self._closed = True
             left = self._waiting or self._running or self._failed
-        if left is not None and not already:
+        if left is not None and not already and not isinstance(self._fault, TakenOver):
             self._tell(f"step {left.step} is not in {self._store.root}; its staged save stays in {left.staged}")
 
     def _claim(self, staged: Path) -> Path:
@@ -199,6 +206,8 @@ class AsyncCheckpointWriter:
         for action in (lambda: self._on_commit(committed), self._store.prune):
             try:
                 action()
+            except TakenOver:
+                pass  # reported by the training loop
             except Exception as error:
                 self._tell(
                     f"after the save of step {save.step}: {error if isinstance(error, UserError) else repr(error)}"
@@ -209,7 +218,7 @@ class AsyncCheckpointWriter:
         earlier, again = self._failed, self._failed is save  # only this thread changes it
         if earlier is not None and not again:  # a newer state is committed, or at least staged
             _delete(earlier.staged)
-        if fault is not None and not again:
+        if fault is not None and not again and not isinstance(fault, TakenOver):
             self._tell(
                 f"step {save.step} is not saved: {fault}; its staged save is kept in {save.staged} and will be retried"
             )
@@ -228,9 +237,11 @@ class AsyncCheckpointWriter:
             pass
 
 
-def _delete_in_background(folder: Path) -> None:
+def _delete_in_background(folder: Path) -> threading.Thread:
     """Deleting large files takes a while, even on a local disk."""
-    threading.Thread(target=_delete, args=(folder,), daemon=True).start()
+    thread = threading.Thread(target=_delete, args=(folder,), daemon=True)
+    thread.start()
+    return thread
 
 
 def _delete(staged: Path) -> None:

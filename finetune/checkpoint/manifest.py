@@ -35,7 +35,7 @@ class InvalidCheckpoint(Exception):
 
 
 def manifest_text(facts: dict[str, Any]) -> str:
-    return json.dumps({**facts, _SEAL: _seal_of(facts)}, indent=2) + "\n"
+    return json.dumps({**facts, _SEAL: seal_of(facts)}, indent=2) + "\n"
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _checked(folder: Path, content: bytes) -> dict[str, Any]:
     try:
         value = parse_json(content)
         seal = value.pop(_SEAL)
-        right = seal == _seal_of(value)
+        right = seal == seal_of(value)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InvalidCheckpoint("the manifest is not readable", corrupt=True) from None
     if not right:
@@ -96,6 +96,8 @@ def _checked(folder: Path, content: bytes) -> dict[str, Any]:
     texts = all(isinstance(value.get(name), str) for name in _TEXTS)
     if not (numbers and texts and isinstance(value.get("files"), dict) and value["files"]):
         raise InvalidCheckpoint("the manifest lacks required fields", corrupt=True)
+    if type(value.get("lease", 0)) is not int or value.get("lease", 0) < 0:
+        raise InvalidCheckpoint("the manifest has no number of a lease", corrupt=True)
     if f"step-{value['step']}" != folder.name:
         raise InvalidCheckpoint(f"the manifest is for step {value['step']}", corrupt=True)
     for name, entry in value["files"].items():
@@ -111,5 +113,5 @@ def _check_entry(name: str, entry: Any) -> None:
         raise InvalidCheckpoint(f"the manifest has no size and SHA-256 for {name}", corrupt=True)
 
 
-def _seal_of(facts: dict[str, Any]) -> str:
+def seal_of(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -6,8 +6,8 @@ save or deletion. The store may be a mounted bucket: nothing here needs an atomi
 Where fsync is not honoured, a power cut can corrupt the newest checkpoint even after its commit; keep_last should therefore be
 2 or more.
 
-Only one process may write to a store at a time. If two save the same step, a mixture of both never verifies: that step may be
-lost, and earlier checkpoints stay.
+Only one process may write to a store at a time, which its fence ensures (fence.py): it is asked right before every change. If two
+save the same step all the same, a mixture of both never verifies: that step may be lost, and earlier checkpoints stay.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoint.fence import Fence, NoFence
 from finetune.checkpoint.filesystem import DISK, Disk
 from finetune.checkpoint.manifest import (
     MANIFEST,
@@ -30,14 +31,16 @@ from finetune.checkpoint.manifest import (
     manifest_of,
     manifest_text,
     right_sizes,
+    seal_of,
 )
-from finetune.errors import UserError
+from finetune.errors import TakenOver, UserError
 from finetune.runtime import fault_injection
 from finetune.runtime.confined import check_inside
 from finetune.runtime.files import disk_error
 
 __all__ = ["MANIFEST", "CheckpointStore", "Disk", "Skipped", "fault", "newest_first", "read_manifest", "step_folder"]
 
+NO_FENCE = NoFence()
 _NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
 
@@ -58,17 +61,25 @@ class Skipped:
 class CheckpointStore:
     """The checkpoints of one run in the folder `root`, which the first `put` creates; its parent must exist.
 
-    keep_last: number of newest checkpoints to keep. keep_every: of the older ones, every keep_every-th is kept too.
-    required: the files without which a folder is not a checkpoint. content: why their content is not one (a folder and its
-    manifest), None if it is.
+    keep_last: number of newest checkpoints to keep. keep_every: of the older ones, every keep_every-th is kept too. fence:
+    keeps an attempt that has lost the run from changing anything. required: the files without which a folder is not a checkpoint.
+    content: why their content is not one (a folder and its manifest), None if it is.
     """
 
     def __init__(
-        self, root: Path, *, run_id: str, keep_last: int = 2, keep_every: int | None = None, disk: Disk = DISK,
-        required: Sequence[str] = (), content: Callable[[Path, dict[str, Any]], str | None] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        root: Path,
+        *,
+        run_id: str,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        disk: Disk = DISK,
+        fence: Fence = NO_FENCE,
+        required: Sequence[str] = (),
+        content: Callable[[Path, dict[str, Any]], str | None] | None = None,
+    ) -> None:
         self.root, self.run_id, self.keep_last, self.keep_every = root, run_id, keep_last, keep_every
-        self._disk = disk
+        self._disk, self._fence = disk, fence
         self._required, self._content = required, content
         self._seen = os.access(root, os.F_OK)
         self._corrupt: set[Path] = set()
@@ -82,6 +93,7 @@ class CheckpointStore:
         target = step_folder(self.root, step)
         begun = False
         try:
+            self._fence.check()
             self._open_root()
             if self._already_valid(target):
                 return target
@@ -90,11 +102,14 @@ class CheckpointStore:
             files = self._copy(source, target)
             manifest = {"step": step, "number": number, "run_id": self.run_id, "attempt": attempt}
             manifest |= {"config_hash": config_hash, "data_hash": data_hash, "saved_at": datetime.now(UTC).isoformat()}
+            if self._fence.number:
+                manifest["lease"] = self._fence.number
             fault_injection.place("manifest")
+            self._fence.check()
             self._disk.write_text(target / MANIFEST, manifest_text({**manifest, "files": files}))
             self._disk.sync_folder(target)
         except (OSError, UserError) as error:
-            if begun:
+            if begun and not isinstance(error, TakenOver):
                 self._discard(target)
             if isinstance(error, UserError):
                 raise
@@ -121,6 +136,28 @@ class CheckpointStore:
         finally:
             self._corrupt |= {item.folder for item in skipped if item.corrupt}
         return None, skipped
+
+    def heritage(self) -> tuple[dict[str, str], int]:
+        """What an attempt that takes over finds: folder's name -> hash of its manifest, for every checkpoint of this run, and the
+        highest number of an attempt that committed one. "*" for a manifest that cannot be read now. Raises UserError when the
+        store cannot be listed."""
+        found: dict[str, str] = {}
+        highest = 0
+        try:
+            for folder in newest_first(self.root):
+                try:
+                    manifest = manifest_of(folder)
+                except InvalidCheckpoint:
+                    continue
+                except OSError:
+                    found[folder.name] = "*"
+                    continue
+                if manifest["run_id"] == self.run_id:
+                    found[folder.name] = seal_of(manifest)
+                    highest = max(highest, manifest.get("lease", 0))
+        except OSError as error:
+            raise self._user_error(error) from error
+        return found, highest
 
     def prune(self) -> list[Path]:
         """Delete the checkpoints that need not be kept, each manifest first; returns their folders, newest first.
@@ -195,6 +232,8 @@ class CheckpointStore:
             if manifest["run_id"] != self.run_id:
                 return InvalidCheckpoint(f"is of another run ({manifest['run_id']})", wrong_run=True)
             check_names(manifest, self._required)
+            if self._too_late(folder, manifest):
+                return InvalidCheckpoint("was committed by an attempt that had lost the run", corrupt=True)
             if deep:
                 check_files(folder, manifest, self._disk)
             if deep and self._content and (why := self._content(folder, manifest)):
@@ -215,7 +254,10 @@ class CheckpointStore:
                 found[folder] = manifest
             except (InvalidCheckpoint, OSError):
                 continue
-        return {folder: manifest for folder, manifest in found.items() if manifest["run_id"] == self.run_id}
+        return {f: m for f, m in found.items() if m["run_id"] == self.run_id and not self._too_late(f, m)}
+
+    def _too_late(self, folder: Path, manifest: dict[str, Any]) -> bool:
+        return self._fence.too_late(folder.name, manifest.get("lease", 0), seal_of(manifest))
 
     def _copy(self, source: Path, target: Path) -> dict[str, dict[str, Any]]:
         """Copy all files except a manifest and read them back; returns the file entries of the manifest."""
@@ -229,7 +271,10 @@ class CheckpointStore:
         folders = sorted({parent for name in names for parent in (target / name).parents if target in parent.parents})
         for folder in [target, *folders]:
             self._disk.make_folder(folder)
-        written = {name: self._disk.copy_file(source / name, target / name) for name in names}
+        written = {}
+        for name in names:
+            self._fence.check()
+            written[name] = self._disk.copy_file(source / name, target / name)
         for folder in [*reversed(folders), target, self.root]:
             self._disk.sync_folder(folder)
         for name, (size, sha256) in written.items():
@@ -244,6 +289,7 @@ class CheckpointStore:
     def _remove(self, folder: Path) -> None:
         """Delete a folder, its manifest first. It need not exist; a link in it is deleted, not followed."""
         check_inside(folder, self.root)
+        self._fence.check()
         if folder.is_symlink() or folder.is_file():
             self._disk.remove_file(folder)
         if not folder.is_dir():
@@ -261,7 +307,7 @@ class CheckpointStore:
         """Free the space of a failed copy; if that fails too, `clean` will delete it."""
         try:
             self._remove(target)
-        except OSError:
+        except (OSError, UserError):
             pass
 
     def _user_error(self, error: OSError, source: Path | None = None) -> UserError:
@@ -287,7 +333,8 @@ def newest_first(root: Path) -> Iterator[Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """step, number, run_id, attempt, config_hash, data_hash, saved_at (UTC), files {name: {bytes, sha256}} of a checkpoint.
+    """step, number, run_id, attempt, config_hash, data_hash, saved_at (UTC), files {name: {bytes, sha256}} of a checkpoint, and
+    lease: the number of the claim under which it was saved.
 
     saved_at is for people; no decision depends on a clock. Raises UserError when there is no valid manifest.
     """

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         print(f"finetune: {one_line(str(error))}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return error.exit_code
     except UnicodeEncodeError as error:
         print(f"finetune: {not_encoded(error)}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from finetune.data.records import SPLITS, Record, Split, read_records
 from finetune.errors import UserError, shown
 from finetune.prepared_folder import DATABASES, MANIFEST, records_file
+from finetune.runtime.confined import is_relative_name
 from finetune.runtime.files import read_json, sha256_file
 from finetune.runtime.paths import LONGEST_NAME
 from finetune.runtime.typed_json import Mismatch, decode
@@ -110,6 +111,8 @@ def first_fault(folder: Path, manifest: dict[str, Any], progress: bool) -> str |
     """What is wrong with the first file that does not match the manifest; None if all match."""
     for name, expected in tqdm(manifest["files"].items(), desc="Verifying data", delay=1, disable=not progress):
         path = folder / name
+        if not is_relative_name(name):
+            return f"{folder / MANIFEST}: names {name[:100]!r}, which is not a file of this folder"
         if not path.is_file():
             return f"{path}: missing, though {MANIFEST} lists it"
         if fingerprint(path) != expected:

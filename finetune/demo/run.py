@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.budget.lease import clear_not_started
 from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig
 from finetune.data.prepare import prepare_data
@@ -17,7 +18,7 @@ from finetune.evaluation.generators.hf import HfModel
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.models.device import choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
-from finetune.run_folder import RunFolder, open_run, remove_not_started
+from finetune.run_folder import RunFolder, open_run
 from finetune.runtime.console import say
 from finetune.training.resume import keep_threads
 from finetune.training.run import resume, start
@@ -38,7 +39,7 @@ def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
             code="demo.no_run_name",
         )
     folder = Path(config.training.output_dir) / config.training.run_name
-    remove_not_started(RunFolder(folder))
+    clear_not_started(RunFolder(folder), say)
     code = _go_on(open_run(folder)) if folder.exists() else _begin(config, config_file, deadline)
     if code != EXIT_OK:
         return code

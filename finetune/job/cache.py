@@ -18,12 +18,13 @@ from finetune.config.load import data_key
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.job.programs import say
-from finetune.prepared_folder import DATABASES, MANIFEST
+from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, records_file
 from finetune.runtime.confined import remove_file, remove_tree
 from finetune.runtime.files import sha256_file, write_text
 
 ID_LENGTH = 12
 PART = ".part"
+SPLITS = ("train", "val", "test")
 _ID = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}")
 
 
@@ -101,7 +102,10 @@ def _remove_set(folder: Path) -> None:
     """Remove what `copy_set` may have written, complete or partial: `data prepare` refuses a folder with other files."""
     remove_file(folder / MANIFEST, inside=folder)
     remove_tree(folder / DATABASES, inside=folder, ignore_errors=True)
-    for path in [*folder.glob("*.jsonl"), *folder.glob(f".*{PART}")]:
+    own = [
+        folder / name for name in (*map(records_file, SPLITS), REJECTED)
+    ]  # not every *.jsonl: some may be the user's
+    for path in [*own, *folder.glob(f".*{PART}")]:
         remove_file(path, inside=folder)
 
 

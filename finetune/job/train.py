@@ -9,12 +9,13 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.budget.lease import clear_not_started
 from finetune.errors import EXIT_OK, UserError
 from finetune.job.data import data_of_config, data_of_run
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
 from finetune.job.settings import JobSettings
-from finetune.run_folder import RunFolder, remove_not_started
+from finetune.run_folder import RunFolder
 
 NODES_PORT = 29500
 
@@ -26,7 +27,7 @@ def train(settings: JobSettings) -> int:
     wandb = {"WANDB_RUN_ID": name, "WANDB_NAME": name, "WANDB_RESUME": "allow"}
     settings = replace(settings, environment=settings.environment | wandb)
     run = RunFolder(settings.runs / name)
-    remove_not_started(run)
+    clear_not_started(run, say)
     if not run.run_json.exists():
         words = _begin(run, settings)
     elif run.record().status != "done":

@@ -198,7 +198,7 @@ def _disconnect() -> None:
 
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, UserError):
-        return EXIT_USER_ERROR
+        return error.exit_code
     return EXIT_TRANSIENT if isinstance(error, KeyboardInterrupt) else EXIT_MISSING
 
 

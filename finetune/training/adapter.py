@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,19 +34,30 @@ ADAPTER_FILES = (
 """The files of a checkpoint that make up a self-contained adapter folder."""
 
 
-def save_adapter(run: RunFolder, model: torch.nn.Module, parts: Parts, template: PromptTemplate) -> None:
-    """Save adapter, tokenizer and prompt template in one folder, under a temporary name that is then renamed."""
+def save_adapter(
+    run: RunFolder,
+    model: torch.nn.Module,
+    parts: Parts,
+    template: PromptTemplate,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Save adapter, tokenizer and prompt template in one folder, under a temporary name that is then renamed.
+
+    check: raises TakenOver if this attempt has lost the run.
+    """
+    check()
     temporary = _fresh(run)
     model.save_pretrained(str(temporary))  # type: ignore[operator]
     parts.tokenizer.save_pretrained(str(temporary))
     template.save(temporary)
     write_json(temporary / BASE, identity_of_base(run.config().model))
     seal_adapter(temporary)
-    _into_place(run, temporary)
+    _into_place(run, temporary, check)
 
 
-def adapter_from(run: RunFolder, checkpoint: Path) -> None:
+def adapter_from(run: RunFolder, checkpoint: Path, check: Callable[[], None] = lambda: None) -> None:
     """Make the adapter folder from a checkpoint, without loading the model."""
+    check()
     temporary = _fresh(run, TEMPORARY_COPY)
     temporary.mkdir()
     saved = read_manifest(checkpoint)["files"]
@@ -58,7 +70,7 @@ def adapter_from(run: RunFolder, checkpoint: Path) -> None:
                     code="checkpoint.corrupt",
                 )
     seal_adapter(temporary)
-    _into_place(run, temporary)
+    _into_place(run, temporary, check)
 
 
 def adapter_is_of(run: RunFolder, recorder: RunRecorder, step: int) -> bool:
@@ -72,8 +84,9 @@ def _fresh(run: RunFolder, name: str = TEMPORARY_ADAPTER) -> Path:
     return temporary
 
 
-def _into_place(run: RunFolder, temporary: Path) -> None:
+def _into_place(run: RunFolder, temporary: Path, check: Callable[[], None]) -> None:
     fault_injection.place("adapter")
+    check()
     if os.path.lexists(run.adapter):  # from an attempt that stopped at its budget
         remove_tree(run.adapter, inside=run.path)
     os.replace(temporary, run.adapter)

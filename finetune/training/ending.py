@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from finetune.budget.lease import Lease
 from finetune.checkpoint.store import read_manifest
-from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError, first_line
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT, TakenOver, UserError, first_line
 from finetune.run_folder import RunFolder
 from finetune.runtime import distributed
 from finetune.runtime.confined import remove_tree
@@ -47,7 +48,7 @@ def refused(session: Session, refusal: str, before: str | None) -> int:
     if distributed.is_rank0():
         session.budget.book("budget_stop")
         assert session.resume_from
-        adapter_from(session.run, session.resume_from)
+        adapter_from(session.run, session.resume_from, session.lease.check)
         session.recorder.stopped("budget", refusal, 0.0)
     return close(session, "budget_stop", step)
 
@@ -65,8 +66,10 @@ def failures_recorded(session: Session) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        expected = foreseeable(error, session.run.path)
+        expected = _lost(session) or foreseeable(error, session.run.path)
         close_failed(session, error)
+        if error is expected:
+            raise
         if expected:
             raise expected from error
         raise
@@ -77,6 +80,9 @@ def close_failed(session: Session, error: BaseException) -> None:
     if not distributed.is_rank0():
         return
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    if _lost(session):  # the folder is another attempt's now, but what this one has cost counts all the same
+        session.budget.end("taken over")
+        return
     try:
         if _remove_not_started(session):
             return
@@ -85,6 +91,14 @@ def close_failed(session: Session, error: BaseException) -> None:
         session.recorder.close(status)
     except (OSError, UserError) as another:  # the original error is the one to report
         say(str(another))
+
+
+def _lost(session: Session) -> TakenOver | None:
+    """Why this attempt has no right to its run any more. Looked up now: a failure may be the first sign of it, such as a staged
+    save that the other attempt has deleted."""
+    with suppress(OSError, UserError):
+        session.lease.check()
+    return session.lease.lost
 
 
 def clean_up(session: Session) -> None:
@@ -98,7 +112,7 @@ def clean_up(session: Session) -> None:
     _within(CLEAN_UP_SECONDS, end)
 
 
-def stop_hanging(run: RunFolder, recorder: RunRecorder) -> None:
+def stop_hanging(run: RunFolder, recorder: RunRecorder, lease: Lease) -> None:
     """Called by a thread that is about to end a hanging process at its ceiling: the run ends at its newest checkpoint.
 
     The run's folder itself may hang, and a thread that writes there holds the record's lock: neither is waited for.
@@ -110,7 +124,7 @@ def stop_hanging(run: RunFolder, recorder: RunRecorder) -> None:
             recorder.close("budget_stop")
             recorded.set()
             if newest := recorder.newest:  # read once: a newer checkpoint may be committed meanwhile
-                adapter_from(run, newest)
+                adapter_from(run, newest, lease.check)
                 recorder.close("budget_stop", adapter_step=int(read_manifest(newest)["step"]))
         except Exception as error:  # any error: the process ends all the same
             what = run.adapter if recorded.is_set() else run.run_json
@@ -135,6 +149,7 @@ def _remove_not_started(session: Session) -> bool:
     """Delete the folder of a new run for which nothing was loaded yet; returns whether this is such a run."""
     not_started = session.record.attempts == 1 and session.record.hardware is None
     if not_started and distributed.is_rank0():
+        session.lease.release()
         remove_tree(session.run.path, inside=session.run.path.parent, ignore_errors=True)
         with suppress(OSError):
             session.run.path.parent.rmdir()  # only if it is empty

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from finetune.budget.lease import Lease
 from finetune.checkpoint.store import CheckpointStore, Skipped, read_manifest
 from finetune.config.load import load_config, to_dict, with_numbers
 from finetune.config.resume_rules import decide, refusal
@@ -33,7 +34,7 @@ MOST_ATTEMPTS, MOST_THREADS, MOST_SECONDS = 10**6, 10**5, 10**10
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
-def store_of(run: RunFolder, config: RunConfig, record: RunRecord) -> CheckpointStore:
+def store_of(run: RunFolder, config: RunConfig, record: RunRecord, lease: Lease) -> CheckpointStore:
     """Raises UserError for a run without an id, which identifies its checkpoints."""
     return CheckpointStore(
         run.checkpoints,
@@ -42,6 +43,7 @@ def store_of(run: RunFolder, config: RunConfig, record: RunRecord) -> Checkpoint
         keep_every=config.checkpoint.keep_every,
         required=REQUIRED,
         content=content_fault,
+        fence=lease,
     )
 
 

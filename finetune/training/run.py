@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import torch
 
-from finetune.budget.run_budget import open_budget
+from finetune.budget.lease import Lease
+from finetune.budget.run_budget import book_refused, open_budget
+from finetune.budget.takeover import Heritage
 from finetune.checkpoint.async_writer import AsyncCheckpointWriter, Committed
 from finetune.checkpoint.store import read_manifest
 from finetune.config.load import config_hash, load_config, to_dict
 from finetune.config.schema import RunConfig
 from finetune.data.tokenize import Examples
+from finetune.errors import EXIT_OK, UserError
 from finetune.run_folder import RunFolder, check_name_is_free, create_run
 from finetune.run_record import RunRecord
 from finetune.runtime import distributed
@@ -45,6 +48,9 @@ from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
 from finetune.training.tracking.trackers import trackers
 from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
 
+RECENTLY_SECONDS = 1.0
+"""run.json is written at every log: a look at the lease that is so recent is enough for that."""
+
 
 def start(config: RunConfig, config_file: Path) -> int:
     """Begin a new run in a new folder; returns the exit code. Under torchrun every process calls it.
@@ -55,9 +61,14 @@ def start(config: RunConfig, config_file: Path) -> int:
     with distributed.process_group():
         distributed.run_on_rank0(lambda: check_name_is_free(config.training))
         inputs = inputs_of(config)
-        run = distributed.run_on_rank0(lambda: create_run(config, config_file))
-        record = new_record(run, config, config_file, inputs.data, inputs.template)
-        return _attempt(run, inputs, distributed.run_on_rank0(lambda: record), None, began)
+        with Lease(say) as lease:
+
+            def claim(run: RunFolder) -> None:
+                _acquire(lease, run, inputs, lambda: ({}, 0))
+
+            run = distributed.run_on_rank0(lambda: create_run(config, config_file, claim))
+            record = new_record(run, config, config_file, inputs.data, inputs.template)
+            return _attempt(run, inputs, distributed.run_on_rank0(lambda: record), None, lease, began)
 
 
 def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
@@ -70,36 +81,66 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
     began = time.monotonic()
     with distributed.process_group():
         typed = [f"budget.{name}={value!r}" for name, value in (ceilings or {}).items()]
-        config, record = distributed.run_on_rank0(lambda: (load_config(run.config_yaml, typed), run.record()))
+
+        def read() -> tuple[RunConfig, RunRecord]:
+            return load_config(run.config_yaml, typed), run.record()
+
+        config, record = distributed.run_on_rank0(read)
         check_unfinished(run, record)
         check_numbers(run, record)
+        store_of(run, config, record, Lease(say))  # checks what identifies the run
         inputs = inputs_of(config)
-        keep_threads(record, inputs.device.place)
-        store = store_of(run, config, record)
-        backend = record.step.backend if record.step else None
-        found = distributed.run_on_rank0(lambda: newest_checkpoint(run, store, config, inputs.data, backend))
-        if ceilings:
-            distributed.run_on_rank0(lambda: set_ceilings(run, config, ceilings, found))
-        record.attempts += 1
-        record.config, record.config_hash = to_dict(config), config_hash(config)
-        return _attempt(run, inputs, record, found, began)
+        with Lease(say) as lease:
+            store = store_of(run, config, record, lease)
+            waited = distributed.run_on_rank0(lambda: _acquire(lease, run, inputs, store.heritage))
+            if waited:  # for an attempt that may have gone on, and changed everything
+                earlier, (config, record) = config, distributed.run_on_rank0(read)
+                if record.status == "done":
+                    say(f"{run.path}: done by the attempt that this one has waited for")
+                    return EXIT_OK
+                inputs = inputs if to_dict(config) == to_dict(earlier) else inputs_of(config)
+            check_numbers(run, record)
+            keep_threads(record, inputs.device.place)
+            store = store_of(run, config, record, lease)
+            backend = record.step.backend if record.step else None
+            found = distributed.run_on_rank0(lambda: newest_checkpoint(run, store, config, inputs.data, backend))
+            if ceilings:
+                distributed.run_on_rank0(lambda: set_ceilings(run, config, ceilings, found))
+            record.attempts += 1
+            record.config, record.config_hash = to_dict(config), config_hash(config)
+            return _attempt(run, inputs, record, found, lease, began)
 
 
-def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | None, began: float) -> int:
+def _acquire(lease: Lease, run: RunFolder, inputs: Inputs, heritage: Callable[[], Heritage]) -> bool:
+    """Returns whether it had to wait. Raises UserError for a run that another attempt holds."""
+    try:
+        return lease.acquire(run, heritage)
+    except UserError as error:
+        if error.code == "run.held":
+            book_refused(run, inputs.config, inputs.price)
+        raise
+
+
+def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | None, lease: Lease, began: float) -> int:
     stop = Stop(say)
     step = read_manifest(found)["step"] if found else 0
     budget = open_budget(run, inputs.config, inputs.price, stop, attempt=record.attempts, step=step)
-    recorder, before = RunRecorder(run, record, budget, began), record.status
-    session = Session(run, inputs, recorder, budget, stop, found)
+    recorder, before = RunRecorder(run, record, budget, began, lambda: lease.check(RECENTLY_SECONDS)), record.status
+    session = Session(run, inputs, recorder, budget, stop, lease, found)
     with failures_recorded(session):
         recorder.resume_from(found)
         distributed.on_failure(lambda: clean_up(session))
         refusal = distributed.run_on_rank0(budget.refusal_to_start)
         if refusal is None:
             recorder.begin()  # before anything else: a folder without run.json is not a run
-            with budget.metered(hard_stop=lambda: stop_hanging(run, recorder)):
+            with budget.metered(hard_stop=lambda: _end_hanging(session)):
                 return _fit(session, load_parts(inputs))
     return refused(session, refusal, before)
+
+
+def _end_hanging(session: Session) -> None:
+    stop_hanging(session.run, session.recorder, session.lease)
+    session.lease.release()
 
 
 def _fit(session: Session, parts: Parts) -> int:
@@ -112,11 +153,16 @@ def _fit(session: Session, parts: Parts) -> int:
         save_steps=inputs.config.checkpoint.save_steps,
         every_minutes=inputs.config.checkpoint.every_minutes,
     )
-    hooks = Hooks(throughput, session.budget.series, ends.abandon_if_too_late, say)
+
+    def between_micro_batches() -> None:
+        session.lease.check_pulse()
+        ends.abandon_if_too_late()
+
+    hooks = Hooks(throughput, session.budget.series, between_micro_batches, say)
     trainer = _trainer(session, parts, plan, hooks)
     writer = _writer(session) if distributed.is_rank0() else None
     staging = CheckpointStaging(
-        trainer, writer, run, inputs.config, inputs.data, inputs.template, session.record.attempts
+        trainer, writer, run, inputs.config, inputs.data, inputs.template, session.record.attempts, session.lease
     )
 
     def write(_: object = None) -> None:
@@ -178,7 +224,7 @@ def _trainer(session: Session, parts: Parts, plan: StepPlan, hooks: Hooks) -> An
 
 
 def _writer(session: Session) -> AsyncCheckpointWriter:
-    store = store_of(session.run, session.inputs.config, session.record)
+    store = store_of(session.run, session.inputs.config, session.record, session.lease)
 
     def committed(done: Committed) -> None:
         session.stop.save_took(done.seconds)
@@ -242,5 +288,5 @@ def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfS
     done = trainer.state.global_step >= trainer.state.max_steps
     status = "done" if done else "budget_stop" if ends.budget_stop else "interrupted"
     if status != "interrupted" and distributed.is_rank0():
-        save_adapter(session.run, trainer.model, parts, session.inputs.template)
+        save_adapter(session.run, trainer.model, parts, session.inputs.template, session.lease.check)
     return close(session, status, trainer.state.global_step)

@@ -26,6 +26,17 @@ class Labels:
     config_hash: str
     data_hash: str
     attempt: int
+    lease: int = 0
+    """Number of the claim of the attempt (budget/lease.py); saves of earlier versions have none."""
+
+    def for_manifest(self) -> dict[str, Any]:
+        """The keywords of `CheckpointStore.put`."""
+        return {
+            "step": self.step,
+            "config_hash": self.config_hash,
+            "data_hash": self.data_hash,
+            "attempt": self.attempt,
+        }
 
 
 @dataclass
@@ -60,9 +71,9 @@ def read_labels(path: Path) -> Labels | None:
         labels = _read(Labels, path)
     except (OSError, ValueError):
         return None
-    numbers = all(0 <= number <= MOST_STEPS for number in (labels.step, labels.attempt))
+    numbers = all(0 <= number <= MOST_STEPS for number in (labels.step, labels.attempt, labels.lease))
     hashes = all(_HASH.fullmatch(text) for text in (labels.config_hash, labels.data_hash))
-    return Labels(labels.step, labels.config_hash, labels.data_hash, labels.attempt) if numbers and hashes else None
+    return labels if numbers and hashes else None
 
 
 def read_probe(path: Path) -> Probe:

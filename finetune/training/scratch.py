@@ -49,6 +49,8 @@ def remove_if_empty(folder: Path) -> None:
 
 def _run_of(folder: Path) -> str | None:
     try:
+        if not (folder / RUN_FILE).is_file():  # a FIFO would never end
+            return None
         with (folder / RUN_FILE).open("rb") as file:
             return file.read(100).decode("ascii", errors="replace").strip()
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.budget.lease import Lease
 from finetune.budget.run_budget import RunBudget
 from finetune.checkpoint.store import read_manifest
 from finetune.run_folder import RunFolder
@@ -23,6 +24,7 @@ class Session:
     recorder: RunRecorder
     budget: RunBudget
     stop: Stop
+    lease: Lease
     resume_from: Path | None = None
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.budget.lease import Lease
 from finetune.checkpoint.async_writer import AsyncCheckpointWriter, Committed
 from finetune.checkpoint.store import CheckpointStore
 from finetune.config.load import config_hash, to_yaml
@@ -49,18 +50,20 @@ def remove_half_saves(folder: Path) -> None:
 
 
 def commit_orphaned_save(store: CheckpointStore) -> None:
-    """Commit the newest staged save that an earlier attempt on this machine left uncommitted, if there is one."""
+    """Commit the newest staged save that an earlier attempt left uncommitted on this machine, if there is one. Not one from
+    before the newest checkpoints: another machine has gone on from an older state since."""
+    _, newest = store.heritage()
     found = [path for folder in scratch_folders(store.run_id) for path in folder.glob(f"*/{LABELS}")]
     left = [
         (labels, path.parent)
         for path in found
-        if not path.parent.is_symlink() and (labels := read_labels(path)) is not None
+        if not path.parent.is_symlink() and (labels := read_labels(path)) and labels.lease >= newest
     ]
     if not left:
         return
     labels, staged = max(left, key=lambda item: (item[0].step, item[0].attempt))
     try:
-        store.put(staged, **asdict(labels))
+        store.put(staged, **labels.for_manifest())
         say(f"committed the staged save of step {labels.step}, which an earlier attempt left on this machine")
     except UserError as error:
         say(f"cannot commit the staged save of step {labels.step}, which an earlier attempt left: {error}")
@@ -99,14 +102,16 @@ class CheckpointStaging(TrainerCallback):
         data: Prepared,
         template: PromptTemplate,
         attempt: int,
+        lease: Lease,
     ) -> None:
         """writer: None on ranks that do not write."""
         self.trainer, self.writer, self.run = trainer, writer, run
-        self.config, self.data, self.template, self.attempt = config, data, template, attempt
+        self.config, self.data, self.template, self.attempt, self.lease = config, data, template, attempt, lease
         self.saves = Saves()
         self.base = identity_of_base(config.model) if writer else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.lease.check_pulse()
         if self.writer:
             self.writer.check()
 
@@ -131,9 +136,11 @@ class CheckpointStaging(TrainerCallback):
             for path in self.run.ledger.glob("attempt-*.jsonl"):
                 shutil.copyfile(path, folder / "ledger" / path.name)
         fault_injection.place("snapshot")
-        labels = Labels(state.global_step, config_hash(self.config), self.data.manifest_hash, self.attempt)
+        labels = Labels(
+            state.global_step, config_hash(self.config), self.data.manifest_hash, self.attempt, self.lease.number
+        )
         write_json(folder / LABELS, asdict(labels))  # the last file: from here on the staged save is complete
-        self.writer.submit(folder, **asdict(labels))
+        self.writer.submit(folder, **labels.for_manifest())
         self.saves.count += 1
         self.saves.stall_seconds += self.trainer.save_seconds + time.monotonic() - began
 

@@ -97,3 +97,19 @@ def test_on_other_ranks_nothing_happens(tmp_path: Path, clock: FakeClock, monkey
     told = (budget.refusal_to_start(), budget.series(), budget.short(), budget.record("done"))
     assert told == (None, {}, "", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_an_attempt_that_is_kept_from_the_run_has_cost_its_start(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock.seconds = 300.0
+    config, price = run_config(budget=BUDGET), MachinePrice(3.6, "b")
+    run_budget.book_refused(RunFolder(tmp_path), config, price)
+    assert Ledger(tmp_path / "ledger").account().attempts == (), "this computer is not paid for"
+    monkeypatch.setattr(run_budget, "provisioned", lambda: True)
+    monkeypatch.setattr(run_budget, "facts", dict)
+    run_budget.book_refused(RunFolder(tmp_path), config, None)
+    assert Ledger(tmp_path / "ledger").account().attempts == ()
+    run_budget.book_refused(RunFolder(tmp_path), config, price)
+    (attempt,) = Ledger(tmp_path / "ledger").account().attempts
+    assert attempt.reason == "refused" and attempt.usd == pytest.approx(0.3)

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from finetune.budget.ledger import Ledger
 from finetune.budget.meter import Meter
 from finetune.budget.watchdog import HEARTBEAT_VARIABLE, heartbeat_seconds
+from finetune.errors import UserError
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
 from tests.helpers.budget_run import BudgetRun
@@ -208,3 +210,35 @@ def test_the_last_resort_is_set_only_where_there_is_a_ceiling(run: BudgetRun, mo
     run.clock.seconds = 0.0
     run.watch(run.meter(hours=1e12), last_resort=True)
     assert timers[5:] == [86400.0]
+
+
+@pytest.mark.parametrize("attempts", [2, 3])
+def test_attempts_that_spend_at_once_share_the_ceiling(attempts: int, run: BudgetRun) -> None:
+    """Each counts what the others have spent since it began, so all together stay below the ceiling ($51 of $25 once)."""
+    for _ in range(attempts):
+        run.watch(run.meter(dollars=25.0))
+    alone = 25.0 / 3.6 * 3600
+    run.clock.advance(alone / attempts - 120)
+    assert not run.asked and not run.ended
+    run.clock.advance(240)
+    assert len(run.asked) == len(run.ended) == attempts
+    spent = run.ledger.account().usd
+    assert spent is not None and 24.7 < spent <= 25.0
+
+
+def test_an_account_that_cannot_be_read_leaves_the_last_one_and_is_reported_once(
+    run: BudgetRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = run.meter(dollars=25.0)
+    run.past_attempt(600.0)
+    run.watch(meter)
+    run.clock.advance(30.0)
+    assert meter.usage().usd == pytest.approx(0.63)
+
+    def unreadable(self: object, without: str | None = None) -> None:
+        raise UserError("the bucket does not answer", code="disk.error")
+
+    monkeypatch.setattr(Ledger, "account", unreadable)
+    run.clock.advance(90.0)
+    assert meter.usage().usd == pytest.approx(0.72)
+    assert len(run.said) == 1 and "the account of other attempts is not up to date" in run.said[0]

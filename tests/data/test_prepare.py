@@ -387,3 +387,14 @@ def test_a_database_that_another_program_has_open_is_copied_with_its_committed_r
         prepared = run_prepare([shop], tmp_path / "prepared")
     with closing(sqlite3.connect(prepared.folder / "databases" / "shop" / "shop.sqlite")) as copied:
         assert copied.execute("SELECT sum(id = 1), sum(id = 2) FROM item").fetchone() == (0, 1)
+
+
+@pytest.mark.parametrize("name", ["../q.jsonl", "/etc/passwd", "databases/../../q.jsonl", "a\\b", "", "a\nb"])
+def test_a_manifest_that_names_a_file_outside_is_refused(name: str, tmp_path: Path, shop: SourceSection) -> None:
+    output = tmp_path / "prepared"
+    run_prepare([shop], output)
+    manifest = json.loads((output / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    with raises("data.changed", match="which is not a file of this folder; run"):
+        load_prepared(output)

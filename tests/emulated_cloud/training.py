@@ -30,8 +30,8 @@ SHORT = "training.max_steps=40"
 """Overrides for tests that need a machine and only a short training."""
 SHOWN = ("run.json", *(f"ledger/attempt-{number:03d}.jsonl" for number in range(1, 6)))
 """Files of a run that a failure message shows."""
-HEARTBEAT_SECONDS = 1
-"""Instead of 30: attempts here last a minute."""
+HEARTBEAT_SECONDS, LEASE_SECONDS = 1, 15
+"""Instead of 30 and 60: attempts here last a minute."""
 
 
 def add_training(checkout: Path) -> None:
@@ -66,6 +66,7 @@ def launch(task: str, *options: str, overrides: str = "", **env: object) -> list
         "CONFIG": CONFIG,
         "FINETUNE_ALLOW_CPU": 1,
         "FINETUNE_HEARTBEAT_SECONDS": HEARTBEAT_SECONDS,
+        "FINETUNE_LEASE_SECONDS": LEASE_SECONDS,
         "OMP_NUM_THREADS": 1,
         **({"OVERRIDES": overrides} if overrides else {}),
         **env,

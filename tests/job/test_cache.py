@@ -151,3 +151,16 @@ def test_an_id_that_is_no_id_is_refused_where_it_is_read(text: str, config: Path
     with raises("job.bad_set_id", match="manifest_sha256: expected the id"):
         cache.lay_out(loaded, "../../../../x", lambda: pytest.fail("not prepared"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_not_part_of_a_set_is_not_deleted(config: Path, tmp_path: Path) -> None:
+    """data.output_dir may be a folder with the user's own files, by mistake."""
+    loaded = load_config(config)
+    folder = Path(loaded.data.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("mine.jsonl", "train.jsonl.bak", "manifest.txt"):
+        (folder / name).write_text("mine")
+    (folder / "train.jsonl").write_text("half a copy")
+    with raises("job.nothing_prepared"):
+        DataCache(tmp_path / "bucket", tmp_path / "state").lay_out(loaded, "", lambda: None)
+    assert {path.name for path in folder.iterdir()} == {"mine.jsonl", "train.jsonl.bak", "manifest.txt"}

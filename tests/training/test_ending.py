@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 
 from transformers import TrainerState  # noqa: E402
 
+from finetune.budget.lease import Lease  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.run_folder import RunFolder  # noqa: E402
 from finetune.run_record import RunRecord, StepCount  # noqa: E402
@@ -60,7 +61,7 @@ def hanging(recorder: RunRecorder, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def by_the_budget(recorder: RunRecorder, run: RunFolder) -> None:
-    ending.stop_hanging(run, recorder)
+    ending.stop_hanging(run, recorder, Lease(print))
 
 
 def test_the_adapter_of_a_hard_stop_is_that_of_one_checkpoint(
@@ -68,20 +69,20 @@ def test_the_adapter_of_a_hard_stop_is_that_of_one_checkpoint(
 ) -> None:
     """While it is copied, another save is committed."""
 
-    def copy(run: RunFolder, checkpoint: Path) -> None:
+    def copy(run: RunFolder, checkpoint: Path, check: Any) -> None:
         recorder.newest = tmp_path / "step-4"
 
     recorder.newest = tmp_path / "step-2"
     monkeypatch.setattr(ending, "adapter_from", copy)
     monkeypatch.setattr(ending, "read_manifest", lambda folder: {"step": int(folder.name.removeprefix("step-"))})
-    ending.stop_hanging(RunFolder(tmp_path), recorder)
+    ending.stop_hanging(RunFolder(tmp_path), recorder, Lease(print))
     assert record_of(tmp_path)["adapter_step"] == 2
 
 
 def by_another_process(recorder: RunRecorder, run: RunFolder) -> None:
     nothing: Any = None
     spending: Any = SimpleNamespace(end=lambda reason: None)
-    ending.clean_up(Session(run, nothing, recorder, spending, nothing))
+    ending.clean_up(Session(run, nothing, recorder, spending, nothing, Lease(print)))
 
 
 @pytest.mark.usefixtures("hanging")

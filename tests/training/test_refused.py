@@ -65,7 +65,7 @@ def refused(arguments: list[str], code: str, shown: Shown, match: str = "") -> s
          r"nowhere/prepared/manifest\.json.*`finetune data prepare CONFIG`"),
         ({"data": {"schema_format": "compact"}}, "prompt.mismatch",
          r"prepared: was prepared for prompt 1-ddl-\w+, but this config uses 1-compact-\w+; run `finetune data prepare"),
-        ({"training": {"run_name": "../up"}}, "run.bad_name", r"training\.run_name"),
+        ({"training": {"run_name": "../up"}}, "config.bad_value", r"training\.run_name"),
     ],
 )  # fmt: skip
 def test_invalid_inputs_are_refused(
@@ -181,6 +181,33 @@ def test_a_run_that_cannot_be_resumed_is_refused(tiny_run: Path, tmp_path: Path,
     assert files_of(tiny_run) == before
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *[{"run_id": text} for text in ("x/../some/folder", "../some/folder", "{outside}", "", "x/../../some/folder")],
+        *[{"attempts": -1}, {"attempts": 10**400}, {"threads": 0}, {"wall_seconds": 1e308}],
+    ],
+    ids=lambda wrong: str(wrong)[:30],
+)
+def test_a_record_whose_values_would_become_paths_or_bounds_is_refused_and_nothing_is_deleted(
+    wrong: dict[str, Any], tiny_run: Path, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    for folder in (temporary / "some" / "folder", tmp_path / "some" / "folder", temporary / "finetune-x"):
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("years of work")
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run)
+    wrong = {
+        name: str(temporary / "some" / "folder") if value == "{outside}" else value for name, value in wrong.items()
+    }
+    (run / "run.json").write_text(json.dumps(record_of(run) | {"status": "interrupted"} | wrong))
+    for _ in range(2):
+        refused(["train", "--resume", str(run)], "run.bad_record", capsys, rf"run\.json: {next(iter(wrong))}: expected")
+    assert len(list(tmp_path.rglob("thesis.txt"))) == 3
+
+
 def test_a_run_whose_config_or_data_changed_is_not_resumed(
     tiny_run: Path, tiny_data: Path, tmp_path: Path, capsys: Shown
 ) -> None:
@@ -188,7 +215,7 @@ def test_a_run_whose_config_or_data_changed_is_not_resumed(
     shutil.copytree(tiny_run, run)
     (run / "run.json").write_text(json.dumps(record_of(run) | {"status": "interrupted"}))
     config = (run / "config.yaml").read_text()
-    before = files_of(run)
+    before = {name: text for name, text in files_of(run).items() if not name.startswith("lease/")}
     changed = r"training\.learning_rate: 0\.01 -> 0\.02: refused, .*; restore the earlier values, or start a new run"
     change(run / "config.yaml", "training", learning_rate=2e-2)
     refused(["train", "--resume", str(run)], "resume.config_changed", capsys, rf"config\.yaml: {changed}")
@@ -200,7 +227,7 @@ def test_a_run_whose_config_or_data_changed_is_not_resumed(
     message = r"step-6: was trained on different data; prepare the same data again"
     refused(["train", "--resume", str(run)], "resume.data_changed", capsys, message)
     (run / "config.yaml").write_text(config)
-    assert files_of(run) == before
+    assert {name: text for name, text in files_of(run).items() if not name.startswith("lease/")} == before
 
 
 # --- a disk or a GPU that is full, a disk that cannot be written
@@ -298,7 +325,7 @@ def test_an_adapter_that_cannot_be_saved_leaves_no_partial_folder_and_is_saved_b
         refused(["train", str(tiny_config())], "disk.full", capsys, "runs/tiny-001: ")
     run = tmp_path / "runs" / "tiny-001"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "run.json", "checkpoints", "ledger", "tensorboard"}
+    assert names == {"config.yaml", "run.json", "checkpoints", "ledger", "lease", "tensorboard"}
     assert main(["train", "--resume", str(run)]) == 0
     assert (run / "adapter" / "prompt.json").is_file()
 

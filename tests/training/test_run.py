@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +25,7 @@ from finetune.data.prompts import PromptTemplate, encode_examples, load_template
 from finetune.data.records import read_records  # noqa: E402
 from finetune.models.load import load_tokenizer  # noqa: E402
 from finetune.runtime.files import sha256_file  # noqa: E402
+from finetune.training.scratch import scratch_folders  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,8 +141,7 @@ def test_a_checkpoint_holds_the_inputs_of_the_run(tiny_run: Path, tiny_data: Pat
 
 
 def test_staged_saves_leave_nothing_on_the_local_disk(tiny_run: Path) -> None:
-    scratch = Path(tempfile.gettempdir()) / f"finetune-{record_of(tiny_run)['run_id']}"
-    assert not scratch.exists()
+    assert scratch_folders(record_of(tiny_run)["run_id"]) == []
     assert {path.name for path in (tiny_run / "checkpoints").iterdir()} == {"step-4", "step-6"}
 
 

@@ -18,7 +18,7 @@ from finetune.training.staging import LABELS, commit_orphaned_save
 from tests.helpers.errors import raises
 
 RUN, OTHER = "a" * 32, "b" * 32
-GOOD = {"step": 6, "config_hash": "c" * 64, "data_hash": "d" * 64, "attempt": 1}
+GOOD = {"step": 6, "config_hash": "c" * 64, "data_hash": "d" * 64, "attempt": 1, "lease": 0}
 
 
 @pytest.fixture(autouse=True)

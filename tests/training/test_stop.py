@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +24,7 @@ torch = pytest.importorskip("torch")
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
+from finetune.training.scratch import scratch_folders  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_keys")
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,8 @@ def start_and_wait(config: Path, until: Callable[[], bool]) -> subprocess.Popen[
 
 def another_machine(run: Path) -> None:
     """Delete the staged saves on the local disk, as on a new machine."""
-    shutil.rmtree(Path(tempfile.gettempdir()) / f"finetune-{record_of(run)['run_id']}", ignore_errors=True)
+    for folder in scratch_folders(record_of(run)["run_id"]):
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

@@ -366,6 +366,11 @@ def test_the_id_comes_from_the_user_then_the_folder_then_the_task(
     assert wandb_run_id(tmp_path, "mine") != of_task
     (tmp_path / "wandb-run-id").write_text("kept\n")
     assert wandb_run_id(tmp_path, "mine") == "kept"
+    for wrong in ("../../x", "..", "a/b", "a:b", "a\x1bb", "a\nb", "x" * 129, " "):
+        (tmp_path / "wandb-run-id").write_text(wrong)
+        assert re.fullmatch(r"mine-[0-9a-f]{8}", wandb_run_id(tmp_path, "mine"))
+    (tmp_path / "wandb-run-id").write_text("my.own id")
+    assert wandb_run_id(tmp_path, "mine") == "my.own id"
     monkeypatch.setenv("WANDB_RUN_ID", "given")
     assert wandb_run_id(tmp_path, "mine") == "given"
 

@@ -76,8 +76,16 @@ class RunRecorder:
     process must not wait for these methods without a timeout.
     """
 
-    def __init__(self, run: RunFolder, record: RunRecord, budget: RunBudget, began: float) -> None:
-        self.record = record
+    def __init__(
+        self,
+        run: RunFolder,
+        record: RunRecord,
+        budget: RunBudget,
+        began: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """check: called before the file is written; raises TakenOver if this attempt has lost the run."""
+        self.record, self._check = record, check
         self.newest: Path | None = None
         self._run, self._budget = run, budget
         self._seconds_before = record.wall_seconds or 0.0  # of earlier attempts
@@ -173,6 +181,7 @@ class RunRecorder:
         self.record.wall_seconds = round(self._seconds_before + time.monotonic() - self._began, 1)
         update(self.record, self._budget.record(self._reason))
         if distributed.is_rank0():
+            self._check()
             self._run.write_record(self.record)
 
     def _go_back_to_saved(self) -> None:

@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.config.schema import TrackingSection
 from finetune.errors import UserError
+from finetune.runtime.confined import is_relative_name
 from finetune.runtime.credentials import wandb_key_present
 from finetune.runtime.files import write_text
 from finetune.training.tracking.tensorboard import TensorBoard, scalars
@@ -74,7 +75,10 @@ def wandb_run_id(run_folder: Path, run_name: str) -> str:
     if given := os.environ.get("WANDB_RUN_ID", "").strip():
         return given
     with suppress(OSError, UnicodeDecodeError):
-        if saved := (run_folder / RUN_ID_FILE).read_text(encoding="utf-8").strip():
+        saved = (run_folder / RUN_ID_FILE).read_text(encoding="utf-8").strip()
+        if is_relative_name(saved) and re.fullmatch(
+            r"[^/\\#?%:]{1,128}", saved
+        ):  # what W&B accepts; it names a folder after it
             return saved
     name, task = _plain(run_name), _plain(os.environ.get("SKYPILOT_TASK_ID", ""))
     if task and name == task:
