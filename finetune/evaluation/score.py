@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.data.prompts import extract_sql
 from finetune.data.records import Record
-from finetune.evaluation.statistics import wilson_interval
+from finetune.evaluation.statistics import bootstrap_by_database, paired_interval, wilson_interval
 from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, results_equal
 from finetune.sql.difficulty import difficulty
 from finetune.sql.engines.base import QueryResult, Session
@@ -160,12 +160,16 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
     """Execution accuracy, valid-SQL rate and counts: over all rows, by difficulty, by database and by kind of gold; over the
     rows whose gold can tell a right answer from a constant; and under each rule."""
     telling = [row.verdict for row in rows if row.gold_kind in CAN_TELL]
+    by_database = _tally(rows, "db_id")
     return {
         **_accuracy([row.verdict for row in rows]),
         "valid_sql_rate": sum(row.verdict in RAN for row in rows) / len(rows),
         "new_tokens": sum(row.new_tokens for row in rows),
         "by_difficulty": _tally(rows, "difficulty"),
-        "by_database": _tally(rows, "db_id"),
+        "by_database": by_database,
+        "execution_accuracy_interval95_by_database": bootstrap_by_database(
+            [(group["correct"], group["questions"]) for group in by_database.values()]
+        ),
         "by_gold": _tally(rows, "gold_kind"),
         "without_hollow": _accuracy(telling),
         "rules": {rule: _accuracy([row.verdicts.get(rule, "") for row in rows]) for rule in _rules(rows)},
@@ -208,10 +212,33 @@ def gain(base: Iterable[Row], tuned: Iterable[Row], rule: str | None = None) -> 
 
 
 def gains(base: Sequence[Row], tuned: Sequence[Row]) -> dict[str, Any]:
-    """`gain` under each rule, and without the questions whose gold is hollow."""
+    """`gain` under each rule, and without the questions whose gold is hollow; its 95% intervals as fractions, over questions and
+    over databases (None for fewer than two)."""
     telling = [[row for row in rows if row.gold_kind in CAN_TELL] for rows in (base, tuned)]  # of the same golds
     by_rule = {rule: gain(base, tuned, rule) for rule in _rules([*base, *tuned])}
-    return {"gain": gain(base, tuned), "gain_by_rule": by_rule, "gain_without_hollow": gain(telling[0], telling[1])}
+    counts = gain(base, tuned)
+    intervals = {
+        "questions": paired_interval(counts["won"], counts["lost"], sum(counts.values())),
+        "databases": bootstrap_by_database(_points_by_database(base, tuned)),
+    }
+    without_hollow = gain(telling[0], telling[1])
+    return {
+        "gain": counts,
+        "gain_interval95": intervals,
+        "gain_by_rule": by_rule,
+        "gain_without_hollow": without_hollow,
+    }
+
+
+def _points_by_database(base: Iterable[Row], tuned: Iterable[Row]) -> list[tuple[float, int]]:
+    """(questions won less questions lost, questions) of each database, over the questions that both models were asked."""
+    before = {row.id: row.verdict == CORRECT for row in base}
+    found: dict[str, tuple[float, int]] = {}
+    for row in tuned:
+        if row.id in before:
+            points, questions = found.get(row.db_id, (0.0, 0))
+            found[row.db_id] = points + (row.verdict == CORRECT) - before[row.id], questions + 1
+    return [found[name] for name in sorted(found)]
 
 
 def as_dict(row: Row) -> dict[str, Any]:

@@ -7,11 +7,10 @@ certain, and is estimated by drawing whole databases.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 from finetune.evaluation.statistics import bootstrap_by_database, mcnemar_exact, paired_interval
-from finetune.report.source import Json, Source
+from finetune.report.source import Json, Source, dig
 
 Interval = tuple[float, float]
 
@@ -76,24 +75,16 @@ def _gain(source: Source) -> list[str]:
         f"Tuning won {won} questions and lost {lost}; {both} were right and {neither} wrong for both models.",
         f"The change is {100 * (won - lost) / max(questions, 1):+.1f} points, 95% interval "
         f"{_points(paired_interval(won, lost, questions), '+')} over questions (paired, Agresti-Min)"
-        f"{_gain_by_database(source, won - lost)}.",
+        f"{_gain_by_database(source)}.",
         f"{chance} (McNemar's exact test, two-sided). Chance alone {verdict} the change on these databases.",
         "No figure here accounts for the choice of the training seed.",
     ]
 
 
-def _gain_by_database(source: Source, net: int) -> str:
-    """The interval of the gain over databases, from the recorded answers; "" if they are missing or contradict eval.json."""
-    right = {name: {str(row["id"]): row for row in rows} for name, rows in source.rows.items()}
-    points: dict[str, float] = defaultdict(float)
-    questions: dict[str, int] = defaultdict(int)
-    for identity, row in right.get("tuned", {}).items():
-        if before := right.get("base", {}).get(identity):
-            database = str(row.get("db_id"))
-            questions[database] += 1
-            points[database] += (row["verdict"] == "correct") - (before["verdict"] == "correct")
-    interval = bootstrap_by_database([(points[name], questions[name]) for name in sorted(questions)])
-    if interval is None or sum(points.values()) != net:
+def _gain_by_database(source: Source) -> str:
+    """The interval of the gain over databases; "" if eval.json has none, as for one database and in earlier versions."""
+    interval = dig(source.evaluation, "gain_interval95.databases")
+    if not interval:
         return ""
     zero = "; it includes 0" if interval[0] <= 0 <= interval[1] else ""
     return f", {_points(interval, '+')} over databases (bootstrap{zero})"

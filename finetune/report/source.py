@@ -80,8 +80,18 @@ def _evaluation_problem(evaluation: Json) -> str | None:
     for name, scores in models.items():
         if scores is not None and (problem := _scores_problem(scores)):
             return f"models.{name} {problem}"
-    problem = None if gain is None else _counts_problem(gain, OUTCOMES)
-    return problem and f"gain {problem}"
+    if gain is not None and (problem := _counts_problem(gain, OUTCOMES)):
+        return f"gain {problem}"
+    of_databases = dig(evaluation, "gain_interval95.databases")
+    return (
+        None
+        if of_databases is None or _is_interval(of_databases)
+        else "gain_interval95.databases is not a pair of numbers"
+    )
+
+
+def _is_interval(value: Any) -> bool:
+    return _is_list_of(value, int | float) and len(value) == 2 and all(math.isfinite(bound) for bound in value)
 
 
 def _scores_problem(scores: Any) -> str | None:
@@ -90,7 +100,7 @@ def _scores_problem(scores: Any) -> str | None:
     if number(scores, "execution_accuracy") is None:
         return "lacks the number execution_accuracy"
     interval = scores.get("execution_accuracy_interval95")
-    if interval is not None and not (_is_list_of(interval, int | float) and len(interval) == 2):
+    if interval is not None and not _is_interval(interval):
         return "has an execution_accuracy_interval95 that is not a pair of numbers"
     for key in ("by_difficulty", "by_database", "by_gold"):
         groups = scores.get(key) or {}

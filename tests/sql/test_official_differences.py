@@ -1,4 +1,4 @@
-"""Our side of the table in docs/scoring.md; the official verdicts there come from a run of the evaluator itself."""
+"""Our side of the table in docs/evaluation.md; the official verdicts there come from a run of the evaluator itself."""
 
 from __future__ import annotations
 
