@@ -12,8 +12,9 @@ class Fence(Protocol):
     def number(self) -> int:
         """Of the attempt, in the order in which they took over; 0 for a store that needs none."""
 
-    def check(self) -> None:
-        """Called right before every change. Raises TakenOver if another attempt has taken over the run."""
+    def check(self, max_age: float = 0.0) -> None:
+        """Called right before every change. Raises TakenOver if another attempt has taken over the run. max_age: a look that is
+        at most so many seconds old is enough."""
 
     def too_late(self, name: str, number: int, seal: str) -> bool:
         """Whether a checkpoint was committed by an attempt that had already lost the run. name: of its folder. number: of that
@@ -25,7 +26,7 @@ class NoFence:
 
     number = 0
 
-    def check(self) -> None:
+    def check(self, max_age: float = 0.0) -> None:
         pass
 
     def too_late(self, name: str, number: int, seal: str) -> bool:

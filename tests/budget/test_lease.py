@@ -293,7 +293,7 @@ def test_a_commit_in_the_moment_of_the_takeover_does_not_count(
     old = CheckpointStore(run.checkpoints, run_id="r", fence=first)
     inherited = old.put(tmp_path / "staged", step=4, attempt=1, **HASHES)
 
-    def paused() -> None:
+    def paused(max_age: float = 0.0) -> None:
         """The check passes, as it did before the pause."""
 
     second = held(claims, 2, inherits=old.heritage()[0])
