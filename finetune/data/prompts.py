@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.data.answers import answer_is_complete, extract_sql
 from finetune.errors import UserError
 from finetune.example import Example
 from finetune.runtime.files import write_text
@@ -24,25 +24,17 @@ from finetune.sql.text import on_one_line
 if TYPE_CHECKING:
     from finetune.data.records import Record
 
+__all__ = [  # answer_is_complete and extract_sql: what turns prompts into SQL is found in one place
+    "PROMPT_FILE", "PROMPT_VERSION", "PromptTemplate", "answer_is_complete", "completion", "encode_examples", "encode_prompts",
+    "extract_sql", "load_template",
+]  # fmt: skip
+
 PROMPT_VERSION = "1"
 PROMPT_FILE = "prompt.json"
 
 _SCHEMA = "### {dialect} schema\n{schema}\n"
 _HINT = "### Hint\n{evidence}\n"
 _QUESTION = "### Question\n{question}\n### SQL\n"
-
-_START = re.compile(
-    r"""```(?:(?!select\b|with\b|values\b)\w+(?=[ \t]*\n)|sql\w*\b)?(?P<fenced>.*?)(?P<closed>```|\Z)
-      | ^\s*(?P<bare>(?:select|with|values)\b.*)""",
-    re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE,
-)
-"""Where SQL begins in an answer: at the first code fence or the first line that starts like a query, whichever comes first."""
-_END = re.compile(
-    r"""'(?:[^']|'')*(?:'|\Z) | "(?:[^"]|"")*(?:"|\Z) | `[^`]*(?:`|\Z) | --[^\n]* | /\*.*?(?:\*/|\Z)
-      | (?P<semicolon>;) | (?P<gap>\n[ \t\r]*\n|\n\#\#\#)""",
-    re.DOTALL | re.VERBOSE,
-)
-"""Quoted text and comments, which are skipped, and outside of them what may end the query."""
 
 
 @dataclass(frozen=True)
@@ -125,30 +117,3 @@ def encode_examples(tokenizer: Any, prompts: Sequence[str], answers: Sequence[st
 def completion(sql: str, *, dialect: str = "sqlite") -> str:
     """The answer text to train on: the SQL on one line (except inside quotes), without a closing semicolon."""
     return on_one_line(sql, dialect=dialect).rstrip("; ")
-
-
-def extract_sql(answer: str) -> str:
-    """The SQL in a model's answer, on one line and without its semicolon; "" if the answer is empty.
-
-    The SQL begins at the first code fence or the first line that starts like a query; if there is neither, at the start of
-    the answer. It ends at the first semicolon outside quotes and comments, or at the end of the fence; outside a fence also
-    at a blank line and at a `###` heading. Lenient on purpose: the base model has never seen the template.
-    """
-    text, end, _ = _query_in(answer)
-    return on_one_line(text[:end])
-
-
-def answer_is_complete(answer: str) -> bool:
-    """Whether generation may stop, because no further text could change `extract_sql(answer)`."""
-    return _query_in(answer)[2]
-
-
-def _query_in(answer: str) -> tuple[str, int, bool]:
-    """The text that contains the query, the offset of the query's end, and whether no further text could change that end."""
-    start = _START.search(answer)
-    fenced = start is not None and start["fenced"] is not None
-    text = (start["fenced"] or start["bare"] or "") if start else answer.strip()
-    for match in _END.finditer(text):
-        if match["semicolon"] or (match["gap"] and not fenced):
-            return text, match.start(), start is not None
-    return text, len(text), fenced and start is not None and start["closed"] != ""
