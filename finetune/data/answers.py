@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from finetune.data.direct_sql import LABEL, MARK, THOUGHTS, TURN, DirectSql, longest_query
 from finetune.data.fences import LANGUAGES, Block, blocks_in
@@ -31,22 +31,20 @@ RULES = 2
 _QUERY = "|".join(QUERY_WORDS)
 _SQL = "|".join((*QUERY_WORDS, *STATEMENT_WORDS))
 _NEW_QUESTION = re.compile(
-    rf"""^(?:\#{{1,4}}[ \t]*(?:question|hint|instruction|input|user|\w+[ \t]schema)[ \t:]*\n|(?:question|user|human|input)[ \t]*\d*:)
-    |{TURN}""",
+    rf"""^(?:\#{{1,4}}[ \t]*(?:question|hint|instruction|input|user|\w+[ \t]schema)[ \t:]*\n
+    |(?:question|user|human|input)[ \t]*\d*:)|{TURN}""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 _ALTERNATIVE = re.compile(
     r"\b(?:alternativ\w*|or else|another (?:way|option|approach|version|possibility)|other (?:ways?|options?)|equivalent(?:ly)?"
-    r"|(?:can|could|may|might) also|if you (?:also|want|need|prefer|would|wish|only)|(?:test|verify|check) (?:this|it)|for example)\b",
+    r"|(?:can|could|may|might) also|if you (?:also|want|need|prefer|would|wish|only)|(?:test|verify|check) (?:this|it)"
+    r"|for example)\b",
     re.IGNORECASE,
 )
-_THOUGHT = re.compile(
-    rf"(?<!['\"%])[<◁](?P<name>{THOUGHTS})[>▷].*?[<◁]/(?P=name)[>▷]"
-    r"|<\|channel\|>(?:analysis|commentary).*?(?:<\|end\|>|\Z)|\Aanalysis.*?assistantfinal",
-    re.DOTALL | re.IGNORECASE,
+_THOUGHT = re.compile(rf"(?<!['\"%])[<◁](/?)({THOUGHTS})[>▷]", re.IGNORECASE)
+_CHANNEL = re.compile(
+    r"<\|channel\|>(?:analysis|commentary).*?(?:<\|end\|>|\Z)|\Aanalysis.*?assistantfinal", re.DOTALL | re.IGNORECASE
 )
-_THOUGHT_BEFORE = re.compile(rf".*(?<!['\"%])[<◁]/(?:{THOUGHTS})[>▷]", re.DOTALL | re.IGNORECASE)
-_THOUGHT_AFTER = re.compile(rf"(?<!['\"%])[<◁](?:{THOUGHTS})[>▷].*", re.DOTALL | re.IGNORECASE)
 _ANSWER = re.compile(r".*(?<!['\"%])<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _LEADING = re.compile(rf"\s*(?:(?:{TURN})\s*|assistant\s*(?:\n|:|(?=<\|))\s*|final(?=<\|message))+", re.IGNORECASE)
 _TURN = re.compile(rf"(?<!['\"%])(?:{TURN})")
@@ -54,13 +52,13 @@ _UNLABELLED = re.compile(
     rf"\s*(?:(?:{'|'.join(sorted(LANGUAGES))})[ \t]*\n\s*)?{MARK}?(?:{LABEL})?", re.IGNORECASE | re.VERBOSE
 )
 _LABELLED = re.compile(rf"(?:{LABEL})`*(?=\(*(?:{_QUERY})\b)", re.IGNORECASE | re.VERBOSE)
-_LINE = re.compile(rf"^[ \t]*{MARK}?[*_`]*(?=\(*[ \t]*(?:{_QUERY})\b)", re.IGNORECASE | re.MULTILINE)
+_LINE = re.compile(rf"^[ \t]*+{MARK}?[*_`]*+(?=\(*+[ \t]*+(?:{_QUERY})\b)", re.IGNORECASE | re.MULTILINE)
 _ANYWHERE = re.compile(rf"(?<![\w'\"`])(?=(?:{_QUERY})\s)", re.IGNORECASE)
 _INLINE = re.compile(r"(?<!`)(`{1,2})(?!`)([^`]+)\1(?!`)")
 _JSON = re.compile(r'"\w*(?:sql|query|answer)\w*"\s*:\s*("(?:[^"\\]|\\.)*+")', re.IGNORECASE)
 _END = re.compile(r";|\n[ \t\r]*\n|(?<=\n)###|```")
-_TRIES = 50
-_CHECKS_OF_PROSE = 8
+_TRIES = 12
+"""How many candidates of one kind are given to the parser, and how many new questions end an answer."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def read_answer(answer: str, dialect: str = "sqlite") -> SqlAnswer:
 
 
 def extract_sql(answer: str, dialect: str = "sqlite") -> str:
-    """The SQL in a model's answer, on one line and without its semicolon; "" if the answer is empty or never left its thoughts."""
+    """The SQL in a model's answer, on one line and without its semicolon; "" if it is empty or never left its thoughts."""
     return read_answer(answer, dialect).sql
 
 
@@ -95,7 +93,7 @@ class AnswerReader:
     def __init__(self, dialect: str = "sqlite") -> None:
         self._dialect = dialect
         self._direct = DirectSql(dialect)
-        self._searched, self._checks = 0, _CHECKS_OF_PROSE
+        self._searched, self._checks = 0, _TRIES
         self._prose_end: int | None = None
 
     def feed(self, text: str) -> bool:
@@ -123,7 +121,9 @@ class AnswerReader:
         if self._direct.end is not None:
             return SqlAnswer(on_one_line(self._direct.sql or "", dialect=self._dialect), self._direct.several)
         text = text[: self._prose_end]
-        return _read_whole(text, self._dialect) or SqlAnswer(on_one_line(_looks_like_sql(text, self._dialect), dialect=self._dialect))
+        return _read_whole(text, self._dialect) or SqlAnswer(
+            on_one_line(_looks_like_sql(text, self._dialect), dialect=self._dialect)
+        )
 
 
 def _read_whole(text: str, dialect: str) -> SqlAnswer | None:
@@ -142,20 +142,35 @@ def _read_whole(text: str, dialect: str) -> SqlAnswer | None:
     return (
         _of_blocks(body, blocks, dialect)
         or _of_blocks(body, texts, dialect)
-        or _of_blocks(body, inline[:_TRIES], dialect)
+        or _of_blocks(body, inline[-_TRIES:], dialect)
         or _of_lines(body, dialect)
     )
 
 
 def _without_thought(text: str) -> str:
     """The answer itself: without thoughts, closed or not, without the tokens of a chat template and what comes after them."""
-    body = _THOUGHT.sub("", text)
-    body = _THOUGHT_AFTER.sub("", _THOUGHT_BEFORE.sub("", body))
+    body = _outside_thoughts(_CHANNEL.sub("", text))
     body = _LEADING.sub("", body, count=1) if _LEADING.match(body) else body
     answer = _ANSWER.match(body)
     body = answer[1] if answer else body
     end = _TURN.search(body)
     return body[: end.start()] if end else body
+
+
+def _outside_thoughts(text: str) -> str:
+    """A thought without its first tag, which some prompts end with, begins where the answer begins."""
+    parts: list[str] = []
+    start, thinks = 0, ""
+    for match in _THOUGHT.finditer(text):
+        closes, name = bool(match[1]), match[2].lower()
+        if not thinks and closes:
+            parts, start = [], match.end()
+        elif not thinks:
+            parts.append(text[start : match.start()])
+            thinks = name
+        elif closes and name == thinks:
+            start, thinks = match.end(), ""
+    return "".join(parts) if thinks else "".join([*parts, text[start:]])
 
 
 def _json_text(literal: str) -> str:
@@ -207,8 +222,12 @@ def _statements(text: str, dialect: str) -> list[str]:
 
 def _of_lines(body: str, dialect: str) -> SqlAnswer | None:
     """The first query that follows a label, else at the start of a line, else anywhere."""
+    tried: set[int] = set()
     for pattern in (_LABELLED, _LINE, _ANYWHERE):
-        for match in _first(pattern.finditer(body)):
+        for match in islice(pattern.finditer(body), _TRIES):
+            if match.end() in tried:
+                continue
+            tried.add(match.end())
             direct = DirectSql(dialect)
             direct.feed(body[match.end() :], final=True)
             if direct.sql is not None:
@@ -216,15 +235,11 @@ def _of_lines(body: str, dialect: str) -> SqlAnswer | None:
     return None
 
 
-def _first(matches: Iterator[re.Match[str]]) -> list[re.Match[str]]:
-    return [match for match, _ in zip(matches, range(_TRIES), strict=False)]
-
-
 def _looks_like_sql(text: str, dialect: str) -> str:
     """Where nothing reads as a query: the last fence marked as SQL, else from the first line on that begins like a query, else
     all; up to the first end of a statement outside quotes and comments."""
     body = _without_thought(text)
-    begins = re.compile(rf"^\s*(?=\(*(?:{_SQL})\b)", re.IGNORECASE | re.MULTILINE)
+    begins = re.compile(rf"^[ \t]*+(?=\(*+(?:{_SQL})\b)", re.IGNORECASE | re.MULTILINE)
     blocks = [block for block in blocks_in(body) if block.language in LANGUAGES or begins.match(block.text)]
     blocks = [block for block in blocks if block.closed] or blocks
     if blocks:

@@ -18,11 +18,11 @@ TURN = r"<\|[\w. -]{1,40}\|>|<｜[^｜\n]{1,40}｜>|</?s>|<(?:start|end)_of_turn
 THOUGHTS = "think|thinking|thought|thoughts|reasoning|reason|reflection|scratchpad|analysis|inner_monologue"
 MARK = r"(?:(?:[-*+>•]|\(?\d{1,3}[.)])[ ]+)"
 """A list's bullet or number, or the mark of a quotation."""
-LABEL = r"""(?:[*_#>-][*_#>\ -]*)?
-    (?:(?:(?:the|my|here'?s|here[ ]is|so|therefore|final|correct|corrected|resulting|generated|complete)[, ]+)*
+LABEL = r"""(?:[*_#>-][*_#>\ -]{0,8})?
+    (?:(?:(?:the|my|here'?s|here[ ]is|so|therefore|final|correct|corrected|resulting|generated|complete)[, ]{1,3}){0,4}
     (?:sql(?:ite)?|postgresql|mysql|query|answer|solution|result|output|response)
-    (?:[ ]+(?:sql|query|statement|code|command|answer|is|would[ ]be))*[ *_]*:\s*[*_]*\s*
-    |(?:(?:sqlite|mysql|duckdb)>|[\w-]+=[\#>])[ ]+)"""
+    (?:[ ]{1,3}(?:sql|query|statement|code|command|answer|is|would[ ]be)){0,4}[ *_]{0,4}:\s{0,20}[*_]{0,3}\s{0,20}
+    |(?:(?:sqlite|mysql|duckdb)>|(?<![\w-])[\w-]{1,30}=[\#>])[ ]+)"""
 """`SQL:`, `**Final answer:**`, `Here is the query:`, or the prompt of a database shell. For a verbose pattern."""
 
 _LANGUAGE = "|".join(map(re.escape, sorted(LANGUAGES, key=len, reverse=True)))
@@ -42,8 +42,8 @@ _END = re.compile(rf";|(?<=\n)\#\#\#|```|~~~|{TURN}|[<◁]/?(?:{THOUGHTS}|answer
 _GAP = re.compile(r"\n[ \t\r]*\n")
 _PARTIAL = re.compile(r"(?:[<◁][^\s<>]{0,40}|(?<=\n)\#{1,2}|[`~]{1,2}|\$[^\W\d]*|[nN]?[qQ]')\Z")
 """What may become the end of the SQL, or the beginning of a quote, when more text comes."""
-_CHECKS = 50
-"""How often the parser is asked whether a blank line ends the query."""
+_CHECKS = 24
+"""How often the parser is asked whether a blank line ends the query, and how many other statements may come before it."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class DirectSql:
             self._begin(text)
         while not self.over and self._position is not None and self._position < len(text):
             if not self._read(text, final):
-                return
+                break
         if final and not self.over and self._position is not None:
             self._close(text, len(text), reading(text[self._start :], self.dialect))
 
@@ -107,10 +107,13 @@ class DirectSql:
         found = reading(region, self.dialect)
         if found == "open" and kind[0] == "\n":
             return
-        if found == "statement" and kind == ";":  # a query may follow, as after USE, PRAGMA or CREATE VIEW
+        if (
+            found == "statement" and kind == ";" and self._checks > 0
+        ):  # a query may follow, as after USE, PRAGMA or CREATE VIEW
             self.several = self.sql is not None
             self.sql = self.sql or region
             self._start = end
+            self._checks -= 1
             return
         self._close(text, start, found)
         if self.sql is not None:
@@ -141,7 +144,7 @@ def _begins_with_sql(text: str, dialect: str) -> bool:
 def longest_query(region: str, dialect: str) -> str | None:
     """The most lines or sentences from the start of the text that are a complete query; None if there are none."""
     best = None
-    ends = [match.start() for match in re.finditer(r"\n|(?<=\.)\s+(?=[A-Z])", region)][:200]
+    ends = [match.start() for match in re.finditer(r"\n|(?<=\.)\s+(?=[A-Z])", region)][:_CHECKS]
     for end in (*ends, len(region)):
         part = region[:end]
         found = reading(part, dialect)
@@ -154,4 +157,3 @@ def longest_query(region: str, dialect: str) -> str | None:
         if found == "none":
             break
     return best
-

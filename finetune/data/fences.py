@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from finetune.sql.syntax import QUERY_WORDS, STATEMENT_WORDS
 
-LANGUAGES = frozenset(
-    """sql sqlite sqlite3 mysql mariadb postgres postgresql pgsql plpgsql psql tsql t-sql mssql sqlserver bigquery snowflake spark
-    sparksql spark-sql databricks duckdb oracle plsql hive hiveql presto trino redshift clickhouse""".split()
-)
+_LANGUAGES_TEXT = """
+    sql sqlite sqlite3 mysql mariadb postgres postgresql pgsql plpgsql psql tsql t-sql mssql sqlserver
+    bigquery snowflake spark sparksql spark-sql databricks duckdb oracle plsql hive hiveql presto trino
+    redshift clickhouse
+"""
+LANGUAGES = frozenset(_LANGUAGES_TEXT.split())
 """The names of SQL behind a fence. They are also accepted on the first line inside it."""
 
 _OPENING = re.compile(r"(?P<fence>`{3,}|(?:^|(?<=\n))~{3,})[ \t]*\{?\.?(?P<language>[A-Za-z][\w+#.-]*)?\}?")
@@ -62,7 +64,9 @@ def _block(text: str, opening: re.Match[str]) -> tuple[Block, int]:
     if end is None:
         return Block(text[start:], language, False, opening.start(), len(text)), len(text)
     nested = end.groupdict().get("nested")
-    return Block(text[start : end.start()], language, True, opening.start(), end.end()), end.start() if nested else end.end()
+    return Block(
+        text[start : end.start()], language, True, opening.start(), end.end()
+    ), end.start() if nested else end.end()
 
 
 def _closing(fence: str) -> re.Pattern[str]:
@@ -70,5 +74,6 @@ def _closing(fence: str) -> re.Pattern[str]:
     languages = "|".join(map(re.escape, sorted(LANGUAGES, key=len, reverse=True)))
     run = f"{re.escape(fence[0])}{{{len(fence)},}}"
     return re.compile(
-        rf"(?P<nested>^[ \t>]*{run}(?=[ \t]*(?:{languages})\b))|^[ \t>]*{run}|{run}[ \t]*$", re.MULTILINE | re.IGNORECASE
+        rf"(?P<nested>^[ \t>]*{run}(?=[ \t]*(?:{languages})\b))|^[ \t>]*{run}|{run}[ \t]*$",
+        re.MULTILINE | re.IGNORECASE,
     )

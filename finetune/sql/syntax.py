@@ -6,6 +6,7 @@ Nothing is executed, and no name is resolved: a query may name tables that do no
 import re
 import sqlite3
 from contextlib import closing
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -17,23 +18,46 @@ Reading = Literal["query", "statement", "open", "none"]
 statement, which more text may complete. none: no SQL, whatever follows."""
 
 QUERY_WORDS = ("select", "with", "values")
-STATEMENT_WORDS = ("explain", "pragma", "insert", "update", "delete", "replace", "create", "drop", "alter", "merge", "use", "set")
+STATEMENT_WORDS = (
+    "explain",
+    "pragma",
+    "insert",
+    "update",
+    "delete",
+    "replace",
+    "create",
+    "drop",
+    "alter",
+    "merge",
+    "use",
+    "set",
+)
 
-_PROSE = frozenset("the these those this that which you we our your here".split())
+MAX_PARSED_CHARACTERS = 50_000
+"""A longer text is not given to sqlglot, which takes 0.2 s for 50,000 characters, and more where it has to guess."""
+
+_PROSE_TEXT = """
+    the these those this that which you we our your here
+"""
+_PROSE = frozenset(_PROSE_TEXT.split())
 """Words that prose cannot do without and that hardly any schema has as a name: `Select names from the list` parses."""
-_NO_NAMES = frozenset(
-    """all and as asc between by case cast collate current_date current_time current_timestamp date desc distinct else end escape
-    except exists false glob group having in intersect interval is isnull like limit not notnull null offset on or order over
-    partition recursive select then time timestamp true union using values when where with""".split()
-)
-_OPEN_WORDS = frozenset(
-    """all and as between by case cross distinct else except exists from full group having ilike in inner intersect into is join
-    left like limit minus natural not offset on or order over partition recursive returning right select set then union using
-    values when where with""".split()
-)
+_NO_NAMES_TEXT = """
+    all and as asc between by case cast collate current_date current_time current_timestamp date desc distinct
+    else end escape except exists false glob group having in intersect interval is isnull like limit not
+    notnull null offset on or order over partition recursive select then time timestamp true union using
+    values when where with
+"""
+_NO_NAMES = frozenset(_NO_NAMES_TEXT.split())
+_OPEN_WORDS_TEXT = """
+    all and as between by case cross distinct else except exists from full group having ilike in inner
+    intersect into is join left like limit minus natural not offset on or order over partition recursive
+    returning right select set then union using values when where with
+"""
+_OPEN_WORDS = frozenset(_OPEN_WORDS_TEXT.split())
 _MAIN = frozenset(("select", "values", "insert", "update", "delete", "merge", "replace", "table", "from"))
 
 
+@lru_cache(maxsize=256)
 def reading(sql: str, dialect: str = "sqlite") -> Reading:
     """How one text, without a closing semicolon, reads in a dialect. Raises UserError for an unknown one."""
     if too_long(sql):
@@ -61,9 +85,10 @@ def _has_names_without_from(code: list[Piece], words: list[str]) -> bool:
 
 def _parsed(sql: str, code: list[Piece], words: list[str], dialect: str) -> Reading:
     """As `reading`, but every complete statement is a query."""
-    found: Reading = _by_sqlite(sql) if dialect == "sqlite" else "none"
-    if found != "none":
-        return found
+    if dialect == "sqlite" and code[0].text != "(":  # (SELECT ...) UNION SELECT ... is no SQLite, but a query
+        return _by_sqlite(sql)
+    if len(sql) > MAX_PARSED_CHARACTERS:
+        return "none"
     if words[0] == "explain":
         return reading(sql[code[0].start + len("explain") :], dialect)
     return _by_sqlglot(sql, code, words, dialect)
