@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from finetune.data.answers import answer_is_complete, extract_sql
+from finetune.data.answers import answer_is_complete as answer_is_complete
+from finetune.data.answers import extract_sql as extract_sql
 from finetune.errors import UserError
-from finetune.example import Example
 from finetune.runtime.files import write_text
 from finetune.sql.schema import compact, parse_ddl
 from finetune.sql.text import on_one_line
+from finetune.tokens import encode_examples as encode_examples
+from finetune.tokens import encode_prompts as encode_prompts
 
 if TYPE_CHECKING:
     from finetune.data.records import Record
-
-__all__ = [  # answer_is_complete and extract_sql: what turns prompts into SQL is found in one place
-    "PROMPT_FILE", "PROMPT_VERSION", "PromptTemplate", "answer_is_complete", "completion", "encode_examples", "encode_prompts",
-    "extract_sql", "load_template",
-]  # fmt: skip
 
 PROMPT_VERSION = "1"
 PROMPT_FILE = "prompt.json"
@@ -96,22 +92,6 @@ def load_template(folder: Path) -> PromptTemplate:
             code="prompt.mismatch",
         )
     return template
-
-
-def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Prompts as token ids, including the special tokens that the tokenizer prepends."""
-    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"] if prompts else []
-    return ids
-
-
-def encode_examples(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> list[Example]:
-    """Training examples as token ids. Prompt and answer are tokenised separately and concatenated, so that the ids before the
-    answer are exactly those that generation starts from, however the tokenizer would merge across the boundary."""
-    ends = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else []
-    return [
-        Example([*start, *end, tokenizer.eos_token_id], len(start))
-        for start, end in zip(encode_prompts(tokenizer, prompts), ends, strict=True)
-    ]
 
 
 def completion(sql: str, *, dialect: str = "sqlite") -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.data.prompts import PromptTemplate, completion, encode_examples
+from finetune.data.prompts import PromptTemplate, completion
 from finetune.data.records import Record
 from finetune.data.split import sql_skeleton
+from finetune.tokens import encode_examples
 
 _BATCH = 256
 _PERCENTILES = (50, 90, 95, 99)
@@ -34,7 +35,7 @@ def token_counts(
     desc: str = "Counting tokens",
     progress: bool = True,
 ) -> list[TokenCount]:
-    """Token counts of each record. tokenizer: as for `prompts.encode_examples`."""
+    """Token counts of each record. tokenizer: as for `tokens.encode_examples`."""
     counts: list[TokenCount] = []
     with tqdm(total=len(records), desc=desc, unit="record", delay=1, disable=not progress) as bar:
         for start in range(0, len(records), _BATCH):

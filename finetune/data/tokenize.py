@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from finetune.data.prompts import PromptTemplate, completion, encode_examples
+from finetune.data.prompts import PromptTemplate, completion
 from finetune.data.records import Record
 from finetune.example import Example
+from finetune.tokens import encode_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

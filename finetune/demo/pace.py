@@ -11,9 +11,10 @@ import torch
 from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
-from finetune.data.prompts import PromptTemplate, completion, encode_examples
+from finetune.data.prompts import PromptTemplate, completion
 from finetune.demo.schedule import Pace
 from finetune.evaluation.generators.hf import generate_answers
+from finetune.tokens import encode_examples
 from finetune.training.step.hf_backend import answer_loss, padded
 from finetune.training.tracking.trl_without_wandb import DataCollatorForLanguageModeling
 

@@ -13,8 +13,11 @@ from safetensors import SafetensorError
 
 from finetune.config.schema import LoraSection, ModelSection, QuantizationSection
 from finetune.errors import UserError, first_line
+from finetune.models.attention import attention_for
 from finetune.models.device import Device
 from finetune.models.gguf import PACKAGE_PREFIX, unpacked_gguf
+from finetune.runtime.console import say
+from finetune.tokens import added_after
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +39,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:  # padding is masked everywhere, so any token works
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    if end := added_after(tokenizer):
+        say(f"model.name: the tokenizer of {section.name} adds {end} after each text; it is left out before the answer")
     result: PreTrainedTokenizerBase = tokenizer
     return result
 
@@ -48,8 +53,9 @@ def load_base(
     dequantize: dequantize the weights once. Their values stay those of the 4-bit weights; memory grows fourfold.
     Raises UserError if the name is wrong, weights are missing or corrupt, or the hub cannot be reached.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    attention = attention_for(section.attn_implementation, device, _load(section, AutoConfig.from_pretrained))
     if device.place.type == "cpu":
         rounding = "bf16" if section.cpu_bf16_matmul else "none"  # a setting of the whole process, so always set
         torch.backends.mkldnn.matmul.fp32_precision = rounding  # type: ignore[attr-defined]
@@ -59,7 +65,7 @@ def load_base(
         output_loading_info=True,
         dtype=device.dtype,
         device_map={"": device.place},
-        attn_implementation=attention_for(section.attn_implementation, device),
+        attn_implementation=attention,
         quantization_config=_bits_and_bytes(quantization, device) if quantization.load_in_4bit else None,
     )
     if loaded["missing_keys"]:  # transformers would continue with random weights
@@ -86,14 +92,6 @@ def _keep_one_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def attention_for(configured: str, device: Device) -> str:
-    """`auto` is SDPA on a GPU and eager on a CPU: there eager's backward is matrix products, which two cores with AMX ran
-    1.4 times faster than SDPA's (496 against 360 tokens/s, SmolLM2-135M in NF4, batch 8 x 140, best of 6 steps)."""
-    if configured != "auto":
-        return configured
-    return "eager" if device.place.type == "cpu" else "sdpa"
 
 
 def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
@@ -206,6 +204,8 @@ def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
             f"model.revision: a hub model needs a pinned revision (the commit to load of {section.name})",
             code="model.no_revision",
         )
+    from huggingface_hub.errors import StrictDataclassError  # for a value of the wrong type in config.json
+
     try:
         return loader(
             source,
@@ -213,7 +213,15 @@ def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
             trust_remote_code=section.trust_remote_code,
             **arguments,
         )
-    except (OSError, ValueError, ImportError, LookupError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         advice = "is the hub reachable, and HF_TOKEN set if the model is gated?" if hub else "is the folder complete?"
         if isinstance(error, torch.OutOfMemoryError):
             advice = "4-bit weights need the least memory: quantization.load_in_4bit=true"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.config.schema import LoraSection, QuantizationSection
+from finetune.models.attention import attention_for
 from finetune.models.device import Device, choose_device
 from finetune.models.load import (
     adapters_to_float32,
     attach_lora,
-    attention_for,
     load_adapter,
     load_base,
     parameter_counts,
@@ -114,6 +115,12 @@ def test_rounded_matrix_products_are_set_for_each_model(tiny_model: Path) -> Non
     for asked, rounding in ((True, "bf16"), (False, "none")):
         load_base(named(tiny_model, cpu_bf16_matmul=asked), WHOLE, CPU)
         assert torch.backends.mkldnn.matmul.fp32_precision == rounding  # type: ignore[attr-defined]
+
+
+def test_a_value_of_the_wrong_type_in_the_config_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    change(tmp_path / "model" / "config.json", hidden_size="64")
+    assert "hidden_size" in refusal("model.load_failed", lambda: load_base(named(tmp_path / "model"), WHOLE, CPU))
 
 
 def test_missing_flash_attention_is_reported_in_one_clear_line(tiny_model: Path) -> None:

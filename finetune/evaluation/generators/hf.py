@@ -13,11 +13,12 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from finetune.config.schema import RunConfig
-from finetune.data.prompts import answer_is_complete, encode_prompts
+from finetune.data.prompts import answer_is_complete
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Answer
 from finetune.models.device import Device, choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
+from finetune.tokens import decode_answer, encode_prompts, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +85,7 @@ class AnswersComplete(StoppingCriteria):
         for row, token in enumerate(last):
             if not self._complete[row] and _MAY_END_AN_ANSWER & set(token):
                 self._complete[row] = answer_is_complete(
-                    self._tokenizer.decode(input_ids[row, self._prompt_tokens :], skip_special_tokens=True)
+                    decode_answer(self._tokenizer, input_ids[row, self._prompt_tokens :].tolist())
                 )
         return torch.tensor(self._complete, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
 
@@ -106,6 +107,7 @@ def generate_answers(
     """
     encoded = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    ends = stop_ids(tokenizer, model)
     answers: list[tuple[str, int]] = [("", 0)] * len(prompts)
     model.eval()
     with tqdm(total=len(prompts), desc=description, unit="question", disable=not progress) as bar:
@@ -113,7 +115,7 @@ def generate_answers(
             chosen = order[start : start + batch_size]
             batch = tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt").to(model.device)
             try:
-                new = _greedy(model, tokenizer, batch, max_new_tokens)
+                new = _greedy(model, tokenizer, batch, max_new_tokens, ends)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"out of GPU memory with prompts of up to {len(encoded[chosen[0]])} tokens, {len(chosen)} at once; "
@@ -121,15 +123,17 @@ def generate_answers(
                     code="gpu.out_of_memory",
                 ) from error
             for i, ids in zip(chosen, new, strict=True):
-                kept = _until_end(ids.tolist(), tokenizer)
-                answers[i] = (tokenizer.decode(kept, skip_special_tokens=True), len(kept))
+                kept = _until_end(ids.tolist(), ends, tokenizer.pad_token_id)
+                answers[i] = (decode_answer(tokenizer, kept), len(kept))
             bar.update(len(chosen))
     return answers
 
 
 @torch.inference_mode()
-def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Any, max_new_tokens: int) -> torch.Tensor:
-    """New token ids, shape (rows, at most max_new_tokens)."""
+def _greedy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, batch: Any, max_new_tokens: int, ends: list[int]
+) -> torch.Tensor:
+    """New token ids, shape (rows, at most max_new_tokens). ends: the tokens that end an answer."""
     width = batch["input_ids"].shape[1]
     output: torch.Tensor = model.generate(
         **batch,
@@ -141,17 +145,16 @@ def _greedy(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Any, max_new_
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=StoppingCriteriaList([AnswersComplete(tokenizer, width)]),
     )
     return output[:, width:]
 
 
-def _until_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of the answer: up to the end-of-text token, and without the padding of rows that ended early."""
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    while ids and ids[-1] == tokenizer.pad_token_id:
+def _until_end(ids: list[int], ends: list[int], padding: Any) -> list[int]:
+    """The tokens of the answer: up to the first that ends one, and without the padding of rows that ended early."""
+    ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+    while ids and ids[-1] == padding:
         ids.pop()
     return ids

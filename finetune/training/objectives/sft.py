@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.data.prompts import encode_examples
+from finetune.tokens import encode_examples
 from finetune.training.objectives.objective import Objective
 
 

@@ -10,6 +10,7 @@ import torch
 
 from finetune.estimate.fit import MicroBatchConfig
 from finetune.example import IGNORED, Example, batch_targets
+from finetune.models.head import has_plain_head, logits_at
 from finetune.training.objectives.objective import TokenLoss
 from finetune.training.objectives.sft import negative_log_likelihood
 
@@ -21,8 +22,8 @@ class HfBackend:
     """A runner.Backend that pads rows to the longest.
 
     model: a PeftModel. collate: makes a batch from rows with input_ids and labels. autocast: the context that sets the dtype of
-    the forward pass. token_loss: as in Objective. fused_loss: replaces `answer_loss` in training steps; it brings its own
-    autocast.
+    the forward pass. token_loss: as in Objective. fused_loss: replaces `answer_loss` in training steps of models
+    whose head is plain (models/head.py); it brings its own autocast.
     """
 
     padded = True
@@ -52,10 +53,14 @@ class HfBackend:
 
     def loss(self, examples: Sequence[Example], labelled: int, limits: MicroBatchConfig) -> torch.Tensor:
         batch = self.batch(examples)
-        if self._fused_loss is not None:
+        if self._fused_loss is not None and self._plain_head():
             return self._fused_loss(batch, num_items_in_batch=labelled)
         with self._autocast():
             return answer_loss(self.model, batch, labelled, self._token_loss)
+
+    def _plain_head(self) -> bool:
+        with self._autocast():
+            return has_plain_head(_causal(self.model))
 
     def validation_loss(self, examples: Sequence[Example], labelled: int) -> torch.Tensor:
         batch = self.batch(examples)
@@ -73,21 +78,22 @@ def padded(examples: Sequence[Example], collate: Collate) -> Batch:
     return collate([{"input_ids": example.ids, "labels": example.labels} for example in examples])
 
 
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def answer_loss(
     model: Any, inputs: Batch, num_items_in_batch: Any = None, token_loss: TokenLoss = negative_log_likelihood
 ) -> torch.Tensor:
-    """Mean loss of the labelled tokens; the logits of other tokens are never computed.
+    """Mean loss of the labelled tokens; the logits of other tokens are left out where the model allows it.
 
     inputs: input_ids, attention_mask, labels, each (batch, tokens). num_items_in_batch: labelled tokens of the whole
     optimizer step, over which accumulated micro-batches are normalised; None normalises over this batch.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.get_decoder()(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-    ).last_hidden_state
+    causal = _causal(model)
     targets = batch_targets(inputs["labels"])
     labelled = targets != IGNORED
-    logits = causal.get_output_embeddings()(hidden[labelled]).float()
+    logits = logits_at(causal, labelled, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     total = token_loss(logits, targets[labelled])
     count = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     return total / count.clamp(min=1)

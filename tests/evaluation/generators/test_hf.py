@@ -13,6 +13,7 @@ from finetune.config.schema import ModelSection, QuantizationSection
 from finetune.evaluation.generators.hf import generate_answers
 from finetune.models.device import Device
 from finetune.models.load import load_base, load_tokenizer
+from finetune.tokens import encode_examples
 from tests.helpers.errors import raises
 
 PROMPTS = [
@@ -202,6 +203,26 @@ def test_the_end_of_text_token_ends_generation(scripted: Any, model: Any, tokeni
     counts = scripted([("one", [*name, tokenizer.eos_token_id, *name])])
     assert ask(model, tokenizer, ["one"], tokens=200) == [("SELECT name FROM item", len(name))]
     assert counts.passes == len(name) + 1
+
+
+def test_any_end_token_of_the_model_ends_an_answer(
+    monkeypatch: pytest.MonkeyPatch, scripted: Any, model: Any, tokenizer: Any
+) -> None:
+    """Such as the end of a turn beside the end of the text: Llama 3 and Qwen have both."""
+    name = encoded(tokenizer, "SELECT name FROM item")
+    turn = encoded(tokenizer, "?")[-1]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, turn])
+    counts = scripted([("one", [*name, turn, *name]), ("two", [*name[:2], tokenizer.eos_token_id, *name])])
+    answers = ask(model, tokenizer, ["one", "two"], tokens=200)
+    assert answers == [("SELECT name FROM item", len(name)), (tokenizer.decode(name[:2]), 2)]
+    assert counts.passes == len(name) + 1
+
+
+def test_the_name_of_a_control_token_in_an_answer_is_text(scripted: Any, model: Any, tokenizer: Any) -> None:
+    sql = "SELECT id FROM item WHERE name = '</s>'"
+    [example] = encode_examples(tokenizer, ["tag"], [sql])
+    scripted([("tag", example.ids[example.answer_start :])])
+    assert ask(model, tokenizer, ["tag"], tokens=200)[0][0] == sql
 
 
 def test_a_semicolon_in_quotes_ends_nothing(scripted: Any, model: Any, tokenizer: Any) -> None:
