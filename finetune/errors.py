@@ -15,6 +15,8 @@ EXIT_USER_ERROR = 2
 """An invalid config, data set or argument: a retry would fail in the same way."""
 EXIT_TRANSIENT = 75
 """Interrupted from outside (preemption, Ctrl-C): running it again continues the work. EX_TEMPFAIL of sysexits.h."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C, and nothing was kept that another run could continue: 128 + SIGINT, as in a shell."""
 
 
 class UserError(Exception):
@@ -32,6 +34,15 @@ class UserError(Exception):
         self,
     ) -> tuple[Any, ...]:  # otherwise the code would be lost when another process unpickles the error
         return _unpickled, (type(self), self.args), self.__dict__
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM. The message says what was kept; resumable: whether the same command continues from there; code: the exit
+    code if it does not."""
+
+    def __init__(self, message: str, *, resumable: bool, code: int = EXIT_INTERRUPTED) -> None:
+        super().__init__(message)
+        self.resumable, self.code = resumable, code
 
 
 class NotEstimated(UserError):

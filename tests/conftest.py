@@ -131,7 +131,7 @@ def write_config(tiny_model: Path, tiny_data: Path) -> ConfigWriter:
             },
             "checkpoint": {"save_steps": 2},
             "tracking": {"wandb": "disabled"},
-            "evaluation": {"batch_size": 4, "max_new_tokens": 16},
+            "evaluation": {"batch_size": 8, "max_new_tokens": 16},
         }
         for section, changes in sections.items():
             values[section] = values.get(section, {}) | changes

@@ -61,6 +61,7 @@ NEEDS_TORCH = (
     "evaluation.ask",
     "evaluation.generators.hf",
     "evaluation.generators.registry",
+    "evaluation.questions",
     "evaluation.run",
     "models.attention",
     "models.device",

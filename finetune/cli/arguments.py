@@ -21,8 +21,15 @@ OVERRIDES = "key=value pairs that override the config, such as training.num_trai
 
 
 def add_command(
-    commands: Any, name: str, command: Callable[[argparse.Namespace], int] | None, summary: str, example: str
+    commands: Any,
+    name: str,
+    command: Callable[[argparse.Namespace], int] | None,
+    summary: str,
+    example: str,
+    *,
+    continues: bool = False,
 ) -> argparse.ArgumentParser:
+    """continues: whether the command, interrupted at any time and called again, goes on with what it had: Ctrl-C exits 75."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
@@ -30,7 +37,7 @@ def add_command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, continues=continues)
     return parser
 
 

@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
         _demo,
         "score, train, score again and report, within about the given minutes on any machine",
         "finetune demo configs/demo_cpu.yaml --minutes 10",
+        continues=True,
     )
     add_config(demo)
     demo.add_argument(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded
-from finetune.errors import EXIT_OK, UserError
+from finetune.errors import EXIT_OK, Interrupted, UserError
+
+EVALUATION_KEYS = "evaluation."
 
 
 def add(commands: Any) -> None:
@@ -16,45 +21,105 @@ def add(commands: Any) -> None:
         "evaluate",
         _evaluate,
         "score a run's model and its base model by executing their SQL",
-        "finetune evaluate runs/demo\n  finetune evaluate configs/demo_cpu.yaml   (the base model alone)",
+        "finetune evaluate runs/demo\n  finetune evaluate runs/demo evaluation.rule=bird_set   (the same answers, judged again)\n"
+        "  finetune evaluate configs/demo_cpu.yaml   (the base model alone)",
+    )
+    evaluate.description = (
+        f"{evaluate.description} Answers are kept as they come: an interrupted evaluation goes on where it was, "
+        "and one with another rule or time limit only judges again."
     )
     evaluate.add_argument(
         "target", type=Path, metavar="RUN|CONFIG", help="a run folder, or a config for the base model"
     )
-    evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="with a config: " + OVERRIDES)
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help=f"{OVERRIDES}; with a run: keys of the section evaluation only",
+    )
     evaluate.add_argument("--no-base", action="store_true", help="do not score the base model")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    if arguments.target.is_dir():
-        if arguments.overrides:
-            raise UserError(
-                "a run is evaluated with the config in its folder; use overrides with a config file only",
-                code="cli.conflicting_options",
-            )
-        from finetune.run_folder import open_run
-
-        run = open_run(arguments.target)
-        with large_imports():
-            from finetune.evaluation.run import evaluate_run
-
-        scores = evaluate_run(run, base=not arguments.no_base)["models"]
-    else:
-        if arguments.no_base:
-            raise UserError(
-                "--no-base needs a run folder; with a config only the base model is scored",
-                code="cli.conflicting_options",
-            )
-        if not arguments.target.exists():
-            raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
-        config = loaded(arguments, arguments.target)
-        with large_imports():
-            from finetune.evaluation.run import evaluate_base
-
-        scores = {"base": evaluate_base(config)}
+    with _sigterm_as_interrupt():
+        scores = _of_run(arguments) if arguments.target.is_dir() else {"base": _of_config(arguments)}
     for name, result in scores.items():
         low, high = result["execution_accuracy_interval95"]
         right = f"{result['correct']} of {result['questions']}, 95% interval {low:.1%} to {high:.1%}"
         print(f"{name:>6}: execution accuracy {result['execution_accuracy']:.1%} ({right}), "
-              f"valid SQL {result['valid_sql_rate']:.1%}")  # fmt: skip
+              f"valid SQL {result['valid_sql_rate']:.1%}{_aside(result)}")  # fmt: skip
     return EXIT_OK
+
+
+def _aside(result: dict[str, Any]) -> str:
+    """The score without hollow golds, where that is another one."""
+    telling = result["without_hollow"]
+    if telling["questions"] == result["questions"]:
+        return ""
+    if not telling["questions"]:
+        return "; every gold query is hollow: this score says nothing"
+    return f"; without {result['questions'] - telling['questions']} hollow golds {telling['execution_accuracy']:.1%}"
+
+
+def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from finetune.run_folder import open_run
+
+    _check_overrides(arguments.overrides)
+    run = open_run(arguments.target)
+    evaluation = loaded(arguments, run.config_yaml).evaluation if arguments.overrides else None
+    with large_imports():
+        from finetune.evaluation.run import evaluate_run
+
+    models: dict[str, Any] = evaluate_run(run, base=not arguments.no_base, evaluation=evaluation)["models"]
+    return models
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Of a run's config only the section `evaluation` can be overridden: another model or other data would not be those of the
+    run."""
+    other = [word for word in overrides if not word.startswith(EVALUATION_KEYS)]
+    if other:
+        raise UserError(
+            f"{other[0]}: a run is evaluated with the config in its folder; for a run only the keys {EVALUATION_KEYS}* can be "
+            "overridden, for example evaluation.rule=bird_set",
+            code="cli.conflicting_options",
+        )
+
+
+def _of_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.no_base:
+        raise UserError(
+            "--no-base needs a run folder; with a config only the base model is scored",
+            code="cli.conflicting_options",
+        )
+    if not arguments.target.exists():
+        raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
+    config = loaded(arguments, arguments.target)
+    with large_imports():
+        from finetune.evaluation.run import evaluate_base
+
+    return evaluate_base(config)
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM ends the command as Ctrl-C does, so that it says what was kept. Further ones are ignored: SkyPilot
+    and `timeout` send two."""
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        received.append(number)
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        told = error if isinstance(error, Interrupted) else Interrupted("nothing was kept", resumable=False)
+        if received:
+            told.code = 128 + received[0]
+        raise told from None
+    finally:
+        if not received:
+            signal.signal(signal.SIGTERM, earlier)

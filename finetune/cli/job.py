@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 
 
 def _add(jobs: Any, name: str, work: Callable[[JobSettings], int], summary: str, variables: str) -> None:
-    parser = add_command(jobs, name, lambda _: _run(work), summary, f"finetune job {name}")
+    parser = add_command(jobs, name, lambda _: _run(work), summary, f"finetune job {name}", continues=True)
     parser.description = f"{parser.description} Settings come from the environment, which sky/*.yaml set: {variables}."
 
 

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from finetune.cli import config, data, demo, doctor, evaluate, generate, job, machine, plan, report, train
-from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
+from finetune.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, Interrupted, UserError
 from finetune.runtime.console import escape_unprintable, not_encoded, one_line, typed_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 something is missing, 2 user error, 75 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 something is missing, 2 user error, 75 interrupted and to be continued by
+    the same command, 130 interrupted with nothing kept."""
     escape_unprintable()
     parsed = _parse(arguments)
     _quiet_libraries()
@@ -30,9 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnicodeEncodeError as error:
         print(f"finetune: {not_encoded(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Interrupted as error:
+        print(f"finetune: interrupted: {one_line(str(error))}", file=sys.stderr)
+        return EXIT_TRANSIENT if error.resumable or parsed.continues else error.code
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
-        return EXIT_TRANSIENT
+        return EXIT_TRANSIENT if parsed.continues else EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK

@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
         "fine-tune the model of a config",
         "finetune train configs/demo_cpu.yaml training.num_train_epochs=1\n  finetune train --resume runs/demo\n"
         "  finetune train --resume runs/demo --max-run-usd 20",
+        continues=True,
     )
     train.add_argument("--resume", action="store_true", help="resume the run whose folder is given instead of a config")
     train.add_argument("target", type=Path, metavar="CONFIG|RUN", help="a config file; with --resume a run folder")

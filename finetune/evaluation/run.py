@@ -1,33 +1,33 @@
 """Scores a model: answers every held-out question, executes the SQL, and compares its rows with those of the gold SQL.
 
 Base and tuned model use the same code, prompts and weights (the tuned model is the base model plus the adapter), so any
-gain is due to the adapter. The base model's score does not depend on a run: it is cached under <output_dir>/base/ and reused
-as long as weights, prompts, databases and settings stay the same.
+gain is due to the adapter. Answers are kept as they come (answers.py): an evaluation that was killed goes on where it was, and
+one with another rule or time limit only judges again. The base model's answers and score do not depend on a run: they are in
+<output_dir>/base/ and are used as long as weights, prompts and settings stay the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from finetune.config.schema import RunConfig
-from finetune.data.prepared import Prepared, load_prepared
+from finetune.config.schema import EvaluationSection, RunConfig
 from finetune.data.prompts import PromptTemplate, load_template
-from finetune.data.records import Record, read_lines
-from finetune.data.split import unit_hash
-from finetune.errors import UserError
-from finetune.evaluation.generators.base import Generator, LoadedModel
+from finetune.data.records import read_lines
+from finetune.errors import Interrupted, UserError
+from finetune.evaluation.answers import AnswerFile, prompts_hash
+from finetune.evaluation.generators.base import LoadedModel
 from finetune.evaluation.generators.registry import DEFAULT, generator_named
-from finetune.evaluation.score import Row, as_dict, gain, score, score_answer
-from finetune.models.device import choose_device
-from finetune.models.load import require_adapter, weights_identity
+from finetune.evaluation.questions import EvaluationSet, evaluation_set, short_hash
+from finetune.evaluation.score import Judge, Row, as_dict, gains, score
+from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
 from finetune.runtime.console import say
 from finetune.runtime.files import atomic_file, write_json
@@ -35,192 +35,192 @@ from finetune.sql.engines.registry import open_sessions
 
 ROWS = "rows.jsonl"
 SCORE = "score.json"
+ANSWERS = "answers.jsonl"
 
 
-@dataclass(frozen=True)
-class EvaluationSet:
-    """The questions of one evaluation, each with the database that its answer is executed on, and the generation settings."""
+@dataclass
+class Model:
+    """The base or the tuned model in an evaluation: its answers, and its rows and score once they are known."""
 
-    config: RunConfig
-    generator: Generator
-    data: Prepared
-    template: PromptTemplate
-    records: list[Record]
-    databases: list[Path]
-    without_database: int  # records of the split left out because nothing can be executed for them
+    name: str
+    tuned: bool
+    answers: AnswerFile
+    rows: list[Row] | None = None
+    score: dict[str, Any] | None = None
 
-    def prompts(self) -> list[str]:
-        return [self.template.render_record(record) for record in self.records]
+    @property
+    def result(self) -> tuple[dict[str, Any], list[Row]]:
+        assert self.score is not None and self.rows is not None
+        return self.score, self.rows
 
 
 def evaluate_base(
-    config: RunConfig, *, loaded: LoadedModel | None = None, generator: str = DEFAULT, progress: bool = True
+    config: RunConfig,
+    *,
+    loaded: LoadedModel | None = None,
+    generator: str = DEFAULT,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Score the base model of a config, or read the cached score if there is one. Returns the score (see score.score).
 
     loaded: the model, with or without an adapter, if it is in memory already. generator: name of the answer generator in
-    evaluation/generators/registry.py.
+    evaluation/generators/registry.py. Raises Interrupted on Ctrl-C.
     """
-    evaluation_set = _evaluation_set(config, generator_named(generator), PromptTemplate(config.data.schema_format))
-    result = _cached_base(evaluation_set) or _score_base(
-        evaluation_set, loaded or evaluation_set.generator.load(config, None), progress
-    )
-    return result[0]
+    questions = evaluation_set(config, generator_named(generator), PromptTemplate(config.data.schema_format))
+    base = _base(questions)
+    _complete(questions, [base], lambda: loaded or questions.generator.load(config, None), progress)
+    return base.result[0]
 
 
 def evaluate_run(
-    run: RunFolder, *, base: bool = True, generator: str = DEFAULT, progress: bool = True
+    run: RunFolder,
+    *,
+    base: bool = True,
+    generator: str = DEFAULT,
+    evaluation: EvaluationSection | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Score a run's adapter and, unless `base` is False, its base model; write eval.json and eval/*.jsonl into the run
     folder. Returns the content of eval.json. Raises UserError if the adapter, the data or a database is missing.
-    generator: as in `evaluate_base`."""
+    evaluation: replaces the section of the run's config. The others as in `evaluate_base`."""
     config = run.config()
+    config.evaluation = evaluation or config.evaluation
     require_adapter(run.adapter)
-    evaluation_set = _evaluation_set(config, generator_named(generator), load_template(run.adapter))
+    questions = evaluation_set(config, generator_named(generator), load_template(run.adapter))
     trained_on = run.record().data if run.run_json.is_file() else None
-    if trained_on and trained_on.manifest_sha256 != evaluation_set.data.manifest_hash:
+    if trained_on and trained_on.manifest_sha256 != questions.data.manifest_hash:
         say(
-            f"{evaluation_set.data.folder}: not the data that {run.path} was trained on, which may have contained these questions"
+            f"{questions.data.folder}: not the data that {run.path} was trained on, which may have contained these questions"
         )
-    model = evaluation_set.generator.load(config, run.adapter)
+    models = [*([_base(questions)] if base else []), _tuned(questions, run)]
+    _complete(questions, models, lambda: questions.generator.load(config, run.adapter), progress)
     scores: dict[str, dict[str, Any]] = {}
-    rows: dict[str, list[Row]] = {}
-    if base:
-        scores["base"], rows["base"] = _cached_base(evaluation_set) or _score_base(evaluation_set, model, progress)
-    scores["tuned"], rows["tuned"] = _ask(evaluation_set, model, progress, tuned=True)
+    for model in models:
+        result, rows = model.result
+        _write_rows(run.eval_rows(model.name), rows)
+        scores[model.name] = result | {"rows": str(run.eval_rows(model.name).relative_to(run.path))}
     scores["tuned"]["adapter"] = str(run.adapter)
-    for name in rows:
-        _write_rows(run.eval_rows(name), rows[name])
-        scores[name]["rows"] = str(run.eval_rows(name).relative_to(run.path))
+    no_gain = {"gain": None, "gain_by_rule": None, "gain_without_hollow": None}
     result = {
         "split": config.evaluation.split,
-        "questions": len(evaluation_set.records),
-        "without_database": evaluation_set.without_database,
-        "data_manifest_sha256": evaluation_set.data.manifest_hash,
-        "prompt_version": evaluation_set.template.identity(),
+        "questions": len(questions.records),
+        "without_database": questions.without_database,
+        "data_manifest_sha256": questions.data.manifest_hash,
+        "prompt_version": questions.template.identity(),
         "rule": config.evaluation.rule,
+        "timeout_seconds": config.evaluation.timeout_seconds,
         "models": scores,
-        "gain": gain(rows["base"], rows["tuned"]) if base else None,
+        **(gains(models[0].result[1], models[1].result[1]) if base else no_gain),
     }
     write_json(run.eval_json, result)
     return result
 
 
-def _evaluation_set(config: RunConfig, generator: Generator, template: PromptTemplate) -> EvaluationSet:
-    data = load_prepared(Path(config.data.output_dir))
-    records = data.records(config.evaluation.split)
-    asked = [(r, database) for r in records if (database := data.database(r))]
-    without_database = len(records) - len(asked)
-    if not asked:
-        raise UserError(
-            f"{data.folder}: no record of the split {config.evaluation.split} comes with a database, so nothing can be executed; "
-            "give data.sources[..].databases and run `finetune data prepare CONFIG` again",
-            code="data.no_database",
-        )
-    if without_database:
-        say(f"{data.folder}: {without_database} of {len(records)} {config.evaluation.split} records come without a "
-             "database and are left out")  # fmt: skip
-    limit = config.evaluation.max_questions
-    if limit is not None and limit < len(asked):
-        chosen = sorted(asked, key=lambda pair: unit_hash(config.data.seed, pair[0].id))[:limit]
-        asked = [pair for pair in asked if pair in chosen]
-    return EvaluationSet(
-        config, generator, data, template, [r for r, _ in asked], [d for _, d in asked], without_database
-    )
-
-
-def _ask(
-    evaluation_set: EvaluationSet, model: LoadedModel, progress: bool, *, tuned: bool
-) -> tuple[dict[str, Any], list[Row]]:
-    """Generate and score all answers of the tuned or of the base model."""
-    evaluation = evaluation_set.config.evaluation
-    prompts, name = evaluation_set.prompts(), "tuned model" if tuned else "base model"
-    started = time.monotonic()
-    answers = model.answers(
-        prompts,
-        tuned=tuned,
-        batch_size=evaluation.batch_size,
-        max_new_tokens=evaluation.max_new_tokens,
-        description=f"{name} answers",
-        progress=progress,
-    )
-    seconds = time.monotonic() - started
-    questions = zip(evaluation_set.records, evaluation_set.databases, prompts, answers, strict=True)
-    with open_sessions() as session:
-        rows = [
-            score_answer(
-                record,
-                database,
-                prompt,
-                answer,
-                new_tokens,
-                sandbox=session(record.dialect),
-                rule=evaluation.rule,
-                timeout_seconds=evaluation.timeout_seconds,
-            )
-            for record, database, prompt, (answer, new_tokens) in tqdm(
-                questions, total=len(prompts), desc=f"{name} rows", unit="question", delay=2, disable=not progress
-            )
-        ]
-    result = {
-        "model": evaluation_set.config.model.name,
-        "adapter": None,
-        "seconds": round(seconds, 3),
-        "dtype": model.dtype_name,
-    }
-    return result | score(rows), rows
-
-
-def _score_base(evaluation_set: EvaluationSet, model: LoadedModel, progress: bool) -> tuple[dict[str, Any], list[Row]]:
-    """Score the base model, with any adapter disabled, and cache the result for later runs."""
-    result, rows = _ask(evaluation_set, model, progress, tuned=False)
-    folder = _base_folder(evaluation_set)
-    _write_rows(folder / ROWS, rows)
-    write_json(folder / SCORE, result)
-    return result, rows
-
-
-def _cached_base(evaluation_set: EvaluationSet) -> tuple[dict[str, Any], list[Row]] | None:
-    """The base model's cached score; None if there is none that can be read."""
-    folder = _base_folder(evaluation_set)
+def _base(questions: EvaluationSet) -> Model:
+    """The base model, with its cached rows and score if they are there."""
+    folder = _base_folder(questions)
+    model = Model("base", False, _answer_file(questions, folder / ANSWERS, "base model", None))
     try:
         cached = json.loads((folder / SCORE).read_text(encoding="utf-8"))
-        return cached, [Row(**line.value) for line in read_lines(folder / ROWS)]
-    except (OSError, ValueError, TypeError, UserError):  # missing, corrupt, or of another version of Row
-        return None
+        if model.answers.complete and cached.pop("judged") == questions.judging():
+            rows = [Row(**line.value) for line in read_lines(folder / ROWS)]
+            if [row.id for row in rows] == [record.id for record in questions.records]:
+                model.rows, model.score = rows, cached
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, UserError):
+        pass  # missing, corrupt, or of another version of Row
+    return model
 
 
-def _base_folder(evaluation_set: EvaluationSet) -> Path:
-    """The cache folder, named by a hash of everything that the base model's score depends on."""
-    model, evaluation = asdict(evaluation_set.config.model), asdict(evaluation_set.config.evaluation)
-    del model["max_seq_length"], evaluation["batch_size"]  # the first concerns training, the second speed
-    files = evaluation_set.data.manifest["files"]
-    depends = {
-        "model": model,
-        "weights": weights_identity(evaluation_set.config.model),
-        "quantization": asdict(evaluation_set.config.quantization),
-        "dtype": choose_device(evaluation_set.config.model.torch_dtype).dtype_name,
-        "evaluation": evaluation,
-        "questions": [
-            [
-                record.id,
-                prompt,
-                record.sql,
-                record.dialect,
-                files[str(database.relative_to(evaluation_set.data.folder))],
-            ]
-            for record, prompt, database in zip(
-                evaluation_set.records, evaluation_set.prompts(), evaluation_set.databases, strict=True
+def _tuned(questions: EvaluationSet, run: RunFolder) -> Model:
+    settings = questions.generation(run.adapter)
+    path = run.path / "eval" / "answers" / f"tuned-{_key(questions, settings)}.jsonl"
+    return Model("tuned", True, _answer_file(questions, path, "tuned model", run.adapter))
+
+
+def _answer_file(questions: EvaluationSet, path: Path, name: str, adapter: Path | None) -> AnswerFile:
+    size = questions.config.evaluation.batch_size
+    answers = AnswerFile(path, name, questions.generation(adapter), questions.prompts, size)
+    answers.read()
+    return answers
+
+
+def _base_folder(questions: EvaluationSet) -> Path:
+    """The folder of the base model's answers and score, named by a hash of everything that the answers depend on."""
+    name = Path(questions.config.model.name).name or "model"
+    key = _key(questions, questions.generation(None))
+    return Path(questions.config.training.output_dir) / "base" / f"{name}-{key}"
+
+
+def _key(questions: EvaluationSet, settings: dict[str, Any]) -> str:
+    return short_hash([settings, prompts_hash(questions.prompts)])
+
+
+def _complete(
+    questions: EvaluationSet, models: Sequence[Model], load: Callable[[], LoadedModel], progress: bool
+) -> None:
+    """Generate the missing answers, judge those without verdicts, and write the base model's score into its folder."""
+    unjudged = [model for model in models if model.rows is None]
+    load_once = cache(load)
+    with _what_is_kept([model.answers for model in unjudged]):
+        for model in unjudged:
+            if model.answers.answers:
+                todo = "judging them" if model.answers.complete else "going on there"
+                say(f"{model.answers.kept()} are there already; {todo}")
+            model.answers.generate(
+                load_once,
+                tuned=model.tuned,
+                max_new_tokens=questions.config.evaluation.max_new_tokens,
+                progress=progress,
             )
-        ],
+        for model, rows in zip(unjudged, _judged(questions, unjudged, progress), strict=True):
+            model.rows, model.score = rows, _facts(questions, model) | score(rows)
+            if not model.tuned:
+                folder = model.answers.path.parent
+                _write_rows(folder / ROWS, rows)
+                write_json(folder / SCORE, model.score | {"judged": questions.judging()})
+
+
+@contextmanager
+def _what_is_kept(files: Sequence[AnswerFile]) -> Iterator[None]:
+    """Turns Ctrl-C into `Interrupted`, which says which answers an evaluation goes on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = [file.kept() for file in files if file.answers]
+        if kept:
+            what = f"kept are {' and '.join(kept)}; the same command goes on from there"
+            raise Interrupted(what, resumable=True) from None
+        raise Interrupted("no answer was complete, so nothing is kept", resumable=False) from None
+
+
+def _judged(questions: EvaluationSet, models: Sequence[Model], progress: bool) -> list[list[Row]]:
+    """The rows of each model. Questions with the same gold query come one after the other, so that it is executed once."""
+    evaluation = questions.config.evaluation
+    pairs = list(zip(questions.records, questions.databases, strict=True))
+    groups: dict[tuple[str, Path, str], list[int]] = {}
+    for number, (record, database) in enumerate(pairs):
+        groups.setdefault((record.dialect, database, record.sql), []).append(number)
+    found: list[dict[int, Row]] = [{} for _ in models]
+    answers = [model.answers.in_order() for model in models]
+    with open_sessions() as session, tqdm(
+        total=len(pairs) * len(models), desc="judging answers", unit="answer", delay=2, disable=not progress
+    ) as bar:  # fmt: skip
+        judge = Judge(session, rule=evaluation.rule, timeout_seconds=evaluation.timeout_seconds)
+        for number in (number for group in groups.values() for number in group):
+            for rows, given in zip(found, answers, strict=True):
+                answer = given[number]
+                rows[number] = judge.row(*pairs[number], questions.prompts[number], answer.text, answer.new_tokens)
+                bar.update()
+    return [[rows[number] for number in range(len(pairs))] for rows in found]
+
+
+def _facts(questions: EvaluationSet, model: Model) -> dict[str, Any]:
+    return {
+        "model": questions.config.model.name,
+        "adapter": None,
+        "seconds": round(model.answers.seconds, 3),
+        "dtype": model.answers.dtype,
     }
-    if evaluation_set.generator is not generator_named(
-        DEFAULT
-    ):  # not named: scores cached before this key existed stay valid
-        depends["generator"] = [evaluation_set.generator.name, evaluation_set.generator.version]
-    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
-    name = Path(evaluation_set.config.model.name).name or "model"
-    return Path(evaluation_set.config.training.output_dir) / "base" / f"{name}-{key}"
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.data.prompts import extract_sql
 from finetune.data.records import Record
 from finetune.evaluation.statistics import wilson_interval
-from finetune.sql.compare import Rule, as_test_suite_runs_it, gold_is_ordered, results_equal
+from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, results_equal
 from finetune.sql.difficulty import difficulty
-from finetune.sql.engines.base import Session
+from finetune.sql.engines.base import QueryResult, Session
+from finetune.sql.gold import ARBITRARY, SOUND, VOLATILE, WITHOUT_RESULT, Gold, GoldExaminer
 
 CORRECT = "correct"
 RAN = (CORRECT, "wrong_rows")
 """The verdicts of predictions that were valid SQL for their database and returned a result."""
+CAN_TELL = (SOUND, ARBITRARY)
+"""Kinds of gold (sql/gold.py) that a constant answer does not satisfy and that have one result."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One question with the model's answer and its verdict; a line of eval/<model>.jsonl.
 
-    verdict: correct, wrong_rows, no_sql, gold_failed, or the sandbox's error kind (sql_error, timeout, ...).
+    verdict: correct, wrong_rows, no_sql, gold_failed, gold_limit (gold hit a limit), gold_unstable, or the sandbox's error kind
+    (sql_error, timeout, ...). verdicts: the same under every rule. gold_kind: see sql/gold.py.
     double_quoted_text: whether the prediction used a "name" that is not a column, which SQLite reads as a text constant.
     """
 
@@ -43,6 +47,97 @@ class Row:
     double_quoted_text: bool
     prompt_sha256: str
     gold_sha256: str
+    gold_kind: str = SOUND
+    verdicts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    name: str
+    error: str | None = None
+    seconds: float = 0.0
+    double_quoted_text: bool = False
+
+
+class Judge:
+    """Executes gold and predictions and compares their rows under every rule.
+
+    A gold query is executed once per database as long as its questions come one after the other, so that its rows need not be
+    kept; one that depends on the clock or on chance is executed again beside each prediction.
+    """
+
+    def __init__(self, session: Callable[[str], Session], *, rule: Rule, timeout_seconds: float) -> None:
+        """session: the session of a dialect. rule: of `Row.verdict`."""
+        self._session, self._rule, self._timeout = session, rule, timeout_seconds
+        self._examiner = GoldExaminer(session, timeout_seconds)
+        self._golds: tuple[object, dict[str, Gold]] = (None, {})
+
+    def row(self, record: Record, database: Path, prompt: str, answer: str, new_tokens: int) -> Row:
+        prediction = extract_sql(answer)
+        golds = self._golds_of(record, database)
+        verdicts = self._verdicts(record, database, golds, prediction)
+        chosen = verdicts[self._rule]
+        return Row(
+            id=record.id,
+            db_id=record.db_id,
+            question=record.question,
+            difficulty=difficulty(record.sql, record.dialect),
+            gold=record.sql,
+            prediction=prediction,
+            answer=answer,
+            verdict=chosen.name,
+            error=chosen.error,
+            seconds=round(chosen.seconds, 4),
+            new_tokens=new_tokens,
+            double_quoted_text=chosen.double_quoted_text,
+            prompt_sha256=sha256(prompt),
+            gold_sha256=sha256(record.sql),
+            gold_kind=golds[as_rule_runs_it(record.sql, self._rule)].kind,
+            verdicts={rule: verdict.name for rule, verdict in verdicts.items()},
+        )
+
+    def _golds_of(self, record: Record, database: Path) -> dict[str, Gold]:
+        """The gold query as each rule runs it, by its text."""
+        key = (record.dialect, database, record.sql)
+        if self._golds[0] != key:
+            texts = dict.fromkeys(as_rule_runs_it(record.sql, rule) for rule in (self._rule, *RULES))
+            self._golds = key, {text: self._examiner.examine(database, text, record.dialect) for text in texts}
+        return self._golds[1]
+
+    def _verdicts(
+        self, record: Record, database: Path, golds: dict[str, Gold], prediction: str
+    ) -> dict[Rule, _Verdict]:
+        ordered = gold_is_ordered(record.sql, record.dialect)
+        ran: dict[str, QueryResult] = {}
+        beside: dict[str, QueryResult] = {}
+        found: dict[Rule, _Verdict] = {}
+        for rule in (self._rule, *RULES):
+            gold_text, text = as_rule_runs_it(record.sql, rule), as_rule_runs_it(prediction, rule)
+            gold = golds[gold_text]
+            if gold.kind in WITHOUT_RESULT:
+                found[rule] = _Verdict(f"gold_{gold.kind}", gold.detail or str(gold), gold.result.seconds)
+                continue
+            if not prediction:
+                found[rule] = _Verdict("no_sql")
+                continue
+            if text not in ran:
+                ran[text] = self._session(record.dialect).run(database, text, self._timeout)
+            result, expected = ran[text], gold.result
+            if gold.kind in VOLATILE:
+                if gold_text not in beside:
+                    beside[gold_text] = self._examiner.run(database, gold_text, record.dialect)
+                expected = beside[gold_text]
+            found[rule] = _compared(expected, result, ordered=ordered, rule=rule)
+        return found
+
+
+def _compared(gold: QueryResult, result: QueryResult, *, ordered: bool, rule: Rule) -> _Verdict:
+    if gold.rows is None:  # it ran a moment ago
+        return _Verdict("gold_failed", gold.error, gold.seconds)
+    if result.rows is None:
+        return _Verdict(result.error_kind or "sql_error", result.error, result.seconds)
+    equal = results_equal(gold.rows, result.rows, ordered=ordered, rule=rule)
+    return _Verdict(CORRECT if equal else "wrong_rows", None, result.seconds, result.double_quoted_text)
 
 
 def score_answer(
@@ -56,75 +151,67 @@ def score_answer(
     rule: Rule,
     timeout_seconds: float,
 ) -> Row:
-    """Execute gold and prediction on the record's database and compare their rows under `rule`."""
-    prediction = extract_sql(answer)
-    verdict, error, seconds, quoted = _verdict(record, database, prediction, sandbox, rule, timeout_seconds)
-    return Row(
-        id=record.id,
-        db_id=record.db_id,
-        question=record.question,
-        difficulty=difficulty(record.sql, record.dialect),
-        gold=record.sql,
-        prediction=prediction,
-        answer=answer,
-        verdict=verdict,
-        error=error,
-        seconds=round(seconds, 4),
-        new_tokens=new_tokens,
-        double_quoted_text=quoted,
-        prompt_sha256=_sha256(prompt),
-        gold_sha256=_sha256(record.sql),
-    )
-
-
-def _verdict(
-    record: Record, database: Path, prediction: str, sandbox: Session, rule: Rule, timeout_seconds: float
-) -> tuple[str, str | None, float, bool]:
-    if not prediction:
-        return "no_sql", None, 0.0, False
-    gold = sandbox.run(database, _as_run(record.sql, rule), timeout_seconds)
-    if gold.rows is None:
-        return "gold_failed", gold.error, gold.seconds, False
-    result = sandbox.run(database, _as_run(prediction, rule), timeout_seconds)
-    if result.rows is None:
-        return result.error_kind or "sql_error", result.error, result.seconds, False
-    ordered = gold_is_ordered(record.sql, record.dialect)
-    equal = results_equal(gold.rows, result.rows, ordered=ordered, rule=rule)
-    return (CORRECT if equal else "wrong_rows"), None, result.seconds, result.double_quoted_text
-
-
-def _as_run(sql: str, rule: Rule) -> str:
-    return as_test_suite_runs_it(sql) if rule == "test_suite" else sql
+    """Execute gold and prediction on the record's database and compare their rows: one answer by itself."""
+    judge = Judge(lambda dialect: sandbox, rule=rule, timeout_seconds=timeout_seconds)
+    return judge.row(record, database, prompt, answer, new_tokens)
 
 
 def score(rows: Sequence[Row]) -> dict[str, Any]:
-    """Execution accuracy, valid-SQL rate and counts: over all rows, by difficulty and by database."""
-    correct = sum(row.verdict == CORRECT for row in rows)
-    low, high = wilson_interval(correct, len(rows))
+    """Execution accuracy, valid-SQL rate and counts: over all rows, by difficulty, by database and by kind of gold; over the
+    rows whose gold can tell a right answer from a constant; and under each rule."""
+    telling = [row.verdict for row in rows if row.gold_kind in CAN_TELL]
     return {
-        "execution_accuracy": correct / len(rows),
-        "execution_accuracy_interval95": [low, high],
+        **_accuracy([row.verdict for row in rows]),
         "valid_sql_rate": sum(row.verdict in RAN for row in rows) / len(rows),
-        "correct": correct,
-        "questions": len(rows),
         "new_tokens": sum(row.new_tokens for row in rows),
         "by_difficulty": _tally(rows, "difficulty"),
         "by_database": _tally(rows, "db_id"),
+        "by_gold": _tally(rows, "gold_kind"),
+        "without_hollow": _accuracy(telling),
+        "rules": {rule: _accuracy([row.verdicts.get(rule, "") for row in rows]) for rule in _rules(rows)},
         "verdicts": dict(sorted(Counter(row.verdict for row in rows).items())),
     }
 
 
-def gain(base: Iterable[Row], tuned: Iterable[Row]) -> dict[str, int]:
+def _accuracy(verdicts: Sequence[str]) -> dict[str, Any]:
+    """execution_accuracy is None without questions."""
+    correct = sum(verdict == CORRECT for verdict in verdicts)
+    return {
+        "execution_accuracy": correct / len(verdicts) if verdicts else None,
+        "execution_accuracy_interval95": list(wilson_interval(correct, len(verdicts))),
+        "correct": correct,
+        "questions": len(verdicts),
+    }
+
+
+def _rules(rows: Iterable[Row]) -> list[str]:
+    """The rules under which all of the rows were judged."""
+    rows = list(rows)
+    return [rule for rule in RULES if all(rule in row.verdicts for row in rows)]
+
+
+def gain(base: Iterable[Row], tuned: Iterable[Row], rule: str | None = None) -> dict[str, int]:
     """How many questions only the tuned model (won), only the base model (lost), both or neither answered correctly, over the
-    questions that both were asked."""
-    before = {row.id: row.verdict == CORRECT for row in base}
-    pairs = Counter((before[row.id], row.verdict == CORRECT) for row in tuned if row.id in before)
+    questions that both were asked. rule: None for that of `Row.verdict`."""
+
+    def right(row: Row) -> bool:
+        return (row.verdicts.get(rule) if rule else row.verdict) == CORRECT
+
+    before = {row.id: right(row) for row in base}
+    pairs = Counter((before[row.id], right(row)) for row in tuned if row.id in before)
     return {
         "won": pairs[False, True],
         "lost": pairs[True, False],
         "both": pairs[True, True],
         "neither": pairs[False, False],
     }
+
+
+def gains(base: Sequence[Row], tuned: Sequence[Row]) -> dict[str, Any]:
+    """`gain` under each rule, and without the questions whose gold is hollow."""
+    telling = [[row for row in rows if row.gold_kind in CAN_TELL] for rows in (base, tuned)]  # of the same golds
+    by_rule = {rule: gain(base, tuned, rule) for rule in _rules([*base, *tuned])}
+    return {"gain": gain(base, tuned), "gain_by_rule": by_rule, "gain_without_hollow": gain(telling[0], telling[1])}
 
 
 def as_dict(row: Row) -> dict[str, Any]:
@@ -140,5 +227,5 @@ def _tally(rows: Sequence[Row], field: str) -> dict[str, dict[str, int]]:
     return dict(sorted(groups.items()))
 
 
-def _sha256(text: str) -> str:
+def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()

@@ -3,14 +3,17 @@
 - ``test_suite``: the rule of the test-suite evaluator (Zhong, Yu and Klein, EMNLP 2020;
   taoyds/test-suite-sql-eval) with its option --keep_distinct: the same rows, each the same number of times,
   in any order of columns; the order of rows matters only if the gold query orders them. This is our default.
-  Published Spider scores also delete DISTINCT from both queries before they run, as `as_test_suite_runs_it(sql,
-  keep_distinct=False)` does.
+- ``test_suite_no_distinct``: the same without that option, as published Spider scores are computed: DISTINCT is
+  deleted from both queries before they run.
 - ``bird_set``: the rule of BIRD (Li et al., NeurIPS 2023): the same set of rows, regardless of duplicates and
   order, with the columns in the same order.
-- ``strict``: as ``test_suite``, but with the columns in the same order.
+- ``strict``: as ``test_suite``, but with the columns in the same order, and both queries run as they are written.
 
 Values are compared as Python compares them, as in both evaluators: 1 equals 1.0, '1' does not; NULL equals
 NULL; no rounding. Two empty results are equal whatever their columns.
+
+Left out: the evaluator's option --plug_value, which puts gold's constants into the prediction, for models that predict none;
+and Spider's exact match, which compares the text of queries, not their results.
 
 Two queries with equal results on one database may still differ in meaning: a count that is right by chance is scored as right.
 """
@@ -18,14 +21,15 @@ Two queries with equal results on one database may still differ in meaning: a co
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from finetune.sql.columns import equal_in_some_column_order
 from finetune.sql.text import has_order_by, without_distinct
 
 Row = tuple[Hashable, ...]
 Rows = Sequence[Row]
-Rule = Literal["test_suite", "bird_set", "strict"]
+Rule = Literal["test_suite", "test_suite_no_distinct", "bird_set", "strict"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def results_equal(gold: Rows, predicted: Rows, *, ordered: bool, rule: Rule) -> bool:
@@ -47,7 +51,7 @@ def results_equal(gold: Rows, predicted: Rows, *, ordered: bool, rule: Rule) -> 
         return Counter(zip(*gold, strict=True)) == Counter(zip(*predicted, strict=True))
     if Counter(gold) == Counter(predicted):
         return True
-    return rule == "test_suite" and equal_in_some_column_order(gold, predicted)
+    return rule != "strict" and equal_in_some_column_order(gold, predicted)
 
 
 def gold_is_ordered(sql: str, dialect: str = "sqlite", *, as_test_suite: bool = False) -> bool:
@@ -67,6 +71,13 @@ def gold_is_ordered(sql: str, dialect: str = "sqlite", *, as_test_suite: bool = 
         return query_tree(sql, dialect).args.get("order") is not None
     except ParseError:
         return has_order_by(sql)
+
+
+def as_rule_runs_it(sql: str, rule: Rule) -> str:
+    """The query text that is executed under a rule."""
+    if rule in ("test_suite", "test_suite_no_distinct"):
+        return as_test_suite_runs_it(sql, keep_distinct=rule == "test_suite")
+    return sql
 
 
 def as_test_suite_runs_it(sql: str, *, keep_distinct: bool = True) -> str:

@@ -21,7 +21,7 @@ from finetune.cli import main as cli
 from finetune.config.load import load_config
 from finetune.doctor import local as local_doctor
 from finetune.doctor.check import Check, Need, absent
-from finetune.errors import UserError
+from finetune.errors import Interrupted, UserError
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import make_database, row, write_jsonl
 from tests.helpers.errors import reported
@@ -194,7 +194,11 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("evaluate {tmp}/none", "run.not_found", "no such run folder or config file"),
     ("evaluate {tmp}", "run.not_found", "{tmp}"),
     ("evaluate {config} --no-base", "cli.conflicting_options", "--no-base needs a run folder"),
-    ("evaluate {tmp} lora.r=8", "cli.conflicting_options", "use overrides with a config file only"),
+    (
+        "evaluate {tmp} lora.r=8",
+        "cli.conflicting_options",
+        "lora.r=8: a run is evaluated with the config in its folder",
+    ),
     ("evaluate {config} data.output_dir={tmp}/none", "file.missing", "`finetune data prepare CONFIG`"),
     ("report {tmp}", "run.not_found", "{tmp}"),
     ("generate {tmp} --db {tmp}/x.sqlite question", "run.not_found", "{tmp}"),
@@ -226,15 +230,48 @@ def test_a_message_of_several_lines_is_joined(
     assert capsys.readouterr().err == "finetune: first line second line\n"
 
 
-def test_ctrl_c_exits_with_the_transient_code(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "finetune: interrupted\n"),
+        (
+            Interrupted("2 of 6 answers are kept", resumable=True),
+            75,
+            "finetune: interrupted: 2 of 6 answers are kept\n",
+        ),
+        (Interrupted("nothing was kept", resumable=False), 130, "finetune: interrupted: nothing was kept\n"),
+        (Interrupted("nothing was kept", resumable=False, code=143), 143, "finetune: interrupted: nothing was kept\n"),
+    ],
+)
+def test_ctrl_c_exits_with_the_transient_code_only_if_something_was_kept(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    message: str,
 ) -> None:
     def interrupted(_: argparse.Namespace) -> int:
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr(config_module, "_config", interrupted)
-    assert cli.main(["config", str(config)]) == 75
-    assert capsys.readouterr() == ("", "finetune: interrupted\n")
+    assert cli.main(["config", str(config)]) == code
+    assert capsys.readouterr() == ("", message)
+
+
+def test_the_commands_that_continue_by_themselves_exit_with_the_transient_code() -> None:
+    parser = cli._parser()
+    going_on = [["train", "c"], ["demo", "c"], ["job", "train"], ["job", "evaluate"], ["job", "dev"]]
+    others = [
+        ["evaluate", "r"],
+        ["data", "prepare", "c"],
+        ["data", "check", "c"],
+        ["report", "r"],
+        ["config", "c"],
+        ["doctor"],
+    ]
+    assert all(parser.parse_args(words).continues for words in going_on)
+    assert not any(parser.parse_args(words).continues for words in others)
 
 
 def test_a_broken_pipe_is_not_an_error(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

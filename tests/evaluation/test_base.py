@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from finetune.config.load import load_config
+from finetune.data.records import Record
 from finetune.evaluation import run as evaluation_run
 from finetune.evaluation.generators import hf
 from finetune.evaluation.run import evaluate_base, evaluate_run
+from finetune.evaluation.score import Judge, Row
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop
@@ -35,6 +37,20 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("load_base", "load_adapter", "load_tokenizer"):
         monkeypatch.setattr(hf, name, lambda *_, **__: None)
     return names
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of the questions whose answers were judged, in order."""
+    ids: list[str] = []
+    row = Judge.row
+
+    def counted(judge: Judge, record: Record, *rest: Any) -> Row:
+        ids.append(record.id)
+        return row(judge, record, *rest)
+
+    monkeypatch.setattr(Judge, "row", counted)
+    return ids
 
 
 def as_json(value: Any) -> Any:
@@ -59,7 +75,8 @@ def test_the_base_models_score_is_cached_for_all_runs_of_its_output_folder(
     results = [evaluate_run(run, progress=False) for run in runs]
     assert asked == ["base", "tuned", "tuned"]
     kept = only_cached(tmp_path)
-    assert json.loads((kept / evaluation_run.SCORE).read_text()) == alone
+    cached = json.loads((kept / evaluation_run.SCORE).read_text())
+    assert cached.pop("judged") and cached == alone
     for run, result in zip(runs, results, strict=True):
         assert result["models"]["base"] == alone | {"rows": "eval/base.jsonl"}
         assert read_jsonl(run.eval_rows("base")) == read_jsonl(kept / evaluation_run.ROWS)
@@ -69,12 +86,12 @@ def test_the_base_models_score_is_cached_for_all_runs_of_its_output_folder(
     ("section", "values", "again"),
     [
         ("evaluation", {"batch_size": 1}, False),
+        ("evaluation", {"rule": "strict"}, False),
+        ("evaluation", {"timeout_seconds": 1.0}, False),
         ("model", {"max_seq_length": 128}, False),
         ("training", {"learning_rate": 0.5, "seed": 1}, False),
         ("lora", {"r": 2}, False),
         ("evaluation", {"max_new_tokens": 8}, True),
-        ("evaluation", {"rule": "strict"}, True),
-        ("evaluation", {"timeout_seconds": 1.0}, True),
         ("evaluation", {"split": "val"}, True),
         ("evaluation", {"max_questions": 3}, True),
         ("evaluation", {"dequantize": True}, True),
@@ -108,15 +125,39 @@ def test_other_weights_under_the_same_name_are_scored_again(
     assert asked == ["base", "base"]
 
 
+@pytest.mark.parametrize("values", [{"rule": "strict"}, {"rule": "test_suite_no_distinct"}, {"timeout_seconds": 1.0}])
+def test_another_rule_or_time_limit_judges_the_same_answers_again(
+    tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], judged: list[str], values: dict[str, Any]
+) -> None:
+    evaluate_base(load_config(tiny_config()), progress=False)
+    evaluate_base(load_config(tiny_config()), progress=False)
+    assert len(judged) == 6
+    before = read_jsonl(only_cached(tmp_path) / evaluation_run.ROWS)
+    evaluate_base(load_config(tiny_config(evaluation=values)), progress=False)
+    assert (len(judged), asked) == (12, ["base"])
+    after = read_jsonl(only_cached(tmp_path) / evaluation_run.ROWS)
+    assert [line["answer"] for line in after] == [line["answer"] for line in before]
+    assert all(line["verdict"] == line["verdicts"][values.get("rule", "test_suite")] for line in after)
+
+
+def test_another_database_judges_the_same_answers_again(
+    tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], judged: list[str]
+) -> None:
+    config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path))}))
+    evaluate_base(config, progress=False)
+    prepare_shop(tmp_path, items=4)
+    evaluate_base(config, progress=False)
+    assert (len(judged), asked) == (4, ["base"])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"items": 4},
         {"schema": SCHEMA.replace("price REAL", "price NUMERIC")},
         {"evidence": "Items have numbers."},
     ],
 )
-def test_other_databases_or_prompts_are_scored_again(
+def test_other_prompts_are_asked_again(
     tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], changes: dict[str, Any]
 ) -> None:
     config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path))}))
@@ -136,15 +177,17 @@ def test_other_databases_or_prompts_are_scored_again(
         lambda kept: (kept / evaluation_run.ROWS).write_text('{"id": "r3'),
         lambda kept: (kept / evaluation_run.SCORE).unlink(),
         lambda kept: (kept / evaluation_run.SCORE).write_text("{"),
+        lambda kept: (kept / evaluation_run.SCORE).write_text("[]"),
+        lambda kept: (kept / evaluation_run.SCORE).write_text('{"correct": 1}'),
     ],
 )
-def test_a_cached_score_that_cannot_be_read_is_recomputed(
-    tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], damage: Callable[[Path], None]
+def test_a_cached_score_that_cannot_be_read_is_computed_from_the_answers(
+    tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], judged: list[str], damage: Callable[[Path], None]
 ) -> None:
     config = load_config(tiny_config())
     before = evaluate_base(config, progress=False)
     rows = verdicts(only_cached(tmp_path))
     damage(only_cached(tmp_path))
     again = evaluate_base(config, progress=False)
-    assert len(asked) == 2
+    assert (len(asked), len(judged)) == (1, 12)
     assert (again["verdicts"], verdicts(only_cached(tmp_path))) == (before["verdicts"], rows)

@@ -284,6 +284,7 @@ def test_a_database_that_has_changed_since_is_refused(
 def test_an_evaluation_that_is_cut_off_leaves_the_older_one_whole(run: RunFolder, speak: Any) -> None:
     speak()
     evaluate_run(run, progress=False)
+    shutil.rmtree(run.path / "eval" / "answers")
     before = run.eval_json.read_bytes(), run.eval_rows("tuned").read_bytes()
 
     def stop(gold: str) -> str:

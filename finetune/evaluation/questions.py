@@ -1,0 +1,116 @@
+"""The questions of an evaluation, each with its database, and what their answers and verdicts depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sqlglot
+
+from finetune.config.schema import RunConfig
+from finetune.data.prepared import Prepared, load_prepared
+from finetune.data.prompts import PromptTemplate
+from finetune.data.records import Record
+from finetune.data.split import unit_hash
+from finetune.errors import UserError
+from finetune.evaluation.generators.base import Generator
+from finetune.models.device import choose_device
+from finetune.models.load import weights_identity
+from finetune.runtime.console import say
+from finetune.runtime.files import sha256_file
+
+STOPPING_VERSION = 2
+"""Raise it when generation stops at other places of an answer (data/prompts.py): answers generated before are then not reused."""
+JUDGING_VERSION = 1
+"""Raise it when other SQL is taken out of an answer, or when a rule changes: cached verdicts are then computed again."""
+GENERATION_KEYS = ("batch_size", "max_new_tokens", "dequantize")
+"""Of the section `evaluation`: they concern the answers. `split` and `max_questions` choose the questions, and every other key
+concerns the verdicts."""
+CHOICE_KEYS = ("split", "max_questions")
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The questions of one evaluation, each with the database that its answer is executed on, and the generation settings."""
+
+    config: RunConfig
+    generator: Generator
+    data: Prepared
+    template: PromptTemplate
+    records: list[Record]
+    databases: list[Path]
+    without_database: int  # records of the split left out because nothing can be executed for them
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return [self.template.render_record(record) for record in self.records]
+
+    def generation(self, adapter: Path | None) -> dict[str, Any]:
+        """What the answers depend on, apart from the prompts. The batch size is left out: it changes rounding only, and an
+        incomplete file of answers is checked for it."""
+        config, model = self.config, asdict(self.config.model)
+        device = choose_device(config.model.torch_dtype)
+        del model["max_seq_length"]  # of training
+        return {
+            "model": model,
+            "weights": weights_identity(config.model),
+            "quantization": asdict(config.quantization),
+            "device": [device.place.type, device.dtype_name],
+            "adapter": None if adapter is None else adapter_identity(adapter),
+            "max_new_tokens": config.evaluation.max_new_tokens,
+            "dequantize": config.evaluation.dequantize,
+            "generator": [self.generator.name, self.generator.version],
+            "stopping": STOPPING_VERSION,
+        }
+
+    def judging(self) -> str:
+        """A hash of what the verdicts on given answers depend on."""
+        files = self.data.manifest["files"]
+        evaluation = asdict(self.config.evaluation)
+        depends = {
+            "settings": {key: value for key, value in evaluation.items() if key not in GENERATION_KEYS + CHOICE_KEYS},
+            "versions": [JUDGING_VERSION, sqlite3.sqlite_version, sqlglot.__version__],
+            "golds": [
+                [record.id, record.sql, record.dialect, files[str(database.relative_to(self.data.folder))]]
+                for record, database in zip(self.records, self.databases, strict=True)
+            ],
+        }
+        return short_hash(depends)
+
+
+def evaluation_set(config: RunConfig, generator: Generator, template: PromptTemplate) -> EvaluationSet:
+    """Raises UserError if the data are missing or have changed, or if no record comes with a database."""
+    data = load_prepared(Path(config.data.output_dir))
+    records = data.records(config.evaluation.split)
+    asked = [(r, database) for r in records if (database := data.database(r))]
+    without_database = len(records) - len(asked)
+    if not asked:
+        raise UserError(
+            f"{data.folder}: no record of the split {config.evaluation.split} comes with a database, so nothing can be executed; "
+            "give data.sources[..].databases and run `finetune data prepare CONFIG` again",
+            code="data.no_database",
+        )
+    if without_database:
+        say(f"{data.folder}: {without_database} of {len(records)} {config.evaluation.split} records come without a "
+             "database and are left out")  # fmt: skip
+    limit = config.evaluation.max_questions
+    if limit is not None and limit < len(asked):
+        chosen = {r.id for r, _ in sorted(asked, key=lambda pair: unit_hash(config.data.seed, pair[0].id))[:limit]}
+        asked = [pair for pair in asked if pair[0].id in chosen]
+    return EvaluationSet(
+        config, generator, data, template, [r for r, _ in asked], [d for _, d in asked], without_database
+    )
+
+
+def adapter_identity(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the adapter's weights and settings; not of the README beside them."""
+    return {path.name: sha256_file(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
+
+
+def short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,292 @@
+"""Answers are kept as they come: a killed evaluation goes on where it was, and ends as one that was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.cli import main as cli
+from finetune.errors import Interrupted
+from finetune.evaluation.answers import AnswerFile
+from finetune.evaluation.generators import hf
+from finetune.evaluation.generators.base import Answer
+from finetune.evaluation.run import evaluate_run
+from finetune.run_folder import RunFolder
+from tests.helpers.data_examples import read_jsonl
+from tests.helpers.errors import raises
+from tests.helpers.run_examples import copy_run
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["a", "bbb", "cc", "dddd", "eeeee"]
+BATCHES = [["eeeee", "dddd"], ["bbb", "cc"], ["a"]]
+"""Of two prompts each, the longest first."""
+
+
+class Speaker:
+    """A model that answers each prompt with itself in capitals, and may stop before a batch."""
+
+    dtype_name = "words"
+
+    def __init__(self, stop_before: int | None = None, error: BaseException | None = None) -> None:
+        self.batches: list[list[str]] = []
+        self._stop, self._error = stop_before, error
+
+    def answers(self, prompts: Sequence[str], **_: Any) -> list[Answer]:
+        if len(self.batches) == self._stop:
+            raise self._error or KeyboardInterrupt
+        self.batches.append(list(prompts))
+        return [Answer(prompt.upper() + "\n'é\u2028", len(prompt)) for prompt in prompts]
+
+
+def answer_file(path: Path, prompts: Sequence[str] = PROMPTS, batch_size: int = 2, **settings: Any) -> AnswerFile:
+    file = AnswerFile(path, "base model", {"model": "m"} | settings, prompts, batch_size)
+    file.read()
+    return file
+
+
+def generate(file: AnswerFile, model: Speaker) -> Speaker:
+    file.generate(lambda: model, tuned=False, max_new_tokens=9, progress=False)
+    return model
+
+
+def without_seconds(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_jsonl_lines(path)]
+
+
+def read_jsonl_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A complete file."""
+    path = tmp_path / "whole.jsonl"
+    assert generate(answer_file(path), Speaker()).batches == BATCHES
+    return path
+
+
+# the file
+
+
+def test_answers_come_back_in_the_order_of_the_prompts(whole: Path) -> None:
+    file = answer_file(whole)
+    assert file.complete and file.dtype == "words"
+    assert file.in_order() == [Answer(prompt.upper() + "\n'é\u2028", len(prompt)) for prompt in PROMPTS]
+    generate(file, Speaker(stop_before=0))  # which is not asked
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("gone")])
+def test_after_any_batch_the_rest_is_asked_in_the_same_batches(
+    tmp_path: Path, whole: Path, stop: int, error: BaseException
+) -> None:
+    path = tmp_path / "part.jsonl"
+    with pytest.raises(type(error)):
+        generate(answer_file(path), Speaker(stop, error))
+    assert generate(answer_file(path), Speaker()).batches == BATCHES[stop:]
+    assert without_seconds(path) == without_seconds(whole)
+    assert answer_file(path).in_order() == answer_file(whole).in_order()
+
+
+def test_a_file_that_ends_anywhere_is_taken_up_to_its_last_whole_batch(tmp_path: Path, whole: Path) -> None:
+    content, path = whole.read_bytes(), tmp_path / "torn.jsonl"
+    ends = [0]
+    lines = content.splitlines(keepends=True)
+    for count in (1, 3, 5, 6):
+        ends.append(sum(map(len, lines[:count])))
+    for size in range(0, len(content) + 1, 23):
+        path.write_bytes(content[:size])
+        batches = sum(size >= end - 1 for end in ends[2:])  # the last line end alone may be missing
+        model = generate(answer_file(path), Speaker())
+        assert model.batches == BATCHES[batches:], size
+        assert without_seconds(path) == without_seconds(whole), size
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace('"prompt_sha256": "', '"prompt_sha256": "0'),
+        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"new_tokens": ', '"tokens": '),
+        lambda text: text.replace('"question": ', '"question": 1'),
+        lambda text: text.replace('"settings"', '"other"'),
+        lambda text: text.replace('{"model": "m"}', '{"model": "n"}'),
+        lambda text: "[]\n" + text,
+        lambda text: text[text.index("\n") + 1 :],
+        lambda text: "\0" * 100,
+        lambda text: "",
+    ],
+)
+def test_answers_that_are_not_to_these_prompts_and_settings_are_asked_again(
+    whole: Path, damage: Callable[[str], str]
+) -> None:
+    before = without_seconds(whole)
+    whole.write_text(damage(whole.read_text(encoding="utf-8")), encoding="utf-8")
+    assert generate(answer_file(whole), Speaker()).batches == BATCHES
+    assert without_seconds(whole) == before
+
+
+def test_another_adapter_or_other_prompts_find_nothing(whole: Path) -> None:
+    assert not answer_file(whole, adapter="0f").answers
+    assert not answer_file(whole, [*PROMPTS, "f"]).answers
+    assert not answer_file(whole, PROMPTS[::-1]).answers
+
+
+def test_an_incomplete_file_of_another_batch_size_starts_over_and_a_complete_one_is_taken(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answer_file(whole, batch_size=3).complete
+    path = tmp_path / "part.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        generate(answer_file(path), Speaker(stop_before=1))
+    assert generate(answer_file(path, batch_size=3), Speaker()).batches == [["eeeee", "dddd", "bbb"], ["cc", "a"]]
+    assert "2 answers with batches of 2 are not used" in capsys.readouterr().err
+
+
+def test_the_seconds_of_all_attempts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
+    path = tmp_path / "part.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        generate(answer_file(path), Speaker(stop_before=2))
+    file = answer_file(path)
+    generate(file, Speaker())
+    assert file.seconds == pytest.approx(3) and answer_file(path).seconds == pytest.approx(3)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = answer_file(tmp_path / "part.jsonl")
+    model = Speaker()
+    monkeypatch.setattr(file, "_write_kept", lambda: None)
+    file.path = Path("/dev/full")
+    with raises("disk.full"):
+        generate(file, model)
+
+
+# a real evaluation
+
+
+def evaluation_of(run: RunFolder) -> tuple[Any, ...]:
+    """Everything that an evaluation leaves, without the seconds that it took."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: timeless(item) for key, item in value.items() if key not in ("seconds", "adapter")}
+        return value
+
+    scores = timeless(json.loads(run.eval_json.read_text()))
+    rows = [[timeless(line) for line in read_jsonl(run.eval_rows(name))] for name in ("base", "tuned")]
+    kept = [*run.path.glob("eval/answers/*.jsonl"), *run.path.parent.glob("base/*/answers.jsonl")]
+    return scores, rows, [(path.name, without_seconds(path)) for path in sorted(kept)]
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch of the real model takes a little longer, so that there is time to kill it."""
+    real = hf.generate_answers
+
+    def generate(*arguments: Any, **settings: Any) -> Any:
+        time.sleep(0.03)
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(hf, "generate_answers", generate)
+
+
+def killed_after(run: RunFolder, batches: int) -> None:
+    """Evaluate in a child process, which gets SIGKILL as soon as so many batches of one answer are kept."""
+    child = os.fork()
+    if not child:
+        try:
+            evaluate_run(run, progress=False)
+        finally:
+            os._exit(0)
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        files = [*run.path.glob("eval/answers/*.jsonl"), *run.path.parent.glob("base/*/answers.jsonl")]
+        if sum(path.read_bytes().count(b"\n") - 1 for path in files) >= batches:
+            break
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it had ended already"
+
+
+def test_an_evaluation_killed_and_called_again_ends_as_one_that_was_not(
+    tiny_run: Path, tmp_path: Path, slow: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while the base model answers, and while the tuned model does."""
+    settings = {"batch_size": 1, "max_new_tokens": 6}
+    plain = copy_run(tiny_run, tmp_path / "plain", evaluation=settings)
+    evaluate_run(plain, progress=False)
+    run = copy_run(tiny_run, tmp_path / "killed", evaluation=settings)
+    for batches in (2, 8):
+        killed_after(run, batches)
+        assert not run.eval_json.exists()
+    capfd.readouterr()
+    evaluate_run(run, progress=False)
+    assert "are there already; going on there" in capfd.readouterr().err
+    assert evaluation_of(run) == evaluation_of(plain)
+
+
+def test_ctrl_c_says_what_is_kept_and_exits_75_only_if_something_is(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_run(tiny_run, tmp_path / "runs", evaluation={"batch_size": 2})
+    monkeypatch.setattr("transformers.core_model_loading.tqdm", lambda items, **_: items)
+    real, left = hf.generate_answers, [0]
+
+    def stopping(*arguments: Any, **settings: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(hf, "generate_answers", stopping)
+    with pytest.raises(Interrupted) as nothing:
+        evaluate_run(run, progress=False)
+    assert not nothing.value.resumable
+    assert cli.main(["evaluate", str(run.path)]) == 130
+    assert "finetune: interrupted: no answer was complete, so nothing is kept" in capsys.readouterr().err
+    left[0] = 4
+    assert cli.main(["evaluate", str(run.path)]) == 75
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "6 of 6 answers of the base model" in said and "2 of 6 answers of the tuned model" in said
+    assert not run.eval_json.exists()
+    left[0] = 2
+    assert cli.main(["evaluate", str(run.path)]) == 0
+    assert json.loads(run.eval_json.read_text())["models"]["tuned"]["questions"] == 6
+
+
+@pytest.mark.parametrize(
+    ("number", "kept", "code"),
+    [(signal.SIGINT, True, 75), (signal.SIGTERM, True, 75), (signal.SIGINT, False, 130), (signal.SIGTERM, False, 143)],
+)
+def test_a_signal_ends_the_command_with_an_honest_exit_code(number: int, kept: bool, code: int) -> None:
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+from finetune.cli import evaluate, main
+from finetune.errors import Interrupted
+
+def work(_):
+    try:
+        os.kill(os.getpid(), {number})
+        signal.sigtimedwait([], 30)
+    except KeyboardInterrupt:
+        os.kill(os.getpid(), signal.SIGTERM) if {number} == signal.SIGTERM else None  # SkyPilot sends two
+        raise Interrupted("what is kept", resumable={kept})
+
+evaluate._of_config = work
+sys.exit(main.main(["evaluate", "config.yaml"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "finetune: interrupted: what is kept\n")
