@@ -49,6 +49,7 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
 
 def _data_check(arguments: argparse.Namespace) -> int:
     from finetune.data.check import check
+    from finetune.data.golds import tally
 
     config = loaded(arguments)
     findings = check(config.data, timeout_seconds=config.evaluation.timeout_seconds)
@@ -56,9 +57,18 @@ def _data_check(arguments: argparse.Namespace) -> int:
         print(rejection)
     for problem in findings.problems:
         print(problem)
+    hollow = findings.hollow_databases()
+    of_hollow = {database.db_id for database in hollow}
+    for flag in findings.flags:
+        if flag.db_id not in of_hollow:
+            print(flag)
+    for database in hollow:
+        print(database)
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
-    print(f"{arguments.config}: {counts}, {len(findings.rejections)} rejected")
-    return EXIT_MISSING if findings.rejections or findings.problems else EXIT_OK
+    flagged = findings.flagged()
+    apart = f"; used, but scored apart for their gold queries: {tally(flagged)}" if flagged else ""
+    print(f"{arguments.config}: {counts}, {len(findings.rejections)} rejected{apart}")
+    return EXIT_MISSING if findings.rejections or findings.problems or hollow else EXIT_OK
 
 
 def _tokenizer_if_installed(config: RunConfig) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.config.schema import DataSection, SourceSection
+from finetune.data.golds import Flag, Golds, HollowDatabase, hollow_databases
 from finetune.data.records import SPLITS, Record, Split
 from finetune.data.sources import open_source
 from finetune.data.split import assign_splits, drop_duplicates, find_leaks, subsample
-from finetune.data.validate import Accepted, Rejection, stopping_problem, validate
+from finetune.data.validate import GOLD_UNSTABLE, Accepted, Rejection, stopping_problem, validate
 from finetune.runtime.files import sha256_file
+from finetune.sql.gold import SOUND, WHY
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Findings:
     """The result of checking all sources.
 
     rejections: sorted by file and line. left_out: number of train records dropped because of max_train_records. problems: why
-    `prepare` refuses to write, one line each; empty if it does not.
+    `prepare` refuses to write, one line each; empty if it does not. flags: the records whose gold query says little about an
+    answer (sql/gold.py), sorted likewise; they are used, and scored apart.
     """
 
     splits: dict[Split, list[Accepted]]
@@ -35,9 +39,17 @@ class Findings:
     sources: list[SourceCounts]
     left_out: int
     problems: list[str]
+    flags: list[Flag]
 
     def records(self, split: Split) -> list[Record]:
         return [replace(item.record, split=split) for item in self.splits[split]]
+
+    def hollow_databases(self) -> list[HollowDatabase]:
+        return hollow_databases(self.flags, Counter(i.record.db_id for items in self.splits.values() for i in items))
+
+    def flagged(self, *splits: Split) -> Counter[str]:
+        """How many records of these splits, or of all, have a gold query of each kind but the sound one."""
+        return Counter(flag.kind for flag in self.flags if not splits or flag.split in splits)
 
 
 def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -> Findings:
@@ -46,7 +58,8 @@ def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -
 
     Raises UserError only if a source cannot be read at all; every other problem is in the findings.
     """
-    accepted, rejections, counts, problems = _validate_all(data.sources, timeout_seconds, progress)
+    golds = Golds()
+    accepted, rejections, counts, problems = _validate_all(data.sources, timeout_seconds, golds, progress)
     accepted, repeated = drop_duplicates(accepted)
     assigned = assign_splits(
         [item.record for item in accepted],
@@ -68,11 +81,11 @@ def check(data: DataSection, *, timeout_seconds: float, progress: bool = True) -
     if not problems:  # otherwise an empty split would only be a consequence of them
         fractions = {"val": data.val_fraction, "test": data.test_fraction}
         problems = [*_empty_splits(splits, fractions), *ambiguous_databases(splits)]
-    return Findings(splits, rejections, counts, left_out, problems)
+    return Findings(splits, rejections, counts, left_out, problems, _flags(splits, golds))
 
 
 def _validate_all(
-    sources: Sequence[SourceSection], timeout_seconds: float, progress: bool
+    sources: Sequence[SourceSection], timeout_seconds: float, golds: Golds, progress: bool
 ) -> tuple[list[Accepted], list[Rejection], list[SourceCounts], list[str]]:
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
@@ -80,13 +93,39 @@ def _validate_all(
     problems: list[str] = []
     for number, section in enumerate(sources):
         source = open_source(section, f"data.sources[{number}]", progress=progress)
-        good, bad = validate(source, timeout_seconds=timeout_seconds, progress=progress)
+        good, bad = validate(source, timeout_seconds=timeout_seconds, golds=golds, progress=progress)
+        good, bad = _without_changing(good, bad, golds, timeout_seconds)
         problem = stopping_problem(bad, len(source.candidates), source.strict)
         problems += [problem] if problem else []
         counts.append(SourceCounts(read=len(source.candidates), faulty=len(bad)))
         accepted += good
         rejections += bad
     return accepted, rejections, counts, problems
+
+
+def _without_changing(
+    good: list[Accepted], bad: list[Rejection], golds: Golds, timeout_seconds: float
+) -> tuple[list[Accepted], list[Rejection]]:
+    """Moves the records whose gold query gives something else a second later from the usable ones to the rejections."""
+    changing = golds.changing(timeout_seconds)
+    kept: list[Accepted] = []
+    for item in good:
+        if (item.record.dialect, item.database, item.record.sql) in changing:
+            bad = [*bad, Rejection(item.candidate, GOLD_UNSTABLE, WHY["unstable"])]
+        else:
+            kept.append(item)
+    return kept, bad
+
+
+def _flags(splits: Mapping[Split, list[Accepted]], golds: Golds) -> list[Flag]:
+    found = []
+    for split, items in splits.items():
+        for item in items:
+            kind = golds.kind(item.record, item.database)
+            if kind != SOUND:
+                place = item.candidate
+                found.append(Flag(place.where, place.file, place.line, item.record.db_id, split, kind))
+    return sorted(found, key=lambda flag: (flag.file, flag.line))
 
 
 def _limit_train(splits: dict[Split, list[Accepted]], limit: int | None, seed: int) -> int:

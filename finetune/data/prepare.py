@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from finetune.config.schema import DataSection, RunConfig
 from finetune.data.check import Findings, check
+from finetune.data.golds import tally
 from finetune.data.prepared import (
     MANIFEST_FORMAT,
     Prepared,
@@ -36,6 +37,7 @@ from finetune.data.records import SPLITS, write_records
 from finetune.data.stats import per_database, skeleton_overlap, token_counts, token_summary
 from finetune.errors import UserError
 from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, records_file
+from finetune.runtime.console import say
 from finetune.runtime.files import disk_error, write_json, write_text
 
 
@@ -63,6 +65,9 @@ def prepare(
     template = PromptTemplate(data.schema_format)
     if findings.problems:
         raise UserError("; ".join(findings.problems), code="data.refused")
+    if held_out := findings.flagged("val", "test"):
+        say(f"gold queries of val and test that say little about an answer, and are scored apart: {tally(held_out)}; "
+            "`finetune data check` lists them")  # fmt: skip
     manifest = {
         "format": MANIFEST_FORMAT,
         **_counts(findings),

@@ -13,11 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetune.data.golds import Golds
 from finetune.data.records import REQUIRED, Record, field_problems
 from finetune.data.sources import Candidate, Source
 from finetune.errors import UserError
 from finetune.sql.engines.base import Engine
 from finetune.sql.engines.registry import ENGINES, engine_for, open_sessions
+from finetune.sql.gold import Gold, GoldExaminer
 from finetune.sql.parsing import parses
 from finetune.sql.schema import parse_ddl
 
@@ -28,6 +30,8 @@ SCHEMA_MISSING = "schema_missing"
 SCHEMA_DOES_NOT_PARSE = "schema_does_not_parse"
 SQL_DOES_NOT_PARSE = "sql_does_not_parse"
 GOLD_FAILS = "gold_fails"
+GOLD_HITS_LIMIT = "gold_hits_limit"
+GOLD_UNSTABLE = "gold_unstable"
 DUPLICATE_ID = "duplicate_id"
 DUPLICATE_QUESTION = "duplicate_question"
 LEAK = "leak"
@@ -39,6 +43,8 @@ FAULTS = (
     SCHEMA_DOES_NOT_PARSE,
     SQL_DOES_NOT_PARSE,
     GOLD_FAILS,
+    GOLD_HITS_LIMIT,
+    GOLD_UNSTABLE,
 )
 """Reasons for which the record itself is wrong, as opposed to repeating another one."""
 
@@ -78,19 +84,18 @@ class _Fault(Exception):
 
 
 def validate(
-    source: Source, *, timeout_seconds: float, progress: bool = True
+    source: Source, *, timeout_seconds: float, golds: Golds | None = None, progress: bool = True
 ) -> tuple[list[Accepted], list[Rejection]]:
     """Separate one source's candidates into usable records and rejections, each in the source's order.
 
-    timeout_seconds: limit of each gold query. The gold SQL of a dialect without an engine is not run.
+    timeout_seconds: limit of each gold query. The gold SQL of a dialect without an engine is not run. golds: takes up what was
+    found out about each gold query.
     """
     accepted: list[Accepted] = []
     rejections: list[Rejection] = []
+    golds = golds or Golds()
     with open_sessions() as session:
-
-        @functools.cache  # one gold query often answers several paraphrases
-        def gold_error(dialect: str, database: Path, sql: str) -> str | None:
-            return session(dialect).run(database, sql, timeout_seconds).error
+        gold_of = functools.partial(golds.examine, GoldExaminer(session, timeout_seconds))
 
         @functools.cache
         def schema_of(dialect: str, database: Path) -> str:
@@ -99,7 +104,7 @@ def validate(
         for candidate in tqdm(source.candidates, desc="Checking records", unit="record", delay=1, disable=not progress):
             try:
                 record, database = _record(candidate, source, schema_of)
-                _check_texts(record, database, gold_error)
+                _check_texts(record, database, gold_of)
                 accepted.append(Accepted(record, candidate, database))
             except _Fault as fault:
                 rejections.append(Rejection(candidate, fault.reason, fault.detail))
@@ -139,7 +144,7 @@ def _listed_schema(db_id: str, source: Source) -> str:
     return source.schemas[db_id]
 
 
-def _check_texts(record: Record, database: Path | None, gold_error: Callable[[str, Path, str], str | None]) -> None:
+def _check_texts(record: Record, database: Path | None, gold_of: Callable[[str, Path, str], Gold]) -> None:
     """Check that schema and gold SQL parse in the record's dialect, and that the gold SQL runs on the database."""
     try:
         problem = parses(record.sql, record.dialect)
@@ -152,11 +157,17 @@ def _check_texts(record: Record, database: Path | None, gold_error: Callable[[st
     if database is None:
         return
     try:
-        problem = gold_error(record.dialect, database, record.sql)
+        gold = gold_of(record.dialect, database, record.sql)
     except UserError as error:
         raise _Fault(DATABASE_UNREADABLE, str(error)) from None
-    if problem:
-        raise _Fault(GOLD_FAILS, problem)
+    if gold.kind == "failed":
+        raise _Fault(GOLD_FAILS, gold.detail)
+    if gold.kind == "limit":
+        raise _Fault(
+            GOLD_HITS_LIMIT, f"{gold.detail}; raise the limits of the section evaluation, or shorten the query"
+        )
+    if gold.kind == "unstable":
+        raise _Fault(GOLD_UNSTABLE, str(gold))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.report.source import Source, dig, finite
+from finetune.report.source import Json, Source, dig, finite, number
 from finetune.run_record import RunRecord
 
 FEW_QUESTIONS = 200  # with fewer, a 95% interval may be wider than 13 points
@@ -43,7 +43,10 @@ def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
     all_of_split = counts.get(str(split), 0)
     other_prompt = evaluation.get("prompt_version") != run.prompt_version
     other_questions = bool(base and tuned) and base["questions"] != asked
-    no_gold = dig(tuned or base, "verdicts.gold_failed") or 0
+    no_gold, at_limit, unstable = (
+        dig(tuned or base, f"verdicts.gold_{kind}") or 0 for kind in ("failed", "limit", "unstable")
+    )
+    arbitrary = dig(tuned or base, "by_gold.arbitrary_rows.questions") or 0
     recount = {name: sum(row["verdict"] == "correct" for row in rows) for name, rows in source.rows.items()}
     wrong = [name for name, right in recount.items() if right != evaluation["models"][name]["correct"]]
     return [
@@ -60,11 +63,43 @@ def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
         ),
         (no_gold > 0, f"Gold queries that failed: {no_gold}; these questions count as wrong."),
         (
+            at_limit > 0,
+            f"Gold queries that hit a limit: {at_limit}; these questions count as wrong, whatever the answer.",
+        ),
+        (unstable > 0, f"Gold queries that give another result each time: {unstable}; these questions count as wrong."),
+        *_hollow(base, tuned),
+        (
+            arbitrary > 0,
+            f"In {arbitrary} gold queries LIMIT cuts between rows of equal rank: other answers would be as right.",
+        ),
+        (
             bool(wrong),
             f"The recorded answers ({', '.join(wrong)}) do not match the counts in eval.json: evaluate again.",
         ),
         (len(recount) < bool(base) + bool(tuned), "A file of recorded answers is missing: fewer examples are shown."),
     ]
+
+
+def _hollow(base: Json, tuned: Json) -> list[tuple[bool, str]]:
+    """That some gold queries are satisfied by a constant, or depend on the time or on chance, and the scores without them."""
+    from finetune.evaluation.score import CAN_TELL  # here, because it loads the parser
+
+    kinds = dig(tuned or base, "by_gold") or {}
+    counts = {
+        kind: dig(group, "questions") or 0
+        for kind, group in kinds.items()
+        if kind not in (*CAN_TELL, "failed", "limit", "unstable")
+    }
+    asked, hollow = (tuned or base)["questions"], sum(counts.values())
+    shares = [
+        f"the {name} model has {share:.1%}"
+        for name, model in (("base", base), ("tuned", tuned))
+        if (share := number(model, "without_hollow.execution_accuracy")) is not None
+    ]
+    which = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    without = f"without them {' and '.join(shares)}" if shares else "no question is left without them"
+    text = f"Hollow gold queries, which a constant answers or which depend on the time: {hollow} of {asked} ({which}); {without}."
+    return [(hollow > 0, text)]
 
 
 def how_it_stopped(run: RunRecord) -> str:

@@ -90,7 +90,7 @@ def _scores_problem(scores: Any) -> str | None:
     interval = scores.get("execution_accuracy_interval95")
     if interval is not None and not (_is_list_of(interval, int | float) and len(interval) == 2):
         return "has an execution_accuracy_interval95 that is not a pair of numbers"
-    for key in ("by_difficulty", "by_database"):
+    for key in ("by_difficulty", "by_database", "by_gold"):
         groups = scores.get(key) or {}
         if not isinstance(groups, dict):
             return f"has a {key} that is not an object"

@@ -27,7 +27,7 @@ from sqlglot import exp
 from sqlglot.errors import ParseError, SqlglotError
 
 from finetune.errors import UserError
-from finetune.sql.compare import gold_is_ordered, results_equal
+from finetune.sql.compare import Rows, gold_is_ordered, results_equal
 from finetune.sql.engines.base import QueryResult, Session
 from finetune.sql.parsing import query_tree
 
@@ -43,7 +43,7 @@ WHY = {
     "empty_table": "reads a table without rows",
     "clock": "depends on the time at which it runs",
     "random": "uses random numbers",
-    ARBITRARY: "LIMIT cuts between rows that its ORDER BY does not tell apart",
+    ARBITRARY: "has a LIMIT that cuts between rows which its ORDER BY does not tell apart",
     "failed": "does not run",
     "limit": "hits a limit",
     "unstable": "gives another result each time it runs",
@@ -142,17 +142,12 @@ class GoldExaminer:
 
     def _differs(self, database: Path, sql: str, dialect: str, first: QueryResult, kind: str | None) -> bool:
         """Whether further runs give other results. A clock has to differ twice in a row: once may be the turn of a second."""
-        ordered, ends = gold_is_ordered(sql, dialect), time.monotonic() + SECONDS_OF_RUNS
-        before, differed = first.rows, False
+        ends, before, differed = time.monotonic() + SECONDS_OF_RUNS, first.rows, False
         for _ in range({"random": RUNS_OF_RANDOM - 1, "clock": 2}.get(kind or "", 1)):
             if kind == "clock":
                 time.sleep(TICK_SECONDS)
             rows = self.run(database, sql, dialect).rows
-            same = (
-                before is not None
-                and rows is not None
-                and results_equal(before, rows, ordered=ordered, rule="test_suite")
-            )
+            same = same_rows(before, rows, sql, dialect)
             if not same and (differed or kind != "clock"):
                 return True
             before, differed = rows, not same
@@ -255,6 +250,13 @@ def _resolved(key: exp.Expr, tree: exp.Select) -> exp.Expr:
             if isinstance(column, exp.Alias) and column.alias.lower() == key.name.lower():
                 return column.this  # type: ignore[no-any-return]
     return key
+
+
+def same_rows(one: Rows | None, other: Rows | None, sql: str, dialect: str) -> bool:
+    """Whether two results of one gold query are equal; without a result they are not."""
+    if one is None or other is None:
+        return False
+    return one == other or results_equal(one, other, ordered=gold_is_ordered(sql, dialect), rule="test_suite")
 
 
 def without_rows(gold: Gold) -> Gold:

@@ -179,7 +179,7 @@ def test_gold_that_never_ends_is_rejected(tmp_path: Path, shop: SourceSection) -
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
     write_jsonl(Path(shop.path), [*(row(number) for number in range(50)), row(50, sql=endless)])
     findings = run_check([shop], timeout_seconds=0.2)
-    assert [rejection.reason for rejection in findings.rejections] == ["gold_fails"]
+    assert [rejection.reason for rejection in findings.rejections] == ["gold_hits_limit"]
     assert findings.problems == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.records import Record
-from finetune.evaluation.score import Row, as_dict, gain, score, score_answer
+from finetune.evaluation.score import Judge, Row, as_dict, gain, gains, score, score_answer
 from finetune.evaluation.statistics import wilson_interval
-from finetune.sql.compare import Rule
+from finetune.sql.compare import RULES, Rule
 from finetune.sql.engines.sqlite import SqlSandbox
 from tests.helpers.data_examples import make_database, row
 
@@ -130,7 +131,7 @@ def test_the_order_of_rows_counts_where_gold_orders_them(ask: Any, gold: str, an
     ],
 )
 def test_the_rule_decides_when_rows_are_equal(ask: Any, gold: str, answer: str, right_under: set[str]) -> None:
-    rules: tuple[Rule, ...] = ("test_suite", "bird_set", "strict")
+    rules: tuple[Rule, ...] = ("test_suite", "bird_set", "strict")  # the fourth is tested below
     assert {rule for rule in rules if ask(gold, answer, rule=rule).verdict == "correct"} == right_under
 
 
@@ -166,6 +167,106 @@ def test_under_test_suite_both_queries_run_as_the_official_evaluator_runs_them(
 )
 def test_a_misspelt_name_that_sqlite_takes_for_text_is_marked(ask: Any, answer: str, quoted: bool) -> None:
     assert ask("SELECT name FROM item", answer).double_quoted_text is quoted
+
+
+# every rule, and what gold is worth
+
+
+CLOCK = "SELECT name FROM item WHERE price < 9 AND date('now') > '2000'"
+
+
+def test_every_row_has_the_verdict_of_every_rule(ask: Any) -> None:
+    found = ask("SELECT DISTINCT id FROM item", "SELECT id FROM item UNION ALL SELECT 1", rule="bird_set")
+    assert found.verdict == "correct"
+    assert found.verdicts == {
+        "test_suite": "wrong_rows", "test_suite_no_distinct": "wrong_rows", "bird_set": "correct", "strict": "wrong_rows",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right_under"),
+    [
+        ("SELECT DISTINCT price > 2 FROM item", "SELECT price > 2 FROM item", {"test_suite_no_distinct", "bird_set"}),
+        ("SELECT price > 2 FROM item", "SELECT DISTINCT price > 2 FROM item", {"test_suite_no_distinct", "bird_set"}),
+        ("SELECT COUNT(DISTINCT price > 2) FROM item", "SELECT COUNT(price > 2) FROM item", {"test_suite_no_distinct"}),
+        ("SELECT id, name FROM item", "SELECT name, id FROM item", {"test_suite", "test_suite_no_distinct"}),
+        ("SELECT id FROM item WHERE price >= 3", "SELECT id FROM item WHERE price > = 3",
+         {"test_suite", "test_suite_no_distinct"}),
+        ("SELECT id FROM item", "", set()),
+        ("SELECT title FROM item", "SELECT id FROM item", set()),
+    ],
+)  # fmt: skip
+def test_one_answer_is_judged_under_all_rules_at_once(ask: Any, gold: str, answer: str, right_under: set[str]) -> None:
+    found = ask(gold, answer)
+    assert {rule for rule, verdict in found.verdicts.items() if verdict == "correct"} == right_under
+    assert set(found.verdicts) == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict", "kind"),
+    [
+        (HUGE, "SELECT 1", "gold_limit", "limit"),
+        (HUGE, "", "gold_limit", "limit"),
+        ("SELECT title FROM item", "", "gold_failed", "failed"),
+        ("SELECT name FROM item ORDER BY random()", "SELECT name FROM item", "gold_unstable", "unstable"),
+        ("SELECT name FROM item WHERE id > 9", "SELECT 1 WHERE 1 = 0", "correct", "no_rows"),
+        ("SELECT COUNT(*) FROM item WHERE id > 9", "SELECT 0", "correct", "nothing_found"),
+        (CLOCK, CLOCK, "correct", "clock"),
+        ("SELECT name FROM item WHERE random() IS NOT NULL", "SELECT name FROM item", "correct", "random"),
+        ("SELECT name FROM item WHERE id = 1", "SELECT name FROM item", "wrong_rows", "sound"),
+    ],
+)
+def test_a_row_says_what_its_gold_query_is_worth(ask: Any, gold: str, answer: str, verdict: str, kind: str) -> None:
+    found = ask(gold, answer)
+    assert (found.verdict, found.gold_kind) == (verdict, kind)
+    assert (found.error is not None) == verdict.startswith("gold_")
+
+
+def test_a_gold_query_that_ends_at_the_time_limit_is_no_wrong_answer(ask: Any) -> None:
+    found = ask(ENDLESS, "SELECT 1", seconds=0.1)
+    assert (found.verdict, found.error) == ("gold_limit", "no answer within 0.1 seconds")
+
+
+def test_a_gold_query_runs_once_for_all_answers_and_beside_each_one_if_it_reads_the_clock(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    run = SqlSandbox.run
+    monkeypatch.setattr(SqlSandbox, "run", lambda *given: (ran.append(given[2]), run(*given))[1])
+    with SqlSandbox() as sandbox:
+        judge = Judge(lambda dialect: sandbox, rule="test_suite", timeout_seconds=10.0)
+        for gold, runs in [("SELECT name FROM item WHERE price < 9", 1), (CLOCK, 3 + 4)]:
+            ran.clear()
+            for question in range(2):
+                for answer in ("SELECT 1", "SELECT name FROM item"):
+                    judge.row(Record(**row(question, sql=gold)), database, "prompt", answer, 1)
+            assert ran.count(gold) == runs
+
+
+def test_scores_are_split_by_kind_of_gold_and_given_under_every_rule() -> None:
+    rows = [
+        replace(made("correct", 1), verdicts={"test_suite": "correct", "strict": "wrong_rows"}),
+        replace(made("wrong_rows", 2), verdicts={"test_suite": "wrong_rows", "strict": "wrong_rows"}),
+        replace(made("correct", 3), gold_kind="no_rows", verdicts={"test_suite": "correct", "strict": "correct"}),
+        replace(
+            made("correct", 4), gold_kind="arbitrary_rows", verdicts={"test_suite": "correct", "strict": "correct"}
+        ),
+        replace(
+            made("gold_limit", 5), gold_kind="limit", verdicts={"test_suite": "gold_limit", "strict": "gold_limit"}
+        ),
+    ]
+    found = score(rows)
+    assert (found["correct"], found["questions"]) == (3, 5)
+    assert found["by_gold"]["no_rows"] == {"correct": 1, "questions": 1}
+    apart = found["without_hollow"]
+    assert (apart["correct"], apart["questions"], apart["execution_accuracy"]) == (2, 3, 2 / 3)
+    assert apart["execution_accuracy_interval95"] == list(wilson_interval(2, 3))
+    assert {rule: scores["correct"] for rule, scores in found["rules"].items()} == {"test_suite": 3, "strict": 2}
+    assert score(rows[2:3])["without_hollow"]["execution_accuracy"] is None
+    wrong = [replace(row, verdict="wrong_rows", verdicts={"test_suite": "wrong_rows"}) for row in rows]
+    both = gains(wrong, rows)
+    assert both["gain"]["won"] == 3 and both["gain_without_hollow"]["won"] == 2
+    assert set(both["gain_by_rule"]) == {"test_suite"}, "under the rules that all rows were judged by"
 
 
 # many answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,61 @@ def test_questions_whose_gold_query_fails_are_a_caveat(run_dir: Path) -> None:
     tuned[1]["verdict"] = "gold_failed"
     write_evaluation(run_dir, base=base, tuned=tuned)
     assert caveats(run_dir) == "Gold queries that failed: 1; these questions count as wrong."
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        ("gold_limit", "Gold queries that hit a limit: 1; these questions count as wrong, whatever the answer."),
+        ("gold_unstable", "Gold queries that give another result each time: 1; these questions count as wrong."),
+    ],
+)
+def test_a_gold_query_without_a_result_is_a_caveat_of_its_own(run_dir: Path, verdict: str, said: str) -> None:
+    base, tuned = rows(600)
+    tuned[1]["verdict"] = verdict
+    write_evaluation(run_dir, base=base, tuned=tuned)
+    assert caveats(run_dir) == said
+
+
+def with_golds(run_dir: Path, kinds: dict[str, int], share: float | None) -> None:
+    path = run_dir / "eval.json"
+    evaluation = json.loads(path.read_text())
+    for number, name in enumerate(("base", "tuned")):
+        scores = evaluation["models"][name]
+        scores["by_gold"] = {kind: {"correct": 0, "questions": count} for kind, count in kinds.items()}
+        scores["without_hollow"] = {"execution_accuracy": share and share + 0.25 * number}
+    path.write_text(json.dumps(evaluation))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "share", "said"),
+    [
+        ({"sound": 590, "failed": 3, "limit": 7}, 0.5, ""),
+        (
+            {"sound": 570, "no_rows": 12, "nothing_found": 4, "clock": 14},
+            0.5,
+            "Hollow gold queries, which a constant answers or which depend on the time: 30 of 600 (12 no_rows, 4 nothing_found, "
+            "14 clock); without them the base model has 50.0% and the tuned model has 75.0%.",
+        ),
+        (
+            {"no_rows": 600},
+            None,
+            "Hollow gold queries, which a constant answers or which depend on the time: 600 of 600 (600 no_rows); "
+            "no question is left without them.",
+        ),
+        (
+            {"sound": 582, "arbitrary_rows": 18},
+            0.5,
+            "In 18 gold queries LIMIT cuts between rows of equal rank: other answers would be as right.",
+        ),
+    ],
+)
+def test_gold_queries_that_say_little_are_a_caveat(
+    run_dir: Path, kinds: dict[str, int], share: float | None, said: str
+) -> None:
+    ask(run_dir)
+    with_golds(run_dir, kinds, share)
+    assert caveats(run_dir) == said
 
 
 def test_answers_that_do_not_match_the_scores_are_a_caveat(run_dir: Path) -> None:
