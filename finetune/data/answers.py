@@ -1,5 +1,7 @@
 """Takes the SQL out of a model's answer, and tells while the answer is generated when that SQL can no longer change.
 
+After a change, raise the versions in evaluation/questions.py, so that cached answers and verdicts are not used.
+
 One definition serves both. Lenient on purpose: the base model has never seen our template. In this order:
 
 1. An answer that begins with SQL, in a code fence or not, perhaps after a thought or a label such as `SQL:`: its first query,
@@ -24,9 +26,6 @@ from finetune.data.fences import LANGUAGES, Block, blocks_in
 from finetune.sql.lexer import pieces
 from finetune.sql.syntax import QUERY_WORDS, STATEMENT_WORDS, reading
 from finetune.sql.text import on_one_line
-
-RULES = 2
-"""Changes whenever other SQL is taken out of an answer or generation stops elsewhere, so that cached scores are not used."""
 
 _QUERY = "|".join(QUERY_WORDS)
 _SQL = "|".join((*QUERY_WORDS, *STATEMENT_WORDS))

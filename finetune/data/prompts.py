@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from finetune.data.answers import answer_is_complete as answer_is_complete
 from finetune.data.answers import extract_sql as extract_sql
 from finetune.errors import UserError
 from finetune.runtime.files import write_text
+from finetune.sql.dialects import dialect_name
 from finetune.sql.schema import compact, parse_ddl
 from finetune.sql.text import on_one_line
 from finetune.tokens import encode_examples as encode_examples
@@ -92,6 +94,15 @@ def load_template(folder: Path) -> PromptTemplate:
             code="prompt.mismatch",
         )
     return template
+
+
+def prompt_dialect(prompt: str) -> str:
+    """The dialect that a prompt of this template asks for, in sqlglot's spelling; SQLite for any other text."""
+    match = re.match(r"### (.{1,40}) schema\n", prompt)
+    try:
+        return dialect_name(match[1]) if match else "sqlite"
+    except UserError:
+        return "sqlite"
 
 
 def completion(sql: str, *, dialect: str = "sqlite") -> str:

@@ -209,7 +209,7 @@ def _judged(questions: EvaluationSet, models: Sequence[Model], progress: bool) -
         for number in (number for group in groups.values() for number in group):
             for rows, given in zip(found, answers, strict=True):
                 answer = given[number]
-                rows[number] = judge.row(*pairs[number], questions.prompts[number], answer.text, answer.new_tokens)
+                rows[number] = judge.row(*pairs[number], questions.prompts[number], answer)
                 bar.update()
     return [[rows[number] for number in range(len(pairs))] for rows in found]
 

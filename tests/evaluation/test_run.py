@@ -120,7 +120,7 @@ def test_train_evaluate_and_report_fit_together(tiny_config: ConfigWriter, capsy
 
 
 def test_a_model_that_answers_gold_scores_a_hundred_percent(run: RunFolder, speak: Any) -> None:
-    speak(base=lambda gold: f"Well: {gold}", tuned=lambda gold: f"```sql\n{gold};\n```\nThat is it.")
+    speak(base=lambda gold: "Well, that is hard to say.", tuned=lambda gold: f"```sql\n{gold};\n```\nThat is it.")
     result = evaluate_run(run, progress=False)
     base, tuned = result["models"]["base"], result["models"]["tuned"]
     assert (tuned["execution_accuracy"], tuned["correct"], tuned["valid_sql_rate"]) == (1.0, 6, 1.0)
