@@ -21,6 +21,7 @@ from finetune.sql.engines.base import Engine
 from finetune.sql.engines.registry import ENGINES, engine_for, open_sessions
 from finetune.sql.gold import Gold, GoldExaminer
 from finetune.sql.parsing import parses
+from finetune.sql.references import tables_not_shown
 from finetune.sql.schema import parse_ddl
 
 MALFORMED = "malformed"
@@ -32,6 +33,7 @@ SQL_DOES_NOT_PARSE = "sql_does_not_parse"
 GOLD_FAILS = "gold_fails"
 GOLD_HITS_LIMIT = "gold_hits_limit"
 GOLD_UNSTABLE = "gold_unstable"
+TABLE_NOT_SHOWN = "table_not_shown"
 DUPLICATE_ID = "duplicate_id"
 DUPLICATE_QUESTION = "duplicate_question"
 LEAK = "leak"
@@ -45,6 +47,7 @@ FAULTS = (
     GOLD_FAILS,
     GOLD_HITS_LIMIT,
     GOLD_UNSTABLE,
+    TABLE_NOT_SHOWN,
 )
 """Reasons for which the record itself is wrong, as opposed to repeating another one."""
 
@@ -145,7 +148,8 @@ def _listed_schema(db_id: str, source: Source) -> str:
 
 
 def _check_texts(record: Record, database: Path | None, gold_of: Callable[[str, Path, str], Gold]) -> None:
-    """Check that schema and gold SQL parse in the record's dialect, and that the gold SQL runs on the database."""
+    """Check that schema and gold SQL parse in the record's dialect, that the gold SQL runs on the database, and that the schema
+    shows the tables it reads."""
     try:
         problem = parses(record.sql, record.dialect)
     except UserError as error:
@@ -154,8 +158,13 @@ def _check_texts(record: Record, database: Path | None, gold_of: Callable[[str, 
         raise _Fault(SQL_DOES_NOT_PARSE, problem)
     if problem := _schema_problem(record.schema, record.dialect):
         raise _Fault(SCHEMA_DOES_NOT_PARSE, problem)
-    if database is None:
-        return
+    if database is not None:
+        _check_gold_runs(record, database, gold_of)
+    if missing := tables_not_shown(record.sql, record.schema, record.dialect):
+        raise _Fault(TABLE_NOT_SHOWN, f"the gold SQL reads {', '.join(missing)}, which the schema does not create")
+
+
+def _check_gold_runs(record: Record, database: Path, gold_of: Callable[[str, Path, str], Gold]) -> None:
     try:
         gold = gold_of(record.dialect, database, record.sql)
     except UserError as error:

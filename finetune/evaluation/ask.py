@@ -13,8 +13,7 @@ from finetune.run_folder import RunFolder
 from finetune.runtime.table import aligned
 from finetune.sql.engines.registry import DEFAULT as DEFAULT_DIALECT
 from finetune.sql.engines.registry import engine_of_file
-from finetune.sql.schema import is_create_table, parse_ddl
-from finetune.sql.text import on_one_line, statements
+from finetune.sql.schema import schema_of_script
 
 ROWS_SHOWN = 50
 
@@ -43,21 +42,17 @@ def ask(run: RunFolder, database: Path, question: str, *, evidence: str | None =
 
 
 def schema_of(path: Path) -> str:
-    """The CREATE TABLE statements of a database or a .sql file, one per line. Raises UserError if there are none."""
+    """The schema of a database or a .sql file, one statement per line. Raises UserError if it has no tables."""
     if not is_schema(path):
         return engine_of_file(path).schema(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as text ({error})", code="file.unreadable") from error
-    ddl = "\n".join(on_one_line(statement) for statement in statements(text) if is_create_table(statement))
-    if not ddl:
-        raise UserError(f"{path}: no CREATE TABLE statement in it", code="sql.no_tables")
     try:
-        parse_ddl(ddl)
+        return schema_of_script(text)
     except UserError as error:
         raise UserError(f"{path}: {error}", code=error.code) from None
-    return ddl
 
 
 def is_schema(path: Path) -> bool:

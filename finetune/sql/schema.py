@@ -1,7 +1,7 @@
 """Database schemas: DDL text, the tables and keys in it, and a compact rendering for prompts.
 
-The schema of a record is DDL text, one CREATE TABLE per line, as returned by an engine's `schema` and by `ddl_of_spider_entry`.
-It contains tables only: no views, indexes, triggers or virtual tables.
+The schema of a record is DDL text. That of an engine's `schema` and of `ddl_of_spider_entry` has one table or view per line, and
+no indexes or triggers.
 """
 
 import os
@@ -14,18 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.sql.tables import Column, ForeignKey, Table
+from finetune.sql.ddl.in_sqlite import RELATION, tables_by_sqlite
+from finetune.sql.dialects import dialect_name
+from finetune.sql.quoting import quoted
+from finetune.sql.tables import Column, ForeignKey, Table, table_at
 from finetune.sql.text import on_one_line, shortened, statements
-
-_KEYWORDS = """
-    add all alter and as autoincrement between case cast check collate commit constraint create
-    current_date current_time current_timestamp default deferrable delete distinct drop else escape except
-    exists foreign from group having in index insert intersect into is isnull join limit not nothing notnull
-    null on or order primary raise references returning select set table then to transaction union unique
-    update using values when where
-"""
-RESERVED = frozenset(_KEYWORDS.split())
-"""Words that SQLite does not accept as an unquoted table or column name: its keywords, each one tried (3.40)."""
 
 SPIDER_TYPES = {"text": " TEXT", "number": " NUMERIC", "time": " DATETIME", "boolean": " BOOLEAN"}
 """SQL types for Spider's type names; "others" gets no type, as SQLite allows."""
@@ -99,34 +92,38 @@ def ddl_of_spider_entry(entry: Mapping[str, Any], *, source: str = "tables.json"
 
 
 def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
-    """The tables that a DDL text creates, in its order; statements other than CREATE TABLE are skipped.
+    """The tables and views that exist after a script of DDL, in the order of their creation.
 
-    SQLite's DDL is read by SQLite itself, because it accepts much that sqlglot does not (ON CONFLICT, LONG VARCHAR,
-    PRIMARY KEY (a DESC)); sqlglot reads what SQLite rejects, and all other dialects. Raises UserError, quoting the
-    statement, if one cannot be read, and if there is no CREATE TABLE at all.
+    Every statement creates or changes a table, is known not to (CREATE INDEX, INSERT, SET, GO, ...), or is an error that quotes
+    it. SQLite's DDL is read by SQLite itself; sqlglot reads what SQLite rejects, and all other dialects. Raises UserError
+    also if no table is left.
     """
-    creating = [part for part in statements(ddl, dialect=dialect) if is_create_table(part, dialect=dialect)]
-    if not creating:
-        raise UserError(
-            f"schema: no CREATE TABLE statement in it: {shortened(ddl, dialect=dialect)}", code="sql.no_tables"
-        )
+    dialect = dialect_name(dialect)
+    if not re.search(r"\b(?:CREATE|INTO)\b", ddl, re.IGNORECASE):
+        raise _without_tables(ddl, dialect)
     try:
         if dialect != "sqlite":
             raise sqlite3.NotSupportedError
-        tables = _tables_by_sqlite(creating)
+        tables = tables_by_sqlite(ddl)
     except sqlite3.Error:
-        from finetune.sql.ddl import tables_by_sqlglot  # slow to import, and not needed for SQLite's schemas
+        from finetune.sql.ddl.reader import tables_by_sqlglot  # slow to import, and not needed for SQLite's schemas
 
-        tables = tables_by_sqlglot(creating, dialect)
-    by_name = {table.name.lower(): table for table in tables}
-    return tuple(replace(table, foreign_keys=_resolved(table.foreign_keys, by_name)) for table in tables)
+        tables = tables_by_sqlglot(ddl, dialect)
+    if not tables:
+        raise _without_tables(ddl, dialect)
+    return tuple(replace(table, foreign_keys=_resolved(table, tables)) for table in tables)
 
 
-def _resolved(keys: Iterable[ForeignKey], by_name: Mapping[str, Table]) -> tuple[ForeignKey, ...]:
+def _without_tables(ddl: str, dialect: str) -> UserError:
+    what = shortened(ddl, dialect=dialect)
+    return UserError(f"schema: no CREATE TABLE statement in it: {what}", code="sql.no_tables")
+
+
+def _resolved(owner: Table, tables: Iterable[Table]) -> tuple[ForeignKey, ...]:
     """The keys with the referenced names in the other table's spelling, and its primary key if no column is named."""
     resolved = []
-    for key in keys:
-        table = by_name.get(key.table.lower())
+    for key in owner.foreign_keys:
+        table = table_at(tables, key.path, near=owner.path[:-1])
         if table is None:
             resolved.append(key)
             continue
@@ -134,76 +131,54 @@ def _resolved(keys: Iterable[ForeignKey], by_name: Mapping[str, Table]) -> tuple
         referenced = tuple(spelling.get(name.lower(), name) for name in key.referenced)
         if not referenced and len(table.primary_key) == len(key.columns):
             referenced = table.primary_key
-        resolved.append(ForeignKey(key.columns, table.name, referenced))
+        resolved.append(ForeignKey(key.columns, table.name, referenced, table.qualifier))
     return tuple(resolved)
 
 
-def is_create_table(statement: str, *, dialect: str = "sqlite") -> bool:
-    return re.match(r"CREATE TABLE\b", on_one_line(statement, dialect=dialect), re.IGNORECASE) is not None
+def schema_of_script(text: str) -> str:
+    """The statements of a SQLite script that make its schema, one per line, without its rows, indexes and triggers.
 
-
-def _tables_by_sqlite(creating: Iterable[str]) -> list[Table]:
-    """Creates the tables in memory and reads them back. The statements can neither select nor open anything."""
-    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
-        connection.set_authorizer(_allow_creating)
-        for statement in creating:
-            connection.execute(statement)
-        connection.set_authorizer(None)
-        names = connection.execute(
-            r"SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\_%' ESCAPE '\'"
-        )
-        return [_table_by_pragma(connection, name) for (name,) in names.fetchall()]
-
-
-def _allow_creating(action: int, *_: str | None) -> int:
-    refused = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_CREATE_VTABLE)
-    return sqlite3.SQLITE_DENY if action in refused else sqlite3.SQLITE_OK
-
-
-def _table_by_pragma(connection: sqlite3.Connection, name: str) -> Table:
-    columns = tuple(
-        Column(column, kind, primary_key=key > 0, nullable=not (not_null or key))
-        for column, kind, not_null, key in connection.execute(
-            'SELECT name, type, "notnull", pk FROM pragma_table_xinfo(?) ORDER BY cid', (name,)
-        )
-    )
-    keys: dict[int, list[tuple[str, str, str | None]]] = {}
-    for number, table, column, referenced in connection.execute(
-        'SELECT id, "table", "from", "to" FROM pragma_foreign_key_list(?) ORDER BY id DESC, seq', (name,)
-    ):  # SQLite numbers them from the last to the first
-        keys.setdefault(number, []).append((table, column, referenced))
-    foreign_keys = tuple(
-        ForeignKey(
-            columns=tuple(column for _, column, _ in parts),
-            table=parts[0][0],
-            referenced=tuple(referenced for _, _, referenced in parts if referenced is not None),
-        )
-        for parts in keys.values()
-    )
-    return Table(name, columns, foreign_keys)
+    Raises UserError as `parse_ddl` does.
+    """
+    parse_ddl(text)
+    lines = [on_one_line(statement) for statement in statements(text)]
+    return "\n".join(line for line in lines if RELATION.match(line))
 
 
 def compact(tables: Iterable[Table]) -> str:
     """One line per table, for prompts: ``orders(id, customer_id -> customer.id, total)``.
 
-    Names that need quotes in SQL are quoted, so that the model sees what it has to write.
+    Names are written as a query has to write them: in quotes where they need them, with their schema where they have one,
+    and the fields of a STRUCT as ``customer.city``, those of an ARRAY of STRUCT as ``items[].sku``.
     """
+    tables = list(tables)
+    names = {table.path: table for table in tables}
     return "\n".join(
-        f"{quoted(table.name)}({', '.join(_with_reference(column, table) for column in table.columns)})"
+        f"{_table_written(table)}({', '.join(_column_shown(column, table, names) for column in table.columns)})"
         for table in tables
     )
 
 
-def _with_reference(column: Column, table: Table) -> str:
+def _column_shown(column: Column, table: Table, names: Mapping[tuple[str, ...], Table]) -> str:
+    shown = ", ".join(column.fields) or _column_written(column)
     for key in table.foreign_keys:
         for name, referenced in zip(key.columns, key.referenced, strict=False):
-            if name == column.name:
-                return f"{quoted(name)} -> {quoted(key.table)}.{quoted(referenced)}"
-    return quoted(column.name)
+            if name.lower() == column.name.lower():
+                return f"{shown} -> {_target_written(key, referenced, names)}"
+    return shown
 
 
-def quoted(name: str) -> str:
-    """The name as written in SQL: in double quotes if it is not a plain word or is reserved."""
-    if re.fullmatch(r"[^\W\d]\w*", name) and name.lower() not in RESERVED:
-        return name
-    return '"' + name.replace('"', '""') + '"'
+def _target_written(key: ForeignKey, referenced: str, names: Mapping[tuple[str, ...], Table]) -> str:
+    table = names.get(key.path)
+    if table is None:
+        return ".".join(map(quoted, (*key.qualifier, key.table, referenced)))
+    column = next((column for column in table.columns if column.name == referenced), None)
+    return f"{_table_written(table)}.{_column_written(column) if column else quoted(referenced)}"
+
+
+def _table_written(table: Table) -> str:
+    return table.written if table.written is not None else quoted(table.name)
+
+
+def _column_written(column: Column) -> str:
+    return column.written if column.written is not None else quoted(column.name)

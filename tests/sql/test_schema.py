@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 
 from finetune.sql.engines.sqlite import ddl_of_database
-from finetune.sql.schema import (
-    RESERVED,
-    compact,
-    create_database,
-    ddl_of_spider_entry,
-    parse_ddl,
-    quoted,
-)
+from finetune.sql.quoting import RESERVED, quoted
+from finetune.sql.schema import compact, create_database, ddl_of_spider_entry, parse_ddl
 from finetune.sql.tables import Column, ForeignKey, Table
 from tests.helpers.errors import raises
 
@@ -57,7 +51,7 @@ def columns_by_table(path: Path) -> dict[str, list[Any]]:
 # From a database to DDL and back ----------------------------------------------------------------------------
 
 
-def test_ddl_is_one_table_a_line_in_order_of_creation_without_comments_and_extra_spaces(
+def test_ddl_is_one_table_or_view_a_line_in_order_of_creation_without_comments_and_extra_spaces(
     tmp_path: Path,
 ) -> None:
     script = (
@@ -74,7 +68,9 @@ def test_ddl_is_one_table_a_line_in_order_of_creation_without_comments_and_extra
         "CREATE TABLE customer (id INTEGER PRIMARY KEY, name TEXT NOT NULL, city TEXT);",
         "CREATE TABLE orders (id INTEGER PRIMARY KEY, customer_id INTEGER REFERENCES customer(id), "
         "total NUMERIC(8, 2) DEFAULT 0);",
+        "CREATE VIEW big AS SELECT * FROM orders WHERE total > 100;",
         'CREATE TABLE "log; -- entries" (n INTEGER PRIMARY KEY AUTOINCREMENT, "a  b" TEXT DEFAULT \'x  y\');',
+        "CREATE VIRTUAL TABLE note USING fts5(body);",
     ]
 
 
@@ -179,9 +175,10 @@ def test_keys_in_every_notation(dialect: str) -> None:
     assert [column.nullable for column in tables[1].columns] == [False, False, True]
 
 
-def test_what_is_not_a_create_table_is_passed_over_and_not_run(tmp_path: Path) -> None:
-    script = f"ATTACH '{tmp_path}/made.db' AS x; {SHOP}; INSERT INTO nowhere VALUES (1); DROP TABLE customer;"
-    assert [table.name for table in parse_ddl(script)] == ["customer", "orders"]
+@pytest.mark.parametrize("dialect", ["sqlite", "postgres"])
+def test_rows_and_settings_are_passed_over_and_not_run(tmp_path: Path, dialect: str) -> None:
+    script = f"ATTACH '{tmp_path}/made.db' AS x; {SHOP}; INSERT INTO nowhere VALUES (1); UPDATE customer SET id = 1;"
+    assert [table.name for table in parse_ddl(script, dialect)] == ["customer", "orders"]
     assert not (tmp_path / "made.db").exists()
 
 
@@ -192,7 +189,7 @@ def test_what_is_not_a_create_table_is_passed_over_and_not_run(tmp_path: Path) -
         ("", "sqlite", "sql.no_tables", "no CREATE TABLE statement"),
         ("CREATE TABLE t (a int, b", "sqlite", "sql.bad_schema", r"in: CREATE TABLE t \(a int"),
         ("CREATE TABLE t (a int, b", "mysql", "sql.bad_schema", r"in: CREATE TABLE t \(a int"),
-        ("CREATE TABLE t AS SELECT 1 AS a", "sqlite", "sql.bad_schema", "cannot be read"),
+        ("CREATE TABLE t (a int); DROP TABLE t", "sqlite", "sql.no_tables", "no CREATE TABLE statement"),
         ("CREATE TABLE t (a int)", "klingon", "sql.unknown_dialect", "klingon"),
     ],
 )

@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from finetune.errors import UserError
+from finetune.sql.ddl.in_sqlite import shown_statements
 from finetune.sql.engines.base import MAX_ROWS, MEMORY_BYTES, RESULT_BYTES, ErrorKind, QueryResult
 from finetune.sql.text import double_quotes_as_names, on_one_line
 
@@ -203,24 +204,19 @@ class SqlSandbox:
 
 
 def ddl_of_database(path: Path) -> str:
-    """The CREATE TABLE statements of a SQLite file in order of creation, one per line, without comments.
+    """The CREATE TABLE and CREATE VIEW statements of a SQLite file in order of creation, one per line, without comments.
 
     Raises UserError for a file that is missing, corrupt or not a SQLite file, and for one without tables.
     """
     uri = read_only_uri(path)
     try:
         with closing(sqlite3.connect(uri, uri=True)) as connection:
-            found = connection.execute(
-                "SELECT name, sql FROM sqlite_master"
-                r" WHERE type = 'table' AND name NOT LIKE 'sqlite\_%' ESCAPE '\' ORDER BY rowid"
-            ).fetchall()
+            found = [on_one_line(sql) for sql in shown_statements(connection)]
     except sqlite3.Error as error:
         raise UserError(f"{path}: corrupt, or not a SQLite file ({error})", code="sql.database_corrupt") from None
-    virtual = tuple(f"{name}_" for name, sql in found if sql.upper().startswith("CREATE VIRTUAL"))
-    tables = [sql for name, sql in found if sql.upper().startswith("CREATE TABLE") and not name.startswith(virtual)]
-    if not tables:
+    if not any(sql.upper().startswith(("CREATE TABLE", "CREATE VIRTUAL")) for sql in found):
         raise UserError(f"{path}: the database has no tables", code="sql.no_tables")
-    return "\n".join(f"{on_one_line(sql)};" for sql in tables)
+    return "\n".join(f"{sql};" for sql in found)
 
 
 def read_only_uri(database: Path) -> str:
