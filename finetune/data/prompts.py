@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -40,14 +42,28 @@ class PromptTemplate:
     """Renders a question about a database as the prompt that the answer follows.
 
     schema_format: `ddl` shows the CREATE TABLE text unchanged, `compact` one line per table without types.
+    dialects: those of the records that an adapter was trained on, the most frequent first; empty if unknown, as in adapters of
+    earlier versions.
     """
 
     schema_format: Literal["ddl", "compact"] = "ddl"
     version: str = PROMPT_VERSION
+    dialects: tuple[str, ...] = field(default=(), compare=False)
 
-    def render(self, *, schema: str, question: str, dialect: str = "sqlite", evidence: str | None = None) -> str:
-        """The prompt for one question. `schema` is DDL text. The answer follows the prompt without any separator."""
-        shown = _compact(schema, dialect) if self.schema_format == "compact" else schema.strip()
+    def render(
+        self,
+        *,
+        schema: str,
+        question: str,
+        dialect: str = "sqlite",
+        evidence: str | None = None,
+        schema_dialect: str | None = None,
+    ) -> str:
+        """The prompt for one question. The answer follows the prompt without any separator.
+
+        schema: DDL text. dialect: that the answer is asked in. schema_dialect: that of the schema, if it is another one.
+        """
+        shown = _compact(schema, schema_dialect or dialect) if self.schema_format == "compact" else schema.strip()
         hint = _HINT.format(evidence=evidence.strip()) if evidence and evidence.strip() else ""
         return (
             _SCHEMA.format(dialect=dialect, schema=shown) + hint + _QUESTION.format(question=" ".join(question.split()))
@@ -60,11 +76,14 @@ class PromptTemplate:
 
     def identity(self) -> str:
         """Version and a short hash of template text and options: templates of equal identity render equal prompts."""
-        text = json.dumps([_SCHEMA, _HINT, _QUESTION, asdict(self)])
+        options = {"schema_format": self.schema_format, "version": self.version}
+        text = json.dumps([_SCHEMA, _HINT, _QUESTION, options])
         return f"{self.version}-{self.schema_format}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def save(self, folder: Path) -> None:
-        write_text(folder / PROMPT_FILE, json.dumps({**asdict(self), "identity": self.identity()}, indent=2) + "\n")
+        saved = {"schema_format": self.schema_format, "version": self.version, "identity": self.identity()}
+        dialects = {"dialects": list(self.dialects)} if self.dialects else {}
+        write_text(folder / PROMPT_FILE, json.dumps(saved | dialects, indent=2) + "\n")
 
 
 @lru_cache(maxsize=1024)
@@ -73,17 +92,23 @@ def _compact(schema: str, dialect: str) -> str:
     return compact(parse_ddl(schema, dialect))
 
 
+def dialects_of(records: Iterable[Record]) -> tuple[str, ...]:
+    """The dialects of records, the most frequent first."""
+    return tuple(dialect for dialect, _ in Counter(record.dialect for record in records).most_common())
+
+
 def load_template(folder: Path) -> PromptTemplate:
     """The template saved beside an adapter. Raises UserError if it is missing, corrupt or of another version."""
     path = folder / PROMPT_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        template = PromptTemplate(schema_format=saved["schema_format"], version=saved["version"])
+        dialects = tuple(map(dialect_name, saved.get("dialects", ())))
+        template = PromptTemplate(schema_format=saved["schema_format"], version=saved["version"], dialects=dialects)
     except FileNotFoundError:
         raise UserError(
             f"{path}: missing; it says which prompt this adapter was trained on", code="prompt.missing"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"{path}: not a prompt file ({error}); take the adapter folder from the run again", code="prompt.corrupt"
         ) from error

@@ -66,7 +66,7 @@ def inputs_of(config: RunConfig) -> Inputs:
             f"{template.identity()}; run `finetune data prepare CONFIG` again",
             code="prompt.mismatch",
         )
-    return Inputs(config, device, data, template, price)
+    return Inputs(config, device, data, replace(template, dialects=dialects_of(data.records("train"))), price)
 
 
 def load_parts(inputs: Inputs) -> Parts:
