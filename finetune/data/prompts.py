@@ -82,7 +82,11 @@ class PromptTemplate:
 
     def save(self, folder: Path) -> None:
         saved = {"schema_format": self.schema_format, "version": self.version, "identity": self.identity()}
-        dialects = {"dialects": list(self.dialects)} if self.dialects else {}
+        other = self.dialects not in (
+            (),
+            ("sqlite",),
+        )  # left out, as in earlier versions, where there is nothing to say
+        dialects = {"dialects": list(self.dialects)} if other else {}
         write_text(folder / PROMPT_FILE, json.dumps(saved | dialects, indent=2) + "\n")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from finetune.config.schema import EvaluationSection, RunConfig
-from finetune.data.prompts import PromptTemplate, load_template
+from finetune.data.prompts import PromptTemplate, dialects_of, load_template
 from finetune.data.records import read_lines
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation.answers import AnswerFile, prompts_hash
@@ -107,6 +107,7 @@ def evaluate_run(
         "without_database": questions.without_database,
         "data_manifest_sha256": questions.data.manifest_hash,
         "prompt_version": questions.template.identity(),
+        "dialects": list(dialects_of(questions.records)),
         "rule": config.evaluation.rule,
         "timeout_seconds": config.evaluation.timeout_seconds,
         "models": scores,
@@ -172,12 +173,25 @@ def _complete(
                 max_new_tokens=questions.config.evaluation.max_new_tokens,
                 progress=progress,
             )
+            _require_memory(model)
         for model, rows in zip(unjudged, _judged(questions, unjudged, progress), strict=True):
             model.rows, model.score = rows, _facts(questions, model) | score(rows)
             if not model.tuned:
                 folder = model.answers.path.parent
                 _write_rows(folder / ROWS, rows)
                 write_json(folder / SCORE, model.score | {"judged": questions.judging()})
+
+
+def _require_memory(model: Model) -> None:
+    """One prompt that does not fit into memory is a verdict. Where none fits, it is the machine."""
+    answers = model.answers.in_order()
+    if all(answer.problem == "out_of_memory" for answer in answers):
+        shortest = min(answer.prompt_tokens or 0 for answer in answers)
+        raise UserError(
+            f"out of memory with every prompt, also with one of {shortest} tokens alone; end other programs on this machine, or "
+            "use one with more memory",
+            code="gpu.out_of_memory",
+        )
 
 
 @contextmanager

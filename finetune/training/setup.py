@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import BudgetSection, RunConfig, TrackingSection
 from finetune.data.prepared import Prepared, load_prepared
-from finetune.data.prompts import PromptTemplate
+from finetune.data.prompts import PromptTemplate, dialects_of
 from finetune.data.records import Split
 from finetune.data.tokenize import Examples, tokenise
 from finetune.errors import UserError
