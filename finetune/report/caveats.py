@@ -130,8 +130,8 @@ def _of_answers(source: Source) -> list[tuple[bool, str]]:
         ),
         (
             bool(several),
-            f"Answers with more than one statement: {several}. Only the first query of an answer is run, and generation ends with "
-            "it; the official evaluators run the whole text, and such an answer fails there.",
+            f"Answers with more than one statement: {several}. Only the first query of an answer is run, and generation ends "
+            "with it; the official evaluators run the whole text, and such an answer fails there.",
         ),
     ]
 

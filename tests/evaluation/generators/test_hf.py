@@ -254,7 +254,7 @@ def test_a_batch_for_which_memory_does_not_suffice_is_asked_in_parts(
     generate = model.generate
 
     def limited(**given: Any) -> Any:
-        if given["input_ids"].numel() > 150:
+        if given["input_ids"].numel() > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
         return generate(**given)
 
