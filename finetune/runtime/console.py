@@ -60,8 +60,8 @@ def visible(text: str, *, one_line: bool = False) -> str:
 def one_line(message: str) -> str:
     """An error's message in one line, without control characters.
 
-    If it contains characters that this locale cannot encode, a file may have been missed
-    because of that, so the message says so."""
+    If it contains characters that this locale cannot encode, a file may have been missed because of that, so the message says so.
+    """
     message = visible(" ".join(message.splitlines()))
     try:
         os.fsencode(message)
