@@ -417,7 +417,7 @@ def test_control_characters_of_a_database_or_an_answer_are_printed_as_escapes(
 def test_control_characters_in_a_message_are_printed_as_escapes(
     run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer("SELECT \"a\" FROM \"b\x1b]0;title\x07\"")
+    answer('SELECT "a" FROM "b\x1b]0;title\x07"')
     with reported("ask.sql_failed"):
         assert generate(run, database, "--run") == 2
     err = capsys.readouterr().err
