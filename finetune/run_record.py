@@ -32,12 +32,14 @@ Row = Mapping[str, float | None]
 
 @dataclass
 class DataRecord:
-    """The prepared data set. counts: records per split; used: records per split that fit into model.max_seq_length."""
+    """The prepared data set. counts: records per split; used: records per split that fit into model.max_seq_length; dialects: of
+    the training records, the most frequent first."""
 
     path: str | None = None
     manifest_sha256: str | None = None
     counts: Mapping[str, int] | None = None
     used: Mapping[str, int] | None = None
+    dialects: Sequence[str] | None = None
 
 
 @dataclass

@@ -7,10 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, add_config, loaded
-from finetune.errors import EXIT_MISSING, EXIT_OK
+from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
+from finetune.runtime.console import visible
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
+    from finetune.data.check import Findings
 
 
 def add(commands: Any) -> None:
@@ -57,16 +59,18 @@ def _data_check(arguments: argparse.Namespace) -> int:
     evaluation = config.evaluation
     findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
     for rejection in findings.rejections:
-        print(rejection)
+        print(visible(str(rejection), one_line=True))
     for problem in findings.problems:
-        print(problem)
+        print(visible(str(problem), one_line=True))
     hollow = findings.hollow_databases()
     of_hollow = {database.db_id for database in hollow}
     for flag in findings.flags:
         if flag.db_id not in of_hollow:
-            print(flag)
+            print(visible(str(flag), one_line=True))
     for database in hollow:
-        print(database)
+        print(visible(str(database), one_line=True))
+    for line in _lengths(config, findings):
+        print(line)
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
     flagged = findings.flagged()
     apart = f"; used, but scored apart for their gold queries: {tally(flagged)}" if flagged else ""
@@ -75,6 +79,22 @@ def _data_check(arguments: argparse.Namespace) -> int:
     left = f", {left_out} left out" if left_out else ""
     print(f"{arguments.config}: {counts}, {rejected} rejected{left}{apart}")
     return EXIT_MISSING if rejected or findings.problems or hollow else EXIT_OK
+
+
+def _lengths(config: RunConfig, findings: Findings) -> list[str]:
+    """What is too long for the model. A model that cannot be loaded here, as on a machine without network, is no fault of the
+    data."""
+    try:
+        tokenizer = _tokenizer_if_installed(config)
+        if tokenizer is None:
+            return []
+        from finetune.data.lengths import too_long
+        from finetune.models.positions import configured_positions
+
+        return too_long(config, findings.records, tokenizer, configured_positions(config.model))
+    except UserError as error:
+        print(visible(f"tokens are not counted: {error}", one_line=True), file=sys.stderr)
+        return []
 
 
 def _tokenizer_if_installed(config: RunConfig) -> Any:

@@ -183,6 +183,8 @@ def _whole_batches(lines: Sequence[Any], prompts: Sequence[str]) -> dict[int, tu
         if not 0 <= number < len(prompts) or line["prompt_sha256"] != sha256(prompts[number]):
             continue
         answer = Answer(**{key: line[key] for key in Answer._fields})
+        if answer.problem == "out_of_memory":  # another machine, or the same one without other programs, may have room
+            continue
         found.setdefault(place, {}).setdefault(number, answer)
         size[place], seconds[place] = line["of"], float(line["seconds"])
     return {place: (batch, seconds[place]) for place, batch in found.items() if len(batch) == size[place]}

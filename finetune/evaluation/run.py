@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from finetune.config.schema import EvaluationSection, RunConfig
 from finetune.data.limits import limits_of
-from finetune.data.prompts import PromptTemplate, load_template
+from finetune.data.prompts import PromptTemplate, dialects_of, load_template
 from finetune.data.records import read_lines
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation.answers import AnswerFile, prompts_hash
@@ -108,6 +108,7 @@ def evaluate_run(
         "without_database": questions.without_database,
         "data_manifest_sha256": questions.data.manifest_hash,
         "prompt_version": questions.template.identity(),
+        "dialects": list(dialects_of(questions.records)),
         "rule": config.evaluation.rule,
         "timeout_seconds": config.evaluation.timeout_seconds,
         "models": scores,
@@ -174,12 +175,25 @@ def _complete(
                 max_new_tokens=questions.config.evaluation.max_new_tokens,
                 progress=progress,
             )
+            _require_memory(model)
         for model, rows in zip(unjudged, _judged(questions, unjudged, progress), strict=True):
             model.rows, model.score = rows, _facts(questions, model) | score(rows)
             if not model.tuned:
                 folder = model.answers.path.parent
                 _write_rows(folder / ROWS, rows)
                 write_json(folder / SCORE, model.score | {"judged": questions.judging()})
+
+
+def _require_memory(model: Model) -> None:
+    """One prompt that does not fit into memory is a verdict. Where none fits, it is the machine."""
+    answers = model.answers.in_order()
+    if all(answer.problem == "out_of_memory" for answer in answers):
+        shortest = min(answer.prompt_tokens or 0 for answer in answers)
+        raise UserError(
+            f"out of memory with every prompt, also with one of {shortest} tokens alone; end other programs on this machine, or "
+            "use one with more memory",
+            code="gpu.out_of_memory",
+        )
 
 
 @contextmanager
@@ -211,7 +225,7 @@ def _judged(questions: EvaluationSet, models: Sequence[Model], progress: bool) -
         for number in (number for group in groups.values() for number in group):
             for rows, given in zip(found, answers, strict=True):
                 answer = given[number]
-                rows[number] = judge.row(*pairs[number], questions.prompts[number], answer.text, answer.new_tokens)
+                rows[number] = judge.row(*pairs[number], questions.prompts[number], answer)
                 bar.update()
     return [[rows[number] for number in range(len(pairs))] for rows in found]
 

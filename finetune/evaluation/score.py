@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.data.prompts import extract_sql
+from finetune.data.answers import read_answer
 from finetune.data.records import Record
+from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.statistics import bootstrap_by_database, paired_interval, wilson_interval
 from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, results_equal
 from finetune.sql.difficulty import difficulty
@@ -28,9 +29,11 @@ CAN_TELL = (SOUND, ARBITRARY)
 class Row:
     """One question with the model's answer and its verdict; a line of eval/<model>.jsonl.
 
-    verdict: correct, wrong_rows, no_sql, gold_failed, gold_limit (gold hit a limit), gold_unstable, or the sandbox's error kind
-    (sql_error, timeout, ...). verdicts: the same under every rule. gold_kind: see sql/gold.py.
+    verdict: correct, wrong_rows, no_sql, too_long or out_of_memory (no whole answer: generators/base.py), gold_failed, gold_limit
+    (gold hit a limit), gold_unstable, or the sandbox's error kind (sql_error, timeout, ...). verdicts: the same under every rule.
+    gold_kind: see sql/gold.py.
     double_quoted_text: whether the prediction used a "name" that is not a column, which SQLite reads as a text constant.
+    several_statements: whether the answer holds more than the statement that was run. prompt_tokens: None if unknown.
     """
 
     id: str
@@ -48,6 +51,8 @@ class Row:
     prompt_sha256: str
     gold_sha256: str
     gold_kind: str = SOUND
+    several_statements: bool = False
+    prompt_tokens: int | None = None
     verdicts: dict[str, str] = field(default_factory=dict)
 
 
@@ -72,10 +77,10 @@ class Judge:
         self._examiner = GoldExaminer(session, timeout_seconds)
         self._golds: tuple[object, dict[str, Gold]] = (None, {})
 
-    def row(self, record: Record, database: Path, prompt: str, answer: str, new_tokens: int) -> Row:
-        prediction = extract_sql(answer)
+    def row(self, record: Record, database: Path, prompt: str, answer: Answer) -> Row:
+        found = read_answer(answer.text, record.dialect)
         golds = self._golds_of(record, database)
-        verdicts = self._verdicts(record, database, golds, prediction)
+        verdicts = self._verdicts(record, database, golds, found.sql, answer.problem)
         chosen = verdicts[self._rule]
         return Row(
             id=record.id,
@@ -83,16 +88,18 @@ class Judge:
             question=record.question,
             difficulty=difficulty(record.sql, record.dialect),
             gold=record.sql,
-            prediction=prediction,
-            answer=answer,
+            prediction=found.sql,
+            answer=answer.text,
             verdict=chosen.name,
             error=chosen.error,
             seconds=round(chosen.seconds, 4),
-            new_tokens=new_tokens,
+            new_tokens=answer.new_tokens,
             double_quoted_text=chosen.double_quoted_text,
             prompt_sha256=sha256(prompt),
             gold_sha256=sha256(record.sql),
             gold_kind=golds[as_rule_runs_it(record.sql, self._rule)].kind,
+            several_statements=found.several,
+            prompt_tokens=answer.prompt_tokens,
             verdicts={rule: verdict.name for rule, verdict in verdicts.items()},
         )
 
@@ -105,7 +112,7 @@ class Judge:
         return self._golds[1]
 
     def _verdicts(
-        self, record: Record, database: Path, golds: dict[str, Gold], prediction: str
+        self, record: Record, database: Path, golds: dict[str, Gold], prediction: str, problem: str | None
     ) -> dict[Rule, _Verdict]:
         ordered = gold_is_ordered(record.sql, record.dialect)
         ran: dict[str, QueryResult] = {}
@@ -117,8 +124,8 @@ class Judge:
             if gold.kind in WITHOUT_RESULT:
                 found[rule] = _Verdict(f"gold_{gold.kind}", gold.detail or str(gold), gold.result.seconds)
                 continue
-            if not prediction:
-                found[rule] = _Verdict("no_sql")
+            if problem or not prediction:
+                found[rule] = _Verdict(problem or "no_sql")
                 continue
             if text not in ran:
                 ran[text] = self._session(record.dialect).run(database, text, self._timeout)
@@ -153,7 +160,7 @@ def score_answer(
 ) -> Row:
     """Execute gold and prediction on the record's database and compare their rows: one answer by itself."""
     judge = Judge(lambda dialect: sandbox, rule=rule, timeout_seconds=timeout_seconds)
-    return judge.row(record, database, prompt, answer, new_tokens)
+    return judge.row(record, database, prompt, Answer(answer, new_tokens))
 
 
 def score(rows: Sequence[Row]) -> dict[str, Any]:
@@ -165,6 +172,8 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
         **_accuracy([row.verdict for row in rows]),
         "valid_sql_rate": sum(row.verdict in RAN for row in rows) / len(rows),
         "new_tokens": sum(row.new_tokens for row in rows),
+        "several_statements": sum(row.several_statements for row in rows),
+        "longest_prompt": max((row.prompt_tokens for row in rows if row.prompt_tokens is not None), default=None),
         "by_difficulty": _tally(rows, "difficulty"),
         "by_database": by_database,
         "execution_accuracy_interval95_by_database": bootstrap_by_database(

@@ -68,6 +68,7 @@ def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:
         ),
         (unstable > 0, f"Gold queries that give another result each time: {unstable}; these questions count as wrong."),
         *_hollow(base, tuned),
+        *_of_answers(source),
         (
             arbitrary > 0,
             f"In {arbitrary} gold queries LIMIT cuts between rows of equal rank: other answers would be as right.",
@@ -100,6 +101,39 @@ def _hollow(base: Json, tuned: Json) -> list[tuple[bool, str]]:
     without = f"without them {' and '.join(shares)}" if shares else "no question is left without them"
     text = f"Hollow gold queries, which a constant answers or which depend on the time: {hollow} of {asked} ({which}); {without}."
     return [(hollow > 0, text)]
+
+
+def _of_answers(source: Source) -> list[tuple[bool, str]]:
+    """Answers that were cut, missing, or only run in part."""
+    models = {"base": source.base, "tuned": source.tuned}
+
+    def counts(path: str) -> str:
+        found = {name: dig(model, path) or 0 for name, model in models.items() if model}
+        return ", ".join(f"{count} of the {name} model" for name, count in found.items()) if any(found.values()) else ""
+
+    limit = dig(source.run.config, "model.max_seq_length")
+    lengths = [row.get("prompt_tokens") for row in next(iter(source.rows.values()), [])]
+    long = sum(isinstance(length, int) and isinstance(limit, int) and length > limit for length in lengths)
+    too_long, no_memory, several = map(counts, ("verdicts.too_long", "verdicts.out_of_memory", "several_statements"))
+    return [
+        (
+            bool(too_long),
+            f"Too long for the model's positions, prompt or prompt with answer: {too_long}; these questions count as wrong.",
+        ),
+        (
+            bool(no_memory),
+            f"Prompts that did not fit into memory, even alone: {no_memory}; these questions count as wrong.",
+        ),
+        (
+            long > 0,
+            f"Prompts longer than the {limit} tokens (model.max_seq_length) of the longest training example: {long}.",
+        ),
+        (
+            bool(several),
+            f"Answers with more than one statement: {several}. Only the first query of an answer is run, and generation ends "
+            "with it; the official evaluators run the whole text, and such an answer fails there.",
+        ),
+    ]
 
 
 def how_it_stopped(run: RunRecord) -> str:

@@ -27,6 +27,7 @@ from finetune.report.source import (
     number,
     read_run,
 )
+from finetune.runtime.console import visible
 from finetune.runtime.files import write_json, write_text
 from finetune.runtime.typed_json import encode
 
@@ -205,6 +206,7 @@ def render(source: Source, summary: Json) -> dict[str, str]:
         loader=jinja2.PackageLoader("finetune.report"),
         autoescape=lambda name: ".html" in str(name),
         undefined=jinja2.ChainableUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # a Markup is our own
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -246,5 +248,5 @@ def _answers(known: list[tuple[str, Json]]) -> list[Answer]:
 
 def _markdown_inline(value: object) -> str:
     """The text on one line, escaped so that Markdown shows it literally."""
-    text = html.escape(" ".join(str(value).split()), quote=False)
+    text = html.escape(" ".join(visible(str(value)).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,9 +44,25 @@ def typed_text(text: str) -> str:
     return text
 
 
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""C0 and C1 control characters but tab and line feed, and what changes the direction of text or breaks lines unseen."""
+
+
+def visible(text: str, *, one_line: bool = False) -> str:
+    """The text with control characters as escapes, such as \\x1b and \\u202e: text from databases, models and data sets could
+    otherwise move the cursor, colour or hide other text, or set a terminal's title. one_line: tabs and line feeds, too."""
+    if one_line:
+        text = text.replace("\n", "\\n").replace("\t", "\\t")
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def one_line(message: str) -> str:
-    """An error's message in one line. If it contains characters that this locale cannot encode, a file may have been missed
-    because of that, so the message says so."""
+    """An error's message in one line, without control characters.
+
+    If it contains characters that this locale cannot encode, a file may have been missed because of that, so the message says so.
+    """
     message = printable(" ".join(message.splitlines()))
     try:
         os.fsencode(message)
@@ -118,4 +135,4 @@ def broken_pipe_safe() -> Iterator[None]:
 
 def say(message: str) -> None:
     if distributed.is_rank0():
-        tqdm.write(message, file=sys.stderr)  # on a line of its own, also while a bar is shown
+        tqdm.write(visible(message), file=sys.stderr)  # on a line of its own, also while a bar is shown

@@ -73,10 +73,13 @@ class _Lexer:
     unclosed_comment_is_one: bool
 
 
-def pieces(sql: str, *, dialect: str = "sqlite") -> Iterator[Piece]:
-    """The pieces of the text in order. Raises UserError for an unknown dialect, and nothing else: any text has pieces."""
+def pieces(sql: str, *, dialect: str = "sqlite", start: int = 0) -> Iterator[Piece]:
+    """The pieces of the text in order, from an offset on at which a piece begins.
+
+    Raises UserError for an unknown dialect, and nothing else: any text has pieces.
+    """
     lexer = _lexer("athena hive" if _is_hive_part_of_athena(sql, dialect) else dialect)
-    position, match_at = 0, lexer.pattern.match
+    position, match_at = start, lexer.pattern.match
     while match := match_at(sql, position):
         group = match.lastgroup or ""
         if group in ("space", "word", "sign"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import BudgetSection, RunConfig, TrackingSection
 from finetune.data.prepared import Prepared, load_prepared
-from finetune.data.prompts import PromptTemplate
+from finetune.data.prompts import PromptTemplate, dialects_of
 from finetune.data.records import Split
 from finetune.data.tokenize import Examples, tokenise
 from finetune.errors import UserError
@@ -69,7 +69,7 @@ def inputs_of(config: RunConfig) -> Inputs:
         )
     own = load_model_config(config.model)
     check_target_modules(own, config.lora, trust_remote_code=config.model.trust_remote_code)
-    return Inputs(config, device, data, template, price)
+    return Inputs(config, device, data, replace(template, dialects=dialects_of(data.records("train"))), price)
 
 
 def load_parts(inputs: Inputs) -> Parts:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -322,6 +324,46 @@ def test_data_check_of_good_data_exits_with_0_and_writes_nothing(
     assert cli.main(["data", "check", str(config)]) == 0
     assert capsys.readouterr().out == f"{config}: 4 train, 0 val, 2 test, 0 rejected\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_data_check_counts_what_is_too_long_for_the_model(
+    tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = data_config(tmp_path, tiny_config, GOOD)
+    assert cli.main(["data", "check", str(config), "model.max_seq_length=40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train: 4 of 4 examples are longer than model.max_seq_length=40 tokens and are left out")
+    assert lines[1].startswith(
+        "test: 2 of 2 prompts are longer than model.max_seq_length=40 tokens: they are asked, but"
+    )
+    assert lines[2] == f"{config}: 4 train, 0 val, 2 test, 0 rejected"
+    assert cli.main(["data", "check", str(config), "evaluation.max_new_tokens=100000"]) == 0
+    assert "2 of 2 prompts leave less than evaluation.max_new_tokens=100000 of" in capsys.readouterr().out
+    with_model = tmp_path / "small"
+    shutil.copytree(load_config(config).model.name, with_model)
+    values = json.loads((with_model / "config.json").read_text())
+    (with_model / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 60}))
+    assert cli.main(["data", "check", str(config), f"model.name={with_model}"]) == 0
+    assert (
+        "2 of 2 prompts leave no room in the model's 60 positions and are scored as too_long" in capsys.readouterr().out
+    )
+
+
+def test_data_check_goes_on_without_the_model(
+    tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = data_config(tmp_path, tiny_config, GOOD)
+    assert cli.main(["data", "check", str(config), f"model.name={tmp_path / 'nowhere'}"]) == 0
+    assert "tokens are not counted: model.name: no folder" in capsys.readouterr().err
+
+
+def test_data_check_prints_control_characters_as_escapes(
+    tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = row(9, split="train") | {"sql": "SELECT \x1b[31m FROM item"}
+    config = data_config(tmp_path, tiny_config, [*GOOD, bad])
+    assert cli.main(["data", "check", str(config)]) == 1
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_data_check_lists_every_rejected_record_and_exits_with_1(

@@ -80,6 +80,32 @@ def test_a_saved_template_is_loaded_again(tmp_path: Path, template: PromptTempla
     assert load_template(tmp_path) == template
 
 
+def test_the_dialects_of_the_training_records_travel_with_the_template(tmp_path: Path) -> None:
+    PromptTemplate(dialects=("postgres", "mysql")).save(tmp_path)
+    loaded = load_template(tmp_path)
+    assert loaded.dialects == ("postgres", "mysql") and loaded.identity() == PromptTemplate().identity()
+
+
+def test_a_template_of_sqlite_is_saved_as_in_earlier_versions(tmp_path: Path) -> None:
+    PromptTemplate(dialects=("sqlite",)).save(tmp_path)
+    assert json.loads((tmp_path / prompts.PROMPT_FILE).read_text()) == {
+        "schema_format": "ddl", "version": "1", "identity": "1-ddl-5bd0da2b"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompt", "dialect"),
+    [
+        (PromptTemplate().render(schema="CREATE TABLE t (a INT)", question="q", dialect="postgres"), "postgres"),
+        ("### MySQL schema\n", "mysql"),
+        ("### klingon schema\n", "sqlite"),
+        ("What?", "sqlite"),
+    ],
+)
+def test_a_prompt_names_its_dialect(prompt: str, dialect: str) -> None:
+    assert prompts.prompt_dialect(prompt) == dialect
+
+
 def test_the_format_of_the_schema_is_part_of_the_identity() -> None:
     assert PromptTemplate().identity() != PromptTemplate(schema_format="compact").identity()
 

@@ -299,3 +299,128 @@ def test_a_schema_has_no_rows_to_run_on(run: RunFolder, tmp_path: Path, capsys: 
     assert capsys.readouterr() == (
         "", f"finetune: {path}: a schema has no rows; give a SQLite file to --db to use --run\n"
     )  # fmt: skip
+
+
+# the dialect
+
+
+def trained_on(run: RunFolder, *dialects: str) -> RunFolder:
+    PromptTemplate(dialects=dialects).save(run.adapter)
+    return run
+
+
+def schema_file(tmp_path: Path, text: str = SCHEMA) -> Path:
+    path = tmp_path / "shop.sql"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dialects", "option", "asked"),
+    [
+        ((), (), "sqlite"),
+        (("postgres",), (), "postgres"),
+        (("postgres", "mysql"), (), "postgres"),
+        (("postgres",), ("--dialect", "MySQL"), "mysql"),
+        (("postgres",), ("--dialect", "T-SQL"), "tsql"),
+        ((), ("--dialect", "pgsql"), "postgres"),
+        (("mysql", "sqlite"), (), "mysql"),
+    ],
+)
+def test_a_question_is_asked_in_the_dialect_of_the_runs_data(
+    run: RunFolder, tmp_path: Path, answer: Any, dialects: tuple[str, ...], option: tuple[str, ...], asked: str
+) -> None:
+    prompts = answer("SELECT 1")
+    assert generate(trained_on(run, *dialects), schema_file(tmp_path), *option) == 0
+    assert prompts[0].startswith(f"### {asked} schema\nCREATE TABLE item")
+
+
+def test_a_run_of_an_earlier_version_takes_the_dialect_of_its_sources(
+    tiny_run: Path, tmp_path: Path, answer: Any
+) -> None:
+    source = {"kind": "jsonl", "path": "x.jsonl", "dialect": "Postgres"}
+    run = copy_run(tiny_run, tmp_path / "runs", data={"sources": [source]})
+    prompts = answer("SELECT 1")
+    assert generate(run, schema_file(tmp_path)) == 0
+    assert prompts[0].startswith("### postgres schema\n")
+
+
+def test_a_database_is_asked_in_its_own_dialect_if_the_run_knows_it(
+    run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = answer("SELECT 1 AS one")
+    assert generate(trained_on(run, "mysql", "sqlite"), database, "--run") == 0
+    assert prompts[0].startswith("### sqlite schema\n") and "(1 row)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schema_format", ["ddl", "compact"])
+@pytest.mark.parametrize("dialect", ["sqlite", "postgres", "bigquery"])
+def test_a_column_type_that_sqlite_does_not_know_is_no_error(
+    run: RunFolder, tmp_path: Path, answer: Any, schema_format: Any, dialect: str
+) -> None:
+    ddl = "CREATE TABLE t (id uuid DEFAULT gen_random_uuid(), tags text[], at timestamptz, n numeric(3, 1) NOT NULL);"
+    PromptTemplate(schema_format, dialects=(dialect,)).save(run.adapter)
+    prompts = answer("SELECT 1")
+    assert generate(run, schema_file(tmp_path, ddl)) == 0
+    shown = "t(id, tags, at, n)" if schema_format == "compact" else "gen_random_uuid()"
+    assert prompts[0].startswith(f"### {dialect} schema\n") and shown in prompts[0]
+
+
+def test_the_answer_is_read_by_the_rules_of_its_dialect(
+    run: RunFolder, tmp_path: Path, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(r"SELECT id FROM item WHERE name = 'it\'s -- late; x';")
+    assert generate(run, schema_file(tmp_path), "--dialect", "mysql") == 0
+    assert capsys.readouterr().out == r"SELECT id FROM item WHERE name = 'it\'s -- late; x'" + "\n"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_dialect_without_an_engine_cannot_be_run(
+    run: RunFolder, database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with reported("ask.no_engine"):
+        assert generate(trained_on(run, "postgres"), database, "--run") == 2
+    assert capsys.readouterr().err.startswith(f"finetune: --run: {database} cannot run postgres; ")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_unknown_dialect_is_refused(run: RunFolder, database: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with reported("sql.unknown_dialect"):
+        assert generate(run, database, "--dialect", "postgrs") == 2
+    assert "did you mean postgres?" in capsys.readouterr().err
+
+
+# what cannot be answered, and what is printed
+
+
+@pytest.mark.parametrize(("problem", "code"), [("too_long", "ask.too_long"), ("out_of_memory", "ask.out_of_memory")])
+def test_a_prompt_that_is_too_long_is_one_line(
+    run: RunFolder, database: Path, monkeypatch: pytest.MonkeyPatch, answer: Any,
+    capsys: pytest.CaptureFixture[str], problem: str, code: str,
+) -> None:  # fmt: skip
+    answer("")
+    monkeypatch.setattr(hf, "generate_answers", lambda *_, **__: [("", 0, problem, 34200)])
+    with reported(code):
+        assert generate(run, database) == 2
+    assert "34200 tokens" in capsys.readouterr().err
+
+
+def test_control_characters_of_a_database_or_an_answer_are_printed_as_escapes(
+    run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer("SELECT 'a\x1b[31m' || char(27, 155, 13, 8238, 10, 9) || 'b' AS \"x\u202ey\x07\"")
+    assert generate(run, database, "--run") == 0
+    sql, header, _, line, count = capsys.readouterr().out.split("\n")[:5]
+    assert "\\x1b[31m" in sql and "\\u202e" in sql and "\\x07" in sql
+    assert header == "x\\u202ey\\x07"
+    assert line == "a\\x1b[31m\\x1b\\x9b\\r\\u202e\\n\\tb" and count == "(1 row)"
+
+
+def test_control_characters_in_a_message_are_printed_as_escapes(
+    run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer('SELECT "a" FROM "b\x1b]0;title\x07"')
+    with reported("ask.sql_failed"):
+        assert generate(run, database, "--run") == 2
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "\\x1b]0;title\\x07" in err

@@ -90,6 +90,7 @@ def test_train_evaluate_and_report_fit_together(tiny_config: ConfigWriter, capsy
     assert result["without_database"] == 0
     record = run.record()
     assert record.data and result["data_manifest_sha256"] == record.data.manifest_sha256
+    assert record.data.dialects == ["sqlite"]
     assert result["prompt_version"] == record.prompt_version
     assert sum(result["gain"].values()) == 6
     for name in ("base", "tuned"):
@@ -122,7 +123,7 @@ def test_train_evaluate_and_report_fit_together(tiny_config: ConfigWriter, capsy
 
 
 def test_a_model_that_answers_gold_scores_a_hundred_percent(run: RunFolder, speak: Any) -> None:
-    speak(base=lambda gold: f"Well: {gold}", tuned=lambda gold: f"```sql\n{gold};\n```\nThat is it.")
+    speak(base=lambda gold: "Well, that is hard to say.", tuned=lambda gold: f"```sql\n{gold};\n```\nThat is it.")
     result = evaluate_run(run, progress=False)
     base, tuned = result["models"]["base"], result["models"]["tuned"]
     assert (tuned["execution_accuracy"], tuned["correct"], tuned["valid_sql_rate"]) == (1.0, 6, 1.0)
@@ -360,3 +361,59 @@ def test_an_evaluation_that_is_cut_off_leaves_the_older_one_whole(run: RunFolder
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, progress=False)
     assert (run.eval_json.read_bytes(), run.eval_rows("tuned").read_bytes()) == before
+
+
+# answers that cannot be given whole
+
+
+def test_a_prompt_that_is_too_long_is_a_verdict_of_its_own_and_counts(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, tiny_data: Path
+) -> None:
+    gold = {PromptTemplate().render_record(r): r.sql for r in load_prepared(tiny_data).records("test")}
+    first = next(iter(gold))
+
+    def answer(model: Any, tokenizer: Any, prompts: Sequence[str], **_: Any) -> list[Any]:
+        return [("", 0, "too_long", 34200) if p == first else (f"{gold[p]}; SELECT 2", 3, None, 90) for p in prompts]
+
+    monkeypatch.setattr(hf, "generate_answers", answer)
+    result = evaluate_run(run, progress=False)
+    tuned, lines = result["models"]["tuned"], read_jsonl(run.eval_rows("tuned"))
+    assert (tuned["questions"], tuned["correct"]) == (6, 5)
+    assert tuned["verdicts"] == {"correct": 5, "too_long": 1}
+    assert (tuned["several_statements"], tuned["longest_prompt"]) == (5, 34200)
+    assert [line["several_statements"] for line in lines].count(True) == 5
+    assert sorted({line["prompt_tokens"] for line in lines}) == [90, 34200]
+    assert result["dialects"] == ["sqlite"]
+    write_report(run.path)
+    page = (run.path / "report.md").read_text()
+    assert "1 of the base model, 1 of the tuned model; these questions count as wrong" in page
+    assert "5 of the base model, 5 of the tuned model. Only the first query" in page
+
+
+def test_memory_that_suffices_for_no_prompt_is_an_error_and_for_one_a_verdict_that_is_asked_again(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer_with(failing: int) -> None:
+        def answer(model: Any, tokenizer: Any, prompts: Sequence[str], **_: Any) -> list[Any]:
+            return [("", 0, "out_of_memory", 90)] * failing + [("SELECT 1", 3, None, 90)] * (len(prompts) - failing)
+
+        monkeypatch.setattr(hf, "generate_answers", answer)
+
+    answer_with(6)
+    with raises("gpu.out_of_memory", match="one of 90 tokens alone"):
+        evaluate_run(run, base=False, progress=False)
+    answer_with(1)
+    verdicts = evaluate_run(run, base=False, progress=False)["models"]["tuned"]["verdicts"]
+    assert verdicts["out_of_memory"] == 1
+    answer_with(0)
+    verdicts = evaluate_run(run, base=False, progress=False)["models"]["tuned"]["verdicts"]
+    assert "out_of_memory" not in verdicts
+
+
+def test_control_characters_of_answers_are_escapes_in_the_report(run: RunFolder, speak: Any) -> None:
+    speak(tuned=lambda gold: "SELECT '\x1b[31m\u202e' AS \"\x07\"")
+    evaluate_run(run, progress=False)
+    write_report(run.path)
+    for name in ("report.md", "report.html"):
+        text = (run.path / name).read_text()
+        assert not {"\x1b", "\u202e", "\x07"} & set(text) and "x1b" in text

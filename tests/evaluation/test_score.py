@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.records import Record
+from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.score import Judge, Row, as_dict, gain, gains, score, score_answer
 from finetune.evaluation.statistics import bootstrap_by_database, paired_interval, wilson_interval
 from finetune.sql.compare import RULES, Rule
@@ -238,7 +239,7 @@ def test_a_gold_query_runs_once_for_all_answers_and_beside_each_one_if_it_reads_
             ran.clear()
             for question in range(2):
                 for answer in ("SELECT 1", "SELECT name FROM item"):
-                    judge.row(Record(**row(question, sql=gold)), database, "prompt", answer, 1)
+                    judge.row(Record(**row(question, sql=gold)), database, "prompt", Answer(answer, 1))
             assert ran.count(gold) == runs
 
 

@@ -125,3 +125,38 @@ def test_answers_that_do_not_match_the_scores_are_a_caveat(run_dir: Path) -> Non
     path = run_dir / "eval" / "tuned.jsonl"
     path.write_text(path.read_text().replace('"correct"', '"wrong_rows"', 1))
     assert caveats(run_dir) == "The recorded answers (tuned) do not match the counts in eval.json: evaluate again."
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        ("too_long", "positions, prompt or prompt with answer: 0 of the base model, 2 of the tuned model"),
+        ("out_of_memory", "did not fit into memory, even alone: 0 of the base model, 2 of the tuned model"),
+    ],
+)
+def test_questions_without_a_whole_answer_are_a_caveat(run_dir: Path, verdict: str, said: str) -> None:
+    base, tuned = rows(600)
+    tuned[1]["verdict"] = tuned[3]["verdict"] = verdict
+    write_evaluation(run_dir, base=base, tuned=tuned)
+    assert said in caveats(run_dir) and "count as wrong" in caveats(run_dir) and "\n" not in caveats(run_dir)
+
+
+def test_prompts_longer_than_those_of_training_are_a_caveat(run_dir: Path) -> None:
+    base, tuned = rows(600)
+    for row in (*base, *tuned):
+        row["prompt_tokens"] = 300
+    base[7]["prompt_tokens"] = tuned[7]["prompt_tokens"] = 2359
+    write_evaluation(run_dir, base=base, tuned=tuned)
+    change(run_dir / "run.json", config={"model": {"max_seq_length": 2048}})
+    assert caveats(run_dir).startswith("Prompts longer than the 2048 tokens")
+    assert caveats(run_dir).endswith(": 1.")
+
+
+def test_answers_with_several_statements_are_counted(run_dir: Path) -> None:
+    ask(run_dir)
+    path = run_dir / "eval.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["models"]["base"]["several_statements"] = 12
+    path.write_text(json.dumps(evaluation))
+    assert "more than one statement: 12 of the base model, 0 of the tuned model. Only the first" in caveats(run_dir)
+    assert "the official evaluators run the whole text" in caveats(run_dir)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.runtime.console import broken_pipe_safe
+from finetune.runtime.console import broken_pipe_safe, one_line, say, visible
 
 ROOT = Path(__file__).resolve().parents[2]
 PRINTS = """
@@ -100,3 +100,32 @@ def wait_for_steps(run: Path, wanted: int, process: subprocess.Popen[bytes], sec
         assert process.poll() is None, f"training ended with {process.returncode}"
         assert time.monotonic() < deadline, f"step {steps(run)} after {seconds} s"
         time.sleep(0.05)
+
+
+# text of others
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ümläut 漢字 👍 שלום", "plain ümläut 漢字 👍 שלום"),
+        ("a\tb\nc", "a\tb\nc"),
+        ("\x1b[2J\x1b]0;t\x07", "\\x1b[2J\\x1b]0;t\\x07"),
+        ("a\rb\x08\x00\x7f", "a\\rb\\x08\\x00\\x7f"),
+        ("\x9b31m\x85", "\\x9b31m\\x85"),
+        ("\u202eevil\u2066\u200f\u2028", "\\u202eevil\\u2066\\u200f\\u2028"),
+        ("\ufeff\U000e0041", "\\ufeff\\U000e0041"),
+    ],
+)
+def test_control_characters_are_visible_and_other_text_is_unchanged(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_a_cell_has_no_line_ends() -> None:
+    assert visible("a\n\tb", one_line=True) == "a\\n\\tb"
+
+
+def test_messages_do_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say("left out: \x1b[31mred")
+    assert capsys.readouterr().err == "left out: \\x1b[31mred\n"
+    assert one_line("a\x1bb\nc") == "a\\x1bb c"

@@ -5,16 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from finetune.config.schema import RunConfig
 
+Problem = Literal["too_long", "out_of_memory"]
+"""Why there is no whole answer: the prompt, or prompt and answer, exceed the model's positions; or the prompt does not fit into
+memory, even alone. It is the question's verdict."""
+
 
 class Answer(NamedTuple):
-    """The text of an answer, and the number of its tokens without the end-of-text token."""
+    """The text of an answer, and the number of its tokens without the end-of-text token. prompt_tokens: None if unknown."""
 
     text: str
     new_tokens: int
+    problem: Problem | None = None
+    prompt_tokens: int | None = None
 
 
 class LoadedModel(Protocol):
@@ -37,7 +43,7 @@ class LoadedModel(Protocol):
     ) -> list[Answer]:
         """The greedy answer to every prompt, in the prompts' order, of at most `max_new_tokens` tokens.
 
-        tuned: whether to use the adapter. batch_size: prompts per batch. Raises UserError if memory is too small.
+        tuned: whether to use the adapter. batch_size: prompts per batch. A prompt that is too long is an answer with a problem.
         """
         ...
 

@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from finetune.config.schema import RunConfig
-from finetune.data.prompts import answer_is_complete
-from finetune.errors import UserError
+from finetune.data.prompts import answer_is_complete, prompt_dialect
 from finetune.evaluation.generators.base import Answer
+from finetune.evaluation.generators.stopping import AnswersComplete
 from finetune.models.adapter import is_sealed
 from finetune.models.device import Device, choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
+from finetune.models.positions import positions
 from finetune.runtime.console import say
 from finetune.tokens import added_after, decode_answer, encode_prompts, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_MAY_END_AN_ANSWER = frozenset(";#`\n")
 
 
 class HfGenerator:
@@ -77,25 +76,6 @@ class HfModel:
         return [Answer(*answer) for answer in answers]
 
 
-class AnswersComplete(StoppingCriteria):
-    """Ends each row of a batch as soon as no further token could change the SQL in it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> None:
-        self._tokenizer, self._prompt_tokens = tokenizer, prompt_tokens
-        self._complete: list[bool] = []
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
-        if not self._complete:
-            self._complete = [False] * input_ids.shape[0]
-        last = self._tokenizer.batch_decode(input_ids[:, -1:])
-        for row, token in enumerate(last):
-            if not self._complete[row] and _MAY_END_AN_ANSWER & set(token):
-                self._complete[row] = answer_is_complete(
-                    decode_answer(self._tokenizer, input_ids[row, self._prompt_tokens :].tolist())
-                )
-        return torch.tensor(self._complete, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
-
-
 def generate_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,39 +85,84 @@ def generate_answers(
     max_new_tokens: int,
     description: str = "generate",
     progress: bool = True,
-) -> list[tuple[str, int]]:
-    """(answer, number of new tokens without the end-of-text token) for every prompt, in the prompts' order.
+) -> list[Answer]:
+    """The answer to every prompt, in the prompts' order.
 
-    Prompts of similar length share a batch, longest first, so that if GPU memory does not suffice, the UserError comes with
-    the first batch.
+    Prompts of similar length share a batch, longest first. A prompt that leaves less than `max_new_tokens` of the model's
+    positions is asked alone, with the room that there is. If memory does not suffice for a batch, it is asked in halves.
     """
     encoded = encode_prompts(tokenizer, prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-    ends = stop_ids(tokenizer, model)
-    answers: list[tuple[str, int]] = [("", 0)] * len(prompts)
+    limit = positions(model)
+    answers = [Answer("", 0, "too_long", len(ids)) for ids in encoded]
+    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)) for ids in encoded]
+    order = sorted((i for i in range(len(prompts)) if room[i] > 0), key=lambda i: -len(encoded[i]))
+    whole = [i for i in order if room[i] == max_new_tokens]
+    batches = [[i] for i in order if room[i] < max_new_tokens]
+    batches += [whole[start : start + batch_size] for start in range(0, len(whole), batch_size)]
     model.eval()
     with tqdm(total=len(prompts), desc=description, unit="question", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, return_tensors="pt").to(model.device)
-            try:
-                new = _greedy(model, tokenizer, batch, max_new_tokens, ends)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"out of GPU memory with prompts of up to {len(encoded[chosen[0]])} tokens, {len(chosen)} at once; "
-                    "lower evaluation.batch_size",
-                    code="gpu.out_of_memory",
-                ) from error
-            for i, ids in zip(chosen, new, strict=True):
-                kept = _until_end(ids.tolist(), ends, tokenizer.pad_token_id)
-                answers[i] = (decode_answer(tokenizer, kept), len(kept))
-            bar.update(len(chosen))
+        bar.update(len(prompts) - len(order))
+        for batch in batches:
+            asked = [(encoded[i], prompt_dialect(prompts[i])) for i in batch]
+            for i, answer in zip(batch, _in_halves(model, tokenizer, asked, room[batch[0]]), strict=True):
+                cut = room[i] < max_new_tokens and answer.new_tokens == room[i]
+                complete = not cut or answer_is_complete(answer.text, prompt_dialect(prompts[i]))
+                answers[i] = answer if complete or answer.problem else answer._replace(problem="too_long")
+            bar.update(len(batch))
     return answers
+
+
+def _in_halves(
+    model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[tuple[list[int], str]], max_new_tokens: int
+) -> list[Answer]:
+    """The answers of one batch of (token ids, dialect), in as few parts as memory allows."""
+    try:
+        return _batch(model, tokenizer, asked, max_new_tokens)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():  # after the except clause, whose traceback keeps the tensors
+        torch.cuda.empty_cache()
+    tokens = max(len(ids) for ids, _ in asked)
+    if len(asked) == 1:
+        say(f"out of memory with a prompt of {tokens} tokens alone; it counts as out_of_memory")
+        return [Answer("", 0, "out_of_memory", tokens)]
+    say(f"out of memory with prompts of up to {tokens} tokens, {len(asked)} at once: asking them in two parts")
+    middle = len(asked) // 2
+    return [
+        answer
+        for part in (asked[:middle], asked[middle:])
+        for answer in _in_halves(model, tokenizer, part, max_new_tokens)
+    ]
+
+
+def _batch(
+    model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[tuple[list[int], str]], max_new_tokens: int
+) -> list[Answer]:
+    ends = stop_ids(tokenizer, model)
+    batch = tokenizer.pad({"input_ids": [ids for ids, _ in asked]}, return_tensors="pt").to(model.device)
+    new = _greedy(model, tokenizer, batch, max_new_tokens, ends, [dialect for _, dialect in asked])
+    kept = [_until_end(ids.tolist(), ends, tokenizer.pad_token_id) for ids in new]
+    return [
+        Answer(decode_answer(tokenizer, ids), len(ids), None, len(prompt))
+        for ids, (prompt, _) in zip(kept, asked, strict=True)
+    ]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the GPU, or on a CPU that of the machine, did not suffice."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error).lower() for w in words)
 
 
 @torch.inference_mode()
 def _greedy(
-    model: Any, tokenizer: PreTrainedTokenizerBase, batch: Any, max_new_tokens: int, ends: list[int]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Any,
+    max_new_tokens: int,
+    ends: list[int],
+    dialects: Sequence[str],
 ) -> torch.Tensor:
     """New token ids, shape (rows, at most max_new_tokens). ends: the tokens that end an answer."""
     width = batch["input_ids"].shape[1]
@@ -153,7 +178,7 @@ def _greedy(
         use_cache=True,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([AnswersComplete(tokenizer, width)]),
+        stopping_criteria=StoppingCriteriaList([AnswersComplete(tokenizer, width, dialects)]),
     )
     return output[:, width:]
 

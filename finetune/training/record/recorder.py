@@ -55,7 +55,12 @@ def new_record(
     record.config_file = as_text(config_file)
     record.config, record.config_hash = to_dict(config), config_hash(config)
     counts: dict[str, int] = {split: data.manifest["counts"][split] for split in SPLITS}
-    record.data = DataRecord(path=config.data.output_dir, manifest_sha256=data.manifest_hash, counts=counts)
+    record.data = DataRecord(
+        path=config.data.output_dir,
+        manifest_sha256=data.manifest_hash,
+        counts=counts,
+        dialects=list(template.dialects),
+    )
     record.git_commit, record.git_dirty = git_state()
     record.prompt_version = template.identity()
     record.python, record.packages = sys.version.split()[0], package_versions()

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from finetune.config.schema import ModelSection, QuantizationSection
+from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.generators.hf import generate_answers
 from finetune.models.device import Device
 from finetune.models.load import load_base, load_tokenizer
 from finetune.tokens import encode_examples
-from tests.helpers.errors import raises
 
 PROMPTS = [
     "How many items?",
@@ -40,9 +40,10 @@ def model(tiny_model: Path) -> Any:
 
 
 def ask(model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 3, tokens: int = 12) -> list[tuple[str, int]]:
-    return generate_answers(
+    answers = generate_answers(
         model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=tokens, progress=False
     )  # fmt: skip
+    return [(answer.text, answer.new_tokens) for answer in answers]
 
 
 # the order of answers
@@ -242,12 +243,84 @@ def test_a_tokenizer_that_pads_with_its_end_of_text_token_loses_no_token(
     assert answers == [(tokenizer.decode(name[:2]), 2), ("SELECT name FROM item", len(name))]
 
 
-def test_too_little_gpu_memory_names_the_key_to_lower(
-    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any
+def ask_in_full(model: Any, tokenizer: Any, prompts: list[str], tokens: int = 12) -> list[Answer]:
+    return generate_answers(model, tokenizer, prompts, batch_size=4, max_new_tokens=tokens, progress=False)
+
+
+def test_a_batch_for_which_memory_does_not_suffice_is_asked_in_parts(
+    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = [ask_in_full(model, tokenizer, [prompt])[0] for prompt in PROMPTS]
+    generate = model.generate
+
+    def limited(**given: Any) -> Any:
+        if given["input_ids"].numel() > 80:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
+        return generate(**given)
+
+    monkeypatch.setattr(model, "generate", limited)
+    answers = ask_in_full(model, tokenizer, PROMPTS)
+    longest = max(range(len(PROMPTS)), key=lambda i: len(tokenizer(PROMPTS[i])["input_ids"]))
+    for number, (answer, alone) in enumerate(zip(answers, expected, strict=True)):
+        assert answer.problem == ("out_of_memory" if number == longest else None)
+        assert answer.prompt_tokens == alone.prompt_tokens
+        assert (answer.text == alone.text) is (number != longest)
+    assert "asking them in two parts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_memory_of_a_cpu_runs_out_as_that_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, error: Exception
 ) -> None:
     def full(**_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
+        raise error
 
     monkeypatch.setattr(model, "generate", full)
-    with raises("gpu.out_of_memory", match=r"3 at once; lower evaluation\.batch_size$"):
-        ask(model, tokenizer, PROMPTS)
+    assert {answer.problem for answer in ask_in_full(model, tokenizer, PROMPTS)} == {"out_of_memory"}
+
+
+def test_another_error_is_not_taken_for_missing_memory(
+    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any
+) -> None:
+    def broken(**_: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(model, "generate", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        ask_in_full(model, tokenizer, PROMPTS)
+
+
+# the model's positions
+
+
+def test_a_prompt_beyond_the_models_positions_is_too_long_and_the_others_are_answered(
+    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any
+) -> None:
+    expected = ask_in_full(model, tokenizer, PROMPTS)
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    limit = max(lengths)
+    monkeypatch.setattr(model.config, "max_position_embeddings", limit)
+    answers = ask_in_full(model, tokenizer, PROMPTS)
+    assert [answer.prompt_tokens for answer in answers] == lengths
+    for answer, before, length in zip(answers, expected, lengths, strict=True):
+        if length == limit:
+            assert answer == Answer("", 0, "too_long", length)
+        elif length + 12 <= limit:
+            assert answer == before
+
+
+def test_an_answer_for_which_no_room_is_left_is_too_long_but_a_whole_one_counts(
+    monkeypatch: pytest.MonkeyPatch, scripted: Any, model: Any, tokenizer: Any
+) -> None:
+    name, whole = encoded(tokenizer, "SELECT name FROM item"), encoded(tokenizer, "SELECT 1;")
+    room = len(whole)
+    assert len(name) > room
+    for ids, problem in ((name, "too_long"), (whole, None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.config, "max_position_embeddings", len(tokenizer("one")["input_ids"]) + room)
+            patch.setattr(model, "forward", model.forward)
+            scripted([("one", [*ids, *ids])])
+            (answer,) = ask_in_full(model, tokenizer, ["one"], tokens=200)
+        assert (answer.problem, answer.new_tokens) == (problem, room)

@@ -1,0 +1,159 @@
+"""Follows an answer that begins with its SQL, and finds the SQL's end as soon as no further text could change it.
+
+The text may grow between two calls. Each item of it is read once, so that following an answer takes time in proportion to its
+length; the parser is only asked where the SQL may have ended.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from finetune.data.fences import LANGUAGES
+from finetune.sql.lexer import pieces
+from finetune.sql.syntax import QUERY_WORDS, STATEMENT_WORDS, Reading, reading
+
+TURN = r"<\|[\w. -]{1,40}\|>|<｜[^｜\n]{1,40}｜>|</?s>|<(?:start|end)_of_turn>|<(?:eos|bos|pad)>|\[/?INST\]"
+"""Tokens of chat templates, where the tokenizer that decodes them takes them for plain text."""
+THOUGHTS = "think|thinking|thought|thoughts|reasoning|reason|reflection|scratchpad|analysis|inner_monologue"
+MARK = r"(?:(?:[-*+>•]|\(?\d{1,3}[.)])[ ]+)"
+"""A list's bullet or number, or the mark of a quotation."""
+LABEL = r"""(?:[*_#>-][*_#>\ -]{0,8})?
+    (?:(?:(?:the|my|here'?s|here[ ]is|so|therefore|final|correct|corrected|resulting|generated|complete)[, ]{1,3}){0,4}
+    (?:sql(?:ite)?|postgresql|mysql|query|answer|solution|result|output|response)
+    (?:[ ]{1,3}(?:sql|query|statement|code|command|answer|is|would[ ]be)){0,4}[ *_]{0,4}:\s{0,20}[*_]{0,3}\s{0,20}
+    |(?:(?:sqlite|mysql|duckdb)>|(?<![\w-])[\w-]{1,30}=[\#>])[ ]+)"""
+"""`SQL:`, `**Final answer:**`, `Here is the query:`, or the prompt of a database shell. For a verbose pattern."""
+
+_LANGUAGE = "|".join(map(re.escape, sorted(LANGUAGES, key=len, reverse=True)))
+_BEFORE = rf"""\s*(?:(?:{TURN})\s*|assistant\s*(?:\n|:)\s*|<(?:answer|sql|query)>\s*
+        |[<◁](?P<thought>{THOUGHTS})[>▷](?>.*?[<◁]/(?P=thought)[>▷])\s*)*
+    {MARK}?(?:{LABEL})?
+    (?:(?P<fence>```+|~~~+)\s*\{{?\.?(?:(?:{_LANGUAGE})(?![\w-]))?\}}?\s*(?:{LABEL})?)?"""
+_COMMENTS = r"(?:--[^\n]*\n\s*|/\*(?>.*?\*/)\s*|\(\s*)*"
+_FLAGS = re.DOTALL | re.IGNORECASE | re.VERBOSE
+_BEGINNING = re.compile(
+    rf"""{_BEFORE}(?P<sql>{_COMMENTS}(?:{"|".join((*QUERY_WORDS, *STATEMENT_WORDS))})(?=[\s("'`*\[/+.\d-]))""", _FLAGS
+)
+_UNFINISHED = re.compile(rf"{_BEFORE}{_COMMENTS}(?:[<◁](?:{THOUGHTS})[>▷](?!.*[<◁]/)|/\*(?!.*\*/)|--[^\n]*\Z)", _FLAGS)
+"""A thought or comment before the SQL that has not ended."""
+_END = re.compile(rf";|(?<=\n)\#\#\#|```|~~~|{TURN}|[<◁]/?(?:{THOUGHTS}|answer|sql|query)[>▷]", re.IGNORECASE)
+"""What may end the SQL, outside of its quotes and comments; so may a blank line."""
+_GAP = re.compile(r"\n[ \t\r]*\n")
+_PARTIAL = re.compile(r"(?:[<◁][^\s<>]{0,40}|(?<=\n)\#{1,2}|[`~]{1,2}|\$[^\W\d]*|[nN]?[qQ]')\Z")
+"""What may become the end of the SQL, or the beginning of a quote, when more text comes."""
+_CHECKS = 24
+"""How often the parser is asked whether a blank line ends the query, and how many other statements may come before it."""
+
+
+@dataclass
+class DirectSql:
+    """sql: the text of the query, None if none was found (yet). end: where in the text it became certain, None if it has not.
+    several: whether another statement stands before or after the query."""
+
+    dialect: str = "sqlite"
+    sql: str | None = None
+    end: int | None = None
+    several: bool = False
+    over: bool = False  # nothing more is to be found: the SQL has ended, or the text is prose
+    _position: int | None = None  # None: the SQL has not begun
+    _start: int = 0  # of the present statement
+    _fenced: bool = False
+    _checks: int = _CHECKS
+
+    def is_possible(self, text: str) -> bool:
+        """Whether more text may still show that the answer begins with SQL. text: as given to `feed` last."""
+        return not self.over and (self._position is not None or _UNFINISHED.match(text) is not None)
+
+    def feed(self, text: str, *, final: bool = False) -> None:
+        """Read on in a text, which begins with the one of the call before. final: it will not grow."""
+        if self._position is None and not self.over:
+            self._begin(text)
+        while not self.over and self._position is not None and self._position < len(text):
+            if not self._read(text, final):
+                break
+        if final and not self.over and self._position is not None:
+            self._close(text, len(text), reading(text[self._start :], self.dialect))
+
+    def _begin(self, text: str) -> None:
+        match = _BEGINNING.match(text)
+        if match is not None:
+            self._position = self._start = match.start("sql")
+            self._fenced = match["fence"] is not None
+
+    def _read(self, text: str, final: bool) -> bool:
+        """Read up to what may end the SQL, and judge it. Returns whether there was any."""
+        for piece in pieces(text, dialect=self.dialect, start=self._position or 0):
+            match = _GAP.search(piece.text) if piece.kind == "space" else _END.match(text, piece.start)
+            if match is not None:
+                offset = piece.start if piece.kind == "space" else 0
+                self._position = match.end() + offset
+                self._at_end(text, match.start() + offset, match[0])
+                return True
+            if not final and (piece.start + len(piece.text) == len(text) or _PARTIAL.match(text, piece.start)):
+                return False  # it may go on
+            self._position = piece.start + len(piece.text)
+        return False
+
+    def _at_end(self, text: str, start: int, kind: str) -> None:
+        """What it means for the query: a semicolon, a blank line, a heading, a fence, a token of the chat template."""
+        if self._fenced and kind[0] in "\n#":
+            return
+        if kind[0] == "\n":
+            self._checks -= 1
+            if self._checks < 0:
+                return
+        region, end = text[self._start : start], start + len(kind)
+        found = reading(region, self.dialect)
+        if found == "open" and kind[0] == "\n":
+            return
+        if (
+            found == "statement" and kind == ";" and self._checks > 0
+        ):  # a query may follow, as after USE, PRAGMA or CREATE VIEW
+            self.several = self.sql is not None
+            self.sql = self.sql or region
+            self._start = end
+            self._checks -= 1
+            return
+        self._close(text, start, found)
+        if self.sql is not None:
+            self.end = end
+            self.several = self.several or (kind == ";" and _begins_with_sql(text[end:], self.dialect))
+
+    def _close(self, text: str, end: int, found: Reading) -> None:
+        """The SQL goes no further than here. Prose may follow it in the text, as lines that do not belong to it."""
+        region = text[self._start : end]
+        query = region if found == "query" else longest_query(region, self.dialect)
+        if query is not None:
+            self.several = self.several or self.sql is not None
+        elif found == "statement":
+            self.several, query = self.sql is not None, self.sql or region
+        self.sql = query or self.sql
+        self.over = True
+
+
+def _begins_with_sql(text: str, dialect: str) -> bool:
+    rest = text.lstrip("; \t\r\n")
+    if rest.startswith(("`", "~")):
+        return False
+    more = DirectSql(dialect)
+    more.feed(rest, final=True)
+    return more.sql is not None
+
+
+def longest_query(region: str, dialect: str) -> str | None:
+    """The most lines or sentences from the start of the text that are a complete query; None if there are none."""
+    best = None
+    ends = [match.start() for match in re.finditer(r"\n|(?<=\.)\s+(?=[A-Z])", region)][:_CHECKS]
+    for end in (*ends, len(region)):
+        part = region[:end]
+        found = reading(part, dialect)
+        if found == "query":
+            best = part
+            continue
+        trimmed = part.rstrip(" \t\r\n.`*_|<>\\")
+        if trimmed != part and reading(trimmed, dialect) == "query":
+            best = trimmed
+        if found == "none":
+            break
+    return best
