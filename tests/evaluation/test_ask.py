@@ -15,6 +15,7 @@ from finetune.cli import main as cli
 from finetune.data.prompts import PromptTemplate
 from finetune.evaluation.ask import ROWS_SHOWN, schema_of
 from finetune.evaluation.generators import hf
+from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.generators.hf import generate_answers
 from finetune.models.adapter import seal_adapter
 from finetune.models.device import choose_device
@@ -86,7 +87,7 @@ def test_the_tuned_model_answers_or_on_request_the_base_model(
     expected.insert(0, generate_answers(load_adapter(model, run.adapter), tokenizer, [prompt], **settings))
     heard = []
 
-    def listen(*arguments: Any, **more: Any) -> list[tuple[str, int]]:
+    def listen(*arguments: Any, **more: Any) -> list[Answer]:
         heard.append(generate_answers(*arguments, **more))
         return heard[-1]
 
