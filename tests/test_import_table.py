@@ -62,6 +62,7 @@ NEEDS_TORCH = (
     "evaluation.ask",
     "evaluation.generators.hf",
     "evaluation.generators.registry",
+    "evaluation.generators.stopping",
     "evaluation.questions",
     "evaluation.run",
     "models.adapter",
