@@ -23,7 +23,7 @@ EXIT_INTERRUPTED = 130
 LONGEST_MESSAGE = 500
 """Characters of an error's message: a longer one has echoed a value that is not worth reading."""
 LONGEST_LIST = 10_000
-"""Characters of a message that lists several mistakes, such as all those of a config."""
+"""Characters of a message that lists several things, such as all mistakes of a config or the machines nearest to a ceiling."""
 MOST_LISTED = 25
 LONGEST_VALUE = 80
 
@@ -40,7 +40,7 @@ class UserError(Exception):
     exit_code = EXIT_USER_ERROR
 
     def __init__(self, message: str, *, code: str, longest: int = LONGEST_MESSAGE) -> None:
-        super().__init__(shortened(printable(message), longest))
+        super().__init__(shortened("\n".join(printable(line) for line in message.split("\n")), longest))
         self.code = code
 
     def __reduce__(

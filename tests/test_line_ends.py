@@ -103,7 +103,8 @@ def test_a_launch_with_windows_scripts_is_refused_in_one_line(
     worker: SkyWorker, tmp_path: Path, request_name: str
 ) -> None:
     """The Windows file is sourced by the script that the task names."""
-    shutil.copytree(ROOT / "on_machine", tmp_path / "on_machine")
+    for folder in ("on_machine", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     task = yaml.safe_load((ROOT / "sky" / "train_t4.yaml").read_text(encoding="utf-8")) | {"workdir": str(tmp_path)}
     assert "error" not in worker.ask("optimize", task, policy=POLICY, request=request_name)
     to_windows(tmp_path / "on_machine" / "common.sh")

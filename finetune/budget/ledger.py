@@ -282,7 +282,7 @@ def _price(begin: Line) -> MachinePrice | None:
 
 def _line(row: str) -> Line | None:
     try:
-        line = parse_json(row)
+        line = parse_json(row, nan=True)  # each number is checked where it is used
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("event"), str) else None

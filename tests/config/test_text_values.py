@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from finetune.config.load import from_dict, load_config, to_yaml
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
+from finetune.run_name import fault_of_name
 from tests.helpers.errors import raises
 
 HEAD = "model: {name: some/model}\ndata: {output_dir: out, sources: [{kind: jsonl, path: data.jsonl}]}\n"
@@ -80,6 +81,7 @@ def load(folder: Path, text: str, *overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("text", LOOKS_LIKE_SOMETHING_ELSE)
 def test_a_text_that_looks_like_something_else_stays_as_written(text: str, tmp_path: Path) -> None:
+    name = text if fault_of_name(text) is None else "plain"
     config = load(
         tmp_path,
         f"""
@@ -87,7 +89,7 @@ model:
   name: some/model
   revision: {text}
 training:
-  run_name: {text}
+  run_name: {name}
   output_dir: {text}
 tracking:
   wandb_project: {text}
@@ -110,7 +112,8 @@ data:
 """,
     )
     source = config.data.sources[0]
-    kept = [config.model.revision, config.training.run_name, config.training.output_dir, config.tracking.wandb_project]
+    assert config.training.run_name == name
+    kept = [config.model.revision, config.training.output_dir, config.tracking.wandb_project]
     kept += [config.data.output_dir, source.path, source.revision, source.subset, source.databases, source.dialect]
     kept += [*source.files, source.columns["question"], source.columns["sql"], list(source.columns)[2]]
     assert kept == [text] * len(kept)
@@ -123,10 +126,11 @@ data:
     [*LOOKS_LIKE_SOMETHING_ELSE, "a #b", "[x]", "{a", "it's", "a: b", "*x", "&x", "!x", "%x", "@x", "- x", "|", " a "],
 )
 def test_an_override_of_a_text_stays_as_typed(text: str, tmp_path: Path) -> None:
+    name = text if fault_of_name(text) is None else "plain"
     config = load(
-        tmp_path, HEAD, f"model.revision={text}", f"training.run_name={text}", f"tracking.wandb_project={text}"
+        tmp_path, HEAD, f"model.revision={text}", f"training.run_name={name}", f"tracking.wandb_project={text}"
     )
-    assert (config.model.revision, config.training.run_name, config.tracking.wandb_project) == (text, text, text)
+    assert (config.model.revision, config.training.run_name, config.tracking.wandb_project) == (text, name, text)
     assert load(tmp_path, to_yaml(config)) == config
 
 
@@ -142,17 +146,17 @@ def test_an_override_of_a_list_or_section_keeps_the_texts_in_it(tmp_path: Path) 
     ("written", "kept"), [("'1.10'", "1.10"), ('"a b"', "a b"), ("'null'", "null"), ("'", "'"), ("'a' b'", "'a' b'")]
 )
 def test_quotes_around_an_override_are_yaml(written: str, kept: str, tmp_path: Path) -> None:
-    assert load(tmp_path, HEAD, f"training.run_name={written}").training.run_name == kept
+    assert load(tmp_path, HEAD, f"tracking.wandb_project={written}").tracking.wandb_project == kept
 
 
 @pytest.mark.parametrize("null", ["null", "~", "", "Null", "NULL"])
 def test_null_is_no_text_and_a_quoted_null_is_one(null: str, tmp_path: Path) -> None:
     assert load(tmp_path, f"{HEAD}training: {{run_name: {null}}}\n").training.run_name is None
     assert load(tmp_path, HEAD, f"training.run_name={null}").training.run_name is None
-    assert load(tmp_path, f"{HEAD}training: {{run_name: '{null}'}}\n").training.run_name == null
     with raises("config.bad_type", match=r"tracking\.wandb_project: expected str, found null"):
         load(tmp_path, f"{HEAD}tracking: {{wandb_project: {null}}}\n")
-    again = load(tmp_path, f"{HEAD}training: {{run_name: '{null}'}}\n")
+    again = load(tmp_path, f"{HEAD}tracking: {{wandb_project: '{null}'}}\n")
+    assert again.tracking.wandb_project == null
     assert load(tmp_path, to_yaml(again)) == again
 
 
@@ -287,7 +291,8 @@ def configs(draw: st.DrawFn) -> RunConfig:
     source.path, source.dialect, source.files = draw(_TEXTS), draw(_TEXTS), draw(st.lists(_TEXTS, max_size=2))
     source.revision, source.databases = draw(st.none() | _TEXTS), draw(st.none() | _TEXTS)
     config.model.name, config.model.revision = draw(_TEXTS), draw(st.none() | _TEXTS)
-    config.training.run_name, config.tracking.wandb_project = draw(st.none() | _TEXTS), draw(_TEXTS)
+    names = _TEXTS.filter(lambda text: fault_of_name(text) is None)
+    config.training.run_name, config.tracking.wandb_project = draw(st.none() | names), draw(_TEXTS)
     config.training.output_dir, config.data.output_dir = draw(_TEXTS), draw(_TEXTS)
     config.training.learning_rate, config.data.val_fraction = draw(_FLOATS), draw(_FLOATS)
     config.training.seed = draw(st.integers(0, 2**32 - 1))

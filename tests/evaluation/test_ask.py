@@ -307,6 +307,7 @@ def test_a_schema_has_no_rows_to_run_on(run: RunFolder, tmp_path: Path, capsys: 
 
 def trained_on(run: RunFolder, *dialects: str) -> RunFolder:
     PromptTemplate(dialects=dialects).save(run.adapter)
+    seal_adapter(run.adapter)
     return run
 
 
@@ -361,6 +362,7 @@ def test_a_column_type_that_sqlite_does_not_know_is_no_error(
 ) -> None:
     ddl = "CREATE TABLE t (id uuid DEFAULT gen_random_uuid(), tags text[], at timestamptz, n numeric(3, 1) NOT NULL);"
     PromptTemplate(schema_format, dialects=(dialect,)).save(run.adapter)
+    seal_adapter(run.adapter)
     prompts = answer("SELECT 1")
     assert generate(run, schema_file(tmp_path, ddl)) == 0
     shown = "t(id, tags, at, n)" if schema_format == "compact" else "gen_random_uuid()"

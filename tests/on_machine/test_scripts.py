@@ -205,7 +205,7 @@ def test_with_an_unknown_price_only_max_hours_applies(machine: CloudMachine) -> 
 
 
 def test_a_budget_that_the_machine_has_used_up_starts_nothing(machine: CloudMachine) -> None:
-    code, said = machine.run("train.sh", FINETUNE_PRICES=prices(usd_per_hour=1e9))
+    code, said = machine.run("train.sh", FINETUNE_PRICES=prices(usd_per_hour=9e5))
     assert (code, machine.called("train")) == (2, [])
     assert "MAX_RUN_USD" in said
 

@@ -110,7 +110,7 @@ def test_a_staged_save_of_an_earlier_attempt_is_committed(tmp_path: Path) -> Non
     "labels",
     [
         *[GOOD | {"step": step} for step in ("x/../../out", "6", -1, 1.5, True, None, 10**30, [6])],
-        *[GOOD | {"attempt": "1"}, GOOD | {"config_hash": 7}, GOOD | {"data_hash": "../.."}, GOOD | {"more": 1}],
+        *[GOOD | {"attempt": "1"}, GOOD | {"config_hash": 7}, GOOD | {"data_hash": "../.."}, GOOD | {"lease": -1}],
         *[{}, [], "null", "{", "[" * 100_000, '{"step": 1e999}', "\x00"],
     ],
     ids=lambda labels: str(labels)[:40],

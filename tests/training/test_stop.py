@@ -163,7 +163,7 @@ def test_a_second_ctrl_c_exits_at_once_and_leaves_no_partial_save(
 def test_a_killed_run_resumes_from_the_last_complete_checkpoint(
     tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
 ) -> None:
-    config = tiny_config(training={"max_steps": 30})
+    config = tiny_config(training={"max_steps": 90})
     run = tmp_path / "runs" / "tiny-001"
     checkpoints = run / "checkpoints"
     process = start_and_wait(config, lambda: (checkpoints / "step-6" / "manifest.json").is_file())

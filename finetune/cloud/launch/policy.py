@@ -41,7 +41,7 @@ from finetune.cloud.plan.plan import OnGpu, run_on
 from finetune.cloud.plan.workload import run_size
 from finetune.config.load import data_key, load_config
 from finetune.config.schema import PlanSection, RunConfig
-from finetune.errors import NotEstimated, UserError
+from finetune.errors import LONGEST_LIST, NotEstimated, UserError
 from finetune.machine.gpus import GPUS
 from finetune.machine.price import LARGEST_LIMIT, VARIABLE, parse_limit
 from finetune.runtime.console import escape_unprintable
@@ -149,7 +149,9 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
         table = candidates.price_table(groups, catalog.source)
         task.update_envs({VARIABLE: json.dumps(table, separators=(",", ":"))})
     elif not runs_where_it_is:
-        raise UserError(candidates.refusal_message(found, catalog.source), code="launch.all_refused")
+        raise UserError(
+            candidates.refusal_message(found, catalog.source), code="launch.all_refused", longest=LONGEST_LIST
+        )
     if runs_where_it_is:
         return
     managed = request.request_options is None or name.startswith("jobs.")

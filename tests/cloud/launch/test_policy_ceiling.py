@@ -44,6 +44,7 @@ def task(gpu: str, spot: bool, ceiling: float, **envs: str) -> dict[str, Any]:
     return {
         "name": "proof",
         "run": "true",
+        "workdir": ".",
         "envs": {"CONFIG": "configs/mistral_7b_qlora.yaml", "MAX_RUN_USD": "25", **envs},
         "resources": {
             "infra": "gcp",

@@ -13,7 +13,7 @@ import pytest
 from finetune.config.schema import EvaluationSection
 from finetune.data.limits import limits_of
 from finetune.data.sources import open_source
-from finetune.data.validate import GOLD_FAILS, validate
+from finetune.data.validate import GOLD_HITS_LIMIT, validate
 from finetune.sql.engines.base import Limits
 from finetune.sql.engines.sqlite import SqlSandbox, _grown
 from tests.helpers.data_examples import jsonl_source, row, write_jsonl
@@ -137,5 +137,5 @@ def test_a_gold_query_that_hits_a_limit_of_the_config_says_which_and_what_to_do(
     _, [rejection] = validate(
         opened, timeout_seconds=10, limits=limits_of(replace(EvaluationSection(), **changes)), progress=False
     )
-    assert rejection.reason == GOLD_FAILS
+    assert rejection.reason == GOLD_HITS_LIMIT
     assert said in rejection.detail and "config's section evaluation" in rejection.detail
