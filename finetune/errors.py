@@ -31,7 +31,8 @@ LONGEST_VALUE = 80
 class UserError(Exception):
     """A mistake that the user can fix. The message is one line: where it is, what was expected, what to do.
 
-    Characters that a terminal would act on become escapes, and what is longer than `longest` loses its middle.
+    Characters that a terminal would act on become escapes, and what is longer than `longest` loses its middle. A list, such as
+    that of the machines nearest to a ceiling, may have several lines.
 
     code: identifies the mistake, as `area.what`; it is stable across changes of wording and never shown. An error that only
     prefixes another one with its location keeps that one's code.

@@ -16,6 +16,7 @@ from finetune.cli.main import main
 from finetune.config.schema import RunConfig
 from finetune.errors import LONGEST_LIST, LONGEST_MESSAGE, NotEstimated, UserError, combined, shown
 from finetune.estimate.fit import MicroBatchConfig, TooSmall
+from finetune.runtime.console import one_line
 from tests.helpers.errors import raises, reported
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +115,8 @@ def test_combined_errors_keep_a_common_code() -> None:
 
 def test_a_message_is_one_short_line_that_moves_no_cursor() -> None:
     error = UserError("a\nb\x1b[2J\x07\r\u2028\ud800ü", code="some.code")
-    assert str(error) == r"a\nb\x1b[2J\x07\r\u2028\ud800ü"
+    assert str(error) == "a\n" + r"b\x1b[2J\x07\r\u2028\ud800ü", "a list keeps its lines; the command line joins them"
+    assert one_line(str(error)) == r"a b\x1b[2J\x07\r\u2028\ud800ü"
     long = str(UserError(f"file: {'x' * 5000}; do this", code="some.code"))
     assert len(long) == LONGEST_MESSAGE and long.startswith("file: xx") and long.endswith("x; do this")
     many = str(combined([UserError("y" * 900, code="some.a")] * 400, "z" * 900, code="some.b"))

@@ -366,7 +366,9 @@ def test_a_number_that_no_attempt_can_have_is_left_out_and_reported(key: str, nu
     log.path.write_text(good.replace(old, f'"{key}": {number}'))
     (attempt,) = ledger.account().attempts
     assert (attempt.seconds if key == METERED else attempt.usd_per_hour) in (0.0, None)
-    said = (key, "left out") if len(number) < 100 and number != "1e999" else ("nothing in it is readable", "not counted")
+    said = (
+        (key, "left out") if len(number) < 100 and number != "1e999" else ("nothing in it is readable", "not counted")
+    )
     assert any(all(part in problem for part in said) for problem in ledger.account().problems)
 
 

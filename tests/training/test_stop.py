@@ -189,12 +189,12 @@ def test_a_killed_run_resumes_from_the_last_complete_checkpoint(
     assert f"resuming from {older}" in said
     record = record_of(run)
     assert (record["status"], record["attempts"]) == ("done", 2)
-    assert steps_in(record) == list(range(1, 31))
+    assert steps_in(record) == list(range(1, 91))
     names = {path.name for path in checkpoints.iterdir() if path.is_dir()}
-    assert {f"damaged-{newest.name}", "step-30"} < names and len(names) == 3, (
+    assert {f"damaged-{newest.name}", "step-90"} < names and len(names) == 3, (
         "if a save waits while another one runs, it may be dropped"
     )
-    assert checkpoint_store.fault(checkpoints / "step-30") is None
+    assert checkpoint_store.fault(checkpoints / "step-90") is None
 
 
 def test_an_orphaned_staged_save_is_committed_by_the_next_attempt_on_the_machine(
