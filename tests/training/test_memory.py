@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
+from finetune.config.validate import LARGEST  # noqa: E402
 from finetune.estimate.fit import MicroBatchConfig  # noqa: E402
 from finetune.estimate.memory_hf import MemoryEstimate  # noqa: E402
 from finetune.machine.hardware import GIB, DetectedGpu, Hardware  # noqa: E402
@@ -156,10 +157,11 @@ def test_the_gpu_of_a_run_is_recorded_and_reads_back(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("max_grad_norm", [0, 1.0])
 def test_values_that_are_not_finite_end_the_run_without_a_corrupt_checkpoint(
-    max_grad_norm: float, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
+    max_grad_norm: float, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters scaled by 1e37 change nothing before their first update, whose gradient is infinite. With clipping it would become
     zero and the run would finish without learning; without, it corrupts the adapters and, one step later, the loss."""
+    monkeypatch.setitem(LARGEST, "lora.lora_alpha", 10**39)
     training = {"max_grad_norm": max_grad_norm, "max_steps": 9}
     config = tiny_config(training=training, lora={"lora_alpha": 10**38}, checkpoint={"save_steps": 1})
     with reported("training.not_finite"):
