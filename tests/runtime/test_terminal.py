@@ -182,7 +182,7 @@ def test_a_run_folder_whose_name_is_not_text_is_refused_before_training(
     config = config.rename(folder / (f"{NO_TEXT}.yaml" if where == "name" else "tiny.yaml"))
     code, _, err = finetune(terminal, "train", config.name, cwd=folder)
     assert code == 2 and err.count("\n") == 1
-    assert ("set PYTHONUTF8=1" if encoding == "C" else "not text in UTF-8; give it another name") in err
+    assert ("set PYTHONUTF8=1" if encoding == "C" else "a run cannot be named after it") in err
     assert not (folder / "runs").exists()
 
 
