@@ -396,5 +396,5 @@ def test_a_manifest_that_names_a_file_outside_is_refused(name: str, tmp_path: Pa
     manifest = json.loads((output / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
     (output / "manifest.json").write_text(json.dumps(manifest))
-    with raises("data.changed", match="is not a file of this folder; run"):
+    with raises("data.bad_manifest", match="is not a file of this folder; run"):
         load_prepared(output)
