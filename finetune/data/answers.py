@@ -5,10 +5,11 @@ After a change, raise the versions in evaluation/questions.py, so that cached an
 One definition serves both. Lenient on purpose: the base model has never seen our template. In this order:
 
 1. An answer that begins with SQL, in a code fence or not, perhaps after a thought or a label such as `SQL:`: its first query,
-   up to a semicolon, the fence's end, a heading, or a blank line at which the query is complete. Generation stops there.
+   up to a semicolon, the fence's end, a heading, or a blank line at which the query is complete and after which no word
+   such as WHERE or UNION goes on with it. Generation stops there.
 2. An answer that begins with prose: the last code fence with a query, unless the words before it call it an alternative; then
-   code within the text, labelled queries, lines that begin like a query, queries within a sentence. Generation goes on until
-   the model ends, or begins a question of its own.
+   code within the text, labelled queries, lines that begin like a query, queries within a sentence or in quotes. Generation
+   goes on until the model ends, or begins a question of its own.
 3. An answer without a query: what looks most like one, up to its end, so that it fails honestly.
 
 What counts as a query is decided by the dialect's own parser (`finetune/sql/syntax.py`). Thoughts (`<think>`) are never searched.
@@ -51,7 +52,8 @@ _ALTERNATIVE = re.compile(
 )
 _THOUGHT = re.compile(rf"(?<!['\"%])(?:[<◁](/?)(?:seed:)?({THOUGHTS})[>▷]|\[(?-i:(/?)(THINK))\])", re.IGNORECASE)
 _CHANNEL = re.compile(
-    r"<\|begin_of_thought\|>.*?(?:<\|end_of_thought\|>|\Z)|<\|channel\|>(?:analysis|commentary).*?(?:<\|end\|>|\Z)|\Aanalysis.*?assistantfinal",
+    r"<\|begin_of_thought\|>.*?(?:<\|end_of_thought\|>|\Z)"
+    r"|<\|channel\|>(?:analysis|commentary).*?(?:<\|end\|>|\Z)|\Aanalysis.*?assistantfinal",
     re.DOTALL | re.IGNORECASE,
 )
 _ANSWER = re.compile(r".*(?<!['\"%])<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
