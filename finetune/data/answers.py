@@ -5,10 +5,11 @@ After a change, raise the versions in evaluation/questions.py, so that cached an
 One definition serves both. Lenient on purpose: the base model has never seen our template. In this order:
 
 1. An answer that begins with SQL, in a code fence or not, perhaps after a thought or a label such as `SQL:`: its first query,
-   up to a semicolon, the fence's end, a heading, or a blank line at which the query is complete. Generation stops there.
+   up to a semicolon, the fence's end, a heading, or a blank line at which the query is complete and after which no word
+   such as WHERE or UNION goes on with it. Generation stops there.
 2. An answer that begins with prose: the last code fence with a query, unless the words before it call it an alternative; then
-   code within the text, labelled queries, lines that begin like a query, queries within a sentence. Generation goes on until
-   the model ends, or begins a question of its own.
+   code within the text, labelled queries, lines that begin like a query, queries within a sentence or in quotes. Generation
+   goes on until the model ends, or begins a question of its own.
 3. An answer without a query: what looks most like one, up to its end, so that it fails honestly.
 
 What counts as a query is decided by the dialect's own parser (`finetune/sql/syntax.py`). Thoughts (`<think>`) are never searched.
@@ -21,7 +22,16 @@ import re
 from dataclasses import dataclass
 from itertools import islice
 
-from finetune.data.direct_sql import LABEL, MARK, THOUGHTS, TURN, DirectSql, longest_query
+from finetune.data.direct_sql import (
+    LABEL,
+    MARK,
+    THOUGHTS,
+    TURN,
+    DirectSql,
+    ends_entity,
+    longest_query,
+    without_entities,
+)
 from finetune.data.fences import LANGUAGES, Block, blocks_in
 from finetune.sql.lexer import pieces
 from finetune.sql.syntax import QUERY_WORDS, STATEMENT_WORDS, reading
@@ -37,12 +47,14 @@ _NEW_QUESTION = re.compile(
 _ALTERNATIVE = re.compile(
     r"\b(?:alternativ\w*|or else|another (?:way|option|approach|version|possibility)|other (?:ways?|options?)|equivalent(?:ly)?"
     r"|(?:can|could|may|might) also|if you (?:also|want|need|prefer|would|wish|only)|(?:test|verify|check) (?:this|it)"
-    r"|for example)\b",
+    r"|verification|for example)\b",
     re.IGNORECASE,
 )
-_THOUGHT = re.compile(rf"(?<!['\"%])[<◁](/?)({THOUGHTS})[>▷]", re.IGNORECASE)
+_THOUGHT = re.compile(rf"(?<!['\"%])(?:[<◁](/?)(?:seed:)?({THOUGHTS})[>▷]|\[(?-i:(/?)(THINK))\])", re.IGNORECASE)
 _CHANNEL = re.compile(
-    r"<\|channel\|>(?:analysis|commentary).*?(?:<\|end\|>|\Z)|\Aanalysis.*?assistantfinal", re.DOTALL | re.IGNORECASE
+    r"<\|begin_of_thought\|>.*?(?:<\|end_of_thought\|>|\Z)"
+    r"|<\|channel\|>(?:analysis|commentary).*?(?:<\|end\|>|\Z)|\Aanalysis.*?assistantfinal",
+    re.DOTALL | re.IGNORECASE,
 )
 _ANSWER = re.compile(r".*(?<!['\"%])<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _LEADING = re.compile(rf"\s*(?:(?:{TURN})\s*|assistant\s*(?:\n|:|(?=<\|))\s*|final(?=<\|message))+", re.IGNORECASE)
@@ -54,6 +66,11 @@ _LABELLED = re.compile(rf"(?:{LABEL})`*(?=\(*(?:{_QUERY})\b)", re.IGNORECASE | r
 _LINE = re.compile(rf"^[ \t]*+{MARK}?[*_`]*+(?=\(*+[ \t]*+(?:{_QUERY})\b)", re.IGNORECASE | re.MULTILINE)
 _ANYWHERE = re.compile(rf"(?<![\w'\"`])(?=(?:{_QUERY})\s)", re.IGNORECASE)
 _INLINE = re.compile(r"(?<!`)(`{1,2})(?!`)([^`]+)\1(?!`)")
+_BOXED = re.compile(r"\\boxed\{\s*(?:\\\w+\{\s*)?([^{}]+)\}")
+_QUOTED = re.compile(
+    rf"""(?<![\w'"])(\"{{3}}|'{{3}}|["'])\s*+(?=\(*+(?:{_QUERY})\b)(.*?)(?<!\\)\1""", re.IGNORECASE | re.DOTALL
+)
+"""A query as text of a program: `query = "SELECT ..."`."""
 _JSON = re.compile(r'"\w*(?:sql|query|answer)\w*"\s*:\s*("(?:[^"\\]|\\.)*+")', re.IGNORECASE)
 _END = re.compile(r";|\n[ \t\r]*\n|(?<=\n)###|```")
 _TRIES = 12
@@ -138,12 +155,21 @@ def _read_whole(text: str, dialect: str) -> SqlAnswer | None:
     blocks = blocks_in(body)
     inline = [Block(match[2], "sql", True, *match.span()) for match in _INLINE.finditer(body)]
     texts = [Block(_json_text(match[1]), "sql", True, *match.span()) for match in _JSON.finditer(body)]
+    boxed = [Block(match[1].replace("\\", ""), "sql", True, *match.span()) for match in _BOXED.finditer(body)]
     return (
         _of_blocks(body, blocks, dialect)
         or _of_blocks(body, texts, dialect)
+        or _of_blocks(body, boxed[-_TRIES:], dialect)
         or _of_blocks(body, inline[-_TRIES:], dialect)
         or _of_lines(body, dialect)
+        or _of_blocks(body, _quoted(body)[-_TRIES:], dialect)
     )
+
+
+def _quoted(body: str) -> list[Block]:
+    return [
+        Block(re.sub(r"\\(['\"])", r"\1", match[2]), "sql", True, *match.span()) for match in _QUOTED.finditer(body)
+    ]
 
 
 def _without_thought(text: str) -> str:
@@ -161,7 +187,7 @@ def _outside_thoughts(text: str) -> str:
     parts: list[str] = []
     start, thinks = 0, ""
     for match in _THOUGHT.finditer(text):
-        closes, name = bool(match[1]), match[2].lower()
+        closes, name = bool(match[1] or match[3]), (match[2] or match[4]).lower()
         if not thinks and closes:
             parts, start = [], match.end()
         elif not thinks:
@@ -212,10 +238,11 @@ def _statements(text: str, dialect: str) -> list[str]:
     """The parts of a block between its semicolons, without labels and without those that hold nothing but comments."""
     parts, start = [], 0
     for piece in pieces(text, dialect=dialect):
-        if piece.text == ";":
+        if piece.text == ";" and not ends_entity(text, piece.start):
             parts.append(text[start : piece.start])
             start = piece.start + 1
-    unlabelled = [_UNLABELLED.sub("", part, count=1) for part in (*parts, text[start:])]
+    parts = [without_entities(part, dialect) for part in (*parts, text[start:])]
+    unlabelled = [_UNLABELLED.sub("", part, count=1) for part in parts]
     return [part for part in unlabelled if on_one_line(part, dialect=dialect)][:_TRIES]
 
 

@@ -23,11 +23,14 @@ def csv_files(folder: Path) -> list[Path]:
 
 
 def header(path: Path) -> list[str]:
-    """The names of its columns. Raises UserError if the file is not UTF-8 throughout, empty, or names a column twice."""
+    """The names of its columns. Raises UserError if the file is not UTF-8 throughout, empty, names a column twice,
+    or has more cells in its first record than columns."""
     _check_utf8(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            names = next(csv.reader(file, delimiter=_DELIMITERS[path.suffix.lower()]), [])
+            lines = csv.reader(file, delimiter=_DELIMITERS[path.suffix.lower()])
+            names = next(lines, [])
+            first = next((line for line in lines if line), [])
         except csv.Error as error:
             raise UserError(f"{path}:1: not a line of CSV ({error})", code="data.unreadable") from None
     if not names:
@@ -35,6 +38,12 @@ def header(path: Path) -> list[str]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(f"{path}:1: the column {repeated[0]!r} is there twice; rename one", code="data.repeated_column")
+    if len(first) > len(names):  # pandas would take the first cells as the names of rows and shift all columns
+        raise UserError(
+            f"{path}: the first record has {len(first)} cells, but the first line names {len(names)} columns; put cells that "
+            "hold a comma in quotes, or name the other columns",
+            code="data.bad_csv",
+        )
     return names
 
 

@@ -6,6 +6,7 @@ length; the parser is only asked where the SQL may have ended.
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import dataclass
 
@@ -25,8 +26,11 @@ LABEL = r"""(?:[*_#>-][*_#>\ -]{0,8})?
     |(?:(?:sqlite|mysql|duckdb)>|(?<![\w-])[\w-]{1,30}=[\#>])[ ]+)"""
 """`SQL:`, `**Final answer:**`, `Here is the query:`, or the prompt of a database shell. For a verbose pattern."""
 
+ANSWERS = "answer|final_answer|final|solution|response|output|sql_query|sql|query"
+"""Tags in which models were told to put their answer. SQLCoder's are [SQL] and [/SQL]."""
+
 _LANGUAGE = "|".join(map(re.escape, sorted(LANGUAGES, key=len, reverse=True)))
-_BEFORE = rf"""\s*(?:(?:{TURN})\s*|assistant\s*(?:\n|:)\s*|<(?:answer|sql|query)>\s*
+_BEFORE = rf"""\s*(?:(?!<\|begin_of_thought)(?:{TURN})\s*|assistant\s*(?:\n|:)\s*|<(?:{ANSWERS})>\s*|\[SQL\]\s*
         |[<◁](?P<thought>{THOUGHTS})[>▷](?>.*?[<◁]/(?P=thought)[>▷])\s*)*
     {MARK}?(?:{LABEL})?
     (?:(?P<fence>```+|~~~+)\s*\{{?\.?(?:(?:{_LANGUAGE})(?![\w-]))?\}}?\s*(?:{LABEL})?)?"""
@@ -37,9 +41,22 @@ _BEGINNING = re.compile(
 )
 _UNFINISHED = re.compile(rf"{_BEFORE}{_COMMENTS}(?:[<◁](?:{THOUGHTS})[>▷](?!.*[<◁]/)|/\*(?!.*\*/)|--[^\n]*\Z)", _FLAGS)
 """A thought or comment before the SQL that has not ended."""
-_END = re.compile(rf";|(?<=\n)\#\#\#|```|~~~|{TURN}|[<◁]/?(?:{THOUGHTS}|answer|sql|query)[>▷]", re.IGNORECASE)
+_END = re.compile(
+    rf"[;；。]|(?<=\n)\#\#\#|```|~~~|{TURN}|[<◁]/?(?:{THOUGHTS}|answer|sql|query)[>▷]|</(?:{ANSWERS})>|\[/SQL\]",
+    re.IGNORECASE,
+)
 """What may end the SQL, outside of its quotes and comments; so may a blank line."""
+_ENTITY = r"&(?:[gl]t|amp|quot|apos|\#0?39|\#x27)"
+_ENTITY_ENDS = re.compile(rf"{_ENTITY}\Z", re.IGNORECASE)
 _GAP = re.compile(r"\n[ \t\r]*\n")
+_GOES_ON_TEXT = """
+    and cross except fetch full group having inner intersect join left limit minus natural offset on or order outer qualify
+    right union using where window
+"""
+_GOES_ON = frozenset(_GOES_ON_TEXT.split())
+"""Words that go on with a query after a blank line; no statement begins with them."""
+_NEXT = re.compile(r"(?:\s+|--[^\n]*+\n|/\*(?>.*?\*/))*+(\w*+)", re.DOTALL)
+_MORE_COMMENT = re.compile(r"--[^\n]*+\Z|/\*(?!.*?\*/)|[-/]\Z", re.DOTALL)
 _PARTIAL = re.compile(r"(?:[<◁][^\s<>]{0,40}|(?<=\n)\#{1,2}|[`~]{1,2}|\$[^\W\d]*|[nN]?[qQ]')\Z")
 """What may become the end of the SQL, or the beginning of a quote, when more text comes."""
 _CHECKS = 24
@@ -73,7 +90,10 @@ class DirectSql:
             if not self._read(text, final):
                 break
         if final and not self.over and self._position is not None:
-            self._close(text, len(text), reading(text[self._start :], self.dialect))
+            self._close(text, len(text), reading(self._region(text, len(text)), self.dialect))
+
+    def _region(self, text: str, end: int) -> str:
+        return without_entities(text[self._start : end], self.dialect)
 
     def _begin(self, text: str) -> None:
         match = _BEGINNING.match(text)
@@ -87,25 +107,34 @@ class DirectSql:
             match = _GAP.search(piece.text) if piece.kind == "space" else _END.match(text, piece.start)
             if match is not None:
                 offset = piece.start if piece.kind == "space" else 0
-                self._position = match.end() + offset
-                self._at_end(text, match.start() + offset, match[0])
+                end = match.end() + offset
+                if match[0] == ";" and ends_entity(text, piece.start):
+                    self._position = end
+                    return True
+                goes_on = match[0][0] == "\n" and not self._fenced and _goes_on(text, end, final)
+                if goes_on is None:
+                    self._position = piece.start
+                    return False
+                self._position = end
+                self._at_end(text, match.start() + offset, match[0], goes_on)
                 return True
             if not final and (piece.start + len(piece.text) == len(text) or _PARTIAL.match(text, piece.start)):
                 return False  # it may go on
             self._position = piece.start + len(piece.text)
         return False
 
-    def _at_end(self, text: str, start: int, kind: str) -> None:
-        """What it means for the query: a semicolon, a blank line, a heading, a fence, a token of the chat template."""
+    def _at_end(self, text: str, start: int, kind: str, goes_on: bool) -> None:
+        """What it means for the query: a semicolon, a blank line, a heading, a fence, a token of the chat template. goes_on:
+        whether the word after a blank line may belong to the query."""
         if self._fenced and kind[0] in "\n#":
             return
         if kind[0] == "\n":
             self._checks -= 1
             if self._checks < 0:
                 return
-        region, end = text[self._start : start], start + len(kind)
+        region, end = self._region(text, start), start + len(kind)
         found = reading(region, self.dialect)
-        if found == "open" and kind[0] == "\n":
+        if kind[0] == "\n" and (found == "open" or (goes_on and found != "none")):
             return
         if (
             found == "statement" and kind == ";" and self._checks > 0
@@ -122,7 +151,7 @@ class DirectSql:
 
     def _close(self, text: str, end: int, found: Reading) -> None:
         """The SQL goes no further than here. Prose may follow it in the text, as lines that do not belong to it."""
-        region = text[self._start : end]
+        region = self._region(text, end)
         query = region if found == "query" else longest_query(region, self.dialect)
         if query is not None:
             self.several = self.several or self.sql is not None
@@ -130,6 +159,36 @@ class DirectSql:
             self.several, query = self.sql is not None, self.sql or region
         self.sql = query or self.sql
         self.over = True
+
+
+def ends_entity(text: str, position: int) -> bool:
+    """Whether the semicolon there belongs to an entity of HTML, as in `a &gt; 3`."""
+    return _ENTITY_ENDS.search(text[max(0, position - 6) : position]) is not None
+
+
+def without_entities(sql: str, dialect: str) -> str:
+    """The SQL with the entities of HTML outside its quotes replaced: some models were trained on the source of web pages."""
+    if not re.search(f"{_ENTITY};", sql, re.IGNORECASE):
+        return sql
+    parts = [""]
+    for piece in pieces(sql, dialect=dialect):
+        if piece.kind in ("text", "name"):
+            parts += [piece.text, ""]
+        else:
+            parts[-1] += piece.text
+    return "".join(part if number % 2 else html.unescape(part) for number, part in enumerate(parts))
+
+
+def _goes_on(text: str, position: int, final: bool) -> bool | None:
+    """Whether the text goes on there, perhaps after comments, with a word that cannot begin a statement; None if more text
+    decides it."""
+    match = _NEXT.match(text, position)
+    assert match is not None
+    word = match[1].lower()
+    grows = not final and (match.end() == len(text) or _MORE_COMMENT.match(text, match.end()))
+    if grows and any(known.startswith(word) for known in _GOES_ON):
+        return None
+    return word in _GOES_ON
 
 
 def _begins_with_sql(text: str, dialect: str) -> bool:

@@ -16,7 +16,11 @@ LANGUAGES = frozenset(_LANGUAGES_TEXT.split())
 """The names of SQL behind a fence. They are also accepted on the first line inside it."""
 
 _OPENING = re.compile(r"(?P<fence>`{3,}|(?:^|(?<=\n))~{3,})[ \t]*\{?\.?(?P<language>[A-Za-z][\w+#.-]*)?\}?")
-_SQL_TAG = re.compile(r"(?<!['\"%])<(sql|query)>(.*?)(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_SQL_TAG = re.compile(
+    r"(?<!['\"%])<(sql_query|sql|query|final_answer|final|solution|response|output|code)>(.*?)(</\1>|\Z)|\[SQL\]((?:(?!\[SQL\]).)*?)\[/SQL\]",
+    re.DOTALL | re.IGNORECASE,
+)
+_QUOTATION = re.compile(r"^[ \t]*>[ ]?", re.MULTILINE)
 _DEPTH = 3
 
 
@@ -32,7 +36,7 @@ class Block:
 
 
 def blocks_in(text: str, depth: int = _DEPTH) -> list[Block]:
-    """The fences in their order; of one that holds others, those inside. `<sql>` tags count as fences."""
+    """The fences in their order; of one that holds others, those inside. Tags such as `<sql>` count as fences."""
     found: list[Block] = []
     position = 0
     while match := _OPENING.search(text, position):
@@ -41,7 +45,9 @@ def blocks_in(text: str, depth: int = _DEPTH) -> list[Block]:
         found += [replace(item, start=block.start, end=block.end) for item in inner] or [block]
     for match in _SQL_TAG.finditer(text):
         if not any(block.start < match.end() and match.start() < block.end for block in found):
-            found.append(Block(match[2], "sql", bool(match[3]), match.start(), match.end()))
+            inside = match[2] if match[1] else match[4]
+            closed = match[1] is None or bool(match[3])
+            found.append(Block(inside, "sql", closed, match.start(), match.end()))
     return sorted(found, key=lambda block: block.start)
 
 
@@ -64,9 +70,11 @@ def _block(text: str, opening: re.Match[str]) -> tuple[Block, int]:
     if end is None:
         return Block(text[start:], language, False, opening.start(), len(text)), len(text)
     nested = end.groupdict().get("nested")
-    return Block(
-        text[start : end.start()], language, True, opening.start(), end.end()
-    ), end.start() if nested else end.end()
+    inside = text[start : end.start()]
+    line_start = text.rfind("\n", 0, opening.start()) + 1
+    if _QUOTATION.match(text, line_start):
+        inside = _QUOTATION.sub("", inside)
+    return Block(inside, language, True, opening.start(), end.end()), end.start() if nested else end.end()
 
 
 def _closing(fence: str) -> re.Pattern[str]:

@@ -172,7 +172,7 @@ class GoldExaminer:
         except (ParseError, UserError):
             return Gold(SOUND, result)
         tables = _tables(tree)
-        if not tables and not tree.find(exp.Table):
+        if not tables and all(isinstance(table.this, exp.Identifier) for table in tree.find_all(exp.Table)):
             return Gold("constant", result)
         for table in tables:
             if self._is_empty(database, dialect, table):
@@ -230,10 +230,10 @@ def _past_the_limit(tree: exp.Expr, dialect: str) -> _Probe | None:
     """The probe for a plain SELECT with a numeric LIMIT; None for any other query."""
     limit, offset = tree.args.get("limit"), tree.args.get("offset")
     numbers = [_number(node.expression) if node else 0 for node in (limit, offset)]
-    if not isinstance(tree, exp.Select) or not limit or None in numbers or tree.args.get("distinct"):
+    order = tree.args.get("order")
+    if not isinstance(tree, exp.Select) or not limit or None in numbers or (order and tree.args.get("distinct")):
         return None
     rows, skipped = (int(number or 0) for number in numbers)
-    order = tree.args.get("order")
     keys = [_resolved(item.this, tree) for item in (order.expressions if order else [])]
     probe = tree.copy().select(*[key.copy() for key in keys], append=True)
     probe = probe.limit(rows + skipped + 1)

@@ -126,7 +126,8 @@ def parse_statements(sql: str, dialect: str) -> list[exp.Expr | None]:
     known = Dialect.get_or_raise(name)
     parser = _with_limit(known.parser(), MAX_STEPS + 10 * words)
     try:
-        return list(parser.parse(known.tokenize(sql), sql))
+        trees = parser.parse(known.tokenize(sql), sql)
+        return [tree for tree in trees if not isinstance(tree, exp.Semicolon)]  # a comment after the last statement
     except (ParseError, TokenError) as error:
         raise ParseError(_one_line(error)) from None
     except RecursionError:

@@ -33,7 +33,18 @@ CASES = [
     ("SELECT a FROM t\nUNION\n\nSELECT b FROM u\n\nok", "SELECT a FROM t UNION SELECT b FROM u"),
     ("SELECT a FROM t WHERE x = 1 AND\n\ny = 2", "SELECT a FROM t WHERE x = 1 AND y = 2"),
     (f"```sql\n{Q}\n\nORDER BY name\n```", f"{Q} ORDER BY name"),
+    ("SELECT a FROM t\n\nWHERE b = 1", "SELECT a FROM t WHERE b = 1"),
+    ("SELECT a\n\nFROM t\nJOIN u\n\nON t.id = u.id\n \nWHERE b = 1\n\nGROUP BY a\n\nThis groups.",
+     "SELECT a FROM t JOIN u ON t.id = u.id WHERE b = 1 GROUP BY a"),
+    ("It is:\n\nSELECT a FROM t\n\nINTERSECT\n\nSELECT a FROM u\n\nDone", "SELECT a FROM t INTERSECT SELECT a FROM u"),
+    ("SELECT a FROM t\n\n-- the good ones; only\n\nWHERE b = 1;\nok", "SELECT a FROM t WHERE b = 1"),
+    ("DELETE FROM t\n\nWHERE a = 1;", "DELETE FROM t WHERE a = 1"),
+    ("SELECT a FROM t\n\nWhere a is the column.", "SELECT a FROM t"),
+    ("SELECT a FROM t\n\nOr this one: SELECT b; x", "SELECT a FROM t"), ("SELECT a FROM t\n\nW", "SELECT a FROM t"),
+    ("SELECT a FROM t\n\nOn the other hand\n\nSELECT b FROM u", "SELECT a FROM t"),
     # thoughts
+    (f"<|begin_of_thought|>SELECT 1;<|end_of_thought|>\n<|begin_of_solution|>\n{Q}\n<|end_of_solution|>", Q),
+    (f"[THINK]SELECT 1;[/THINK]{Q}", Q), (f"<seed:think>SELECT 1;</seed:think>{Q}", Q),
     (f"<think>\nSELECT 1;\n```sql\nSELECT 2\n```\n</think>\n{Q};", Q),
     (f"<think>\nI need SELECT 1;\n</think>\n\n{FENCE}", Q),
     (f"<thinking>SELECT 1;</thinking>\nThe answer is:\n{FENCE}", Q),
@@ -52,6 +63,16 @@ CASES = [
     # code in the text, JSON, tags
     (f"The SQL query is: `{Q}`.", Q), (f"`{Q};`", Q), (f"Use `{Q}` to get it. `name` is the column.", Q),
     (f'{{"sql": "{Q}"}}', Q), (f'```json\n{{"reasoning": "with", "sql": "{Q}"}}\n```', Q),
+    (f"{{'sql': '{Q}'}}", Q), (f'query = """\n{Q}\n"""', Q), (f"```python\npd.read_sql('{Q}', conn)\n```", Q), (f'"{Q}"', Q),
+    (f"We need $\\boxed{{{Q}}}$.", Q), (f"$$\\boxed{{\\text{{{Q}}}}}$$", Q), (f"<code>{Q}</code>", Q),
+    (f" {Q} [/SQL]", Q), (f"[SQL]\n{Q};\n[/SQL]", Q), (f"As follows: [SQL] {Q} [/SQL]", Q),
+    ("SELECT [SQL], [think] FROM t", "SELECT [SQL], [think] FROM t"), (f"<final_answer>{Q}</final_answer>", Q),
+    (f"<Thought>SELECT 1</Thought>\n<Output>{Q}</Output>", Q), (f"{Q}。", Q), (f"SQL语句：{Q}；", Q),
+    (f"> ```sql\n> {Q}\n> ORDER BY name\n> ```", f"{Q} ORDER BY name"),
+    # entities of HTML
+    (f"{Q.replace('>', '&gt;')}; ok", Q), (f"It is:\n```sql\n{Q.replace('>', '&gt;')};\n```", Q),
+    ("SELECT a FROM t WHERE a &lt;&gt; &#39;x&#39;", "SELECT a FROM t WHERE a <> 'x'"),
+    ("SELECT a FROM t WHERE a = 'AT&amp;T; x'; ok", "SELECT a FROM t WHERE a = 'AT&amp;T; x'"),
     (f"The result: <sql>{Q}</sql>", Q), ("The query is SELECT a FROM t. This returns it.", "SELECT a FROM t"),
     # an explanation on the next line, a stray end
     (f"{Q}\nThis query returns the names.", Q), (f"{Q}\nNote that it's good.\n\nMore", Q),
@@ -104,7 +125,8 @@ def test_the_query_is_found_and_no_place_where_generation_stops_changes_it(answe
 PIECES = st.sampled_from(
     ["SELECT", "select ", "with", " ", "1", "a", " FROM t", ";", "\n", "\n\n", "###", "```", "`", "'", '"', "--", "/*", "*/",
      "sql", "\r", "SELECT a FROM t", "WITH x AS (SELECT 1)", "(", ")", ",", "<think>", "</think>", "\n```sql\n", "\n```\n",
-     "SQL: ", "<|im_end|>", "### Question\n", "Question: ", "1. ", "~~~", "E'", "\\'", "$$", "#", "[", "]", "<", "|",
+     "SQL: ", "<|im_end|>", "### Question\n", "Question: ", "1. ", "~~~", "E'", "\\'", "$$", "#", "[", "]", 
+     "[SQL]", "[/SQL]", "&gt;", "；", " WHERE a", "AND", "\\boxed{", "W", "<", "|",
      "DELETE FROM t", "CREATE TABLE t (a INT)", "<answer>", "Alternatively", "the rows.", "UNION", "-", "/", "q'", "</s>"]
 )  # fmt: skip
 ANSWERS = st.lists(PIECES, max_size=12).map("".join)
@@ -164,7 +186,29 @@ def test_an_answer_of_several_statements_says_so(answer: str, several: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "piece", ["<think>", "</think>", "[", "(", "/* ", "-- x\n", "PRAGMA x;", "\n", "the ", "`a` ", "<|", '"sql": "']
+    "piece",
+    [
+        "<think>",
+        "</think>",
+        "[",
+        "(",
+        "/* ",
+        "-- x\n",
+        "PRAGMA x;",
+        "\n",
+        "the ",
+        "`a` ",
+        "<|",
+        '"sql": "',
+        "SELECT 1\n\nWHERE ",
+        "\\boxed{",
+        "'select ",
+        "[SQL]",
+        "<code>",
+        "&gt;",
+        "SELECT 1 &gt;",
+        "\n\n-- x",
+    ],
 )
 def test_hostile_answers_take_time_in_proportion_to_their_length(piece: str) -> None:
     def seconds(count: int) -> float:

@@ -73,6 +73,11 @@ CSV_MISTAKES: dict[str, tuple[bytes, str, str]] = {
     ),
     "cp1252 header": ("id,pr\u00e9nom".encode("cp1252"), "data.bad_encoding", r"train\.csv:1: not UTF-8"),
     "UTF-16": (HEADER.encode("utf-16"), "data.bad_encoding", r"train\.csv: UTF-16"),
+    "a cell too many": (
+        f"{HEADER}\n{','.join('abcdefgh')}\n".encode(),
+        "data.bad_csv",
+        r"train\.csv: the first record has 8 cells",
+    ),
     "a column twice": (
         f"{HEADER},sql\n".encode(),
         "data.repeated_column",

@@ -65,6 +65,11 @@ SHOWN = {
     ],
     "tsql": [
         (
+            "CREATE TABLE [o]([a] [dbo].[Name] NOT NULL, [x] [xml](CONTENT [p].[AScheme]) NULL, y xml (p.q), "
+            "[n] AS (isnull('AW'+[dbo].[f]([a]),'')))",
+            "o(a, x, y, n)",
+        ),
+        (
             "CREATE TABLE [dbo].[Orders]([Id] [int] IDENTITY(1,1) NOT NULL, [Name] [nvarchar](max) COLLATE Latin1_General_CI_AS "
             "NULL, [Total] AS ([Id]*2) PERSISTED, CONSTRAINT [PK] PRIMARY KEY CLUSTERED ([Id] ASC) WITH (PAD_INDEX = OFF) "
             "ON [PRIMARY]) ON [PRIMARY] TEXTIMAGE_ON [PRIMARY]\nGO\n",
@@ -127,6 +132,12 @@ SHOWN = {
         ("CREATE TABLE o (s STRUCT<x: INT, y: ARRAY<STRUCT<z: STRING>>>)", "o(s.x, s.y[].z)"),
     ],
     "oracle": [
+        (
+            'CREATE TABLE "O" ("A" NUMBER(9,0) NOT NULL ENABLE, "V" NUMBER GENERATED ALWAYS AS ("A" * 2) VIRTUAL, '
+            'CONSTRAINT "K" PRIMARY KEY ("A") USING INDEX PCTFREE 10 INITRANS 2 STORAGE(INITIAL 9 NEXT 1) TABLESPACE "U" ENABLE, '
+            'CONSTRAINT "F" FOREIGN KEY ("A") REFERENCES "CLIENT" ("ID") ENABLE) SEGMENT CREATION IMMEDIATE',
+            "O(A -> client.id, V)",
+        ),
         (
             'CREATE TABLE "HR"."EMP" ("ID" NUMBER(10,0) NOT NULL ENABLE, "low" VARCHAR2(20 CHAR), CONSTRAINT "PK" PRIMARY KEY '
             '("ID") USING INDEX TABLESPACE "USERS" ENABLE, SUPPLEMENTAL LOG DATA (ALL) COLUMNS) SEGMENT CREATION IMMEDIATE',

@@ -78,6 +78,8 @@ def examine(worker: Counting, database: Path, sql: str, *, twice: bool = True, s
         ("SELECT 1", "constant"),
         ("SELECT 'Paris'", "constant"),
         ("VALUES (1, 2)", "constant"),
+        ("WITH w AS (SELECT 1 AS a) SELECT a FROM w", "constant"),
+        ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3) SELECT i FROM n", "constant"),
         # an empty table is
         ("SELECT name FROM item WHERE id NOT IN (SELECT item FROM sale)", "empty_table"),
         ("SELECT i.name FROM item AS i LEFT JOIN main.Sale AS s ON s.item = i.id", "empty_table"),
@@ -107,6 +109,7 @@ def examine(worker: Counting, database: Path, sql: str, *, twice: bool = True, s
         ("SELECT name AS n, price AS p FROM item ORDER BY p LIMIT 1", "arbitrary_rows"),
         ("SELECT name, price FROM item ORDER BY 2 LIMIT 1", "arbitrary_rows"),
         ("SELECT name FROM item LIMIT 2", "arbitrary_rows"),
+        ("SELECT DISTINCT name FROM item LIMIT 1", "arbitrary_rows"),
         ("SELECT name FROM item ORDER BY price DESC LIMIT 1 OFFSET 1", "arbitrary_rows"),
         ("SELECT price FROM item GROUP BY name ORDER BY COUNT(*) DESC LIMIT 3", "sound"),
         ("SELECT name FROM item GROUP BY name ORDER BY COUNT(*) DESC LIMIT 1", "arbitrary_rows"),

@@ -104,3 +104,9 @@ def test_a_tree_is_the_same_whatever_the_comments() -> None:
     assert same_tree(tree, "select a from t", "sqlite")
     assert not same_tree(tree, "SELECT a", "sqlite")
     assert not same_tree(tree, "SELECT 'a", "sqlite")
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "mysql", "postgres", "bigquery", "tsql"])
+@pytest.mark.parametrize("end", ["; -- done", ";\n/* done */\n", "; ; -- x"])
+def test_a_comment_after_the_last_statement_is_no_statement(dialect: str, end: str) -> None:
+    assert parses(f"SELECT a FROM t{end}", dialect) is None

@@ -24,7 +24,10 @@ SHOWN = [
     ),
     ("snowflake", ORDERS, "SELECT * FROM orders, LATERAL FLATTEN(input => id) f"),
     ("hive", ORDERS, "SELECT * FROM orders LATERAL VIEW explode(items) t AS x"),
-    ("oracle", ORDERS, "SELECT 1 FROM dual"),
+    ("bigquery", ORDERS, "SELECT * FROM orders, UNNEST(items) AS i, i.parts AS p"),
+    ("oracle", ORDERS, "SELECT 1 FROM dual, v$session, sys.gv$instance, user_objects, all_tables, user_cons_columns"),
+    ("trino", ORDERS, 'SELECT * FROM "orders$partitions"'),
+    ("spark", ORDERS, "SELECT * FROM delta.`/mnt/x`, parquet.`s3://b/y`"),
     ("duckdb", ORDERS, "SELECT * FROM 'a.csv', read_csv('b.csv')"),
     ("tsql", ORDERS, "SELECT * FROM dbo.orders CROSS APPLY string_split(id, ',')"),
 ]
@@ -37,6 +40,8 @@ MISSING = [
         ["client", "x"],
     ),
     ("snowflake", "CREATE OR REPLACE TABLE client (id int)", "SELECT * FROM client, orders", ["orders"]),
+    ("oracle", ORDERS, "SELECT 1 FROM user_orders", ["user_orders"]),
+    ("trino", ORDERS, 'SELECT * FROM "client$partitions"', ["client$partitions"]),
     ("bigquery", TWO, "SELECT * FROM other.orders", ["other.orders"]),
     ("postgres", TWO, "WITH a AS (SELECT 1) SELECT * FROM a, sales.a", ["sales.a"]),
 ]

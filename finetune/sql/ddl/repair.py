@@ -22,7 +22,7 @@ _MODIFIERS = word_set(
 _OPTIONS = word_set(
     """
     CLUSTERED DISABLE DISTKEY ENABLE HIDDEN INVISIBLE MASKED NONCLUSTERED NORELY NOVALIDATE PERSISTED RELY ROWGUIDCOL SORTKEY
-    SPARSE VALIDATE VARYING VISIBLE
+    SPARSE VALIDATE VARYING VIRTUAL VISIBLE
 """
 )
 """Words behind a column's name and type, or in a constraint, that do not matter."""
@@ -96,6 +96,9 @@ def _without_options(text: str, tokens: Sequence[Token]) -> str:
     number = in_item = depth = 0
     while number < len(tokens):
         token = tokens[number]
+        if token.token_type == TokenType.L_PAREN and number and _word(tokens[number - 1], text).strip("[]") == "XML":
+            number = (_matching(tokens, number) or number) + 1  # T-SQL: xml (CONTENT dbo.a_schema)
+            continue
         depth += {TokenType.L_PAREN: 1, TokenType.R_PAREN: -1}.get(token.token_type, 0)
         in_item = 0 if token.token_type in (TokenType.COMMA, TokenType.L_PAREN) else in_item + 1
         skipped = _length_of_option(text, tokens, number, in_item)
@@ -123,7 +126,8 @@ def _length_of_option(text: str, tokens: Sequence[Token], number: int, in_item: 
     if word == "NOT" and following[0] in ("FOR", "VALID"):
         return 3 if following[0] == "FOR" else 2
     if word == "USING" and following[0] == "INDEX":
-        return 4 if following[1] == "TABLESPACE" else 2
+        length = _length_of_item(tokens, number)  # Oracle's options of storage end the constraint
+        return length if "REFERENCES" not in (_word(token, text) for token in tokens[number : number + length]) else 2
     if word.startswith("FOREIGN") and following[0] == "REFERENCES":  # T-SQL; sqlglot's token is FOREIGN KEY
         return 1
     if word in _OPTIONS_OF_TWO and in_item > 2:
