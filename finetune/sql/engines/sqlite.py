@@ -225,6 +225,10 @@ class SqlSandbox:
     def _private_folder(self) -> Path:
         """A folder for copies and temporary files that only this user can read, removed at the end."""
         self._leave_to_parent()
+        if (
+            self._folder is not None and not self._folder.is_dir()
+        ):  # removed by a program that tidies up temporary files
+            self.close()
         if self._folder is None:
             try:
                 self._folder = Path(tempfile.mkdtemp(prefix="finetune-sql.")).resolve()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -67,6 +68,15 @@ def test_closing_a_dead_worker_raises_nothing(sandbox: SqlSandbox) -> None:
     assert ended(pid)
     sandbox.close()
     sandbox.close()
+
+
+def test_a_private_folder_that_was_tidied_up_is_made_anew(sandbox: SqlSandbox, database: Path) -> None:
+    folder = sandbox._folder
+    assert folder is not None
+    shutil.rmtree(folder)
+    os.kill(worker_pid(sandbox), signal.SIGKILL)
+    assert sandbox.run(database, "SELECT a FROM t", 5).rows == [(1,)]
+    assert sandbox._folder != folder and sandbox._private_folder().is_dir()
 
 
 @linux_only
