@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.errors import LONGEST_MESSAGE
 from finetune.sql.engines import sqlite_process
 from finetune.sql.engines.base import Limits
 from finetune.sql.engines.sqlite import SqlSandbox
@@ -60,6 +61,12 @@ def test_a_worker_that_died_between_two_queries_does_not_matter(
         monkeypatch.setattr(sqlite_process.Worker, "is_running", lambda _: True)
     assert sandbox.run(database, sql, 5).rows in ([(1,)], [(900_000,)])
     assert worker_pid(sandbox) != pid
+
+
+@pytest.mark.parametrize("sql", ["SELECT " + "[" * 100_000, "SELECT " + "'" * 100_001, "SELECT " + "x" * 100_000])
+def test_an_error_does_not_echo_the_whole_query(sandbox: SqlSandbox, database: Path, sql: str) -> None:
+    error = sandbox.run(database, sql, 5).error
+    assert error is not None and len(error) <= LONGEST_MESSAGE
 
 
 def test_closing_a_dead_worker_raises_nothing(sandbox: SqlSandbox) -> None:
