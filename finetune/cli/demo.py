@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import add_command, add_config, large_imports, loaded, print_result
+from finetune.cli.arguments import add_command, add_config, large_imports, loaded, positive, print_result
 from finetune.errors import EXIT_OK
 
 
@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     add_config(demo)
     demo.add_argument(
         "--minutes",
-        type=_minutes,
+        type=positive,
         default=10.0,
         metavar="N",
         help="how long it may take; the speed of this machine determines what fits (default: 10)",
@@ -43,10 +43,3 @@ def _demo(arguments: argparse.Namespace) -> int:
     if code == EXIT_OK:
         print_result(Path(config.training.output_dir) / str(config.training.run_name))
     return code
-
-
-def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number of minutes above 0")
-    return minutes

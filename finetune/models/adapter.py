@@ -7,7 +7,6 @@ all other checks, with a note. base.json identifies the weights that the adapter
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,17 +16,19 @@ import torch
 
 from finetune.config.schema import LoraSection
 from finetune.errors import UserError, first_line
-from finetune.runtime.files import disk_error, sha256_file, write_json
+from finetune.runtime.files import disk_error, load_json, parse_json, read_text, sha256_file, write_json
 
 MANIFEST, BASE = "manifest.json", "base.json"
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNSEALED = (MANIFEST, "README.md")
 """Files that may change: the model card says nothing that is loaded."""
 FREE = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision", "peft_version",
-        "inference_mode", "auto_mapping", "task_type")  # fmt: skip
+        "inference_mode", "task_type")  # fmt: skip
 """Settings of PEFT's LoraConfig that differ between adapters of ours; all others have PEFT's defaults. With another value
 (use_dora, rank_pattern, layer_replication, modules_to_save, init_lora_weights: pissa ...) an adapter computes something that
 training here never did, or has changed the base weights."""
+_OPTIONAL = {"base_model_name_or_path": str, "revision": str, "peft_version": str, "inference_mode": bool}
+"""Free settings that may also be missing or null."""
 _SAMPLE = 2**20
 """Bytes read at the beginning, in the middle and at the end of a file of weights."""
 
@@ -57,8 +58,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if (folder / MANIFEST).exists():
         _check_seal(folder)
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        settings = parse_json(read_text(folder / SETTINGS), nan=True)
+    except (OSError, ValueError) as error:
         raise mismatch(folder, f"{SETTINGS} is not readable as JSON ({first_line(error)})") from error
     if not isinstance(settings, dict):
         raise mismatch(folder, f"{SETTINGS} is not a JSON object")
@@ -127,8 +128,8 @@ def check_base(folder: Path, base: Mapping[str, Any]) -> None:
     if not (folder / BASE).is_file():
         return
     try:
-        trained = json.loads((folder / BASE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        trained = load_json(folder / BASE)
+    except (OSError, ValueError) as error:
         raise mismatch(folder, f"{BASE} is not readable as JSON ({first_line(error)})") from error
     if not isinstance(trained, dict):
         raise mismatch(folder, f"{BASE} is not a JSON object")
@@ -153,9 +154,9 @@ def _check_seal(folder: Path) -> None:
         )
 
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = load_json(folder / MANIFEST)["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise changed(f"{MANIFEST} has changed") from None
     if not {SETTINGS, WEIGHTS} <= expected.keys():
         raise changed(f"{MANIFEST} has changed")
@@ -194,6 +195,12 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise unsupported("lora_alpha", alpha)
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise unsupported("target_modules", targets)
+    dropout = settings.get("lora_dropout", 0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise unsupported("lora_dropout", dropout)
+    for key, kind in _OPTIONAL.items():
+        if not isinstance(settings.get(key), kind | None):
+            raise unsupported(key, settings[key])
 
 
 def _check_names(folder: Path, saved: set[str], needed: set[str]) -> None:

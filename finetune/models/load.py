@@ -173,7 +173,7 @@ def load_adapter(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about missing tensors, which the check below refuses
             loaded = PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         raise mismatch(folder, _reason(error)) from error
     if lora is not None:
         adapted = {name for name, module in loaded.get_base_model().named_modules() if hasattr(module, "lora_A")}

@@ -77,6 +77,8 @@ def _evaluation_problem(evaluation: Json) -> str | None:
     models, gain = evaluation.get("models") or {}, evaluation.get("gain")
     if not isinstance(models, dict):
         return "models: expected an object"
+    if not isinstance(evaluation.get("rule"), str | None):
+        return "rule: expected a text"
     for name, scores in models.items():
         if scores is not None and (problem := _scores_problem(scores)):
             return f"models.{name} {problem}"

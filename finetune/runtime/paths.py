@@ -15,7 +15,9 @@ VARIABLES = ("HOME", "USER", "LOGNAME", "PWD", "TMPDIR", "HF_HOME", "SCRATCH", "
 ENDINGS = ("_DIR", "_HOME", "_PATH", "_ROOT", "_FOLDER", "_CACHE")
 """Names of the environment variables that a path may hold: these, and those with such an ending. No others, because a path is
 written into the run's folder and into messages, where HF_TOKEN must not appear."""
-SECRET = re.compile(r"(?:.*_)?(?:TOKEN|KEY|SECRET|PASS|PASSWORD|PASSWD|CREDENTIAL|AUTH|PAT)S?(?:_.*)?")
+SECRET = re.compile(
+    r"(?:.*_)?(?:KEY|PASS|AUTH|PAT)S?(?:_.*)?|.*(?:TOKEN(?!I[ZS])|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(?:API|ACCESS|PRIVATE)KEY).*"
+)
 LONGEST_NAME = 255
 """Bytes of one file or folder name: NAME_MAX of every usual file system."""
 LONGEST_PATH = 4095

@@ -24,6 +24,10 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "AWS_SECRET_ACCESS_KEY",
         "MY_VARIABLE",
         "TOKEN_DIR",
+        "MYTOKEN_DIR",
+        "APIKEY_DIR",
+        "PGPASSWORD_PATH",
+        "XDG_APIKEY",
         "DATABASE_PASSWORD_PATH",
     ):
         monkeypatch.setenv(name, SECRET)
@@ -111,6 +115,10 @@ def test_an_empty_home_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("${AWS_SECRET_ACCESS_KEY}", "path.variable_refused"),
         ("$MY_VARIABLE", "path.variable_refused"),
         ("$TOKEN_DIR", "path.variable_refused"),
+        ("$MYTOKEN_DIR", "path.variable_refused"),
+        ("$APIKEY_DIR", "path.variable_refused"),
+        ("$PGPASSWORD_PATH", "path.variable_refused"),
+        ("$XDG_APIKEY", "path.variable_refused"),
         ("$DATABASE_PASSWORD_PATH", "path.variable_refused"),
         ("${oc.decode:HF_TOKEN}", "path.bad_reference"),
         ("${oc.select:model.name}", "path.bad_reference"),

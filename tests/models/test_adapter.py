@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -126,6 +127,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rank as text": {"r": "4"},
     "a factor as text": {"lora_alpha": "8"},
     "a factor beyond numbers": {"lora_alpha": float("inf")},
+    "a base model that is a number": {"base_model_name_or_path": 7},
+    "a revision that is a list": {"revision": ["main"]},
+    "a dropout of text": {"lora_dropout": "0.1"},
+    "a dropout of everything": {"lora_dropout": 1},
+    "a dropout that is not a number": {"lora_dropout": float("nan")},
+    "a class to import": {"auto_mapping": {"base_model_class": "X", "parent_library": "os"}},
 }  # fmt: skip
 
 
@@ -158,10 +165,28 @@ def test_settings_that_training_never_writes_are_refused_by_name(adapter: Path, 
     assert said.startswith(f"{adapter / 'adapter_config.json'}: {next(iter(SETTINGS[name]))}: ")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("content", ["", "[]", "null", "[" * 100_000, "\xff", '{"lora_alpha": ' + "1" * 401 + "}"])
 def test_settings_that_are_no_settings_are_refused(adapter: Path, content: str) -> None:
     (adapter / "adapter_config.json").write_text(content, encoding="latin-1")
     refusal("adapter.mismatch", lambda: require_adapter(adapter))
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_settings_that_are_null_are_no_traceback(tiny_model: Path, adapter: Path, name: str) -> None:
+    """An older PEFT may have written null where this one has an empty section."""
+    change(adapter / "adapter_config.json", **{name: None})
+    refusal("adapter.mismatch", lambda: load(tiny_model, adapter))
+
+
+def test_a_manifest_of_odd_sizes_or_a_pipe_is_a_changed_manifest(adapter: Path) -> None:
+    seal_adapter(adapter)
+    for size in ("1e999", "Infinity", "1" * 400):
+        entry = f'{{"bytes": {size}, "sha256": "0"}}'
+        (adapter / "manifest.json").write_text(f'{{"files": {{"adapter_config.json": {entry}}}}}')
+        refusal("adapter.changed", lambda: require_adapter(adapter))
+    (adapter / "manifest.json").unlink()
+    os.mkfifo(adapter / "manifest.json")
+    refusal("adapter.changed", lambda: require_adapter(adapter))  # and does not wait for a writer
 
 
 @pytest.mark.parametrize(

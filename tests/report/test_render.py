@@ -203,6 +203,7 @@ def test_figures_that_are_not_numbers_become_null(run_dir: Path) -> None:
             "report.bad_input",
             r"tuned lacks the number execution_accuracy",
         ),
+        ("eval.json", '{"rule": [null]}', "report.bad_input", r"eval\.json: rule: expected a text"),
         (
             "eval/tuned.jsonl",
             '{"id": 1, "verdict": "correct"}\n{"id": "cut',

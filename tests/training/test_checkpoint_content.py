@@ -67,6 +67,18 @@ def of_state(name: str, change: Callable[[dict[str, Any]], object]) -> Damage:
     return write
 
 
+def of_json(name: str, **values: Any) -> Damage:
+    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+
+
+def of_group(**values: Any) -> Damage:
+    return of_state("optimizer.pt", lambda state: state["param_groups"][0].update(values))
+
+
+def of_moments(**values: Any) -> Damage:
+    return of_state("optimizer.pt", lambda state: [moment.update(values) for moment in state["state"].values()])
+
+
 def drop_half(tensors: dict[str, Any]) -> None:
     for name in sorted(tensors)[::2]:
         del tensors[name]
@@ -91,6 +103,22 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "an empty schedule": (pickled("scheduler.pt", {}), "scheduler.pt is empty"),
     "a schedule without a place": (of_state("scheduler.pt", lambda state: state.pop("last_epoch")), "scheduler.pt has no place"),
     "a schedule of a later step": (of_state("scheduler.pt", lambda s: s.update(last_epoch=99)), "scheduler.pt has no place"),
+    "a learning rate that is text": (of_group(lr="x"), "optimizer.pt has no lr"),
+    "a learning rate that is not finite": (of_group(lr=float("nan")), "optimizer.pt has no lr"),
+    "no betas": (of_group(betas=None), "optimizer.pt has no betas"),
+    "a group without parameters": (of_group(params=None), "optimizer.pt is not the state"),
+    "moments that are text": (of_state("optimizer.pt", lambda state: state["state"].update({0: "x"})), "optimizer.pt is not the"),
+    "steps that are text": (of_moments(step="x"), "optimizer.pt has no number of steps"),
+    "no second moments": (of_moments(exp_avg_sq=None), "optimizer.pt lacks the second moments"),
+    "moments that are not finite": (of_moments(step=torch.tensor(2.0), extra=torch.tensor(torch.nan)), "not finite"),
+    "a schedule without rates": (of_state("scheduler.pt", lambda s: s.update(base_lrs=[])), "scheduler.pt has no base_lrs"),
+    "rates that are text": (of_state("scheduler.pt", lambda s: s.update(_last_lr=["x"])), "scheduler.pt has no _last_lr"),
+    "lambdas that are text": (of_state("scheduler.pt", lambda s: s.update(lr_lambdas="x")), "scheduler.pt has no lr_lambdas"),
+    "no steps between logs": (of_json("trainer_state.json", logging_steps=0), "trainer_state.json has no logging_steps"),
+    "no batch size": (of_json("trainer_state.json", train_batch_size=None), "trainer_state.json has no train_batch_size"),
+    "no trainer": (of_json("trainer_state.json", stateful_callbacks={"x": 1}), "trainer_state.json lacks the state of the"),
+    "a loss beyond float32": (of_json("window.json", loss=1e308), "window.json holds a loss"),
+    "a number of 500 digits": (text("window.json", '{"a": ' + "1" * 500 + "}"), "window.json is not readable"),
     "no random states": (pickled("rng-0.pt", {}), "rng-0.pt is empty"),
     "a missing random state": (of_state("rng-0.pt", lambda state: state.pop("cpu")), "rng-0.pt lacks"),
     "an empty trainer state": (text("trainer_state.json", "{}"), "trainer_state.json is empty"),

@@ -39,7 +39,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from finetune.errors import UserError
+from finetune.errors import LONGEST_MESSAGE, UserError, shortened
 from finetune.sql.ddl.in_sqlite import shown_statements
 from finetune.sql.engines import sqlite_file
 from finetune.sql.engines.base import ErrorKind, Limits, QueryResult
@@ -190,7 +190,7 @@ class SqlSandbox:
         if "error" in answer:
             if answer["error_kind"] == "too_large":
                 self._stop()  # memory ran short; use a fresh worker
-            return _failure(answer["error_kind"], answer["error"], seconds)
+            return _failure(answer["error_kind"], shortened(answer["error"], LONGEST_MESSAGE), seconds)
         body = b"".join((b"[", memoryview(received)[:start], b"]"))
         rows = [tuple(row) for row in json.loads(body, object_hook=_blob)]
         return QueryResult(rows, tuple(answer["columns"]), None, None, seconds, answer["double_quoted_text"])
@@ -225,6 +225,10 @@ class SqlSandbox:
     def _private_folder(self) -> Path:
         """A folder for copies and temporary files that only this user can read, removed at the end."""
         self._leave_to_parent()
+        if (
+            self._folder is not None and not self._folder.is_dir()
+        ):  # removed by a program that tidies up temporary files
+            self.close()
         if self._folder is None:
             try:
                 self._folder = Path(tempfile.mkdtemp(prefix="finetune-sql.")).resolve()

@@ -162,6 +162,8 @@ def _must_be_rolled_back(file: Path) -> bool:
     SQLite decides it, because only SQLite knows its locks. A read-only connection changes nothing.
     """
     journal = beside(file, JOURNAL)
+    if _state(journal) is None:  # also a folder or a pipe, which would not answer
+        return False
     try:
         with journal.open("rb") as opened:
             if opened.read(1) in (b"", b"\0"):  # finished: emptied, or overwritten with zeros

@@ -105,6 +105,16 @@ def empty_journal(path: Path) -> None:
     sqlite_file.beside(path, "-journal").touch()
 
 
+def journal_that_is_a_folder(path: Path) -> None:
+    plain(path)
+    sqlite_file.beside(path, "-journal").mkdir()
+
+
+def journal_that_is_a_pipe(path: Path) -> None:
+    plain(path)
+    os.mkfifo(sqlite_file.beside(path, "-journal"))
+
+
 STATES = [
     plain,
     wal_mode,
@@ -118,6 +128,8 @@ STATES = [
     hot_journal_and_empty_log,
     finished_journal,
     empty_journal,
+    journal_that_is_a_folder,
+    journal_that_is_a_pipe,
 ]
 """The states in which programs leave a database, each with the rows 1 and 2 committed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.errors import LONGEST_MESSAGE
 from finetune.sql.engines import sqlite_process
 from finetune.sql.engines.base import Limits
 from finetune.sql.engines.sqlite import SqlSandbox
@@ -61,12 +63,27 @@ def test_a_worker_that_died_between_two_queries_does_not_matter(
     assert worker_pid(sandbox) != pid
 
 
+@pytest.mark.parametrize("sql", ["SELECT " + "[" * 100_000, "SELECT " + "'" * 100_001, "SELECT " + "x" * 100_000])
+def test_an_error_does_not_echo_the_whole_query(sandbox: SqlSandbox, database: Path, sql: str) -> None:
+    error = sandbox.run(database, sql, 5).error
+    assert error is not None and len(error) <= LONGEST_MESSAGE
+
+
 def test_closing_a_dead_worker_raises_nothing(sandbox: SqlSandbox) -> None:
     pid = worker_pid(sandbox)
     os.kill(pid, signal.SIGKILL)
     assert ended(pid)
     sandbox.close()
     sandbox.close()
+
+
+def test_a_private_folder_that_was_tidied_up_is_made_anew(sandbox: SqlSandbox, database: Path) -> None:
+    folder = sandbox._folder
+    assert folder is not None
+    shutil.rmtree(folder)
+    os.kill(worker_pid(sandbox), signal.SIGKILL)
+    assert sandbox.run(database, "SELECT a FROM t", 5).rows == [(1,)]
+    assert sandbox._folder != folder and sandbox._private_folder().is_dir()
 
 
 @linux_only
