@@ -73,6 +73,8 @@ _QUOTED = re.compile(
 """A query as text of a program: `query = "SELECT ..."`."""
 _JSON = re.compile(r'"\w*(?:sql|query|answer)\w*"\s*:\s*("(?:[^"\\]|\\.)*+")', re.IGNORECASE)
 _END = re.compile(r";|\n[ \t\r]*\n|(?<=\n)###|```")
+MAX_CHARACTERS = 32_000
+"""An answer is read up to here, about 8,000 tokens: text made to be slow takes two seconds up to here, and grows with its square."""
 _TRIES = 12
 """How many candidates of one kind are given to the parser, and how many new questions end an answer."""
 
@@ -114,11 +116,13 @@ class AnswerReader:
 
     def feed(self, text: str) -> bool:
         """Read on in a text, which begins with the one of the call before. Returns whether the SQL in it is final."""
+        whole = len(text) < MAX_CHARACTERS
         if self._direct.end is None and self._prose_end is None:
+            text = text[:MAX_CHARACTERS]
             self._direct.feed(text)
             if not self._direct.is_possible(text) and self._direct.end is None:
                 self._search_new_question(text)
-        return self._direct.end is not None or self._prose_end is not None
+        return self._direct.end is not None or self._prose_end is not None or not whole
 
     def _search_new_question(self, text: str) -> None:
         """A model that does not end goes on with a question of its own; its answer ends there, if it held a query."""
@@ -136,7 +140,7 @@ class AnswerReader:
         """The SQL of the text that `feed` was given last, if it ends there."""
         if self._direct.end is not None:
             return SqlAnswer(on_one_line(self._direct.sql or "", dialect=self._dialect), self._direct.several)
-        text = text[: self._prose_end]
+        text = text[:MAX_CHARACTERS][: self._prose_end]
         return _read_whole(text, self._dialect) or SqlAnswer(
             on_one_line(_looks_like_sql(text, self._dialect), dialect=self._dialect)
         )

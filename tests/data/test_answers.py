@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune.data.answers import AnswerReader, answer_is_complete, extract_sql, read_answer
+from finetune.data.answers import MAX_CHARACTERS, AnswerReader, answer_is_complete, extract_sql, read_answer
 from finetune.data.prompts import completion
 
 Q = "SELECT name FROM singer WHERE age > 20"
@@ -218,3 +218,13 @@ def test_hostile_answers_take_time_in_proportion_to_their_length(piece: str) -> 
 
     seconds(10)
     assert seconds(2000) < 3
+
+
+def test_an_answer_is_read_up_to_a_limit() -> None:
+    """The rest of a longer one cannot change its SQL, so generation ends there, too."""
+    words = "word " * (MAX_CHARACTERS // 5)
+    assert not answer_is_complete(words[:-1]) and answer_is_complete(words)
+    assert extract_sql(f"{words}```sql\nSELECT 1\n```") == extract_sql(words)
+    began = time.process_time()
+    extract_sql("SELECT" + "\n" * 10_000_000 + "1")
+    assert time.process_time() - began < 10
