@@ -74,7 +74,7 @@ _QUOTED = re.compile(
 _JSON = re.compile(r'"\w*(?:sql|query|answer)\w*"\s*:\s*("(?:[^"\\]|\\.)*+")', re.IGNORECASE)
 _END = re.compile(r";|\n[ \t\r]*\n|(?<=\n)###|```")
 MAX_CHARACTERS = 32_000
-"""An answer is read up to here, about 8,000 tokens: text made to be slow takes two seconds up to here, and grows with its square."""
+"""An answer is read up to here, about 8,000 tokens; the time for text that is made to be slow grows with its square."""
 _TRIES = 12
 """How many candidates of one kind are given to the parser, and how many new questions end an answer."""
 
