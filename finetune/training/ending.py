@@ -75,6 +75,19 @@ def failures_recorded(session: Session) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def taken_over_first(session: Session) -> Iterator[None]:
+    """A failure may only be the first sign that another attempt has taken over, such as a staged save that the other one has
+    deleted. Then TakenOver is raised in its place."""
+    try:
+        yield
+    except Exception as error:
+        lost = _lost(session)
+        if lost is None or lost is error:
+            raise
+        raise lost from error
+
+
 def close_failed(session: Session, error: BaseException) -> None:
     """Record how the run ended and delete a partial adapter; delete the whole run folder if the run never began."""
     if not distributed.is_rank0():
@@ -94,8 +107,7 @@ def close_failed(session: Session, error: BaseException) -> None:
 
 
 def _lost(session: Session) -> TakenOver | None:
-    """Why this attempt has no right to its run any more. Looked up now: a failure may be the first sign of it, such as a staged
-    save that the other attempt has deleted."""
+    """Why this attempt has no right to its run any more, looked up now."""
     with suppress(OSError, UserError):
         session.lease.check()
     return session.lease.lost

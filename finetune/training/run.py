@@ -26,7 +26,7 @@ from finetune.runtime.stop_request import Stop, StopSignals
 from finetune.training.adapter import save_adapter
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
-from finetune.training.ending import clean_up, close, failures_recorded, refused, stop_hanging
+from finetune.training.ending import clean_up, close, failures_recorded, refused, stop_hanging, taken_over_first
 from finetune.training.record.recorder import RunRecorder, new_record
 from finetune.training.resume import (
     check_numbers,
@@ -133,7 +133,7 @@ def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | No
         refusal = distributed.run_on_rank0(budget.refusal_to_start)
         if refusal is None:
             recorder.begin()  # before anything else: a folder without run.json is not a run
-            with budget.metered(hard_stop=lambda: _end_hanging(session)):
+            with budget.metered(hard_stop=lambda: _end_hanging(session)), taken_over_first(session):
                 return _fit(session, load_parts(inputs))
     return refused(session, refusal, before)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.errors import reported
+from tests.helpers.errors import raises, reported
 from tests.helpers.train_helpers import at_step, check_agrees, record_of
 
 torch = pytest.importorskip("torch")
@@ -23,6 +23,7 @@ from transformers import TrainerState  # noqa: E402
 
 from finetune.budget.lease import Lease  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
+from finetune.errors import TakenOver  # noqa: E402
 from finetune.run_folder import RunFolder  # noqa: E402
 from finetune.run_record import RunRecord, StepCount  # noqa: E402
 from finetune.training import ending  # noqa: E402
@@ -171,3 +172,27 @@ def test_a_run_of_a_version_without_ids_is_refused_in_one_line(tiny_run: Path, t
     assert main(["train", "--resume", str(run)]) == 2
     assert "run.json: run_id: missing; the run is too old to resume" in capsys.readouterr().err
     assert record_of(run) == old
+
+
+class LateNews:
+    """A lease that another attempt has taken, which only a look shows."""
+
+    lost: TakenOver | None = None
+
+    def check(self) -> None:
+        self.lost = TakenOver("another attempt has taken over this run", code="run.taken_over")
+        raise self.lost
+
+
+def test_a_failure_that_is_the_first_sign_of_another_attempt_is_that_attempt() -> None:
+    """Otherwise the ledger would say that the attempt failed."""
+
+    def fail(lease: Any) -> None:
+        session: Any = SimpleNamespace(lease=lease)
+        with ending.taken_over_first(session):
+            raise FileNotFoundError("the other attempt has deleted it, or nobody has")
+
+    with raises("run.taken_over", kind=TakenOver):
+        fail(LateNews())
+    with pytest.raises(FileNotFoundError):
+        fail(SimpleNamespace(lost=None, check=lambda: None))
