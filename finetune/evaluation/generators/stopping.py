@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _MAY_END_AN_ANSWER = frozenset(";#`~>▷]:\n")
 """Only after these may an answer be complete. What training teaches hardly holds them, so that such answers cost nothing."""
+_BLANK_LINE = re.compile(r"\n[ \t\r]*\n\s*\w{0,20}\Z")
+"""An answer that ends so: the word after the blank line decides whether its query goes on."""
 
 
 class AnswersComplete(StoppingCriteria):
@@ -33,7 +36,7 @@ class AnswersComplete(StoppingCriteria):
             self._rows = [_Row(self._tokenizer, dialect) for dialect in dialects]
         last = self._tokenizer.batch_decode(input_ids[:, -1:])
         for row, ids, token in zip(self._rows, input_ids, last, strict=True):
-            if not row.complete and not _MAY_END_AN_ANSWER.isdisjoint(token):
+            if not row.complete and (row.waits or not _MAY_END_AN_ANSWER.isdisjoint(token)):
                 row.read(ids[self._prompt_tokens :])
         complete = [row.complete for row in self._rows]
         return torch.tensor(complete, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
@@ -48,6 +51,7 @@ class _Row:
         self._reader, self._text = AnswerReader(dialect), ""
         self._before, self._read = 0, 0  # tokens: where the context begins, and how many are in the text
         self.complete = False
+        self.waits = False  # for the word after a blank line
 
     def read(self, answer: torch.Tensor) -> None:
         ids = answer[self._before :].tolist()
@@ -56,6 +60,7 @@ class _Row:
             return
         self._text += text[len(decode_answer(self._tokenizer, ids[: self._read - self._before])) :]
         self._before, self._read = self._read, len(answer)
+        self.waits = _BLANK_LINE.search(self._text, max(0, len(self._text) - 60)) is not None
         if self._reader.feed(self._text):
             self._confirm(answer)
 

@@ -172,12 +172,12 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
 
 def test_each_answer_ends_at_its_own_end(scripted: Any, model: Any, tokenizer: Any) -> None:
     name, more = encoded(tokenizer, "SELECT name FROM item"), encoded(tokenizer, " WHERE id = 1")
-    semicolon, gap = encoded(tokenizer, ";"), encoded(tokenizer, "\n\n")
+    semicolon, gap, prose = (encoded(tokenizer, text) for text in (";", "\n\n", "name of each item in the shop"))
     cut_off = (name + 20 * more)[:20]
     script = [
         ("ended by the end-of-text token", [*name, tokenizer.eos_token_id, *more]),
         ("ended by a semicolon", [*name, *more, *semicolon, *more]),
-        ("ended by a blank line", [*name, *gap, *more]),
+        ("ended by a blank line and a word that no query goes on with", [*name, *gap, *prose]),
         ("ended by nothing", cut_off),
     ]
     counts = scripted(script)
@@ -185,7 +185,7 @@ def test_each_answer_ends_at_its_own_end(scripted: Any, model: Any, tokenizer: A
     assert answers == [
         ("SELECT name FROM item", len(name)),  # the end-of-text token does not count
         ("SELECT name FROM item WHERE id = 1;", len(name + more + semicolon)),
-        ("SELECT name FROM item\n\n", len(name + gap)),
+        ("SELECT name FROM item\n\nnam", len(name + gap + encoded(tokenizer, "nam"))),
         (tokenizer.decode(cut_off), 20),
     ]
     assert counts.passes == 20
