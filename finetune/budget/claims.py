@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from finetune.errors import UserError
 from finetune.machine.process import ProcessId
 from finetune.runtime.confined import remove_file
-from finetune.runtime.files import disk_error
+from finetune.runtime.files import disk_error, names_in
 
 State = Literal["candidate", "live", "ended", "withdrawn", "unknown"]
 STATES = ("candidate", "live", "ended", "withdrawn")
@@ -97,12 +97,7 @@ class ClaimFolder:
             raise disk_error(error, self.folder) from error
 
     def listed(self) -> list[Key]:
-        try:
-            names = [path.name for path in self.folder.iterdir()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise disk_error(error, self.folder) from error
+        names = names_in(self.folder)
         return sorted((int(match[1]), match[2]) for name in names if (match := _NAME.fullmatch(name)))
 
     def read(self, key: Key) -> Claim:

@@ -20,7 +20,7 @@ from finetune.errors import UserError
 from finetune.machine.price import MachinePrice
 from finetune.runtime import fault_injection
 from finetune.runtime.confined import remove_file
-from finetune.runtime.files import atomic_file, disk_error, parse_json, read_bytes
+from finetune.runtime.files import atomic_file, disk_error, names_in, parse_json, read_bytes
 
 HEARTBEAT_RETENTION_SECONDS = 600.0
 """A heartbeat replaces the previous one, except that one per this many seconds is kept: the file of a long run stays small."""
@@ -144,12 +144,7 @@ class Ledger:
         return self.folder / f"attempt-{number:03d}.jsonl"
 
     def _files(self) -> list[tuple[int, Path]]:
-        try:
-            names = [path.name for path in self.folder.iterdir()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise disk_error(error, self.folder) from error
+        names = names_in(self.folder)
         return sorted((int(match[1]), self.folder / name) for name in names if (match := _NAME.fullmatch(name)))
 
 

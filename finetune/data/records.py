@@ -15,9 +15,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.data.strict_json import RepeatedKeyError, array_items, loads
+from finetune.data.strict_json import array_items, loads
 from finetune.errors import UserError
-from finetune.runtime.files import atomic_file, kind_of
+from finetune.runtime.files import RepeatedKeyError, atomic_file, kind_of
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

@@ -4,23 +4,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-
-class RepeatedKeyError(ValueError):
-    """An object has the same key twice."""
+from finetune.runtime.files import RepeatedKeyError, without_repeated_keys
 
 
 def loads(text: str) -> Any:
     """As json.loads. Raises RepeatedKeyError as well, for an object at any depth."""
-    return json.loads(text, object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        seen: set[str] = set()
-        key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise RepeatedKeyError(f"the key {key!r} is there twice")
-    return value
+    return json.loads(text, object_pairs_hook=without_repeated_keys)
 
 
 def array_items(text: str) -> Iterator[tuple[Any, str | None]]:

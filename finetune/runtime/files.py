@@ -110,11 +110,13 @@ def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
             text = text.decode("utf-8-sig")
         return json.loads(
             text,
-            object_pairs_hook=_without_repeated_keys,
+            object_pairs_hook=without_repeated_keys,
             parse_int=_whole_number,
             parse_float=_finite_number,
             parse_constant=float if nan else _no_number,
         )
+    except RepeatedKeyError as error:
+        raise ValueError(str(error)) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -145,11 +147,17 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
     return value
 
 
-def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class RepeatedKeyError(ValueError):
+    """An object in JSON has the same key twice: Python's reader would keep the last value without a word."""
+
+
+def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for json.loads. Raises RepeatedKeyError."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} is there twice")
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise RepeatedKeyError(f"the key {shown(name)} is there twice")
     return made
 
 
@@ -227,3 +235,13 @@ def _remove(path: str) -> None:
             os.unlink(path)
         except OSError:
             pass
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, none if it is missing. Raises UserError if it cannot be read."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise disk_error(error, folder) from error
