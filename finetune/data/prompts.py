@@ -122,7 +122,7 @@ def load_template(folder: Path) -> PromptTemplate:
     if template.identity() != saved.get("identity"):
         raise UserError(
             f"{path}: the adapter was trained on prompt {shown(saved.get('identity'))[1:-1]}, this version of finetune renders "
-            f"{template.identity()}; use the finetune version that trained it",
+            f"{shown(template.identity())[1:-1]}; use the finetune version that trained it",
             code="prompt.mismatch",
         )
     return template

@@ -319,3 +319,9 @@ def test_an_extracted_query_is_extracted_as_itself_and_has_no_ends(answer: str) 
     assert sql == sql.strip()
     if sql.lower().startswith(("select ", "with ")) and "`" not in sql:
         assert extract_sql(sql) == sql
+
+
+def test_a_version_with_a_line_end_is_still_one_line(tmp_path: Path) -> None:
+    (tmp_path / "prompt.json").write_text(json.dumps({"schema_format": "ddl", "version": "1\n2", "identity": "x"}))
+    with raises("prompt.mismatch", match=r"renders 1\\n2-ddl-"):
+        load_template(tmp_path)
