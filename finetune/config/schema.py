@@ -146,6 +146,12 @@ class TrackingSection:
 class EvaluationSection:
     split: Literal["test", "val"] = "test"
     max_questions: int | None = None  # null: all; else a seeded sample of the split
+    generator: Literal["auto", "vllm", "hf"] = (
+        "auto"  # who generates answers; auto: vLLM where it is installed and runs
+    )
+    adapter: Literal["auto", "merged", "apart"] = (
+        "auto"  # auto: merged into the weights where those have 16 bits or more
+    )
     batch_size: int = 16
     max_new_tokens: int = 256
     timeout_seconds: float = 10.0  # for one SQL query

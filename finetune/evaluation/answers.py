@@ -1,13 +1,12 @@
-"""A model's answers in a file that grows with every batch, so that an evaluation that was killed goes on where it was.
+"""A model's answers in a file that grows as they come, so that an evaluation that was killed goes on where it was.
 
-    {"format": 1, "settings": {...}, "prompts_sha256": ..., "questions": 493, "batch_size": 16, "dtype": "bfloat16"}
-    {"batch": 0, "of": 16, "question": 17, "prompt_sha256": ..., "seconds": 2.1, "text": "SELECT ...", "new_tokens": 12}
+    {"format": 2, "settings": {...}, "prompts_sha256": ..., "questions": 493, "dtype": "bfloat16"}
+    {"question": 17, "prompt_sha256": ..., "seconds": 0.031, "text": "SELECT ...", "new_tokens": 12, ...}
     ...
 
-The file is named after a hash of everything that the answers depend on (model, adapter, prompts, decoding), so that those of
-another adapter or config are never taken. Batches are formed here, the longest prompts first, and only whole batches are kept: a
-batch is computed with the same neighbours whether or not the evaluation was interrupted, because padding changes the rounding.
-The file is opened for each batch and closed after it, because a mounted bucket stores a file when it is closed.
+The file is named after a hash of everything that the answers depend on (model, adapter, prompts, generator, decoding), so that
+those of another adapter or config are never taken. Answers are written a second after they came at the latest; the file is
+opened for each write and closed after it, because a mounted bucket stores a file when it is closed.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from finetune.data.records import read_lines
 from finetune.errors import UserError
-from finetune.evaluation.generators.base import Answer, LoadedModel
+from finetune.evaluation.generators.base import Answer, LoadedModel, Sampling
 from finetune.evaluation.score import sha256
-from finetune.runtime.console import say
 from finetune.runtime.files import atomic_file, disk_error
 
-FORMAT = 1
+FORMAT = 2
+WRITE_SECONDS = 1.0
+"""Between two writes, each of which a mounted bucket turns into an upload of the whole file."""
 
 
 @dataclass
@@ -38,7 +39,7 @@ class AnswerFile:
     """The answers of one model to the prompts, in `path`.
 
     settings: everything else that the answers depend on. answers: by the number of the prompt. seconds: that generation took,
-    over all attempts.
+    over all attempts. sampling: None for greedy answers.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class AnswerFile:
     settings: dict[str, Any]
     prompts: Sequence[str]
     batch_size: int
+    sampling: Sampling | None = None
     dtype: str = ""
     seconds: float = 0.0
     answers: dict[int, Answer] = field(default_factory=dict)
@@ -57,61 +59,66 @@ class AnswerFile:
     def in_order(self) -> list[Answer]:
         return [self.answers[number] for number in range(len(self.prompts))]
 
-    def batches(self) -> list[list[int]]:
-        """The numbers of the prompts of each batch; prompts of similar length share one, and if memory does not suffice, that
-        shows at the first."""
-        order = sorted(range(len(self.prompts)), key=lambda number: (-len(self.prompts[number].encode()), number))
-        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-
     def kept(self) -> str:
         return f"{len(self.answers)} of {len(self.prompts)} answers of the {self.model_name} in {self.path}"
 
     def read(self) -> None:
-        """Take over the whole batches of an earlier attempt. A file of other prompts, or one that cannot be read, counts as
-        empty; so does an incomplete one with another batch size, whose batches would be others."""
+        """Take over the answers of an earlier attempt. A file of other prompts, or one that cannot be read, counts as empty."""
         try:
             header, *lines = [line.value for line in read_lines(self.path) if not line.problem]
-            batches = _whole_batches(lines, self.prompts)
-            seconds = sum(seconds for _, seconds in batches.values())
-            answers = {number: answer for batch, _ in batches.values() for number, answer in batch.items()}
-            if any(header[key] != value for key, value in self._header().items() if key not in ("batch_size", "dtype")):
+            kept = _kept(lines, self.prompts)
+            if any(header[key] != value for key, value in self._header().items() if key != "dtype"):
                 return
-            dtype, batch_size = str(header["dtype"]), header["batch_size"]
+            dtype = str(header["dtype"])
         except (UserError, OSError, ValueError, KeyError, TypeError):  # missing, damaged, or of another version
             return
-        if len(answers) < len(self.prompts) and batch_size != self.batch_size:
-            if answers:
-                say(f"{self.path}: {len(answers)} answers with batches of {batch_size} are not used, since "
-                    f"evaluation.batch_size is now {self.batch_size}")  # fmt: skip
-            return
-        self.answers, self.seconds, self.dtype = answers, seconds, dtype
+        self.answers = {number: answer for number, (answer, _) in kept.items()}
+        self.seconds, self.dtype = sum(seconds for _, seconds in kept.values()), dtype
 
-    def generate(self, load: Callable[[], LoadedModel], *, tuned: bool, max_new_tokens: int, progress: bool) -> None:
-        """Ask for the missing answers. load: gives the model, which is loaded only if an answer is missing. Raises UserError if
-        memory is too small or the disk is full; the answers so far are kept."""
+    def generate(
+        self,
+        load: Callable[[], LoadedModel],
+        *,
+        tuned: bool,
+        max_new_tokens: int,
+        progress: bool,
+        told: Callable[[int, Answer], None] | None = None,
+    ) -> None:
+        """Ask for the missing answers. load: gives the model, which is loaded only if an answer is missing. told: called with
+        each new answer and its number. Raises UserError if memory is too small or the disk is full; the answers so far are
+        kept, also after Ctrl-C."""
         if self.complete:
             return
         model = load()
         self.dtype = model.dtype_name
         self._write_kept()
+        missing = [number for number in range(len(self.prompts)) if number not in self.answers]
         with tqdm(
             total=len(self.prompts), initial=len(self.answers), desc=f"{self.model_name} answers", unit="question",
             disable=not progress,
-        ) as bar:  # fmt: skip
-            for place, batch in enumerate(self.batches()):
-                if all(number in self.answers for number in batch):
-                    continue
-                started = time.monotonic()
-                new = model.answers(
-                    [self.prompts[number] for number in batch],
-                    tuned=tuned,
-                    batch_size=self.batch_size,
-                    max_new_tokens=max_new_tokens,
-                    description=f"{self.model_name} answers",
-                    progress=False,
-                )
-                self._append(place, dict(zip(batch, new, strict=True)), time.monotonic() - started)
-                bar.update(len(batch))
+        ) as bar, self._writer() as keep:  # fmt: skip
+
+            def done(place: int, answer: Answer) -> None:
+                number = missing[place]
+                if number in self.answers:
+                    return
+                keep(number, answer)
+                bar.update()
+                if told:
+                    told(number, answer)
+
+            given = model.answers(
+                [self.prompts[number] for number in missing],
+                tuned=tuned,
+                batch_size=self.batch_size,
+                max_new_tokens=max_new_tokens,
+                sampling=self.sampling and replace(self.sampling, seeds=[self.sampling.seeds[n] for n in missing]),
+                done=done,
+                description=f"{self.model_name} answers",
+                progress=False,
+            )
+            for place, answer in enumerate(given):
+                done(place, answer)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -119,35 +126,50 @@ class AnswerFile:
             "settings": json.loads(json.dumps(self.settings)),
             "prompts_sha256": prompts_hash(self.prompts),
             "questions": len(self.prompts),
-            "batch_size": self.batch_size,
             "dtype": self.dtype,
         }
 
     def _write_kept(self) -> None:
-        """The file without what is torn or belongs to an incomplete batch. An unbroken file stays as it is."""
-        kept = [line.value for line in read_lines(self.path)] if self.path.is_file() else []
-        if self.answers and len(kept) == 1 + len(self.answers) and self.path.read_bytes().endswith(b"\n"):
+        """The file without what is torn or answers another prompt. An unbroken file stays as it is."""
+        lines = [line.value for line in read_lines(self.path)] if self.path.is_file() else []
+        if self.answers and len(lines) == 1 + len(self.answers) and self.path.read_bytes().endswith(b"\n"):
             return
-        numbers = {(line["batch"], line["question"]): line for line in kept[1:] if _is_line(line)}
         with atomic_file(self.path) as file:
             file.write(json.dumps(self._header()) + "\n")
-            for place, batch in enumerate(self.batches()):
-                if all(number in self.answers for number in batch):
-                    file.writelines(_json_line(numbers[place, number]) for number in batch)
+            for number, (answer, seconds) in sorted(_kept(lines[1:], self.prompts).items() if self.answers else []):
+                file.write(self._line(number, answer, seconds))
 
-    def _append(self, place: int, answers: dict[int, Answer], seconds: float) -> None:
-        lines = [
-            {
-                "batch": place,
-                "of": len(answers),
-                "question": number,
-                "prompt_sha256": sha256(self.prompts[number]),
-                "seconds": round(seconds, 3),
-                **answer._asdict(),
-            }
-            for number, answer in answers.items()
-        ]
-        text = "".join(map(_json_line, lines)).encode("utf-8", "backslashreplace")
+    @contextmanager
+    def _writer(self) -> Iterator[Callable[[int, Answer], None]]:
+        """Gives a function that keeps one answer. At the end of the block, however it ends, every answer is written."""
+        waiting: list[str] = []
+        last = [time.monotonic()] * 2  # of the last answer, of the last write
+
+        def keep(number: int, answer: Answer) -> None:
+            now = time.monotonic()
+            seconds, last[0] = round(now - last[0], 3), now
+            self.answers[number] = answer
+            self.seconds += seconds
+            waiting.append(self._line(number, answer, seconds))
+            if now - last[1] >= WRITE_SECONDS:
+                self._append(waiting)
+                last[1] = time.monotonic()
+
+        try:
+            yield keep
+        finally:
+            self._append(waiting)
+
+    def _line(self, number: int, answer: Answer, seconds: float) -> str:
+        line = {"question": number, "prompt_sha256": sha256(self.prompts[number]), "seconds": seconds}
+        return json.dumps(line | answer._asdict(), ensure_ascii=False) + "\n"
+
+    def _append(self, lines: list[str]) -> None:
+        """Write the lines and empty the list. Raises UserError if the disk is full."""
+        if not lines:
+            return
+        text = "".join(lines).encode("utf-8", "backslashreplace")
+        lines.clear()
         try:
             with self.path.open("ab") as file:
                 file.write(text)
@@ -155,36 +177,23 @@ class AnswerFile:
                 os.fsync(file.fileno())
         except OSError as error:
             raise disk_error(error, self.path) from error
-        self.answers |= answers
-        self.seconds += round(seconds, 3)
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
-def _json_line(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def _is_line(line: Any) -> bool:
-    numbers = ("batch", "of", "question", "new_tokens")
-    return isinstance(line, dict) and all(isinstance(line.get(key), int) for key in numbers)
-
-
-def _whole_batches(lines: Sequence[Any], prompts: Sequence[str]) -> dict[int, tuple[dict[int, Answer], float]]:
-    """The batches of which every answer is there: by their number, the answers by the prompt's number, and the seconds. Lines
-    that are damaged or answer another prompt are left out. Raises TypeError if they were written by another version."""
-    found: dict[int, dict[int, Answer]] = {}
-    size: dict[int, int] = {}
-    seconds: dict[int, float] = {}
-    for line in filter(_is_line, lines):
-        number, place = line["question"], line["batch"]
+def _kept(lines: Sequence[Any], prompts: Sequence[str]) -> dict[int, tuple[Answer, float]]:
+    """The answers in the lines of a file with their seconds, by the number of the prompt. Lines that are damaged or answer another
+    prompt are left out. Raises TypeError if they were written by another version."""
+    found: dict[int, tuple[Answer, float]] = {}
+    for line in lines:
+        if not isinstance(line, dict) or not all(isinstance(line.get(key), int) for key in ("question", "new_tokens")):
+            continue
+        number = line["question"]
         if not 0 <= number < len(prompts) or line["prompt_sha256"] != sha256(prompts[number]):
             continue
         answer = Answer(**{key: line[key] for key in Answer._fields})
-        if answer.problem == "out_of_memory":  # another machine, or the same one without other programs, may have room
-            continue
-        found.setdefault(place, {}).setdefault(number, answer)
-        size[place], seconds[place] = line["of"], float(line["seconds"])
-    return {place: (batch, seconds[place]) for place, batch in found.items() if len(batch) == size[place]}
+        if answer.problem != "out_of_memory":  # another machine, or the same one without other programs, may have room
+            found.setdefault(number, (answer, float(line["seconds"])))
+    return found

@@ -9,8 +9,7 @@ from finetune.data.answers import extract_sql
 from finetune.data.prompts import load_template
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Answer
-from finetune.evaluation.generators.registry import DEFAULT as DEFAULT_GENERATOR
-from finetune.evaluation.generators.registry import generator_named
+from finetune.evaluation.generators.registry import generator_for
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
 from finetune.runtime.console import say, visible
@@ -51,7 +50,7 @@ def ask(
     if not question.strip():
         raise UserError("the question is empty", code="ask.empty_question")
     template, config = load_template(run.adapter), run.config()
-    model = generator_named(DEFAULT_GENERATOR).load(config, None if base else run.adapter)
+    model = generator_for(config).load(config, None if base else run.adapter)
     prompt = template.render(
         schema=schema, question=question, dialect=asked, evidence=evidence, schema_dialect=schema_dialect
     )

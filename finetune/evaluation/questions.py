@@ -19,7 +19,6 @@ from finetune.data.records import Record
 from finetune.data.split import unit_hash
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Generator
-from finetune.models.device import choose_device
 from finetune.models.load import weights_identity
 from finetune.runtime.console import say
 from finetune.runtime.files import sha256_file
@@ -28,7 +27,7 @@ STOPPING_VERSION = 4
 """Raise it when generation stops at other places of an answer (data/answers.py): answers generated before are then not reused."""
 JUDGING_VERSION = 3
 """Raise it when other SQL is taken out of an answer, or when a rule changes: cached verdicts are then computed again."""
-GENERATION_KEYS = ("batch_size", "max_new_tokens", "dequantize")
+GENERATION_KEYS = ("generator", "adapter", "batch_size", "max_new_tokens", "dequantize")
 """Of the section `evaluation`: they concern the answers. `split` and `max_questions` choose the questions, and every other key
 concerns the verdicts."""
 CHOICE_KEYS = ("split", "max_questions")
@@ -54,17 +53,18 @@ class EvaluationSet:
         """What the answers depend on, apart from the prompts. The batch size is left out: it changes rounding only, and an
         incomplete file of answers is checked for it."""
         config, model = self.config, asdict(self.config.model)
-        device = choose_device(config.model.torch_dtype)
         del model["max_seq_length"]  # of training
         return {
             "model": model,
             "weights": weights_identity(config.model),
             "quantization": asdict(config.quantization),
-            "device": [device.place.type, device.dtype_name],
             "adapter": None if adapter is None else adapter_identity(adapter),
             "max_new_tokens": config.evaluation.max_new_tokens,
-            "dequantize": config.evaluation.dequantize,
-            "generator": [self.generator.name, self.generator.version],
+            "generator": {
+                "name": self.generator.name,
+                "version": self.generator.version,
+                **self.generator.settings(config),
+            },
             "stopping": STOPPING_VERSION,
         }
 

@@ -25,7 +25,7 @@ from finetune.data.records import read_lines
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation.answers import AnswerFile, prompts_hash
 from finetune.evaluation.generators.base import LoadedModel
-from finetune.evaluation.generators.registry import DEFAULT, generator_named
+from finetune.evaluation.generators.registry import generator_for
 from finetune.evaluation.questions import EvaluationSet, evaluation_set, short_hash
 from finetune.evaluation.score import Judge, Row, as_dict, gains, score
 from finetune.models.load import require_adapter
@@ -59,15 +59,15 @@ def evaluate_base(
     config: RunConfig,
     *,
     loaded: LoadedModel | None = None,
-    generator: str = DEFAULT,
+    generator: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score the base model of a config, or read the cached score if there is one. Returns the score (see score.score).
 
-    loaded: the model, with or without an adapter, if it is in memory already. generator: name of the answer generator in
-    evaluation/generators/registry.py. Raises Interrupted on Ctrl-C.
+    loaded: the model, with or without an adapter, if it is in memory already. generator: name of the answer generator,
+    in place of evaluation.generator. Raises Interrupted on Ctrl-C.
     """
-    questions = evaluation_set(config, generator_named(generator), PromptTemplate(config.data.schema_format))
+    questions = evaluation_set(config, generator_for(config, generator), PromptTemplate(config.data.schema_format))
     base = _base(questions, Path(config.training.output_dir))
     _complete(questions, [base], lambda: loaded or questions.generator.load(config, None), progress)
     return base.result[0]
@@ -77,7 +77,7 @@ def evaluate_run(
     run: RunFolder,
     *,
     base: bool = True,
-    generator: str = DEFAULT,
+    generator: str | None = None,
     evaluation: EvaluationSection | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def evaluate_run(
     config = run.config()
     config.evaluation = evaluation or config.evaluation
     require_adapter(run.adapter)
-    questions = evaluation_set(config, generator_named(generator), load_template(run.adapter))
+    questions = evaluation_set(config, generator_for(config, generator), load_template(run.adapter))
     trained_on = run.record().data if run.run_json.is_file() else None
     if trained_on and trained_on.manifest_sha256 != questions.data.manifest_hash:
         say(

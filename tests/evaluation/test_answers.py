@@ -18,7 +18,7 @@ from finetune.cli import main as cli
 from finetune.errors import Interrupted
 from finetune.evaluation.answers import AnswerFile
 from finetune.evaluation.generators import hf
-from finetune.evaluation.generators.base import Answer
+from finetune.evaluation.generators.base import Answer, Done
 from finetune.evaluation.run import evaluate_run
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import read_jsonl
@@ -27,24 +27,27 @@ from tests.helpers.run_examples import copy_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a", "bbb", "cc", "dddd", "eeeee"]
-BATCHES = [["eeeee", "dddd"], ["bbb", "cc"], ["a"]]
-"""Of two prompts each, the longest first."""
+ORDER = ["eeeee", "dddd", "bbb", "cc", "a"]
+"""The longest first, as a generator may answer them."""
 
 
 class Speaker:
-    """A model that answers each prompt with itself in capitals, and may stop before a batch."""
+    """A model that answers each prompt with itself in capitals, the longest first, and may stop before one."""
 
     dtype_name = "words"
 
     def __init__(self, stop_before: int | None = None, error: BaseException | None = None) -> None:
-        self.batches: list[list[str]] = []
+        self.asked: list[str] = []
         self._stop, self._error = stop_before, error
 
-    def answers(self, prompts: Sequence[str], **_: Any) -> list[Answer]:
-        if len(self.batches) == self._stop:
-            raise self._error or KeyboardInterrupt
-        self.batches.append(list(prompts))
-        return [Answer(prompt.upper() + "\n'é\u2028", len(prompt)) for prompt in prompts]
+    def answers(self, prompts: Sequence[str], *, done: Done, **_: Any) -> list[Answer]:
+        answers = [Answer(prompt.upper() + "\n'é\u2028", len(prompt)) for prompt in prompts]
+        for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
+            if len(self.asked) == self._stop:
+                raise self._error or KeyboardInterrupt
+            self.asked.append(prompts[number])
+            done(number, answers[number])
+        return answers
 
 
 def answer_file(path: Path, prompts: Sequence[str] = PROMPTS, batch_size: int = 2, **settings: Any) -> AnswerFile:
@@ -62,6 +65,11 @@ def without_seconds(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in read_jsonl_lines(path)]
 
 
+def by_question(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file without its header, whose order is that in which the answers came."""
+    return sorted(without_seconds(path)[1:], key=lambda line: line["question"])
+
+
 def read_jsonl_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
@@ -70,7 +78,7 @@ def read_jsonl_lines(path: Path) -> list[dict[str, Any]]:
 def whole(tmp_path: Path) -> Path:
     """A complete file."""
     path = tmp_path / "whole.jsonl"
-    assert generate(answer_file(path), Speaker()).batches == BATCHES
+    assert generate(answer_file(path), Speaker()).asked == ORDER
     return path
 
 
@@ -84,38 +92,34 @@ def test_answers_come_back_in_the_order_of_the_prompts(whole: Path) -> None:
     generate(file, Speaker(stop_before=0))  # which is not asked
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2])
+@pytest.mark.parametrize("stop", range(5))
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("gone")])
-def test_after_any_batch_the_rest_is_asked_in_the_same_batches(
-    tmp_path: Path, whole: Path, stop: int, error: BaseException
-) -> None:
+def test_after_any_answer_only_the_rest_is_asked(tmp_path: Path, whole: Path, stop: int, error: BaseException) -> None:
     path = tmp_path / "part.jsonl"
     with pytest.raises(type(error)):
         generate(answer_file(path), Speaker(stop, error))
-    assert generate(answer_file(path), Speaker()).batches == BATCHES[stop:]
-    assert without_seconds(path) == without_seconds(whole)
+    assert generate(answer_file(path), Speaker()).asked == ORDER[stop:]
+    assert by_question(path) == by_question(whole)
     assert answer_file(path).in_order() == answer_file(whole).in_order()
 
 
-def test_a_file_that_ends_anywhere_is_taken_up_to_its_last_whole_batch(tmp_path: Path, whole: Path) -> None:
+def test_a_file_that_ends_anywhere_is_taken_up_to_its_last_whole_answer(tmp_path: Path, whole: Path) -> None:
     content, path = whole.read_bytes(), tmp_path / "torn.jsonl"
-    ends = [0]
     lines = content.splitlines(keepends=True)
-    for count in (1, 3, 5, 6):
-        ends.append(sum(map(len, lines[:count])))
+    ends = [sum(map(len, lines[:count])) for count in range(2, len(lines) + 1)]
     for size in range(0, len(content) + 1, 23):
         path.write_bytes(content[:size])
-        batches = sum(size >= end - 1 for end in ends[2:])  # the last line end alone may be missing
+        there = sum(size >= end - 1 for end in ends)  # the last line end alone may be missing
         model = generate(answer_file(path), Speaker())
-        assert model.batches == BATCHES[batches:], size
-        assert without_seconds(path) == without_seconds(whole), size
+        assert model.asked == ORDER[there:], size
+        assert by_question(path) == by_question(whole), size
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda text: text.replace('"prompt_sha256": "', '"prompt_sha256": "0'),
-        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"format": 2', '"format": 1'),
         lambda text: text.replace('"new_tokens": ', '"tokens": '),
         lambda text: text.replace('"question": ', '"question": 1'),
         lambda text: text.replace('"settings"', '"other"'),
@@ -131,7 +135,7 @@ def test_answers_that_are_not_to_these_prompts_and_settings_are_asked_again(
 ) -> None:
     before = without_seconds(whole)
     whole.write_text(damage(whole.read_text(encoding="utf-8")), encoding="utf-8")
-    assert generate(answer_file(whole), Speaker()).batches == BATCHES
+    assert generate(answer_file(whole), Speaker()).asked == ORDER
     assert without_seconds(whole) == before
 
 
@@ -141,15 +145,28 @@ def test_another_adapter_or_other_prompts_find_nothing(whole: Path) -> None:
     assert not answer_file(whole, PROMPTS[::-1]).answers
 
 
-def test_an_incomplete_file_of_another_batch_size_starts_over_and_a_complete_one_is_taken(
-    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_incomplete_file_of_another_batch_size_is_taken(tmp_path: Path, whole: Path) -> None:
     assert answer_file(whole, batch_size=3).complete
     path = tmp_path / "part.jsonl"
     with pytest.raises(KeyboardInterrupt):
         generate(answer_file(path), Speaker(stop_before=1))
-    assert generate(answer_file(path, batch_size=3), Speaker()).batches == [["eeeee", "dddd", "bbb"], ["cc", "a"]]
-    assert "2 answers with batches of 2 are not used" in capsys.readouterr().err
+    assert generate(answer_file(path, batch_size=3), Speaker()).asked == ORDER[1:]
+
+
+def test_answers_are_on_the_disk_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mounted bucket uploads the whole file at each write: not one for each answer, nor one for all of them."""
+    now = iter(range(0, 1000, 1))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now) * 0.6)
+    path, sizes = tmp_path / "a.jsonl", []
+    file = answer_file(path)
+    file.generate(
+        Speaker,
+        tuned=False,
+        max_new_tokens=9,
+        progress=False,
+        told=lambda *_: sizes.append(len(read_jsonl_lines(path))),
+    )
+    assert sizes[0] <= 2 and sizes[2] >= 3 and len(read_jsonl_lines(path)) == 6
 
 
 def test_the_seconds_of_all_attempts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

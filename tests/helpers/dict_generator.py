@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.evaluation.generators.base import Answer
+from finetune.evaluation.generators.base import Answer, Done, Sampling
 
 
 class DictModel:
@@ -22,6 +23,8 @@ class DictModel:
         tuned: bool,
         batch_size: int,
         max_new_tokens: int,
+        sampling: Sampling | None = None,
+        done: Done | None = None,
         description: str = "generate",
         progress: bool = True,
     ) -> list[Answer]:
@@ -39,6 +42,9 @@ class DictGenerator:
     def __init__(self, base: Mapping[str, str], tuned: Mapping[str, str] | None = None) -> None:
         self._base, self._tuned = base, tuned or {}
         self.adapters: list[Path | None] = []
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        return {}
 
     def load(self, config: RunConfig, adapter: Path | None) -> DictModel:
         self.adapters.append(adapter)

@@ -3,9 +3,10 @@ prompts into answers. finetune/evaluation/generators/registry.py lists the gener
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from finetune.config.schema import RunConfig
 
@@ -23,6 +24,18 @@ class Answer(NamedTuple):
     prompt_tokens: int | None = None
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn at random. seeds: one for each prompt, so that an answer depends on its prompt and seed alone."""
+
+    temperature: float
+    seeds: Sequence[int]
+
+
+Done = Callable[[int, Answer], None]
+"""Called with the number of a prompt and its answer as soon as it is there, in any order."""
+
+
 class LoadedModel(Protocol):
     """A base model in memory, with the adapter it was loaded with, if any."""
 
@@ -38,12 +51,15 @@ class LoadedModel(Protocol):
         tuned: bool,
         batch_size: int,
         max_new_tokens: int,
+        sampling: Sampling | None = None,
+        done: Done | None = None,
         description: str = "generate",
         progress: bool = True,
     ) -> list[Answer]:
-        """The greedy answer to every prompt, in the prompts' order, of at most `max_new_tokens` tokens.
+        """The answer to every prompt, in the prompts' order, of at most `max_new_tokens` tokens; greedy without `sampling`.
 
-        tuned: whether to use the adapter. batch_size: prompts per batch. A prompt that is too long is an answer with a problem.
+        tuned: whether to use the adapter. batch_size: prompts answered at once; a generator that schedules by itself takes it as
+        a hint. done: told of each answer as it comes. A prompt that is too long is an answer with a problem.
         """
         ...
 
@@ -57,6 +73,11 @@ class Generator(Protocol):
     @property
     def version(self) -> str:
         """The version of the software that computes the answers; another version may answer differently."""
+        ...
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        """What the answers depend on besides model, adapter and prompts, on this machine: dtype, device, how the adapter is
+        applied. Part of the key of kept answers, and of eval.json."""
         ...
 
     def load(self, config: RunConfig, adapter: Path | None) -> LoadedModel:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from finetune.config.schema import RunConfig
 from finetune.data.prompts import answer_is_complete, prompt_dialect
-from finetune.evaluation.generators.base import Answer
-from finetune.evaluation.generators.stopping import AnswersComplete
+from finetune.evaluation.generators.base import Answer, Done, Sampling
+from finetune.evaluation.generators.stopping import EndOfAnswers
 from finetune.models.adapter import is_sealed
 from finetune.models.device import Device, choose_device
 from finetune.models.load import load_adapter, load_base, load_tokenizer
@@ -32,6 +32,15 @@ class HfGenerator:
 
     name = "hf"
     version = str(transformers.__version__)
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        device = choose_device(config.model.torch_dtype)
+        return {
+            "device": device.place.type,
+            "dtype": device.dtype_name,
+            "dequantize": config.evaluation.dequantize,
+            "adapter": "apart",
+        }
 
     def load(self, config: RunConfig, adapter: Path | None) -> HfModel:
         device = choose_device(config.model.torch_dtype)
@@ -58,9 +67,12 @@ class HfModel:
         tuned: bool,
         batch_size: int,
         max_new_tokens: int,
+        sampling: Sampling | None = None,
+        done: Done | None = None,
         description: str = "generate",
         progress: bool = True,
     ) -> list[Answer]:
+        assert sampling is None, "TODO helper B"
         model = self._model
         has_adapter = hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
         with model.disable_adapter() if has_adapter and not tuned else nullcontext():
@@ -70,6 +82,7 @@ class HfModel:
                 prompts,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
+                done=done,
                 description=description,
                 progress=progress,
             )
@@ -83,10 +96,11 @@ def generate_answers(
     *,
     batch_size: int,
     max_new_tokens: int,
+    done: Done | None = None,
     description: str = "generate",
     progress: bool = True,
 ) -> list[Answer]:
-    """The answer to every prompt, in the prompts' order.
+    """The answer to every prompt, in the prompts' order; `done` is told of each as it comes.
 
     Prompts of similar length share a batch, longest first. A prompt that leaves less than `max_new_tokens` of the model's
     positions is asked alone, with the room that there is. If memory does not suffice for a batch, it is asked in halves.
@@ -108,6 +122,8 @@ def generate_answers(
                 cut = room[i] < max_new_tokens and answer.new_tokens == room[i]
                 complete = not cut or answer_is_complete(answer.text, prompt_dialect(prompts[i]))
                 answers[i] = answer if complete or answer.problem else answer._replace(problem="too_long")
+                if done:
+                    done(i, answers[i])
             bar.update(len(batch))
     return answers
 
@@ -149,6 +165,20 @@ def _batch(
     ]
 
 
+class AnswersComplete(StoppingCriteria):
+    """Ends each row of a batch as soon as its answer is complete. dialects: of each row."""
+
+    def __init__(self, common: EndOfAnswers, dialects: Sequence[str]) -> None:
+        self._rows = [common.answer(dialect) for dialect in dialects]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.complete:
+                row.add(token)
+        complete = [row.complete for row in self._rows]
+        return torch.tensor(complete, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory of the GPU, or on a CPU that of the machine, did not suffice."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
@@ -178,7 +208,7 @@ def _greedy(
         use_cache=True,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([AnswersComplete(tokenizer, width, dialects)]),
+        stopping_criteria=StoppingCriteriaList([AnswersComplete(EndOfAnswers(tokenizer, ends), dialects)]),
     )
     return output[:, width:]
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Generator
 from finetune.evaluation.generators.hf import HfGenerator
 
+AUTO = "auto"
 DEFAULT = "hf"
 GENERATORS: dict[str, Generator] = {DEFAULT: HfGenerator()}
+
+
+def generator_for(config: RunConfig, name: str | None = None) -> Generator:
+    """The generator of this name, else that of evaluation.generator; for `auto`, the fastest that runs on this machine."""
+    wanted = name or config.evaluation.generator
+    return generator_named(DEFAULT if wanted == AUTO else wanted)
 
 
 def generator_named(name: str) -> Generator:

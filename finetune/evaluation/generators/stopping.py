@@ -1,19 +1,14 @@
-"""Ends each row of a batch as soon as no further token could change the SQL in it: the rules are those of data/answers.py."""
+"""Where an answer ends, for every generator: at an end-of-text token, or as soon as no further token could change the SQL in it (the
+rules of data/answers.py)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
-from transformers import StoppingCriteria
+from collections.abc import Collection
+from typing import Any
 
 from finetune.data.answers import AnswerReader
 from finetune.tokens import decode_answer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _MAY_END_AN_ANSWER = frozenset(";#`~>▷]:\n")
 """Only after these may an answer be complete. What training teaches hardly holds them, so that such answers cost nothing."""
@@ -21,50 +16,67 @@ _BLANK_LINE = re.compile(r"\n[ \t\r]*\n\s*\w{0,20}\Z")
 """An answer that ends so: the word after the blank line decides whether its query goes on."""
 
 
-class AnswersComplete(StoppingCriteria):
-    """A transformers stopping criterion for one batch. dialects: of each row; all SQLite's if there are none."""
+class EndOfAnswers:
+    """What all answers of one model have in common. ends: the tokens that end an answer (tokens.stop_ids)."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, dialects: Sequence[str] | None = None
-    ) -> None:
-        self._tokenizer, self._prompt_tokens, self._dialects = tokenizer, prompt_tokens, dialects
-        self._rows: list[_Row] = []
+    def __init__(self, tokenizer: Any, ends: Collection[int]) -> None:
+        self.tokenizer, self.ends = tokenizer, frozenset(ends)
+        self._may_end: dict[int, bool] = {}
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
-        if not self._rows:
-            dialects = self._dialects or ["sqlite"] * len(input_ids)
-            self._rows = [_Row(self._tokenizer, dialect) for dialect in dialects]
-        last = self._tokenizer.batch_decode(input_ids[:, -1:])
-        for row, ids, token in zip(self._rows, input_ids, last, strict=True):
-            if not row.complete and (row.waits or not _MAY_END_AN_ANSWER.isdisjoint(token)):
-                row.read(ids[self._prompt_tokens :])
-        complete = [row.complete for row in self._rows]
-        return torch.tensor(complete, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
+    def answer(self, dialect: str) -> GrowingAnswer:
+        return GrowingAnswer(self, dialect)
+
+    def may_end(self, token: int) -> bool:
+        """Whether an answer may be complete after this token."""
+        known = self._may_end.get(token)
+        if known is None:
+            text: str = self.tokenizer.decode([token])
+            known = self._may_end[token] = not _MAY_END_AN_ANSWER.isdisjoint(text)
+        return known
 
 
-class _Row:
-    """One answer so far. Its tokens are decoded once each, together with those decoded before them, on which their spaces
-    depend; the whole answer is decoded only to confirm that it is complete."""
+class GrowingAnswer:
+    """One answer while its tokens come. ids: they, without the one that ended it.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, dialect: str) -> None:
-        self._tokenizer, self._dialect = tokenizer, dialect
+    Its tokens are decoded once each, together with those decoded before them, on which their spaces depend; the whole answer is
+    decoded only to confirm that it is complete.
+    """
+
+    def __init__(self, common: EndOfAnswers, dialect: str) -> None:
+        self.ids: list[int] = []
+        self.complete = False
+        self._common, self._dialect = common, dialect
         self._reader, self._text = AnswerReader(dialect), ""
         self._before, self._read = 0, 0  # tokens: where the context begins, and how many are in the text
-        self.complete = False
-        self.waits = False  # for the word after a blank line
+        self._waits = False  # for the word after a blank line
 
-    def read(self, answer: torch.Tensor) -> None:
-        ids = answer[self._before :].tolist()
-        text = decode_answer(self._tokenizer, ids)
+    def add(self, token: int) -> bool:
+        """Take one more token; returns whether the answer is complete, after which none must be added."""
+        if token in self._common.ends:
+            self.complete = True
+            return True
+        self.ids.append(token)
+        if self._waits or self._common.may_end(token):
+            self._read_on()
+        return self.complete
+
+    @property
+    def text(self) -> str:
+        return decode_answer(self._common.tokenizer, self.ids)
+
+    def _read_on(self) -> None:
+        decode, tokenizer = decode_answer, self._common.tokenizer
+        ids = self.ids[self._before :]
+        text = decode(tokenizer, ids)
         if text.endswith("\ufffd"):  # a character of which a token is missing
             return
-        self._text += text[len(decode_answer(self._tokenizer, ids[: self._read - self._before])) :]
-        self._before, self._read = self._read, len(answer)
-        self.waits = _BLANK_LINE.search(self._text, max(0, len(self._text) - 60)) is not None
+        self._text += text[len(decode(tokenizer, ids[: self._read - self._before])) :]
+        self._before, self._read = self._read, len(self.ids)
+        self._waits = _BLANK_LINE.search(self._text, max(0, len(self._text) - 60)) is not None
         if self._reader.feed(self._text):
-            self._confirm(answer)
+            self._confirm()
 
-    def _confirm(self, answer: torch.Tensor) -> None:
-        self._text = decode_answer(self._tokenizer, answer.tolist())
+    def _confirm(self) -> None:
+        self._text = self.text
         self._reader = AnswerReader(self._dialect)
         self.complete = self._reader.feed(self._text)
