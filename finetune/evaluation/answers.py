@@ -184,8 +184,8 @@ def prompts_hash(prompts: Sequence[str]) -> str:
 
 
 def _kept(lines: Sequence[Any], prompts: Sequence[str]) -> dict[int, tuple[Answer, float]]:
-    """The answers in the lines of a file with their seconds, by the number of the prompt. Lines that are damaged or answer another
-    prompt are left out. Raises TypeError if they were written by another version."""
+    """The answers in the lines of a file with their seconds, by the number of the prompt. Lines that are damaged or answer
+    another prompt are left out. Raises TypeError if they were written by another version."""
     found: dict[int, tuple[Answer, float]] = {}
     for line in lines:
         if not isinstance(line, dict) or not all(isinstance(line.get(key), int) for key in ("question", "new_tokens")):

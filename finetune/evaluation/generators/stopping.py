@@ -1,5 +1,5 @@
-"""Where an answer ends, for every generator: at an end-of-text token, or as soon as no further token could change the SQL in it (the
-rules of data/answers.py)."""
+"""Where an answer ends, for every generator: at an end-of-text token, or as soon as no further token could change the SQL in it
+(the rules of data/answers.py)."""
 
 from __future__ import annotations
 
