@@ -68,7 +68,8 @@ class VllmGenerator:
         found = place()
         if (why := missing(config)) or found is None:
             raise UserError(
-                f"evaluation.generator=vllm: {why}; evaluation.generator=hf does without vLLM", code="evaluation.no_vllm"
+                f"evaluation.generator=vllm: {why}; evaluation.generator=hf does without vLLM",
+                code="evaluation.no_vllm",
             )
         rank = 0
         if adapter is not None:

@@ -131,7 +131,11 @@ def _unknown_model(config: RunConfig) -> str | None:
     if config.model.trust_remote_code:
         return "model.trust_remote_code: vLLM may not know the model; evaluation.generator=vllm tries it"
     kind = str(getattr(load_model_config(config.model), "model_type", ""))
-    return None if kind in FAMILIES else f"vLLM was not tried with models of type {kind}; evaluation.generator=vllm tries it"
+    return (
+        None
+        if kind in FAMILIES
+        else f"vLLM was not tried with models of type {kind}; evaluation.generator=vllm tries it"
+    )
 
 
 def _no_room(config: RunConfig, gpu: DetectedGpu) -> str | None:
