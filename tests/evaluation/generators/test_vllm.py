@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.config.schema import RunConfig
-from finetune.evaluation.generators import vllm_place
-from finetune.evaluation.generators.base import Answer, Sampling
+from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.generators.hf import HfGenerator
-from finetune.evaluation.generators.vllm import VllmGenerator, VllmModel
+from finetune.evaluation.generators.vllm import VllmGenerator
 from finetune.run_folder import RunFolder
 from tests.helpers.fake_vllm.install import fake_vllm
 from tests.helpers.run_examples import copy_run

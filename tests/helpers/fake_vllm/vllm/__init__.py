@@ -1,8 +1,8 @@
-"""Stands for vLLM 0.24 where there is no GPU: the part of its interface that vllm_worker.py uses, over a tiny model of transformers.
+"""Stands for vLLM 0.24 where there is no GPU: what vllm_worker.py uses of its interface, over a tiny model of transformers.
 
-FAKE_VLLM, a JSON object, makes it fail as the real one does: {"load": MESSAGE} while it is loaded, {"kill": N} by SIGKILL at step N,
-{"raise": [N, MESSAGE]} at step N, {"error": [ID, ...]} requests that end with an error, {"hang": N} at step N. With {"seen": FILE}
-it writes one line of JSON for all that it was asked.
+FAKE_VLLM, a JSON object, makes it fail as the real one does: {"load": MESSAGE} while it is loaded, {"kill": N} by SIGKILL at step
+N, {"raise": [N, MESSAGE]} at step N, {"error": [ID, ...]} requests that end with an error, {"hang": N} at step N. With
+{"seen": FILE} it writes a line of JSON for each thing that it was asked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
