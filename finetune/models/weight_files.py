@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,5 +269,3 @@ def model_folder(section: ModelSection) -> Path:
             code="model.load_failed",
         ) from error
     return folder
-
-
