@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ STOPPING_VERSION = 4
 """Raise it when generation stops at other places of an answer (data/answers.py): answers generated before are then not reused."""
 JUDGING_VERSION = 3
 """Raise it when other SQL is taken out of an answer, or when a rule changes: cached verdicts are then computed again."""
-GENERATION_KEYS = ("generator", "adapter", "batch_size", "max_new_tokens", "dequantize")
+GENERATION_KEYS = (
+    *("generator", "adapter", "batch_size", "max_new_tokens", "dequantize"),
+    *("samples", "temperature", "seed", "retries"),
+)
 """Of the section `evaluation`: they concern the answers. `split` and `max_questions` choose the questions, and every other key
 concerns the verdicts."""
 CHOICE_KEYS = ("split", "max_questions")
@@ -48,6 +52,11 @@ class EvaluationSet:
     @cached_property
     def prompts(self) -> list[str]:
         return [self.template.render_record(record) for record in self.records]
+
+    def of(self, places: Sequence[int]) -> EvaluationSet:
+        """The questions at these places, in this order, each as often as it is named."""
+        records, databases = [self.records[place] for place in places], [self.databases[place] for place in places]
+        return replace(self, records=records, databases=databases)
 
     def generation(self, adapter: Path | None) -> dict[str, Any]:
         """What the answers depend on, apart from the prompts. The batch size is left out: it changes rounding only, and an
