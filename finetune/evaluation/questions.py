@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,11 +55,6 @@ class EvaluationSet:
     @cached_property
     def prompts(self) -> list[str]:
         return [self.template.render_record(record) for record in self.records]
-
-    def of(self, places: Sequence[int]) -> EvaluationSet:
-        """The questions at these places, in this order, each as often as it is named."""
-        records, databases = [self.records[place] for place in places], [self.databases[place] for place in places]
-        return replace(self, records=records, databases=databases)
 
     def generation(self, adapter: Path | None) -> dict[str, Any]:
         """What the answers depend on, apart from the prompts. The batch size is left out: it changes rounding only, and an

@@ -13,8 +13,9 @@ from typing import Any, get_args
 
 from finetune.data.prompts import RETRY_VERSION
 from finetune.evaluation.generators.base import Answer
+from finetune.evaluation.judging import Judging
 from finetune.evaluation.questions import EvaluationSet
-from finetune.evaluation.samples import Judged, compared
+from finetune.evaluation.samples import compared
 from finetune.evaluation.score import Row, as_dict, score, sha256
 from finetune.sql.engines.base import ErrorKind
 
@@ -48,7 +49,7 @@ def retried_with(round_number: int) -> dict[str, Any]:
     return {"version": RETRY_VERSION, "round": round_number}
 
 
-def retry(questions: EvaluationSet, first: Sequence[Row], ask: Ask, judged: Judged) -> Retried:
+def retry(questions: EvaluationSet, first: Sequence[Row], ask: Ask, judged: Judging) -> Retried:
     """Ask up to evaluation.retries times. first: the rows of the greedy answers. Every prompt holds all answers before it, with
     their errors. An answer that has a problem (too long, out of memory) changes nothing, and ends that question's tries."""
     rows, prompts = list(first), list(questions.prompts)
@@ -64,7 +65,9 @@ def retry(questions: EvaluationSet, first: Sequence[Row], ask: Ask, judged: Judg
         answers = ask(round_number, [prompts[place] for place in places])
         asked.append(len(places))
         tokens += sum(answer.new_tokens for answer in answers)
-        for place, row, answer in zip(places, judged(questions.of(places), answers), answers, strict=True):
+        for place, answer in zip(places, answers, strict=True):
+            judged.submit(("retry", round_number), place, answer)
+        for place, row, answer in zip(places, judged.rows(("retry", round_number)), answers, strict=True):
             if answer.problem:
                 done.add(place)
             else:

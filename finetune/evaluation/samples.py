@@ -9,21 +9,18 @@ and says nothing about how to use the tuned one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from math import prod
 from statistics import mean
 from typing import Any
 
 from finetune.config.schema import EvaluationSection
-from finetune.evaluation.generators.base import Answer, Sampling
+from finetune.evaluation.generators.base import Sampling
+from finetune.evaluation.judging import Judging
 from finetune.evaluation.questions import EvaluationSet
 from finetune.evaluation.score import CORRECT, Row, as_dict, gains, score
 from finetune.evaluation.statistics import mcnemar_exact
-
-Judged = Callable[[EvaluationSet, Sequence[Answer]], list[Row]]
-"""The row of each question of a set with its answer, in order."""
-
 
 @dataclass(frozen=True)
 class Vote:
@@ -121,21 +118,17 @@ class Samples:
         ]
 
 
-def judged_samples(questions: EvaluationSet, answers: Sequence[Answer], judged: Judged) -> Samples:
-    """answers: those to `repeated`. Equal answers to one question are judged once."""
-    size = questions.config.evaluation.samples
-    groups = [answers[start : start + size] for start in range(0, len(answers), size)]
-    different = {
-        (place, answer.text, answer.problem): answer for place, group in enumerate(groups) for answer in reversed(group)
-    }
-    order = sorted(different, key=lambda key: key[0])
-    rows = judged(questions.of([place for place, *_ in order]), [different[key] for key in order])
-    known = dict(zip(order, rows, strict=True))
-    found = [
-        [replace(known[place, answer.text, answer.problem], new_tokens=answer.new_tokens) for answer in group]
-        for place, group in enumerate(groups)
-    ]
-    return Samples(found, [vote([r.result_sha256 for r in rows], [r.prediction for r in rows]) for rows in found])
+def judged_samples(judged: Judging, samples: int, questions: int) -> Samples:
+    """The rows of all samples, which were submitted under `key_of`."""
+    by_number = [judged.rows(key_of(number)) for number in range(samples)]
+    assert all(len(rows) == questions for rows in by_number)
+    rows = [list(of_one) for of_one in zip(*by_number, strict=True)]
+    return Samples(rows, [vote([r.result_sha256 for r in of_one], [r.prediction for r in of_one]) for of_one in rows])
+
+
+def key_of(number: int) -> tuple[str, int]:
+    """Under which the samples of this number are judged."""
+    return "sample", number
 
 
 def scores(samples: Samples, greedy: Sequence[Row], evaluation: EvaluationSection) -> dict[str, Any]:
