@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finetune.data.answers import answer_is_complete as answer_is_complete
 from finetune.data.answers import extract_sql as extract_sql
-from finetune.errors import UserError, first_line, shown
+from finetune.errors import UserError, first_line, printable, shown
 from finetune.runtime.files import load_json, write_text
 from finetune.sql.dialects import dialect_name
 from finetune.sql.schema import compact, parse_ddl
@@ -37,7 +37,7 @@ _HINT = "### Hint\n{evidence}\n"
 _QUESTION = "### Question\n{question}\n### SQL\n"
 _RETRY = "{prompt}{sql}\n### Error\n{error}\n### SQL\n"
 RETRY_VERSION = "1"
-"""Of the text above. It is no part of a template's identity, because no adapter is trained on it; it is in the key of kept answers."""
+"""Of the text above: part of the key of kept answers, not of a template's identity, because no adapter is trained on it."""
 ERROR_CHARACTERS = 200
 """Of an error message in a prompt."""
 

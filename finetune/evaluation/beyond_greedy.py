@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.config.schema import EvaluationSection
 from finetune.evaluation import retries, samples
 from finetune.evaluation.answers import AnswerFile, prompts_hash
 from finetune.evaluation.cost import Load, cost_of, noting
@@ -22,11 +23,17 @@ from finetune.runtime.console import say
 from finetune.runtime.files import atomic_file
 
 
+def wanted(evaluation: EvaluationSection) -> bool:
+    """Whether the config asks for more than greedy answers."""
+    return evaluation.samples > 1 or evaluation.retries > 0
+
+
 @dataclass
 class Beyond:
     """Asks a run's tuned model more than the greedy answers, and scores that.
 
-    load: gives the model, loaded once for the whole evaluation. files: the files of answers in use, for what an interruption says.
+    load: gives the model, loaded once for the whole evaluation. files: the files of answers so far, for what an interruption
+    says.
     """
 
     questions: EvaluationSet

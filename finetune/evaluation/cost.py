@@ -68,7 +68,10 @@ def evaluation_price(budget: BudgetSection) -> MachinePrice | None:
 
 
 def noting(
-    answers: AnswerFile, load: Load, price: Callable[[], MachinePrice | None], clock: Callable[[], float] = time.monotonic
+    answers: AnswerFile,
+    load: Load,
+    price: Callable[[], MachinePrice | None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> Load:
     """`load`, which also records the attempt beside the answers. clock: seconds."""
 
@@ -90,7 +93,7 @@ def cost_of(answers: Sequence[AnswerFile]) -> Cost:
         seconds=sum(file.seconds for file in answers),
         loading_seconds=sum(attempt.loading_seconds for _, attempts in known for attempt in attempts),
         new_tokens=sum(answer.new_tokens for file in answers for answer in file.answers.values()),
-        usd=None if not usd or None in usd else sum(filter(None, usd)),
+        usd=None if None in usd else sum(filter(None, usd)),
         basis=" and ".join(bases) or None,
     )
 
@@ -103,6 +106,20 @@ def training_usd(ledger: Path) -> float | None:
         return None
     unpriced = any(attempt.usd is None for attempt in account.attempts)
     return None if unpriced or not account.attempts else account.usd
+
+
+def whole_cost(answers: Sequence[AnswerFile], scores: dict[str, Any], training: float | None) -> dict[str, Any]:
+    """`cost` of eval.json: of the greedy answers of all models, and of a point gained. scores: `models` of eval.json. training:
+    the US dollars of the run's training; None if unknown."""
+    cost = cost_of(answers)
+    right = [scores[name]["execution_accuracy"] for name in ("base", "tuned") if name in scores]
+    points = 100 * (right[1] - right[0]) if len(right) == 2 else None
+    per_point = usd_per_point(training, cost.usd, points)
+    return cost.as_dict() | {
+        "training_usd": None if training is None else round(training, 6),
+        "points_gained": None if points is None else round(points, 3),
+        "usd_per_point": None if per_point is None else round(per_point, 6),
+    }
 
 
 def usd_per_point(training: float | None, evaluation: float | None, gain_points: float | None) -> float | None:

@@ -1,23 +1,25 @@
 """One more try, with the error message, where an answer's SQL does not run.
 
-Whether a question is asked again depends only on what a user would see: an error instead of a result. Wrong rows and empty results
-are results, and the gold query plays no part. (Where the gold query itself fails nothing is executed; such a question counts as
-wrong whatever the answer, and is not asked again.)
+Whether a question is asked again depends only on what a user would see: an error instead of a result. Wrong rows and empty
+results are results, and the gold query plays no part. (Where the gold query itself fails nothing is executed; such a question
+counts as wrong whatever the answer, and is not asked again.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from finetune.data.prompts import RETRY_VERSION
 from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.judging import Judging
-from finetune.evaluation.questions import EvaluationSet
 from finetune.evaluation.samples import compared
 from finetune.evaluation.score import Row, as_dict, score, sha256
 from finetune.sql.engines.base import ErrorKind
+
+if TYPE_CHECKING:
+    from finetune.evaluation.questions import EvaluationSet
 
 DID_NOT_RUN: tuple[str, ...] = get_args(ErrorKind)
 """The verdicts of SQL that gave an error instead of a result."""

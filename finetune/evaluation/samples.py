@@ -1,9 +1,9 @@
 """Several answers to each question, drawn at random, and what they are worth: a vote over their results, and pass@k.
 
-Every sample's SQL is executed, and the SQL of the most frequent result wins: self-consistency (Wang et al. 2023) over results, not
-texts. The vote sees what a user would see, never the gold query. pass@k, the share of questions of which at least one of k samples
-is right, is what a perfect choice among them would reach. Only the tuned model is sampled: the base model would cost as much again,
-and says nothing about how to use the tuned one.
+Every sample's SQL is executed, and the SQL of the most frequent result wins: self-consistency (Wang et al. 2023) over results,
+not texts. The vote sees what a user would see, never the gold query. pass@k, the share of questions of which at least one of k
+samples is right, is what a perfect choice among them would reach. Only the tuned model is sampled: the base model would cost as
+much again, and says nothing about how to use the tuned one.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.config.schema import EvaluationSection
 from finetune.evaluation.generators.base import Sampling
 from finetune.evaluation.judging import Judging
-from finetune.evaluation.questions import EvaluationSet
 from finetune.evaluation.score import CORRECT, Row, as_dict, gains, score
 from finetune.evaluation.statistics import mcnemar_exact
+
+if TYPE_CHECKING:
+    from finetune.evaluation.questions import EvaluationSet
+
 
 @dataclass(frozen=True)
 class Vote:
@@ -37,8 +40,8 @@ def vote(results: Sequence[str | None], queries: Sequence[str]) -> Vote:
     """The vote over the samples of one question. results: a key of each one's result, None where its SQL did not run; such do not
     vote. queries: the SQL of each.
 
-    Among results that are as frequent the one that came first wins, and within the winning one the most frequent text of SQL, again
-    the first. If no sample gave a result, the first one is chosen, with 0 votes.
+    Among results that are as frequent the one that came first wins, and within the winning one the most frequent text of SQL,
+    again the first. If no sample gave a result, the first one is chosen, with 0 votes.
     """
     counted = [result for result in results if result is not None]
     if not counted:
@@ -77,7 +80,9 @@ def sampling(questions: EvaluationSet) -> Sampling:
     how many samples there are."""
     evaluation = questions.config.evaluation
     seeds = [
-        _seed(evaluation.seed, record.id, number) for record in questions.records for number in range(evaluation.samples)
+        _seed(evaluation.seed, record.id, number)
+        for record in questions.records
+        for number in range(evaluation.samples)
     ]
     return Sampling(evaluation.temperature, seeds)
 
