@@ -20,7 +20,8 @@ from finetune.config.schema import EvaluationSection
 from finetune.data.limits import limits_of
 from finetune.data.records import Record
 from finetune.evaluation.generators.base import Answer
-from finetune.evaluation.score import Judge, Row
+from finetune.evaluation.judge import Judge
+from finetune.evaluation.score import Row
 from finetune.sql.engines.registry import open_sessions
 
 Key = Hashable

@@ -28,10 +28,11 @@ from finetune.evaluation.beyond_greedy import Beyond, wanted
 from finetune.evaluation.cost import Load, cost_of, evaluation_price, noting, training_usd, whole_cost
 from finetune.evaluation.generators.base import LoadedModel
 from finetune.evaluation.generators.registry import generator_for
+from finetune.evaluation.judge import Judge
 from finetune.evaluation.judging import judging
 from finetune.evaluation.leaks import leaks
 from finetune.evaluation.questions import EvaluationSet, evaluation_set, short_hash
-from finetune.evaluation.score import Judge, Row, as_dict, gains, score
+from finetune.evaluation.score import Row, as_dict, gains, score
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
 from finetune.runtime.console import say
