@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
 from finetune.errors import EXIT_OK, Interrupted, UserError
+from finetune.runtime.console import visible
 
 EVALUATION_KEYS = "evaluation."
 
@@ -40,25 +41,17 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from finetune.report.score_facts import block, gain_line
+
     with _sigterm_as_interrupt():
-        scores = _of_run(arguments) if arguments.target.is_dir() else {"base": _of_config(arguments)}
-    for name, result in scores.items():
-        low, high = result["execution_accuracy_interval95"]
-        right = f"{result['correct']} of {result['questions']}, 95% interval {low:.1%} to {high:.1%}"
-        print(f"{name:>6}: execution accuracy {result['execution_accuracy']:.1%} ({right}), "
-              f"valid SQL {result['valid_sql_rate']:.1%}{_aside(result)}")  # fmt: skip
+        result = _of_run(arguments) if arguments.target.is_dir() else {"models": {"base": _of_config(arguments)}}
+    for name in result["models"]:
+        first, *rest = block(result, name)
+        for line in (f"{name:>6}: {first}", *(f"        {line}" for line in rest)):
+            print(visible(line, one_line=True))
+    if gain := gain_line(result):
+        print(f"  gain: {gain}")
     return EXIT_OK
-
-
-def _aside(result: dict[str, Any]) -> str:
-    """The score without hollow golds, where that is another one."""
-    telling = result["without_hollow"]
-    if telling["questions"] == result["questions"]:
-        return ""
-    if not telling["questions"]:
-        return "; every gold query is hollow: this score says nothing"
-    hollow = result["questions"] - telling["questions"]
-    return f"; without {hollow} hollow gold{'s' if hollow > 1 else ''} {telling['execution_accuracy']:.1%}"
 
 
 def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -70,8 +63,7 @@ def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
     with large_imports():
         from finetune.evaluation.run import evaluate_run
 
-    models: dict[str, Any] = evaluate_run(run, base=not arguments.no_base, evaluation=evaluation)["models"]
-    return models
+    return evaluate_run(run, base=not arguments.no_base, evaluation=evaluation)
 
 
 def _check_overrides(overrides: list[str]) -> None:

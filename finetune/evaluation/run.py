@@ -24,9 +24,13 @@ from finetune.data.prompts import PromptTemplate, dialects_of, load_template
 from finetune.data.records import read_lines
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation.answers import AnswerFile, prompts_hash
+from finetune.evaluation.beyond_greedy import Beyond, wanted
+from finetune.evaluation.cost import Load, cost_of, evaluation_price, noting, training_usd, whole_cost
 from finetune.evaluation.generators.base import LoadedModel
 from finetune.evaluation.generators.registry import generator_for
 from finetune.evaluation.judge import Judge
+from finetune.evaluation.judging import judging
+from finetune.evaluation.leaks import leaks
 from finetune.evaluation.questions import EvaluationSet, evaluation_set, short_hash
 from finetune.evaluation.score import Row, as_dict, gains, score
 from finetune.models.load import require_adapter
@@ -71,7 +75,7 @@ def evaluate_base(
     questions = evaluation_set(config, generator_for(config, generator), PromptTemplate(config.data.schema_format))
     base = _base(questions, Path(config.training.output_dir))
     _complete(questions, [base], lambda: loaded or questions.generator.load(config, None), progress)
-    return base.result[0]
+    return base.result[0] | {"cost": cost_of([base.answers]).as_dict()}
 
 
 def evaluate_run(
@@ -95,13 +99,16 @@ def evaluate_run(
             f"{questions.data.folder}: not the data that {run.path} was trained on, which may have contained these questions"
         )
     models = [*([_base(questions, run.path.parent)] if base else []), _tuned(questions, run)]
-    _complete(questions, models, lambda: questions.generator.load(config, run.adapter), progress)
+    load = cache(lambda: questions.generator.load(config, run.adapter))
+    _complete(questions, models, load, progress)
+    beyond = _beyond_greedy(questions, run, load, models[-1].result[1], progress)
     scores: dict[str, dict[str, Any]] = {}
     for model in models:
         result, rows = model.result
         _write_rows(run.eval_rows(model.name), rows)
-        scores[model.name] = result | {"rows": str(run.eval_rows(model.name).relative_to(run.path))}
-    scores["tuned"]["adapter"] = str(run.adapter)
+        rows_file = str(run.eval_rows(model.name).relative_to(run.path))
+        scores[model.name] = result | {"rows": rows_file, "cost": cost_of([model.answers]).as_dict()}
+    scores["tuned"] |= {"adapter": str(run.adapter), **beyond}
     no_gain = {"gain": None, "gain_by_rule": None, "gain_without_hollow": None}
     result = {
         "split": config.evaluation.split,
@@ -112,11 +119,25 @@ def evaluate_run(
         "dialects": list(dialects_of(questions.records)),
         "rule": config.evaluation.rule,
         "timeout_seconds": config.evaluation.timeout_seconds,
+        "leaks": leaks(questions.data, config.evaluation.split, trained_on.manifest_sha256 if trained_on else None),
+        "cost": whole_cost([model.answers for model in models], scores, training_usd(run.ledger)),
         "models": scores,
         **(gains(models[0].result[1], models[1].result[1]) if base else no_gain),
     }
     write_json(run.eval_json, result)
     return result
+
+
+def _beyond_greedy(
+    questions: EvaluationSet, run: RunFolder, load: Load, greedy: Sequence[Row], progress: bool
+) -> dict[str, Any]:
+    if not wanted(questions.evaluation):
+        return {}
+    price = cache(lambda: evaluation_price(questions.config.budget))
+    with judging(questions) as judged:
+        beyond = Beyond(questions, run, load, price, judged, progress)
+        with _what_is_kept(beyond.files):
+            return beyond.scores(greedy)
 
 
 def _base(questions: EvaluationSet, runs: Path) -> Model:
@@ -164,14 +185,14 @@ def _complete(
 ) -> None:
     """Generate the missing answers, judge those without verdicts, and write the base model's score into its folder."""
     unjudged = [model for model in models if model.rows is None]
-    load_once = cache(load)
+    load_once, price = cache(load), cache(lambda: evaluation_price(questions.config.budget))
     with _what_is_kept([model.answers for model in unjudged]):
         for model in unjudged:
             if model.answers.answers:
                 todo = "judging them" if model.answers.complete else "going on there"
                 say(f"{model.answers.kept()} are there already; {todo}")
             model.answers.generate(
-                load_once,
+                noting(model.answers, load_once, price),
                 tuned=model.tuned,
                 max_new_tokens=questions.config.evaluation.max_new_tokens,
                 progress=progress,
