@@ -63,7 +63,6 @@ NEEDS_TORCH = (
     "evaluation.generators.hf",
     "evaluation.generators.registry",
     "evaluation.generators.stopping",
-    "evaluation.questions",
     "evaluation.run",
     "models.adapter",
     "models.attention",

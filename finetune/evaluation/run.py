@@ -111,6 +111,7 @@ def evaluate_run(
         "dialects": list(dialects_of(questions.records)),
         "rule": config.evaluation.rule,
         "timeout_seconds": config.evaluation.timeout_seconds,
+        "judging": questions.judging_settings(),
         "models": scores,
         **(gains(models[0].result[1], models[1].result[1]) if base else no_gain),
     }
