@@ -13,7 +13,7 @@ from finetune.data.answers import read_answer
 from finetune.data.records import Record
 from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.statistics import bootstrap_by_database, paired_interval, wilson_interval
-from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, results_equal
+from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, result_hash, results_equal
 from finetune.sql.difficulty import difficulty
 from finetune.sql.engines.base import QueryResult, Session
 from finetune.sql.gold import ARBITRARY, SOUND, VOLATILE, WITHOUT_RESULT, Gold, GoldExaminer
@@ -34,6 +34,8 @@ class Row:
     gold_kind: see sql/gold.py.
     double_quoted_text: whether the prediction used a "name" that is not a column, which SQLite reads as a text constant.
     several_statements: whether the answer holds more than the statement that was run. prompt_tokens: None if unknown.
+    result_sha256: of the prediction's rows, whatever their order (result_hash in sql/compare.py); None if it gave none.
+    error_class: what is wrong, more precisely than the verdict (error_classes.py); None if it is correct.
     """
 
     id: str
@@ -54,6 +56,8 @@ class Row:
     several_statements: bool = False
     prompt_tokens: int | None = None
     verdicts: dict[str, str] = field(default_factory=dict)
+    result_sha256: str | None = None
+    error_class: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class _Verdict:
     error: str | None = None
     seconds: float = 0.0
     double_quoted_text: bool = False
+    result_sha256: str | None = None
 
 
 class Judge:
@@ -101,6 +106,7 @@ class Judge:
             several_statements=found.several,
             prompt_tokens=answer.prompt_tokens,
             verdicts={rule: verdict.name for rule, verdict in verdicts.items()},
+            result_sha256=chosen.result_sha256,
         )
 
     def _golds_of(self, record: Record, database: Path) -> dict[str, Gold]:
@@ -144,7 +150,8 @@ def _compared(gold: QueryResult, result: QueryResult, *, ordered: bool, rule: Ru
     if result.rows is None:
         return _Verdict(result.error_kind or "sql_error", result.error, result.seconds)
     equal = results_equal(gold.rows, result.rows, ordered=ordered, rule=rule)
-    return _Verdict(CORRECT if equal else "wrong_rows", None, result.seconds, result.double_quoted_text)
+    name, found = CORRECT if equal else "wrong_rows", result_hash(result.rows, rule=rule)
+    return _Verdict(name, None, result.seconds, result.double_quoted_text, found)
 
 
 def score_answer(
