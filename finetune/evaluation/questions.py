@@ -33,7 +33,7 @@ CHOICE_KEYS = ("split", "max_questions")
 
 
 @dataclass(frozen=True)
-class Questions:
+class QuestionSet:
     """The questions of one evaluation, each with the database that its answer is executed on."""
 
     config: RunConfig
@@ -73,7 +73,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class EvaluationSet(Questions):
+class EvaluationSet(QuestionSet):
     """The questions of a model, and how it answers them."""
 
     generator: Generator
@@ -105,7 +105,7 @@ def evaluation_set(config: RunConfig, generator: Generator, template: PromptTemp
     return EvaluationSet(**vars(questions_of(config, template)), generator=generator)
 
 
-def questions_of(config: RunConfig, template: PromptTemplate) -> Questions:
+def questions_of(config: RunConfig, template: PromptTemplate) -> QuestionSet:
     """Raises UserError if the data are missing or have changed, or if no record comes with a database."""
     data = load_prepared(Path(config.data.output_dir))
     records = data.records(config.evaluation.split)
@@ -124,7 +124,7 @@ def questions_of(config: RunConfig, template: PromptTemplate) -> Questions:
     if limit is not None and limit < len(asked):
         chosen = {r.id for r, _ in sorted(asked, key=lambda pair: unit_hash(config.data.seed, pair[0].id))[:limit]}
         asked = [pair for pair in asked if pair[0].id in chosen]
-    return Questions(config, data, template, [r for r, _ in asked], [d for _, d in asked], without_database)
+    return QuestionSet(config, data, template, [r for r, _ in asked], [d for _, d in asked], without_database)
 
 
 def adapter_identity(folder: Path) -> dict[str, str]:
