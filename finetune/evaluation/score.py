@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from finetune.data.answers import read_answer
 from finetune.data.records import Record
 from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.statistics import bootstrap_by_database, wilson_interval
+from finetune.runtime.files import atomic_file
 from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, result_hash, results_equal
 from finetune.sql.difficulty import difficulty
 from finetune.sql.engines.base import QueryResult, Session
@@ -208,6 +210,12 @@ def rules_of(rows: Iterable[Row]) -> list[str]:
     """The rules under which all of the rows were judged."""
     rows = list(rows)
     return [rule for rule in RULES if all(rule in row.verdicts for row in rows)]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSONL, atomically."""
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def as_dict(row: Row) -> dict[str, Any]:
