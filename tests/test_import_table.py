@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "cloud.catalog": "errors runtime",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate cloud.catalog",
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
-    "report": "errors runtime run_record data evaluation",
+    "report": "errors runtime sql run_record data evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
     "job": "errors runtime machine config run_name run_folder prepared_folder budget",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
