@@ -6,9 +6,10 @@ import argparse
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
+from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path, text
 from finetune.errors import EXIT_OK, Interrupted, UserError
 from finetune.runtime.console import visible
 
@@ -22,7 +23,8 @@ def add(commands: Any) -> None:
         _evaluate,
         "score a run's model and its base model by executing their SQL",
         "finetune evaluate runs/demo\n  finetune evaluate runs/demo evaluation.rule=bird_set   (the same answers, judged again)\n"
-        "  finetune evaluate configs/demo_cpu.yaml   (the base model alone)",
+        "  finetune evaluate configs/demo_cpu.yaml   (the base model alone)\n"
+        "  finetune evaluate configs/demo_cpu.yaml --predictions theirs.sql   (somebody else's answers; no model)",
     )
     evaluate.description = (
         f"{evaluate.description} Answers are kept as they come: an interrupted evaluation goes on where it was, "
@@ -38,13 +40,20 @@ def add(commands: Any) -> None:
         help=f"{OVERRIDES}; with a run: keys of the section evaluation only",
     )
     evaluate.add_argument("--no-base", action="store_true", help="do not score the base model")
+    evaluate.add_argument(
+        "--predictions",
+        type=path,
+        metavar="FILE",
+        help="judge these answers and load no model: one SQL query a line in the order of the split, or JSONL with id and sql",
+    )
+    evaluate.add_argument("--name", type=text, help="of the result of --predictions; without it, that of the file")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from finetune.report.score_facts import block, gain_line
 
     with _sigterm_as_interrupt():
-        result = _of_run(arguments) if arguments.target.is_dir() else {"models": {"base": _of_config(arguments)}}
+        result = _result(arguments)
     for name in result["models"]:
         first, *rest = block(result, name)
         for line in (f"{name:>6}: {first}", *(f"        {line}" for line in rest)):
@@ -52,6 +61,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if gain := gain_line(result):
         print(f"  gain: {gain}")
     return EXIT_OK
+
+
+def _result(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The content of eval.json, or what there is of it for a base model or for predictions."""
+    if arguments.predictions is not None:
+        return _of_predictions(arguments)
+    if arguments.name is not None:
+        raise UserError("--name is that of a result of --predictions FILE", code="cli.conflicting_options")
+    return _of_run(arguments) if arguments.target.is_dir() else {"models": {"base": _of_config(arguments)}}
 
 
 def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -84,13 +102,34 @@ def _of_config(arguments: argparse.Namespace) -> dict[str, Any]:
             "--no-base needs a run folder; with a config only the base model is scored",
             code="cli.conflicting_options",
         )
-    if not arguments.target.exists():
-        raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
-    config = loaded(arguments, arguments.target)
+    config = loaded(arguments, _config_file(arguments))
     with large_imports():
         from finetune.evaluation.run import evaluate_base
 
     return evaluate_base(config)
+
+
+def _of_predictions(arguments: argparse.Namespace) -> dict[str, Any]:
+    from finetune.evaluation.predictions import PREDICTIONS, evaluate_predictions
+
+    if arguments.no_base:
+        raise UserError("--no-base: with --predictions no model is scored", code="cli.conflicting_options")
+    config = loaded(arguments, _config_file(arguments))
+    result = evaluate_predictions(arguments.target, config, arguments.predictions, arguments.name, arguments.overrides)
+    return {"models": {result[PREDICTIONS]["name"]: result["models"][PREDICTIONS]}}
+
+
+def _config_file(arguments: argparse.Namespace) -> Path:
+    """The config at the target, or of the run there. Raises UserError if there is none, or for keys that a run does not take."""
+    if arguments.target.is_dir():
+        from finetune.run_folder import open_run
+
+        _check_overrides(arguments.overrides)
+        return open_run(arguments.target).config_yaml
+    if not arguments.target.exists():
+        raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
+    config: Path = arguments.target
+    return config
 
 
 @contextmanager

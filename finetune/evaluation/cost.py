@@ -91,7 +91,8 @@ def cost_of(answers: Sequence[AnswerFile]) -> Cost:
     bases = dict.fromkeys(attempt.basis for _, attempts in known for attempt in attempts if attempt.basis)
     return Cost(
         seconds=sum(file.seconds for file in answers),
-        loading_seconds=sum(attempt.loading_seconds for _, attempts in known for attempt in attempts),
+        loading_seconds=sum(attempt.loading_seconds for _, attempts in known for attempt in attempts)
+        + sum(file.loading_within for file in answers),
         new_tokens=sum(answer.new_tokens for file in answers for answer in file.answers.values()),
         usd=None if None in usd else sum(filter(None, usd)),
         basis=" and ".join(bases) or None,
@@ -193,4 +194,4 @@ def _usd(answers: AnswerFile, attempts: Sequence[_Attempt]) -> float | None:
             return None
         seconds = max(0.0, end - attempt.seconds_before) + attempt.loading_seconds
         total += attempt.usd_per_hour * seconds / 3600
-    return total
+    return total + (attempts[-1].usd_per_hour or 0.0) * answers.loading_within / 3600

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,11 +145,12 @@ class JudgePool:
             self._unfinished += 1
             self._changed.notify_all()
 
-    def wait(self) -> None:
-        """Until every answer is judged. Raises what judging raised: UserError if a database cannot be read or processes keep
+    def wait(self, told: Callable[[int], object] = lambda left: None) -> None:
+        """Until every answer is judged. told: called now and then with how many are left. Raises what judging raised: UserError if a database cannot be read or processes keep
         ending, NotStarted if there are none."""
         with self._changed:
             while self._unfinished and self._failure is None:
+                told(self._unfinished)
                 self._changed.wait(HELD_UP_SECONDS)
                 self._changed.notify_all()  # those with nothing to do see whether another is held up
             if self._failure is not None:

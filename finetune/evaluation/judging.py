@@ -18,7 +18,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from tqdm import tqdm
 
 from finetune.config.schema import EvaluationSection
 from finetune.data.limits import limits_of
@@ -100,15 +102,18 @@ class Judging:
         if self._pool is not None:
             self._pool.add_workers(max(0, min(MOST_WORKERS, usable_cores()) - self._pool.workers))
 
-    def rows(self, key: Key) -> list[Row]:
-        """The verdicts on all answers that were submitted under the key, in the order of the questions. Raises UserError if a
-        database cannot be read."""
+    def rows(self, key: Key, *, progress: bool = False) -> list[Row]:
+        """The verdicts on all answers that were submitted under the key, in the order of the questions. progress: show a bar if it
+        takes long. Raises UserError if a database cannot be read, or if the processes that judge keep ending."""
         answers, outcomes = self._answers.get(key, {}), self._outcomes.setdefault(key, {})
-        if any(number not in outcomes for number in answers):
-            self._wait()
-        for number in sorted(answers):
-            if number not in outcomes:
+        todo = [number for number in sorted(answers) if number not in outcomes]
+        with tqdm(total=len(todo), desc="judging answers", unit="answer", delay=2, disable=not progress) as bar:
+            if todo:
+                self._wait(bar)
+            bar.reset()
+            for number in todo:
                 outcomes[number] = self._outcome(key, number)
+                bar.update()
         records, prompts = self._questions.records, self._questions.prompts
         return [
             outcome.row(records[number], prompts[number], answers[number])
@@ -120,11 +125,11 @@ class Judging:
         seconds = self._seconds_alone.get(key, 0.0) + (self._pool.seconds(key) if self._pool else 0.0)
         return Speed(len(self._outcomes.get(key, {})), seconds)
 
-    def _wait(self) -> None:
+    def _wait(self, bar: Any) -> None:
         if self._pool is None:
             return
         try:
-            self._pool.wait()
+            self._pool.wait(lambda left: bar.update(max(0, bar.total - left - bar.n)))
         except NotStarted as error:
             say(f"answers are judged one after the other, because a process for it does not start: {error}")
             self._pool.close(at_once=True)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.schema import EvaluationSection
 from finetune.evaluation.generators.base import Sampling
 from finetune.evaluation.judging import Judging
-from finetune.evaluation.score import CORRECT, Row, as_dict, gains, score
+from finetune.evaluation.paired import gains
+from finetune.evaluation.score import CORRECT, Row, as_dict, score
 from finetune.evaluation.statistics import mcnemar_exact
 
 if TYPE_CHECKING:
