@@ -82,19 +82,19 @@ def _probed(python: str) -> Place | None:
 def missing(config: RunConfig, *, auto: bool = False) -> str | None:
     """Why vLLM cannot answer for a config on this machine; None if it can. auto: where it is also expected to be the faster one
     and to know the model. Raises UserError like `find_vllm` and `load_model_config`."""
-    found = find_vllm()
-    if found is None:
+    build = torch_build()
+    gpu = build.gpu if build else None
+    if gpu is None:
+        found = None if auto else find_vllm()
+        return None if found and found.cpu else "vLLM needs a GPU, and torch finds none here"
+    if gpu.compute_capability < TURING:
+        capability = ".".join(map(str, gpu.compute_capability))
+        return f"vLLM needs compute capability 7.5, and the {gpu.name} has {capability}"
+    if find_vllm() is None:
         return (
             f"vLLM is not installed: {VARIABLE} is not set, and neither {USUAL} nor this environment has it; install it as "
             "docs/evaluation.md says"
         )
-    build = torch_build()
-    gpu = build.gpu if build else None
-    if gpu is None:
-        return None if found.cpu and not auto else "vLLM needs a GPU, and torch finds none here"
-    if gpu.compute_capability < TURING:
-        capability = ".".join(map(str, gpu.compute_capability))
-        return f"vLLM needs compute capability 7.5, and the {gpu.name} has {capability}"
     if auto and (why := _unknown_model(config)):
         return why
     return _no_room(config, gpu)
