@@ -30,6 +30,8 @@ from finetune.evaluation.score import sha256
 from finetune.runtime.files import atomic_file, disk_error
 
 FORMAT = 2
+NOT_KEPT = ("out_of_memory", "failed")
+"""Problems that another machine, or the same one without other programs, may not have: such questions are asked again."""
 WRITE_SECONDS = 1.0
 """Between two writes, each of which a mounted bucket turns into an upload of the whole file."""
 
@@ -194,6 +196,6 @@ def _kept(lines: Sequence[Any], prompts: Sequence[str]) -> dict[int, tuple[Answe
         if not 0 <= number < len(prompts) or line["prompt_sha256"] != sha256(prompts[number]):
             continue
         answer = Answer(**{key: line[key] for key in Answer._fields})
-        if answer.problem != "out_of_memory":  # another machine, or the same one without other programs, may have room
+        if answer.problem not in NOT_KEPT:
             found.setdefault(number, (answer, float(line["seconds"])))
     return found
