@@ -165,7 +165,9 @@ class EvaluationSection:
     rule: Literal["test_suite", "test_suite_no_distinct", "bird_set", "strict"] = (
         "test_suite"  # when two results are considered equal; eval.json holds the scores under all of them
     )
-    dequantize: bool = False  # dequantize the 4-bit weights once: same results, faster, more memory
+    dequantize: bool | Literal["auto"] = (
+        "auto"  # 4-bit weights, once: same results, faster, more memory; auto: on a GPU, if the memory suffices
+    )
 
 
 @dataclass
