@@ -46,7 +46,7 @@ def ask(
     if the answer contains no SQL.
     """
     asked = asked_dialect(run, database, dialect)
-    schema, schema_dialect = _read_schema(database, asked)
+    schema, schema_dialect = read_schema(database, asked)
     if not question.strip():
         raise UserError("the question is empty", code="ask.empty_question")
     template, config = load_template(run.adapter), run.config()
@@ -109,10 +109,10 @@ def require_engine(database: Path, dialect: str) -> None:
 def schema_of(path: Path, dialect: str = DEFAULT_DIALECT) -> str:
     """The schema of a database or a .sql file, one statement per line. dialect: of a .sql file; others are tried if it cannot
     be read. Raises UserError if it has no tables or cannot be read."""
-    return _read_schema(path, dialect)[0]
+    return read_schema(path, dialect)[0]
 
 
-def _read_schema(path: Path, dialect: str) -> tuple[str, str]:
+def read_schema(path: Path, dialect: str) -> tuple[str, str]:
     """The schema and the dialect that reads it."""
     if not is_schema(path):
         engine = engine_of_file(path)
