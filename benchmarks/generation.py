@@ -1,15 +1,14 @@
 """Compares the answer generators in new tokens per second, on one GPU, through the interface that `finetune evaluate` uses.
 
-    python -m benchmarks.generation FOLDER                            # Mistral-7B's shape: 1,034 prompts of 187 tokens, 64 new each
-    python -m benchmarks.generation FOLDER --generators hf --questions 64 --batch-size 64
-    python -m benchmarks.generation FOLDER --engine '{"enforce_eager": true}'
-    python -m benchmarks.generation FOLDER --run runs/RUN             # a trained run: the verdicts of both generators, and why they
-                                                                      # differ (generation_agreement.py)
+    python -m benchmarks.generation FOLDER                  # Mistral-7B's shape: 1,034 prompts of 187 tokens, 64 new tokens each
+    python -m benchmarks.generation FOLDER --generators hf --hf-questions 128 --batch-size 64
+    python -m benchmarks.generation FOLDER --generators vllm --engine '{"enforce_eager": true}'
+    python -m benchmarks.generation FOLDER --run runs/RUN   # the verdicts of both on a trained run: generation_agreement.py
 
-FOLDER gets a model folder with random weights and a random adapter, unless it has them (29 GB of room for the 7B shape, beside
-those 14.5: vLLM loads dequantized and merged weights from the disk). vLLM is looked for as finetune/evaluation/generators/
-vllm_place.py says; where it is in this environment, nothing needs to be set. --shared 0.92 makes that share of each prompt the same
-within a database of 52 questions, as schemas are in Spider.
+FOLDER gets a model folder with random weights and a random adapter, unless it has them: 14.5 GB for the 7B shape. vLLM loads
+dequantized and merged weights from the disk, which takes as much once more, in TMPDIR or the user's cache. It is looked for as
+finetune/evaluation/generators/vllm_place.py says; where it is in this environment, nothing needs to be set. --shared 0.92 makes
+that share of each prompt the same within a database of 52 questions, as schemas are in Spider.
 
 Prints a JSON object: for each generator its settings, and for the base and the tuned model the new tokens, their seconds without
 loading, tokens per second, and the seconds of loading (writing the weights included). hf answers the first --hf-questions only.

@@ -3,8 +3,8 @@
     python -m benchmarks.generation FOLDER --run runs/RUN
 
 Scores the run with each generator, in copies in FOLDER, and compares question by question. Greedy decoding takes the likeliest
-token; two programs that add the same numbers in another order differ where the two likeliest are as likely as each other, as far as
-the dtype can tell. For each answer that differs, the model computes both once more, up to the first token that differs: the
+token; two programs that add the same numbers in another order differ where the two likeliest are as likely as each other, as far
+as the dtype can tell. For each answer that differs, the model computes both once more, up to the first token that differs: the
 distance of their logits is given in units in the last place of a logit in the dtype (`ulps`). A handful is rounding; more is not.
 """
 

@@ -269,5 +269,3 @@ def model_folder(section: ModelSection) -> Path:
             code="model.load_failed",
         ) from error
     return folder
-
-

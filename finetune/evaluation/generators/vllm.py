@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,13 @@ from finetune.config.schema import RunConfig
 from finetune.data.prompts import answer_is_complete, prompt_dialect
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Answer, Done, Sampling
-from finetune.evaluation.generators.vllm_place import Place, engine_options, missing, place
+from finetune.evaluation.generators.stopping import EndOfAnswers, GrowingAnswer
+from finetune.evaluation.generators.vllm_place import Place, engine_options, find_vllm, missing
 from finetune.evaluation.generators.vllm_process import VllmProcess
 from finetune.models.positions import positions
 from finetune.runtime.console import say
 from finetune.runtime.files import load_json
-from finetune.tokens import decode_answer, encode_prompts, stop_ids
+from finetune.tokens import encode_prompts, stop_ids
 
 if TYPE_CHECKING:
     from finetune.evaluation.generators.vllm_weights import Weights
@@ -42,7 +43,7 @@ class VllmGenerator:
 
     @property
     def version(self) -> str:
-        found = place()
+        found = find_vllm()
         return found.version if found else "missing"
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class VllmGenerator:
         from finetune.models.device import choose_device
         from finetune.models.load import identity_of_base, load_tokenizer
 
-        found = place()
+        found = find_vllm()
         if (why := missing(config)) or found is None:
             raise UserError(
                 f"evaluation.generator=vllm: {why}; evaluation.generator=hf does without vLLM",
@@ -102,6 +103,7 @@ class VllmModel:
         self._adapter, self._rank = adapter, rank
         self._apart = _applied(config) == "apart" and adapter is not None
         model_config, self._ends = _model_facts(config, tokenizer)
+        self._common = EndOfAnswers(tokenizer, self._ends)
         self._positions = positions(model_config)
         self._process: VllmProcess | None = None
         self._length = 0  # tokens of prompt and answer that the engine was started for
@@ -130,12 +132,11 @@ class VllmModel:
         asked = [number for number in range(len(prompts)) if room[number] > 0]
         if not asked:
             return answers
+        growing = {i: self._common.answer(prompt_dialect(prompts[i])) for i in asked}
         try:
             process = self._ready(max(len(encoded[i]) + room[i] for i in asked), tuned)
-            replies = process.answers(
-                do="answer",
+            replies = process.tokens(
                 prompts=[encoded[i] for i in asked],
-                dialects=[prompt_dialect(prompts[i]) for i in asked],
                 most=[room[i] for i in asked],
                 temperature=sampling.temperature if sampling else 0.0,
                 seeds=[sampling.seeds[i] for i in asked] if sampling else None,
@@ -144,25 +145,30 @@ class VllmModel:
             with tqdm(total=len(prompts), desc=description, unit="question", disable=not progress) as bar:
                 bar.update(len(prompts) - len(asked))
                 for reply in replies:
-                    i = asked[reply["answer"]]
-                    answers[i] = self._answer(reply, prompts[i], len(encoded[i]), room[i], max_new_tokens)
-                    if done:
-                        done(i, answers[i])
-                    bar.update()
+                    for i in _complete(reply, asked, growing, process):
+                        answer = self._answer(growing.pop(i), prompts[i], len(encoded[i]), room[i], max_new_tokens)
+                        answers[i] = answer
+                        if done:
+                            done(i, answer)
+                        bar.update()
+                    for place, why in reply["failed"].items():
+                        i = asked[int(place)]
+                        if growing.pop(i, None):
+                            say(
+                                f"vLLM gave no answer to a prompt of {len(encoded[i])} tokens, which counts as failed: {why}"
+                            )
+                            answers[i] = Answer("", 0, "failed", len(encoded[i]))
         except BaseException as error:
             self._stop(failed=isinstance(error, UserError))
             raise
+        assert not growing, f"vLLM gave no answer to {len(growing)} prompts"
         return answers
 
-    def _answer(self, reply: dict[str, Any], prompt: str, prompt_tokens: int, room: int, most: int) -> Answer:
-        if "failed" in reply:
-            say(f"vLLM gave no answer to a prompt of {prompt_tokens} tokens, which counts as failed: {reply['failed']}")
-            return Answer("", 0, "failed", prompt_tokens)
-        ids = reply["ids"]
-        text = decode_answer(self._tokenizer, ids)
-        cut = room < most and len(ids) == room
+    def _answer(self, found: GrowingAnswer, prompt: str, prompt_tokens: int, room: int, most: int) -> Answer:
+        text, new_tokens = found.text, len(found.ids)
+        cut = room < most and new_tokens == room
         whole = not cut or answer_is_complete(text, prompt_dialect(prompt))
-        return Answer(text, len(ids), None if whole else "too_long", prompt_tokens)
+        return Answer(text, new_tokens, None if whole else "too_long", prompt_tokens)
 
     def _ready(self, length: int, tuned: bool) -> VllmProcess:
         """The process, with the weights and the room for prompts and answers that are asked for."""
@@ -201,7 +207,6 @@ class VllmModel:
         self._process.loaded(
             do="load",
             model=str(folder),
-            tokenizer=str(self._weights.tokenizer(self._tokenizer)),
             ends=self._ends,
             lora={"folder": str(self._adapter), "rank": self._rank} if self._apart else None,
             engine=engine,
@@ -217,6 +222,22 @@ class VllmModel:
             self._process.stop()
             self._process = None
         self._weights.remove(log=not failed)
+
+
+def _complete(
+    reply: dict[str, Any], asked: Sequence[int], growing: Mapping[int, GrowingAnswer], process: VllmProcess
+) -> list[int]:
+    """Add the tokens of a step. Returns the prompts whose answers are complete; vLLM is told of those that it would continue."""
+    complete: list[int] = []
+    for place, token in zip(reply["at"], reply["new"], strict=True):
+        answer = growing.get(asked[place])  # None: it was complete some steps ago
+        if answer is not None and not answer.complete and answer.add(token):
+            complete.append(place)
+    ended = set(reply["ended"])
+    if early := [place for place in complete if place not in ended]:
+        process.abort(early)
+    found = [asked[place] for place in dict.fromkeys([*complete, *reply["ended"]])]
+    return [i for i in found if i in growing]
 
 
 def _end(process: VllmProcess, weights: Weights) -> None:

@@ -47,7 +47,7 @@ class Place:
     cpu: bool
 
 
-def place() -> Place | None:
+def find_vllm() -> Place | None:
     """Where vLLM is; None if it is nowhere. Raises UserError if FINETUNE_VLLM names a Python that has none."""
     named = os.environ.get(VARIABLE, "")
     if named:
@@ -67,7 +67,7 @@ def place() -> Place | None:
 
 @cache
 def _probed(python: str) -> Place | None:
-    program = shutil.which(os.path.expanduser(python))
+    program = shutil.which(Path(python).expanduser())
     output = program_output([program, "-c", PROBE], PROBE_SECONDS) if program else None
     try:
         found = json.loads((output or "").splitlines()[-1])
@@ -81,20 +81,20 @@ def _probed(python: str) -> Place | None:
 
 def missing(config: RunConfig, *, auto: bool = False) -> str | None:
     """Why vLLM cannot answer for a config on this machine; None if it can. auto: where it is also expected to be the faster one
-    and to know the model. Raises UserError like `place` and `load_model_config`."""
-    found = place()
-    if found is None:
+    and to know the model. Raises UserError like `find_vllm` and `load_model_config`."""
+    build = torch_build()
+    gpu = build.gpu if build else None
+    if gpu is None:
+        found = None if auto else find_vllm()
+        return None if found and found.cpu else "vLLM needs a GPU, and torch finds none here"
+    if gpu.compute_capability < TURING:
+        capability = ".".join(map(str, gpu.compute_capability))
+        return f"vLLM needs compute capability 7.5, and the {gpu.name} has {capability}"
+    if find_vllm() is None:
         return (
             f"vLLM is not installed: {VARIABLE} is not set, and neither {USUAL} nor this environment has it; install it as "
             "docs/evaluation.md says"
         )
-    build = torch_build()
-    gpu = build.gpu if build else None
-    if gpu is None:
-        return None if found.cpu and not auto else "vLLM needs a GPU, and torch finds none here"
-    if gpu.compute_capability < TURING:
-        capability = ".".join(map(str, gpu.compute_capability))
-        return f"vLLM needs compute capability 7.5, and the {gpu.name} has {capability}"
     if auto and (why := _unknown_model(config)):
         return why
     return _no_room(config, gpu)
@@ -140,9 +140,11 @@ def _unknown_model(config: RunConfig) -> str | None:
 
 def _no_room(config: RunConfig, gpu: DetectedGpu) -> str | None:
     weights = weights_gib(config)
+    if "quantization" in engine_options():  # vLLM then makes other weights of them
+        return None
     if weights is None or weights + ROOM_GIB <= gpu.memory_gib * MOST_MEMORY:
         return None
     return (
-        f"the {gpu.name} has {gpu.memory_gib:.0f} GiB, too few for weights of {weights:.1f} GiB in 16 bits and a cache (estimated); "
-        "hf can leave them in 4 bits"
+        f"the {gpu.name} has {gpu.memory_gib:.0f} GiB, too few for weights of {weights:.1f} GiB in 16 bits and a cache "
+        "(estimated); hf can leave them in 4 bits"
     )

@@ -58,6 +58,7 @@ class VllmProcess:
         self._python = python
         self._replies: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._started = threading.Event()
+        self._call = 0
         self._fault: OSError | None = None
         self._process: subprocess.Popen[bytes] | None = None
         # The kernel ends the worker when the thread that started it ends: this one lives as long as the worker does.
@@ -81,11 +82,17 @@ class VllmProcess:
         found: dict[str, Any] = self._next()["loaded"]
         return found
 
-    def answers(self, **request: Any) -> Iterator[dict[str, Any]]:
-        """Send a request for answers. Gives the replies as they come, without the last one, which says that all are there."""
-        self._send(request)
+    def tokens(self, **request: Any) -> Iterator[dict[str, Any]]:
+        """Send a request for answers. Gives the replies as they come, without the last one, which says that all are there.
+        Raises UserError if the engine fails, TransientError if the process is killed or hangs."""
+        self._call += 1
+        self._send({"do": "answer", "call": self._call, **request})
         while "done" not in (reply := self._next()):
             yield reply
+
+    def abort(self, places: list[int]) -> None:
+        """These prompts of the request that is being answered need no more tokens."""
+        self._send({"do": "abort", "call": self._call, "at": places})
 
     def stop(self) -> None:
         """End the worker and all that it has started, at once."""
@@ -161,11 +168,11 @@ class VllmProcess:
         reason = reply["error"] if reply else reason_in(end) or f"exit status {status}"
         if _MEMORY.search(reason) or _MEMORY.search(end):
             return UserError(
-                f"vLLM has too little memory on this GPU: {shortened(_first_line(reason), 200)}; {MEMORY_ADVICE}; its log: {self.log}",
+                f"vLLM has too little memory on this GPU: {_short(reason)}; {MEMORY_ADVICE}; its log: {self.log}",
                 code="evaluation.vllm_memory",
             )
         return UserError(
-            f"vLLM failed: {shortened(_first_line(reason), 250)}; its log: {self.log}; evaluation.generator=hf does without vLLM",
+            f"vLLM failed: {_short(reason)}; its log: {self.log}; evaluation.generator=hf does without vLLM",
             code="evaluation.vllm_failed",
         )
 
@@ -194,5 +201,5 @@ def reason_in(text: str) -> str:
     return (named or said or [""])[-1]
 
 
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[0]
+def _short(text: str) -> str:
+    return shortened((text.strip().splitlines() or [""])[0], 200)

@@ -5,7 +5,6 @@ where it is. The folders are deleted once they are loaded, and those of a proces
 
 CACHE/vllm/                  CACHE: $FINETUNE_CACHE, else the user's cache folder; below $TMPDIR if that is set
     PID-STARTED/             one a process, with process.json, which says whose it is
-        tokenizer/           as this process has it
         base/, tuned/        config.json and safetensors
     vllm-PID-N.log           kept if vLLM failed
 """
@@ -16,7 +15,7 @@ import itertools
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -29,9 +28,6 @@ from finetune.models.merging import write_weights
 from finetune.models.weight_files import model_folder
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error, load_json, write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 OWNER = "process.json"
 _numbers = itertools.count(1)
@@ -49,15 +45,6 @@ class Weights:
         self._folder = root / f"{process.pid}-{process.started}-{number}"
         self.log = root / f"vllm-{process.pid}-{number}.log"
         self._owner = asdict(process)
-
-    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """A folder with this tokenizer."""
-        folder = self._made("tokenizer")
-        try:
-            tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise disk_error(error, folder) from error
-        return folder
 
     def folder(self, *, tuned: bool) -> Path:
         """The folder with the weights, written now if need be. Raises UserError like `write_weights`."""
