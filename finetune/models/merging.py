@@ -1,9 +1,9 @@
 """Merges an adapter into its base weights, tensor by tensor from safetensors to safetensors: memory holds one tensor at a time,
 however large the model is.
 
-Which base it is merged into is a choice. `dequantized`: the values that the adapter was trained on, which are the 4-bit weights of
-training (or without quantization those of the file), in the dtype of training. `original`: those of the file, of higher precision
-than what the adapter has seen. Each layer is computed in float32 and rounded once.
+Which base it is merged into is a choice. `dequantized`: the values that the adapter was trained on, which are the 4-bit weights
+of training (or without quantization those of the file), in the dtype of training. `original`: those of the file, of higher
+precision than what the adapter has seen. Each layer is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def write_weights(
 
 @dataclass(frozen=True)
 class _Merging:
-    """How each tensor is computed. packed: the layers whose weight training held in 4 bits. compute: the dtype into which training
-    cast the weights; None for that of the file."""
+    """How each tensor is computed. packed: the layers whose weight training held in 4 bits. compute: the dtype into which
+    training cast the weights; None for that of the file."""
 
     weights: BaseWeights
     deltas: _Deltas
@@ -109,8 +109,8 @@ class _Merging:
         merged = value.to(self.dtype)
         if not torch.isfinite(merged).all():
             raise UserError(
-                f"{name}: a merged weight is out of the range of {str(self.dtype).removeprefix('torch.')}; choose --dtype bfloat16 "
-                "or float32",
+                f"{name}: a merged weight is out of the range of {str(self.dtype).removeprefix('torch.')}; choose --dtype "
+                "bfloat16 or float32",
                 code="merge.out_of_range",
             )
         yield merged.cpu()
@@ -237,7 +237,7 @@ def _quantized_layers(skeleton: PreTrainedModel, section: QuantizationSection) -
 def _refuse_quantized(config: RunConfig, model: PretrainedConfig) -> None:
     if getattr(model, "quantization_config", None):
         raise UserError(
-            f"model.name: the weights of {config.model.name} are stored in a quantised form, into which no adapter can be merged; "
-            "export the adapter (--to adapter), or train on the model's 16-bit weights",
+            f"model.name: the weights of {config.model.name} are stored in a quantised form, into which no adapter can be "
+            "merged; export the adapter (--to adapter), or train on the model's 16-bit weights",
             code="merge.quantized_base",
         )
