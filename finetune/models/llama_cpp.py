@@ -50,7 +50,7 @@ class LlamaServer:
     /v1/completions, /completion and /tokenize. alive: whether the process still runs.
 
     context_tokens: of each of the `parallel` slots, that is requests computed at once. gpu_layers: on the GPU; None for as many
-    as fit. threads: None for all cores. api_key: what requests must send as their bearer token; None for no key. Raises UserError
+    as fit. threads: None for all cores, or OMP_NUM_THREADS. api_key: what requests must send as their bearer token; None for no key. Raises UserError
     if the package is missing or the file does not load.
     """
 
@@ -72,7 +72,7 @@ class LlamaServer:
             "n_ctx": context_tokens * parallel,
             "n_parallel": parallel,
             "gpu_layers": gpu_layers,
-            "threads": threads or usable_cores(),
+            "threads": threads or _threads(),
             "api_key": api_key,
             "alias": alias or gguf.stem,
         }
@@ -207,6 +207,12 @@ class LlamaServer:
         telling = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
         line = telling[0] if telling else lines[-1] if lines else "it said nothing"
         return shortened(_STAMP.sub("", line), 200)
+
+
+def _threads() -> int:
+    """All cores, or as many as OMP_NUM_THREADS says: beside other busy programs llama.cpp is faster on fewer."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) else usable_cores()
 
 
 def main() -> None:
