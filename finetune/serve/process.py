@@ -1,47 +1,52 @@
-"""The backend as a process of its own, under its guard: start, look whether it lives, end."""
+"""A backend as a process of its own, under its guard: see `Running`."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from finetune.runtime.console import one_line, visible
-from finetune.serve.backends.base import Command
+from finetune.errors import LONGEST_MESSAGE, shortened
+from finetune.evaluation.generators.vllm_process import end_of, reason_in
+from finetune.runtime.console import one_line
+from finetune.serve.backends.base import Address
 
 GUARD = Path(__file__).with_name("guard.py")
+ROOT = Path(__file__).resolve().parents[2]
 STOP_SECONDS = 30.0
-LOG_TAIL_BYTES = 64 << 10
-_NOISE = re.compile(r"^\s*(?:File \"|Traceback|\^|~|at |\[rank\d\]: *(?:File|Traceback))")
 
 
-class BackendProcess:
-    """log: where its output goes. key_variable: a variable of the environment that the backend is not given."""
+class GuardedProgram:
+    """words: the program and its arguments. socket: on which it will listen. log: a file for what it prints."""
 
-    def __init__(self, command: Command, log: Path, key_variable: str | None = None) -> None:
-        self.log = log
-        environment = {name: value for name, value in os.environ.items() if name != key_variable}
-        environment |= command.environment
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str], *, socket: Path, log: Path) -> None:
+        self._socket, self._log = socket, log
         with log.open("wb") as file:
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(GUARD), *command.words],
+                [sys.executable, "-I", "-S", str(GUARD), *words],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=dict(environment),
                 start_new_session=True,  # Ctrl-C is for the server, which then ends the backend
             )
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs."""
         return self._guard.poll()
 
+    @property
+    def address(self) -> Address | None:
+        return Address("http://backend", self._socket) if self._socket.exists() else None
+
+    def last_words(self) -> str:
+        reason = reason_in(end_of(self._log)).strip().removeprefix("finetune: ")
+        return one_line(shortened(reason, LONGEST_MESSAGE))
+
     def stop(self) -> None:
-        """End the backend with all that it has started."""
         assert self._guard.stdin is not None
         with suppress(OSError):
             self._guard.stdin.close()
@@ -51,14 +56,8 @@ class BackendProcess:
             self._guard.kill()
             self._guard.wait()
 
-    def last_words(self) -> str:
-        """The last line of its output that says something; "" if there is none."""
-        try:
-            with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - LOG_TAIL_BYTES))
-                lines = file.read().decode("utf-8", "replace").splitlines()
-        except OSError:
-            return ""
-        told = [line.strip() for line in lines if line.strip() and not _NOISE.match(line)]
-        errors = [line for line in told if re.search(r"\b\w*(?:Error|Exception)\b|^finetune: ", line)]
-        return one_line(visible((errors or told or [""])[-1], one_line=True))
+
+def with_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a program that is a module of ours, wherever it starts."""
+    path = environment.get("PYTHONPATH", "")
+    return {**environment, "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT), path) if part), "PYTHONUNBUFFERED": "1"}

@@ -27,7 +27,6 @@ from finetune.serve.app import LOOPBACK, Service, application
 from finetune.serve.backends.registry import backend_for
 from finetune.serve.databases import databases_of
 from finetune.serve.load import Heartbeat, Queue
-from finetune.serve.process import BackendProcess
 from finetune.serve.rows import Rows
 from finetune.serve.target import open_target
 
@@ -98,10 +97,9 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop, web, service, f"stopped by {signal.Signals(number).name}")
-        command = backend.command(folder)
-        process = BackendProcess(command, folder / "backend.log", self._options.api_key_env)
+        process = backend.start(folder, self._options.api_key_env)
         try:
-            watching = asyncio.ensure_future(self._watch(web, service, process, command.socket, command.address_file))
+            watching = asyncio.ensure_future(self._watch(web, service, process))
             await web.serve(sockets=[self._listener])
             await watching
         finally:
@@ -119,9 +117,7 @@ class _Server:
         service.state = "failed" if service.fault else "stopping"
         web.should_exit = True
 
-    async def _watch(
-        self, web: uvicorn.Server, service: Service, process: BackendProcess, at: Path | None, address_file: Path | None
-    ) -> None:
+    async def _watch(self, web: uvicorn.Server, service: Service, process: Running) -> None:
         """Everything that happens beside the requests."""
         self._heartbeat = Heartbeat(self._options.heartbeat, self.address) if self._options.heartbeat else None
         connected = False
@@ -132,8 +128,8 @@ class _Server:
                 self._stop(web, service, f"the backend {self._answering.backend.name} ended{_because(service.fault)}")
                 break
             if service.state == "loading":
-                if not connected and (url := _found_at(at, address_file)):
-                    await self._answering.backend.connect(url, at)
+                if not connected and (address := process.address):
+                    await self._answering.backend.connect(address)
                     connected = True
                 if connected and await self._answering.backend.is_ready():
                     service.state = "ready"
@@ -146,7 +142,7 @@ class _Server:
             self._beat(service.state, service.queue)
             await asyncio.sleep(POLL_SECONDS)
 
-    def _backend_ended(self, service: Service, process: BackendProcess) -> None:
+    def _backend_ended(self, service: Service, process: Running) -> None:
         was_ready = service.state == "ready"
         self._code = EXIT_TRANSIENT if was_ready else EXIT_USER_ERROR
         words = process.last_words().removeprefix("finetune: ")
@@ -245,15 +241,6 @@ def _private_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _found_at(at: Path | None, address_file: Path | None) -> str | None:
-    if at is not None:
-        return "http://backend" if at.exists() else None
-    assert address_file is not None
-    with suppress(OSError, ValueError):
-        return address_file.read_text(encoding="utf-8").strip() or None
-    return None
 
 
 def _because(fault: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,19 +23,37 @@ class PromptTooLong(Exception):
 
 
 @dataclass(frozen=True)
-class Command:
-    """A program to start. words: with its arguments. environment: variables besides those of the server; without keys of the
-    user. found_at: where it can be reached: a Unix socket in the server's private folder, or a file into which the program writes
-    its address once it has one."""
+class Address:
+    """Where a backend listens. url: of its server. socket: a Unix socket instead of the host and port in it."""
 
-    words: Sequence[str]
+    url: str
     socket: Path | None = None
-    address_file: Path | None = None
-    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Running(Protocol):
+    """A backend's program, from its start on."""
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        ...
+
+    @property
+    def address(self) -> Address | None:
+        """None until it is known."""
+        ...
+
+    def last_words(self) -> str:
+        """What it printed last that says why it ended, in one line; "" for nothing."""
+        ...
+
+    def stop(self) -> None:
+        """End it with all that it has started. It ends, too, when this process does, however that ends."""
+        ...
 
 
 class Backend(Protocol):
-    """Made before the program is started, and used once it is there."""
+    """Made before its program is started, and asked once that is ready."""
 
     @property
     def name(self) -> str: ...
@@ -45,11 +63,12 @@ class Backend(Protocol):
         """Questions that it is given at once; further ones wait in the server."""
         ...
 
-    def command(self, folder: Path) -> Command:
-        """folder: private, for sockets and small files."""
+    def start(self, folder: Path, hidden: str | None) -> Running:
+        """Start the program. folder: private, for sockets, the log and small files. hidden: a variable of the environment that it
+        must not see, because it holds the server's key."""
         ...
 
-    async def connect(self, url: str, socket: Path | None) -> None:
+    async def connect(self, address: Address) -> None:
         """Called once before the first question."""
         ...
 

@@ -3,6 +3,7 @@ its own (hf_worker.py), which answers as many questions at once as `evaluation.b
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,8 +13,9 @@ import httpx
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Answer
 from finetune.runtime.files import parse_json
-from finetune.serve.backends.base import BackendError, Command, PromptTooLong
+from finetune.serve.backends.base import Address, BackendError, PromptTooLong, Running
 from finetune.serve.backends.tokens import answers_health, client_for
+from finetune.serve.process import GuardedProgram, with_package
 from finetune.serve.target import Target
 
 
@@ -27,19 +29,14 @@ class HfBackend:
         self.parallel = max(1, 2 * target.config.evaluation.batch_size)  # the next batch waits in the worker
         self._client: httpx.AsyncClient | None = None
 
-    def command(self, folder: Path) -> Command:
+    def start(self, folder: Path, hidden: str | None) -> Running:
         socket = folder / "hf.sock"
-        words = [
-            sys.executable,
-            "-m",
-            "finetune.serve.backends.hf_worker",
-            str(self._target.path.resolve()),
-            str(socket),
-        ]
-        return Command(words, socket=socket)
+        words = [sys.executable, "-m", "finetune.serve.backends.hf_worker", str(self._target.path.resolve()), str(socket)]
+        environment = {name: value for name, value in os.environ.items() if name != hidden}
+        return GuardedProgram(words, with_package(environment), socket=socket, log=folder / "backend.log")
 
-    async def connect(self, url: str, socket: Path | None) -> None:
-        self._client = client_for(url, socket)
+    async def connect(self, address: Address) -> None:
+        self._client = client_for(address)
 
     async def close(self) -> None:
         if self._client is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,7 +18,7 @@ from finetune.data.answers import answer_is_complete
 from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.generators.stopping import EndOfAnswers
 from finetune.runtime.files import parse_json
-from finetune.serve.backends.base import BackendError, PromptTooLong
+from finetune.serve.backends.base import Address, BackendError, PromptTooLong
 from finetune.tokens import encode_prompts
 
 CONNECT_SECONDS = 10.0
@@ -30,7 +29,8 @@ LONGEST_LINE = 1 << 20
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """tokenizer, and the tokens that end an answer. positions: tokens that prompt and answer may have together; None: no limit."""
+    """The tokenizer, and the tokens that end an answer. positions: tokens that prompt and answer may have together; None: no
+    limit."""
 
     tokenizer: Any
     ends: list[int]
@@ -60,8 +60,8 @@ class TokenStream:
         self._request, self._tokens, self._health = request, tokens, health
         self._client: httpx.AsyncClient | None = None
 
-    async def connect(self, url: str, socket: Path | None) -> None:
-        self._client = client_for(url, socket)
+    async def connect(self, address: Address, key: str | None = None) -> None:
+        self._client = client_for(address, key)
 
     async def close(self) -> None:
         if self._client is not None:
@@ -128,11 +128,13 @@ class TokenStream:
             raise BackendError("it sent something else than JSON") from None
 
 
-def client_for(url: str, socket: Path | None) -> httpx.AsyncClient:
+def client_for(address: Address, key: str | None = None) -> httpx.AsyncClient:
     """A client of a backend on this machine, whatever proxies the environment names."""
-    transport = httpx.AsyncHTTPTransport(uds=str(socket) if socket else None, limits=httpx.Limits(max_connections=None))
+    uds = str(address.socket) if address.socket else None
+    transport = httpx.AsyncHTTPTransport(uds=uds, limits=httpx.Limits(max_connections=None))
     timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
-    return httpx.AsyncClient(base_url=url, transport=transport, timeout=timeout, trust_env=False)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.AsyncClient(base_url=address.url, transport=transport, timeout=timeout, headers=headers, trust_env=False)
 
 
 async def answers_health(client: httpx.AsyncClient, path: str) -> bool:
