@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlglot
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import EvaluationSection, RunConfig
 from finetune.data.prepared import Prepared, load_prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.data.records import Record
@@ -44,6 +44,10 @@ class EvaluationSet:
     records: list[Record]
     databases: list[Path]
     without_database: int  # records of the split left out because nothing can be executed for them
+
+    @property
+    def evaluation(self) -> EvaluationSection:
+        return self.config.evaluation
 
     @cached_property
     def prompts(self) -> list[str]:

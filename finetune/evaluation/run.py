@@ -26,8 +26,9 @@ from finetune.errors import Interrupted, UserError
 from finetune.evaluation.answers import AnswerFile, prompts_hash
 from finetune.evaluation.generators.base import LoadedModel
 from finetune.evaluation.generators.registry import generator_for
+from finetune.evaluation.judge import Judge
 from finetune.evaluation.questions import EvaluationSet, evaluation_set, short_hash
-from finetune.evaluation.score import Judge, Row, as_dict, gains, score
+from finetune.evaluation.score import Row, as_dict, gains, score
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
 from finetune.runtime.console import say
