@@ -1,4 +1,4 @@
-"""GGUF files of a merged model, written tensor by tensor: several quantisations in one pass, none of them through a file of 16 bits.
+"""GGUF files of a merged model, written tensor by tensor: several quantisations in one pass, none through a file of 16 bits.
 
 The weights are merged in float32 and rounded once, to the type of the file. Names, keys and the order of rotary dimensions are
 those of llama.cpp's converter (conversion/llama.py, conversion/qwen.py), for the families of models/architectures.py.

@@ -1,8 +1,8 @@
 """The quantisations of a GGUF file: which type each tensor gets, and llama.cpp's own functions that compute it.
 
-The mixture of q4_k_m is that of llama.cpp's quantiser (src/llama-quant.cpp, llama_tensor_get_type) for models with one matrix each
-for query, key and value; a test compares the bytes with those of llama-cpp-python's quantiser. The functions are those that the
-package xllamacpp was built with, so that no compiler is needed.
+The mixture of q4_k_m is that of llama.cpp's quantiser (src/llama-quant.cpp, llama_tensor_get_type) for models with one matrix
+each for query, key and value; a test compares the bytes with those of llama-cpp-python's quantiser. The functions are those that
+the package xllamacpp was built with, so that no compiler is needed.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -50,8 +50,8 @@ class LlamaServer:
     /v1/completions, /completion and /tokenize. alive: whether the process still runs.
 
     context_tokens: of each of the `parallel` slots, that is requests computed at once. gpu_layers: on the GPU; None for as many
-    as fit. threads: None for all cores, or OMP_NUM_THREADS. api_key: what requests must send as their bearer token; None for no key. Raises UserError
-    if the package is missing or the file does not load.
+    as fit. threads: None for all cores, or OMP_NUM_THREADS. api_key: what requests must send as their bearer token; None for no
+    key. Raises UserError if the package is missing or the file does not load.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class LlamaServer:
         finally:
             connection.close()
 
-    def stream(self, path: str, body: dict[str, Any], timeout: float = 600.0) -> Iterator[Any]:
+    def stream(self, path: str, body: dict[str, Any], timeout: float = 600.0) -> Generator[Any, None, None]:
         """The JSON events of one request as they come; leaving the loop ends the request in the server. timeout: seconds between
         two events. Raises as `request`."""
         connection, response = self._post(path, body | {"stream": True}, timeout)

@@ -16,6 +16,7 @@ Not recognised: ties inside a nested query, ties in the order of rows that are a
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from sqlglot.errors import ParseError, SqlglotError
 from finetune.errors import UserError
 from finetune.sql.compare import Rows, gold_is_ordered, results_equal
 from finetune.sql.engines.base import QueryResult, Session
-from finetune.sql.parsing import query_tree
+from finetune.sql.parsing import shared_tree
 
 SOUND = "sound"
 HOLLOW = ("no_rows", "nothing_found", "constant", "empty_table")
@@ -71,6 +72,11 @@ _DATE_CALLS = {"date", "time", "datetime", "julianday", "strftime", "unixepoch",
 (https://sqlite.org/lang_datefunc.html)."""
 
 
+_MAY_BE_VOLATILE = re.compile(
+    "|".join(sorted(_CLOCK_WORDS | _CLOCK_CALLS | _RANDOM_CALLS | _DATE_CALLS)), re.IGNORECASE
+).search
+
+
 @dataclass(frozen=True)
 class Gold:
     """A gold query's result on its database, and its kind; detail: which table, or the error."""
@@ -91,6 +97,8 @@ class Gold:
 
 def volatility(sql: str, dialect: str = "sqlite") -> str | None:
     """ "random" or "clock" if the text of the query uses such a function, else None. What a view does is not in the text."""
+    if not _MAY_BE_VOLATILE(sql):  # spares most queries the tokenizer
+        return None
     try:
         tokens = sqlglot.tokenize(sql, read=dialect)
     except (SqlglotError, ValueError):
@@ -137,10 +145,14 @@ class GoldExaminer:
         if result.rows is None:
             limit = result.error_kind in ("timeout", "too_large", "crashed")
             return Gold("limit" if limit else "failed", result, result.error or "")
-        kind = volatility(sql, dialect) or self._through_a_view(database, sql, dialect)
+        kind = self.volatile(database, sql, dialect)
         if (kind or (twice and result.seconds < 1)) and self._differs(database, sql, dialect, result, kind):
             return Gold("unstable", result)
         return Gold(kind, result) if kind else self._of_result(database, sql, dialect, result)
+
+    def volatile(self, database: Path, sql: str, dialect: str) -> str | None:
+        """ "random" or "clock" if the query's result depends on it, itself or through a view; else None."""
+        return volatility(sql, dialect) or self._through_a_view(database, sql, dialect)
 
     def run(self, database: Path, sql: str, dialect: str) -> QueryResult:
         return self._session(dialect).run(database, sql, self._timeout)
@@ -168,7 +180,7 @@ class GoldExaminer:
         if nulls or (len(rows) == 1 and all(value in (None, 0) for value in rows[0])):
             return Gold("nothing_found", result)
         try:
-            tree = query_tree(sql, dialect)
+            tree = shared_tree(sql, dialect)
         except (ParseError, UserError):
             return Gold(SOUND, result)
         tables = _tables(tree)

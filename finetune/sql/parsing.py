@@ -6,7 +6,7 @@ steps, because it tries alternatives one inside the other, so that forty words (
 
 import logging
 import re
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice
 from typing import Any
 
@@ -92,6 +92,22 @@ def query_tree(sql: str, dialect: str = "sqlite") -> exp.Expr:
     return tree
 
 
+def shared_tree(sql: str, dialect: str = "sqlite") -> exp.Expr:
+    """As `query_tree`, but a query that several parts of the program look at is parsed once: do not change the tree."""
+    found = _tree_or_error(sql, dialect)
+    if isinstance(found, ParseError):
+        raise type(found)(*found.args)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _tree_or_error(sql: str, dialect: str) -> exp.Expr | ParseError:
+    try:
+        return query_tree(sql, dialect)
+    except ParseError as error:
+        return error.with_traceback(None)
+
+
 def other_statement(sql: str, dialect: str = "sqlite") -> str | None:
     """The first word of the first statement in the text that is no query, such as INSERT; None if there is none.
 
@@ -149,6 +165,8 @@ def _with_limit(parser: Parser, steps: int) -> Any:
 
 @cache
 def _limited(parser_class: Any) -> Any:
+    advance = parser_class._advance  # called at every step, so without super()
+
     class Limited(parser_class):  # type: ignore[misc]
         steps_left = 0
 
@@ -156,7 +174,7 @@ def _limited(parser_class: Any) -> Any:
             self.steps_left -= 1
             if self.steps_left < 0:
                 raise _TooManySteps
-            super()._advance(times)
+            advance(self, times)
 
     return Limited
 

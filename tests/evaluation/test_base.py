@@ -15,8 +15,9 @@ from finetune.config.load import load_config
 from finetune.data.records import Record
 from finetune.evaluation import run as evaluation_run
 from finetune.evaluation.generators import hf
+from finetune.evaluation.judge import Judge
 from finetune.evaluation.run import evaluate_base, evaluate_run
-from finetune.evaluation.score import Judge, Row
+from finetune.evaluation.score import Row
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop

@@ -90,6 +90,7 @@ class SqlSandbox:
         self._remove_folder: Callable[[], object] | None = None
         self._readable: set[Path] = set()
         self._copies: dict[Path, tuple[SqliteFile, Path]] = {}
+        self._found: dict[Path, SqliteFile] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -205,7 +206,9 @@ class SqlSandbox:
 
     def _in_one_file(self, database: Path) -> SqliteFile:
         """The database in a single file: itself, or a private copy with its log folded in, renewed after each change."""
-        found = sqlite_file.find(database)
+        found = self._found.get(database)
+        if found is None or not found.is_as_found(database):
+            found = self._found[database] = sqlite_file.find(database)
         if found.whole and not (found.bytes <= SMALL_BYTES and self._is_closed_to_the_worker(found.file)):
             return found
         folder = self._private_folder()

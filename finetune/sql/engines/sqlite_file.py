@@ -56,6 +56,13 @@ class SqliteFile:
         """Whether the file (not its log, which is not read in place) is still the same."""
         return _state(self.file) == self.states[0]
 
+    def is_as_found(self, path: Path) -> bool:
+        """Whether `find(path)` would find the same again: a database without log and journal, of which nothing has changed."""
+        try:
+            return self.whole and not any(self.states[1:]) and (_state(path), *_states(self.file)[1:]) == self.states
+        except OSError:
+            return False
+
 
 def find(path: Path) -> SqliteFile:
     """The database as it is now. Raises UserError if it is not a SQLite file, or cannot be read."""
