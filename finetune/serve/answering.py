@@ -70,7 +70,7 @@ class Answering:
         wanted = _dialect(question.dialect)
         database = None
         if question.schema is not None:
-            dialect = wanted or self.target.dialects[0]
+            dialect = wanted or self.target.dialect_for(None)
             schema, schema_dialect = question.schema, _reader(question.schema, dialect)
         else:
             database = self.databases.named(question.database)
@@ -143,6 +143,8 @@ class Answering:
                 503, f"out of memory with a prompt of {answer.prompt_tokens} tokens; give a schema with fewer tables",
                 code="out_of_memory",
             )  # fmt: skip
+        if answer.problem is not None:
+            raise ApiError(502, f"the backend {self.backend.name} refused the prompt", code="backend_down")
         sql = extract_sql(answer.text, asked.dialect)
         return Result(sql, answer, answer.new_tokens >= asked.max_new_tokens, await self._rows_of(asked, sql))
 
@@ -160,8 +162,8 @@ def too_long(tokens: int | None, limit: int | None) -> ApiError:
     size = "the prompt" if tokens is None else f"the prompt of {tokens} tokens"
     most = "" if limit is None else f" ({limit})"
     return ApiError(
-        400, f"{size} leaves no room for the answer in the model's positions{most}; give a schema with fewer tables, or a shorter "
-        "question", code="context_length_exceeded",
+        400, f"{size} leaves no room for the answer in the model's positions{most}; give a schema with fewer tables, or a "
+        "shorter question", code="context_length_exceeded",
     )  # fmt: skip
 
 

@@ -88,7 +88,8 @@ def databases_of(arguments: Sequence[str], dialect: str = DEFAULT) -> Databases:
             name, file = Path(argument).stem, argument
         if not _NAME.fullmatch(name):
             raise UserError(
-                f"--db {argument}: {shown(name)} cannot be the name of a database: letters, digits, _, . and - can; give NAME=FILE",
+                f"--db {argument}: {shown(name)} cannot be the name of a database: letters, digits, _, . and - can; write "
+                "NAME=FILE",
                 code="serve.bad_database_name",
             )
         if name in found:

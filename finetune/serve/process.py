@@ -60,4 +60,8 @@ class GuardedProgram:
 def with_package(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a program that is a module of ours, wherever it starts."""
     path = environment.get("PYTHONPATH", "")
-    return {**environment, "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT), path) if part), "PYTHONUNBUFFERED": "1"}
+    return {
+        **environment,
+        "PYTHONPATH": os.pathsep.join(part for part in (str(ROOT), path) if part),
+        "PYTHONUNBUFFERED": "1",
+    }

@@ -27,7 +27,8 @@ class Rows:
             self._idle.put({})
 
     async def of(self, database: Path, sql: str) -> dict[str, Any]:
-        """{"columns", "rows", "truncated"}, or {"error"}: one line. A blob is written as {"blob": hex}, an infinite number as text."""
+        """{"columns", "rows", "truncated"}, or {"error"}: one line. A blob is written as {"blob": hex}, an infinite number as
+        text."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, database, sql)
 
     def close(self) -> None:

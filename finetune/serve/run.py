@@ -24,6 +24,7 @@ from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
 from finetune.runtime.console import visible
 from finetune.serve.answering import Answering
 from finetune.serve.app import LOOPBACK, Service, application
+from finetune.serve.backends.base import Running
 from finetune.serve.backends.registry import backend_for
 from finetune.serve.databases import databases_of
 from finetune.serve.load import Heartbeat, Queue
@@ -58,12 +59,12 @@ class Options:
 
 
 def serve(path: Path, options: Options) -> int:
-    """Serve a run or an export until a signal, `idle_minutes` or `max_hours` ends it. Returns the exit code: 75 if the backend ended
-    after it had been ready, 2 if it never was. Raises UserError for everything that is known before."""
+    """Serve a run or an export until a signal, `idle_minutes` or `max_hours` ends it. Returns the exit code: 75 if the backend
+    ended after it had been ready, 2 if it never was. Raises UserError for everything that is known before."""
     key = _key(options)
     with _listening(options) as listener:
         target = open_target(path)
-        databases = databases_of(options.databases, target.dialects[0])
+        databases = databases_of(options.databases, target.dialect_for(None))
         if options.execute and not any(database.dialect for database in databases.all):
             raise UserError(
                 "--execute: give a database with --db NAME=FILE; a schema has no rows", code="serve.nothing_to_execute"
@@ -204,8 +205,8 @@ def _key(options: Options) -> str | None:
     key = os.environ.get(options.api_key_env, "")
     if len(key) < LEAST_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(
-            f"--api-key-env: the variable {options.api_key_env} {'is not set' if not key else 'holds no good key'}; set it to a key "
-            f"of {LEAST_KEY_CHARACTERS} characters or more, letters and digits, for example from `openssl rand -hex 24`",
+            f"--api-key-env: the variable {options.api_key_env} {'is not set' if not key else 'holds no good key'}; set it to a "
+            f"key of {LEAST_KEY_CHARACTERS} characters or more, letters and digits, for example from `openssl rand -hex 24`",
             code="serve.weak_key",
         )
     return key
@@ -226,8 +227,8 @@ def _listening(options: Options) -> Iterator[socket.socket]:
             listener.listen(512)
         except OSError as error:
             raise UserError(
-                f"--port {options.port}: {options.host} cannot be listened on there ({error.strerror or error}); end the program that "
-                "uses the port, or choose another with --port",
+                f"--port {options.port}: {options.host} cannot be listened on there ({error.strerror or error}); end the program "
+                "that uses the port, or choose another with --port",
                 code="serve.port_in_use",
             ) from None
         yield listener

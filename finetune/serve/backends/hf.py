@@ -31,7 +31,13 @@ class HfBackend:
 
     def start(self, folder: Path, hidden: str | None) -> Running:
         socket = folder / "hf.sock"
-        words = [sys.executable, "-m", "finetune.serve.backends.hf_worker", str(self._target.path.resolve()), str(socket)]
+        words = [
+            sys.executable,
+            "-m",
+            "finetune.serve.backends.hf_worker",
+            str(self._target.path.resolve()),
+            str(socket),
+        ]
         environment = {name: value for name, value in os.environ.items() if name != hidden}
         return GuardedProgram(words, with_package(environment), socket=socket, log=folder / "backend.log")
 

@@ -23,7 +23,6 @@ from starlette.routing import Route
 
 from finetune.errors import UserError, first_line
 from finetune.evaluation.generators.base import Answer, LoadedModel
-from finetune.evaluation.generators.registry import generator_for
 from finetune.serve.disconnect import unless_gone
 from finetune.serve.target import open_target
 
@@ -126,9 +125,9 @@ def application(batches: Batches) -> Starlette:
 
 def main(path: str, socket: str) -> None:
     target = open_target(Path(path))
-    model = generator_for(target.config, "hf").load(target.config, target.adapter)
-    batches = Batches(model, max(1, target.config.evaluation.batch_size))
-    uvicorn.run(application(batches), uds=socket, log_level="error", access_log=False, lifespan="off")
+    with target.loaded(generator="hf") as model:
+        batches = Batches(model, max(1, target.config.evaluation.batch_size))
+        uvicorn.run(application(batches), uds=socket, log_level="error", access_log=False, lifespan="off")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+from finetune.errors import UserError
+from finetune.evaluation.generators.vllm import model_facts
+from finetune.evaluation.generators.vllm_place import missing
+from finetune.machine.hardware import torch_build
+from finetune.models.llama_cpp import PACKAGE
+from finetune.models.load import load_tokenizer
+from finetune.models.positions import positions
+from finetune.runtime.console import say
 from finetune.serve.backends.base import Backend
 from finetune.serve.backends.hf import HfBackend
+from finetune.serve.backends.llama_cpp import LlamaCppBackend
+from finetune.serve.backends.tokens import Vocabulary
+from finetune.serve.backends.vllm import VllmBackend
 from finetune.serve.target import Target
 
-AUTO = "auto"
-NAMES = ("vllm", "llama.cpp", "hf")
+AUTO, VLLM, LLAMA, HF = "auto", "vllm", "llama.cpp", "hf"
+NAMES = (AUTO, VLLM, LLAMA, HF)
 
 
 def backend_for(name: str, target: Target) -> Backend:
-    """Raises UserError if the backend cannot serve this target on this machine."""
-    return HfBackend(target)
+    """The backend of this name; for `auto` vLLM on a GPU, llama.cpp for a GGUF file and on a CPU, hf where these are missing.
+
+    Raises UserError if the backend cannot serve this target on this machine.
+    """
+    chosen = _chosen(target) if name == AUTO else name
+    if target.gguf is not None and chosen != LLAMA:
+        raise UserError(f"--backend {chosen}: {target.path} is a GGUF file, which llama.cpp serves", code="serve.wrong_backend")
+    if chosen == HF:
+        return HfBackend(target)
+    if chosen == VLLM:
+        if why := missing(target.config):
+            raise UserError(f"--backend vllm: {why}; --backend auto does without vLLM", code="serve.no_vllm")
+        return VllmBackend(target, vocabulary_of(target))
+    vocabulary = vocabulary_of(target)
+    return LlamaCppBackend(target.gguf_file(), vocabulary)
+
+
+def _chosen(target: Target) -> str:
+    """Says why it is not the fastest one."""
+    if target.gguf is not None:
+        return LLAMA
+    build = torch_build()
+    if build is not None and build.gpu is not None:
+        why = missing(target.config, auto=True)
+        if why:
+            say(f"--backend auto: hf, because {why}")
+        return HF if why else VLLM
+    if importlib.util.find_spec(PACKAGE) is None:
+        say(f"--backend auto: hf, because the package {PACKAGE} (llama.cpp) is not installed; pip install -e '.[export]'")
+        return HF
+    if why := target.without_gguf():
+        say(f"--backend auto: hf, because {why}")
+        return HF
+    return LLAMA
+
+
+def vocabulary_of(target: Target) -> Vocabulary:
+    """Raises UserError if the tokenizer cannot be loaded."""
+    tokenizer = load_tokenizer(target.config.model)
+    config, ends = model_facts(target.config, tokenizer)
+    return Vocabulary(tokenizer, ends, positions(config))

@@ -134,7 +134,9 @@ def client_for(address: Address, key: str | None = None) -> httpx.AsyncClient:
     transport = httpx.AsyncHTTPTransport(uds=uds, limits=httpx.Limits(max_connections=None))
     timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.AsyncClient(base_url=address.url, transport=transport, timeout=timeout, headers=headers, trust_env=False)
+    return httpx.AsyncClient(
+        base_url=address.url, transport=transport, timeout=timeout, headers=headers, trust_env=False
+    )
 
 
 async def answers_health(client: httpx.AsyncClient, path: str) -> bool:

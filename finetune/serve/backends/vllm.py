@@ -21,7 +21,7 @@ from finetune.config.schema import RunConfig
 from finetune.evaluation.generators.vllm_process import FORCED, environment
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import load_json, parse_json
-from finetune.serve.backends.base import Address, Running
+from finetune.serve.backends.base import Running
 from finetune.serve.backends.tokens import TokenStream, Vocabulary
 from finetune.serve.process import GuardedProgram, with_package
 from finetune.serve.target import Target
@@ -47,7 +47,13 @@ class VllmBackend(TokenStream):
 
     def start(self, folder: Path, hidden: str | None) -> Running:
         self._folder = folder
-        words = [sys.executable, "-m", "finetune.serve.backends.vllm_launch", str(self._target.path.resolve()), str(folder)]
+        words = [
+            sys.executable,
+            "-m",
+            "finetune.serve.backends.vllm_launch",
+            str(self._target.path.resolve()),
+            str(folder),
+        ]
         kept = {name: value for name, value in os.environ.items() if name != hidden}
         return _Running(words, with_package(kept), socket=folder / SOCKET, log=folder / "backend.log", folder=folder)
 
