@@ -6,9 +6,10 @@ import argparse
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
+from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path, text
 from finetune.errors import EXIT_OK, Interrupted, UserError
 
 EVALUATION_KEYS = "evaluation."
@@ -21,7 +22,8 @@ def add(commands: Any) -> None:
         _evaluate,
         "score a run's model and its base model by executing their SQL",
         "finetune evaluate runs/demo\n  finetune evaluate runs/demo evaluation.rule=bird_set   (the same answers, judged again)\n"
-        "  finetune evaluate configs/demo_cpu.yaml   (the base model alone)",
+        "  finetune evaluate configs/demo_cpu.yaml   (the base model alone)\n"
+        "  finetune evaluate configs/demo_cpu.yaml --predictions theirs.sql   (somebody else's answers; no model)",
     )
     evaluate.description = (
         f"{evaluate.description} Answers are kept as they come: an interrupted evaluation goes on where it was, "
@@ -37,17 +39,33 @@ def add(commands: Any) -> None:
         help=f"{OVERRIDES}; with a run: keys of the section evaluation only",
     )
     evaluate.add_argument("--no-base", action="store_true", help="do not score the base model")
+    evaluate.add_argument(
+        "--predictions",
+        type=path,
+        metavar="FILE",
+        help="judge these answers and load no model: one SQL query a line in the order of the split, or JSONL with id and sql",
+    )
+    evaluate.add_argument("--name", type=text, help="of the result of --predictions; without it, that of the file")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     with _sigterm_as_interrupt():
-        scores = _of_run(arguments) if arguments.target.is_dir() else {"base": _of_config(arguments)}
+        scores = _scores(arguments)
     for name, result in scores.items():
         low, high = result["execution_accuracy_interval95"]
         right = f"{result['correct']} of {result['questions']}, 95% interval {low:.1%} to {high:.1%}"
         print(f"{name:>6}: execution accuracy {result['execution_accuracy']:.1%} ({right}), "
               f"valid SQL {result['valid_sql_rate']:.1%}{_aside(result)}")  # fmt: skip
     return EXIT_OK
+
+
+def _scores(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The score of each model by its name."""
+    if arguments.predictions is not None:
+        return _of_predictions(arguments)
+    if arguments.name is not None:
+        raise UserError("--name is that of a result of --predictions FILE", code="cli.conflicting_options")
+    return _of_run(arguments) if arguments.target.is_dir() else {"base": _of_config(arguments)}
 
 
 def _aside(result: dict[str, Any]) -> str:
@@ -92,13 +110,34 @@ def _of_config(arguments: argparse.Namespace) -> dict[str, Any]:
             "--no-base needs a run folder; with a config only the base model is scored",
             code="cli.conflicting_options",
         )
-    if not arguments.target.exists():
-        raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
-    config = loaded(arguments, arguments.target)
+    config = loaded(arguments, _config_file(arguments))
     with large_imports():
         from finetune.evaluation.run import evaluate_base
 
     return evaluate_base(config)
+
+
+def _of_predictions(arguments: argparse.Namespace) -> dict[str, Any]:
+    from finetune.evaluation.predictions import PREDICTIONS, evaluate_predictions
+
+    if arguments.no_base:
+        raise UserError("--no-base: with --predictions no model is scored", code="cli.conflicting_options")
+    config = loaded(arguments, _config_file(arguments))
+    result = evaluate_predictions(arguments.target, config, arguments.predictions, arguments.name, arguments.overrides)
+    return {result[PREDICTIONS]["name"]: result["models"][PREDICTIONS]}
+
+
+def _config_file(arguments: argparse.Namespace) -> Path:
+    """The config at the target, or of the run there. Raises UserError if there is none, or for keys that a run does not take."""
+    if arguments.target.is_dir():
+        from finetune.run_folder import open_run
+
+        _check_overrides(arguments.overrides)
+        return open_run(arguments.target).config_yaml
+    if not arguments.target.exists():
+        raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
+    config: Path = arguments.target
+    return config
 
 
 @contextmanager

@@ -8,7 +8,6 @@ base/ beside the runs and are used as long as weights, prompts and settings stay
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ from finetune.errors import Interrupted, UserError
 from finetune.evaluation.answers import AnswerFile, prompts_hash
 from finetune.evaluation.generators.base import LoadedModel
 from finetune.evaluation.generators.registry import generator_for
+from finetune.evaluation.paired import gains
 from finetune.evaluation.questions import EvaluationSet, evaluation_set, short_hash
-from finetune.evaluation.score import Judge, Row, as_dict, gains, score
+from finetune.evaluation.score import Judge, Row, score, write_rows
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
 from finetune.runtime.console import say
-from finetune.runtime.files import atomic_file, load_json, write_json
+from finetune.runtime.files import load_json, write_json
 from finetune.sql.engines.registry import open_sessions
 
 ROWS = "rows.jsonl"
@@ -98,7 +98,7 @@ def evaluate_run(
     scores: dict[str, dict[str, Any]] = {}
     for model in models:
         result, rows = model.result
-        _write_rows(run.eval_rows(model.name), rows)
+        write_rows(run.eval_rows(model.name), rows)
         scores[model.name] = result | {"rows": str(run.eval_rows(model.name).relative_to(run.path))}
     scores["tuned"]["adapter"] = str(run.adapter)
     no_gain = {"gain": None, "gain_by_rule": None, "gain_without_hollow": None}
@@ -111,6 +111,7 @@ def evaluate_run(
         "dialects": list(dialects_of(questions.records)),
         "rule": config.evaluation.rule,
         "timeout_seconds": config.evaluation.timeout_seconds,
+        "judging": questions.judging_settings(),
         "models": scores,
         **(gains(models[0].result[1], models[1].result[1]) if base else no_gain),
     }
@@ -180,7 +181,7 @@ def _complete(
             model.rows, model.score = rows, _facts(questions, model) | score(rows)
             if not model.tuned:
                 folder = model.answers.path.parent
-                _write_rows(folder / ROWS, rows)
+                write_rows(folder / ROWS, rows)
                 write_json(folder / SCORE, model.score | {"judged": questions.judging()})
 
 
@@ -237,8 +238,3 @@ def _facts(questions: EvaluationSet, model: Model) -> dict[str, Any]:
         "seconds": round(model.answers.seconds, 3),
         "dtype": model.answers.dtype,
     }
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    with atomic_file(path) as file:
-        file.writelines(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows)

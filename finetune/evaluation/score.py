@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,8 +13,9 @@ from typing import Any
 from finetune.data.answers import read_answer
 from finetune.data.records import Record
 from finetune.evaluation.generators.base import Answer
-from finetune.evaluation.statistics import bootstrap_by_database, paired_interval, wilson_interval
-from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, results_equal
+from finetune.evaluation.statistics import bootstrap_by_database, wilson_interval
+from finetune.runtime.files import atomic_file
+from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, result_hash, results_equal
 from finetune.sql.difficulty import difficulty
 from finetune.sql.engines.base import QueryResult, Session
 from finetune.sql.gold import ARBITRARY, SOUND, VOLATILE, WITHOUT_RESULT, Gold, GoldExaminer
@@ -34,6 +36,8 @@ class Row:
     gold_kind: see sql/gold.py.
     double_quoted_text: whether the prediction used a "name" that is not a column, which SQLite reads as a text constant.
     several_statements: whether the answer holds more than the statement that was run. prompt_tokens: None if unknown.
+    result_sha256: of the prediction's rows, whatever their order (result_hash in sql/compare.py); None if it gave none.
+    error_class: what is wrong, more precisely than the verdict (error_classes.py); None if it is correct.
     """
 
     id: str
@@ -54,6 +58,8 @@ class Row:
     several_statements: bool = False
     prompt_tokens: int | None = None
     verdicts: dict[str, str] = field(default_factory=dict)
+    result_sha256: str | None = None
+    error_class: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class _Verdict:
     error: str | None = None
     seconds: float = 0.0
     double_quoted_text: bool = False
+    result_sha256: str | None = None
 
 
 class Judge:
@@ -101,6 +108,7 @@ class Judge:
             several_statements=found.several,
             prompt_tokens=answer.prompt_tokens,
             verdicts={rule: verdict.name for rule, verdict in verdicts.items()},
+            result_sha256=chosen.result_sha256,
         )
 
     def _golds_of(self, record: Record, database: Path) -> dict[str, Gold]:
@@ -144,7 +152,8 @@ def _compared(gold: QueryResult, result: QueryResult, *, ordered: bool, rule: Ru
     if result.rows is None:
         return _Verdict(result.error_kind or "sql_error", result.error, result.seconds)
     equal = results_equal(gold.rows, result.rows, ordered=ordered, rule=rule)
-    return _Verdict(CORRECT if equal else "wrong_rows", None, result.seconds, result.double_quoted_text)
+    name, found = CORRECT if equal else "wrong_rows", result_hash(result.rows, rule=rule)
+    return _Verdict(name, None, result.seconds, result.double_quoted_text, found)
 
 
 def score_answer(
@@ -181,7 +190,7 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
         ),
         "by_gold": _tally(rows, "gold_kind"),
         "without_hollow": _accuracy(telling),
-        "rules": {rule: _accuracy([row.verdicts.get(rule, "") for row in rows]) for rule in _rules(rows)},
+        "rules": {rule: _accuracy([row.verdicts.get(rule, "") for row in rows]) for rule in rules_of(rows)},
         "verdicts": dict(sorted(Counter(row.verdict for row in rows).items())),
     }
 
@@ -197,57 +206,16 @@ def _accuracy(verdicts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _rules(rows: Iterable[Row]) -> list[str]:
+def rules_of(rows: Iterable[Row]) -> list[str]:
     """The rules under which all of the rows were judged."""
     rows = list(rows)
     return [rule for rule in RULES if all(rule in row.verdicts for row in rows)]
 
 
-def gain(base: Iterable[Row], tuned: Iterable[Row], rule: str | None = None) -> dict[str, int]:
-    """How many questions only the tuned model (won), only the base model (lost), both or neither answered correctly, over the
-    questions that both were asked. rule: None for that of `Row.verdict`."""
-
-    def right(row: Row) -> bool:
-        return (row.verdicts.get(rule) if rule else row.verdict) == CORRECT
-
-    before = {row.id: right(row) for row in base}
-    pairs = Counter((before[row.id], right(row)) for row in tuned if row.id in before)
-    return {
-        "won": pairs[False, True],
-        "lost": pairs[True, False],
-        "both": pairs[True, True],
-        "neither": pairs[False, False],
-    }
-
-
-def gains(base: Sequence[Row], tuned: Sequence[Row]) -> dict[str, Any]:
-    """`gain` under each rule, and without the questions whose gold is hollow; its 95% intervals as fractions, over questions and
-    over databases (None for fewer than two)."""
-    telling = [[row for row in rows if row.gold_kind in CAN_TELL] for rows in (base, tuned)]  # of the same golds
-    by_rule = {rule: gain(base, tuned, rule) for rule in _rules([*base, *tuned])}
-    counts = gain(base, tuned)
-    intervals = {
-        "questions": paired_interval(counts["won"], counts["lost"], sum(counts.values())),
-        "databases": bootstrap_by_database(_points_by_database(base, tuned)),
-    }
-    without_hollow = gain(telling[0], telling[1])
-    return {
-        "gain": counts,
-        "gain_interval95": intervals,
-        "gain_by_rule": by_rule,
-        "gain_without_hollow": without_hollow,
-    }
-
-
-def _points_by_database(base: Iterable[Row], tuned: Iterable[Row]) -> list[tuple[float, int]]:
-    """(questions won less questions lost, questions) of each database, over the questions that both models were asked."""
-    before = {row.id: row.verdict == CORRECT for row in base}
-    found: dict[str, tuple[float, int]] = {}
-    for row in tuned:
-        if row.id in before:
-            points, questions = found.get(row.db_id, (0.0, 0))
-            found[row.db_id] = points + (row.verdict == CORRECT) - before[row.id], questions + 1
-    return [found[name] for name in sorted(found)]
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSONL, atomically."""
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(as_dict(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def as_dict(row: Row) -> dict[str, Any]:

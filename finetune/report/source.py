@@ -62,17 +62,17 @@ def read_run(run_dir: Path) -> Source:
     run = read_record(run_dir / "run.json")
     path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
     evaluation = read_json(path, command) if path.exists() else {}
-    if problem := _evaluation_problem(evaluation):
+    if problem := evaluation_problem(evaluation):
         raise UserError(f"{path}: {problem}; run `{command}` again", code="report.bad_input")
     rows = {
         name: _read_rows(file, command)
         for name, model in (evaluation.get("models") or {}).items()
-        if model and (file := _rows_file(run_dir, name, model.get("rows"), command)) and file.is_file()
+        if model and (file := rows_file(run_dir, name, model.get("rows"), command)) and file.is_file()
     }
     return Source(run_dir, run, evaluation, rows)
 
 
-def _evaluation_problem(evaluation: Json) -> str | None:
+def evaluation_problem(evaluation: Json) -> str | None:
     """The first place in eval.json that is not in the format of `evaluate`, as an error text; None if there is none."""
     models, gain = evaluation.get("models") or {}, evaluation.get("gain")
     if not isinstance(models, dict):
@@ -225,7 +225,7 @@ def _figure(value: float | None, form: str) -> str:
     return UNKNOWN if finite(value) is None else form.format(value)
 
 
-def _rows_file(run_dir: Path, name: str, rows: Any, command: str) -> Path | None:
+def rows_file(run_dir: Path, name: str, rows: Any, command: str) -> Path | None:
     """The file of a model's answers, which eval.json names; None if it names none."""
     if rows is None:
         return None

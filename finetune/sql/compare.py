@@ -18,6 +18,7 @@ and Spider's exact match, which compares the text of queries, not their results.
 Two queries with equal results on one database may still differ in meaning: a count that is right by chance is scored as right.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -52,6 +53,22 @@ def results_equal(gold: Rows, predicted: Rows, *, ordered: bool, rule: Rule) -> 
     if Counter(gold) == Counter(predicted):
         return True
     return rule != "strict" and equal_in_some_column_order(gold, predicted)
+
+
+def result_hash(rows: Rows, *, rule: Rule) -> str:
+    """The SHA-256 of a result, whatever the order of its rows, to find equal results of several queries without a gold query.
+
+    Equal hashes mean equal rows under every rule but for their order; the order of the columns counts, though the test-suite
+    rules would allow another one. Under ``bird_set`` repeated rows count once. All empty results have one hash.
+    """
+    texts = [repr(tuple(map(_canonical, row))) for row in rows]
+    lines = sorted(set(texts) if rule == "bird_set" else texts)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _canonical(value: Hashable) -> Hashable:
+    """Numbers that Python takes for equal become one: 1.0 and 1, -0.0 and 0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def gold_is_ordered(sql: str, dialect: str = "sqlite", *, as_test_suite: bool = False) -> bool:
