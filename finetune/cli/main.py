@@ -12,7 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from finetune.cli import compare, config, data, demo, doctor, evaluate, generate, job, machine, plan, report, train
+from finetune.cli import (
+    compare,
+    config,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    job,
+    machine,
+    plan,
+    report,
+    train,
+)
 from finetune.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -94,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (doctor, data, config, plan, machine, train, evaluate, compare, demo, report, generate, job):
+    for command in (doctor, data, config, plan, machine, train, evaluate, compare, demo, report, export, generate, job):
         command.add(commands)
     return parser
 
