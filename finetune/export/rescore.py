@@ -127,16 +127,17 @@ def score_of(
     generator: dict[str, Any],
     *,
     settings: dict[str, Any],
+    tuned: bool,
     progress: bool,
 ) -> Score:
     """Ask an exported model and judge its answers. answers: a file that keeps them, for an export that was killed. settings:
-    what identifies the model. Raises UserError if memory is too small."""
+    what identifies the model. tuned: whether it has an adapter apart. Raises UserError if memory is too small."""
     questions, evaluation = wanted.questions, wanted.questions.evaluation
     file = AnswerFile(
         answers, f"{name} export", {"generator": generator, **settings}, questions.prompts, evaluation.batch_size
     )
     file.read()
-    file.generate(load, tuned=False, max_new_tokens=evaluation.max_new_tokens, progress=progress)
+    file.generate(load, tuned=tuned, max_new_tokens=evaluation.max_new_tokens, progress=progress)
     rows = judged_rows(questions, file.in_order())
     found = difference(paired(wanted.rows, rows))
     return Score(

@@ -208,6 +208,7 @@ def _scores(
                 load,
                 generator,
                 settings={"weights": key, "name": name, "stopping": STOPPING_VERSION},
+                tuned=request.kind == "adapter",
                 progress=progress,
             )
 
