@@ -107,6 +107,11 @@ def _by_llama_cpp(values: numpy.ndarray, kind: Type) -> numpy.ndarray:
     return found.reshape(byte_shape(values.shape, kind))
 
 
+def check_quantiser() -> None:
+    """Raises UserError if llama.cpp's functions are not there."""
+    _library()
+
+
 @cache
 def _library() -> ctypes.CDLL:
     """llama.cpp's functions in the package xllamacpp. Raises UserError if it is missing or has none."""
