@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib.util
 
 from finetune.errors import UserError
-from finetune.evaluation.generators.vllm import model_facts
 from finetune.evaluation.generators.vllm_place import missing
 from finetune.machine.hardware import torch_build
+from finetune.models.architectures import FAMILIES
 from finetune.models.llama_cpp import PACKAGE
-from finetune.models.load import load_tokenizer
-from finetune.models.positions import positions
+from finetune.models.llama_cpp import version as require_llama_cpp
+from finetune.models.load import load_model_config
 from finetune.runtime.console import say
 from finetune.serve.backends.base import Backend
 from finetune.serve.backends.hf import HfBackend
 from finetune.serve.backends.llama_cpp import LlamaCppBackend
-from finetune.serve.backends.tokens import Vocabulary
 from finetune.serve.backends.vllm import VllmBackend
 from finetune.serve.target import Target
 
@@ -30,15 +29,17 @@ def backend_for(name: str, target: Target) -> Backend:
     """
     chosen = _chosen(target) if name == AUTO else name
     if target.gguf is not None and chosen != LLAMA:
-        raise UserError(f"--backend {chosen}: {target.path} is a GGUF file, which llama.cpp serves", code="serve.wrong_backend")
+        raise UserError(
+            f"--backend {chosen}: {target.path} is a GGUF file, which llama.cpp serves", code="serve.wrong_backend"
+        )
     if chosen == HF:
         return HfBackend(target)
     if chosen == VLLM:
         if why := missing(target.config):
             raise UserError(f"--backend vllm: {why}; --backend auto does without vLLM", code="serve.no_vllm")
-        return VllmBackend(target, vocabulary_of(target))
-    vocabulary = vocabulary_of(target)
-    return LlamaCppBackend(target.gguf_file(), vocabulary)
+        return VllmBackend(target, target.vocabulary())
+    require_llama_cpp()
+    return LlamaCppBackend(target.gguf_file, target.vocabulary())
 
 
 def _chosen(target: Target) -> str:
@@ -52,16 +53,13 @@ def _chosen(target: Target) -> str:
             say(f"--backend auto: hf, because {why}")
         return HF if why else VLLM
     if importlib.util.find_spec(PACKAGE) is None:
-        say(f"--backend auto: hf, because the package {PACKAGE} (llama.cpp) is not installed; pip install -e '.[export]'")
+        say(
+            f"--backend auto: hf, because the package {PACKAGE} (llama.cpp) is not installed; pip install -e '.[export]'"
+        )
         return HF
-    if why := target.without_gguf():
-        say(f"--backend auto: hf, because {why}")
+    kind = str(getattr(load_model_config(target.config.model), "model_type", ""))
+    if target.run is None or kind not in FAMILIES:
+        why = f"models of type {kind}" if target.run is not None else "exports of this kind"
+        say(f"--backend auto: hf, because no GGUF file is made of {why}")
         return HF
     return LLAMA
-
-
-def vocabulary_of(target: Target) -> Vocabulary:
-    """Raises UserError if the tokenizer cannot be loaded."""
-    tokenizer = load_tokenizer(target.config.model)
-    config, ends = model_facts(target.config, tokenizer)
-    return Vocabulary(tokenizer, ends, positions(config))
