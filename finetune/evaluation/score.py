@@ -9,22 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-<<<<<<< HEAD
 from finetune.evaluation.error_classes import ERROR_CLASSES, as_error_class
-from finetune.evaluation.statistics import bootstrap_by_database, paired_interval, wilson_interval
-from finetune.sql.compare import RULES
-from finetune.sql.gold import ARBITRARY, SOUND
-=======
-from finetune.data.answers import read_answer
-from finetune.data.records import Record
-from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.statistics import bootstrap_by_database, wilson_interval
 from finetune.runtime.files import atomic_file
-from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, result_hash, results_equal
-from finetune.sql.difficulty import difficulty
-from finetune.sql.engines.base import QueryResult, Session
-from finetune.sql.gold import ARBITRARY, SOUND, VOLATILE, WITHOUT_RESULT, Gold, GoldExaminer
->>>>>>> bf50026c67e2f60b73f6ae07c9df2e19a16fc834
+from finetune.sql.compare import RULES
+from finetune.sql.gold import ARBITRARY, SOUND
 
 CORRECT = "correct"
 RAN = (CORRECT, "wrong_rows")

@@ -192,8 +192,8 @@ class SqlSandbox:
             if answer["error_kind"] == "too_large":
                 self._stop()  # memory ran short; use a fresh worker
             return _failure(answer["error_kind"], shortened(answer["error"], LONGEST_MESSAGE), seconds)
-        body = b"".join((b"[", memoryview(received)[:start], b"]"))
-        rows = [tuple(row) for row in json.loads(body, object_hook=_blob)]
+        body = f"[{received[:start].decode()}]"
+        rows = list(map(tuple, _decode_rows(body) if '{"blob"' in body else json.loads(body)))
         return QueryResult(rows, tuple(answer["columns"]), None, None, seconds, answer["double_quoted_text"])
 
     def second_layer(self) -> tuple[str, ...]:
@@ -333,6 +333,10 @@ def _remove(folder: Path, owner: int) -> None:
 
 def _failure(kind: ErrorKind, message: str, seconds: float) -> QueryResult:
     return QueryResult(None, (), message, kind, seconds)
+
+
+def _decode_rows(body: str) -> Any:
+    return json.loads(body, object_hook=_blob)
 
 
 def _blob(value: dict[str, str]) -> bytes:
