@@ -50,7 +50,7 @@ def ask(
     if not question.strip():
         raise UserError("the question is empty", code="ask.empty_question")
     template, config = load_template(run.adapter), run.config()
-    model = generator_for(config).load(config, None if base else run.adapter)
+    model = generator_for(config, questions=1).load(config, None if base else run.adapter)
     prompt = template.render(
         schema=schema, question=question, dialect=asked, evidence=evidence, schema_dialect=schema_dialect
     )
