@@ -78,7 +78,9 @@ def default_folder(comparison: Comparison) -> Path:
 def page(comparison: Comparison) -> str:
     """compare.html."""
     several = len(comparison.versus) > 1
-    sections = [_section(versus, f" ({number})" if several else "") for number, versus in enumerate(comparison.versus, 1)]
+    sections = [
+        _section(versus, f" ({number})" if several else "") for number, versus in enumerate(comparison.versus, 1)
+    ]
     content = {
         "comparison": comparison,
         "evaluation": comparison.reference.evaluation,
