@@ -35,7 +35,6 @@ def ask(model: LoadedModel, prompt: str, dialect: str, *, tuned: bool, max_new_t
 
     Raises UserError if the prompt is too long, or if the answer contains no SQL.
     """
-<<<<<<< HEAD
     [answer] = model.answers([prompt], tuned=tuned, batch_size=1, max_new_tokens=max_new_tokens, progress=False)
     _check(answer)
     return sql_in(answer.text, extract_sql(answer.text, dialect))
@@ -43,22 +42,6 @@ def ask(model: LoadedModel, prompt: str, dialect: str, *, tuned: bool, max_new_t
 
 def sql_in(answer: str, sql: str) -> str:
     """The SQL that was found in an answer. Raises UserError if it is empty."""
-=======
-    asked = asked_dialect(run, database, dialect)
-    schema, schema_dialect = _read_schema(database, asked)
-    if not question.strip():
-        raise UserError("the question is empty", code="ask.empty_question")
-    template, config = load_template(run.adapter), run.config()
-    model = generator_for(config, questions=1).load(config, None if base else run.adapter)
-    prompt = template.render(
-        schema=schema, question=question, dialect=asked, evidence=evidence, schema_dialect=schema_dialect
-    )
-    [answer] = model.answers(
-        [prompt], tuned=not base, batch_size=1, max_new_tokens=config.evaluation.max_new_tokens, progress=False
-    )
-    _check_length(answer)
-    sql = extract_sql(answer.text, asked)
->>>>>>> 234f171f22744f86b3d88472849d9c1ce77484eb
     if not sql:
         raise UserError(f"the model answered without SQL: {answer.strip()[:MAX_SHOWN]!r}", code="ask.no_sql")
     return sql
