@@ -43,6 +43,7 @@ ERROR_CLASSES = {
         "did not fit into memory, even alone",
         "Use a machine with more memory, or shorten the prompt with data.schema_format: compact.",
     ),
+    "failed": ErrorClass("was refused by the generator", "Read the generator's messages; the next evaluation asks it again."),
     "syntax_error": ErrorClass(
         "does not parse",
         "Look whether answers are cut off at evaluation.max_new_tokens; else train on more examples or for more steps.",
