@@ -299,5 +299,5 @@ def _plot(figure: Figure, title: str, caption: str, spoken: str = "") -> Plot:
     body = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{prefix}-", body)
     for name, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
-    label = html.escape(". ".join(filter(None, (title, caption, spoken))))
+    label = html.escape(visible(". ".join(filter(None, (title, caption, spoken)))))
     return Plot(title, caption, f'<svg role="img" aria-label="{label}" viewBox="{drawn[1]}">{body}</svg>')
