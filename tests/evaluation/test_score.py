@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from finetune.data.records import Record
 from finetune.evaluation.generators.base import Answer
-from finetune.evaluation.score import Judge, Row, as_dict, score, score_answer
+from finetune.evaluation.judge import Judge, score_answer
+from finetune.evaluation.score import Row, as_dict, score
 from finetune.evaluation.statistics import wilson_interval
 from finetune.sql.compare import RULES, Rule
 from finetune.sql.engines.sqlite import SqlSandbox
