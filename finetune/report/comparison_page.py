@@ -150,6 +150,9 @@ def _bars(found: Sequence[tuple[str, Group]]) -> list[Bar]:
 
 
 def _differences(versus: Versus) -> list[tuple[str, str, str, str, int, int, str]]:
+    rule = str(versus.reference.evaluation.get("rule"))
+    all_of_them = {f"{rule} (chosen)": (versus.found, versus.p), **versus.others}
+    all_of_them.pop(rule, None)
     return [
         (
             name,
@@ -160,7 +163,7 @@ def _differences(versus: Versus) -> list[tuple[str, str, str, str, int, int, str
             found.lost,
             p_value(p).removeprefix("= "),
         )
-        for name, (found, p) in versus.others.items()
+        for name, (found, p) in all_of_them.items()
     ]
 
 
