@@ -57,8 +57,8 @@ class Meter:
     earlier: the other attempts, as far as they are known; `see` brings them up to date. time: the seconds billed to it; the
     writer of the ledger calls its `take` and `mark`. price: of this machine. restart_usd_per_hour: price of the dearest machine
     on which the run may restart, if this one can be preempted. A restart costs money before the new machine can read the ledger,
-    so the cost of this run's longest start on that machine is reserved below the ceilings. usd_key: what the user sets the ceiling
-    in dollars with.
+    so the cost of this run's longest start on that machine is reserved below the ceilings. usd_key: what sets the ceiling in
+    dollars.
     """
 
     def __init__(
