@@ -1,5 +1,5 @@
 """A job's environment as one typed object. The task YAMLs of sky/ set RUN_NAME, CONFIG, OVERRIDES, EVALUATE, MAX_RUN_USD,
-MAX_HOURS, VLLM_MINUTES and BUCKET; SkyPilot sets SKYPILOT_*. What sky/serve.yaml alone sets is read in serving.py."""
+MAX_HOURS, VLLM_MINUTES and BUCKET; SkyPilot sets SKYPILOT_*. What sky/serve.yaml alone sets is read in serve.py."""
 
 from __future__ import annotations
 
