@@ -264,8 +264,8 @@ def model_folder(section: ModelSection) -> Path:
                 break
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"model.name: cannot download {section.name}: {first_line(error)} (is the hub reachable, and HF_TOKEN set if the model "
-            "is gated?)",
+            f"model.name: cannot download {section.name}: {first_line(error)} (is the hub reachable, and HF_TOKEN set if the "
+            "model is gated?)",
             code="model.load_failed",
         ) from error
     return folder
