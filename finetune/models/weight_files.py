@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,8 +264,8 @@ def model_folder(section: ModelSection) -> Path:
                 break
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"model.name: cannot download {section.name}: {first_line(error)} (is the hub reachable, and HF_TOKEN set if the model "
-            "is gated?)",
+            f"model.name: cannot download {section.name}: {first_line(error)} (is the hub reachable, and HF_TOKEN set if the "
+            "model is gated?)",
             code="model.load_failed",
         ) from error
     return folder

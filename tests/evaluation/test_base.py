@@ -15,8 +15,9 @@ from finetune.config.load import load_config
 from finetune.data.records import Record
 from finetune.evaluation import run as evaluation_run
 from finetune.evaluation.generators import hf
+from finetune.evaluation.judge import Judge
 from finetune.evaluation.run import evaluate_base, evaluate_run
-from finetune.evaluation.score import Judge, Row
+from finetune.evaluation.score import Row
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop
@@ -76,7 +77,7 @@ def test_the_base_models_score_is_cached_for_all_runs_of_its_output_folder(
     assert asked == ["base", "tuned", "tuned"]
     kept = only_cached(tmp_path)
     cached = json.loads((kept / evaluation_run.SCORE).read_text())
-    assert cached.pop("judged") and cached == alone
+    assert cached.pop("judged") and cached == {key: value for key, value in alone.items() if key != "cost"}
     for run, result in zip(runs, results, strict=True):
         assert result["models"]["base"] == alone | {"rows": "eval/base.jsonl"}
         assert read_jsonl(run.eval_rows("base")) == read_jsonl(kept / evaluation_run.ROWS)

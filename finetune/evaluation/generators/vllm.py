@@ -102,7 +102,7 @@ class VllmModel:
         self.load_seconds = 0.0
         self._adapter, self._rank = adapter, rank
         self._apart = _applied(config) == "apart" and adapter is not None
-        model_config, self._ends = _model_facts(config, tokenizer)
+        model_config, self._ends = model_facts(config, tokenizer)
         self._common = EndOfAnswers(tokenizer, self._ends)
         self._positions = positions(model_config)
         self._process: VllmProcess | None = None
@@ -254,7 +254,7 @@ def _applied(config: RunConfig) -> str:
     return "apart" if config.evaluation.adapter == "apart" else "merged"
 
 
-def _model_facts(config: RunConfig, tokenizer: Any) -> tuple[Any, list[int]]:
+def model_facts(config: RunConfig, tokenizer: Any) -> tuple[Any, list[int]]:
     """The model's own config, and the tokens that end an answer, as `stop_ids` finds them in a loaded model."""
     from finetune.models.load import load_model_config
     from finetune.models.weight_files import model_folder
