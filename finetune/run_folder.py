@@ -8,6 +8,7 @@ runs/<name>/config.yaml        the resolved config, self-contained
             adapter/           the trained adapter, tokenizer and prompt.json
             tensorboard/
             eval.json, eval/<model>.jsonl
+            eval/predictions-<name>.json, .jsonl    verdicts on somebody else's answers to the same questions
             report.html, report.md, summary.json
 """
 
@@ -75,6 +76,9 @@ class RunFolder:
 
     def eval_rows(self, model: str) -> Path:
         return self.path / "eval" / f"{model}.jsonl"
+
+    def eval_predictions(self, name: str) -> Path:
+        return self.path / "eval" / f"predictions-{name}.json"
 
     def config(self) -> RunConfig:
         return load_config(self.config_yaml)

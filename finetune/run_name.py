@@ -8,8 +8,8 @@ LONGEST_NAME = 100
 """Characters. W&B allows 128."""
 LONGEST_NAME_BYTES = 200
 """In UTF-8. File systems allow 255, and temporary names are longer than the name."""
-RESERVED = "base"
-"""The folder of the base models' scores stands beside the runs."""
+RESERVED = {"base": "the base models' scores", "predictions": "the scores of somebody else's answers"}
+"""Folders beside the runs -> what is in them."""
 
 
 def fault_of_name(name: str) -> str | None:
@@ -20,8 +20,8 @@ def fault_of_name(name: str) -> str | None:
         return f"{expected}, found {len(name)}: {shown}"
     if not name or name != name.strip() or name[0] in ".-" or "/" in name or "\\" in name or not _visible(name):
         return f"{expected}, without separators or control characters, and no dot, dash or space first, found {shown}"
-    if name.casefold() == RESERVED:
-        return f"expected another name: {shown} is the folder of the base models' scores"
+    if content := RESERVED.get(name.casefold()):
+        return f"expected another name: {shown} is the folder of {content}"
     return None
 
 

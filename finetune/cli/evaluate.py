@@ -6,10 +6,12 @@ import argparse
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
+from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path, text
 from finetune.errors import EXIT_OK, Interrupted, UserError
+from finetune.runtime.console import visible
 
 EVALUATION_KEYS = "evaluation."
 
@@ -21,7 +23,8 @@ def add(commands: Any) -> None:
         _evaluate,
         "score a run's model and its base model by executing their SQL",
         "finetune evaluate runs/demo\n  finetune evaluate runs/demo evaluation.rule=bird_set   (the same answers, judged again)\n"
-        "  finetune evaluate configs/demo_cpu.yaml   (the base model alone)",
+        "  finetune evaluate configs/demo_cpu.yaml   (the base model alone)\n"
+        "  finetune evaluate configs/demo_cpu.yaml --predictions theirs.sql   (somebody else's answers; no model)",
     )
     evaluate.description = (
         f"{evaluate.description} Answers are kept as they come: an interrupted evaluation goes on where it was, "
@@ -37,28 +40,36 @@ def add(commands: Any) -> None:
         help=f"{OVERRIDES}; with a run: keys of the section evaluation only",
     )
     evaluate.add_argument("--no-base", action="store_true", help="do not score the base model")
+    evaluate.add_argument(
+        "--predictions",
+        type=path,
+        metavar="FILE",
+        help="judge these answers and load no model: one SQL query a line in the order of the split, or JSONL with id and sql",
+    )
+    evaluate.add_argument("--name", type=text, help="of the result of --predictions; without it, that of the file")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from finetune.report.score_facts import block, gain_line
+
     with _sigterm_as_interrupt():
-        scores = _of_run(arguments) if arguments.target.is_dir() else {"base": _of_config(arguments)}
-    for name, result in scores.items():
-        low, high = result["execution_accuracy_interval95"]
-        right = f"{result['correct']} of {result['questions']}, 95% interval {low:.1%} to {high:.1%}"
-        print(f"{name:>6}: execution accuracy {result['execution_accuracy']:.1%} ({right}), "
-              f"valid SQL {result['valid_sql_rate']:.1%}{_aside(result)}")  # fmt: skip
+        result = _result(arguments)
+    for name in result["models"]:
+        first, *rest = block(result, name)
+        for line in (f"{name:>6}: {first}", *(f"        {line}" for line in rest)):
+            print(visible(line, one_line=True))
+    if gain := gain_line(result):
+        print(f"  gain: {gain}")
     return EXIT_OK
 
 
-def _aside(result: dict[str, Any]) -> str:
-    """The score without hollow golds, where that is another one."""
-    telling = result["without_hollow"]
-    if telling["questions"] == result["questions"]:
-        return ""
-    if not telling["questions"]:
-        return "; every gold query is hollow: this score says nothing"
-    hollow = result["questions"] - telling["questions"]
-    return f"; without {hollow} hollow gold{'s' if hollow > 1 else ''} {telling['execution_accuracy']:.1%}"
+def _result(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The content of eval.json, or what there is of it for a base model or for predictions."""
+    if arguments.predictions is not None:
+        return _of_predictions(arguments)
+    if arguments.name is not None:
+        raise UserError("--name is that of a result of --predictions FILE", code="cli.conflicting_options")
+    return _of_run(arguments) if arguments.target.is_dir() else {"models": {"base": _of_config(arguments)}}
 
 
 def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -70,8 +81,7 @@ def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
     with large_imports():
         from finetune.evaluation.run import evaluate_run
 
-    models: dict[str, Any] = evaluate_run(run, base=not arguments.no_base, evaluation=evaluation)["models"]
-    return models
+    return evaluate_run(run, base=not arguments.no_base, evaluation=evaluation)
 
 
 def _check_overrides(overrides: list[str]) -> None:
@@ -92,13 +102,34 @@ def _of_config(arguments: argparse.Namespace) -> dict[str, Any]:
             "--no-base needs a run folder; with a config only the base model is scored",
             code="cli.conflicting_options",
         )
-    if not arguments.target.exists():
-        raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
-    config = loaded(arguments, arguments.target)
+    config = loaded(arguments, _config_file(arguments))
     with large_imports():
         from finetune.evaluation.run import evaluate_base
 
     return evaluate_base(config)
+
+
+def _of_predictions(arguments: argparse.Namespace) -> dict[str, Any]:
+    from finetune.evaluation.predictions import PREDICTIONS, evaluate_predictions
+
+    if arguments.no_base:
+        raise UserError("--no-base: with --predictions no model is scored", code="cli.conflicting_options")
+    config = loaded(arguments, _config_file(arguments))
+    result = evaluate_predictions(arguments.target, config, arguments.predictions, arguments.name, arguments.overrides)
+    return {"models": {result[PREDICTIONS]["name"]: result["models"][PREDICTIONS]}}
+
+
+def _config_file(arguments: argparse.Namespace) -> Path:
+    """The config at the target, or of the run there. Raises UserError if there is none, or for keys that a run does not take."""
+    if arguments.target.is_dir():
+        from finetune.run_folder import open_run
+
+        _check_overrides(arguments.overrides)
+        return open_run(arguments.target).config_yaml
+    if not arguments.target.exists():
+        raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
+    config: Path = arguments.target
+    return config
 
 
 @contextmanager

@@ -12,46 +12,80 @@ from typing import Any
 
 import sqlglot
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import EvaluationSection, RunConfig
 from finetune.data.prepared import Prepared, load_prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.data.records import Record
 from finetune.data.split import unit_hash
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Generator
-from finetune.models.load import weights_identity
 from finetune.runtime.console import say
 from finetune.runtime.files import sha256_file
 
 STOPPING_VERSION = 4
 """Raise it when generation stops at other places of an answer (data/answers.py): answers generated before are then not reused."""
-JUDGING_VERSION = 3
+JUDGING_VERSION = 4
 """Raise it when other SQL is taken out of an answer, or when a rule changes: cached verdicts are then computed again."""
-GENERATION_KEYS = ("generator", "adapter", "batch_size", "max_new_tokens", "dequantize")
+GENERATION_KEYS = (
+    *("generator", "adapter", "batch_size", "max_new_tokens", "dequantize"),
+    *("samples", "temperature", "seed", "retries"),
+)
 """Of the section `evaluation`: they concern the answers. `split` and `max_questions` choose the questions, and every other key
 concerns the verdicts."""
 CHOICE_KEYS = ("split", "max_questions")
 
 
 @dataclass(frozen=True)
-class EvaluationSet:
-    """The questions of one evaluation, each with the database that its answer is executed on, and the generation settings."""
+class QuestionSet:
+    """The questions of one evaluation, each with the database that its answer is executed on."""
 
     config: RunConfig
-    generator: Generator
     data: Prepared
     template: PromptTemplate
     records: list[Record]
     databases: list[Path]
     without_database: int  # records of the split left out because nothing can be executed for them
 
+    @property
+    def evaluation(self) -> EvaluationSection:
+        return self.config.evaluation
+
     @cached_property
     def prompts(self) -> list[str]:
         return [self.template.render_record(record) for record in self.records]
 
+    def judging_settings(self) -> dict[str, Any]:
+        """What the verdicts depend on apart from answers, golds and databases: part of eval.json."""
+        evaluation = asdict(self.config.evaluation)
+        return {
+            **{key: value for key, value in evaluation.items() if key not in GENERATION_KEYS + CHOICE_KEYS},
+            "versions": [JUDGING_VERSION, sqlite3.sqlite_version, sqlglot.__version__],
+        }
+
+    def judging(self) -> str:
+        """A hash of what the verdicts on given answers depend on."""
+        files = self.data.manifest["files"]
+        depends = {
+            "settings": self.judging_settings(),
+            "golds": [
+                [record.id, record.sql, record.dialect, files[str(database.relative_to(self.data.folder))]]
+                for record, database in zip(self.records, self.databases, strict=True)
+            ],
+        }
+        return short_hash(depends)
+
+
+@dataclass(frozen=True)
+class EvaluationSet(QuestionSet):
+    """The questions of a model, and how it answers them."""
+
+    generator: Generator
+
     def generation(self, adapter: Path | None) -> dict[str, Any]:
         """What the answers depend on, apart from the prompts. The batch size is left out: it changes rounding only, and an
         incomplete file of answers is checked for it."""
+        from finetune.models.load import weights_identity  # here, because it needs torch, and judging does not
+
         config, model = self.config, asdict(self.config.model)
         del model["max_seq_length"]  # of training
         return {
@@ -68,22 +102,13 @@ class EvaluationSet:
             "stopping": STOPPING_VERSION,
         }
 
-    def judging(self) -> str:
-        """A hash of what the verdicts on given answers depend on."""
-        files = self.data.manifest["files"]
-        evaluation = asdict(self.config.evaluation)
-        depends = {
-            "settings": {key: value for key, value in evaluation.items() if key not in GENERATION_KEYS + CHOICE_KEYS},
-            "versions": [JUDGING_VERSION, sqlite3.sqlite_version, sqlglot.__version__],
-            "golds": [
-                [record.id, record.sql, record.dialect, files[str(database.relative_to(self.data.folder))]]
-                for record, database in zip(self.records, self.databases, strict=True)
-            ],
-        }
-        return short_hash(depends)
-
 
 def evaluation_set(config: RunConfig, generator: Generator, template: PromptTemplate) -> EvaluationSet:
+    """The questions of a config for a model. Raises as `questions_of`."""
+    return EvaluationSet(**vars(questions_of(config, template)), generator=generator)
+
+
+def questions_of(config: RunConfig, template: PromptTemplate) -> QuestionSet:
     """Raises UserError if the data are missing or have changed, or if no record comes with a database."""
     data = load_prepared(Path(config.data.output_dir))
     records = data.records(config.evaluation.split)
@@ -102,9 +127,7 @@ def evaluation_set(config: RunConfig, generator: Generator, template: PromptTemp
     if limit is not None and limit < len(asked):
         chosen = {r.id for r, _ in sorted(asked, key=lambda pair: unit_hash(config.data.seed, pair[0].id))[:limit]}
         asked = [pair for pair in asked if pair[0].id in chosen]
-    return EvaluationSet(
-        config, generator, data, template, [r for r, _ in asked], [d for _, d in asked], without_database
-    )
+    return QuestionSet(config, data, template, [r for r, _ in asked], [d for _, d in asked], without_database)
 
 
 def adapter_identity(folder: Path) -> dict[str, str]:

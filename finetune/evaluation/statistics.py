@@ -27,6 +27,17 @@ def mcnemar_exact(won: int, lost: int) -> float:
     return float(min(1, 2 * tail / 2 ** (won + lost)))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of several tests, adjusted so that the chance of a single false finding among all of them stays below the
+    level (Holm 1979). One p-value stays as it is."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
 def paired_interval(won: int, lost: int, questions: int) -> tuple[float, float]:
     """95% interval of the gain as a fraction: Wald's interval after adding 1/2 to each cell (Agresti and Min 2005)."""
     n, plus, minus = questions + 2, won + 0.5, lost + 0.5

@@ -26,8 +26,8 @@ def intervals_in_words(scores: Json) -> str:
     of_questions = scores.get("execution_accuracy_interval95")
     if not of_questions:
         return ""
-    text, databases = f", 95% interval {_points(of_questions)}", by_database(scores)
-    return text + (f" over questions, {_points(databases)} over databases" if databases else "")
+    text, databases = f", 95% interval {points(of_questions)}", by_database(scores)
+    return text + (f" over questions, {points(databases)} over databases" if databases else "")
 
 
 def certainty(source: Source) -> list[str]:
@@ -43,12 +43,12 @@ def _accuracy(source: Source, scored: Json) -> list[str]:
     sentences = []
     if of_questions:
         sentences.append(
-            f"The {name} model's accuracy is {100 * scored['execution_accuracy']:.1f}%, 95% interval {_points(of_questions)} "
+            f"The {name} model's accuracy is {100 * scored['execution_accuracy']:.1f}%, 95% interval {points(of_questions)} "
             f"over questions (Wilson): this supports a claim about more questions of this kind on {_these(number)}."
         )
     if interval:
         sentences.append(
-            f"Over databases the interval is {_points(interval)} (bootstrap of the {number} databases): this supports a claim "
+            f"Over databases the interval is {points(interval)} (bootstrap of the {number} databases): this supports a claim "
             f"about other databases{_limits(source, number)}."
         )
     elif number == 1:
@@ -74,7 +74,7 @@ def _gain(source: Source) -> list[str]:
     return [
         f"Tuning won {won} questions and lost {lost}; {both} were right and {neither} wrong for both models.",
         f"The change is {100 * (won - lost) / max(questions, 1):+.1f} points, 95% interval "
-        f"{_points(paired_interval(won, lost, questions), '+')} over questions (paired, Agresti-Min)"
+        f"{points(paired_interval(won, lost, questions), '+')} over questions (paired, Agresti-Min)"
         f"{_gain_by_database(source)}.",
         f"{chance} (McNemar's exact test, two-sided). Chance alone {verdict} the change on these databases.",
         "No figure here accounts for the choice of the training seed.",
@@ -87,7 +87,7 @@ def _gain_by_database(source: Source) -> str:
     if not interval:
         return ""
     zero = "; it includes 0" if interval[0] <= 0 <= interval[1] else ""
-    return f", {_points(interval, '+')} over databases (bootstrap{zero})"
+    return f", {points(interval, '+')} over databases (bootstrap{zero})"
 
 
 def _limits(source: Source, number: int) -> str:
@@ -105,6 +105,6 @@ def _these(number: int) -> str:
     return f"these {number} databases" if number > 1 else "this database"
 
 
-def _points(interval: Iterable[float], sign: str = "") -> str:
+def points(interval: Iterable[float], sign: str = "") -> str:
     low, high = (f"{100 * bound:{sign}.1f}" for bound in interval)
     return f"{low} to {high}"

@@ -9,11 +9,13 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.run_record import Row
+from finetune.runtime.console import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,11 +78,7 @@ def draw_plots(history: Sequence[Row], difficulty: Sequence[Bar], databases: Seq
     history: logged rows of run.json, each with `step` and some of `loss`, `eval_loss`, `learning_rate`,
     `grad_norm`, `tokens_per_second`. If a resumed run logged a step twice, the later row is used.
     """
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's matplotlibrc must not change the report
-        matplotlib.rcParams.update(_STYLE)
+    with _styled():
         return [
             _loss_plot(_series(history, "loss"), _series(history, "eval_loss")),
             _line_plot("Learning rate", _series(history, "learning_rate"), "highest {high:.2g}, last {last:.2g}"),
@@ -89,6 +87,68 @@ def draw_plots(history: Sequence[Row], difficulty: Sequence[Bar], databases: Seq
             _bar_plot("Accuracy by difficulty", difficulty),
             _bar_plot("Accuracy by database", databases),
         ]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference in points and its 95% intervals; over_databases is None if nothing is known."""
+
+    name: str
+    points: float
+    over_questions: tuple[float, float]
+    over_databases: tuple[float, float] | None
+
+
+def draw_differences(title: str, differences: Sequence[Interval]) -> Plot:
+    """Differences to one reference, each with its intervals."""
+    with _styled():
+        figure, axes = _figure(1.2 + 0.5 * len(differences))
+        for row, one in enumerate(differences):
+            spans = [(row - 0.12, one.over_questions, "after"), (row + 0.12, one.over_databases, "second")]
+            for height, span, colour in spans:
+                if span:
+                    axes.plot(span, (height, height), color=COLOURS[colour], linewidth=2.4, solid_capstyle="butt")
+                    axes.plot([one.points], [height], color=COLOURS[colour], marker="o")
+        axes.axvline(0, color=COLOURS["muted"], linewidth=1)
+        axes.plot([], [], color=COLOURS["after"], label="over questions")
+        axes.plot([], [], color=COLOURS["second"], label="over databases")
+        axes.set_yticks(range(len(differences)), [_label(one.name) for one in differences], color=COLOURS["ink"])
+        axes.set_ylim(len(differences) - 0.5, -0.5)
+        axes.set_xlabel("points")
+        axes.grid(axis="x")
+        figure.legend(loc="outside upper left", ncols=2)
+        spoken = "; ".join(f"{one.name}: {one.points:+.1f} points" for one in differences)
+        return _plot(figure, title, "95% intervals", spoken)
+
+
+def draw_groups(titles_and_bars: Sequence[tuple[str, Sequence[Bar]]], labels: tuple[str, str]) -> list[Plot]:
+    """Accuracy by group of two models of these names, the first as `base`; the titles must differ."""
+    with _styled():
+        return [
+            _bar_plot(title, bars, tuple(f" {_label(label)}" for label in labels), "all are in the table")
+            for title, bars in titles_and_bars
+        ]
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's matplotlibrc must not change the report
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _short(name: str) -> str:
+    name = visible(name, one_line=True)
+    return name if len(name) <= 16 else name[:15] + "…"
+
+
+def _label(name: str) -> str:
+    """The name of a run, which often differs from that of another one at its end only."""
+    name = visible(name, one_line=True)
+    return name if len(name) <= 22 else f"{name[:9]}…{name[-12:]}"
 
 
 _STYLE: Any = {  # Any, because matplotlib types the keys as one long Literal
@@ -162,8 +222,14 @@ def _line_plot(title: str, series: Series, caption: str) -> Plot:
     return _plot(figure, title, text)
 
 
-def _bar_plot(title: str, bars: Sequence[Bar]) -> Plot:
-    """Percentage of correct answers in each group, base above tuned, with the counts beside the bars."""
+def _bar_plot(
+    title: str,
+    bars: Sequence[Bar],
+    labels: Sequence[str] = ("base model", "tuned model"),
+    others: str = "all are in report.md",
+) -> Plot:
+    """Percentage of correct answers in each group, base above tuned, with the counts beside the bars. labels: of the two, where
+    matplotlib shows none that begins with an underscore. others: where the groups are that do not fit."""
     if not bars:
         return Plot(title, "Not evaluated.")
     shown = sorted(bars, key=lambda bar: -bar.questions)[:MAX_BARS] if len(bars) > MAX_BARS else bars
@@ -176,20 +242,17 @@ def _bar_plot(title: str, bars: Sequence[Bar]) -> Plot:
             [100 * (getattr(bar, model) or 0) / max(bar.questions, 1) for bar in shown],
             height=height,
             color=COLOURS["before" if model == "base" else "after"],
-            label=f"{model} model",
+            label=labels[model == "tuned"],
         )
     for row, bar in enumerate(shown):
         axes.text(102, row, counts(bar), va="center", color=COLOURS["muted"])
-    names = [bar.name if len(bar.name) <= 16 else bar.name[:15] + "…" for bar in shown]
-    axes.set_yticks(range(len(shown)), names, color=COLOURS["ink"])
+    axes.set_yticks(range(len(shown)), [_short(bar.name) for bar in shown], color=COLOURS["ink"])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     axes.set_xlabel("% answered with the right rows")
     axes.grid(axis="x")
     figure.legend(loc="outside upper left", ncols=2)
-    caption = (
-        f"the {len(shown)} of {len(bars)} with most questions; all are in report.md" if len(shown) < len(bars) else ""
-    )
+    caption = f"the {len(shown)} of {len(bars)} with most questions; {others}" if len(shown) < len(bars) else ""
     return _plot(figure, title, caption, spoken="; ".join(f"{bar.name}: {counts(bar)}" for bar in shown))
 
 
@@ -242,5 +305,5 @@ def _plot(figure: Figure, title: str, caption: str, spoken: str = "") -> Plot:
     body = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{prefix}-", body)
     for name, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
-    label = html.escape(". ".join(filter(None, (title, caption, spoken))))
+    label = html.escape(visible(". ".join(filter(None, (title, caption, spoken)))))
     return Plot(title, caption, f'<svg role="img" aria-label="{label}" viewBox="{drawn[1]}">{body}</svg>')

@@ -13,10 +13,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from finetune.report.beyond_greedy import sentences, variants
 from finetune.report.caveats import caveats, how_it_stopped
 from finetune.report.certainty import certainty, intervals_in_words
 from finetune.report.plots import counts, draw_plots, group_bars
+from finetune.report.score_facts import facts
 from finetune.report.source import (
     Json,
     Source,
@@ -30,6 +33,9 @@ from finetune.report.source import (
 from finetune.runtime.console import visible
 from finetune.runtime.files import write_json, write_text
 from finetune.runtime.typed_json import encode
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 EXAMPLES = 4  # shown per outcome
 QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'|`[^`]*`")
@@ -72,8 +78,7 @@ def write_report(run_dir: Path) -> Json:
     """
     source = read_run(run_dir)
     summary = summarise(source)
-    pages = render(source, summary)
-    for name, text in pages.items():
+    for name, text in render(source, summary).items():
         write_text(run_dir / name, text)
     write_json(run_dir / "summary.json", summary)
     return summary
@@ -197,10 +202,9 @@ def examples(source: Source) -> list[Examples]:
     ]
 
 
-def render(source: Source, summary: Json) -> dict[str, str]:
-    """File name -> page. Text of questions, SQL and error messages is escaped for HTML or Markdown."""
+def pages() -> Environment:
+    """The templates. Text of questions, SQL and error messages is escaped for HTML or Markdown."""
     import jinja2
-    from omegaconf import OmegaConf
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("finetune.report"),
@@ -211,6 +215,13 @@ def render(source: Source, summary: Json) -> dict[str, str]:
         lstrip_blocks=True,
     )
     environment.filters.update(inline=_markdown_inline, counts=counts)
+    return environment
+
+
+def render(source: Source, summary: Json) -> dict[str, str]:
+    """File name -> page."""
+    from omegaconf import OmegaConf
+
     keys = ("by_difficulty", "by_database")
     groups = {key: group_bars(source.base.get(key) or {}, source.tuned.get(key) or {}) for key in keys}
     content = {
@@ -225,13 +236,16 @@ def render(source: Source, summary: Json) -> dict[str, str]:
         "errors": {name: common_errors(rows) for name, rows in source.rows.items()},
         "examples": examples(source),
         "certainty": certainty(source),
+        "variants": variants(source.tuned),
+        "variant_sentences": sentences(source.tuned),
+        "score_facts": facts(source.evaluation),
         "caveats": caveats(source),
         "memory": memory_lines(source.run),
         "budget": budget_lines(source.run),
         "attempts": attempt_rows(source.run),
         "yaml": lambda value: OmegaConf.to_yaml(OmegaConf.create(value)),
     }
-    names = ("report.html", "report.md")
+    names, environment = ("report.html", "report.md"), pages()
     return {name: environment.get_template(f"{name}.j2").render(content) for name in names}
 
 
@@ -239,11 +253,14 @@ def _answers(known: list[tuple[str, Json]]) -> list[Answer]:
     """The gold SQL and each model's SQL, or its raw answer if that contains no SQL."""
     answers = [Answer("gold", str(known[0][1].get("gold")))]
     for name, row in known:
-        text = str(row.get("prediction") or row.get("answer") or "(nothing)")
-        more = len(text) - MAX_CHARACTERS
-        text = text[:MAX_CHARACTERS] + (f" … ({more} more characters)" if more > 0 else "")
+        text = clipped(str(row.get("prediction") or row.get("answer") or "(nothing)"))
         answers.append(Answer(f"{name} model", text, row["verdict"], str(row.get("error") or "")))
     return answers
+
+
+def clipped(text: str) -> str:
+    more = len(text) - MAX_CHARACTERS
+    return text[:MAX_CHARACTERS] + (f" … ({more} more characters)" if more > 0 else "")
 
 
 def _markdown_inline(value: object) -> str:

@@ -62,17 +62,17 @@ def read_run(run_dir: Path) -> Source:
     run = read_record(run_dir / "run.json")
     path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
     evaluation = read_json(path, command) if path.exists() else {}
-    if problem := _evaluation_problem(evaluation):
+    if problem := evaluation_problem(evaluation):
         raise UserError(f"{path}: {problem}; run `{command}` again", code="report.bad_input")
     rows = {
         name: _read_rows(file, command)
         for name, model in (evaluation.get("models") or {}).items()
-        if model and (file := _rows_file(run_dir, name, model.get("rows"), command)) and file.is_file()
+        if model and (file := rows_file(run_dir, name, model.get("rows"), command)) and file.is_file()
     }
     return Source(run_dir, run, evaluation, rows)
 
 
-def _evaluation_problem(evaluation: Json) -> str | None:
+def evaluation_problem(evaluation: Json) -> str | None:
     """The first place in eval.json that is not in the format of `evaluate`, as an error text; None if there is none."""
     models, gain = evaluation.get("models") or {}, evaluation.get("gain")
     if not isinstance(models, dict):
@@ -114,8 +114,26 @@ def _scores_problem(scores: Any) -> str | None:
     verdicts = scores.get("verdicts") or {}
     if not isinstance(verdicts, dict):
         return "has verdicts that are not an object"
-    problem = _counts_problem(verdicts, tuple(verdicts))
-    return problem and f"has a verdicts object that {problem}"
+    if problem := _counts_problem(verdicts, tuple(verdicts)):
+        return f"has a verdicts object that {problem}"
+    return _beyond_problem(scores)
+
+
+def _beyond_problem(scores: Json) -> str | None:
+    """The first problem in what was measured beside the greedy answers."""
+    for key in ("samples.vote", "samples.pass_at", "retry.score"):
+        found = dig(scores, key)
+        if found is not None and (problem := _scores_problem(found)):
+            return f"has a {key} that {problem}"
+    for key in ("samples.gain.vote", "samples.gain.pass_at", "retry.gain"):
+        counts = dig(scores, f"{key}.gain")
+        if counts is not None and (problem := _counts_problem(counts, OUTCOMES)):
+            return f"has a {key}.gain that {problem}"
+        for what in ("questions", "databases"):
+            bounds = dig(scores, f"{key}.gain_interval95.{what}")
+            if bounds is not None and not _is_interval(bounds):
+                return f"has a {key}.gain_interval95.{what} that is not a pair of numbers"
+    return None
 
 
 def _counts_problem(record: Any, keys: Sequence[str]) -> str | None:
@@ -225,7 +243,7 @@ def _figure(value: float | None, form: str) -> str:
     return UNKNOWN if finite(value) is None else form.format(value)
 
 
-def _rows_file(run_dir: Path, name: str, rows: Any, command: str) -> Path | None:
+def rows_file(run_dir: Path, name: str, rows: Any, command: str) -> Path | None:
     """The file of a model's answers, which eval.json names; None if it names none."""
     if rows is None:
         return None

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from finetune.config.schema import RunConfig
 
-Problem = Literal["too_long", "out_of_memory"]
-"""Why there is no whole answer: the prompt, or prompt and answer, exceed the model's positions; or the prompt does not fit into
-memory, even alone. It is the question's verdict."""
+Problem = Literal["too_long", "out_of_memory", "failed"]
+"""Why there is no whole answer: the prompt, or prompt and answer, exceed the model's positions; the prompt does not fit into
+memory, even alone; or the generator refused this prompt, whatever the others got. It is the question's verdict."""
 
 
 class Answer(NamedTuple):
@@ -42,6 +42,11 @@ class LoadedModel(Protocol):
     @property
     def dtype_name(self) -> str:
         """The dtype of the computation, for example bfloat16."""
+        ...
+
+    @property
+    def load_seconds(self) -> float:
+        """Seconds that loading has taken so far, also what was loaded within `answers`: not part of the time of an answer."""
         ...
 
     def answers(

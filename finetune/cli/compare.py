@@ -1,0 +1,84 @@
+"""`finetune compare`: which of several evaluated models is better, and whether that can be said."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from finetune.cli.arguments import add_command, path, text
+from finetune.errors import EXIT_OK, UserError
+from finetune.runtime.console import visible
+
+if TYPE_CHECKING:
+    from finetune.report.comparison import Comparison
+
+
+def add(commands: Any) -> None:
+    compare = add_command(
+        commands,
+        "compare",
+        _compare,
+        "compare evaluated models with the first one by an exact paired test",
+        "finetune compare runs/a runs/b\n  finetune compare runs/a:base runs/a runs/predictions/theirs\n"
+        "  finetune compare runs/a runs/b --common   (on the questions that both were asked)",
+    )
+    compare.description = (
+        f"{compare.description} Writes compare.html and compare.json: the difference with its intervals, by difficulty, database "
+        "and error class, and every question won and lost."
+    )
+    compare.add_argument(
+        "compared",
+        nargs="+",
+        type=text,
+        metavar="RUN|RUN:MODEL|RESULT",
+        help="the reference first: a run's folder (its tuned model), RUN:base, RUN:NAME of `evaluate RUN --predictions`, or the "
+        "folder of a result of `evaluate CONFIG --predictions`",
+    )
+    compare.add_argument(
+        "--common",
+        action="store_true",
+        help="leave out the questions that are not the same for all, instead of refusing",
+    )
+    compare.add_argument("--output", type=path, metavar="FOLDER", help="without it, comparisons/<a>-vs-<b>")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    if len(arguments.compared) < 2:
+        raise UserError("compare: expected two or more, the reference first", code="cli.conflicting_options")
+    from finetune.report.comparison import compare
+    from finetune.report.comparison_page import write_comparison
+
+    comparison = compare(arguments.compared, common=arguments.common)
+    folder = write_comparison(comparison, arguments.output)
+    for line in _summary(comparison):
+        print(visible(line, one_line=True))
+    print(f"comparison: {folder / 'compare.html'}")
+    return EXIT_OK
+
+
+def _summary(comparison: Comparison) -> list[str]:
+    from finetune.report.certainty import points
+    from finetune.report.comparison import conclusion, exceptions
+    from finetune.runtime.table import aligned
+
+    rows = [
+        (
+            one.label,
+            f"{scores['execution_accuracy']:.1%}",
+            f"{scores['correct']} of {scores['questions']}",
+            f"95% interval {points(scores['execution_accuracy_interval95'])}",
+            "reference" if one is comparison.reference else "",
+        )
+        for one, scores in zip(comparison.compared, comparison.scores, strict=True)
+    ]
+    several = len(comparison.versus) > 1
+    lines = [
+        *aligned([tuple(visible(cell, one_line=True) for cell in row) for row in rows], "lrr l"),
+        *comparison.common.left_out,
+    ]
+    for versus in comparison.versus:
+        lines.append(conclusion(versus))
+        lines += [f"  {text}" for text in exceptions(versus)]
+    if several:
+        lines.append(f"p adjusted for {len(comparison.versus)} comparisons with {comparison.reference.label} (Holm)")
+    return lines
