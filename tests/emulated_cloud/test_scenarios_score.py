@@ -1,5 +1,5 @@
-"""Training that ends with the score, in one managed job: a machine that is preempted while it scores, and vLLM's environment, which is
-built in the background meanwhile."""
+"""Training that ends with the score, in one managed job: a machine that is preempted while it scores, and vLLM's environment,
+which is built in the background meanwhile."""
 
 from __future__ import annotations
 

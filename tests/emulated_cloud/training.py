@@ -61,8 +61,8 @@ def add_training(checkout: Path) -> None:
 
 
 def launch(task: str, *options: str, overrides: str = "", **env: object) -> list[str]:
-    """The arguments of `sky launch TASK` or, with --jobs as the first option, `sky jobs launch TASK` for the tiny training, without
-    its score unless EVALUATE=1 is given."""
+    """The arguments of `sky launch TASK` or, with --jobs as the first option, `sky jobs launch TASK` for the tiny training,
+    without its score unless EVALUATE=1 is given."""
     settings = {
         "CONFIG": CONFIG,
         "EVALUATE": 0,
