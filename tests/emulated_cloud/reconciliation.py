@@ -110,8 +110,8 @@ def reconcile(run: Run, folder: Path) -> Reconciliation:
 
 
 def attempts_on(stretch: Stretch, stretches: list[Stretch], account: Account) -> list[Attempt]:
-    """In the order of their beginning. A machine that was stopped and started has one attempt for each of its stretches; any other
-    may have several, such as training and its evaluation."""
+    """In the order of their beginning. A machine that was stopped and started has one attempt for each of its stretches; any
+    other may have several, such as training and its evaluation."""
     own = [one for one in stretches if one.machine == stretch.machine]
     there = [attempt for attempt in account.attempts if attempt.machine.get("name") == stretch.machine]
     there.sort(key=lambda attempt: (attempt.began_at or "", attempt.work != "train"))
