@@ -104,7 +104,7 @@ def _export(name: str, settings: JobSettings) -> Path:
     if folder is None or not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(
             f"EXPORT: {name[:200]!r}: no such folder in the bucket, or nothing in it; expected one that `finetune export` wrote, "
-            "such as runs/my-run/export/merged",
+            "such as runs/my-run/exports/merged",
             code="job.no_export",
         )
     copies = settings.state / "exports"

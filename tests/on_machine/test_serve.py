@@ -60,7 +60,7 @@ def spend(machine: CloudMachine, usd: float, day: str = "") -> None:
 
 
 def put_export(machine: CloudMachine, weights: bytes = b"w" * 100) -> Path:
-    folder = machine.run_folder() / "export" / "merged"
+    folder = machine.run_folder() / "exports" / "merged"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(weights)
     (folder / "export.json").write_text(json.dumps({"first": weights[:1].decode()}))
@@ -115,7 +115,7 @@ def test_an_export_is_copied_to_the_local_disk_once(machine: CloudMachine) -> No
     put_export(machine)
     copy = machine.home / ".finetune" / "exports" / "merged"
     for copied in (True, False):
-        code, said = machine.run("serve.sh", RUN_NAME="", EXPORT="runs/run/export/merged/")
+        code, said = machine.run("serve.sh", RUN_NAME="", EXPORT="runs/run/exports/merged/")
         assert code == 0 and ("export: " in said) == copied, said
         assert machine.calls()[-1].startswith(f"serve {copy} --port 8000")
         assert (copy / "model.safetensors").read_bytes() == b"w" * 100
@@ -124,7 +124,7 @@ def test_an_export_is_copied_to_the_local_disk_once(machine: CloudMachine) -> No
     assert code == 0 and (copy / "model.safetensors").read_bytes() == b"v" * 100, said
 
 
-@pytest.mark.parametrize("name", ["runs/run/export/none", "../other", "/etc", "runs/../../x", "runs/run/run.json"])
+@pytest.mark.parametrize("name", ["runs/run/exports/none", "../other", "/etc", "runs/../../x", "runs/run/run.json"])
 def test_an_export_that_is_not_in_the_bucket_is_refused(machine: CloudMachine, name: str) -> None:
     code, said = machine.run("serve.sh", RUN_NAME="", EXPORT=name)
     assert (code, machine.calls()) == (2, []), said
@@ -133,7 +133,7 @@ def test_an_export_that_is_not_in_the_bucket_is_refused(machine: CloudMachine, n
 
 def test_a_run_and_an_export_at_once_are_refused(machine: CloudMachine) -> None:
     put_export(machine)
-    code, said = machine.run("serve.sh", EXPORT="runs/run/export/merged")
+    code, said = machine.run("serve.sh", EXPORT="runs/run/exports/merged")
     assert (code, machine.calls()) == (2, []) and "EXPORT and RUN_NAME: expected one of them" in said
 
 
@@ -144,7 +144,7 @@ def test_a_half_copied_export_is_not_served(machine: CloudMachine) -> None:
     (copies / ".merged.part" / "model.safetensors").write_bytes(b"half")
     (copies / "merged").mkdir()
     (copies / "merged" / "model.safetensors").write_bytes(b"w" * 99)
-    code, said = machine.run("serve.sh", RUN_NAME="", EXPORT="runs/run/export/merged")
+    code, said = machine.run("serve.sh", RUN_NAME="", EXPORT="runs/run/exports/merged")
     assert code == 0, said
     assert sorted(path.name for path in copies.iterdir()) == ["merged"]
     assert (copies / "merged" / "model.safetensors").stat().st_size == 100
