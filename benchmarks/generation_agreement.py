@@ -95,7 +95,7 @@ class _Explained:
                 logits = self._model(ids).logits[0, -1].float()
         else:
             logits = self._model(ids).logits[0, -1].float()
-        one, other = logits[first[place]].item(), logits[second[place]].item()
+        one, other = float(logits[first[place]]), float(logits[second[place]])
         unit = 2.0 ** (math.floor(math.log2(max(abs(one), abs(other), 1e-6))) - self._bits + 1)
         return round(abs(one - other) / unit, 2)
 

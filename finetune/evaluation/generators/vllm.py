@@ -108,7 +108,7 @@ class VllmModel:
         self._process: VllmProcess | None = None
         self._length = 0  # tokens of prompt and answer that the engine was started for
         self._tuned = False  # whether the tuned weights are loaded
-        self._end = weakref.finalize(self, weights.remove, log=True)
+        self._end = weakref.finalize(self, _end, None, weights)
 
     def answers(
         self,
@@ -130,8 +130,9 @@ class VllmModel:
         room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)) for ids in encoded]
         answers = [Answer("", 0, "too_long", len(ids)) for ids in encoded]
         asked = [number for number in range(len(prompts)) if room[number] > 0]
-        for number in set(range(len(prompts))) - set(asked) if done else ():
-            done(number, answers[number])
+        if done:
+            for number in set(range(len(prompts))) - set(asked):
+                done(number, answers[number])
         if not asked:
             return answers
         growing = {i: self._common.answer(prompt_dialect(prompts[i])) for i in asked}
@@ -244,8 +245,9 @@ def _complete(
     return [i for i in found if i in growing]
 
 
-def _end(process: VllmProcess, weights: Weights) -> None:
-    process.stop()
+def _end(process: VllmProcess | None, weights: Weights) -> None:
+    if process is not None:
+        process.stop()
     weights.remove(log=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_vllm_is_looked_for_in_three_places(
     found = find_vllm()
     assert found is not None and found.python == str(usual)
     usual.unlink()
-    monkeypatch.setattr(vllm_place.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     found = find_vllm()
     assert found is not None and found.python == sys.executable
 
