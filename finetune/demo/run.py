@@ -15,8 +15,9 @@ from finetune.demo.pace import measure
 from finetune.demo.schedule import questions_that_fit, training_that_fits
 from finetune.errors import EXIT_OK, UserError
 from finetune.evaluation.generators.hf import HfModel
+from finetune.evaluation.generators.weights import weights_for
 from finetune.evaluation.run import evaluate_base, evaluate_run
-from finetune.models.device import choose_device
+from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.run_folder import RunFolder, open_run
 from finetune.runtime.console import say
@@ -25,6 +26,9 @@ from finetune.training.run import resume, start
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+HF = "hf"
+"""The generator for both models: the base model's answers come from the one in memory."""
 
 
 def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
@@ -45,7 +49,7 @@ def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
         return code
     run = open_run(folder)
     if not _is_newer(run.eval_json, run.adapter / "adapter_model.safetensors"):
-        evaluate_run(run)
+        evaluate_run(run, generator=HF)
     return EXIT_OK
 
 
@@ -64,7 +68,7 @@ def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
     depends on it."""
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
-    model, load_seconds = _load(config)
+    model, device, load_seconds = _load(config)
     began = time.monotonic()
     pace = measure(model, tokenizer, config, data, load_seconds)
     measured = time.monotonic()
@@ -73,7 +77,7 @@ def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
     say(f"this machine takes {pace.step_seconds:.2f} s for a training step ({pace.threads} threads) and up to "
         f"{pace.question_seconds:.2f} s for an answer (measured for {measured - began:.0f} s): "
         f"{config.evaluation.max_questions} questions fit")  # fmt: skip
-    base = evaluate_base(config, loaded=HfModel(model, tokenizer, choose_device(config.model.torch_dtype)))
+    base = evaluate_base(config, loaded=HfModel(model, tokenizer, device, load_seconds=load_seconds), generator=HF)
     del model
     counts, examples = data.manifest["counts"], examples_per_step(config.training)
     fitting = training_that_fits(
@@ -88,12 +92,13 @@ def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
     return start(_with(config, "training", max_steps=fitting.steps, eval_steps=fitting.eval_steps), config_file)
 
 
-def _load(config: RunConfig) -> tuple[PeftModel, float]:
-    """The base model with new adapters, and the seconds that loading took."""
+def _load(config: RunConfig) -> tuple[PeftModel, Device, float]:
+    """The base model with new adapters, where it is, and the seconds that loading took."""
     began = time.monotonic()
     device = choose_device(config.model.torch_dtype)
-    base = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
-    return attach_lora(base, config.lora), time.monotonic() - began
+    dequantize = weights_for(config, device).dequantize
+    base = load_base(config.model, config.quantization, device, dequantize=dequantize)
+    return attach_lora(base, config.lora), device, time.monotonic() - began
 
 
 def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:

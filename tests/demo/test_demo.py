@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,12 +137,12 @@ def test_an_interrupted_demo_is_resumed_with_the_same_number_of_threads(
     used: dict[str, int] = {}
     evaluate, before = evaluate_run, torch.get_num_threads()
 
-    def killed(_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    def answered(run: RunFolder) -> None:
+    def answered(run: RunFolder, **settings: Any) -> None:
         used["answers"] = torch.get_num_threads()
-        evaluate(run)
+        evaluate(run, **settings)
 
     def go_on(code: int) -> None:
         torch.set_num_threads(2)  # as a new process has them

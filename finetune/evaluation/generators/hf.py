@@ -79,7 +79,7 @@ class HfModel:
     """A transformers model, possibly with PEFT adapters, and its tokenizer: see `LoadedModel`.
 
     weights: how the tuned model is held; apart if left out. reload: gives the model again as it was, for answers of the base
-    model after the adapter was merged. load_seconds: measured.
+    model after the adapter was merged. load_seconds: measured, with merging.
     """
 
     def __init__(
@@ -110,7 +110,9 @@ class HfModel:
         description: str = "generate",
         progress: bool = True,
     ) -> list[Answer]:
+        began = time.monotonic()
         model = self._tuned() if tuned else self._base()
+        self.load_seconds += time.monotonic() - began
         with model.disable_adapter() if _has_adapter(model) and not tuned else nullcontext():
             answers = generate_answers(
                 model,

@@ -17,6 +17,8 @@ USABLE = 0.9
 """Of a GPU's memory: the rest is for what CUDA and fragmentation take."""
 WORKING_BYTES = 2 * 2**30
 """For activations and graphs of the decoding steps."""
+HALF_WAY_BYTES = 0.2
+"""A parameter, while layers are dequantized one after the other: the 4-bit weights that are left, and gaps between tensors."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ def weights_for(config: RunConfig, device: Device) -> Weights:
 
 
 def _fits(config: RunConfig, device: Device) -> bool:
-    """Whether 16-bit weights and the cache fit into the GPU's memory, beside the 4-bit weights that they are made from."""
+    """Whether 16-bit weights and the cache fit into the GPU's memory: an estimate, since nothing is loaded yet."""
     if device.place.type != "cuda":
         return False
     memory = torch.cuda.get_device_properties(device.place).total_memory
     parameters, column_bytes = _sizes(config.model.name, config.model.revision, config.model.trust_remote_code)
     texts = config.evaluation.batch_size * (config.model.max_seq_length + config.evaluation.max_new_tokens)
-    needed = parameters * (device.dtype.itemsize + 0.55) + texts * column_bytes * device.dtype.itemsize
+    needed = parameters * (device.dtype.itemsize + HALF_WAY_BYTES) + texts * column_bytes * device.dtype.itemsize
     return needed + WORKING_BYTES <= USABLE * memory
 
 
