@@ -281,7 +281,7 @@ class Decoder:
             return
         here = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
         here.copy_(tokens, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         self._flights.append(Flight(rows, here, arrived))
 

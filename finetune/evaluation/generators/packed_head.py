@@ -22,7 +22,7 @@ _ROWS = 64
 @contextmanager
 def packed_head(causal: Any) -> Iterator[None]:
     """Within the block a model on a CPU uses the packed weights of its head, if it has such a head."""
-    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    head: Any = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     packed = _packed(head)
     if packed is None:
         yield
@@ -46,7 +46,7 @@ def _packed(head: Any) -> Tensor | None:
     exact = not (_multiplies_in_bfloat16() or weight.dtype != torch.float32)
     if weight.device.type != "cpu" or not exact or weight.numel() * 4 > MOST_BYTES:
         return None
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     try:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)

@@ -48,7 +48,7 @@ class Passes:
         self._layers = config.num_hidden_layers
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.column_bytes = 2 * self._layers * heads * width * self.causal.dtype.itemsize
+        self.column_bytes: int = 2 * self._layers * heads * width * self.causal.dtype.itemsize
         self._last_only = "logits_to_keep" in inspect.signature(type(self.causal).forward).parameters
 
     def cache(self, rows: int, columns: int) -> RowCache:
@@ -97,8 +97,8 @@ class Passes:
             ids.append([0] * padding + list(text.ids))
             positions.append([0] * padding + list(here))
             places.append([columns] * padding + list(here))
-        logits = self.forward(cache, *map(self.on_device, (ids, positions, places)), columns)
-        return cache, logits
+        given = [self.on_device(values) for values in (ids, positions, places)]
+        return cache, self.forward(cache, given[0], given[1], given[2], columns)
 
 
 def causal_model(model: Any) -> Any:

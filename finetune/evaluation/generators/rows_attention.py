@@ -21,8 +21,8 @@ def rows_attention(
     """query: (rows, heads, tokens, head dimension); key, value: (rows, key heads, columns, head dimension)."""
     rows, heads, tokens, width = query.shape
     shared = heads // key.shape[1]
-    plain = tokens > 1 or shared == 1 or attention_mask is None or settings.get("position_bias") is not None
-    if plain or settings.get("dropout"):
+    plain = tokens > 1 or shared == 1 or settings.get("position_bias") is not None or settings.get("dropout")
+    if plain or attention_mask is None:
         found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **settings
         )

@@ -50,7 +50,7 @@ class Steps:
 
     def _capture(self, rows: int, columns: int) -> Any:
         kept = [tensor.clone() for tensor in self._state]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(
             stream

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.evaluation.generators import decoding, passes
+from finetune.evaluation.generators import decoding, passes, row_cache
 from finetune.evaluation.generators.asked import Asked
 from finetune.evaluation.generators.base import Problem
 from finetune.evaluation.generators.decoding import Decoder
@@ -67,7 +67,9 @@ class Tokenizer:
 def expected(model: Any, prompt: list[int], room: int) -> list[int]:
     """What `generate` answers to this prompt alone, without the token that ends it."""
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": room, "eos_token_id": ENDS, "pad_token_id": 0}
-    output = model.generate(torch.tensor([prompt], device=model.device), **settings)[0, len(prompt) :].tolist()
+    output: list[int] = model.generate(torch.tensor([prompt], device=model.device), **settings)[
+        0, len(prompt) :
+    ].tolist()
     return output[: next((place for place, token in enumerate(output) if token in ENDS), len(output))]
 
 
@@ -255,22 +257,26 @@ def test_another_error_is_not_taken_for_missing_memory(llama: Any, monkeypatch: 
 
 def test_the_model_keeps_its_attention(llama: Any) -> None:
     before = llama.config._attn_implementation
+
+    def stop(*_: Any) -> None:
+        raise KeyError("stopped")
+
     answers(llama, PROMPTS[:2], [3, 3], 2)
     with pytest.raises(KeyError):
-        Decoder(llama, Tokenizer(), 2, None, lambda *_: {}["stopped"]).answer([Asked(0, [9], 2, "sqlite")])  # type: ignore[arg-type]
+        Decoder(llama, Tokenizer(), 2, None, stop).answer([Asked(0, [9], 2, "sqlite")])  # type: ignore[arg-type]
     assert llama.config._attn_implementation == before
 
 
 def test_the_cache_shrinks_with_the_prompts_left(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And its rows are as many again, where memory allowed less for longer ones."""
     made: list[tuple[int, int]] = []
-    original = decoding.RowCache.__init__
+    original = row_cache.RowCache.__init__
 
     def noting(self: Any, layers: int, rows: int, columns: int) -> None:
         made.append((rows, columns))
         original(self, layers, rows, columns)
 
-    monkeypatch.setattr(decoding.RowCache, "__init__", noting)
+    monkeypatch.setattr(row_cache.RowCache, "__init__", noting)
     prompts = [[10 + n % 70 for n in range(length)] for length in (120, 118, *range(30, 18, -1))]
     found = answers(llama, prompts, [6] * len(prompts), 2)
     assert [found[n][0] for n in range(len(prompts))] == [expected(llama, prompt, 6) for prompt in prompts]
@@ -281,7 +287,12 @@ def test_the_cache_shrinks_with_the_prompts_left(llama: Any, monkeypatch: pytest
 def test_a_cpu_answers_more_at_once_where_the_cache_is_small(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     step = Decoder._step
-    monkeypatch.setattr(Decoder, "_step", lambda self, n, columns: (rows.append(n), step(self, n, columns))[1])
+
+    def noting(self: Any, n: int, columns: int) -> None:
+        rows.append(n)
+        step(self, n, columns)
+
+    monkeypatch.setattr(Decoder, "_step", noting)
     monkeypatch.setattr(decoding, "CPU_ROWS", 10)
     prompts = [[10 + n, 20] for n in range(12)]
     for most_bytes, expected_rows in ((2**30, 10), (1, 3)):

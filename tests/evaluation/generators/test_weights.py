@@ -115,8 +115,8 @@ def test_merged_weights_are_the_sum_rounded_once(run: RunFolder) -> None:
     sums = {}
     for name, module in adapted.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
-            a, b = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()  # type: ignore
-            sums[f"{name}.weight"] = before[f"{name}.weight"].double() + module.scaling["default"] * (b @ a)  # type: ignore
+            a, b = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()  # type: ignore[index,union-attr]
+            sums[f"{name}.weight"] = before[f"{name}.weight"].double() + module.scaling["default"] * (b @ a)  # type: ignore[index,union-attr]
     assert len(sums) > 4
     merged = merge_adapter(adapted)
     assert not hasattr(merged, "disable_adapter")
@@ -155,7 +155,8 @@ def test_the_base_model_answers_as_before_after_the_adapter_was_merged(run: RunF
         parts = [
             part for name, part in sorted(model._model.named_parameters()) if "q_proj" in name and "lora" not in name
         ]
-        return parts[0].clone()
+        found: torch.Tensor = parts[0].clone()
+        return found
 
     base, before = ask(False), weight()
     seconds = model.load_seconds
