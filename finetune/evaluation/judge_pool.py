@@ -64,6 +64,7 @@ class _Lane:
     busy: int = 0
     since: float = 0.0
     process: JudgeProcess | None = None
+    ready: bool = False
 
 
 @dataclass
@@ -127,6 +128,11 @@ class JudgePool:
         return len(self._lanes)
 
     @property
+    def ready(self) -> int:
+        """Processes that have loaded what they need."""
+        return sum(lane.ready for lane in self._lanes)
+
+    @property
     def pids(self) -> list[int]:
         """Of the processes that run now."""
         with self._changed:
@@ -146,8 +152,8 @@ class JudgePool:
             self._changed.notify_all()
 
     def wait(self, told: Callable[[int], object] = lambda left: None) -> None:
-        """Until every answer is judged. told: called now and then with how many are left. Raises what judging raised: UserError if
-        a database cannot be read or processes keep ending, NotStarted if there are none."""
+        """Until every answer is judged. told: called now and then with how many are left. Raises what judging raised: UserError
+        if a database cannot be read or processes keep ending, NotStarted if there are none."""
         with self._changed:
             while self._unfinished and self._failure is None:
                 told(self._unfinished)
@@ -204,6 +210,7 @@ class JudgePool:
                     if self._closed:
                         process.kill()
                 process.wait_until_ready()
+                lane.ready = True
                 return
             except (Ended, OSError) as error:
                 if last or self._closed:
