@@ -44,10 +44,9 @@ class Questions:
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: wall clock. cpu: of all processes of the way."""
+    """seconds: wall clock."""
 
     seconds: float
-    cpu: float
     correct: int
 
 
@@ -84,7 +83,7 @@ def judged_here(questions: Questions, texts: list[str], workers: int) -> tuple[M
                 judged.submit(key, number, Answer(text, 1))
             rows = judged.rows(key)
             seconds = time.monotonic() - began
-            found.append(Measured(seconds, 0.0, sum(row.verdict == "correct" for row in rows)))
+            found.append(Measured(seconds, sum(row.verdict == "correct" for row in rows)))
     return found[0], found[1]
 
 
@@ -136,7 +135,7 @@ def judged_before(questions: Questions, texts: list[str], checkout: Path) -> Mea
         check=True,
     )
     seconds, correct = json.loads(done.stdout)
-    return Measured(seconds, 0.0, correct)
+    return Measured(seconds, correct)
 
 
 def cpu_seconds() -> float:
