@@ -12,7 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from finetune.cli import compare, config, data, demo, doctor, evaluate, generate, job, machine, plan, report, train
+from finetune.cli import (
+    ask,
+    compare,
+    config,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    job,
+    machine,
+    plan,
+    report,
+    serve,
+    train,
+)
 from finetune.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -94,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (doctor, data, config, plan, machine, train, evaluate, compare, demo, report, generate, job):
+    for command in (
+        *(doctor, data, config, plan, machine, train, evaluate, compare),
+        *(demo, report, ask, export, serve, job),
+    ):
         command.add(commands)
     return parser
 

@@ -1,9 +1,9 @@
 """Merges an adapter into its base weights, tensor by tensor from safetensors to safetensors: memory holds one tensor at a time,
 however large the model is.
 
-Which base it is merged into is a choice. `dequantized`: the values that the adapter was trained on, which are the 4-bit weights of
-training (or without quantization those of the file), in the dtype of training. `original`: those of the file, of higher precision
-than what the adapter has seen. Each layer is computed in float32 and rounded once.
+Which base it is merged into is a choice. `dequantized`: the values that the adapter was trained on, which are the 4-bit weights
+of training (or without quantization those of the file), in the dtype of training. `original`: those of the file, of higher
+precision than what the adapter has seen. Each layer is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -53,64 +53,99 @@ def write_weights(
     shard_bytes: int = SHARD_BYTES,
 ) -> Written:
     """Write the base model of a config, with the adapter of a folder merged in if there is one, into an existing folder: weights
-    in `dtype` and config.json, which comes last; no tokenizer.
-
-    trained_dtype: the compute dtype of training, in which the base weights were quantised; None for `dtype`. Works on a GPU if
-    there is one, as training did. Raises UserError if the adapter is not of this base model, if files are missing or damaged, if
-    a merged value is out of the range of `dtype`, or if the disk is full.
-    """
-    deltas = _Deltas.read(adapter, config) if adapter is not None else _Deltas({}, 1.0)
-    model_config = load_model_config(config.model)
-    _refuse_quantized(config, model_config)
-    skeleton = _skeleton(model_config, config.model.trust_remote_code)
-    weights = BaseWeights(model_folder(config.model))
-    names = _names(skeleton, weights)
-    if adapter is not None:
-        _check_adapted(skeleton, deltas, adapter, config)
-    quantize = base == "dequantized" and config.quantization.load_in_4bit
-    packed = _quantized_layers(skeleton, config.quantization) if quantize else set()
-    compute = None if base == "original" and config.quantization.load_in_4bit else trained_dtype or dtype
-    merging = _Merging(weights, deltas, packed, config.quantization, compute, dtype)
-    entries = [Entry(name, tuple(tensor.shape), merging.kind(tensor)) for name, tensor in names.items()]
-    files = write_shards(folder, entries, (merging.parts(entry.name) for entry in entries), shard_bytes)
-    model_config.dtype = dtype
-    model_config.architectures = [type(skeleton).__name__]
-    if names.keys() >= skeleton.all_tied_weights_keys.keys():  # tied by the config, and yet different in the file
-        model_config.tie_word_embeddings = model_config.tie_word_embeddings and not skeleton.all_tied_weights_keys
-    model_config.save_pretrained(folder)
+    in `dtype` and config.json, which comes last; no tokenizer. The others, and the errors, as in `MergedWeights.of`; also raises
+    UserError if the disk is full."""
+    weights = MergedWeights.of(config, adapter=adapter, base=base, dtype=dtype, trained_dtype=trained_dtype)
+    entries = weights.entries
+    files = write_shards(folder, entries, (weights.parts(entry.name) for entry in entries), shard_bytes)
+    weights.config.save_pretrained(folder)
     written = sum(entry.bytes for entry in entries)
-    return Written([*files, "config.json"], written, len(deltas.pairs), "dequantized" if quantize else "original")
+    return Written([*files, "config.json"], written, weights.layers, weights.base)
 
 
 @dataclass(frozen=True)
-class _Merging:
-    """How each tensor is computed. packed: the layers whose weight training held in 4 bits. compute: the dtype into which training
-    cast the weights; None for that of the file."""
+class MergedWeights:
+    """The tensors of a base model with an adapter merged in, each computed when it is asked for.
 
-    weights: BaseWeights
-    deltas: _Deltas
-    packed: set[str]
-    quantization: QuantizationSection
-    compute: torch.dtype | None
+    config: of the merged model. base: what it is merged into. entries: the tensors, in the order of the model. packed: the layers
+    whose weight training held in 4 bits. compute: the dtype into which training cast the weights; None for that of the file.
+    """
+
+    config: PretrainedConfig
+    base: Base
+    entries: list[Entry]
     dtype: torch.dtype
+    _weights: BaseWeights
+    _deltas: _Deltas
+    _packed: set[str]
+    _quantization: QuantizationSection
+    _compute: torch.dtype | None
 
-    def kind(self, tensor: torch.Tensor) -> torch.dtype:
-        return self.dtype if tensor.is_floating_point() else tensor.dtype
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        *,
+        adapter: Path | None,
+        base: Base = "dequantized",
+        dtype: torch.dtype,
+        trained_dtype: torch.dtype | None = None,
+    ) -> MergedWeights:
+        """The weights of a config's base model in `dtype`, with the adapter of a folder merged in if there is one.
+
+        trained_dtype: the compute dtype of training, in which the base weights were quantised; None for `dtype`. Computes on a
+        GPU if there is one, as training did. Raises UserError if the adapter is not of this base model, or if files are missing
+        or damaged; `parts` does so if a merged value is out of the range of `dtype`.
+        """
+        deltas = _Deltas.read(adapter, config) if adapter is not None else _Deltas({}, 1.0)
+        model_config = load_model_config(config.model)
+        _refuse_quantized(config, model_config)
+        skeleton = _skeleton(model_config, config.model.trust_remote_code)
+        weights = BaseWeights(model_folder(config.model))
+        names = _names(skeleton, weights)
+        if adapter is not None:
+            _check_adapted(skeleton, deltas, adapter, config)
+        in_4bit = config.quantization.load_in_4bit
+        packed = _quantized_layers(skeleton, config.quantization) if base == "dequantized" and in_4bit else set()
+        model_config.dtype = dtype
+        model_config.architectures = [type(skeleton).__name__]
+        tied = skeleton.all_tied_weights_keys
+        if tied and tied.keys() <= names.keys():  # tied by the config, and yet different in the file
+            model_config.tie_word_embeddings = False
+        return cls(
+            config=model_config,
+            base="dequantized" if packed else "original",
+            entries=[_entry(name, tensor, dtype) for name, tensor in names.items()],
+            dtype=dtype,
+            _weights=weights,
+            _deltas=deltas,
+            _packed=packed,
+            _quantization=config.quantization,
+            _compute=None if base == "original" and in_4bit else trained_dtype or dtype,
+        )
+
+    @property
+    def layers(self) -> int:
+        """How many layers the adapter changes."""
+        return len(self._deltas.pairs)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.cat(list(self.parts(name)))
 
     def parts(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor as it is written, in parts."""
+        """The tensor in parts of whole rows, on the CPU."""
         layer = name.removesuffix(".weight")
-        if layer not in self.packed and layer not in self.deltas.pairs:
-            yield from (self._cast(part) for part in self.weights.parts(name))
+        if layer not in self._packed and layer not in self._deltas.pairs:
+            yield from (self._cast(part) for part in self._weights.parts(name))
             return
-        value = self._of_training(self.weights.tensor(name).to(_place()), layer)
-        if layer in self.deltas.pairs:
-            value = self.deltas.added(value.float(), layer)
+        value = self._of_training(self._weights.tensor(name).to(_place()), layer)
+        if layer in self._deltas.pairs:
+            value = self._deltas.added(value.float(), layer)
         merged = value.to(self.dtype)
         if not torch.isfinite(merged).all():
             raise UserError(
-                f"{name}: a merged weight is out of the range of {str(self.dtype).removeprefix('torch.')}; choose --dtype bfloat16 "
-                "or float32",
+                f"{name}: a merged weight is out of the range of {str(self.dtype).removeprefix('torch.')}; choose --dtype "
+                "bfloat16 or float32",
                 code="merge.out_of_range",
             )
         yield merged.cpu()
@@ -118,23 +153,27 @@ class _Merging:
     def _cast(self, part: torch.Tensor) -> torch.Tensor:
         if not part.is_floating_point():
             return part
-        return part.to(self.compute or part.dtype).to(self.dtype)
+        return part.to(self._compute or part.dtype).to(self.dtype)
 
     def _of_training(self, value: torch.Tensor, layer: str) -> torch.Tensor:
         """The value that training computed with."""
-        value = value.to(self.compute or value.dtype)
-        if layer not in self.packed:
+        value = value.to(self._compute or value.dtype)
+        if layer not in self._packed:
             return value
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         packed, state = quantize_4bit(
             value.contiguous(),
-            compress_statistics=self.quantization.bnb_4bit_use_double_quant,
-            quant_type=self.quantization.bnb_4bit_quant_type,
+            compress_statistics=self._quantization.bnb_4bit_use_double_quant,
+            quant_type=self._quantization.bnb_4bit_quant_type,
         )
         del value
         found: torch.Tensor = dequantize_4bit(packed, state)
         return found
+
+
+def _entry(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Entry:
+    return Entry(name, tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -237,7 +276,7 @@ def _quantized_layers(skeleton: PreTrainedModel, section: QuantizationSection) -
 def _refuse_quantized(config: RunConfig, model: PretrainedConfig) -> None:
     if getattr(model, "quantization_config", None):
         raise UserError(
-            f"model.name: the weights of {config.model.name} are stored in a quantised form, into which no adapter can be merged; "
-            "export the adapter (--to adapter), or train on the model's 16-bit weights",
+            f"model.name: the weights of {config.model.name} are stored in a quantised form, into which no adapter can be "
+            "merged; export the adapter (--to adapter), or train on the model's 16-bit weights",
             code="merge.quantized_base",
         )
