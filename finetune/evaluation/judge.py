@@ -95,6 +95,11 @@ class _Kept(Generic[Value]):
         self._most, self._total = most, 0
         self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether little more can be kept without losing what is."""
+        return self._total > 0.9 * self._most
+
     def get(self, key: Hashable) -> Value | None:
         found = self._values.get(key)
         if found is None:
@@ -145,6 +150,12 @@ class Judge:
             if not golds.volatile and not self._examiner.volatile(database, found.sql, record.dialect):
                 self._outcomes.put(key, outcome)
         return replace(outcome, several_statements=found.several)
+
+    def prepare(self, record: Record, database: Path) -> None:
+        """Execute the record's gold query before there are answers, as long as the results of such queries can be kept. Raises
+        UserError if the database cannot be read."""
+        if not self._golds.is_full:
+            self._golds_of(record, database)
 
     def _golds_of(self, record: Record, database: Path) -> _Golds:
         key = (record.dialect, database, record.sql)

@@ -1,8 +1,8 @@
 """Processes that judge answers while others are generated.
 
 - They are started with a fresh interpreter, since this process may hold a GPU, and end with this process, whatever ends it.
-- Answers to questions with one gold query go to one process, so that it is executed once. A process with nothing left to do takes
-  from one that is held up by a slow query.
+- Answers to questions with one gold query go to one process, so that it is executed once, before the answers if there is time. A
+  process with nothing left to do takes from one that has many answers waiting, or is held up by a slow query.
 - A process that ends, or says nothing for a long time, is replaced and its answers are judged again. An answer at which that
   happens twice is `crashed`.
 - Each process keeps the promises of the sandbox, in a child of its own (finetune/sql/engines/sqlite.py).
@@ -36,6 +36,10 @@ STALLED_SECONDS, STALLED_QUERIES = 600.0, 40
 queries."""
 BATCH = 16
 """Answers in one message. A larger batch is not faster, and leaves less for others to take."""
+AHEAD = 4
+"""Gold queries in one message, ahead of answers: few, so that an answer which comes does not wait for long."""
+BEHIND = 2 * BATCH
+"""A process with more answers waiting gives some away; with fewer it soon has done them."""
 HELD_UP_SECONDS = 0.5
 DEATHS_IN_A_ROW = 8
 """Processes that end without having judged anything: it is then the machine, not the answers."""
@@ -50,9 +54,11 @@ class NotStarted(Exception):
 
 @dataclass
 class _Task:
+    """answer: None to run the gold query only."""
+
     key: Key
     number: int
-    answer: Answer
+    answer: Answer | None
     deaths: int = 0
 
 
@@ -61,9 +67,13 @@ class _Lane:
     """The answers that wait for one process, and how many it has. since: when it got them, or gave its last verdict."""
 
     waiting: deque[_Task] = field(default_factory=deque)
+    ahead: deque[int] = field(
+        default_factory=deque
+    )  # numbers of questions whose gold query may run before there are answers
     busy: int = 0
     since: float = 0.0
     process: JudgeProcess | None = None
+    ready: bool = False
 
 
 @dataclass
@@ -111,20 +121,42 @@ class JudgePool:
         self._failure: BaseException | None = None
         self._folder = tempfile.mkdtemp(prefix="finetune-judge.")
         self._threads: list[threading.Thread] = []
-        self.add_workers(workers, nice=nice)
+        for _ in range(workers):
+            self._lanes.append(_Lane())
+        self._share_out()
+        for lane in self._lanes:
+            self._run(lane, nice)
+
+    def _share_out(self) -> None:
+        """Which process gets which gold query: to each the next, in the order of the questions."""
+        for number, (record, database) in enumerate(self._asked):
+            group = (record.dialect, database, record.sql)
+            if group not in self._lane_of:
+                lane = self._lanes[len(self._lane_of) % len(self._lanes)]
+                self._lane_of[group] = lane
+                lane.ahead.append(number)
 
     def add_workers(self, count: int, *, nice: int = 0) -> None:
+        """They take from what waits for the others."""
         for _ in range(count):
             lane = _Lane()
             with self._changed:
                 self._lanes.append(lane)
-            thread = threading.Thread(target=self._work, args=(lane, nice), name="judge", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._run(lane, nice)
+
+    def _run(self, lane: _Lane, nice: int) -> None:
+        thread = threading.Thread(target=self._work, args=(lane, nice), name="judge", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     @property
     def workers(self) -> int:
         return len(self._lanes)
+
+    @property
+    def ready(self) -> int:
+        """Processes that have loaded what they need and run the gold queries that are theirs."""
+        return sum(lane.ready and not lane.ahead and not lane.busy for lane in self._lanes)
 
     @property
     def pids(self) -> list[int]:
@@ -137,17 +169,14 @@ class JudgePool:
         record, database = self._asked[number]
         group = (record.dialect, database, record.sql)
         with self._changed:
-            lane = self._lane_of.get(group)
-            if lane is None:
-                lane = min(self._lanes, key=lambda lane: len(lane.waiting) + lane.busy)
-                self._lane_of[group] = lane
+            lane = self._lane_of[group]
             lane.waiting.append(_Task(key, number, answer))
             self._unfinished += 1
             self._changed.notify_all()
 
     def wait(self, told: Callable[[int], object] = lambda left: None) -> None:
-        """Until every answer is judged. told: called now and then with how many are left. Raises what judging raised: UserError if
-        a database cannot be read or processes keep ending, NotStarted if there are none."""
+        """Until every answer is judged. told: called now and then with how many are left. Raises what judging raised: UserError
+        if a database cannot be read or processes keep ending, NotStarted if there are none."""
         with self._changed:
             while self._unfinished and self._failure is None:
                 told(self._unfinished)
@@ -204,6 +233,7 @@ class JudgePool:
                     if self._closed:
                         process.kill()
                 process.wait_until_ready()
+                lane.ready = True
                 return
             except (Ended, OSError) as error:
                 if last or self._closed:
@@ -215,22 +245,26 @@ class JudgePool:
             while not self._closed and self._failure is None:
                 if lane.waiting:
                     batch = [lane.waiting.popleft() for _ in range(min(BATCH, len(lane.waiting)))]
-                elif other := self._held_up(lane):
+                elif other := self._behind(lane):
                     batch = [other.waiting.pop() for _ in range(min(BATCH, -(-len(other.waiting) // 2)))]
+                elif lane.ahead:
+                    batch = [_Task(None, lane.ahead.popleft(), None) for _ in range(min(AHEAD, len(lane.ahead)))]
                 else:
                     self._changed.wait()
                     continue
                 lane.busy, lane.since = len(batch), time.monotonic()
                 for task in batch:
-                    self._busy[task.key].change(1)
+                    if task.answer is not None:
+                        self._busy[task.key].change(1)
                 return batch
         return []
 
-    def _held_up(self, mine: _Lane) -> _Lane | None:
-        """The lane with the most answers that wait, of those whose process has not given a verdict for a while."""
+    def _behind(self, mine: _Lane) -> _Lane | None:
+        """The lane with the most answers that wait, of those with many, or whose process has not given a verdict for a while."""
         before = time.monotonic() - HELD_UP_SECONDS
-        held = [lane for lane in self._lanes if lane is not mine and lane.waiting and lane.since < before]
-        return max(held, key=lambda lane: len(lane.waiting), default=None)
+        others = [lane for lane in self._lanes if lane is not mine and lane.waiting]
+        behind = [lane for lane in others if len(lane.waiting) > BEHIND or lane.since < before]
+        return max(behind, key=lambda lane: len(lane.waiting), default=None)
 
     def _judge(self, lane: _Lane, batch: list[_Task], nice: int) -> None:
         left = deque(batch)
@@ -238,7 +272,8 @@ class JudgePool:
             assert lane.process is not None
             try:
                 for reply in lane.process.ask([(task.number, task.answer) for task in left], self._asked):
-                    self._done(lane, left.popleft(), self._outcome(reply))
+                    task = left.popleft()
+                    self._done(lane, task, self._outcome(reply) if task.answer is not None else None)
             except Ended as ended:
                 if not self._closed:
                     self._count_death(lane, left, ended)
@@ -266,13 +301,17 @@ class JudgePool:
         left[0].deaths += 1
         if left[0].deaths == 2:
             task = left.popleft()
-            self._done(lane, task, _ended_twice(self._asked[task.number].record, str(ended)))
+            outcome = _ended_twice(self._asked[task.number].record, str(ended)) if task.answer is not None else None
+            self._done(lane, task, outcome)
 
-    def _done(self, lane: _Lane, task: _Task, outcome: Outcome) -> None:
+    def _done(self, lane: _Lane, task: _Task, outcome: Outcome | None) -> None:
+        """outcome: None for a gold query that ran ahead of answers."""
         with self._changed:
+            lane.busy, lane.since = lane.busy - 1, time.monotonic()
+            if outcome is None:
+                return
             self._outcomes[task.key, task.number] = outcome
             self._busy[task.key].change(-1)
-            lane.busy, lane.since = lane.busy - 1, time.monotonic()
             self._unfinished -= 1
             if not self._unfinished:
                 self._changed.notify_all()

@@ -70,9 +70,9 @@ class JudgeProcess:
         """Raises Ended if it does not get ready."""
         self._reply(START_SECONDS)
 
-    def ask(self, answers: Sequence[tuple[int, Answer]], asked: Sequence[Asked]) -> Iterator[dict[str, Any]]:
-        """The reply to each answer, in order, as soon as it is there. answers: with the numbers of their questions. Raises
-        Ended."""
+    def ask(self, answers: Sequence[tuple[int, Answer | None]], asked: Sequence[Asked]) -> Iterator[dict[str, Any]]:
+        """The reply to each answer, in order, as soon as it is there. answers: with the numbers of their questions; None to run
+        the gold query only. Raises Ended."""
         try:
             self._requests.write(self._message(answers, asked))
         except OSError:
@@ -80,7 +80,7 @@ class JudgeProcess:
         for _ in answers:
             yield self._reply(self._stalled)
 
-    def _message(self, answers: Sequence[tuple[int, Answer]], asked: Sequence[Asked]) -> bytes:
+    def _message(self, answers: Sequence[tuple[int, Answer | None]], asked: Sequence[Asked]) -> bytes:
         """Read whole by the process before it replies, so that neither waits for the other. Records and schemas are sent once."""
         schemas: dict[str, str] = {}
         records: dict[int, tuple[str, str, str, str]] = {}
@@ -92,7 +92,7 @@ class JudgeProcess:
                 schemas[schema] = record.schema
             records[number] = record.sql, record.dialect, schema, str(database)
         self._sent.update(records)
-        given = [(number, answer.text, answer.problem) for number, answer in answers]
+        given = [(number, *((answer.text, answer.problem) if answer else (None, None))) for number, answer in answers]
         return json.dumps({"schemas": schemas, "records": records, "answers": given}).encode() + b"\n"
 
     def _reply(self, seconds: float) -> dict[str, Any]:

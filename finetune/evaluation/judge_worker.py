@@ -2,10 +2,11 @@
 
 Reads JSON objects from stdin, one per line: first the settings (parent, rule, timeout_seconds, limits), then batches:
 
-    {"schemas": {"0": "CREATE ..."}, "records": {"17": [sql, dialect, schema, database]}, "answers": [[17, "SELECT ...", null]]}
+    {"schemas": {"0": "CREATE ..."}, "records": {"17": [sql, dialect, schema, database]}, "answers": [[17, "SELECT 1", null]]}
 
-Schemas and records are sent once, before the first answer to them. Answers each batch with one line for each answer, in order, as
-soon as it is judged: an outcome, or {"user_error": ..., "code": ...}, or {"failed": traceback}.
+Schemas and records are sent once, before the first answer to them. An answer without text (null) asks for the gold query only,
+ahead of answers. Replies to each batch with one line for each answer, in order, as soon as it is judged: an outcome ({} for a gold query),
+or {"user_error": ..., "code": ...}, or {"failed": traceback}.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ def _serve(judge: Judge, requests: BinaryIO, replies: Any) -> None:
             record = Record(id="", db_id="", question="", sql=sql, schema=schemas[schema], dialect=dialect)
             records[number] = record, Path(database)
         for number, text, problem in batch["answers"]:
-            record, path = records[str(number)]
-            reply = _judged(judge, record, path, Answer(text, 0, problem))
+            reply = _judged(judge, *records[str(number)], None if text is None else Answer(text, 0, problem))
             replies.write(json.dumps(reply).encode() + b"\n")
 
 
-def _judged(judge: Judge, record: Record, database: Path, answer: Answer) -> dict[str, Any]:
+def _judged(judge: Judge, record: Record, database: Path, answer: Answer | None) -> dict[str, Any]:
     try:
+        if answer is None:
+            judge.prepare(record, database)
+            return {}
         return judge.outcome(record, database, answer).as_dict()
     except UserError as error:
         return {"user_error": str(error), "code": error.code}

@@ -130,9 +130,11 @@ def evaluate_run(
 @contextmanager
 def _judging(questions: EvaluationSet, models: Sequence[Model]) -> Iterator[Judging]:
     """Judging that leaves the CPU to the model, if one has to answer there."""
-    todo = wanted(questions.evaluation) or not all(model.answers.complete for model in models)
+    more = wanted(questions.evaluation)
+    nothing = not more and all(model.rows is not None for model in models)
+    generates = more or not all(model.answers.complete for model in models)
     on_cpu = questions.generator.settings(questions.config).get("device") == "cpu"
-    with judging(questions, beside_cpu=todo and on_cpu) as judged:
+    with judging(questions, 0 if nothing else None, beside_cpu=generates and on_cpu) as judged:
         yield judged
 
 

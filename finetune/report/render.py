@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from finetune.report.beyond_greedy import sentences, variants
 from finetune.report.caveats import caveats, how_it_stopped
 from finetune.report.certainty import certainty, intervals_in_words
+from finetune.report.errors import error_rows
 from finetune.report.plots import counts, draw_plots, group_bars
 from finetune.report.score_facts import facts
 from finetune.report.source import (
@@ -233,6 +234,7 @@ def render(source: Source, summary: Json) -> dict[str, str]:
         "groups": groups,
         "plots": draw_plots(source.run.history or [], *groups.values()),
         "verdicts": verdicts(source),
+        "error_rows": error_rows(source),
         "errors": {name: common_errors(rows) for name, rows in source.rows.items()},
         "examples": examples(source),
         "certainty": certainty(source),

@@ -4,6 +4,7 @@ eval.json; the same lines for the console and the report."""
 from __future__ import annotations
 
 from finetune.report.beyond_greedy import usd_text, variants
+from finetune.report.errors import errors_line
 from finetune.report.source import Json, dig, number
 
 
@@ -109,7 +110,7 @@ def block(evaluation: Json, name: str) -> list[str]:
     """The lines for the console about one model: its score, its speed and dollars; for the tuned one also leaks and what it can
     do beyond its greedy answers."""
     scores = evaluation["models"][name]
-    lines = [score_line(scores), speed_line(scores)]
+    lines = [score_line(scores), errors_line(scores), speed_line(scores)]
     if name == "tuned":
         lines += [leak_line(evaluation), *(each.line() for each in variants(scores)[1:])]
     return [line for line in lines if line]

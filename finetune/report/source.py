@@ -111,11 +111,12 @@ def scores_problem(scores: Any) -> str | None:
         for name, group in groups.items():
             if problem := _counts_problem(group, ("correct", "questions")):
                 return f"has a {key} object in which {name} {problem}"
-    verdicts = scores.get("verdicts") or {}
-    if not isinstance(verdicts, dict):
-        return "has verdicts that are not an object"
-    if problem := _counts_problem(verdicts, tuple(verdicts)):
-        return f"has a verdicts object that {problem}"
+    for key in ("verdicts", "error_classes"):
+        counts = scores.get(key) or {}
+        if not isinstance(counts, dict):
+            return f"has {key} that are not an object"
+        if problem := _counts_problem(counts, tuple(counts)):
+            return f"has a {key} object that {problem}"
     return _beyond_problem(scores)
 
 
