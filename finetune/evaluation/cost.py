@@ -4,8 +4,9 @@ Beside each file of answers stands one of the attempts that generated them, a li
 
     {"at": "2026-11-29T12:00:00+00:00", "seconds_before": 12.5, "loading_seconds": 3.1, "usd_per_hour": 3.67, "basis": "..."}
 
-So the dollars are those of the machines that did the work, also where the answers are only judged again, on a laptop. The seconds
-of an attempt are those of the answers that it added; an attempt that was killed is counted as far as its answers were written.
+So the dollars are those of the machines that did the work, also where the answers are only judged again, on a laptop. The
+seconds of an attempt are those of the answers that it added, with what a generator loads only once it is asked; an attempt that
+was killed is counted as far as its answers were written.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def attempts_path(answers: Path) -> Path:
 def _note(answers: AnswerFile, loading_seconds: float, price: MachinePrice | None) -> None:
     line = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds_before": round(answers.seconds, 3),
+        "seconds_before": round(answers.seconds + answers.loading_within, 3),
         "loading_seconds": round(loading_seconds, 3),
         "usd_per_hour": price.usd_per_hour if price else None,
         "basis": price.basis if price else None,
@@ -187,11 +188,11 @@ def _usd(answers: AnswerFile, attempts: Sequence[_Attempt]) -> float | None:
     """None if an attempt has no price, or none is known for the first answers."""
     if not attempts or attempts[0].seconds_before > 0:
         return None
-    ends = [*(attempt.seconds_before for attempt in attempts[1:]), answers.seconds]
+    ends = [*(attempt.seconds_before for attempt in attempts[1:]), answers.seconds + answers.loading_within]
     total = 0.0
     for attempt, end in zip(attempts, ends, strict=True):
         if attempt.usd_per_hour is None:
             return None
         seconds = max(0.0, end - attempt.seconds_before) + attempt.loading_seconds
         total += attempt.usd_per_hour * seconds / 3600
-    return total + (attempts[-1].usd_per_hour or 0.0) * answers.loading_within / 3600
+    return total

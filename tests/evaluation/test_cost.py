@@ -43,10 +43,14 @@ class Slow:
 
     dtype_name = "words"
 
-    def __init__(self, clock: Clock, stop_before: int | None = None) -> None:
-        self._clock, self._stop = clock, stop_before
+    def __init__(self, clock: Clock, stop_before: int | None = None, within: float = 0.0) -> None:
+        """within: seconds that it loads only once it is asked."""
+        self._clock, self._stop, self._within = clock, stop_before, within
+        self.load_seconds = 0.0
 
     def answers(self, prompts: Sequence[str], *, done: Done, **_: Any) -> list[Answer]:
+        self._clock.now += self._within
+        self.load_seconds += self._within
         for number in range(len(prompts)):
             if number == self._stop:
                 raise KeyboardInterrupt
@@ -61,12 +65,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def ask(
-    path: Path, clock: Clock, usd_per_hour: float | None, *, loading: float = 30.0, stop_before: int | None = None
+    path: Path,
+    clock: Clock,
+    usd_per_hour: float | None,
+    *,
+    loading: float = 30.0,
+    stop_before: int | None = None,
+    within: float = 0.0,
 ) -> AnswerFile:
     file = AnswerFile(path, "tuned model", {"model": "m"}, PROMPTS, 2)
     file.read()
     price = None if usd_per_hour is None else MachinePrice(usd_per_hour, f"catalog at {usd_per_hour:g}")
-    load = noting(file, lambda: clock.loading(loading, Slow(clock, stop_before)), lambda: price, lambda: clock.now)
+    load = noting(
+        file, lambda: clock.loading(loading, Slow(clock, stop_before, within)), lambda: price, lambda: clock.now
+    )
     file.generate(load, tuned=True, max_new_tokens=9, progress=False)
     return file
 
@@ -86,6 +98,16 @@ def test_each_attempt_is_priced_by_the_machine_that_it_ran_on(tmp_path: Path, cl
     found = cost_of([ask(path, clock, 72.0, loading=20.0)])
     assert found.usd == pytest.approx((30 + 30) * 0.01 + (20 + 10) * 0.02)
     assert (found.seconds, found.loading_seconds, found.basis) == (40.0, 50.0, "catalog at 36 and catalog at 72")
+
+
+def test_what_is_loaded_only_when_it_is_asked_is_loading_and_is_paid(tmp_path: Path, clock: Clock) -> None:
+    """As vLLM does it."""
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        ask(path, clock, 36.0, stop_before=1, within=100.0)
+    found = cost_of([ask(path, clock, 72.0, within=50.0)])
+    assert (found.seconds, found.loading_seconds) == (40.0, 30 + 100 + 30 + 50)
+    assert found.usd == pytest.approx((30 + 100 + 10) * 0.01 + (30 + 50 + 30) * 0.02)
 
 
 def test_answers_that_are_only_read_keep_the_dollars_of_those_who_generated_them(tmp_path: Path, clock: Clock) -> None:

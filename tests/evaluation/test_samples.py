@@ -262,6 +262,26 @@ def test_an_evaluation_killed_among_the_samples_ends_as_one_that_was_not(
     )
 
 
+def test_samples_of_a_real_model_differ_and_are_the_same_again_whatever_was_asked_before(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    """Through transformers, with a small model of random weights: also after half of the answers were there already."""
+    texts = []
+    for folder, kept in (("one", 24), ("two", 11)):
+        run = copy_run(tiny_run, tmp_path / folder, evaluation={"samples": 4, "temperature": 1.0})
+        found = evaluate_run(run, base=False, generator="hf", progress=False)["models"]["tuned"]["samples"]
+        (file,) = (run.path / "eval" / "answers").glob("tuned-samples-*[0-9a-f].jsonl")
+        if kept < 24:
+            lines = file.read_text().splitlines(keepends=True)
+            file.write_text("".join(lines[: 1 + kept]))
+            found = evaluate_run(run, base=False, generator="hf", progress=False)["models"]["tuned"]["samples"]
+        assert found["vote"]["questions"] == 6 and found["cost"]["new_tokens"] > 0
+        rows = sorted(read_jsonl(file)[1:], key=lambda line: line["question"])
+        texts.append([line["text"] for line in rows])
+    assert len(texts[0]) == 24 and texts[0] == texts[1]
+    assert all(len(set(texts[0][start : start + 4])) > 1 for start in range(0, 24, 4)), "samples of one question differ"
+
+
 def test_a_temperature_of_zero_is_refused_with_the_reason(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for value in ("0", "-1", ".nan", ".inf", "11"):
         assert cli.main(["evaluate", str(tiny_run), "evaluation.samples=8", f"evaluation.temperature={value}"]) == 2
