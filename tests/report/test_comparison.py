@@ -184,7 +184,7 @@ def test_every_question_is_counted_once_in_each_grouping_and_listed_with_both_an
     assert set(found["by_difficulty"]) == {"easy", "medium", "hard", "extra"}
     classes = found["by_error_class"]
     assert classes["no_such_table"] == {"reference": 48, "challenger": 0, "repaired": 13, "new": 0}
-    assert set(classes) == {"no_such_table", "sql_error", "wrong_rows"}, "the verdict, where no class is known"
+    assert set(classes) == {"no_such_table", "unknown"}, "rows of an earlier version have no class"
     assert sum(one["challenger"] for one in classes.values()) == 35
     assert len(found["questions_won"]) == 13 and found["questions_won"][0] == {
         "id": "q1", "db_id": "db1", "question": "question 1?", "difficulty": "medium", "gold": "SELECT 1",
