@@ -1,4 +1,3 @@
-from pathlib import Path
 from finetune.cli.main import main
 from finetune.export.export_folder import open_export
 
