@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "training.step": "errors example runtime machine config models.fused models estimate training.objectives",
     "training": "errors example runtime machine checkpoint config models "
     "run_record run_folder prepared_folder data budget training.objectives training.step",
-    "evaluation": "errors tokens runtime machine sql config models run_folder data budget",
+    "evaluation": "errors tokens runtime machine sql config run_name models run_folder prepared_folder data budget",
     "cloud.gcloud": "errors runtime",
     "cloud.catalog": "errors runtime",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate cloud.catalog",

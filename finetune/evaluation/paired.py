@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.evaluation.error_classes import as_error_class
 from finetune.evaluation.score import CAN_TELL, CORRECT, Row, rules_of
 from finetune.evaluation.statistics import bootstrap_by_database, mcnemar_exact, paired_interval
 
@@ -52,8 +53,8 @@ def is_right(row: Row, rule: str | None = None) -> bool:
 
 
 def error_class(row: Row) -> str | None:
-    """What is wrong with an answer, None if it is correct. Rows of earlier versions have their verdict alone."""
-    return None if is_right(row) else row.error_class or row.verdict
+    """What is wrong with an answer (error_classes.py), None if it is correct."""
+    return None if is_right(row) else as_error_class(row.verdict, row.error_class)
 
 
 def telling(pairs: Iterable[Pair]) -> list[Pair]:

@@ -83,11 +83,11 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def error_counts(rows: Iterable[Row]) -> dict[str, int]:
-    """How many answers are in each error class, the most frequent first."""
+    """How many answers are in each error class, the most frequent first; classes of another version last of equally many."""
     counts = Counter(as_error_class(row.verdict, row.error_class) for row in rows)
-    order = list(ERROR_CLASSES)
+    order = {name: place for place, name in enumerate(ERROR_CLASSES)}
     found = [name for name in counts if name is not None]
-    return {name: counts[name] for name in sorted(found, key=lambda name: (-counts[name], order.index(name)))}
+    return {name: counts[name] for name in sorted(found, key=lambda name: (-counts[name], order.get(name, len(order))))}
 
 
 def _accuracy(verdicts: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.evaluation.error_classes import ERROR_CLASSES
 from finetune.evaluation.paired import Pair, error_class
 from finetune.evaluation.score import Row
 from finetune.report.certainty import points
@@ -85,6 +86,7 @@ def page(comparison: Comparison) -> str:
         "comparison": comparison,
         "evaluation": comparison.reference.evaluation,
         "tiles": _tiles(comparison),
+        "titles": {name: one.title for name, one in ERROR_CLASSES.items()},
         "plot": _differences_plot(comparison),
         "sections": sections,
     }

@@ -80,7 +80,7 @@ def test_the_other_way_round_all_signs_change(cells: list[tuple[bool, bool, str]
 
 
 def test_the_class_of_an_error_is_its_verdict_where_no_other_is_known() -> None:
-    assert error_class(made("correct")) is None
+    assert error_class(made("correct")) is None and error_class(made("sql_error")) == "unknown"
     assert error_class(made("timeout")) == "timeout"
     assert error_class(replace(made("sql_error"), error_class="no_such_table")) == "no_such_table"
 
