@@ -64,6 +64,7 @@ NEEDS_TORCH = (
     "evaluation.generators.asked",
     "evaluation.generators.decoding",
     "evaluation.generators.hf",
+    "evaluation.generators.packed_head",
     "evaluation.generators.passes",
     "evaluation.generators.registry",
     "evaluation.generators.row_cache",

@@ -159,7 +159,7 @@ class EvaluationSection:
     batch_size: int = 16
     max_new_tokens: int = 256
     samples: int = 1  # answers drawn for each question besides the greedy one, and put to a vote; 1: none
-    temperature: float = 0.8  # of those; lower: more alike, higher: more that do not run
+    temperature: float = 0.8  # of those; lower: more alike
     seed: int = 42  # of those
     retries: int = 0  # how often a question whose SQL does not run is asked again, with the error message
     timeout_seconds: float = 10.0  # for one SQL query

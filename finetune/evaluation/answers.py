@@ -42,7 +42,8 @@ class AnswerFile:
     """The answers of one model to the prompts, in `path`.
 
     settings: everything else that the answers depend on. answers: by the number of the prompt. seconds: that generation took,
-    over all attempts. loading_within: seconds of loading between the answers, not counted in `seconds`. sampling: None for greedy answers.
+    over all attempts. loading_within: seconds of loading between the answers, not counted in `seconds`. sampling: None for greedy
+    answers.
     """
 
     path: Path

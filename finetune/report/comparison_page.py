@@ -78,7 +78,9 @@ def default_folder(comparison: Comparison) -> Path:
 def page(comparison: Comparison) -> str:
     """compare.html."""
     several = len(comparison.versus) > 1
-    sections = [_section(versus, f" ({number})" if several else "") for number, versus in enumerate(comparison.versus, 1)]
+    sections = [
+        _section(versus, f" ({number})" if several else "") for number, versus in enumerate(comparison.versus, 1)
+    ]
     content = {
         "comparison": comparison,
         "evaluation": comparison.reference.evaluation,
@@ -148,6 +150,9 @@ def _bars(found: Sequence[tuple[str, Group]]) -> list[Bar]:
 
 
 def _differences(versus: Versus) -> list[tuple[str, str, str, str, int, int, str]]:
+    rule = str(versus.reference.evaluation.get("rule"))
+    all_of_them = {f"{rule} (chosen)": (versus.found, versus.p), **versus.others}
+    all_of_them.pop(rule, None)
     return [
         (
             name,
@@ -158,7 +163,7 @@ def _differences(versus: Versus) -> list[tuple[str, str, str, str, int, int, str
             found.lost,
             p_value(p).removeprefix("= "),
         )
-        for name, (found, p) in versus.others.items()
+        for name, (found, p) in all_of_them.items()
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,10 @@ from finetune.serve.backends.base import Address
 GUARD = Path(__file__).with_name("guard.py")
 ROOT = Path(__file__).resolve().parents[2]
 STOP_SECONDS = 30.0
+_STAMP = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:ERROR|WARNING|INFO) \d[\d-]* [\d:]+ \[[^\]]*\] ")
+"""Before each line of vLLM's log."""
+_CONSEQUENCE = re.compile(r"EngineDeadError|Engine core initialization failed|See root cause above")
+"""Errors that vLLM reports because another one came before."""
 
 
 class GuardedProgram:
@@ -43,8 +48,9 @@ class GuardedProgram:
         return Address("http://backend", self._socket) if self._socket.exists() else None
 
     def last_words(self) -> str:
-        reason = reason_in(end_of(self._log)).strip().removeprefix("finetune: ")
-        return one_line(shortened(reason, LONGEST_MESSAGE))
+        lines = [_STAMP.sub("", line) for line in end_of(self._log).splitlines()]
+        reason = reason_in("\n".join(line for line in lines if not _CONSEQUENCE.search(line)))
+        return one_line(shortened(reason.strip().removeprefix("finetune: "), LONGEST_MESSAGE))
 
     def stop(self) -> None:
         assert self._guard.stdin is not None

@@ -210,7 +210,11 @@ def evaluation_of(run: RunFolder) -> tuple[Any, ...]:
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: timeless(item) for key, item in value.items() if key not in ("seconds", "adapter")}
+            return {
+                key: timeless(item)
+                for key, item in value.items()
+                if key not in ("seconds", "adapter", "judging", "cost")
+            }
         return value
 
     scores = timeless(json.loads(run.eval_json.read_text()))

@@ -53,7 +53,10 @@ def test_gains_are_given_under_every_rule_and_without_hollow_golds() -> None:
     found = gains(wrong, rows)
     assert found["gain"]["won"] == 2 and found["gain_without_hollow"]["won"] == 1
     assert set(found["gain_by_rule"]) == {"test_suite"}, "under the rules that all rows were judged by"
-    assert {rule: one.won for rule, one in differences_by_rule(paired(rows, rows)).items()} == {"test_suite": 0, "strict": 0}
+    assert {rule: one.won for rule, one in differences_by_rule(paired(rows, rows)).items()} == {
+        "test_suite": 0,
+        "strict": 0,
+    }
     assert len(telling(paired(wrong, rows))) == 1
 
 

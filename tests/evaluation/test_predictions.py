@@ -445,7 +445,9 @@ def test_published_predictions_get_the_official_verdicts(tmp_path: Path) -> None
     """One question for each of the 800 cases, and one file with their predictions. Where ours is another verdict, the official
     evaluators have run a text that holds more than the query."""
     cases = read_jsonl(SHARED / "evaluator_cases.jsonl")
-    entries = [{"db_id": c["db_id"], "query": c["gold"], "question": f"{n}: {c['question']}"} for n, c in enumerate(cases)]
+    entries = [
+        {"db_id": c["db_id"], "query": c["gold"], "question": f"{n}: {c['question']}"} for n, c in enumerate(cases)
+    ]
     (tmp_path / "dev.json").write_text(json.dumps(entries))
     databases = str(SHARED / "evaluator_databases")
     sources = [

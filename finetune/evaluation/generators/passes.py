@@ -38,7 +38,7 @@ class Text:
 
 
 class Passes:
-    """A causal model, without the wrapper of PEFT around it."""
+    """A causal model, without the wrapper of PEFT around it. column_bytes: that the cache of one token needs, about."""
 
     def __init__(self, model: Any) -> None:
         self.causal = causal_model(model)
@@ -46,6 +46,9 @@ class Passes:
         self.attention = _attention(self.causal)
         config = self.causal.config.get_text_config(decoder=True)
         self._layers = config.num_hidden_layers
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.column_bytes = 2 * self._layers * heads * width * self.causal.dtype.itemsize
         self._last_only = "logits_to_keep" in inspect.signature(type(self.causal).forward).parameters
 
     def cache(self, rows: int, columns: int) -> RowCache:

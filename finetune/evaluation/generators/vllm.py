@@ -163,7 +163,7 @@ class VllmModel:
                             if done:
                                 done(i, answers[i])
         except BaseException as error:
-            self._stop(failed=isinstance(error, UserError))
+            self._stop(failed=isinstance(error, Exception))
             raise
         assert not growing, f"vLLM gave no answer to {len(growing)} prompts"
         return answers

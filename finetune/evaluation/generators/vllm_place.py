@@ -131,7 +131,10 @@ def _unknown_model(config: RunConfig) -> str | None:
 
     if config.model.trust_remote_code:
         return "model.trust_remote_code: vLLM may not know the model; evaluation.generator=vllm tries it"
-    kind = str(getattr(load_model_config(config.model), "model_type", ""))
+    found = load_model_config(config.model)
+    if getattr(found, "quantization_config", None):
+        return "the model's weights are stored in a quantised form, into which no adapter is merged"
+    kind = str(getattr(found, "model_type", ""))
     return (
         None
         if kind in FAMILIES

@@ -69,7 +69,7 @@ class VllmBackend(TokenStream):
                 known = self.vocabulary
                 most = min(found + ([known.positions] if known.positions else []))
                 self.vocabulary = Vocabulary(known.tokenizer, known.ends, most)
-        remove_written(self._folder, weights_alone=True)
+        remove_written(self._folder)
         return True
 
     def _ask(self, ids: list[int], room: int) -> tuple[str, dict[str, Any]]:
@@ -98,15 +98,14 @@ class _Running(GuardedProgram):
 
     def stop(self) -> None:
         super().stop()
-        remove_written(self._folder, weights_alone=False)
+        remove_written(self._folder)
 
 
-def remove_written(folder: Path, *, weights_alone: bool) -> None:
-    """Delete what vllm_launch.py has written for vLLM, which it names in WRITTEN. weights_alone: not the tokenizer."""
+def remove_written(folder: Path) -> None:
+    """Delete the weights that vllm_launch.py has written for vLLM, which it names in WRITTEN."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         written = load_json(folder / WRITTEN)
-        root = Path(written["root"])
-        remove_tree(Path(written["weights" if weights_alone else "folder"]), inside=root, ignore_errors=True)
+        remove_tree(Path(written["folder"]), inside=Path(written["root"]), ignore_errors=True)
 
 
 def is_apart(config: RunConfig, adapter: Path | None) -> bool:

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.evaluation.generators.vllm_place import engine_options, place
+from finetune.evaluation.generators.vllm_place import engine_options, find_vllm
 from finetune.evaluation.generators.vllm_weights import Weights
 from finetune.models.adapter import check_folder
 from finetune.models.device import choose_device
-from finetune.models.load import load_tokenizer
-from finetune.runtime.files import write_json
+from finetune.models.load import load_model_config, load_tokenizer
+from finetune.runtime.files import disk_error, write_json
 from finetune.serve.backends.vllm import SOCKET, WRITTEN, command, is_apart, server_environment
 from finetune.serve.target import open_target
 
@@ -29,18 +29,22 @@ def main(path: str, folder: str) -> None:
     """Does not return. Raises UserError if vLLM or the weights are missing, or if the disk is full."""
     target, private = open_target(Path(path)), Path(folder)
     config, adapter = target.config, target.adapter
-    found = place()
+    found = find_vllm()
     if found is None:
         raise UserError("vLLM is not installed", code="serve.no_vllm")
     device = choose_device(config.model.torch_dtype)
     apart = is_apart(config, adapter)
     weights = Weights(config, adapter, device)
     print("writing the weights for vLLM", flush=True)
-    tokenizer = weights.tokenizer(load_tokenizer(config.model))
+    tokenizer = private / "tokenizer"
+    try:
+        load_tokenizer(config.model).save_pretrained(tokenizer)
+        load_model_config(config.model).save_pretrained(tokenizer)  # vLLM looks for the kind of model there, too
+    except OSError as error:
+        raise disk_error(error, tokenizer) from error
     model = weights.folder(tuned=not apart)
-    own = tokenizer.parent
-    written = model if own in model.parents else own / "none"
-    write_json(private / WRITTEN, {"root": str(own.parent), "folder": str(own), "weights": str(written)})
+    if weights.log.parent in model.parents:  # not the model's own folder
+        write_json(private / WRITTEN, {"root": str(weights.log.parent), "folder": str(model.parent)})
     rank = (adapter, int(check_folder(adapter)["r"])) if apart and adapter is not None else None
     words = command(
         python=found.python, model=model, tokenizer=tokenizer, socket=private / SOCKET, dtype=device.dtype_name,

@@ -13,6 +13,7 @@ from finetune.evaluation.generators import decoding, passes
 from finetune.evaluation.generators.asked import Asked
 from finetune.evaluation.generators.base import Problem
 from finetune.evaluation.generators.decoding import Decoder
+from finetune.evaluation.generators.packed_head import packed_head
 
 VOCABULARY = 97
 END = 5
@@ -87,6 +88,12 @@ def answers(
     Decoder(model, Tokenizer(), batch_size, temperature, finished).answer(asked)  # type: ignore[arg-type]
     assert sorted(found) == list(range(len(prompts)))
     return found
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as the batch size says, also on a CPU, so that rows are refilled."""
+    monkeypatch.setattr(decoding, "CPU_ROWS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +276,33 @@ def test_the_cache_shrinks_with_the_prompts_left(llama: Any, monkeypatch: pytest
     assert [found[n][0] for n in range(len(prompts))] == [expected(llama, prompt, 6) for prompt in prompts]
     own = [columns for rows, columns in made if rows == 2]
     assert 128 in own and min(own) <= 64
+
+
+def test_a_cpu_answers_more_at_once_where_the_cache_is_small(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    step = Decoder._step
+    monkeypatch.setattr(Decoder, "_step", lambda self, n, columns: (rows.append(n), step(self, n, columns))[1])
+    monkeypatch.setattr(decoding, "CPU_ROWS", 10)
+    prompts = [[10 + n, 20] for n in range(12)]
+    for most_bytes, expected_rows in ((2**30, 10), (1, 3)):
+        rows.clear()
+        monkeypatch.setattr(decoding, "CPU_CACHE_BYTES", most_bytes)
+        answers(llama, prompts, [4] * 12, 3)
+        assert max(rows) == expected_rows
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_packed_head_computes_the_same(bias: bool) -> None:
+    head = torch.nn.Linear(48, 1001, bias=bias)
+    model = torch.nn.Module()
+    model.get_output_embeddings = lambda: head  # type: ignore[assignment]
+    for shape in ((3, 1, 48), (1, 48), (70, 1, 48)):
+        x = torch.randn(shape)
+        with torch.inference_mode(), packed_head(model):
+            assert "forward" in vars(head)
+            found = head(x)
+        assert "forward" not in vars(head)
+        assert torch.allclose(found, head(x), atol=1e-5) and found.shape == head(x).shape
 
 
 def test_prompts_in_any_order_have_the_same_answers(llama: Any) -> None:
