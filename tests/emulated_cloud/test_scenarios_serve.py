@@ -15,8 +15,7 @@ import pytest
 from finetune.budget.ledger import Ledger
 from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.pace import PACE, wait_until
-from tests.emulated_cloud.reconciliation import TOLERANCE, check_machine, check_nothing_left
-from tests.emulated_cloud.reconciliation import catalog_price
+from tests.emulated_cloud.reconciliation import TOLERANCE, catalog_price, check_machine, check_nothing_left
 from tests.emulated_cloud.table import record_metric
 from tests.emulated_cloud.training import BUCKET, Run, launch
 from tests.emulated_cloud.whole import NAME, Whole
