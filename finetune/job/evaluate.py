@@ -20,9 +20,7 @@ def evaluate(settings: JobSettings) -> int:
     hours = hours_left(settings)  # MAX_RUN_USD is for this evaluation alone: the meter records it, and has no ceiling
     ended = score(run, hours, settings, Metering(Ledger(run.ledger, "evaluate"), Ceilings()))
     if ended is None:
-        raise UserError(
-            f"{run.path}: its data come without databases, so nothing can be executed", code="data.no_database"
-        )
+        raise UserError(f"{run.path}: there is no question whose SQL can be executed", code="data.no_database")
     if ended.out_of_time and ended.code != EXIT_OK:
         raise UserError(
             f"not scored in {hours:.4f} hours ({settings.limits}); the answers so far are in the bucket: launch again with "

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.budget.ledger import Ledger
+from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT
 from finetune.job.data import data_of_run
 from finetune.job.limits import Ended, run_limited
@@ -16,8 +17,9 @@ from finetune.job.programs import call, say
 from finetune.job.settings import JobSettings
 from finetune.job.vllm import wait_for_vllm
 from finetune.machine.price import Ceilings
-from finetune.prepared_folder import DATABASES
+from finetune.prepared_folder import DATABASES, MANIFEST
 from finetune.run_folder import RunFolder
+from finetune.runtime.files import load_json
 
 LEAST_SECONDS = 120.0
 """About what loading a 7B model takes: with less left of a ceiling, no answer would come of it."""
@@ -67,7 +69,7 @@ def _scored(run: RunFolder, hours: float, settings: JobSettings, metering: Meter
 
 
 def score(run: RunFolder, hours: float, settings: JobSettings, metering: Metering) -> Ended | None:
-    """Run `finetune evaluate`, and `finetune report` if it succeeds, on the meter. None if the data have no databases."""
+    """Run `finetune evaluate`, and `finetune report` if it succeeds, on the meter. None if there is no question to ask."""
     began = time.monotonic()
 
     def left() -> float:
@@ -76,8 +78,8 @@ def score(run: RunFolder, hours: float, settings: JobSettings, metering: Meterin
     with metering.recorded():
         data_of_run(run, settings)
         config = run.config()
-        if not any((Path(config.data.output_dir) / DATABASES).glob("*")):
-            say(f"{run.path}: not scored, because its data come without databases")
+        if why := _nothing_to_score(config):
+            say(f"{run.path}: not scored, because {why}")
             metering.ends("nothing to score")
             return None
         if config.evaluation.generator != "hf":
@@ -89,6 +91,18 @@ def score(run: RunFolder, hours: float, settings: JobSettings, metering: Meterin
             say(_where_the_report_is(run, settings))
         metering.ends(_reason(ended))
     return ended
+
+
+def _nothing_to_score(config: RunConfig) -> str:
+    """Why the prepared data have no question; "" if they may have some."""
+    folder, split = Path(config.data.output_dir), config.evaluation.split
+    if not any((folder / DATABASES).glob("*")):
+        return "its data come without databases"
+    try:
+        empty = load_json(folder / MANIFEST)["counts"][split] == 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""  # `finetune evaluate` says what is wrong with it
+    return f"its data have no questions in the split {split}" if empty else ""
 
 
 def _reason(ended: Ended) -> str:

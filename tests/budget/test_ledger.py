@@ -69,6 +69,44 @@ def test_seconds_times_price_over_all_attempts(tmp_path: Path) -> None:
     assert (account.usd, account.hours, account.problems) == (pytest.approx(5.4), 3, ())
 
 
+def test_an_evaluation_is_counted_with_training_and_can_be_told_apart(tmp_path: Path) -> None:
+    begin(Ledger(tmp_path), 1).end(3600.0, "done", 9)
+    scores = Ledger(tmp_path, "evaluate")
+    assert scores.next_attempt() == 1, "numbered by themselves"
+    begin(scores, 1, usd=0.9).end(1800.0, "interrupted", None)
+    begin(scores, scores.next_attempt(), usd=0.9).end(1800.0, "scored", None)
+    begin(Ledger(tmp_path), Ledger(tmp_path).next_attempt()).end(60.0, "done", 9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "attempt-001.jsonl", "attempt-002.jsonl", "evaluation-001.jsonl", "evaluation-002.jsonl"
+    ]  # fmt: skip
+    account = Ledger(tmp_path).account()
+    assert account == scores.account()
+    assert [one.name for one in account.attempts] == ["attempt 1", "attempt 2", "evaluation 1", "evaluation 2"]
+    assert account.usd == pytest.approx(3.66 + 0.9)
+    assert account.of("train").usd == pytest.approx(3.66)
+    assert (account.of("evaluate").usd, account.of("evaluate").hours) == (pytest.approx(0.9), 1.0)
+    assert account.of("serve").attempts == () and account.of("serve").usd is None
+
+
+def test_an_evaluation_without_a_price_is_named_as_one(tmp_path: Path) -> None:
+    begin(Ledger(tmp_path))
+    begin(Ledger(tmp_path, "evaluate"), usd=None)
+    assert Ledger(tmp_path).account().problems[0].endswith("no price for evaluation 1; not in the dollars")
+
+
+def test_an_evaluation_never_overwrites_another_one(tmp_path: Path) -> None:
+    begin(Ledger(tmp_path, "evaluate")).heartbeat(10.0, None)
+    second = begin(Ledger(tmp_path, "evaluate"), 1)
+    assert second.number == 2 and second.path.name == "evaluation-002.jsonl"
+    assert second.attempt().work == "evaluate"
+    (tmp_path / ".evaluation-003.jsonl.x.tmp").touch()
+    (tmp_path / ".attempt-003.jsonl.x.tmp").touch()
+    begin(Ledger(tmp_path, "evaluate"), 3)
+    assert [path.name for path in tmp_path.glob(".*")] == [".attempt-003.jsonl.x.tmp"], (
+        "each cleans up after its own kind"
+    )
+
+
 def test_an_attempt_that_was_killed_at_once_has_cost_its_boot(tmp_path: Path) -> None:
     begin(Ledger(tmp_path), before=720.0)
     assert Ledger(tmp_path).account().usd == pytest.approx(0.72)

@@ -65,6 +65,22 @@ def test_the_first_rank_reports_what_the_run_has_cost_and_will_cost(tmp_path: Pa
     assert [(one.seconds, one.step, one.reason) for one in attempts] == [(1000.0, 10, "preempted"), (500.0, 15, "done")]
 
 
+def test_a_score_counts_towards_the_ceiling_and_is_no_attempt_of_training(tmp_path: Path, clock: FakeClock) -> None:
+    """A run that was scored and then resumed, with a higher ceiling."""
+    log = Ledger(tmp_path / "ledger", "evaluate").new_attempt(
+        1, machine={}, price=MachinePrice(1.8, "b"), resumed_step=None
+    )
+    log.begin(0.0)
+    log.end(1000.0, "scored", None)
+    budget = open_in(tmp_path)
+    assert budget.short() == "$0.50 of $2.00"
+    with budget.metered(hard_stop=lambda: None):
+        budget.end("done")
+    (row,) = budget.record("done")["attempt_log"]
+    assert (row["attempt"], row["reason"]) == (1, "done")
+    assert budget.record("done")["spent_usd"] == 0.5
+
+
 def test_an_attempt_that_may_not_begin_is_booked_once(tmp_path: Path, clock: FakeClock) -> None:
     clock.seconds = 1950.0
     budget = open_in(tmp_path, step=4)

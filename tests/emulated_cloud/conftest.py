@@ -21,6 +21,8 @@ from tests.emulated_cloud.whole import Whole, launch_whole
 LONGEST = (
     "budget_that_runs_out",
     "stopping_and_starting",
+    "while_it_is_scored",
+    "run_is_served",
     "test_a_cut_line",
     "run_that_hangs",
     "budget_that_ends",

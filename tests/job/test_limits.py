@@ -195,7 +195,7 @@ def test_data_without_databases_cannot_be_scored(
     (settings.runs / "mine").mkdir(parents=True)
     (settings.runs / "mine" / "config.yaml").touch()
     monkeypatch.setattr(job_evaluate, "score", lambda *_: None)
-    with raises("data.no_database", match="runs/mine: its data come without databases"):
+    with raises("data.no_database", match="runs/mine: there is no question whose SQL can be executed"):
         job_evaluate.evaluate(settings)
 
 

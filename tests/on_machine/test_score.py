@@ -196,6 +196,14 @@ def test_data_without_databases_are_no_failure(machine: CloudMachine) -> None:
     assert "not scored, because its data come without databases" in said
 
 
+def test_data_without_questions_are_no_failure(machine: CloudMachine) -> None:
+    manifest = machine.checkout / SET / "manifest.json"
+    manifest.write_text('{"counts": {"train": 5, "val": 1, "test": 0}}')
+    code, said = machine.run("train.sh")
+    assert (code, machine.called("evaluate")) == (0, []), said
+    assert "not scored, because its data have no questions in the split test" in said
+
+
 def test_a_run_without_an_adapter_is_not_scored(machine: CloudMachine) -> None:
     begin_run(machine, "done")
     code, said = machine.run("train.sh")

@@ -36,7 +36,13 @@ from finetune.cloud.launch.sky_resources import (
     pinned,
     refuse_ceilings,
 )
-from finetune.cloud.launch.travel import check_config_travels, check_inputs_travel, check_scripts_travel, luggage_of
+from finetune.cloud.launch.travel import (
+    check_config_travels,
+    check_databases_travel,
+    check_inputs_travel,
+    check_scripts_travel,
+    luggage_of,
+)
 from finetune.cloud.plan.plan import OnGpu, run_on
 from finetune.cloud.plan.workload import evaluation_size, run_size
 from finetune.config.load import data_key, load_config
@@ -48,7 +54,7 @@ from finetune.runtime.console import escape_unprintable
 from finetune.runtime.files import unix_line_ends_command, with_carriage_returns
 
 CONFIG, OVERRIDES, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
-EVALUATE, DAILY = "EVALUATE", "MAX_USD_PER_DAY"
+EVALUATE, DAILY, DATABASES = "EVALUATE", "MAX_USD_PER_DAY", "DATABASES"
 """Environment variables of our task YAMLs."""
 DEFAULT_RUN_USD = 25.0
 SHOWN = 12
@@ -106,6 +112,7 @@ def _check_travels(task: sky.Task) -> None:
     """Raises UserError for what the job would miss on the machine. A run that the bucket has already needs only the scripts."""
     luggage = luggage_of(task)
     check_scripts_travel(task, luggage)
+    check_databases_travel(task.envs.get(DATABASES, ""), luggage)
     named, bucket, run = (task.envs.get(name, "") for name in (CONFIG, "BUCKET", "RUN_NAME"))
     if not named or (run and holds(bucket, f"runs/{run}/run.json")):
         return
@@ -129,7 +136,7 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     for limit, unit in ((HOURS, "hours"), (DAILY, "US dollars")):
         if limit in task.envs:
             _positive(limit, task.envs[limit], unit)
-    if task.envs.get(EVALUATE, "0") not in ("0", "1"):
+    if task.envs.get(EVALUATE) not in (None, "", "0", "1"):
         raise UserError(
             f"envs.{EVALUATE}: expected 1 or 0, found {task.envs[EVALUATE][:40]!r}", code="launch.bad_value"
         )

@@ -23,6 +23,8 @@ SCRIPT = re.compile(r"\bon_machine/[\w./-]+\.sh\b")
 BUILT, BUILDER = "data/built/", "data/build.py"
 """The sets that `finetune job` builds itself, and the script with which it does."""
 PACKAGE = "package://"
+BUCKET_PLACE = "/bucket/"
+"""Where our tasks mount the bucket."""
 HARMLESS = {"__pycache__", ".git", ".DS_Store"}
 """Names in a folder that nothing reads, so they may be left out of the copy."""
 
@@ -117,6 +119,13 @@ def check_scripts_travel(task: Any, luggage: Luggage) -> None:
     """Raises UserError for a script of ours that the task names and that the machine will not have."""
     commands = "\n".join(part for part in (task.setup, task.run) if isinstance(part, str))
     _refuse([(f"script {name}", luggage.why_not(name)) for name in sorted(set(SCRIPT.findall(commands)))])
+
+
+def check_databases_travel(named: str, luggage: Luggage) -> None:
+    """named: the task's DATABASES, NAME=FILE and more of them. Raises UserError for a file that the machine will not have; what
+    is in the bucket is not looked for."""
+    files = [word.partition("=")[2] or word for word in named.split()]
+    _refuse([(f"envs.DATABASES {file}", luggage.why_not(file)) for file in files if not file.startswith(BUCKET_PLACE)])
 
 
 def check_config_travels(named: str, luggage: Luggage) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.cloud.launch.test_policy import ENVS, ROOT, T4, alternatives, ask, refused
 from tests.helpers.catalog_fixture import lay_out_catalog
@@ -88,7 +89,7 @@ def test_autostop_is_bounded_and_terminates(worker: SkyWorker, autostop: Any, be
     assert says in answer["printed"]
 
 
-@pytest.mark.parametrize("name", ["MAX_RUN_USD", "MAX_HOURS"])
+@pytest.mark.parametrize("name", ["MAX_RUN_USD", "MAX_HOURS", "MAX_USD_PER_DAY"])
 @pytest.mark.parametrize("text", ["9" * 400, "1000001", "0." + "0" * 400 + "1", "0", "٢٥"])
 def test_a_limit_without_end_is_refused(worker: SkyWorker, name: str, text: str) -> None:
     message = refused("launch.bad_value", ask(worker, T4, ENVS | {name: text}))
@@ -106,3 +107,31 @@ def test_a_limit_without_end_is_refused(worker: SkyWorker, name: str, text: str)
 def test_restarts_without_end_are_refused(worker: SkyWorker, recovery: Json, says: str) -> None:
     job = T4 | {"job_recovery": {"strategy": "EAGER_NEXT_REGION"} | recovery}
     assert says in refused("launch.unbounded_recovery", ask(worker, job, request="JOBS_LAUNCH"))
+
+
+@pytest.mark.parametrize("text", ["yes", "2", "true"])
+def test_a_switch_that_is_neither_1_nor_0_is_refused(worker: SkyWorker, text: str) -> None:
+    message = refused("launch.bad_value", ask(worker, T4, ENVS | {"EVALUATE": text}))
+    assert message == f"finetune: envs.EVALUATE: expected 1 or 0, found {text!r}"
+
+
+def test_the_score_is_part_of_the_dollars_that_machines_are_ranked_by(worker: SkyWorker) -> None:
+    """A T4 answers with hf, which takes a third of an hour."""
+
+    def hours(evaluate: str) -> float:
+        line = next(
+            line for line in ask(worker, T4, ENVS | {"EVALUATE": evaluate})["printed"].splitlines() if "T4 " in line
+        )
+        return float(line.split()[-2])
+
+    assert 0.2 < hours("1") - hours("0") < 0.6
+
+
+def test_the_task_that_serves_is_accepted_and_pinned_to_priced_machines(worker: SkyWorker) -> None:
+    task = yaml.safe_load((ROOT / "sky" / "serve.yaml").read_text(encoding="utf-8"))
+    answer = ask(worker, task["resources"], task["envs"])
+    found = alternatives(answer)
+    assert found and {one["use_spot"] for one in found} == {True, False}
+    assert all(set(one["accelerators"]) == {"L4"} for one in found)
+    assert answer["chosen"]
+    refused("launch.all_refused", ask(worker, task["resources"] | {"max_hourly_cost": 0.1}, task["envs"]))

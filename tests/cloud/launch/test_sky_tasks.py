@@ -69,7 +69,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_folder_holds_only_tasks() -> None:
     assert {Path(path).stem for path in TASKS} >= {
-        "train_a100", "train_t4", "train_v100", "train_l4", "train_cheapest", "train_spot", "evaluate", "dev", "smoke"
+        "train_a100", "train_t4", "train_v100", "train_l4", "train_cheapest", "train_spot", "evaluate", "dev", "smoke",
+        "serve",
     }  # fmt: skip
     others = [path for path in (ROOT / "sky").rglob("*") if path.is_file() and str(path.relative_to(ROOT)) not in TASKS]
     assert not others, "an __init__.py there would hide SkyPilot's package of the same name"
@@ -167,6 +168,22 @@ def test_the_training_tasks_differ_only_in_their_machines() -> None:
 
     assert len(TRAINING) == 6
     assert all(shared_part(path) == shared_part(TRAINING[0]) for path in TRAINING)
+
+
+def test_training_ends_with_its_score() -> None:
+    for path in [*TRAINING, "sky/smoke.yaml"]:
+        task = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+        assert (task["envs"]["EVALUATE"], task["run"]) == ("1", "bash on_machine/train.sh"), path
+
+
+@needs_skypilot
+def test_serving_has_a_daily_budget_an_end_and_no_open_port(loaded: dict[str, Any]) -> None:
+    task = loaded["sky/serve.yaml"]
+    assert float(task["envs"]["MAX_USD_PER_DAY"]) > 0 and float(task["envs"]["IDLE_MINUTES"]) > 0
+    assert {machine["spot"] for machine in task["machines"]} == {True, False}
+    assert not task["ordered"], "the cheaper of the two first"
+    assert "FINETUNE_API_KEY" in task["secrets"]
+    assert all(machine["ports"] is None for machine in task["machines"])
 
 
 @needs_skypilot

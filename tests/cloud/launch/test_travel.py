@@ -123,6 +123,23 @@ def test_what_does_not_travel_is_named(computer: tuple[SkyWorker, Path], changes
     assert names in message and why.format(home=home) in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("named", "why"),
+    [
+        ("shop=data/none.sqlite", "envs.DATABASES data/none.sqlite: no such file"),
+        ("data/all.jsonl shop=../elsewhere/all.jsonl", "envs.DATABASES ../elsewhere/all.jsonl: outside the workdir"),
+        ("shop=runs/all.jsonl", "envs.DATABASES runs/all.jsonl: left out of the copy by .skyignore (runs)"),
+    ],
+)
+def test_databases_that_do_not_travel_are_named(computer: tuple[SkyWorker, Path], named: str, why: str) -> None:
+    assert why in refused("launch.not_copied", launch(computer, envs={"DATABASES": named}))
+
+
+def test_databases_of_the_working_directory_and_of_the_bucket_pass(computer: tuple[SkyWorker, Path]) -> None:
+    assert "chosen" in launch(computer, envs={"DATABASES": "shop=data/all.jsonl data/all.jsonl crm=/bucket/crm.sqlite"})
+    assert "chosen" in launch(computer, envs={"DATABASES": ""})
+
+
 def test_prepared_data_travel_instead_of_their_sources(computer: tuple[SkyWorker, Path]) -> None:
     project = computer[1]
     prepared = project / "data/prepared/here"
