@@ -30,11 +30,13 @@ def add_command(
     example: str,
     *,
     continues: bool = False,
+    hidden: bool = False,
 ) -> argparse.ArgumentParser:
-    """continues: whether the command, interrupted at any time and called again, goes on with what it had: Ctrl-C exits 75."""
+    """hidden: the list of commands does not show it. continues: whether the command, interrupted at any time and called again,
+    goes on with what it had: Ctrl-C exits 75."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=summary,
+        **({} if hidden else {"help": summary}),
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

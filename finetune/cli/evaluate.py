@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path, text
 from finetune.errors import EXIT_OK, Interrupted, UserError
+from finetune.runtime.console import visible
 
 EVALUATION_KEYS = "evaluation."
 
@@ -49,34 +50,26 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from finetune.report.score_facts import block, gain_line
+
     with _sigterm_as_interrupt():
-        scores = _scores(arguments)
-    for name, result in scores.items():
-        low, high = result["execution_accuracy_interval95"]
-        right = f"{result['correct']} of {result['questions']}, 95% interval {low:.1%} to {high:.1%}"
-        print(f"{name:>6}: execution accuracy {result['execution_accuracy']:.1%} ({right}), "
-              f"valid SQL {result['valid_sql_rate']:.1%}{_aside(result)}")  # fmt: skip
+        result = _result(arguments)
+    for name in result["models"]:
+        first, *rest = block(result, name)
+        for line in (f"{name:>6}: {first}", *(f"        {line}" for line in rest)):
+            print(visible(line, one_line=True))
+    if gain := gain_line(result):
+        print(f"  gain: {gain}")
     return EXIT_OK
 
 
-def _scores(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The score of each model by its name."""
+def _result(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The content of eval.json, or what there is of it for a base model or for predictions."""
     if arguments.predictions is not None:
         return _of_predictions(arguments)
     if arguments.name is not None:
         raise UserError("--name is that of a result of --predictions FILE", code="cli.conflicting_options")
-    return _of_run(arguments) if arguments.target.is_dir() else {"base": _of_config(arguments)}
-
-
-def _aside(result: dict[str, Any]) -> str:
-    """The score without hollow golds, where that is another one."""
-    telling = result["without_hollow"]
-    if telling["questions"] == result["questions"]:
-        return ""
-    if not telling["questions"]:
-        return "; every gold query is hollow: this score says nothing"
-    hollow = result["questions"] - telling["questions"]
-    return f"; without {hollow} hollow gold{'s' if hollow > 1 else ''} {telling['execution_accuracy']:.1%}"
+    return _of_run(arguments) if arguments.target.is_dir() else {"models": {"base": _of_config(arguments)}}
 
 
 def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -88,8 +81,7 @@ def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
     with large_imports():
         from finetune.evaluation.run import evaluate_run
 
-    models: dict[str, Any] = evaluate_run(run, base=not arguments.no_base, evaluation=evaluation)["models"]
-    return models
+    return evaluate_run(run, base=not arguments.no_base, evaluation=evaluation)
 
 
 def _check_overrides(overrides: list[str]) -> None:
@@ -124,7 +116,7 @@ def _of_predictions(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--no-base: with --predictions no model is scored", code="cli.conflicting_options")
     config = loaded(arguments, _config_file(arguments))
     result = evaluate_predictions(arguments.target, config, arguments.predictions, arguments.name, arguments.overrides)
-    return {result[PREDICTIONS]["name"]: result["models"][PREDICTIONS]}
+    return {"models": {result[PREDICTIONS]["name"]: result["models"][PREDICTIONS]}}
 
 
 def _config_file(arguments: argparse.Namespace) -> Path:

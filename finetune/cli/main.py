@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from finetune.cli import (
+    ask,
     compare,
     config,
     data,
@@ -20,11 +21,11 @@ from finetune.cli import (
     doctor,
     evaluate,
     export,
-    generate,
     job,
     machine,
     plan,
     report,
+    serve,
     train,
 )
 from finetune.errors import (
@@ -108,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (doctor, data, config, plan, machine, train, evaluate, compare, demo, report, export, generate, job):
+    for command in (
+        *(doctor, data, config, plan, machine, train, evaluate, compare),
+        *(demo, report, ask, export, serve, job),
+    ):
         command.add(commands)
     return parser
 

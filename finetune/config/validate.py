@@ -32,11 +32,15 @@ LARGEST: dict[str, float] = {
     "budget.max_hours": 10**6,
     "evaluation.batch_size": 1 << 16,
     "evaluation.max_new_tokens": 1 << 20,
+    "evaluation.samples": 1024,
+    "evaluation.seed": 2**32 - 1,
     "evaluation.timeout_seconds": 86_400,
     "plan.disk_gib": 1 << 16,  # Google's largest persistent disk
     "plan.setup_minutes": 10**5,
     "plan.records": 10**10,
     "plan.mean_tokens": 1 << 20,
+    "plan.questions": 10**9,
+    "plan.answer_tokens": 1 << 20,
 }
 """The largest value of a key: one beyond it is a typing mistake, or fails later in a library with a message of its own."""
 LARGEST_OTHER = 10**9
@@ -100,6 +104,13 @@ def impossible_values(config: RunConfig) -> list[str]:
         (c.checkpoint.keep_last >= 1, "checkpoint.keep_last: expected at least 1"),
         (c.evaluation.batch_size >= 1, "evaluation.batch_size: expected at least 1"),
         (c.evaluation.max_new_tokens >= 1, "evaluation.max_new_tokens: expected at least 1"),
+        (c.evaluation.samples >= 1, "evaluation.samples: expected 1 (no vote) or more"),
+        (
+            0.01 <= c.evaluation.temperature <= 10,
+            "evaluation.temperature: expected 0.01 to 10; the score without chance is always there, beside the vote",
+        ),
+        (c.evaluation.seed >= 0, "evaluation.seed: expected at least 0"),
+        (0 <= c.evaluation.retries <= 10, "evaluation.retries: expected 0 to 10"),
         (0 < c.evaluation.timeout_seconds < math.inf, "evaluation.timeout_seconds: expected more than 0"),
         (64 <= c.evaluation.max_memory_mib <= 2**24, "evaluation.max_memory_mib: expected 64 to 16,777,216"),
         (0 <= c.evaluation.max_temp_mib <= 2**24, "evaluation.max_temp_mib: expected 0 (no such files) to 16,777,216"),
@@ -120,6 +131,8 @@ def impossible_values(config: RunConfig) -> list[str]:
         (0 <= c.plan.spot_preemptions_per_hour <= 10, "plan.spot_preemptions_per_hour: expected 0 to 10"),
         (c.plan.records is None or c.plan.records >= 1, "plan.records: expected at least 1"),
         (1 <= c.plan.mean_tokens < math.inf, "plan.mean_tokens: expected at least 1"),
+        (c.plan.questions is None or c.plan.questions >= 1, "plan.questions: expected at least 1"),
+        (1 <= c.plan.answer_tokens < math.inf, "plan.answer_tokens: expected at least 1"),
     ]
     problems = [message for holds, message in rules if not holds] + _too_large(config)
     problems += _unusable_modules(c.lora.target_modules)

@@ -29,6 +29,7 @@ from finetune.data.direct_sql import (
     TURN,
     DirectSql,
     ends_entity,
+    is_all_sql,
     longest_query,
     without_entities,
 )
@@ -91,7 +92,8 @@ class SqlAnswer:
 def read_answer(answer: str, dialect: str = "sqlite") -> SqlAnswer:
     """The SQL of an answer, which has ended."""
     reader = AnswerReader(dialect)
-    reader.feed(answer)
+    if not is_all_sql(answer) or len(answer) >= MAX_CHARACTERS:
+        reader.feed(answer)
     return reader.result(answer)
 
 

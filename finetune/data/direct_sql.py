@@ -48,7 +48,10 @@ _END = re.compile(
 """What may end the SQL, outside of its quotes and comments; so may a blank line."""
 _ENTITY = r"&(?:[gl]t|amp|quot|apos|\#0?39|\#x27)"
 _ENTITY_ENDS = re.compile(rf"{_ENTITY}\Z", re.IGNORECASE)
+_END_STARTS = frozenset(";；。#`~<◁[")
+"""The first characters of what `_END` matches: most pieces need not be matched against it."""
 _GAP = re.compile(r"\n[ \t\r]*\n")
+_MAY_END = re.compile(rf"[{''.join(map(re.escape, sorted(_END_STARTS)))}]|{_GAP.pattern}")
 _GOES_ON_TEXT = """
     and cross except fetch full group having inner intersect join left limit minus natural offset on or order outer qualify
     right union using where window
@@ -59,6 +62,7 @@ _NEXT = re.compile(r"(?:\s+|--[^\n]*+\n|/\*(?>.*?\*/))*+(\w*+)", re.DOTALL)
 _MORE_COMMENT = re.compile(r"--[^\n]*+\Z|/\*(?!.*?\*/)|[-/]\Z", re.DOTALL)
 _PARTIAL = re.compile(r"(?:[<◁][^\s<>]{0,40}|(?<=\n)\#{1,2}|[`~]{1,2}|\$[^\W\d]*|[nN]?[qQ]')\Z")
 """What may become the end of the SQL, or the beginning of a quote, when more text comes."""
+_PARTIAL_STARTS = frozenset("<◁#`~$nNqQ")
 _CHECKS = 24
 """How often the parser is asked whether a blank line ends the query, and how many other statements may come before it."""
 
@@ -86,6 +90,8 @@ class DirectSql:
         """Read on in a text, which begins with the one of the call before. final: it will not grow."""
         if self._position is None and not self.over:
             self._begin(text)
+        if final and self._position is not None and not _MAY_END.search(text, self._position):
+            self._position = len(text)
         while not self.over and self._position is not None and self._position < len(text):
             if not self._read(text, final):
                 break
@@ -104,7 +110,11 @@ class DirectSql:
     def _read(self, text: str, final: bool) -> bool:
         """Read up to what may end the SQL, and judge it. Returns whether there was any."""
         for piece in pieces(text, dialect=self.dialect, start=self._position or 0):
-            match = _GAP.search(piece.text) if piece.kind == "space" else _END.match(text, piece.start)
+            first = piece.text[0]
+            if piece.kind == "space":
+                match = _GAP.search(piece.text)
+            else:
+                match = _END.match(text, piece.start) if first in _END_STARTS else None
             if match is not None:
                 offset = piece.start if piece.kind == "space" else 0
                 end = match.end() + offset
@@ -118,7 +128,10 @@ class DirectSql:
                 self._position = end
                 self._at_end(text, match.start() + offset, match[0], goes_on)
                 return True
-            if not final and (piece.start + len(piece.text) == len(text) or _PARTIAL.match(text, piece.start)):
+            if not final and (
+                piece.start + len(piece.text) == len(text)
+                or (first in _PARTIAL_STARTS and _PARTIAL.match(text, piece.start))
+            ):
                 return False  # it may go on
             self._position = piece.start + len(piece.text)
         return False
@@ -159,6 +172,11 @@ class DirectSql:
             self.several, query = self.sql is not None, self.sql or region
         self.sql = query or self.sql
         self.over = True
+
+
+def is_all_sql(text: str) -> bool:
+    """Whether the text begins with SQL and holds nothing that may end it, so that `feed` would read it in vain before its end."""
+    return _MAY_END.search(text) is None and _BEGINNING.match(text) is not None
 
 
 def ends_entity(text: str, position: int) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finetune.data.answers import answer_is_complete as answer_is_complete
 from finetune.data.answers import extract_sql as extract_sql
-from finetune.errors import UserError, first_line, shown
+from finetune.errors import UserError, first_line, printable, shown
 from finetune.runtime.files import load_json, write_text
 from finetune.sql.dialects import dialect_name
 from finetune.sql.schema import compact, parse_ddl
@@ -35,6 +35,11 @@ PROMPT_FILE = "prompt.json"
 _SCHEMA = "### {dialect} schema\n{schema}\n"
 _HINT = "### Hint\n{evidence}\n"
 _QUESTION = "### Question\n{question}\n### SQL\n"
+_RETRY = "{prompt}{sql}\n### Error\n{error}\n### SQL\n"
+RETRY_VERSION = "1"
+"""Of the text above: part of the key of kept answers, not of a template's identity, because no adapter is trained on it."""
+ERROR_CHARACTERS = 200
+"""Of an error message in a prompt."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,16 @@ class PromptTemplate:
         return self.render(
             schema=record.schema, question=record.question, dialect=record.dialect, evidence=record.evidence
         )
+
+    def render_retry(self, prompt: str, sql: str, error: str) -> str:
+        """The prompt that asks once more: `prompt`, the SQL that it was answered with, and why that did not run.
+
+        error: becomes one line of at most ERROR_CHARACTERS characters, because it quotes what the SQL says.
+        """
+        line = printable(" ".join(error.split()))
+        if len(line) > ERROR_CHARACTERS:
+            line = line[: ERROR_CHARACTERS - 1] + "…"
+        return _RETRY.format(prompt=prompt, sql=sql.strip(), error=line)
 
     def identity(self) -> str:
         """Version and a short hash of template text and options: templates of equal identity render equal prompts."""

@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -30,6 +31,8 @@ from finetune.evaluation.score import sha256
 from finetune.runtime.files import atomic_file, disk_error
 
 FORMAT = 2
+NOT_KEPT = ("out_of_memory", "failed")
+"""Problems that another machine, or the same one without other programs, may not have: such questions are asked again."""
 WRITE_SECONDS = 1.0
 """Between two writes, each of which a mounted bucket turns into an upload of the whole file."""
 
@@ -39,7 +42,8 @@ class AnswerFile:
     """The answers of one model to the prompts, in `path`.
 
     settings: everything else that the answers depend on. answers: by the number of the prompt. seconds: that generation took,
-    over all attempts. sampling: None for greedy answers.
+    over all attempts. loading_within: seconds of loading between the answers, not counted in `seconds`. sampling: None for greedy
+    answers.
     """
 
     path: Path
@@ -50,6 +54,7 @@ class AnswerFile:
     sampling: Sampling | None = None
     dtype: str = ""
     seconds: float = 0.0
+    loading_within: float = 0.0
     answers: dict[int, Answer] = field(default_factory=dict)
 
     @property
@@ -72,8 +77,9 @@ class AnswerFile:
             dtype = str(header["dtype"])
         except (UserError, OSError, ValueError, KeyError, TypeError):  # missing, damaged, or of another version
             return
-        self.answers = {number: answer for number, (answer, _) in kept.items()}
-        self.seconds, self.dtype = sum(seconds for _, seconds in kept.values()), dtype
+        self.answers = {number: line.answer for number, line in kept.items()}
+        self.seconds, self.dtype = sum(line.seconds for line in kept.values()), dtype
+        self.loading_within = sum(line.loading for line in kept.values())
 
     def generate(
         self,
@@ -91,12 +97,13 @@ class AnswerFile:
             return
         model = load()
         self.dtype = model.dtype_name
+        loaded = partial(getattr, model, "load_seconds", 0.0)
         self._write_kept()
         missing = [number for number in range(len(self.prompts)) if number not in self.answers]
         with tqdm(
             total=len(self.prompts), initial=len(self.answers), desc=f"{self.model_name} answers", unit="question",
             disable=not progress,
-        ) as bar, self._writer() as keep:  # fmt: skip
+        ) as bar, self._writer(loaded) as keep:  # fmt: skip
 
             def done(place: int, answer: Answer) -> None:
                 number = missing[place]
@@ -136,21 +143,26 @@ class AnswerFile:
             return
         with atomic_file(self.path) as file:
             file.write(json.dumps(self._header()) + "\n")
-            for number, (answer, seconds) in sorted(_kept(lines[1:], self.prompts).items() if self.answers else []):
-                file.write(self._line(number, answer, seconds))
+            for number, kept in sorted(_kept(lines[1:], self.prompts).items() if self.answers else []):
+                file.write(self._line(number, *kept))
 
     @contextmanager
-    def _writer(self) -> Iterator[Callable[[int, Answer], None]]:
-        """Gives a function that keeps one answer. At the end of the block, however it ends, every answer is written."""
+    def _writer(self, loaded: Callable[[], float]) -> Iterator[Callable[[int, Answer], None]]:
+        """Gives a function that keeps one answer. At the end of the block, however it ends, every answer is written. loaded: the
+        seconds that the model has spent on loading so far, which are no part of an answer's."""
         waiting: list[str] = []
         last = [time.monotonic()] * 2  # of the last answer, of the last write
+        before = loaded()
 
         def keep(number: int, answer: Answer) -> None:
-            now = time.monotonic()
-            seconds, last[0] = round(now - last[0], 3), now
+            nonlocal before
+            now, loading = time.monotonic(), loaded() - before
+            seconds, last[0] = round(max(0.0, now - last[0] - loading), 3), now
+            before += loading
             self.answers[number] = answer
             self.seconds += seconds
-            waiting.append(self._line(number, answer, seconds))
+            self.loading_within += loading
+            waiting.append(self._line(number, answer, seconds, loading))
             if now - last[1] >= WRITE_SECONDS:
                 self._append(waiting)
                 last[1] = time.monotonic()
@@ -160,8 +172,10 @@ class AnswerFile:
         finally:
             self._append(waiting)
 
-    def _line(self, number: int, answer: Answer, seconds: float) -> str:
+    def _line(self, number: int, answer: Answer, seconds: float, loading: float) -> str:
         line = {"question": number, "prompt_sha256": sha256(self.prompts[number]), "seconds": seconds}
+        if loading:
+            line["loading_seconds"] = round(loading, 3)
         return json.dumps(line | answer._asdict(), ensure_ascii=False) + "\n"
 
     def _append(self, lines: list[str]) -> None:
@@ -183,10 +197,16 @@ def prompts_hash(prompts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
-def _kept(lines: Sequence[Any], prompts: Sequence[str]) -> dict[int, tuple[Answer, float]]:
+class _Line(NamedTuple):
+    answer: Answer
+    seconds: float
+    loading: float
+
+
+def _kept(lines: Sequence[Any], prompts: Sequence[str]) -> dict[int, _Line]:
     """The answers in the lines of a file with their seconds, by the number of the prompt. Lines that are damaged or answer
     another prompt are left out. Raises TypeError if they were written by another version."""
-    found: dict[int, tuple[Answer, float]] = {}
+    found: dict[int, _Line] = {}
     for line in lines:
         if not isinstance(line, dict) or not all(isinstance(line.get(key), int) for key in ("question", "new_tokens")):
             continue
@@ -194,6 +214,6 @@ def _kept(lines: Sequence[Any], prompts: Sequence[str]) -> dict[int, tuple[Answe
         if not 0 <= number < len(prompts) or line["prompt_sha256"] != sha256(prompts[number]):
             continue
         answer = Answer(**{key: line[key] for key in Answer._fields})
-        if answer.problem != "out_of_memory":  # another machine, or the same one without other programs, may have room
-            found.setdefault(number, (answer, float(line["seconds"])))
+        if answer.problem not in NOT_KEPT:
+            found.setdefault(number, _Line(answer, float(line["seconds"]), float(line.get("loading_seconds", 0.0))))
     return found

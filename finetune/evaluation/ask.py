@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune.data.answers import extract_sql
-from finetune.data.prompts import load_template
+from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
-from finetune.evaluation.generators.base import Answer
-from finetune.evaluation.generators.registry import generator_for
-from finetune.models.load import require_adapter
-from finetune.run_folder import RunFolder
+from finetune.evaluation.generators.base import Answer, LoadedModel
 from finetune.runtime.console import say, visible
 from finetune.runtime.files import read_text
 from finetune.runtime.table import aligned
@@ -31,40 +30,41 @@ _READERS = ("postgres", "mysql", "tsql", "snowflake", "bigquery", "duckdb", "ora
 _SHOWN = re.compile(r"(?:CREATE\b(?:\s+\w+){0,6}?\s+(?:TABLE|VIEW)|ALTER\s+TABLE|COMMENT\s+ON)\b", re.IGNORECASE)
 
 
-def ask(
-    run: RunFolder,
-    database: Path,
-    question: str,
-    *,
-    evidence: str | None = None,
-    base: bool = False,
-    dialect: str | None = None,
-) -> str:
-    """The SQL with which a run's model (or its base model) answers a question about a database or .sql schema.
+def ask(model: LoadedModel, prompt: str, dialect: str, *, tuned: bool, max_new_tokens: int) -> str:
+    """The SQL with which a loaded model answers a prompt. tuned: as in `LoadedModel.answers`.
 
-    dialect: as for `asked_dialect`. Raises UserError if the run or the database cannot be read, if the prompt is too long, or
-    if the answer contains no SQL.
+    Raises UserError if the prompt is too long, or if the answer contains no SQL.
     """
-    asked = asked_dialect(run, database, dialect)
-    schema, schema_dialect = _read_schema(database, asked)
-    if not question.strip():
-        raise UserError("the question is empty", code="ask.empty_question")
-    template, config = load_template(run.adapter), run.config()
-    model = generator_for(config).load(config, None if base else run.adapter)
-    prompt = template.render(
-        schema=schema, question=question, dialect=asked, evidence=evidence, schema_dialect=schema_dialect
-    )
-    [answer] = model.answers(
-        [prompt], tuned=not base, batch_size=1, max_new_tokens=config.evaluation.max_new_tokens, progress=False
-    )
-    _check_length(answer)
-    sql = extract_sql(answer.text, asked)
+    [answer] = model.answers([prompt], tuned=tuned, batch_size=1, max_new_tokens=max_new_tokens, progress=False)
+    _check(answer)
+    return sql_in(answer.text, extract_sql(answer.text, dialect))
+
+
+def sql_in(answer: str, sql: str) -> str:
+    """The SQL that was found in an answer. Raises UserError if it is empty."""
     if not sql:
-        raise UserError(f"the model answered without SQL: {answer.text.strip()[:MAX_SHOWN]!r}", code="ask.no_sql")
+        raise UserError(f"the model answered without SQL: {answer.strip()[:MAX_SHOWN]!r}", code="ask.no_sql")
     return sql
 
 
-def _check_length(answer: Answer) -> None:
+def prompt_about(
+    database: Path, question: str, template: PromptTemplate, dialect: str, evidence: str | None = None
+) -> str:
+    """The prompt of a question about a database or a .sql schema. Raises UserError for an empty question, and for a database that
+    cannot be read."""
+    schema, schema_dialect = read_schema(database, dialect)
+    require_question(question)
+    return template.render(
+        schema=schema, question=question, dialect=dialect, evidence=evidence, schema_dialect=schema_dialect
+    )
+
+
+def require_question(question: str) -> None:
+    if not question.strip():
+        raise UserError("the question is empty", code="ask.empty_question")
+
+
+def _check(answer: Answer) -> None:
     remedy = "give a schema with fewer tables, or train with data.schema_format=compact"
     if answer.problem == "too_long":
         raise UserError(
@@ -75,33 +75,33 @@ def _check_length(answer: Answer) -> None:
         raise UserError(
             f"out of memory with a prompt of {answer.prompt_tokens} tokens; {remedy}", code="ask.out_of_memory"
         )
+    if answer.problem is not None:
+        raise UserError("the generator refused the prompt; what it printed before says why", code="ask.failed")
 
 
-def asked_dialect(run: RunFolder, database: Path, wanted: str | None = None) -> str:
-    """The dialect to ask in: the wanted one, else that of the database if the run was trained on it, else the run's most
-    frequent one. Runs of earlier versions do not record theirs; the sources in their config say most.
+def asked_dialect(name: Path | str, known: Sequence[str], database: Path | None, wanted: str | None = None) -> str:
+    """The dialect to ask in: the wanted one, else that of the database if the model was trained on it, else the model's most
+    frequent one.
 
-    Raises UserError for an unknown dialect, and if the run has no adapter.
+    name: of the model in messages. known: dialects that it was trained on, the most frequent first; empty if unknown. database:
+    None for a schema or a database without a file here. Raises UserError for an unknown dialect.
     """
-    require_adapter(run.adapter)
     if wanted is not None:
         return dialect_name(wanted)
-    sources = (dialect_name(source.dialect) for source in run.config().data.sources)
-    known = load_template(run.adapter).dialects or tuple(dict.fromkeys(sources))
-    own = None if is_schema(database) else engine_of_file(database).dialect
+    own = None if database is None or is_schema(database) else engine_of_file(database).dialect
     if not known or own in known:
         return own or DEFAULT_DIALECT
     if len(known) > 1:
-        say(f"{run.path} was trained on {', '.join(known)}; asking in {known[0]}, --dialect chooses another")
+        say(f"{name} was trained on {', '.join(known)}; asking in {known[0]}, --dialect chooses another")
     return known[0]
 
 
-def require_engine(database: Path, dialect: str) -> None:
-    """Raises UserError unless SQL of the dialect can be run on the database."""
+def require_engine(database: Path, dialect: str, option: str) -> None:
+    """Raises UserError unless SQL of the dialect can be run on the database. option: that asks for it."""
     if dialect not in ENGINES or engine_of_file(database).dialect != dialect:
         raise UserError(
-            f"--run: {database} cannot run {dialect}; engines are there for {', '.join(ENGINES)}: leave --run out, or choose "
-            "with --dialect",
+            f"{option}: {database} cannot run {dialect}; engines are there for {', '.join(ENGINES)}: leave {option} out, or "
+            "choose with --dialect",
             code="ask.no_engine",
         )
 
@@ -109,10 +109,10 @@ def require_engine(database: Path, dialect: str) -> None:
 def schema_of(path: Path, dialect: str = DEFAULT_DIALECT) -> str:
     """The schema of a database or a .sql file, one statement per line. dialect: of a .sql file; others are tried if it cannot
     be read. Raises UserError if it has no tables or cannot be read."""
-    return _read_schema(path, dialect)[0]
+    return read_schema(path, dialect)[0]
 
 
-def _read_schema(path: Path, dialect: str) -> tuple[str, str]:
+def read_schema(path: Path, dialect: str) -> tuple[str, str]:
     """The schema and the dialect that reads it."""
     if not is_schema(path):
         engine = engine_of_file(path)
@@ -151,10 +151,20 @@ def run_and_format(database: Path, sql: str, timeout_seconds: float, limits: Lim
     with engine_of_file(database).open(limits or Limits()) as session:
         result = session.run(database, sql, timeout_seconds)
     if result.rows is None:
-        raise UserError(f"the SQL does not run: {result.error}", code="ask.sql_failed")
-    rows = [["NULL" if v is None else str(v) for v in row] for row in result.rows[:ROWS_SHOWN]]
-    cells = [[visible(cell, one_line=True) for cell in row] for row in [list(result.columns), *rows]]
+        raise sql_failed(result.error)
+    return formatted(result.columns, result.rows)
+
+
+def sql_failed(why: str | None) -> UserError:
+    return UserError(f"the SQL does not run: {why}", code="ask.sql_failed")
+
+
+def formatted(columns: Sequence[str], found: Sequence[Sequence[Any]], *, more: bool = False) -> str:
+    """Rows as an aligned text table. more: whether there are more than those found."""
+    rows = [["NULL" if v is None else str(v) for v in row] for row in found[:ROWS_SHOWN]]
+    cells = [[visible(cell, one_line=True) for cell in row] for row in [list(columns), *rows]]
     lines = aligned(cells, rule=True)
-    count, hidden = len(result.rows), len(result.rows) - ROWS_SHOWN
-    lines.append(f"({count} row{'' if count == 1 else 's'}{f', {hidden} not shown' if hidden > 0 else ''})")
+    count, hidden = len(found), len(found) - ROWS_SHOWN
+    number = f"more than {count}" if more else str(count)
+    lines.append(f"({number} row{'' if count == 1 else 's'}{f', {hidden} not shown' if hidden > 0 else ''})")
     return "\n".join(lines)

@@ -1,38 +1,39 @@
 """Scores a model: answers every held-out question, executes the SQL, and compares its rows with those of the gold SQL.
 
 Base and tuned model use the same code, prompts and weights (the tuned model is the base model plus the adapter), so any
-gain is due to the adapter. Answers are kept as they come (answers.py): an evaluation that was killed goes on where it was, and
-one with another rule or time limit only judges again. The base model's answers and score do not depend on a run: they are in
-base/ beside the runs and are used as long as weights, prompts and settings stay the same.
+gain is due to the adapter. Answers are kept as they come (answers.py) and judged while others are generated (judging.py): an
+evaluation that was killed goes on where it was, and one with another rule or time limit only judges again. The base model's
+answers and score do not depend on a run: they are in base/ beside the runs and are used as long as weights, prompts and settings
+stay the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from finetune.config.schema import EvaluationSection, RunConfig
-from finetune.data.limits import limits_of
 from finetune.data.prompts import PromptTemplate, dialects_of, load_template
 from finetune.data.records import read_lines
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation.answers import AnswerFile, prompts_hash
+from finetune.evaluation.beyond_greedy import Beyond, wanted
+from finetune.evaluation.cost import Load, cost_of, evaluation_price, noting, training_usd, whole_cost
 from finetune.evaluation.generators.base import LoadedModel
 from finetune.evaluation.generators.registry import generator_for
+from finetune.evaluation.judging import Judging, Speed, judging
+from finetune.evaluation.leaks import leaks
 from finetune.evaluation.paired import gains
 from finetune.evaluation.questions import EvaluationSet, evaluation_set, short_hash
-from finetune.evaluation.score import Judge, Row, score, write_rows
+from finetune.evaluation.score import Row, score, write_rows
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
 from finetune.runtime.console import say
 from finetune.runtime.files import load_json, write_json
-from finetune.sql.engines.registry import open_sessions
 
 ROWS = "rows.jsonl"
 SCORE = "score.json"
@@ -69,8 +70,9 @@ def evaluate_base(
     """
     questions = evaluation_set(config, generator_for(config, generator), PromptTemplate(config.data.schema_format))
     base = _base(questions, Path(config.training.output_dir))
-    _complete(questions, [base], lambda: loaded or questions.generator.load(config, None), progress)
-    return base.result[0]
+    with _judging(questions, [base]) as judged:
+        _complete(questions, [base], lambda: loaded or questions.generator.load(config, None), judged, progress)
+    return base.result[0] | {"cost": cost_of([base.answers]).as_dict()}
 
 
 def evaluate_run(
@@ -94,13 +96,17 @@ def evaluate_run(
             f"{questions.data.folder}: not the data that {run.path} was trained on, which may have contained these questions"
         )
     models = [*([_base(questions, run.path.parent)] if base else []), _tuned(questions, run)]
-    _complete(questions, models, lambda: questions.generator.load(config, run.adapter), progress)
+    load = cache(lambda: questions.generator.load(config, run.adapter))
+    with _judging(questions, models) as judged:
+        _complete(questions, models, load, judged, progress)
+        beyond = _beyond_greedy(questions, run, load, models[-1].result[1], judged, progress)
     scores: dict[str, dict[str, Any]] = {}
     for model in models:
         result, rows = model.result
         write_rows(run.eval_rows(model.name), rows)
-        scores[model.name] = result | {"rows": str(run.eval_rows(model.name).relative_to(run.path))}
-    scores["tuned"]["adapter"] = str(run.adapter)
+        rows_file = str(run.eval_rows(model.name).relative_to(run.path))
+        scores[model.name] = result | {"rows": rows_file, "cost": cost_of([model.answers]).as_dict()}
+    scores["tuned"] |= {"adapter": str(run.adapter), **beyond}
     no_gain = {"gain": None, "gain_by_rule": None, "gain_without_hollow": None}
     result = {
         "split": config.evaluation.split,
@@ -111,12 +117,34 @@ def evaluate_run(
         "dialects": list(dialects_of(questions.records)),
         "rule": config.evaluation.rule,
         "timeout_seconds": config.evaluation.timeout_seconds,
+        "leaks": leaks(questions.data, config.evaluation.split, trained_on.manifest_sha256 if trained_on else None),
+        "cost": whole_cost([model.answers for model in models], scores, training_usd(run.ledger)),
         "judging": questions.judging_settings(),
         "models": scores,
         **(gains(models[0].result[1], models[1].result[1]) if base else no_gain),
     }
     write_json(run.eval_json, result)
     return result
+
+
+@contextmanager
+def _judging(questions: EvaluationSet, models: Sequence[Model]) -> Iterator[Judging]:
+    """Judging that leaves the CPU to the model, if one has to answer there."""
+    todo = wanted(questions.evaluation) or not all(model.answers.complete for model in models)
+    on_cpu = questions.generator.settings(questions.config).get("device") == "cpu"
+    with judging(questions, beside_cpu=todo and on_cpu) as judged:
+        yield judged
+
+
+def _beyond_greedy(
+    questions: EvaluationSet, run: RunFolder, load: Load, greedy: Sequence[Row], judged: Judging, progress: bool
+) -> dict[str, Any]:
+    if not wanted(questions.evaluation):
+        return {}
+    price = cache(lambda: evaluation_price(questions.config.budget))
+    beyond = Beyond(questions, run, load, price, judged, progress)
+    with _what_is_kept(beyond.files):
+        return beyond.scores(greedy)
 
 
 def _base(questions: EvaluationSet, runs: Path) -> Model:
@@ -159,26 +187,30 @@ def _key(questions: EvaluationSet, settings: dict[str, Any]) -> str:
     return short_hash([settings, prompts_hash(questions.prompts)])
 
 
-def _complete(
-    questions: EvaluationSet, models: Sequence[Model], load: Callable[[], LoadedModel], progress: bool
-) -> None:
-    """Generate the missing answers, judge those without verdicts, and write the base model's score into its folder."""
+def _complete(questions: EvaluationSet, models: Sequence[Model], load: Load, judged: Judging, progress: bool) -> None:
+    """Generate the missing answers, judge those without verdicts beside it, and write the base model's score into its folder."""
     unjudged = [model for model in models if model.rows is None]
-    load_once = cache(load)
+    load_once, price = cache(load), cache(lambda: evaluation_price(questions.config.budget))
     with _what_is_kept([model.answers for model in unjudged]):
         for model in unjudged:
             if model.answers.answers:
                 todo = "judging them" if model.answers.complete else "going on there"
                 say(f"{model.answers.kept()} are there already; {todo}")
+            for number, answer in model.answers.answers.items():
+                judged.submit(model.name, number, answer)
             model.answers.generate(
-                load_once,
+                noting(model.answers, load_once, price),
                 tuned=model.tuned,
                 max_new_tokens=questions.config.evaluation.max_new_tokens,
                 progress=progress,
+                told=partial(judged.submit, model.name),
             )
             _require_memory(model)
-        for model, rows in zip(unjudged, _judged(questions, unjudged, progress), strict=True):
-            model.rows, model.score = rows, _facts(questions, model) | score(rows)
+        if not wanted(questions.evaluation):
+            judged.nothing_else_runs()
+        for model in unjudged:
+            rows = judged.rows(model.name, progress=progress)
+            model.rows, model.score = rows, _facts(questions, model, judged.speed(model.name)) | score(rows)
             if not model.tuned:
                 folder = model.answers.path.parent
                 write_rows(folder / ROWS, rows)
@@ -210,31 +242,18 @@ def _what_is_kept(files: Sequence[AnswerFile]) -> Iterator[None]:
         raise Interrupted("no answer was complete, so nothing is kept", resumable=False) from None
 
 
-def _judged(questions: EvaluationSet, models: Sequence[Model], progress: bool) -> list[list[Row]]:
-    """The rows of each model. Questions with the same gold query come one after the other, so that it is executed once."""
-    evaluation = questions.config.evaluation
-    pairs = list(zip(questions.records, questions.databases, strict=True))
-    groups: dict[tuple[str, Path, str], list[int]] = {}
-    for number, (record, database) in enumerate(pairs):
-        groups.setdefault((record.dialect, database, record.sql), []).append(number)
-    found: list[dict[int, Row]] = [{} for _ in models]
-    answers = [model.answers.in_order() for model in models]
-    with open_sessions(limits_of(evaluation)) as session, tqdm(
-        total=len(pairs) * len(models), desc="judging answers", unit="answer", delay=2, disable=not progress
-    ) as bar:  # fmt: skip
-        judge = Judge(session, rule=evaluation.rule, timeout_seconds=evaluation.timeout_seconds)
-        for number in (number for group in groups.values() for number in group):
-            for rows, given in zip(found, answers, strict=True):
-                answer = given[number]
-                rows[number] = judge.row(*pairs[number], questions.prompts[number], answer)
-                bar.update()
-    return [[rows[number] for number in range(len(pairs))] for rows in found]
-
-
-def _facts(questions: EvaluationSet, model: Model) -> dict[str, Any]:
+def _facts(questions: EvaluationSet, model: Model, judging: Speed) -> dict[str, Any]:
+    """seconds: of generating, without loading (cost.py has that). judging: the seconds in which an answer was being judged."""
+    per_second = judging.per_second
     return {
         "model": questions.config.model.name,
         "adapter": None,
         "seconds": round(model.answers.seconds, 3),
         "dtype": model.answers.dtype,
+        "generator": model.answers.settings["generator"],
+        "judging": {
+            "answers": judging.answers,
+            "seconds": round(judging.seconds, 3),
+            "answers_per_second": None if per_second is None else round(per_second, 1),
+        },
     }

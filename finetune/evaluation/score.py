@@ -1,24 +1,20 @@
-"""Scores predictions: runs each one, compares its rows with those of the gold SQL, and computes accuracy with its interval."""
+"""From verdicts to scores: accuracy with its intervals, counts, and what a tuned model gains."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.data.answers import read_answer
-from finetune.data.records import Record
-from finetune.evaluation.generators.base import Answer
+from finetune.evaluation.error_classes import ERROR_CLASSES, as_error_class
 from finetune.evaluation.statistics import bootstrap_by_database, wilson_interval
 from finetune.runtime.files import atomic_file
-from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, result_hash, results_equal
-from finetune.sql.difficulty import difficulty
-from finetune.sql.engines.base import QueryResult, Session
-from finetune.sql.gold import ARBITRARY, SOUND, VOLATILE, WITHOUT_RESULT, Gold, GoldExaminer
+from finetune.sql.compare import RULES
+from finetune.sql.gold import ARBITRARY, SOUND
 
 CORRECT = "correct"
 RAN = (CORRECT, "wrong_rows")
@@ -62,116 +58,6 @@ class Row:
     error_class: str | None = None
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    name: str
-    error: str | None = None
-    seconds: float = 0.0
-    double_quoted_text: bool = False
-    result_sha256: str | None = None
-
-
-class Judge:
-    """Executes gold and predictions and compares their rows under every rule.
-
-    A gold query is executed once per database as long as its questions come one after the other, so that its rows need not be
-    kept; one that depends on the clock or on chance is executed again beside each prediction.
-    """
-
-    def __init__(self, session: Callable[[str], Session], *, rule: Rule, timeout_seconds: float) -> None:
-        """session: the session of a dialect. rule: of `Row.verdict`."""
-        self._session, self._rule, self._timeout = session, rule, timeout_seconds
-        self._examiner = GoldExaminer(session, timeout_seconds)
-        self._golds: tuple[object, dict[str, Gold]] = (None, {})
-
-    def row(self, record: Record, database: Path, prompt: str, answer: Answer) -> Row:
-        found = read_answer(answer.text, record.dialect)
-        golds = self._golds_of(record, database)
-        verdicts = self._verdicts(record, database, golds, found.sql, answer.problem)
-        chosen = verdicts[self._rule]
-        return Row(
-            id=record.id,
-            db_id=record.db_id,
-            question=record.question,
-            difficulty=difficulty(record.sql, record.dialect),
-            gold=record.sql,
-            prediction=found.sql,
-            answer=answer.text,
-            verdict=chosen.name,
-            error=chosen.error,
-            seconds=round(chosen.seconds, 4),
-            new_tokens=answer.new_tokens,
-            double_quoted_text=chosen.double_quoted_text,
-            prompt_sha256=sha256(prompt),
-            gold_sha256=sha256(record.sql),
-            gold_kind=golds[as_rule_runs_it(record.sql, self._rule)].kind,
-            several_statements=found.several,
-            prompt_tokens=answer.prompt_tokens,
-            verdicts={rule: verdict.name for rule, verdict in verdicts.items()},
-            result_sha256=chosen.result_sha256,
-        )
-
-    def _golds_of(self, record: Record, database: Path) -> dict[str, Gold]:
-        """The gold query as each rule runs it, by its text."""
-        key = (record.dialect, database, record.sql)
-        if self._golds[0] != key:
-            texts = dict.fromkeys(as_rule_runs_it(record.sql, rule) for rule in (self._rule, *RULES))
-            self._golds = key, {text: self._examiner.examine(database, text, record.dialect) for text in texts}
-        return self._golds[1]
-
-    def _verdicts(
-        self, record: Record, database: Path, golds: dict[str, Gold], prediction: str, problem: str | None
-    ) -> dict[Rule, _Verdict]:
-        ordered = gold_is_ordered(record.sql, record.dialect)
-        ran: dict[str, QueryResult] = {}
-        beside: dict[str, QueryResult] = {}
-        found: dict[Rule, _Verdict] = {}
-        for rule in (self._rule, *RULES):
-            gold_text, text = as_rule_runs_it(record.sql, rule), as_rule_runs_it(prediction, rule)
-            gold = golds[gold_text]
-            if gold.kind in WITHOUT_RESULT:
-                found[rule] = _Verdict(f"gold_{gold.kind}", gold.detail or str(gold), gold.result.seconds)
-                continue
-            if problem or not prediction:
-                found[rule] = _Verdict(problem or "no_sql")
-                continue
-            if text not in ran:
-                ran[text] = self._session(record.dialect).run(database, text, self._timeout)
-            result, expected = ran[text], gold.result
-            if gold.kind in VOLATILE:
-                if gold_text not in beside:
-                    beside[gold_text] = self._examiner.run(database, gold_text, record.dialect)
-                expected = beside[gold_text]
-            found[rule] = _compared(expected, result, ordered=ordered, rule=rule)
-        return found
-
-
-def _compared(gold: QueryResult, result: QueryResult, *, ordered: bool, rule: Rule) -> _Verdict:
-    if gold.rows is None:  # it ran a moment ago
-        return _Verdict("gold_failed", gold.error, gold.seconds)
-    if result.rows is None:
-        return _Verdict(result.error_kind or "sql_error", result.error, result.seconds)
-    equal = results_equal(gold.rows, result.rows, ordered=ordered, rule=rule)
-    name, found = CORRECT if equal else "wrong_rows", result_hash(result.rows, rule=rule)
-    return _Verdict(name, None, result.seconds, result.double_quoted_text, found)
-
-
-def score_answer(
-    record: Record,
-    database: Path,
-    prompt: str,
-    answer: str,
-    new_tokens: int,
-    *,
-    sandbox: Session,
-    rule: Rule,
-    timeout_seconds: float,
-) -> Row:
-    """Execute gold and prediction on the record's database and compare their rows: one answer by itself."""
-    judge = Judge(lambda dialect: sandbox, rule=rule, timeout_seconds=timeout_seconds)
-    return judge.row(record, database, prompt, Answer(answer, new_tokens))
-
-
 def score(rows: Sequence[Row]) -> dict[str, Any]:
     """Execution accuracy, valid-SQL rate and counts: over all rows, by difficulty, by database and by kind of gold; over the
     rows whose gold can tell a right answer from a constant; and under each rule."""
@@ -192,7 +78,16 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
         "without_hollow": _accuracy(telling),
         "rules": {rule: _accuracy([row.verdicts.get(rule, "") for row in rows]) for rule in rules_of(rows)},
         "verdicts": dict(sorted(Counter(row.verdict for row in rows).items())),
+        "error_classes": error_counts(rows),
     }
+
+
+def error_counts(rows: Iterable[Row]) -> dict[str, int]:
+    """How many answers are in each error class, the most frequent first."""
+    counts = Counter(as_error_class(row.verdict, row.error_class) for row in rows)
+    order = list(ERROR_CLASSES)
+    found = [name for name in counts if name is not None]
+    return {name: counts[name] for name in sorted(found, key=lambda name: (-counts[name], order.index(name)))}
 
 
 def _accuracy(verdicts: Sequence[str]) -> dict[str, Any]:

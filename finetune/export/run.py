@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -257,6 +257,7 @@ def _manifest(model: Model, made: Made, request: Request, scores: Sequence[Score
         "prompt_version": model.template.identity(),
         "end_ids": model.end_ids,
         "max_new_tokens": model.config.evaluation.max_new_tokens,
+        "quantization": asdict(model.config.quantization),
         "context_tokens": model.context_tokens,
         "scores": {score.name: score.as_dict() for score in scores} or None,
         "accepted_loss": request.accept_loss and any(score.lost_significantly for score in scores),

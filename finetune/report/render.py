@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.report.beyond_greedy import sentences, variants
 from finetune.report.caveats import caveats, how_it_stopped
 from finetune.report.certainty import certainty, intervals_in_words
 from finetune.report.plots import counts, draw_plots, group_bars
+from finetune.report.score_facts import facts
 from finetune.report.source import (
     Json,
     Source,
@@ -234,6 +236,9 @@ def render(source: Source, summary: Json) -> dict[str, str]:
         "errors": {name: common_errors(rows) for name, rows in source.rows.items()},
         "examples": examples(source),
         "certainty": certainty(source),
+        "variants": variants(source.tuned),
+        "variant_sentences": sentences(source.tuned),
+        "score_facts": facts(source.evaluation),
         "caveats": caveats(source),
         "memory": memory_lines(source.run),
         "budget": budget_lines(source.run),

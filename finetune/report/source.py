@@ -80,7 +80,7 @@ def evaluation_problem(evaluation: Json) -> str | None:
     if not isinstance(evaluation.get("rule"), str | None):
         return "rule: expected a text"
     for name, scores in models.items():
-        if scores is not None and (problem := _scores_problem(scores)):
+        if scores is not None and (problem := scores_problem(scores)):
             return f"models.{name} {problem}"
     if gain is not None and (problem := _counts_problem(gain, OUTCOMES)):
         return f"gain {problem}"
@@ -96,7 +96,7 @@ def _is_interval(value: Any) -> bool:
     return _is_list_of(value, int | float) and len(value) == 2 and all(math.isfinite(bound) for bound in value)
 
 
-def _scores_problem(scores: Any) -> str | None:
+def scores_problem(scores: Any) -> str | None:
     if problem := _counts_problem(scores, ("correct", "questions")):
         return problem
     if number(scores, "execution_accuracy") is None:
@@ -114,8 +114,26 @@ def _scores_problem(scores: Any) -> str | None:
     verdicts = scores.get("verdicts") or {}
     if not isinstance(verdicts, dict):
         return "has verdicts that are not an object"
-    problem = _counts_problem(verdicts, tuple(verdicts))
-    return problem and f"has a verdicts object that {problem}"
+    if problem := _counts_problem(verdicts, tuple(verdicts)):
+        return f"has a verdicts object that {problem}"
+    return _beyond_problem(scores)
+
+
+def _beyond_problem(scores: Json) -> str | None:
+    """The first problem in what was measured beside the greedy answers."""
+    for key in ("samples.vote", "samples.pass_at", "retry.score"):
+        found = dig(scores, key)
+        if found is not None and (problem := scores_problem(found)):
+            return f"has a {key} that {problem}"
+    for key in ("samples.gain.vote", "samples.gain.pass_at", "retry.gain"):
+        counts = dig(scores, f"{key}.gain")
+        if counts is not None and (problem := _counts_problem(counts, OUTCOMES)):
+            return f"has a {key}.gain that {problem}"
+        for what in ("questions", "databases"):
+            bounds = dig(scores, f"{key}.gain_interval95.{what}")
+            if bounds is not None and not _is_interval(bounds):
+                return f"has a {key}.gain_interval95.{what} that is not a pair of numbers"
+    return None
 
 
 def _counts_problem(record: Any, keys: Sequence[str]) -> str | None:

@@ -20,7 +20,7 @@ from typing import Literal
 from sqlglot import exp
 from sqlglot.errors import ParseError
 
-from finetune.sql.parsing import query_tree
+from finetune.sql.parsing import shared_tree
 
 Difficulty = Literal["easy", "medium", "hard", "extra"]
 
@@ -28,7 +28,7 @@ Difficulty = Literal["easy", "medium", "hard", "extra"]
 def difficulty(sql: str, dialect: str = "sqlite") -> Difficulty:
     """The label of a query. One that does not parse is "extra": since gold queries run, it must be unusual."""
     try:
-        tree = query_tree(sql, dialect)
+        tree = shared_tree(sql, dialect)
     except ParseError:
         return "extra"
     first = tree

@@ -16,6 +16,7 @@ Not recognised: ties inside a nested query, ties in the order of rows that are a
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from sqlglot.errors import ParseError, SqlglotError
 from finetune.errors import UserError
 from finetune.sql.compare import Rows, gold_is_ordered, results_equal
 from finetune.sql.engines.base import QueryResult, Session
-from finetune.sql.parsing import query_tree
+from finetune.sql.parsing import shared_tree
 
 SOUND = "sound"
 HOLLOW = ("no_rows", "nothing_found", "constant", "empty_table")
@@ -71,6 +72,20 @@ _DATE_CALLS = {"date", "time", "datetime", "julianday", "strftime", "unixepoch",
 (https://sqlite.org/lang_datefunc.html)."""
 
 
+_STEMS = ("date", "time", "now", "rand", "uuid", "newid", "julian", "unixepoch", "today", "uniform")
+"""Each of these functions has one of them in its name."""
+_FUNCTION = re.compile(
+    rf"(?:{'|'.join(sorted(_CLOCK_CALLS | _RANDOM_CALLS | _DATE_CALLS))})\s*\(|{'|'.join(sorted(_CLOCK_WORDS))}|--|/\*|\#|//"
+).search
+"""One of them as it has to be written, or the beginning of a comment, which may stand before the parenthesis."""
+
+
+def _may_be_volatile(sql: str) -> bool:
+    """Whether it is worth to look closer: most queries use no such function, and a tokenizer takes a hundred times as long."""
+    text = sql.lower()
+    return any(stem in text for stem in _STEMS) and _FUNCTION(text) is not None
+
+
 @dataclass(frozen=True)
 class Gold:
     """A gold query's result on its database, and its kind; detail: which table, or the error."""
@@ -91,9 +106,13 @@ class Gold:
 
 def volatility(sql: str, dialect: str = "sqlite") -> str | None:
     """ "random" or "clock" if the text of the query uses such a function, else None. What a view does is not in the text."""
+    if not _may_be_volatile(sql):
+        return None
     try:
         tokens = sqlglot.tokenize(sql, read=dialect)
     except (SqlglotError, ValueError):
+        return None
+    if not tokens:
         return None
     words = [token.text.lower() for token in tokens]
     quoted = [token.token_type.name in ("STRING", "IDENTIFIER") for token in tokens]
@@ -137,10 +156,14 @@ class GoldExaminer:
         if result.rows is None:
             limit = result.error_kind in ("timeout", "too_large", "crashed")
             return Gold("limit" if limit else "failed", result, result.error or "")
-        kind = volatility(sql, dialect) or self._through_a_view(database, sql, dialect)
+        kind = self.volatile(database, sql, dialect)
         if (kind or (twice and result.seconds < 1)) and self._differs(database, sql, dialect, result, kind):
             return Gold("unstable", result)
         return Gold(kind, result) if kind else self._of_result(database, sql, dialect, result)
+
+    def volatile(self, database: Path, sql: str, dialect: str) -> str | None:
+        """ "random" or "clock" if the query's result depends on it, itself or through a view; else None."""
+        return volatility(sql, dialect) or self._through_a_view(database, sql, dialect)
 
     def run(self, database: Path, sql: str, dialect: str) -> QueryResult:
         return self._session(dialect).run(database, sql, self._timeout)
@@ -168,11 +191,11 @@ class GoldExaminer:
         if nulls or (len(rows) == 1 and all(value in (None, 0) for value in rows[0])):
             return Gold("nothing_found", result)
         try:
-            tree = query_tree(sql, dialect)
+            tree = shared_tree(sql, dialect)
         except (ParseError, UserError):
             return Gold(SOUND, result)
-        tables = _tables(tree)
-        if not tables and all(isinstance(table.this, exp.Identifier) for table in tree.find_all(exp.Table)):
+        tables, functions = _tables(tree)
+        if not tables and not functions:
             return Gold("constant", result)
         for table in tables:
             if self._is_empty(database, dialect, table):
@@ -201,12 +224,15 @@ class GoldExaminer:
         return [(name, kind) for name, kind in found if kind]
 
 
-def _tables(tree: exp.Expr) -> list[tuple[str, str]]:
-    """(name, schema or "") of the tables that a query reads, without its common table expressions and table-valued functions."""
-    own = {cte.alias.lower() for cte in tree.find_all(exp.CTE)}
-    found = [table for table in tree.find_all(exp.Table) if isinstance(table.this, exp.Identifier)]
+def _tables(tree: exp.Expr) -> tuple[list[tuple[str, str]], bool]:
+    """(name, schema or "") of the tables that a query reads, without its common table expressions; and whether it reads a
+    table-valued function."""
+    nodes = list(tree.find_all(exp.Table, exp.CTE))
+    own = {node.alias.lower() for node in nodes if isinstance(node, exp.CTE)}
+    tables = [node for node in nodes if isinstance(node, exp.Table)]
+    found = [table for table in tables if isinstance(table.this, exp.Identifier)]
     names = [(table.name, table.db) for table in found if table.db or table.name.lower() not in own]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(names)), len(found) < len(tables)
 
 
 @dataclass(frozen=True)
@@ -235,8 +261,8 @@ def _past_the_limit(tree: exp.Expr, dialect: str) -> _Probe | None:
         return None
     rows, skipped = (int(number or 0) for number in numbers)
     keys = [_resolved(item.this, tree) for item in (order.expressions if order else [])]
-    probe = tree.copy().select(*[key.copy() for key in keys], append=True)
-    probe = probe.limit(rows + skipped + 1)
+    probe = tree.copy().select(*[key.copy() for key in keys], append=True, copy=False)
+    probe = probe.limit(rows + skipped + 1, copy=False)
     probe.set("offset", None)
     return _Probe(probe.sql(dialect), len(keys), (rows + skipped, skipped))
 

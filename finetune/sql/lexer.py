@@ -54,6 +54,13 @@ class Piece(NamedTuple):
         return self.kind not in ("space", "comment")
 
 
+_PLAIN = frozenset(("space", "word", "sign"))
+_new_piece = tuple.__new__
+"""Half of the time of splitting a text is spent on making pieces, which the class itself does more slowly."""
+
+_OPENS = re.compile(r"""['"`\[$]|/\*""").search
+"""What a quote or a block comment of any dialect begins with."""
+
 FindEnd = Callable[[str, "re.Match[str]"], int]
 """Text and match of an opening quote -> the offset after the closing one, or -1 if there is none."""
 
@@ -81,11 +88,10 @@ def pieces(sql: str, *, dialect: str = "sqlite", start: int = 0) -> Iterator[Pie
     lexer = _lexer("athena hive" if _is_hive_part_of_athena(sql, dialect) else dialect)
     position, match_at = start, lexer.pattern.match
     while match := match_at(sql, position):
-        group = match.lastgroup or ""
-        if group in ("space", "word", "sign"):
-            kind: Kind = group  # type: ignore[assignment]
-            yield Piece(kind, match[0], position)
-            position = match.end()
+        group, end = match.lastgroup or "", match.end()
+        if group in _PLAIN:
+            yield _new_piece(Piece, (group, match[0], position, True))
+            position = end
             continue
         quoted = lexer.quoted[int(group[1:])]
         end = quoted.end(sql, match)
@@ -97,6 +103,8 @@ def pieces(sql: str, *, dialect: str = "sqlite", start: int = 0) -> Iterator[Pie
 
 def unclosed(sql: str, *, dialect: str = "sqlite") -> str | None:
     """What is opened in the text and not closed, and where, in one line; None if all is closed."""
+    if not _OPENS(sql):
+        return None
     end = deque(pieces(sql, dialect=dialect), maxlen=1)
     if not end or end[0].closed:
         return None

@@ -6,7 +6,7 @@ steps, because it tries alternatives one inside the other, so that forty words (
 
 import logging
 import re
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice
 from typing import Any
 
@@ -27,6 +27,8 @@ MAX_STEPS = 250_000
 1 to 3 a word."""
 
 _CHANGES = (exp.Insert, exp.Update, exp.Delete, exp.Merge, exp.Create, exp.Drop, exp.Alter)
+_MAY_CHANGE = re.compile("insert|update|delete|merge|create|drop|alter|into|replace", re.IGNORECASE).search
+"""Without any of these words no node of the tree is a change, which spares a walk through it."""
 _NO_QUERY_WORDS = """
     alter analyze attach begin call cluster comment commit copy create deallocate declare delete desc describe detach do
     drop end exec execute explain export grant if insert install kill load lock merge msck optimize pragma prepare refresh
@@ -84,12 +86,28 @@ def query_tree(sql: str, dialect: str = "sqlite") -> exp.Expr:
         if isinstance(tree, exp.Condition | exp.Alias):
             raise ParseError("it is an expression, not a query")
         raise NotAQueryError(f"it is a {other_statement(sql, dialect) or tree.key.upper()} statement, not a query")
-    if change := tree.find(*_CHANGES, exp.Into):
+    if _MAY_CHANGE(sql) and (change := tree.find(*_CHANGES, exp.Into)):
         what = "writes what it selects (INTO)" if isinstance(change, exp.Into) else f"holds a {change.key.upper()}"
         raise NotAQueryError(f"it {what}, so it is not only a query")
     if problem := unclosed(sql, dialect=dialect):
         raise ParseError(problem)
     return tree
+
+
+def shared_tree(sql: str, dialect: str = "sqlite") -> exp.Expr:
+    """As `query_tree`, but a query that several parts of the program look at is parsed once: do not change the tree."""
+    found = _tree_or_error(sql, dialect)
+    if isinstance(found, ParseError):
+        raise type(found)(*found.args)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _tree_or_error(sql: str, dialect: str) -> exp.Expr | ParseError:
+    try:
+        return query_tree(sql, dialect)
+    except ParseError as error:
+        return error.with_traceback(None)
 
 
 def other_statement(sql: str, dialect: str = "sqlite") -> str | None:
@@ -119,14 +137,14 @@ def parse_statements(sql: str, dialect: str) -> list[exp.Expr | None]:
     name = dialect_name(dialect)
     if problem := too_long(sql):
         raise ParseError(problem)
-    code = (piece for piece in pieces(sql, dialect=name) if piece.is_code)
-    words = sum(1 for _ in islice(code, MAX_WORDS + 1))
-    if words > MAX_WORDS:
-        raise ParseError(f"it has more than {MAX_WORDS:,} words and signs")
+    if len(sql) > MAX_WORDS:  # a shorter text cannot have as many
+        code = (piece for piece in pieces(sql, dialect=name) if piece.is_code)
+        if sum(1 for _ in islice(code, MAX_WORDS + 1)) > MAX_WORDS:
+            raise ParseError(f"it has more than {MAX_WORDS:,} words and signs")
     known = Dialect.get_or_raise(name)
-    parser = _with_limit(known.parser(), MAX_STEPS + 10 * words)
     try:
-        trees = parser.parse(known.tokenize(sql), sql)
+        words = known.tokenize(sql)
+        trees = _with_limit(known.parser(), MAX_STEPS + 10 * len(words)).parse(words, sql)
         return [tree for tree in trees if not isinstance(tree, exp.Semicolon)]  # a comment after the last statement
     except (ParseError, TokenError) as error:
         raise ParseError(_one_line(error)) from None
@@ -149,6 +167,8 @@ def _with_limit(parser: Parser, steps: int) -> Any:
 
 @cache
 def _limited(parser_class: Any) -> Any:
+    advance = parser_class._advance  # called at every step, so without super()
+
     class Limited(parser_class):  # type: ignore[misc]
         steps_left = 0
 
@@ -156,7 +176,7 @@ def _limited(parser_class: Any) -> Any:
             self.steps_left -= 1
             if self.steps_left < 0:
                 raise _TooManySteps
-            super()._advance(times)
+            advance(self, times)
 
     return Limited
 

@@ -5,7 +5,7 @@ Nothing is executed, and no name is resolved: a query may name tables that do no
 
 import re
 import sqlite3
-from contextlib import closing
+import threading
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
@@ -97,18 +97,28 @@ def _parsed(sql: str, code: list[Piece], words: list[str], dialect: str) -> Read
 def _by_sqlite(sql: str) -> Reading:
     """SQLite's own parser. An authorizer denies everything, so that it stops before it resolves a name or compiles anything."""
     explain = "" if re.match(r"\s*explain\b", sql, re.IGNORECASE) else "EXPLAIN "
-    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
-        connection.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
-        try:
-            connection.execute(explain + sql)
-        except (sqlite3.Warning, sqlite3.ProgrammingError, ValueError):  # two statements, NUL, half of a surrogate pair
-            return "none"
-        except sqlite3.Error as error:
-            message = str(error)
-            if message == "incomplete input" or re.match(r"unrecognized token: \"['\"`\[]", message):
-                return "open"
-            return "none" if message.startswith("unrecognized token") or message.endswith("syntax error") else "query"
+    try:
+        _parser().execute(explain + sql).close()
+    except (sqlite3.Warning, sqlite3.ProgrammingError, ValueError):  # two statements, NUL, half of a surrogate pair
+        return "none"
+    except sqlite3.Error as error:
+        message = str(error)
+        if message == "incomplete input" or re.match(r"unrecognized token: \"['\"`\[]", message):
+            return "open"
+        return "none" if message.startswith("unrecognized token") or message.endswith("syntax error") else "query"
     return "query"
+
+
+_connections = threading.local()
+
+
+def _parser() -> sqlite3.Connection:
+    """An empty database that allows nothing, so that no text can change it; one for each thread, as SQLite asks for."""
+    connection: sqlite3.Connection | None = getattr(_connections, "parser", None)
+    if connection is None:
+        connection = _connections.parser = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
+        connection.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
+    return connection
 
 
 def _by_sqlglot(sql: str, code: list[Piece], words: list[str], dialect: str) -> Reading:

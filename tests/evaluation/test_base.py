@@ -15,8 +15,8 @@ from finetune.config.load import load_config
 from finetune.data.records import Record
 from finetune.evaluation import run as evaluation_run
 from finetune.evaluation.generators import hf
+from finetune.evaluation.judge import Judge, Outcome
 from finetune.evaluation.run import evaluate_base, evaluate_run
-from finetune.evaluation.score import Judge, Row
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop
@@ -43,13 +43,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of the questions whose answers were judged, in order."""
     ids: list[str] = []
-    row = Judge.row
+    outcome = Judge.outcome
 
-    def counted(judge: Judge, record: Record, *rest: Any) -> Row:
+    def counted(judge: Judge, record: Record, *rest: Any) -> Outcome:
         ids.append(record.id)
-        return row(judge, record, *rest)
+        return outcome(judge, record, *rest)
 
-    monkeypatch.setattr(Judge, "row", counted)
+    monkeypatch.setattr(Judge, "outcome", counted)
     return ids
 
 
@@ -76,7 +76,7 @@ def test_the_base_models_score_is_cached_for_all_runs_of_its_output_folder(
     assert asked == ["base", "tuned", "tuned"]
     kept = only_cached(tmp_path)
     cached = json.loads((kept / evaluation_run.SCORE).read_text())
-    assert cached.pop("judged") and cached == alone
+    assert cached.pop("judged") and cached == {key: value for key, value in alone.items() if key != "cost"}
     for run, result in zip(runs, results, strict=True):
         assert result["models"]["base"] == alone | {"rows": "eval/base.jsonl"}
         assert read_jsonl(run.eval_rows("base")) == read_jsonl(kept / evaluation_run.ROWS)

@@ -82,8 +82,9 @@ def test_train_evaluate_and_report_fit_together(tiny_config: ConfigWriter, capsy
     run = open_run(config.parent / "runs" / "demo")
     assert cli.main(["evaluate", str(run.path)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0].strip() for line in printed[-2:]] == ["base", "tuned"]
-    assert "of 6, 95% interval" in printed[-1] and "valid SQL" in printed[-1]
+    base, tuned = (next(line for line in printed if line.startswith(f"{name:>6}: ")) for name in ("base", "tuned"))
+    assert all("of 6, 95% interval" in line and "valid SQL" in line for line in (base, tuned))
+    assert printed[-1].startswith("  gain: ")
 
     result = scored(run.eval_json)
     assert (result["split"], result["questions"], result["rule"]) == ("test", 6, "test_suite")
@@ -231,8 +232,9 @@ def test_hollow_golds_are_scored_apart_printed_and_a_caveat(
     run = copy_run(tiny_run, tmp_path / "runs", data={"output_dir": str(prepare_shop(tmp_path, items=4))})
     monkeypatch.setattr(hf, "generate_answers", lambda m, t, prompts, **_: [("SELECT 1 WHERE 1 = 0", 3)] * len(prompts))
     assert cli.main(["evaluate", str(run.path)]) == 0
-    printed = capsys.readouterr().out.splitlines()[-1]
-    assert printed.startswith(" tuned: execution accuracy 50.0%") and printed.endswith("; without 1 hollow gold 0.0%")
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" tuned: ")]
+    assert len(printed) == 1 and printed[0].startswith(" tuned: execution accuracy 50.0%")
+    assert printed[0].endswith("; without 1 hollow gold 0.0%")
     scores = scored(run.eval_json)["models"]["tuned"]
     assert scores["by_gold"] == {"no_rows": {"correct": 1, "questions": 1}, "sound": {"correct": 0, "questions": 1}}
     write_report(run.path)

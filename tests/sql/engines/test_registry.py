@@ -13,7 +13,7 @@ from finetune.data.prepared import load_prepared
 from finetune.data.sources import open_source
 from finetune.data.validate import DATABASE_MISSING, DATABASE_UNREADABLE, GOLD_FAILS, validate
 from finetune.evaluation.ask import run_and_format, schema_of
-from finetune.evaluation.score import score_answer
+from finetune.evaluation.judge import score_answer
 from finetune.sql.engines.registry import ENGINES, engine_for, engine_of_file, open_sessions
 from finetune.sql.engines.sqlite import SqliteEngine
 from tests.helpers.data_examples import jsonl_source, make_database, row, run_prepare, write_jsonl

@@ -1,8 +1,9 @@
 """Stands for vLLM 0.24 where there is no GPU: what vllm_worker.py uses of its interface, over a tiny model of transformers.
 
 FAKE_VLLM, a JSON object, makes it fail as the real one does: {"load": MESSAGE} while it is loaded, {"kill": N} by SIGKILL at step
-N, {"raise": [N, MESSAGE]} at step N, {"error": [ID, ...]} requests that end with an error, {"hang": N} at step N. With
-{"seen": FILE} it writes a line of JSON for each thing that it was asked.
+N, {"raise": [N, MESSAGE]} and {"hang": N} at step N, {"error": [ID, ...]} for requests that end with an error. {"pause": S} makes
+each step take S seconds longer. With {"seen": FILE} it writes a line of JSON for each thing that it was asked. With
+{"script": [IDS, ...]} it needs no model: the answer to the Nth request is the tokens of IDS[N % length], over and over.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import json
 import os
 import signal
 import time
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
@@ -67,7 +68,8 @@ class Request:
     params: SamplingParams
     lora: LoRARequest | None
     new: list[int] = field(default_factory=list)
-    generator: torch.Generator | None = None
+    script: list[int] | None = None
+    generator: Any = None
 
 
 class LLMEngine:
@@ -77,7 +79,7 @@ class LLMEngine:
         print("the fake engine prints to stdout")  # as vLLM's log does
         self._arguments = arguments
         self._waiting: dict[str, Request] = {}
-        self._steps = 0
+        self._steps = self._asked = 0
         self._load(arguments.model)
         seen(loaded=arguments.__dict__)
 
@@ -86,6 +88,10 @@ class LLMEngine:
         return cls(engine_args)
 
     def _load(self, folder: str) -> None:
+        if "script" in FAULTS:
+            assert (Path(folder) / "config.json").is_file()
+            return
+        import torch
         from transformers import AutoModelForCausalLM
 
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self._arguments.dtype))
@@ -112,8 +118,15 @@ class LLMEngine:
             raise ValueError("The decoder prompt cannot be empty")
         if self._arguments.max_model_len is not None and len(ids) >= self._arguments.max_model_len:
             raise ValueError(f"The decoder prompt (length {len(ids)}) is longer than the maximum model length")
-        generator = torch.Generator().manual_seed(params.seed) if params.seed is not None else None
-        self._waiting[request_id] = Request(ids, params, lora_request, generator=generator)
+        request = Request(ids, params, lora_request)
+        if "script" in FAULTS:
+            request.script = FAULTS["script"][self._asked % len(FAULTS["script"])]
+        elif params.seed is not None:
+            import torch
+
+            request.generator = torch.Generator().manual_seed(params.seed)
+        self._asked += 1
+        self._waiting[request_id] = request
         seen(request=request_id, prompt=ids, temperature=params.temperature, seed=params.seed, most=params.max_tokens)
         return request_id
 
@@ -127,6 +140,7 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         self._steps += 1
+        time.sleep(FAULTS.get("pause", 0))
         if FAULTS.get("kill") == self._steps:
             os.kill(os.getpid(), signal.SIGKILL)
         if FAULTS.get("hang") == self._steps:
@@ -139,30 +153,35 @@ class LLMEngine:
                 del self._waiting[output.request_id]
         return found
 
-    @torch.inference_mode()
     def _next(self, name: str, request: Request) -> RequestOutput:
         if name in FAULTS.get("error", []):
             return RequestOutput(name, [CompletionOutput([], "error")], True)
-        model = self._with_adapter(request.lora) if request.lora else self._model
-        logits = model(torch.tensor([[*request.prompt, *request.new]])).logits[0, -1].float()
-        params = request.params
-        if params.temperature:
-            chances = torch.softmax(logits / params.temperature, dim=-1)
-            token = int(torch.multinomial(chances, 1, generator=request.generator))
-        else:
-            token = int(logits.argmax())
+        token = self._token(request)
         request.new.append(token)
         reason = None
-        if token in params.stop_token_ids:
+        if token in request.params.stop_token_ids:
             reason = "stop"
-        elif len(request.new) == params.max_tokens:
+        elif len(request.new) == request.params.max_tokens:
             reason = "length"
         return RequestOutput(name, [CompletionOutput([token], reason)], reason is not None)
+
+    def _token(self, request: Request) -> int:
+        if request.script is not None:
+            return request.script[len(request.new) % len(request.script)]
+        import torch
+
+        model = self._with_adapter(request.lora) if request.lora else self._model
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*request.prompt, *request.new]])).logits[0, -1].float()
+        if not request.params.temperature:
+            return int(logits.argmax())
+        chances = torch.softmax(logits / request.params.temperature, dim=-1)
+        return int(torch.multinomial(chances, 1, generator=request.generator))
 
     def _with_adapter(self, lora: LoRARequest) -> Any:
         from peft import PeftModel
 
         assert self._arguments.enable_lora
         if self._adapted is None:
-            self._adapted = PeftModel.from_pretrained(self._model, lora.lora_path).eval()
+            self._adapted = PeftModel.from_pretrained(deepcopy(self._model), lora.lora_path).eval()
         return self._adapted

@@ -1,0 +1,157 @@
+"""`finetune ask`: one question, answered with SQL by a run, an export or an endpoint; `finetune generate` until now."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from finetune.cli.arguments import add_command, large_imports, path, text
+from finetune.errors import EXIT_OK, UserError
+
+
+def add(commands: Any) -> None:
+    for name in ("ask", "generate"):
+        ask = add_command(
+            commands,
+            name,
+            _ask,
+            "answer one question with SQL",
+            f'finetune {name} runs/demo --db shop.sqlite --execute "Which customers ordered twice in May?"\n'
+            f'  finetune {name} http://127.0.0.1:8000 --db shop "Which customers ordered twice in May?"',
+            hidden=name == "generate",
+        )
+        ask.set_defaults(option="--execute" if name == "ask" else "--run")
+        _add_arguments(ask)
+
+
+def _add_arguments(ask: argparse.ArgumentParser) -> None:
+    ask.add_argument("target", type=text, metavar="RUN|EXPORT|URL", help="URL: of `finetune serve`")
+    ask.add_argument("question", type=text, metavar="QUESTION")
+    ask.add_argument(
+        "--db", type=text, required=True, metavar="FILE|NAME",
+        help="a SQLite file, or a schema as .sql file, in any dialect; with a URL also the name of a database there",
+    )  # fmt: skip
+    ask.add_argument("--execute", "--run", action="store_true", help="also run the SQL, read-only, and print the rows")
+    ask.add_argument("--evidence", type=text, metavar="TEXT", help="a hint that the prompt shows with the question")
+    ask.add_argument(
+        "--dialect", type=text, metavar="NAME", help="the SQL dialect to ask for; without it, that of the run's data"
+    )
+    ask.add_argument("--base", action="store_true", help="ask the base model instead of the tuned one")
+    ask.add_argument(
+        "--api-key-env", type=text, metavar="VARIABLE", help="the environment variable with the key of the URL"
+    )
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from finetune.serve.client import is_url
+
+    if is_url(arguments.target):
+        return _ask_endpoint(arguments)
+    if arguments.api_key_env is not None:
+        raise UserError("--api-key-env: only a URL has a key", code="cli.conflicting_options")
+    return _ask_folder(arguments, path(arguments.target), path(arguments.db))
+
+
+def _ask_folder(arguments: argparse.Namespace, folder: Path, database: Path) -> int:
+    with large_imports():
+        from finetune.serve.target import open_target
+    from finetune.data.limits import limits_of
+    from finetune.evaluation.ask import ask, asked_dialect, prompt_about, require_engine, run_and_format
+    from finetune.runtime.console import visible
+
+    target = open_target(folder)
+    _check_has_rows(arguments, database)
+    dialect = asked_dialect(folder, target.dialects, database, arguments.dialect)
+    if arguments.execute:
+        require_engine(database, dialect, arguments.option)
+    prompt = prompt_about(database, arguments.question, target.template, dialect, arguments.evidence)
+    evaluation = target.config.evaluation
+    with target.loaded(base=arguments.base) as model:
+        sql = ask(model, prompt, dialect, tuned=not arguments.base, max_new_tokens=evaluation.max_new_tokens)
+    print(visible(sql))
+    if arguments.execute:
+        print(run_and_format(database, sql, evaluation.timeout_seconds, limits_of(evaluation)))
+    return EXIT_OK
+
+
+def _ask_endpoint(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.ask import (
+        asked_dialect,
+        formatted,
+        is_schema,
+        read_schema,
+        require_engine,
+        require_question,
+        run_and_format,
+        sql_failed,
+        sql_in,
+    )  # fmt: skip
+    from finetune.runtime.console import visible
+    from finetune.serve.client import Endpoint
+
+    if arguments.base:
+        raise UserError("--base: an endpoint serves the tuned model alone", code="cli.conflicting_options")
+    require_question(arguments.question)
+    endpoint = Endpoint(arguments.target, _key(arguments.api_key_env))
+    file = path(arguments.db)
+    is_file = file.exists() or os.sep in arguments.db or is_schema(file)
+    if is_file:
+        _check_has_rows(arguments, file)
+    served = endpoint.served()
+    extra = {"evidence": arguments.evidence, "dialect": arguments.dialect}
+    if is_file:
+        dialect = asked_dialect(arguments.target, served.dialects, file, arguments.dialect)
+        if arguments.execute:
+            require_engine(file, dialect, arguments.option)
+        extra |= {"schema": read_schema(file, dialect)[0], "dialect": dialect}
+    elif arguments.db not in served.databases:
+        known = f"it has {', '.join(served.databases)}" if served.databases else "it has none"
+        raise UserError(
+            f"--db {arguments.db}: neither a file here nor a database of {arguments.target} ({known})",
+            code="endpoint.unknown_database",
+        )
+    elif arguments.execute and not served.executes:
+        raise UserError(
+            f"{arguments.option}: {arguments.target} was started without --execute; start it with that, or give the database "
+            "as a file",
+            code="endpoint.not_executing",
+        )
+    else:
+        extra["database"] = arguments.db
+    sql, rows = endpoint.ask(arguments.question, served, **extra)
+    print(visible(sql_in("", sql)))
+    if not arguments.execute:
+        return EXIT_OK
+    if is_file:
+        print(run_and_format(file, sql, 10.0))
+    elif rows is None or "rows" not in rows:
+        raise sql_failed((rows or {}).get("error"))
+    else:
+        print(
+            formatted(rows["columns"], [[_value(cell) for cell in row] for row in rows["rows"]], more=rows["truncated"])
+        )
+    return EXIT_OK
+
+
+def _value(cell: Any) -> Any:
+    return bytes.fromhex(cell["blob"]) if isinstance(cell, dict) else cell
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise UserError(f"--api-key-env: the variable {variable} is not set", code="endpoint.no_key")
+    return os.environ[variable]
+
+
+def _check_has_rows(arguments: argparse.Namespace, database: Path) -> None:
+    from finetune.evaluation.ask import is_schema
+
+    if arguments.execute and is_schema(database):
+        raise UserError(
+            f"{database}: a schema has no rows; give a SQLite file to --db to use {arguments.option}",
+            code="cli.conflicting_options",
+        )

@@ -1,0 +1,1 @@
+"""Serving: an OpenAI-compatible endpoint that answers questions about databases with SQL."""

@@ -1,0 +1,1 @@
+"""Who computes the answers of the endpoint: one file each, and what they share."""

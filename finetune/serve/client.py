@@ -1,0 +1,141 @@
+"""Asks an endpoint of `finetune serve`, with the standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from finetune.errors import UserError, shown
+from finetune.runtime.console import say
+from finetune.runtime.files import parse_json
+
+SECONDS = 300.0
+LARGEST_REPLY = 64 << 20
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def is_url(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an endpoint serves. executes: whether it runs the SQL and sends rows."""
+
+    model: str
+    dialects: tuple[str, ...]
+    databases: tuple[str, ...]
+    executes: bool
+
+
+@dataclass
+class Endpoint:
+    """url: of the server, with /v1 or without. key: None for a server without one. Every method raises UserError, in one line."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+    seconds: float = SECONDS
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError:
+            self._host = ""
+        if not self._host or parts.query or parts.fragment or parts.username:
+            raise UserError(
+                f"{shown(self.url)[1:-1]}: expected the address of a server, such as http://127.0.0.1:8000",
+                code="endpoint.bad_url",
+            )
+        self._secure = parts.scheme.lower() == "https"
+        self._path = parts.path.rstrip("/").removesuffix("/v1")
+        if self.key and not self._secure and self._host not in LOOPBACK:
+            say(f"{self.url}: the key travels unencrypted; `ssh -L` to the machine, or https, would hide it")
+
+    def served(self) -> Served:
+        """Raises UserError if it is no endpoint of finetune, too."""
+        reply = self._request("GET", "/v1/models")
+        try:
+            [model] = [entry for entry in reply["data"] if entry.get("owned_by") == "finetune"][:1]
+            told = model["finetune"]
+            return Served(str(model["id"]), tuple(told["dialects"]), tuple(told["databases"]), bool(told["executes"]))
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise UserError(
+                f"{self.url}: not an endpoint of `finetune serve`, which alone knows the prompt that the model was trained on",
+                code="endpoint.not_finetune",
+            ) from None
+
+    def ask(self, question: str, served: Served, **extra: str | None) -> tuple[str, dict[str, Any] | None]:
+        """The SQL of the answer ("" if it has none), and the rows if the server has sent them: {"columns", "rows", "truncated"},
+        or {"error"}. extra: database or schema, dialect, evidence."""
+        message = {"role": "user", "content": question}
+        body = {"model": served.model, "messages": [message], **{k: v for k, v in extra.items() if v is not None}}
+        reply = self._request("POST", "/v1/chat/completions", body)
+        try:
+            answer = reply["choices"][0]["message"]
+            rows = answer.get("finetune")
+            return str(answer["content"]), None if rows is None else dict(rows)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise self._odd("no answer in its reply") from None
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=self.seconds)
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        try:
+            connection.request(method, self._path + path, None if body is None else json.dumps(body).encode(), headers)
+            response = connection.getresponse()
+            content = response.read(LARGEST_REPLY + 1)
+        except TimeoutError:
+            raise UserError(
+                f"{self.url}: no answer within {self.seconds:.0f} seconds", code="endpoint.timeout"
+            ) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise UserError(
+                f"{self.url}: not reachable ({_reason(error)}); is the server running, and for another machine the tunnel "
+                "(`ssh -L`)?",
+                code="endpoint.unreachable",
+            ) from None
+        finally:
+            connection.close()
+        if len(content) > LARGEST_REPLY:
+            raise self._odd(f"a reply of more than {LARGEST_REPLY >> 20} MiB")
+        return self._read(response.status, response.getheader("Content-Type") or "", content)
+
+    def _read(self, status: int, kind: str, content: bytes) -> Any:
+        try:
+            value = parse_json(content)
+        except ValueError:
+            what = "HTML" if "html" in kind.lower() or content.lstrip()[:1] == b"<" else "something else"
+            raise self._odd(f"{what} instead of JSON, with status {status}") from None
+        if status == 200:
+            return value
+        error = value.get("error") if isinstance(value, dict) else None
+        message = error.get("message") if isinstance(error, dict) else None
+        if status == 401:
+            raise UserError(
+                f"{self.url}: {'the key is wrong' if self.key else 'it wants a key'}; name the variable that holds it with "
+                "--api-key-env",
+                code="endpoint.wrong_key",
+            )
+        if message is None:
+            raise self._odd(f"status {status} without a reason")
+        raise UserError(f"{self.url}: {message}", code="endpoint.refused")
+
+    def _odd(self, what: str) -> UserError:
+        return UserError(f"{self.url}: {what}; is this the address of `finetune serve`?", code="endpoint.odd_reply")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, socket.gaierror):
+        return "no such host"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {error.reason or error}"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"it does not speak HTTP ({type(error).__name__})"
