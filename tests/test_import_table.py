@@ -47,9 +47,10 @@ MAY_IMPORT = {
     "report": "errors runtime sql run_record data evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
     "job": "errors runtime machine config run_name run_folder prepared_folder budget",
+    "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate training "
-    "evaluation cloud.catalog cloud.plan report doctor job demo",
+    "evaluation cloud.catalog cloud.plan report doctor job export demo",
     "__main__": "cli",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
@@ -64,6 +65,7 @@ NEEDS_TORCH = (
     "evaluation.generators.asked",
     "evaluation.generators.decoding",
     "evaluation.generators.hf",
+    "evaluation.generators.llama_cpp",
     "evaluation.generators.packed_head",
     "evaluation.generators.passes",
     "evaluation.generators.registry",
@@ -76,6 +78,12 @@ NEEDS_TORCH = (
     "evaluation.generators.vllm_weights",
     "evaluation.generators.weights",
     "evaluation.run",
+    "export.card",
+    "export.gguf_file",
+    "export.gguf_tokenizer",
+    "export.gguf_types",
+    "export.model_files",
+    "export.run",
     "models.adapter",
     "models.attention",
     "models.device",

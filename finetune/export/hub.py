@@ -34,6 +34,7 @@ def check_repository(name: str) -> None:
 def upload(folder: Path, repository: str, *, private: bool) -> str:
     """Upload a complete export in one commit. Returns its address. Raises UserError if the export is damaged, or if the hub
     cannot be reached or refuses."""
+    from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -57,7 +58,7 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
         raise UserError(
             f"{repository}: not uploaded: {why}; the export stays in {folder}", code="export.hub_refused"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{repository}: not uploaded: {first_line(error)}; is the hub reachable? The export stays in {folder}",
             code="export.hub_unreachable",

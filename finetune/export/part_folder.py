@@ -19,7 +19,7 @@ from finetune.export.export_folder import MANIFEST, check_files, read_manifest
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error, load_json, sha256_file, write_json
 
-_STAGE, _LOCK = ".stage.json", ".lock"
+_STAGE = ".stage.json"
 
 
 class PartFolder:
@@ -34,7 +34,7 @@ class PartFolder:
         """Make the folder, and keep other processes out of it. Raises UserError if one is in it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise disk_error(error, self.path) from error
         try:
@@ -64,8 +64,7 @@ class PartFolder:
 
     def clear(self) -> None:
         for path in self.path.iterdir():
-            if path.name != _LOCK:
-                remove_tree(path, inside=self.path)
+            remove_tree(path, inside=self.path)
 
     def keep(self, key: str) -> None:
         """The files that are there now are complete: an export with this key need not write them again."""
@@ -75,11 +74,10 @@ class PartFolder:
         """Write the manifest with the list of all files, and give the folder its name. Raises UserError for a disk error, and if
         there is another folder of that name by now."""
         for path in self.path.iterdir():
-            if path.name.startswith(".") and path.name != _LOCK:
+            if path.name.startswith("."):
                 remove_tree(path, inside=self.path)
         write_json(self.path / MANIFEST, {**manifest, "files": listed(self.path)})
         try:
-            (self.path / _LOCK).unlink()  # the handle keeps the lock
             os.rename(self.path, self.target)  # replaces an empty folder and no other
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):

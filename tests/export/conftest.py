@@ -31,3 +31,12 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """No token or hub of the person who runs the tests."""
     for name in [name for name in os.environ if name.startswith("HF_TOKEN")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def exported(scored_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports of the scored run, by kind. Never write into them."""
+    folder = tmp_path_factory.mktemp("exports")
+    for kind in ("merged", "adapter"):
+        assert main(["export", str(scored_run.path), "--to", kind, "--output", str(folder / kind)]) == 0
+    return {kind: folder / kind for kind in ("merged", "adapter")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -19,6 +20,7 @@ from finetune.export import gguf_types
 from finetune.export.gguf_file import write_gguf
 from finetune.export.gguf_tokenizer import _LLAMA_3, _QWEN_2, differing
 from finetune.export.gguf_types import check_quantiser, quantised, type_of
+from finetune.export.model_files import check_tokens
 from finetune.models.llama_cpp import LlamaServer
 from finetune.models.load import load_tokenizer
 from finetune.models.merging import MergedWeights
@@ -203,6 +205,9 @@ def test_llama_cpp_reads_the_same_tokens(tmp_path: Path, name: str) -> None:
         assert differing(server, tokenizer, TEXTS) == ""
         tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
         assert differing(server, tokenizer, ["ABC"]) == "ABC", "a difference is seen"
+    model: Any = SimpleNamespace(tokenizer=tokenizer)
+    with raises("export.other_tokens"):
+        check_tokens(path, model, ["ABC"])
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> None:
