@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ class Answering:
             database_name=database.name if database is not None else None,
         )
 
-    async def steps(self, asked: Prepared, *, partial: bool) -> AsyncIterator[str | Result]:
+    async def steps(self, asked: Prepared, *, partial: bool) -> AsyncGenerator[str | Result, None]:
         """Parts of the SQL, if `partial` and where they are certain, then the result, whose SQL begins with them.
 
         Raises ApiError, also where the SQL turns out not to begin with what was sent.
@@ -108,7 +108,7 @@ class Answering:
         sent = SqlStream(asked.dialect)
         steps = self.backend.answer(asked.prompt, asked.dialect, asked.max_new_tokens, partial=partial)
         try:
-            async with aclosing(steps):  # type: ignore[type-var]
+            async with aclosing(steps):
                 async for step in steps:
                     if isinstance(step, Answer):
                         result = await self._result(asked, step)

@@ -7,7 +7,8 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -174,8 +175,11 @@ class _Exchange:
         self._service.log(", ".join(part for part in (*parts, told) if part))
 
     async def _whole(self, asked: Prepared) -> Result:
-        async with self._service.queue.turn():
-            async for step in self._service.answering.steps(asked, partial=False):
+        async with (
+            self._service.queue.turn(),
+            aclosing(self._service.answering.steps(asked, partial=False)) as steps,
+        ):
+            async for step in steps:
                 if isinstance(step, Result):
                     return step
         raise AssertionError("steps end with a result")
@@ -204,7 +208,7 @@ class _Exchange:
         steps = self._service.answering.steps(asked, partial=True)
 
         async def close() -> None:
-            await steps.aclose()  # type: ignore[attr-defined]
+            await steps.aclose()
             await turn.__aexit__(None, None, None)
 
         try:
@@ -219,7 +223,7 @@ class _Exchange:
 
         return _Events(self._events(first, steps, question.usage), end)
 
-    async def _events(self, first: str | Result, steps: AsyncIterator[str | Result], usage: bool) -> AsyncIterator[str]:
+    async def _events(self, first: str | Result, steps: AsyncGenerator[str | Result, None], usage: bool) -> AsyncGenerator[str, None]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         result: Result | None = None
         try:
@@ -256,7 +260,7 @@ class _Exchange:
 class _Events(StreamingResponse):
     """Server-sent events. end: called at the end, however it comes, also if nothing was sent."""
 
-    def __init__(self, content: AsyncIterator[str], end: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, content: AsyncGenerator[str, None], end: Callable[[], Awaitable[None]]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._content, self._end = content, end
 
@@ -264,7 +268,7 @@ class _Events(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._content.aclose()  # type: ignore[attr-defined]
+            await self._content.aclose()
             await self._end()
 
 
