@@ -60,7 +60,12 @@ def application(service: Service) -> Starlette:
             Route("/v1/chat/completions", handlers.chat, methods=["POST"]),
             Route("/v1/completions", handlers.completion, methods=["POST"]),
         ],
-        exception_handlers={HTTPException: _http_error, ApiError: _api_error, ClientDisconnect: _gone},  # type: ignore[dict-item]
+        exception_handlers={
+            HTTPException: _http_error,
+            ApiError: _api_error,
+            ClientDisconnect: _gone,
+            Exception: _fault,
+        },  # type: ignore[dict-item]
     )
 
 
@@ -223,7 +228,9 @@ class _Exchange:
 
         return _Events(self._events(first, steps, question.usage), end)
 
-    async def _events(self, first: str | Result, steps: AsyncGenerator[str | Result, None], usage: bool) -> AsyncGenerator[str, None]:
+    async def _events(
+        self, first: str | Result, steps: AsyncGenerator[str | Result, None], usage: bool
+    ) -> AsyncGenerator[str, None]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         result: Result | None = None
         try:
@@ -335,6 +342,11 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     told = {404: f"no such address: {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
     shown = ApiError(error.status_code, told.get(error.status_code, error.detail), code="not_found")
     return JSONResponse(shown.body(), error.status_code, headers=error.headers)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    shown = ApiError(500, "the server has a fault; its log says more", code="internal_error")
+    return JSONResponse(shown.body(), 500)
 
 
 async def _gone(_: Request, __: ClientDisconnect) -> Response:

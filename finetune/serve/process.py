@@ -64,6 +64,12 @@ class GuardedProgram:
             self._guard.wait()
 
 
+def worker_environment() -> dict[str, str]:
+    """For a small program of ours that reads text of clients: nothing of the user's."""
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG")}
+    return with_package(kept | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
+
+
 def with_package(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a program that is a module of ours, wherever it starts."""
     path = environment.get("PYTHONPATH", "")

@@ -31,8 +31,8 @@ from tests.helpers.data_examples import make_database
 
 @dataclass
 class Scripted:
-    """A backend that answers every prompt with `says`, a text or a function of the prompt that gives a text or an Answer. It comes
-    in parts of `part` characters where `streams`, each after `seconds`. fails: raised in place of the answer."""
+    """A backend that answers every prompt with `says`, a text or a function of the prompt that gives a text or an Answer. It
+    comes in parts of `part` characters where `streams`, each after `seconds`. fails: raised in place of the answer."""
 
     says: str | Callable[[str], str | Answer] = "SELECT COUNT(*) FROM item"
     name: str = "scripted"
@@ -93,7 +93,9 @@ class Served:
     def client(self, key: str = "none", **more: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **more)
 
-    def sql(self, question: str = "How many items are there?", *, client: openai.OpenAI | None = None, **extra: Any) -> str:
+    def sql(
+        self, question: str = "How many items are there?", *, client: openai.OpenAI | None = None, **extra: Any
+    ) -> str:
         messages: Any = [{"role": "user", "content": question}]
         reply = (client or self.client()).chat.completions.create(
             model="tiny", messages=messages, extra_body={"database": "shop", **extra}
@@ -138,11 +140,14 @@ def serve(shop: Path) -> Iterator[Serve]:
         servers: list[uvicorn.Server] = []
 
         async def run() -> None:
-            service = Service(Answering(target, known, backend, rows), Queue(backend.parallel, waiting), key, log.append, "ready")
+            service = Service(
+                Answering(target, known, backend, rows), Queue(backend.parallel, waiting), key, log.append, "ready"
+            )
             made.append(service)
             servers.append(_web(application(service)))
             ready.set()
             await servers[0].serve(sockets=[listener])
+            await service.answering.schemas.close()
 
         thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
         thread.start()

@@ -72,7 +72,11 @@ def test_evidence_dialect_and_the_compact_form(serve: Serve) -> None:
     served.sql(QUESTION, evidence="Dear means more than 3.", dialect="PostgreSQL")
     [prompt] = served.backend.prompts
     assert prompt == PromptTemplate("compact").render(
-        schema=SCHEMA, question=QUESTION, dialect="postgres", evidence="Dear means more than 3.", schema_dialect="sqlite"
+        schema=SCHEMA,
+        question=QUESTION,
+        dialect="postgres",
+        evidence="Dear means more than 3.",
+        schema_dialect="sqlite",
     )
     assert "item(id, name, price)" in prompt
 
@@ -183,7 +187,10 @@ def test_rows_come_with_the_answer(serve: Serve) -> None:
         ("DROP TABLE item", "changing the schema is not allowed: a query may only read"),
         ("SELECT title FROM item", "no such column: title"),
         ("SELECT * FROM item a, item b, item c", "more than 500 rows"),
-        ("WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n", "no answer within 0.3"),
+        (
+            "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n",
+            "no answer within 0.3",
+        ),
         ("", "the model answered without SQL"),
     ],
 )

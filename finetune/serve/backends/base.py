@@ -76,7 +76,9 @@ class Backend(Protocol):
         """Whether it answers. False also while it loads."""
         ...
 
-    def answer(self, prompt: str, dialect: str, max_new_tokens: int, *, partial: bool) -> AsyncGenerator[str | Answer, None]:
+    def answer(
+        self, prompt: str, dialect: str, max_new_tokens: int, *, partial: bool
+    ) -> AsyncGenerator[str | Answer, None]:
         """The whole answer at the end. partial: before it the text so far, as it grows, where the backend can tell.
 
         Raises PromptTooLong, BackendError, and UserError for a prompt that has no tokens. Closing the iterator ends the work.
