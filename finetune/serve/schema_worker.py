@@ -1,5 +1,5 @@
-"""`python -m finetune.serve.schema_worker` renders prompts with schemas of clients, one JSON object a line; client_schemas.py starts
-it.
+"""`python -m finetune.serve.schema_worker` renders prompts with schemas of clients, one JSON object a line; client_schemas.py
+starts it.
 
 {"schema", "question", "dialect", "evidence", "schema_format", "version"} gives {"prompt"} or {"error"}.
 """
