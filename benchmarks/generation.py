@@ -173,7 +173,7 @@ def benchmark_model(arguments: argparse.Namespace) -> tuple[RunConfig, Path]:
 
 
 def random_adapter(folder: Path, config: RunConfig) -> None:
-    """An adapter of all seven projections, as training writes it; its product is about a hundredth of the base weights."""
+    """An adapter of all seven projections, as training writes it; its product is about a twentieth of the base weights."""
     shape = shape_of(config.model.name)
     assert shape is not None
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def random_adapter(folder: Path, config: RunConfig) -> None:
             name = f"base_model.model.model.layers.{layer}.{part}.{module}"
             r = config.lora.r
             tensors[f"{name}.lora_A.weight"] = torch.randn(r, inputs, generator=generator) * inputs**-0.5
-            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, r, generator=generator) * 0.001
+            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, r, generator=generator) * 0.01
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.lora.r, "lora_alpha": config.lora.lora_alpha,

@@ -4,7 +4,10 @@
 #
 #   bash on_machine/setup.sh [ARGUMENT...]     further arguments are passed to another `uv pip install`
 #
+# Where vLLM runs, its environment is then built in the background (on_machine/vllm.sh), and nothing waits for it here.
+#
 # Environment: UV_TORCH_BACKEND  the build to install instead, such as cu128 (uv's names)
+#              FINETUNE_VLLM_BUILD  auto: where the GPU and its driver allow; 0: never; 1: also without a GPU
 #              FINETUNE_ALLOW_CPU=1  accept a machine without GPU
 #              FINETUNE_PRICES  the launch policy's price table; saved for later jobs of `sky exec`
 set -euo pipefail
@@ -61,7 +64,7 @@ install() {  # BACKEND [ARGUMENT...]
   uv=$(uv_program)
   [ -x "$ENVIRONMENT/bin/python" ] || "$uv" venv --quiet --clear --python 3.11 "$ENVIRONMENT"
   "$uv" pip install --python "$ENVIRONMENT/bin/python" ${backend:+"--torch-backend=$backend"} \
-    --constraints constraints.txt --build-constraints constraints.txt --editable '.[train]'
+    --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,serve]'
   if [ $# -gt 0 ]; then
     "$uv" pip install --python "$ENVIRONMENT/bin/python" --constraints constraints.txt "$@"
   fi
@@ -81,6 +84,41 @@ torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().it
   say "$build on $(gpu name), driver $(gpu driver_version)"
 }
 
+why_no_vllm() {  # in a few words; nothing where it can be built
+  local capability driver
+  [ "${FINETUNE_VLLM_BUILD:-auto}" != 0 ] || { echo "its environment is not built (FINETUNE_VLLM_BUILD=0)"; return; }
+  [ "${FINETUNE_VLLM_BUILD:-auto}" != 1 ] || return 0
+  [ "${FINETUNE_ALLOW_CPU:-}" != 1 ] || { echo "this machine may have no GPU (FINETUNE_ALLOW_CPU=1)"; return; }
+  capability=$(gpu compute_cap) driver=$(gpu driver_version)
+  if [ "${capability%%.*}" -lt 8 ]; then
+    echo "it is not built for a $(gpu name), whose compute capability, $capability, is below 8.0"
+  elif [ "${driver%%.*}" -lt 580 ]; then
+    echo "it needs a driver for CUDA 13 (580 or newer), and this one is $driver"
+  fi
+}
+
+start_vllm() {
+  local why stamp
+  why=$(why_no_vllm)
+  if [ -n "$why" ]; then
+    printf '%s\n' "$why" >"$STATE/vllm.missing"
+    return
+  fi
+  stamp=$({ cat on_machine/vllm.sh on_machine/vllm-constraints.txt pyproject.toml && printf '%s\n' "$PWD"; } | sha256sum | cut -c 1-64)
+  exec 9>>"$STATE/vllm.lock"  # locked here, so that a job that starts at once sees that it is being built
+  if ! flock --nonblock 9; then
+    say "vLLM's environment is being built already"
+  elif [ "$(cat "$HOME/finetune-vllm/stamp" 2>/dev/null)" = "$stamp" ]; then
+    say "$HOME/finetune-vllm is up to date"
+  else
+    rm -f "$STATE/vllm.missing"
+    say "vLLM's environment is built in the background: ~/.finetune/vllm.log"
+    # detached, because SkyPilot ends the children of a set-up that has ended; it keeps the lock
+    setsid --fork nice -n 19 bash on_machine/vllm.sh "$stamp" "$(uv_program)" </dev/null >"$STATE/vllm.log" 2>&1
+  fi
+  exec 9>&-
+}
+
 (umask 077 && mkdir -p "$STATE")
 keep_prices
 backend=$(torch_backend)
@@ -93,3 +131,4 @@ else
   printf '%s\n' "$stamp" >"$STATE/setup"
 fi
 check_gpu
+start_vllm

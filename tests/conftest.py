@@ -95,6 +95,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_rows: list[dict[st
 
 
 @pytest.fixture(scope="session")
+def tiny_gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of `tiny_model` as a GGUF file of float32."""
+    import torch
+
+    from finetune.config.schema import ModelSection, QuantizationSection, RunConfig
+    from finetune.export.gguf_file import write_gguf
+    from finetune.models.load import load_tokenizer
+    from finetune.models.merging import MergedWeights
+
+    section = ModelSection(name=str(tiny_model))
+    config = RunConfig(model=section, quantization=QuantizationSection(load_in_4bit=False))
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    weights = MergedWeights.of(config, adapter=None, dtype=torch.float32)
+    write_gguf(weights, load_tokenizer(section), {"f32": path}, name="tiny")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_rows: list[dict[str, Any]]) -> Path:
     """A prepared folder with the splits of `tiny_rows`; the database of val and test has 40 items. Never write into it."""
     folder = tmp_path_factory.mktemp("tiny")

@@ -1,5 +1,7 @@
 """What a run has cost: one file per attempt, and the account over all of them.
 
+attempt-NNN.jsonl is an attempt to train, evaluation-NNN.jsonl one to score what was trained. Both are part of what the run costs
+and count towards its ceilings; `Account.of` tells them apart. A folder of serving-NNN.jsonl is the same for machines that serve.
 An attempt's file is small and is rewritten as a whole at each event, because a bucket cannot append. Usage is the sum over the
 attempts of (last recorded metered seconds) x (price of the machine); wall-clock time plays no part in it.
 """
@@ -14,7 +16,7 @@ import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice
@@ -26,7 +28,11 @@ HEARTBEAT_RETENTION_SECONDS = 600.0
 """A heartbeat replaces the previous one, except that one per this many seconds is kept: the file of a long run stays small."""
 METERED = "metered_seconds"
 """Key in a line: seconds on the attempt's meter."""
-_NAME = re.compile(r"attempt-([0-9]{3,9})\.jsonl")
+Work = Literal["train", "evaluate", "serve"]
+PREFIXES: dict[Work, str] = {"train": "attempt", "evaluate": "evaluation", "serve": "serving"}
+"""How the name of a file begins, by what the attempt does."""
+_WORK = {prefix: work for work, prefix in PREFIXES.items()}
+_NAME = re.compile(rf"({'|'.join(_WORK)})-([0-9]{{3,9}})\.jsonl")
 MOST_SECONDS, MOST_USD_PER_HOUR, MOST_STEPS = 1e9, 1e6, 10**12
 """More than any attempt or machine has: a larger number in a file is damage. 1e9 s are 30 years."""
 Line = dict[str, Any]
@@ -34,7 +40,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt of a run, as recorded in its file.
+    """One attempt of a run, as recorded in its file. number: among those of the same work.
 
     seconds: on the meter. price: of its machine; None if it has none. step: the last one recorded. reason: why it ended; None
     while it runs, or if it was killed. seconds_before: the part of `seconds` before it began (boot, set-up). problems: what in
@@ -53,6 +59,11 @@ class Attempt:
     token: str | None = None
     seconds_before: float = 0.0
     problems: tuple[str, ...] = ()
+    work: Work = "train"
+
+    @property
+    def name(self) -> str:
+        return f"{PREFIXES[self.work]} {self.number}"
 
     @property
     def hours(self) -> float:
@@ -96,12 +107,16 @@ class Account:
         priced = [attempt.usd for attempt in self.attempts if attempt.usd is not None]
         return sum(priced) if priced else None
 
+    def of(self, work: Work) -> Account:
+        """The part of the attempts that do this work."""
+        return Account(tuple(attempt for attempt in self.attempts if attempt.work == work), self.problems)
+
 
 class Ledger:
-    """A run's folder of attempt-NNN.jsonl."""
+    """A run's folder of attempts. work: of new ones, which are numbered by work; an account has those of every work."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, work: Work = "train") -> None:
+        self.folder, self.work = folder, work
 
     def account(self, without: str | None = None) -> Account:
         """The account from all files, except that of the token `without`. Corrupt files are reported as problems; raises
@@ -109,8 +124,8 @@ class Ledger:
         attempts: list[Attempt] = []
         problems: list[str] = []
         seen: dict[str, str] = {}
-        for number, path in self._files():
-            attempt = _read(number, path)
+        for work, number, path in self._files():
+            attempt = _read(number, path, work)
             if without is not None and attempt.token == without:
                 continue
             problems += [f"{path}: {problem}" for problem in attempt.problems]
@@ -119,14 +134,14 @@ class Ledger:
                 continue
             seen[attempt.token or str(path)] = path.name
             attempts.append(attempt)
-        unpriced = [attempt.number for attempt in attempts if attempt.usd_per_hour is None]
+        unpriced = [attempt.name for attempt in attempts if attempt.usd_per_hour is None]
         if unpriced and len(unpriced) < len(attempts):
-            problems.append(f"{self.folder}: no price for attempt {', '.join(map(str, unpriced))}; not in the dollars")
+            problems.append(f"{self.folder}: no price for {', '.join(unpriced)}; not in the dollars")
         return Account(tuple(attempts), tuple(problems))
 
     def next_attempt(self) -> int:
         """One more than the highest number in the folder, readable or not. Raises UserError like `account`."""
-        return max((number for number, _ in self._files()), default=0) + 1
+        return max((number for work, number, _ in self._files() if work == self.work), default=0) + 1
 
     def new_attempt(
         self, number: int, *, machine: dict[str, Any], price: MachinePrice | None, resumed_step: int | None
@@ -141,11 +156,16 @@ class Ledger:
         return AttemptLog(self, begin | facts)
 
     def path(self, number: int) -> Path:
-        return self.folder / f"attempt-{number:03d}.jsonl"
+        return self.folder / f"{PREFIXES[self.work]}-{number:03d}.jsonl"
 
-    def _files(self) -> list[tuple[int, Path]]:
-        names = names_in(self.folder)
-        return sorted((int(match[1]), self.folder / name) for name in names if (match := _NAME.fullmatch(name)))
+    def _files(self) -> list[tuple[Work, int, Path]]:
+        """By work in the order of PREFIXES, which is that of a run, and by number."""
+        found = [
+            (_WORK[m[1]], int(m[2]), self.folder / m[0])
+            for name in names_in(self.folder)
+            if (m := _NAME.fullmatch(name))
+        ]
+        return sorted(found, key=lambda file: (list(PREFIXES).index(file[0]), *file[1:]))
 
 
 class AttemptLog:
@@ -162,7 +182,9 @@ class AttemptLog:
         folder = self._ledger.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for orphan in folder.glob(".attempt-*.jsonl.*.tmp"):  # of attempts that were killed while writing
+            for orphan in folder.glob(
+                f".{PREFIXES[self._ledger.work]}-*.jsonl.*.tmp"
+            ):  # of attempts that were killed while writing
                 remove_file(orphan, inside=folder)
         except OSError as error:
             raise disk_error(error, folder) from error
@@ -185,7 +207,7 @@ class AttemptLog:
     def attempt(self) -> Attempt:
         """The attempt as its file has it, or would have it if it could be written."""
         with self._lock:
-            return _attempt(self.number, self.path.name, self._lines, ())
+            return _attempt(self.number, self.path.name, self._lines, (), self._ledger.work)
 
     def heartbeat(self, seconds: float, step: int | None) -> None:
         """Records that the attempt is alive. seconds: on its meter. step: optimizer steps done."""
@@ -228,13 +250,13 @@ class AttemptLog:
         self._lines.append({"event": "renumbered", "at": _now(), "taken": taken})
 
 
-def _read(number: int, path: Path) -> Attempt:
+def _read(number: int, path: Path, work: Work = "train") -> Attempt:
     try:
         if not path.is_file():  # a FIFO would never end
-            return Attempt(number, path.name, problems=("not readable (not a file); not counted",))
+            return Attempt(number, path.name, problems=("not readable (not a file); not counted",), work=work)
         rows = read_bytes(path).decode("utf-8", errors="replace").split("\n")
     except OSError as error:
-        return Attempt(number, path.name, problems=(f"not readable ({error.strerror}); not counted",))
+        return Attempt(number, path.name, problems=(f"not readable ({error.strerror}); not counted",), work=work)
     lines, bad = [], []
     for count, row in enumerate(rows, 1):
         line = _line(row)
@@ -247,10 +269,10 @@ def _read(number: int, path: Path) -> Attempt:
         bad = ["nothing in it is readable; not counted"]
     elif lines[0]["event"] != "begin":
         bad.append("its first line is missing, and so is the price")
-    return _attempt(number, path.name, lines, tuple(bad))
+    return _attempt(number, path.name, lines, tuple(bad), work)
 
 
-def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...]) -> Attempt:
+def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...], work: Work) -> Attempt:
     first = next((line for line in lines if line["event"] == "begin"), {})
     machine, token, began_at, resumed = (first.get(key) for key in ("machine", "token", "at", "step"))
     facts = machine.items() if isinstance(machine, dict) else ()
@@ -267,6 +289,7 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
         token=token if isinstance(token, str) else None,
         seconds_before=_seconds(first) or 0.0,
         problems=(*problems, *_implausible(lines)),
+        work=work,
     )
 
 

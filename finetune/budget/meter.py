@@ -57,7 +57,8 @@ class Meter:
     earlier: the other attempts, as far as they are known; `see` brings them up to date. time: the seconds billed to it; the
     writer of the ledger calls its `take` and `mark`. price: of this machine. restart_usd_per_hour: price of the dearest machine
     on which the run may restart, if this one can be preempted. A restart costs money before the new machine can read the ledger,
-    so the cost of this run's longest start on that machine is reserved below the ceilings.
+    so the cost of this run's longest start on that machine is reserved below the ceilings. usd_key: what sets the ceiling in
+    dollars.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class Meter:
         ceilings: Ceilings,
         *,
         restart_usd_per_hour: float | None = None,
+        usd_key: str = MAX_RUN_USD,
     ) -> None:
+        self._usd_key = usd_key
         self.earlier, self.time, self.price, self.ceilings = earlier, time, price, ceilings
         self._running: tuple[_Running, ...] = ()
         self._looked = time.seconds()
@@ -145,7 +148,7 @@ class Meter:
             others = [(one, one.attempt.usd_per_hour or 0.0) for one in running]
             more = self.ceilings.run_usd - usd - sum((now - one.since) / 3600 * price for one, price in others)
             rate = here + sum(price for _, price in others)
-            left[MAX_RUN_USD] = more / rate * 3600 if rate else math.copysign(math.inf, more)
+            left[self._usd_key] = more / rate * 3600 if rate else math.copysign(math.inf, more)
         if self.ceilings.hours is not None:
             left[MAX_HOURS] = (self.ceilings.hours - self._hours() - unseen) / (1 + len(running)) * 3600
         return left
@@ -158,7 +161,7 @@ class Meter:
         seconds = min(max(starts), MAX_RESTART_RESERVE_SECONDS)
         here = self.price.usd_per_hour if self.price else 0.0
         dearer = max(1.0, restart_usd_per_hour / here) if here else 1.0
-        return {MAX_RUN_USD: seconds * dearer, MAX_HOURS: seconds}
+        return {self._usd_key: seconds * dearer, MAX_HOURS: seconds}
 
     def _text(self, usd: float | None, left: float) -> str:
         parts = []

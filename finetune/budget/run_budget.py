@@ -215,7 +215,10 @@ class FirstRankBudget:
                 "projected_usd": None if projected is None else round(projected, 4),
                 "basis": f"{usage.text}; projected: estimated from the pace so far",
             },
-            "attempt_log": [*map(_attempt_record, self._meter.earlier.attempts), _attempt_record(self._this(reason))],
+            "attempt_log": [
+                *map(_attempt_record, self._meter.earlier.of("train").attempts),
+                _attempt_record(self._this(reason)),
+            ],
         }
 
     @property

@@ -31,8 +31,8 @@ def add(commands: Any) -> None:
         nargs="+",
         type=text,
         metavar="RUN|RUN:MODEL|RESULT",
-        help="the reference first: a run's folder (its tuned model), RUN:base, RUN:NAME of `evaluate RUN --predictions`, or the "
-        "folder of a result of `evaluate CONFIG --predictions`",
+        help="the reference first: a run's folder (its tuned model), RUN:base, RUN:vote, RUN:retry, RUN:NAME of predictions "
+        "judged for the run, or the folder of a result of `evaluate CONFIG --predictions`",
     )
     compare.add_argument(
         "--common",

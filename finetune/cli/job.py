@@ -1,4 +1,4 @@
-"""`finetune job train`, `finetune job evaluate` and `finetune job dev`: what the scripts of on_machine/ call."""
+"""`finetune job train`, `evaluate`, `serve` and `dev`: what the scripts of on_machine/ call."""
 
 from __future__ import annotations
 
@@ -17,8 +17,21 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     job = add_command(commands, "job", None, "do the work of a cloud machine, in the bucket", "finetune job train")
     jobs = job.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add(jobs, "train", _train, "start a run, or resume it", "CONFIG OVERRIDES RUN_NAME MAX_RUN_USD MAX_HOURS")
-    _add(jobs, "evaluate", _evaluate, "score a run and write its report", "RUN_NAME MAX_RUN_USD MAX_HOURS")
+    _add(
+        jobs,
+        "train",
+        _train,
+        "start a run, or resume it, and score it",
+        "CONFIG OVERRIDES RUN_NAME EVALUATE MAX_RUN_USD MAX_HOURS VLLM_MINUTES",
+    )
+    _add(jobs, "evaluate", _evaluate, "score a run and write its report", "RUN_NAME MAX_RUN_USD MAX_HOURS VLLM_MINUTES")
+    _add(
+        jobs,
+        "serve",
+        _serve,
+        "serve a run or an export through ssh",
+        "RUN_NAME EXPORT DATABASES EXECUTE IDLE_MINUTES MAX_USD_PER_DAY MAX_RUN_USD MAX_HOURS VLLM_MINUTES",
+    )
     _add(jobs, "dev", _dev, "serve JupyterLab and TensorBoard through ssh", "MAX_RUN_USD MAX_HOURS")
 
 
@@ -37,6 +50,12 @@ def _evaluate(settings: JobSettings) -> int:
     from finetune.job.evaluate import evaluate
 
     return evaluate(settings)
+
+
+def _serve(settings: JobSettings) -> int:
+    from finetune.job.serve import serve
+
+    return serve(settings)
 
 
 def _dev(settings: JobSettings) -> int:

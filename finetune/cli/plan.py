@@ -37,6 +37,9 @@ def add(commands: Any) -> None:
     kinds.add_argument("--spot", dest="spot", action="store_const", const=True, help="spot machines only")
     kinds.add_argument("--on-demand", dest="spot", action="store_const", const=False, help="on-demand machines only")
     kinds.add_argument("--both", dest="spot", action="store_const", const=None, help="both (the default)")
+    plan.add_argument(
+        "--no-score", action="store_true", help="without the score with which a run ends (EVALUATE=0 in a task)"
+    )
     plan.add_argument("--trust-prices", action="store_true", help="also accept offers with a price anomaly")
     plan.add_argument("--memory", action="store_true", help="print the parts of the GPU memory for each GPU instead")
     plan.add_argument(
@@ -70,6 +73,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         _ceilings(arguments, config),
         spot=arguments.spot,
         trust_prices=arguments.trust_prices,
+        scored=not arguments.no_score,
     )
     print(
         json.dumps(to_json(plan), indent=2, allow_nan=False) if arguments.json else render(plan, str(arguments.config))
@@ -89,6 +93,8 @@ def _typed(arguments: argparse.Namespace) -> str:
             words += [f"--{name.replace('_', '-')}", f"{value:g}"]
     if arguments.spot is not None:
         words.append("--spot" if arguments.spot else "--on-demand")
+    if arguments.no_score:
+        words.append("--no-score")
     if arguments.trust_prices:
         words.append("--trust-prices")
     return " ".join(shlex.join(words).split())

@@ -134,6 +134,10 @@ class PlanSection:
     spot_preemptions_per_hour: float = 0.05  # one in 20 hours; Google publishes no rate for GPUs
     records: int | None = None  # training examples, if the data are not prepared; null: counted in local sources
     mean_tokens: float = 311.0  # prompt and answer of one example, if no tokenizer has counted them
+    questions: int | None = (
+        None  # that the run is scored on, if the data are not prepared; null: counted in local sources
+    )
+    answer_tokens: float = 64.0  # of one generated answer, if no tokenizer has counted the gold ones
 
 
 @dataclass
@@ -155,7 +159,7 @@ class EvaluationSection:
     batch_size: int = 16
     max_new_tokens: int = 256
     samples: int = 1  # answers drawn for each question besides the greedy one, and put to a vote; 1: none
-    temperature: float = 0.8  # of those; lower: more alike, higher: more that do not run
+    temperature: float = 0.8  # of those; lower: more alike
     seed: int = 42  # of those
     retries: int = 0  # how often a question whose SQL does not run is asked again, with the error message
     timeout_seconds: float = 10.0  # for one SQL query
@@ -169,7 +173,9 @@ class EvaluationSection:
     rule: Literal["test_suite", "test_suite_no_distinct", "bird_set", "strict"] = (
         "test_suite"  # when two results are considered equal; eval.json holds the scores under all of them
     )
-    dequantize: bool = False  # dequantize the 4-bit weights once: same results, faster, more memory
+    dequantize: bool | Literal["auto"] = (
+        "auto"  # 4-bit weights, once: same results, faster, more memory; auto: on a GPU, if the memory suffices
+    )
 
 
 @dataclass

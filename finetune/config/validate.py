@@ -39,6 +39,8 @@ LARGEST: dict[str, float] = {
     "plan.setup_minutes": 10**5,
     "plan.records": 10**10,
     "plan.mean_tokens": 1 << 20,
+    "plan.questions": 10**9,
+    "plan.answer_tokens": 1 << 20,
 }
 """The largest value of a key: one beyond it is a typing mistake, or fails later in a library with a message of its own."""
 LARGEST_OTHER = 10**9
@@ -129,6 +131,8 @@ def impossible_values(config: RunConfig) -> list[str]:
         (0 <= c.plan.spot_preemptions_per_hour <= 10, "plan.spot_preemptions_per_hour: expected 0 to 10"),
         (c.plan.records is None or c.plan.records >= 1, "plan.records: expected at least 1"),
         (1 <= c.plan.mean_tokens < math.inf, "plan.mean_tokens: expected at least 1"),
+        (c.plan.questions is None or c.plan.questions >= 1, "plan.questions: expected at least 1"),
+        (1 <= c.plan.answer_tokens < math.inf, "plan.answer_tokens: expected at least 1"),
     ]
     problems = [message for holds, message in rules if not holds] + _too_large(config)
     problems += _unusable_modules(c.lora.target_modules)

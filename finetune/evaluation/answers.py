@@ -31,6 +31,8 @@ from finetune.evaluation.score import sha256
 from finetune.runtime.files import atomic_file, disk_error
 
 FORMAT = 2
+NOT_KEPT = ("out_of_memory", "failed")
+"""Problems that another machine, or the same one without other programs, may not have: such questions are asked again."""
 WRITE_SECONDS = 1.0
 """Between two writes, each of which a mounted bucket turns into an upload of the whole file."""
 
@@ -40,7 +42,8 @@ class AnswerFile:
     """The answers of one model to the prompts, in `path`.
 
     settings: everything else that the answers depend on. answers: by the number of the prompt. seconds: that generation took,
-    over all attempts. loading_within: seconds of loading between the answers, not counted in `seconds`. sampling: None for greedy answers.
+    over all attempts. loading_within: seconds of loading between the answers, not counted in `seconds`. sampling: None for greedy
+    answers.
     """
 
     path: Path
@@ -211,6 +214,6 @@ def _kept(lines: Sequence[Any], prompts: Sequence[str]) -> dict[int, _Line]:
         if not 0 <= number < len(prompts) or line["prompt_sha256"] != sha256(prompts[number]):
             continue
         answer = Answer(**{key: line[key] for key in Answer._fields})
-        if answer.problem != "out_of_memory":  # another machine, or the same one without other programs, may have room
+        if answer.problem not in NOT_KEPT:
             found.setdefault(number, _Line(answer, float(line["seconds"]), float(line.get("loading_seconds", 0.0))))
     return found

@@ -66,6 +66,8 @@ class Beyond:
         sampling = samples.sampling(self.questions)
         settings = {"sampling": samples.sampled_with(evaluation)}
         answers = self._answered("samples", prompts, settings, told, sampling)
+        if not evaluation.retries:
+            self.judged.nothing_else_runs()
         found = samples.judged_samples(self.judged, evaluation.samples, number)
         rows = self._write("vote", found.lines())
         result = samples.scores(found, greedy, evaluation) | {"cost": cost_of([answers]).as_dict()}

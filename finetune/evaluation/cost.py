@@ -102,7 +102,7 @@ def cost_of(answers: Sequence[AnswerFile]) -> Cost:
 def training_usd(ledger: Path) -> float | None:
     """What all attempts of the run's training have cost; None if unknown."""
     try:
-        account = Ledger(ledger).account()
+        account = Ledger(ledger).account().of("train")
     except UserError:
         return None
     unpriced = any(attempt.usd is None for attempt in account.attempts)

@@ -28,12 +28,11 @@ class ErrorClass(NamedTuple):
 
 GOLD_ADVICE = "No answer can be right: correct or remove the record; `finetune data check` lists such records."
 LIMIT_ADVICE = (
-    "Mostly a JOIN without its condition, as rows of every pair; if answers are merely slow, raise the limit in the section "
-    "`evaluation`."
+    "Look for a JOIN without its condition; if the query is merely slow, raise its limit in the section `evaluation`."
 )
 ERROR_CLASSES = {
     "no_sql": ErrorClass(
-        "has no SQL", "The model does not answer in the prompt's form yet: train on more examples or for more steps."
+        "has no SQL", "Read answers in eval/*.jsonl; the model does not know the form yet: train longer."
     ),
     "too_long": ErrorClass(
         "exceeds the model's positions",
@@ -43,34 +42,35 @@ ERROR_CLASSES = {
         "did not fit into memory, even alone",
         "Use a machine with more memory, or shorten the prompt with data.schema_format: compact.",
     ),
+    "failed": ErrorClass(
+        "was refused by the generator", "Read the generator's messages; the next evaluation asks it again."
+    ),
     "syntax_error": ErrorClass(
-        "does not parse",
-        "Look whether answers are cut off at evaluation.max_new_tokens; else train on more examples or for more steps.",
+        "does not parse", "Look whether answers are cut off at evaluation.max_new_tokens; if not, train longer."
     ),
     "no_such_table": ErrorClass(
         "names a table that the database does not have",
-        "Check that the prompt's schema shows all tables (`finetune data check`); else train on more databases.",
+        "Check that the schema in the prompt shows all tables (`finetune data check`); if so, train on more databases.",
     ),
     "column_of_another_table": ErrorClass(
-        "asks a table for a column that only another table has",
-        "Show which column belongs to which table and how tables are joined: a schema with its foreign keys in the prompt, "
-        "data.schema_format: compact, more examples with JOIN.",
+        "asks a table for a column that only another one has",
+        "Show which table has which column and how they are joined: foreign keys in the schema, data.schema_format: compact, "
+        "more examples with JOIN.",
     ),
     "no_such_column": ErrorClass(
         "names a column that no table of the schema has",
-        "Check that the prompt's schema is whole and not cut off; else train on more databases.",
+        "Check that the schema in the prompt is whole; if so, train on more databases.",
     ),
     "no_such_alias": ErrorClass(
-        "uses an alias that its FROM clause does not define",
-        "A JOIN is missing: more training examples with two and more JOINs.",
+        "uses a table or an alias that its FROM clause does not have", "More training examples with two and more JOINs."
     ),
     "ambiguous_column": ErrorClass(
-        "names a column that several of its tables have, and not of which one",
-        "Training examples that write the table before the column wherever there is a JOIN.",
+        "names a column that several of its tables have, and not of which",
+        "More training examples that write the table before the column.",
     ),
     "no_such_function": ErrorClass(
         "calls a function that the database does not have",
-        "The model writes another SQL dialect: name the dialect in the prompt (`dialect` of the records), and train on it.",
+        "The SQL is of another dialect: check `dialect` of the records, and that gold queries use the functions of this one.",
     ),
     "other_sql_error": ErrorClass("fails with another SQL error", "Read the errors in eval/*.jsonl."),
     "forbidden": ErrorClass(
@@ -78,29 +78,26 @@ ERROR_CLASSES = {
     ),
     "empty_result": ErrorClass(
         "finds no rows where gold finds some",
-        "Mostly a text constant that the data write otherwise: show values in the prompt, or give evidence.",
+        "Compare text constants with the data, which may write them otherwise; evidence in the records can tell.",
     ),
     "wrong_columns": ErrorClass(
         "selects other columns than gold, or more or fewer",
-        "Compare with the questions whether they say which columns are wanted; more examples from the same authors teach it.",
+        "Read whether the questions say which columns they want; if so, train on more examples of the same source.",
     ),
-    "wrong_order": ErrorClass(
-        "finds the right rows in another order", "More training examples with ORDER BY and LIMIT."
-    ),
+    "wrong_order": ErrorClass("finds the right rows in another order", "More training examples with ORDER BY."),
     "wrong_rows": ErrorClass(
-        "finds other rows than gold",
-        "Conditions, joins or groups differ; read examples by difficulty before changing anything.",
+        "finds other rows than gold", "Read examples by difficulty: conditions, joins or groups differ."
     ),
     "timeout": ErrorClass("takes longer than the time limit", LIMIT_ADVICE),
     "too_large": ErrorClass("exceeds a limit of memory or size", LIMIT_ADVICE),
     "crashed": ErrorClass(
-        "ends the process that runs or judges it", "Mostly for want of memory on this machine; judge it on a larger one."
+        "ends the process that runs or judges it", "Judge the answers again on a machine with more memory."
     ),
     "gold_failed": ErrorClass("cannot be judged: gold does not run", GOLD_ADVICE),
     "gold_limit": ErrorClass("cannot be judged: gold hits a limit", GOLD_ADVICE),
     "gold_unstable": ErrorClass("cannot be judged: gold gives another result each time", GOLD_ADVICE),
-    "unknown": ErrorClass("was judged by an earlier version", "Evaluate the run again."),
-}  # fmt: skip
+    "unknown": ErrorClass("was judged by an earlier version", "Evaluate the run again, which asks no model."),
+}
 """Name -> what it means, in the order in which an answer is looked at."""
 
 _SYNTAX = re.compile(
@@ -173,25 +170,30 @@ def _some_columns_agree(gold: Rows, found: Rows) -> bool:
     )
 
 
-def _of_column(name: str, sql: str, schema: str, dialect: str) -> str:
-    """The class for a column that SQLite does not find where the query asks for it. A name that has dots itself may be written
-    like one with a table before it, so every ending of the text is tried."""
-    name = name.strip().strip('"`').lower()
-    parts = name.split(".")
-    endings = {".".join(parts[start:]) for start in range(len(parts))}
-    columns = _columns(schema, dialect)
-    if len(parts) > 1 and name not in columns and not _is_defined(parts[-2], sql, dialect):
-        tables = _tables(schema, dialect)
-        return "column_of_another_table" if parts[-1] in tables.get(parts[-2], ()) else "no_such_alias"
-    return "column_of_another_table" if endings & columns else "no_such_column"
-
-
-def _is_defined(qualifier: str, sql: str, dialect: str) -> bool:
-    """Whether the word stands in the query other than before a dot, so that it may be a table or an alias there."""
+def _of_column(written: str, sql: str, schema: str, dialect: str) -> str:
+    """The class for a column that SQLite does not find where the query asks for it. written: as SQLite's message has it, without
+    quotes: T1.name, or a name with dots of its own."""
     code = [piece for piece in pieces(sql, dialect=dialect) if piece.is_code]
-    after: Sequence[str] = [*(piece.text for piece in code[1:]), ""]
-    names = (piece.text.strip('"`[]').lower() for piece in code)
-    return any(name == qualifier and following != "." for name, following in zip(names, after, strict=True))
+    names = [piece.text.strip('"`[]').lower() for piece in code]
+    table, column = _parts(written.strip().strip('"`').lower(), set(names))
+    tables = _tables(schema, dialect)
+    if table and not _is_defined(table, names):
+        return "column_of_another_table" if column in tables.get(table, ()) else "no_such_alias"
+    return "column_of_another_table" if any(column in columns for columns in tables.values()) else "no_such_column"
+
+
+def _parts(written: str, names: set[str]) -> tuple[str, str]:
+    """Table ("" for none) and column, cut where the query writes both as names of their own."""
+    cuts = [("", written), *((written[: dot.start()], written[dot.end() :]) for dot in re.finditer(r"\.", written))]
+    return next(
+        ((table.rpartition(".")[2], column) for table, column in cuts if column in names),
+        (written.rpartition(".")[0].rpartition(".")[2], written.rpartition(".")[2]),
+    )
+
+
+def _is_defined(table: str, names: Sequence[str]) -> bool:
+    """Whether the word stands in the query other than before a dot, so that it may be a table or an alias there."""
+    return any(name == table and after != "." for name, after in zip(names, [*names[1:], ""], strict=True))
 
 
 @lru_cache(maxsize=256)
@@ -202,10 +204,6 @@ def _tables(schema: str, dialect: str) -> dict[str, frozenset[str]]:
     except UserError:
         return {}
     return {table.name.lower(): frozenset(column.name.lower() for column in table.columns) for table in tables}
-
-
-def _columns(schema: str, dialect: str) -> frozenset[str]:
-    return frozenset().union(*_tables(schema, dialect).values())
 
 
 def as_error_class(verdict: str, recorded: str | None) -> str | None:

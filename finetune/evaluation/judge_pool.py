@@ -146,8 +146,8 @@ class JudgePool:
             self._changed.notify_all()
 
     def wait(self, told: Callable[[int], object] = lambda left: None) -> None:
-        """Until every answer is judged. told: called now and then with how many are left. Raises what judging raised: UserError if a database cannot be read or processes keep
-        ending, NotStarted if there are none."""
+        """Until every answer is judged. told: called now and then with how many are left. Raises what judging raised: UserError if
+        a database cannot be read or processes keep ending, NotStarted if there are none."""
         with self._changed:
             while self._unfinished and self._failure is None:
                 told(self._unfinished)
@@ -259,8 +259,8 @@ class JudgePool:
             self._deaths_in_a_row += 1
             if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
                 raise UserError(
-                    f"the processes that judge answers keep ending ({ended}); end other programs on this machine, or use one with "
-                    "more memory; the same command goes on with the answers that are kept",
+                    f"the processes that judge answers keep ending ({ended}); end other programs on this machine, or use one "
+                    "with more memory; the same command goes on with the answers that are kept",
                     code="evaluation.judging_failed",
                 )
         left[0].deaths += 1

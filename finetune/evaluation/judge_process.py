@@ -71,7 +71,8 @@ class JudgeProcess:
         self._reply(START_SECONDS)
 
     def ask(self, answers: Sequence[tuple[int, Answer]], asked: Sequence[Asked]) -> Iterator[dict[str, Any]]:
-        """The reply to each answer, in order, as soon as it is there. answers: with the numbers of their questions. Raises Ended."""
+        """The reply to each answer, in order, as soon as it is there. answers: with the numbers of their questions. Raises
+        Ended."""
         try:
             self._requests.write(self._message(answers, asked))
         except OSError:

@@ -1,4 +1,4 @@
-"""The child process of `judge_pool.JudgePool`: judges answers one after the other (judge.py), each query in its own sandbox child.
+"""The child process of `judge_pool.JudgePool`: judges answers one after the other (judge.py), with a sandbox of its own.
 
 Reads JSON objects from stdin, one per line: first the settings (parent, rule, timeout_seconds, limits), then batches:
 

@@ -103,8 +103,8 @@ class Judging:
             self._pool.add_workers(max(0, min(MOST_WORKERS, usable_cores()) - self._pool.workers))
 
     def rows(self, key: Key, *, progress: bool = False) -> list[Row]:
-        """The verdicts on all answers that were submitted under the key, in the order of the questions. progress: show a bar if it
-        takes long. Raises UserError if a database cannot be read, or if the processes that judge keep ending."""
+        """The verdicts on all answers that were submitted under the key, in the order of the questions. progress: show a bar if
+        it takes long. Raises UserError if a database cannot be read, or if the processes that judge keep ending."""
         answers, outcomes = self._answers.get(key, {}), self._outcomes.setdefault(key, {})
         todo = [number for number in sorted(answers) if number not in outcomes]
         with tqdm(total=len(todo), desc="judging answers", unit="answer", delay=2, disable=not progress) as bar:

@@ -31,7 +31,8 @@ from finetune.runtime.files import as_text, load_json, sha256_file, write_json
 
 PREDICTIONS = "predictions"
 """The model in a result."""
-MODELS_OF_A_RUN = ("base", "tuned")
+MODELS_OF_A_RUN = ("base", "tuned", "vote", "retry")
+"""What else `finetune compare RUN:NAME` may mean."""
 
 
 @dataclass(frozen=True)

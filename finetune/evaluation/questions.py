@@ -24,7 +24,7 @@ from finetune.runtime.files import sha256_file
 
 STOPPING_VERSION = 4
 """Raise it when generation stops at other places of an answer (data/answers.py): answers generated before are then not reused."""
-JUDGING_VERSION = 3
+JUDGING_VERSION = 4
 """Raise it when other SQL is taken out of an answer, or when a rule changes: cached verdicts are then computed again."""
 GENERATION_KEYS = (
     *("generator", "adapter", "batch_size", "max_new_tokens", "dequantize"),

@@ -2,8 +2,9 @@
 
 Base and tuned model use the same code, prompts and weights (the tuned model is the base model plus the adapter), so any
 gain is due to the adapter. Answers are kept as they come (answers.py) and judged while others are generated (judging.py): an
-evaluation that was killed goes on where it was, and one with another rule or time limit only judges again. The base model's answers and score do not depend on a run: they are in
-base/ beside the runs and are used as long as weights, prompts and settings stay the same.
+evaluation that was killed goes on where it was, and one with another rule or time limit only judges again. The base model's
+answers and score do not depend on a run: they are in base/ beside the runs and are used as long as weights, prompts and settings
+stay the same.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from finetune.budget.ledger import Ledger
 from finetune.errors import EXIT_OK, UserError
-from finetune.job.data import data_of_run
-from finetune.job.limits import hours_left, run_limited
-from finetune.job.programs import call, say
+from finetune.job.limits import hours_left
+from finetune.job.metering import Metering
+from finetune.job.score import score
 from finetune.job.settings import JobSettings
+from finetune.machine.price import Ceilings
 from finetune.run_folder import RunFolder
 
 
@@ -15,21 +17,19 @@ def evaluate(settings: JobSettings) -> int:
     limit was too low."""
     settings.require_bucket()
     run = run_to_score(settings)
-    say(f"scoring {run.path}")
-    data_of_run(run, settings)
-    hours = hours_left(settings)
-    ended = run_limited(["finetune", "evaluate", str(run.path)], hours, settings)
-    if ended.out_of_time:
+    hours = hours_left(settings)  # MAX_RUN_USD is for this evaluation alone: the meter records it, and has no ceiling
+    ended = score(run, hours, settings, Metering(Ledger(run.ledger, "evaluate"), Ceilings()))
+    if ended is None:
+        raise UserError(
+            f"{run.path}: its data come without databases, so nothing can be executed", code="data.no_database"
+        )
+    if ended.out_of_time and ended.code != EXIT_OK:
         raise UserError(
             f"not scored in {hours:.4f} hours ({settings.limits}); the answers so far are in the bucket: launch again with "
             f"--env RUN_NAME={run.path.name}, which goes on from them, and a higher limit if one launch should do",
             code="job.out_of_time",
         )
-    if ended.code != EXIT_OK:
-        return ended.code
-    call(["finetune", "report", str(run.path)], settings.environment)
-    say(f"the report is in the bucket: gcloud storage cp gs://{settings.bucket}/runs/{run.path.name}/report.html .")
-    return EXIT_OK
+    return ended.code
 
 
 def run_to_score(settings: JobSettings) -> RunFolder:

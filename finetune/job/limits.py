@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
-from finetune.errors import EXIT_USER_ERROR, UserError
+from finetune.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from finetune.job.programs import say, shell_code
 from finetune.job.settings import JobSettings
 from finetune.machine.price import Ceilings, machine_price, wall_hours
@@ -24,10 +24,31 @@ ROOM_SCRIPT = Path("on_machine") / "room.sh"
 
 @dataclass(frozen=True)
 class Ended:
-    """code: exit code as in a shell. out_of_time: whether the program was stopped at its time limit."""
+    """code: exit code as in a shell. out_of_time: whether the program was stopped at its time limit. signalled: whether this
+    process was asked to end meanwhile. over: why the program was stopped at another limit; "" if it was not."""
 
     code: int
     out_of_time: bool
+    signalled: bool = False
+    over: str = ""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the program was ended from outside, as by a preemption, so that it should be run again."""
+        by_signal = self.code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        return not (self.out_of_time or self.over) and (by_signal or (self.signalled and self.code != EXIT_OK))
+
+
+class Limit(Protocol):
+    """A limit besides the hours. Another thread may reach it."""
+
+    @property
+    def over(self) -> str:
+        """Why the program has to end; "" if it need not."""
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it has to end now, without more time to save."""
 
 
 def hours_left(settings: JobSettings) -> float:
@@ -48,17 +69,23 @@ def hours_left(settings: JobSettings) -> float:
     return hours
 
 
-def run_limited(command: Sequence[str], hours: float, settings: JobSettings, output: IO[bytes] | None = None) -> Ended:
+def run_limited(
+    command: Sequence[str],
+    hours: float,
+    settings: JobSettings,
+    output: IO[bytes] | None = None,
+    limit: Limit | None = None,
+) -> Ended:
     """Run the program that does the job's work; output: a file for what it prints, None for our own output.
 
-    When its time is up, when the disk is nearly full (on_machine/room.sh), and when this process gets SIGTERM or SIGINT, the
-    program gets SIGTERM and has GRACE_SECONDS to save its work. It gets one signal only, because a second one makes it exit at
-    once; its child processes get none, because it still needs them.
+    When its time is up or the other limit is reached, when the disk is nearly full (on_machine/room.sh), and when this process
+    gets SIGTERM or SIGINT, the program gets SIGTERM and has GRACE_SECONDS to save its work. It gets one signal only, because a
+    second one makes it exit at once; its child processes get none, because it still needs them.
     """
     full = settings.state / "room.full"
     remove_file(full, inside=settings.state)
     stopper = _ProgramStopper(float(settings.grace_seconds))
-    ends, out_of_time = time.monotonic() + hours * 3600, False
+    ends, out_of_time, over = time.monotonic() + hours * 3600, False, ""
     with stopper.on_signals():
         program = subprocess.Popen(command, env=settings.environment, stdout=output, stderr=output)
         stopper.attach(program)
@@ -66,10 +93,13 @@ def run_limited(command: Sequence[str], hours: float, settings: JobSettings, out
         while (code := _ended(program)) is None:
             if not stopper.requested and full.exists():
                 stopper.was_signalled()
+            if limit and limit.over and not stopper.requested:
+                over = limit.over
+                stopper.request()
             if not stopper.requested and time.monotonic() >= ends:
                 out_of_time = True
                 stopper.request()
-            stopper.kill_if_overdue()
+            stopper.kill_if_overdue(at_once=limit is not None and limit.overdue)
     code = shell_code(code)
     if (code or out_of_time) and full.exists():
         say(
@@ -77,7 +107,7 @@ def run_limited(command: Sequence[str], hours: float, settings: JobSettings, out
             "launch again with a larger resources.disk_size, or free some space, with the same --env RUN_NAME"
         )
         return Ended(EXIT_USER_ERROR, False)  # the disk of another machine would fill too
-    return Ended(code, out_of_time)
+    return Ended(code, out_of_time, stopper.by_signal, over)
 
 
 class _ProgramStopper:
@@ -88,12 +118,13 @@ class _ProgramStopper:
         self._program: subprocess.Popen[bytes] | None = None
         self._deadline: float | None = None
         self._signalled = False
+        self.by_signal = False
 
     @property
     def requested(self) -> bool:
         return self._deadline is not None
 
-    def request(self, *_: object) -> None:
+    def request(self) -> None:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace
         self._terminate()
@@ -107,9 +138,13 @@ class _ProgramStopper:
         if self.requested:  # by a signal that arrived while it was starting
             self._terminate()
 
-    def kill_if_overdue(self) -> None:
-        if self._program and self._deadline is not None and time.monotonic() >= self._deadline:
+    def kill_if_overdue(self, *, at_once: bool) -> None:
+        if self._program and (at_once or (self._deadline is not None and time.monotonic() >= self._deadline)):
             self._program.kill()
+
+    def _on_signal(self, *_: object) -> None:
+        self.by_signal = True
+        self.request()
 
     def _terminate(self) -> None:
         if self._program and not self._signalled:
@@ -119,7 +154,7 @@ class _ProgramStopper:
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """While the block runs, SIGTERM and SIGINT do not end this process, but request the end of the program."""
-        earlier = {number: signal.signal(number, self.request) for number in (signal.SIGTERM, signal.SIGINT)}
+        earlier = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:

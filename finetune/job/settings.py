@@ -1,5 +1,5 @@
-"""A job's environment as one typed object. The task YAMLs of sky/ set RUN_NAME, CONFIG, OVERRIDES, MAX_RUN_USD, MAX_HOURS and
-BUCKET; SkyPilot sets SKYPILOT_*."""
+"""A job's environment as one typed object. The task YAMLs of sky/ set RUN_NAME, CONFIG, OVERRIDES, EVALUATE, MAX_RUN_USD,
+MAX_HOURS, VLLM_MINUTES and BUCKET; SkyPilot sets SKYPILOT_*. What sky/serve.yaml alone sets is read in serve.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from finetune.run_name import LONGEST_NAME, fault_of_name
 from finetune.runtime.files import parse_json
 from finetune.runtime.paths import expanded
 
-SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
-DEFAULTS = {"MAX_RUN_USD": "25", "MAX_HOURS": "24", "GRACE_SECONDS": "180", "FINETUNE_MOUNT": "/bucket"}
+API_KEY = "FINETUNE_API_KEY"
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", API_KEY)
+DEFAULTS = {
+    "MAX_RUN_USD": "25",
+    "MAX_HOURS": "24",
+    "GRACE_SECONDS": "180",
+    "FINETUNE_MOUNT": "/bucket",
+    "EVALUATE": "0",
+    "VLLM_MINUTES": "15",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class Nodes:
 @dataclass(frozen=True)
 class JobSettings:
     """max_run_usd, max_hours and grace_seconds are Decimal so that messages show them as typed. grace_seconds: from SIGTERM until
-    a program that does not end is killed. environment: for the programs that the job starts."""
+    a program that does not end is killed. evaluate: whether training ends with the score. vllm_minutes: for how long vLLM's
+    environment is waited for; 0: not at all. environment: for the programs that the job starts."""
 
     mount: Path
     state: Path
@@ -43,6 +52,8 @@ class JobSettings:
     max_run_usd: Decimal
     max_hours: Decimal
     grace_seconds: Decimal
+    evaluate: bool
+    vllm_minutes: Decimal
     bucket: str
     cluster: str
     nodes: Nodes | None
@@ -84,7 +95,10 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
     """The settings from an environment. Raises UserError that names every invalid variable."""
     values = {name: given.get(name) or default for name, default in DEFAULTS.items()}
     problems: list[str] = []
-    numbers = {name: _positive(name, values[name], problems) for name in ("MAX_RUN_USD", "MAX_HOURS", "GRACE_SECONDS")}
+    numbers = {name: positive(name, values[name], problems) for name in ("MAX_RUN_USD", "MAX_HOURS", "GRACE_SECONDS")}
+    minutes = (
+        Decimal(0) if values["VLLM_MINUTES"] == "0" else positive("VLLM_MINUTES", values["VLLM_MINUTES"], problems)
+    )
     name = given.get("RUN_NAME", "")
     if name and not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
         problems.append(
@@ -92,6 +106,7 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
         )
     elif name and (fault := fault_of_name(name)):
         problems.append(f"RUN_NAME: {fault}")
+    evaluate = switch("EVALUATE", values["EVALUATE"], problems)
     nodes = _nodes(given, problems)
     if problems:
         raise UserError("; ".join(problems), code="job.bad_setting")
@@ -106,6 +121,8 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
         max_run_usd=numbers["MAX_RUN_USD"],
         max_hours=numbers["MAX_HOURS"],
         grace_seconds=numbers["GRACE_SECONDS"],
+        evaluate=evaluate,
+        vllm_minutes=minutes,
         bucket=given.get("BUCKET") or "BUCKET",
         cluster=_cluster(given),
         nodes=nodes,
@@ -113,12 +130,19 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
     )
 
 
-def _positive(name: str, text: str, problems: list[str]) -> Decimal:
-    """Parsed as in the launch policy."""
+def positive(name: str, text: str, problems: list[str]) -> Decimal:
+    """A number above 0, parsed as in the launch policy. One line is added to `problems` for anything else."""
     number = parse_limit(text)
     if number is None:
         problems.append(f"{name}: expected a number above 0 and up to {LARGEST_LIMIT:,}, found {text[:40]!r}")
     return number or Decimal(1)
+
+
+def switch(name: str, text: str, problems: list[str]) -> bool:
+    """Whether a variable that is 1 or 0 is 1. One line is added to `problems` for anything else."""
+    if text not in ("0", "1"):
+        problems.append(f"{name}: expected 1 or 0, found {text[:40]!r}")
+    return text == "1"
 
 
 def _nodes(given: Mapping[str, str], problems: list[str]) -> Nodes | None:

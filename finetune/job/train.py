@@ -1,4 +1,7 @@
-"""`finetune job train`: starts a run in the bucket, or resumes an interrupted one from its newest checkpoint.
+"""`finetune job train`: starts a run in the bucket, or resumes an interrupted one from its newest checkpoint, and scores it.
+
+With EVALUATE=1 the job goes on with the score and the report when training is done, or stopped at a limit of its own, on the same
+machine and under the same ceilings. If it is interrupted while it scores, the next one goes on there and does not train again.
 
 For a task with num_nodes, SkyPilot runs this on every node.
 """
@@ -6,6 +9,7 @@ For a task with num_nodes, SkyPilot runs this on every node.
 from __future__ import annotations
 
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from finetune.errors import EXIT_OK, UserError
 from finetune.job.data import data_of_config, data_of_run
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
+from finetune.job.score import is_scored, score_after_training
 from finetune.job.settings import JobSettings
 from finetune.run_folder import RunFolder
 
@@ -21,7 +26,8 @@ NODES_PORT = 29500
 
 
 def train(settings: JobSettings) -> int:
-    """Exit codes: 0 done, or stopped at a limit with a checkpoint; 2 user error; 75 interrupted, to be run again."""
+    """Exit codes: 0 done, or stopped at a limit with a checkpoint; 2 user error; 75 interrupted, to be run again; if the score
+    failed, its own."""
     settings.require_bucket()
     name = settings.name_of_run()
     wandb = {"WANDB_RUN_ID": name, "WANDB_NAME": name, "WANDB_RESUME": "allow"}
@@ -33,21 +39,20 @@ def train(settings: JobSettings) -> int:
     elif run.record().status != "done":
         words = _go_on(run, settings)
     else:
-        say(f"{run.path} is done; {_score(name)}")
-        return EXIT_OK
-    hours = hours_left(settings)
+        return score_after_training(run, _hours_for_the_score(run, settings), settings)
+    hours, began = hours_left(settings), time.monotonic()
     with tensorboard(settings):
         say(f"training for at most {hours:.4f} hours on this machine")
         ended = run_limited([*trainer(settings), *words], hours, settings)
-    if ended.out_of_time:
-        say(
-            f"{hours:.4f} hours are over ({settings.limits}): stopped, the newest checkpoint is kept in {run.path}; to resume, "
-            f"launch again with --env RUN_NAME={name} and a higher limit"
-        )
-        return EXIT_OK  # so that a managed job does not restart it
-    if ended.code == EXIT_OK:
-        say(f"done; {_score(name)}")
-    return ended.code
+        if ended.out_of_time:
+            say(
+                f"{hours:.4f} hours are over ({settings.limits}): stopped, the newest checkpoint is kept in {run.path}; to "
+                f"resume, launch again with --env RUN_NAME={name} and a higher limit"
+            )
+            return EXIT_OK  # so that a managed job does not restart it
+        if ended.code != EXIT_OK:
+            return ended.code
+        return score_after_training(run, hours - (time.monotonic() - began) / 3600, settings)
 
 
 def trainer(settings: JobSettings) -> list[str]:
@@ -76,6 +81,18 @@ def gpus(settings: JobSettings) -> int:
     return len([line for line in listed.splitlines() if line.startswith("GPU ")])
 
 
+def _hours_for_the_score(run: RunFolder, settings: JobSettings) -> float:
+    """Of a run that is done: 0 if it needs none, or if the limits leave none, which is no mistake then."""
+    if not settings.evaluate or is_scored(run):
+        return 0.0
+    try:
+        return hours_left(settings)
+    except UserError as error:
+        if error.code != "budget.exhausted":
+            raise
+        return 0.0
+
+
 def _begin(run: RunFolder, settings: JobSettings) -> list[str]:
     if not settings.config:
         raise UserError(
@@ -92,7 +109,3 @@ def _go_on(run: RunFolder, settings: JobSettings) -> list[str]:
     data_of_run(run, settings)
     say(f"resuming {run.path}")
     return ["--resume", str(run.path), "--max-run-usd", str(settings.max_run_usd)]  # the ceiling typed last applies
-
-
-def _score(name: str) -> str:
-    return f"score it with: sky launch sky/evaluate.yaml --env RUN_NAME={name}"

@@ -196,6 +196,38 @@ def adapters_to_float32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def adapters_to_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast the adapters of a model that only answers to the dtype it computes in: PEFT otherwise casts the activations of every
+    layer to theirs and back."""
+    for module in model.modules():
+        for name in ("lora_A", "lora_B"):
+            if isinstance(layers := getattr(module, name, None), torch.nn.ModuleDict):
+                layers.to(dtype)
+
+
+def is_four_bit(model: torch.nn.Module) -> bool:
+    return any(getattr(parameter, "quant_state", None) is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """The base model of `model` with its adapter added into the weights, in place. Sums are computed in float32 and rounded once
+    to the dtype of the weights, which must have 16 bits or more. PEFT's own merge rounds the adapter first."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight = layer.get_base_layer().weight  # type: ignore[union-attr]
+        total = weight.data.float()
+        for name in layer.active_adapters:
+            if name in layer.lora_A or name in layer.lora_embedding_A:
+                total += layer.get_delta_weight(name)  # type: ignore[operator]
+        weight.data = total.to(weight.dtype)
+    merged: PreTrainedModel = model.unload()  # type: ignore[operator]
+    return merged
+
+
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters; a packed 4-bit weight counts with its dequantized size."""
     total = trainable = 0

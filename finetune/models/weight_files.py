@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from finetune.config.schema import ModelSection
 from finetune.errors import UserError, first_line
 from finetune.models.load import resolve_name
-from finetune.runtime.confined import within
 from finetune.runtime.files import disk_error, load_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,6 +37,7 @@ NAMES = {
     torch.bool: "BOOL",
 }
 """Names of dtypes in a safetensors header."""
+_KINDS = {name: kind for kind, name in NAMES.items()}
 PART_BYTES = 1 << 26
 """A tensor that is only copied is read in parts of about this size."""
 MARGIN_BYTES = 1 << 26
@@ -51,41 +50,33 @@ class BaseWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = self._found()
+        self._headers: dict[Path, _Safetensors] = {}
 
     @property
     def names(self) -> set[str]:
         return set(self._files)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A copy of the tensor, as it is in the file."""
-        with self._open(name) as file:
-            return file.get_tensor(name).clone()
+        """The tensor, as it is in the file."""
+        return next(self._read(name, None))
 
     def parts(self, name: str) -> Iterator[torch.Tensor]:
-        """The same in parts of whole rows, for tensors that are only copied."""
-        with self._open(name) as file:
-            part = file.get_slice(name)
-            shape = list(part.get_shape())
-            if not shape:
-                yield file.get_tensor(name).clone()
-                return
-            row = max(1, math.prod(shape[1:])) * 4
-            step = max(1, PART_BYTES // row)
-            for start in range(0, shape[0], step):
-                yield part[start : start + step].clone()
+        """The same in parts of whole rows, each of about PART_BYTES: for tensors that are only copied."""
+        yield from self._read(name, PART_BYTES)
 
-    @contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
-        """The open file of a tensor. It is opened for each tensor: closing it gives back the memory of what was mapped."""
+    def _read(self, name: str, of_bytes: int | None) -> Iterator[torch.Tensor]:
         path = self._files[name]
         try:
-            if path.suffix == ".bin":
-                yield _Pickled(path)
-            else:
-                with safe_open(path, framework="pt") as file:
-                    yield file
-        except (OSError, SafetensorError, RuntimeError, LookupError, EOFError) as error:
+            yield from self._file(path).parts(name, of_bytes)
+        except (OSError, ValueError, SafetensorError, RuntimeError, LookupError, EOFError) as error:
             raise self._fault(f"{path.name} is not readable ({first_line(error)})") from error
+
+    def _file(self, path: Path) -> _Pickled | _Safetensors:
+        if path.suffix == ".bin":
+            return _Pickled(path)
+        if path not in self._headers:
+            self._headers[path] = _Safetensors(path)
+        return self._headers[path]
 
     def _found(self) -> dict[str, Path]:
         """The file of each tensor."""
@@ -98,29 +89,20 @@ class BaseWeights:
 
     def _names_in(self, path: Path) -> list[str]:
         try:
-            if path.suffix == ".bin":
-                return list(_Pickled(path).tensors)
-            with safe_open(path, framework="pt") as file:
-                return list(file.keys())
-        except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+            return list((_Pickled if path.suffix == ".bin" else _Safetensors)(path).names)
+        except (OSError, ValueError, SafetensorError, RuntimeError, EOFError) as error:
             raise self._fault(f"{path.name} is not readable ({first_line(error)})") from error
 
     def _of_index(self, index: Path) -> dict[str, Path]:
         try:
-            listed = load_json(index)["weight_map"]
-            found = {name: within(self.folder, file) for name, file in listed.items()}
+            listed = {name: str(file) for name, file in load_json(index)["weight_map"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._fault(f"{index.name} is not readable ({first_line(error)})") from error
-        for name, path in found.items():
-            # a hub's cache consists of links, which lead out of the folder
-            linked = self.folder / str(listed[name])
-            if path is None and not (Path(str(listed[name])).name == listed[name] and linked.is_file()):
-                raise self._fault(f"{index.name} names {str(listed[name])[:80]!r}, which is no file in it")
-            found[name] = path or linked
-        missing = sorted({path.name for path in found.values() if path is not None and not path.is_file()})
-        if missing:
-            raise self._fault(f"{missing[0]} is missing")
-        return {name: path for name, path in found.items() if path is not None}
+        for file in sorted(set(listed.values())):
+            # a plain name: the files of the hub's cache are links, which lead out of the folder
+            if Path(file).name != file or not (self.folder / file).is_file():
+                raise self._fault(f"{index.name} names {file[:80]!r}, which is no file in it")
+        return {name: self.folder / file for name, file in listed.items()}
 
     def _fault(self, what: str) -> UserError:
         return UserError(
@@ -129,28 +111,52 @@ class BaseWeights:
         )
 
 
-class _Pickled:
-    """A pytorch_model.bin with the interface of safe_open; its tensors are mapped, not read, and no code in it is run."""
+class _Safetensors:
+    """A safetensors file, read with plain reads: what is mapped into memory (safe_open) counts as this process's memory, file by
+    file, however little of it is used."""
 
     def __init__(self, path: Path) -> None:
-        self.tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with safe_open(path, framework="pt") as file:  # checks the header, and that the file is as long as it says
+            self.names = frozenset(file.keys())
+        with path.open("rb") as plain:
+            size = int.from_bytes(plain.read(8), "little")
+            header = json.loads(plain.read(size))
+        self._path, self._start, self._header = path, 8 + size, header
 
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+    def parts(self, name: str, of_bytes: int | None) -> Iterator[torch.Tensor]:
+        entry = self._header[name]
+        shape, kind = entry["shape"], _KINDS[entry["dtype"]]
+        begin, end = entry["data_offsets"]
+        row = max(1, math.prod(shape[1:]) * kind.itemsize)
+        step = end - begin if of_bytes is None or not shape else max(1, of_bytes // row) * row
+        with self._path.open("rb", buffering=0) as file:
+            for place in range(begin, end, max(1, step)):
+                content = bytearray(min(step, end - place))
+                file.seek(self._start + place)
+                if _read_into(file, content) < len(content):
+                    raise EOFError("it ends too early")
+                yield torch.frombuffer(content, dtype=kind).reshape(-1, *shape[1:])
 
-    def get_slice(self, name: str) -> _Rows:
-        return _Rows(self.tensors[name])
+
+class _Pickled:
+    """A pytorch_model.bin with the same interface; its tensors are mapped, not read, and no code in it is run."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        self.names = frozenset(self._tensors)
+
+    def parts(self, name: str, of_bytes: int | None) -> Iterator[torch.Tensor]:
+        tensor = self._tensors[name]
+        row = max(1, math.prod(tensor.shape[1:]) * tensor.element_size())
+        step = len(tensor) if of_bytes is None else max(1, of_bytes // row)
+        yield from (tensor[start : start + step].clone() for start in range(0, len(tensor), step))
 
 
-class _Rows:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self._tensor.shape)
-
-    def __getitem__(self, rows: slice) -> torch.Tensor:
-        return self._tensor[rows]
+def _read_into(file: IO[bytes], content: bytearray) -> int:
+    view, done = memoryview(content), 0
+    while done < len(content) and (count := file.readinto(view[done:])):  # type: ignore[attr-defined]
+        done += count
+    return done
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from finetune.data.records import read_lines
 from finetune.errors import UserError, shown
 from finetune.evaluation.paired import is_right
 from finetune.evaluation.score import Row
-from finetune.report.source import Json, dig, evaluation_problem, rows_file
+from finetune.report.source import Json, dig, evaluation_problem, rows_file, scores_problem
 from finetune.run_record import read_record
 from finetune.runtime.files import names_in, read_json
 from finetune.runtime.paths import expanded
@@ -20,28 +20,28 @@ from finetune.runtime.paths import expanded
 PREDICTIONS = "predictions"
 TEXTS = ("id", "db_id", "question", "difficulty", "gold", "prediction", "answer", "verdict", "gold_sha256", "gold_kind")
 TEXTS_OR_NONE = ("error", "error_class")
+BEYOND_GREEDY = {"vote": ("samples.vote", "samples.vote.rows"), "retry": ("retry.score", "retry.rows")}
+"""Name -> where its scores and the name of its rows are in those of the tuned model."""
 RULE_KEYS = ("rule", "timeout_seconds")
 """Of eval.json files that earlier versions wrote; newer ones have all that verdicts depend on, under `judging`."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """The answers of one model and their verdicts. label: its name in the comparison. evaluation: eval.json. again: the words of
-    the command that judges these answers again. trained_on: the SHA-256 of the manifest of its training data, None if unknown."""
+    """The answers of one model and their verdicts.
+
+    label: its name in the comparison. evaluation: eval.json; scores: what it has about these answers. again: the words of the
+    command that judges these answers again. trained_on: the SHA-256 of the manifest of its training data, None if unknown.
+    """
 
     label: str
     given: str
     folder: Path
-    model: str
+    scores: Json
     evaluation: Json
     rows: dict[str, Row]
     again: tuple[str, ...]
     trained_on: str | None
-
-    @property
-    def scores(self) -> Json:
-        scores: Json = self.evaluation["models"][self.model]
-        return scores
 
     @property
     def judging(self) -> Json:
@@ -74,7 +74,8 @@ def read_all(given: Sequence[str]) -> list[Compared]:
 
 
 def read_compared(given: str) -> Compared:
-    """given: a run's folder (its tuned model), RUN:MODEL, or the folder of a result of `evaluate --predictions`."""
+    """given: a run's folder (its tuned model), RUN:NAME, or the folder of a result of `evaluate --predictions`. NAME: base,
+    vote, retry, or the name of predictions that were judged for the run."""
     folder, model = _place(given)
     is_run = (folder / "config.yaml").is_file()
     path = folder / "eval.json"
@@ -195,8 +196,17 @@ def _place(given: str) -> tuple[Path, str | None]:
 
 
 def _models(path: Path) -> list[str]:
-    models = dig(read_json(path, f"finetune evaluate {path.parent}"), "models")
-    return [name for name, scores in models.items() if scores] if isinstance(models, dict) else []
+    return list(_scores(read_json(path, f"finetune evaluate {path.parent}")))
+
+
+def _scores(evaluation: Json) -> Json:
+    """What eval.json has about each model, by name, and about what the tuned one can do beyond its greedy answers."""
+    models = dig(evaluation, "models")
+    found = dict(models) if isinstance(models, dict) else {}
+    for name, (scores, rows) in BEYOND_GREEDY.items():
+        if isinstance(there := dig(evaluation, f"models.tuned.{scores}"), dict):
+            found[name] = there | {"rows": dig(evaluation, f"models.tuned.{rows}")}
+    return {name: scores for name, scores in found.items() if scores}
 
 
 def _names(folder: Path) -> list[str]:
@@ -210,11 +220,11 @@ def _names(folder: Path) -> list[str]:
 def _read(given: str, label: str, folder: Path, path: Path, model: str) -> Compared:
     plain = f"finetune evaluate {folder}"
     evaluation = read_json(path, plain)
-    if problem := evaluation_problem(evaluation):
+    scores = _scores(evaluation)[model]
+    if problem := evaluation_problem(evaluation) or scores_problem(scores):
         raise UserError(f"{path}: {problem}; run `{plain}` again", code="compare.bad_input")
     again = _again(folder, evaluation)
     command = shlex.join(again)
-    scores = evaluation["models"][model]
     file = rows_file(folder, model, scores.get("rows"), command)
     if file is None or not file.is_file():
         raise UserError(
@@ -229,7 +239,7 @@ def _read(given: str, label: str, folder: Path, path: Path, model: str) -> Compa
             f"`{command}` again",
             code="compare.bad_input",
         )
-    return Compared(label, given, folder, model, evaluation, rows, again, _trained_on(folder))
+    return Compared(label, given, folder, scores, evaluation, rows, again, _trained_on(folder))
 
 
 def _again(folder: Path, evaluation: Json) -> tuple[str, ...]:

@@ -77,7 +77,10 @@ def default_folder(comparison: Comparison) -> Path:
 
 def page(comparison: Comparison) -> str:
     """compare.html."""
-    sections = [_section(number, versus) for number, versus in enumerate(comparison.versus, 1)]
+    several = len(comparison.versus) > 1
+    sections = [
+        _section(versus, f" ({number})" if several else "") for number, versus in enumerate(comparison.versus, 1)
+    ]
     content = {
         "comparison": comparison,
         "evaluation": comparison.reference.evaluation,
@@ -120,13 +123,14 @@ def _hundredfold(interval: tuple[float, float]) -> tuple[float, float]:
     return 100 * interval[0], 100 * interval[1]
 
 
-def _section(number: int, versus: Versus) -> Section:
+def _section(versus: Versus, number: str) -> Section:
+    """number: what tells the titles of its plots from those of others, because each becomes an id of the page."""
     by_difficulty = groups(versus.pairs, lambda row: row.difficulty)
     levels = sorted(by_difficulty.items(), key=lambda item: LEVELS.index(item[0]) if item[0] in LEVELS else len(LEVELS))
     databases = list(groups(versus.pairs, lambda row: row.db_id).items())
     titles = ("By difficulty", "By database")
     plots = draw_groups(
-        [(f"{title} ({number})", _bars(found)) for title, found in zip(titles, (levels, databases), strict=True)],
+        [(f"{title}{number}", _bars(found)) for title, found in zip(titles, (levels, databases), strict=True)],
         (versus.reference.label, versus.challenger.label),
     )
     return Section(
@@ -146,6 +150,9 @@ def _bars(found: Sequence[tuple[str, Group]]) -> list[Bar]:
 
 
 def _differences(versus: Versus) -> list[tuple[str, str, str, str, int, int, str]]:
+    rule = str(versus.reference.evaluation.get("rule"))
+    all_of_them = {f"{rule} (chosen)": (versus.found, versus.p), **versus.others}
+    all_of_them.pop(rule, None)
     return [
         (
             name,
@@ -156,7 +163,7 @@ def _differences(versus: Versus) -> list[tuple[str, str, str, str, int, int, str
             found.lost,
             p_value(p).removeprefix("= "),
         )
-        for name, (found, p) in versus.others.items()
+        for name, (found, p) in all_of_them.items()
     ]
 
 

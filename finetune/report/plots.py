@@ -112,7 +112,7 @@ def draw_differences(title: str, differences: Sequence[Interval]) -> Plot:
         axes.axvline(0, color=COLOURS["muted"], linewidth=1)
         axes.plot([], [], color=COLOURS["after"], label="over questions")
         axes.plot([], [], color=COLOURS["second"], label="over databases")
-        axes.set_yticks(range(len(differences)), [_short(one.name) for one in differences], color=COLOURS["ink"])
+        axes.set_yticks(range(len(differences)), [_label(one.name) for one in differences], color=COLOURS["ink"])
         axes.set_ylim(len(differences) - 0.5, -0.5)
         axes.set_xlabel("points")
         axes.grid(axis="x")
@@ -125,7 +125,7 @@ def draw_groups(titles_and_bars: Sequence[tuple[str, Sequence[Bar]]], labels: tu
     """Accuracy by group of two models of these names, the first as `base`; the titles must differ."""
     with _styled():
         return [
-            _bar_plot(title, bars, tuple(f" {_short(label)}" for label in labels), "all are in the table")
+            _bar_plot(title, bars, tuple(f" {_label(label)}" for label in labels), "all are in the table")
             for title, bars in titles_and_bars
         ]
 
@@ -143,6 +143,12 @@ def _styled() -> Iterator[None]:
 def _short(name: str) -> str:
     name = visible(name, one_line=True)
     return name if len(name) <= 16 else name[:15] + "…"
+
+
+def _label(name: str) -> str:
+    """The name of a run, which often differs from that of another one at its end only."""
+    name = visible(name, one_line=True)
+    return name if len(name) <= 22 else f"{name[:9]}…{name[-12:]}"
 
 
 _STYLE: Any = {  # Any, because matplotlib types the keys as one long Literal
@@ -299,5 +305,5 @@ def _plot(figure: Figure, title: str, caption: str, spoken: str = "") -> Plot:
     body = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{prefix}-", body)
     for name, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
-    label = html.escape(". ".join(filter(None, (title, caption, spoken))))
+    label = html.escape(visible(". ".join(filter(None, (title, caption, spoken)))))
     return Plot(title, caption, f'<svg role="img" aria-label="{label}" viewBox="{drawn[1]}">{body}</svg>')

@@ -80,7 +80,7 @@ def evaluation_problem(evaluation: Json) -> str | None:
     if not isinstance(evaluation.get("rule"), str | None):
         return "rule: expected a text"
     for name, scores in models.items():
-        if scores is not None and (problem := _scores_problem(scores)):
+        if scores is not None and (problem := scores_problem(scores)):
             return f"models.{name} {problem}"
     if gain is not None and (problem := _counts_problem(gain, OUTCOMES)):
         return f"gain {problem}"
@@ -96,7 +96,7 @@ def _is_interval(value: Any) -> bool:
     return _is_list_of(value, int | float) and len(value) == 2 and all(math.isfinite(bound) for bound in value)
 
 
-def _scores_problem(scores: Any) -> str | None:
+def scores_problem(scores: Any) -> str | None:
     if problem := _counts_problem(scores, ("correct", "questions")):
         return problem
     if number(scores, "execution_accuracy") is None:
@@ -123,7 +123,7 @@ def _beyond_problem(scores: Json) -> str | None:
     """The first problem in what was measured beside the greedy answers."""
     for key in ("samples.vote", "samples.pass_at", "retry.score"):
         found = dig(scores, key)
-        if found is not None and (problem := _scores_problem(found)):
+        if found is not None and (problem := scores_problem(found)):
             return f"has a {key} that {problem}"
     for key in ("samples.gain.vote", "samples.gain.pass_at", "retry.gain"):
         counts = dig(scores, f"{key}.gain")

@@ -112,6 +112,8 @@ def volatility(sql: str, dialect: str = "sqlite") -> str | None:
         tokens = sqlglot.tokenize(sql, read=dialect)
     except (SqlglotError, ValueError):
         return None
+    if not tokens:
+        return None
     words = [token.text.lower() for token in tokens]
     quoted = [token.token_type.name in ("STRING", "IDENTIFIER") for token in tokens]
     calls = {

@@ -260,6 +260,8 @@ def test_a_reference_that_cannot_be_resolved_is_refused_with_its_key(tmp_path: P
         ("plan", "spot_preemptions_per_hour", float("nan")),
         ("plan", "records", 0),
         ("plan", "mean_tokens", 0.0),
+        ("plan", "questions", 0),
+        ("plan", "answer_tokens", 0.0),
         ("plan", "mean_tokens", float("nan")),
         ("evaluation", "batch_size", 0),
         ("evaluation", "max_new_tokens", 0),

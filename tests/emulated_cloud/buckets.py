@@ -98,6 +98,10 @@ class Buckets:
         ) as answer:
             return bytes(answer.read())
 
+    def delete(self, bucket: str, name: str) -> None:
+        request = urllib.request.Request(f"{self.url}/storage/v1/b/{bucket}/o/{quote(name, safe='')}", method="DELETE")
+        self._opener.open(request, timeout=60).close()
+
     def updated(self, bucket: str, name: str) -> float:
         """When the object was last written, in seconds since the epoch, by the bucket's clock."""
         about = self._json(f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}")

@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.budget.ledger import Attempt
+from finetune.budget.ledger import Account, Attempt
 from finetune.cloud.catalog.csv_file import VMS
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from tests.emulated_cloud.environment import CloudEnvironment
@@ -75,23 +75,26 @@ class Reconciliation:
 def reconcile(run: Run, folder: Path) -> Reconciliation:
     """Compares the bill with the ledger (fetched into `folder`) of the only run on the machines, and prints both.
 
-    Raises AssertionError if they differ by more than 2%, if attempts and machines do not match one to one, or if the ledger has a
-    wrong zone, kind or price of a machine.
+    Raises AssertionError if they differ by more than 2%, if a machine has no attempt or an attempt no machine, or if the ledger
+    has a wrong zone, kind or price of a machine.
     """
     bill, account = run.environment.cloud.bill, run.account(folder)
     price = catalog_price(run.environment.sky.home)
     print(bill.table(price))
     stretches = [one for one in bill.stretches if one.running]
     assert not account.problems, account.problems
-    assert len(stretches) == len(account.attempts), (stretches, account.attempts)
-    for stretch, attempt in zip(stretches, account.attempts, strict=True):
-        check_machine(stretch, attempt, price(stretch))
-        record_metric(
-            f"attempt {attempt.number}: a start of {attempt.seconds_before:.1f} s; {attempt.seconds:.1f} s in the ledger, "
-            f"{stretch.seconds:.1f} s on the bill"
-        )
-        PACE.starts.append(attempt.seconds_before)
-    tails = [idle(run, stretch, attempt) for stretch, attempt in zip(stretches, account.attempts, strict=True)]
+    on_each = [attempts_on(stretch, stretches, account) for stretch in stretches]
+    assert sum(map(len, on_each)) == len(account.attempts), (stretches, account.attempts)
+    for stretch, attempts in zip(stretches, on_each, strict=True):
+        assert attempts, (stretch, account.attempts)
+        for attempt in attempts:
+            check_machine(stretch, attempt, price(stretch))
+            record_metric(
+                f"{attempt.name}: a start of {attempt.seconds_before:.1f} s; {attempt.seconds:.1f} s in the ledger, "
+                f"{stretch.seconds:.1f} s on the bill"
+            )
+        PACE.starts.append(attempts[0].seconds_before)
+    tails = [idle(run, stretch, attempts[-1]) for stretch, attempts in zip(stretches, on_each, strict=True)]
     assert account.usd is not None
     result = Reconciliation(
         bill_seconds=sum(one.seconds for one in stretches),
@@ -104,6 +107,18 @@ def reconcile(run: Run, folder: Path) -> Reconciliation:
     record_metric(str(result))
     assert abs(result.difference) < TOLERANCE, str(result)
     return result
+
+
+def attempts_on(stretch: Stretch, stretches: list[Stretch], account: Account) -> list[Attempt]:
+    """In the order of their beginning. A machine that was stopped and started has one attempt for each of its stretches; any
+    other may have several, such as training and its evaluation."""
+    own = [one for one in stretches if one.machine == stretch.machine]
+    there = [attempt for attempt in account.attempts if attempt.machine.get("name") == stretch.machine]
+    there.sort(key=lambda attempt: (attempt.began_at or "", attempt.work != "train"))
+    if len(own) == 1:
+        return there
+    assert len(own) == len(there), (own, there)
+    return [there[own.index(stretch)]]
 
 
 def idle(run: Run, stretch: Stretch, attempt: Attempt) -> float:

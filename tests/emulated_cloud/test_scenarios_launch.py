@@ -13,7 +13,7 @@ from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.reconciliation import catalog_price, check_nothing_left, reconcile
 from tests.emulated_cloud.table import record_metric
 from tests.emulated_cloud.training import LONG_SAVE_STEPS, SHORT, STEPS, Run, launch, long_run, wait_for_tensorboard
-from tests.emulated_cloud.whole import Whole
+from tests.emulated_cloud.whole import NAME, Whole
 
 pytestmark = pytest.mark.cloud
 MISTRAL = "configs/mistral_7b_qlora.yaml"
@@ -28,12 +28,15 @@ GONE = 2
 @pytest.mark.cloud_short
 @pytest.mark.xdist_group("whole")
 def test_train_a100_as_typed(environment: CloudEnvironment, whole: Whole) -> None:
-    """Scenario 1: policy, spot machine, bucket, data, set-up, training, checkpoints in the bucket, autodown."""
-    record_metric(f"launch to the end of training: {whole.seconds:.0f} s")
+    """Scenario 1: policy, spot machine, bucket, data, set-up, training, checkpoints in the bucket, score, autodown."""
+    record_metric(f"launch to the report: {whole.seconds:.0f} s")
     assert "finetune: of " in whole.output, "the policy has chosen"
     assert whole.machine.request.gpu == "A100" and whole.machine.request.spot
     assert (whole.record["status"], whole.record["steps"]["done"]) == ("done", STEPS)
     assert whole.committed[-1] == STEPS
+    report = {f"runs/{NAME}/{name}" for name in ("eval.json", "report.html", "ledger/evaluation-001.jsonl")}
+    assert report <= set(whole.objects), "on the same machine, and its cost is part of the comparison with the bill"
+    assert "without vLLM: this machine may have no GPU" in whole.output
     assert any(name.startswith("data/") for name in whole.objects), "synced into a bucket that was not there before"
 
 

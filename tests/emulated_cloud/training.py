@@ -61,9 +61,11 @@ def add_training(checkout: Path) -> None:
 
 
 def launch(task: str, *options: str, overrides: str = "", **env: object) -> list[str]:
-    """The arguments of `sky launch TASK` or, with --jobs as the first option, `sky jobs launch TASK` for the tiny training."""
+    """The arguments of `sky launch TASK` or, with --jobs as the first option, `sky jobs launch TASK` for the tiny training,
+    without its score unless EVALUATE=1 is given."""
     settings = {
         "CONFIG": CONFIG,
+        "EVALUATE": 0,
         "FINETUNE_ALLOW_CPU": 1,
         "FINETUNE_HEARTBEAT_SECONDS": HEARTBEAT_SECONDS,
         "FINETUNE_LEASE_SECONDS": LEASE_SECONDS,
@@ -132,6 +134,21 @@ class Run:
     def record(self) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(self.read("run.json"))
         return value
+
+    def answers(self, model: str) -> list[str]:
+        """The lines of the answers of the base or the tuned model in the bucket, without the first one, of the settings."""
+        place = "runs/base/" if model == "base" else f"{self.prefix}eval/answers/tuned-"
+        names = self.environment.buckets.objects(BUCKET, place)
+        files = [name for name in names if name.endswith("answers.jsonl" if model == "base" else ".jsonl")]
+        texts = [self.environment.buckets.read(BUCKET, name).decode() for name in files if "attempts" not in name]
+        return [line for text in texts for line in text.splitlines()[1:]]
+
+    def wait_for_answers(self, model: str, count: int, seconds: float = 240) -> list[str]:
+        """Waits until so many answers are in the bucket; returns their lines."""
+        self._wait(
+            lambda: len(self.answers(model)) >= count, seconds, f"no {count} answers of the {model} model", every=0.2
+        )
+        return self.answers(model)
 
     def updated(self, name: str) -> float:
         """When a file was last written, in seconds since the epoch: by the bucket's clock, not by that of the run."""

@@ -1,4 +1,4 @@
-"""One launch without interruptions: scenario 1 checks it, and interrupted runs are compared with it."""
+"""One launch without interruptions, of a run with its score: scenario 1 checks it, and interrupted runs are compared with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "whole"
 
 @dataclass(frozen=True)
 class Whole:
-    """output: of `sky launch`; machine: the only one that it used; seconds: from the command to the end of training; objects: of
+    """output: of `sky launch`; machine: the only one that it used; seconds: from the command to the end of the job; objects: of
     the bucket, which did not exist before."""
 
     output: str
@@ -34,7 +34,7 @@ def launch_whole(environment: CloudEnvironment, project: Path, folder: Path) -> 
     if BUCKET in environment.buckets.names():  # left by earlier tests
         environment.sky.run("storage", "delete", "-y", BUCKET).ok()
     assert BUCKET not in environment.buckets.names()
-    words = launch("train_a100", "-c", NAME, "-i", "1", "--down", RUN_NAME=NAME)
+    words = launch("train_a100", "-c", NAME, "-i", "1", "--down", RUN_NAME=NAME, EVALUATE=1)
     launched = environment.sky.run(*words, cwd=project).ok()
     machine = environment.cloud.machine(NAME)
     run = Run(environment, NAME)

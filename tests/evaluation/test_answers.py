@@ -170,14 +170,26 @@ def test_answers_are_on_the_disk_within_seconds(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_seconds_of_all_attempts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter(range(100))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
+    """From the start of each attempt to its last answer."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Slow(Speaker):
+        def answers(self, prompts: Sequence[str], *, done: Done, **settings: Any) -> list[Answer]:
+            def later(number: int, answer: Answer) -> None:
+                now[0] += 2.5
+                done(number, answer)
+
+            return super().answers(prompts, done=later, **settings)
+
     path = tmp_path / "part.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        generate(answer_file(path), Speaker(stop_before=2))
+        generate(answer_file(path), Slow(stop_before=2))
+    assert answer_file(path).seconds == pytest.approx(5)
+    now[0] += 1000  # between the attempts
     file = answer_file(path)
-    generate(file, Speaker())
-    assert file.seconds == pytest.approx(3) and answer_file(path).seconds == pytest.approx(3)
+    generate(file, Slow())
+    assert file.seconds == pytest.approx(12.5) and answer_file(path).seconds == pytest.approx(12.5)
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs a disk that is full")
@@ -198,29 +210,38 @@ def evaluation_of(run: RunFolder) -> tuple[Any, ...]:
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: timeless(item) for key, item in value.items() if key not in ("seconds", "adapter")}
+            return {
+                key: timeless(item)
+                for key, item in value.items()
+                if key not in ("seconds", "adapter", "judging", "cost")
+            }
         return value
 
     scores = timeless(json.loads(run.eval_json.read_text()))
     rows = [[timeless(line) for line in read_jsonl(run.eval_rows(name))] for name in ("base", "tuned")]
     kept = [*run.path.glob("eval/answers/*.jsonl"), *run.path.parent.glob("base/*/answers.jsonl")]
-    return scores, rows, [(path.name, without_seconds(path)) for path in sorted(kept)]
+    return scores, rows, [(path.name, without_seconds(path)[0], by_question(path)) for path in sorted(kept)]
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each batch of the real model takes a little longer, so that there is time to kill it."""
+    """Each answer of the real model takes a little longer and is written at once, so that there is time to kill it."""
     real = hf.generate_answers
 
-    def generate(*arguments: Any, **settings: Any) -> Any:
-        time.sleep(0.03)
-        return real(*arguments, **settings)
+    def generate(*arguments: Any, done: Done, **settings: Any) -> Any:
+        def slowly(number: int, answer: Answer) -> None:
+            done(number, answer)
+            time.sleep(0.1)
+
+        return real(*arguments, done=slowly, **settings)
 
     monkeypatch.setattr(hf, "generate_answers", generate)
+    monkeypatch.setattr("finetune.evaluation.answers.WRITE_SECONDS", 0.0)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # whose threads a forked process does not have
 
 
-def killed_after(run: RunFolder, batches: int) -> None:
-    """Evaluate in a child process, which gets SIGKILL as soon as so many batches of one answer are kept."""
+def killed_after(run: RunFolder, answers: int) -> None:
+    """Evaluate in a child process, which gets SIGKILL as soon as so many answers are kept."""
     child = os.fork()
     if not child:
         try:
@@ -230,7 +251,7 @@ def killed_after(run: RunFolder, batches: int) -> None:
     ends = time.monotonic() + 60
     while time.monotonic() < ends:
         files = [*run.path.glob("eval/answers/*.jsonl"), *run.path.parent.glob("base/*/answers.jsonl")]
-        if sum(path.read_bytes().count(b"\n") - 1 for path in files) >= batches:
+        if sum(path.read_bytes().count(b"\n") - 1 for path in files) >= answers:
             break
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
@@ -245,8 +266,8 @@ def test_an_evaluation_killed_and_called_again_ends_as_one_that_was_not(
     plain = copy_run(tiny_run, tmp_path / "plain", evaluation=settings)
     evaluate_run(plain, progress=False)
     run = copy_run(tiny_run, tmp_path / "killed", evaluation=settings)
-    for batches in (2, 8):
-        killed_after(run, batches)
+    for answers in (2, 8):
+        killed_after(run, answers)
         assert not run.eval_json.exists()
     capfd.readouterr()
     evaluate_run(run, progress=False)
@@ -261,11 +282,14 @@ def test_ctrl_c_says_what_is_kept_and_exits_75_only_if_something_is(
     monkeypatch.setattr("transformers.core_model_loading.tqdm", lambda items, **_: items)
     real, left = hf.generate_answers, [0]
 
-    def stopping(*arguments: Any, **settings: Any) -> Any:
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return real(*arguments, **settings)
+    def stopping(*arguments: Any, done: Done, **settings: Any) -> Any:
+        def counted(number: int, answer: Answer) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            done(number, answer)
+
+        return real(*arguments, done=counted, **settings)
 
     monkeypatch.setattr(hf, "generate_answers", stopping)
     with pytest.raises(Interrupted) as nothing:
@@ -273,12 +297,12 @@ def test_ctrl_c_says_what_is_kept_and_exits_75_only_if_something_is(
     assert not nothing.value.resumable
     assert cli.main(["evaluate", str(run.path)]) == 130
     assert "finetune: interrupted: no answer was complete, so nothing is kept" in capsys.readouterr().err
-    left[0] = 4
+    left[0] = 8
     assert cli.main(["evaluate", str(run.path)]) == 75
     said = capsys.readouterr().err.splitlines()[-1]
     assert "6 of 6 answers of the base model" in said and "2 of 6 answers of the tuned model" in said
     assert not run.eval_json.exists()
-    left[0] = 2
+    left[0] = 4
     assert cli.main(["evaluate", str(run.path)]) == 0
     assert json.loads(run.eval_json.read_text())["models"]["tuned"]["questions"] == 6
 

@@ -15,9 +15,8 @@ from finetune.config.load import load_config
 from finetune.data.records import Record
 from finetune.evaluation import run as evaluation_run
 from finetune.evaluation.generators import hf
-from finetune.evaluation.judge import Judge
+from finetune.evaluation.judge import Judge, Outcome
 from finetune.evaluation.run import evaluate_base, evaluate_run
-from finetune.evaluation.score import Row
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop
@@ -44,13 +43,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of the questions whose answers were judged, in order."""
     ids: list[str] = []
-    row = Judge.row
+    outcome = Judge.outcome
 
-    def counted(judge: Judge, record: Record, *rest: Any) -> Row:
+    def counted(judge: Judge, record: Record, *rest: Any) -> Outcome:
         ids.append(record.id)
-        return row(judge, record, *rest)
+        return outcome(judge, record, *rest)
 
-    monkeypatch.setattr(Judge, "row", counted)
+    monkeypatch.setattr(Judge, "outcome", counted)
     return ids
 
 

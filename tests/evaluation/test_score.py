@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from finetune.data.records import Record
 from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.judge import Judge, score_answer
-from finetune.evaluation.paired import gain, gains
 from finetune.evaluation.score import Row, as_dict, score
-from finetune.evaluation.statistics import bootstrap_by_database, paired_interval, wilson_interval
+from finetune.evaluation.statistics import wilson_interval
 from finetune.sql.compare import RULES, Rule
 from finetune.sql.engines.sqlite import SqlSandbox
 from tests.helpers.data_examples import make_database, row
@@ -265,22 +264,6 @@ def test_scores_are_split_by_kind_of_gold_and_given_under_every_rule() -> None:
     assert apart["execution_accuracy_interval95"] == list(wilson_interval(2, 3))
     assert {rule: scores["correct"] for rule, scores in found["rules"].items()} == {"test_suite": 3, "strict": 2}
     assert score(rows[2:3])["without_hollow"]["execution_accuracy"] is None
-    wrong = [replace(row, verdict="wrong_rows", verdicts={"test_suite": "wrong_rows"}) for row in rows]
-    both = gains(wrong, rows)
-    assert both["gain"]["won"] == 3 and both["gain_without_hollow"]["won"] == 2
-    assert set(both["gain_by_rule"]) == {"test_suite"}, "under the rules that all rows were judged by"
-
-
-def test_the_gain_has_an_interval_over_questions_and_one_over_databases() -> None:
-    names = ("a", "a", "b", "b", "c", "c")
-    wrong = [made("wrong_rows", number, db_id=name) for number, name in enumerate(names)]
-    right = [made("correct", number, db_id=name) for number, name in enumerate(names)]
-    mixed = [*right[:2], *wrong[2:]]
-    found = gains(wrong, mixed)["gain_interval95"]
-    assert found["databases"] == bootstrap_by_database([(2.0, 2), (0.0, 2), (0.0, 2)]) == (0.0, 1.0)
-    assert found["questions"] == paired_interval(2, 0, 6)
-    assert gains(wrong[:2], right[:2])["gain_interval95"]["databases"] is None, "of one database"
-    assert score(mixed)["execution_accuracy_interval95_by_database"] == (0.0, 1.0)
 
 
 # many answers
@@ -337,23 +320,6 @@ def test_a_score_counts_each_group_by_itself() -> None:
         "shop": {"correct": 1, "questions": 1},
     }
     assert scored["verdicts"] == {"correct": 2, "no_sql": 1, "sql_error": 1, "wrong_rows": 1}
-
-
-def numbered(verdicts: Sequence[str]) -> list[Row]:
-    return [made(verdict, number) for number, verdict in enumerate(verdicts)]
-
-
-def test_the_gain_counts_what_only_one_of_the_models_answers() -> None:
-    base = numbered(["correct", "correct", "wrong_rows", "sql_error", "no_sql", "timeout"])
-    tuned = numbered(["correct", "wrong_rows", "correct", "correct", "correct", "sql_error"])
-    assert gain(base, tuned) == {"won": 3, "lost": 1, "both": 1, "neither": 1}
-    assert gain(base, list(reversed(tuned))) == gain(base, tuned)
-
-
-def test_the_gain_is_over_the_questions_that_both_were_asked() -> None:
-    base, tuned = numbered(["correct", "wrong_rows"]), numbered(["correct", "correct", "correct"])
-    assert gain(base, tuned) == {"won": 1, "lost": 0, "both": 1, "neither": 0}
-    assert gain(base[:1], tuned[1:]) == {"won": 0, "lost": 0, "both": 0, "neither": 0}
 
 
 # the interval of a proportion

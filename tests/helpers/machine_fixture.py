@@ -43,10 +43,14 @@ case $1 in
 esac
 echo "$*" >>"$CALLS"
 env | grep -E '^(WANDB|HF)_' >"$CALLS.env"
+if [ "$1" = evaluate ]; then
+  FAKE_WORK=${FAKE_EVALUATION:-${FAKE_WORK:-}}
+  FAKE_CODE=${FAKE_EVALUATION_CODE:-${FAKE_CODE:-0}}
+fi
 [ -z "${FAKE_WORK:-}" ] || exec "$here/python" -c "$FAKE_WORK"
 exit "${FAKE_CODE:-0}"
 """
-"""$1 decides; FAKE_CODE is the exit code of what is neither a job nor data."""
+"""$1 decides; FAKE_CODE is the exit code of what is neither a job nor data, FAKE_EVALUATION_CODE that of an evaluation alone."""
 
 RECORDER = '#!/usr/bin/env bash\necho "${0##*/} $*" >>"$CALLS"\n'
 TENSORBOARD = RECORDER + 'echo $$ >"$CALLS.tensorboard"\nexec sleep 60\n'

@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def test_a_signal_during_the_start_of_the_limited_program_is_not_lost(
 ) -> None:
     monkeypatch.setattr("finetune.job.limits._watch_room", lambda *_: None)
     started_and_signalled(monkeypatch, when)
-    assert run_limited(python("import time; time.sleep(60)"), HOUR, settings) == Ended(143, out_of_time=False)
+    assert run_limited(python("import time; time.sleep(60)"), HOUR, settings) == Ended(
+        143, out_of_time=False, signalled=True
+    )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -180,10 +183,72 @@ def test_an_evaluation_that_takes_too_long_is_an_error(
     run = settings.runs / "mine"
     run.mkdir(parents=True)
     (run / "config.yaml").touch()
-    monkeypatch.setattr(job_evaluate, "data_of_run", lambda *_: None)
-    monkeypatch.setattr(job_evaluate, "run_limited", lambda *_: Ended(143, out_of_time=True))
+    monkeypatch.setattr(job_evaluate, "score", lambda *_: Ended(143, out_of_time=True))
     with raises("job.out_of_time", match="^not scored in 24.0000 hours.*--env RUN_NAME=mine, which goes on"):
         job_evaluate.evaluate(settings)
+
+
+def test_data_without_databases_cannot_be_scored(
+    settings: JobSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings, mount=tmp_path, run_name="mine")
+    (settings.runs / "mine").mkdir(parents=True)
+    (settings.runs / "mine" / "config.yaml").touch()
+    monkeypatch.setattr(job_evaluate, "score", lambda *_: None)
+    with raises("data.no_database", match="runs/mine: its data come without databases"):
+        job_evaluate.evaluate(settings)
+
+
+@dataclass
+class Reached:
+    """A limit that is reached once the file is there, and then overdue, too, if it is to be."""
+
+    file: Path
+    at_once: bool = False
+
+    @property
+    def over(self) -> str:
+        return "the money" if self.file.exists() else ""
+
+    @property
+    def overdue(self) -> bool:
+        return self.at_once and self.file.exists()
+
+
+def test_another_limit_ends_the_program_which_may_save(settings: JobSettings, tmp_path: Path) -> None:
+    saves = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(75)); "
+    starts = f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(60)"
+    ended = run_limited(python(saves + starts), HOUR, settings, limit=Reached(tmp_path / "ready"))
+    assert ended == Ended(75, out_of_time=False, over="the money") and not ended.interrupted
+
+
+def test_at_another_limit_that_is_overdue_the_program_is_killed(settings: JobSettings, tmp_path: Path) -> None:
+    settings = replace(settings, grace_seconds=Decimal(50))
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    starts = f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(60)"
+    began = time.monotonic()
+    limit = Reached(tmp_path / "ready", at_once=True)
+    assert run_limited(python(deaf + starts), HOUR, settings, limit=limit).code == 137
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("ended", "interrupted"),
+    [
+        (Ended(0, False), False),
+        (Ended(1, False), False),
+        (Ended(75, False), False),  # it says so itself
+        (Ended(143, False), True),
+        (Ended(130, False), True),
+        (Ended(137, False), False),  # out of memory
+        (Ended(137, False, signalled=True), True),  # the grace period was over
+        (Ended(0, False, signalled=True), False),
+        (Ended(143, True), False),
+        (Ended(143, False, over="the money"), False),
+    ],
+)
+def test_what_counts_as_an_interruption(ended: Ended, interrupted: bool) -> None:
+    assert ended.interrupted == interrupted
 
 
 def test_hours_that_are_used_up_are_an_error(settings: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ from finetune.cloud.launch.sky_resources import (
 )
 from finetune.cloud.launch.travel import check_config_travels, check_inputs_travel, check_scripts_travel, luggage_of
 from finetune.cloud.plan.plan import OnGpu, run_on
-from finetune.cloud.plan.workload import run_size
+from finetune.cloud.plan.workload import evaluation_size, run_size
 from finetune.config.load import data_key, load_config
 from finetune.config.schema import PlanSection, RunConfig
 from finetune.errors import LONGEST_LIST, NotEstimated, UserError
@@ -48,6 +48,7 @@ from finetune.runtime.console import escape_unprintable
 from finetune.runtime.files import unix_line_ends_command, with_carriage_returns
 
 CONFIG, OVERRIDES, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
+EVALUATE, DAILY = "EVALUATE", "MAX_USD_PER_DAY"
 """Environment variables of our task YAMLs."""
 DEFAULT_RUN_USD = 25.0
 SHOWN = 12
@@ -125,8 +126,13 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     task = request.task
     name = request.request_name.value
     check_priceable(task)
-    if HOURS in task.envs:
-        _positive(HOURS, task.envs[HOURS], "hours")
+    for limit, unit in ((HOURS, "hours"), (DAILY, "US dollars")):
+        if limit in task.envs:
+            _positive(limit, task.envs[limit], unit)
+    if task.envs.get(EVALUATE, "0") not in ("0", "1"):
+        raise UserError(
+            f"envs.{EVALUATE}: expected 1 or 0, found {task.envs[EVALUATE][:40]!r}", code="launch.bad_value"
+        )
     exists = pin_to_cluster(request)
     budget = _run_budget(task, say)
     catalog = catalog_for_launch(say)
@@ -200,7 +206,8 @@ def _run(task: sky.Task, names: set[str], say: Any) -> tuple[dict[str, OnGpu], P
         return {}, config.plan
     try:
         size = run_size(config)
-        return {name: run_on(config, size, GPUS[name]) for name in names}, config.plan
+        evaluation = evaluation_size(config) if task.envs.get(EVALUATE) == "1" else None
+        return {name: run_on(config, size, GPUS[name], evaluation) for name in names}, config.plan
     except NotEstimated as error:
         say(f"finetune: WARNING: {error}; so machines are ranked by price alone, and the run's memory is not checked")
         return {}, config.plan

@@ -1,7 +1,7 @@
 """What a run would cost on each GPU: whether it fits, its hours, its dollars, and whether they are below the ceilings.
 
-Hours are billed hours of one machine: boot and set-up, training, validation, and for spot the work lost to preemptions and the
-set-up of each replacement. Waiting for capacity is not billed and not included.
+Hours are billed hours of one machine: boot and set-up, training, validation, the score, and for spot the work lost to preemptions
+and the set-up of each replacement. Waiting for capacity is not billed and not included.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import math
 from dataclasses import dataclass, replace
 
 from finetune.cloud.catalog.offers import Catalog, Offer
-from finetune.cloud.plan.workload import RunSize, run_size
+from finetune.cloud.plan.workload import EvaluationSize, RunSize, evaluation_size, run_size
 from finetune.config.load import examples_per_step
 from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
 from finetune.estimate.fit import Fitted, MicroBatchConfig, fit_on, usual_step_tokens
+from finetune.estimate.generation import GenerationSpeed, generation_speed, generator_on
 from finetune.estimate.speed import Speed, training_speed
 from finetune.estimate.speed_fused import FusedStep, fused_speed
 from finetune.machine.gpus import GPUS, GpuSpec
@@ -32,8 +33,17 @@ the next checkpoint."""
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """The score of a run on one type of GPU: base and tuned model. hours: with loading."""
+
+    speed: GenerationSpeed
+    hours: float
+
+
+@dataclass(frozen=True)
 class OnGpu:
-    """A run on one type of GPU, without prices. Memory in GiB; hours of training and validation only.
+    """A run on one type of GPU, without prices. Memory in GiB; hours of training and validation only. scoring: None if the run is
+    not scored, or if it is unknown how many questions there are.
 
     micro_batch_config: how the fused backend computes a step on this GPU; None with the Hugging Face backend. available_gib: GPU
     memory that the run may use, None for all of it.
@@ -48,17 +58,21 @@ class OnGpu:
     save_key: str = "checkpoint.every_minutes"  # the config key that determines save_hours
     micro_batch_config: MicroBatchConfig | None = None
     available_gib: float | None = None
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Expected billed hours and US dollars of the whole run; lost_* is the part caused by preemptions."""
+    """Expected billed hours and US dollars of the whole run; lost_* is the part caused by preemptions, score_* that of the score
+    without preemptions."""
 
     hours: float
     usd: float
     preemptions: float
     lost_hours: float
     lost_usd: float
+    score_hours: float = 0.0
+    score_usd: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,26 +96,37 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: the chosen ones by expected dollars, then the refused ones."""
+    """rows: the chosen ones by expected dollars, then the refused ones. evaluation: None if the run is not scored, or if the
+    number of questions is unknown; scored tells the two apart."""
 
     size: RunSize
     ceilings: Ceilings
     assumptions: PlanSection
     catalog: Catalog
     rows: tuple[Row, ...]
+    evaluation: EvaluationSize | None = None
+    scored: bool = True
 
 
 def plan_run(
-    config: RunConfig, catalog: Catalog, ceilings: Ceilings, *, spot: bool | None = None, trust_prices: bool = False
+    config: RunConfig,
+    catalog: Catalog,
+    ceilings: Ceilings,
+    *,
+    spot: bool | None = None,
+    trust_prices: bool = False,
+    scored: bool = True,
 ) -> Plan:
-    """Price the run on every GPU of plan.gpus. spot: True for spot only, False for on-demand only, None for both.
+    """Price the run on every GPU of plan.gpus. spot: True for spot only, False for on-demand only, None for both. scored: whether
+    the run ends with its score, as the task YAMLs have it.
 
     Raises UserError for a model of unknown shape, data of unknown size, and a GPU that the catalog does not sell.
     """
     size = run_size(config)
+    evaluation = evaluation_size(config) if scored else None
     rows = []
     for name in config.plan.gpus:
-        on_gpu = run_on(config, size, GPUS[name])
+        on_gpu = run_on(config, size, GPUS[name], evaluation)
         if not on_gpu.gpu.machine:
             raise UserError(
                 f"plan.gpus: {name} is not supported on Google Cloud; choose among {', '.join(_sold())}",
@@ -116,11 +141,12 @@ def plan_run(
             row = _row(on_gpu, kind, _best(of_kind, trust_prices), config.plan, ceilings, trust_prices)
             rows.append(replace(row, passed_over=of_kind[0] if of_kind and of_kind[0] != row.offer else None))
     rows.sort(key=lambda row: (not row.chosen, row.cost.usd if row.cost else math.inf))
-    return Plan(size, ceilings, config.plan, catalog, tuple(rows))
+    return Plan(size, ceilings, config.plan, catalog, tuple(rows), evaluation, scored)
 
 
-def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec) -> OnGpu:
-    """Memory, speed and hours of the run on one GPU. Raises NotEstimated if the model's shape is unknown."""
+def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: EvaluationSize | None = None) -> OnGpu:
+    """Memory, speed and hours of the run on one GPU; evaluation: of the score with which it ends. Raises NotEstimated if the
+    model's shape is unknown."""
     shape = shape_of(config.model.name)
     if shape is None:
         raise NotEstimated(
@@ -144,7 +170,15 @@ def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec) -> OnGpu:
         save_key=save_key,
         micro_batch_config=fitted.limits,
         available_gib=fitted.memory_gib,
+        scoring=_scoring(config, gpu, shape, evaluation) if evaluation else None,
     )
+
+
+def _scoring(config: RunConfig, gpu: GpuSpec, shape: ModelShape, size: EvaluationSize) -> Scoring:
+    """Judging is left out: it runs beside generating, on the CPU."""
+    generator = generator_on(gpu, shape, config.evaluation.generator)
+    speed = generation_speed(gpu, shape, generator=generator, batch_size=config.evaluation.batch_size)
+    return Scoring(speed, (speed.loading_seconds + size.new_tokens / speed.tokens_per_second) / 3600)
 
 
 def save_interval(section: CheckpointSection, work_hours: float, steps: int) -> tuple[float, str]:
@@ -192,7 +226,8 @@ def run_cost(on_gpu: OnGpu, usd_per_hour: float, spot: bool, assumptions: PlanSe
     Preemptions come as a Poisson process of rate `spot_preemptions_per_hour`; each loses the work since the last
     checkpoint and adds the set-up of another machine. An interval of s hours between two checkpoints then takes
     (1/rate + set-up) x (exp(rate x s) - 1) hours (J. T. Daly, 2006, "A higher order estimate of the optimum checkpoint
-    interval for restart dumps", without its cost of a save).
+    interval for restart dumps", without its cost of a save). While the run is scored a preemption costs another set-up and
+    loading, because answers are kept as they come.
     """
     set_up = assumptions.setup_minutes / 60
     rate = assumptions.spot_preemptions_per_hour if spot else 0.0
@@ -200,8 +235,13 @@ def run_cost(on_gpu: OnGpu, usd_per_hour: float, spot: bool, assumptions: PlanSe
     exponent = min(rate * on_gpu.save_hours, 10 * MAX_PREEMPTIONS)  # larger exponents overflow a float
     preemptions = stretches * math.expm1(exponent)
     lost = preemptions * (1 / rate + set_up) - on_gpu.work_hours if rate else 0.0
-    hours = set_up + on_gpu.work_hours + lost
-    return RunCost(hours, hours * usd_per_hour, preemptions, lost, lost * usd_per_hour)
+    scoring = on_gpu.scoring
+    score = scoring.hours if scoring else 0.0
+    if scoring:
+        preemptions += rate * score
+        lost += rate * score * (set_up + scoring.speed.loading_seconds / 3600)
+    hours = set_up + on_gpu.work_hours + score + lost
+    return RunCost(hours, hours * usd_per_hour, preemptions, lost, lost * usd_per_hour, score, score * usd_per_hour)
 
 
 def _row(

@@ -9,8 +9,11 @@ from finetune.cloud.catalog.offers import Offer
 from finetune.cloud.plan.plan import OnGpu, Plan, Row
 from finetune.runtime.table import aligned
 
-HEADER = ("", "GPU", "bought as", "best zone", "memory GiB", "tokens/s", "hours", "$/h", "$ for the run", "lost", "")
-ALIGN = "llllrrrrrrl"
+HEADER = (
+    "", "GPU", "bought as", "best zone", "memory GiB", "tokens/s", "hours", "score h", "$/h", "$ for the run", "score $", "lost",
+    "",
+)  # fmt: skip
+ALIGN = "llllrrrrrrrrl"
 
 
 def render(plan: Plan, origin: str) -> str:
@@ -19,6 +22,7 @@ def render(plan: Plan, origin: str) -> str:
         f"{origin}: {plan.size.records:,} examples x {plan.size.mean_tokens:.0f} tokens, {plan.size.steps:,} optimizer "
         f"steps, {plan.size.tokens / 1e6:.2f} M training tokens",
         f"tokens: {plan.size.basis}",
+        f"score: {_evaluation(plan)}",
         f"prices: {plan.catalog.source}; host + GPU + {plan.assumptions.disk_gib} GiB disk "
         f"(Google's list price of {LISTED})",
         "",
@@ -40,11 +44,32 @@ def _cells(place: int, row: Row) -> tuple[str, ...]:
         f"{on_gpu.needed_gib:.1f} of {on_gpu.gpu.memory_gib:.1f}",
         f"{on_gpu.speed.tokens_per_second:,.0f}{mark}",
         f"{cost.hours:.1f}" if cost else "",
+        f"{cost.score_hours:.2f}" if cost and on_gpu.scoring else "",
         f"{row.offer.usd_per_hour:.3f}" if row.offer else "",
         f"{cost.usd:.2f}" if cost else "",
+        f"{cost.score_usd:.2f}" if cost and on_gpu.scoring else "",
         f"{cost.lost_usd:.2f}" if cost and row.spot else "",
         _verdict(row),
     )
+
+
+def _evaluation(plan: Plan) -> str:
+    size = plan.evaluation
+    if size is not None:
+        return f"{size.questions:,} {size.basis}; {size.answers:,.0f} answers of base and tuned model"
+    if not plan.scored:
+        return "left out (--no-score)"
+    return "not counted, because the number of questions with a database is unknown or 0; prepare the data, or set plan.questions"
+
+
+def _generators(plan: Plan) -> list[str]:
+    """The new tokens per second of each GPU and where they come from."""
+    speeds = {row.on_gpu.gpu.name: row.on_gpu.scoring.speed for row in plan.rows if row.on_gpu.scoring}
+    lines = [
+        f"  {gpu}: {speed.tokens_per_second:,.0f} after {speed.loading_seconds:.0f} s of loading, {speed.basis} ({speed.source})"
+        for gpu, speed in speeds.items()
+    ]
+    return ["new tokens/s of the score, which is part of the hours and of the dollars:", *lines] if lines else []
 
 
 def _verdict(row: Row) -> str:
@@ -96,6 +121,7 @@ def _notes(plan: Plan) -> list[str]:
         f"{assumed.spot_preemptions_per_hour:g} an hour (plan.spot_preemptions_per_hour)",
         "tokens/s:",
         *(f"  {source}" for source in sources),
+        *_generators(plan),
     ]
 
 
@@ -111,6 +137,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "tokens": round(size.tokens),
             "basis": size.basis,
         },
+        "evaluation": vars(plan.evaluation) if plan.evaluation else None,
         "ceilings": {key: getattr(plan.ceilings, key) for key in ("usd_per_hour", "run_usd", "hours")},
         "assumptions": vars(plan.assumptions),
         "rows": [_row_json(row) for row in plan.rows],
@@ -138,6 +165,9 @@ def _row_json(row: Row) -> dict[str, Any]:
         "tokens_per_second": round(on_gpu.speed.tokens_per_second, 1),
         "tokens_per_second_basis": on_gpu.speed.basis,
         "tokens_per_second_source": on_gpu.speed.source,
+        "generation": vars(on_gpu.scoring.speed) if on_gpu.scoring else None,
+        "score_hours": round(cost.score_hours, 4) if cost and on_gpu.scoring else None,
+        "score_usd": round(cost.score_usd, 4) if cost and on_gpu.scoring else None,
         "hours": round(cost.hours, 3) if cost else None,
         "usd": round(cost.usd, 3) if cost else None,
         "preemptions": round(cost.preemptions, 4) if cost else None,

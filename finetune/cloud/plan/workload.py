@@ -1,4 +1,5 @@
-"""The size of a run: its training examples and tokens, counted if the data are prepared, else assumed and labelled so."""
+"""The size of a run and of its evaluation: examples, questions and tokens, counted if the data are prepared, else assumed and
+labelled so."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config.load import examples_per_step
-from finetune.config.schema import RunConfig, SourceSection
+from finetune.config.schema import EvaluationSection, RunConfig, SourceSection
 from finetune.errors import NotEstimated, UserError
-from finetune.prepared_folder import MANIFEST
+from finetune.prepared_folder import DATABASES, MANIFEST
 from finetune.runtime.files import load_json
 
 
@@ -26,6 +27,83 @@ class RunSize:
     tokens: float  # trained on, over all epochs
     validation_tokens: float
     basis: str
+
+
+RETRIED_SHARE = 0.2
+"""Of the questions that are asked again for each of evaluation.retries: those whose SQL does not run. Assumed."""
+
+
+@dataclass(frozen=True)
+class EvaluationSize:
+    """questions: of the split, or its sample. answers: that are generated for them, by the base and the tuned model; new_tokens:
+    of all answers. basis: where the figures come from, as text for the user."""
+
+    questions: int
+    answers: float
+    new_tokens: float
+    basis: str
+
+
+def evaluation_size(config: RunConfig) -> EvaluationSize | None:
+    """What scoring the run takes: every question once by the base model and once by the tuned one, and what evaluation.samples
+    and evaluation.retries add for the tuned one. None if the number of questions is unknown, or if nothing can be scored.
+
+    Raises UserError if the manifest is invalid.
+    """
+    section = config.evaluation
+    found = _prepared_questions(config) or _assumed_questions(config)
+    if found is None:
+        return None
+    questions, answer_tokens, basis = found
+    if section.max_questions is not None and section.max_questions < questions:
+        questions, basis = section.max_questions, f"evaluation.max_questions, of {questions:,} {basis}"
+    if not questions:
+        return None
+    answers = questions * (2 + _more_answers(section))
+    return EvaluationSize(questions, answers, answers * answer_tokens, f"{basis}, {answer_tokens:.0f} tokens an answer")
+
+
+def _more_answers(section: EvaluationSection) -> float:
+    """For a question, besides one of each model."""
+    samples, retries = getattr(section, "samples", 1), getattr(section, "retries", 0)
+    return (samples if samples > 1 else 0) + RETRIED_SHARE * retries
+
+
+def _prepared_questions(config: RunConfig) -> tuple[int, float, str] | None:
+    """Questions of the split that is scored, tokens of an answer, and their source as text; None if nothing is prepared."""
+    manifest = Path(config.data.output_dir) / MANIFEST
+    if not manifest.is_file():
+        return None
+    try:
+        content = load_json(manifest)
+        questions = int(content["counts"][config.evaluation.split])
+        files = content.get("files")
+        if isinstance(files, dict) and not any(str(name).startswith(f"{DATABASES}/") for name in files):
+            questions = 0  # no SQL can be executed
+        train = (content["tokens"] or {}).get("train") or {}
+        tokens, records = train.get("completion"), int(content["counts"]["train"])
+        mean = config.plan.answer_tokens if tokens is None else int(tokens) / records
+        if questions < 0 or not mean > 0:
+            raise ValueError(f"{questions} questions, {mean} tokens an answer")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(
+            f"{manifest}: not a manifest of prepared data ({error!r}); run `finetune data prepare`",
+            code="data.bad_manifest",
+        ) from error
+    return questions, mean, f"questions counted in {manifest}"
+
+
+def _assumed_questions(config: RunConfig) -> tuple[int, float, str] | None:
+    plan, data = config.plan, config.data
+    if plan.questions is not None:
+        return plan.questions, plan.answer_tokens, "questions (plan.questions)"
+    share = data.test_fraction if config.evaluation.split == "test" else data.val_fraction
+    own = [_source_records(source) for source in data.sources if source.split == config.evaluation.split]
+    shared = [_source_records(source) for source in data.sources if source.split == "auto"] if share else []
+    if None in own or None in shared or not own + shared:
+        return None
+    questions = sum(filter(None, own)) + round(share * sum(filter(None, shared)))
+    return questions, plan.answer_tokens, "questions counted in the local sources"
 
 
 def run_size(config: RunConfig) -> RunSize:

@@ -1,64 +1,102 @@
-"""Greedy decoding with transformers, in batches: the same code for the base model, the tuned model and `generate`."""
+"""Decoding with transformers: the same code for the base model, the tuned model and `generate`.
+
+decoding.py refills rows whose answers have ended; static.py serves the models that it cannot. How the weights are held
+(dequantized or not, the adapter merged or apart) is decided here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from finetune.config.schema import RunConfig
 from finetune.data.prompts import answer_is_complete, prompt_dialect
-from finetune.evaluation.generators.base import Answer, Done, Sampling
-from finetune.evaluation.generators.stopping import EndOfAnswers
+from finetune.evaluation.generators.asked import Asked
+from finetune.evaluation.generators.base import Answer, Done, Problem, Sampling
+from finetune.evaluation.generators.decoding import Decoder
+from finetune.evaluation.generators.passes import longest_configured, longest_text
+from finetune.evaluation.generators.static import answer_in_batches
+from finetune.evaluation.generators.weights import Weights, weights_for
 from finetune.models.adapter import is_sealed
 from finetune.models.device import Device, choose_device
-from finetune.models.load import load_adapter, load_base, load_tokenizer
+from finetune.models.load import (
+    adapters_to_dtype,
+    load_adapter,
+    load_base,
+    load_model_config,
+    load_tokenizer,
+    merge_adapter,
+)
 from finetune.models.positions import positions
 from finetune.runtime.console import say
-from finetune.tokens import added_after, decode_answer, encode_prompts, stop_ids
+from finetune.tokens import added_after, decode_answer, encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class HfGenerator:
-    """transformers' own `generate`: see `Generator`."""
+    """transformers' models, with a decoding loop of ours: see `Generator`."""
 
     name = "hf"
     version = str(transformers.__version__)
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
         device = choose_device(config.model.torch_dtype)
+        weights = weights_for(config, device)
+        refilled = longest_configured(load_model_config(config.model)) > 0
         return {
             "device": device.place.type,
             "dtype": device.dtype_name,
-            "dequantize": config.evaluation.dequantize,
-            "adapter": "apart",
+            "dequantize": weights.dequantize,
+            "adapter": "merged" if weights.merged else "apart",
+            "batches": "refilled" if refilled else "static",
         }
 
     def load(self, config: RunConfig, adapter: Path | None) -> HfModel:
         device = choose_device(config.model.torch_dtype)
-        model: Any = load_base(config.model, config.quantization, device, dequantize=config.evaluation.dequantize)
+        weights = weights_for(config, device)
         tokenizer = load_tokenizer(config.model)
-        if adapter is not None:
-            model = load_adapter(model, adapter, config.lora, config.model)
-            if not is_sealed(adapter) and (end := added_after(tokenizer)):
-                say(f"{adapter}: was trained with {end} before each answer, by an earlier version; train again")
-        return HfModel(model, tokenizer, device)
+        if adapter is not None and not is_sealed(adapter) and (end := added_after(tokenizer)):
+            say(f"{adapter}: was trained with {end} before each answer, by an earlier version; train again")
+
+        def load() -> Any:
+            model: Any = load_base(config.model, config.quantization, device, dequantize=weights.dequantize)
+            return model if adapter is None else load_adapter(model, adapter, config.lora, config.model)
+
+        began = time.monotonic()
+        model = load()
+        return HfModel(model, tokenizer, device, weights, load, load_seconds=time.monotonic() - began)
 
 
 class HfModel:
-    """A transformers model, possibly with PEFT adapters, and its tokenizer: see `LoadedModel`."""
+    """A transformers model, possibly with PEFT adapters, and its tokenizer: see `LoadedModel`.
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, device: Device) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    weights: how the tuned model is held; apart if left out. reload: gives the model again as it was, for answers of the base
+    model after the adapter was merged. load_seconds: measured.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        device: Device,
+        weights: Weights | None = None,
+        reload: Callable[[], Any] | None = None,
+        *,
+        load_seconds: float = 0.0,
+    ) -> None:
+        self._model, self._tokenizer, self._device = model, tokenizer, device
+        self._merges = weights is not None and weights.merged and reload is not None
+        self._reload, self._merged = reload, False
         self.dtype_name = device.dtype_name
+        self.load_seconds = load_seconds
 
     def answers(
         self,
@@ -72,21 +110,40 @@ class HfModel:
         description: str = "generate",
         progress: bool = True,
     ) -> list[Answer]:
-        assert sampling is None, "TODO helper B"
-        model = self._model
-        has_adapter = hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
-        with model.disable_adapter() if has_adapter and not tuned else nullcontext():
+        model = self._tuned() if tuned else self._base()
+        with model.disable_adapter() if _has_adapter(model) and not tuned else nullcontext():
             answers = generate_answers(
                 model,
                 self._tokenizer,
                 prompts,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
+                sampling=sampling,
                 done=done,
                 description=description,
                 progress=progress,
             )
         return [Answer(*answer) for answer in answers]
+
+    def _tuned(self) -> Any:
+        if _has_adapter(self._model):
+            if self._merges:
+                self._model, self._merged = merge_adapter(self._model), True
+            else:
+                adapters_to_dtype(self._model, self._device.dtype)
+        return self._model
+
+    def _base(self) -> Any:
+        """Loads the model again if the adapter was merged: subtracting it would leave a rounding error in the weights."""
+        if self._merged:
+            assert self._reload is not None
+            self._model = None  # before the other is loaded
+            self._model, self._merged = self._reload(), False
+        return self._model
+
+
+def _has_adapter(model: Any) -> bool:
+    return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
 
 
 def generate_answers(
@@ -96,126 +153,56 @@ def generate_answers(
     *,
     batch_size: int,
     max_new_tokens: int,
+    sampling: Sampling | None = None,
     done: Done | None = None,
     description: str = "generate",
     progress: bool = True,
 ) -> list[Answer]:
     """The answer to every prompt, in the prompts' order; `done` is told of each as it comes.
 
-    Prompts of similar length share a batch, longest first. A prompt that leaves less than `max_new_tokens` of the model's
-    positions is asked alone, with the room that there is. If memory does not suffice for a batch, it is asked in halves.
+    batch_size: prompts answered at once. A prompt that leaves less than `max_new_tokens` of the model's positions is asked with
+    the room that there is.
     """
     encoded = encode_prompts(tokenizer, prompts)
     limit = positions(model)
     answers = [Answer("", 0, "too_long", len(ids)) for ids in encoded]
-    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)) for ids in encoded]
-    order = sorted((i for i in range(len(prompts)) if room[i] > 0), key=lambda i: -len(encoded[i]))
-    whole = [i for i in order if room[i] == max_new_tokens]
-    batches = [[i] for i in order if room[i] < max_new_tokens]
-    batches += [whole[start : start + batch_size] for start in range(0, len(whole), batch_size)]
-    model.eval()
+    asked = []
+    for number, ids in enumerate(encoded):
+        room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
+        if room > 0:
+            seed = sampling.seeds[number] if sampling else number
+            asked.append(Asked(number, ids, room, prompt_dialect(prompts[number]), seed))
     with tqdm(total=len(prompts), desc=description, unit="question", disable=not progress) as bar:
-        bar.update(len(prompts) - len(order))
-        for batch in batches:
-            asked = [(encoded[i], prompt_dialect(prompts[i])) for i in batch]
-            for i, answer in zip(batch, _in_halves(model, tokenizer, asked, room[batch[0]]), strict=True):
-                cut = room[i] < max_new_tokens and answer.new_tokens == room[i]
-                complete = not cut or answer_is_complete(answer.text, prompt_dialect(prompts[i]))
-                answers[i] = answer if complete or answer.problem else answer._replace(problem="too_long")
-                if done:
-                    done(i, answers[i])
-            bar.update(len(batch))
+
+        def tell(number: int) -> None:
+            bar.update()
+            if done:
+                done(number, answers[number])
+
+        def finished(one: Asked, ids: list[int], problem: Problem | None) -> None:
+            text = "" if problem else decode_answer(tokenizer, ids)
+            cut = one.room < max_new_tokens and len(ids) == one.room
+            if cut and not problem and not answer_is_complete(text, one.dialect):
+                problem = "too_long"
+            answers[one.number] = Answer(text, len(ids), problem, len(one.ids))
+            tell(one.number)
+
+        for number in set(range(len(prompts))) - {one.number for one in asked}:
+            tell(number)
+        model.eval()
+        temperature = sampling.temperature if sampling else None
+        longest = longest_text(model) if asked else 0
+        refilled = [one for one in asked if one.total <= longest]
+        if refilled:
+            Decoder(model, tokenizer, min(batch_size, len(refilled)), temperature, finished).answer(refilled)
+        if others := [one for one in asked if one.total > longest]:
+            answer_in_batches(
+                model,
+                tokenizer,
+                others,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                finished=finished,
+            )
     return answers
-
-
-def _in_halves(
-    model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[tuple[list[int], str]], max_new_tokens: int
-) -> list[Answer]:
-    """The answers of one batch of (token ids, dialect), in as few parts as memory allows."""
-    try:
-        return _batch(model, tokenizer, asked, max_new_tokens)
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not is_out_of_memory(error):
-            raise
-    if torch.cuda.is_available():  # after the except clause, whose traceback keeps the tensors
-        torch.cuda.empty_cache()
-    tokens = max(len(ids) for ids, _ in asked)
-    if len(asked) == 1:
-        say(f"out of memory with a prompt of {tokens} tokens alone; it counts as out_of_memory")
-        return [Answer("", 0, "out_of_memory", tokens)]
-    say(f"out of memory with prompts of up to {tokens} tokens, {len(asked)} at once: asking them in two parts")
-    middle = len(asked) // 2
-    return [
-        answer
-        for part in (asked[:middle], asked[middle:])
-        for answer in _in_halves(model, tokenizer, part, max_new_tokens)
-    ]
-
-
-def _batch(
-    model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[tuple[list[int], str]], max_new_tokens: int
-) -> list[Answer]:
-    ends = stop_ids(tokenizer, model)
-    batch = tokenizer.pad({"input_ids": [ids for ids, _ in asked]}, return_tensors="pt").to(model.device)
-    new = _greedy(model, tokenizer, batch, max_new_tokens, ends, [dialect for _, dialect in asked])
-    kept = [_until_end(ids.tolist(), ends, tokenizer.pad_token_id) for ids in new]
-    return [
-        Answer(decode_answer(tokenizer, ids), len(ids), None, len(prompt))
-        for ids, (prompt, _) in zip(kept, asked, strict=True)
-    ]
-
-
-class AnswersComplete(StoppingCriteria):
-    """Ends each row of a batch as soon as its answer is complete. dialects: of each row."""
-
-    def __init__(self, common: EndOfAnswers, dialects: Sequence[str]) -> None:
-        self._rows = [common.answer(dialect) for dialect in dialects]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
-            if not row.complete:
-                row.add(token)
-        complete = [row.complete for row in self._rows]
-        return torch.tensor(complete, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the GPU, or on a CPU that of the machine, did not suffice."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error).lower() for w in words)
-
-
-@torch.inference_mode()
-def _greedy(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: Any,
-    max_new_tokens: int,
-    ends: list[int],
-    dialects: Sequence[str],
-) -> torch.Tensor:
-    """New token ids, shape (rows, at most max_new_tokens). ends: the tokens that end an answer."""
-    width = batch["input_ids"].shape[1]
-    output: torch.Tensor = model.generate(
-        **batch,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([AnswersComplete(EndOfAnswers(tokenizer, ends), dialects)]),
-    )
-    return output[:, width:]
-
-
-def _until_end(ids: list[int], ends: list[int], padding: Any) -> list[int]:
-    """The tokens of the answer: up to the first that ends one, and without the padding of rows that ended early."""
-    ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
-    while ids and ids[-1] == padding:
-        ids.pop()
-    return ids

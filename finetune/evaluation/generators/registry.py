@@ -19,12 +19,12 @@ GENERATORS: dict[str, Generator] = {DEFAULT: HfGenerator(), FAST: VllmGenerator(
 def generator_for(config: RunConfig, name: str | None = None, *, questions: int | None = None) -> Generator:
     """The generator of this name, else that of evaluation.generator; for `auto`, the fastest that runs on this machine.
 
-    questions: how many will be asked, if that is known: a few are answered before vLLM is loaded. Raises UserError for a name
-    that is not registered, and for vllm where it cannot run.
+    questions: how many will be asked, else evaluation.max_questions: a few are answered before vLLM is loaded. Raises UserError
+    for a name that is not registered, and for vllm where it cannot run.
     """
     wanted = name or config.evaluation.generator
     if wanted == AUTO:
-        return _fastest(config, questions)
+        return _fastest(config, config.evaluation.max_questions if questions is None else questions)
     found = generator_named(wanted)
     if wanted == FAST and (why := missing(config)):
         raise UserError(

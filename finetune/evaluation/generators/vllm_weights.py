@@ -6,13 +6,14 @@ where it is. The folders are deleted once they are loaded, and those of a proces
 CACHE/vllm/                  CACHE: $FINETUNE_CACHE, else the user's cache folder; below $TMPDIR if that is set
     PID-STARTED/             one a process, with process.json, which says whose it is
         base/, tuned/        config.json and safetensors
-    vllm-PID-N.log           kept if vLLM failed
+    vllm-PID-N.log           kept if vLLM failed; the newest five
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error, load_json, write_json
 
 OWNER = "process.json"
+KEPT_LOGS = 5
 _numbers = itertools.count(1)
 
 
@@ -91,7 +93,10 @@ def _root() -> Path:
 
 
 def _remove_left_over(root: Path) -> None:
-    """Delete the folders of processes that have ended: a model's weights are tens of gigabytes."""
+    """Delete the folders of processes that have ended: a model's weights are tens of gigabytes. And all but the newest logs."""
+    with suppress(OSError):
+        for log in sorted(root.glob("vllm-*.log"), key=lambda path: path.stat().st_mtime)[:-KEPT_LOGS]:
+            log.unlink()
     for owner in root.glob(f"*/{OWNER}"):
         try:
             values: dict[str, Any] = load_json(owner)

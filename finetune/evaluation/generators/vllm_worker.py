@@ -57,7 +57,7 @@ class Engine:
         self.version = str(vllm.__version__)
         self._ends: list[int] = asked["ends"]
         self._adapter: dict[str, Any] | None = asked["lora"]
-        arguments = {"model": asked["model"], **FIXED, **_memory(), **_lora(self._adapter), **asked["engine"]}
+        arguments = {"model": asked["model"], **FIXED, **_of_gpu(), **_lora(self._adapter), **asked["engine"]}
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
 
     def load_weights(self, folder: str) -> None:
@@ -150,14 +150,17 @@ class Engine:
             self._engine.abort_request(names)
 
 
-def _memory() -> dict[str, Any]:
-    """How much of the GPU vLLM may take: what is free on it now, without the reserve."""
+def _of_gpu() -> dict[str, Any]:
+    """How much of the GPU vLLM may take: what is free on it now, without the reserve. On a T4, the attention that needs no
+    compiler: FlashInfer's kernels are compiled at their first use, and some of its releases fail there."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
     free, total = torch.cuda.mem_get_info()
-    return {"gpu_memory_utilization": round(max(0.05, min(MOST_MEMORY, (free - RESERVED_BYTES) / total)), 3)}
+    share = round(max(0.05, min(MOST_MEMORY, (free - RESERVED_BYTES) / total)), 3)
+    old = {"attention_backend": "TRITON_ATTN"} if torch.cuda.get_device_capability() < (8, 0) else {}
+    return {"gpu_memory_utilization": share, **old}
 
 
 def _lora(adapter: dict[str, Any] | None) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def _states(file: Path) -> tuple[FileState, FileState, FileState]:
 
 def _state(file: Path | str) -> FileState:
     try:
-        found = os.stat(file)
+        found = os.stat(file)  # noqa: PTH116 (a Path costs more than the call, and this is asked before every query)
     except FileNotFoundError:
         return None
     return (found.st_ino, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

@@ -106,7 +106,22 @@ def _optimizer(module: Any) -> None:
         module.register_optimizer_step_post_hook(lambda *_: time.sleep(seconds))
 
 
+def _answers(module: Any) -> None:
+    """An answer takes a while, so that an evaluation of six questions can be interrupted in the middle."""
+    seconds = float(os.environ.get("FT_ANSWER_SECONDS", "0"))
+    if not seconds:
+        return
+    real = module.AnswerFile._line
+
+    def line(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return real(*arguments)
+
+    module.AnswerFile._line = line
+
+
 CHANGES = {
+    "finetune.evaluation.answers": _answers,
     "google.auth": _google_auth,
     "googleapiclient.discovery": _discovery,
     "google.cloud.storage.client": _storage,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from finetune.config.schema import ModelSection, QuantizationSection
+from finetune.evaluation.generators import decoding, hf
 from finetune.evaluation.generators.base import Answer
 from finetune.evaluation.generators.hf import generate_answers
 from finetune.models.device import Device
@@ -30,6 +31,20 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(ModelSection(name=str(tiny_model)))
+
+
+@pytest.fixture(params=["refilled", "static"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test with this fixture runs with each way of decoding."""
+    name: str = request.param
+    if name == "static":
+        monkeypatch.setattr(hf, "longest_text", lambda _: 0)
+    return name
+
+
+@pytest.fixture
+def static(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "longest_text", lambda _: 0)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +103,7 @@ def test_no_prompts_have_no_answers(tokenizer: Any) -> None:
     assert ask(Echo(), tokenizer, []) == []
 
 
-def test_decoding_is_greedy_whatever_the_model_folder_says(model: Any, tokenizer: Any) -> None:
+def test_decoding_is_greedy_whatever_the_model_folder_says(way: str, model: Any, tokenizer: Any) -> None:
     before = ask(model, tokenizer, PROMPTS)
     given = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "num_beams": 3, "top_p": 0.5, "top_k": 2}
     kept = {name: getattr(model.generation_config, name) for name in given}
@@ -112,10 +127,10 @@ def ids_of(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, batch_si
         marks[str(len(marks))] = list(ids)
         return str(len(marks) - 1)
 
-    monkeypatch.setattr("finetune.evaluation.generators.hf.AnswersComplete", NeverComplete)
-    monkeypatch.setattr(tokenizer, "decode", decode)
-    answers = ask(model, tokenizer, PROMPTS, batch_size, tokens=24)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.evaluation.generators.static.AnswersComplete", NeverComplete)
+        patch.setattr(tokenizer, "decode", decode)
+        answers = ask(model, tokenizer, PROMPTS, batch_size, tokens=24)
     return [marks[text] for text, _ in answers]
 
 
@@ -129,7 +144,7 @@ class NeverComplete:
 
 @pytest.mark.parametrize("batch_size", [2, 3, 7])
 def test_a_batch_of_one_and_a_batch_of_many_give_the_same_tokens(
-    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, batch_size: int
+    static: None, monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, batch_size: int
 ) -> None:
     alone = ids_of(monkeypatch, model, tokenizer, 1)
     assert ids_of(monkeypatch, model, tokenizer, batch_size) == alone
@@ -140,14 +155,21 @@ def test_a_batch_of_one_and_a_batch_of_many_give_the_same_tokens(
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> Any:
-    """scripted([(prompt, answer tokens), ...]): makes the model answer so, through the library's own decoding loop."""
+def scripted(way: str, monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> Any:
+    """scripted([(prompt, answer tokens), ...]): makes the model answer so; prompts must be asked in this order."""
     counts = SimpleNamespace(passes=0)
     forward = model.forward
 
     def play(script: list[tuple[str, list[int]]]) -> Any:
         start = {tuple(tokenizer(prompt)["input_ids"]): ids for prompt, ids in script}
         rows: list[list[int]] = []
+        counts.passes = 0
+
+        def choose(logits: torch.Tensor, temperature: Any, seeds: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+            """A greedy answer's seed is the number of its prompt."""
+            counts.passes += 1
+            texts = [script[number][1] for number in seeds.tolist()]
+            return torch.tensor([ids[min(n, len(ids) - 1)] for ids, n in zip(texts, drawn.tolist(), strict=True)])
 
         def speak(*args: Any, **kwargs: Any) -> Any:
             if not rows:
@@ -159,7 +181,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> Any
             counts.passes += 1
             return output
 
-        monkeypatch.setattr(model, "forward", speak)
+        if way == "static":
+            monkeypatch.setattr(model, "forward", speak)
+        monkeypatch.setattr(decoding, "chosen", choose)
         return counts
 
     return play
@@ -248,7 +272,7 @@ def ask_in_full(model: Any, tokenizer: Any, prompts: list[str], tokens: int = 12
 
 
 def test_a_batch_for_which_memory_does_not_suffice_is_asked_in_parts(
-    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+    static: None, monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = [ask_in_full(model, tokenizer, [prompt])[0] for prompt in PROMPTS]
     generate = model.generate
@@ -272,7 +296,7 @@ def test_a_batch_for_which_memory_does_not_suffice_is_asked_in_parts(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
 )
 def test_memory_of_a_cpu_runs_out_as_that_of_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, error: Exception
+    static: None, monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any, error: Exception
 ) -> None:
     def full(**_: Any) -> None:
         raise error
@@ -282,7 +306,7 @@ def test_memory_of_a_cpu_runs_out_as_that_of_a_gpu(
 
 
 def test_another_error_is_not_taken_for_missing_memory(
-    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any
+    static: None, monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any
 ) -> None:
     def broken(**_: Any) -> None:
         raise RuntimeError("shapes do not match")
@@ -296,7 +320,7 @@ def test_another_error_is_not_taken_for_missing_memory(
 
 
 def test_a_prompt_beyond_the_models_positions_is_too_long_and_the_others_are_answered(
-    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any
+    way: str, monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any
 ) -> None:
     expected = ask_in_full(model, tokenizer, PROMPTS)
     lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]

@@ -10,8 +10,8 @@ import pytest
 from finetune.config.load import load_config
 from finetune.data.prepared import load_prepared
 from finetune.data.prompts import PromptTemplate
-from finetune.evaluation.generators import hf
-from finetune.evaluation.generators.registry import GENERATORS
+from finetune.evaluation.generators import hf, registry
+from finetune.evaluation.generators.registry import FEW_QUESTIONS, GENERATORS, generator_for
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from tests.helpers.data_examples import read_jsonl
 from tests.helpers.dict_generator import DictGenerator
@@ -69,5 +69,33 @@ def test_its_base_score_is_cached_separately_from_other_generators_and_versions(
 
 
 def test_a_name_that_is_not_registered_is_an_error_that_lists_the_known_ones(tiny_config: ConfigWriter) -> None:
-    with raises("evaluation.unknown_generator", match=r"no answer generator is called 'vllm'; known: hf"):
-        evaluate_base(load_config(tiny_config()), generator="vllm", progress=False)
+    with raises("evaluation.unknown_generator", match=r"no answer generator is called 'tgi'; known: hf, vllm"):
+        evaluate_base(load_config(tiny_config()), generator="tgi", progress=False)
+
+
+# which one `auto` takes
+
+
+@pytest.mark.parametrize("why", [None, "the moon is in the way"])
+def test_auto_takes_vllm_where_nothing_is_against_it_and_says_so(
+    tiny_config: ConfigWriter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str | None
+) -> None:
+    config = load_config(tiny_config())
+    monkeypatch.setattr(registry, "missing", lambda config, auto=False: why if auto else pytest.fail("not for auto"))
+    assert generator_for(config).name == ("vllm" if why is None else "hf")
+    [line] = capsys.readouterr().err.splitlines()
+    assert ("because the moon is in the way" if why else "vllm, which is the fastest") in line
+    assert generator_for(config, questions=FEW_QUESTIONS - 1).name == "hf", "loading vLLM takes longer than that"
+    assert not capsys.readouterr().err
+    assert generator_for(config, questions=FEW_QUESTIONS).name == generator_for(config).name
+
+
+def test_vllm_where_it_cannot_run_is_an_error_with_the_reason_and_another_way(
+    tiny_config: ConfigWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config(evaluation={"generator": "vllm"}))
+    with raises("evaluation.no_vllm", match="needs a GPU.*evaluation.generator=hf"):
+        evaluate_base(config, progress=False)
+    monkeypatch.setattr(registry, "missing", lambda config: None)
+    assert generator_for(config).name == "vllm"
+    assert generator_for(config, "hf").name == "hf"

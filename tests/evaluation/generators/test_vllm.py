@@ -111,7 +111,7 @@ def test_prompts_are_those_of_hf_to_the_id_and_neighbours_begin_alike(
 
 def test_an_answer_ends_where_it_ends_with_hf_and_vllm_is_told(config: RunConfig, tokenizer: Any, fake: Fake) -> None:
     whole, rest = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("SELECT 1;", " and more"))
-    fake.told(script=[[*whole, *rest], [7, tokenizer.eos_token_id, 9], [7]])
+    fake.told(script=[[*whole, *rest], [7, tokenizer.eos_token_id, 9], [7]], pause=0.05)
     order = sorted(range(3), key=encode_prompts(tokenizer, PROMPTS[:3]).__getitem__)
     answers = ask(loaded(config), PROMPTS[:3], most=40)
     by_script = [answers[i] for i in order]
@@ -195,13 +195,13 @@ def test_killed_half_way_it_keeps_its_answers_and_goes_on(config: RunConfig, tok
 @pytest.mark.parametrize(
     ("faults", "code"),
     [
-        ({"load": "No available memory for the cache blocks."}, "evaluation.vllm_memory"),
-        ({"load": "Free memory on device cuda:0 (2.0/15.0 GiB) on startup is less than desired GPU memory utilization"},
-         "evaluation.vllm_memory"),
-        ({"script": [[5]], "raise": [2, "CUDA error: an illegal memory access was encountered"]}, "evaluation.vllm_failed"),
-        ({"script": [[5]], "raise": [2, "CUDA out of memory. Tried to allocate 2.00 GiB"]}, "evaluation.vllm_memory"),
+        (
+            {"load": "Free memory on device cuda:0 is less than desired GPU memory utilization"},
+            "evaluation.vllm_memory",
+        ),
+        ({"script": [[5]], "raise": [2, "CUDA error: an illegal memory access"]}, "evaluation.vllm_failed"),
     ],
-)  # fmt: skip
+)
 def test_a_fault_of_vllm_is_one_line_with_its_reason_and_log(
     config: RunConfig, fake: Fake, faults: dict[str, Any], code: str
 ) -> None:
@@ -257,14 +257,15 @@ def test_no_process_is_left_where_the_parent_is_killed(tiny_config: ConfigWriter
     fake.told(script=[[5]], hang=2)
     path = tiny_config()
     program = f"""
+from pathlib import Path
 from finetune.config.load import load_config
 from finetune.evaluation.generators.vllm import VllmGenerator
-model = VllmGenerator().load(load_config({str(path)!r}), None)
+model = VllmGenerator().load(load_config(Path({str(path)!r})), None)
 model.answers(["a"], tuned=False, batch_size=1, max_new_tokens=1, progress=False)
 print(model._process.pid, flush=True)
 model.answers(["a"], tuned=False, batch_size=1, max_new_tokens=4, progress=False)
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert not gone(pid, seconds=0)

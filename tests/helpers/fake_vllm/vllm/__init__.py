@@ -1,9 +1,9 @@
 """Stands for vLLM 0.24 where there is no GPU: what vllm_worker.py uses of its interface, over a tiny model of transformers.
 
 FAKE_VLLM, a JSON object, makes it fail as the real one does: {"load": MESSAGE} while it is loaded, {"kill": N} by SIGKILL at step
-N, {"raise": [N, MESSAGE]} at step N, {"error": [ID, ...]} requests that end with an error, {"hang": N} at step N. With
-{"seen": FILE} it writes a line of JSON for each thing that it was asked. With {"script": [IDS, ...]} it needs no model: the answer to
-the Nth prompt in the order of its requests is the tokens of IDS[N % length], over and over.
+N, {"raise": [N, MESSAGE]} and {"hang": N} at step N, {"error": [ID, ...]} for requests that end with an error. {"pause": S} makes
+each step take S seconds longer. With {"seen": FILE} it writes a line of JSON for each thing that it was asked. With
+{"script": [IDS, ...]} it needs no model: the answer to the Nth request is the tokens of IDS[N % length], over and over.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import json
 import os
 import signal
 import time
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
@@ -140,6 +140,7 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         self._steps += 1
+        time.sleep(FAULTS.get("pause", 0))
         if FAULTS.get("kill") == self._steps:
             os.kill(os.getpid(), signal.SIGKILL)
         if FAULTS.get("hang") == self._steps:
@@ -182,5 +183,5 @@ class LLMEngine:
 
         assert self._arguments.enable_lora
         if self._adapted is None:
-            self._adapted = PeftModel.from_pretrained(self._model, lora.lora_path).eval()
+            self._adapted = PeftModel.from_pretrained(deepcopy(self._model), lora.lora_path).eval()
         return self._adapted

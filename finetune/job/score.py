@@ -1,0 +1,126 @@
+"""The score of a run and its report, in the job that trained it or in one of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.budget.ledger import Ledger
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT
+from finetune.job.data import data_of_run
+from finetune.job.limits import Ended, run_limited
+from finetune.job.metering import Metering
+from finetune.job.programs import call, say
+from finetune.job.settings import JobSettings
+from finetune.job.vllm import wait_for_vllm
+from finetune.machine.price import Ceilings
+from finetune.prepared_folder import DATABASES
+from finetune.run_folder import RunFolder
+
+LEAST_SECONDS = 120.0
+"""About what loading a 7B model takes: with less left of a ceiling, no answer would come of it."""
+
+
+def score_after_training(run: RunFolder, hours: float, settings: JobSettings) -> int:
+    """Score a run with what training has left of its ceilings. hours: left to this machine. Returns the exit code: 0 also if too
+    little is left, because the run is whole without its score; 75 if it was interrupted and goes on from the answers so far."""
+    if not settings.evaluate or (settings.nodes and settings.nodes.rank):
+        say(f"{run.path} is done; {_how_to_score(run)}")
+        return EXIT_OK
+    if settings.nodes:
+        say(
+            f"{run.path} is done; not scored here, where the other machines of the task would wait: {_how_to_score(run)}"
+        )
+        return EXIT_OK
+    if not (run.adapter / "adapter_config.json").is_file():
+        say(f"{run.path}: not scored, because there is no adapter yet")
+        return EXIT_OK
+    if is_scored(run):
+        say(f"{run.path} is done and scored; {_where_the_report_is(run, settings)}")
+        return EXIT_OK
+    ceilings = Ceilings(run_usd=float(settings.max_run_usd), hours=run.config().budget.max_hours)
+    metering = Metering(Ledger(run.ledger, "evaluate"), ceilings)
+    left = min(metering.seconds_left(), 3600 * hours)
+    if left < LEAST_SECONDS:
+        why = "; ".join(filter(None, (settings.limits, metering.spent())))
+        say(f"{run.path}: not scored, too little is left for it ({why}); the run is kept: {_how_to_score(run)}")
+        return EXIT_OK
+    with _interruption_is_transient():
+        return _scored(run, hours, settings, metering)
+
+
+def _scored(run: RunFolder, hours: float, settings: JobSettings, metering: Metering) -> int:
+    ended = score(run, hours, settings, metering)
+    if ended is None or ended.code == EXIT_OK:
+        return EXIT_OK
+    if over := ended.over or (f"MAX_HOURS={settings.max_hours}" if ended.out_of_time else ""):
+        say(
+            f"{run.path}: not scored to the end ({over}); the run and the answers so far are kept: {_how_to_score(run)}"
+        )
+        return EXIT_OK  # so that a managed job does not restart it
+    if ended.interrupted or ended.code == EXIT_TRANSIENT:
+        return EXIT_TRANSIENT
+    say(f"{run.path}: trained, but its score failed with exit code {ended.code}; {_how_to_score(run)}")
+    return ended.code
+
+
+def score(run: RunFolder, hours: float, settings: JobSettings, metering: Metering) -> Ended | None:
+    """Run `finetune evaluate`, and `finetune report` if it succeeds, on the meter. None if the data have no databases."""
+    began = time.monotonic()
+
+    def left() -> float:
+        return max(0.0, hours - (time.monotonic() - began) / 3600)
+
+    with metering.recorded():
+        data_of_run(run, settings)
+        config = run.config()
+        if not any((Path(config.data.output_dir) / DATABASES).glob("*")):
+            say(f"{run.path}: not scored, because its data come without databases")
+            metering.ends("nothing to score")
+            return None
+        if config.evaluation.generator != "hf":
+            wait_for_vllm(settings, 3600 * left())
+        say(f"scoring {run.path} for at most {left():.4f} hours")
+        ended = run_limited(["finetune", "evaluate", str(run.path)], left(), settings, limit=metering)
+        if ended.code == EXIT_OK:
+            call(["finetune", "report", str(run.path)], settings.environment)
+            say(_where_the_report_is(run, settings))
+        metering.ends(_reason(ended))
+    return ended
+
+
+def _reason(ended: Ended) -> str:
+    if ended.code == EXIT_OK:
+        return "scored"
+    if ended.over or ended.out_of_time:
+        return "budget_stop"
+    return "interrupted" if ended.interrupted or ended.code == EXIT_TRANSIENT else "failed"
+
+
+def is_scored(run: RunFolder) -> bool:
+    """Whether there are a score and a report that were written after the adapter, by the bucket's clock. If it is wrong, the kept
+    answers are judged once more."""
+    try:
+        trained = (run.adapter / "adapter_config.json").stat().st_mtime
+        return all((run.path / name).stat().st_mtime >= trained for name in (run.eval_json.name, "summary.json"))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _interruption_is_transient() -> Iterator[None]:
+    """SIGTERM between two programs ends the job with 75, too, so that a managed job scores on its next machine."""
+    try:
+        yield
+    except SystemExit as stopped:
+        raise SystemExit(EXIT_TRANSIENT) from stopped
+
+
+def _how_to_score(run: RunFolder) -> str:
+    return f"score it with: sky launch sky/evaluate.yaml --env RUN_NAME={run.path.name}"
+
+
+def _where_the_report_is(run: RunFolder, settings: JobSettings) -> str:
+    return f"the report is in the bucket: gcloud storage cp gs://{settings.bucket}/runs/{run.path.name}/report.html ."

@@ -1,0 +1,99 @@
+"""New tokens per second of the generators: the measurement itself where it was made, scaled by what bounds them elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from finetune.estimate.generation import (
+    H200,
+    HF_STEP_SECONDS,
+    PARAMETERS,
+    VLLM_TOKENS_PER_SECOND,
+    GenerationSpeed,
+    generation_speed,
+    generator_on,
+)
+from finetune.machine.gpus import GPUS
+from finetune.models.architectures import SHAPES
+
+MISTRAL = SHAPES["mistralai/Mistral-7B-v0.1"]
+SMALL = replace(MISTRAL, layers=8)
+LARGE = replace(MISTRAL, layers=64)
+
+
+def vllm(gpu: str) -> GenerationSpeed:
+    return generation_speed(GPUS[gpu], MISTRAL, generator="vllm", batch_size=16)
+
+
+def test_the_measured_model_is_the_known_one() -> None:
+    assert MISTRAL.parameters == PARAMETERS
+
+
+def test_on_the_gpu_of_the_measurement_it_is_the_measurement() -> None:
+    """103 tokens/s at 16 rows and 423 at 64 (issue 20): 155 and 151 ms a step."""
+    found = generation_speed(H200, MISTRAL, generator="vllm", batch_size=16)
+    assert (found.tokens_per_second, found.loading_seconds, found.basis) == (16_281.0, 100.0, "measured")
+    hf = generation_speed(H200, MISTRAL, generator="hf", batch_size=16)
+    assert (hf.tokens_per_second, hf.basis) == (pytest.approx(103), "measured")
+    more = generation_speed(H200, MISTRAL, generator="hf", batch_size=64)
+    assert more.basis == "estimated" and more.tokens_per_second == pytest.approx(423, rel=0.03)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_elsewhere_it_is_estimated_and_no_faster(gpu: str) -> None:
+    found = vllm(gpu)
+    assert found.basis == "estimated" and "factor of 2" in found.source and "2026-11-29" in found.source
+    assert 0 < found.tokens_per_second < VLLM_TOKENS_PER_SECOND
+
+
+def test_vllm_is_as_slow_as_the_scarcer_of_arithmetic_and_bandwidth() -> None:
+    assert vllm("L4").tokens_per_second == pytest.approx(16_281 * 300 / 4800), "bandwidth"
+    assert vllm("A100").tokens_per_second == pytest.approx(16_281 * 312 / 989), "arithmetic"
+    assert vllm("A100-80GB").tokens_per_second == vllm("A100").tokens_per_second
+
+
+def test_a_larger_model_is_slower_and_a_smaller_one_no_faster() -> None:
+    def speed(shape: object) -> float:
+        return generation_speed(H200, shape, generator="vllm", batch_size=16).tokens_per_second  # type: ignore[arg-type]
+
+    assert speed(SMALL) == speed(MISTRAL)
+    assert speed(LARGE) == pytest.approx(speed(MISTRAL) * PARAMETERS / LARGE.parameters)
+    assert generation_speed(H200, LARGE, generator="vllm", batch_size=16).basis == "estimated"
+
+
+def test_hf_is_bound_by_the_host_until_the_gpu_is_slower() -> None:
+    t4 = GPUS["T4"]
+    one = generation_speed(t4, MISTRAL, generator="hf", batch_size=1)
+    assert one.tokens_per_second == pytest.approx(1 / HF_STEP_SECONDS)
+    many = generation_speed(t4, MISTRAL, generator="hf", batch_size=512).tokens_per_second
+    assert many < 512 / HF_STEP_SECONDS, "the arithmetic of so many rows takes longer than the host"
+    assert many < generation_speed(H200, MISTRAL, generator="hf", batch_size=512).tokens_per_second
+    quarter = generation_speed(H200, SMALL, generator="hf", batch_size=16)
+    assert quarter.tokens_per_second == pytest.approx(4 * 103)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wanted", "expected"),
+    [
+        ("L4", "auto", "vllm"),
+        ("A100", "auto", "vllm"),
+        ("T4", "auto", "hf"),  # compute capability 7.5
+        ("V100", "auto", "hf"),
+        ("L4", "hf", "hf"),
+        ("T4", "vllm", "vllm"),
+    ],
+)
+def test_auto_is_vllm_where_set_up_builds_it(gpu: str, wanted: str, expected: str) -> None:
+    assert generator_on(GPUS[gpu], MISTRAL, wanted) == expected
+
+
+def test_auto_is_hf_where_16_bit_weights_leave_no_room() -> None:
+    assert generator_on(GPUS["L4"], LARGE) == "hf"
+    assert generator_on(GPUS["A100-80GB"], LARGE) == "vllm"
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        generation_speed(H200, MISTRAL, generator="hf", batch_size=0)
