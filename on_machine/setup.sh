@@ -64,7 +64,7 @@ install() {  # BACKEND [ARGUMENT...]
   uv=$(uv_program)
   [ -x "$ENVIRONMENT/bin/python" ] || "$uv" venv --quiet --clear --python 3.11 "$ENVIRONMENT"
   "$uv" pip install --python "$ENVIRONMENT/bin/python" ${backend:+"--torch-backend=$backend"} \
-    --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,serve]'
+    --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,export,serve]'
   if [ $# -gt 0 ]; then
     "$uv" pip install --python "$ENVIRONMENT/bin/python" --constraints constraints.txt "$@"
   fi

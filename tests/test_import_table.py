@@ -46,11 +46,13 @@ MAY_IMPORT = {
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime sql run_record data evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
+    "serve.client": "errors runtime",
+    "serve": "errors tokens runtime machine sql config models run_folder data evaluation export",
     "job": "errors runtime machine config run_name run_folder prepared_folder budget",
     "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate training "
-    "evaluation cloud.catalog cloud.plan report doctor job export demo",
+    "evaluation cloud.catalog cloud.plan report doctor export serve.client serve job demo",
     "__main__": "cli",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files
@@ -95,6 +97,7 @@ NEEDS_TORCH = (
     "models.target_modules",
     "models.weight_files",
     "runtime.torchrun",
+    "serve",
     "training",
     "training.objectives",
     "training.step",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import Any
 
 from finetune.cli.arguments import add_command, large_imports, path, text
+from finetune.errors import UserError
 
 
 def add(commands: Any) -> None:
@@ -51,6 +53,12 @@ def add(commands: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    for package in ("starlette", "uvicorn", "httpx"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"the package {package} is not installed; run `pip install -c constraints.txt -e '.[serve]'`",
+                code="install.missing_package",
+            )
     with large_imports():
         from finetune.serve.run import Options, serve
 

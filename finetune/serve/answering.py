@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,14 @@ from finetune.errors import UserError
 from finetune.evaluation.generators.base import Answer
 from finetune.serve.api_errors import ApiError, invalid
 from finetune.serve.backends.base import Backend, BackendError, PromptTooLong
-from finetune.serve.databases import Databases
+from finetune.serve.client_schemas import ClientSchemas
+from finetune.serve.databases import Database, Databases
 from finetune.serve.questions import Question
 from finetune.serve.rows import Rows
 from finetune.serve.sql_stream import SqlStream
 from finetune.serve.target import Target
 from finetune.sql.dialects import dialect_name
 from finetune.sql.engines.registry import ENGINES
-from finetune.sql.schema import parse_ddl
-
-SCHEMA_SECONDS = 10.0
-"""A schema that a client gives is read within this time, or refused."""
-_READERS = ("postgres", "mysql", "tsql", "snowflake", "bigquery", "duckdb", "oracle", "sqlite")
 
 
 @dataclass(frozen=True)
@@ -55,42 +51,19 @@ class Answering:
 
     def __init__(self, target: Target, databases: Databases, backend: Backend, rows: Rows | None) -> None:
         self.target, self.databases, self.backend, self.rows = target, databases, backend, rows
+        self.schemas = ClientSchemas(target.template)
 
     async def prepare(self, question: Question) -> Prepared:
         """Raises ApiError for an unknown database or dialect, and for a schema that cannot be read."""
-        try:
-            return await asyncio.wait_for(asyncio.to_thread(self._prepare, question), SCHEMA_SECONDS)
-        except TimeoutError:
-            raise invalid(
-                f"the schema is not read within {SCHEMA_SECONDS:.0f} seconds; give a smaller one", param="schema",
-                code="unreadable_schema",
-            ) from None  # fmt: skip
-
-    def _prepare(self, question: Question) -> Prepared:
         wanted = _dialect(question.dialect)
-        database = None
+        database: Database | None = None
         if question.schema is not None:
             dialect = wanted or self.target.dialect_for(None)
-            schema, schema_dialect = question.schema, _reader(question.schema, dialect)
+            prompt = await self.schemas.prompt(question.schema, question.text, dialect, question.evidence)
         else:
             database = self.databases.named(question.database)
             dialect = wanted or self.target.dialect_for(database.dialect)
-            try:
-                schema, schema_dialect = database.schema()
-            except UserError as error:
-                raise ApiError(
-                    503, f"the database {database.name} cannot be read: {error}", code="database_unreadable"
-                ) from error
-        try:
-            prompt = self.target.template.render(
-                schema=schema,
-                question=question.text,
-                dialect=dialect,
-                evidence=question.evidence,
-                schema_dialect=schema_dialect,
-            )
-        except UserError as error:
-            raise invalid(str(error), param="schema", code="unreadable_schema") from error
+            prompt = await asyncio.to_thread(self._prompt, database, dialect, question)
         most = self.target.config.evaluation.max_new_tokens
         return Prepared(
             prompt=prompt,
@@ -100,7 +73,22 @@ class Answering:
             database_name=database.name if database is not None else None,
         )
 
-    async def steps(self, asked: Prepared, *, partial: bool) -> AsyncIterator[str | Result]:
+    def _prompt(self, database: Database, dialect: str, question: Question) -> str:
+        try:
+            schema, schema_dialect = database.schema()
+            return self.target.template.render(
+                schema=schema,
+                question=question.text,
+                dialect=dialect,
+                evidence=question.evidence,
+                schema_dialect=schema_dialect,
+            )
+        except UserError as error:  # it could be read when the server was started
+            raise ApiError(
+                503, f"the database {database.name} cannot be read now: {error}", code="database_unreadable"
+            ) from error
+
+    async def steps(self, asked: Prepared, *, partial: bool) -> AsyncGenerator[str | Result, None]:
         """Parts of the SQL, if `partial` and where they are certain, then the result, whose SQL begins with them.
 
         Raises ApiError, also where the SQL turns out not to begin with what was sent.
@@ -108,7 +96,7 @@ class Answering:
         sent = SqlStream(asked.dialect)
         steps = self.backend.answer(asked.prompt, asked.dialect, asked.max_new_tokens, partial=partial)
         try:
-            async with aclosing(steps):  # type: ignore[type-var]
+            async with aclosing(steps):
                 async for step in steps:
                     if isinstance(step, Answer):
                         result = await self._result(asked, step)
@@ -172,20 +160,3 @@ def _dialect(name: str | None) -> str | None:
         return None if name is None else dialect_name(name)
     except UserError as error:
         raise invalid(str(error), param="dialect", code="unknown_dialect") from error
-
-
-def _reader(schema: str, dialect: str) -> str:
-    """The dialect that reads a client's schema: the one that is asked in, else the first other. The schema stands in the prompt
-    as it was given. Raises ApiError if none does."""
-    first: UserError | None = None
-    for reader in (dialect, *_READERS):
-        try:
-            parse_ddl(schema, reader)
-            return reader
-        except UserError as error:
-            first = first or error
-            if error.code != "sql.bad_schema":
-                break
-        except ValueError as error:  # a NUL character
-            raise invalid(f"the schema cannot be read: {error}", param="schema", code="unreadable_schema") from error
-    raise invalid(str(first), param="schema", code="unreadable_schema") from first

@@ -29,7 +29,11 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status in (408, 413):  # the rest of the body would be read, and thrown away
+            headers["Connection"] = "close"
+        return headers
 
 
 def invalid(message: str, *, param: str | None = None, code: str = "invalid_value") -> ApiError:

@@ -7,7 +7,8 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,7 +60,12 @@ def application(service: Service) -> Starlette:
             Route("/v1/chat/completions", handlers.chat, methods=["POST"]),
             Route("/v1/completions", handlers.completion, methods=["POST"]),
         ],
-        exception_handlers={HTTPException: _http_error, ApiError: _api_error, ClientDisconnect: _gone},  # type: ignore[dict-item]
+        exception_handlers={
+            HTTPException: _http_error,
+            ApiError: _api_error,
+            ClientDisconnect: _gone,
+            Exception: _fault,
+        },  # type: ignore[dict-item]
     )
 
 
@@ -174,8 +180,11 @@ class _Exchange:
         self._service.log(", ".join(part for part in (*parts, told) if part))
 
     async def _whole(self, asked: Prepared) -> Result:
-        async with self._service.queue.turn():
-            async for step in self._service.answering.steps(asked, partial=False):
+        async with (
+            self._service.queue.turn(),
+            aclosing(self._service.answering.steps(asked, partial=False)) as steps,
+        ):
+            async for step in steps:
                 if isinstance(step, Result):
                     return step
         raise AssertionError("steps end with a result")
@@ -204,7 +213,7 @@ class _Exchange:
         steps = self._service.answering.steps(asked, partial=True)
 
         async def close() -> None:
-            await steps.aclose()  # type: ignore[attr-defined]
+            await steps.aclose()
             await turn.__aexit__(None, None, None)
 
         try:
@@ -219,7 +228,9 @@ class _Exchange:
 
         return _Events(self._events(first, steps, question.usage), end)
 
-    async def _events(self, first: str | Result, steps: AsyncIterator[str | Result], usage: bool) -> AsyncIterator[str]:
+    async def _events(
+        self, first: str | Result, steps: AsyncGenerator[str | Result, None], usage: bool
+    ) -> AsyncGenerator[str, None]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         result: Result | None = None
         try:
@@ -256,7 +267,7 @@ class _Exchange:
 class _Events(StreamingResponse):
     """Server-sent events. end: called at the end, however it comes, also if nothing was sent."""
 
-    def __init__(self, content: AsyncIterator[str], end: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, content: AsyncGenerator[str, None], end: Callable[[], Awaitable[None]]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._content, self._end = content, end
 
@@ -264,7 +275,7 @@ class _Events(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._content.aclose()  # type: ignore[attr-defined]
+            await self._content.aclose()
             await self._end()
 
 
@@ -331,6 +342,11 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     told = {404: f"no such address: {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
     shown = ApiError(error.status_code, told.get(error.status_code, error.detail), code="not_found")
     return JSONResponse(shown.body(), error.status_code, headers=error.headers)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    shown = ApiError(500, "the server has a fault; its log says more", code="internal_error")
+    return JSONResponse(shown.body(), 500)
 
 
 async def _gone(_: Request, __: ClientDisconnect) -> Response:

@@ -1,9 +1,10 @@
-"""Runs a backend so that nothing of it outlives the server: `python -I -S guard.py COMMAND...`, with a pipe as standard input.
+"""Runs a backend so that nothing of it outlives the server: `python -I -S guard.py FOLDER COMMAND...`, with a pipe as standard
+input.
 
 The server holds the other end of the pipe. However the server ends, also by kill -9, the pipe closes, and the guard ends the
 backend with everything that it has started. A backend such as vLLM starts processes of its own, which hold GPU memory; that they
-are ended, too, takes a process that becomes their parent when their own is gone. If the guard itself is killed, the kernel ends
-the backend's first process.
+are ended, too, takes a process that becomes their parent when their own is gone. FOLDER, which is the server's, is deleted then.
+If the guard itself is killed, the kernel ends the backend's first process.
 
 Standard library alone, because the guard runs without the project's environment. Its exit code is the backend's, as in a shell.
 """
@@ -11,6 +12,7 @@ Standard library alone, because the guard runs without the project's environment
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,16 +40,19 @@ def main() -> int:
             os._exit(1)
 
     try:
-        backend = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=begin)
+        backend = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=begin)
     except OSError as error:
-        print(f"{sys.argv[1]}: {error.strerror}", file=sys.stderr)
+        print(f"{sys.argv[2]}: {error.strerror}", file=sys.stderr)
         return 127
     code: int | None = None
+    gone = False
     try:
-        while code is None and not stopping and not _server_is_gone():
+        while code is None and not stopping and not (gone := _server_is_gone()):
             code = _reaped(backend.pid)
     finally:
         code = _end(backend.pid, code)
+    if gone:
+        shutil.rmtree(sys.argv[1], ignore_errors=True)
     return code
 
 

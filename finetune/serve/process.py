@@ -25,13 +25,14 @@ _CONSEQUENCE = re.compile(r"EngineDeadError|Engine core initialization failed|Se
 
 
 class GuardedProgram:
-    """words: the program and its arguments. socket: on which it will listen. log: a file for what it prints."""
+    """words: the program and its arguments. socket: on which it will listen. log: a file for what it
+    prints, in the server's own folder, which is deleted with the server."""
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str], *, socket: Path, log: Path) -> None:
         self._socket, self._log = socket, log
         with log.open("wb") as file:
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(GUARD), *words],
+                [sys.executable, "-I", "-S", str(GUARD), str(log.parent), *words],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -61,6 +62,12 @@ class GuardedProgram:
         except subprocess.TimeoutExpired:
             self._guard.kill()
             self._guard.wait()
+
+
+def worker_environment() -> dict[str, str]:
+    """For a small program of ours that reads text of clients: nothing of the user's."""
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG")}
+    return with_package(kept | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
 
 
 def with_package(environment: Mapping[str, str]) -> dict[str, str]:

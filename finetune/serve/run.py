@@ -106,6 +106,7 @@ class _Server:
         finally:
             with suppress(Exception):
                 await backend.close()
+            await self._answering.schemas.close()
             await asyncio.to_thread(process.stop)
         self._beat("stopped", queue, now=True)
         return self._code

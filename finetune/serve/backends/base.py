@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -76,7 +76,9 @@ class Backend(Protocol):
         """Whether it answers. False also while it loads."""
         ...
 
-    def answer(self, prompt: str, dialect: str, max_new_tokens: int, *, partial: bool) -> AsyncIterator[str | Answer]:
+    def answer(
+        self, prompt: str, dialect: str, max_new_tokens: int, *, partial: bool
+    ) -> AsyncGenerator[str | Answer, None]:
         """The whole answer at the end. partial: before it the text so far, as it grows, where the backend can tell.
 
         Raises PromptTooLong, BackendError, and UserError for a prompt that has no tokens. Closing the iterator ends the work.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import httpx
@@ -54,7 +54,7 @@ class HfBackend:
 
     async def answer(
         self, prompt: str, dialect: str, max_new_tokens: int, *, partial: bool
-    ) -> AsyncIterator[str | Answer]:
+    ) -> AsyncGenerator[str | Answer, None]:
         assert self._client is not None
         try:
             question = {"prompt": prompt, "max_new_tokens": max_new_tokens}

@@ -8,7 +8,7 @@ backend.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class TokenStream:
 
     async def answer(
         self, prompt: str, dialect: str, max_new_tokens: int, *, partial: bool
-    ) -> AsyncIterator[str | Answer]:
+    ) -> AsyncGenerator[str | Answer, None]:
         ids, room = self.vocabulary.encoded(prompt, max_new_tokens)
         growing = self._common.answer(dialect)
         path, body = self._request(ids, room)
