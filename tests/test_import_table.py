@@ -46,10 +46,10 @@ MAY_IMPORT = {
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime sql run_record data evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
+    "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "serve.client": "errors runtime",
     "serve": "errors tokens runtime machine sql config models run_folder data evaluation export",
     "job": "errors runtime machine config run_name run_folder prepared_folder budget",
-    "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate training "
     "evaluation cloud.catalog cloud.plan report doctor export serve.client serve job demo",

@@ -23,7 +23,8 @@ from finetune.sql.text import double_quotes_as_names, on_one_line, without_disti
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 PARTS = [
     "SELECT", "DISTINCT", "name", "a.b", '"x y"', "'it''s'", "'--'", "`q`", "[r]", "FROM t", ",", ", ", " , ", "( ", ")", " )",
-    ";", "; ", "\n", "\n\n", "  ", "\t", "-- c\n", "/* d */", "/*", "'", '"', "date('now')", "date ('now')", "random()", "rand/**/()",
+    ";", "; ", "\n", "\n\n", "  ", "\t", "-- c\n", "/* d */", "/*", "'", '"', "date('now')", "date ('now')", "random()",
+    "rand/**/()",
     "now ()", "current_date", "updated", "WHERE x = 1", "INTO u", "```", "```sql\n", "#", "### ", "~~~", "<s>", "<|x|>", "[SQL]",
     "The query is: ", "Question: ", "；", "&gt;", "UNION", "ORDER BY 1", "LIMIT 1", "é", "\u2028", "\x00",
 ]  # fmt: skip

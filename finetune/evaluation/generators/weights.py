@@ -46,7 +46,7 @@ def weights_for(config: RunConfig, device: Device) -> Weights:
         raise UserError(
             "evaluation.adapter: merged needs weights of 16 bits or more, and those of this run are held in 4 bits; set "
             "evaluation.dequantize to true or auto, or evaluation.adapter to auto or apart",
-            code="evaluation.merged_4bit",
+            code="evaluation.four_bit_merge",
         )
     return Weights(dequantize, adapter == "merged" or (adapter == "auto" and (dequantize or not four_bits)))
 

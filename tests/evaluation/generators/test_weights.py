@@ -73,7 +73,7 @@ def gpu_with(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
 
 
 def test_an_adapter_is_not_merged_into_weights_that_stay_in_4_bits(tiny_model: Path) -> None:
-    with raises("evaluation.merged_4bit"):
+    with raises("evaluation.four_bit_merge"):
         weights_for(configured(tiny_model, "merged", False), CPU)
 
 
