@@ -82,7 +82,7 @@ def _export(arguments: argparse.Namespace) -> int:
     run = open_run(arguments.run)
     with large_imports():
         from finetune.export.run import Request, default_target, export_run
-    kind = (arguments.upload or "merged") if arguments.to == "hub" else arguments.to
+    kind: Any = (arguments.upload or "merged") if arguments.to == "hub" else arguments.to
     request = Request(
         kind=kind,
         base=arguments.base,

@@ -19,7 +19,7 @@ def check_repository(name: str) -> None:
     """Raises UserError unless it is USER/NAME and a token is set: before hours of work."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)

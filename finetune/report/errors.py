@@ -30,17 +30,16 @@ def error_rows(source: Source) -> list[ErrorRow]:
     """The classes of both models, the most frequent of the tuned model first; empty if eval.json counts none."""
     from finetune.evaluation.error_classes import ERROR_CLASSES  # here, because the command line loads nothing of it
 
-    counted = [scores.get("error_classes") for scores in (source.base, source.tuned)]
-    base, tuned = counted
+    base, tuned = (scores.get("error_classes") for scores in (source.base, source.tuned))
     first = tuned or base or {}
     names = dict.fromkeys(name for counts in (first, base or {}) for name in counts)
-    scores = (source.base, source.tuned)
     known = {name: ERROR_CLASSES.get(name) for name in names}
     return [
         ErrorRow(
             name,
             found.title if (found := known[name]) else "",
-            *(_counted(counts, name, score) for counts, score in zip(counted, scores, strict=True)),
+            _counted(base, name, source.base),
+            _counted(tuned, name, source.tuned),
             _example(source, name),
             found.advice if found else "",
         )

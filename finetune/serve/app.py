@@ -61,11 +61,11 @@ def application(service: Service) -> Starlette:
             Route("/v1/completions", handlers.completion, methods=["POST"]),
         ],
         exception_handlers={
-            HTTPException: _http_error,
-            ApiError: _api_error,
-            ClientDisconnect: _gone,
+            HTTPException: _http_error,  # type: ignore[dict-item]
+            ApiError: _api_error,  # type: ignore[dict-item]
+            ClientDisconnect: _gone,  # type: ignore[dict-item]
             Exception: _fault,
-        },  # type: ignore[dict-item]
+        },
     )
 
 

@@ -76,9 +76,8 @@ def ask(
     file = AnswerFile(path, "tuned model", {"model": "m"}, PROMPTS, 2)
     file.read()
     price = None if usd_per_hour is None else MachinePrice(usd_per_hour, f"catalog at {usd_per_hour:g}")
-    load = noting(
-        file, lambda: clock.loading(loading, Slow(clock, stop_before, within)), lambda: price, lambda: clock.now
-    )
+    model: Any = Slow(clock, stop_before, within)
+    load = noting(file, lambda: clock.loading(loading, model), lambda: price, lambda: clock.now)
     file.generate(load, tuned=True, max_new_tokens=9, progress=False)
     return file
 
@@ -155,7 +154,7 @@ def test_a_disk_that_is_full_is_reported(tmp_path: Path, clock: Clock, monkeypat
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cost.Path, "open", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(UserError, match=r"a\.attempts\.jsonl: no space left on the disk"):
         ask(tmp_path / "a.jsonl", clock, 36.0)
 

@@ -241,7 +241,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_another_version_of_the_package_may_lack_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     gguf_types._library.cache_clear()
-    monkeypatch.setattr(gguf_types.ctypes, "CDLL", lambda path: object())
+    monkeypatch.setattr("ctypes.CDLL", lambda path: object())
     with raises("export.no_quantiser"):
         check_quantiser()
     monkeypatch.undo()

@@ -4,7 +4,7 @@ verdicts as they are compared."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def questions_of(prepared: Path) -> list[Record]:
     return read_records(prepared / "test.jsonl")
 
 
-def as_jsonl(answers: dict[str, str | None]) -> str:
+def as_jsonl(answers: Mapping[str, str | None]) -> str:
     return "".join(json.dumps({"id": name, "sql": answer}) + "\n" for name, answer in answers.items())
 
 

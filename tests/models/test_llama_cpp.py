@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from finetune.models import llama_cpp
 from finetune.models.llama_cpp import LlamaServer
 from tests.helpers.errors import raises
 
@@ -36,7 +35,8 @@ def has_ended(pid: int, seconds: float = 20) -> bool:
 
 def test_it_answers_on_loopback_and_ends(tiny_gguf: Path) -> None:
     with LlamaServer(tiny_gguf, context_tokens=64, parallel=2, api_key="secret") as server:
-        assert server.url.startswith("http://127.0.0.1:") and server.alive
+        running = server.alive
+        assert server.url.startswith("http://127.0.0.1:") and running
         ids = server.tokenize("SELECT name")
         whole = server.request("/completion", {"prompt": ids, "n_predict": 5, "temperature": 0, "return_tokens": True})
         events = list(
@@ -88,7 +88,7 @@ def test_a_file_that_does_not_load_is_refused(tiny_gguf: Path, tmp_path: Path, c
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with raises("install.missing_package", match="export"):
         LlamaServer(Path("model.gguf"))
     assert util.find_spec("xllamacpp") is None, "patched for the whole process, and undone after the test"

@@ -39,7 +39,8 @@ def evaluation(run_dir: Path) -> dict[str, Any]:
     tuned = record["models"]["tuned"]
 
     def scored(correct: int) -> dict[str, Any]:
-        return copy.deepcopy(tuned) | {"correct": correct, "execution_accuracy": correct / 150}
+        found: dict[str, Any] = copy.deepcopy(tuned)
+        return found | {"correct": correct, "execution_accuracy": correct / 150}
 
     for name in ("base", "tuned"):
         record["models"][name]["cost"] = COST

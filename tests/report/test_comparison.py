@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def rows_of(right: Sequence[bool], databases: int = 3, **changes: Any) -> list[R
     ]
 
 
-def results(right: dict[str, Sequence[bool]], **changes: Any) -> list[str]:
+def results(right: Mapping[str, Sequence[bool]], **changes: Any) -> list[str]:
     return [str(write_result(Path(name), rows_of(one), **changes)) for name, one in right.items()]
 
 

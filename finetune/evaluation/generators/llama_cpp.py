@@ -35,6 +35,7 @@ class LlamaCppModel:
     """
 
     dtype_name = "gguf"
+    load_seconds = 0.0
 
     def __init__(
         self,
