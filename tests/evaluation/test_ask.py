@@ -396,6 +396,15 @@ def test_an_unknown_dialect_is_refused(run: RunFolder, database: Path, capsys: p
 # what cannot be answered, and what is printed
 
 
+def test_a_generator_that_gives_up_on_a_prompt_is_one_line(
+    run: RunFolder, database: Path, monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
+    answer("")
+    monkeypatch.setattr(hf, "generate_answers", lambda *_, **__: [("", 0, "failed", 12)])
+    with reported("ask.failed"):
+        assert generate(run, database) == 2
+
+
 @pytest.mark.parametrize(("problem", "code"), [("too_long", "ask.too_long"), ("out_of_memory", "ask.out_of_memory")])
 def test_a_prompt_that_is_too_long_is_one_line(
     run: RunFolder, database: Path, monkeypatch: pytest.MonkeyPatch, answer: Any,

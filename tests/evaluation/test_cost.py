@@ -33,7 +33,7 @@ class Clock:
         self.now = 100.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
-    def loading(self, seconds: float, model: Slow) -> Slow:
+    def loading(self, seconds: float, model: Any) -> Any:
         self.now += seconds
         return model
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from finetune.budget.ledger import Account, Ledger
-from finetune.job.serve import DAILY, DailyBudget
+from finetune.job.serve import DAILY, DailyBudget, _export
+from finetune.job.settings import read_settings
 from finetune.machine.billed_time import MARKER, machine_age, machine_identity
 from finetune.machine.price import MachinePrice
 from tests.helpers.errors import raises
@@ -258,3 +261,22 @@ def test_a_machine_without_a_price_is_bounded_in_hours_only(here: Path, monkeypa
     with DailyBudget(here / "serving", Decimal("0.01")) as budget:
         assert not budget.over
     assert not (here / "serving").exists()
+
+
+def test_an_export_that_is_missing_or_cannot_be_copied_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(read_settings({"RUN_NAME": "my-run"}), mount=tmp_path / "bucket", state=tmp_path / "state")
+    with raises("job.no_export", match="no such folder in the bucket"):
+        _export("runs/other/exports/merged", settings)
+    folder = tmp_path / "bucket" / "exports" / "merged"
+    folder.mkdir(parents=True)
+    (folder / "export.json").write_text("{}")
+
+    def broken(*_: object) -> None:
+        raise shutil.Error([("model.safetensors", "there", "Input/output error")])
+
+    monkeypatch.setattr(shutil, "copytree", broken)
+    with raises("job.export_not_copied", match="Input/output error"):
+        _export("exports/merged", settings)
+    assert not (tmp_path / "state" / "exports" / "merged").exists()
