@@ -1,14 +1,14 @@
 """How fast a GPU answers questions, in new tokens per second: measured on one H200, scaled to other GPUs and models.
 
-Arithmetic without torch, for `finetune plan`. Measured on 2026-11-29 with Mistral-7B's shape, 1,034 prompts of 187 tokens and 64
-new tokens each. vLLM 0.24 had merged 16-bit weights and answered all of them in 4.1 s after 100 s of loading (compilation and
-graphs). transformers' own loop (hf) had NF4 weights with the adapter beside them: a step took 155 ms with 16 rows and 151 ms with
-64, so it was the host that was slow, which launches the kernels, and not the GPU.
+Arithmetic without torch, for `finetune plan`. Measured on 2026-11-29 with Mistral-7B's shape and 64 new tokens an answer. vLLM
+0.24: `finetune evaluate` on 1,034 questions, the tuned model, after 136 s of loading for the base model (dequantized weights
+written to the disk, compilation, graphs) and 44 s for the tuned one. hf: benchmarks.generation on 192 prompts of 187 tokens, NF4
+weights with the adapter beside them, 16 rows.
 
 Scaled so:
 - vLLM: a GPU is as much slower as the lower of its two ratios to the H200, that of the matrix rate and that of the bandwidth; a
   larger model is slower by its parameters, a smaller one is taken to be no faster, because the host schedules every token.
-- hf: the host takes as long everywhere (4.9 ms a layer), unless the GPU needs longer to unpack the weights and to compute.
+- hf: the host takes as long everywhere (0.6 ms a layer), unless the GPU needs longer to unpack the weights and to compute.
 - Loading takes as long everywhere.
 Nothing of that was measured on another GPU: take it as right within a factor of 2 either way. Left out: prompts, which both
 compute once where a schema repeats, and answers of very different lengths.
@@ -35,13 +35,13 @@ PARAMETERS = 7_241_732_096
 
 VLLM_FROM = (8, 0)
 """Compute capability from which on_machine/setup.sh builds vLLM's environment."""
-VLLM_TOKENS_PER_SECOND = 16_281.0
-VLLM_LOADING_SECONDS = 100.0
+VLLM_TOKENS_PER_SECOND = 12_599.0
+VLLM_LOADING_SECONDS = 180.0
 VLLM_SHARE = 0.85
 """Of the GPU's memory that 16-bit weights may take, so that the keys and values of many answers find room. Assumed."""
 
-HF_STEP_SECONDS = 16 / 103
-"""Of a step with 32 layers in 4 bits with the adapter beside them: 103 tokens/s at 16 rows (423 at 64)."""
+HF_STEP_SECONDS = 16 / 798
+"""Of a step with 32 layers in 4 bits with the adapter beside them: 798 tokens/s at 16 rows (2,231 at 64)."""
 HF_LAYERS = 32
 HF_LOADING_SECONDS = 60.0
 """Assumed: reading and quantising the weights of a 7B model, which is not measured apart."""
@@ -83,7 +83,7 @@ def generation_speed(gpu: GpuSpec, shape: ModelShape, *, generator: GeneratorNam
         return GenerationSpeed("vllm", speed, VLLM_LOADING_SECONDS, "measured" if measured else "estimated", source)
     step = max(HF_STEP_SECONDS * shape.layers / HF_LAYERS, _gpu_step_seconds(gpu, shape, batch_size))
     measured = measured and batch_size == 16
-    source = f"hf on {origin}" if measured else f"hf, from {origin}, bound by the host, to a factor of 2"
+    source = f"hf on {origin}" if measured else f"hf, from {origin}, by the slower of host and GPU, to a factor of 2"
     return GenerationSpeed("hf", batch_size / step, HF_LOADING_SECONDS, "measured" if measured else "estimated", source)
 
 

@@ -32,13 +32,13 @@ def test_the_measured_model_is_the_known_one() -> None:
 
 
 def test_on_the_gpu_of_the_measurement_it_is_the_measurement() -> None:
-    """103 tokens/s at 16 rows and 423 at 64 (issue 20): 155 and 151 ms a step."""
+    """798 tokens/s at 16 rows and 2,231 at 64: 20 and 29 ms a step."""
     found = generation_speed(H200, MISTRAL, generator="vllm", batch_size=16)
-    assert (found.tokens_per_second, found.loading_seconds, found.basis) == (16_281.0, 100.0, "measured")
+    assert (found.tokens_per_second, found.loading_seconds, found.basis) == (12_599.0, 180.0, "measured")
     hf = generation_speed(H200, MISTRAL, generator="hf", batch_size=16)
-    assert hf.tokens_per_second == pytest.approx(103) and hf.basis == "measured"
+    assert hf.tokens_per_second == pytest.approx(798) and hf.basis == "measured"
     more = generation_speed(H200, MISTRAL, generator="hf", batch_size=64)
-    assert more.basis == "estimated" and more.tokens_per_second == pytest.approx(423, rel=0.03)
+    assert more.basis == "estimated" and 2_231 / 2 < more.tokens_per_second < 2_231 * 2
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -49,8 +49,8 @@ def test_elsewhere_it_is_estimated_and_no_faster(gpu: str) -> None:
 
 
 def test_vllm_is_as_slow_as_the_scarcer_of_arithmetic_and_bandwidth() -> None:
-    assert vllm("L4").tokens_per_second == pytest.approx(16_281 * 300 / 4800), "bandwidth"
-    assert vllm("A100").tokens_per_second == pytest.approx(16_281 * 312 / 989), "arithmetic"
+    assert vllm("L4").tokens_per_second == pytest.approx(12_599 * 300 / 4800), "bandwidth"
+    assert vllm("A100").tokens_per_second == pytest.approx(12_599 * 312 / 989), "arithmetic"
     assert vllm("A100-80GB").tokens_per_second == vllm("A100").tokens_per_second
 
 
@@ -65,13 +65,15 @@ def test_a_larger_model_is_slower_and_a_smaller_one_no_faster() -> None:
 
 def test_hf_is_bound_by_the_host_until_the_gpu_is_slower() -> None:
     t4 = GPUS["T4"]
-    one = generation_speed(t4, MISTRAL, generator="hf", batch_size=1)
+    one = generation_speed(H200, MISTRAL, generator="hf", batch_size=1)
     assert one.tokens_per_second == pytest.approx(1 / HF_STEP_SECONDS)
+    slow = generation_speed(t4, MISTRAL, generator="hf", batch_size=1).tokens_per_second
+    assert slow < one.tokens_per_second, "reading the weights takes longer than the host"
     many = generation_speed(t4, MISTRAL, generator="hf", batch_size=512).tokens_per_second
     assert many < 512 / HF_STEP_SECONDS, "the arithmetic of so many rows takes longer than the host"
     assert many < generation_speed(H200, MISTRAL, generator="hf", batch_size=512).tokens_per_second
     quarter = generation_speed(H200, SMALL, generator="hf", batch_size=16)
-    assert quarter.tokens_per_second == pytest.approx(4 * 103)
+    assert quarter.tokens_per_second == pytest.approx(4 * 798)
 
 
 @pytest.mark.parametrize(
