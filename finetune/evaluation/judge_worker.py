@@ -6,8 +6,7 @@ Reads JSON objects from stdin, one per line: first the settings (parent, rule, t
 
 Schemas and records are sent once, before the first answer to them. An answer without text (null) asks for the gold query only,
 ahead of answers. Replies to each batch with one line for each answer, in order, as soon as it is judged: an outcome ({} for a
-gold query),
-or {"user_error": ..., "code": ...}, or {"failed": traceback}.
+gold query), or {"user_error": ..., "code": ...}, or {"failed": traceback}.
 """
 
 from __future__ import annotations
