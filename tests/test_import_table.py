@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime sql run_record data evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
+    "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "serve.client": "errors runtime",
     "serve": "errors tokens runtime machine sql config models run_folder data evaluation export",
     "job": "errors runtime machine config run_name run_folder prepared_folder budget",

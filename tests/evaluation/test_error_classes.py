@@ -44,7 +44,7 @@ def ask(database: Path) -> Iterator[Any]:
     with SqlSandbox() as sandbox:
 
         def row(gold: str, answer: Answer | str, *, rule: Rule = "test_suite", schema: str = schema) -> Row:
-            judge = Judge(lambda _: sandbox, rule=rule, timeout_seconds=0.3 if ENDLESS == answer else 10.0)
+            judge = Judge(lambda _: sandbox, rule=rule, timeout_seconds=0.3 if answer == ENDLESS else 10.0)
             given = Answer(answer, 3) if isinstance(answer, str) else answer
             return judge.row(Record("q", "concerts", "?", gold, schema), database, "prompt", given)
 
