@@ -73,9 +73,6 @@ class PartFolder:
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest with the list of all files, and give the folder its name. Raises UserError for a disk error, and if
         there is another folder of that name by now."""
-        for path in self.path.iterdir():
-            if path.name.startswith("."):
-                remove_tree(path, inside=self.path)
         write_json(self.path / MANIFEST, {**manifest, "files": listed(self.path)})
         try:
             os.rename(self.path, self.target)  # replaces an empty folder and no other
@@ -83,6 +80,9 @@ class PartFolder:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise taken(self.target) from error
             raise disk_error(error, self.target) from error
+        for path in self.target.iterdir():  # after the rename, before which a killed export goes on from them
+            if path.name.startswith("."):
+                remove_tree(path, inside=self.target)
 
 
 def listed(folder: Path) -> dict[str, dict[str, int | str]]:

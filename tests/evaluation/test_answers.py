@@ -220,7 +220,8 @@ def evaluation_of(run: RunFolder) -> tuple[Any, ...]:
 
     scores = timeless(json.loads(run.eval_json.read_text()))
     rows = [[timeless(line) for line in read_jsonl(run.eval_rows(name))] for name in ("base", "tuned")]
-    kept = [*run.path.glob("eval/answers/*.jsonl"), *run.path.parent.glob("base/*/answers.jsonl")]
+    kept = [path for path in run.path.glob("eval/answers/*.jsonl") if not path.name.endswith(".attempts.jsonl")]
+    kept += run.path.parent.glob("base/*/answers.jsonl")
     return scores, rows, [(path.name, without_seconds(path)[0], by_question(path)) for path in sorted(kept)]
 
 

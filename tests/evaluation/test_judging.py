@@ -105,7 +105,7 @@ def test_the_pool_agrees_with_the_public_evaluators_on_800_predictions_and_with_
         assert wrong == [], rule
     classes = score(rows)["error_classes"]
     assert sum(classes.values()) == sum(row.verdict != "correct" for row in rows) and "unknown" not in classes
-    assert {"column_of_another_table", "no_such_column", "no_such_table", "wrong_rows", "wrong_columns"} <= set(classes)
+    assert {"column_of_another_table", "no_such_column", "wrong_rows", "wrong_columns"} <= set(classes)
 
 
 def test_rows_come_in_the_order_of_the_questions_by_key_and_beside_other_work(shop: Questions) -> None:
@@ -216,12 +216,12 @@ def test_a_time_limit_that_was_hit_under_load_is_tried_once_more_alone(database:
     with judging(questions, workers=1) as judged:
         judged.submit("a", 0, answers(GOLDS)[0])
         pool = pool_of(judged)
-        until(lambda: pool.outcome("a", 0))
+        until(lambda: pool.outcome("a", 0) and pool.ready)  # gold queries ahead of answers have run, too
         [sandbox] = children(pool.pids[0])
         os.kill(sandbox, signal.SIGSTOP)  # as if it got no turn on the CPU
-        judged.submit("a", 1, answers(GOLDS)[1])
+        judged.submit("a", 1, Answer(GOLDS[1].replace("id = 1", "id = 0 + 1"), 3))
         outcome = until(lambda: pool.outcome("a", 1))
-        assert "gold_limit" in outcome.verdicts.values(), "it did hit the limit"
+        assert outcome.verdict == "timeout", "it did hit the limit"
         judged.submit("a", 2, Answer(SLOW, 3))
         rows = judged.rows("a")
     assert [row.verdict for row in rows] == ["correct", "correct", "timeout"]

@@ -266,9 +266,9 @@ def test_lines_in_another_order(config: Path, questions: list[Record]) -> None:
     lines[3], lines[4] = lines[4], lines[3]
     refused(config, "\n".join(lines), "predictions.other_order", ":4:", "'shop'", "'port'", questions[3].id)
     answers = [{"id": record.id, "sql": record.sql, "db_id": record.db_id} for record in questions]
-    answers[2]["db_id"] = "port"
+    answers[3]["db_id"] = "port"
     content = "".join(json.dumps(answer) + "\n" for answer in answers)
-    refused(config, content, "predictions.other_order", ":3:", "'shop'", "'port'")
+    refused(config, content, "predictions.other_order", ":4:", "'shop'", "'port'")
 
 
 def test_ids_that_are_missing_unknown_or_there_twice(config: Path, questions: list[Record]) -> None:

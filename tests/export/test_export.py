@@ -247,7 +247,8 @@ def test_a_killed_export_leaves_nothing_and_goes_on(run: RunFolder, place: str, 
     before = weights.stat()
     assert export(run) == 0
     after = (target / "model.safetensors").stat()
-    assert (after.st_ino == before.st_ino) is kept, "a half-written file is written anew, a whole one is taken"
+    same = (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert same is kept, "a half-written file is written anew, a whole one is taken"
     assert not weights.parent.exists() and not [path for path in target.iterdir() if path.name.startswith(".")]
     assert manifest(target)["scores"]["merged"]["same_sql"] == 6
 
