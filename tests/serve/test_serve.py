@@ -204,7 +204,7 @@ def test_kill_9_leaves_no_process_and_no_files(tiny_run: Path, start: Start, tmp
     (tmp_path / "tmp").mkdir()
     program = start(tiny_run, "--backend", "hf", environment={"TMPDIR": str(tmp_path / "tmp")})
     backends = program.backends()
-    assert len(backends) == 2 and list((tmp_path / "tmp").iterdir())
+    assert len(backends) >= 2 and list((tmp_path / "tmp").iterdir())
     program.process.kill()
     assert until(lambda: not any(map(alive, backends)))
     assert until(lambda: not list((tmp_path / "tmp").glob("finetune-serve*")))
