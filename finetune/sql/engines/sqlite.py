@@ -193,7 +193,7 @@ class SqlSandbox:
                 self._stop()  # memory ran short; use a fresh worker
             return _failure(answer["error_kind"], shortened(answer["error"], LONGEST_MESSAGE), seconds)
         body = f"[{received[:start].decode()}]"
-        rows = list(map(tuple, _decode_rows(body) if '{"blob"' in body else json.loads(body)))
+        rows = list(map(tuple, _decode_rows(body) if "{" in body else json.loads(body)))
         return QueryResult(rows, tuple(answer["columns"]), None, None, seconds, answer["double_quoted_text"])
 
     def second_layer(self) -> tuple[str, ...]:
