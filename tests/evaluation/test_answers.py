@@ -62,7 +62,10 @@ def generate(file: AnswerFile, model: Any) -> Any:
 
 
 def without_seconds(path: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in ("seconds", "loading_seconds")} for line in read_jsonl_lines(path)]
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "loading_seconds")}
+        for line in read_jsonl_lines(path)
+    ]
 
 
 def by_question(path: Path) -> list[dict[str, Any]]:
