@@ -11,15 +11,14 @@ from typing import Any
 
 from finetune.config.schema import EvaluationSection
 from finetune.evaluation import retries, samples
-from finetune.evaluation.answers import AnswerFile, prompts_hash
-from finetune.evaluation.cost import Load, cost_of, noting
+from finetune.evaluation.answers import AnswerFile
+from finetune.evaluation.asking import Price, answers_key, complete
+from finetune.evaluation.cost import Load, cost_of
 from finetune.evaluation.generators.base import Answer, Sampling
 from finetune.evaluation.judging import Judging
-from finetune.evaluation.questions import EvaluationSet, short_hash
+from finetune.evaluation.questions import EvaluationSet
 from finetune.evaluation.score import Row
-from finetune.machine.price import MachinePrice
 from finetune.run_folder import RunFolder
-from finetune.runtime.console import say
 from finetune.runtime.files import atomic_file
 
 
@@ -39,7 +38,7 @@ class Beyond:
     questions: EvaluationSet
     run: RunFolder
     load: Load
-    price: Callable[[], MachinePrice | None]
+    price: Price
     judged: Judging
     progress: bool = True
     files: list[AnswerFile] = field(default_factory=list)
@@ -95,18 +94,15 @@ class Beyond:
     ) -> AnswerFile:
         """The complete file of the answers to these prompts. told: called with each one, kept or new."""
         settings = self.questions.generation(self.run.adapter) | settings
-        key = short_hash([settings, prompts_hash(prompts)])
-        path = self.run.path / "eval" / "answers" / f"tuned-{name}-{key}.jsonl"
+        path = self.run.path / "eval" / "answers" / f"tuned-{name}-{answers_key(settings, prompts)}.jsonl"
         evaluation = self.questions.config.evaluation
         answers = AnswerFile(path, f"tuned model ({name})", settings, prompts, evaluation.batch_size, sampling)
         answers.read()
         self.files.append(answers)
-        if answers.answers:
-            say(f"{answers.kept()} are there already; {'judging them' if answers.complete else 'going on there'}")
-        for place, answer in answers.answers.items():
-            told(place, answer)
-        answers.generate(
-            noting(answers, self.load, self.price),
+        complete(
+            answers,
+            self.load,
+            self.price,
             tuned=True,
             max_new_tokens=evaluation.max_new_tokens,
             progress=self.progress,

@@ -20,15 +20,16 @@ from finetune.config.schema import EvaluationSection, RunConfig
 from finetune.data.prompts import PromptTemplate, dialects_of, load_template
 from finetune.data.records import read_lines
 from finetune.errors import Interrupted, UserError
-from finetune.evaluation.answers import AnswerFile, prompts_hash
+from finetune.evaluation.answers import AnswerFile
+from finetune.evaluation.asking import Price, answers_key, complete
 from finetune.evaluation.beyond_greedy import Beyond, wanted
-from finetune.evaluation.cost import Load, cost_of, evaluation_price, noting, training_usd, whole_cost
+from finetune.evaluation.cost import Load, cost_of, evaluation_price, training_usd, whole_cost
 from finetune.evaluation.generators.base import LoadedModel
 from finetune.evaluation.generators.registry import generator_for
 from finetune.evaluation.judging import Judging, Speed, judging
 from finetune.evaluation.leaks import leaks
 from finetune.evaluation.paired import gains
-from finetune.evaluation.questions import EvaluationSet, evaluation_set, short_hash
+from finetune.evaluation.questions import EvaluationSet, evaluation_set
 from finetune.evaluation.score import Row, score, write_rows
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
@@ -70,8 +71,9 @@ def evaluate_base(
     """
     questions = evaluation_set(config, generator_for(config, generator), PromptTemplate(config.data.schema_format))
     base = _base(questions, Path(config.training.output_dir))
+    load, price = cache(lambda: loaded or questions.generator.load(config, None)), _price(questions)
     with _judging(questions, [base]) as judged:
-        _complete(questions, [base], lambda: loaded or questions.generator.load(config, None), judged, progress)
+        _complete(questions, [base], load, price, judged, progress)
     return base.result[0] | {"cost": cost_of([base.answers]).as_dict()}
 
 
@@ -96,10 +98,14 @@ def evaluate_run(
             f"{questions.data.folder}: not the data that {run.path} was trained on, which may have contained these questions"
         )
     models = [*([_base(questions, run.path.parent)] if base else []), _tuned(questions, run)]
-    load = cache(lambda: questions.generator.load(config, run.adapter))
+    load, price = cache(lambda: questions.generator.load(config, run.adapter)), _price(questions)
     with _judging(questions, models) as judged:
-        _complete(questions, models, load, judged, progress)
-        beyond = _beyond_greedy(questions, run, load, models[-1].result[1], judged, progress)
+        _complete(questions, models, load, price, judged, progress)
+        beyond: dict[str, Any] = {}
+        if wanted(config.evaluation):
+            more = Beyond(questions, run, load, price, judged, progress)
+            with _what_is_kept(more.files):
+                beyond = more.scores(models[-1].result[1])
     scores: dict[str, dict[str, Any]] = {}
     for model in models:
         result, rows = model.result
@@ -138,15 +144,8 @@ def _judging(questions: EvaluationSet, models: Sequence[Model]) -> Iterator[Judg
         yield judged
 
 
-def _beyond_greedy(
-    questions: EvaluationSet, run: RunFolder, load: Load, greedy: Sequence[Row], judged: Judging, progress: bool
-) -> dict[str, Any]:
-    if not wanted(questions.evaluation):
-        return {}
-    price = cache(lambda: evaluation_price(questions.config.budget))
-    beyond = Beyond(questions, run, load, price, judged, progress)
-    with _what_is_kept(beyond.files):
-        return beyond.scores(greedy)
+def _price(questions: EvaluationSet) -> Price:
+    return cache(lambda: evaluation_price(questions.config.budget))
 
 
 def _base(questions: EvaluationSet, runs: Path) -> Model:
@@ -167,7 +166,7 @@ def _base(questions: EvaluationSet, runs: Path) -> Model:
 
 def _tuned(questions: EvaluationSet, run: RunFolder) -> Model:
     settings = questions.generation(run.adapter)
-    path = run.path / "eval" / "answers" / f"tuned-{_key(questions, settings)}.jsonl"
+    path = run.path / "eval" / "answers" / f"tuned-{answers_key(settings, questions.prompts)}.jsonl"
     return Model("tuned", True, _answer_file(questions, path, "tuned model", run.adapter))
 
 
@@ -181,27 +180,21 @@ def _answer_file(questions: EvaluationSet, path: Path, name: str, adapter: Path 
 def _base_folder(questions: EvaluationSet, runs: Path) -> Path:
     """The folder of the base model's answers and score, named by a hash of everything that the answers depend on."""
     name = Path(questions.config.model.name).name or "model"
-    key = _key(questions, questions.generation(None))
+    key = answers_key(questions.generation(None), questions.prompts)
     return runs / "base" / f"{name}-{key}"
 
 
-def _key(questions: EvaluationSet, settings: dict[str, Any]) -> str:
-    return short_hash([settings, prompts_hash(questions.prompts)])
-
-
-def _complete(questions: EvaluationSet, models: Sequence[Model], load: Load, judged: Judging, progress: bool) -> None:
+def _complete(
+    questions: EvaluationSet, models: Sequence[Model], load: Load, price: Price, judged: Judging, progress: bool
+) -> None:
     """Generate the missing answers, judge those without verdicts beside it, and write the base model's score into its folder."""
     unjudged = [model for model in models if model.rows is None]
-    load_once, price = cache(load), cache(lambda: evaluation_price(questions.config.budget))
     with _what_is_kept([model.answers for model in unjudged]):
         for model in unjudged:
-            if model.answers.answers:
-                todo = "judging them" if model.answers.complete else "going on there"
-                say(f"{model.answers.kept()} are there already; {todo}")
-            for number, answer in model.answers.answers.items():
-                judged.submit(model.name, number, answer)
-            model.answers.generate(
-                noting(model.answers, load_once, price),
+            complete(
+                model.answers,
+                load,
+                price,
                 tuned=model.tuned,
                 max_new_tokens=questions.config.evaluation.max_new_tokens,
                 progress=progress,

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -16,13 +15,13 @@ from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.export.templates import chat_template, modelfile
 from finetune.models.adapter import SETTINGS, seal_adapter
+from finetune.models.end_tokens import end_tokens
 from finetune.models.load import load_model_config, load_tokenizer, resolve_name
 from finetune.models.merging import Base, MergedWeights, write_weights
 from finetune.models.positions import positions
 from finetune.models.weight_files import model_folder
 from finetune.run_folder import RunFolder
 from finetune.runtime.files import disk_error, read_json, write_json, write_text
-from finetune.tokens import stop_ids
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OLLAMA_CONTEXT = 8192
@@ -56,8 +55,7 @@ class Model:
         """Raises UserError if the base model or its tokenizer cannot be loaded."""
         tokenizer, settings = load_tokenizer(config.model), load_model_config(config.model)
         tokenizer.chat_template = chat_template(template)
-        generation = _generation_config(config)
-        ends = stop_ids(tokenizer, SimpleNamespace(generation_config=generation, config=settings))
+        ends = end_tokens(config.model, tokenizer, settings)
         hardware = run.record().hardware if run.run_json.is_file() else None
         trained = DTYPES.get((hardware.dtype if hardware else None) or "", torch.float32)
         return cls(run, config, template, tokenizer, settings, ends, trained)
@@ -138,16 +136,6 @@ def _save_tokenizer(model: Model, folder: Path) -> None:
     except OSError as error:
         raise disk_error(error, folder) from error
     model.template.save(folder)
-
-
-def _generation_config(config: RunConfig) -> Any:
-    """That of the base model, for the tokens that end an answer; None if it has none."""
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(model_folder(config.model))
-    except OSError:
-        return None
 
 
 def _save_generation_config(model: Model, folder: Path) -> None:

@@ -134,13 +134,14 @@ def attach_lora(model: PreTrainedModel, section: LoraSection) -> PeftModel:
     return get_peft_model(model, config)  # type: ignore[return-value]
 
 
-def _layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The layers that can have an adapter, by path."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)}
-
-
-def _matches(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
+def layers_with_adapter(model: torch.nn.Module, lora: LoraSection) -> dict[str, torch.nn.Module]:
+    """The layers that lora.target_modules matches, by path."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)}
+    return {
+        name: module
+        for name, module in layers.items()
+        if any(f".{name}".endswith(f".{target}") for target in lora.target_modules)
+    }
 
 
 def require_adapter(folder: Path) -> None:
@@ -162,7 +163,7 @@ def load_adapter(
     settings = check_folder(folder)
     if lora is not None:
         check_run(folder, settings, lora)
-        wanted = {name for name in _layers(model) if any(_matches(name, target) for target in lora.target_modules)}
+        wanted = set(layers_with_adapter(model, lora))
     if section is not None:
         check_base(folder, identity_of_base(section))
     if not is_sealed(folder):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from finetune.config.schema import QuantizationSection, RunConfig
 from finetune.errors import UserError, first_line
 from finetune.models.adapter import WEIGHTS, check_base, check_folder, check_layers, check_run, mismatch
-from finetune.models.load import identity_of_base, load_model_config
+from finetune.models.load import identity_of_base, layers_with_adapter, load_model_config
 from finetune.models.weight_files import BaseWeights, Entry, model_folder, write_shards
 
 if TYPE_CHECKING:
@@ -249,11 +249,8 @@ def _same(weights: BaseWeights, first: str, second: str) -> bool:
 
 
 def _check_adapted(skeleton: PreTrainedModel, deltas: _Deltas, folder: Path, config: RunConfig) -> None:
-    from finetune.models.load import _layers, _matches
-
-    layers = _layers(skeleton)
-    targets = config.lora.target_modules
-    check_layers(folder, {name for name in layers if any(_matches(name, t) for t in targets)}, set(deltas.pairs))
+    layers = layers_with_adapter(skeleton, config.lora)
+    check_layers(folder, set(layers), set(deltas.pairs))
     for name, (first, second) in deltas.pairs.items():
         rows, columns = layers[name].weight.shape  # type: ignore[misc,union-attr]
         if (second.shape[0], first.shape[1], first.shape[0]) != (rows, columns, second.shape[1]):

@@ -70,6 +70,11 @@ def worker_environment() -> dict[str, str]:
     return with_package(kept | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
 
 
+def backend_environment(hidden: str | None) -> dict[str, str]:
+    """For a backend that is a module of ours: that of the server, without the variable `hidden`, which holds its key."""
+    return with_package({name: value for name, value in os.environ.items() if name != hidden})
+
+
 def with_package(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a program that is a module of ours, wherever it starts."""
     path = environment.get("PYTHONPATH", "")

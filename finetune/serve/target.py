@@ -71,15 +71,15 @@ class Target:
 
     def vocabulary(self) -> Vocabulary:
         """Raises UserError if the tokenizer cannot be loaded."""
-        from finetune.evaluation.generators.vllm import model_facts
-        from finetune.models.load import load_tokenizer
+        from finetune.models.end_tokens import end_tokens
+        from finetune.models.load import load_model_config, load_tokenizer
         from finetune.serve.backends.tokens import Vocabulary
 
         tokenizer = load_tokenizer(self.config.model)
         if self.export is not None:
             return Vocabulary(tokenizer, list(self.export.end_ids), self.export.context_tokens)
-        config, ends = model_facts(self.config, tokenizer)
-        return Vocabulary(tokenizer, ends, positions(config))
+        config = load_model_config(self.config.model)
+        return Vocabulary(tokenizer, end_tokens(self.config.model, tokenizer, config), positions(config))
 
     def gguf_file(self) -> Path:
         """The file for llama.cpp. Of a run it is written into RUN/exports/, in 8 bits, which takes minutes for a large model, and

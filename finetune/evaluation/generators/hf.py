@@ -16,8 +16,7 @@ import transformers
 from tqdm import tqdm
 
 from finetune.config.schema import RunConfig
-from finetune.data.prompts import answer_is_complete, prompt_dialect
-from finetune.evaluation.generators.asked import Asked
+from finetune.evaluation.generators.asked import Asked, asked_of
 from finetune.evaluation.generators.base import Answer, Done, Problem, Sampling
 from finetune.evaluation.generators.decoding import Decoder
 from finetune.evaluation.generators.passes import longest_configured, longest_text
@@ -165,15 +164,13 @@ def generate_answers(
     batch_size: prompts answered at once. A prompt that leaves less than `max_new_tokens` of the model's positions is asked with
     the room that there is.
     """
-    encoded = encode_prompts(tokenizer, prompts)
-    limit = positions(model)
-    answers = [Answer("", 0, "too_long", len(ids)) for ids in encoded]
-    asked = []
-    for number, ids in enumerate(encoded):
-        room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
-        if room > 0:
-            seed = sampling.seeds[number] if sampling else number
-            asked.append(Asked(number, ids, room, prompt_dialect(prompts[number]), seed))
+    asked, answers = asked_of(
+        prompts,
+        encode_prompts(tokenizer, prompts),
+        positions=positions(model),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+    )
     with tqdm(total=len(prompts), desc=description, unit="question", disable=not progress) as bar:
 
         def tell(number: int) -> None:
@@ -183,10 +180,7 @@ def generate_answers(
 
         def finished(one: Asked, ids: list[int], problem: Problem | None) -> None:
             text = "" if problem else decode_answer(tokenizer, ids)
-            cut = one.room < max_new_tokens and len(ids) == one.room
-            if cut and not problem and not answer_is_complete(text, one.dialect):
-                problem = "too_long"
-            answers[one.number] = Answer(text, len(ids), problem, len(one.ids))
+            answers[one.number] = one.answer(text, len(ids), problem)
             tell(one.number)
 
         for number in set(range(len(prompts))) - {one.number for one in asked}:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.data.prompts import answer_is_complete, prompt_dialect
+from finetune.evaluation.generators.asked import Asked, asked_of
 from finetune.evaluation.generators.base import Answer, Done, Sampling
 from finetune.evaluation.generators.stopping import EndOfAnswers
 from finetune.models.llama_cpp import PACKAGE, LlamaServer, version
@@ -101,33 +101,27 @@ class LlamaCppModel:
     ) -> list[Answer]:
         """As `LoadedModel.answers`. tuned: the file holds one model, so it says nothing here."""
         encoded = encode_prompts(self._tokenizer, prompts)
-        room = [
-            max_new_tokens if self._limit is None else min(max_new_tokens, self._limit - len(ids)) for ids in encoded
-        ]
-        found = [Answer("", 0, "too_long", len(ids)) for ids in encoded]
-        asked = sorted((i for i in range(len(prompts)) if room[i] > 0), key=lambda i: encoded[i])  # schemas together
+        asked, found = asked_of(
+            prompts, encoded, positions=self._limit, max_new_tokens=max_new_tokens, sampling=sampling
+        )
         if not asked:
             return found
+        asked.sort(key=lambda one: one.ids)  # schemas together
         parallel = min(PARALLEL, batch_size, len(asked))
-        server = self.server(max(len(encoded[i]) + room[i] for i in asked), parallel)
+        server = self.server(max(one.total for one in asked), parallel)
+        temperature = sampling.temperature if sampling else 0.0
         with ThreadPoolExecutor(parallel) as pool, tqdm(
             total=len(asked), desc=description, unit="question", disable=not progress
         ) as bar:  # fmt: skip
 
-            def ask(i: int) -> None:
-                seed = sampling.seeds[i] if sampling else 0
-                temperature = sampling.temperature if sampling else 0.0
-                answer = self._one(server, encoded[i], prompt_dialect(prompts[i]), room[i], temperature, seed)
-                cut = room[i] < max_new_tokens and answer.new_tokens == room[i]
-                if cut and not answer_is_complete(answer.text, prompt_dialect(prompts[i])):
-                    answer = answer._replace(problem="too_long")
-                found[i] = answer
+            def ask(one: Asked) -> None:
+                answer = found[one.number] = self._one(server, one, temperature)
                 with self._lock:
                     bar.update()
                     if done:
-                        done(i, answer)
+                        done(one.number, answer)
 
-            waiting = [pool.submit(ask, i) for i in asked]
+            waiting = [pool.submit(ask, one) for one in asked]
             try:
                 for future in waiting:
                     future.result()
@@ -137,19 +131,17 @@ class LlamaCppModel:
                 raise
         return found
 
-    def _one(
-        self, server: LlamaServer, ids: list[int], dialect: str, room: int, temperature: float, seed: int
-    ) -> Answer:
+    def _one(self, server: LlamaServer, one: Asked, temperature: float) -> Answer:
         body = {
-            "prompt": ids,
-            "n_predict": room,
+            "prompt": one.ids,
+            "n_predict": one.room,
             "temperature": temperature,
-            "seed": seed,
+            "seed": one.seed,
             "return_tokens": True,
             "cache_prompt": True,
             **({"top_k": 0, "top_p": 1.0, "min_p": 0.0} if temperature else {}),
         }
-        growing = self._ends.answer(dialect)
+        growing = self._ends.answer(one.dialect)
         events = server.stream("/completion", body)
         try:
             for event in events:
@@ -158,4 +150,4 @@ class LlamaCppModel:
                         break
         finally:
             events.close()
-        return Answer(growing.text, len(growing.ids), None, len(ids))
+        return one.answer(growing.text, len(growing.ids))

@@ -7,7 +7,7 @@ from finetune.errors import UserError
 from finetune.evaluation.generators.base import Generator
 from finetune.evaluation.generators.hf import HfGenerator
 from finetune.evaluation.generators.vllm import VllmGenerator
-from finetune.evaluation.generators.vllm_place import FEW_QUESTIONS, missing
+from finetune.evaluation.generators.vllm_place import FEW_QUESTIONS, missing, require_vllm
 from finetune.runtime.console import say
 
 AUTO = "auto"
@@ -26,10 +26,8 @@ def generator_for(config: RunConfig, name: str | None = None, *, questions: int 
     if wanted == AUTO:
         return _fastest(config, config.evaluation.max_questions if questions is None else questions)
     found = generator_named(wanted)
-    if wanted == FAST and (why := missing(config)):
-        raise UserError(
-            f"evaluation.generator=vllm: {why}; evaluation.generator=hf does without vLLM", code="evaluation.no_vllm"
-        )
+    if wanted == FAST:
+        require_vllm(config)
     return found
 
 

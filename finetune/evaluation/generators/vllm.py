@@ -11,22 +11,19 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from finetune.config.schema import RunConfig
-from finetune.data.prompts import answer_is_complete, prompt_dialect
-from finetune.errors import UserError
+from finetune.evaluation.generators.asked import asked_of
 from finetune.evaluation.generators.base import Answer, Done, Sampling
 from finetune.evaluation.generators.stopping import EndOfAnswers, GrowingAnswer
-from finetune.evaluation.generators.vllm_place import Place, engine_options, find_vllm, missing
+from finetune.evaluation.generators.vllm_place import Place, engine_options, find_vllm, require_vllm
 from finetune.evaluation.generators.vllm_process import VllmProcess
 from finetune.models.positions import positions
 from finetune.runtime.console import say
-from finetune.runtime.files import load_json
-from finetune.tokens import encode_prompts, stop_ids
+from finetune.tokens import encode_prompts
 
 if TYPE_CHECKING:
     from finetune.evaluation.generators.vllm_weights import Weights
@@ -66,12 +63,7 @@ class VllmGenerator:
         from finetune.models.device import choose_device
         from finetune.models.load import identity_of_base, load_tokenizer
 
-        found = find_vllm()
-        if (why := missing(config)) or found is None:
-            raise UserError(
-                f"evaluation.generator=vllm: {why}; evaluation.generator=hf does without vLLM",
-                code="evaluation.no_vllm",
-            )
+        found = require_vllm(config)
         rank = 0
         if adapter is not None:
             settings = check_folder(adapter)
@@ -102,7 +94,11 @@ class VllmModel:
         self.load_seconds = 0.0
         self._adapter, self._rank = adapter, rank
         self._apart = _applied(config) == "apart" and adapter is not None
-        model_config, self._ends = model_facts(config, tokenizer)
+        from finetune.models.end_tokens import end_tokens
+        from finetune.models.load import load_model_config
+
+        model_config = load_model_config(config.model)
+        self._ends = end_tokens(config.model, tokenizer, model_config)
         self._common = EndOfAnswers(tokenizer, self._ends)
         self._positions = positions(model_config)
         self._process: VllmProcess | None = None
@@ -126,54 +122,47 @@ class VllmModel:
         its process is killed. Whatever is raised, its process has ended."""
         tuned = tuned and self._adapter is not None
         encoded = encode_prompts(self._tokenizer, prompts)
-        limit = self._positions
-        room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)) for ids in encoded]
-        answers = [Answer("", 0, "too_long", len(ids)) for ids in encoded]
-        asked = [number for number in range(len(prompts)) if room[number] > 0]
+        asked, answers = asked_of(
+            prompts, encoded, positions=self._positions, max_new_tokens=max_new_tokens, sampling=sampling
+        )
         if done:
-            for number in set(range(len(prompts))) - set(asked):
+            for number in set(range(len(prompts))) - {one.number for one in asked}:
                 done(number, answers[number])
         if not asked:
             return answers
-        growing = {i: self._common.answer(prompt_dialect(prompts[i])) for i in asked}
+        growing = {place: self._common.answer(one.dialect) for place, one in enumerate(asked)}
         try:
-            process = self._ready(max(len(encoded[i]) + room[i] for i in asked), tuned)
+            process = self._ready(max(one.total for one in asked), tuned)
             replies = process.tokens(
-                prompts=[encoded[i] for i in asked],
-                most=[room[i] for i in asked],
+                prompts=[one.ids for one in asked],
+                most=[one.room for one in asked],
                 temperature=sampling.temperature if sampling else 0.0,
-                seeds=[sampling.seeds[i] for i in asked] if sampling else None,
+                seeds=[one.seed for one in asked] if sampling else None,
                 lora=tuned and self._apart,
             )
             with tqdm(total=len(prompts), desc=description, unit="question", disable=not progress) as bar:
                 bar.update(len(prompts) - len(asked))
                 for reply in replies:
-                    for i in _complete(reply, asked, growing, process):
-                        answer = self._answer(growing.pop(i), prompts[i], len(encoded[i]), room[i], max_new_tokens)
-                        answers[i] = answer
+                    for place in _complete(reply, growing, process):
+                        one, tokens = asked[place], growing.pop(place)
+                        answer = answers[one.number] = one.answer(tokens.text, len(tokens.ids))
                         if done:
-                            done(i, answer)
+                            done(one.number, answer)
                         bar.update()
-                    for place, why in reply["failed"].items():
-                        i = asked[int(place)]
-                        if growing.pop(i, None):
+                    for name, why in reply["failed"].items():
+                        one = asked[int(name)]
+                        if growing.pop(int(name), None):
                             say(
-                                f"vLLM gave no answer to a prompt of {len(encoded[i])} tokens, which counts as failed: {why}"
+                                f"vLLM gave no answer to a prompt of {len(one.ids)} tokens, which counts as failed: {why}"
                             )
-                            answers[i] = Answer("", 0, "failed", len(encoded[i]))
+                            answers[one.number] = one.answer("", 0, "failed")
                             if done:
-                                done(i, answers[i])
+                                done(one.number, answers[one.number])
         except BaseException as error:
             self._stop(failed=isinstance(error, Exception))
             raise
         assert not growing, f"vLLM gave no answer to {len(growing)} prompts"
         return answers
-
-    def _answer(self, found: GrowingAnswer, prompt: str, prompt_tokens: int, room: int, most: int) -> Answer:
-        text, new_tokens = found.text, len(found.ids)
-        cut = room < most and new_tokens == room
-        whole = not cut or answer_is_complete(text, prompt_dialect(prompt))
-        return Answer(text, new_tokens, None if whole else "too_long", prompt_tokens)
 
     def _ready(self, length: int, tuned: bool) -> VllmProcess:
         """The process, with the weights and the room for prompts and answers that are asked for."""
@@ -229,20 +218,18 @@ class VllmModel:
         self._weights.remove(log=not failed)
 
 
-def _complete(
-    reply: dict[str, Any], asked: Sequence[int], growing: Mapping[int, GrowingAnswer], process: VllmProcess
-) -> list[int]:
-    """Add the tokens of a step. Returns the prompts whose answers are complete; vLLM is told of those that it would continue."""
+def _complete(reply: dict[str, Any], growing: Mapping[int, GrowingAnswer], process: VllmProcess) -> list[int]:
+    """Add the tokens of a step. Returns the places of the answers that are complete; vLLM is told of those that it would
+    continue. growing: by place, without those that were complete before."""
     complete: list[int] = []
     for place, token in zip(reply["at"], reply["new"], strict=True):
-        answer = growing.get(asked[place])  # None: it was complete some steps ago
+        answer = growing.get(place)  # None: it was complete some steps ago
         if answer is not None and not answer.complete and answer.add(token):
             complete.append(place)
     ended = set(reply["ended"])
     if early := [place for place in complete if place not in ended]:
         process.abort(early)
-    found = [asked[place] for place in dict.fromkeys([*complete, *reply["ended"]])]
-    return [i for i in found if i in growing]
+    return [place for place in dict.fromkeys([*complete, *reply["ended"]]) if place in growing]
 
 
 def _end(process: VllmProcess | None, weights: Weights) -> None:
@@ -254,16 +241,3 @@ def _end(process: VllmProcess | None, weights: Weights) -> None:
 def _applied(config: RunConfig) -> str:
     """How the adapter is applied: vLLM's weights have 16 bits or more, so it can always be merged into them, which is faster."""
     return "apart" if config.evaluation.adapter == "apart" else "merged"
-
-
-def model_facts(config: RunConfig, tokenizer: Any) -> tuple[Any, list[int]]:
-    """The model's own config, and the tokens that end an answer, as `stop_ids` finds them in a loaded model."""
-    from finetune.models.load import load_model_config
-    from finetune.models.weight_files import model_folder
-
-    model_config = load_model_config(config.model)
-    try:
-        generation = SimpleNamespace(**load_json(model_folder(config.model) / "generation_config.json"))
-    except (OSError, ValueError, TypeError):
-        generation = None  # then transformers makes it of the model's config
-    return model_config, stop_ids(tokenizer, SimpleNamespace(generation_config=generation, config=model_config))

@@ -99,6 +99,16 @@ def missing(config: RunConfig, *, auto: bool = False) -> str | None:
     return _no_room(config, gpu)
 
 
+def require_vllm(config: RunConfig) -> Place:
+    """Where vLLM is. Raises UserError if it cannot answer for this config on this machine."""
+    found = find_vllm()
+    if (why := missing(config)) or found is None:
+        raise UserError(
+            f"evaluation.generator=vllm: {why}; evaluation.generator=hf does without vLLM", code="evaluation.no_vllm"
+        )
+    return found
+
+
 def engine_options() -> dict[str, object]:
     """Options of vLLM's EngineArgs that replace ours, as JSON in FINETUNE_VLLM_ENGINE. Raises UserError for anything else."""
     text = os.environ.get(ENGINE_VARIABLE, "").strip()

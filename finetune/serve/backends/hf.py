@@ -3,7 +3,6 @@ its own (hf_worker.py), which answers as many questions at once as `evaluation.b
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -15,7 +14,7 @@ from finetune.evaluation.generators.base import Answer
 from finetune.runtime.files import parse_json
 from finetune.serve.backends.base import Address, BackendError, PromptTooLong, Running
 from finetune.serve.backends.tokens import answers_health, client_for
-from finetune.serve.process import GuardedProgram, with_package
+from finetune.serve.process import GuardedProgram, backend_environment
 from finetune.serve.target import Target
 
 
@@ -38,8 +37,7 @@ class HfBackend:
             str(self._target.path.resolve()),
             str(socket),
         ]
-        environment = {name: value for name, value in os.environ.items() if name != hidden}
-        return GuardedProgram(words, with_package(environment), socket=socket, log=folder / "backend.log")
+        return GuardedProgram(words, backend_environment(hidden), socket=socket, log=folder / "backend.log")
 
     async def connect(self, address: Address) -> None:
         self._client = client_for(address)

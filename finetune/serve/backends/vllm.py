@@ -8,7 +8,6 @@ Written for vLLM 0.24 (vllm/entrypoints/openai/cli_args.py and completion/protoc
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -23,7 +22,7 @@ from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import load_json, parse_json
 from finetune.serve.backends.base import Running
 from finetune.serve.backends.tokens import TokenStream, Vocabulary
-from finetune.serve.process import GuardedProgram, with_package
+from finetune.serve.process import GuardedProgram, backend_environment
 from finetune.serve.target import Target
 
 PARALLEL = 256
@@ -54,8 +53,9 @@ class VllmBackend(TokenStream):
             str(self._target.path.resolve()),
             str(folder),
         ]
-        kept = {name: value for name, value in os.environ.items() if name != hidden}
-        return _Running(words, with_package(kept), socket=folder / SOCKET, log=folder / "backend.log", folder=folder)
+        return _Running(
+            words, backend_environment(hidden), socket=folder / SOCKET, log=folder / "backend.log", folder=folder
+        )
 
     async def is_ready(self) -> bool:
         """Once it is: the folder with the merged weights is deleted, and the length that vLLM has room for is read."""

@@ -97,6 +97,6 @@ def test_vllm_where_it_cannot_run_is_an_error_with_the_reason_and_another_way(
     config = load_config(tiny_config(evaluation={"generator": "vllm"}))
     with raises("evaluation.no_vllm", match="needs a GPU.*evaluation.generator=hf"):
         evaluate_base(config, progress=False)
-    monkeypatch.setattr(registry, "missing", lambda config: None)
+    monkeypatch.setattr(registry, "require_vllm", lambda config: None)
     assert generator_for(config).name == "vllm"
     assert generator_for(config, "hf").name == "hf"
