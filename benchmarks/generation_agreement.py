@@ -71,7 +71,7 @@ class _Explained:
 
     def __init__(self, run: RunFolder) -> None:
         config = run.config()
-        questions = evaluation_set(config, generator_named("hf"), load_template(run.adapter))
+        questions = evaluation_set(config, lambda _: generator_named("hf"), load_template(run.adapter))
         self._prompts = {record.id: prompt for record, prompt in zip(questions.records, questions.prompts, strict=True)}
         self._tokenizer: Any = load_tokenizer(config.model)
         device = choose_device(config.model.torch_dtype)

@@ -27,10 +27,10 @@ def add(commands: Any) -> None:
 
 
 def _add_arguments(ask: argparse.ArgumentParser) -> None:
-    ask.add_argument("target", type=text, metavar="RUN|EXPORT|URL", help="URL: of `finetune serve`")
+    ask.add_argument("target", metavar="RUN|EXPORT|URL", help="URL: of `finetune serve`")
     ask.add_argument("question", type=text, metavar="QUESTION")
     ask.add_argument(
-        "--db", type=text, required=True, metavar="FILE|NAME",
+        "--db", required=True, metavar="FILE|NAME",
         help="a SQLite file, or a schema as .sql file, in any dialect; with a URL also the name of a database there",
     )  # fmt: skip
     ask.add_argument("--execute", "--run", action="store_true", help="also run the SQL, read-only, and print the rows")

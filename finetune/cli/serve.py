@@ -16,14 +16,14 @@ def add(commands: Any) -> None:
         "serve",
         _serve,
         "answer questions with SQL at an OpenAI-compatible endpoint",
-        "finetune serve runs/demo --db shop=shop.sqlite --execute\n"
-        '  finetune ask http://127.0.0.1:8000 --db shop "Which customers ordered twice in May?"',
+        "finetune serve runs/demo --db shop=shop.sqlite --execute   (then: finetune ask http://127.0.0.1:8000 --db shop ...)\n"
+        "  finetune serve runs/demo/export/merged --host 0.0.0.0 --api-key-env SERVE_KEY",
     )
     serve.add_argument("target", type=path, metavar="RUN|EXPORT")
     serve.add_argument("--port", type=_port, default=8000, help="8000; 0: any free one")
     serve.add_argument("--host", type=text, default="127.0.0.1", help="127.0.0.1; another one needs --api-key-env")
     serve.add_argument(
-        "--db", type=text, action="append", default=[], metavar="NAME=FILE", dest="databases",
+        "--db", action="append", default=[], metavar="NAME=FILE", dest="databases",
         help="a SQLite file, or a schema as .sql file, that questions can name; may be given several times",
     )  # fmt: skip
     serve.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,9 +104,13 @@ class EvaluationSet(QuestionSet):
         }
 
 
-def evaluation_set(config: RunConfig, generator: Generator, template: PromptTemplate) -> EvaluationSet:
-    """The questions of a config for a model. Raises as `questions_of`."""
-    return EvaluationSet(**vars(questions_of(config, template)), generator=generator)
+def evaluation_set(
+    config: RunConfig, generator: Callable[[int], Generator], template: PromptTemplate
+) -> EvaluationSet:
+    """The questions of a config for a model. generator: chosen once it is known how many questions there are. Raises as
+    `questions_of`."""
+    asked = questions_of(config, template)
+    return EvaluationSet(**vars(asked), generator=generator(len(asked.records)))
 
 
 def questions_of(config: RunConfig, template: PromptTemplate) -> QuestionSet:

@@ -9,7 +9,7 @@ stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,7 +24,7 @@ from finetune.evaluation.answers import AnswerFile
 from finetune.evaluation.asking import Price, answers_key, complete
 from finetune.evaluation.beyond_greedy import Beyond, wanted
 from finetune.evaluation.cost import Load, cost_of, evaluation_price, training_usd, whole_cost
-from finetune.evaluation.generators.base import LoadedModel
+from finetune.evaluation.generators.base import Generator, LoadedModel
 from finetune.evaluation.generators.registry import generator_for
 from finetune.evaluation.judging import Judging, Speed, judging
 from finetune.evaluation.leaks import leaks
@@ -69,7 +69,7 @@ def evaluate_base(
     loaded: the model, with or without an adapter, if it is in memory already. generator: name of the answer generator,
     in place of evaluation.generator. Raises Interrupted on Ctrl-C.
     """
-    questions = evaluation_set(config, generator_for(config, generator), PromptTemplate(config.data.schema_format))
+    questions = evaluation_set(config, _chosen(config, generator), PromptTemplate(config.data.schema_format))
     base = _base(questions, Path(config.training.output_dir))
     load, price = cache(lambda: loaded or questions.generator.load(config, None)), _price(questions)
     with _judging(questions, [base]) as judged:
@@ -91,7 +91,7 @@ def evaluate_run(
     config = run.config()
     config.evaluation = evaluation or config.evaluation
     require_adapter(run.adapter)
-    questions = evaluation_set(config, generator_for(config, generator), load_template(run.adapter))
+    questions = evaluation_set(config, _chosen(config, generator), load_template(run.adapter))
     trained_on = run.record().data if run.run_json.is_file() else None
     if trained_on and trained_on.manifest_sha256 != questions.data.manifest_hash:
         say(
@@ -142,6 +142,10 @@ def _judging(questions: EvaluationSet, models: Sequence[Model]) -> Iterator[Judg
     on_cpu = questions.generator.settings(questions.config).get("device") == "cpu"
     with judging(questions, 0 if nothing else None, beside_cpu=generates and on_cpu) as judged:
         yield judged
+
+
+def _chosen(config: RunConfig, name: str | None) -> Callable[[int], Generator]:
+    return lambda questions: generator_for(config, name, questions=questions)
 
 
 def _price(questions: EvaluationSet) -> Price:

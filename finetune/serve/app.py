@@ -26,6 +26,8 @@ from finetune.serve.load import Queue
 from finetune.serve.questions import MAX_BODY_BYTES, Question, read_question
 
 BODY_SECONDS = 30.0
+DISCARDED_BYTES = 8 * MAX_BODY_BYTES
+"""Of a body that is too large this much is read, since most clients read no answer before they have sent everything."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 State = Literal["loading", "ready", "failed", "stopping"]
 CLOSED_REQUEST = 499
@@ -320,17 +322,21 @@ async def _body(request: Request) -> bytes:
         raise ApiError(415, "expected Content-Type: application/json", code="invalid_content_type")
     too_large = ApiError(413, f"the body has more than {MAX_BODY_BYTES:,} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
+    if length.isdigit() and int(length[:20]) > DISCARDED_BYTES:
         raise too_large
-    body = bytearray()
+    body, received = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                body += part
-                if len(body) > MAX_BODY_BYTES:
+                received += len(part)
+                if received <= MAX_BODY_BYTES:
+                    body += part
+                elif received > DISCARDED_BYTES:
                     raise too_large
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {BODY_SECONDS:.0f} seconds", code="timeout") from None
+    if received > MAX_BODY_BYTES:
+        raise too_large
     return bytes(body)
 
 

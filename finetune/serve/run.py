@@ -37,6 +37,8 @@ LEAST_KEY_CHARACTERS = 16
 POLL_SECONDS = 0.25
 FAILED_SECONDS = 2.0
 """How long a server whose backend is down still answers that it is."""
+SOCKET_PATH_BYTES = 107
+"""Of a Unix socket: man 7 unix, sun_path without its last zero."""
 GRACE_SECONDS = 10
 """For requests that are being answered when the server stops."""
 
@@ -237,8 +239,16 @@ def _listening(options: Options) -> Iterator[socket.socket]:
 
 @contextmanager
 def _private_folder() -> Iterator[Path]:
-    """For the backend's sockets and its log, which is kept if the backend has failed."""
-    folder = Path(tempfile.mkdtemp(prefix="finetune-serve."))
+    """For the backend's sockets and its log; in /tmp where the path of a socket in TMPDIR would be too long."""
+    private = "finetune-serve."
+    longest = len(os.fsencode(tempfile.gettempdir())) + len(f"/{private}XXXXXXXX/backend.sock")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=private, dir="/tmp" if longest > SOCKET_PATH_BYTES else None))
+    except OSError as error:
+        raise UserError(
+            f"no folder can be made for the backend ({error.strerror}: {error.filename}); set TMPDIR to another one",
+            code="serve.no_folder",
+        ) from None
     try:
         yield folder
     finally:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -200,14 +201,20 @@ def test_a_signal_ends_server_and_backend(tiny_run: Path, start: Start, number: 
     assert json.loads((tmp_path / "beat.json").read_text())["state"] == "stopped"
 
 
-def test_kill_9_leaves_no_process_and_no_files(tiny_run: Path, start: Start, tmp_path: Path) -> None:
-    (tmp_path / "tmp").mkdir()
-    program = start(tiny_run, "--backend", "hf", environment={"TMPDIR": str(tmp_path / "tmp")})
-    backends = program.backends()
-    assert len(backends) >= 2 and list((tmp_path / "tmp").iterdir())
-    program.process.kill()
-    assert until(lambda: not any(map(alive, backends)))
-    assert until(lambda: not list((tmp_path / "tmp").glob("finetune-serve*")))
+def test_kill_9_leaves_no_process_and_no_files(tiny_run: Path, start: Start) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # short enough for a socket
+        program = start(tiny_run, "--backend", "hf", environment={"TMPDIR": folder})
+        backends = program.backends()
+        assert len(backends) >= 2 and list(Path(folder).glob("finetune-serve*"))
+        program.process.kill()
+        assert until(lambda: not any(map(alive, backends)))
+        assert until(lambda: not list(Path(folder).glob("finetune-serve*")))
+
+
+def test_a_temporary_folder_may_have_a_long_name(tiny_run: Path, start: Start, tmp_path: Path) -> None:
+    """A Unix socket in it could not be named: 107 bytes."""
+    (long := tmp_path / ("t" * 120)).mkdir()
+    assert start(tiny_run, "--backend", "hf", environment={"TMPDIR": str(long)}).health()["status"] == "ready"
 
 
 def test_the_end_of_the_backend_ends_the_server_with_a_line(tiny_run: Path, start: Start) -> None:
