@@ -21,15 +21,18 @@ _ROWS = 64
 
 @contextmanager
 def packed_head(causal: Any) -> Iterator[None]:
-    """Within the block a model on a CPU uses the packed weights of its head, if it has such a head."""
+    """Within the block a model on a CPU uses the packed weights of its head, if it has such a head. Its input is made contiguous:
+    of the last tokens of several prompts it is not, and torch would then copy the whole head once for each prompt."""
     head: Any = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
-    packed = _packed(head)
-    if packed is None:
+    if not _is_plain(head):
         yield
         return
+    packed = _packed(head.weight.detach())
 
     def forward(x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, head.bias, "none", [], "")
+        if packed is None:
+            return torch.nn.functional.linear(x.contiguous(), head.weight, head.bias)
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, head.bias, "none", [], "")
         return found
 
     head.forward = forward
@@ -39,12 +42,13 @@ def packed_head(causal: Any) -> Iterator[None]:
         del head.forward
 
 
-def _packed(head: Any) -> Tensor | None:
-    if type(head) is not torch.nn.Linear or "forward" in vars(head):
-        return None
-    weight = head.weight.detach()
+def _is_plain(head: Any) -> bool:
+    return type(head) is torch.nn.Linear and "forward" not in vars(head) and head.weight.device.type == "cpu"
+
+
+def _packed(weight: Tensor) -> Tensor | None:
     exact = not (_multiplies_in_bfloat16() or weight.dtype != torch.float32)
-    if weight.device.type != "cpu" or not exact or weight.numel() * 4 > MOST_BYTES:
+    if not exact or weight.numel() * 4 > MOST_BYTES:
         return None
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from finetune.evaluation.generators import decoding, passes, row_cache
+from finetune.evaluation.generators import packed_head as packed_head_module
 from finetune.evaluation.generators.asked import Asked
 from finetune.evaluation.generators.base import Problem
 from finetune.evaluation.generators.decoding import Decoder
 from finetune.evaluation.generators.packed_head import packed_head
+from finetune.evaluation.generators.rows_attention import rows_attention
 
 VOCABULARY = 97
 END = 5
@@ -302,11 +305,15 @@ def test_a_cpu_answers_more_at_once_where_the_cache_is_small(llama: Any, monkeyp
         assert max(rows) == expected_rows
 
 
+def with_head(bias: bool) -> tuple[Any, torch.nn.Linear]:
+    model, head = torch.nn.Module(), torch.nn.Linear(48, 1001, bias=bias).requires_grad_(False)
+    model.get_output_embeddings = lambda: head  # type: ignore[assignment]
+    return model, head
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_packed_head_computes_the_same(bias: bool) -> None:
-    head = torch.nn.Linear(48, 1001, bias=bias)
-    model = torch.nn.Module()
-    model.get_output_embeddings = lambda: head  # type: ignore[assignment]
+    model, head = with_head(bias)
     for shape in ((3, 1, 48), (1, 48), (70, 1, 48)):
         x = torch.randn(shape)
         with torch.inference_mode(), packed_head(model):
@@ -314,6 +321,31 @@ def test_the_packed_head_computes_the_same(bias: bool) -> None:
             found = head(x)
         assert "forward" not in vars(head)
         assert torch.allclose(found, head(x), atol=1e-5) and found.shape == head(x).shape
+
+
+@pytest.mark.parametrize("most_bytes", [0, packed_head_module.MOST_BYTES], ids=["plain", "packed"])
+def test_the_head_is_not_copied_for_each_prompt(most_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of rows with gaps between them is, in torch, one product for each row, on a copy of the weights."""
+    monkeypatch.setattr(packed_head_module, "MOST_BYTES", most_bytes)
+    model, head = with_head(False)
+    last = torch.randn(3, 7, 48)[:, -1:]
+    with torch.inference_mode(), packed_head(model), profile(activities=[ProfilerActivity.CPU]) as seen:
+        head(last)
+    assert "aten::bmm" not in {event.key for event in seen.key_averages()}
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(9, 3), (4, 4), (4, 1)])
+def test_attention_on_a_cpu_is_that_of_torch(heads: int, key_heads: int) -> None:
+    rows, columns, width, used = 5, 24, 16, 21
+    query, (key, value) = torch.randn(rows, heads, 1, width), torch.randn(2, rows, key_heads, columns, width)
+    key, value = key[:, :, :used], value[:, :, :used]  # a part of the cache, as in a step
+    mask = (torch.arange(used) <= torch.tensor([3, 20, 0, 7, 11])[:, None])[:, None, None]
+    for scale in (None, 0.3):
+        found, _ = rows_attention(torch.nn.Module(), query, key, value, mask, scaling=scale)
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+        assert torch.allclose(found, wanted.transpose(1, 2), atol=1e-6)
 
 
 def test_prompts_in_any_order_have_the_same_answers(llama: Any) -> None:
