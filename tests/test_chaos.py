@@ -131,7 +131,10 @@ def test_a_ledger_that_is_off_by_more_than_a_hundredth_fails() -> None:
 
     assert spent(9.91) == [] == spent(10.04)
     assert "the ledger has 9.89 s of 10.00 s (-1.10%)" in spent(9.89)[0]
-    assert "is booked with 10.06 s and took 10.00 s" in spent(10.06)[0]
+    assert "is booked with 10.06 s and lived 10.00 s" in spent(10.06)[0]
+    ending = life(0, 80, 80, killed=False, booked=10.08)
+    ending = replace(ending, attempt=replace(ending.attempt, teardown=0.1))
+    assert checks.check_spend([run_of(ending)], USD_PER_HOUR) == []
     assert (
         "the account says $11.00, its attempts come to $9.95"
         in (checks.check_spend([replace(run_of(life(0, 80, 80)), spent_usd=11.0)], USD_PER_HOUR)[0])
