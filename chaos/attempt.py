@@ -73,6 +73,11 @@ class EndedProcess:
     finished: bool = False
 
     @property
+    def lived(self) -> float:
+        """Seconds from its start to the end of the process."""
+        return self.seconds + self.teardown
+
+    @property
     def killed(self) -> bool:
         return self.code == -signal.SIGKILL and not self.finished
 

@@ -150,7 +150,7 @@ def check_spend(runs: Sequence[Run], usd_per_hour: float) -> list[str]:
                 f"{run.name}: the account says ${run.spent_usd:.2f}, its attempts come to ${lines / 3600 * usd_per_hour:.2f}"
             )
         found += [
-            f"{run.name}: attempt {number} is booked with {life.booked:.2f} s and lived {life.attempt.seconds + life.attempt.teardown:.2f} s"
+            f"{run.name}: attempt {number} is booked with {life.booked:.2f} s and lived {life.attempt.lived:.2f} s"
             for number, life in enumerate(run.lives, 1)
             if _too_long(life)
         ]
@@ -168,8 +168,7 @@ def check_provisioned(name: str, total: Spend) -> list[str]:
 
 def _too_long(life: Life) -> bool:
     """Booked for longer than it lived: it may write to the ledger after its last write to run.json, with which `seconds` ends."""
-    lived = life.attempt.seconds + life.attempt.teardown
-    return life.booked is not None and life.booked > lived + 0.05
+    return life.booked is not None and life.booked > life.attempt.lived + 0.05
 
 
 def _short(digest: str | None) -> str:

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "job": "errors runtime machine config run_name run_folder prepared_folder budget",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate training "
-    "evaluation cloud.catalog cloud.plan report doctor export serve.client serve job demo",
+    "evaluation cloud.gcloud cloud.catalog cloud.plan cloud.launch report doctor export serve.client serve job demo",
     "__main__": "cli",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files

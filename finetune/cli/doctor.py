@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from finetune.cli.arguments import add_command
-from finetune.errors import UserError
+from finetune.errors import EXIT_OK, UserError
 
 
 def add(commands: Any) -> None:
@@ -17,11 +17,21 @@ def add(commands: Any) -> None:
         action="store_true",
         help="check what launching on Google Cloud needs, instead of what training here needs",
     )
+    doctor.add_argument(
+        "--fix-policy",
+        action="store_true",
+        help="write the launch policy into SkyPilot's config, so that the ceilings hold for `sky launch` in every folder",
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from finetune.doctor.local import examine, exit_code, render
 
+    if arguments.fix_policy:
+        from finetune.cloud.gcloud.policy_setting import KEY, POLICY, name_policy
+
+        print(f"{name_policy()}: {KEY}: {POLICY}")
+        return EXIT_OK
     checks = examine("cloud", regions=_regions()) if arguments.cloud else examine("train")
     print(render(checks))
     return exit_code(checks)

@@ -22,6 +22,7 @@ from finetune.cli import (
     evaluate,
     export,
     job,
+    launch,
     machine,
     plan,
     report,
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (
-        *(doctor, data, config, plan, machine, train, evaluate, compare),
+        *(doctor, data, config, plan, launch, machine, train, evaluate, compare),
         *(demo, report, ask, export, serve, job),
     ):
         command.add(commands)

@@ -24,6 +24,7 @@ from finetune.cloud.gcloud.config import (
     local_login,
     skypilot_setting,
 )
+from finetune.cloud.gcloud.policy_setting import POLICY, named_policy
 from finetune.doctor.check import Check, Need, Status, absent
 from finetune.errors import UserError
 from finetune.runtime.files import parse_json
@@ -41,7 +42,7 @@ def cloud_checks(need: Need, regions: list[str] | None = None) -> list[Check]:
     """
     if need == "train":
         return gcloud_checks(need)
-    rows = [sky_program_check(need), sky_check_hint(), controller_check()]
+    rows = [sky_program_check(need), policy_check(), sky_check_hint(), controller_check()]
     if shutil.which("gcloud") is None:
         return [*gcloud_checks(need), *rows]
     try:
@@ -222,6 +223,21 @@ def sky_program_check(need: Need) -> Check:
         return Check("sky program", "ok", "of this environment")
     advice = f"it cannot import the policy that .sky.yaml names, and refuses to launch; {activate}"
     return Check("sky program", absent("cloud", need), f"another: {_without_home(program)}", "", advice)
+
+
+def policy_check() -> Check:
+    """Whether the launch policy holds for commands typed in every folder."""
+    name = "launch policy"
+    try:
+        found = named_policy()
+    except UserError as error:
+        return Check(name, "warning", "unknown", "", _without_home(str(error)))
+    if found == POLICY:
+        return Check(name, "ok", "holds in every folder")
+    if found is not None:
+        return Check(name, "warning", f"another: {found}", "", f"SkyPilot takes one; ours is {POLICY}")
+    advice = "use `finetune launch`, or write it into ~/.sky/config.yaml with `finetune doctor --fix-policy`"
+    return Check(name, "info", "holds for `sky launch` typed in this folder only", "", advice)
 
 
 def sky_check_hint() -> Check:

@@ -80,14 +80,17 @@ def gcloud_folder() -> Path:
     return Path(os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud").expanduser()
 
 
-def skypilot_setting(*keys: str) -> Any:
-    """A value from SkyPilot's own config, None if it is not set: skypilot_setting("jobs", "controller").
+def skypilot_config() -> Path:
+    """SkyPilot's own config: ~/.sky/config.yaml, or what SKYPILOT_GLOBAL_CONFIG names. It need not exist."""
+    return Path(os.environ.get("SKYPILOT_GLOBAL_CONFIG") or "~/.sky/config.yaml").expanduser()
 
-    The file is ~/.sky/config.yaml, or what SKYPILOT_GLOBAL_CONFIG names. Raises UserError if it is not YAML.
-    """
+
+def skypilot_setting(*keys: str) -> Any:
+    """A value from SkyPilot's own config, None if it is not set: skypilot_setting("jobs", "controller"). Raises UserError if the
+    file is not YAML."""
     from finetune.runtime.yaml_file import load_yaml
 
-    path = Path(os.environ.get("SKYPILOT_GLOBAL_CONFIG") or "~/.sky/config.yaml").expanduser()
+    path = skypilot_config()
     try:
         value = load_yaml(read_text(path))
     except FileNotFoundError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +55,22 @@ def test_a_dry_run_of_the_cheapest_shows_its_candidates(
     assert dollars == sorted(dollars)
     assert "Considered resources" in done.stdout and "Dryrun finished." in done.stdout
     assert list(buckets[0].made) == ["finetune-text2sql-test-you"]
+
+
+def test_finetune_launch_is_held_by_the_policy_in_another_folder(
+    typed: dict[str, str], checkout: Path, tmp_path: Path
+) -> None:
+    """`sky launch` typed there would not be: SkyPilot reads no .sky.yaml there."""
+    task = checkout / "sky" / "dear.yaml"
+    task.write_text((checkout / "sky" / "train_a100.yaml").read_text().replace("cost: 4.50", "cost: 0.50"))
+    words = [sys.executable, "-m", "finetune", "launch", str(task), "--dryrun", "-y"]
+    env = typed | {"PYTHONPATH": str(checkout)}
+    done = subprocess.run(
+        words, env=env, cwd=tmp_path, input="", capture_output=True, text=True, timeout=180, check=False
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 1 and f"in {checkout}: sky launch sky/dear.yaml --dryrun -y" in done.stdout
+    assert "max_hourly_cost" in done.stderr and "Considered resources" not in done.stdout
 
 
 def test_an_a100_on_demand_is_refused_at_three_dollars(typed: dict[str, str], checkout: Path) -> None:

@@ -1,0 +1,59 @@
+"""`finetune launch`: SkyPilot's own launch command, with the plan's table first and the ceilings in force."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from finetune.cli.arguments import add_command, path
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.cloud.launch.command import Launch
+
+
+def add(commands: Any) -> None:
+    launch = add_command(
+        commands,
+        "launch",
+        _launch,
+        "`sky launch`, typed in any folder, under the ceilings of the task and with the plan's table first",
+        "finetune launch sky/train_a100.yaml --env MAX_RUN_USD=5 --yes\n"
+        "  finetune launch --jobs sky/train_spot.yaml --env RUN_NAME=my-run",
+    )
+    launch.add_argument(
+        "--jobs", action="store_true", help="a managed job, which survives preemptions: `sky jobs launch`"
+    )
+    launch.add_argument("task", type=path, metavar="TASK", help="a task YAML, such as sky/train_a100.yaml")
+    launch.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="...", help="SkyPilot's own options, passed on as typed"
+    )
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from finetune.cloud.launch.command import launch_of
+
+    launch = launch_of(arguments.task, arguments.options, managed=arguments.jobs)
+    os.chdir(launch.folder)  # the paths in a config are relative to it, too
+    if launch.config is not None:
+        try:
+            print(_plan(launch))
+        except UserError as error:  # the policy decides whether such a run may be launched
+            print(f"no plan: {error}")
+    print(f"in {launch.folder}: {shlex.join(['sky', *launch.words[1:]])}", flush=True)
+    os.execv(launch.words[0], launch.words)
+
+
+def _plan(launch: Launch) -> str:
+    from finetune.cloud.catalog.offers import load_catalog
+    from finetune.cloud.plan.plan import plan_run
+    from finetune.cloud.plan.table import render
+    from finetune.config.load import load_config
+
+    assert launch.config is not None
+    config = load_config(launch.config, launch.environment.get("OVERRIDES", "").split())
+    scored = launch.environment.get("EVALUATE") == "1"
+    plan = plan_run(config, load_catalog(), launch.ceilings, spot=None, trust_prices=False, scored=scored)
+    return render(plan, launch.environment["CONFIG"])

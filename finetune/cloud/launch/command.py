@@ -1,0 +1,112 @@
+"""What `finetune launch` types for the user: SkyPilot's own command, in the folder whose .sky.yaml names the launch policy.
+
+SkyPilot reads that file only from the folder in which its command is typed, so the same command typed elsewhere is not held to
+`max_hourly_cost` as a whole price, nor to a budget.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from finetune.cloud.gcloud.policy_setting import KEY, POLICY
+from finetune.errors import UserError
+from finetune.machine.price import Ceilings, parse_limit
+from finetune.runtime.files import read_text
+from finetune.runtime.yaml_file import load_yaml
+
+FOLDER_SETTINGS = ".sky.yaml"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """folder: in which SkyPilot's command is to run. words: the command. environment: the task's variables (`envs`), with those
+    of --env. usd_per_hour: the task's ceiling, None if it has none."""
+
+    folder: Path
+    words: list[str]
+    environment: dict[str, str]
+    usd_per_hour: float | None
+
+    @property
+    def config(self) -> Path | None:
+        """The config that the task trains with; None if it names none, or one that is not here."""
+        named = self.environment.get("CONFIG")
+        found = self.folder / named if named else None
+        return found if found and found.is_file() else None
+
+    @property
+    def ceilings(self) -> Ceilings:
+        """Raises UserError for a variable that is not a number."""
+        run_usd, hours = (self._limit(name) for name in ("MAX_RUN_USD", "MAX_HOURS"))
+        return Ceilings(usd_per_hour=self.usd_per_hour, run_usd=run_usd, hours=hours)
+
+    def _limit(self, name: str) -> float | None:
+        text = self.environment.get(name)
+        if not text:
+            return None
+        found = parse_limit(text)
+        if found is None:
+            raise UserError(f"{name}: expected a positive number, such as 25, found {text!r}", code="launch.bad_limit")
+        return float(found)
+
+
+def launch_of(task: Path, options: Sequence[str], *, managed: bool) -> Launch:
+    """options: SkyPilot's, as typed. managed: `sky jobs launch`. Raises UserError if the task cannot be read, if no folder above
+    it names the policy, or if SkyPilot is not installed in this environment."""
+    program = shutil.which("sky", path=sysconfig.get_path("scripts"))
+    if program is None:
+        raise UserError(
+            "SkyPilot is not installed in this environment; run `pip install -c constraints.txt -e '.[cloud]'`",
+            code="launch.no_skypilot",
+        )
+    content = _read(task)
+    folder = _folder_of(task)
+    words = [program, *(["jobs"] if managed else []), "launch", str(task.resolve().relative_to(folder)), *options]
+    given = content.get("envs")
+    environment = {str(key): str(value) for key, value in given.items()} if isinstance(given, dict) else {}
+    resources = content.get("resources")
+    ceiling = resources.get("max_hourly_cost") if isinstance(resources, dict) else None
+    usd_per_hour = float(ceiling) if isinstance(ceiling, int | float) else None
+    return Launch(folder, words, environment | _typed_variables(options), usd_per_hour)
+
+
+def _read(task: Path) -> dict[str, Any]:
+    try:
+        content = load_yaml(read_text(task))
+    except FileNotFoundError:
+        raise UserError(f"{task}: no such task file; see sky/ for ours", code="launch.no_task") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "expected one YAML document"
+        raise UserError(f"{task}: not readable as a task of SkyPilot ({why})", code="launch.bad_task") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{task}: expected one task of SkyPilot, found no keys in it", code="launch.bad_task")
+    return content
+
+
+def _folder_of(task: Path) -> Path:
+    """The nearest folder above the task whose .sky.yaml names our policy."""
+    for folder in task.resolve().parents:
+        try:
+            settings = load_yaml(read_text(folder / FOLDER_SETTINGS))
+        except (OSError, ValueError):
+            continue
+        if isinstance(settings, dict) and settings.get(KEY) == POLICY:
+            return folder
+    raise UserError(
+        f"{task}: no folder above it has a {FOLDER_SETTINGS} with `{KEY}: {POLICY}`, so no ceiling would hold; launch a task of "
+        "this project's sky/",
+        code="launch.no_policy",
+    )
+
+
+def _typed_variables(options: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE of each --env. One without a value is taken from the shell by SkyPilot, and left out here."""
+    pairs = [following for word, following in pairwise(options) if word == "--env"]
+    pairs += [word.removeprefix("--env=") for word in options if word.startswith("--env=")]
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)

@@ -1,0 +1,148 @@
+"""`finetune launch`, and the policy's line in SkyPilot's config. `sky` is a script that says what it was given; the
+real one runs in test_policy_cli.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.cli.main import main
+from finetune.cloud.gcloud.policy_setting import KEY, POLICY, name_policy, named_policy
+from finetune.cloud.launch import command
+from finetune.cloud.launch.command import launch_of
+from finetune.doctor.cloud import policy_check
+from finetune.machine.price import Ceilings
+from tests.helpers.errors import raises
+
+ROOT = Path(__file__).resolve().parents[3]
+A100 = ROOT / "sky" / "train_a100.yaml"
+SKY = '#!/bin/sh\necho "cwd $PWD"\nfor word in "$@"; do echo "word $word"; done\nexit 9\n'
+PROGRAM = """
+import sys
+from finetune.cli.main import main
+from finetune.cloud.launch import command
+command.sysconfig.get_path = lambda _: sys.argv[1]
+raise SystemExit(main(["launch", *sys.argv[2:]]))
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a `sky` in it, which is taken for this environment's."""
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "sky").write_text(SKY)
+    (folder / "sky").chmod(0o755)
+    monkeypatch.setattr(command.sysconfig, "get_path", lambda _: str(folder))
+    return folder
+
+
+def launched(scripts: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(scripts), *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )  # fmt: skip
+
+
+def test_the_command_runs_in_the_folder_of_the_policy(scripts: Path, tmp_path: Path) -> None:
+    """The words after the task are SkyPilot's, whatever they are, and so is the exit code."""
+    done = launched(scripts, tmp_path, str(A100), "--yes", "--env", "MAX_RUN_USD=0.6", "-c", "my cluster", "--down")
+    assert (done.returncode, done.stderr) == (9, "")
+    plan, _, said = done.stdout.partition(f"in {ROOT}: ")
+    words = ["launch", "sky/train_a100.yaml", "--yes", "--env", "MAX_RUN_USD=0.6", "-c", "my cluster", "--down"]
+    assert said.splitlines()[1:] == [f"cwd {ROOT}", *(f"word {word}" for word in words)]
+    assert "is above the ceiling of $0.60 for the run" in plan
+
+
+def test_a_managed_job_and_a_task_without_a_config(scripts: Path) -> None:
+    done = launched(scripts, ROOT / "sky", "--jobs", "serve.yaml")
+    assert done.returncode == 9 and done.stdout.startswith(f"in {ROOT}: ")
+    assert done.stdout.splitlines()[2:] == ["word jobs", "word launch", "word sky/serve.yaml"]
+
+
+def test_a_config_that_is_not_here_or_cannot_be_planned_is_left_to_the_policy(scripts: Path, tmp_path: Path) -> None:
+    done = launched(scripts, tmp_path, str(A100), "--env", "CONFIG=configs/none.yaml")
+    assert done.returncode == 9 and done.stdout.startswith("in ")
+    done = launched(scripts, tmp_path, str(A100), "--env=OVERRIDES=model.name=nobody/knows-it")
+    assert done.returncode == 9 and done.stdout.startswith("no plan: ")
+
+
+def test_limits_are_those_of_the_task_and_of_the_options(scripts: Path) -> None:
+    assert launch_of(A100, [], managed=False).ceilings == Ceilings(run_usd=25.0, hours=24.0, usd_per_hour=4.5)
+    typed = launch_of(A100, ["--env", "MAX_RUN_USD=5", "--env=MAX_HOURS=", "--env", "HF_TOKEN"], managed=False)
+    assert typed.ceilings == Ceilings(run_usd=5.0, hours=None, usd_per_hour=4.5)
+    with raises("launch.bad_limit", match="MAX_HOURS: expected a positive number, such as 25, found '-1'"):
+        _ = launch_of(A100, ["--env", "MAX_HOURS=-1"], managed=False).ceilings
+
+
+def test_what_is_no_task_of_a_folder_with_the_policy_is_refused(scripts: Path, tmp_path: Path) -> None:
+    task = tmp_path / "task.yaml"
+    with raises("launch.no_task", match=r"task\.yaml: no such task file; see sky/ for ours"):
+        launch_of(task, [], managed=False)
+    for text in ("a: [", "a: 1\n---\nb: 2\n", "- a", ""):
+        task.write_text(text)
+        with raises("launch.bad_task", match="expected one"):
+            launch_of(task, [], managed=False)
+    task.write_text(A100.read_text())
+    for settings in ("", "a: [", "admin_policy: another.Policy\n"):
+        (tmp_path / ".sky.yaml").write_text(settings)
+        with raises("launch.no_policy", match="so no ceiling would hold"):
+            launch_of(task, [], managed=False)
+    (tmp_path / ".sky.yaml").write_text(f"{KEY}: {POLICY}\n")
+    assert launch_of(task, [], managed=False).folder == tmp_path
+    (scripts / "sky").unlink()
+    with raises("launch.no_skypilot", match="SkyPilot is not installed in this environment"):
+        launch_of(task, [], managed=False)
+
+
+def test_the_folder_of_the_project_names_the_policy() -> None:
+    assert yaml.safe_load((ROOT / ".sky.yaml").read_text()) == {KEY: POLICY}
+
+
+# the line in SkyPilot's own config
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "home" / "config.yaml"
+    monkeypatch.setenv("SKYPILOT_GLOBAL_CONFIG", str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "# mine\njobs:\n  controller:\n    consolidation_mode: true", "gcp: {a: 1}\n\n\n"]
+)
+def test_the_line_is_added_and_everything_else_stays(
+    config: Path, text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        config.parent.mkdir()
+        config.write_text(text)
+    assert policy_check().status == "info" and "finetune doctor --fix-policy" in policy_check().advice
+    assert main(["doctor", "--fix-policy"]) == 0
+    assert capsys.readouterr().out == f"{config}: {KEY}: {POLICY}\n"
+    written = config.read_text()
+    assert written.startswith((text or "").rstrip()) and yaml.safe_load(written)[KEY] == POLICY
+    assert (yaml.safe_load(text or "") or {}).items() <= yaml.safe_load(written).items()
+    assert named_policy() == POLICY and policy_check().status == "ok"
+    name_policy()
+    assert config.read_text() == written  # once is enough
+
+
+def test_a_line_that_cannot_be_added_is_asked_for(config: Path) -> None:
+    config.parent.mkdir()
+    for text, code, said in (
+        ("admin_policy: another.Policy\n", "cloud.another_policy", "admin_policy is another.Policy"),
+        ("{gcp: {a: 1}}\n", "cloud.bad_skypilot_config", "no line can be added at its end"),
+        ("- a\n", "cloud.bad_skypilot_config", "no line can be added at its end"),
+        ("a: [\n", "cloud.bad_skypilot_config", "not readable as YAML"),
+    ):
+        config.write_text(text)
+        with raises(code, match=said):
+            name_policy()
+        assert config.read_text() == text and policy_check().advice
