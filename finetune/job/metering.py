@@ -14,7 +14,7 @@ from finetune.budget.ledger import Ledger
 from finetune.budget.meter import MAX_RUN_USD, Meter
 from finetune.budget.watchdog import Watchdog
 from finetune.errors import UserError
-from finetune.job.programs import say
+from finetune.job.programs import say, signals_later
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice, dearest_usd_per_hour, facts, machine_price, provisioned
 
@@ -33,7 +33,7 @@ class Metering:
     ) -> None:
         """restarts: whether a spot machine's job is continued elsewhere after a preemption, for which money is then reserved.
         Raises UserError if the ledger cannot be read."""
-        self._over, self._overdue, self._ended = "", False, "failed"
+        self._over, self._overdue, self._ended = "", False, ""
         self._meter: Meter | None = None
         price = _price()
         if price is None or not provisioned():
@@ -79,15 +79,21 @@ class Metering:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Records the attempt while the block runs. Raises UserError if the ledger cannot be written."""
+        """Records the attempt while the block runs; it has failed, or was interrupted by a signal, if nobody says why it ends.
+        Raises UserError if the ledger cannot be written."""
         if self._meter is None:
             yield
             return
         self._watchdog.start()
+        reason = "failed"
         try:
             yield
+        except (KeyboardInterrupt, SystemExit):
+            reason = "interrupted"
+            raise
         finally:
-            self._watchdog.close(self._ended)
+            with signals_later():  # a shutdown sends another one, which must not cost the ledger's last line
+                self._watchdog.close(self._ended or reason)
 
     def _ask(self, reason: str) -> None:
         for key, name in AS_TYPED.items():

@@ -34,7 +34,8 @@ def test_preempted_while_it_is_scored(environment: CloudEnvironment, project: Pa
     environment.cloud.preempt(first)
     environment.cloud.wait_for_machine("judged", 300, other_than=first)
     line = wait_for_job(environment, "judged", "SUCCEEDED", 500)
-    log = environment.sky.run("jobs", "logs", "-n", "judged", "--no-follow").out
+    number = line.split()[0]  # by its name SkyPilot finds only a job that has not ended
+    log = environment.sky.run("jobs", "logs", number, "--no-follow").ok().out
     print(line, log[-3000:])
     assert run.answers("base")[: len(before)] == before, "they were kept"
     assert len(run.answers("base")) == len(run.answers("tuned")) == 6

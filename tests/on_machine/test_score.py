@@ -176,6 +176,7 @@ def test_a_job_that_is_stopped_while_it_waits_for_vllm_is_run_again(machine: Clo
     assert process.returncode == 75, said
     assert "waiting up to 15.0 minutes for vLLM's environment (VLLM_MINUTES)" in said
     assert not machine.called("evaluate")
+    assert reasons(machine) == [("evaluation 1", "interrupted")]
 
 
 @pytest.mark.parametrize("code", [1, 2, 137])
