@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from benchmarks.random_model import SHAPES
 from finetune.evaluation.generators.asked import Asked
 from finetune.evaluation.generators.decoding import Decoder
-from finetune.models.load import adapters_to_dtype, merge_adapter
+from finetune.models.casts import adapters_to_dtype
+from finetune.models.load import merge_adapter
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STEPS = 5

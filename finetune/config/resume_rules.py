@@ -64,7 +64,7 @@ _APPLIES: dict[str, tuple[str, ...]] = {
         *("evaluation.split", "evaluation.max_questions", "evaluation.batch_size", "evaluation.max_new_tokens"),
         *("evaluation.timeout_seconds", "evaluation.rule", "evaluation.dequantize"),
         *("evaluation.max_memory_mib", "evaluation.max_temp_mib", "evaluation.max_rows", "evaluation.max_result_mib"),
-        *("evaluation.large_database_mib", "evaluation.generator", "evaluation.adapter"),
+        *("evaluation.large_database_mib", "evaluation.generator", "evaluation.adapter", "evaluation.dtype"),
         *("evaluation.samples", "evaluation.temperature", "evaluation.seed", "evaluation.retries"),
         *("plan.gpus", "plan.disk_gib", "plan.setup_minutes", "plan.spot_preemptions_per_hour"),
         *("plan.records", "plan.mean_tokens", "plan.questions", "plan.answer_tokens"),

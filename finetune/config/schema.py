@@ -156,6 +156,9 @@ class EvaluationSection:
     adapter: Literal["auto", "merged", "apart"] = (
         "auto"  # auto: merged into the weights where those have 16 bits or more
     )
+    dtype: Dtype = (
+        "auto"  # that answers are computed in; auto: float32 below 1 billion parameters, else that of training
+    )
     batch_size: int = 16
     max_new_tokens: int = 256
     samples: int = 1  # answers drawn for each question besides the greedy one, and put to a vote; 1: none

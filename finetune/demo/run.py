@@ -17,6 +17,7 @@ from finetune.errors import EXIT_OK, UserError
 from finetune.evaluation.generators.hf import HfModel
 from finetune.evaluation.generators.weights import weights_for
 from finetune.evaluation.run import evaluate_base, evaluate_run
+from finetune.models.answering import answering_device
 from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_tokenizer
 from finetune.run_folder import RunFolder, open_run
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 HF = "hf"
-"""The generator for both models: the base model's answers come from the one in memory."""
+"""The generator for both models: the base model's answers come from the one in memory, where it computes in their dtype."""
 
 
 def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
@@ -77,8 +78,9 @@ def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
     say(f"this machine takes {pace.step_seconds:.2f} s for a training step ({pace.threads} threads) and up to "
         f"{pace.question_seconds:.2f} s for an answer (measured for {measured - began:.0f} s): "
         f"{config.evaluation.max_questions} questions fit")  # fmt: skip
-    base = evaluate_base(config, loaded=HfModel(model, tokenizer, device, load_seconds=load_seconds), generator=HF)
-    del model
+    loaded = HfModel(model, tokenizer, device, load_seconds=load_seconds)
+    base = evaluate_base(config, loaded=loaded if answering_device(config) == device else None, generator=HF)
+    del model, loaded
     counts, examples = data.manifest["counts"], examples_per_step(config.training)
     fitting = training_that_fits(
         deadline - time.monotonic(),

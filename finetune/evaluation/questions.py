@@ -28,7 +28,7 @@ STOPPING_VERSION = 4
 JUDGING_VERSION = 4
 """Raise it when other SQL is taken out of an answer, or when a rule changes: cached verdicts are then computed again."""
 GENERATION_KEYS = (
-    *("generator", "adapter", "batch_size", "max_new_tokens", "dequantize"),
+    *("generator", "adapter", "batch_size", "max_new_tokens", "dequantize", "dtype"),
     *("samples", "temperature", "seed", "retries"),
 )
 """Of the section `evaluation`: they concern the answers. `split` and `max_questions` choose the questions, and every other key

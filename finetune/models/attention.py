@@ -14,6 +14,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.models.device import Device
+from finetune.runtime.console import say
 
 _SOFT_CAP = re.compile(r"att.*(soft_?cap|logit_?cap)", re.IGNORECASE)
 """The keys of config.json for a soft cap on attention scores, such as Gemma 2's attn_logit_softcapping. Gemma's
@@ -29,8 +30,13 @@ def attention_for(configured: str, device: Device, config: Any = None) -> str | 
     faster than SDPA's (496 against 360 tokens/s, SmolLM2-135M in NF4, batch 8 x 140, best of 6 steps). For a model that SDPA
     does not compute it is flash-attn where that is installed and computes it, else eager.
 
+    flash-attn computes in 16 bits only: in float32, as small models answer, flash_attention_2 is auto.
+
     Raises UserError if the configured attention would leave out a part of the model.
     """
+    if configured == "flash_attention_2" and device.dtype == torch.float32 and device.place.type == "cuda":
+        say("model.attn_implementation: flash_attention_2 computes in 16 bits only; in float32 it is auto")
+        configured = "auto"
     cap = soft_cap(config)
     if configured == "auto":
         if device.place.type == "cpu":

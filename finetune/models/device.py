@@ -1,4 +1,4 @@
-"""Where the model lives and in which dtype it computes; the compute capability decides."""
+"""Where the model lives and in which dtype it computes; the compute capability decides. answering.py has that of answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from finetune.machine.hardware import dtype_for
 
 @dataclass(frozen=True)
 class Device:
-    """Where the model lives and in which dtype it computes."""
+    """Where the model lives and in which dtype it computes. quantized_in: the dtype that weights have before they become 4-bit
+    ones, and that these become again; None for `dtype`."""
 
     place: torch.device
     dtype: torch.dtype
+    quantized_in: torch.dtype | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -28,12 +30,8 @@ def choose_device(torch_dtype: str) -> Device:
 
     Raises UserError for bfloat16 on a GPU older than 8.0, and for float16 on a CPU.
     """
-    if torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", "0"))
-        capability = torch.cuda.get_device_capability(index)
-        device = torch.device("cuda", index)
-    else:
-        capability, device = None, torch.device("cpu")
+    capability = capability_here()
+    device = torch.device("cpu") if capability is None else torch.device("cuda", _index())
     name = dtype_for(capability, torch_dtype)
     if name == "bfloat16" and capability is not None and capability < (8, 0):
         raise UserError(
@@ -44,3 +42,12 @@ def choose_device(torch_dtype: str) -> Device:
     if name == "float16" and device.type == "cpu":
         raise UserError("model.torch_dtype: float16 does not train on a CPU; use auto", code="model.bad_dtype")
     return Device(device, getattr(torch, name))
+
+
+def capability_here() -> tuple[int, int] | None:
+    """The compute capability of this process's GPU; None without one."""
+    return torch.cuda.get_device_capability(_index()) if torch.cuda.is_available() else None
+
+
+def _index() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

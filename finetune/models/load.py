@@ -26,6 +26,7 @@ from finetune.models.adapter import (
     mismatch,
 )
 from finetune.models.attention import attention_for
+from finetune.models.casts import cast_whole
 from finetune.models.device import Device
 from finetune.models.gguf import PACKAGE_PREFIX, unpacked_gguf
 from finetune.models.target_modules import check_modules
@@ -71,7 +72,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model on `device`: NF4 (or FP4) with double quantisation if configured, else in the compute dtype.
 
-    dequantize: dequantize the weights once. Their values stay those of the 4-bit weights; memory grows fourfold.
+    dequantize: dequantize the weights once. Their values stay those of the 4-bit weights; memory grows fourfold or more.
     Raises UserError if the name is wrong, weights are missing or corrupt, or the hub cannot be reached.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -80,11 +81,12 @@ def load_base(
     if device.place.type == "cpu":
         rounding = "bf16" if section.cpu_bf16_matmul else "none"  # a setting of the whole process, so always set
         torch.backends.mkldnn.matmul.fp32_precision = rounding  # type: ignore[attr-defined]
+    before = (quantization.load_in_4bit and device.quantized_in) or device.dtype
     model, loaded = _load(
         section,
         AutoModelForCausalLM.from_pretrained,
         output_loading_info=True,
-        dtype=device.dtype,
+        dtype=before,
         device_map={"": device.place},
         attn_implementation=attention,
         quantization_config=_bits_and_bytes(quantization, device) if quantization.load_in_4bit else None,
@@ -98,6 +100,8 @@ def load_base(
         )
     if dequantize and quantization.load_in_4bit:
         model = model.dequantize(dtype=device.dtype)
+    if before != device.dtype:
+        cast_whole(model, device.dtype)
     _keep_one_layout(model)
     result: PreTrainedModel = model
     return result
@@ -195,15 +199,6 @@ def adapters_to_float32(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def adapters_to_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast the adapters of a model that only answers to the dtype it computes in: PEFT otherwise casts the activations of every
-    layer to theirs and back."""
-    for module in model.modules():
-        for name in ("lora_A", "lora_B"):
-            if isinstance(layers := getattr(module, name, None), torch.nn.ModuleDict):
-                layers.to(dtype)
 
 
 def is_four_bit(model: torch.nn.Module) -> bool:

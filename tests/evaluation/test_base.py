@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from finetune.config.load import load_config
+from finetune.data.prompts import PromptTemplate
 from finetune.data.records import Record
 from finetune.evaluation import run as evaluation_run
 from finetune.evaluation.generators import hf
 from finetune.evaluation.judge import Judge, Outcome
+from finetune.evaluation.questions import questions_of
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.run_folder import RunFolder
 from tests.helpers.data_examples import SCHEMA, read_jsonl
@@ -95,6 +97,8 @@ def test_the_base_models_score_is_cached_for_all_runs_of_its_output_folder(
         ("evaluation", {"split": "val"}, True),
         ("evaluation", {"max_questions": 3}, True),
         ("evaluation", {"dequantize": True}, True),
+        ("evaluation", {"dtype": "bfloat16"}, True),
+        ("evaluation", {"dtype": "float32"}, False),  # what auto comes to
         ("quantization", {"load_in_4bit": False}, True),
         ("quantization", {"bnb_4bit_quant_type": "fp4"}, True),
         ("model", {"torch_dtype": "bfloat16"}, True),
@@ -110,6 +114,19 @@ def test_the_base_model_is_asked_again_when_a_setting_that_matters_changes(
     assert asked == ["base"]
     evaluate_base(load_config(tiny_config(**{section: values})), progress=False)
     assert len(asked) == (2 if again else 1)
+
+
+def test_a_score_says_in_which_dtype_it_was_answered(tiny_config: ConfigWriter) -> None:
+    for dtype in ("float32", "bfloat16"):
+        score = evaluate_base(load_config(tiny_config(evaluation={"dtype": dtype})), progress=False)
+        assert score["dtype"] == score["generator"]["dtype"] == dtype
+
+
+def test_another_dtype_of_answers_is_not_judged_otherwise(tiny_config: ConfigWriter) -> None:
+    configs = [load_config(tiny_config(evaluation={"dtype": dtype})) for dtype in ("float32", "bfloat16")]
+    template = PromptTemplate(configs[0].data.schema_format)
+    first, second = (questions_of(config, template).judging_settings() for config in configs)
+    assert first == second and "dtype" not in first
 
 
 def test_other_weights_under_the_same_name_are_scored_again(

@@ -15,7 +15,7 @@ from finetune.config.load import examples_per_step
 from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
 from finetune.estimate.fit import Fitted, MicroBatchConfig, fit_on, usual_step_tokens
-from finetune.estimate.generation import GenerationSpeed, generation_speed, generator_on
+from finetune.estimate.generation import GenerationSpeed, answering_speed
 from finetune.estimate.speed import Speed, training_speed
 from finetune.estimate.speed_fused import FusedStep, fused_speed
 from finetune.machine.gpus import GPUS, GpuSpec
@@ -176,8 +176,7 @@ def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: Evaluatio
 
 def _scoring(config: RunConfig, gpu: GpuSpec, shape: ModelShape, size: EvaluationSize) -> Scoring:
     """Judging is left out: it runs beside generating, on the CPU."""
-    generator = generator_on(gpu, shape, config.evaluation.generator)
-    speed = generation_speed(gpu, shape, generator=generator, batch_size=config.evaluation.batch_size)
+    speed = answering_speed(config, gpu, shape)
     return Scoring(speed, (speed.loading_seconds + size.new_tokens / speed.tokens_per_second) / 3600)
 
 

@@ -21,11 +21,12 @@ from finetune.evaluation.generators.base import Answer, Done, Problem, Sampling
 from finetune.evaluation.generators.decoding import Decoder
 from finetune.evaluation.generators.passes import longest_configured, longest_text
 from finetune.evaluation.generators.static import answer_in_batches
-from finetune.evaluation.generators.weights import Weights, weights_for
+from finetune.evaluation.generators.weights import Weights, dtype_settings, weights_for
 from finetune.models.adapter import is_sealed
-from finetune.models.device import Device, choose_device
+from finetune.models.answering import answering_device
+from finetune.models.casts import adapters_to_dtype
+from finetune.models.device import Device
 from finetune.models.load import (
-    adapters_to_dtype,
     load_adapter,
     load_base,
     load_model_config,
@@ -47,19 +48,19 @@ class HfGenerator:
     version = str(transformers.__version__)
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
-        device = choose_device(config.model.torch_dtype)
+        device = answering_device(config)
         weights = weights_for(config, device)
         refilled = longest_configured(load_model_config(config.model)) > 0
         return {
             "device": device.place.type,
-            "dtype": device.dtype_name,
+            **dtype_settings(device),
             "dequantize": weights.dequantize,
             "adapter": "merged" if weights.merged else "apart",
             "batches": "refilled" if refilled else "static",
         }
 
     def load(self, config: RunConfig, adapter: Path | None) -> HfModel:
-        device = choose_device(config.model.torch_dtype)
+        device = answering_device(config)
         weights = weights_for(config, device)
         tokenizer = load_tokenizer(config.model)
         if adapter is not None and not is_sealed(adapter) and (end := added_after(tokenizer)):

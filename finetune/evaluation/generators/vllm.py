@@ -44,14 +44,15 @@ class VllmGenerator:
         return found.version if found else "missing"
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
-        from finetune.models.device import choose_device
+        from finetune.evaluation.generators.weights import dtype_settings
+        from finetune.models.answering import answering_device
 
-        device = choose_device(config.model.torch_dtype)
+        device = answering_device(config)
         options = engine_options()
         return {
             "device": device.place.type,
-            "dtype": device.dtype_name,
-            "dequantize": config.quantization.load_in_4bit,  # vLLM computes with 16-bit weights
+            **dtype_settings(device),
+            "dequantize": config.quantization.load_in_4bit,  # vLLM computes with weights of 16 bits or more
             "adapter": _applied(config),
             **({"engine": options} if options else {}),
         }
@@ -60,7 +61,7 @@ class VllmGenerator:
         """Raises UserError also where vLLM cannot run. The weights are loaded with the first question."""
         from finetune.evaluation.generators.vllm_weights import Weights
         from finetune.models.adapter import check_base, check_folder, check_run
-        from finetune.models.device import choose_device
+        from finetune.models.answering import answering_device
         from finetune.models.load import identity_of_base, load_tokenizer
 
         found = require_vllm(config)
@@ -70,7 +71,7 @@ class VllmGenerator:
             check_run(adapter, settings, config.lora)
             check_base(adapter, identity_of_base(config.model))
             rank = settings["r"]
-        device = choose_device(config.model.torch_dtype)
+        device = answering_device(config)
         return VllmModel(found, config, load_tokenizer(config.model), Weights(config, adapter, device), device.dtype_name,
                          adapter=adapter, rank=rank)  # fmt: skip
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
-from finetune.machine.hardware import GIB, TURING, DetectedGpu, dtype_for, program_output, torch_build
+from finetune.machine.hardware import GIB, TURING, DetectedGpu, program_output, torch_build
 from finetune.models.architectures import FAMILIES, shape_of
 
 VARIABLE = "FINETUNE_VLLM"
@@ -33,6 +33,19 @@ print(json.dumps([names[0], m.version(names[0])] if names else None))
 ROOM_GIB = 4.0
 """Beside the weights: for the cache, activations and CUDA graphs. With less, few answers are computed at once (estimated)."""
 MOST_MEMORY = 0.9
+NOT_IN_FLOAT32 = {
+    "latent attention": (
+        *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "longcat_flash"),
+        *("pangu_ultra_moe", "bailing_hybrid"),
+    ),
+    "linear attention": (
+        *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear"),
+    ),
+}
+"""Values of model_type whose attention vLLM computes in 16 bits only, by their kind of attention. From vLLM's sources around 0.24
+(docs/design/attention_backends.md; layers/fla/ops/chunk.py), not tried. All others have TRITON_ATTN, which takes float32."""
+NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "plamo2", "glm4")
+"""Values of model_type for which vLLM refuses float16 (vllm/config/model.py)."""
 FEW_QUESTIONS = 32
 """So few are answered by hf before vLLM is loaded, which takes a minute or more (measured on an H200 with a 7B model: 100 s)."""
 
@@ -96,7 +109,10 @@ def missing(config: RunConfig, *, auto: bool = False) -> str | None:
         )
     if auto and (why := _unknown_model(config)):
         return why
-    return _no_room(config, gpu)
+    from finetune.models.answering import dtype_of_answers
+
+    dtype = dtype_of_answers(config, gpu.compute_capability)
+    return _not_computed(config, dtype) or _no_room(config, gpu, dtype)
 
 
 def require_vllm(config: RunConfig) -> Place:
@@ -125,15 +141,12 @@ def engine_options() -> dict[str, object]:
     return found
 
 
-def weights_gib(config: RunConfig) -> float | None:
-    """GiB of the weights in the dtype of vLLM (estimated from the model's shape); None for an unknown model."""
+def weights_gib(config: RunConfig, dtype: str) -> float | None:
+    """GiB of the weights in a dtype (estimated from the model's shape); None for an unknown model."""
     shape = shape_of(config.model.name)
     if shape is None:
         return None
-    build = torch_build()
-    capability = build.gpu.compute_capability if build and build.gpu else None
-    size = 4 if dtype_for(capability, config.model.torch_dtype) == "float32" else 2
-    return shape.parameters * size / GIB
+    return shape.parameters * (4 if dtype == "float32" else 2) / GIB
 
 
 def _unknown_model(config: RunConfig) -> str | None:
@@ -152,13 +165,33 @@ def _unknown_model(config: RunConfig) -> str | None:
     )
 
 
-def _no_room(config: RunConfig, gpu: DetectedGpu) -> str | None:
-    weights = weights_gib(config)
+def _not_computed(config: RunConfig, dtype: str) -> str | None:
+    """Why vLLM does not compute this model in the dtype of the answers."""
+    if dtype == "float32" and config.evaluation.adapter == "apart":
+        return (
+            "vLLM's LoRA kernels compute in 16 bits, and these answers in float32; evaluation.adapter=auto merges the adapter, "
+            "and evaluation.dtype=float16 or bfloat16 keeps it apart"
+        )
+    if dtype == "bfloat16" or shape_of(config.model.name):
+        return None
+    from finetune.models.load import load_model_config
+
+    kind = str(getattr(load_model_config(config.model), "model_type", ""))
+    if dtype == "float16":
+        return f"vLLM does not compute models of type {kind} in float16" if kind in NOT_IN_FLOAT16 else None
+    for what, kinds in NOT_IN_FLOAT32.items():
+        if kind in kinds:
+            return f"vLLM computes the {what} of models of type {kind} in 16 bits only; evaluation.dtype=bfloat16 or float16 does"
+    return None
+
+
+def _no_room(config: RunConfig, gpu: DetectedGpu, dtype: str) -> str | None:
+    weights = weights_gib(config, dtype)
     if "quantization" in engine_options():  # vLLM then makes other weights of them
         return None
     if weights is None or weights + ROOM_GIB <= gpu.memory_gib * MOST_MEMORY:
         return None
     return (
-        f"the {gpu.name} has {gpu.memory_gib:.0f} GiB, too few for weights of {weights:.1f} GiB in 16 bits and a cache "
-        "(estimated); hf can leave them in 4 bits"
+        f"the {gpu.name} has {gpu.memory_gib:.0f} GiB, too few for weights of {weights:.1f} GiB in "
+        f"{'float32' if dtype == 'float32' else '16 bits'} and a cache (estimated); hf can leave them in 4 bits"
     )

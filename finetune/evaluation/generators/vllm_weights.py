@@ -54,7 +54,8 @@ class Weights:
         if adapter is None and not self._config.quantization.load_in_4bit:
             return model_folder(self._config.model)
         folder = self._made("tuned" if tuned else "base")
-        write_weights(self._config, folder, adapter=adapter, dtype=self._device.dtype)
+        device = self._device
+        write_weights(self._config, folder, adapter=adapter, dtype=device.dtype, trained_dtype=device.quantized_in)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # vLLM takes what is free
         return folder

@@ -51,8 +51,16 @@ def weights_for(config: RunConfig, device: Device) -> Weights:
     return Weights(dequantize, adapter == "merged" or (adapter == "auto" and (dequantize or not four_bits)))
 
 
+def dtype_settings(device: Device) -> dict[str, str]:
+    """The dtypes that answers depend on, for `Generator.settings`: quantized_in only where it is another one."""
+    found = {"dtype": device.dtype_name}
+    if device.quantized_in is not None:
+        found["quantized_in"] = str(device.quantized_in).removeprefix("torch.")
+    return found
+
+
 def _fits(config: RunConfig, device: Device) -> bool:
-    """Whether 16-bit weights and the cache fit into the GPU's memory: an estimate, since nothing is loaded yet."""
+    """Whether weights in the compute dtype and the cache fit into the GPU's memory: an estimate, since nothing is loaded yet."""
     if device.place.type != "cuda":
         return False
     memory = torch.cuda.get_device_properties(device.place).total_memory

@@ -14,7 +14,7 @@ from finetune.errors import UserError
 from finetune.evaluation.generators.vllm_place import engine_options, find_vllm
 from finetune.evaluation.generators.vllm_weights import Weights
 from finetune.models.adapter import check_folder
-from finetune.models.device import choose_device
+from finetune.models.answering import answering_device
 from finetune.models.load import load_model_config, load_tokenizer
 from finetune.runtime.files import disk_error, write_json
 from finetune.serve.backends.vllm import SOCKET, WRITTEN, command, is_apart, server_environment
@@ -32,7 +32,7 @@ def main(path: str, folder: str) -> None:
     found = find_vllm()
     if found is None:
         raise UserError("vLLM is not installed", code="serve.no_vllm")
-    device = choose_device(config.model.torch_dtype)
+    device = answering_device(config)
     apart = is_apart(config, adapter)
     weights = Weights(config, adapter, device)
     print("writing the weights for vLLM", flush=True)

@@ -12,7 +12,7 @@ import pytest
 from finetune.config.load import load_config
 from finetune.config.schema import LoraSection, ModelSection, RunConfig
 from finetune.evaluation.generators import vllm_place
-from finetune.evaluation.generators.vllm_place import engine_options, find_vllm, missing, weights_gib
+from finetune.evaluation.generators.vllm_place import engine_options, find_vllm, missing, require_vllm, weights_gib
 from finetune.machine.hardware import DetectedGpu, TorchBuild
 from finetune.models import load
 from tests.helpers.errors import raises
@@ -47,7 +47,7 @@ def test_a_7b_model_is_answered_by_vllm_where_its_16_bit_weights_and_a_cache_fit
         gpu(found)
         assert missing(mistral, auto=True) is None, name
     gpu(T4)
-    assert weights_gib(mistral) == pytest.approx(13.49, abs=0.01)
+    assert weights_gib(mistral, "float16") == pytest.approx(13.49, abs=0.01)
     assert "the T4 has 15 GiB, too few for weights of 13.5 GiB in 16 bits" in str(missing(mistral))
     mistral.model.name = "HuggingFaceTB/SmolLM2-135M"
     assert missing(mistral) is None
@@ -55,6 +55,60 @@ def test_a_7b_model_is_answered_by_vllm_where_its_16_bit_weights_and_a_cache_fit
     assert "needs compute capability 7.5, and the V100 has 7.0" in str(missing(mistral))
     gpu(None)
     assert "needs a GPU" in str(missing(mistral))
+
+
+def test_float32_needs_twice_the_room(
+    mistral: RunConfig, gpu: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_vllm(tmp_path / "site", monkeypatch, version="0.24.0")
+    gpu(L4)
+    mistral.evaluation.dtype = "float32"
+    assert "the L4 has 22 GiB, too few for weights of 27.0 GiB in float32" in str(missing(mistral))
+    gpu(A100)
+    assert missing(mistral) is None
+
+
+def test_an_adapter_apart_is_not_computed_in_float32(
+    mistral: RunConfig, gpu: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's LoRA kernels assert it."""
+    fake_vllm(tmp_path / "site", monkeypatch, version="0.24.0")
+    gpu(A100)
+    mistral.evaluation.adapter = "apart"
+    assert missing(mistral) is None, "a 7B model answers in 16 bits"
+    mistral.model.name = "HuggingFaceTB/SmolLM2-135M"
+    assert "LoRA kernels compute in 16 bits, and these answers in float32" in str(missing(mistral))
+    with raises("evaluation.no_vllm", match=r"evaluation\.adapter=auto merges"):
+        require_vllm(mistral)
+    mistral.evaluation.dtype = "bfloat16"
+    assert missing(mistral) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "why"),
+    [
+        (
+            "qwen3_5_text",
+            "float32",
+            "vLLM computes the linear attention of models of type qwen3_5_text in 16 bits only",
+        ),
+        ("deepseek_v2", "float32", "vLLM computes the latent attention of models of type deepseek_v2 in 16 bits only"),
+        ("gemma2", "float16", "vLLM does not compute models of type gemma2 in float16"),
+        ("gemma2", "float32", None),
+        ("qwen3_5_text", "bfloat16", None),
+        ("qwen3_5_text", "float16", None),
+    ],
+)
+def test_models_that_vllm_does_not_compute_in_a_dtype_are_known_beforehand(
+    kind: str, dtype: str, why: str | None, gpu: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_vllm(tmp_path / "site", monkeypatch, version="0.24.0")
+    gpu(A100)
+    monkeypatch.setattr(load, "load_model_config", lambda section: type("Config", (), {"model_type": kind}))
+    config = RunConfig(model=ModelSection(name="someone/else"))
+    config.evaluation.dtype = dtype  # type: ignore[assignment]
+    found = missing(config)
+    assert found is None if why is None else str(found).startswith(why)
 
 
 def test_options_that_quantise_leave_the_room_to_vllm(
