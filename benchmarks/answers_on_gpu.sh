@@ -44,9 +44,11 @@ seven() {
 small() {
   local run=$work/runs/answers
   step small-train tune train benchmarks/answers.yaml training.output_dir="$work/runs"
+  cp -r "$work/runs" "$work/with-hf"
+  step small-hf tune evaluate "$work/with-hf/answers" evaluation.generator=hf
   step small-vllm tune evaluate "$run" evaluation.generator=vllm evaluation.samples=8 evaluation.retries=1
   cp "$run/eval.json" "$out/small-vllm.json"
-  step small-agreement python3 -m benchmarks.generation "$work/agreement" --run "$run" --generators vllm,hf
+  step small-agreement python3 -m benchmarks.generation_agreement "$work/with-hf/answers" "$run"
 }
 
 ships() {
