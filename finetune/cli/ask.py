@@ -144,7 +144,16 @@ def _key(variable: str | None) -> str | None:
         return None
     if not os.environ.get(variable):
         raise UserError(f"--api-key-env: the variable {variable} is not set", code="endpoint.no_key")
-    return os.environ[variable]
+    key = os.environ[variable]
+    if (
+        not key.isascii() or not key.isprintable() or " " in key
+    ):  # what a header cannot hold; `serve` takes no such key either
+        raise UserError(
+            f"--api-key-env: the variable {variable} holds no good key: letters, digits and signs of ASCII without spaces or line "
+            "ends; set it to the key that the server has",
+            code="endpoint.bad_key",
+        )
+    return key
 
 
 def _check_has_rows(arguments: argparse.Namespace, database: Path) -> None:

@@ -39,10 +39,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def paired_interval(won: int, lost: int, questions: int) -> tuple[float, float]:
-    """95% interval of the gain as a fraction: Wald's interval after adding 1/2 to each cell (Agresti and Min 2005)."""
+    """95% interval of the gain as a fraction: Wald's interval after adding 1/2 to each cell (Agresti and Min 2005), without what
+    lies beyond -1 and 1, which no gain can reach."""
     n, plus, minus = questions + 2, won + 0.5, lost + 0.5
     half = 1.959964 * math.sqrt(plus + minus - (plus - minus) ** 2 / n) / n
-    return (plus - minus) / n - half, (plus - minus) / n + half
+    return max(-1.0, (plus - minus) / n - half), min(1.0, (plus - minus) / n + half)
 
 
 RESAMPLES = 10_000

@@ -7,11 +7,12 @@ whole. It lists size and SHA-256 of every file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.data.prompts import PromptTemplate, load_template
+from finetune.config.schema import QuantizationSection
+from finetune.data.prompts import PROMPT_FILE, PromptTemplate, load_template
 from finetune.errors import UserError, first_line, shown
 from finetune.runtime.confined import within
 from finetune.runtime.files import load_json, sha256_file
@@ -132,21 +133,40 @@ def _fault(manifest: Mapping[str, Any]) -> str:
         "context_tokens": (int, type(None)),
         "files": dict,
         "key": str,
+        "run": str,
+        "quantization": dict,
     }
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key, ...), kind):
             return f"{key} is {shown(manifest.get(key))}"
+    for key in ("max_new_tokens", "context_tokens"):
+        if manifest[key] is not None and (isinstance(manifest[key], bool) or manifest[key] < 1):
+            return f"{key} is {shown(manifest[key])}"
     if manifest["kind"] not in KINDS or (manifest["kind"] == "gguf") != bool(manifest["gguf"]):
         return f"kind is {shown(manifest['kind'])}"
-    if not {"name", "revision"} <= manifest["base_model"].keys():
+    base = manifest["base_model"]
+    if not isinstance(base.get("name"), str) or not isinstance(base.get("revision", ...), str | None):
         return "base_model lacks name or revision"
-    if not all(isinstance(token, int) for token in manifest["end_ids"]):
-        return "end_ids are not numbers"
-    if not all(file in manifest["files"] for file in manifest["gguf"].values()):
+    if not all(isinstance(token, int) and token >= 0 for token in manifest["end_ids"]):
+        return "end_ids are not numbers of tokens"
+    if not all(isinstance(file, str) and file in manifest["files"] for file in manifest["gguf"].values()):
         return "gguf names a file that is not listed"
+    if PROMPT_FILE not in manifest["files"]:
+        return f"files: {PROMPT_FILE} is not listed"
+    if fault := _quantization_fault(manifest["quantization"]):
+        return f"quantization: {fault}"
     for name, entry in manifest["files"].items():
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
             return f"files: {shown(name)} has no size and hash"
+    return ""
+
+
+def _quantization_fault(given: Mapping[str, Any]) -> str:
+    """What no config's section quantization could be; "" if nothing is."""
+    known = asdict(QuantizationSection())
+    for key, value in given.items():
+        if key not in known or type(value) is not type(known[key]):
+            return f"{shown(key)} is {shown(value)}"
     return ""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 from finetune.errors import UserError, first_line, shown
-from finetune.export.export_folder import open_export
+from finetune.export.export_folder import MANIFEST, open_export
 from finetune.runtime.console import say
 
 _ADVICE = {
@@ -50,6 +51,9 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
         api.upload_folder(
             repo_id=repository,
             folder_path=export.path,
+            allow_patterns=[
+                escape(name) for name in (*export.manifest["files"], MANIFEST)
+            ],  # no file that came into it later
             commit_message=f"{export.kind} export of {export.manifest['run']}",
         )
     except HfHubHTTPError as error:

@@ -17,8 +17,11 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.export.export_folder import MANIFEST, check_files, read_manifest
 from finetune.runtime.confined import remove_tree
-from finetune.runtime.files import disk_error, load_json, sha256_file, write_json
+from finetune.runtime.console import say
+from finetune.runtime.files import disk_error, kind_of, load_json, sha256_file, write_json
 
+_MARKER = ".finetune-export"
+"""Says that a folder was made here: what is in any other one is somebody's, and stays."""
 _STAGE = ".stage.json"
 
 
@@ -31,7 +34,10 @@ class PartFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder, and keep other processes out of it. Raises UserError if one is in it."""
+        """Make the folder, and keep other processes out of it. Raises UserError if one is in it, and if something else than an
+        unfinished export is there."""
+        if self.path.is_symlink() or kind_of(self.path) not in ("a folder", "nothing"):
+            raise self._not_ours()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -46,9 +52,26 @@ class PartFolder:
                         f"{self.path}: another `finetune export` is writing there; wait for it, or choose another --output",
                         code="export.busy",
                     ) from None  # a mounted bucket has no locks
+            self._claim()
             yield
         finally:
             os.close(handle)
+
+    def _claim(self) -> None:
+        """Raises UserError for a folder with files that was not made here."""
+        try:
+            if any(self.path.iterdir()) and not (self.path / _MARKER).is_file():
+                raise self._not_ours()
+            (self.path / _MARKER).touch()
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+
+    def _not_ours(self) -> UserError:
+        return UserError(
+            f"{self.path}: an export is made there until it is whole, but what is there was not made by `finetune export`; move "
+            "it, or choose another --output",
+            code="export.exists",
+        )
 
     def has(self, key: str) -> bool:
         """Whether the files of `keep` with this key are there, unchanged; everything else in the folder is removed if not."""
@@ -59,12 +82,11 @@ class PartFolder:
                 return True
         except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
             pass
-        self.clear()
+        if left := [path for path in self.path.iterdir() if path.name != _MARKER]:
+            say(f"{self.path}: what an earlier attempt left there is not whole, or of another export; beginning anew")
+            for path in left:
+                remove_tree(path, inside=self.path)
         return False
-
-    def clear(self) -> None:
-        for path in self.path.iterdir():
-            remove_tree(path, inside=self.path)
 
     def keep(self, key: str) -> None:
         """The files that are there now are complete: an export with this key need not write them again."""
@@ -80,9 +102,16 @@ class PartFolder:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise taken(self.target) from error
             raise disk_error(error, self.target) from error
-        for path in self.target.iterdir():  # after the rename, before which a killed export goes on from them
-            if path.name.startswith("."):
-                remove_tree(path, inside=self.target)
+        _sweep(self.target)  # after the rename, before which a killed export goes on from these files
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what an export needs only while it is made; the marker last, so that a killed sweep is done again."""
+    names = sorted(
+        (path for path in folder.iterdir() if path.name.startswith(".")), key=lambda path: path.name == _MARKER
+    )
+    for path in names:
+        remove_tree(path, inside=folder)
 
 
 def listed(folder: Path) -> dict[str, dict[str, int | str]]:
@@ -99,7 +128,10 @@ def listed(folder: Path) -> dict[str, dict[str, int | str]]:
 
 
 def is_up_to_date(target: Path, key: str) -> bool:
-    """Whether the export with this key is at `target`. Raises UserError if something else is there."""
+    """Whether the export with this key is at `target`. Raises UserError if something else is there, or if a file of it has
+    changed."""
+    if not target.name:  # the folder of the shell, which cannot be replaced
+        raise taken(target)
     if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         return False
     if not (target / MANIFEST).is_file():
@@ -110,7 +142,9 @@ def is_up_to_date(target: Path, key: str) -> bool:
             f"{target}: holds an export of another adapter or with other options; remove it, or choose another --output",
             code="export.exists",
         )
-    check_files(target, manifest["files"], verify=False)
+    check_files(target, manifest["files"], verify=True)
+    if (target / _MARKER).is_file():  # killed between its rename and the sweep
+        _sweep(target)
     return True
 
 

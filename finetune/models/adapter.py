@@ -36,13 +36,17 @@ _SAMPLE = 2**20
 def seal_adapter(folder: Path) -> None:
     """Write the manifest of a complete adapter folder. Raises UserError for a disk error."""
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in UNSEALED)
+        names = sorted(path.name for path in folder.iterdir() if _is_sealed_file(path))
         files = {
             name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names
         }
     except OSError as error:
         raise disk_error(error, folder) from error
     write_json(folder / MANIFEST, {"files": files})
+
+
+def _is_sealed_file(path: Path) -> bool:
+    return path.is_file() and path.name not in UNSEALED and not path.name.startswith(".")
 
 
 def is_sealed(folder: Path) -> bool:

@@ -6,13 +6,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from finetune.data.records import read_lines
 from finetune.errors import UserError, shown
 from finetune.evaluation.paired import is_right
 from finetune.evaluation.score import Row
-from finetune.report.source import Json, dig, evaluation_problem, rows_file, scores_problem
+from finetune.report.source import Json, dig, evaluation_problem, not_finite, rows_file, scores_problem
 from finetune.run_record import read_record
 from finetune.runtime.files import names_in, read_json
 from finetune.runtime.paths import expanded
@@ -20,6 +21,9 @@ from finetune.runtime.paths import expanded
 PREDICTIONS = "predictions"
 TEXTS = ("id", "db_id", "question", "difficulty", "gold", "prediction", "answer", "verdict", "gold_sha256", "gold_kind")
 TEXTS_OR_NONE = ("error", "error_class")
+TRUE_OR_FALSE = ("double_quoted_text", "several_statements")
+COUNTS = ("new_tokens",)
+COUNTS_OR_NONE = ("prompt_tokens",)
 BEYOND_GREEDY = {"vote": ("samples.vote", "samples.vote.rows"), "retry": ("retry.score", "retry.rows")}
 """Name -> where its scores and the name of its rows are in those of the tuned model."""
 RULE_KEYS = ("rule", "timeout_seconds")
@@ -220,6 +224,8 @@ def _names(folder: Path) -> list[str]:
 def _read(given: str, label: str, folder: Path, path: Path, model: str) -> Compared:
     plain = f"finetune evaluate {folder}"
     evaluation = read_json(path, plain)
+    if (place := not_finite(evaluation)) is not None:
+        raise UserError(f"{path}: {place}: NaN or infinite; run `{plain}` again", code="compare.bad_input")
     scores = _scores(evaluation)[model]
     if problem := evaluation_problem(evaluation) or scores_problem(scores):
         raise UserError(f"{path}: {problem}; run `{plain}` again", code="compare.bad_input")
@@ -278,6 +284,9 @@ def _row_problem(value: Any) -> str | None:
         return f"lacks {', '.join(absent)}"
     wrong = [key for key in TEXTS if not isinstance(value[key], str)]
     wrong += [key for key in TEXTS_OR_NONE if not isinstance(value.get(key), str | None)]
+    wrong += [key for key in TRUE_OR_FALSE if not isinstance(value.get(key, False), bool)]
+    wrong += [key for key in COUNTS if type(value.get(key, 0)) is not int]
+    wrong += [key for key in COUNTS_OR_NONE if type(value.get(key, 0)) not in (int, NoneType)]
     verdicts = value["verdicts"]
     if not isinstance(verdicts, dict) or not all(isinstance(verdict, str) for verdict in verdicts.values()):
         wrong.append("verdicts")

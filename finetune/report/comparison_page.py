@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune.errors import UserError
 from finetune.evaluation.error_classes import ERROR_CLASSES
 from finetune.evaluation.paired import Pair, error_class
+from finetune.evaluation.questions import short_hash
 from finetune.evaluation.score import Row
 from finetune.report.certainty import points
 from finetune.report.comparison import (
@@ -71,9 +72,13 @@ def write_comparison(comparison: Comparison, folder: Path | None = None) -> Path
 
 
 def default_folder(comparison: Comparison) -> Path:
-    """comparisons/<a>-vs-<b>, of names that any file system takes."""
+    """comparisons/<a>-vs-<b>, of names that any file system takes; with a hash where names were cut or left out, so that another
+    comparison gets another folder."""
     names = ["".join(c if c.isalnum() or c in "._-" else "-" for c in one.label) for one in comparison.compared]
-    return Path("comparisons") / "-vs-".join(name.lstrip(".-")[:30] or "model" for name in names[:4])
+    short = "-vs-".join(name.lstrip(".-")[:30] or "model" for name in names[:4])
+    places = [str(one.folder.resolve()) for one in comparison.compared]
+    cut = len(names) > 4 or any(len(name) > 30 for name in names)
+    return Path("comparisons") / (f"{short}-{short_hash([names, places])[:8]}" if cut else short)
 
 
 def page(comparison: Comparison) -> str:

@@ -155,6 +155,17 @@ def dig(record: Any, path: str) -> Any:
     return record
 
 
+def not_finite(value: Any) -> str | None:
+    """The dotted path of the first number that is NaN or infinite, which JSON cannot say; None if there is none."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        if (place := not_finite(item)) is not None:
+            return f"{key}.{place}".rstrip(".")
+    return None
+
+
 def number(record: Json, path: str) -> float | None:
     """The finite number at a dotted path, else None."""
     value = dig(record, path)

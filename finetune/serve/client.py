@@ -105,6 +105,8 @@ class Endpoint:
             connection.close()
         if len(content) > LARGEST_REPLY:
             raise self._odd(f"a reply of more than {LARGEST_REPLY >> 20} MiB")
+        if place := response.getheader("Location"):
+            raise self._odd(f"status {response.status}, moved to {shown(place)[1:-1]}, and no redirect is followed")
         return self._read(response.status, response.getheader("Content-Type") or "", content)
 
     def _read(self, status: int, kind: str, content: bytes) -> Any:

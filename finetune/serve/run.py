@@ -150,7 +150,7 @@ class _Server:
         was_ready = service.state == "ready"
         self._code = EXIT_TRANSIENT if was_ready else EXIT_USER_ERROR
         words = process.last_words().removeprefix("finetune: ")
-        service.fault = words or f"it ended with exit code {process.code} without a word"
+        service.fault = _fault(process.code or 0, words)
         service.state = "failed"
 
     def _is_idle(self, queue: Queue) -> bool:
@@ -253,6 +253,14 @@ def _private_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fault(code: int, words: str) -> str:
+    """Why a backend ended. code: negative for a signal, or above 128 as a shell has it. words: the last ones of its log."""
+    number = -code if code < 0 else code - 128
+    if number == signal.SIGKILL:  # which it could not log, so its last words are about something else
+        return "it was killed (SIGKILL), as the kernel does when memory is used up"
+    return words or f"it ended with exit code {code} without a word"
 
 
 def _because(fault: str) -> str:

@@ -13,7 +13,7 @@ from finetune.data.prompts import PromptTemplate, load_template
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import LoadedModel
 from finetune.evaluation.generators.registry import generator_for
-from finetune.export.export_folder import Export, is_export, open_export
+from finetune.export.export_folder import MANIFEST, Export, is_export, open_export
 from finetune.models.adapter import check_folder
 from finetune.models.load import require_adapter
 from finetune.models.positions import positions
@@ -102,14 +102,20 @@ def open_target(path: Path) -> Target:
     """Raises UserError if the folder is neither a run nor an export, if the run's adapter is missing or has changed, and if the
     export is damaged."""
     if is_export(path):
-        return _of_export(open_export(path))
+        return _of_export(open_export(path, verify=True))
+    if path.is_dir() and not (path / "config.yaml").exists():
+        unfinished = " (an export is unfinished while its folder is called NAME.part)" if path.suffix == ".part" else ""
+        raise UserError(
+            f"{path}: neither a run (no config.yaml in it) nor an export (no {MANIFEST}){unfinished}; give the folder of one",
+            code="run.not_found",
+        )
     run = open_run(path)
     require_adapter(run.adapter)
     return Target(run.path.resolve().name, run.path, run.config(), load_template(run.adapter), run.adapter, run=run)
 
 
 def _of_export(export: Export) -> Target:
-    name = str(export.manifest.get("run") or export.path.resolve().name)
+    name = str(export.manifest["run"] or export.path.resolve().name)
     config = RunConfig()
     config.evaluation.max_new_tokens = export.max_new_tokens
     config.quantization = QuantizationSection(load_in_4bit=False)
@@ -119,7 +125,7 @@ def _of_export(export: Export) -> Target:
         config.model = ModelSection(name=str(settings["base_model_name_or_path"]), revision=settings.get("revision"))
         config.lora.r, config.lora.lora_alpha = settings["r"], settings["lora_alpha"]
         config.lora.target_modules = list(settings["target_modules"])
-        config.quantization = QuantizationSection(**export.manifest.get("quantization", {}))
+        config.quantization = QuantizationSection(**export.manifest["quantization"])
     adapter = export.path if export.kind == "adapter" else None
     gguf = export.model if export.kind == "gguf" else None
     return Target(name, export.path, config, export.template, adapter, gguf, export=export)

@@ -27,6 +27,7 @@ from finetune.models.adapter import seal_adapter
 from finetune.models.device import Device
 from finetune.models.load import load_adapter, load_base
 from finetune.run_folder import RunFolder
+from finetune.serve.target import open_target
 from tests.helpers.errors import raises, reported
 from tests.helpers.model_examples import change
 
@@ -264,6 +265,48 @@ def test_weights_that_changed_meanwhile_are_written_again(run: RunFolder) -> Non
     assert (run.path / "exports" / "merged" / "model.safetensors").read_bytes() == content
 
 
+def test_what_is_begun_anew_is_said(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    part = run.path / "exports" / "adapter.part"
+    part.mkdir(parents=True)
+    (part / ".finetune-export").touch()
+    (part / "adapter_model.safetensors").write_bytes(b"half")
+    assert export(run, "--no-score", to="adapter") == 0
+    assert "adapter.part: what an earlier attempt left there is not whole" in capsys.readouterr().err
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("what", ["a folder", "a file", "a link"])
+def test_what_somebody_has_in_place_of_the_unfinished_export_stays(run: RunFolder, tmp_path: Path, what: str) -> None:
+    part = tmp_path / "place.part"
+    if what == "a file":
+        part.write_text("mine")
+    else:
+        folder = tmp_path / "elsewhere" if what == "a link" else part
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+        if what == "a link":
+            part.symlink_to(folder)
+    with reported("export.exists"):
+        assert export(run, "--no-score", "--output", str(tmp_path / "place"), to="adapter") == 2
+    assert (part if what == "a file" else part / "mine.txt").read_text() == "mine" and not (tmp_path / "place").exists()
+
+
+def test_the_folder_of_the_shell_is_no_place(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with reported("export.exists"):
+        assert export(run, "--no-score", "--output", ".", to="adapter") == 2
+
+
+def test_an_export_killed_after_its_rename_is_tidied(run: RunFolder) -> None:
+    assert export(run, "--no-score", to="adapter") == 0
+    target = run.path / "exports" / "adapter"
+    for name in (".answers-adapter.jsonl", ".stage.json", ".finetune-export"):
+        (target / name).write_text("{}")
+    assert export(run, "--no-score", to="adapter") == 0
+    assert not [path.name for path in target.iterdir() if path.name.startswith(".")]
+
+
 def test_two_at_once(run: RunFolder) -> None:
     part = run.path / "exports" / "adapter.part"
     part.mkdir(parents=True)
@@ -338,6 +381,16 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: change(folder / "export.json", gguf={"q8_0": "../x"}, kind="gguf"), "export.damaged"),
     (lambda folder: change(folder / "export.json", files={"../x": {"bytes": 1, "sha256": ""}}), "export.damaged"),
     (lambda folder: change(folder / "export.json", base_model={}), "export.damaged"),
+    (lambda folder: change(folder / "export.json", base_model={"name": 5, "revision": None}), "export.damaged"),
+    (lambda folder: change(folder / "export.json", end_ids=[-5]), "export.damaged"),
+    (lambda folder: change(folder / "export.json", max_new_tokens=0), "export.damaged"),
+    (lambda folder: change(folder / "export.json", context_tokens=True), "export.damaged"),
+    (lambda folder: change(folder / "export.json", files={}), "export.damaged"),
+    (lambda folder: change(folder / "export.json", gguf={"q8_0": []}, kind="gguf"), "export.damaged"),
+    (lambda folder: change(folder / "export.json", run=None), "export.damaged"),
+    (lambda folder: change(folder / "export.json", quantization={"bits": 4}), "export.damaged"),
+    (lambda folder: change(folder / "export.json", quantization={"load_in_4bit": "no"}), "export.damaged"),
+    (lambda folder: change(folder / "export.json", quantization="none"), "export.damaged"),
     (lambda folder: (folder / "adapter_model.safetensors").unlink(), "export.damaged"),
     (lambda folder: os.truncate(folder / "adapter_model.safetensors", 100), "export.damaged"),
     (lambda folder: flip(folder / "adapter_model.safetensors"), "export.damaged"),
@@ -359,6 +412,28 @@ def test_a_damaged_export_is_refused(
     damage(folder)
     with raises(code):
         open_export(folder, verify=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "tokenizer_config.json"])
+def test_a_file_of_the_same_size_with_other_content_is_found(
+    exported: dict[str, Path], scored_run: RunFolder, tmp_path: Path, name: str
+) -> None:
+    """By the export's name and size alone, the weights of another training would be taken for these."""
+    folder = Path(shutil.copytree(exported["merged"], tmp_path / "merged"))
+    open_target(folder)
+    flip(folder / name)
+    with raises("export.damaged", match=f"{name} has changed"):
+        open_target(folder)
+    with reported("export.damaged"):
+        assert export(scored_run, "--output", str(folder)) == 2
+
+
+def test_a_folder_that_is_neither_a_run_nor_an_export(tmp_path: Path) -> None:
+    (tmp_path / "merged.part").mkdir()
+    with raises(
+        "run.not_found", match=r"no export.json\) \(an export is unfinished while its folder is called NAME.part"
+    ):
+        open_target(tmp_path / "merged.part")
 
 
 def test_the_card_says_what_is_not_known(exported: dict[str, Path]) -> None:

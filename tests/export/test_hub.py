@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,15 @@ def test_an_export_arrives_whole(exported: dict[str, Path], kind: str) -> None:
     local = {path.name: path.read_bytes() for path in exported[kind].iterdir()}
     weights = "model.safetensors" if kind == "merged" else "adapter_model.safetensors"
     assert hub.files[REPOSITORY] == local and {weights, "README.md", "export.json"} <= local.keys()
+
+
+def test_only_files_of_the_export_are_uploaded(exported: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported["adapter"], tmp_path / "adapter"))
+    for name in (".env", "notes.txt", ".answers-adapter.jsonl"):
+        (folder / name).write_text("secret")
+    with fake_hub() as hub:
+        assert upload(folder, hub).returncode == 0
+    assert hub.files[REPOSITORY].keys() == {path.name for path in exported["adapter"].iterdir()}
 
 
 @pytest.mark.parametrize(

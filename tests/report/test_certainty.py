@@ -36,6 +36,12 @@ def test_the_paired_interval_is_that_of_agresti_and_min() -> None:
     assert statistics.paired_interval(0, 41, 150) == pytest.approx((-high, -low))
 
 
+def test_no_interval_goes_beyond_what_a_gain_can_be() -> None:
+    low, high = statistics.paired_interval(40, 0, 40)
+    assert 0.8 < low < high == 1.0
+    assert statistics.paired_interval(0, 40, 40) == (-1.0, -low)
+
+
 def test_a_gain_that_chance_may_explain_is_reported_as_such(run_dir: Path) -> None:
     assert "Chance alone hardly explains" in " ".join(certainty(read_run(run_dir)))
     change(run_dir / "eval.json", gain={"won": 6, "lost": 3, "both": 40, "neither": 101})

@@ -266,6 +266,15 @@ def test_an_answer_without_sql_is_shown_as_it_is() -> None:
     assert "I cannot." in page().text
 
 
+def test_names_that_are_cut_get_a_folder_each(here: Path) -> None:
+    long = "a-long-name-of-thirty-characters"
+    folders = [str(write_result(Path(f"{long}{n}"), rows_of(BETTER["a"]))) for n in range(5)]
+    for others in (folders[1:2], folders[2:3], folders[1:4], folders[1:5]):
+        assert main(["compare", folders[0], *others]) == 0
+    names = {path.name for path in (here / "comparisons").iterdir()}
+    assert len(names) == 4 and all(name.startswith(f"{long[:30]}-vs-{long[:30]}-") for name in names)
+
+
 def test_where_it_is_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = results(BETTER)
     assert main(["compare", *names]) == 0 == main(["compare", *names])
@@ -505,6 +514,11 @@ def test_broken_files(name: str, content: str | None, code: str) -> None:
         ("verdicts", []),
         ("verdicts", {"strict": 1}),
         ("gold_kind", 1),
+        ("new_tokens", None),
+        ("new_tokens", 1.5),
+        ("prompt_tokens", "5"),
+        ("several_statements", [1]),
+        ("double_quoted_text", 1),
     ],
 )
 def test_a_row_with_a_field_of_another_type(field: str, value: object) -> None:
@@ -513,6 +527,14 @@ def test_a_row_with_a_field_of_another_type(field: str, value: object) -> None:
     lines[1] = json.dumps(json.loads(lines[1]) | {field: value})
     (Path(bad) / "rows.jsonl").write_text("\n".join(lines))
     refused("compare.bad_input", good, bad, said=f"rows.jsonl:2: {field}")
+
+
+def test_a_number_that_json_cannot_say() -> None:
+    good, bad = results({"a": [True] * 4, "b": [True] * 4})
+    value = json.loads((Path(bad) / "eval.json").read_text())
+    value["models"]["predictions"]["adapter"] = {"scale": [1.0, float("nan")]}
+    (Path(bad) / "eval.json").write_text(json.dumps(value))
+    refused("compare.bad_input", good, bad, said="models.predictions.adapter.scale.1: NaN")
 
 
 def test_rows_that_are_not_those_of_the_scores() -> None:

@@ -131,6 +131,30 @@ def test_a_key_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "the variable THE_KEY is not set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["two\nlines", "ü" * 20, "a b", "\x1b[31m"])
+def test_a_key_that_no_header_can_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    monkeypatch.setenv("THE_KEY", key)
+    with reported("endpoint.bad_key"):
+        assert ask("http://127.0.0.1:1", "shop", "--api-key-env", "THE_KEY") == 2
+    said = capsys.readouterr().err
+    assert "the variable THE_KEY holds no good key" in said and key not in said
+
+
+def test_a_redirect_says_where_to() -> None:
+    class Moved(JsonHandler):
+        def do_GET(self) -> None:
+            self.send_response(301)
+            self.send_header("Location", "https://elsewhere.example/v1/models")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    said = "status 301, moved to https://elsewhere.example/v1/models"
+    with serving(Moved) as url, raises("endpoint.odd_reply", match=said):
+        Endpoint(url).served()
+
+
 def test_a_file_here_is_asked_about_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     database = make_database(tmp_path)
     with serving(handler(answer=message("SELECT id FROM item"))) as url:

@@ -230,7 +230,7 @@ def test_the_end_of_the_backend_ends_the_server_with_a_line(tiny_run: Path, star
     os.kill(backend, signal.SIGKILL)
     assert until(lambda: '"failed"' in _health(program) or program.process.poll() is not None)
     assert program.process.wait(60) == 75
-    assert "finetune: the backend hf ended" in program.text() and not alive(guard)
+    assert "finetune: the backend hf ended: it was killed (SIGKILL)" in program.text() and not alive(guard)
 
 
 def _health(program: Program) -> str:
