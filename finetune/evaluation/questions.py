@@ -104,9 +104,7 @@ class EvaluationSet(QuestionSet):
         }
 
 
-def evaluation_set(
-    config: RunConfig, generator: Callable[[int], Generator], template: PromptTemplate
-) -> EvaluationSet:
+def evaluation_set(config: RunConfig, generator: Callable[[int], Generator], template: PromptTemplate) -> EvaluationSet:
     """The questions of a config for a model. generator: chosen once it is known how many questions there are. Raises as
     `questions_of`."""
     asked = questions_of(config, template)

@@ -16,9 +16,9 @@ from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
 from finetune.estimate.fit import Fitted, MicroBatchConfig, fit_on, usual_step_tokens
 from finetune.estimate.generation import GenerationSpeed, generation_speed, generator_on
-from finetune.estimate.speed import Speed, training_speed
+from finetune.estimate.speed import Speed, data_parallel, training_speed
 from finetune.estimate.speed_fused import FusedStep, fused_speed
-from finetune.machine.gpus import GPUS, GpuSpec
+from finetune.machine.gpus import MACHINES, GpuMachine, GpuSpec, machine_name
 from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES, ModelShape, shape_of
 
@@ -56,9 +56,14 @@ class OnGpu:
     work_hours: float
     save_hours: float  # work between two checkpoints
     save_key: str = "checkpoint.every_minutes"  # the config key that determines save_hours
+    count: int = 1  # GPUs in the machine, each of which needs needed_gib; speed is that of all
     micro_batch_config: MicroBatchConfig | None = None
     available_gib: float | None = None
     scoring: Scoring | None = None
+
+    @property
+    def name(self) -> str:
+        return machine_name(self.gpu.name, self.count)
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,10 @@ def plan_run(
     evaluation = evaluation_size(config) if scored else None
     rows = []
     for name in config.plan.gpus:
-        on_gpu = run_on(config, size, GPUS[name], evaluation)
-        if not on_gpu.gpu.machine:
-            raise UserError(
-                f"plan.gpus: {name} is not supported on Google Cloud; choose among {', '.join(_sold())}",
-                code="cloud.gpu_not_offered",
-            )
+        machine = MACHINES[name]
+        on_gpu = run_on(config, size, machine.gpu, evaluation, machine.count)
         try:
-            offers = catalog.offers(name, machine=on_gpu.gpu.machine, disk_gib=config.plan.disk_gib)
+            offers = offers_of(catalog, machine, config.plan.disk_gib)
         except UserError as error:
             raise UserError(f"plan.gpus: {error}", code=error.code) from error
         for kind in (True, False) if spot is None else (spot,):
@@ -144,9 +145,11 @@ def plan_run(
     return Plan(size, ceilings, config.plan, catalog, tuple(rows), evaluation, scored)
 
 
-def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: EvaluationSize | None = None) -> OnGpu:
-    """Memory, speed and hours of the run on one GPU; evaluation: of the score with which it ends. Raises NotEstimated if the
-    model's shape is unknown."""
+def run_on(
+    config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: EvaluationSize | None = None, count: int = 1
+) -> OnGpu:
+    """Memory, speed and hours of the run on one GPU, or on `count` in one machine, of which one answers when it is scored.
+    evaluation: of the score with which it ends. Raises NotEstimated if the model's shape is unknown."""
     shape = shape_of(config.model.name)
     if shape is None:
         raise NotEstimated(
@@ -156,7 +159,7 @@ def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: Evaluatio
         )
     batch_size = examples_per_step(config.training)
     fitted = fit_on(config, shape, gpu, usual_step=usual_step_tokens(batch_size, size.mean_tokens))
-    speed = _speed(config, size, gpu, shape, fitted)
+    speed = data_parallel(_speed(config, size, gpu, shape, fitted), count, batch_size)
     seconds = (size.tokens + size.validation_tokens * VALIDATION_COST) / speed.tokens_per_second
     work_hours = seconds / 3600
     save_hours, save_key = save_interval(config.checkpoint, work_hours, size.steps)
@@ -168,6 +171,7 @@ def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: Evaluatio
         work_hours=work_hours,
         save_hours=save_hours,
         save_key=save_key,
+        count=count,
         micro_batch_config=fitted.limits,
         available_gib=fitted.memory_gib,
         scoring=_scoring(config, gpu, shape, evaluation) if evaluation else None,
@@ -303,11 +307,12 @@ def regions_for_plan(catalog: Catalog, assumptions: PlanSection) -> list[str]:
     found = [
         offer
         for name in assumptions.gpus
-        for offer in catalog.offers(name, machine=GPUS[name].machine, disk_gib=assumptions.disk_gib)
+        for offer in offers_of(catalog, MACHINES[name], assumptions.disk_gib)
         if not offer.anomalies
     ]
     return list(dict.fromkeys(offer.region for offer in sorted(found, key=lambda offer: offer.usd_per_hour)))
 
 
-def _sold() -> list[str]:
-    return [name for name, gpu in GPUS.items() if gpu.machine]
+def offers_of(catalog: Catalog, machine: GpuMachine, disk_gib: int) -> list[Offer]:
+    """Its offers in every zone, cheapest first. Raises UserError if the catalog has no price for it."""
+    return catalog.offers(machine.gpu.name, machine=machine.machine, count=machine.count, disk_gib=disk_gib)

@@ -15,7 +15,7 @@ from finetune.cloud.catalog.offers import load_catalog
 from finetune.cloud.plan.plan import Plan
 from finetune.cloud.plan.table import HEADER, render, to_json
 from finetune.estimate.speed import training_speed
-from finetune.machine.gpus import GPUS
+from finetune.machine.gpus import GPUS, MACHINES
 from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES
 from tests.helpers.catalog_fixture import lay_out_catalog
@@ -64,7 +64,7 @@ def test_table_and_json_hold_the_same_numbers_in_the_same_order(plan: Plan) -> N
         assert bool(line["estimated"]) == (value["tokens_per_second_basis"] == "estimated")
         assert value["chosen"] == row.chosen == (line["verdict"] == "ok") == (line["place"] != "-")
         assert line["verdict"] == ("; ".join(value["refusals"]) or "ok")
-        assert value["machine"] == row.on_gpu.gpu.machine
+        assert value["machine"] == MACHINES[row.on_gpu.name].machine
         if row.cost is None:
             assert {value[name] for name in ("zone", "usd_per_hour", "hours", "usd", "lost_usd")} == {None}
             assert line["hours"] is line["hourly"] is line["usd"] is None
