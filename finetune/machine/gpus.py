@@ -52,8 +52,8 @@ GPUS = {
     )
 }
 """Memory as CUDA reports it, rounded down. H100 and H200: measured. T4 to A100-80GB: from out-of-memory messages in public
-issues. RTXPRO6000: nvidia-smi lists 97,887 MiB (public reports), B200: 179 GiB (Vultr's overview of HGX B200), each less 1 GiB for the
-driver, assumed from the H100, where nvidia-smi lists half a GiB more than CUDA.
+issues. RTXPRO6000: nvidia-smi lists 97,887 MiB (public reports), B200: 179 GiB (Vultr's overview of HGX B200), each less a GiB
+for the driver, assumed from the H100, where nvidia-smi lists half a GiB more than CUDA.
 
 RTXPRO6000 is the Server Edition of the RTX PRO 6000 Blackwell: its data sheet has 4,000 TOPS in FP4 with sparsity, an eighth of
 which is the dense rate in 16 bits. B200: 2,250 TFLOP/s in an HGX board at 1,000 W."""

@@ -286,3 +286,13 @@ def test_write_when_every_machine_is_refused_shows_the_table_and_writes_nothing(
     assert "order: none; every machine is refused" in said.out and "written:" not in said.out
     assert said.err == f"finetune: {task}: not written, because the plan refuses every machine: see the table\n"
     assert task.read_text() == TASK
+
+
+def test_flex_start_is_shown_beside_the_plan_and_not_in_it(config: str, capsys: Shown) -> None:
+    wanted = [config, "plan.gpus=[H100,A100-80GB,L4]"]
+    plain, flex = values(capsys, *wanted), values(capsys, *wanted, "--flex")
+    assert flex == plain | {"flex": flex["flex"]}
+    assert {row["gpu"] for row in flex["flex"]} == {"H100", "A100-80GB"}
+    text = output(capsys, *wanted, "--flex")
+    assert text.startswith(output(capsys, *wanted).rstrip("\n")) and "managed_instance_group" in text
+    assert "omit --json, --write and --flex" in refused(capsys, *wanted, "--flex", "--memory")

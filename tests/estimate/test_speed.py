@@ -270,11 +270,17 @@ def test_nothing_to_train_on_is_refused(size: int, mean_tokens: float) -> None:
 def test_several_gpus_scale_as_two_were_measured(gpus: int, batch_size: int, share: float) -> None:
     """80% at 16 and 96% at 64 examples a step on two (docs/performance.md); in between and below by the examples on each GPU."""
     alone = Speed(1000.0, "measured", "one")
-    together = data_parallel(alone, gpus, batch_size)
+    together = data_parallel(alone, gpus, batch_size, 300 * batch_size, 1e-3)
     assert together.tokens_per_second == pytest.approx(gpus * share * 1000)
     assert (
         together.basis == "estimated"
         and f"{gpus} GPUs at" in together.source
         and together.source.endswith("of one: one")
     )
-    assert data_parallel(alone, 1, batch_size) == alone
+    assert data_parallel(alone, 1, batch_size, 300, 1.0) == alone
+
+
+def test_a_step_never_takes_less_than_the_host_needs() -> None:
+    alone = Speed(20_000.0, "measured", "one")
+    assert data_parallel(alone, 8, 16, 4800, 0.16).tokens_per_second == pytest.approx(30_000)
+    assert data_parallel(alone, 8, 16, 4800, 0.48).tokens_per_second == 20_000, "no slower than one alone"

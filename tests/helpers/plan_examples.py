@@ -31,7 +31,7 @@ def run_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "test_fraction": 0.0,
         },
         "training": {"num_train_epochs": 1, "eval_steps": 0},
-        "plan": {"records": 4000, "mean_tokens": 300.0},
+        "plan": {"records": 4000, "mean_tokens": 300.0, "gpus": list(ALL)},
     }
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes

@@ -152,16 +152,17 @@ def pin_to_cluster(request: sky.UserRequest) -> bool:
 def machine_requirements(task: sky.Task, catalog: Catalog, machines: int, say: Any) -> list[Requirement]:
     """machines: as many as may run at the same time. An alternative with a GPU that we know but this catalog does not is left
     out, as long as there are others; say prints that."""
-    requirements = []
+    requirements: list[Requirement] = []
+    lacking: dict[str, UserError] = {}
     for place, resources in enumerate(task.resources):
         candidates.check_ceiling(resources.max_hourly_cost, "resources.max_hourly_cost")
         gpu, count = _gpu(resources)
         try:
             name, machine = catalog.gpu_name(gpu), resources.instance_type or _machine_of(resources, catalog)
         except UserError as error:
-            if len(task.resources) == 1 or gpu not in GPUS or error.code not in NOT_THERE:
+            if gpu not in GPUS or error.code not in NOT_THERE:
                 raise
-            say(f"finetune: without {gpu}:{count}, which has no price in {catalog.source}")
+            lacking[f"{gpu}:{count}"] = error
             continue
         requirements.append(
             Requirement(
@@ -179,6 +180,10 @@ def machine_requirements(task: sky.Task, catalog: Catalog, machines: int, say: A
                 place=place,
             )
         )
+    for gpus, reason in lacking.items():
+        if not requirements:
+            raise reason
+        say(f"finetune: without {gpus}, which has no price in {catalog.source}")
     return requirements
 
 

@@ -15,6 +15,8 @@ HEADER = (
     "",
 )  # fmt: skip
 ALIGN = "llllrrrrrrrrl"
+SHOWN = 10
+"""Rows of the table; the others follow in a line each."""
 
 
 def render(plan: Plan, origin: str) -> str:
@@ -27,7 +29,8 @@ def render(plan: Plan, origin: str) -> str:
         f"prices: {plan.catalog.source}; host + GPU + {plan.assumptions.disk_gib} GiB disk "
         f"(Google's list price of {LISTED})",
         "",
-        *aligned([HEADER, *(_cells(place, row) for place, row in enumerate(plan.rows, start=1))], ALIGN),
+        *aligned([HEADER, *(_cells(place, row) for place, row in enumerate(plan.rows[:SHOWN], start=1))], ALIGN),
+        *_others(plan.rows[SHOWN:]),
         "",
         *_notes(plan),
     ]
@@ -54,6 +57,17 @@ def _cells(place: int, row: Row) -> tuple[str, ...]:
     )
 
 
+def _others(rows: tuple[Row, ...]) -> list[str]:
+    """What is not among the best: the dollars, or why not."""
+    return ["not among the best:"] * bool(rows) + [
+        f"  {_bought(row)}: {f'${row.cost.usd:.2f}' if row.chosen and row.cost else _verdict(row)}" for row in rows
+    ]
+
+
+def _bought(row: Row) -> str:
+    return f"{row.on_gpu.name} {'spot' if row.spot else 'on-demand'}"
+
+
 def _evaluation(plan: Plan) -> str:
     size = plan.evaluation
     if size is not None:
@@ -65,7 +79,7 @@ def _evaluation(plan: Plan) -> str:
 
 def _generators(plan: Plan) -> list[str]:
     """The new tokens per second of each GPU and where they come from."""
-    speeds = {row.on_gpu.name: row.on_gpu.scoring.speed for row in plan.rows if row.on_gpu.scoring}
+    speeds = {row.on_gpu.name: row.on_gpu.scoring.speed for row in plan.rows[:SHOWN] if row.on_gpu.scoring}
     lines = [
         f"  {gpu}: {speed.tokens_per_second:,.0f} after {speed.loading_seconds:.0f} s of loading, {speed.basis} ({speed.source})"
         for gpu, speed in speeds.items()
@@ -90,14 +104,13 @@ def _step(on_gpu: OnGpu) -> str:
 
 
 def _passed_over(row: Row, offer: Offer) -> str:
-    name = f"{row.on_gpu.name} {'spot' if row.spot else 'on-demand'}"
-    return f"  {name} in {offer.zone} at ${offer.usd_per_hour:.3f}/h: {'; '.join(offer.anomalies)}"
+    return f"  {_bought(row)} in {offer.zone} at ${offer.usd_per_hour:.3f}/h: {'; '.join(offer.anomalies)}"
 
 
 def _notes(plan: Plan) -> list[str]:
     """Where the figures of each column come from: measured, from the catalog, estimated or assumed."""
-    assumed = plan.assumptions
-    sources = dict.fromkeys(f"{row.on_gpu.name}: {row.on_gpu.speed.source}" for row in plan.rows)
+    assumed, shown = plan.assumptions, plan.rows[:SHOWN]
+    sources = dict.fromkeys(f"{row.on_gpu.name}: {row.on_gpu.speed.source}" for row in shown)
     ceilings = [
         text
         for value, text in (
@@ -107,16 +120,17 @@ def _notes(plan: Plan) -> list[str]:
         )
         if value is not None
     ]
-    chosen = [f"{row.on_gpu.name} {'spot' if row.spot else 'on-demand'}" for row in plan.rows if row.chosen]
-    passed_over = [_passed_over(row, row.passed_over) for row in plan.rows if row.passed_over]
+    chosen = [_bought(row) for row in plan.rows if row.chosen]
+    more = f", and {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
+    passed_over = [_passed_over(row, row.passed_over) for row in shown if row.passed_over]
     return [
-        f"order: {', then '.join(chosen)}"
+        f"order: {', then '.join(chosen[:SHOWN])}{more}"
         if chosen
         else "order: none; every machine is refused, for the reason in its row",
         f"ceilings: {', '.join(ceilings) or 'none'}",
         *(["cheaper, but with a price anomaly (--trust-prices accepts it):", *passed_over] if passed_over else []),
         "memory: estimated, with the settings that the run will choose (`finetune plan CONFIG --memory` shows the parts):",
-        *dict.fromkeys(f"  {row.on_gpu.name}: {_step(row.on_gpu)}" for row in plan.rows),
+        *dict.fromkeys(f"  {row.on_gpu.name}: {_step(row.on_gpu)}" for row in shown),
         "hours and dollars: estimated, expected values,",
         f"  with {assumed.setup_minutes:g} min of boot and set-up; lost: dollars of the run lost to preemptions, assumed "
         f"{assumed.spot_preemptions_per_hour:g} an hour (plan.spot_preemptions_per_hour)",
