@@ -149,8 +149,8 @@ def _key(variable: str | None) -> str | None:
         not key.isascii() or not key.isprintable() or " " in key
     ):  # what a header cannot hold; `serve` takes no such key either
         raise UserError(
-            f"--api-key-env: the variable {variable} holds no good key: letters, digits and signs of ASCII without spaces or line "
-            "ends; set it to the key that the server has",
+            f"--api-key-env: the variable {variable} holds no good key: letters, digits and signs of ASCII without spaces or "
+            "line ends; set it to the key that the server has",
             code="endpoint.bad_key",
         )
     return key

@@ -41,6 +41,11 @@ def add(commands: Any) -> None:
         "--no-score", action="store_true", help="without the score with which a run ends (EVALUATE=0 in a task)"
     )
     plan.add_argument("--trust-prices", action="store_true", help="also accept offers with a price anomaly")
+    plan.add_argument(
+        "--flex",
+        action="store_true",
+        help="also what it would cost with flex-start, which SkyPilot's catalog has no price for",
+    )
     plan.add_argument("--memory", action="store_true", help="print the parts of the GPU memory for each GPU instead")
     plan.add_argument(
         "--write",
@@ -56,13 +61,16 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.memory:
-        if arguments.json or arguments.write:
-            raise UserError("--memory: prints its own table; omit --json and --write", code="cli.conflicting_options")
+        if arguments.json or arguments.write or arguments.flex:
+            raise UserError(
+                "--memory: prints its own table; omit --json, --write and --flex", code="cli.conflicting_options"
+            )
         from finetune.estimate.memory_table import memory_table
 
         print(memory_table(config, config.plan.gpus))
         return EXIT_OK
     from finetune.cloud.catalog.offers import load_catalog
+    from finetune.cloud.plan.flex import flex_json, render_flex
     from finetune.cloud.plan.plan import plan_run
     from finetune.cloud.plan.table import render, to_json
     from finetune.cloud.plan.task_yaml import write_order
@@ -75,9 +83,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         trust_prices=arguments.trust_prices,
         scored=not arguments.no_score,
     )
-    print(
-        json.dumps(to_json(plan), indent=2, allow_nan=False) if arguments.json else render(plan, str(arguments.config))
-    )
+    if arguments.json:
+        flex = {"flex": flex_json(plan)} if arguments.flex else {}
+        print(json.dumps(to_json(plan) | flex, indent=2, allow_nan=False))
+    else:
+        print("\n\n".join([render(plan, str(arguments.config)), *([render_flex(plan)] if arguments.flex else [])]))
     if arguments.write:
         write_order(plan, arguments.write, _typed(arguments))
         if not arguments.json:

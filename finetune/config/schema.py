@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from omegaconf import MISSING
 
+from finetune.machine.gpus import MACHINES
+
 PATH = "path"
 PathText = Annotated[str, PATH]
 """A key that holds a path: `~` and variables in it are expanded when the config is loaded (`config.references`)."""
@@ -128,7 +130,9 @@ class BudgetSection:
 class PlanSection:
     """Assumptions of `finetune plan`: values that are not measured."""
 
-    gpus: list[str] = field(default_factory=lambda: ["A100", "L4", "T4", "V100"])  # names from finetune/machine/gpus.py
+    gpus: list[str] = field(
+        default_factory=lambda: list(MACHINES)
+    )  # names of finetune/machine/gpus.py, such as L4 and L4:2
     disk_gib: int = 200  # boot disk of the machine, as in the task YAMLs
     setup_minutes: float = 12.0  # paid before the first step: boot, packages, download of the model, loading
     spot_preemptions_per_hour: float = 0.05  # one in 20 hours; Google publishes no rate for GPUs

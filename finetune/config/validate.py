@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.errors import shown
-from finetune.machine.gpus import GPUS
+from finetune.machine.gpus import MACHINES
 from finetune.run_name import fault_of_name
 
 LARGEST: dict[str, float] = {
@@ -143,8 +143,8 @@ def impossible_values(config: RunConfig) -> list[str]:
     if t.run_name is not None and (fault := fault_of_name(t.run_name)):
         problems.append(f"training.run_name: {fault}")
     for gpu in c.plan.gpus:
-        if gpu not in GPUS:
-            problems.append(f"plan.gpus: unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
+        if gpu not in MACHINES:
+            problems.append(f"plan.gpus: unknown GPU {gpu!r}; known: {', '.join(MACHINES)}")
     for number, source in enumerate(d.sources):
         if source.kind == "huggingface" and not {"question", "sql"} <= set(source.columns):
             problems.append(f"data.sources[{number}].columns: expected at least question and sql")

@@ -138,7 +138,8 @@ def quota_checks(need: Need, answer: Answer, project: str, regions: list[str] | 
         yield Check("regions", "warning", f"no quotas listed in {', '.join(unknown)}", "", advice)
     chosen = [region for region in regions or () if region in listed] or None
     request_in = chosen[0] if chosen else HOME_REGION
-    rows = [_gpu_check(gpu, spot, listed, chosen, request_in) for gpu in quota.TASK_GPUS for spot in (True, False)]
+    kinds = [(gpu, spot) for gpu in quota.TASK_GPUS for spot in (True, False) if spot or gpu not in quota.SPOT_ONLY]
+    rows = [_gpu_check(gpu, spot, listed, chosen, request_in) for gpu, spot in kinds]
     one_is_enough: Status = absent("cloud", need) if all(row.status == "missing" for row in rows) else "warning"
     yield from (replace(row, status=one_is_enough) if row.status == "missing" else row for row in rows)
     lacking = [row.needed for row in rows if row.status != "ok"]

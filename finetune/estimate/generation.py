@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from finetune.estimate.speed import PLAIN, reached_share
-from finetune.machine.gpus import GpuSpec
+from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.models.answer_dtype import answer_dtype
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 GeneratorName = Literal["vllm", "hf"]
 
-H200 = GpuSpec("H200", (9, 0), 139.8, 989.0, 4800.0)
-"""The GPU of the measurements (NVIDIA's data sheet; memory as CUDA reported it)."""
+H200 = GPUS["H200"]
+"""The GPU of the measurements."""
 PARAMETERS = 7_241_732_096
 """Of the model of the measurements, Mistral-7B."""
 

@@ -19,7 +19,7 @@ from finetune.estimate.memory_hf import (
     largest_micro_batch,
     workload_of,
 )
-from finetune.machine.gpus import GPUS, GpuSpec
+from finetune.machine.gpus import GPUS, MACHINES, GpuSpec
 from finetune.machine.hardware import GIB, dtype_for
 from finetune.models.architectures import FAMILIES, ModelShape, shape_of
 from finetune.runtime.table import aligned
@@ -32,15 +32,17 @@ def memory_table(config: RunConfig, gpus: list[str]) -> str:
 
     On the Hugging Face backend (training.kernels) the parts are those of each dtype with checkpointing on and off, and the GPUs'
     verdicts come after. Everything is estimated for the longest batch that the config allows. gpus: names of
-    finetune.machine.gpus.GPUS. Raises UserError for another name, and for a model whose shape is not known.
+    finetune.machine.gpus.MACHINES; several GPUs of a kind are one column. Raises UserError for another name, and for a model
+    whose shape is not known.
     """
     if not gpus:
         raise UserError(f"plan.gpus: name at least one GPU; known: {', '.join(GPUS)}", code="plan.no_gpu")
+    gpus = list(dict.fromkeys(MACHINES[name].gpu.name if name in MACHINES else name for name in gpus))
     if unknown := [name for name in gpus if name not in GPUS]:
         raise UserError(f"plan.gpus: unknown {', '.join(unknown)}; known: {', '.join(GPUS)}", code="cloud.unknown_gpu")
     shape = known_shape(config.model.name)
     usual = usual_step_tokens(examples_per_step(config.training), config.plan.mean_tokens)
-    fitted = {name: fit_on(config, shape, GPUS[name], usual_step=usual) for name in dict.fromkeys(gpus)}
+    fitted = {name: fit_on(config, shape, GPUS[name], usual_step=usual) for name in gpus}
     blocks = _hf(config, shape, fitted) if config.training.kernels == "hf" else _fused(config, shape, fitted)
     return "\n\n".join(["\n".join(block) for block in [_heading(config, shape), *blocks]])
 

@@ -132,6 +132,29 @@ SPREAD = (0.21, 0.35, 0.49, 0.66, 0.92, 1.38, 2.99)
 ones wait for the host even where the mean one does not."""
 
 
+PARALLEL = ((8, 0.80), (32, 0.96))
+"""(examples of an optimizer step on each GPU, share of the speed of as many GPUs that each train alone): measured on two H200
+with 16 and with 64 examples a step (docs/performance.md)."""
+
+
+def data_parallel(speed: Speed, gpus: int, batch_size: int, step_tokens: float, least_seconds: float) -> Speed:
+    """The speed of `gpus` GPUs in one machine that share optimizer steps of batch_size examples, given that of one.
+
+    step_tokens: of an optimizer step. least_seconds: what a step takes however many GPUs share it, because each process has to
+    launch its kernels. Otherwise by PARALLEL, in proportion to the logarithm of the examples that each GPU gets, and never better
+    than was measured. An estimate on every other machine: small GPUs exchange gradients over PCIe, but their steps last seconds.
+    """
+    if gpus == 1:
+        return speed
+    (few, low), (many, high) = PARALLEL
+    steepness = (high - low) / math.log2(many / few)
+    share = low + steepness * math.log2(batch_size / gpus / few)
+    share = max(1 / gpus, min(high, share, batch_size / gpus))  # as fast as one alone, at least
+    source = f"{gpus} GPUs at {share:.0%} of their sum at most, estimated from two H200 (80% at 16, 96% at 64 examples); of one: "
+    together = min(gpus * share * speed.tokens_per_second, step_tokens / least_seconds)
+    return Speed(max(together, speed.tokens_per_second), "estimated", source + speed.source)
+
+
 def training_speed(
     gpu: GpuSpec, shape: ModelShape, *, micro_batch_size: int, mean_tokens: float, checkpointing: bool
 ) -> Speed:

@@ -40,6 +40,7 @@ class Machine:
     zone: str | None
     spot: bool | None
     gpu: str | None  # as in finetune.machine.gpus.GPUS
+    gpus: int | None = None  # how many
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ def price_in(table: dict[str, Any], machine: Machine) -> MachinePrice:
         if machine.zone in (None, offer["zone"])
         and machine.spot in (None, offer["spot"])
         and machine.gpu in (None, offer["gpu"])
+        and machine.gpus in (None, offer.get("count", machine.gpus))
     ]
-    unknown = [name for name, value in vars(machine).items() if value is None]
+    unknown = [name for name in ("zone", "spot", "gpu") if getattr(machine, name) is None]
     if not fits:
         dearest = max(offer["usd_per_hour"] for offer in table["offers"])
         price = max(dearest, table["ceiling_usd_per_hour"] or 0.0)
@@ -110,27 +112,29 @@ def price_in(table: dict[str, Any], machine: Machine) -> MachinePrice:
 
 
 def this_machine() -> Machine:
-    """Zone, spot and GPU, from SkyPilot's environment, Google's metadata server and nvidia-smi."""
+    """Zone, spot and GPUs, from SkyPilot's environment, Google's metadata server and nvidia-smi."""
     driver = nvidia_driver()
+    gpu = driver.gpu if driver else None
     preemptible = metadata.value("scheduling/preemptible")
     return Machine(
         zone=_zone(),
         spot=None if preemptible is None else preemptible.upper() == "TRUE",
-        gpu=gpu_of(driver.gpu.name) if driver and driver.gpu else None,
+        gpu=gpu_of(gpu.name) if gpu else None,
+        gpus=gpu.count if gpu else None,
     )
 
 
-def facts() -> dict[str, str | bool | None]:
-    """For the ledger: zone, spot and gpu as in `this_machine`, Google's id and name of the machine; None is unknown."""
+def facts() -> dict[str, str | bool | int | None]:
+    """For the ledger: zone, spot, gpu and gpus as in `this_machine`, Google's id and name of the machine; None is unknown."""
     return {**vars(this_machine()), "id": metadata.value("id"), "name": metadata.value("name")}
 
 
 def gpu_of(name: str) -> str | None:
     """The name in GPUS for a GPU name of nvidia-smi, such as 'Tesla V100-SXM2-16GB'; None if it is not known."""
     words = name.upper().replace("-", " ").split()
-    for known in sorted(GPUS, key=len, reverse=True):  # A100-80GB before A100
-        if all(word in words for word in known.upper().split("-")):
-            return known
+    for known in sorted(GPUS.values(), key=lambda gpu: len(gpu.words), reverse=True):  # A100-80GB before A100
+        if set(known.words) <= set(words):
+            return known.name
     return None
 
 

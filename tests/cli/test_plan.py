@@ -223,9 +223,9 @@ def test_prepared_data_are_counted_and_others_assumed(tmp_path: Path, capsys: Sh
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["plan.gpus=[K80]"], "plan.gpus: unknown GPU 'K80'; known: T4, V100, L4, A100"),
+        (["plan.gpus=[K80]"], "plan.gpus: unknown GPU 'K80'; known: A100, L4, T4, V100, H100"),
         (["plan.gpus=[A100,A100]"], "plan.gpus: a GPU is listed twice"),
-        (["plan.gpus=[H100]"], "plan.gpus: H100 is not supported on Google Cloud"),
+        (["plan.gpus=[RTXPRO6000]"], "plan.gpus: RTXPRO6000 is not on Google Cloud, only on RunPod, Shadeform"),
         (["plan.records=null"], "set plan.records to the number of training examples"),
         (["model.name=someone/model"], "model.name: the shape of someone/model is not known"),
         (["plan.gpu=[T4]"], "unknown key plan.gpu (did you mean plan.gpus?)"),
@@ -286,3 +286,13 @@ def test_write_when_every_machine_is_refused_shows_the_table_and_writes_nothing(
     assert "order: none; every machine is refused" in said.out and "written:" not in said.out
     assert said.err == f"finetune: {task}: not written, because the plan refuses every machine: see the table\n"
     assert task.read_text() == TASK
+
+
+def test_flex_start_is_shown_beside_the_plan_and_not_in_it(config: str, capsys: Shown) -> None:
+    wanted = [config, "plan.gpus=[H100,A100-80GB,L4]"]
+    plain, flex = values(capsys, *wanted), values(capsys, *wanted, "--flex")
+    assert flex == plain | {"flex": flex["flex"]}
+    assert {row["gpu"] for row in flex["flex"]} == {"H100", "A100-80GB"}
+    text = output(capsys, *wanted, "--flex")
+    assert text.startswith(output(capsys, *wanted).rstrip("\n")) and "managed_instance_group" in text
+    assert "omit --json, --write and --flex" in refused(capsys, *wanted, "--flex", "--memory")

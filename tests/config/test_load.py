@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from finetune.config.load import config_hash, examples_per_step, from_dict, load_config, to_dict, to_yaml
 from finetune.config.schema import RunConfig
-from finetune.machine.gpus import GPUS
+from finetune.machine.gpus import MACHINES
 from tests.helpers.errors import raises
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -285,15 +285,15 @@ def test_an_out_of_range_value_is_refused_with_its_key(tmp_path: Path, section: 
 
 
 def test_boundary_values_are_accepted(tmp_path: Path) -> None:
-    plan = {"gpus": list(GPUS), "disk_gib": 10, "setup_minutes": 0, "spot_preemptions_per_hour": 10, "records": 1}
+    plan = {"gpus": list(MACHINES), "disk_gib": 10, "setup_minutes": 0, "spot_preemptions_per_hour": 10, "records": 1}
     limits = {"max_run_usd": 5.0}  # whether the machine has a price is known only on that machine
     config = load_config(write(tmp_path, merged(plan=plan | {"mean_tokens": 1}, budget=limits)))
-    assert (config.plan.gpus, config.plan.mean_tokens, config.budget.max_run_usd) == (list(GPUS), 1.0, 5.0)
+    assert (config.plan.gpus, config.plan.mean_tokens, config.budget.max_run_usd) == (list(MACHINES), 1.0, 5.0)
 
 
 def test_an_unknown_gpu_is_refused_with_the_known_names(tmp_path: Path) -> None:
     message = problems("config.bad_value", write(tmp_path, merged(plan={"gpus": ["A100", "K80"]})))
-    assert "plan.gpus: unknown GPU 'K80'; known: T4, V100, L4, A100" in message
+    assert "plan.gpus: unknown GPU 'K80'; known: A100, L4, T4, V100, H100" in message
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ for key, (output, error, code, seconds) in json.loads((here / "answers.json").re
 sys.exit("ERROR: unexpected call: " + words)
 """
 """Answers according to the first key that occurs in the command line."""
-GPUS = ("T4", "V100", "L4", "A100")
+GPUS = ("T4", "V100", "L4", "A100", "A100_80GB", "H100")
 REAUTH = (
     "ERROR: (gcloud.compute.regions.list) There was a problem refreshing auth tokens for account jane.roe@example.com:"
     " Reauthentication failed. cannot prompt during non-interactive execution.\nPlease run:\n\n  $ gcloud auth login\n"
@@ -159,7 +159,7 @@ def test_no_quota_for_any_gpu_is_missing(gcloud: Gcloud) -> None:
     gcloud(regions=json.dumps([region("us-central1", **NOTHING), region("us-east1", **NOTHING)]))
     found = rows()
     gpu_rows = [check for name, check in found.items() if name.startswith("quota ") and "regions" not in name]
-    assert len(gpu_rows) == 8 and {check.status for check in gpu_rows} == {"missing"}
+    assert len(gpu_rows) == 11 and {check.status for check in gpu_rows} == {"missing"}
     assert local_doctor.exit_code(gpu_rows) == 1
 
 

@@ -26,6 +26,9 @@ BUILT_IN = {
     "a2-ultragpu-1g": ("A100-80GB", 1),
     "g2-standard-4": ("L4", 1),
     "g2-standard-8": ("L4", 1),
+    "g2-standard-24": ("L4", 2),
+    "g2-standard-48": ("L4", 4),
+    "a3-highgpu-1g": ("H100", 1),
 }
 """Machine types with a built-in GPU."""
 

@@ -44,11 +44,14 @@ def test_on_the_gpu_of_the_measurement_it_is_the_measurement() -> None:
     assert more.basis == "estimated" and 2_231 / 2 < more.tokens_per_second < 2_231 * 2
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", sorted(set(GPUS) - {"H200"}))
 def test_elsewhere_it_is_estimated_and_no_faster(gpu: str) -> None:
     found = vllm(gpu)
     assert found.basis == "estimated" and "factor of 2" in found.source and "2026-11-29" in found.source
-    assert 0 < found.tokens_per_second < VLLM_TOKENS_PER_SECOND
+    assert 0 < found.tokens_per_second <= VLLM_TOKENS_PER_SECOND
+    assert (found.tokens_per_second == VLLM_TOKENS_PER_SECOND) == (gpu == "B200"), (
+        "a faster GPU is taken to be no faster"
+    )
 
 
 def test_vllm_is_as_slow_as_the_scarcer_of_arithmetic_and_bandwidth() -> None:

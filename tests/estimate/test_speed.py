@@ -19,7 +19,9 @@ from finetune.estimate.speed import (
     PLAIN,
     PLAIN_BF16_ADAPTERS,
     SPREAD,
+    Speed,
     StepCost,
+    data_parallel,
     gpu_seconds,
     micro_batch_seconds,
     projection_widths,
@@ -256,3 +258,29 @@ def test_the_parts_follow_parameters_widths_and_layers() -> None:
 def test_nothing_to_train_on_is_refused(size: int, mean_tokens: float) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         training_speed(GPUS["T4"], MISTRAL, micro_batch_size=size, mean_tokens=mean_tokens, checkpointing=True)
+
+
+# several GPUs in one machine
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batch_size", "share"),
+    [(2, 16, 0.80), (2, 64, 0.96), (2, 1024, 0.96), (4, 32, 0.80), (4, 16, 0.72), (8, 256, 0.96), (8, 1, 1 / 8)],
+)
+def test_several_gpus_scale_as_two_were_measured(gpus: int, batch_size: int, share: float) -> None:
+    """80% at 16 and 96% at 64 examples a step on two (docs/performance.md); in between and below by the examples on each GPU."""
+    alone = Speed(1000.0, "measured", "one")
+    together = data_parallel(alone, gpus, batch_size, 300 * batch_size, 1e-3)
+    assert together.tokens_per_second == pytest.approx(gpus * share * 1000)
+    assert (
+        together.basis == "estimated"
+        and f"{gpus} GPUs at" in together.source
+        and together.source.endswith("of one: one")
+    )
+    assert data_parallel(alone, 1, batch_size, 300, 1.0) == alone
+
+
+def test_a_step_never_takes_less_than_the_host_needs() -> None:
+    alone = Speed(20_000.0, "measured", "one")
+    assert data_parallel(alone, 8, 16, 4800, 0.16).tokens_per_second == pytest.approx(30_000)
+    assert data_parallel(alone, 8, 16, 4800, 0.48).tokens_per_second == 20_000, "no slower than one alone"

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -26,8 +27,19 @@ skypilot:custom-gpu-ubuntu-2204-cuda13,,ubuntu,22.04,projects/sky-dev-465/global
 skypilot:k80-debian-10,,debian,10,projects/deeplearning-platform-release/global/images/common-cu113-v20220701,20220701,
 """
 """The images that SkyPilot 0.14 takes by default for a CPU machine, for V100 and older, and for newer GPUs (clouds/gcp.py)."""
-MEMORY_GB = {"A100": 40, "A100-80GB": 80, "L4": 24, "T4": 16, "V100": 16, "H100": 80, "H200": 141, "A10": 24}
-QUOTAS = {"A100": "A100", "A100-80GB": "A100_80GB", "L4": "L4", "T4": "T4", "V100": "V100"}
+MEMORY_GB = {
+    "A100": 40,
+    "A100-80GB": 80,
+    "L4": 24,
+    "T4": 16,
+    "V100": 16,
+    "H100": 80,
+    "H200": 141,
+    "B200": 180,
+    "A10": 24,
+}
+MEMORY_GB["RTXPRO6000"] = 96
+QUOTAS = {"A100": "A100", "A100-80GB": "A100_80GB", "L4": "L4", "T4": "T4", "V100": "V100", "H100": "H100"}
 """GPU -> its part of the names of Google's quotas."""
 
 needs_skypilot = pytest.mark.skipif(
@@ -42,14 +54,18 @@ def shared_catalog() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def lay_out_catalog(home: Path, *, source: Path | None = None, fetched: datetime | None = None) -> None:
+def lay_out_catalog(
+    home: Path, *, source: Path | None = None, fetched: datetime | None = None, more: Iterable[str] = ()
+) -> None:
     """Write home/.sky/catalogs/v8 so that SkyPilot loads it without asking the network.
 
     source: another folder v8 for prices and GPU names (`shared_catalog`) instead of our snapshot. fetched: as if SkyPilot had
-    downloaded it then; without it as if put there by hand, and SkyPilot never fetches a newer one.
+    downloaded it then; without it as if put there by hand, and SkyPilot never fetches a newer one. more: lines of prices besides.
     """
     folder = home / CATALOG
     shutil.copytree(source or SNAPSHOT, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    with (folder / VMS).open("a", encoding="utf-8") as prices:
+        prices.writelines(f"{line}\n" for line in more)
     (folder / "gcp" / "images.csv").write_text(IMAGES, encoding="utf-8")
     metadata = [f"{gpu},nvidia,{memory}" for gpu, memory in MEMORY_GB.items()]
     _write(folder / "common" / "metadata.csv", "GPU,Manufacturer,MemoryGB", metadata)
@@ -79,6 +95,16 @@ def host(zone: str, usd: object = 0.5, spot: object = 0.2, machine: str = "a2-hi
 def gpu(zone: str, usd: object = 3.0, spot: object = 1.0, name: str = "A100", count: int = 1) -> str:
     """A line of GPUs in a zone."""
     return f",,,{name},{count},,{zone.rpartition('-')[0]},{zone},{usd},{spot}"
+
+
+G4 = [
+    *(
+        host(zone, 1.2, 0.5, "g4-standard-48").replace("12.0,85.0", "48.0,180.0")
+        for zone in ("us-central1-b", "us-east5-a")
+    ),
+    *(gpu(zone, 3.3, 1.4, "RTXPRO6000") for zone in ("us-central1-b", "us-east5-a")),
+]
+"""An RTX PRO 6000 at invented prices: no catalog that we have lists it, though SkyPilot 0.14 fetches its price."""
 
 
 def price_rows(folder: Path) -> list[dict[str, str]]:

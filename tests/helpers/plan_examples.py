@@ -11,7 +11,7 @@ from finetune.cloud.catalog.offers import Catalog
 from finetune.cloud.plan.plan import Plan, Row, plan_run
 from finetune.config.load import from_dict
 from finetune.config.schema import RunConfig
-from finetune.machine.gpus import GPUS
+from finetune.machine.gpus import MACHINES
 from finetune.machine.price import Ceilings
 from tests.helpers.catalog_fixture import gpu, host, write_prices
 
@@ -31,7 +31,7 @@ def run_values(**sections: dict[str, Any]) -> dict[str, Any]:
             "test_fraction": 0.0,
         },
         "training": {"num_train_epochs": 1, "eval_steps": 0},
-        "plan": {"records": 4000, "mean_tokens": 300.0},
+        "plan": {"records": 4000, "mean_tokens": 300.0, "gpus": list(ALL)},
     }
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes
@@ -49,8 +49,9 @@ def machine(name: str, zone: str, usd: object, spot: object) -> list[str]:
 
 def host_of(name: str, zone: str) -> str:
     """The line of the machine that a GPU comes with."""
-    line = host(zone, HOST_USD, HOST_SPOT_USD, GPUS[name].machine)
-    return line.replace("12.0,85.0", "8.0,52.0") if GPUS[name].machine == "n1-highmem-8" else line
+    machine = MACHINES[name].machine
+    line = host(zone, HOST_USD, HOST_SPOT_USD, machine)
+    return line.replace("12.0,85.0", "8.0,52.0") if machine == "n1-highmem-8" else line
 
 
 def catalog_of(folder: Path, lines: list[str]) -> Catalog:

@@ -68,7 +68,7 @@ case "$*" in
                 printf -- '- limit: %s\n  metric: %s\n  usage: 0.0\n' "$limit" "$metric"
             done < "$HOME/quotas"
         else
-            for gpu in A100 A100_80GB L4 T4 V100; do
+            for gpu in A100 A100_80GB H100 L4 T4 V100; do
                 printf -- '- limit: 8.0\n  metric: NVIDIA_%s_GPUS\n  usage: 0.0\n' "$gpu"
                 printf -- '- limit: 8.0\n  metric: PREEMPTIBLE_NVIDIA_%s_GPUS\n  usage: 0.0\n' "$gpu"
             done

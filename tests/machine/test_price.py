@@ -93,12 +93,28 @@ def test_a_machine_outside_the_table_costs_the_ceiling() -> None:
     assert "ceiling" in price_in(TABLE, elsewhere).basis
 
 
+def test_several_gpus_of_a_kind_have_a_price_of_their_own(server: MetadataServer, tmp_path: Path) -> None:
+    one, four = ({**OFFERS[3], "count": count, "usd_per_hour": usd} for count, usd in ((1, 0.4), (4, 1.3)))
+    table = TABLE | {"offers": [four, one]}
+    server.set("zone", "projects/123/zones/europe-west4-b")
+    smi(tmp_path, "Tesla T4")
+    assert price_in(table, this_machine()).usd_per_hour == 0.4
+    smi(tmp_path, "Tesla T4\n580.1, 15360, 7.5, Tesla T4\n580.1, 15360, 7.5, Tesla T4\n580.1, 15360, 7.5, Tesla T4")
+    assert this_machine().gpus == 4 and price_in(table, this_machine()).usd_per_hour == 1.3
+    assert price_in(table, Machine("europe-west4-b", True, "T4", 2)).usd_per_hour == 3.5, (
+        "not in the table: the ceiling"
+    )
+    assert price_in(TABLE, Machine("europe-west4-b", True, "T4", 4)).usd_per_hour == 0.4, (
+        "a table of an earlier version"
+    )
+
+
 def test_zone_spot_and_gpu_come_from_the_metadata_server_and_nvidia_smi(server: MetadataServer, tmp_path: Path) -> None:
     server.set("zone", "projects/123/zones/europe-west4-b")
     smi(tmp_path, "Tesla T4")
-    assert this_machine() == Machine("europe-west4-b", True, "T4")
+    assert this_machine() == Machine("europe-west4-b", True, "T4", 1)
     assert facts() == {
-        "zone": "europe-west4-b", "spot": True, "gpu": "T4", "id": "4520031799277581759", "name": "train-1",
+        "zone": "europe-west4-b", "spot": True, "gpu": "T4", "gpus": 1, "id": "4520031799277581759", "name": "train-1",
     }  # fmt: skip
 
 

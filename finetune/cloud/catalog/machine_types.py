@@ -23,6 +23,10 @@ OWN_MACHINES: Mapping[str, Mapping[int, tuple[str, ...]]] = {
     "RTXPRO6000": {n: (f"g4-standard-{48 * n}",) for n in _EIGHT},
 }
 """GPU -> count -> the machine types that have them built in."""
+NOT_ON_DEMAND = frozenset({"a3-highgpu-1g", "a3-highgpu-2g", "a3-highgpu-4g", "a3-ultragpu-8g", "a4-highgpu-8g"})
+"""Machine types that Google sells as spot and flex-start (or reserved), not on demand, though SkyPilot's catalog has such prices
+for them: an H100 on demand comes only with seven others. Google's pages: accelerator-optimized machines, "Consumption option
+availability by machine type"; and Cluster Director, "Choose a consumption option", for A3 Ultra and A4."""
 N1_LIMITS: Mapping[str, Mapping[int, tuple[int, int]]] = {
     "T4": {1: (48, 312), 2: (48, 312), 4: (96, 624)},
     "V100": {1: (12, 78), 2: (24, 156), 4: (48, 312), 8: (96, 624)},

@@ -24,7 +24,7 @@ from finetune.cloud.catalog.csv_file import (
     skypilot_folder,
 )
 from finetune.cloud.catalog.disks import disk_usd_per_hour, local_ssd_usd_per_hour
-from finetune.cloud.catalog.machine_types import check_machine, fits
+from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND, check_machine, fits
 from finetune.errors import UserError
 
 __all__ = ["Catalog", "Offer", "disk_usd_per_hour", "load_catalog", "refresh_catalog"]
@@ -84,7 +84,8 @@ class Catalog:
     ) -> list[Offer]:  # fmt: skip
         """One offer for every zone that sells the machine with its GPUs, cheapest first; spot None: spot and on-demand.
 
-        gpu, region and zone are case-insensitive. A zone without a host or without such a price has no offer. Raises UserError
+        gpu, region and zone are case-insensitive. A zone without a host or without such a price has no offer, and neither has a
+        machine type on demand that Google does not sell so (machine_types.NOT_ON_DEMAND). Raises UserError
         for a GPU that is unknown or not on Google Cloud, a machine type that does not have it, a place that does not have it, and
         a disk that cannot be priced.
         """
@@ -103,7 +104,8 @@ class Catalog:
         _check_place(name, gpus.values(), region, zone)
         pairs = [_Pair(hosts[place], row) for place, row in gpus.items() if place in hosts]
         found = []
-        for kind in (True, False) if spot is None else (spot,):
+        kinds = (True, False) if spot is None else (spot,)
+        for kind in kinds if machine not in NOT_ON_DEMAND else {True} & set(kinds):
             check = _price_check(pairs, kind)
             for pair in pairs:
                 host_usd, gpu_usd = pair.host.price(kind), pair.gpu.price(kind)

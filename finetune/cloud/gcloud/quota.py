@@ -14,8 +14,10 @@ from typing import Any
 
 from finetune.runtime.files import parse_json
 
-TASK_GPUS = ("T4", "V100", "L4", "A100")
-"""The GPUs of the task YAMLs."""
+TASK_GPUS = ("T4", "V100", "L4", "A100", "A100-80GB", "H100")
+"""The GPUs of the task YAMLs whose quotas have a name that we know; that of the RTX PRO 6000 is not known here."""
+SPOT_ONLY = ("H100",)
+"""Of these, the GPUs that our tasks use on spot machines only."""
 ALL_REGIONS = "GPUS_ALL_REGIONS"
 QUOTA_PAGE = "console.cloud.google.com/iam-admin/quotas"
 

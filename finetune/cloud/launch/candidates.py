@@ -9,10 +9,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
 from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.plan.plan import OnGpu, RunCost, run_cost
 from finetune.config.schema import PlanSection
 from finetune.errors import UserError
+from finetune.machine.gpus import machine_name
 from finetune.runtime.table import aligned
 
 LIMIT = 24
@@ -62,7 +64,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return f"{self.offer.gpu} {'spot' if self.offer.spot else 'on-demand'}"
+        return f"{machine_name(self.offer.gpu, self.offer.count)} {'spot' if self.offer.spot else 'on-demand'}"
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,28 @@ def list_candidates(
 ) -> list[Candidate]:
     """Every offer for every alternative, each with the reason if it is refused, best first.
 
-    on_gpus: memory, speed and hours of the run by GPU name; empty if the task names no config of ours.
-    Raises UserError for a GPU, machine or region that cannot be priced.
+    on_gpus: memory, speed and hours of the run by `machine_name`; empty if the task names no config of ours.
+    Raises UserError for a GPU, machine or region that cannot be priced, and if every alternative is a machine type on demand that
+    Google does not sell so.
     """
-    found: dict[tuple[str, str, bool, float], Candidate] = {}
+    if all(not one.spot and one.machine in NOT_ON_DEMAND for one in requirements):
+        machine = requirements[0].machine
+        raise UserError(
+            f"resources: {machine} is not sold on demand, whatever the catalog's price: use_spot: true, or flex-start, which "
+            f"`finetune plan CONFIG --flex` explains; nothing was launched",
+            code="launch.not_on_demand",
+        )
+    found: dict[tuple[str, int, str, bool, float], Candidate] = {}
     for one in requirements:
         offers = catalog.offers(
             one.gpu, machine=one.machine, count=one.count, spot=one.spot, disk_gib=one.disk_gib, disk_tier=one.disk_tier,
             region=one.region, zone=one.zone,
         )  # fmt: skip
         for offer in offers:
-            on_gpu = on_gpus.get(offer.gpu)
+            on_gpu = on_gpus.get(machine_name(offer.gpu, offer.count))
             cost = run_cost(on_gpu, offer.usd_per_hour * one.nodes, offer.spot, plan) if on_gpu else None
             candidate = Candidate(one, offer, cost, _refusal(one, offer, on_gpu, trust_prices))
-            key = (offer.machine + offer.gpu, offer.zone, offer.spot, offer.usd_per_hour)
+            key = (offer.machine + offer.gpu, offer.count, offer.zone, offer.spot, offer.usd_per_hour)
             if key not in found or found[key].refusal:
                 found[key] = candidate
     return sorted(found.values(), key=lambda candidate: candidate.rank)
@@ -125,10 +135,10 @@ def groups(candidates: Sequence[Candidate]) -> list[CandidateGroup]:
     For a region without a zone, SkyPilot tries every zone that sells the machine. So a region forms one group only if all of
     those zones are allowed, at one price; otherwise each allowed zone is a group of its own.
     """
-    regions: dict[tuple[str, str, str, bool], list[Candidate]] = defaultdict(list)
+    regions: dict[tuple[str, str, int, str, bool], list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         offer = candidate.offer
-        regions[(offer.machine, offer.gpu, offer.region, offer.spot)].append(candidate)
+        regions[(offer.machine, offer.gpu, offer.count, offer.region, offer.spot)].append(candidate)
     found = []
     for members in regions.values():
         allowed = [candidate for candidate in members if not candidate.refusal]
@@ -222,6 +232,7 @@ def price_table(found: Sequence[CandidateGroup], basis: str) -> dict[str, object
         "offers": [
             {
                 "gpu": candidate.offer.gpu,
+                "count": candidate.offer.count,
                 "zone": candidate.offer.zone,
                 "spot": candidate.offer.spot,
                 "usd_per_hour": round(candidate.offer.usd_per_hour * candidate.requirement.nodes, 5),

@@ -144,8 +144,8 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     budget = _run_budget(task, say)
     catalog = catalog_for_launch(say)
     machines = machines_at_once(task, updating=name == "serve.update")
-    requirements = machine_requirements(task, catalog, machines)
-    on_gpus, plan = _run(task, {one.gpu for one in requirements}, say)
+    requirements = machine_requirements(task, catalog, machines, say)
+    on_gpus, plan = _run(task, {(one.gpu, one.count) for one in requirements}, say)
     trusts = task.envs.get(TRUST) == "1"
     if any(resources.max_hourly_cost is None for resources in task.resources):
         say(
@@ -199,22 +199,21 @@ def _positive(name: str, text: str, unit: str) -> float:
     return float(number)
 
 
-def _run(task: sky.Task, names: set[str], say: Any) -> tuple[dict[str, OnGpu], PlanSection]:
-    """Memory, speed and hours of the task's run on each GPU; empty if the task names no config of ours."""
+def _run(task: sky.Task, asked: set[tuple[str, int]], say: Any) -> tuple[dict[str, OnGpu], PlanSection]:
+    """Memory, speed and hours of the task's run on each (GPU, count); empty if the task names no config of ours."""
     named = task.envs.get(CONFIG)
     elsewhere = VARIABLE in task.envs or isinstance(task.workdir, dict)  # on the server's machine; in a git repository
     if not named or (elsewhere and not Path(named).is_file()):
         return {}, PlanSection()
     config = _config_of(task)
-    if not names <= set(GPUS):
-        say(
-            f"finetune: no speed is known for {', '.join(sorted(names - set(GPUS)))}: machines are ranked by price alone"
-        )
+    if unknown := sorted({gpu for gpu, _ in asked} - set(GPUS)):
+        say(f"finetune: no speed is known for {', '.join(unknown)}: machines are ranked by price alone")
         return {}, config.plan
     try:
         size = run_size(config)
         evaluation = evaluation_size(config) if task.envs.get(EVALUATE) == "1" else None
-        return {name: run_on(config, size, GPUS[name], evaluation) for name in names}, config.plan
+        found = [run_on(config, size, GPUS[gpu], evaluation, count) for gpu, count in asked]
+        return {one.name: one for one in found}, config.plan
     except NotEstimated as error:
         say(f"finetune: WARNING: {error}; so machines are ranked by price alone, and the run's memory is not checked")
         return {}, config.plan

@@ -15,6 +15,7 @@ from finetune.cloud.catalog.offers import Catalog
 from finetune.cloud.launch import candidates
 from finetune.cloud.launch.candidates import CandidateGroup, Requirement
 from finetune.errors import UserError
+from finetune.machine.gpus import GPUS
 
 AUTOSTOP = {"idle_minutes": 10, "down": True}
 MOST_IDLE_MINUTES = 60
@@ -24,6 +25,8 @@ DEFAULT_CEILING_USD = 5.0
 MOST_RESTARTS = 10
 NEVER_RECOVERED = {0: "done", 2: "the user's mistake, the same on every machine"}
 """Exit codes after which a new machine ends like the one before it, and what they mean."""
+NOT_THERE = ("cloud.unknown_gpu", "cloud.gpu_not_offered", "price.unknown", "launch.no_machine")
+"""Codes of the errors of a GPU or machine that is not in the catalog."""
 BUDGET = "MAX_RUN_USD"
 """Environment variable of our task YAMLs: the budget of a run in US dollars."""
 Json = dict[str, Any]
@@ -146,17 +149,26 @@ def pin_to_cluster(request: sky.UserRequest) -> bool:
     return True
 
 
-def machine_requirements(task: sky.Task, catalog: Catalog, machines: int) -> list[Requirement]:
-    """machines: as many as may run at the same time."""
-    requirements = []
+def machine_requirements(task: sky.Task, catalog: Catalog, machines: int, say: Any) -> list[Requirement]:
+    """machines: as many as may run at the same time. An alternative with a GPU that we know but this catalog does not is left
+    out, as long as there are others; say prints that."""
+    requirements: list[Requirement] = []
+    lacking: dict[str, UserError] = {}
     for place, resources in enumerate(task.resources):
         candidates.check_ceiling(resources.max_hourly_cost, "resources.max_hourly_cost")
         gpu, count = _gpu(resources)
+        try:
+            name, machine = catalog.gpu_name(gpu), resources.instance_type or _machine_of(resources, catalog)
+        except UserError as error:
+            if gpu not in GPUS or error.code not in NOT_THERE:
+                raise
+            lacking[f"{gpu}:{count}"] = error
+            continue
         requirements.append(
             Requirement(
-                gpu=catalog.gpu_name(gpu),
+                gpu=name,
                 count=count,
-                machine=resources.instance_type or _machine_of(resources, catalog),
+                machine=machine,
                 spot=bool(resources.use_spot),
                 region=resources.region,
                 zone=resources.zone,
@@ -168,6 +180,10 @@ def machine_requirements(task: sky.Task, catalog: Catalog, machines: int) -> lis
                 place=place,
             )
         )
+    for gpus, reason in lacking.items():
+        if not requirements:
+            raise reason
+        say(f"finetune: without {gpus}, which has no price in {catalog.source}")
     return requirements
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
 from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.plan.workload import EvaluationSize, RunSize, evaluation_size, run_size
 from finetune.config.load import examples_per_step
@@ -16,9 +17,9 @@ from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
 from finetune.estimate.fit import Fitted, MicroBatchConfig, fit_on, usual_step_tokens
 from finetune.estimate.generation import GenerationSpeed, answering_speed
-from finetune.estimate.speed import Speed, training_speed
-from finetune.estimate.speed_fused import FusedStep, fused_speed
-from finetune.machine.gpus import GPUS, GpuSpec
+from finetune.estimate.speed import Speed, data_parallel, micro_batch_seconds, training_speed
+from finetune.estimate.speed_fused import FusedStep, fused_speed, fused_step_seconds
+from finetune.machine.gpus import MACHINES, GpuSpec, machine_name
 from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES, ModelShape, shape_of
 
@@ -27,6 +28,8 @@ VALIDATION_COST = 1 / 3
 (one with a 4-bit base), so 1/3 is on the safe side. Estimated."""
 
 
+NOT_PRICED = ("cloud.unknown_gpu", "cloud.gpu_not_offered", "cloud.machine_mismatch", "price.unknown")
+"""Codes of the errors of a GPU, or a machine type, that is not in the catalog."""
 MAX_PREEMPTIONS = 5.0
 """Expected preemptions between two checkpoints above which a run is refused: it would need e^5 = 148 attempts on average to reach
 the next checkpoint."""
@@ -56,9 +59,14 @@ class OnGpu:
     work_hours: float
     save_hours: float  # work between two checkpoints
     save_key: str = "checkpoint.every_minutes"  # the config key that determines save_hours
+    count: int = 1  # GPUs in the machine, each of which needs needed_gib; speed is that of all
     micro_batch_config: MicroBatchConfig | None = None
     available_gib: float | None = None
     scoring: Scoring | None = None
+
+    @property
+    def name(self) -> str:
+        return machine_name(self.gpu.name, self.count)
 
 
 @dataclass(frozen=True)
@@ -120,33 +128,28 @@ def plan_run(
     """Price the run on every GPU of plan.gpus. spot: True for spot only, False for on-demand only, None for both. scored: whether
     the run ends with its score, as the task YAMLs have it.
 
-    Raises UserError for a model of unknown shape, data of unknown size, and a GPU that the catalog does not sell.
+    Raises UserError for a model of unknown shape, data of unknown size, and if the catalog has a price for none of the GPUs.
     """
     size = run_size(config)
     evaluation = evaluation_size(config) if scored else None
     rows = []
+    priced = priced_machines(catalog, config.plan)
     for name in config.plan.gpus:
-        on_gpu = run_on(config, size, GPUS[name], evaluation)
-        if not on_gpu.gpu.machine:
-            raise UserError(
-                f"plan.gpus: {name} is not supported on Google Cloud; choose among {', '.join(_sold())}",
-                code="cloud.gpu_not_offered",
-            )
-        try:
-            offers = catalog.offers(name, machine=on_gpu.gpu.machine, disk_gib=config.plan.disk_gib)
-        except UserError as error:
-            raise UserError(f"plan.gpus: {error}", code=error.code) from error
+        machine = MACHINES[name]
+        on_gpu = run_on(config, size, machine.gpu, evaluation, machine.count)
         for kind in (True, False) if spot is None else (spot,):
-            of_kind = [offer for offer in offers if offer.spot == kind]
+            of_kind = [offer for offer in priced.get(name, []) if offer.spot == kind]
             row = _row(on_gpu, kind, _best(of_kind, trust_prices), config.plan, ceilings, trust_prices)
             rows.append(replace(row, passed_over=of_kind[0] if of_kind and of_kind[0] != row.offer else None))
     rows.sort(key=lambda row: (not row.chosen, row.cost.usd if row.cost else math.inf))
     return Plan(size, ceilings, config.plan, catalog, tuple(rows), evaluation, scored)
 
 
-def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: EvaluationSize | None = None) -> OnGpu:
-    """Memory, speed and hours of the run on one GPU; evaluation: of the score with which it ends. Raises NotEstimated if the
-    model's shape is unknown."""
+def run_on(
+    config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: EvaluationSize | None = None, count: int = 1
+) -> OnGpu:
+    """Memory, speed and hours of the run on one GPU, or on `count` in one machine, of which one answers when it is scored.
+    evaluation: of the score with which it ends. Raises NotEstimated if the model's shape is unknown."""
     shape = shape_of(config.model.name)
     if shape is None:
         raise NotEstimated(
@@ -156,7 +159,7 @@ def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: Evaluatio
         )
     batch_size = examples_per_step(config.training)
     fitted = fit_on(config, shape, gpu, usual_step=usual_step_tokens(batch_size, size.mean_tokens))
-    speed = _speed(config, size, gpu, shape, fitted)
+    speed = _speed(config, size, gpu, shape, fitted, count)
     seconds = (size.tokens + size.validation_tokens * VALIDATION_COST) / speed.tokens_per_second
     work_hours = seconds / 3600
     save_hours, save_key = save_interval(config.checkpoint, work_hours, size.steps)
@@ -168,6 +171,7 @@ def run_on(config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: Evaluatio
         work_hours=work_hours,
         save_hours=save_hours,
         save_key=save_key,
+        count=count,
         micro_batch_config=fitted.limits,
         available_gib=fitted.memory_gib,
         scoring=_scoring(config, gpu, shape, evaluation) if evaluation else None,
@@ -196,18 +200,22 @@ def save_interval(section: CheckpointSection, work_hours: float, steps: int) -> 
     return min(hours, work_hours), key
 
 
-def _speed(config: RunConfig, size: RunSize, gpu: GpuSpec, shape: ModelShape, fitted: Fitted) -> Speed:
+def _speed(config: RunConfig, size: RunSize, gpu: GpuSpec, shape: ModelShape, fitted: Fitted, count: int) -> Speed:
+    """Of `count` GPUs together; a step takes at least as long as the host needs for one example."""
+    batch_size = examples_per_step(config.training)
     if fitted.limits is None:
         assert fitted.micro_batch_size is not None
-        return training_speed(
+        one = training_speed(
             gpu,
             shape,
             micro_batch_size=fitted.micro_batch_size,
             mean_tokens=size.mean_tokens,
             checkpointing=fitted.checkpointing,
         )
+        least = micro_batch_seconds(gpu, shape, size.mean_tokens, checkpointing=fitted.checkpointing)
+        return data_parallel(one, count, batch_size, batch_size * size.mean_tokens, least)
     step = FusedStep(
-        batch_size=examples_per_step(config.training),
+        batch_size=batch_size,
         mean_tokens=size.mean_tokens,
         tokens=fitted.limits.tokens,
         uncheckpointed_layers=fitted.limits.uncheckpointed_layers,
@@ -216,7 +224,8 @@ def _speed(config: RunConfig, size: RunSize, gpu: GpuSpec, shape: ModelShape, fi
         dropout=config.lora.lora_dropout > 0,
         four_bit=config.quantization.load_in_4bit,
     )
-    return fused_speed(gpu, shape, step)
+    least = fused_step_seconds(gpu, shape, size.mean_tokens, replace(step, batch_size=1))
+    return data_parallel(fused_speed(gpu, shape, step), count, batch_size, batch_size * size.mean_tokens, least)
 
 
 def run_cost(on_gpu: OnGpu, usd_per_hour: float, spot: bool, assumptions: PlanSection) -> RunCost:
@@ -247,7 +256,10 @@ def _row(
     on_gpu: OnGpu, spot: bool, offer: Offer | None, assumptions: PlanSection, ceilings: Ceilings, trust_prices: bool
 ) -> Row:
     if offer is None:
-        return Row(on_gpu, spot, None, None, ("not sold: the catalog has no price for it",))
+        why = "the catalog has no price for it"
+        if not spot and MACHINES[on_gpu.name].machine in NOT_ON_DEMAND:
+            why = "on demand; spot or flex-start (--flex)"
+        return Row(on_gpu, spot, None, None, (f"not sold{':' if why.startswith('the') else ''} {why}",))
     cost = run_cost(on_gpu, offer.usd_per_hour, spot, assumptions)
     refusals = [*_memory_refusal(on_gpu), *ceiling_refusals(offer.usd_per_hour, cost, ceilings)]
     rate = assumptions.spot_preemptions_per_hour
@@ -300,13 +312,21 @@ def _best(offers: list[Offer], trust_prices: bool) -> Offer | None:
 def regions_for_plan(catalog: Catalog, assumptions: PlanSection) -> list[str]:
     """The regions that sell any of plan.gpus without a price anomaly, the region of the cheapest machine first."""
     found = [
-        offer
-        for name in assumptions.gpus
-        for offer in catalog.offers(name, machine=GPUS[name].machine, disk_gib=assumptions.disk_gib)
-        if not offer.anomalies
+        offer for offers in priced_machines(catalog, assumptions).values() for offer in offers if not offer.anomalies
     ]
     return list(dict.fromkeys(offer.region for offer in sorted(found, key=lambda offer: offer.usd_per_hour)))
 
 
-def _sold() -> list[str]:
-    return [name for name, gpu in GPUS.items() if gpu.machine]
+def priced_machines(catalog: Catalog, assumptions: PlanSection) -> dict[str, list[Offer]]:
+    """The offers of each of plan.gpus in every zone, cheapest first, without the GPUs that the catalog has no price for. Raises
+    UserError if it has a price for none."""
+    found: dict[str, list[Offer]] = {}
+    for name in assumptions.gpus:
+        gpu, machine, count = MACHINES[name].gpu.name, MACHINES[name].machine, MACHINES[name].count
+        try:
+            found[name] = catalog.offers(gpu, machine=machine, count=count, disk_gib=assumptions.disk_gib)
+        except UserError as error:
+            last = name == assumptions.gpus[-1]
+            if error.code not in NOT_PRICED or (last and not found):
+                raise UserError(f"plan.gpus: {error}", code=error.code) from error
+    return found

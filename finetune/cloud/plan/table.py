@@ -7,6 +7,7 @@ from typing import Any
 from finetune.cloud.catalog.disks import LISTED
 from finetune.cloud.catalog.offers import Offer
 from finetune.cloud.plan.plan import OnGpu, Plan, Row
+from finetune.machine.gpus import MACHINES
 from finetune.runtime.table import aligned
 
 HEADER = (
@@ -14,6 +15,8 @@ HEADER = (
     "",
 )  # fmt: skip
 ALIGN = "llllrrrrrrrrl"
+SHOWN = 10
+"""Rows of the table; the others follow in a line each."""
 
 
 def render(plan: Plan, origin: str) -> str:
@@ -26,7 +29,8 @@ def render(plan: Plan, origin: str) -> str:
         f"prices: {plan.catalog.source}; host + GPU + {plan.assumptions.disk_gib} GiB disk "
         f"(Google's list price of {LISTED})",
         "",
-        *aligned([HEADER, *(_cells(place, row) for place, row in enumerate(plan.rows, start=1))], ALIGN),
+        *aligned([HEADER, *(_cells(place, row) for place, row in enumerate(plan.rows[:SHOWN], start=1))], ALIGN),
+        *_others(plan.rows[SHOWN:]),
         "",
         *_notes(plan),
     ]
@@ -38,7 +42,7 @@ def _cells(place: int, row: Row) -> tuple[str, ...]:
     mark = "" if on_gpu.speed.basis == "measured" else " est."
     return (
         f"{place}." if row.chosen else "-",
-        on_gpu.gpu.name,
+        on_gpu.name,
         "spot" if row.spot else "on-demand",
         row.offer.zone if row.offer else "",
         f"{on_gpu.needed_gib:.1f} of {on_gpu.gpu.memory_gib:.1f}",
@@ -53,6 +57,17 @@ def _cells(place: int, row: Row) -> tuple[str, ...]:
     )
 
 
+def _others(rows: tuple[Row, ...]) -> list[str]:
+    """What is not among the best: the dollars, or why not."""
+    return ["not among the best:"] * bool(rows) + [
+        f"  {_bought(row)}: {f'${row.cost.usd:.2f}' if row.chosen and row.cost else _verdict(row)}" for row in rows
+    ]
+
+
+def _bought(row: Row) -> str:
+    return f"{row.on_gpu.name} {'spot' if row.spot else 'on-demand'}"
+
+
 def _evaluation(plan: Plan) -> str:
     size = plan.evaluation
     if size is not None:
@@ -64,7 +79,7 @@ def _evaluation(plan: Plan) -> str:
 
 def _generators(plan: Plan) -> list[str]:
     """The new tokens per second of each GPU and where they come from."""
-    speeds = {row.on_gpu.gpu.name: row.on_gpu.scoring.speed for row in plan.rows if row.on_gpu.scoring}
+    speeds = {row.on_gpu.name: row.on_gpu.scoring.speed for row in plan.rows[:SHOWN] if row.on_gpu.scoring}
     lines = [
         f"  {gpu}: {speed.tokens_per_second:,.0f} after {speed.loading_seconds:.0f} s of loading, {speed.basis} ({speed.source})"
         for gpu, speed in speeds.items()
@@ -89,14 +104,13 @@ def _step(on_gpu: OnGpu) -> str:
 
 
 def _passed_over(row: Row, offer: Offer) -> str:
-    name = f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}"
-    return f"  {name} in {offer.zone} at ${offer.usd_per_hour:.3f}/h: {'; '.join(offer.anomalies)}"
+    return f"  {_bought(row)} in {offer.zone} at ${offer.usd_per_hour:.3f}/h: {'; '.join(offer.anomalies)}"
 
 
 def _notes(plan: Plan) -> list[str]:
     """Where the figures of each column come from: measured, from the catalog, estimated or assumed."""
-    assumed = plan.assumptions
-    sources = dict.fromkeys(f"{row.on_gpu.gpu.name}: {row.on_gpu.speed.source}" for row in plan.rows)
+    assumed, shown = plan.assumptions, plan.rows[:SHOWN]
+    sources = dict.fromkeys(f"{row.on_gpu.name}: {row.on_gpu.speed.source}" for row in shown)
     ceilings = [
         text
         for value, text in (
@@ -106,16 +120,17 @@ def _notes(plan: Plan) -> list[str]:
         )
         if value is not None
     ]
-    chosen = [f"{row.on_gpu.gpu.name} {'spot' if row.spot else 'on-demand'}" for row in plan.rows if row.chosen]
-    passed_over = [_passed_over(row, row.passed_over) for row in plan.rows if row.passed_over]
+    chosen = [_bought(row) for row in plan.rows if row.chosen]
+    more = f", and {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
+    passed_over = [_passed_over(row, row.passed_over) for row in shown if row.passed_over]
     return [
-        f"order: {', then '.join(chosen)}"
+        f"order: {', then '.join(chosen[:SHOWN])}{more}"
         if chosen
         else "order: none; every machine is refused, for the reason in its row",
         f"ceilings: {', '.join(ceilings) or 'none'}",
         *(["cheaper, but with a price anomaly (--trust-prices accepts it):", *passed_over] if passed_over else []),
         "memory: estimated, with the settings that the run will choose (`finetune plan CONFIG --memory` shows the parts):",
-        *dict.fromkeys(f"  {row.on_gpu.gpu.name}: {_step(row.on_gpu)}" for row in plan.rows),
+        *dict.fromkeys(f"  {row.on_gpu.name}: {_step(row.on_gpu)}" for row in shown),
         "hours and dollars: estimated, expected values,",
         f"  with {assumed.setup_minutes:g} min of boot and set-up; lost: dollars of the run lost to preemptions, assumed "
         f"{assumed.spot_preemptions_per_hour:g} an hour (plan.spot_preemptions_per_hour)",
@@ -148,10 +163,11 @@ def _row_json(row: Row) -> dict[str, Any]:
     on_gpu, offer, cost = row.on_gpu, row.offer, row.cost
     return {
         "gpu": on_gpu.gpu.name,
+        "count": on_gpu.count,
         "spot": row.spot,
         "chosen": row.chosen,
         "refusals": list(row.refusals),
-        "machine": on_gpu.gpu.machine,
+        "machine": MACHINES[on_gpu.name].machine,
         "region": offer.region if offer else None,
         "zone": offer.zone if offer else None,
         "usd_per_hour": round(offer.usd_per_hour, 5) if offer else None,

@@ -9,6 +9,7 @@ import yaml
 
 from finetune.cloud.plan.plan import Plan, Row
 from finetune.errors import UserError
+from finetune.machine.gpus import MACHINES
 from finetune.runtime.files import read_bytes, write_text
 from finetune.runtime.yaml_file import load_yaml
 
@@ -102,8 +103,9 @@ def _without_lists(task: dict[str, Any]) -> dict[str, Any]:
 def _ordered(chosen: list[Row], command: str, indent: str, end: str) -> str:
     lines = [f"{indent}ordered:  # by dollars for the run, estimated: {command}"]
     for row in chosen:
-        assert row.cost is not None  # a row without a price is never chosen
-        gpu = row.on_gpu.gpu
-        entry = f"{{accelerators: {gpu.name}:1, instance_type: {gpu.machine}, use_spot: {str(row.spot).lower()}}}"
+        assert row.cost is not None and row.offer is not None  # a row without a price is never chosen
+        machine = MACHINES[row.on_gpu.name]
+        spot = str(row.spot).lower()
+        entry = f"{{accelerators: {machine.accelerators}, instance_type: {machine.machine}, use_spot: {spot}}}"
         lines.append(f"{indent}  - {entry}  # ${row.cost.usd:.2f}, {row.cost.hours:.1f} h")
     return end.join([*lines, ""])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.cloud.catalog.machine_types import N1_LIMITS, check_machine, fits
-from finetune.machine.gpus import GPUS
+from finetune.cloud.catalog.machine_types import N1_LIMITS, NOT_ON_DEMAND, OWN_MACHINES, check_machine, fits
+from finetune.machine.gpus import MACHINES
 from tests.helpers.errors import raises
 
 
@@ -23,10 +23,17 @@ def test_an_n1_machine_may_be_as_large_as_its_gpus_allow_and_no_larger(gpu: str,
 
 
 def test_the_machines_of_our_tasks_come_with_their_gpus() -> None:
-    sold = [gpu for gpu in GPUS.values() if gpu.machine]
-    assert len(sold) == 5
-    for gpu in sold:
-        check_machine(gpu.name, 1, gpu.machine, (8.0, 52.0))
+    assert len(MACHINES) == 13
+    for name, one in MACHINES.items():
+        check_machine(one.gpu.name, one.count, one.machine, (16.0, 104.0) if one.count > 1 else (8.0, 52.0))
+        assert name == (one.gpu.name if one.count == 1 else one.accelerators)
+
+
+def test_what_is_not_sold_on_demand_are_machine_types_with_built_in_gpus() -> None:
+    assert {
+        machine for counts in OWN_MACHINES.values() for types in counts.values() for machine in types
+    } >= NOT_ON_DEMAND
+    assert "a3-highgpu-8g" not in NOT_ON_DEMAND
 
 
 def test_what_the_tables_lack_does_not_fit() -> None:

@@ -101,19 +101,20 @@ REFUSED = [
     ({"gpu": "T4", "machine": "g2-standard-8"}, "cloud.machine_mismatch",
      "T4:1 does not come with g2-standard-8; .* N1 machine of at most 48 vCPUs"),
     ({"gpu": "V100", "machine": "n1-highmem-16"}, "cloud.machine_mismatch",
-     "machine n1-highmem-16 is not in the catalog; .* at most 12 vCPUs and 78 GB"),
+     "V100:1 does not come with n1-highmem-16; .* at most 12 vCPUs and 78 GB"),
     ({"gpu": "L4", "machine": "g2-standard-4"}, "price.unknown", "g2-standard-4: SkyPilot's catalog has no price for it"),
-    ({"gpu": "L4", "machine": "g2-standard-24", "count": 2}, "price.unknown", "L4:2: SkyPilot's catalog has no price for it"),
+    ({"gpu": "T4", "machine": "n1-highmem-32"}, "cloud.machine_mismatch", "machine n1-highmem-32 is not in the catalog"),
+    ({"gpu": "L4", "machine": "g2-standard-96", "count": 8}, "price.unknown", "L4:8: SkyPilot's catalog has no price for it"),
     ({"count": 3}, "cloud.machine_mismatch", "A100:3: no machine .* has 3 of them; possible: 1, 2, 4, 8, 16"),
     ({"count": 0}, "cloud.bad_gpu_count", "A100: expected a positive whole number of GPUs, found 0"),
     ({"count": True}, "cloud.bad_gpu_count", "found True"),
     ({"gpu": "A1000"}, "cloud.unknown_gpu",
-     "unknown GPU 'A1000'; did you mean A100 or A100-80GB?; .* has A100, A100-80GB, L4, T4, V100"),
+     "unknown GPU 'A1000'; did you mean A100 or A100-80GB?; .* has A100, A100-80GB, B200, H100, H200, L4, T4, V100"),
     ({"gpu": "RTX4091"}, "cloud.unknown_gpu", "did you mean RTX4090"),
     ({"gpu": "quantum"}, "cloud.unknown_gpu", "unknown GPU 'quantum'; for Google Cloud"),
     ({"gpu": ""}, "cloud.unknown_gpu", "unknown GPU ''; for Google Cloud"),
     ({"gpu": "a10"}, "cloud.gpu_not_offered", "A10 is not on Google Cloud, only on Azure, Lambda, OCI"),
-    ({"gpu": "h200"}, "price.unknown", "H200 is on Google Cloud, but its price is not known here"),
+    ({"gpu": "p100"}, "price.unknown", "P100 is on Google Cloud, but its price is not known here"),
     ({"region": "asia-east1"}, "cloud.gpu_not_in_place",
      "region asia-east1: no A100 there; the regions that have it: asia-southeast1, europe-west4, me"),
     ({"zone": "us-east1-z"}, "cloud.gpu_not_in_place",
@@ -153,8 +154,9 @@ def test_a_gpu_of_the_catalog_whose_machine_is_unknown_is_refused(made: Callable
 
 def test_machines_for_a_gpu_are_those_with_a_price_smallest_first(home: Path, catalog: Catalog) -> None:
     assert catalog.machines_for("a100") == [A100]
-    assert catalog.machines_for("T4") == catalog.machines_for("V100", 8) == ["n1-highmem-8"]
-    assert catalog.machines_for("L4", 2) == []
+    assert catalog.machines_for("T4") == catalog.machines_for("V100", 8) == ["n1-highmem-8", "n1-highmem-16"]
+    assert catalog.machines_for("V100") == ["n1-highmem-8"] and catalog.machines_for("L4", 2) == ["g2-standard-24"]
+    assert catalog.machines_for("L4", 8) == []
     lines = [host("us-east1-b", machine=name) for name in ("g2-standard-16", "g2-standard-8", "g2-standard-24")]
     write_prices(home, [lines[0].replace("12.0,85.0", "16.0,64.0"), *lines[1:], gpu("us-east1-b", name="L4")])
     assert load_catalog().machines_for("L4") == ["g2-standard-8", "g2-standard-16"]
@@ -176,7 +178,7 @@ def test_without_a_catalog_our_snapshot_is_used_with_a_warning(home: Path) -> No
     assert "OUR OLD SNAPSHOT" in catalog.source and "PRICES MAY HAVE CHANGED" in catalog.source
     assert "copied on 2026-11-22" in catalog.source
     assert "our old snapshot" in message(
-        "price.unknown", lambda: catalog.offers("H200", machine="a3-ultragpu-8g", count=8)
+        "price.unknown", lambda: catalog.offers("H100", machine="a3-highgpu-8g", count=8)
     )
     refusal = message("catalog.missing", lambda: load_catalog(allow_snapshot=False))
     assert refusal.startswith(f"{home / CATALOG / VMS}: no price catalog yet")
@@ -207,7 +209,27 @@ def test_the_snapshot_holds_real_rows_of_the_shared_slice() -> None:
     if source is None:
         pytest.skip("the shared catalog is not beside this checkout")
     ours, theirs = price_rows(SNAPSHOT), price_rows(source)
-    assert len(ours) == 170 and all(row in theirs for row in ours)
+    kinds = {(row["InstanceType"], row["AcceleratorName"], row["AcceleratorCount"]) for row in theirs}
+    shared = [row for row in ours if (row["InstanceType"], row["AcceleratorName"], row["AcceleratorCount"]) in kinds]
+    assert len(shared) == 170 and all(row in theirs for row in shared)
     regions = {row["Region"] for row in ours}
     gpus = [row for row in theirs if row["AcceleratorName"] and row["Region"] in regions]
-    assert [row for row in ours if row["AcceleratorName"]] == gpus
+    assert [row for row in shared if row["AcceleratorName"]] == gpus
+
+
+def test_rows_that_the_slice_lacks_cost_as_much_more_as_they_are_larger() -> None:
+    """SkyPilot multiplies the price of one GPU, of a vCPU and of a GB of memory, so several L4 or T4 and their hosts show slips
+    of the pen."""
+    rows = {
+        (row["InstanceType"] or row["AcceleratorName"], row["AcceleratorCount"], row["AvailabilityZone"]): row
+        for row in price_rows(SNAPSHOT)
+    }
+    pairs = [("L4", "2", "L4", "1", 2), ("L4", "4", "L4", "1", 4), ("T4", "2", "T4", "1", 2), ("T4", "4", "T4", "1", 4),
+             ("g2-standard-24", "", "g2-standard-8", "", 3), ("g2-standard-48", "", "g2-standard-8", "", 6),
+             ("n1-highmem-16", "", "n1-highmem-8", "", 2)]  # fmt: skip
+    for large, count, small, one, times in pairs:
+        found = [(row, rows[small, one, key[2]]) for key, row in rows.items() if key[:2] == (large, count)]
+        assert len(found) == sum(key[:2] == (small, one) for key in rows)
+        for row, base in found:
+            for column in ("Price", "SpotPrice"):
+                assert float(row[column]) == pytest.approx(times * float(base[column]), abs=6e-5), (large, column)

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from finetune.machine.price import Machine, price_in
-from tests.helpers.catalog_fixture import lay_out_catalog
+from tests.helpers.catalog_fixture import G4, lay_out_catalog
 from tests.helpers.json_server import JsonHandler, serving
 from tests.helpers.sky_home import SkyWorker, bucket_stand_in, fake_gcloud_home
 
@@ -29,7 +29,7 @@ Json = dict[str, Any]
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
     home = tmp_path_factory.mktemp("home")
     env = fake_gcloud_home(home) | {"WANDB_API_KEY": "key-of-the-laptop"}
-    lay_out_catalog(home)
+    lay_out_catalog(home, more=G4)
     with SkyWorker(env, ROOT) as running:
         yield running
 
@@ -68,6 +68,18 @@ def test_every_task_of_sky_passes_as_typed(worker: SkyWorker, task: Path) -> Non
         assert one["autostop"] == {"idle_minutes": 10, "down": True} and one["disk_size"] == 200
         recovery = one.get("job_recovery", {})
         assert (recovery.get("recover_on_exit_codes") == [75]) == managed
+
+
+def test_a_catalog_without_g4_costs_the_cheapest_run_nothing_but_that_machine(tmp_path: Path) -> None:
+    lay_out_catalog(tmp_path)
+    with SkyWorker(fake_gcloud_home(tmp_path), ROOT) as running:
+        answer = running.ask("optimize", ROOT / "sky" / "train_cheapest.yaml", policy=POLICY)
+        assert "finetune: without RTXPRO6000:1, which has no price in" in answer["printed"]
+        assert len({json.dumps(one["accelerators"]) for one in alternatives(answer)}) >= 8
+        alone = running.ask("optimize", ROOT / "sky" / "train_g4.yaml", policy=POLICY)
+        assert "RTXPRO6000 is not on Google Cloud" in refused("cloud.gpu_not_offered", alone)
+        typo = {"infra": "gcp", "any_of": [{"accelerators": "T4:1"}, {"accelerators": "A1000:1"}]}
+        assert "A1000" in refused("cloud.unknown_gpu", ask(running, typo))
 
 
 def test_the_order_is_by_dollars_for_the_run_not_for_the_hour(worker: SkyWorker) -> None:

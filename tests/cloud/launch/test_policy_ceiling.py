@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import pytest
 
 from finetune.cloud.catalog.csv_file import read_clouds, read_prices
-from finetune.cloud.catalog.offers import SNAPSHOT, Catalog, Offer
-from finetune.machine.gpus import GPUS
-from tests.helpers.catalog_fixture import lay_out_catalog, shared_catalog
+from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
+from finetune.cloud.catalog.offers import Catalog, Offer
+from finetune.machine.gpus import MACHINES
+from tests.helpers.catalog_fixture import CATALOG, G4, lay_out_catalog, shared_catalog
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 
 ROOT = Path(__file__).resolve().parents[3]
 POLICY = "finetune.cloud.launch.policy.CostPolicy"
-KINDS = [(gpu, spot) for gpu in ("A100", "L4", "T4", "V100", "A100-80GB") for spot in (True, False)]
+KINDS = [
+    (name, spot) for name, one in MACHINES.items() for spot in (True, False) if spot or one.machine not in NOT_ON_DEMAND
+]
 GRID = [0.1, 0.25, 0.31, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 6.0, 10.0]
 """US dollars per hour; the tests marked repeat add every price of the catalog, a cent less and a cent more."""
 FEW = [0.1, 0.31, 0.8, 1.5, 3.0, 10.0]
@@ -26,21 +30,24 @@ FEW = [0.1, 0.31, 0.8, 1.5, 3.0, 10.0]
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
     home = tmp_path_factory.mktemp("home")
     env = fake_gcloud_home(home)
-    lay_out_catalog(home)
+    lay_out_catalog(home, more=G4)
     with SkyWorker(env, ROOT) as running:
         yield running
 
 
-def snapshot() -> Catalog:
+@pytest.fixture
+def prices(worker: SkyWorker) -> Catalog:
     """The prices of the fixture, read by our own code."""
-    return Catalog("test", True, None, read_prices(SNAPSHOT)[0], read_clouds(SNAPSHOT))
+    folder = Path(worker.env["HOME"]) / CATALOG
+    return Catalog("test", True, None, read_prices(folder)[0], read_clouds(folder))
 
 
-def offers(gpu: str, spot: bool, catalog: Catalog | None = None) -> list[Offer]:
-    return (catalog or snapshot()).offers(gpu, machine=GPUS[gpu].machine, spot=spot)
+def offers(name: str, spot: bool, catalog: Catalog) -> list[Offer]:
+    one = MACHINES[name]
+    return catalog.offers(one.gpu.name, machine=one.machine, count=one.count, spot=spot)
 
 
-def task(gpu: str, spot: bool, ceiling: float, **envs: str) -> dict[str, Any]:
+def task(name: str, spot: bool, ceiling: float, **envs: str) -> dict[str, Any]:
     return {
         "name": "proof",
         "run": "true",
@@ -48,8 +55,8 @@ def task(gpu: str, spot: bool, ceiling: float, **envs: str) -> dict[str, Any]:
         "envs": {"CONFIG": "configs/mistral_7b_qlora.yaml", "MAX_RUN_USD": "25", **envs},
         "resources": {
             "infra": "gcp",
-            "accelerators": f"{gpu}:1",
-            "instance_type": GPUS[gpu].machine,
+            "accelerators": MACHINES[name].accelerators,
+            "instance_type": MACHINES[name].machine,
             "use_spot": spot,
             "disk_size": 200,
             "max_hourly_cost": ceiling,
@@ -80,14 +87,47 @@ def check_reach(
 
 
 @pytest.mark.parametrize(("gpu", "spot"), KINDS)
-def test_no_zone_above_the_ceiling_can_ever_be_reached(worker: SkyWorker, gpu: str, spot: bool) -> None:
-    prices = sorted(offer.usd_per_hour for offer in offers(gpu, spot))
-    middle = prices[len(prices) // 2]
-    check_reach(worker, gpu, spot, [*FEW, middle, middle - 0.0001], snapshot(), all_of=True)
+def test_no_zone_above_the_ceiling_can_ever_be_reached(
+    worker: SkyWorker, prices: Catalog, gpu: str, spot: bool
+) -> None:
+    sold = sorted(offer.usd_per_hour for offer in offers(gpu, spot, prices))
+    middle = sold[len(sold) // 2]
+    check_reach(worker, gpu, spot, [*FEW, middle, middle - 0.0001], prices, all_of=True)
 
 
-def test_price_anomalies_are_reached_only_on_request(worker: SkyWorker) -> None:
-    anomalous = {offer.zone for offer in offers("A100", False) if offer.anomalies}
+@pytest.mark.parametrize("name", [name for name, one in MACHINES.items() if one.machine in NOT_ON_DEMAND])
+def test_a_machine_that_is_not_sold_on_demand_is_never_launched_so(worker: SkyWorker, name: str) -> None:
+    """SkyPilot's catalog has an on-demand price for each, often that of flex-start."""
+    wanted = task(name, False, 1000.0, FINETUNE_TRUST_PRICES="1")
+    answer = worker.ask("reachable", wanted, policy=POLICY)
+    assert (answer["error"], answer["code"]) == ("UserRequestRejectedByPolicy", "launch.not_on_demand"), answer
+    del wanted["resources"]["use_spot"]
+    wanted["resources"]["ordered"] = [{"use_spot": True}, {"use_spot": False}]
+    reached = worker.ask("reachable", wanted, policy=POLICY)["reachable"]
+    assert reached and all(machine["spot"] for machine in reached)
+
+
+def test_several_gpus_of_a_kind_in_one_task_have_their_own_prices(worker: SkyWorker, prices: Catalog) -> None:
+    names = ("L4", "L4:2", "L4:4", "T4", "T4:2")
+    wanted = task("L4", True, 0.9)
+    wanted["resources"] = {key: wanted["resources"][key] for key in ("infra", "disk_size", "max_hourly_cost")} | {
+        "any_of": [
+            {"accelerators": MACHINES[name].accelerators, "instance_type": MACHINES[name].machine, "use_spot": True}
+            for name in names
+        ]
+    }
+    cost = {(o.gpu, o.count, o.zone): o.usd_per_hour for name in names for o in offers(name, True, prices)}
+    answer = worker.ask("reachable", wanted, policy=POLICY)
+    reached = {(machine["gpu"], machine["count"], machine["zone"]) for machine in answer["reachable"]}
+    assert {count for _, count, _ in reached} == {1, 2} and max(cost[one] for one in reached) <= 0.9
+    table = json.loads(answer["sent"]["envs"]["FINETUNE_PRICES"])["offers"]
+    assert {(o["gpu"], o["count"], o["zone"]): o["usd_per_hour"] for o in table} == {
+        one: pytest.approx(cost[one], abs=1e-5) for one in reached
+    }
+
+
+def test_price_anomalies_are_reached_only_on_request(worker: SkyWorker, prices: Catalog) -> None:
+    anomalous = {offer.zone for offer in offers("A100", False, prices) if offer.anomalies}
     assert anomalous, "the fixture has no price anomaly"
     careful = worker.ask("reachable", task("A100", False, 10.0), policy=POLICY)
     trusting = worker.ask("reachable", task("A100", False, 10.0, FINETUNE_TRUST_PRICES="1"), policy=POLICY)
@@ -96,18 +136,18 @@ def test_price_anomalies_are_reached_only_on_request(worker: SkyWorker) -> None:
 
 
 @pytest.mark.parametrize("ceiling", [0.4, *(pytest.param(usd, marks=pytest.mark.repeat) for usd in (1.0, 3.7))])
-def test_the_provisioner_requests_nothing_above_the_ceiling(worker: SkyWorker, ceiling: float) -> None:
+def test_the_provisioner_requests_nothing_above_the_ceiling(worker: SkyWorker, prices: Catalog, ceiling: float) -> None:
     """What the real provisioner requests, zone after zone, when nothing is in stock."""
     wanted = task("T4", True, ceiling)
     wanted["resources"].pop("accelerators")
     wanted["resources"].pop("instance_type")
     wanted["resources"]["any_of"] = [
-        {"accelerators": f"{gpu}:1", "instance_type": GPUS[gpu].machine, "use_spot": spot}
+        {"accelerators": f"{gpu}:1", "instance_type": MACHINES[gpu].machine, "use_spot": spot}
         for gpu in ("A100", "L4", "T4", "V100")
         for spot in (True, False)
     ]
     price = {(o.gpu, o.zone, o.spot): o.usd_per_hour for gpu in ("A100", "L4", "T4", "V100") for s in (True, False)
-             for o in offers(gpu, s)}  # fmt: skip
+             for o in offers(gpu, s, prices)}  # fmt: skip
     answer = worker.ask("launch", wanted, policy=POLICY)
     tried = [price[machine["gpu"], machine["zone"], machine["spot"]] for machine in answer["tried"]]
     assert len(tried) >= 3 and max(tried) <= ceiling
@@ -124,21 +164,21 @@ def test_a_stock_out_fails_over_to_the_next_allowed_candidate(worker: SkyWorker)
     assert (launched["region"], launched["zone"]) == (second["region"], second["zone"])
 
 
-def test_without_spot_quota_the_on_demand_machine_is_the_next(worker: SkyWorker) -> None:
+def test_without_spot_quota_the_on_demand_machine_is_the_next(worker: SkyWorker, prices: Catalog) -> None:
     wanted = task("A100", True, 4.5)
     del wanted["resources"]["use_spot"]
     wanted["resources"]["ordered"] = [{"use_spot": True}, {"use_spot": False}]
-    spot_zones = [[offer.zone, "A100", True] for offer in offers("A100", True)]
+    spot_zones = [[offer.zone, "A100", True] for offer in offers("A100", True, prices)]
     launched = worker.ask("launch", wanted, policy=POLICY, stocked_out=spot_zones)["launched"]
     assert launched["spot"] is False and launched["region"].startswith("us-")
 
 
 @pytest.mark.repeat
 @pytest.mark.parametrize(("gpu", "spot"), KINDS)
-def test_every_price_of_the_snapshot_as_a_ceiling(worker: SkyWorker, gpu: str, spot: bool) -> None:
-    cents = {round(offer.usd_per_hour + step, 2) for offer in offers(gpu, spot) for step in (-0.01, 0.01)}
-    exact = {offer.usd_per_hour for offer in offers(gpu, spot)}
-    check_reach(worker, gpu, spot, sorted({*GRID, *cents, *exact}), snapshot(), all_of=True)
+def test_every_price_of_the_snapshot_as_a_ceiling(worker: SkyWorker, prices: Catalog, gpu: str, spot: bool) -> None:
+    cents = {round(offer.usd_per_hour + step, 2) for offer in offers(gpu, spot, prices) for step in (-0.01, 0.01)}
+    exact = {offer.usd_per_hour for offer in offers(gpu, spot, prices)}
+    check_reach(worker, gpu, spot, sorted({*GRID, *cents, *exact}), prices, all_of=True)
 
 
 @pytest.mark.repeat
@@ -151,5 +191,6 @@ def test_the_whole_slice_of_the_real_catalog(tmp_path: Path) -> None:
     lay_out_catalog(tmp_path, source=shared)
     catalog = Catalog("test", True, None, read_prices(shared)[0], read_clouds(shared))
     with SkyWorker(env, ROOT) as worker:
-        for gpu, spot in KINDS:
-            check_reach(worker, gpu, spot, GRID, catalog, all_of=False)
+        for gpu in ("A100", "L4", "T4", "V100", "A100-80GB"):
+            for spot in (True, False):
+                check_reach(worker, gpu, spot, GRID, catalog, all_of=False)

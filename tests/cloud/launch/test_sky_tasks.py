@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
 from finetune.config.load import load_config
 from finetune.errors import EXIT_TRANSIENT, EXIT_USER_ERROR
-from finetune.machine.gpus import GPUS
+from finetune.machine.gpus import GPUS, MACHINES, machine_name
 from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,8 +33,9 @@ ONE_GPU = {
     "sky/train_t4.yaml": "T4",
     "sky/train_v100.yaml": "V100",
     "sky/train_l4.yaml": "L4",
+    "sky/train_g4.yaml": "RTXPRO6000",
 }
-MEMORY_GB = {"a2-highgpu-1g": 85, "n1-highmem-8": 52, "g2-standard-8": 32}
+MEMORY_GB = {"n1-highmem-8": 52, "n1-highmem-16": 104}
 """Host memory of the machine types (Google's page on machine types); the training guide asks for 52 GB beside a T4 or V100."""
 
 every_task = pytest.mark.parametrize("path", TASKS)
@@ -69,8 +71,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_folder_holds_only_tasks() -> None:
     assert {Path(path).stem for path in TASKS} >= {
-        "train_a100", "train_t4", "train_v100", "train_l4", "train_cheapest", "train_spot", "evaluate", "dev", "smoke",
-        "serve",
+        "train_a100", "train_t4", "train_v100", "train_l4", "train_h100", "train_g4", "train_cheapest", "train_spot",
+        "evaluate", "dev", "smoke", "serve",
     }  # fmt: skip
     others = [path for path in (ROOT / "sky").rglob("*") if path.is_file() and str(path.relative_to(ROOT)) not in TASKS]
     assert not others, "an __init__.py there would hide SkyPilot's package of the same name"
@@ -89,10 +91,14 @@ def test_every_machine_is_bounded_in_dollars_and_time(path: str, loaded: dict[st
     task = loaded[path]
     for machine in task["machines"]:
         ((gpu, count),) = machine["gpu"].items()
-        assert (machine["cloud"], machine["machine"], count) == ("GCP", GPUS[gpu].machine, 1)
+        assert machine["cloud"] == "GCP"
+        assert machine["machine"] in (
+            MACHINES[machine_name(gpu, count)].machine,
+            *([None] if gpu == "RTXPRO6000" else []),
+        )
         assert (machine["disk_gb"], machine["disk_tier"]) == (200, "medium")
         assert machine["autostop"] == [True, 10, True]
-        assert 0 < machine["ceiling"] <= 4.5
+        assert 0 < machine["ceiling"] < 5.0
         assert machine["ports"] is None
         assert machine["place"] == [None, None]
     assert float(task["envs"]["MAX_RUN_USD"]) > 0
@@ -113,11 +119,24 @@ def test_one_kind_of_gpu_is_requested_as_spot_first(path: str, loaded: dict[str,
 
 
 @needs_skypilot
-def test_the_cheapest_may_be_any_gpu_spot_or_on_demand(loaded: dict[str, Any]) -> None:
+def test_the_cheapest_may_be_any_machine_below_its_ceiling(loaded: dict[str, Any]) -> None:
+    """Eight H200 or B200 cost more than ten times its ceiling an hour."""
     machines = loaded["sky/train_cheapest.yaml"]["machines"]
-    kinds = {(gpu, machine["spot"]) for machine in machines for gpu in machine["gpu"]}
-    assert kinds == {(gpu, spot) for gpu in ONE_GPU.values() for spot in (True, False)}
+    kinds = {(*next(iter(machine["gpu"].items())), machine["spot"]) for machine in machines}
+    ours = [one for one in MACHINES.values() if one.count < 8]
+    assert kinds == {
+        (one.gpu.name, one.count, spot)
+        for one in ours
+        for spot in (True, False)
+        if spot or one.machine not in NOT_ON_DEMAND
+    }
     assert len(machines) == len(kinds)
+
+
+@needs_skypilot
+def test_an_h100_is_bought_as_spot_only(loaded: dict[str, Any]) -> None:
+    (machine,) = loaded["sky/train_h100.yaml"]["machines"]
+    assert (machine["gpu"], machine["spot"], machine["machine"]) == ({"H100": 1}, True, "a3-highgpu-1g")
 
 
 @needs_skypilot
@@ -166,7 +185,7 @@ def test_the_training_tasks_differ_only_in_their_machines() -> None:
         del task["name"], task["resources"]
         return dict(task)
 
-    assert len(TRAINING) == 6
+    assert len(TRAINING) == 8
     assert all(shared_part(path) == shared_part(TRAINING[0]) for path in TRAINING)
 
 

@@ -26,9 +26,10 @@ from finetune.cloud.plan.workload import run_size
 from finetune.config.schema import CheckpointSection, PlanSection
 from finetune.estimate.speed import Speed
 from finetune.estimate.speed_fused import FusedStep, fused_speed
-from finetune.machine.gpus import GPUS
+from finetune.machine.gpus import GPUS, MACHINES
 from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES
+from tests.helpers.catalog_fixture import gpu, host
 from tests.helpers.errors import raises
 from tests.helpers.plan_examples import (
     ALL,
@@ -310,7 +311,7 @@ def test_a_small_lack_of_memory_is_visible_in_the_refusal(tmp_path: Path, monkey
     for gib in (needed - 1e-6, needed + 1e-6):
         assert run_on(config, run_size(config), replace(GPUS["T4"], memory_gib=gib)).fits == (gib > needed)
     there = math.floor(needed * 10) / 10
-    monkeypatch.setitem(GPUS, "T4", replace(GPUS["T4"], memory_gib=there))
+    monkeypatch.setitem(MACHINES, "T4", replace(MACHINES["T4"], gpu=replace(GPUS["T4"], memory_gib=there)))
     [refusal] = row_of(plan_of(config, priced(tmp_path, T4=(0.4, 0.1))), "T4", spot=True).refusals
     said = re.fullmatch(r"does not fit: needs ([\d.]+) GiB of ([\d.]+)", refusal)
     assert said and float(said[1]) > float(said[2]) == there
@@ -369,14 +370,26 @@ def test_a_gpu_that_is_not_sold_as_spot_is_refused_in_its_row(tmp_path: Path) ->
     assert plan.rows[-1] == row and len(names(plan)) == 3
 
 
-def test_a_gpu_unknown_to_the_catalog_or_unsupported_is_an_error(tmp_path: Path) -> None:
+def test_a_gpu_unknown_to_the_catalog_is_out_and_an_error_only_if_there_is_no_other(tmp_path: Path) -> None:
     catalog = priced(tmp_path, T4=(0.4, 0.1))
+    plan = plan_of(run_config(plan={"gpus": ["V100", "T4"]}), catalog)
+    assert names(plan) == ["T4 spot", "T4 on-demand"]
+    assert row_of(plan, "V100", spot=True).refusals == ("not sold: the catalog has no price for it",)
     with raises("cloud.unknown_gpu", match=r"^plan\.gpus: .*V100.*Google Cloud.*T4"):
-        plan_of(run_config(plan={"gpus": ["T4", "V100"]}), catalog)
-    with raises(
-        "cloud.gpu_not_offered", match=r"^plan\.gpus: H100 is not supported on Google Cloud; choose among T4, V100"
-    ):
-        plan_of(run_config(plan={"gpus": ["H100"]}), catalog)
+        plan_of(run_config(plan={"gpus": ["V100"]}), catalog)
+
+
+def test_several_gpus_cost_their_own_machine_and_are_faster(tmp_path: Path) -> None:
+    lines = [line for count, host_usd in ((1, 0.3), (2, 0.9)) for line in (
+        host("us-east1-b", host_usd, host_usd / 2, {1: "g2-standard-8", 2: "g2-standard-24"}[count]),
+        gpu("us-east1-b", 0.6 * count, 0.2 * count, "L4", count))]  # fmt: skip
+    plan = plan_of(run_config(plan={"gpus": ["L4", "L4:2"]}), catalog_of(tmp_path, lines), spot=False)
+    one, two = sorted(plan.rows, key=lambda row: row.on_gpu.count)
+    assert one.offer and two.offer and one.cost and two.cost
+    assert (two.offer.machine, two.offer.gpu_usd, two.offer.host_usd) == ("g2-standard-24", 1.2, 0.9)
+    assert two.on_gpu.speed.tokens_per_second == pytest.approx(1.6 * one.on_gpu.speed.tokens_per_second)
+    assert two.on_gpu.work_hours == pytest.approx(one.on_gpu.work_hours / 1.6)
+    assert two.on_gpu.speed.basis == "estimated" and two.on_gpu.needed_gib == one.on_gpu.needed_gib
 
 
 # price anomalies

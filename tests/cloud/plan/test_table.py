@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud.catalog.offers import load_catalog
+from finetune.cloud.catalog.csv_file import read_prices
+from finetune.cloud.catalog.offers import Catalog, load_catalog
 from finetune.cloud.plan.plan import Plan
-from finetune.cloud.plan.table import HEADER, render, to_json
+from finetune.cloud.plan.table import HEADER, SHOWN, render, to_json
 from finetune.estimate.speed import training_speed
-from finetune.machine.gpus import GPUS
+from finetune.machine.gpus import GPUS, MACHINES
 from finetune.machine.price import Ceilings
 from finetune.models.architectures import SHAPES
-from tests.helpers.catalog_fixture import lay_out_catalog
+from tests.helpers.catalog_fixture import CATALOG, lay_out_catalog
 from tests.helpers.plan_examples import ALL, plan_of, priced, run_config, with_a_wrong_price, write_manifest
 
 ROW = re.compile(
@@ -64,7 +65,7 @@ def test_table_and_json_hold_the_same_numbers_in_the_same_order(plan: Plan) -> N
         assert bool(line["estimated"]) == (value["tokens_per_second_basis"] == "estimated")
         assert value["chosen"] == row.chosen == (line["verdict"] == "ok") == (line["place"] != "-")
         assert line["verdict"] == ("; ".join(value["refusals"]) or "ok")
-        assert value["machine"] == row.on_gpu.gpu.machine
+        assert value["machine"] == MACHINES[row.on_gpu.name].machine
         if row.cost is None:
             assert {value[name] for name in ("zone", "usd_per_hour", "hours", "usd", "lost_usd")} == {None}
             assert line["hours"] is line["hourly"] is line["usd"] is None
@@ -222,3 +223,36 @@ def test_a_trusted_price_still_shows_its_anomaly(tmp_path: Path) -> None:
 
 def test_without_price_anomalies_none_is_mentioned(plan: Plan) -> None:
     assert "trust" not in render(plan, "c.yaml")
+
+
+# more machines than the table has rows
+
+
+def test_the_best_ten_are_in_the_table_and_the_others_below_it_with_their_reason(tmp_path: Path) -> None:
+    lay_out_catalog(tmp_path)
+    plan = plan_of(run_config(plan={"gpus": list(MACHINES)}), catalog_in(tmp_path), Ceilings(run_usd=0.9))
+    text = render(plan, "c.yaml")
+    best, others = text.split("\n\n")[1].split("not among the best:\n")
+    assert len(best.splitlines()) == 11 and len(plan.rows) == 2 * len(MACHINES)
+    said = dict(line.strip().split(": ", 1) for line in others.splitlines())
+    assert list(said) == [f"{row.on_gpu.name} {'spot' if row.spot else 'on-demand'}" for row in plan.rows[SHOWN:]]
+    assert said["H100 on-demand"] == "not sold on demand; spot or flex-start (--flex)"
+    assert said["RTXPRO6000 spot"] == "not sold: the catalog has no price for it"
+    assert "above the ceiling of $0.90 for the run" in said["H200:8 spot"]
+    assert "B200:8" not in text.split("\n\n")[2], "notes are on the rows of the table"
+
+
+def test_a_chosen_machine_below_the_table_has_its_dollars_there(tmp_path: Path) -> None:
+    lay_out_catalog(tmp_path)
+    plan = plan_of(run_config(plan={"gpus": list(MACHINES)}), catalog_in(tmp_path))
+    chosen = [row for row in plan.rows if row.chosen]
+    assert len(chosen) > SHOWN
+    text = render(plan, "c.yaml")
+    for row in chosen[SHOWN:]:
+        assert row.cost and f"  {row.on_gpu.name} {'spot' if row.spot else 'on-demand'}: ${row.cost.usd:.2f}\n" in text
+    assert f", and {len(chosen) - SHOWN} more\nceilings" in text
+
+
+def catalog_in(home: Path) -> Catalog:
+    rows, _ = read_prices(home / CATALOG)
+    return Catalog("a test's catalog", False, None, rows, {})
