@@ -24,8 +24,9 @@ from finetune.cli.main import main
 from finetune.data.prepared import load_prepared
 from finetune.evaluation.run import evaluate_run
 from finetune.run_folder import RunFolder
+from finetune.serve.run import _private_folder
 from tests.helpers.data_examples import make_database
-from tests.helpers.errors import reported
+from tests.helpers.errors import raises, reported
 from tests.helpers.run_examples import copy_run
 from tests.serve.test_guard import alive, until
 
@@ -215,6 +216,12 @@ def test_a_temporary_folder_may_have_a_long_name(tiny_run: Path, start: Start, t
     """A Unix socket in it could not be named: 107 bytes."""
     (long := tmp_path / ("t" * 120)).mkdir()
     assert start(tiny_run, "--backend", "hf", environment={"TMPDIR": str(long)}).health()["status"] == "ready"
+
+
+def test_a_temporary_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with raises("serve.no_folder", match="set TMPDIR to another one"), _private_folder():
+        raise AssertionError("there is no folder")
 
 
 def test_the_end_of_the_backend_ends_the_server_with_a_line(tiny_run: Path, start: Start) -> None:
