@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,19 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
         raise sql_failed((rows or {}).get("error"))
     else:
         print(
-            formatted(rows["columns"], [[_value(cell) for cell in row] for row in rows["rows"]], more=rows["truncated"])
+            formatted(
+                rows["columns"],
+                [[_value(cell) for cell in row] for row in rows["rows"]],
+                more=bool(rows.get("truncated")),
+            )
         )
     return EXIT_OK
 
 
 def _value(cell: Any) -> Any:
-    return bytes.fromhex(cell["blob"]) if isinstance(cell, dict) else cell
+    with suppress(LookupError, TypeError, ValueError):
+        return bytes.fromhex(cell["blob"])
+    return cell
 
 
 def _key(variable: str | None) -> str | None:
@@ -145,12 +152,10 @@ def _key(variable: str | None) -> str | None:
     if not os.environ.get(variable):
         raise UserError(f"--api-key-env: the variable {variable} is not set", code="endpoint.no_key")
     key = os.environ[variable]
-    if (
-        not key.isascii() or not key.isprintable() or " " in key
-    ):  # what a header cannot hold; `serve` takes no such key either
+    if not key.isascii() or not key.isprintable() or " " in key:  # `serve` takes no such key either
         raise UserError(
-            f"--api-key-env: the variable {variable} holds no good key: letters, digits and signs of ASCII without spaces or "
-            "line ends; set it to the key that the server has",
+            f"--api-key-env: the variable {variable} holds no good key: letters, digits and signs of ASCII, no spaces or line "
+            "ends; set it to the key that the server has",
             code="endpoint.bad_key",
         )
     return key

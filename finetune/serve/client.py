@@ -63,7 +63,7 @@ class Endpoint:
         try:
             [model] = [entry for entry in reply["data"] if entry.get("owned_by") == "finetune"][:1]
             told = model["finetune"]
-            return Served(str(model["id"]), tuple(told["dialects"]), tuple(told["databases"]), bool(told["executes"]))
+            return Served(str(model["id"]), _texts(told["dialects"]), _texts(told["databases"]), bool(told["executes"]))
         except (LookupError, TypeError, ValueError, AttributeError):
             raise UserError(
                 f"{self.url}: not an endpoint of `finetune serve`, which alone knows the prompt that the model was trained on",
@@ -79,7 +79,7 @@ class Endpoint:
         try:
             answer = reply["choices"][0]["message"]
             rows = answer.get("finetune")
-            return str(answer["content"]), None if rows is None else dict(rows)
+            return str(answer["content"]), None if rows is None else _rows(rows)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise self._odd("no answer in its reply") from None
 
@@ -131,6 +131,24 @@ class Endpoint:
 
     def _odd(self, what: str) -> UserError:
         return UserError(f"{self.url}: {what}; is this the address of `finetune serve`?", code="endpoint.odd_reply")
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Raises TypeError unless it is a list of texts."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError("no list of texts")
+    return tuple(value)
+
+
+def _rows(value: Any) -> dict[str, Any]:
+    """Raises TypeError unless it is {"columns", "rows"} and perhaps more, or {"error"}."""
+    found = dict(value)
+    if "rows" not in found:
+        return found | {"error": str(found.get("error"))}
+    if not isinstance(found["rows"], list) or not all(isinstance(row, list) for row in found["rows"]):
+        raise TypeError("no list of rows")
+    _texts(found.get("columns"))
+    return found
 
 
 def _reason(error: BaseException) -> str:

@@ -103,13 +103,13 @@ def open_target(path: Path) -> Target:
     export is damaged."""
     if is_export(path):
         return _of_export(open_export(path, verify=True))
-    if path.is_dir() and not (path / "config.yaml").exists():
+    try:
+        run = open_run(path)
+    except UserError as error:
+        if error.code != "run.not_found" or not path.is_dir():
+            raise
         unfinished = " (an export is unfinished while its folder is called NAME.part)" if path.suffix == ".part" else ""
-        raise UserError(
-            f"{path}: neither a run (no config.yaml in it) nor an export (no {MANIFEST}){unfinished}; give the folder of one",
-            code="run.not_found",
-        )
-    run = open_run(path)
+        raise UserError(f"{error}, and no export (no {MANIFEST}){unfinished}", code="run.not_found") from None
     require_adapter(run.adapter)
     return Target(run.path.resolve().name, run.path, run.config(), load_template(run.adapter), run.adapter, run=run)
 

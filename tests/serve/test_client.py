@@ -100,6 +100,25 @@ def test_replies_of_another_form(reply: Any) -> None:
         Endpoint(url).ask("How many?", SERVED)
 
 
+@pytest.mark.parametrize(
+    "told", [{"databases": [5, None]}, {"dialects": "sqlite"}, {"databases": {"shop": 1}}, {"dialects": [["sqlite"]]}]
+)
+def test_a_server_that_names_no_texts(told: dict[str, Any]) -> None:
+    models = {"data": [MODEL | {"finetune": MODEL["finetune"] | told}]}  # type: ignore[operator]
+    with serving(handler(models)) as url, raises("endpoint.not_finetune"):
+        Endpoint(url).served()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [{"rows": [[1]]}, {"rows": 5, "columns": ["a"]}, {"rows": [1], "columns": ["a"]}, {"rows": [], "columns": [1]}, 7],
+)
+def test_rows_of_another_form(rows: Any) -> None:
+    reply = message("SELECT 1", finetune=rows)
+    with serving(handler(answer=reply)) as url, raises("endpoint.odd_reply", match="no answer in its reply"):
+        Endpoint(url).ask("How many?", SERVED)
+
+
 def test_a_status_without_a_reason() -> None:
     with serving(handler([], status=502)) as url, raises("endpoint.odd_reply", match="status 502 without a reason"):
         Endpoint(url).served()
