@@ -13,7 +13,6 @@ import yaml
 
 from finetune.cli.main import main
 from finetune.cloud.gcloud.policy_setting import KEY, POLICY, name_policy, named_policy
-from finetune.cloud.launch import command
 from finetune.cloud.launch.command import launch_of
 from finetune.doctor.cloud import policy_check
 from finetune.machine.price import Ceilings
@@ -25,7 +24,6 @@ SKY = '#!/bin/sh\necho "cwd $PWD"\nfor word in "$@"; do echo "word $word"; done\
 PROGRAM = """
 import sys
 from finetune.cli.main import main
-from finetune.cloud.launch import command
 command.sysconfig.get_path = lambda _: sys.argv[1]
 raise SystemExit(main(["launch", *sys.argv[2:]]))
 """
@@ -38,7 +36,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "sky").write_text(SKY)
     (folder / "sky").chmod(0o755)
-    monkeypatch.setattr(command.sysconfig, "get_path", lambda _: str(folder))
+    monkeypatch.setattr("finetune.cloud.launch.command.sysconfig.get_path", lambda _: str(folder))
     return folder
 
 
