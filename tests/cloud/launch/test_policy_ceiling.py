@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune.cloud.catalog.csv_file import read_clouds, read_prices
 from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
@@ -93,6 +94,18 @@ def test_no_zone_above_the_ceiling_can_ever_be_reached(
     sold = sorted(offer.usd_per_hour for offer in offers(gpu, spot, prices))
     middle = sold[len(sold) // 2]
     check_reach(worker, gpu, spot, [*FEW, middle, middle - 0.0001], prices, all_of=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sky").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_no_task_of_sky_reaches_a_machine_above_its_ceiling(worker: SkyWorker, prices: Catalog, path: Path) -> None:
+    request = "JOBS_LAUNCH" if path.stem == "train_spot" else "CLUSTER_LAUNCH"
+    answer = worker.ask("reachable", path, policy=POLICY, request=request)
+    ceiling = yaml.safe_load(path.read_text(encoding="utf-8"))["resources"]["max_hourly_cost"]
+    assert answer["reachable"]
+    for machine in answer["reachable"]:
+        where = {name: machine[name] for name in ("machine", "count", "spot", "zone")}
+        [offer] = prices.offers(machine["gpu"], **where | {"count": int(machine["count"])})
+        assert offer.usd_per_hour <= ceiling and not offer.anomalies, machine
 
 
 @pytest.mark.parametrize("name", [name for name, one in MACHINES.items() if one.machine in NOT_ON_DEMAND])

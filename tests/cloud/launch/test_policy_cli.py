@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.machine.gpus import machine_name
 from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 from tests.helpers.sky_home import Buckets, bucket_stand_in, fake_gcloud_home, run_sky, sky_server
 
@@ -100,7 +101,8 @@ def test_the_plan_has_the_same_order_as_the_launch(typed: dict[str, str], checko
         ["finetune", "plan", "configs/mistral_7b_qlora.yaml", "--json"],
         cwd=checkout, env=typed, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    planned = [(row["gpu"], row["spot"]) for row in json.loads(plan.stdout)["rows"] if row["chosen"]]
+    rows = [row for row in json.loads(plan.stdout)["rows"] if row["chosen"]]
+    planned = [(machine_name(row["gpu"], row["count"]), row["spot"]) for row in rows]
     done = run_sky(typed, checkout, "launch", "--dryrun", "-y", "sky/train_cheapest.yaml")
     kinds = [line.split()[1:3] for line in done.stdout.splitlines() if line[:1].isdigit()]
     launched = list(dict.fromkeys((gpu, kind.startswith("spot")) for gpu, kind in kinds))
