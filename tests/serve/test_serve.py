@@ -218,8 +218,8 @@ def test_a_temporary_folder_may_have_a_long_name(tiny_run: Path, start: Start, t
     assert start(tiny_run, "--backend", "hf", environment={"TMPDIR": str(long)}).health()["status"] == "ready"
 
 
-def test_a_temporary_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+def test_a_temporary_folder_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/gone")  # short, so that a socket would fit
     with raises("serve.no_folder", match="set TMPDIR to another one"), _private_folder():
         raise AssertionError("there is no folder")
 

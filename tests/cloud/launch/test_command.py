@@ -24,6 +24,7 @@ SKY = '#!/bin/sh\necho "cwd $PWD"\nfor word in "$@"; do echo "word $word"; done\
 PROGRAM = """
 import sys
 from finetune.cli.main import main
+from finetune.cloud.launch import command
 command.sysconfig.get_path = lambda _: sys.argv[1]
 raise SystemExit(main(["launch", *sys.argv[2:]]))
 """
