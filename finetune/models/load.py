@@ -40,11 +40,14 @@ if TYPE_CHECKING:
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, padded on the left for generation (the trainer's collator pads by itself)."""
+def load_tokenizer(section: ModelSection, *, alone: bool = False) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, padded on the left for generation (the trainer's collator pads by itself).
+
+    alone: section.name is a folder with a tokenizer, whether or not a model is beside it.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(section, AutoTokenizer.from_pretrained)
+    tokenizer = _load(section, AutoTokenizer.from_pretrained, section.name if alone else None)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name: the tokenizer of {section.name} has no end-of-text token, so answers cannot end",
@@ -278,8 +281,8 @@ def identity_of_base(section: ModelSection) -> dict[str, Any]:
     return base_identity(section.name, section.revision, Path(source) if Path(source).is_dir() else None)
 
 
-def _load(section: ModelSection, loader: Any, **arguments: Any) -> Any:
-    source = resolve_name(section.name)
+def _load(section: ModelSection, loader: Any, source: str | None = None, **arguments: Any) -> Any:
+    source = source or resolve_name(section.name)
     hub = not Path(source).exists()
     if hub and section.revision is None:
         raise UserError(

@@ -75,7 +75,7 @@ class Target:
         from finetune.models.load import load_model_config, load_tokenizer
         from finetune.serve.backends.tokens import Vocabulary
 
-        tokenizer = load_tokenizer(self.config.model)
+        tokenizer = load_tokenizer(self.config.model, alone=self.gguf is not None)
         if self.export is not None:
             return Vocabulary(tokenizer, list(self.export.end_ids), self.export.context_tokens)
         config = load_model_config(self.config.model)

@@ -23,6 +23,7 @@ import pytest
 from finetune.cli.main import main
 from finetune.data.prepared import load_prepared
 from finetune.evaluation.run import evaluate_run
+from finetune.export.run import Request, export_run
 from finetune.run_folder import RunFolder
 from finetune.serve.run import _private_folder
 from tests.helpers.data_examples import make_database
@@ -140,6 +141,22 @@ def test_the_answers_are_those_of_the_evaluation(evaluated: RunFolder, served: P
     with ThreadPoolExecutor(6) as pool:
         for record, sql in zip(records, pool.map(ask, records), strict=True):
             assert sql == rows[record.id]["prediction"] != ""
+
+
+def test_a_gguf_export_is_served_and_asked_through_llama_cpp(
+    tiny_run: Path, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder has a tokenizer, but no model that transformers could load."""
+    pytest.importorskip("xllamacpp", reason="the extra `export` is not installed")
+    run, folder = copy_run(tiny_run, tmp_path / "runs"), tmp_path / "gguf"
+    export_run(run, Request(kind="gguf", quantizations=("q8_0",), sample=None), folder, progress=False)
+    database = make_database(tmp_path / "databases", items=4)
+    capsys.readouterr()
+    assert main(["ask", str(folder), "How many items are there?", "--db", str(database)]) == 0
+    asked = capsys.readouterr().out.strip()
+    program = start(folder, "--db", f"shop={database}")
+    assert program.health()["backend"] == "llama.cpp"
+    assert program.sql(program.health()["model"], "How many items are there?", database="shop") == asked != ""
 
 
 def test_64_clients_at_once_of_the_real_program(served: Program) -> None:
