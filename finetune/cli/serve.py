@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         _serve,
         "answer questions with SQL at an OpenAI-compatible endpoint",
         "finetune serve runs/demo --db shop=shop.sqlite --execute   (then: finetune ask http://127.0.0.1:8000 --db shop ...)\n"
-        "  finetune serve runs/demo/export/merged --host 0.0.0.0 --api-key-env SERVE_KEY",
+        "  finetune serve runs/demo/exports/merged --host 0.0.0.0 --api-key-env SERVE_KEY",
     )
     serve.add_argument("target", type=path, metavar="RUN|EXPORT")
     serve.add_argument("--port", type=_port, default=8000, help="8000; 0: any free one")

@@ -98,11 +98,14 @@ class Target:
         return open_export(folder).model
 
 
-def open_target(path: Path) -> Target:
-    """Raises UserError if the folder is neither a run nor an export, if the run's adapter is missing or has changed, and if the
-    export is damaged."""
+def open_target(path: Path, *, verify: bool = True) -> Target:
+    """verify: compare the hashes of an export, which the server has done before it starts a backend.
+
+    Raises UserError if the folder is neither a run nor an export, if the run's adapter is missing or has changed, and if the
+    export is damaged.
+    """
     if is_export(path):
-        return _of_export(open_export(path, verify=True))
+        return _of_export(open_export(path, verify=verify))
     try:
         run = open_run(path)
     except UserError as error:

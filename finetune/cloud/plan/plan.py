@@ -256,10 +256,9 @@ def _row(
     on_gpu: OnGpu, spot: bool, offer: Offer | None, assumptions: PlanSection, ceilings: Ceilings, trust_prices: bool
 ) -> Row:
     if offer is None:
-        why = "the catalog has no price for it"
-        if not spot and MACHINES[on_gpu.name].machine in NOT_ON_DEMAND:
-            why = "on demand; spot or flex-start (--flex)"
-        return Row(on_gpu, spot, None, None, (f"not sold{':' if why.startswith('the') else ''} {why}",))
+        not_so = not spot and MACHINES[on_gpu.name].machine in NOT_ON_DEMAND
+        why = " on demand; spot or flex-start (--flex)" if not_so else ": the catalog has no price for it"
+        return Row(on_gpu, spot, None, None, (f"not sold{why}",))
     cost = run_cost(on_gpu, offer.usd_per_hour, spot, assumptions)
     refusals = [*_memory_refusal(on_gpu), *ceiling_refusals(offer.usd_per_hour, cost, ceilings)]
     rate = assumptions.spot_preemptions_per_hour
