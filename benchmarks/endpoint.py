@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,35 +46,43 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         key = os.environ.get(arguments.api_key_env) if arguments.api_key_env else None
-        found = compared(open_run(arguments.run), Endpoint(arguments.url, key), arguments.clients)
+        found = compared(open_run(arguments.run), "endpoint", asker(Endpoint(arguments.url, key), arguments.clients))
     except UserError as error:
         print(f"benchmarks.endpoint: {error}")
         return EXIT_USER_ERROR
-    print(json.dumps(found, indent=2))
+    print(json.dumps(found | {"clients": arguments.clients}, indent=2))
     return 0
 
 
-def compared(run: RunFolder, endpoint: Endpoint, clients: int) -> dict[str, Any]:
-    """Raises UserError if the run has no evaluation, or the endpoint gives no answer."""
-    config = run.config()
-    kept = [json.loads(line) for line in run.eval_rows("tuned").read_text(encoding="utf-8").splitlines()]
-    config.evaluation.max_questions = None
-    questions = questions_of(config, load_template(run.adapter))
-    records = {record.id: record for record in questions.records}
+def asker(endpoint: Endpoint, clients: int) -> Callable[[list[Record]], list[str]]:
+    """What asks the endpoint, with so many questions on their way at once. Raises UserError if it gives no answer."""
     served = endpoint.served()
 
     def sql_of(record: Record) -> str:
         return endpoint.ask(record.question, served, schema=record.schema, dialect=record.dialect)[0]
 
-    with ThreadPoolExecutor(clients) as pool:
-        began = time.monotonic()
-        answers = list(pool.map(sql_of, [records[row["id"]] for row in kept]))
-        seconds = time.monotonic() - began
+    def ask(records: list[Record]) -> list[str]:
+        with ThreadPoolExecutor(clients) as pool:
+            return list(pool.map(sql_of, records))
+
+    return ask
+
+
+def compared(run: RunFolder, name: str, ask: Callable[[list[Record]], list[str]]) -> dict[str, Any]:
+    """The evaluation's answers beside those of `ask`, which is called `name`. Raises UserError if the run has no evaluation."""
+    config = run.config()
+    kept = [json.loads(line) for line in run.eval_rows("tuned").read_text(encoding="utf-8").splitlines()]
+    config.evaluation.max_questions = None
+    questions = questions_of(config, load_template(run.adapter))
+    records = {record.id: record for record in questions.records}
+    began = time.monotonic()
+    answers = ask([records[row["id"]] for row in kept])
+    seconds = time.monotonic() - began
     numbers = {record.id: number for number, record in enumerate(questions.records)}
     with judging(questions) as judged:
         for row, sql in zip(kept, answers, strict=True):
-            judged.submit("endpoint", numbers[row["id"]], Answer(sql, 0))
-        rows = {row.id: row for row in judged.rows("endpoint")}
+            judged.submit(name, numbers[row["id"]], Answer(sql, 0))
+        rows = {row.id: row for row in judged.rows(name)}
     pairs = [(row, rows[row["id"]]) for row in kept]
     same_verdict = [pair for pair in pairs if pair[0]["verdict"] == pair[1].verdict]
     different = [pair for pair in pairs if pair[0]["prediction"] != pair[1].prediction]
@@ -83,10 +92,9 @@ def compared(run: RunFolder, endpoint: Endpoint, clients: int) -> dict[str, Any]
         "same_verdict": len(same_verdict),
         "right": {
             "evaluation": sum(row["verdict"] == "correct" for row in kept),
-            "endpoint": sum(row.verdict == "correct" for row in rows.values()),
+            name: sum(row.verdict == "correct" for row in rows.values()),
         },
         "evaluated_by": load_json(run.eval_json)["models"]["tuned"].get("generator"),
-        "clients": clients,
         "seconds": round(seconds, 2),
         "questions_per_second": round(len(kept) / seconds, 2),
         "different": [_shown(*pair) for pair in different[:MOST_SHOWN]],

@@ -11,8 +11,8 @@ from finetune.machine.hardware import dtype_for
 
 FLOAT32_BELOW = 1_000_000_000
 """Parameters from which `auto` no longer answers in float32. Below, exactness costs next to nothing: SmolLM2-135M on 493 Spider
-questions (one H200, vLLM 0.24) had the same verdict with hf and vLLM for 492 in float32 and for 96.8% in bfloat16, and vLLM made
-13,664 tokens/s in float32 and 19,706 in bfloat16, about a second either way beside 103 s of loading. A larger model waits for its
+questions (one H200, vLLM 0.24) had the same verdict with hf and vLLM for all in float32 and for 96.8% in bfloat16, and vLLM made
+12,258 tokens/s in float32 and 19,706 in bfloat16, about a second either way beside 85 s of loading. A larger model waits for its
 weights and matrix products, which in float32 take twice as long and more (estimated)."""
 
 

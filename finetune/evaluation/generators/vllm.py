@@ -48,12 +48,13 @@ class VllmGenerator:
         from finetune.models.answering import answering_device
 
         device = answering_device(config)
-        options = engine_options()
+        dtypes, options = dtype_settings(device), engine_options()
         return {
             "device": device.place.type,
-            **dtype_settings(device),
+            **dtypes,
             "dequantize": config.quantization.load_in_4bit,  # vLLM computes with weights of 16 bits or more
             "adapter": _applied(config),
+            **({"float32_products": "ieee"} if dtypes["dtype"] == "float32" else {}),  # TF32 in earlier versions
             **({"engine": options} if options else {}),
         }
 

@@ -29,7 +29,14 @@ SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, so that none is left on the GPU
 }
 """Environment variables of vLLM, unless the user has set them."""
-FORCED = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_CONFIGURE_LOGGING": "1"}
+FORCED = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CONFIGURE_LOGGING": "1",
+    # Triton multiplies float32 matrices in TF32 (10 bits) unless told otherwise, and vLLM's attention in float32 is Triton's.
+    "TRITON_F32_DEFAULT": "ieee",
+}
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _SETS_NO_SECRET = ("TOKENIZERS_PARALLELISM",)
 SILENT_SECONDS = 1800.0

@@ -22,12 +22,14 @@ def test_no_secret_gets_into_the_environment_of_the_worker(monkeypatch: pytest.M
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32")
     found = environment()
     assert "secret-value" not in found.values()
     assert found["TOKENIZERS_PARALLELISM"] == "false"
     assert found["VLLM_USE_FLASHINFER_SAMPLER"] == "1", "the user's own setting"
     assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert found["VLLM_NO_USAGE_STATS"] == found["HF_HUB_OFFLINE"] == "1"
+    assert found["TRITON_F32_DEFAULT"] == "ieee"  # what is called float32 is computed in float32
 
 
 @pytest.mark.parametrize(
