@@ -152,16 +152,21 @@ def groups(candidates: Sequence[Candidate]) -> list[CandidateGroup]:
 
 
 def shorten(found: Sequence[CandidateGroup], limit: int = LIMIT) -> list[CandidateGroup]:
-    """At most `limit` groups in their order: first an equal share for every kind of machine (GPU, spot or on-demand), so
-    that the others remain if one kind is out of stock everywhere, then the best of the rest."""
+    """At most `limit` groups in their order. Half of the places are shared equally by the best kinds of machine (GPU and number
+    of them, spot or on-demand), at least one of them on-demand, so that something is left if a kind is out of stock everywhere; the
+    rest are the best of all others, so that the best kinds can be tried in more than one region."""
     kinds: dict[str, list[CandidateGroup]] = defaultdict(list)
     for group in found:
         kinds[group.best.name].append(group)
-    share = max(1, limit // max(1, len(kinds)))
-    kept = [group for members in kinds.values() for group in members[:share]]
+    chosen = list(kinds.values())[: max(1, limit // 2)]
+    on_demand = next((members for members in kinds.values() if not members[0].best.offer.spot), None)
+    if on_demand and on_demand not in chosen:
+        chosen[-1] = on_demand
+    share = max(1, limit // 2 // max(1, len(chosen)))
+    kept = [group for members in chosen for group in members[:share]]
     rest = [group for group in found if group not in kept]
     kept += rest[: max(0, limit - len(kept))]
-    return sorted(kept, key=lambda group: group.best.rank)[:limit]
+    return sorted(kept, key=lambda group: group.best.rank)
 
 
 def check_ceiling(ceiling: float | None, place: str) -> None:

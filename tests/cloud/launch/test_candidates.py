@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from finetune.cloud.catalog.offers import Offer
@@ -70,8 +72,21 @@ def test_a_short_list_keeps_a_share_for_every_kind() -> None:
     v100 = [candidate(9, gpu="V100", region="v", spot=False)]
     kept = shorten(groups([*t4, *a100, *v100]), limit=9)
     kinds = [entry.best.name for entry in kept]
-    assert kinds == ["T4 spot"] * 5 + ["A100 spot"] * 3 + ["V100 on-demand"]
+    assert kinds == ["T4 spot"] * 7 + ["A100 spot"] + ["V100 on-demand"]
     assert [entry.best.offer.region for entry in kept[:2]] == ["t0", "t1"], "the best of each kind"
+
+
+def test_with_many_kinds_the_best_ones_keep_several_regions_and_one_is_on_demand() -> None:
+    """21 kinds, as in sky/train_cheapest.yaml, used to leave the cheapest one a single region."""
+    many = [
+        candidate(n + region / 100, gpu=f"G{n}", region=f"r{region}", spot=n < 20)
+        for n in range(21)
+        for region in range(6)
+    ]
+    kinds = Counter(entry.best.name for entry in shorten(groups(many), limit=24))
+    assert [kinds[f"G{n} spot"] for n in range(12)] == [6, 6, 3] + [1] * 8 + [0]
+    assert kinds["G20 on-demand"] == 1
+    assert kinds.total() == 24
 
 
 def test_a_list_that_is_short_stays_whole() -> None:
