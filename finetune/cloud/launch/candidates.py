@@ -153,8 +153,8 @@ def groups(candidates: Sequence[Candidate]) -> list[CandidateGroup]:
 
 def shorten(found: Sequence[CandidateGroup], limit: int = LIMIT) -> list[CandidateGroup]:
     """At most `limit` groups in their order. Half of the places are shared equally by the best kinds of machine (GPU and number
-    of them, spot or on-demand), at least one of them on-demand, so that something is left if a kind is out of stock everywhere; the
-    rest are the best of all others, so that the best kinds can be tried in more than one region."""
+    of them, spot or on-demand), at least one of them on-demand, so that something is left if a kind is out of stock everywhere.
+    The rest are the best of all others, so that the best kinds can be tried in more than one region."""
     kinds: dict[str, list[CandidateGroup]] = defaultdict(list)
     for group in found:
         kinds[group.best.name].append(group)
