@@ -43,6 +43,7 @@ from finetune.errors import (
 )
 from finetune.runtime.console import escape_unprintable, not_encoded, one_line, typed_text
 from finetune.runtime.files import disk_error
+from finetune.runtime.installed import extra_of, install_command, version
 
 OF_A_PATH = {
     *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
@@ -67,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"finetune: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name or "")
+        if extra is None:
+            raise
+        print(f"finetune: {error.name} is not installed; run `{install_command(extra)}`", file=sys.stderr)
+        return EXIT_USER_ERROR
     except UnicodeEncodeError as error:
         print(f"finetune: {not_encoded(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -109,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  finetune train configs/demo_cpu.yaml\n  finetune evaluate runs/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"finetune {version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (
         *(doctor, data, config, plan, launch, machine, train, evaluate, compare),

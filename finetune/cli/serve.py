@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.cli.arguments import add_command, large_imports, path, text
 from finetune.errors import UserError
+from finetune.runtime.installed import install_command
 
 
 def add(commands: Any) -> None:
@@ -56,7 +57,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     for package in ("starlette", "uvicorn", "httpx"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"the package {package} is not installed; run `pip install -c constraints.txt -e '.[serve]'`",
+                f"the package {package} is not installed; run `{install_command('serve')}`",
                 code="install.missing_package",
             )
     with large_imports():

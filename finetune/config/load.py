@@ -32,6 +32,7 @@ from finetune.errors import LONGEST_VALUE, MOST_LISTED, UserError, combined, sho
 from finetune.run_record import OLD_BACKENDS
 from finetune.runtime.console import say
 from finetune.runtime.files import read_bytes
+from finetune.runtime.installed import in_checkout, project_files
 
 EFFECTIVE_BATCH = 16
 """Examples per optimizer step where the config does not say: the guide's 4 x 4."""
@@ -177,7 +178,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         what = "no such config file" if missing else f"cannot be read as a config file: {error.strerror}"
-        raise UserError(f"{path}: {what}; see configs/ for examples", code="config.not_found") from error
+        examples = "configs/" if in_checkout() else project_files() / "configs"
+        raise UserError(
+            f"{path}: {what}; see {examples} for examples",
+            code="config.not_found",
+        ) from error
     try:
         tree = parse(content)
     except BadYaml as error:

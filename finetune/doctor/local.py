@@ -23,14 +23,13 @@ from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
 from finetune.machine.hardware import GIB, Driver, Hardware, TorchBuild, detect, nvidia_driver, runs_on, torch_build
 from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
 from finetune.runtime.files import unix_line_ends_command, with_carriage_returns
+from finetune.runtime.installed import PROJECT, install_command, project_files
 from finetune.runtime.table import aligned
 from finetune.sql.engines.sqlite import SqlSandbox
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-PROJECT = "finetune-text2sql"
-CHECKOUT = Path(__file__).resolve().parents[2]
 DISK_GIB = {"demo": 3.0, "7B": 20.0}
 """Estimated: a 7.24e9-parameter model in 16 bits is 13.5 GiB to download, the rest is for checkpoints."""
 RAM_GIB = 7.5
@@ -40,13 +39,14 @@ DRIVER_FLOOR = {12: 525, 13: 580}
 VOLTA = (7, 0)
 
 
-def examine(need: Need = "train", root: Path = CHECKOUT, regions: list[str] | None = None) -> list[Check]:
+def examine(need: Need = "train", root: Path | None = None, regions: list[str] | None = None) -> list[Check]:
     """All rows. need: what counts as missing if it is absent; anything else is then a warning or info.
 
-    root: the checkout, whose constraints.txt holds the pinned versions; without that file only the minimum versions of the
-    package's metadata are checked. regions: those whose GPU quotas are checked, the cheapest first; None for all. Takes as long
-    as importing torch, or up to the time limit of gcloud's answers.
+    root: the folder whose constraints.txt holds the pinned versions, by default that of the checkout or the wheel; without that
+    file only the minimum versions of the package's metadata are checked. regions: those whose GPU quotas are checked, the
+    cheapest first; None for all. Takes as long as importing torch, or up to the time limit of gcloud's answers.
     """
+    root = root or project_files()
     with ThreadPoolExecutor(max_workers=3) as pool:
         cloud = pool.submit(cloud_checks, need, regions)
         driver = pool.submit(nvidia_driver)
@@ -120,7 +120,7 @@ def package_checks(need: Need, root: Path) -> Iterator[Check]:
     try:
         metadata = importlib.metadata.metadata(PROJECT)
     except importlib.metadata.PackageNotFoundError:
-        advice = "run `pip install -e '.[train]'` in the checkout"
+        advice = f"run `{install_command('train', pinned=False)}`"
         yield Check(PROJECT, "missing", "not installed", "", advice)
         return
     yield _python_check(metadata["Requires-Python"] or "")
@@ -151,7 +151,7 @@ def package_check(name: str, minimum: str, pin: str | None, extra: str, need: Ne
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion
 
-    install = f"pip install {'-c constraints.txt' if pin else '-U'} -e '.{f'[{extra}]' if extra else ''}'"
+    install = install_command(extra, pinned=pin is not None)
     needed = f"{minimum}, pinned {pin}" if pin else minimum
     absent = _absent(extra, need)
     try:

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from finetune.errors import UserError, shortened
 from finetune.machine.hardware import usable_cores
+from finetune.runtime.installed import install_command
 
 PACKAGE = "xllamacpp"
 START_SECONDS = 900.0
@@ -39,7 +40,7 @@ def version() -> str:
     """The version of the package. Raises UserError if it is not installed."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise UserError(
-            f"the package {PACKAGE} (llama.cpp) is not installed; run `pip install -c constraints.txt -e '.[export]'`",
+            f"the package {PACKAGE} (llama.cpp) is not installed; run `{install_command('export')}`",
             code="install.missing_package",
         )
     return metadata.version(PACKAGE)

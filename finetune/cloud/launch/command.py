@@ -18,6 +18,7 @@ from finetune.cloud.gcloud.policy_setting import KEY, POLICY
 from finetune.errors import UserError
 from finetune.machine.price import Ceilings, parse_limit
 from finetune.runtime.files import read_text
+from finetune.runtime.installed import install_command
 from finetune.runtime.yaml_file import load_yaml
 
 FOLDER_SETTINGS = ".sky.yaml"
@@ -62,7 +63,7 @@ def launch_of(task: Path, options: Sequence[str], *, managed: bool) -> Launch:
     program = shutil.which("sky", path=sysconfig.get_path("scripts"))
     if program is None:
         raise UserError(
-            "SkyPilot is not installed in this environment; run `pip install -c constraints.txt -e '.[cloud]'`",
+            f"SkyPilot is not installed in this environment; run `{install_command('cloud')}`",
             code="launch.no_skypilot",
         )
     content = _read(task)

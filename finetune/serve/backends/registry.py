@@ -12,6 +12,7 @@ from finetune.models.llama_cpp import PACKAGE
 from finetune.models.llama_cpp import version as require_llama_cpp
 from finetune.models.load import load_model_config
 from finetune.runtime.console import say
+from finetune.runtime.installed import install_command
 from finetune.serve.backends.base import Backend
 from finetune.serve.backends.hf import HfBackend
 from finetune.serve.backends.llama_cpp import LlamaCppBackend
@@ -54,7 +55,7 @@ def _chosen(target: Target) -> str:
         return HF if why else VLLM
     if importlib.util.find_spec(PACKAGE) is None:
         say(
-            f"--backend auto: hf, because the package {PACKAGE} (llama.cpp) is not installed; pip install -e '.[export]'"
+            f"--backend auto: hf, because the package {PACKAGE} (llama.cpp) is not installed; {install_command('export')}"
         )
         return HF
     kind = str(getattr(load_model_config(target.config.model), "model_type", ""))

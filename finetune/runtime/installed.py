@@ -1,0 +1,59 @@
+"""How this program is installed: from a checkout (`pip install -e .`), or as a wheel, which carries the checkout's configs, task
+YAMLs and scripts in finetune/project/ (setup.py copies them)."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+PROJECT = "finetune-text2sql"
+EXTRAS = ("train", "serve", "export", "cloud", "dev")
+MODULES = {"skypilot": "sky"}
+"""Packages whose module has another name."""
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@cache
+def in_checkout() -> bool:
+    return not (_PACKAGE / "project").is_dir()
+
+
+def project_files() -> Path:
+    """The folder with configs/, sky/, on_machine/, data/ and constraints.txt: the checkout, or the wheel's copy."""
+    return _PACKAGE.parent if in_checkout() else _PACKAGE / "project"
+
+
+def version() -> str:
+    """Of this package, as installed; "unknown" for files that are run without being installed."""
+    try:
+        return metadata.version(PROJECT)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def install_command(extra: str = "", *, pinned: bool = True) -> str:
+    """The command that installs this program with an extra. pinned: in a checkout, at the versions of constraints.txt."""
+    brackets = f"[{extra}]" if extra else ""
+    if in_checkout():
+        return f"pip install {'-c constraints.txt' if pinned else '-U'} -e '.{brackets}'"
+    return f"pip install '{PROJECT}{brackets}'"
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that installs a module, such as "train" for torch.nn; None if none of ours does."""
+    from packaging.requirements import Requirement
+
+    name = module.partition(".")[0]
+    for line in _requirements():
+        requirement = Requirement(line)
+        if MODULES.get(requirement.name, requirement.name.replace("-", "_")) == name and requirement.marker:
+            return next((extra for extra in EXTRAS if requirement.marker.evaluate({"extra": extra})), None)
+    return None
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires(PROJECT) or []
+    except metadata.PackageNotFoundError:
+        return []
