@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "cloud.catalog": "errors runtime",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate cloud.catalog",
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
-    "report": "errors runtime sql run_record data evaluation",
+    "report": "errors runtime sql run_record run_folder data budget evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
     "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "serve.client": "errors runtime",

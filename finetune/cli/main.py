@@ -26,6 +26,7 @@ from finetune.cli import (
     machine,
     plan,
     report,
+    runs,
     serve,
     train,
 )
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (
         *(doctor, data, config, plan, launch, machine, train, evaluate, compare),
-        *(demo, report, ask, export, serve, job),
+        *(demo, report, runs, ask, export, serve, job),
     ):
         command.add(commands)
     return parser

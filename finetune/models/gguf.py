@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from finetune.errors import UserError, first_line
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error, sha256_file
+from finetune.runtime.paths import cache_root
 
 PACKAGE_PREFIX = "package://"
 
 
 def cache_folder() -> Path:
-    """Where converted models are cached: FINETUNE_CACHE, else the user's cache folder."""
-    base = os.environ.get("FINETUNE_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / ("" if os.environ.get("FINETUNE_CACHE") else "finetune") / "models"
+    """Where converted models are cached."""
+    return cache_root() / "models"
 
 
 def unpacked_gguf(name: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from finetune.errors import UserError, shown
 
@@ -26,6 +27,13 @@ LONGEST_PATH = 4095
 _VARIABLE = re.compile(r"(\\*)(?:\$([A-Za-z_][A-Za-z0-9_]*)|\$\{([^{}]*)\}|(\$\{))")
 _HOME = re.compile(r"(\\*)(~[^/]*)")
 _ENVIRONMENT = re.compile(r"(?:oc\.env:)?([A-Za-z_][A-Za-z0-9_]*)(?:,(.*))?")
+
+
+def cache_root() -> Path:
+    """The folder of what can be made or fetched again: FINETUNE_CACHE, else finetune/ in the user's cache folder."""
+    if own := os.environ.get("FINETUNE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
 
 
 def expanded(text: str, referenced: Callable[[str], str | None] = lambda name: None) -> str:
