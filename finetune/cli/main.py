@@ -29,6 +29,7 @@ from finetune.cli import (
     runs,
     serve,
     train,
+    watch,
 )
 from finetune.errors import (
     EXIT_INTERRUPTED,
@@ -121,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (
         *(doctor, data, config, plan, launch, machine, train, evaluate, compare),
-        *(demo, report, runs, ask, export, serve, job),
+        *(demo, report, runs, watch, ask, export, serve, job),
     ):
         command.add(commands)
     return parser

@@ -6,6 +6,7 @@ CACHE/buckets/BUCKET/FOLDER/         CACHE: $FINETUNE_CACHE, else the user's cac
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ from finetune.runtime.installed import install_command
 from finetune.runtime.paths import cache_root
 
 ADDRESS = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(?P<folder>.*))?")
-OF_A_RUN = re.compile(r"[^/]+/(?:config\.yaml|run\.json|eval\.json|ledger/[^/]+\.jsonl|lease/[^/]+)")
-"""Relative to the folder of runs: what says how a run is doing."""
+OF_ONE_RUN = r"(?:config\.yaml|run\.json|eval\.json|ledger/[^/]+\.jsonl)"
+"""Relative to its folder: what says how a run is doing."""
+OF_RUNS = re.compile(r"[^/]+/" + OF_ONE_RUN)
 MOST_BYTES = 64 << 20
 SECONDS = 20.0
 """For one request, with its repetitions."""
@@ -30,7 +32,7 @@ FORBIDDEN = (401, 403)
 NOT_FOUND = 404
 
 
-def copy_small_files(address: str, wanted: re.Pattern[str] = OF_A_RUN) -> Path:
+def copy_small_files(address: str, wanted: re.Pattern[str] = OF_RUNS) -> Path:
     """The local copy of gs://BUCKET/FOLDER, brought up to date. wanted: matches the names, relative to FOLDER, of what is copied.
 
     Raises UserError for an address that is none, without Google's storage client, without a login, and for a bucket that does not
@@ -57,11 +59,13 @@ def _update(bucket: Any, prefix: str, target: Path, wanted: re.Pattern[str]) -> 
             path = within(target, name) if wanted.fullmatch(name) and (blob.size or 0) <= MOST_BYTES else None
             if path is None:
                 continue
-            generation = blob.generation  # as listed: a download replaces it
+            generation, updated = blob.generation, blob.updated  # as listed: a download replaces them
             if known.get(name) != generation or not path.is_file():
                 content = blob.download_as_bytes(timeout=SECONDS, retry=_retry())
                 with atomic_file(path) as file:  # all of them are text
                     file.write(content.decode("utf-8", errors="replace"))
+                if updated is not None:
+                    os.utime(path, (updated.timestamp(), updated.timestamp()))
             now[name] = generation
     finally:
         write_json(target / INDEX, known | now)

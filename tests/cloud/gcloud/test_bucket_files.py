@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -54,7 +55,13 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage
             prefix = parse_qs(url.query).get("prefix", [""])[0]
             return 200, {
                 "items": [
-                    {"name": name, "size": str(len(text)), "generation": str(kept.generations[name]), "bucket": BUCKET}
+                    {
+                        "name": name,
+                        "size": str(len(text)),
+                        "generation": str(kept.generations[name]),
+                        "bucket": BUCKET,
+                        "updated": "2026-11-01T10:00:00.000Z",
+                    }
                     for name, text in kept.objects.items()
                     if name.startswith(prefix)
                 ]
@@ -84,6 +91,7 @@ def test_what_says_how_a_run_is_doing_is_copied_once(storage: Storage) -> None:
     folder = copy_small_files(f"gs://{BUCKET}/runs")
     assert files(folder) == ["one/eval.json", "one/ledger/attempt-001.jsonl", "one/run.json"]
     assert json.loads((folder / "one/run.json").read_text()) == {}
+    assert (folder / "one/run.json").stat().st_mtime == datetime(2026, 11, 1, 10, tzinfo=UTC).timestamp()
     storage.fetched.clear()
     storage.put("runs/one/run.json", '{"status": "done"}')
     del storage.objects["runs/one/eval.json"]
@@ -110,6 +118,15 @@ def test_runs_of_a_bucket_are_shown(storage: Storage, capsys: pytest.CaptureFixt
     storage.put("runs/mine/run.json", '{"status": "done"}')
     assert main(["runs", f"gs://{BUCKET}/runs"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["mine", "done"]
+
+
+def test_a_run_of_a_bucket_is_watched(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    storage.put("runs/mine/run.json", '{"status": "running", "steps": {"done": 3, "planned": 10}}')
+    storage.put("runs/other/run.json", "{}")
+    assert main(["watch", f"gs://{BUCKET}/runs/mine"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 10" in shown and "it may be gone" in shown
+    assert storage.fetched == ["runs/mine/run.json"]
 
 
 def test_a_bucket_that_may_not_be_read(storage: Storage) -> None:

@@ -1,0 +1,195 @@
+"""How a run is doing right now: what `finetune watch` shows, from run.json, eval.json and the ledger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from finetune.budget.ledger import Account, Attempt, Ledger
+from finetune.errors import UserError
+from finetune.report.source import Json, dig, finite, number
+from finetune.run_folder import RunFolder
+from finetune.run_record import RunRecord, UsageRecord
+from finetune.runtime.console import visible
+from finetune.runtime.files import load_json
+
+BARS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 40
+MOST_ATTEMPTS = 6
+QUIET_SECONDS = 600.0
+"""A run that says it is running and has written nothing for so long may be gone: training writes at every log."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A look at a run. seconds_ago: since run.json was last written, as far as this computer knows."""
+
+    run: RunRecord
+    account: Account
+    evaluation: Json
+    seconds_ago: float | None
+
+
+def look(folder: Path, now: float) -> Watched:
+    """now: seconds since the epoch. Raises UserError if run.json is missing or damaged."""
+    run = RunFolder(folder)
+    record = run.record()
+    try:
+        evaluation = load_json(run.eval_json)
+    except (OSError, ValueError):  # not there, or being written
+        evaluation = {}
+    written = run.run_json.stat().st_mtime
+    return Watched(
+        record,
+        Ledger(run.ledger).account(),
+        evaluation if isinstance(evaluation, dict) else {},
+        max(0.0, now - written),
+    )
+
+
+def lines(seen: Watched) -> list[tuple[str, str]]:
+    """(label, text) for everything that is known, in the order in which it is shown."""
+    run, parts = seen.run, _Parts()
+    parts.add("status", _status(seen))
+    parts.add("steps", _steps(run))
+    parts.add("loss", _curve(run, "loss"))
+    parts.add("validation", _curve(run, "eval_loss"))
+    parts.add("speed", _speed(run))
+    parts.add("memory", _memory(run))
+    parts.add("dollars", _of_ceiling(seen, "usd"))
+    parts.add("hours", _of_ceiling(seen, "hours"))
+    parts.add("score", _score(seen.evaluation))
+    for attempt in seen.account.attempts[-MOST_ATTEMPTS:]:
+        parts.add(attempt.name, _attempt(attempt))
+    for problem in seen.account.problems:
+        parts.add("problem", problem)
+    return parts.found
+
+
+class _Parts:
+    def __init__(self) -> None:
+        self.found: list[tuple[str, str]] = []
+
+    def add(self, label: str, text: str) -> None:
+        if text:
+            self.found.append((label, visible(text, one_line=True)))
+
+
+def _status(seen: Watched) -> str:
+    status, ago = seen.run.status or "unknown", seen.seconds_ago
+    if status != "running" or ago is None:
+        return status
+    said = f"running, last heard of {duration(ago)} ago"
+    return said if ago < QUIET_SECONDS else f"{said}: it may be gone; a managed job starts another attempt by itself"
+
+
+def _steps(run: RunRecord) -> str:
+    if run.steps is None:
+        return ""
+    done, planned = run.steps.done, run.steps.planned
+    if not planned:
+        return f"{done}"
+    text = f"{bar(done / planned)} {done} of {planned}"
+    if run.epochs is not None:
+        text += f", epoch {run.epochs:.2f}"
+    left = _seconds_left(run)
+    return text if left is None or run.status != "running" else f"{text}, {duration(left)} left (estimated)"
+
+
+def _seconds_left(run: RunRecord) -> float | None:
+    """At the tokens a second of the last log, if a step has as many tokens as those so far."""
+    trained = run.tokens.trained if run.tokens else None
+    rate, steps = finite(run.tokens_per_second), run.steps
+    if not (trained and rate and steps and steps.done and steps.planned):
+        return None
+    return max(0, steps.planned - steps.done) * (trained / steps.done) / rate
+
+
+def _curve(run: RunRecord, key: str) -> str:
+    values = [float(row[key]) for row in run.history or [] if finite(row.get(key)) is not None]  # type: ignore[arg-type]
+    if not values:
+        return ""
+    return f"{curve(values)} {values[-1]:.3f}, from {values[0]:.3f}"
+
+
+def _speed(run: RunRecord) -> str:
+    rate = finite(run.tokens_per_second)
+    return "" if rate is None else f"{rate:,.0f} tokens/s (measured)"
+
+
+def _memory(run: RunRecord) -> str:
+    peak = finite(run.memory.measured_peak_gib) if run.memory else None
+    gpu = run.hardware.gpu if run.hardware else None
+    if peak is not None:
+        size = f" of {gpu.memory_gib:.1f}" if gpu and gpu.memory_gib else ""
+        return f"{peak:.1f}{size} GiB at the peak{f', {gpu.name}' if gpu and gpu.name else ''} (measured)"
+    if run.peak_memory_gib is None:
+        return ""
+    return f"{run.peak_memory_gib.value:.1f} GiB at the peak, {run.peak_memory_gib.kind} (measured)"
+
+
+def _of_ceiling(seen: Watched, what: str) -> str:
+    spending = seen.run.spending or UsageRecord()
+    spent = getattr(seen.account, what) if seen.account.attempts else getattr(spending, what)
+    if finite(spent) is None:
+        return ""
+    form = "${:,.2f}" if what == "usd" else "{:,.2f} h"
+    text = form.format(spent)
+    ceiling = finite(getattr(spending, f"ceiling_{what}"))
+    if ceiling:
+        text = f"{bar(spent / ceiling)} {text} of {form.format(ceiling)}"
+    projected = finite(spending.projected_usd) if what == "usd" else None
+    if projected is not None and seen.run.status == "running":
+        text += f", ${projected:,.2f} at the end (estimated)"
+    return f"{text}{' (measured seconds x price of the machine)' if what == 'usd' else ' (measured)'}"
+
+
+def _score(evaluation: Json) -> str:
+    tuned, base = (number(evaluation, f"models.{name}.execution_accuracy") for name in ("tuned", "base"))
+    if tuned is None:
+        return ""
+    interval = dig(evaluation, "models.tuned.execution_accuracy_interval95")
+    text = f"{tuned:.1%}"
+    if isinstance(interval, list) and len(interval) == 2:
+        text += f" (95% interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} over questions)"
+    return text if base is None else f"{text}, {base:.1%} before training"
+
+
+def _attempt(attempt: Attempt) -> str:
+    kind = {True: "spot", False: "on-demand", None: ""}[attempt.spot]
+    where = " ".join(part for part in (attempt.gpu, kind, attempt.zone) if part)
+    price = "" if attempt.usd_per_hour is None else f", ${attempt.usd_per_hour:.3f}/h"
+    step = "" if attempt.step is None else f", to step {attempt.step}"
+    end = attempt.reason or "running, or ended without notice"
+    return f"{where or 'this machine'}{price}, {duration(attempt.seconds)}{step}: {end}"
+
+
+def bar(share: float, width: int = 20) -> str:
+    full = round(width * min(1.0, max(0.0, share if math.isfinite(share) else 0.0)))
+    return "█" * full + "░" * (width - full)
+
+
+def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
+    """The values from left to right as blocks of eight heights; of more than `width`, the mean of each part."""
+    parts = min(width, len(values))
+    edges = [round(place * len(values) / parts) for place in range(parts + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    top = len(BARS) - 1
+    return "".join(BARS[round(top * (mean - low) / (high - low)) if high > low else 0] for mean in means)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def not_a_run(folder: Path) -> UserError | None:
+    """The error for a folder that is no run; None for one that is, or that is about to be."""
+    if folder.is_dir():
+        return None
+    return UserError(f"{folder}: no such run; `finetune runs {folder.parent}` lists those there", code="run.not_found")

@@ -1,0 +1,150 @@
+"""`finetune watch`: what it says of a run, and the live view in a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.budget.ledger import Ledger
+from finetune.cli.main import main
+from finetune.machine.price import MachinePrice
+from finetune.report.watch import bar, curve, duration, lines, look
+from tests.helpers.errors import reported
+from tests.helpers.report_fixtures import build_run, change, spending
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return build_run(tmp_path / "runs/mine", questions=40)
+
+
+def said(run: Path, now: float | None = None) -> dict[str, str]:
+    return dict(lines(look(run, time.time() if now is None else now)))
+
+
+def test_a_run_in_training(run: Path) -> None:
+    (run / "eval.json").unlink()
+    record = json.loads((run / "run.json").read_text())
+    gpu = {"name": "NVIDIA L4", "memory_gib": 22.0, "count": 1}
+    change(
+        run / "run.json", status="running", steps={"done": 60, "planned": 240}, tokens={"trained": 60_000},
+        tokens_per_second=500.0, hardware=record["hardware"] | {"gpu": gpu}, memory={"measured_peak_gib": 18.25},
+        spending=spending()["spending"] | {"ceiling_hours": 9.0},
+    )  # fmt: skip
+    shown = said(run)
+    assert shown["status"].startswith("running, last heard of 0 s ago")
+    assert "60 of 240" in shown["steps"] and shown["steps"].count("█") == 5
+    assert "6 min left (estimated)" in shown["steps"], "180 steps of 1,000 tokens at 500 tokens/s"
+    last = [row["loss"] for row in record["history"] if "loss" in row][-1]
+    assert f"{last:.3f}, from" in shown["loss"]
+    assert "from" in shown["validation"]
+    assert shown["speed"] == "500 tokens/s (measured)"
+    assert shown["memory"] == "18.2 of 22.0 GiB at the peak, NVIDIA L4 (measured)"
+    assert "of $10.00, $11.27 at the end (estimated) (measured seconds x price of the machine)" in shown["dollars"]
+    assert "of 9.00 h (measured)" in shown["hours"]
+    assert "score" not in shown
+
+
+def test_attempts_and_dollars_come_from_the_ledger(run: Path) -> None:
+    for number, (seconds, reason) in enumerate([(7200.0, "preempted"), (3600.0, None)], 1):
+        log = Ledger(run / "ledger").new_attempt(
+            number, machine={"gpu": "L4", "spot": True, "zone": "us-east4-a"}, price=MachinePrice(0.4, "catalog"), resumed_step=0
+        )  # fmt: skip
+        log.begin(0.0)
+        log.heartbeat(seconds, 10 * number)
+        if reason:
+            log.end(seconds, reason, 10 * number)
+    shown = said(run)
+    assert shown["dollars"].startswith("$1.20")
+    assert shown["attempt 1"] == "L4 spot us-east4-a, $0.400/h, 2.0 h, to step 10: preempted"
+    assert shown["attempt 2"].endswith("to step 20: running, or ended without notice")
+
+
+def test_a_run_that_is_done_has_its_score(run: Path) -> None:
+    shown = said(run)
+    tuned = json.loads((run / "eval.json").read_text())["models"]["tuned"]
+    assert shown["status"] == "done" and "left" not in shown["steps"]
+    assert shown["score"].startswith(f"{tuned['execution_accuracy']:.1%} (95% interval")
+
+
+def test_a_run_that_says_nothing_any_more_may_be_gone(run: Path) -> None:
+    change(run / "run.json", status="running")
+    assert "may be gone" not in said(run)["status"]
+    assert "last heard of 20 min ago: it may be gone" in said(run, time.time() + 1200)["status"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"models": {"tuned": 3}}', '{"models": {"tuned": {"execution_accuracy": "x"}}}']
+)
+def test_an_eval_json_that_is_being_written_is_no_score(run: Path, content: str) -> None:
+    (run / "eval.json").write_text(content)
+    assert "score" not in said(run)
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"status": "running"}')
+    assert list(said(tmp_path)) == ["status"]
+
+
+def test_values_of_files_write_no_escapes(run: Path) -> None:
+    change(run / "run.json", status="\x1b[2J\n")
+    assert "\x1b" not in said(run)["status"] and "\n" not in said(run)["status"]
+
+
+def test_curve_bar_and_duration() -> None:
+    assert curve([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
+    assert curve([2.0, 2.0]) == "▁▁"
+    assert len(curve(list(range(1000)), 40)) == 40
+    assert [bar(share, 4) for share in (0, 0.5, 1, 2, float("nan"))] == ["░░░░", "██░░", "████", "████", "░░░░"]
+    assert [duration(seconds) for seconds in (3, 600, 9000)] == ["3 s", "10 min", "2.5 h"]
+
+
+def test_it_is_printed_once_where_there_is_no_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(run)]) == 0
+    assert capsys.readouterr().out.startswith("status ")
+
+
+def test_no_such_run(tmp_path: Path) -> None:
+    with reported("run.not_found"):
+        assert main(["watch", str(tmp_path / "runs/other")]) == 2
+
+
+def test_the_live_view_follows_the_run_until_ctrl_c(run: Path) -> None:
+    change(run / "run.json", status="running", steps={"done": 1, "planned": 9})
+    terminal, inner = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "finetune", "watch", str(run), "--every", "0.2"]
+    process = subprocess.Popen(
+        program, stdin=inner, stdout=inner, stderr=inner, env=environment, start_new_session=True
+    )
+    os.close(inner)
+    try:
+        assert "1 of 9" in _shown_until(terminal, "1 of 9")
+        change(run / "run.json", steps={"done": 5, "planned": 9})
+        assert "5 of 9" in _shown_until(terminal, "5 of 9")
+        (run / "run.json").write_text("{")
+        assert "last look" in _shown_until(terminal, "last look")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+def _shown_until(terminal: int, text: str, seconds: float = 60.0) -> str:
+    found, end = "", time.monotonic() + seconds
+    while text not in found and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.5)[0]:
+            found += os.read(terminal, 65536).decode(errors="replace")
+    return found
