@@ -15,6 +15,7 @@ from types import ModuleType
 from finetune.cli import (
     ask,
     compare,
+    completion,
     config,
     data,
     demo,
@@ -47,6 +48,8 @@ from finetune.runtime.console import escape_unprintable, not_encoded, one_line, 
 from finetune.runtime.files import disk_error
 from finetune.runtime.installed import extra_of, install_command, version
 
+COMPLETING = "_ARGCOMPLETE"
+"""Set by the shell that asks for completions."""
 OF_A_PATH = {
     *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
@@ -98,6 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Also accepts KEY=VALUE pairs after an option, which argparse alone does not."""
     parser = _parser()
+    if COMPLETING in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)  # prints what fits, and ends the process
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {shortened(printable(' '.join(rest)), LONGEST_MESSAGE)}")
@@ -122,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (
         *(doctor, data, config, plan, launch, machine, train, evaluate, compare),
-        *(demo, report, runs, watch, ask, export, serve, job),
+        *(demo, report, runs, watch, ask, export, serve, completion, job),
     ):
         command.add(commands)
     return parser
