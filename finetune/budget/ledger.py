@@ -3,7 +3,8 @@
 attempt-NNN.jsonl is an attempt to train, evaluation-NNN.jsonl one to score what was trained. Both are part of what the run costs
 and count towards its ceilings; `Account.of` tells them apart. A folder of serving-NNN.jsonl is the same for machines that serve.
 An attempt's file is small and is rewritten as a whole at each event, because a bucket cannot append. Usage is the sum over the
-attempts of (last recorded metered seconds) x (price of the machine); wall-clock time plays no part in it.
+attempts of (last recorded metered seconds) x (price of the machine); wall-clock time plays no part in it. A price that changes
+while an attempt runs counts from its line on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ HEARTBEAT_RETENTION_SECONDS = 600.0
 """A heartbeat replaces the previous one, except that one per this many seconds is kept: the file of a long run stays small."""
 METERED = "metered_seconds"
 """Key in a line: seconds on the attempt's meter."""
+PRICE = "price"
+"""The event of a new price."""
 Work = Literal["train", "evaluate", "serve"]
 PREFIXES: dict[Work, str] = {"train": "attempt", "evaluate": "evaluation", "serve": "serving"}
 """How the name of a file begins, by what the attempt does."""
@@ -42,9 +45,9 @@ Line = dict[str, Any]
 class Attempt:
     """One attempt of a run, as recorded in its file. number: among those of the same work.
 
-    seconds: on the meter. price: of its machine; None if it has none. step: the last one recorded. reason: why it ended; None
-    while it runs, or if it was killed. seconds_before: the part of `seconds` before it began (boot, set-up). problems: what in
-    the file cannot be used.
+    seconds: on the meter. price: of its machine, the newest one; None if it has none. It counts from `priced_from` on; the
+    seconds before cost `usd_before`. step: the last one recorded. reason: why it ended; None while it runs, or if it was killed.
+    seconds_before: the part of `seconds` before it began (boot, set-up). problems: what in the file cannot be used.
     """
 
     number: int
@@ -60,6 +63,8 @@ class Attempt:
     seconds_before: float = 0.0
     problems: tuple[str, ...] = ()
     work: Work = "train"
+    usd_before: float = 0.0
+    priced_from: float = 0.0
 
     @property
     def name(self) -> str:
@@ -75,7 +80,9 @@ class Attempt:
 
     @property
     def usd(self) -> float | None:
-        return None if self.price is None else self.hours * self.price.usd_per_hour
+        if self.price is None:
+            return None
+        return self.usd_before + (self.seconds - self.priced_from) / 3600 * self.price.usd_per_hour
 
     @property
     def zone(self) -> str | None:
@@ -276,11 +283,12 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
     first = next((line for line in lines if line["event"] == "begin"), {})
     machine, token, began_at, resumed = (first.get(key) for key in ("machine", "token", "at", "step"))
     facts = machine.items() if isinstance(machine, dict) else ()
+    price, usd_before, priced_from = _prices(first, lines)
     return Attempt(
         number,
         name,
         seconds=max((seconds for line in lines if (seconds := _seconds(line)) is not None), default=0.0),
-        price=_price(first),
+        price=price,
         machine={key: fact for key, fact in facts if isinstance(fact, bool if key == "spot" else str)},
         began_at=began_at if isinstance(began_at, str) else None,
         resumed_step=_step(resumed),
@@ -290,12 +298,26 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
         seconds_before=_seconds(first) or 0.0,
         problems=(*problems, *_implausible(lines)),
         work=work,
+        usd_before=usd_before,
+        priced_from=priced_from,
     )
 
 
-def _price(begin: Line) -> MachinePrice | None:
-    usd_per_hour = _number(begin.get("usd_per_hour"), MOST_USD_PER_HOUR)
-    return None if usd_per_hour is None else MachinePrice(usd_per_hour, str(begin.get("basis") or ""))
+def _prices(begin: Line, lines: list[Line]) -> tuple[MachinePrice | None, float, float]:
+    """The newest price, the US dollars of the seconds before it, and from which second on it counts."""
+    price, usd, since = _price(begin), 0.0, 0.0
+    for line in lines:
+        newer, seconds = (_price(line), _seconds(line)) if line["event"] == PRICE else (None, None)
+        if newer is None or seconds is None or seconds < since:
+            continue
+        usd += (seconds - since) / 3600 * (price.usd_per_hour if price else 0.0)
+        price, since = newer, seconds
+    return price, usd, since
+
+
+def _price(line: Line) -> MachinePrice | None:
+    usd_per_hour = _number(line.get("usd_per_hour"), MOST_USD_PER_HOUR)
+    return None if usd_per_hour is None else MachinePrice(usd_per_hour, str(line.get("basis") or ""))
 
 
 def _line(row: str) -> Line | None:

@@ -42,6 +42,18 @@ class Room:
 
 
 @dataclass(frozen=True)
+class _InForce:
+    """The price that counts from `since` seconds of the meter on; the seconds before have cost usd_before."""
+
+    price: MachinePrice
+    since: float = 0.0
+    usd_before: float = 0.0
+
+    def usd(self, seconds: float) -> float:
+        return self.usd_before + (seconds - self.since) / 3600 * self.price.usd_per_hour
+
+
+@dataclass(frozen=True)
 class _Running:
     """Another attempt that spends at the same time, as its ledger was last seen. since: an earlier moment, from which on it may
     have spent more; seen: when its ledger had grown. Both in seconds of our own meter."""
@@ -72,10 +84,26 @@ class Meter:
         usd_key: str = MAX_RUN_USD,
     ) -> None:
         self._usd_key = usd_key
-        self.earlier, self.time, self.price, self.ceilings = earlier, time, price, ceilings
+        self.earlier, self.time, self.ceilings = earlier, time, ceilings
+        self._in_force = _InForce(price) if price else None  # replaced whole: other threads read it
         self._running: tuple[_Running, ...] = ()
-        self._looked = time.seconds()
-        self._reserve = self._restart_reserve(restart_usd_per_hour)
+        self._looked = self._own_start = time.seconds()
+        self._restart_usd_per_hour = restart_usd_per_hour
+        self._reserve = self._restart_reserve()
+
+    @property
+    def price(self) -> MachinePrice | None:
+        """Of this machine, the newest one."""
+        return self._in_force.price if self._in_force else None
+
+    def reprice(self, price: MachinePrice, restart_usd_per_hour: float | None) -> float:
+        """A newer price, which counts from now on, also for what a ceiling in US dollars still allows. restart_usd_per_hour: as
+        at the beginning. Returns the seconds on the meter."""
+        now, before = self.time.seconds(), self._in_force
+        self._in_force = _InForce(price, now, before.usd(now) if before else 0.0)
+        self._restart_usd_per_hour = restart_usd_per_hour if self._restart_usd_per_hour is not None else None
+        self._reserve = self._restart_reserve()
+        return now
 
     def see(self, others: Account) -> None:
         """Count the other attempts as they are now: an earlier one may still be spending, such as one that has lost the run and
@@ -133,9 +161,9 @@ class Meter:
         return self.earlier.hours + self.time.seconds() / 3600
 
     def _usd(self) -> float | None:
-        if self.price is None:
+        if self._in_force is None:
             return self.earlier.usd
-        return (self.earlier.usd or 0.0) + self.time.seconds() / 3600 * self.price.usd_per_hour
+        return (self.earlier.usd or 0.0) + self._in_force.usd(self.time.seconds())
 
     def _limits(self) -> dict[str, float]:
         """Seconds left until each ceiling, by its config key. Attempts that run at the same time spend their part of them."""
@@ -153,21 +181,23 @@ class Meter:
             left[MAX_HOURS] = (self.ceilings.hours - self._hours() - unseen) / (1 + len(running)) * 3600
         return left
 
-    def _restart_reserve(self, restart_usd_per_hour: float | None) -> dict[str, float]:
+    def _restart_reserve(self) -> dict[str, float]:
         """The reserve for a restart on another machine, in seconds of this one, by the ceiling's config key."""
-        if restart_usd_per_hour is None:
+        if self._restart_usd_per_hour is None:
             return {}
-        starts = [self.time.seconds(), *(attempt.seconds_before for attempt in self.earlier.attempts)]
+        starts = [self._own_start, *(attempt.seconds_before for attempt in self.earlier.attempts)]
         seconds = min(max(starts), MAX_RESTART_RESERVE_SECONDS)
         here = self.price.usd_per_hour if self.price else 0.0
-        dearer = max(1.0, restart_usd_per_hour / here) if here else 1.0
+        dearer = max(1.0, self._restart_usd_per_hour / here) if here else 1.0
         return {self._usd_key: seconds * dearer, MAX_HOURS: seconds}
 
     def _text(self, usd: float | None, left: float) -> str:
         parts = []
         if usd is not None:
             limit = "" if self.ceilings.run_usd is None else f" of ${self.ceilings.run_usd:.2f}"
-            price = "" if self.price is None else f" x ${self.price.usd_per_hour:g}/h, {self.price.basis}"
+            now = self._in_force
+            since = f" from {now.since / 3600:.2f} h on" if now and now.since else ""
+            price = f" x ${now.price.usd_per_hour:g}/h{since}, {now.price.basis}" if now else ""
             parts.append(f"${usd:.2f}{limit} (measured hours{price})")
         if usd is None or self.ceilings.hours is not None:
             limit = "" if self.ceilings.hours is None else f" of {self.ceilings.hours:g} h"

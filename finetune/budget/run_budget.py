@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from finetune.budget.ledger import Attempt, Ledger
 from finetune.budget.meter import Meter
+from finetune.budget.price_watch import TOO_DEAR, PriceWatch
 from finetune.budget.watchdog import Watchdog
 from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK, TakenOver
@@ -138,6 +139,12 @@ class FirstRankBudget:
             ask_stop=lambda reason: stop.ask("budget", f"the budget is nearly used up ({reason})"),
             hard_stop=self._end_now,
         )
+        self._prices = PriceWatch(
+            self._meter,
+            note=self._watchdog.note,
+            ask_stop=lambda reason: stop.ask("price", f"this machine costs too much by now ({reason})"),
+            say=say,
+        )
 
     @contextmanager
     def metered(self, hard_stop: Callable[[], None]) -> Iterator[None]:
@@ -145,12 +152,15 @@ class FirstRankBudget:
         for problem in self._meter.earlier.problems:
             say(f"ledger: {problem}")
         self._watchdog.start()
+        if provisioned():
+            self._prices.start()
         try:
             yield
         except TakenOver:
             self._watchdog.close("taken over")
             raise
         finally:
+            self._prices.close()
             self._watchdog.close("failed")
 
     def book(self, reason: str) -> None:
@@ -180,8 +190,9 @@ class FirstRankBudget:
         self._watchdog.note(event, **facts)
 
     def end(self, reason: str) -> None:
+        self._prices.close()
         self._watchdog.reached(self._step)
-        self._watchdog.close(reason)
+        self._watchdog.close(TOO_DEAR if self._prices.too_dear and reason == "interrupted" else reason)
 
     def series(self) -> dict[str, float]:
         self._watchdog.reached(self._step)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from finetune.budget.ledger import Ledger
-from finetune.errors import EXIT_OK, UserError
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.job.limits import hours_left
 from finetune.job.metering import Metering
 from finetune.job.score import score
 from finetune.job.settings import JobSettings
+from finetune.job.too_dear import refused_as_too_dear
 from finetune.machine.price import Ceilings
 from finetune.run_folder import RunFolder
 
@@ -17,8 +18,11 @@ def evaluate(settings: JobSettings) -> int:
     limit was too low."""
     settings.require_bucket()
     run = run_to_score(settings)
+    if (code := refused_as_too_dear(run, settings)) is not None:
+        return code
     hours = hours_left(settings)  # MAX_RUN_USD is for this evaluation alone: the meter records it, and has no ceiling
-    ended = score(run, hours, settings, Metering(Ledger(run.ledger, "evaluate"), Ceilings()))
+    metering = Metering(Ledger(run.ledger, "evaluate"), Ceilings())
+    ended = score(run, hours, settings, metering)
     if ended is None:
         raise UserError(f"{run.path}: there is no question whose SQL can be executed", code="data.no_database")
     if ended.out_of_time and ended.code != EXIT_OK:
@@ -27,7 +31,7 @@ def evaluate(settings: JobSettings) -> int:
             f"--env RUN_NAME={run.path.name}, which goes on from them, and a higher limit if one launch should do",
             code="job.out_of_time",
         )
-    return ended.code
+    return EXIT_TRANSIENT if metering.too_dear else ended.code
 
 
 def run_to_score(settings: JobSettings) -> RunFolder:

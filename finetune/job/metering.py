@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from finetune.budget.ledger import Ledger
 from finetune.budget.meter import MAX_RUN_USD, Meter
+from finetune.budget.price_watch import PriceWatch
 from finetune.budget.watchdog import Watchdog
 from finetune.errors import UserError
 from finetune.job.programs import say, signals_later
@@ -56,10 +57,16 @@ class Metering:
             hard_stop=self._end_now,
             last_resort=False,
         )
+        self._prices = PriceWatch(self._meter, note=self._watchdog.note, ask_stop=self._ask, say=say)
 
     @property
     def over(self) -> str:
         return self._over
+
+    @property
+    def too_dear(self) -> bool:
+        """Whether it is over because the machine is above `max_hourly_cost` by now, so that another one may go on."""
+        return self._meter is not None and self._prices.too_dear
 
     @property
     def overdue(self) -> bool:
@@ -85,6 +92,7 @@ class Metering:
             yield
             return
         self._watchdog.start()
+        self._prices.start()
         reason = "failed"
         try:
             yield
@@ -92,6 +100,7 @@ class Metering:
             reason = "interrupted"
             raise
         finally:
+            self._prices.close()
             with signals_later():  # a shutdown sends another one, which must not cost the ledger's last line
                 self._watchdog.close(self._ended or reason)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.budget.ledger import Ledger
+from finetune.budget.price_watch import TOO_DEAR
 from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT
 from finetune.job.data import data_of_run
@@ -15,6 +16,7 @@ from finetune.job.limits import Ended, run_limited
 from finetune.job.metering import Metering
 from finetune.job.programs import call, say
 from finetune.job.settings import JobSettings
+from finetune.job.too_dear import after_training
 from finetune.job.vllm import wait_for_vllm
 from finetune.machine.price import Ceilings
 from finetune.prepared_folder import DATABASES, MANIFEST
@@ -57,6 +59,9 @@ def _scored(run: RunFolder, hours: float, settings: JobSettings, metering: Meter
     ended = score(run, hours, settings, metering)
     if ended is None or ended.code == EXIT_OK:
         return EXIT_OK
+    if metering.too_dear:
+        say(f"{run.path}: this machine is {ended.over}; the run and the answers so far are kept")
+        return after_training(EXIT_TRANSIENT, run)
     if over := ended.over or (f"MAX_HOURS={settings.max_hours}" if ended.out_of_time else ""):
         say(
             f"{run.path}: not scored to the end ({over}); the run and the answers so far are kept: {_how_to_score(run)}"
@@ -89,7 +94,7 @@ def score(run: RunFolder, hours: float, settings: JobSettings, metering: Meterin
         if ended.code == EXIT_OK:
             call(["finetune", "report", str(run.path)], settings.environment)
             say(_where_the_report_is(run, settings))
-        metering.ends(_reason(ended))
+        metering.ends(TOO_DEAR if metering.too_dear else _reason(ended))
     return ended
 
 

@@ -15,12 +15,14 @@ from decimal import Decimal
 from pathlib import Path
 
 from finetune.budget.ledger import Ledger
+from finetune.budget.newest_prices import look
 from finetune.errors import EXIT_OK, UserError
 from finetune.job.evaluate import run_to_score
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.metering import Metering
 from finetune.job.programs import say
 from finetune.job.settings import API_KEY, JobSettings, positive, switch
+from finetune.job.too_dear import now_too_dear
 from finetune.job.vllm import wait_for_vllm
 from finetune.machine.price import Ceilings
 from finetune.runtime.confined import remove_tree, within
@@ -50,6 +52,11 @@ def serve(settings: JobSettings) -> int:
     """Exit codes: 0 idle, or stopped at a limit; 2 user error; else that of `finetune serve`."""
     settings.require_bucket()
     serving = read_serving(settings)
+    look(say)
+    if (found := now_too_dear()) is not None:
+        raise UserError(
+            f"this machine is {found.reason}; launch again, which goes by today's prices", code="price.too_dear"
+        )
     hours = hours_left(settings)
     budget = DailyBudget(settings.mount / "serving", serving.max_usd_per_day)
     with budget:

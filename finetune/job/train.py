@@ -20,6 +20,7 @@ from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
 from finetune.job.score import is_scored, score_after_training
 from finetune.job.settings import JobSettings
+from finetune.job.too_dear import after_training, refused_as_too_dear
 from finetune.run_folder import RunFolder
 
 NODES_PORT = 29500
@@ -33,6 +34,8 @@ def train(settings: JobSettings) -> int:
     wandb = {"WANDB_RUN_ID": name, "WANDB_NAME": name, "WANDB_RESUME": "allow"}
     settings = replace(settings, environment=settings.environment | wandb)
     run = RunFolder(settings.runs / name)
+    if not _has_ended(run, settings) and (code := refused_as_too_dear(run, settings)) is not None:
+        return code
     clear_not_started(run, say)
     if not run.run_json.exists():
         words = _begin(run, settings)
@@ -51,7 +54,7 @@ def train(settings: JobSettings) -> int:
             )
             return EXIT_OK  # so that a managed job does not restart it
         if ended.code != EXIT_OK:
-            return ended.code
+            return after_training(ended.code, run)
         return score_after_training(run, hours - (time.monotonic() - began) / 3600, settings)
 
 
@@ -79,6 +82,11 @@ def gpus(settings: JobSettings) -> int:
     except OSError:
         return 0
     return len([line for line in listed.splitlines() if line.startswith("GPU ")])
+
+
+def _has_ended(run: RunFolder, settings: JobSettings) -> bool:
+    """Whether nothing is left to do for this run."""
+    return run.run_json.exists() and run.record().status == "done" and (not settings.evaluate or is_scored(run))
 
 
 def _hours_for_the_score(run: RunFolder, settings: JobSettings) -> float:

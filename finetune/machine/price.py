@@ -1,12 +1,14 @@
 """The hourly price of the cloud machine that we run on.
 
 The price comes from the launch policy's price table. The launch passes it in the environment variable FINETUNE_PRICES; machine
-set-up keeps a copy in the home folder for jobs that are started later with `sky exec`. If a fact about the machine is unknown
-(its zone, whether it is spot), the highest price that it could have counts.
+set-up keeps a copy in the home folder for jobs that are started later with `sky exec`. A newer table, which
+budget/newest_prices.py makes of it on the machine, takes its place. If a fact about the machine is unknown (its zone, whether it
+is spot), the highest price that it could have counts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -24,8 +26,8 @@ from finetune.runtime.files import parse_json, read_text
 VARIABLE = "FINETUNE_PRICES"
 KEPT = Path(".finetune") / "prices.json"
 """In the home folder; written by on_machine/setup.sh."""
-
-
+NEWEST = Path(".finetune") / "newest_prices.json"
+"""In the home folder: {"launch": hash of the launch's table as text, "table": that table at newer prices}."""
 LARGEST_LIMIT = 1_000_000
 """Largest MAX_RUN_USD (US dollars) and MAX_HOURS (hours): above that it is a slip of the keyboard."""
 PLAUSIBLE_USD_PER_HOUR = (1e-4, 1e6)
@@ -87,6 +89,31 @@ def dearest_usd_per_hour() -> float | None:
     return max(offer["usd_per_hour"] for offer in table["offers"]) if table is not None else None
 
 
+@dataclass(frozen=True)
+class TooDear:
+    """Why this machine is above `max_hourly_cost` by the newest prices. everywhere: so is every other machine of the launch."""
+
+    reason: str
+    everywhere: bool
+
+
+def too_dear() -> TooDear | None:
+    """Whether this machine is above the ceiling of its launch by now; None if not, or if nothing newer than the launch is known.
+    If a fact about the machine is unknown, only if each machine that it may be is. Raises UserError like `machine_price`."""
+    table = _table()
+    if table is None:
+        return None
+    machine = this_machine()
+    fits = _fitting(table, machine)
+    if not fits or not all(offer.get("too_dear") for offer in fits):
+        return None
+    price = price_in(table, machine)
+    return TooDear(
+        f"above max_hourly_cost ({fits[0]['too_dear']}): ${price.usd_per_hour:g}/h, {price.basis}",
+        all(offer.get("too_dear") for offer in table["offers"]),
+    )
+
+
 def provisioned() -> bool:
     """Whether our launch policy started this machine, so that it is billed from its boot."""
     return _table_text() is not None
@@ -94,21 +121,27 @@ def provisioned() -> bool:
 
 def price_in(table: dict[str, Any], machine: Machine) -> MachinePrice:
     """The highest price among the table's offers that match this machine; the ceiling itself if none does."""
-    fits = [
-        offer["usd_per_hour"]
+    fits = _fitting(table, machine)
+    unknown = [name for name in ("zone", "spot", "gpu") if getattr(machine, name) is None]
+    if not fits:
+        dearest = max(offer["usd_per_hour"] for offer in table["offers"])
+        price = max(dearest, table["ceiling_usd_per_hour"] or 0.0)
+        return MachinePrice(price, "the ceiling of the launch, because this machine is not in its price table")
+    prices = {offer["usd_per_hour"] for offer in fits}
+    caveat = f" (the dearest that fits: {', '.join(unknown)} unknown)" if unknown and len(prices) > 1 else ""
+    dearest_fit = max(fits, key=lambda offer: float(offer["usd_per_hour"]))
+    return MachinePrice(dearest_fit["usd_per_hour"], str(dearest_fit.get("basis") or table["basis"]) + caveat)
+
+
+def _fitting(table: dict[str, Any], machine: Machine) -> list[dict[str, Any]]:
+    return [
+        offer
         for offer in table["offers"]
         if machine.zone in (None, offer["zone"])
         and machine.spot in (None, offer["spot"])
         and machine.gpu in (None, offer["gpu"])
         and machine.gpus in (None, offer.get("count", machine.gpus))
     ]
-    unknown = [name for name in ("zone", "spot", "gpu") if getattr(machine, name) is None]
-    if not fits:
-        dearest = max(offer["usd_per_hour"] for offer in table["offers"])
-        price = max(dearest, table["ceiling_usd_per_hour"] or 0.0)
-        return MachinePrice(price, "the ceiling of the launch, because this machine is not in its price table")
-    caveat = f" (the dearest that fits: {', '.join(unknown)} unknown)" if unknown and len(set(fits)) > 1 else ""
-    return MachinePrice(max(fits), table["basis"] + caveat)
 
 
 def this_machine() -> Machine:
@@ -161,30 +194,53 @@ def _table_text() -> tuple[str, str] | None:
         raise UserError(f"{kept}: not readable ({first_line(error)}); launch again", code="price.bad_table") from error
 
 
-def _table() -> dict[str, Any] | None:
+def launch_table() -> tuple[dict[str, Any], str] | None:
+    """The price table of the launch, and a hash of its text; None if no table came with the launch. Raises UserError for one that
+    cannot be read."""
     found = _table_text()
     if found is None:
         return None
     text, place = found
     try:
-        table = parse_json(text)
-        offers = [
-            {**offer, "usd_per_hour": _believable(offer["usd_per_hour"])}
-            for offer in table["offers"]
-            if {"zone", "spot", "gpu"} <= set(offer)
-        ]
-        ceiling = table["ceiling_usd_per_hour"]
-        checked = {
-            "basis": str(table["basis"]),
-            "ceiling_usd_per_hour": None if ceiling is None else _believable(ceiling),
-        }
+        table = _checked(parse_json(text))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{place}: not a price table of our launch policy ({error!r}); launch again", code="price.bad_table"
         ) from error
-    if not offers:
+    if not table["offers"]:
         raise UserError(f"{place}: a price table without offers; launch again", code="price.bad_table")
-    return {**checked, "offers": offers}
+    return table, hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def _table() -> dict[str, Any] | None:
+    found = launch_table()
+    return None if found is None else newest_table(found[1]) or found[0]
+
+
+def newest_table(launch: str) -> dict[str, Any] | None:
+    """The newer table that was made of a launch's; None if there is none that can be used. launch: hash of the launch's."""
+    try:
+        kept = parse_json(read_text(Path.home() / NEWEST))
+        table = _checked(kept["table"])
+        return table if kept["launch"] == launch and table["offers"] else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _checked(table: Any) -> dict[str, Any]:
+    """Raises ValueError, KeyError or TypeError for anything that is no price table."""
+    offers = [
+        {**offer, "usd_per_hour": _believable(offer["usd_per_hour"])}
+        for offer in table["offers"]
+        if {"zone", "spot", "gpu"} <= set(offer)
+    ]
+    ceiling = table["ceiling_usd_per_hour"]
+    return {
+        **table,
+        "basis": str(table["basis"]),
+        "ceiling_usd_per_hour": None if ceiling is None else _believable(ceiling),
+        "offers": offers,
+    }
 
 
 def _believable(value: Any) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
-Reason = Literal["signal", "preemption", "budget"]
+Reason = Literal["signal", "preemption", "budget", "price"]
 
 NOTICE_SECONDS = 25.0
 """Time from a notice to a committed checkpoint, out of the 30 s that Google gives a spot machine."""

@@ -433,3 +433,69 @@ def test_names_that_are_no_attempt_of_ours_and_files_that_never_end(tmp_path: Pa
     assert [attempt.number for attempt in account.attempts] == [1, 2, 3]
     assert len(account.problems) == 3 and "002.jsonl: not readable (not a file)" in account.problems[0]
     assert Ledger(tmp_path).next_attempt() == 4
+
+
+# --- a price that changes while an attempt runs -----------------------------------------------------------------------------
+
+
+def reprices(log: AttemptLog, seconds: float, usd: float, basis: str = "a newer catalog") -> None:
+    log.note("price", **{METERED: seconds}, usd_per_hour=usd, basis=basis)
+
+
+def test_a_newer_price_counts_from_its_line_on(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path), before=600.0)  # $3.60/h
+    log.heartbeat(1000.0, 5)
+    reprices(log, 1000.0, 7.2)
+    log.heartbeat(1500.0, 9)
+    (attempt,) = Ledger(tmp_path).account().attempts
+    assert attempt.usd == pytest.approx(1.0 + 500 / 3600 * 7.2) and log.attempt().usd == attempt.usd
+    assert attempt.price == MachinePrice(7.2, "a newer catalog"), "in force"
+    reprices(log, 2000.0, 1.8)
+    log.end(3000.0, "done", 12)
+    (attempt,) = Ledger(tmp_path).account().attempts
+    assert attempt.usd == pytest.approx(1.0 + 2.0 + 1000 / 3600 * 1.8) and attempt.usd_per_hour == 1.8
+    assert (attempt.seconds, attempt.step, attempt.reason) == (3000.0, 12, "done")
+
+
+def test_seconds_after_the_last_line_of_a_killed_attempt_are_not_priced(tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path), before=600.0)
+    reprices(log, 1800.0, 7.2)
+    (attempt,) = Ledger(tmp_path).account().attempts
+    assert attempt.seconds == 1800.0 and attempt.usd == pytest.approx(1.8)
+
+
+@pytest.mark.parametrize("number", BAD_NUMBERS)
+@pytest.mark.parametrize("key", [METERED, "usd_per_hour"])
+def test_a_damaged_newer_price_is_left_out_and_reported(key: str, number: str, tmp_path: Path) -> None:
+    log = begin(Ledger(tmp_path))
+    reprices(log, 1000.0, 7.25)
+    log.heartbeat(3600.0, 1)
+    old = {METERED: f'"{METERED}": 1000.0', "usd_per_hour": '"usd_per_hour": 7.25'}[key]
+    text = log.path.read_text()
+    assert old in text
+    log.path.write_text(text.replace(old, f'"{key}": {number}'))
+    account = Ledger(tmp_path).account()
+    assert account.usd == pytest.approx(3.6), "the price that is known"
+    assert account.problems
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 5000), st.floats(0.05, 20)), max_size=6),
+    st.floats(0, 5000),
+    st.floats(0.05, 20),
+)
+def test_the_cost_is_the_sum_of_seconds_times_the_price_in_force(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[float, float]], rest: float, first: float
+) -> None:
+    ledger = Ledger(tmp_path_factory.mktemp("ledger"))
+    log = begin(ledger, usd=first)
+    now, usd, price = 0.0, 0.0, first
+    for seconds, newer in changes:
+        now, usd = now + seconds, usd + seconds / 3600 * price
+        log.heartbeat(now, None)
+        reprices(log, round(now, 3), newer)
+        price = newer
+    log.end(now + rest, "done", None)
+    usd += rest / 3600 * price
+    assert ledger.account().usd == pytest.approx(usd, abs=1e-4)  # milliseconds are the ledger's smallest

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.machine.price import MachinePrice
 from tests.helpers.budget_run import BudgetRun
 from tests.helpers.errors import raises
 
@@ -122,3 +123,51 @@ def test_usage_is_the_sum_of_the_attempts(
         usd += (seconds if killed else seconds + 25.0) / 3600 * price
     assert run.ledger.account().usd == pytest.approx(usd, abs=1e-4)
     assert len(run.ledger.account().attempts) == len(attempts)
+
+
+def test_a_newer_price_counts_from_now_on(run: BudgetRun) -> None:
+    run.clock.seconds = 1000.0
+    meter = run.meter(usd=3.6, dollars=3.0)
+    assert meter.seconds_left() == pytest.approx(2000.0)
+    assert meter.reprice(MachinePrice(7.2, "newer"), None) == 1000.0
+    assert meter.usage().usd == pytest.approx(1.0), "what is past stays as it was"
+    assert meter.seconds_left() == pytest.approx(1000.0)
+    run.clock.seconds = 1500.0
+    assert meter.usage().usd == pytest.approx(2.0)
+    assert meter.usage().text.startswith("$2.00 of $3.00 (measured hours x $7.2/h from 0.28 h on, newer)")
+    assert meter.projected_usd(10, 10, 500.0) == pytest.approx(3.0)
+    meter.reprice(MachinePrice(0.36, "newest"), None)
+    assert meter.seconds_left() == pytest.approx(10_000.0), "a price that falls, too"
+
+
+def test_the_restart_reserve_follows_the_newer_prices(run: BudgetRun) -> None:
+    run.clock.seconds = 100.0
+    meter = run.meter(dollars=1.0, restart_usd=3.6)
+    assert meter.room().reserve_seconds == pytest.approx(100.0)
+    run.clock.seconds = 300.0
+    meter.reprice(MachinePrice(1.8, "newer"), 7.2)
+    assert meter.room().reserve_seconds == pytest.approx(400.0), (
+        "the start took 100 s, and a restart may cost four times as much"
+    )
+    on_demand = run.meter(dollars=1.0)
+    on_demand.reprice(MachinePrice(1.8, "newer"), 7.2)
+    assert on_demand.room().reserve_seconds is None, "no restart, no reserve"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 5000), st.floats(0.1, 10)), min_size=1, max_size=8))
+def test_the_meter_and_the_ledger_agree_whatever_prices_do(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[float, float]]
+) -> None:
+    run = BudgetRun(tmp_path_factory.mktemp("run"))
+    meter = run.meter(usd=1.0)
+    log = run.log(meter)
+    log.begin(meter.time.take())
+    for seconds, usd in changes:
+        run.clock.seconds += seconds
+        log.note(
+            "price", metered_seconds=round(meter.reprice(MachinePrice(usd, "b"), None), 3), usd_per_hour=usd, basis="b"
+        )
+    run.clock.seconds += 100.0
+    log.end(meter.time.take(), "done", None)
+    assert run.ledger.account().usd == pytest.approx(meter.usage().usd, abs=1e-4)

@@ -45,6 +45,7 @@ class CloudEnvironment:
         """Removes all machines and disks, empties the bill, and clears every fault and restriction that a test has set."""
         self.all_well()
         self.cloud.wipe()
+        self.cloud.prices.reset()
         self.cloud.bill.stretches.clear()
         self.cloud.calls.clear()
 
@@ -105,6 +106,7 @@ def emulated_environment() -> Iterator[CloudEnvironment]:
             site.machine_addresses(),
             lambda one: Machine(site, one),
         )
+        cloud.prices.reset((home / CATALOG / VMS).read_text(encoding="utf-8"))
         at_end.enter_context(cloud)
         sky = SkyPilot(home, env)
         at_end.callback(sky.stop)

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable
 
 from tests.emulated_cloud.gce_bill import Bill
 from tests.emulated_cloud.gce_compute import Compute
-from tests.emulated_cloud.gce_http import ApiServer, Call, Faults
+from tests.emulated_cloud.gce_http import ApiServer, Call, Faults, route
 from tests.emulated_cloud.gce_instances import RUNNING, STOPPING, TERMINATED, Hardware, Instance, Instances
 from tests.emulated_cloud.gce_market import Market
+from tests.emulated_cloud.gce_prices import PATH, PriceList
 from tests.emulated_cloud.gce_project import Project
 from tests.emulated_cloud.pace import wait_until
 
@@ -28,7 +29,8 @@ NOTICE_SECONDS = 30.0
 
 
 class Cloud:
-    """See the module. market: stock and quotas; faults: API errors and latency; project: permissions; bill: what was used."""
+    """See the module. market: stock and quotas; faults: API errors and latency; project: permissions; prices: the
+    published catalog; bill: what was used."""
 
     def __init__(
         self,
@@ -39,9 +41,11 @@ class Cloud:
         build: Callable[[Instance], Hardware] | None = None,
     ) -> None:
         self.market, self.faults, self.project = Market(), Faults(), Project(project)
+        self.prices = PriceList()
         self.instances = Instances(project, addresses, build)
         self.compute = Compute(project, self.instances, self.market, sorted(set(zones)))
-        self.server = ApiServer(address, [*self.compute.routes(), *self.project.routes()], self.faults)
+        published = (route("GET", PATH), lambda call: self.prices.text)
+        self.server = ApiServer(address, [*self.compute.routes(), *self.project.routes(), published], self.faults)
 
     def __enter__(self) -> Cloud:
         return self

@@ -110,8 +110,8 @@ class Faults:
                     raise fault.error
 
 
-Handler = Callable[..., Json]
-"""Takes the call and the named parts of its route; returns the answer's JSON or raises ApiError."""
+Handler = Callable[..., Json | str]
+"""Takes the call and the named parts of its route; returns the answer's JSON, or a file's text, or raises ApiError."""
 
 
 def route(method: str, pattern: str) -> tuple[str, re.Pattern[str]]:
@@ -153,7 +153,7 @@ class ApiServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, call: Call) -> tuple[int, Json]:
+    def answer(self, call: Call) -> tuple[int, Json | str]:
         self.calls.append(call)
         try:
             self.faults.check(call)
@@ -182,9 +182,10 @@ class ApiServer:
                 data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 call = Call(time.time(), self.command, parts.path, query, json.loads(data) if data.strip() else {})
                 status, body = outer.answer(call)
-                text = json.dumps(body).encode()
+                text = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json; charset=UTF-8")
+                kind = "text/plain" if isinstance(body, str) else "application/json"
+                self.send_header("Content-Type", f"{kind}; charset=UTF-8")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 if self.command != "HEAD":

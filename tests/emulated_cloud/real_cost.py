@@ -12,6 +12,7 @@ import yaml
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.gcloud.config import skypilot_setting
+from finetune.cloud.launch.controller import CONTROLLER
 from finetune.runtime.table import aligned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,8 +89,6 @@ def consolidated() -> bool:
 def controller_usd_per_hour(catalog: Catalog) -> float:
     if consolidated():
         return 0.0
-    from finetune.cloud.launch.policy import CONTROLLER  # imports SkyPilot, which takes seconds
-
     machine, disk = CONTROLLER
     return (catalog.cpu_machine_usd(machine) or 0.0) + disk_usd_per_hour(disk, "medium", "")
 

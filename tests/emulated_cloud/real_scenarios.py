@@ -17,6 +17,7 @@ import pytest
 from finetune.budget.ledger import Ledger
 from finetune.cloud.catalog.offers import load_catalog
 from finetune.cloud.gcloud.config import bucket_name, local_login
+from tests.emulated_cloud.gce_prices import published
 from tests.emulated_cloud.machine_project import checkout
 from tests.emulated_cloud.real import RealCloud, RealEnvironment
 from tests.emulated_cloud.real_cost import SCENARIOS, admitted
@@ -56,7 +57,7 @@ def environment(session: RealEnvironment, request: pytest.FixtureRequest) -> Ite
     minutes = next(one.minutes for one in SCENARIOS if one.test == request.node.name)
     with session.scenario(minutes or 15):
         yield session
-    print(session.cloud.bill.table(catalog_price(session.sky.home)))
+    print(session.cloud.bill.table(catalog_price(published(session.sky.home))))
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +176,7 @@ def test_looking_stopping_and_starting(environment: RealEnvironment, project: Pa
 
 def reconcile(environment: RealEnvironment, run: Run, folder: Path) -> None:
     """Compares the observed seconds with the ledger, machine by machine, and prints both."""
-    price = catalog_price(environment.sky.home)
+    price = catalog_price(published(environment.sky.home))
     account = Ledger(environment.buckets.fetch(run.prefix, folder) / "ledger").account()
     stretches = [one for one in environment.cloud.bill.stretches if one.running]
     assert not account.problems, account.problems

@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-import csv
+import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from finetune.budget.ledger import Account, Attempt
-from finetune.cloud.catalog.csv_file import VMS
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.gce_bill import Price, Stretch
+from tests.emulated_cloud.gce_prices import PriceList
 from tests.emulated_cloud.pace import PACE
 from tests.emulated_cloud.table import record_metric
 from tests.emulated_cloud.training import Run
-from tests.helpers.catalog_fixture import CATALOG
 
 TOLERANCE = 0.02
 DISK_TIER = "medium"
 
 
-def catalog_price(home: Path) -> Price:
-    """US dollars per hour from SkyPilot's catalog (host and GPU in the zone) and the disk's list price."""
-    with (home / CATALOG / VMS).open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+def catalog_price(prices: PriceList) -> Price:
+    """US dollars per hour by the published catalog (host and GPU in the zone) and the disk's list price; where prices changed
+    meanwhile, the mean over the stretch."""
 
     def price(stretch: Stretch) -> float:
-        disk = disk_usd_per_hour(stretch.disk_gb, DISK_TIER, stretch.zone.rpartition("-")[0], stretch.machine_type)
-        if not stretch.running:
-            return disk
-        column = "SpotPrice" if stretch.spot else "Price"
-        here = [row for row in rows if row["AvailabilityZone"] == stretch.zone]
-        host = [row for row in here if row["InstanceType"] == stretch.machine_type]
-        gpu = [
-            row
-            for row in here
-            if not row["InstanceType"]
-            and row["AcceleratorName"] == stretch.gpu
-            and float(row["AcceleratorCount"]) == stretch.gpus
-        ]
-        return sum(float(row[column]) for row in (host[0], gpu[0])) + disk
+        ended = stretch.ended if stretch.ended is not None else time.time()
+        parts = prices.spans(stretch.began, ended)
+        if len(parts) == 1 or not ended > stretch.began:
+            return price_at(prices, stretch, stretch.began)
+        usd = sum((until - since) * price_at(prices, stretch, since) for since, until in parts)
+        return usd / (ended - stretch.began)
 
     return price
+
+
+def price_at(prices: PriceList, stretch: Stretch, moment: float) -> float:
+    """moment: in seconds since the epoch."""
+    disk = disk_usd_per_hour(stretch.disk_gb, DISK_TIER, stretch.zone.rpartition("-")[0], stretch.machine_type)
+    if not stretch.running:
+        return disk
+    column = "SpotPrice" if stretch.spot else "Price"
+    here = [row for row in prices.rows(moment) if row["AvailabilityZone"] == stretch.zone]
+    host = [row for row in here if row["InstanceType"] == stretch.machine_type]
+    gpu = [
+        row
+        for row in here
+        if not row["InstanceType"]
+        and row["AcceleratorName"] == stretch.gpu
+        and float(row["AcceleratorCount"]) == stretch.gpus
+    ]
+    return sum(float(row[column]) for row in (host[0], gpu[0])) + disk
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ def reconcile(run: Run, folder: Path) -> Reconciliation:
     has a wrong zone, kind or price of a machine.
     """
     bill, account = run.environment.cloud.bill, run.account(folder)
-    price = catalog_price(run.environment.sky.home)
+    prices = run.environment.cloud.prices
+    price = catalog_price(prices)
     print(bill.table(price))
     stretches = [one for one in bill.stretches if one.running]
     assert not account.problems, account.problems
@@ -88,7 +98,9 @@ def reconcile(run: Run, folder: Path) -> Reconciliation:
     for stretch, attempts in zip(stretches, on_each, strict=True):
         assert attempts, (stretch, account.attempts)
         for attempt in attempts:
-            check_machine(stretch, attempt, price(stretch))
+            assert attempt.began_at is not None
+            at = datetime.fromisoformat(attempt.began_at).timestamp()
+            check_machine(stretch, attempt, price_at(prices, stretch, at))
             record_metric(
                 f"{attempt.name}: a start of {attempt.seconds_before:.1f} s; {attempt.seconds:.1f} s in the ledger, "
                 f"{stretch.seconds:.1f} s on the bill"

@@ -62,7 +62,7 @@ def test_out_of_stock(
     record_metric(f"launch to the end of training: {launched.seconds:.0f} s; asked {asked}")
     assert (requested.spot, requested.region) == (False, left.region)
     assert {zone.rpartition("-")[0] for _, spot, zone in asked if not spot} == {*gone, left.region}
-    price = catalog_price(environment.sky.home)
+    price = catalog_price(environment.cloud.prices)
     assert all(price(stretch) <= CEILING for stretch in environment.cloud.bill.stretches)
     environment.sky.run("down", "-y", "stock").ok()
     reconcile(Run(environment, "stock"), tmp_path)
@@ -85,7 +85,7 @@ def test_the_cheapest_in_the_order_of_the_plan(environment: CloudEnvironment, pr
     assert asked == kinds[: GONE + 1]
     assert (requested.gpu, requested.spot) == kinds[GONE]
     (stretch,) = environment.cloud.bill.stretches
-    assert catalog_price(environment.sky.home)(stretch) == pytest.approx(rows[GONE]["usd_per_hour"], abs=1e-4)
+    assert catalog_price(environment.cloud.prices)(stretch) == pytest.approx(rows[GONE]["usd_per_hour"], abs=1e-4)
     environment.sky.run("down", "-y", "cheap").ok()
     check_nothing_left(environment)
 

@@ -61,7 +61,7 @@ def test_a_run_is_served(environment: CloudEnvironment, project: Path, whole: Wh
     assert not account.problems and len(names) == len(account.attempts) == 1, (names, account)
     (attempt,) = account.attempts
     assert (attempt.work, attempt.reason) == ("serve", "ended")
-    check_machine(stretch, attempt, catalog_price(environment.sky.home)(stretch))
+    check_machine(stretch, attempt, catalog_price(environment.cloud.prices)(stretch))
     assert stretch.ended is not None
     tail = stretch.ended - environment.buckets.updated(BUCKET, names[0])
     difference = attempt.seconds / (stretch.seconds - tail) - 1

@@ -49,7 +49,7 @@ def test_no_spot_quota(environment: CloudEnvironment, project: Path, tmp_path: P
     assert f"Found no quota for a2-highgpu-1g spot instances in region {machine.request.region} in GCP" in launched.out
     assert len(asked) == 1, "SkyPilot checks the quota before it requests a machine"
     assert machine.request.gpu == "A100" and not machine.request.spot
-    price = catalog_price(environment.sky.home)
+    price = catalog_price(environment.cloud.prices)
     assert price(environment.cloud.bill.stretches[-1]) <= CEILING
     environment.sky.run("down", "-y", "dear").ok()
     reconcile(Run(environment, "dear"), tmp_path)
@@ -129,7 +129,7 @@ def test_a_minute_of_refused_machines(environment: CloudEnvironment, project: Pa
     environment.cloud.faults.add("^DELETE .*/instances/", 503, "backendError", times=1)
     environment.cloud.assert_empty(AUTOSTOP_SECONDS)
     (stretch,) = environment.cloud.bill.stretches
-    assert stretch.ended and catalog_price(environment.sky.home)(stretch) <= CEILING
+    assert stretch.ended and catalog_price(environment.cloud.prices)(stretch) <= CEILING
     asked = [call for call in environment.cloud.calls if call.at > trained and call.method == "DELETE"]
     record_metric(
         f"gone {stretch.ended - trained:.0f} s after the end of training, deletion requested {len(asked)} times"

@@ -27,6 +27,7 @@ from sky.clouds.cloud import CloudCapability
 from sky.provision import common as provision_common
 from sky.provision import provisioner
 from sky.server.requests import request_names
+from sky.skylet import constants
 from sky.utils import admin_policy_utils, common, dag_utils
 from sky.utils import annotations as sky_annotations
 
@@ -255,6 +256,8 @@ def enable_gcp() -> None:
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     enable_gcp()
+    if os.environ.get("FT_CATALOG_URL"):  # where SkyPilot fetches its price catalog
+        constants.HOSTED_CATALOG_DIR_URL = os.environ["FT_CATALOG_URL"]
     gcp.build = lambda *_, **__: NoCompute()
     remember_lookups()
     for number, line in zip(count(), sys.stdin, strict=False):

@@ -67,15 +67,20 @@ def read_prices(folder: Path) -> tuple[PriceRows, datetime | None]:
     """
     path = folder / VMS
     content = _read(path)
+    return prices_of(content, str(path)), _fetched(folder, content)
+
+
+def prices_of(content: bytes, path: str, remedy: str = REMEDY) -> PriceRows:
+    """The prices in the content of such a file. path, remedy: for messages. Raises UserError like `read_prices`."""
     rows = PriceRows()
-    for place, values in _lines(path, content):
+    for place, values in _lines(path, content, remedy):
         try:
             _add(rows, values)
         except ValueError as error:
-            raise UserError(f"{place}: {error}; {REMEDY}", code="catalog.corrupt") from None
+            raise UserError(f"{place}: {error}; {remedy}", code="catalog.corrupt") from None
     if not rows.hosts and not rows.gpus:
-        raise UserError(f"{path}: holds no prices; {REMEDY}", code="catalog.corrupt")
-    return rows, _fetched(folder, content)
+        raise UserError(f"{path}: holds no prices; {remedy}", code="catalog.corrupt")
+    return rows
 
 
 def read_clouds(folder: Path) -> dict[str, list[str]]:
@@ -101,38 +106,38 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _lines(path: Path, content: bytes) -> Iterator[tuple[str, list[str]]]:
+def _lines(path: str, content: bytes, remedy: str) -> Iterator[tuple[str, list[str]]]:
     """(file and line, values of COLUMNS) of each row."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: line {content[: error.start].count(10) + 1}: not UTF-8; {REMEDY}", code="catalog.corrupt"
+            f"{path}: line {content[: error.start].count(10) + 1}: not UTF-8; {remedy}", code="catalog.corrupt"
         ) from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         if not text.strip():
-            raise UserError(f"{path}: empty; {REMEDY}", code="catalog.corrupt")
+            raise UserError(f"{path}: empty; {remedy}", code="catalog.corrupt")
         header = next(reader)
         missing = [name for name in COLUMNS if name not in header]
         if missing:
-            raise UserError(f"{path}: line 1: no column {', '.join(missing)}; {REMEDY}", code="catalog.corrupt")
+            raise UserError(f"{path}: line 1: no column {', '.join(missing)}; {remedy}", code="catalog.corrupt")
         if not text.endswith(("\n", "\r")):  # the last digits of a price may be missing
             last = len(text.splitlines())
             raise UserError(
-                f"{path}: line {last}: the file is truncated, its last line has no line end; {REMEDY}",
+                f"{path}: line {last}: the file is truncated, its last line has no line end; {remedy}",
                 code="catalog.corrupt",
             )
         indices = [header.index(name) for name in COLUMNS]
         for row in filter(None, reader):  # skips empty lines
             if len(row) != len(header):
                 raise UserError(
-                    f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns; {REMEDY}",
+                    f"{path}: line {reader.line_num}: {len(row)} values for {len(header)} columns; {remedy}",
                     code="catalog.corrupt",
                 )
             yield f"{path}: line {reader.line_num}", [row[index] for index in indices]
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: {error}; {REMEDY}", code="catalog.corrupt") from None
+        raise UserError(f"{path}: line {reader.line_num}: {error}; {remedy}", code="catalog.corrupt") from None
 
 
 def _add(rows: PriceRows, values: list[str]) -> None:

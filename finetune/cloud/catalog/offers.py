@@ -179,8 +179,8 @@ def load_catalog(*, allow_snapshot: bool = True) -> Catalog:
     return Catalog(f"SkyPilot's catalog, {_age(fetched)}", False, fetched, rows, clouds)
 
 
-def refresh_catalog() -> None:
-    """Let SkyPilot fetch its catalog if it is missing or older than REFRESH_HOURS. Imports SkyPilot, which takes seconds.
+def refresh_catalog(hours: int = REFRESH_HOURS) -> None:
+    """Let SkyPilot fetch its catalog if it is missing or older than so many hours. Imports SkyPilot, which takes seconds.
 
     A file put there by hand is not replaced. Without network an old file is kept, and SkyPilot reports that. Raises UserError if
     SkyPilot is not installed, and if it cannot fetch a missing file.
@@ -192,11 +192,9 @@ def refresh_catalog() -> None:
             f"SkyPilot cannot be imported ({error}); pip install 'finetune-text2sql[cloud]'",
             code="install.missing_package",
         ) from None
-    for name, hours in ((VMS, REFRESH_HOURS), (ACCELERATORS, None)):
+    for name, age in ((VMS, hours), (ACCELERATORS, None)):
         try:
-            len(
-                common.read_catalog(name, pull_frequency_hours=hours).columns
-            )  # SkyPilot fetches it at the first access
+            len(common.read_catalog(name, pull_frequency_hours=age).columns)  # SkyPilot fetches it at the first access
         except OSError as error:
             place = skypilot_folder() / name
             raise UserError(

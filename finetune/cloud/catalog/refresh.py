@@ -29,10 +29,7 @@ def catalog_for_launch(say: Any) -> Catalog:
         refresh_catalog()
         return load_catalog(allow_snapshot=False)
     if _age_hours(catalog) > REFRESH_HOURS:
-        fetching = threading.Thread(target=_try_refresh, daemon=True)
-        fetching.start()
-        fetching.join(REFRESH_SECONDS)
-        if fetching.is_alive():
+        if not _refreshed(REFRESH_HOURS):
             raise UserError(
                 f"{catalog.source}: SkyPilot has been fetching current prices for {REFRESH_SECONDS:g} s; check the network, "
                 f"launch again, or run `sky gpus list --cloud gcp` first",
@@ -46,11 +43,27 @@ def catalog_for_launch(say: Any) -> Catalog:
     return catalog
 
 
+def newest_catalog(say: Any) -> Catalog:
+    """For placing a machine of a job that was launched before: like `catalog_for_launch`, but a catalog that is younger than
+    REFRESH_HOURS is fetched again, too, unless that takes longer than REFRESH_SECONDS. A price may have risen meanwhile, and a
+    machine that has stopped because of it must not be placed there again."""
+    _refreshed(0)
+    return catalog_for_launch(say)
+
+
+def _refreshed(hours: int) -> bool:
+    """Lets SkyPilot fetch a catalog that is older; whether that has ended, well or not, within REFRESH_SECONDS."""
+    fetching = threading.Thread(target=_try_refresh, args=(hours,), daemon=True)
+    fetching.start()
+    fetching.join(REFRESH_SECONDS)
+    return not fetching.is_alive()
+
+
 def _age_hours(catalog: Catalog) -> float:
     """0 for a catalog that was put there by hand: SkyPilot does not refresh it either."""
     return (datetime.now(UTC) - catalog.fetched).total_seconds() / 3600 if catalog.fetched else 0.0
 
 
-def _try_refresh() -> None:
+def _try_refresh(hours: int) -> None:
     with contextlib.suppress(UserError):
-        refresh_catalog()
+        refresh_catalog(hours)

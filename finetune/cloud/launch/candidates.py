@@ -227,22 +227,46 @@ def table(found: Sequence[CandidateGroup], shown: int) -> str:
     return "\n".join(lines)
 
 
-def price_table(found: Sequence[CandidateGroup], basis: str) -> dict[str, object]:
-    """The price table that is passed to the job, from which it reads its own price (`machine.price.price_in`)."""
+def price_table(found: Sequence[CandidateGroup], basis: str, *, trust_prices: bool = False) -> dict[str, object]:
+    """The price table that is passed to the job, from which it reads its own price (`machine.price.price_in`).
+
+    kinds: what the machines are made of, by which the job prices them again from a newer catalog (budget/newest_prices.py); each
+    offer names its own by its place in that list.
+    """
     asked = [group.best.requirement for group in found]
     known = [requirement.ceiling for requirement in asked if requirement.ceiling is not None]
+    kinds: list[dict[str, object]] = []
+    offers = []
+    for candidate in (candidate for group in found for candidate in group.candidates):
+        offer, kind = candidate.offer, _kind(candidate)
+        if kind not in kinds:
+            kinds.append(kind)
+        offers.append(
+            {
+                "gpu": offer.gpu,
+                "count": offer.count,
+                "zone": offer.zone,
+                "spot": offer.spot,
+                "usd_per_hour": round(offer.usd_per_hour * candidate.requirement.nodes, 5),
+                "kind": kinds.index(kind),
+            }
+        )
     return {
         "basis": basis,
         "ceiling_usd_per_hour": max(known) if known else None,
-        "offers": [
-            {
-                "gpu": candidate.offer.gpu,
-                "count": candidate.offer.count,
-                "zone": candidate.offer.zone,
-                "spot": candidate.offer.spot,
-                "usd_per_hour": round(candidate.offer.usd_per_hour * candidate.requirement.nodes, 5),
-            }
-            for group in found
-            for candidate in group.candidates
-        ],
+        "trust_prices": trust_prices,
+        "kinds": kinds,
+        "offers": offers,
+    }
+
+
+def _kind(candidate: Candidate) -> dict[str, object]:
+    asked = candidate.requirement
+    return {
+        "machine": candidate.offer.machine,
+        "disk_gib": asked.disk_gib,
+        "disk_tier": asked.disk_tier,
+        "nodes": asked.nodes,
+        "machines": asked.machines,
+        "ceiling": asked.ceiling,
     }

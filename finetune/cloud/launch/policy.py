@@ -18,12 +18,12 @@ from typing import Any
 import sky
 from sky import exceptions
 
-from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.catalog.offers import Catalog
-from finetune.cloud.catalog.refresh import catalog_for_launch
+from finetune.cloud.catalog.refresh import catalog_for_launch, newest_catalog
 from finetune.cloud.launch import candidates
 from finetune.cloud.launch.bucket import fill_bucket, holds
 from finetune.cloud.launch.candidates import Candidate, CandidateGroup
+from finetune.cloud.launch.controller import settings_to_copy, warn_of_controller
 from finetune.cloud.launch.sky_resources import (
     BUDGET,
     DEFAULT_CEILING_USD,
@@ -58,8 +58,6 @@ EVALUATE, DAILY, DATABASES = "EVALUATE", "MAX_USD_PER_DAY", "DATABASES"
 """Environment variables of our task YAMLs."""
 DEFAULT_RUN_USD = 25.0
 SHOWN = 12
-CONTROLLER = ("n2-standard-4", 50)
-"""Machine and disk (GB) that SkyPilot 0.14 takes for its jobs controller unless jobs.controller.resources says otherwise."""
 
 
 class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
@@ -74,7 +72,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
                 escape_unprintable()
                 _check_scripts(task)
             fill_bucket(task, say)
-            if user_request.at_client_side:
+            if user_request.at_client_side and VARIABLE not in task.envs:  # a controller has no working directory
                 _check_travels(task)
             if asks_for_gpu_on_gcp(task):
                 _apply(user_request, say)
@@ -83,7 +81,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
             _fill_secrets(task)
         except UserError as error:
             raise exceptions.UserRequestRejectedByPolicy(f"finetune: {error}") from None
-        return sky.MutatedUserRequest(task, user_request.skypilot_config)
+        return sky.MutatedUserRequest(task, settings_to_copy(user_request))
 
 
 def _silent(*_: object) -> None:
@@ -142,7 +140,8 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
         )
     exists = pin_to_cluster(request)
     budget = _run_budget(task, say)
-    catalog = catalog_for_launch(say)
+    placing = VARIABLE in task.envs  # a job that was launched before, to be placed, perhaps again, days later
+    catalog = newest_catalog(say) if placing else catalog_for_launch(say)
     machines = machines_at_once(task, updating=name == "serve.update")
     requirements = machine_requirements(task, catalog, machines, say)
     on_gpus, plan = _run(task, {(one.gpu, one.count) for one in requirements}, say)
@@ -152,14 +151,12 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
             f"finetune: no max_hourly_cost in resources: the ceiling is ${DEFAULT_CEILING_USD:g}/h for all machines of the task"
         )
     found = candidates.list_candidates(catalog, requirements, on_gpus, plan, trust_prices=trusts)
-    if (
-        VARIABLE in task.envs
-    ):  # the client has applied this policy already; the server, on another machine, only checks again
+    if placing:  # the client has applied this policy already; the server, on another machine, only checks again
         found = [replace(candidate, given=candidate.requirement.place) for candidate in found]
     groups = candidates.shorten(candidates.groups(found))
     runs_where_it_is = name == "exec"  # on an existing machine: nothing to choose or to refuse
     if groups:
-        table = candidates.price_table(groups, catalog.source)
+        table = candidates.price_table(groups, catalog.source, trust_prices=trusts)
         task.update_envs({VARIABLE: json.dumps(table, separators=(",", ":"))})
     elif not runs_where_it_is:
         raise UserError(
@@ -174,7 +171,7 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     task.set_resources(pinned(task, groups, catalog, managed, by_size=not exists))
     _report(groups, found, catalog, budget, say)
     if managed:
-        _warn_of_controller(request, catalog, say)
+        warn_of_controller(request, catalog, say)
 
 
 def _run_budget(task: sky.Task, say: Any) -> float:
@@ -236,25 +233,6 @@ def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catal
             f"finetune: WARNING: the run is estimated at ${best.cost.usd:.2f}, above its budget of ${budget:g} ({BUDGET}): "
             f"it would stop at the budget, with a checkpoint"
         )
-
-
-def _warn_of_controller(request: sky.UserRequest, catalog: Catalog, say: Any) -> None:
-    """A managed job needs a controller: a separate machine, unless it runs in the API server."""
-    settings = request.skypilot_config
-    if settings.get_nested(("jobs", "controller", "consolidation_mode"), False):
-        return
-    machine, disk = CONTROLLER
-    host = catalog.cpu_machine_usd(machine)
-    if settings.get_nested(("jobs", "controller", "resources"), None):
-        what = "as set in jobs.controller.resources, at its price"
-    elif host is None:
-        what = f"{machine}, which has no price in the catalog"
-    else:
-        what = f"{machine}, from ${host + disk_usd_per_hour(disk, 'medium', ''):.3f}/h (catalog, its cheapest region)"
-    say(
-        f"finetune: WARNING: a managed job starts a controller machine unless one is already running: {what}; to run it "
-        f"on this computer free of charge, put `jobs: {{controller: {{consolidation_mode: true}}}}` into ~/.sky/config.yaml"
-    )
 
 
 def _fill_secrets(task: sky.Task) -> None:

@@ -78,7 +78,8 @@ def _storage(module: Any) -> None:
 
 
 def _constants(module: Any) -> None:
-    """SkyPilot keeps this log in /tmp and never removes it."""
+    """SkyPilot's price catalog comes from the emulated cloud. SkyPilot keeps this log in /tmp and never removes it."""
+    module.HOSTED_CATALOG_DIR_URL = API + "/catalogs"
     if os.environ.get("TMPDIR"):
         module.HA_PERSISTENT_RECOVERY_LOG_PATH = os.environ["TMPDIR"] + "/{}ha_recovery.log"
 
@@ -120,7 +121,13 @@ def _answers(module: Any) -> None:
     module.AnswerFile._line = line
 
 
+def _fetch(module: Any) -> None:
+    """So does that which a machine fetches."""
+    module.URLS = (f"{API}/catalogs/{module.SCHEMA}/{module.VMS}",)
+
+
 CHANGES = {
+    "finetune.cloud.catalog.fetch": _fetch,
     "finetune.evaluation.answers": _answers,
     "google.auth": _google_auth,
     "googleapiclient.discovery": _discovery,
