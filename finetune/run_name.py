@@ -8,7 +8,12 @@ LONGEST_NAME = 100
 """Characters. W&B allows 128."""
 LONGEST_NAME_BYTES = 200
 """In UTF-8. File systems allow 255, and temporary names are longer than the name."""
-RESERVED = {"base": "the base models' scores", "predictions": "the scores of somebody else's answers"}
+SWEEPS = "sweeps"
+RESERVED = {
+    "base": "the base models' scores",
+    "predictions": "the scores of somebody else's answers",
+    SWEEPS: "the sweeps",
+}
 """Folders beside the runs -> what is in them."""
 
 

@@ -40,18 +40,19 @@ MAY_IMPORT = {
     "training.step": "errors example runtime machine config models.fused models estimate training.objectives",
     "training": "errors example runtime machine checkpoint config models "
     "run_record run_folder prepared_folder data budget training.objectives training.step",
+    "sweep": "errors runtime machine config run_name run_record run_folder prepared_folder budget",
     "evaluation": "errors tokens runtime machine sql config run_name models run_folder prepared_folder data budget",
     "cloud.gcloud": "errors runtime",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate cloud.catalog",
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
-    "report": "errors runtime sql run_record run_folder data budget evaluation",
+    "report": "errors runtime sql run_record run_name run_folder data budget sweep evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
     "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "serve.client": "errors runtime",
     "serve": "errors tokens runtime machine sql config models run_folder data evaluation export",
-    "job": "errors runtime machine config run_name run_folder prepared_folder budget",
+    "job": "errors runtime machine config run_name run_folder prepared_folder budget sweep",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
-    "cli": "errors runtime machine config models run_folder data estimate training "
+    "cli": "errors runtime machine config models run_folder data estimate training sweep "
     "evaluation cloud.gcloud cloud.catalog cloud.plan cloud.launch report doctor export serve.client serve job demo",
     "__main__": "cli",
 }

@@ -1,7 +1,8 @@
 """What a run has cost: one file per attempt, and the account over all of them.
 
 attempt-NNN.jsonl is an attempt to train, evaluation-NNN.jsonl one to score what was trained. Both are part of what the run costs
-and count towards its ceilings; `Account.of` tells them apart. A folder of serving-NNN.jsonl is the same for machines that serve.
+and count towards its ceilings; `Account.of` tells them apart. A folder of serving-NNN.jsonl is the same for machines that serve,
+and one of sweep-NNN.jsonl for what a sweep's machines cost besides its trials.
 An attempt's file is small and is rewritten as a whole at each event, because a bucket cannot append. Usage is the sum over the
 attempts of (last recorded metered seconds) x (price of the machine); wall-clock time plays no part in it. A price that changes
 while an attempt runs counts from its line on.
@@ -31,8 +32,8 @@ METERED = "metered_seconds"
 """Key in a line: seconds on the attempt's meter."""
 PRICE = "price"
 """The event of a new price."""
-Work = Literal["train", "evaluate", "serve"]
-PREFIXES: dict[Work, str] = {"train": "attempt", "evaluate": "evaluation", "serve": "serving"}
+Work = Literal["train", "evaluate", "serve", "sweep"]
+PREFIXES: dict[Work, str] = {"train": "attempt", "evaluate": "evaluation", "serve": "serving", "sweep": "sweep"}
 """How the name of a file begins, by what the attempt does."""
 _WORK = {prefix: work for work, prefix in PREFIXES.items()}
 _NAME = re.compile(rf"({'|'.join(_WORK)})-([0-9]{{3,9}})\.jsonl")

@@ -66,6 +66,12 @@ def positive(text: str) -> float:
     return value
 
 
+def whole_above_0(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < len(text) <= 12 and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {shown(text)}")
+    return int(text)
+
+
 @contextmanager
 def large_imports() -> Iterator[None]:
     """Disables garbage collection around the import of torch and transformers, where it took a fifth of the CPU time for half a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, path, text
@@ -20,7 +21,8 @@ def add(commands: Any) -> None:
         _compare,
         "compare evaluated models with the first one by an exact paired test",
         "finetune compare runs/a runs/b\n  finetune compare runs/a:base runs/a runs/predictions/theirs\n"
-        "  finetune compare runs/a runs/b --common   (on the questions that both were asked)",
+        "  finetune compare runs/a runs/b --common   (on the questions that both were asked)\n"
+        "  finetune compare runs/sweeps/a   (the table of a sweep's trials)",
     )
     compare.description = (
         f"{compare.description} Writes compare.html and compare.json: the difference with its intervals, by difficulty, database "
@@ -30,9 +32,10 @@ def add(commands: Any) -> None:
         "compared",
         nargs="+",
         type=text,
-        metavar="RUN|RUN:MODEL|RESULT",
+        metavar="RUN|RUN:MODEL|RESULT|SWEEP",
         help="the reference first: a run's folder (its tuned model), RUN:base, RUN:vote, RUN:retry, RUN:NAME of predictions "
-        "judged for the run, or the folder of a result of `evaluate CONFIG --predictions`",
+        "judged for the run, or the folder of a result of `evaluate CONFIG --predictions`; "
+        "or one folder of a sweep alone",
     )
     compare.add_argument(
         "--common",
@@ -43,6 +46,9 @@ def add(commands: Any) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    if len(arguments.compared) == 1 and (found := _sweep_table(arguments.compared[0])):
+        print("\n".join(visible(line, one_line=True) for line in found))
+        return EXIT_OK
     if len(arguments.compared) < 2:
         raise UserError("compare: expected two or more, the reference first", code="cli.conflicting_options")
     from finetune.report.comparison import compare
@@ -54,6 +60,20 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(visible(line, one_line=True))
     print(f"comparison: {folder / 'compare.html'}")
     return EXIT_OK
+
+
+def _sweep_table(given: str) -> list[str]:
+    """The table of a sweep's trials, if the folder is one's; the report is written anew."""
+    from finetune.report.sweep import is_sweep, write_sweep
+    from finetune.runtime.paths import expanded
+
+    folder = Path(expanded(given))
+    if not is_sweep(folder):
+        return []
+    report = write_sweep(folder)
+    scored = [str(folder.parents[1] / row.run) for row in report.rows if row.accuracy is not None]
+    more = [f"the scored ones, question by question: finetune compare {' '.join(scored)}"] if len(scored) > 1 else []
+    return [*report.lines, *more, f"report: {report.page}"]
 
 
 def _summary(comparison: Comparison) -> list[str]:

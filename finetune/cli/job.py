@@ -1,4 +1,4 @@
-"""`finetune job train`, `evaluate`, `serve` and `dev`: what the scripts of on_machine/ call."""
+"""`finetune job train`, `evaluate`, `serve`, `sweep` and `dev`: what the scripts of on_machine/ call."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def add(commands: Any) -> None:
         "serve a run or an export through ssh",
         "RUN_NAME EXPORT DATABASES EXECUTE IDLE_MINUTES MAX_USD_PER_DAY MAX_RUN_USD MAX_HOURS VLLM_MINUTES",
     )
+    _add(
+        jobs,
+        "sweep",
+        _sweep,
+        "train the trials of a sweep, one after the other",
+        "CONFIG OVERRIDES SWEEP SWEEP_SEARCH SWEEP_TRIALS SWEEP_ETA SWEEP_RUNGS SWEEP_SEED SWEEP_WORKERS RUN_NAME EVALUATE "
+        "MAX_RUN_USD MAX_HOURS VLLM_MINUTES",
+    )
     _add(jobs, "dev", _dev, "serve JupyterLab and TensorBoard through ssh", "MAX_RUN_USD MAX_HOURS")
 
 
@@ -56,6 +64,15 @@ def _serve(settings: JobSettings) -> int:
     from finetune.job.serve import serve
 
     return serve(settings)
+
+
+def _sweep(settings: JobSettings) -> int:
+    from finetune.cli.sweep import tell
+    from finetune.job.sweep import sweep
+
+    folder, outcome = sweep(settings)
+    tell(folder, outcome, f"the same launch with RUN_NAME={folder.name}", "MAX_RUN_USD")
+    return outcome.code
 
 
 def _dev(settings: JobSettings) -> int:

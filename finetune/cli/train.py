@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
+from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path, whole_above_0
 from finetune.errors import UserError, shown
 
 
@@ -29,6 +29,13 @@ def add(commands: Any) -> None:
             help=f"ceiling in {what}, all attempts together: the same as the override budget.{_budget_key(option)}={unit}; with "
             "--resume it is saved in config.yaml of the run folder",
         )
+    train.add_argument(
+        "--stop-after-step",
+        type=whole_above_0,
+        metavar="N",
+        help="compute the validation loss, save a checkpoint and pause after this optimizer step; --resume goes on from there, "
+        "and the result is that of a run that did not pause",
+    )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
 
@@ -57,13 +64,13 @@ def _train_here(arguments: argparse.Namespace) -> int:
         with large_imports():
             from finetune.training.run import resume
 
-        return resume(run, ceilings)
+        return resume(run, ceilings, arguments.stop_after_step)
     arguments.overrides += [f"budget.{key}={value!r}" for key, value in ceilings.items()]
     config = loaded(arguments, arguments.target)
     with large_imports():
         from finetune.training.run import start
 
-    return start(config, arguments.target)
+    return start(config, arguments.target, arguments.stop_after_step)
 
 
 def _typed_ceilings(arguments: argparse.Namespace) -> dict[str, float]:

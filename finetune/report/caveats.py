@@ -10,6 +10,7 @@ STOPPED = {
     "interrupted": "was interrupted",
     "budget_stop": "stopped at its budget",
     "failed": "failed",
+    "paused": "was paused",
     "running": "was not finished when this was written",
 }
 

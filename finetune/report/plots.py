@@ -121,6 +121,39 @@ def draw_differences(title: str, differences: Sequence[Interval]) -> Plot:
         return _plot(figure, title, "95% intervals", spoken)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Validation losses over optimizer steps. kind: best, done or stopped, which decides how it is drawn."""
+
+    name: str
+    points: Series
+    kind: str
+
+
+def draw_curves(title: str, curves: Sequence[Curve], comparisons: Sequence[int]) -> Plot:
+    """One line for each trial of a sweep; comparisons: the steps at which trials were stopped."""
+    if not any(curve.points for curve in curves):
+        return Plot(title, "No validation loss yet.")
+    styles = {"best": ("second", 2.4, 1.0), "done": ("after", 1.8, 1.0), "stopped": ("before", 1.2, 0.9)}
+    with _styled():
+        figure, axes = _figure(2.8)
+        for step in comparisons:
+            axes.axvline(step, color=COLOURS["line"], linewidth=1)
+        for curve in sorted(curves, key=lambda curve: list(styles).index(curve.kind), reverse=True):
+            if curve.points:
+                colour, width, alpha = styles[curve.kind]
+                axes.plot(*_xy(curve.points), color=COLOURS[colour], linewidth=width, alpha=alpha, marker="o")
+                axes.annotate(
+                    _label(curve.name), curve.points[-1], (4, 0), textcoords="offset points", va="center", fontsize=8
+                )
+        axes.margins(x=0.15)
+        axes.set_xlabel("step")
+        axes.set_ylabel("validation loss")
+        axes.grid(axis="y")
+        spoken = "; ".join(f"{curve.name}: {curve.points[-1][1]:.3g}" for curve in curves if curve.points)
+        return _plot(figure, title, "vertical lines: where trials are compared", spoken)
+
+
 def draw_groups(titles_and_bars: Sequence[tuple[str, Sequence[Bar]]], labels: tuple[str, str]) -> list[Plot]:
     """Accuracy by group of two models of these names, the first as `base`; the titles must differ."""
     with _styled():

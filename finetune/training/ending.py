@@ -53,6 +53,16 @@ def refused(session: Session, refusal: str, before: str | None) -> int:
     return close(session, "budget_stop", step)
 
 
+def already_there(session: Session) -> int:
+    """End an attempt that has nothing to do: an earlier one has trained up to the step after which this one pauses, and was
+    killed before it could say so. Nothing is loaded."""
+    assert session.resume_from and session.resumed_step is not None
+    if distributed.is_rank0():
+        session.budget.book("paused")
+        adapter_from(session.run, session.resume_from, session.lease.check)
+    return close(session, "paused", session.resumed_step)
+
+
 def close(session: Session, status: str, step: int) -> int:
     session.budget.end(status)
     session.recorder.close(status, adapter_step=None if status == "interrupted" else step)
@@ -194,6 +204,8 @@ def tell_end(run: RunFolder, status: str, step: int) -> None:
         {
             "done": f"{run.path}: done; the adapter is in {run.adapter}",
             "budget_stop": f"{run.path}: the budget is used up; the adapter of step {step} is in {run.adapter}",
+            "paused": f"{run.path}: paused after step {step}, as asked, with a checkpoint; continue with "
+            f"`finetune train --resume {run.path}`",
             "interrupted": f"{run.path}: interrupted, a checkpoint is saved; continue with `finetune train --resume {run.path}`",
         }[status]
     )

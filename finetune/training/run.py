@@ -26,7 +26,15 @@ from finetune.runtime.stop_request import Stop, StopSignals
 from finetune.training.adapter import save_adapter
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
-from finetune.training.ending import clean_up, close, failures_recorded, refused, stop_hanging, taken_over_first
+from finetune.training.ending import (
+    already_there,
+    clean_up,
+    close,
+    failures_recorded,
+    refused,
+    stop_hanging,
+    taken_over_first,
+)
 from finetune.training.record.recorder import RunRecorder, new_record
 from finetune.training.resume import (
     check_numbers,
@@ -52,8 +60,8 @@ RECENTLY_SECONDS = 1.0
 """run.json is written at every log: a look at the lease that is so recent is enough for that."""
 
 
-def start(config: RunConfig, config_file: Path) -> int:
-    """Begin a new run in a new folder; returns the exit code. Under torchrun every process calls it.
+def start(config: RunConfig, config_file: Path, stop_step: int | None = None) -> int:
+    """Begin a new run in a new folder; returns the exit code. Under torchrun every process calls it. stop_step: pause after it.
 
     Raises UserError for inputs that no run can start with; no folder is left behind then.
     """
@@ -68,15 +76,15 @@ def start(config: RunConfig, config_file: Path) -> int:
 
             run = distributed.run_on_rank0(lambda: create_run(config, config_file, claim))
             record = new_record(run, config, config_file, inputs.data, inputs.template)
-            return _attempt(run, inputs, distributed.run_on_rank0(lambda: record), None, lease, began)
+            return _attempt(run, inputs, distributed.run_on_rank0(lambda: record), None, lease, began, stop_step)
 
 
-def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
+def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None, stop_step: int | None = None) -> int:
     """Resume a run from its newest valid checkpoint, with the config in its folder; returns the exit code.
 
     `resume_rules` defines which keys of the config may have changed. ceilings: keys of the section budget, such as max_run_usd,
-    written into that config once all other checks have passed. Raises UserError for other changes, for other data, and for a
-    run that is done or has no budget left.
+    written into that config once all other checks have passed. stop_step: pause after it. Raises UserError for other changes, for
+    other data, and for a run that is done or has no budget left.
     """
     began = time.monotonic()
     with distributed.process_group():
@@ -108,7 +116,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
                 distributed.run_on_rank0(lambda: set_ceilings(run, config, ceilings, found))
             record.attempts += 1
             record.config, record.config_hash = to_dict(config), config_hash(config)
-            return _attempt(run, inputs, record, found, lease, began)
+            return _attempt(run, inputs, record, found, lease, began, stop_step)
 
 
 def _acquire(lease: Lease, run: RunFolder, inputs: Inputs, heritage: Callable[[], Heritage]) -> bool:
@@ -121,15 +129,25 @@ def _acquire(lease: Lease, run: RunFolder, inputs: Inputs, heritage: Callable[[]
         raise
 
 
-def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | None, lease: Lease, began: float) -> int:
+def _attempt(
+    run: RunFolder,
+    inputs: Inputs,
+    record: RunRecord,
+    found: Path | None,
+    lease: Lease,
+    began: float,
+    stop_step: int | None,
+) -> int:
     stop = Stop(say)
     step = read_manifest(found)["step"] if found else 0
     budget = open_budget(run, inputs.config, inputs.price, stop, attempt=record.attempts, step=step)
     recorder, before = RunRecorder(run, record, budget, began, lambda: lease.check(RECENTLY_SECONDS)), record.status
-    session = Session(run, inputs, recorder, budget, stop, lease, found)
+    session = Session(run, inputs, recorder, budget, stop, lease, found, stop_step)
     with failures_recorded(session):
         recorder.resume_from(found)
         distributed.on_failure(lambda: clean_up(session))
+        if stop_step is not None and step >= stop_step:
+            return already_there(session)
         refusal = distributed.run_on_rank0(budget.refusal_to_start)
         if refusal is None:
             recorder.begin()  # before anything else: a folder without run.json is not a run
@@ -152,6 +170,7 @@ def _fit(session: Session, parts: Parts) -> int:
         session.stop,
         save_steps=inputs.config.checkpoint.save_steps,
         every_minutes=inputs.config.checkpoint.every_minutes,
+        stop_step=session.stop_step,
     )
 
     def between_micro_batches() -> None:
@@ -286,7 +305,7 @@ def _committed(session: Session, writer: AsyncCheckpointWriter, staging: Checkpo
 def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfStep) -> int:
     """Save the adapter unless the run is to be resumed, close the record, report the end; returns the exit code."""
     done = trainer.state.global_step >= trainer.state.max_steps
-    status = "done" if done else "budget_stop" if ends.budget_stop else "interrupted"
+    status = "done" if done else "budget_stop" if ends.budget_stop else "paused" if ends.paused else "interrupted"
     if status != "interrupted" and distributed.is_rank0():
         save_adapter(session.run, trainer.model, parts, session.inputs.template, session.lease.check)
     return close(session, status, trainer.state.global_step)

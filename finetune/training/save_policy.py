@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from finetune.runtime import distributed, fault_injection
 from finetune.runtime.stop_request import Stop
@@ -23,7 +24,8 @@ class StepAbandoned(Exception):
 class EndOfStep(TrainerCallback):
     """Decides at the end of every step whether to save and to stop; the decision is the same in all processes.
 
-    save_steps, every_minutes: from the config's checkpoint section. A checkpoint is also saved after the last step.
+    save_steps, every_minutes: from the config's checkpoint section. A checkpoint is also saved after the last step. stop_step:
+    after it the validation loss is computed, as after the last step, and the run pauses.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class EndOfStep(TrainerCallback):
         *,
         save_steps: int | None,
         every_minutes: float | None,
+        stop_step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.stop, self.budget_stop = stop, False
+        self.stop, self.budget_stop, self.paused = stop, False, False
+        self._stop_step = stop_step
         self._save_steps, self._interval = save_steps, None if every_minutes is None else 60 * every_minutes
         self._clock = clock
         self._saved = self._begun = clock()
@@ -53,9 +57,13 @@ class EndOfStep(TrainerCallback):
         stop, budget, due = distributed.any_of_each([bool(self.stop.first), self.stop.because_of("budget"), due])
         last = state.global_step >= state.max_steps
         by_steps = bool(self._save_steps and state.global_step % self._save_steps == 0)
-        control.should_save = stop or last or due or by_steps
-        control.should_training_stop = control.should_training_stop or stop
+        there = self._stop_step is not None and state.global_step >= self._stop_step
+        if there:
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
+        control.should_save = stop or last or due or by_steps or there
+        control.should_training_stop = control.should_training_stop or stop or there
         self.budget_stop = budget and not last
+        self.paused = there and not last
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saved = self._clock()

@@ -17,7 +17,8 @@ from finetune.training.setup import Inputs
 
 @dataclass(frozen=True)
 class Session:
-    """The objects of one attempt of a run. resume_from: the checkpoint that it resumes from, None for a fresh start."""
+    """The objects of one attempt of a run. resume_from: the checkpoint that it resumes from, None for a fresh start. stop_step:
+    the step after which it pauses, None to train to the end."""
 
     run: RunFolder
     inputs: Inputs
@@ -26,6 +27,7 @@ class Session:
     stop: Stop
     lease: Lease
     resume_from: Path | None = None
+    stop_step: int | None = None
 
     @property
     def record(self) -> RunRecord:

@@ -80,8 +80,8 @@ def config(tiny_config: Callable[..., Path]) -> Path:
 
 def test_all_commands_exist() -> None:
     agreed = (
-        "doctor, data prepare, data check, plan, launch, machine, train, evaluate, report, runs, watch, compare, export, serve, "
-        "completion, ask, generate, config, demo, job train, job evaluate, job serve, job dev"
+        "doctor, data prepare, data check, plan, launch, machine, train, sweep, evaluate, report, runs, watch, compare, export, "
+        "serve, completion, ask, generate, config, demo, job train, job evaluate, job serve, job sweep, job dev"
     )
     assert {tuple(name.split()) for name in agreed.split(", ")} | {(), ("data",), ("job",)} == set(COMMANDS)
 
