@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "data": "errors example tokens runtime sql config prepared_folder",
     "estimate": "errors runtime machine config models",
     "budget": "errors runtime machine config run_folder",
+    "stage_end": "errors runtime machine run_folder budget",
     "training.objectives": "errors example tokens",
     "training.step": "errors example runtime machine config models.fused models estimate training.objectives",
     "training": "errors example runtime machine checkpoint config models "
@@ -49,9 +50,9 @@ MAY_IMPORT = {
     "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "serve.client": "errors runtime",
     "serve": "errors tokens runtime machine sql config models run_folder data evaluation export",
-    "job": "errors runtime machine config run_name run_folder prepared_folder budget",
+    "job": "errors runtime machine config run_name run_folder prepared_folder budget stage_end",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
-    "cli": "errors runtime machine config models run_folder data estimate training "
+    "cli": "errors runtime machine config models run_folder data estimate budget stage_end training "
     "evaluation cloud.gcloud cloud.catalog cloud.plan cloud.launch report doctor export serve.client serve job demo",
     "__main__": "cli",
 }

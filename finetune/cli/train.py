@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path
 from finetune.errors import UserError, shown
+from finetune.stage_end.following import after_training
+from finetune.stage_end.tell import cost_of_account, cost_of_command, tell
+
+if TYPE_CHECKING:
+    from finetune.run_folder import RunFolder
 
 
 def add(commands: Any) -> None:
@@ -57,13 +63,29 @@ def _train_here(arguments: argparse.Namespace) -> int:
         with large_imports():
             from finetune.training.run import resume
 
-        return resume(run, ceilings)
+        code = resume(run, ceilings)
+        _tell_end(run)
+        return code
     arguments.overrides += [f"budget.{key}={value!r}" for key, value in ceilings.items()]
     config = loaded(arguments, arguments.target)
     with large_imports():
         from finetune.training.run import start
 
-    return start(config, arguments.target)
+    began: list[RunFolder] = []
+    code = start(config, arguments.target, created=began.append)
+    _tell_end(*began)
+    return code
+
+
+def _tell_end(run: RunFolder) -> None:
+    from finetune.budget.ledger import Ledger
+    from finetune.runtime import distributed
+
+    if not distributed.is_rank0():
+        return
+    with suppress(UserError):  # the run has ended well, whatever has become of its files since
+        account = Ledger(run.ledger).account().of("train")
+        tell("train", cost_of_account(account) if account.attempts else cost_of_command(), after_training(run))
 
 
 def _typed_ceilings(arguments: argparse.Namespace) -> dict[str, float]:

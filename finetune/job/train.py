@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from finetune.job.programs import say, tensorboard
 from finetune.job.score import is_scored, score_after_training
 from finetune.job.settings import JobSettings
 from finetune.run_folder import RunFolder
+from finetune.stage_end.following_job import after_train_job, cost_of_run
+from finetune.stage_end.tell import tell
 
 NODES_PORT = 29500
 
@@ -29,10 +32,19 @@ def train(settings: JobSettings) -> int:
     """Exit codes: 0 done, or stopped at a limit with a checkpoint; 2 user error; 75 interrupted, to be run again; if the score
     failed, its own."""
     settings.require_bucket()
-    name = settings.name_of_run()
+    run = RunFolder(settings.runs / settings.name_of_run())
+    code = _trained(run, settings)
+    if settings.nodes is None or settings.nodes.rank == 0:
+        with suppress(UserError, OSError):  # the exit code is that of the work
+            following = after_train_job(run, settings.job, code, scored=is_scored(run))
+            tell("run", cost_of_run(run), following, say, within=True)
+    return code
+
+
+def _trained(run: RunFolder, settings: JobSettings) -> int:
+    name = run.path.name
     wandb = {"WANDB_RUN_ID": name, "WANDB_NAME": name, "WANDB_RESUME": "allow"}
     settings = replace(settings, environment=settings.environment | wandb)
-    run = RunFolder(settings.runs / name)
     clear_not_started(run, say)
     if not run.run_json.exists():
         words = _begin(run, settings)
@@ -45,10 +57,7 @@ def train(settings: JobSettings) -> int:
         say(f"training for at most {hours:.4f} hours on this machine")
         ended = run_limited([*trainer(settings), *words], hours, settings)
         if ended.out_of_time:
-            say(
-                f"{hours:.4f} hours are over ({settings.limits}): stopped, the newest checkpoint is kept in {run.path}; to "
-                f"resume, launch again with --env RUN_NAME={name} and a higher limit"
-            )
+            say(f"{hours:.4f} hours are over ({settings.limits}): stopped, the newest checkpoint is kept in {run.path}")
             return EXIT_OK  # so that a managed job does not restart it
         if ended.code != EXIT_OK:
             return ended.code

@@ -194,6 +194,6 @@ def tell_end(run: RunFolder, status: str, step: int) -> None:
         {
             "done": f"{run.path}: done; the adapter is in {run.adapter}",
             "budget_stop": f"{run.path}: the budget is used up; the adapter of step {step} is in {run.adapter}",
-            "interrupted": f"{run.path}: interrupted, a checkpoint is saved; continue with `finetune train --resume {run.path}`",
+            "interrupted": f"{run.path}: interrupted, a checkpoint is saved",
         }[status]
     )

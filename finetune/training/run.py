@@ -52,8 +52,8 @@ RECENTLY_SECONDS = 1.0
 """run.json is written at every log: a look at the lease that is so recent is enough for that."""
 
 
-def start(config: RunConfig, config_file: Path) -> int:
-    """Begin a new run in a new folder; returns the exit code. Under torchrun every process calls it.
+def start(config: RunConfig, config_file: Path, created: Callable[[RunFolder], object] = lambda run: None) -> int:
+    """Begin a new run in a new folder; returns the exit code. Under torchrun every process calls it. created: is told the folder.
 
     Raises UserError for inputs that no run can start with; no folder is left behind then.
     """
@@ -67,6 +67,7 @@ def start(config: RunConfig, config_file: Path) -> int:
                 _acquire(lease, run, inputs, lambda: ({}, 0))
 
             run = distributed.run_on_rank0(lambda: create_run(config, config_file, claim))
+            created(run)
             record = new_record(run, config, config_file, inputs.data, inputs.template)
             return _attempt(run, inputs, distributed.run_on_rank0(lambda: record), None, lease, began)
 
