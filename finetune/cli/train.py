@@ -42,14 +42,27 @@ def _train(arguments: argparse.Namespace) -> int:
     from finetune.machine.hardware import let_segments_grow
 
     let_segments_grow()
-    from finetune.runtime import distributed
+    from finetune.runtime import process_group
     from finetune.runtime.console import broken_pipe_safe
 
-    with broken_pipe_safe(), distributed.process_group():  # so that an error of all processes is reported once
+    with broken_pipe_safe(), process_group.process_group():  # so that an error of all processes is reported once
         return _train_here(arguments)
 
 
+TYPED = ("resume", "target", "overrides", "max_run_usd", "max_hours")
+
+
 def _train_here(arguments: argparse.Namespace) -> int:
+    """What was typed for rank 0 applies: another machine may not see yet, or not any more, what is in the run's folder."""
+    from finetune.runtime import distributed
+
+    typed = distributed.run_on_rank0(lambda: {name: getattr(arguments, name) for name in TYPED})
+    return _train_as_typed(argparse.Namespace(**typed))
+
+
+def _train_as_typed(arguments: argparse.Namespace) -> int:
+    from finetune.runtime import distributed
+
     ceilings = _typed_ceilings(arguments)
     if arguments.resume:
         if arguments.overrides:
@@ -59,7 +72,7 @@ def _train_here(arguments: argparse.Namespace) -> int:
             )
         from finetune.run_folder import open_run
 
-        run = open_run(arguments.target)
+        run = distributed.run_on_rank0(lambda: open_run(arguments.target))
         with large_imports():
             from finetune.training.run import resume
 
@@ -67,7 +80,7 @@ def _train_here(arguments: argparse.Namespace) -> int:
         _tell_end(run)
         return code
     arguments.overrides += [f"budget.{key}={value!r}" for key, value in ceilings.items()]
-    config = loaded(arguments, arguments.target)
+    config = distributed.run_on_rank0(lambda: loaded(arguments, arguments.target))
     with large_imports():
         from finetune.training.run import start
 

@@ -28,7 +28,7 @@ LEAST_SECONDS = 120.0
 def score_after_training(run: RunFolder, hours: float, settings: JobSettings) -> int:
     """Score a run with what training has left of its ceilings. hours: left to this machine. Returns the exit code: 0 also if too
     little is left, because the run is whole without its score; 75 if it was interrupted and goes on from the answers so far."""
-    if not settings.evaluate or (settings.nodes and settings.nodes.rank):
+    if not settings.evaluate:
         say(f"{run.path} is done")
         return EXIT_OK
     if settings.nodes:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.budget.lease import clear_not_started
-from finetune.errors import EXIT_OK, UserError
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.job.data import data_of_config, data_of_run
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
@@ -26,6 +26,8 @@ from finetune.stage_end.following_job import after_train_job, cost_of_run
 from finetune.stage_end.tell import tell
 
 NODES_PORT = 29500
+LATER_HOURS = 0.2
+"""After the first node's limit another one ends by itself: the first one has stopped both long before."""
 
 
 def train(settings: JobSettings) -> int:
@@ -33,11 +35,12 @@ def train(settings: JobSettings) -> int:
     failed, its own."""
     settings.require_bucket()
     run = RunFolder(settings.runs / settings.name_of_run())
+    if settings.nodes and settings.nodes.rank:
+        return _helped(run, settings)
     code = _trained(run, settings)
-    if settings.nodes is None or settings.nodes.rank == 0:
-        with suppress(UserError, OSError):  # the exit code is that of the work
-            following = after_train_job(run, settings.job, code, scored=is_scored(run))
-            tell("run", cost_of_run(run), following, say, within=True)
+    with suppress(UserError, OSError):  # the exit code is that of the work
+        following = after_train_job(run, settings.job, code, scored=is_scored(run))
+        tell("run", cost_of_run(run), following, say, within=True)
     return code
 
 
@@ -62,6 +65,26 @@ def _trained(run: RunFolder, settings: JobSettings) -> int:
         if ended.code != EXIT_OK:
             return ended.code
         return score_after_training(run, hours - (time.monotonic() - began) / 3600, settings)
+
+
+def _helped(run: RunFolder, settings: JobSettings) -> int:
+    """Train on another node than the first, which decides what is typed, keeps the run's folder, and enforces the limits.
+
+    SkyPilot kills all nodes as soon as one ends with another code than 0. An interruption is reported by the first node, which
+    may still be copying the last checkpoint into the bucket.
+    """
+    assert settings.nodes
+    if run.run_json.exists():
+        if run.record().status == "done":
+            return EXIT_OK  # the first node trains no more
+        data_of_run(run, settings)
+    else:
+        _require_config(settings)
+        data_of_config(Path(settings.config), settings.overrides, settings)
+    say(f"node {settings.nodes.rank} of {settings.nodes.count}: trains with the first one, {settings.nodes.first}")
+    hours = float(settings.max_hours) + LATER_HOURS
+    ended = run_limited([*trainer(settings), settings.config or "CONFIG"], hours, settings)
+    return EXIT_OK if ended.code == EXIT_TRANSIENT else ended.code
 
 
 def trainer(settings: JobSettings) -> list[str]:
@@ -103,15 +126,19 @@ def _hours_for_the_score(run: RunFolder, settings: JobSettings) -> float:
 
 
 def _begin(run: RunFolder, settings: JobSettings) -> list[str]:
-    if not settings.config:
-        raise UserError(
-            "CONFIG: expected a config file such as configs/mistral_7b_qlora.yaml", code="job.missing_setting"
-        )
+    _require_config(settings)
     data_of_config(Path(settings.config), settings.overrides, settings)
     name = run.path.name
     say(f"new run {run.path}; if it is interrupted, the same launch with --env RUN_NAME={name} resumes it")
     place = [f"training.output_dir={settings.runs}", f"training.run_name={name}"]
     return [settings.config, *settings.overrides, *place, f"budget.max_run_usd={settings.max_run_usd}"]
+
+
+def _require_config(settings: JobSettings) -> None:
+    if not settings.config:
+        raise UserError(
+            "CONFIG: expected a config file such as configs/mistral_7b_qlora.yaml", code="job.missing_setting"
+        )
 
 
 def _go_on(run: RunFolder, settings: JobSettings) -> list[str]:

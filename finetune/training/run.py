@@ -20,10 +20,11 @@ from finetune.data.tokenize import Examples
 from finetune.errors import EXIT_OK, UserError
 from finetune.run_folder import RunFolder, check_name_is_free, create_run
 from finetune.run_record import RunRecord
-from finetune.runtime import distributed
+from finetune.runtime import distributed, process_group
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import Stop, StopSignals
 from finetune.training.adapter import save_adapter
+from finetune.training.agreement import check_agreement
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.training.ending import clean_up, close, failures_recorded, refused, stop_hanging, taken_over_first
@@ -58,9 +59,10 @@ def start(config: RunConfig, config_file: Path, created: Callable[[RunFolder], o
     Raises UserError for inputs that no run can start with; no folder is left behind then.
     """
     began = time.monotonic()
-    with distributed.process_group():
+    with process_group.process_group():
         distributed.run_on_rank0(lambda: check_name_is_free(config.training))
         inputs = inputs_of(config)
+        check_agreement(inputs)
         with Lease(say) as lease:
 
             def claim(run: RunFolder) -> None:
@@ -80,7 +82,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
     run that is done or has no budget left.
     """
     began = time.monotonic()
-    with distributed.process_group():
+    with process_group.process_group():
         typed = [f"budget.{name}={value!r}" for name, value in (ceilings or {}).items()]
 
         def read() -> tuple[RunConfig, RunRecord]:
@@ -91,6 +93,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None) -> int:
         check_numbers(run, record)
         store_of(run, config, record, Lease(say))  # checks what identifies the run
         inputs = inputs_of(config)
+        check_agreement(inputs)
         with Lease(say) as lease:
             store = store_of(run, config, record, lease)
             waited = distributed.run_on_rank0(lambda: _acquire(lease, run, inputs, store.heritage))
@@ -130,7 +133,7 @@ def _attempt(run: RunFolder, inputs: Inputs, record: RunRecord, found: Path | No
     session = Session(run, inputs, recorder, budget, stop, lease, found)
     with failures_recorded(session):
         recorder.resume_from(found)
-        distributed.on_failure(lambda: clean_up(session))
+        process_group.on_failure(lambda code: clean_up(session, code))
         refusal = distributed.run_on_rank0(budget.refusal_to_start)
         if refusal is None:
             recorder.begin()  # before anything else: a folder without run.json is not a run
