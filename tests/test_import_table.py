@@ -36,11 +36,12 @@ MAY_IMPORT = {
     "estimate": "errors runtime machine config models",
     "cloud.catalog": "errors runtime",
     "budget": "errors runtime machine config run_folder cloud.catalog",
+    "stage_end": "errors runtime machine run_folder budget",
     "training.objectives": "errors example tokens",
     "training.step": "errors example runtime machine config models.fused models estimate training.objectives",
     "training": "errors example runtime machine checkpoint config models "
     "run_record run_folder prepared_folder data budget training.objectives training.step",
-    "sweep": "errors runtime machine config run_name run_record run_folder prepared_folder budget",
+    "sweep": "errors runtime machine config run_name run_record run_folder prepared_folder budget stage_end",
     "evaluation": "errors tokens runtime machine sql config run_name models run_folder prepared_folder data budget",
     "cloud.gcloud": "errors runtime",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate cloud.catalog",
@@ -50,9 +51,9 @@ MAY_IMPORT = {
     "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "serve.client": "errors runtime",
     "serve": "errors tokens runtime machine sql config models run_folder data evaluation export",
-    "job": "errors runtime machine config run_name run_folder prepared_folder budget sweep",
+    "job": "errors runtime machine config run_name run_folder prepared_folder budget stage_end sweep",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
-    "cli": "errors runtime machine config models run_folder data estimate training sweep "
+    "cli": "errors runtime machine config models run_folder data estimate budget stage_end training sweep "
     "evaluation cloud.gcloud cloud.catalog cloud.plan cloud.launch report doctor export serve.client serve job demo",
     "__main__": "cli",
 }

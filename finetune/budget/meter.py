@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from finetune.budget.ledger import Account, Attempt
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
+from finetune.runtime.quantities import duration
 
 MAX_RESTART_RESERVE_SECONDS = 900.0
 """Upper bound of the restart reserve. If a start took longer, its machine stood idle before it; a recovery does not do that."""
@@ -204,10 +205,3 @@ class Meter:
             parts.append(f"{self._hours():.2f}{limit or ' h'} (measured)")
         parts.append(f"{duration(max(0.0, left))} left" if math.isfinite(left) else "no ceiling")
         return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """As text: 5.9 h, 21.4 min, 36 s."""
-    if seconds >= 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

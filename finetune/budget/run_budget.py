@@ -18,7 +18,7 @@ from finetune.machine.billed_time import MachineTime
 from finetune.machine.preemption import PREEMPTED, PreemptionWatch
 from finetune.machine.price import Ceilings, MachinePrice, dearest_usd_per_hour, facts, provisioned
 from finetune.run_folder import RunFolder
-from finetune.runtime import distributed
+from finetune.runtime import distributed, process_group
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import NOTICE_SECONDS, Stop
 
@@ -66,7 +66,7 @@ def open_budget(
     """The budget of a new attempt. step: optimizer steps done before it. Raises UserError if the ledger cannot be read."""
     if distributed.is_rank0():
         return FirstRankBudget(run, config, price, stop, attempt=attempt, step=step)
-    return OtherRankBudget()
+    return OtherRankBudget(stop)
 
 
 def book_refused(run: RunFolder, config: RunConfig, price: MachinePrice | None) -> None:
@@ -78,7 +78,10 @@ def book_refused(run: RunFolder, config: RunConfig, price: MachinePrice | None) 
 
 
 class OtherRankBudget:
-    """Does nothing. The methods are those of RunBudget."""
+    """Does nothing but listen for the preemption of another machine than rank 0's. The methods are those of RunBudget."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
 
     def metered(self, hard_stop: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext()
@@ -86,8 +89,14 @@ class OtherRankBudget:
     def book(self, reason: str) -> None:
         pass
 
-    def notices(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def notices(self) -> Iterator[None]:
+        with PreemptionWatch(self._on_notice) if distributed.is_first_here() else nullcontext():
+            yield
+
+    def _on_notice(self, key: str) -> None:
+        if key == PREEMPTED:
+            self._stop.ask("preemption", "Google takes this machine back", NOTICE_SECONDS)
 
     def follow(self, progress: Callable[[], tuple[int, int]], wall_seconds: Callable[[], float]) -> None:
         pass
@@ -251,7 +260,7 @@ class FirstRankBudget:
         try:
             self._hard_stop()
         finally:
-            distributed.end_all(reason, EXIT_OK)
+            process_group.end_all(reason, EXIT_OK)
             os._exit(EXIT_OK)
 
 

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from finetune.budget.ledger import AttemptLog
-from finetune.budget.meter import Meter, duration
+from finetune.budget.meter import Meter
 from finetune.errors import UserError
+from finetune.runtime.quantities import duration
 
 HEARTBEAT_VARIABLE = "FINETUNE_HEARTBEAT_SECONDS"
 HEARTBEAT_SECONDS = 30.0

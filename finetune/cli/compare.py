@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from finetune.cli.arguments import add_command, path, text
 from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.console import visible
+from finetune.stage_end.following import after_comparison
+from finetune.stage_end.tell import cost_of_command, tell
 
 if TYPE_CHECKING:
     from finetune.report.comparison import Comparison
@@ -59,6 +61,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     for line in _summary(comparison):
         print(visible(line, one_line=True))
     print(f"comparison: {folder / 'compare.html'}")
+    accuracies = [scores["execution_accuracy"] for scores in comparison.scores]
+    tell("compare", cost_of_command(), after_comparison([one.given for one in comparison.compared], accuracies))
     return EXIT_OK
 
 

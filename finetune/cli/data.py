@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from finetune.cli.arguments import add_command, add_config, loaded
 from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
 from finetune.runtime.console import visible
+from finetune.stage_end.following import after_check, after_prepare
+from finetune.stage_end.tell import cost_of_command, tell
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
@@ -46,6 +48,8 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
     counts = prepared.manifest["counts"]
     print(f"{prepared.folder}: {'written' if prepared.changed else 'unchanged'}, "
           + ", ".join(f"{count} {split}" for split, count in counts.items()))  # fmt: skip
+    following = after_prepare(arguments.config, arguments.overrides)
+    tell("data prepare", cost_of_command(config.budget.usd_per_hour), following)
     return EXIT_OK
 
 
@@ -78,7 +82,10 @@ def _data_check(arguments: argparse.Namespace) -> int:
     left_out = len(findings.rejections) - rejected
     left = f", {left_out} left out" if left_out else ""
     print(f"{arguments.config}: {counts}, {rejected} rejected{left}{apart}")
-    return EXIT_MISSING if rejected or findings.problems or hollow else EXIT_OK
+    faulty = bool(rejected or findings.problems or hollow)
+    following = [] if faulty else after_check(arguments.config, arguments.overrides)
+    tell("data check", cost_of_command(config.budget.usd_per_hour), following)
+    return EXIT_MISSING if faulty else EXIT_OK
 
 
 def _lengths(config: RunConfig, findings: Findings) -> list[str]:

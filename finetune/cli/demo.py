@@ -9,6 +9,8 @@ from typing import Any
 
 from finetune.cli.arguments import add_command, add_config, large_imports, loaded, positive, print_result
 from finetune.errors import EXIT_OK
+from finetune.stage_end.following import after_report
+from finetune.stage_end.tell import cost_of_command, tell
 
 
 def add(commands: Any) -> None:
@@ -41,5 +43,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     with broken_pipe_safe():
         code = run_demo(config, arguments.config, deadline)
     if code == EXIT_OK:
-        print_result(Path(config.training.output_dir) / str(config.training.run_name))
+        from finetune.run_folder import RunFolder
+
+        folder = Path(config.training.output_dir) / str(config.training.run_name)
+        print_result(folder)
+        tell("demo", cost_of_command(config.budget.usd_per_hour), after_report(RunFolder(folder)))
     return code

@@ -8,6 +8,8 @@ from typing import Any
 
 from finetune.cli.arguments import add_command
 from finetune.errors import EXIT_OK, UserError
+from finetune.stage_end.following import after_doctor
+from finetune.stage_end.tell import cost_of_command, tell
 
 
 def add(commands: Any) -> None:
@@ -31,10 +33,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
         from finetune.cloud.gcloud.policy_setting import KEY, POLICY, name_policy
 
         print(f"{name_policy()}: {KEY}: {POLICY}")
+        tell("doctor", cost_of_command(), after_doctor(cloud=True, missing=True))
         return EXIT_OK
     checks = examine("cloud", regions=_regions()) if arguments.cloud else examine("train")
     print(render(checks))
-    return exit_code(checks)
+    code = exit_code(checks)
+    tell("doctor", cost_of_command(), after_doctor(cloud=arguments.cloud, missing=code != EXIT_OK))
+    return code
 
 
 def _regions() -> list[str] | None:

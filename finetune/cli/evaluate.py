@@ -7,11 +7,16 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path, text
 from finetune.errors import EXIT_OK, Interrupted, UserError
 from finetune.runtime.console import visible
+from finetune.stage_end.following import after_evaluation, after_predictions, after_scored_base
+from finetune.stage_end.tell import cost_of_command, tell
+
+if TYPE_CHECKING:
+    from finetune.stage_end.tell import Next
 
 EVALUATION_KEYS = "evaluation."
 
@@ -60,7 +65,32 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             print(visible(line, one_line=True))
     if gain := gain_line(result):
         print(f"  gain: {gain}")
+    tell("evaluate", _cost(arguments, result), _following(arguments, result))
     return EXIT_OK
+
+
+def _cost(arguments: argparse.Namespace, result: dict[str, Any]) -> str:
+    """Of the answers, which may have been generated earlier and elsewhere, and of this command, which may only have judged."""
+    from finetune.report.score_facts import dollars
+
+    here = cost_of_command()
+    costs = [scores["cost"] for scores in result["models"].values() if scores.get("cost")]
+    whole = result.get("cost") or (costs[0] if len(costs) == 1 else None)
+    return f"{here}; all answers: {dollars(whole)}" if whole and whole["usd"] is not None else here
+
+
+def _following(arguments: argparse.Namespace, result: dict[str, Any]) -> list[Next]:
+    from finetune.run_folder import RunFolder
+
+    if arguments.predictions is not None:
+        from finetune.evaluation.predictions import place_of
+
+        [name] = result["models"]
+        config = loaded(arguments, _config_file(arguments))
+        return after_predictions(arguments.target, place_of(arguments.target, config, name).folder, name)
+    if arguments.target.is_dir():
+        return after_evaluation(RunFolder(arguments.target))
+    return after_scored_base(arguments.target, arguments.overrides)
 
 
 def _result(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 from finetune.cli.arguments import add_command, large_imports, path, text
 from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.console import visible
+from finetune.stage_end.following import after_export
+from finetune.stage_end.tell import cost_of_command, tell
 
 TARGETS = ("merged", "gguf", "adapter", "hub")
 
@@ -105,6 +107,7 @@ def _export(arguments: argparse.Namespace) -> int:
         from finetune.export.hub import upload
 
         print(visible(upload(target, arguments.repo, private=arguments.private), one_line=True))
+    tell("export", cost_of_command(run.config().budget.usd_per_hour), after_export(target))
     return EXIT_OK
 
 

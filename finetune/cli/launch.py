@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, path
 from finetune.errors import UserError
+from finetune.stage_end.following import after_launch
+from finetune.stage_end.tell import tell
 
 if TYPE_CHECKING:
     from finetune.cloud.launch.command import Launch
@@ -42,8 +44,24 @@ def _launch(arguments: argparse.Namespace) -> int:
             print(_plan(launch))
         except UserError as error:  # the policy decides whether such a run may be launched
             print(f"no plan: {error}")
+    tell("launch", _most(launch), after_launch(launch.cluster, managed=arguments.jobs))
     print(f"in {launch.folder}: {shlex.join(['sky', *launch.words[1:]])}", flush=True)
     os.execv(launch.words[0], launch.words)
+
+
+def _most(launch: Launch) -> str:
+    """What it can cost at most: SkyPilot's command takes this process's place, and cannot say at the end what it did cost."""
+    try:
+        limits = launch.ceilings
+    except UserError:  # the policy refuses it, and says why
+        return "nothing yet"
+    per_hour = f"${limits.usd_per_hour:g}/h" if limits.usd_per_hour is not None else ""
+    in_all = f"${limits.run_usd:g} in all" if limits.run_usd is not None else ""
+    return (
+        f"at most {', '.join(filter(None, (in_all, per_hour)))} (ceilings of the task)"
+        if per_hour or in_all
+        else "no ceiling"
+    )
 
 
 def _plan(launch: Launch) -> str:

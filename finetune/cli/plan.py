@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import OVERRIDES, add_command, path, positive
 from finetune.errors import EXIT_OK, UserError
+from finetune.stage_end.following import after_plan, after_written_plan
+from finetune.stage_end.tell import Next, cost_of_command, tell
 
 if TYPE_CHECKING:
+    from finetune.cloud.plan.plan import Plan
     from finetune.config.schema import RunConfig
     from finetune.machine.price import Ceilings
 
@@ -68,6 +71,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         from finetune.estimate.memory_table import memory_table
 
         print(memory_table(config, config.plan.gpus))
+        tell("plan", cost_of_command(), [Next(tuple(_words(arguments)), "hours and dollars")])
         return EXIT_OK
     from finetune.cloud.catalog.offers import load_catalog
     from finetune.cloud.plan.flex import flex_json, render_flex
@@ -92,11 +96,25 @@ def _plan(arguments: argparse.Namespace) -> int:
         write_order(plan, arguments.write, _typed(arguments))
         if not arguments.json:
             print(f"written: {arguments.write}")
+    tell("plan", cost_of_command(), _following(plan, arguments))
     return EXIT_OK
+
+
+def _following(plan: Plan, arguments: argparse.Namespace) -> list[Next]:
+    chosen = [row for row in plan.rows if row.chosen]
+    if arguments.write:
+        return after_written_plan(arguments.write, arguments.config, arguments.overrides, spot=chosen[0].spot)
+    costs = [row.cost for row in plan.rows if row.cost and row.on_gpu.fits and not (row.offer and row.offer.anomalies)]
+    cheapest = min(((cost.usd, cost.hours) for cost in costs), default=None)
+    return after_plan(_words(arguments), cheapest, fits=bool(chosen))
 
 
 def _typed(arguments: argparse.Namespace) -> str:
     """The command that produces this plan, in one line."""
+    return " ".join(shlex.join(_words(arguments)).split())
+
+
+def _words(arguments: argparse.Namespace) -> list[str]:
     words = ["finetune", "plan", str(arguments.config), *arguments.overrides]
     for name in ("max_run_usd", "max_hourly_usd", "max_hours"):
         if (value := getattr(arguments, name)) is not None:
@@ -107,7 +125,7 @@ def _typed(arguments: argparse.Namespace) -> str:
         words.append("--no-score")
     if arguments.trust_prices:
         words.append("--trust-prices")
-    return " ".join(shlex.join(words).split())
+    return words
 
 
 def _ceilings(arguments: argparse.Namespace, config: RunConfig) -> Ceilings:

@@ -9,6 +9,8 @@ from typing import Any
 from finetune.cli.arguments import add_command, large_imports, path, text
 from finetune.errors import UserError
 from finetune.runtime.installed import install_command
+from finetune.stage_end.following import after_serving
+from finetune.stage_end.tell import cost_of_command, tell
 
 
 def add(commands: Any) -> None:
@@ -64,7 +66,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         from finetune.serve.run import Options, serve
 
     names = ("host", "port", "databases", "execute", "backend", "api_key_env", "idle_minutes", "max_hours", "heartbeat")
-    return serve(arguments.target, Options(**{name: getattr(arguments, name) for name in names}))
+    code = serve(arguments.target, Options(**{name: getattr(arguments, name) for name in names}))
+    tell("serve", cost_of_command(), after_serving(arguments.target))
+    return code
 
 
 def _port(value: str) -> int:

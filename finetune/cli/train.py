@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path, whole_above_0
 from finetune.errors import UserError, shown
+from finetune.stage_end.following import after_training
+from finetune.stage_end.tell import cost_of_account, cost_of_command, tell
+
+if TYPE_CHECKING:
+    from finetune.run_folder import RunFolder
 
 
 def add(commands: Any) -> None:
@@ -43,14 +49,27 @@ def _train(arguments: argparse.Namespace) -> int:
     from finetune.machine.hardware import let_segments_grow
 
     let_segments_grow()
-    from finetune.runtime import distributed
+    from finetune.runtime import process_group
     from finetune.runtime.console import broken_pipe_safe
 
-    with broken_pipe_safe(), distributed.process_group():  # so that an error of all processes is reported once
+    with broken_pipe_safe(), process_group.process_group():  # so that an error of all processes is reported once
         return _train_here(arguments)
 
 
+TYPED = ("resume", "target", "overrides", "max_run_usd", "max_hours", "stop_after_step")
+
+
 def _train_here(arguments: argparse.Namespace) -> int:
+    """What was typed for rank 0 applies: another machine may not see yet, or not any more, what is in the run's folder."""
+    from finetune.runtime import distributed
+
+    typed = distributed.run_on_rank0(lambda: {name: getattr(arguments, name) for name in TYPED})
+    return _train_as_typed(argparse.Namespace(**typed))
+
+
+def _train_as_typed(arguments: argparse.Namespace) -> int:
+    from finetune.runtime import distributed
+
     ceilings = _typed_ceilings(arguments)
     if arguments.resume:
         if arguments.overrides:
@@ -60,17 +79,33 @@ def _train_here(arguments: argparse.Namespace) -> int:
             )
         from finetune.run_folder import open_run
 
-        run = open_run(arguments.target)
+        run = distributed.run_on_rank0(lambda: open_run(arguments.target))
         with large_imports():
             from finetune.training.run import resume
 
-        return resume(run, ceilings, arguments.stop_after_step)
+        code = resume(run, ceilings, arguments.stop_after_step)
+        _tell_end(run)
+        return code
     arguments.overrides += [f"budget.{key}={value!r}" for key, value in ceilings.items()]
-    config = loaded(arguments, arguments.target)
+    config = distributed.run_on_rank0(lambda: loaded(arguments, arguments.target))
     with large_imports():
         from finetune.training.run import start
 
-    return start(config, arguments.target, arguments.stop_after_step)
+    began: list[RunFolder] = []
+    code = start(config, arguments.target, arguments.stop_after_step, created=began.append)
+    _tell_end(*began)
+    return code
+
+
+def _tell_end(run: RunFolder) -> None:
+    from finetune.budget.ledger import Ledger
+    from finetune.runtime import distributed
+
+    if not distributed.is_rank0():
+        return
+    with suppress(UserError):  # the run has ended well, whatever has become of its files since
+        account = Ledger(run.ledger).account().of("train")
+        tell("train", cost_of_account(account) if account.attempts else cost_of_command(), after_training(run))
 
 
 def _typed_ceilings(arguments: argparse.Namespace) -> dict[str, float]:

@@ -110,7 +110,7 @@ class Judging:
         with tqdm(total=len(todo), desc="judging answers", unit="answer", delay=2, disable=not progress) as bar:
             if todo:
                 self._wait(bar)
-            bar.reset()
+            bar.n = 0  # `reset` would show the bar at once, and leave it
             for number in todo:
                 outcomes[number] = self._outcome(key, number)
                 bar.update()

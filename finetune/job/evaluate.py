@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from finetune.budget.ledger import Ledger
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.job.limits import hours_left
 from finetune.job.metering import Metering
+from finetune.job.programs import say
 from finetune.job.score import score
 from finetune.job.settings import JobSettings
 from finetune.job.too_dear import refused_as_too_dear
 from finetune.machine.price import Ceilings
 from finetune.run_folder import RunFolder
+from finetune.stage_end.following_job import after_scored, cost_of_run
+from finetune.stage_end.following_job import evaluate as evaluate_again
+from finetune.stage_end.tell import tell
 
 
 def evaluate(settings: JobSettings) -> int:
@@ -23,6 +29,9 @@ def evaluate(settings: JobSettings) -> int:
     hours = hours_left(settings)  # MAX_RUN_USD is for this evaluation alone: the meter records it, and has no ceiling
     metering = Metering(Ledger(run.ledger, "evaluate"), Ceilings())
     ended = score(run, hours, settings, metering)
+    following = after_scored(run, settings.job) if ended and ended.code == 0 else [evaluate_again(run)]
+    with suppress(UserError):  # the exit code is that of the work
+        tell("run", cost_of_run(run), following if ended else [], say, within=True)
     if ended is None:
         raise UserError(f"{run.path}: there is no question whose SQL can be executed", code="data.no_database")
     if ended.out_of_time and ended.code != EXIT_OK:

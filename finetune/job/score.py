@@ -30,26 +30,24 @@ LEAST_SECONDS = 120.0
 def score_after_training(run: RunFolder, hours: float, settings: JobSettings) -> int:
     """Score a run with what training has left of its ceilings. hours: left to this machine. Returns the exit code: 0 also if too
     little is left, because the run is whole without its score; 75 if it was interrupted and goes on from the answers so far."""
-    if not settings.evaluate or (settings.nodes and settings.nodes.rank):
-        say(f"{run.path} is done; {_how_to_score(run)}")
+    if not settings.evaluate:
+        say(f"{run.path} is done")
         return EXIT_OK
     if settings.nodes:
-        say(
-            f"{run.path} is done; not scored here, where the other machines of the task would wait: {_how_to_score(run)}"
-        )
+        say(f"{run.path} is done; not scored here, where the other machines of the task would wait")
         return EXIT_OK
     if not (run.adapter / "adapter_config.json").is_file():
         say(f"{run.path}: not scored, because there is no adapter yet")
         return EXIT_OK
     if is_scored(run):
-        say(f"{run.path} is done and scored; {_where_the_report_is(run, settings)}")
+        say(f"{run.path} is done and scored")
         return EXIT_OK
     ceilings = Ceilings(run_usd=float(settings.max_run_usd), hours=run.config().budget.max_hours)
     metering = Metering(Ledger(run.ledger, "evaluate"), ceilings)
     left = min(metering.seconds_left(), 3600 * hours)
     if left < LEAST_SECONDS:
         why = "; ".join(filter(None, (settings.limits, metering.spent())))
-        say(f"{run.path}: not scored, too little is left for it ({why}); the run is kept: {_how_to_score(run)}")
+        say(f"{run.path}: not scored, too little is left for it ({why}); the run is kept")
         return EXIT_OK
     with _interruption_is_transient():
         return _scored(run, hours, settings, metering)
@@ -63,13 +61,11 @@ def _scored(run: RunFolder, hours: float, settings: JobSettings, metering: Meter
         say(f"{run.path}: this machine is {ended.over}; the run and the answers so far are kept")
         return after_training(EXIT_TRANSIENT, run)
     if over := ended.over or (f"MAX_HOURS={settings.max_hours}" if ended.out_of_time else ""):
-        say(
-            f"{run.path}: not scored to the end ({over}); the run and the answers so far are kept: {_how_to_score(run)}"
-        )
+        say(f"{run.path}: not scored to the end ({over}); the run and the answers so far are kept")
         return EXIT_OK  # so that a managed job does not restart it
     if ended.interrupted or ended.code == EXIT_TRANSIENT:
         return EXIT_TRANSIENT
-    say(f"{run.path}: trained, but its score failed with exit code {ended.code}; {_how_to_score(run)}")
+    say(f"{run.path}: trained, but its score failed with exit code {ended.code}")
     return ended.code
 
 
@@ -93,7 +89,6 @@ def score(run: RunFolder, hours: float, settings: JobSettings, metering: Meterin
         ended = run_limited(["finetune", "evaluate", str(run.path)], left(), settings, limit=metering)
         if ended.code == EXIT_OK:
             call(["finetune", "report", str(run.path)], settings.environment)
-            say(_where_the_report_is(run, settings))
         metering.ends(TOO_DEAR if metering.too_dear else _reason(ended))
     return ended
 
@@ -135,11 +130,3 @@ def _interruption_is_transient() -> Iterator[None]:
         yield
     except SystemExit as stopped:
         raise SystemExit(EXIT_TRANSIENT) from stopped
-
-
-def _how_to_score(run: RunFolder) -> str:
-    return f"score it with: sky launch sky/evaluate.yaml --env RUN_NAME={run.path.name}"
-
-
-def _where_the_report_is(run: RunFolder, settings: JobSettings) -> str:
-    return f"the report is in the bucket: gcloud storage cp gs://{settings.bucket}/runs/{run.path.name}/report.html ."

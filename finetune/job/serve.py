@@ -27,6 +27,8 @@ from finetune.job.vllm import wait_for_vllm
 from finetune.machine.price import Ceilings
 from finetune.runtime.confined import remove_tree, within
 from finetune.runtime.files import disk_error
+from finetune.stage_end.following_job import serve_again
+from finetune.stage_end.tell import tell
 
 PORT = 8000
 DAILY = "MAX_USD_PER_DAY"
@@ -67,11 +69,15 @@ def serve(settings: JobSettings) -> int:
             f"  ssh -L {PORT}:localhost:{PORT} {settings.cluster}      # then http://localhost:{PORT}/v1 is the endpoint"
         )
         ended = run_limited(_command(target, serving, settings), hours, settings, limit=budget)
+        spent = budget.spent()
+    again = serve_again(target.name, serving.export)
     if over := ended.over or (settings.limits if ended.out_of_time else ""):
         say(f"stopped at a limit: {over}")
+        tell("serving today", spent, [again], say, within=True)
         return EXIT_OK
     if ended.code == EXIT_OK:
         say("ended, because nobody asks any more; the machine goes down by itself")
+    tell("serving today", spent, [again], say, within=True)
     return ended.code
 
 
@@ -182,6 +188,10 @@ class DailyBudget:
     @property
     def overdue(self) -> bool:
         return self._metering.overdue
+
+    def spent(self) -> str:
+        """What serving has cost on this day (UTC), of all machines."""
+        return self._metering.spent() or "not recorded, because the price of this machine is unknown"
 
     def _begin(self) -> None:
         self._day = self._today()

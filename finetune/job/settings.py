@@ -15,6 +15,8 @@ from finetune.machine.price import LARGEST_LIMIT, parse_limit
 from finetune.run_name import LONGEST_NAME, fault_of_name
 from finetune.runtime.files import parse_json
 from finetune.runtime.paths import expanded
+from finetune.stage_end.following_job import Job
+from finetune.stage_end.tell import WITHIN
 
 API_KEY = "FINETUNE_API_KEY"
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", API_KEY)
@@ -66,6 +68,10 @@ class JobSettings:
     @property
     def limits(self) -> str:
         return f"MAX_HOURS={self.max_hours}, MAX_RUN_USD={self.max_run_usd}"
+
+    @property
+    def job(self) -> Job:
+        return Job(self.bucket, self.task_id, float(self.max_run_usd), float(self.max_hours))
 
     def name_of_run(self) -> str:
         """RUN_NAME, or SkyPilot's id of the task, which stays the same when a managed job is recovered on another machine.
@@ -126,7 +132,7 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
         bucket=given.get("BUCKET") or "BUCKET",
         cluster=_cluster(given),
         nodes=nodes,
-        environment=environment | {"GRACE_SECONDS": values["GRACE_SECONDS"]},
+        environment=environment | {"GRACE_SECONDS": values["GRACE_SECONDS"], WITHIN: "1"},
     )
 
 

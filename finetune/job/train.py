@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from finetune.budget.lease import clear_not_started
-from finetune.errors import EXIT_OK, UserError
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.job.data import data_of_config, data_of_run
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
@@ -22,15 +23,30 @@ from finetune.job.score import is_scored, score_after_training
 from finetune.job.settings import JobSettings
 from finetune.job.too_dear import after_training, refused_as_too_dear
 from finetune.run_folder import RunFolder
+from finetune.stage_end.following_job import after_train_job, cost_of_run
+from finetune.stage_end.tell import tell
 
 NODES_PORT = 29500
+LATER_HOURS = 0.2
+"""After the first node's limit another one ends by itself: the first one has stopped both long before."""
 
 
 def train(settings: JobSettings) -> int:
     """Exit codes: 0 done, or stopped at a limit with a checkpoint; 2 user error; 75 interrupted, to be run again; if the score
     failed, its own."""
     settings.require_bucket()
-    name = settings.name_of_run()
+    run = RunFolder(settings.runs / settings.name_of_run())
+    if settings.nodes and settings.nodes.rank:
+        return _helped(run, settings)
+    code = _trained(run, settings)
+    with suppress(UserError, OSError):  # the exit code is that of the work
+        following = after_train_job(run, settings.job, code, scored=is_scored(run))
+        tell("run", cost_of_run(run), following, say, within=True)
+    return code
+
+
+def _trained(run: RunFolder, settings: JobSettings) -> int:
+    name = run.path.name
     wandb = {"WANDB_RUN_ID": name, "WANDB_NAME": name, "WANDB_RESUME": "allow"}
     settings = replace(settings, environment=settings.environment | wandb)
     run = RunFolder(settings.runs / name)
@@ -48,14 +64,31 @@ def train(settings: JobSettings) -> int:
         say(f"training for at most {hours:.4f} hours on this machine")
         ended = run_limited([*trainer(settings), *words], hours, settings)
         if ended.out_of_time:
-            say(
-                f"{hours:.4f} hours are over ({settings.limits}): stopped, the newest checkpoint is kept in {run.path}; to "
-                f"resume, launch again with --env RUN_NAME={name} and a higher limit"
-            )
+            say(f"{hours:.4f} hours are over ({settings.limits}): stopped, the newest checkpoint is kept in {run.path}")
             return EXIT_OK  # so that a managed job does not restart it
         if ended.code != EXIT_OK:
             return after_training(ended.code, run)
         return score_after_training(run, hours - (time.monotonic() - began) / 3600, settings)
+
+
+def _helped(run: RunFolder, settings: JobSettings) -> int:
+    """Train on another node than the first, which decides what is typed, keeps the run's folder, and enforces the limits.
+
+    SkyPilot kills all nodes as soon as one ends with another code than 0. An interruption is reported by the first node, which
+    may still be copying the last checkpoint into the bucket.
+    """
+    assert settings.nodes
+    if run.run_json.exists():
+        if run.record().status == "done":
+            return EXIT_OK  # the first node trains no more
+        data_of_run(run, settings)
+    else:
+        _require_config(settings)
+        data_of_config(Path(settings.config), settings.overrides, settings)
+    say(f"node {settings.nodes.rank} of {settings.nodes.count}: trains with the first one, {settings.nodes.first}")
+    hours = float(settings.max_hours) + LATER_HOURS
+    ended = run_limited([*trainer(settings), settings.config or "CONFIG"], hours, settings)
+    return EXIT_OK if ended.code == EXIT_TRANSIENT else ended.code
 
 
 def trainer(settings: JobSettings) -> list[str]:
@@ -102,15 +135,19 @@ def _hours_for_the_score(run: RunFolder, settings: JobSettings) -> float:
 
 
 def _begin(run: RunFolder, settings: JobSettings) -> list[str]:
-    if not settings.config:
-        raise UserError(
-            "CONFIG: expected a config file such as configs/mistral_7b_qlora.yaml", code="job.missing_setting"
-        )
+    _require_config(settings)
     data_of_config(Path(settings.config), settings.overrides, settings)
     name = run.path.name
     say(f"new run {run.path}; if it is interrupted, the same launch with --env RUN_NAME={name} resumes it")
     place = [f"training.output_dir={settings.runs}", f"training.run_name={name}"]
     return [settings.config, *settings.overrides, *place, f"budget.max_run_usd={settings.max_run_usd}"]
+
+
+def _require_config(settings: JobSettings) -> None:
+    if not settings.config:
+        raise UserError(
+            "CONFIG: expected a config file such as configs/mistral_7b_qlora.yaml", code="job.missing_setting"
+        )
 
 
 def _go_on(run: RunFolder, settings: JobSettings) -> list[str]:

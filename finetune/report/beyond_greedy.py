@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune.report.source import Json, dig, number
+from finetune.runtime.quantities import usd_text
 
 Interval = list[float]
 
@@ -113,11 +114,6 @@ def cost_text(cost: Json | None) -> str:
     usd = number(cost or {}, "usd")
     dollars = "price unknown" if usd is None else f"{usd_text(usd)} (estimated)"
     return f"{seconds:,.1f} s, {tokens:,.0f} new tokens (measured), {dollars}"
-
-
-def usd_text(usd: float) -> str:
-    """Dollars with two digits that say something, also for a thousandth of a cent."""
-    return f"${usd:,.2f}" if usd >= 1 or not usd else f"${usd:.2g}" if usd >= 0.0001 else f"${usd:.1e}"
 
 
 def _points(bounds: Interval) -> str:

@@ -3,9 +3,10 @@ eval.json; the same lines for the console and the report."""
 
 from __future__ import annotations
 
-from finetune.report.beyond_greedy import usd_text, variants
+from finetune.report.beyond_greedy import variants
 from finetune.report.errors import errors_line
 from finetune.report.source import Json, dig, number
+from finetune.runtime.quantities import usd_text
 
 
 def score_line(scores: Json) -> str:

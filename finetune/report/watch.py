@@ -15,6 +15,7 @@ from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord, UsageRecord
 from finetune.runtime.console import visible
 from finetune.runtime.files import load_json
+from finetune.runtime.quantities import duration
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40
@@ -180,12 +181,6 @@ def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     low, high = min(means), max(means)
     top = len(BARS) - 1
     return "".join(BARS[round(top * (mean - low) / (high - low)) if high > low else 0] for mean in means)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def not_a_run(folder: Path) -> UserError | None:

@@ -11,11 +11,13 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
+from torch.distributed import DistError  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import parse_args, run
 
-from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, LONGEST_MESSAGE
 
 GRACE_SECONDS = 180
 """Time to save a checkpoint if the environment does not set GRACE_SECONDS; also the default of finetune/job/settings.py."""
@@ -35,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(failure.exitcode for _, failure in sorted(failed.failures.items()))
     except SignalException:
         return EXIT_TRANSIENT
+    except (DistError, RendezvousError, TimeoutError) as error:
+        why = " ".join(str(error).split())[:LONGEST_MESSAGE]
+        print(f"finetune: torchrun: the machines of this run did not find each other ({why}): every one has to start it, and to "
+              "reach --master-addr at --master-port", file=sys.stderr)  # fmt: skip
+        return EXIT_USER_ERROR
     return EXIT_OK
 
 

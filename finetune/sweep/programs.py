@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
+from finetune.stage_end.tell import WITHIN
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -38,7 +40,7 @@ class LocalTrainer:
         if self.interrupted:
             return Ended(128 + signal.SIGTERM)
         command = [sys.executable, "-m", "finetune.sweep.programs", str(os.getpid()), "train", *words]
-        self._program = subprocess.Popen(command, start_new_session=True)
+        self._program = subprocess.Popen(command, env=os.environ | {WITHIN: "1"}, start_new_session=True)
         self._pass_on()  # what came while it was starting
         code = self._program.wait()
         self._program = None

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.budget.lease import Lease
-from finetune.budget.meter import Meter, duration
+from finetune.budget.meter import Meter
 from finetune.errors import TakenOver, TransientError, UserError
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
 from finetune.run_folder import RunFolder
+from finetune.runtime.quantities import duration
 from finetune.sweep.folder import Sweep, SweepFolder, Trial, losses
 from finetune.sweep.grants import Grant, Grants, Purse, account_of, purse
 from finetune.sweep.halving import Results, best, key, places, quotas

@@ -14,9 +14,9 @@ import torch
 
 from finetune.budget.lease import Lease
 from finetune.checkpoint.store import read_manifest
-from finetune.errors import EXIT_OK, EXIT_TRANSIENT, TakenOver, UserError, first_line
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT, TakenOver, TransientError, UserError, first_line
 from finetune.run_folder import RunFolder
-from finetune.runtime import distributed
+from finetune.runtime import distributed, process_group
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.console import say
 from finetune.runtime.files import disk_error
@@ -76,8 +76,8 @@ def failures_recorded(session: Session) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        expected = _lost(session) or foreseeable(error, session.run.path)
-        close_failed(session, error)
+        expected = _lost(session) or process_group.machine_lost(error) or foreseeable(error, session.run.path)
+        close_failed(session, expected or error)
         if error is expected:
             raise
         if expected:
@@ -102,7 +102,7 @@ def close_failed(session: Session, error: BaseException) -> None:
     """Record how the run ended and delete a partial adapter; delete the whole run folder if the run never began."""
     if not distributed.is_rank0():
         return
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    status = "interrupted" if isinstance(error, KeyboardInterrupt | TransientError) else "failed"
     if _lost(session):  # the folder is another attempt's now, but what this one has cost counts all the same
         session.budget.end("taken over")
         return
@@ -123,13 +123,14 @@ def _lost(session: Session) -> TakenOver | None:
     return session.lease.lost
 
 
-def clean_up(session: Session) -> None:
-    """`close_failed` for a thread that is about to end this process because another process has failed."""
+def clean_up(session: Session, code: int) -> None:
+    """`close_failed` for a thread that is about to end this process with that code, because another one has failed or is gone."""
+    transient = code == EXIT_TRANSIENT
 
     def end() -> None:
         with suppress(OSError, UserError):
-            session.recorder.close("failed")  # before the ledger, which may be slow
-        close_failed(session, RuntimeError())
+            session.recorder.close("interrupted" if transient else "failed")  # before the ledger, which may be slow
+        close_failed(session, TransientError("", code="distributed.machine_lost") if transient else RuntimeError())
 
     _within(CLEAN_UP_SECONDS, end)
 
@@ -204,8 +205,7 @@ def tell_end(run: RunFolder, status: str, step: int) -> None:
         {
             "done": f"{run.path}: done; the adapter is in {run.adapter}",
             "budget_stop": f"{run.path}: the budget is used up; the adapter of step {step} is in {run.adapter}",
-            "paused": f"{run.path}: paused after step {step}, as asked, with a checkpoint; continue with "
-            f"`finetune train --resume {run.path}`",
-            "interrupted": f"{run.path}: interrupted, a checkpoint is saved; continue with `finetune train --resume {run.path}`",
+            "paused": f"{run.path}: paused after step {step}, as asked, with a checkpoint",
+            "interrupted": f"{run.path}: interrupted, a checkpoint is saved",
         }[status]
     )

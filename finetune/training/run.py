@@ -20,10 +20,11 @@ from finetune.data.tokenize import Examples
 from finetune.errors import EXIT_OK, UserError
 from finetune.run_folder import RunFolder, check_name_is_free, create_run
 from finetune.run_record import RunRecord
-from finetune.runtime import distributed
+from finetune.runtime import distributed, process_group
 from finetune.runtime.console import say
 from finetune.runtime.stop_request import Stop, StopSignals
 from finetune.training.adapter import save_adapter
+from finetune.training.agreement import check_agreement
 from finetune.training.arguments import trainer_arguments
 from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.training.ending import (
@@ -60,21 +61,30 @@ RECENTLY_SECONDS = 1.0
 """run.json is written at every log: a look at the lease that is so recent is enough for that."""
 
 
-def start(config: RunConfig, config_file: Path, stop_step: int | None = None) -> int:
+def start(
+    config: RunConfig,
+    config_file: Path,
+    stop_step: int | None = None,
+    *,
+    created: Callable[[RunFolder], object] = lambda run: None,
+) -> int:
     """Begin a new run in a new folder; returns the exit code. Under torchrun every process calls it. stop_step: pause after it.
+    created: is told the folder.
 
     Raises UserError for inputs that no run can start with; no folder is left behind then.
     """
     began = time.monotonic()
-    with distributed.process_group():
+    with process_group.process_group():
         distributed.run_on_rank0(lambda: check_name_is_free(config.training))
         inputs = inputs_of(config)
+        check_agreement(inputs)
         with Lease(say) as lease:
 
             def claim(run: RunFolder) -> None:
                 _acquire(lease, run, inputs, lambda: ({}, 0))
 
             run = distributed.run_on_rank0(lambda: create_run(config, config_file, claim))
+            created(run)
             record = new_record(run, config, config_file, inputs.data, inputs.template)
             return _attempt(run, inputs, distributed.run_on_rank0(lambda: record), None, lease, began, stop_step)
 
@@ -87,7 +97,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None, stop_ste
     other data, and for a run that is done or has no budget left.
     """
     began = time.monotonic()
-    with distributed.process_group():
+    with process_group.process_group():
         typed = [f"budget.{name}={value!r}" for name, value in (ceilings or {}).items()]
 
         def read() -> tuple[RunConfig, RunRecord]:
@@ -98,6 +108,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None, stop_ste
         check_numbers(run, record)
         store_of(run, config, record, Lease(say))  # checks what identifies the run
         inputs = inputs_of(config)
+        check_agreement(inputs)
         with Lease(say) as lease:
             store = store_of(run, config, record, lease)
             waited = distributed.run_on_rank0(lambda: _acquire(lease, run, inputs, store.heritage))
@@ -145,7 +156,7 @@ def _attempt(
     session = Session(run, inputs, recorder, budget, stop, lease, found, stop_step)
     with failures_recorded(session):
         recorder.resume_from(found)
-        distributed.on_failure(lambda: clean_up(session))
+        process_group.on_failure(lambda code: clean_up(session, code))
         if stop_step is not None and step >= stop_step:
             return already_there(session)
         refusal = distributed.run_on_rank0(budget.refusal_to_start)

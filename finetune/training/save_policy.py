@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from finetune.runtime import distributed, fault_injection
-from finetune.runtime.stop_request import Stop
+from finetune.runtime.stop_request import NOTICE_SECONDS, Stop
 
 
 class StepAbandoned(Exception):
@@ -54,7 +54,10 @@ class EndOfStep(TrainerCallback):
         # a decaying maximum: long steps are remembered for a while
         self.stop.step_seconds = max(0.8 * self.stop.step_seconds, self._clock() - self._begun)
         due = self._interval is not None and self._clock() - self._saved >= self._interval
-        stop, budget, due = distributed.any_of_each([bool(self.stop.first), self.stop.because_of("budget"), due])
+        asked = [bool(self.stop.first), self.stop.because_of("budget"), self.stop.because_of("preemption"), due]
+        stop, budget, preemption, due = distributed.any_of_each(asked)
+        if preemption and not self.stop.because_of("preemption"):
+            self.stop.ask("preemption", "Google takes another machine of this run back", NOTICE_SECONDS)
         last = state.global_step >= state.max_steps
         by_steps = bool(self._save_steps and state.global_step % self._save_steps == 0)
         there = self._stop_step is not None and state.global_step >= self._stop_step

@@ -15,6 +15,7 @@ import yaml
 
 from finetune.cli.main import main
 from tests.helpers.catalog_fixture import lay_out_catalog, shared_catalog
+from tests.helpers.next_commands import parsed
 from tests.helpers.plan_examples import run_values, write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,9 @@ def output(shown: Shown, *arguments: str) -> str:
     shown.readouterr()
     assert main(["plan", *arguments]) == 0
     said = shown.readouterr()
-    assert said.err == ""
+    cost, *following = said.err.splitlines()
+    assert cost.startswith("plan: ") and cost.endswith(" (measured)") and len(following) == 1
+    parsed(following[0].removeprefix("next: "))
     return said.out
 
 
@@ -85,7 +88,8 @@ def test_a_plan_needs_neither_torch_nor_skypilot(home: Path) -> None:
     command = [sys.executable, "-c", BLOCKED, "plan", "configs/mistral_7b_qlora.yaml", "data.output_dir=no/such/folder"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert [line.partition(" ")[0] for line in done.stderr.splitlines()] == ["plan:", "next:"]
     lines = done.stdout.splitlines()
     assert lines[0].startswith("configs/mistral_7b_qlora.yaml: 6,790 examples x 311 tokens, 1,275 optimizer steps")
     assert any(line.startswith("prices: SkyPilot's catalog") for line in lines)

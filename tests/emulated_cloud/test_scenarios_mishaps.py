@@ -43,7 +43,9 @@ def test_a_run_that_hangs(environment: CloudEnvironment, project: Path, tmp_path
     assert ended.code == 0, "the exit code of the job"
     assert (
         f"machine: {hours:.4f} hours are over (MAX_HOURS={hours}, MAX_RUN_USD=25): stopped, the newest checkpoint is kept in "
-        "/bucket/runs/hang; to resume, launch again with --env RUN_NAME=hang and a higher limit" in ended.out
+        "/bucket/runs/hang"
+        in ended.out
+        and "next: finetune launch" in ended.out
     )
     kept = max(run.committed())
     assert newest_in_bucket(run, tmp_path / "stopped").name == f"step-{kept}" and kept < steps

@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,15 @@ def machine(tmp_path: Path) -> CloudMachine:
     return machine
 
 
+SCORE_IT = "machine: next: finetune launch sky/evaluate.yaml --env RUN_NAME=run   ("
+WRITES_A_SCORE = """
+import os, pathlib
+run = pathlib.Path(os.environ["FINETUNE_MOUNT"], "runs", "run")
+for name in ("eval.json", "summary.json"):
+    (run / name).write_text("{}")
+"""
+
+
 def mark_as_billed(machine: CloudMachine) -> None:
     """All the seconds of this computer so far, which otherwise would be part of the first attempt's price."""
     path = machine.home / MARKER
@@ -88,10 +98,14 @@ def score_files(folder: Path, seconds_after: float) -> None:
 
 
 def test_training_ends_with_score_and_report_and_their_cost_in_the_ledger(machine: CloudMachine) -> None:
-    code, said = machine.run("train.sh", BUCKET="mine")
+    code, said = machine.run("train.sh", BUCKET="mine", FAKE_EVALUATION=WRITES_A_SCORE)
     assert code == 0, said
     assert [call.split()[0] for call in machine.calls()] == ["train", "evaluate", "report"]
-    assert "gs://mine/runs/run/report.html" in said
+    assert "machine: next: gcloud storage cp gs://mine/runs/run/report.html .   (the report)\n" in said
+    assert "machine:   or: finetune launch sky/serve.yaml --env RUN_NAME=run   (" in said
+    assert re.search(
+        r"machine: run: score \$\S+ \(measured hours, price: .+\) for \d+ s in 1 attempt \(measured\)\n", said
+    )
     (attempt,) = account(machine).attempts
     assert (attempt.work, attempt.reason, attempt.usd_per_hour) == ("evaluate", "scored", 0.36)
     assert 0 < attempt.seconds < 60, "not the time before it, which training has paid for"
@@ -102,7 +116,7 @@ def test_training_ends_with_score_and_report_and_their_cost_in_the_ledger(machin
 def test_it_is_off_unless_it_is_asked_for(machine: CloudMachine) -> None:
     code, said = machine.run("train.sh", EVALUATE="0")
     assert (code, machine.called("evaluate")) == (0, []), said
-    assert "is done; score it with: sky launch sky/evaluate.yaml --env RUN_NAME=run" in said
+    assert SCORE_IT in said
 
 
 @pytest.mark.parametrize("text", ["yes", "2", "true"])
@@ -183,7 +197,7 @@ def test_a_job_that_is_stopped_while_it_waits_for_vllm_is_run_again(machine: Clo
 def test_a_failed_evaluation_fails_the_job_and_keeps_the_run(machine: CloudMachine, code: int) -> None:
     ended, said = machine.run("train.sh", FAKE_EVALUATION=f"raise SystemExit({code})")
     assert ended == code
-    assert f"trained, but its score failed with exit code {code}; score it with" in said
+    assert f"trained, but its score failed with exit code {code}\n" in said and SCORE_IT in said
     assert not machine.called("report")
     assert reasons(machine) == [("evaluation 1", "failed")]
 
@@ -244,7 +258,7 @@ def test_too_little_money_left_keeps_the_run_and_says_so(machine: CloudMachine) 
     code, said = machine.run("train.sh", MAX_RUN_USD="5")
     assert (code, machine.calls()) == (0, []), said
     assert "not scored, too little is left for it (MAX_HOURS=24, MAX_RUN_USD=5; $4.99 of $5.00" in said
-    assert "the run is kept: score it with: sky launch sky/evaluate.yaml --env RUN_NAME=run" in said
+    assert "the run is kept\n" in said and SCORE_IT in said
     code, said = machine.run("train.sh", MAX_RUN_USD="5.5")
     assert code == 0 and machine.called("evaluate"), said
 

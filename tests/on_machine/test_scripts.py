@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -320,13 +321,46 @@ def test_one_gpu_or_none_needs_one_process(machine: CloudMachine, listed: str, v
     assert machine.calls()[-1] == "train config.yaml " + ENDS.format(bucket=machine.bucket)
 
 
+def node(rank: int) -> dict[str, str]:
+    return {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5", "SKYPILOT_NODE_RANK": str(rank)}
+
+
 @pytest.mark.parametrize(("listed", "processes"), [(TWO, 2), (TWO.partition("\n")[0], 1)])
-def test_the_nodes_of_a_task_connect_to_the_first(machine: CloudMachine, listed: str, processes: int) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_nodes_of_a_task_connect_to_the_first(
+    machine: CloudMachine, listed: str, processes: int, rank: int
+) -> None:
+    """The words of the first are those of all: finetune/cli/train.py."""
     with_gpus(machine, listed)
-    nodes = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5", "SKYPILOT_NODE_RANK": "1"}
-    code, said = machine.run("train.sh", **nodes)
+    code, said = machine.run("train.sh", **node(rank))
     assert code == 0, said
+    words = "config.yaml" if rank else "config.yaml " + ENDS.format(bucket=machine.bucket)
     assert machine.calls()[-1] == (
-        "-m finetune.runtime.torchrun --nnodes 2 --node-rank 1 --master-addr 10.0.0.4 --master-port 29500 "
-        f"--nproc-per-node {processes} -m finetune train config.yaml " + ENDS.format(bucket=machine.bucket)
+        f"-m finetune.runtime.torchrun --nnodes 2 --node-rank {rank} --master-addr 10.0.0.4 --master-port 29500 "
+        f"--nproc-per-node {processes} -m finetune train {words}"
     )
+
+
+@pytest.mark.parametrize(("ended", "code"), [(0, 0), (75, 0), (2, 2), (1, 1)])
+def test_another_node_leaves_it_to_the_first_to_report_an_interruption(
+    machine: CloudMachine, ended: int, code: int
+) -> None:
+    """SkyPilot kills every node as soon as one ends with another code than 0, also one that copies its last checkpoint."""
+    with_gpus(machine, TWO)
+    found, said = machine.run("train.sh", FAKE_CODE=str(ended), **node(1))
+    assert (found, "next:" in said) == (code, False), said
+    assert machine.run("train.sh", FAKE_CODE=str(ended), **node(0))[0] == ended
+
+
+def test_another_node_leaves_the_run_alone_and_does_nothing_for_one_that_is_done(machine: CloudMachine) -> None:
+    with_gpus(machine, TWO)
+    unfinished = machine.run_folder()
+    (unfinished / "lease").mkdir(parents=True)
+    (unfinished / "config.yaml").touch()  # the first node is just starting it
+    assert machine.run("train.sh", **node(1))[0] == 0
+    assert (unfinished / "config.yaml").exists() and machine.called("-m finetune.runtime.torchrun")
+    (machine.folder / "calls").unlink()
+    shutil.rmtree(unfinished)
+    begin_run(machine, status="done")
+    assert machine.run("train.sh", **node(1))[0] == 0
+    assert machine.calls() == []

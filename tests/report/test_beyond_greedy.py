@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune.report.beyond_greedy import sentences, usd_text, variants
+from finetune.report.beyond_greedy import sentences, variants
 from finetune.report.render import write_report
 from finetune.report.score_facts import block, facts, gain_line, leak_line, per_point, speed_line
 from tests.helpers.errors import raises
@@ -119,21 +119,6 @@ def test_leaks_are_unknown_for_other_data(evaluation: dict[str, Any]) -> None:
     assert leak_line(evaluation) == "leaks: unknown what it was trained on; 3 removed by data prepare (measured)"
     del evaluation["leaks"]
     assert leak_line(evaluation) == ""
-
-
-@pytest.mark.parametrize(
-    ("usd", "text"),
-    [
-        (0.0, "$0.00"),
-        (12.345, "$12.35"),
-        (1234.5, "$1,234.50"),
-        (0.0123, "$0.012"),
-        (0.00042, "$0.00042"),
-        (2e-7, "$2.0e-07"),
-    ],
-)
-def test_small_dollars_keep_two_digits(usd: float, text: str) -> None:
-    assert usd_text(usd) == text
 
 
 @pytest.mark.parametrize(

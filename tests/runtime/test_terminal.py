@@ -112,7 +112,8 @@ def test_rejected_records_are_listed(terminal: dict[str, str], tmp_path: Path) -
         f"model: {{name: m}}\ndata: {{sources: [{{kind: jsonl, path: {records}}}], output_dir: prepared}}\n"
     )
     code, out, err = finetune(terminal, "data", "check", str(config))
-    assert code == 1 and err.startswith("tokens are not counted: ") and err.count("\n") == 1, "there is no model m"
+    assert code == 1 and err.startswith("tokens are not counted: ") and err.count("\n") == 2, "there is no model m"
+    assert err.splitlines()[1].startswith("data check: ")
     assert (UNSAID if terminal.get("PYTHONIOENCODING") == "utf-8" else r"\u2192\u65e5") in out
     assert "1 rejected" in out
     code, out, err = finetune(terminal, "config", str(config), f"training.run_name={UNSAID}")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file  # noqa: E402
 from finetune.checkpoint import store as checkpoint_store  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
-from finetune.runtime import distributed, torchrun  # noqa: E402
+from finetune.runtime import process_group, torchrun  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("no_keys"),
@@ -96,9 +96,9 @@ def largest_difference(run: Path, other: Path) -> float:
 
 BOTH = """
 import sys
-from finetune.runtime import distributed as ranks
+from finetune.runtime import process_group as group
 from finetune.cli.main import main
-with ranks.process_group():
+with group.process_group():
     codes = [main(["train", config, "training.run_name=two"]) for config in sys.argv[1:]]
 sys.exit(max(codes))
 """
@@ -176,7 +176,8 @@ def test_a_signal_stops_both_at_the_same_step_and_resume_continues_from_it(
     os.kill(process.pid if receiver == "torchrun" else processes_of(process.pid)[1], signal.SIGTERM)
     code, said = finish(process)
     assert code == 75, said
-    assert len([line for line in said if "interrupted, a checkpoint is saved; continue with" in line]) == 1
+    assert len([line for line in said if "interrupted, a checkpoint is saved" in line]) == 1
+    assert len([line for line in said if line.startswith(f"next: finetune train --resume {run}   (")]) == 1
     assert "Traceback" not in "".join(said)
     stopped = record_of(run)
     at = stopped["steps"]["done"]
@@ -264,7 +265,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     found = "process 1 of this machine finds 1 GPUs"
-    with raises("distributed.too_many_processes", match=found), distributed.process_group():
+    with raises("distributed.too_many_processes", match=found), process_group.process_group():
         pytest.fail("began")
 
 
@@ -306,10 +307,10 @@ def test_the_fault_of_another_process_keeps_its_code() -> None:
         def compare_set(self, _: str, __: str, mine: str) -> str:
             return mine
 
-    watch = distributed._Watch(Store())
-    known = distributed._publish(watch, UserError("its own fault", code="any.mistake")) | {"rank": 1}
+    watch = process_group._Watch(Store())
+    known = process_group._publish(watch, UserError("its own fault", code="any.mistake")) | {"rank": 1}
     with raises("any.mistake", match="^process 1: its own fault$"):
-        distributed._raise_for(known, RuntimeError("the others have gone"))
+        process_group._raise_for(known, RuntimeError("the others have gone"))
 
 
 @pytest.mark.parametrize(

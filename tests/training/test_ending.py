@@ -83,7 +83,7 @@ def test_the_adapter_of_a_hard_stop_is_that_of_one_checkpoint(
 def by_another_process(recorder: RunRecorder, run: RunFolder) -> None:
     nothing: Any = None
     spending: Any = SimpleNamespace(end=lambda reason: None)
-    ending.clean_up(Session(run, nothing, recorder, spending, nothing, Lease(print)))
+    ending.clean_up(Session(run, nothing, recorder, spending, nothing, Lease(print)), 1)
 
 
 @pytest.mark.usefixtures("hanging")

@@ -181,13 +181,13 @@ def test_several_processes_finish_the_step(stop: Stop, clock: Clock, monkeypatch
 
 
 def test_all_processes_stop_when_one_gets_a_request(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "any_of_each", lambda flags: [True, False, False])
+    monkeypatch.setattr(distributed, "any_of_each", lambda flags: [True, False, False, False])
     control = end(ends(stop, clock), 3)
     assert control.should_save and control.should_training_stop
 
 
 def test_a_save_due_in_one_process_is_done_by_all(stop: Stop, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "any_of_each", lambda flags: [False, False, True])
+    monkeypatch.setattr(distributed, "any_of_each", lambda flags: [False, False, False, True])
     control = end(ends(stop, clock), 3)
     assert control.should_save and not control.should_training_stop
 

@@ -73,7 +73,8 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_continues_from_it(
     _, said = process.communicate(timeout=300)
     assert process.returncode == 75
     assert "SIGINT (once more: exit at once): finishing this step, then saving a checkpoint" in said
-    assert f"interrupted, a checkpoint is saved; continue with `finetune train --resume {run}`" in said
+    assert f"{run}: interrupted, a checkpoint is saved\n" in said
+    assert f"\nnext: finetune train --resume {run}   (" in said
     assert "Traceback" not in said
     first = record_of(run)
     stopped_at = first["steps"]["done"]

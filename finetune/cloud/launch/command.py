@@ -42,6 +42,13 @@ class Launch:
         return found if found and found.is_file() else None
 
     @property
+    def cluster(self) -> str | None:
+        """The name that was typed for it."""
+        named = [word for option, word in pairwise(self.words) if option in ("-c", "--cluster")]
+        named += [word.removeprefix("--cluster=") for word in self.words if word.startswith("--cluster=")]
+        return named[-1] if named else None
+
+    @property
     def ceilings(self) -> Ceilings:
         """Raises UserError for a variable that is not a number."""
         run_usd, hours = (self._limit(name) for name in ("MAX_RUN_USD", "MAX_HOURS"))

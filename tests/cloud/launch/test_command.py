@@ -51,8 +51,12 @@ def launched(scripts: Path, cwd: Path, *words: str) -> subprocess.CompletedProce
 def test_the_command_runs_in_the_folder_of_the_policy(scripts: Path, tmp_path: Path) -> None:
     """The words after the task are SkyPilot's, whatever they are, and so is the exit code."""
     done = launched(scripts, tmp_path, str(A100), "--yes", "--env", "MAX_RUN_USD=0.6", "-c", "my cluster", "--down")
-    assert (done.returncode, done.stderr) == (9, "")
+    assert done.returncode == 9
     plan, _, said = done.stdout.partition(f"in {ROOT}: ")
+    assert done.stderr == (
+        "launch: at most $0.6 in all, $4.5/h (ceilings of the task)\n"
+        "next: sky logs 'my cluster'   (once it runs; the job's last lines say what it has cost and what is next)\n"
+    )
     words = ["launch", "sky/train_a100.yaml", "--yes", "--env", "MAX_RUN_USD=0.6", "-c", "my cluster", "--down"]
     assert said.splitlines()[1:] == [f"cwd {ROOT}", *(f"word {word}" for word in words)]
     assert "is above the ceiling of $0.60 for the run" in plan

@@ -1,0 +1,32 @@
+"""The network interface through which another machine is reached."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from contextlib import closing, suppress
+
+SIOCGIFADDR = 0x8915
+"""Request of ioctl for an interface's IPv4 address: man 7 netdevice."""
+
+
+def interface_towards(address: str) -> str | None:
+    """The name of the interface that packets to this host leave by, such as ens4; None where the system does not tell.
+
+    Gloo would take the one of the address that this machine's own name has, which is 127.0.1.1 on Debian: nobody else reaches
+    that.
+    """
+    try:
+        import fcntl
+
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+            probe.connect((address, 9))  # sends nothing
+            own = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # an interface without an address
+                    found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                    if found[20:24] == own:
+                        return name
+    except (OSError, ImportError):
+        pass
+    return None

@@ -1,0 +1,198 @@
+"""What to type after each stage of `finetune`, from the state that it left; of a job on a cloud machine see following_job.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.budget.ledger import Ledger
+from finetune.errors import UserError
+from finetune.runtime.files import load_json
+from finetune.stage_end.tell import Next, finetune
+
+if TYPE_CHECKING:
+    from finetune.run_folder import RunFolder
+
+SMALL, LARGE = "configs/demo_cpu.yaml", "configs/mistral_7b_qlora.yaml"
+TASK = "sky/train_cheapest.yaml"
+MORE = 1.1
+"""A raised ceiling is so much above what the pace so far needs."""
+
+
+def after_doctor(*, cloud: bool, missing: bool) -> list[Next]:
+    if missing:
+        return [finetune("doctor", *["--cloud"] * cloud, why="again, once what is missing is there")]
+    if cloud:
+        return [finetune("plan", LARGE, why="what a run costs on each GPU")]
+    return [finetune("data", "prepare", SMALL, why="the data of the smallest run; or of a config of yours")]
+
+
+def after_check(config: Path, overrides: Sequence[str]) -> list[Next]:
+    return [finetune("data", "prepare", config, *overrides, why="writes what was checked")]
+
+
+def after_prepare(config: Path, overrides: Sequence[str]) -> list[Next]:
+    return [
+        finetune("train", config, *overrides, why="on this machine"),
+        finetune("plan", config, *overrides, why="what it costs on each cloud GPU"),
+    ]
+
+
+def after_plan(typed: Sequence[str], cheapest: tuple[float, float] | None, *, fits: bool) -> list[Next]:
+    """typed: the words of the plan. cheapest: US dollars and hours of the cheapest machine that the ceilings rule out. fits:
+    whether any machine is left."""
+    if fits:
+        return [Next((*typed, "--write", TASK), "this order for a launch")]
+    if cheapest is None:
+        return [Next((*typed, "--memory"), "what of it needs how much GPU memory")]
+    usd, hours = (rounded_up(MORE * value) for value in cheapest)
+    words = [*_without(typed, "--max-run-usd", "--max-hours", "--max-hourly-usd"), "--max-run-usd", f"{usd:g}"]
+    return [Next((*words, "--max-hours", f"{hours:g}"), "with ceilings that the cheapest one fits under")]
+
+
+def after_written_plan(task: Path, config: Path, overrides: Sequence[str], *, spot: bool) -> list[Next]:
+    variables = ["--env", f"CONFIG={config}"]
+    if overrides:
+        variables += ["--env", f"OVERRIDES={' '.join(overrides)}"]
+    why = "a managed job, which survives preemptions" if spot else "trains, scores, and takes the machine down"
+    return [finetune("launch", *["--jobs"] * spot, task, *variables, why=why)]
+
+
+def after_launch(cluster: str | None, *, managed: bool) -> list[Next]:
+    """cluster: its name, if one was typed."""
+    why = "once it runs; the job's last lines say what it has cost and what is next"
+    words = ("jobs", "queue") if managed else ("logs", cluster) if cluster else ("status",)
+    return [Next(("sky", *words), why)]
+
+
+def after_training(run: RunFolder) -> list[Next]:
+    status = run.record().status
+    if status in ("interrupted", "paused"):
+        return [finetune("train", "--resume", run.path, why="goes on from the checkpoint")]
+    score = finetune("evaluate", run.path, why="its score, and the base model's")
+    if status != "budget_stop":
+        return [score]
+    options = [word for name, value in raised_ceilings(run) for word in (f"--{name.replace('_', '-')}", f"{value:g}")]
+    more = finetune("train", "--resume", run.path, *options, why="the rest, estimated by the pace so far")
+    return [more, finetune("evaluate", run.path, why="the adapter as it is")]
+
+
+def after_scored_base(config: Path, overrides: Sequence[str]) -> list[Next]:
+    return [finetune("train", config, *_without_evaluation(overrides), why="to answer better than that")]
+
+
+def after_evaluation(run: RunFolder) -> list[Next]:
+    return [finetune("report", run.path, why="one page of it")]
+
+
+def after_predictions(target: Path, folder: Path, name: str) -> list[Next]:
+    """target: a run or a config. folder: of the result."""
+    if target.is_dir():
+        return _with_result(target, f"{target}:{name}")
+    other = newest_evaluated(folder.parent.parent, like=folder / "eval.json")
+    return [] if other is None else _with_result(other, str(folder))
+
+
+def _with_result(run: Path, result: str) -> list[Next]:
+    if not (run / "eval.json").is_file():
+        return [finetune("evaluate", run, why="the run's own score, to compare with")]
+    return [finetune("compare", run, result, why="which is better, and whether that can be said")]
+
+
+def after_report(run: RunFolder) -> list[Next]:
+    if not run.adapter.is_dir():
+        return []
+    if not run.eval_json.is_file():
+        return [finetune("evaluate", run.path, why="its score is missing")]
+    other = newest_evaluated(run.path.parent, like=run.eval_json)
+    compare = [finetune("compare", other, run.path, why="with the run scored before it")] if other else []
+    return [finetune("export", run.path, "--to", "merged", why="for vLLM, transformers and `finetune serve`"), *compare]
+
+
+def after_comparison(given: Sequence[str], accuracies: Sequence[float]) -> list[Next]:
+    """The best one is exported, if it is a run's tuned model."""
+    best, word = max(zip(accuracies, given, strict=True), key=lambda pair: pair[0])
+    if not (Path(word) / "config.yaml").is_file():
+        return []
+    return [finetune("export", word, "--to", "merged", why=f"the one with the most right answers, {best:.1%}")]
+
+
+def after_export(target: Path) -> list[Next]:
+    return [finetune("serve", target, why="an endpoint for it on this machine")]
+
+
+def after_serving(target: Path) -> list[Next]:
+    return [finetune("serve", target, why="serves it again")]
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What a whole run would take at its pace so far. Estimated; None where no step is done, or without a price."""
+
+    usd: float | None
+    hours: float | None
+
+
+def needed(run: RunFolder) -> Needed:
+    steps, spent = run.record().steps, Ledger(run.ledger).account()
+    if steps is None or not steps.done or not steps.planned:
+        return Needed(None, None)
+    factor = MORE * steps.planned / steps.done
+    return Needed(None if spent.usd is None else factor * spent.usd, factor * spent.hours)
+
+
+def raised_ceilings(run: RunFolder) -> list[tuple[str, float]]:
+    """Keys of the section budget, with the ceilings under which a run that was stopped at one of them would end."""
+    budget, whole = run.config().budget, needed(run)
+    ceilings = {
+        name: (ceiling, need)
+        for name, ceiling, need in (
+            ("max_run_usd", budget.max_run_usd, whole.usd),
+            ("max_hours", budget.max_hours, whole.hours),
+        )
+        if ceiling is not None
+    }
+    low = {name: need for name, (ceiling, need) in ceilings.items() if need is not None and need > ceiling}
+    return [(name, rounded_up(need)) for name, need in low.items()] or [
+        (name, rounded_up(2 * ceiling)) for name, (ceiling, _) in ceilings.items()
+    ]
+
+
+def rounded_up(value: float) -> float:
+    """To two digits, and not less."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.6g}")
+
+
+def newest_evaluated(runs: Path, *, like: Path) -> Path | None:
+    """The folder of the run that was evaluated last on the questions of the result `like`, apart from that itself."""
+    same = _questions(like)
+    found = [path for path in runs.glob("*/eval.json") if path != like and path.with_name("config.yaml").is_file()]
+    found = [path for path in found if same is not None and _questions(path) == same]
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.parent if newest else None
+
+
+def _questions(result: Path) -> tuple[Any, ...] | None:
+    with suppress(OSError, ValueError, UserError, TypeError, KeyError):
+        content = load_json(result)
+        return tuple(content[key] for key in ("data_manifest_sha256", "split", "questions"))
+    return None
+
+
+def _without(words: Iterable[str], *options: str) -> list[str]:
+    """Without these options and their values."""
+    kept, skip = list[str](), False
+    for word in words:
+        if not skip and word not in options:
+            kept.append(word)
+        skip = not skip and word in options
+    return kept
+
+
+def _without_evaluation(overrides: Sequence[str]) -> list[str]:
+    return [word for word in overrides if not word.startswith("evaluation.")]
