@@ -9,7 +9,7 @@
 # Environment: UV_TORCH_BACKEND  the build to install instead, such as cu128 (uv's names)
 #              FINETUNE_VLLM_BUILD  auto: where the GPU and its driver allow; 0: never; 1: also without a GPU
 #              FINETUNE_ALLOW_CPU=1  accept a machine without GPU
-#              CONFIG, OVERRIDES, RUN_NAME  of the task: if a model that they name is in the bucket, it is fetched beside the packages
+#              CONFIG, OVERRIDES, RUN_NAME  of the task: the model that they name is fetched beside the packages
 #              FINETUNE_PRICES  the launch policy's price table; saved for later jobs of `sky exec`
 set -euo pipefail
 shopt -s inherit_errexit  # a failure inside $(...) ends the script too
@@ -45,15 +45,17 @@ mark() { [ ! -f "$STATE/set-up.log" ] || printf '%s %s\n' "$(age)" "$1" >>"$STAT
 
 fact() { [ ! -f "$STATE/set-up.log" ] || printf '= %s %s\n' "$1" "$2" >>"$STATE/set-up.log"; }
 
-fetch_model() {  # in the background, beside the packages; the job waits for the lock
-  local file texts=("${OVERRIDES:-}")
-  [ -d "$MOUNT/models" ] || return 0
+fetch_model() {  # from the bucket, else from the hub, in the background beside the packages; the job waits for the lock
+  local file config="" uv
+  [ -d "$MOUNT" ] || return 0
   for file in "${CONFIG:-}" "$MOUNT/runs/${RUN_NAME:-.}/config.yaml"; do
-    [ ! -f "$file" ] || texts+=("$(cat "$file")")
+    [ ! -f "$file" ] || config=$(cat "$file")
   done
+  uv=$(uv_program)
   exec 8>>"$STATE/model.lock"
   if flock --nonblock 8; then
-    setsid --fork python3 -m on_machine.kept fetch-model "$MOUNT" "${texts[@]}" </dev/null >"$STATE/model.log" 2>&1 9>&-
+    setsid --fork python3 -m on_machine.kept fetch-model "$MOUNT" "$uv" "${OVERRIDES:-}" "$config" \
+      </dev/null >"$STATE/model.log" 2>&1
   fi
   exec 8>&-
 }
@@ -100,7 +102,7 @@ install() {  # BACKEND [ARGUMENT...]
   uv=$(uv_program)
   [ -x "$ENVIRONMENT/bin/python" ] || "$uv" venv --quiet --clear --python 3.11 "$ENVIRONMENT"
   "$uv" pip install --python "$ENVIRONMENT/bin/python" ${backend:+"--torch-backend=$backend"} \
-    --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,export,serve]'
+    --only-binary :all: --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,export,serve]'
   if [ $# -gt 0 ]; then
     "$uv" pip install --python "$ENVIRONMENT/bin/python" --constraints constraints.txt "$@"
   fi

@@ -1,9 +1,9 @@
 """What launches keep in the user's bucket for the next ones: installed packages, model files, the seconds of set-up.
 
-    python3 -m on_machine.kept fetch-packages FOLDER TREE   an environment from FOLDER to TREE in the home folder
-    python3 -m on_machine.kept fetch-model BUCKET TEXT...   a kept model whose name and commit are in the texts, if there is one
-    python3 -m on_machine.kept keep-packages FOLDER TREE    the reverse, where FOLDER has none
-    python3 -m on_machine.kept keep BUCKET SETTINGS         waits for the first step, then keeps all that the bucket lacks
+    python3 -m on_machine.kept fetch-packages FOLDER TREE               an environment from FOLDER to TREE in the home folder
+    python3 -m on_machine.kept fetch-model BUCKET UV OVERRIDES CONFIG   the model that these name, else from the hub
+    python3 -m on_machine.kept keep-packages FOLDER TREE                the reverse, where FOLDER has none
+    python3 -m on_machine.kept keep BUCKET SETTINGS                     after the first step keeps all that the bucket lacks
 
 BUCKET/set-up/<model>.jsonl     a line for each of the newest launches, for `finetune plan`
 """
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from on_machine.kept.hub import download
 from on_machine.kept.manifests import DAMAGED, STATE, Damaged, Json, is_inside, say
 from on_machine.kept.model_files import fetch_model, keep_model
 from on_machine.kept.packages import fetch_packages, keep_packages
@@ -57,6 +58,14 @@ def record(path: Path) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
+def _kept_model(bucket: Path, texts: list[str]) -> int:
+    try:
+        return fetch_model(bucket, texts)
+    except (Damaged, OSError, ValueError, KeyError, TypeError) as error:
+        say(f"the bucket's copy is not used: {error}")
+        return DAMAGED
+
+
 def _installed() -> list[tuple[str, str]]:
     rows = [line.split() for line in KEYS.read_text(encoding="utf-8").splitlines()] if KEYS.exists() else []
     return [(row[0], row[1]) for row in rows if len(row) == 2 and all(map(is_inside, row))]
@@ -68,7 +77,9 @@ def main(words: list[str]) -> int:
         if command == "fetch-packages":
             return fetch_packages(Path(place), rest[0])
         if command == "fetch-model":
-            return fetch_model(Path(place), rest)
+            uv, *texts = rest
+            code = _kept_model(Path(place), texts)
+            return download(texts, uv) if code else 0
         if command == "keep-packages":
             keep_packages(Path(place), rest[0])
         else:

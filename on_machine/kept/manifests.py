@@ -73,21 +73,26 @@ def new_folder(folder: Path) -> Path:
 
 
 def prune(folder: Path, kept: int) -> None:
-    """Deletes all but the newest entries of a folder of the bucket, and what a killed writer left more than a day ago."""
-    made: dict[Path, float] = {}
+    """Deletes all but the newest whole entries of a folder of the bucket, and what a killed writer left more than a day ago."""
+    whole: dict[Path, float] = {}
     for place in folder.iterdir():
         try:
             manifest = read_manifest(place)
         except Damaged:
             manifest = None
-        made[place] = float(manifest["made"]) if manifest else newest(place)
-        for other in place.iterdir() if manifest else ():
-            abandoned = other.name not in (MANIFEST, manifest and manifest["folder"])
-            if abandoned and newest(other) < time.time() - DAY_SECONDS:
-                shutil.rmtree(other, ignore_errors=True)
-    for place in sorted(made, key=lambda one: made[one])[:-kept]:
+        if manifest is None:
+            _remove_abandoned(place)
+            continue
+        whole[place] = float(manifest["made"])
+        for other in place.iterdir():
+            if other.name not in (MANIFEST, manifest["folder"]):
+                _remove_abandoned(other)
+    for place in sorted(whole, key=lambda one: whole[one])[:-kept]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def newest(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0)
+def _remove_abandoned(folder: Path) -> None:
+    """Not an empty one: another machine may be about to write its first file."""
+    times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+    if times and max(times) < time.time() - DAY_SECONDS:
+        shutil.rmtree(folder, ignore_errors=True)

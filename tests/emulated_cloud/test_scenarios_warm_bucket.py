@@ -1,4 +1,4 @@
-"""The same training on two machines, one after the other: the first finds an empty bucket, the second what the first has kept there.
+"""The same training on two machines, one after the other: the first finds an empty bucket, the second what the first has kept.
 
 What it measures: each part of a start, from the machine's boot to the first optimizer step, with the real SkyPilot, set-up script
 and trainer; the packages of the CPU environment, unpacked from the bucket onto a machine without them; a model fetched from the

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from on_machine.kept.hub import model_named
 from tests.helpers.machine_fixture import ROOT
 from tests.helpers.model_hub import COMMIT, NAME, model_hub
 
@@ -90,7 +91,7 @@ def test_an_environment_is_the_same_on_the_next_machine(first: Machine, second: 
 
 def test_where_nothing_is_kept_nothing_is_said(second: Machine) -> None:
     assert second.kept("fetch-packages", second.packages, TREE) == (NOT_THERE, "")
-    assert second.kept("fetch-model", second.bucket, "a config") == (NOT_THERE, "")
+    assert second.kept("fetch-model", second.bucket, "no-uv", "", "a config") == (NOT_THERE, "")
 
 
 def flip(path: Path) -> None:
@@ -172,13 +173,21 @@ def test_what_is_kept_already_is_left_alone_and_old_environments_go(first: Machi
 
 def test_what_a_killed_writer_left_a_day_ago_goes(first: Machine) -> None:
     first.kept("keep-packages", first.packages, TREE)
-    old, young = first.packages / "abandoned", first.packages / "being-written"
-    for folder in (old, young):
-        folder.mkdir()
-        (folder / "000.tar.gz").touch()
-    os.utime(old / "000.tar.gz", (time.time() - 90_000, time.time() - 90_000))
+    unfinished = first.packages.with_name("2" * 32)
+    gone = [first.packages / "abandoned", unfinished / "abandoned"]
+    left = [
+        first.packages / "being-written",
+        first.packages / "begun",
+        unfinished.with_name("3" * 32) / "being-written",
+    ]
+    for folder in (*gone, *left):
+        folder.mkdir(parents=True)
+        if folder.name != "begun":
+            (folder / "000.tar.gz").touch()
+    for folder in gone:
+        os.utime(folder / "000.tar.gz", (time.time() - 90_000, time.time() - 90_000))
     first.kept("keep-packages", first.packages.with_name("1" * 32), TREE)
-    assert young.exists() and not old.exists()
+    assert [folder.exists() for folder in (*gone, *left)] == [False, False, True, True, True]
 
 
 # model files
@@ -223,10 +232,11 @@ def test_a_model_of_the_hub_is_fetched_once(first: Machine, second: Machine, tin
         assert {path.name for path in first.bucket.iterdir()} == {"packages", "models", "set-up"}
         assert json.loads((first.bucket / "set-up" / "tiny.jsonl").read_text())["parts"] == {"boot": 1.0}
         second.state("set-up.log").touch()
-        assert second.kept("fetch-model", second.bucket, f"model: {{name: other, revision: {COMMIT}}}")[0] == NOT_THERE
+        other = f"model: {{name: other, revision: {COMMIT}}}"
+        assert second.kept("fetch-model", second.bucket, "no-uv", "", other)[0] == NOT_THERE
         config = f"model:\n  name: {NAME}\n"
-        assert second.kept("fetch-model", second.bucket, config, "lora.r=8")[0] == NOT_THERE, "of another commit"
-        assert second.kept("fetch-model", second.bucket, config, f"model.revision={COMMIT}")[0] == 0
+        assert second.kept("fetch-model", second.bucket, "no-uv", "lora.r=8", config)[0] == NOT_THERE, "no commit"
+        assert second.kept("fetch-model", second.bucket, "no-uv", f"model.revision={COMMIT}", config)[0] == 0
         hub.asked.clear()
         assert loads(second, hub.url) == expected
         assert all("/tree/" in one for one in hub.asked), f"only whether there are further templates: {hub.asked}"
@@ -239,9 +249,70 @@ def test_a_model_of_the_hub_is_fetched_once(first: Machine, second: Machine, tin
     (weights,) = first.bucket.glob("models/*/*/model.safetensors")
     flip(weights)
     shutil.rmtree(second.home / ".cache")
-    code, said = second.kept("fetch-model", second.bucket, config, COMMIT)
-    assert (code, len(said.splitlines())) == (DAMAGED, 1)
+    code, said = second.kept("fetch-model", second.bucket, "no-uv", f"name={COMMIT}", config)
+    assert (code, len(said.splitlines())) == (NOT_THERE, 1) and "the bucket's copy is not used" in said
     assert not list(second.home.glob(".cache/huggingface/hub/*/snapshots/*")), "never half a model"
+
+
+YAML = f"""\
+# a comment
+data: {{name: other/data}}
+model:            # the base
+  name: "{NAME}"  # of the hub
+  revision: {COMMIT}
+lora:
+  name: some/lora
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["by the environment", "by uv"])
+def test_a_model_that_is_not_kept_is_downloaded_beside_the_packages(
+    installed: bool, first: Machine, tiny_model: Path
+) -> None:
+    """uv is a stand-in that runs this Python."""
+    program = first.home / (f"{TREE}/bin/python" if installed else "uv")
+    program.unlink(missing_ok=True)
+    if not installed:
+        (first.home / TREE / "bin" / "python").unlink()
+    words = f'echo "$1 $2 $7" >>{first.home}/asked\n[ "$1" != run ] || shift 8'
+    program.write_text(f'#!/bin/sh\n{words}\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    with model_hub(tiny_model) as hub:
+        first.env["HF_ENDPOINT"] = hub.url
+        code, said = first.kept("fetch-model", first.bucket, first.home / "uv", "lora.r=8", YAML)
+        assert code == 0 and f"{NAME} is downloaded from the hub" in said, said
+        asked = (first.home / "asked").read_text()
+        assert asked.startswith("-c" if installed else "run --quiet huggingface_hub==")
+        hub.asked.clear()
+        loads(first, hub.url)
+        assert not [one for one in hub.asked if "GET" in one and "resolve" in one], "nothing is left to download"
+
+
+def test_a_download_that_fails_is_left_to_the_loader(first: Machine) -> None:
+    shutil.rmtree(first.home / TREE)
+    code, said = first.kept("fetch-model", first.bucket, "/bin/false", "", YAML)
+    assert (code, len(said.splitlines())) == (DAMAGED, 1) and "is downloaded when it is loaded" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "config", "named"),
+    [
+        ("", YAML, (NAME, COMMIT)),
+        ("lora.r=8 model.name=a/b", YAML, ("a/b", COMMIT)),
+        (f"model.name=a/b model.revision={COMMIT}", "", ("a/b", COMMIT)),
+        ("model.revision=main", YAML, None),
+        ("model.name=configs/mistral_7b_qlora.yaml", YAML, None),
+        ("model.name=--force/x", YAML, None),
+        ("model.name=package://a/b.gguf", YAML, None),
+        ("", f"other:\n  name: {NAME}\n  revision: {COMMIT}\n", None),
+        ("", "", None),
+    ],
+)
+def test_the_model_that_a_task_names(
+    overrides: str, config: str, named: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert model_named(overrides, config) == named
 
 
 def test_blocks_are_put_together_in_their_order(first: Machine, second: Machine) -> None:
@@ -258,7 +329,7 @@ def test_blocks_are_put_together_in_their_order(first: Machine, second: Machine)
     first.state("set-up.json").write_text('{"parts": {}, "facts": {}}\n')
     assert keeper.wait(60) == 0
     assert not (first.bucket / "set-up").exists(), "a launch whose parts are unknown is not recorded"
-    assert second.kept("fetch-model", second.bucket, NAME, COMMIT)[0] == 0
+    assert second.kept("fetch-model", second.bucket, "no-uv", NAME, COMMIT)[0] == 0
     for name in sizes:
         there = second.home / snapshot.relative_to(first.home) / name
         assert subprocess.run(["cmp", snapshot / name, there], check=False).returncode == 0, name

@@ -88,8 +88,8 @@ def test_the_build_of_pytorch_follows_the_gpu(machine: CloudMachine, capability:
     environment = machine.home / "finetune-env"
     assert machine.calls() == [
         f"venv --quiet --clear --python 3.11 {environment}",
-        f"pip install --python {environment}/bin/python --torch-backend={backend} --constraints constraints.txt "
-        "--build-constraints constraints.txt --editable .[train,export,serve]",
+        f"pip install --python {environment}/bin/python --torch-backend={backend} --only-binary :all: "
+        "--constraints constraints.txt --build-constraints constraints.txt --editable .[train,export,serve]",
     ]
     assert "torch 2.13.0+cu126 (CUDA 12.6) on Tesla T4, driver 535.86.10" in said
 
