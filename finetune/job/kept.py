@@ -37,7 +37,7 @@ def wait_for_model(model: ModelSection, settings: JobSettings) -> None:
             say("waiting for the model files from the bucket")
         time.sleep(POLL_SECONDS)
     log = settings.state / FETCHED
-    if log.is_file() and (words := last_lines(log, 1)):
+    if told and log.is_file() and (words := last_lines(log, 1)):
         say(words)
     known = set_up.read(settings.state.parent)
     if known is not None and set_up.MODEL_FROM not in known.facts:
