@@ -89,6 +89,30 @@ def test_an_environment_is_the_same_on_the_next_machine(first: Machine, second: 
     assert [path.name for path in second.state("").iterdir()] == ["set-up.log"], "nothing else is left"
 
 
+def test_a_machine_without_zstd_packs_with_gzip(first: Machine, second: Machine, tmp_path: Path) -> None:
+    for name in ("tar", "gzip"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    first.env["PATH"] = str(tmp_path / "bin")
+    assert first.kept("keep-packages", first.packages, TREE)[0] == 0
+    assert [path.name for path in first.packages.glob("*/*")] == ["000.tar.gzip"]
+    assert second.kept("fetch-packages", second.packages, TREE)[0] == 0
+    assert contents(second.home / TREE) == contents(first.home / TREE)
+
+
+def test_a_part_that_was_packed_with_what_is_not_here_is_not_used(
+    first: Machine, second: Machine, tmp_path: Path
+) -> None:
+    if not shutil.which("zstd"):
+        pytest.skip("no zstd")
+    first.kept("keep-packages", first.packages, TREE)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tar").symlink_to(str(shutil.which("tar")))
+    second.env["PATH"] = str(tmp_path / "bin")
+    code, said = second.kept("fetch-packages", second.packages, TREE)
+    assert (code, len(said.splitlines())) == (DAMAGED, 1) and "was packed with zstd" in said
+
+
 def test_where_nothing_is_kept_nothing_is_said(second: Machine) -> None:
     assert second.kept("fetch-packages", second.packages, TREE) == (NOT_THERE, "")
     assert second.kept("fetch-model", second.bucket, "no-uv", "", "a config") == (NOT_THERE, "")
@@ -107,7 +131,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 def test_a_damaged_part_is_not_used(damage: Any, first: Machine, second: Machine) -> None:
     first.kept("keep-packages", first.packages, TREE)
-    (part,) = first.packages.glob("*/*.tar.gz")
+    (part,) = first.packages.glob("*/*.tar.*")
     damage(part)
     code, said = second.kept("fetch-packages", second.packages, TREE)
     assert (code, len(said.splitlines())) == (DAMAGED, 1) and "the bucket's copy is not used" in said
@@ -124,6 +148,7 @@ def test_a_damaged_part_is_not_used(damage: Any, first: Machine, second: Machine
         '{"folder": "x", "files": [], "trees": ["finetune-env", "../.ssh"], "python": "/"}',
         '{"folder": "x", "files": [], "trees": ["finetune-vllm"], "python": "/"}',
         '{"folder": "x", "files": [], "trees": ["finetune-env"], "python": "/no/such/python"}',
+        '{"folder": "x", "files": [], "trees": ["finetune-env"], "python": "/", "packer": "sh"}',
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_not(text: str, second: Machine) -> None:
@@ -140,7 +165,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_looks_whole(first: Machine,
     command = [sys.executable, "-m", "on_machine.kept", "keep-packages", str(first.packages), TREE]
     writer = subprocess.Popen(command, cwd=ROOT, env=first.env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
-    while not list(first.packages.glob("*/*.tar.gz")):
+    while not list(first.packages.glob("*/*.tar.*")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     writer.kill()

@@ -175,7 +175,7 @@ def test_the_second_machine_has_its_packages_from_the_bucket(machine: CloudMachi
     assert not (machine.home / ".finetune" / "packages.keys").exists(), "there is nothing to keep"
     assert "is up to date" in machine.run("setup.sh")[1]
     new_machine(machine)
-    for part in packages.glob("*/*/*.gz"):
+    for part in packages.glob("*/*/*.tar.*"):
         part.write_bytes(part.read_bytes()[:-9])
     code, said = machine.run("setup.sh")
     assert code == 0 and len(machine.called("pip")) == 1, "the normal way"
