@@ -43,7 +43,8 @@ PART_BYTES = 1 << 27
 PACKERS = {"zstd": "zstd -1 -q", "gzip": "gzip -1"}
 """Programs, the better one first, and how they pack: zstd unpacks six times as fast (measured); Ubuntu's images have it."""
 SET_PIPE_BYTES, PIPE_BYTES = 1031, 1 << 20
-"""fcntl has F_SETPIPE_SZ from Python 3.10 on. 1 MiB: the most for a user's pipe by default; by itself it has 64 KiB, and each of them is a switch between two processes."""
+"""Of Linux; fcntl names it from Python 3.10 on. 1 MiB is the most that a user may ask for: with 64 KiB, as by itself, each is a
+switch between two processes."""
 
 
 def fetch_packages(folder: Path, tree: str) -> int:
