@@ -34,9 +34,10 @@ BARE = "setup: rm -rf ~/finetune-env ~/.finetune/setup && bash on_machine/setup.
 """As if the image had not brought them. Without the bucket this set-up would fail: the machine reaches no index."""
 OF_THE_HUB = "tiny/hub.yaml"
 PLAN = """
+from pathlib import Path
 from finetune.cloud.plan.set_up import set_up_minutes
 from finetune.config.load import load_config
-found = set_up_minutes(load_config("tiny/hub.yaml"), ask_google=True)
+found = set_up_minutes(load_config(Path("tiny/hub.yaml")), ask_google=True)
 print(f"{60 * found.minutes:.3f} s, {found.basis}")
 """
 
