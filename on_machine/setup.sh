@@ -9,17 +9,55 @@
 # Environment: UV_TORCH_BACKEND  the build to install instead, such as cu128 (uv's names)
 #              FINETUNE_VLLM_BUILD  auto: where the GPU and its driver allow; 0: never; 1: also without a GPU
 #              FINETUNE_ALLOW_CPU=1  accept a machine without GPU
+#              CONFIG, OVERRIDES, RUN_NAME  of the task: the model that they name is fetched beside the packages
 #              FINETUNE_PRICES  the launch policy's price table; saved for later jobs of `sky exec`
 set -euo pipefail
 shopt -s inherit_errexit  # a failure inside $(...) ends the script too
 cd "$(dirname "$0")/.."
-readonly ENVIRONMENT="$HOME/finetune-env" STATE="$HOME/.finetune"
+readonly TREE=finetune-env STATE="$HOME/.finetune" MOUNT="${FINETUNE_MOUNT:-/bucket}"
+readonly ENVIRONMENT="$HOME/$TREE"
 
 say() { printf 'set-up: %s\n' "$*" >&2; }
 
 fail() {
   say "$*"
   exit 2
+}
+
+age() {  # seconds since this machine was started, as finetune/machine/billed_time.py counts them
+  LC_ALL=C awk -v ticks="$(getconf CLK_TCK)" \
+    'NR == FNR { up = $1; next } { sub(/.*\) /, ""); printf "%.3f", up - $20 / ticks }' /proc/uptime /proc/1/stat
+}
+
+begin_log() {  # finetune/machine/set_up.py reads it; once a boot, because later set-ups do not begin with the machine
+  local boot
+  boot="$(cat /proc/sys/kernel/random/boot_id)/$(LC_ALL=C awk '{ sub(/.*\) /, ""); print $20 }' /proc/1/stat)"
+  if [ "$(cat "$STATE/set-up.boot" 2>/dev/null)" = "$boot" ]; then
+    rm -f "$STATE/set-up.log"
+  else
+    printf '%s\n' "$boot" >"$STATE/set-up.boot"
+    : >"$STATE/set-up.log"
+    mark boot
+  fi
+}
+
+mark() { [ ! -f "$STATE/set-up.log" ] || printf '%s %s\n' "$(age)" "$1" >>"$STATE/set-up.log"; }
+
+fact() { [ ! -f "$STATE/set-up.log" ] || printf '= %s %s\n' "$1" "$2" >>"$STATE/set-up.log"; }
+
+fetch_model() {  # from the bucket, else from the hub, in the background beside the packages; the job waits for the lock
+  local file config="" uv
+  [ -d "$MOUNT" ] || return 0
+  for file in "${CONFIG:-}" "$MOUNT/runs/${RUN_NAME:-.}/config.yaml"; do
+    [ ! -f "$file" ] || config=$(cat "$file")
+  done
+  uv=$(uv_program)
+  exec 8>>"$STATE/model.lock"
+  if flock --nonblock 8; then
+    setsid --fork python3 -m on_machine.kept fetch-model "$MOUNT" "$uv" "${OVERRIDES:-}" "$config" \
+      </dev/null >"$STATE/model.log" 2>&1
+  fi
+  exec 8>&-
 }
 
 keep_prices() {
@@ -64,10 +102,25 @@ install() {  # BACKEND [ARGUMENT...]
   uv=$(uv_program)
   [ -x "$ENVIRONMENT/bin/python" ] || "$uv" venv --quiet --clear --python 3.11 "$ENVIRONMENT"
   "$uv" pip install --python "$ENVIRONMENT/bin/python" ${backend:+"--torch-backend=$backend"} \
-    --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,export,serve]'
+    --only-binary :all: --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,export,serve]'
   if [ $# -gt 0 ]; then
     "$uv" pip install --python "$ENVIRONMENT/bin/python" --constraints constraints.txt "$@"
   fi
+}
+
+packages_key() {  # STAMP: of what decides which files are installed
+  local driver
+  driver=$(gpu driver_version) || driver=""
+  printf '%s\n' "$1" "$HOME" "$(uname -m)" "$(getconf GNU_LIBC_VERSION)" "${driver%%.*}" | sha256sum | cut -c 1-32
+}
+
+from_bucket() {  # KEY: the environment as an earlier launch has kept it
+  [ -f "$MOUNT/packages/$1/manifest.json" ] || return 1
+  python3 -m on_machine.kept fetch-packages "$MOUNT/packages/$1" "$TREE" >&2 || return 1
+  "$ENVIRONMENT/bin/python" -I -c 'import finetune' 2>/dev/null && [ -x "$ENVIRONMENT/bin/finetune" ] && return
+  say "the environment from the bucket does not run here; installing it from the index"
+  rm -rf "$ENVIRONMENT"
+  return 1
 }
 
 check_gpu() {
@@ -120,15 +173,29 @@ start_vllm() {
 }
 
 (umask 077 && mkdir -p "$STATE")
+begin_log
 keep_prices
 backend=$(torch_backend)
 stamp=$(fingerprint "$backend" "$@")
+key=$(packages_key "$stamp")
+fetch_model
+printf '%s\n' "$key" >"$STATE/packages.key"
+rm -f "$STATE/packages.keys"
 if [ -x "$ENVIRONMENT/bin/finetune" ] && [ "$(cat "$STATE/setup" 2>/dev/null)" = "$stamp" ]; then
   say "$ENVIRONMENT is up to date"
+  fact packages_from here
 else
   rm -f "$STATE/setup"
-  install "$backend" "$@"
+  if from_bucket "$key"; then
+    fact packages_from bucket
+  else
+    install "$backend" "$@"
+    fact packages_from index
+    printf '%s %s\n' "$TREE" "$key" >"$STATE/packages.keys"  # kept in the bucket after the first step
+  fi
   printf '%s\n' "$stamp" >"$STATE/setup"
 fi
+mark packages
 check_gpu
+mark gpu_check
 start_vllm

@@ -26,6 +26,15 @@ trap 'why_not "$step (see ~/.finetune/vllm.log)"' ERR
 
 unset UV_TORCH_BACKEND  # of the environment of training; the torch that vLLM pins is built for CUDA 13 in the index, too
 rm -rf "$PART" "$OLD"
+key=$(printf '%s\n' "$STAMP" "$HOME" "$(uname -m)" "$(getconf GNU_LIBC_VERSION)" | sha256sum | cut -c 1-32)
+readonly KEPT="${FINETUNE_MOUNT:-/bucket}/packages/$key"
+if [ -f "$KEPT/manifest.json" ] && python3 -m on_machine.kept fetch-packages "$KEPT" finetune-vllm; then
+  if "$ENVIRONMENT/bin/python" -W ignore -c 'import vllm; print("vLLM", vllm.__version__)'; then
+    rm -f "$STATE/vllm.missing"
+    exit 0
+  fi
+  rm -rf "$ENVIRONMENT"  # it does not run here; built below
+fi
 step="its virtual environment could not be made"
 "$UV" venv --quiet --relocatable --python 3.11 "$PART"
 step="its packages could not be installed"
@@ -37,3 +46,5 @@ step="its environment could not be put into place"
 [ ! -e "$ENVIRONMENT" ] || mv "$ENVIRONMENT" "$OLD"
 mv "$PART" "$ENVIRONMENT"
 rm -rf "$OLD" "$STATE/vllm.missing"
+exec 9>&-  # nobody has to wait for the rest
+[ ! -d "${FINETUNE_MOUNT:-/bucket}" ] || python3 -m on_machine.kept keep-packages "$KEPT" finetune-vllm || true

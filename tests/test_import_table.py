@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "sweep": "errors runtime machine config run_name run_record run_folder prepared_folder budget stage_end",
     "evaluation": "errors tokens runtime machine sql config run_name models run_folder prepared_folder data budget",
     "cloud.gcloud": "errors runtime",
-    "cloud.plan": "errors runtime machine config models prepared_folder estimate cloud.catalog",
+    "cloud.plan": "errors runtime machine config models prepared_folder estimate budget cloud.gcloud cloud.catalog",
     "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime sql run_record run_name run_folder data budget sweep evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import UserError
+from finetune.machine import set_up
 from finetune.machine.price import MachinePrice
 from finetune.runtime import fault_injection
 from finetune.runtime.confined import remove_file
@@ -48,7 +49,8 @@ class Attempt:
 
     seconds: on the meter. price: of its machine, the newest one; None if it has none. It counts from `priced_from` on; the
     seconds before cost `usd_before`. step: the last one recorded. reason: why it ended; None while it runs, or if it was killed.
-    seconds_before: the part of `seconds` before it began (boot, set-up). problems: what in the file cannot be used.
+    seconds_before: the part of `seconds` before it began (boot, set-up). set_up: its parts, of the first attempt on a machine,
+    once it has done a step. problems: what in the file cannot be used.
     """
 
     number: int
@@ -66,6 +68,7 @@ class Attempt:
     work: Work = "train"
     usd_before: float = 0.0
     priced_from: float = 0.0
+    set_up: set_up.SetUp | None = None
 
     @property
     def name(self) -> str:
@@ -285,6 +288,7 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
     machine, token, began_at, resumed = (first.get(key) for key in ("machine", "token", "at", "step"))
     facts = machine.items() if isinstance(machine, dict) else ()
     price, usd_before, priced_from = _prices(first, lines)
+    stepped = next((line for line in lines if line["event"] == set_up.EVENT), {})
     return Attempt(
         number,
         name,
@@ -301,6 +305,7 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
         work=work,
         usd_before=usd_before,
         priced_from=priced_from,
+        set_up=set_up.from_line(stepped),
     )
 
 

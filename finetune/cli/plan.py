@@ -86,6 +86,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         spot=arguments.spot,
         trust_prices=arguments.trust_prices,
         scored=not arguments.no_score,
+        ask_google=True,
     )
     if arguments.json:
         flex = {"flex": flex_json(plan)} if arguments.flex else {}

@@ -134,7 +134,9 @@ class PlanSection:
         default_factory=lambda: list(MACHINES)
     )  # names of finetune/machine/gpus.py, such as L4 and L4:2
     disk_gib: int = 200  # boot disk of the machine, as in the task YAMLs
-    setup_minutes: float = 12.0  # paid before the first step: boot, packages, download of the model, loading
+    setup_minutes: float | None = (
+        None  # paid before the first step, from the boot on; null: the median of your launches, else 12
+    )
     spot_preemptions_per_hour: float = 0.05  # one in 20 hours; Google publishes no rate for GPUs
     records: int | None = None  # training examples, if the data are not prepared; null: counted in local sources
     mean_tokens: float = 311.0  # prompt and answer of one example, if no tokenizer has counted them

@@ -127,7 +127,10 @@ def impossible_values(config: RunConfig) -> list[str]:
         (bool(c.plan.gpus), "plan.gpus: expected at least one GPU"),
         (len(set(c.plan.gpus)) == len(c.plan.gpus), "plan.gpus: a GPU is listed twice"),
         (c.plan.disk_gib >= 10, "plan.disk_gib: expected at least 10"),
-        (0 <= c.plan.setup_minutes < math.inf, "plan.setup_minutes: expected at least 0"),
+        (
+            c.plan.setup_minutes is None or 0 <= c.plan.setup_minutes < math.inf,
+            "plan.setup_minutes: expected at least 0",
+        ),
         (0 <= c.plan.spot_preemptions_per_hour <= 10, "plan.spot_preemptions_per_hour: expected 0 to 10"),
         (c.plan.records is None or c.plan.records >= 1, "plan.records: expected at least 1"),
         (1 <= c.plan.mean_tokens < math.inf, "plan.mean_tokens: expected at least 1"),

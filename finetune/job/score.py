@@ -12,6 +12,7 @@ from finetune.budget.price_watch import TOO_DEAR
 from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT
 from finetune.job.data import data_of_run
+from finetune.job.kept import wait_for_model
 from finetune.job.limits import Ended, run_limited
 from finetune.job.metering import Metering
 from finetune.job.programs import call, say
@@ -83,6 +84,7 @@ def score(run: RunFolder, hours: float, settings: JobSettings, metering: Meterin
             say(f"{run.path}: not scored, because {why}")
             metering.ends("nothing to score")
             return None
+        wait_for_model(config.model, settings)
         if config.evaluation.generator != "hf":
             wait_for_vllm(settings, 3600 * left())
         say(f"scoring {run.path} for at most {left():.4f} hours")

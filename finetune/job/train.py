@@ -15,13 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.budget.lease import clear_not_started
+from finetune.config.load import load_config
+from finetune.config.schema import ModelSection
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.job.data import data_of_config, data_of_run
+from finetune.job.kept import keep_after_first_step, wait_for_model
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
 from finetune.job.score import is_scored, score_after_training
 from finetune.job.settings import JobSettings
 from finetune.job.too_dear import after_training, refused_as_too_dear
+from finetune.machine import set_up
 from finetune.run_folder import RunFolder
 from finetune.stage_end.following_job import after_train_job, cost_of_run
 from finetune.stage_end.tell import tell
@@ -35,6 +39,7 @@ def train(settings: JobSettings) -> int:
     """Exit codes: 0 done, or stopped at a limit with a checkpoint; 2 user error; 75 interrupted, to be run again; if the score
     failed, its own."""
     settings.require_bucket()
+    set_up.begin_job()
     run = RunFolder(settings.runs / settings.name_of_run())
     if settings.nodes and settings.nodes.rank:
         return _helped(run, settings)
@@ -59,6 +64,11 @@ def _trained(run: RunFolder, settings: JobSettings) -> int:
         words = _go_on(run, settings)
     else:
         return score_after_training(run, _hours_for_the_score(run, settings), settings)
+    set_up.mark(set_up.DATA)
+    model = _model(run, settings)
+    wait_for_model(model, settings)
+    set_up.mark(set_up.FILES)
+    keep_after_first_step(model, settings)
     hours, began = hours_left(settings), time.monotonic()
     with tensorboard(settings):
         say(f"training for at most {hours:.4f} hours on this machine")
@@ -85,10 +95,16 @@ def _helped(run: RunFolder, settings: JobSettings) -> int:
     else:
         _require_config(settings)
         data_of_config(Path(settings.config), settings.overrides, settings)
+    wait_for_model(_model(run, settings), settings)
     say(f"node {settings.nodes.rank} of {settings.nodes.count}: trains with the first one, {settings.nodes.first}")
     hours = float(settings.max_hours) + LATER_HOURS
     ended = run_limited([*trainer(settings), settings.config or "CONFIG"], hours, settings)
     return EXIT_OK if ended.code == EXIT_TRANSIENT else ended.code
+
+
+def _model(run: RunFolder, settings: JobSettings) -> ModelSection:
+    config = run.config() if run.run_json.exists() else load_config(Path(settings.config), settings.overrides)
+    return config.model
 
 
 def trainer(settings: JobSettings) -> list[str]:

@@ -30,7 +30,7 @@ def wait_for_vllm(settings: JobSettings, seconds: float) -> bool:
     python = settings.state.parent / ENVIRONMENT / "bin" / "python"
     limit = min(60 * float(settings.vllm_minutes), seconds)
     began, told = time.monotonic(), False
-    while not python.exists() and _is_built(settings.state / LOCK):
+    while not python.exists() and is_locked(settings.state / LOCK):
         waited = time.monotonic() - began
         if waited >= limit:
             say(
@@ -50,7 +50,7 @@ def wait_for_vllm(settings: JobSettings, seconds: float) -> bool:
     return False
 
 
-def _is_built(lock: Path) -> bool:
+def is_locked(lock: Path) -> bool:
     """Whether a process holds the lock, which the system releases with the process."""
     try:
         with lock.open("rb") as file:

@@ -27,6 +27,20 @@ class BeforeFirstStep(TrainerCallback):
             action()
 
 
+class AfterFirstStep(TrainerCallback):
+    """Runs actions once the first step of this attempt is done on the GPU, too."""
+
+    def __init__(self, *actions: Callable[[], None]) -> None:
+        self._actions = actions
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._actions and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for action in self._actions:
+            action()
+        self._actions = ()
+
+
 class Throughput(TrainerCallback):
     """Real tokens (prompt and answer, no padding) per second of training steps; evaluation and saving do not count.
 

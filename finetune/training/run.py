@@ -18,6 +18,7 @@ from finetune.config.load import config_hash, load_config, to_dict
 from finetune.config.schema import RunConfig
 from finetune.data.tokenize import Examples
 from finetune.errors import EXIT_OK, UserError
+from finetune.machine import set_up
 from finetune.run_folder import RunFolder, check_name_is_free, create_run
 from finetune.run_record import RunRecord
 from finetune.runtime import distributed, process_group
@@ -26,7 +27,7 @@ from finetune.runtime.stop_request import Stop, StopSignals
 from finetune.training.adapter import save_adapter
 from finetune.training.agreement import check_agreement
 from finetune.training.arguments import trainer_arguments
-from finetune.training.callbacks import BeforeFirstStep, History, ProgressBar, Throughput
+from finetune.training.callbacks import AfterFirstStep, BeforeFirstStep, History, ProgressBar, Throughput
 from finetune.training.ending import (
     already_there,
     clean_up,
@@ -36,6 +37,7 @@ from finetune.training.ending import (
     stop_hanging,
     taken_over_first,
 )
+from finetune.training.first_step import end_part, first_step_done
 from finetune.training.record.recorder import RunRecorder, new_record
 from finetune.training.resume import (
     check_numbers,
@@ -75,6 +77,7 @@ def start(
     """
     began = time.monotonic()
     with process_group.process_group():
+        end_part(set_up.IMPORTS)
         distributed.run_on_rank0(lambda: check_name_is_free(config.training))
         inputs = inputs_of(config)
         check_agreement(inputs)
@@ -98,6 +101,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None, stop_ste
     """
     began = time.monotonic()
     with process_group.process_group():
+        end_part(set_up.IMPORTS)
         typed = [f"budget.{name}={value!r}" for name, value in (ceilings or {}).items()]
 
         def read() -> tuple[RunConfig, RunRecord]:
@@ -163,7 +167,8 @@ def _attempt(
         if refusal is None:
             recorder.begin()  # before anything else: a folder without run.json is not a run
             with budget.metered(hard_stop=lambda: _end_hanging(session)), taken_over_first(session):
-                return _fit(session, load_parts(inputs))
+                end_part(set_up.CHECKS)
+                return _fit(session, load_parts(inputs, end_part))
     return refused(session, refusal, before)
 
 
@@ -202,7 +207,8 @@ def _fit(session: Session, parts: Parts) -> int:
     session.budget.follow(lambda: (trainer.state.global_step, trainer.state.max_steps), throughput.wall_seconds)
     with StopSignals(session.stop), ProgressBar(history, session.budget.short) as bar, session.budget.notices():
         tracking = trackers(inputs.config.tracking, run.path, run.path.name, session.resumed_step, say)
-        for callback in (*tracking, history, bar, ends, staging, _before(session, trainer, plan)):
+        first = AfterFirstStep(lambda: first_step_done(session))
+        for callback in (first, *tracking, history, bar, ends, staging, _before(session, trainer, plan)):
             trainer.add_callback(callback)
         try:
             with closing(writer) if writer else nullcontext():

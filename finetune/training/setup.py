@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from finetune.data.records import Split
 from finetune.data.tokenize import Examples, tokenise
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice, machine_price
+from finetune.machine.set_up import EXAMPLES, WEIGHTS
 from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_model_config, load_tokenizer
 from finetune.models.target_modules import check_target_modules
@@ -72,15 +74,19 @@ def inputs_of(config: RunConfig) -> Inputs:
     return Inputs(config, device, data, replace(template, dialects=dialects_of(data.records("train"))), price)
 
 
-def load_parts(inputs: Inputs) -> Parts:
+def load_parts(inputs: Inputs, done: Callable[[str], None] = lambda part: None) -> Parts:
+    """done: called with the name of each part of the set-up (machine/set_up.py) when it ends."""
     from transformers import set_seed
 
     tokenizer = load_tokenizer(inputs.config.model)
     train, validation = _examples(inputs, tokenizer, "train"), _examples(inputs, tokenizer, "val")
+    done(EXAMPLES)
     set_seed(inputs.config.training.seed)  # before the adapters are drawn
     base = load_base(inputs.config.model, inputs.config.quantization, inputs.device)
     base.config.use_cache = False
-    return Parts(tokenizer, train, validation, attach_lora(base, inputs.config.lora))
+    model = attach_lora(base, inputs.config.lora)
+    done(WEIGHTS)
+    return Parts(tokenizer, train, validation, model)
 
 
 def _examples(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, split: Split) -> Examples:

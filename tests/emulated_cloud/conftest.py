@@ -25,6 +25,7 @@ LONGEST = (
     "run_is_served",
     "test_a_cut_line",
     "run_that_hangs",
+    "a_warm_bucket",
     "budget_that_ends",
     "nearly_full",
     "refused_machines",

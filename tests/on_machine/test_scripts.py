@@ -56,6 +56,20 @@ def test_a_new_run_begins_in_the_bucket_under_its_ceiling(machine: CloudMachine)
     assert "training for at most 24.0000 hours" in said
 
 
+def test_the_first_job_of_a_boot_goes_on_with_the_log_of_set_up(machine: CloudMachine) -> None:
+    log = machine.home / ".finetune" / "set-up.log"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("0.1 boot\n= packages_from bucket\n0.2 gpu_check\n")
+    assert machine.run("train.sh")[0] == 0
+    lines = log.read_text().splitlines()[3:]
+    assert [line.split()[-1] for line in lines if not line.startswith("=")] == ["job_start", "data", "model_files"]
+    assert "= model_from hub" in lines
+    assert not (machine.home / ".finetune" / "set-up.json").exists(), "a stand-in trains no step, so nothing is kept"
+    assert not (machine.bucket / "set-up").exists() and not (machine.bucket / "models").exists()
+    assert machine.run("train.sh")[0] == 0
+    assert not log.exists(), "a second job does not begin with the machine"
+
+
 @pytest.mark.parametrize("status", ["interrupted", "running", "failed", "budget_stop"])
 def test_an_interrupted_run_resumes_under_the_ceiling_typed_last(machine: CloudMachine, status: str) -> None:
     folder = begin_run(machine, status)

@@ -3,7 +3,9 @@ it refuses."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import stat
@@ -15,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.machine_fixture import ROOT, CloudMachine
+from finetune.machine.billed_time import machine_age
+from tests.helpers.machine_fixture import ROOT, CloudMachine, wait_for
 
 UV = f"""\
 #!/usr/bin/env bash
@@ -85,8 +88,8 @@ def test_the_build_of_pytorch_follows_the_gpu(machine: CloudMachine, capability:
     environment = machine.home / "finetune-env"
     assert machine.calls() == [
         f"venv --quiet --clear --python 3.11 {environment}",
-        f"pip install --python {environment}/bin/python --torch-backend={backend} --constraints constraints.txt "
-        "--build-constraints constraints.txt --editable .[train,export,serve]",
+        f"pip install --python {environment}/bin/python --torch-backend={backend} --only-binary :all: "
+        "--constraints constraints.txt --build-constraints constraints.txt --editable .[train,export,serve]",
     ]
     assert "torch 2.13.0+cu126 (CUDA 12.6) on Tesla T4, driver 535.86.10" in said
 
@@ -127,6 +130,124 @@ def test_a_failed_installation_fails_and_is_retried(machine: CloudMachine) -> No
     assert machine.run("setup.sh", FAKE_FAULT="1")[0] == 1
     code, said = machine.run("setup.sh", FAKE_FAULT="")
     assert (code, len(machine.called("pip"))) == (0, 2), said
+
+
+# kept in the bucket for the next machine
+
+
+def with_bucket(machine: CloudMachine) -> Path:
+    """The programs of on_machine/kept and a bucket; returns its folder of packages."""
+    shutil.copytree(ROOT / "on_machine" / "kept", machine.checkout / "on_machine" / "kept", dirs_exist_ok=True)
+    machine.bucket.mkdir(exist_ok=True)
+    return machine.bucket / "packages"
+
+
+def keep(machine: CloudMachine) -> str:
+    """What the process does that runs after the first step; returns the key of the packages."""
+    tree, key = (machine.home / ".finetune" / "packages.keys").read_text().split()
+    command = [sys.executable, "-m", "on_machine.kept", "keep-packages", str(machine.bucket / "packages" / key), tree]
+    subprocess.run(command, cwd=machine.checkout, env=machine.environment(), check=True)
+    return key
+
+
+def new_machine(machine: CloudMachine) -> None:
+    """The same home folder's path on another machine, so without anything in it but uv."""
+    shutil.rmtree(machine.home / "finetune-env")
+    shutil.rmtree(machine.home / ".finetune")
+    (machine.folder / "calls").unlink(missing_ok=True)
+
+
+def log_of(machine: CloudMachine) -> list[str]:
+    return (machine.home / ".finetune" / "set-up.log").read_text().splitlines()
+
+
+def test_the_second_machine_has_its_packages_from_the_bucket(machine: CloudMachine) -> None:
+    put_gpu(machine, "8.0")
+    packages = with_bucket(machine)
+    assert machine.run("setup.sh")[0] == 0
+    assert "= packages_from index" in log_of(machine)
+    keep(machine)
+    new_machine(machine)
+    code, said = machine.run("setup.sh")
+    assert (code, machine.calls()) == (0, []), said
+    assert "finetune-env from the bucket: 0.00 GB" in said
+    assert "= packages_from bucket" in log_of(machine)
+    assert not (machine.home / ".finetune" / "packages.keys").exists(), "there is nothing to keep"
+    assert "is up to date" in machine.run("setup.sh")[1]
+    new_machine(machine)
+    for part in packages.glob("*/*/*.tar.*"):
+        part.write_bytes(part.read_bytes()[:-9])
+    code, said = machine.run("setup.sh")
+    assert code == 0 and len(machine.called("pip")) == 1, "the normal way"
+    assert len([line for line in said.splitlines() if "the bucket's copy is not used" in line]) == 1
+
+
+@pytest.mark.parametrize("change", ["constraints", "driver", "gpu", "home"])
+def test_packages_of_another_kind_of_machine_are_not_used(machine: CloudMachine, change: str) -> None:
+    put_gpu(machine, "8.0")
+    with_bucket(machine)
+    machine.run("setup.sh")
+    keep(machine)
+    new_machine(machine)
+    if change == "constraints":
+        with (machine.checkout / "constraints.txt").open("a", encoding="utf-8") as file:
+            file.write("# changed\n")
+    elif change == "driver":
+        machine.program(
+            machine.folder / "bin", "nvidia-smi", SMI.format(capability="8.0", name="L4").replace("535", "550")
+        )
+    elif change == "gpu":
+        put_gpu(machine, "7.0")
+    else:
+        machine.env["HOME"] = str(machine.folder / "elsewhere")
+        shutil.copytree(machine.home, machine.folder / "elsewhere")
+    code, said = machine.run("setup.sh")
+    assert (code, len(machine.called("pip"))) == (0, 1), said
+
+
+def test_an_environment_that_does_not_run_here_is_installed_the_normal_way(machine: CloudMachine) -> None:
+    put_gpu(machine, "8.0")
+    with_bucket(machine)
+    machine.run("setup.sh")
+    machine.program(machine.home / "finetune-env" / "bin", "python", "#!/bin/sh\nexit 1\n")
+    keep(machine)
+    new_machine(machine)
+    code, said = machine.run("setup.sh")
+    assert (code, len(machine.called("venv")), len(machine.called("pip"))) == (0, 1, 1), said
+    assert "does not run here" in said
+
+
+def test_the_log_of_set_up_begins_with_the_boot_and_once(machine: CloudMachine) -> None:
+    put_gpu(machine, "8.0")
+    machine.run("setup.sh")
+    parts = [line.split() for line in log_of(machine) if not line.startswith("=")]
+    assert [part for _, part in parts] == ["boot", "packages", "gpu_check"]
+    ages = [float(age) for age, _ in parts]
+    assert ages == sorted(ages)
+    age = machine_age()
+    assert age is not None and age - 60 < ages[0] <= ages[-1] <= age
+    machine.run("setup.sh")
+    assert not (machine.home / ".finetune" / "set-up.log").exists(), "of a set-up that did not begin with the machine"
+    (machine.home / ".finetune" / "set-up.boot").write_text("another boot\n")
+    machine.run("setup.sh")
+    assert log_of(machine)[1] == "= packages_from here"
+
+
+def test_a_model_that_the_task_names_is_fetched_beside_the_packages(machine: CloudMachine) -> None:
+    put_gpu(machine, "8.0")
+    with_bucket(machine)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = machine.bucket / "models" / f"some--model@{commit}"
+    (folder / "x").mkdir(parents=True)
+    (folder / "x" / "config.json").write_text("{}")
+    row = {"name": "config.json", "bytes": 2, "blocks": [hashlib.sha256(b"{}").hexdigest()]}
+    about = {"model": "some/model", "revision": commit, "folder": "x", "files": [row], "absent": ["x.json"], "made": 0}
+    (folder / "manifest.json").write_text(json.dumps(about))
+    (machine.checkout / "config.yaml").write_text("model:\n  name: some/model\n")
+    assert machine.run("setup.sh", OVERRIDES=f"model.revision={commit}")[0] == 0
+    place = machine.home / ".cache/huggingface/hub/models--some--model"
+    wait_for(place / "snapshots" / commit / "config.json")
+    assert (place / ".no_exist" / commit / "x.json").exists()
 
 
 def no_smi(machine: CloudMachine) -> None:

@@ -50,9 +50,10 @@ class Answer:
     advice: str = ""
 
 
-def ask(question: tuple[str, ...], *arguments: str) -> Answer:
-    """gcloud's answer. After SECONDS gcloud is killed, with all processes that it started."""
+def ask(question: tuple[str, ...], *arguments: str, seconds: float | None = None) -> Answer:
+    """gcloud's answer. After `seconds`, else SECONDS, gcloud is killed, with all processes that it started."""
     by_hand = f"run it by hand: `gcloud {' '.join(question[:3])}`"
+    seconds = seconds or SECONDS
     try:
         process = subprocess.Popen(
             ["gcloud", "--quiet", *question, *arguments],
@@ -65,10 +66,10 @@ def ask(question: tuple[str, ...], *arguments: str) -> Answer:
         return Answer("", f"gcloud cannot be started ({error.strerror})", by_hand)
     with process:
         try:
-            output, errors = process.communicate(timeout=SECONDS)
+            output, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return Answer("", f"no answer within {SECONDS:g} s", by_hand)
+            return Answer("", f"no answer within {seconds:g} s", by_hand)
     if process.returncode:
         return Answer("", *meaning(errors.decode(errors="replace"), by_hand))
     return Answer(output.decode(errors="replace").strip())

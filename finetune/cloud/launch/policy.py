@@ -44,6 +44,7 @@ from finetune.cloud.launch.travel import (
     luggage_of,
 )
 from finetune.cloud.plan.plan import OnGpu, run_on
+from finetune.cloud.plan.set_up import with_set_up
 from finetune.cloud.plan.workload import evaluation_size, run_size
 from finetune.config.load import data_key, load_config
 from finetune.config.schema import PlanSection, RunConfig
@@ -203,17 +204,18 @@ def _run(task: sky.Task, asked: set[tuple[str, int]], say: Any) -> tuple[dict[st
     if not named or (elsewhere and not Path(named).is_file()):
         return {}, PlanSection()
     config = _config_of(task)
+    plan, _ = with_set_up(config, ask_google=False)
     if unknown := sorted({gpu for gpu, _ in asked} - set(GPUS)):
         say(f"finetune: no speed is known for {', '.join(unknown)}: machines are ranked by price alone")
-        return {}, config.plan
+        return {}, plan
     try:
         size = run_size(config)
         evaluation = evaluation_size(config) if task.envs.get(EVALUATE) == "1" else None
         found = [run_on(config, size, GPUS[gpu], evaluation, count) for gpu, count in asked]
-        return {one.name: one for one in found}, config.plan
+        return {one.name: one for one in found}, plan
     except NotEstimated as error:
         say(f"finetune: WARNING: {error}; so machines are ranked by price alone, and the run's memory is not checked")
-        return {}, config.plan
+        return {}, plan
 
 
 def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catalog, budget: float, say: Any) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
 from finetune.cloud.catalog.offers import Catalog, Offer
+from finetune.cloud.plan.set_up import ASSUMED, SetUpMinutes, with_set_up
 from finetune.cloud.plan.workload import EvaluationSize, RunSize, evaluation_size, run_size
 from finetune.config.load import examples_per_step
 from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
@@ -114,6 +115,7 @@ class Plan:
     rows: tuple[Row, ...]
     evaluation: EvaluationSize | None = None
     scored: bool = True
+    set_up: SetUpMinutes = ASSUMED
 
 
 def plan_run(
@@ -124,25 +126,27 @@ def plan_run(
     spot: bool | None = None,
     trust_prices: bool = False,
     scored: bool = True,
+    ask_google: bool = False,
 ) -> Plan:
     """Price the run on every GPU of plan.gpus. spot: True for spot only, False for on-demand only, None for both. scored: whether
-    the run ends with its score, as the task YAMLs have it.
+    the run ends with its score, as the task YAMLs have it. ask_google: about earlier launches, for the minutes of set-up.
 
     Raises UserError for a model of unknown shape, data of unknown size, and if the catalog has a price for none of the GPUs.
     """
     size = run_size(config)
     evaluation = evaluation_size(config) if scored else None
     rows = []
+    assumptions, set_up = with_set_up(config, ask_google=ask_google)
     priced = priced_machines(catalog, config.plan)
     for name in config.plan.gpus:
         machine = MACHINES[name]
         on_gpu = run_on(config, size, machine.gpu, evaluation, machine.count)
         for kind in (True, False) if spot is None else (spot,):
             of_kind = [offer for offer in priced.get(name, []) if offer.spot == kind]
-            row = _row(on_gpu, kind, _best(of_kind, trust_prices), config.plan, ceilings, trust_prices)
+            row = _row(on_gpu, kind, _best(of_kind, trust_prices), assumptions, ceilings, trust_prices)
             rows.append(replace(row, passed_over=of_kind[0] if of_kind and of_kind[0] != row.offer else None))
     rows.sort(key=lambda row: (not row.chosen, row.cost.usd if row.cost else math.inf))
-    return Plan(size, ceilings, config.plan, catalog, tuple(rows), evaluation, scored)
+    return Plan(size, ceilings, assumptions, catalog, tuple(rows), evaluation, scored, set_up)
 
 
 def run_on(
@@ -237,7 +241,8 @@ def run_cost(on_gpu: OnGpu, usd_per_hour: float, spot: bool, assumptions: PlanSe
     interval for restart dumps", without its cost of a save). While the run is scored a preemption costs another set-up and
     loading, because answers are kept as they come.
     """
-    set_up = assumptions.setup_minutes / 60
+    minutes = assumptions.setup_minutes
+    set_up = (ASSUMED.minutes if minutes is None else minutes) / 60
     rate = assumptions.spot_preemptions_per_hour if spot else 0.0
     stretches = on_gpu.work_hours / on_gpu.save_hours
     exponent = min(rate * on_gpu.save_hours, 10 * MAX_PREEMPTIONS)  # larger exponents overflow a float

@@ -34,7 +34,7 @@ def sweep_costs(plan: Plan, allowed: Sequence[int], shares: Sequence[float]) -> 
     rows = [row for row in plan.rows if row.chosen and row.offer and row.cost]
     if not rows:
         raise NotEstimated("no GPU of plan.gpus can train a trial; see `finetune plan CONFIG`", code="sweep.no_machine")
-    set_up = plan.assumptions.setup_minutes / 60
+    set_up = plan.set_up.minutes / 60
     found = [[_cost(row, set_up, allowed, shares, machines) for machines in range(1, allowed[0] + 1)] for row in rows]
     return min(found, key=lambda costs: costs[0].usd)
 

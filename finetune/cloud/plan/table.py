@@ -132,8 +132,9 @@ def _notes(plan: Plan) -> list[str]:
         "memory: estimated, with the settings that the run will choose (`finetune plan CONFIG --memory` shows the parts):",
         *dict.fromkeys(f"  {row.on_gpu.name}: {_step(row.on_gpu)}" for row in shown),
         "hours and dollars: estimated, expected values,",
-        f"  with {assumed.setup_minutes:g} min of boot and set-up; lost: dollars of the run lost to preemptions, assumed "
-        f"{assumed.spot_preemptions_per_hour:g} an hour (plan.spot_preemptions_per_hour)",
+        f"  with {plan.set_up.minutes:.3g} min of boot and set-up ({plan.set_up.basis});",
+        f"  lost: dollars of the run lost to preemptions, assumed {assumed.spot_preemptions_per_hour:g} an hour "
+        "(plan.spot_preemptions_per_hour)",
         "tokens/s:",
         *(f"  {source}" for source in sources),
         *_generators(plan),
@@ -155,6 +156,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "evaluation": vars(plan.evaluation) if plan.evaluation else None,
         "ceilings": {key: getattr(plan.ceilings, key) for key in ("usd_per_hour", "run_usd", "hours")},
         "assumptions": vars(plan.assumptions),
+        "set_up": vars(plan.set_up),
         "rows": [_row_json(row) for row in plan.rows],
     }
 

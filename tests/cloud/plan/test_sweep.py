@@ -42,7 +42,7 @@ def test_the_work_is_that_of_the_trials_up_to_where_they_stop(plan: Plan) -> Non
     row = costs[0].row
     assert row.cost is not None and row.offer is not None
     whole = row.on_gpu.work_hours + row.cost.lost_hours
-    set_up = plan.assumptions.setup_minutes / 60
+    set_up = plan.set_up.minutes / 60
     expected = set_up + 3.25 * whole + 11 * (RELOAD_HOURS + DECISION_HOURS)
     assert costs[0].hours == costs[0].machine_hours == pytest.approx(expected)
     assert costs[0].usd == pytest.approx(expected * row.offer.usd_per_hour)

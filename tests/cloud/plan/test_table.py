@@ -92,7 +92,10 @@ def test_the_order_ceilings_and_assumptions_are_printed(plan: Plan) -> None:
     assert f"\norder: {', then '.join(chosen)}\n" in text
     assert "\nceilings: $2.9 an hour, $0.9 for the run\n" in text
     assert text.startswith("configs/c.yaml: 4,000 examples x 300 tokens, 250 optimizer steps, 1.20 M training tokens\n")
-    assert "with 12 min of boot and set-up" in text and "assumed 0.05 an hour (plan.spot_preemptions_per_hour)" in text
+    assert (
+        "with 12 min of boot and set-up (assumed" in text
+        and "assumed 0.05 an hour (plan.spot_preemptions_per_hour)" in text
+    )
     values = as_json(plan)
     assert values["ceilings"] == {"usd_per_hour": 2.9, "run_usd": 0.9, "hours": None}
     assert values["assumptions"]["spot_preemptions_per_hour"] == 0.05

@@ -1,0 +1,1 @@
+"""What SkyPilot runs on a cloud machine."""

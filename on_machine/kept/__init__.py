@@ -1,0 +1,1 @@
+"""What launches keep in the user's bucket for the next ones."""
