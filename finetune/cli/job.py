@@ -71,6 +71,8 @@ def _sweep(settings: JobSettings) -> int:
     from finetune.job.sweep import sweep
 
     folder, outcome = sweep(settings)
+    if outcome.why == "too_dear":  # which is said, and the sweep may not have begun
+        return outcome.code
     tell(folder, outcome, f"the same launch with RUN_NAME={folder.name}", "MAX_RUN_USD")
     return outcome.code
 

@@ -16,11 +16,15 @@ from pathlib import Path
 
 from finetune.errors import EXIT_TRANSIENT, UserError
 from finetune.job.data import data_of_config
+from finetune.job.kept import keep_after_first_step, wait_for_model
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
 from finetune.job.score import is_scored, score_after_training
 from finetune.job.settings import JobSettings
+from finetune.job.too_dear import refused_as_too_dear
 from finetune.job.train import trainer
+from finetune.machine import set_up
+from finetune.sweep.folder import SweepFolder
 from finetune.sweep.grants import Grant, Grants
 from finetune.sweep.open import Wanted, machine_of, open_sweep
 from finetune.sweep.programs import Ended
@@ -68,10 +72,18 @@ def sweep(settings: JobSettings) -> tuple[Path, Outcome]:
             "SKYPILOT_NUM_NODES: a sweep's machines do not wait for each other; launch it several times",
             code="job.bad_setting",
         )
+    set_up.begin_job()
     wanted, workers = _wanted(settings)
+    folder = SweepFolder(settings.runs, settings.name_of_run())
+    if (code := refused_as_too_dear(folder.as_run, settings)) is not None:
+        return folder.path, Outcome(code, "too_dear")
     hours = hours_left(settings)
     data_of_config(Path(settings.config), settings.overrides, settings)
+    set_up.mark(set_up.DATA)
     opened = open_sweep(wanted)
+    wait_for_model(opened.base.model, settings)
+    set_up.mark(set_up.FILES)
+    keep_after_first_step(opened.base.model, settings)
     usd = float(settings.max_run_usd)
     machine = machine_of(opened.base, usd)
     opened.create()

@@ -41,9 +41,8 @@ Trainer = Callable[[str, Sequence[str]], Ended]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why a worker ends. code: its exit code. why: done, budget, others, limit, interrupted, killed, refused (too
-    little was left for one trial), failed. detail: for
-    people."""
+    """Why a worker ends. code: its exit code. why: done, budget, others, limit, interrupted, killed, refused (too little was left
+    for one trial), too_dear (this machine, for any), failed. detail: for people."""
 
     code: int
     why: str

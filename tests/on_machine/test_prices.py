@@ -263,6 +263,16 @@ def test_a_machine_above_the_ceiling_serves_nothing(machine: CloudMachine, catal
     assert "launch again, which goes by today's prices" in said
 
 
+def test_a_machine_above_the_ceiling_begins_no_sweep(machine: CloudMachine, catalog: Publisher) -> None:
+    catalog.gpu_usd[HERE] = DEAR
+    code, said = machine.run("sweep.sh", SWEEP="lora.r=2,4", EVALUATE="0")
+    assert (code, machine.called("train")) == (75, []), said
+    assert "this machine is above max_hourly_cost ($2/h)" in said and "goes on with its next machine" in said
+    (attempt,) = attempts(machine, "too-dear/run")
+    assert attempt.reason == "too_dear"
+    assert not (machine.bucket / "runs/sweeps").exists()
+
+
 def test_the_refusal_to_serve_has_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "look", lambda _: None)
     monkeypatch.setattr(serve, "now_too_dear", lambda: TooDear("above max_hourly_cost", True))
