@@ -194,7 +194,7 @@ def check_budget_stop(run: Run, budget: float, folder: Path) -> None:
 def cheapest_l4(environment: CloudEnvironment, project: Path) -> tuple[str, float]:
     """Region and US dollars per hour of the cheapest spot L4 that sky/train_spot.yaml may use."""
     planned = environment.sky.program("finetune", "plan", CONFIG, "--json", cwd=project).ok().out
-    rows = json.loads(planned[planned.index("{") :])["rows"]
+    rows = json.JSONDecoder().raw_decode(planned, planned.index("{"))[0]["rows"]
     usable = [row for row in rows if row["chosen"] and row["spot"] and row["gpu"] == "L4"]
     cheapest = min(usable, key=lambda row: float(row["usd"]))
     return cheapest["region"], float(cheapest["usd_per_hour"])
