@@ -101,8 +101,8 @@ def test_on_other_ranks_nothing_happens(tmp_path: Path, clock: FakeClock, monkey
 
     for name in ("Ledger", "facts", "provisioned", "MachineTime", "PreemptionWatch"):
         monkeypatch.setattr(run_budget, name, asks)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     budget = open_in(tmp_path)
     assert isinstance(budget, OtherRankBudget)
     follows(budget, 5, 10, 1.0)

@@ -47,7 +47,7 @@ def test_each_stage_says_what_the_next_one_is(
     cost, _ = said_by(capsys, "train", config, "training.run_name=priced", "budget.usd_per_hour=3600")
     usd = json.loads((tmp_path / "runs" / "priced" / "run.json").read_text())["spending"]["usd"]
     told = re.match(r"train: \$(\S+) \(measured hours, price: budget.usd_per_hour of the config\) for ", cost)
-    assert told and usd > 1 and float(told[1]) == pytest.approx(usd, abs=0.02)
+    assert told and usd > 1 and float(told[1].replace(",", "")) == pytest.approx(usd, abs=0.02)
 
     cost, commands = said_by(capsys, "evaluate", run, "evaluation.max_questions=2")
     assert cost.startswith("evaluate: ") and "$" not in cost

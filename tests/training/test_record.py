@@ -164,7 +164,7 @@ def test_the_attempt_after_a_kill_corrects_the_record(
     left = record_of(run)
     assert left["status"] == "running" and left["steps"]["done"] == 5
     wait = run / "checkpoints" / "step-4" / "manifest.json"
-    monkeypatch.setattr("finetune.training.run.load_parts", lambda inputs: fail())
+    monkeypatch.setattr("finetune.training.run.load_parts", lambda *_: fail())
     with pytest.raises(RuntimeError, match="on fire"):
         main(["train", "--resume", str(run)])
     assert wait.is_file()

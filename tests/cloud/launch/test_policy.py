@@ -56,7 +56,7 @@ def refused(code: str, answer: Json) -> str:
 
 @pytest.mark.parametrize("task", sorted((ROOT / "sky").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_task_of_sky_passes_as_typed(worker: SkyWorker, task: Path) -> None:
-    managed = task.stem == "train_spot"
+    managed = task.stem in ("train_spot", "sweep")
     answer = worker.ask("optimize", task, policy=POLICY, request="JOBS_LAUNCH" if managed else "CLUSTER_LAUNCH")
     assert "error" not in answer, answer
     sent = answer["sent"]
