@@ -210,14 +210,14 @@ def _reported(watch: _Watch) -> bool:
 
 
 def machine_lost(error: BaseException) -> TransientError | None:
-    """Why an operation with the other ranks has failed, if that is because one of them is gone; waits up to SURE_SECONDS for its
-    silence. None for any other error, and where a rank has said what is wrong with it."""
+    """Why an operation with the other ranks has failed, if that is because one of them is gone; waits for its silence,
+    up to twice SURE_SECONDS. None for any other error, and where a rank has said what is wrong with it."""
     watch = _watch
     if watch is None or watch.presence is None or not isinstance(error, RuntimeError):
         return None
     watch.ending.set()  # this thread ends the process, not the watching one
     began = time.monotonic()
-    while time.monotonic() - began < SURE_SECONDS + 2 * POLL_SECONDS:
+    while time.monotonic() - began < 2 * SURE_SECONDS:  # the last sign of life may be seen a few seconds after the end
         try:
             if watch.store.check([FAILED]):
                 return None

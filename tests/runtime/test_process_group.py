@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from finetune.errors import EXIT_TRANSIENT, TransientError
 from finetune.runtime import process_group
-from finetune.runtime.presence import SURE_SECONDS, Presence
+from finetune.runtime.presence import BEAT_SECONDS, PRESENT, SURE_SECONDS, Presence
 from tests.helpers.errors import raises
 from tests.runtime.test_presence import Clock, Store
 
@@ -35,6 +37,21 @@ def test_a_broken_connection_to_a_silent_rank_is_a_lost_machine() -> None:
         "distributed.machine_lost", match="^process 1, or its machine, is no longer there", kind=TransientError
     ):
         fails()
+
+
+def test_the_last_sign_of_life_may_be_seen_after_the_connection_has_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, clock = Store(), Clock()
+    presence = Presence(store, 0, [1], clock)
+    store.set(PRESENT.format(1), "7")  # which rank 0 has not looked at yet
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        if clock.now > 3 * BEAT_SECONDS:
+            presence.beat()  # as the watching thread does, late on a busy machine
+
+    monkeypatch.setattr(process_group, "_watch", process_group._Watch(store, presence))
+    monkeypatch.setattr(process_group, "time", SimpleNamespace(monotonic=clock, sleep=sleep))
+    assert process_group.machine_lost(BROKEN) is not None
 
 
 def test_a_rank_that_said_what_is_wrong_is_not_lost(store: Store) -> None:

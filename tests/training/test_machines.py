@@ -161,7 +161,7 @@ def test_a_lost_machine_ends_the_other_one_and_the_run_goes_on_byte_for_byte(
     for process in processes_below(machines.folder / f"machine-{lost}"):
         os.kill(process, signal.SIGKILL)
     began = time.monotonic()
-    assert started[1 - lost].wait(LOST_SECONDS) == 75, machines.said(1 - lost)
+    assert started[1 - lost].wait(LOST_SECONDS) == 75, "\n".join(machines.said(1 - lost))
     print(f"machine {lost} lost: the other one ended {time.monotonic() - began:.1f} s later")
     assert "Traceback" not in "".join(machines.said(1 - lost))
     if lost:
