@@ -50,7 +50,7 @@ def score_after_training(run: RunFolder, hours: float, settings: JobSettings) ->
         why = "; ".join(filter(None, (settings.limits, metering.spent())))
         say(f"{run.path}: not scored, too little is left for it ({why}); the run is kept")
         return EXIT_OK
-    with _interruption_is_transient():
+    with interruption_is_transient():
         return _scored(run, hours, settings, metering)
 
 
@@ -126,7 +126,7 @@ def is_scored(run: RunFolder) -> bool:
 
 
 @contextmanager
-def _interruption_is_transient() -> Iterator[None]:
+def interruption_is_transient() -> Iterator[None]:
     """SIGTERM between two programs ends the job with 75, too, so that a managed job scores on its next machine."""
     try:
         yield

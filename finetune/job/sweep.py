@@ -8,8 +8,7 @@ bucket.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +18,7 @@ from finetune.job.data import data_of_config
 from finetune.job.kept import keep_after_first_step, wait_for_model
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
-from finetune.job.score import is_scored, score_after_training
+from finetune.job.score import interruption_is_transient, is_scored, score_after_training
 from finetune.job.settings import JobSettings
 from finetune.job.too_dear import refused_as_too_dear
 from finetune.job.train import trainer
@@ -88,7 +87,7 @@ def sweep(settings: JobSettings) -> tuple[Path, Outcome]:
     machine = machine_of(opened.base, usd)
     opened.create()
     train = JobTrainer(settings, hours)
-    with _interruption_is_transient(), tensorboard(settings), Worker(opened.folder.path) as worker:
+    with interruption_is_transient(), tensorboard(settings), Worker(opened.folder.path) as worker:
         work = Work(opened.sweep, opened.folder, worker, machine, usd, workers, opened.settings_of, say)
         say(f"sweep {opened.folder.path}; the same launch with --env RUN_NAME={opened.sweep.name} goes on with it")
         outcome = work_on(work, train, lambda: train.interrupted)
@@ -149,12 +148,3 @@ def _whole(name: str, text: str, problems: list[str]) -> int:
         return int(text[:9])
     problems.append(f"{name}: expected a whole number up to {MOST:,}, found {text[:40]!r}")
     return 1
-
-
-@contextmanager
-def _interruption_is_transient() -> Iterator[None]:
-    """SIGTERM between two trials ends the job with 75, too, so that a managed job goes on with its next machine."""
-    try:
-        yield
-    except SystemExit as stopped:
-        raise SystemExit(EXIT_TRANSIENT) from stopped
