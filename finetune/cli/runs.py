@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from finetune.cli.arguments import add_command, text
 from finetune.errors import EXIT_OK
@@ -35,9 +35,8 @@ def add(commands: Any) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from finetune.report.runs import SortKey, in_order, rows_of, table
+    from finetune.report.runs import in_order, rows_of, table
 
-    assert arguments.sort in get_args(SortKey)
     rows = in_order(rows_of(_folder(arguments.folder)), arguments.sort)
     if arguments.json:
         print(json.dumps([row.as_dict() for row in rows], indent=1, allow_nan=False))

@@ -88,13 +88,12 @@ def _panel(name: str, seen: Watched, problem: str) -> RenderableType:
 
 def _looker(place: str) -> Callable[[], Watched]:
     """What looks at the run. Raises UserError if there is none."""
-    from finetune.report.watch import look, not_a_run
+    from finetune.report.watch import look
+    from finetune.run_folder import open_run
 
     if place.startswith(GOOGLE):
         from finetune.cloud.gcloud.bucket_files import OF_ONE_RUN, copy_small_files
 
         return lambda: look(copy_small_files(place, re.compile(OF_ONE_RUN)), time.time())
-    folder = Path(expanded(place))
-    if error := not_a_run(folder):
-        raise error
+    folder = open_run(Path(expanded(place))).path
     return lambda: look(folder, time.time())

@@ -28,6 +28,14 @@ LOWEST = ("setsid", "--fork", "nice", "-n", "19")
 """Detached, because SkyPilot ends the children of a job that has ended."""
 
 
+def prepare_model(model: ModelSection, settings: JobSettings) -> None:
+    """Once the data are there: wait for the model files, and see that what this launch has is kept for the next."""
+    set_up.mark(set_up.DATA)
+    wait_for_model(model, settings)
+    set_up.mark(set_up.FILES)
+    keep_after_first_step(model, settings)
+
+
 def wait_for_model(model: ModelSection, settings: JobSettings) -> None:
     """Wait until nothing is being fetched, and note where the model comes from."""
     began, told = time.monotonic(), False

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.errors import EXIT_TRANSIENT, UserError
 from finetune.job.data import data_of_config
-from finetune.job.kept import keep_after_first_step, wait_for_model
+from finetune.job.kept import prepare_model
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
 from finetune.job.score import interruption_is_transient, is_scored, score_after_training
@@ -78,11 +78,8 @@ def sweep(settings: JobSettings) -> tuple[Path, Outcome]:
         return folder.path, Outcome(code, "too_dear")
     hours = hours_left(settings)
     data_of_config(Path(settings.config), settings.overrides, settings)
-    set_up.mark(set_up.DATA)
     opened = open_sweep(wanted)
-    wait_for_model(opened.base.model, settings)
-    set_up.mark(set_up.FILES)
-    keep_after_first_step(opened.base.model, settings)
+    prepare_model(opened.base.model, settings)
     usd = float(settings.max_run_usd)
     machine = machine_of(opened.base, usd)
     opened.create()

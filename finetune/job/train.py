@@ -19,7 +19,7 @@ from finetune.config.load import load_config
 from finetune.config.schema import ModelSection
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.job.data import data_of_config, data_of_run
-from finetune.job.kept import keep_after_first_step, wait_for_model
+from finetune.job.kept import prepare_model, wait_for_model
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.programs import say, tensorboard
 from finetune.job.score import is_scored, score_after_training
@@ -64,11 +64,7 @@ def _trained(run: RunFolder, settings: JobSettings) -> int:
         words = _go_on(run, settings)
     else:
         return score_after_training(run, _hours_for_the_score(run, settings), settings)
-    set_up.mark(set_up.DATA)
-    model = _model(run, settings)
-    wait_for_model(model, settings)
-    set_up.mark(set_up.FILES)
-    keep_after_first_step(model, settings)
+    prepare_model(_model(run, settings), settings)
     hours, began = hours_left(settings), time.monotonic()
     with tensorboard(settings):
         say(f"training for at most {hours:.4f} hours on this machine")

@@ -6,7 +6,6 @@ what is wrong with it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any, Literal
 
 from finetune.budget.ledger import Ledger
 from finetune.errors import UserError
-from finetune.report.source import UNKNOWN, Json, dig, evaluation_problem, number
+from finetune.report.source import UNKNOWN, Json, dig, figure, number, read_evaluation
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord, read_record
 from finetune.runtime.console import visible
-from finetune.runtime.files import load_json, names_in
+from finetune.runtime.files import names_in
 from finetune.runtime.table import aligned
 
 SortKey = Literal["started", "name", "score", "usd", "point"]
@@ -122,15 +121,7 @@ def _of_record(run: RunFolder) -> dict[str, Any]:
 
 
 def _of_evaluation(run: RunFolder) -> dict[str, Any]:
-    if not run.eval_json.is_file():
-        return {}
-    try:
-        found = load_json(run.eval_json)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run.eval_json}: not readable: {error}", code="report.bad_input") from error
-    problem = evaluation_problem(found) if isinstance(found, dict) else "expected an object"
-    if problem:
-        raise UserError(f"{run.eval_json}: {problem}", code="report.bad_input")
+    found = read_evaluation(run.path)
     tuned: Json = dig(found, "models.tuned") or {}
     interval = tuned.get("execution_accuracy_interval95")
     return {
@@ -158,15 +149,11 @@ def _cells(row: RunRow) -> tuple[str, ...]:
         UNKNOWN if row.steps is None else f"{row.steps}{planned}",
         UNKNOWN if row.accuracy is None else f"{row.accuracy:.1%}",
         UNKNOWN if row.interval is None else f"{100 * row.interval[0]:.1f} to {100 * row.interval[1]:.1f}",
-        _figure(row.hours, "{:,.2f}"),
-        _figure(row.usd, "{:,.2f}"),
-        _figure(row.usd_per_point, "{:,.3f}"),
+        figure(row.hours, "{:,.2f}"),
+        figure(row.usd, "{:,.2f}"),
+        figure(row.usd_per_point, "{:,.3f}"),
         _short((row.started_at or UNKNOWN)[:16].replace("T", " ")),
     )
-
-
-def _figure(value: float | None, form: str) -> str:
-    return UNKNOWN if value is None or not math.isfinite(value) else form.format(value)
 
 
 def _short(text: str | None) -> str:

@@ -59,17 +59,27 @@ def read_run(run_dir: Path) -> Source:
 
     Raises UserError if run.json is missing, or if a file is broken or not in the expected format.
     """
-    run = read_record(run_dir / "run.json")
-    path, command = run_dir / "eval.json", f"finetune evaluate {run_dir}"
-    evaluation = read_json(path, command) if path.exists() else {}
-    if problem := evaluation_problem(evaluation):
-        raise UserError(f"{path}: {problem}; run `{command}` again", code="report.bad_input")
+    run, command = read_record(run_dir / "run.json"), _evaluate(run_dir)
+    evaluation = read_evaluation(run_dir)
     rows = {
         name: _read_rows(file, command)
         for name, model in (evaluation.get("models") or {}).items()
         if model and (file := rows_file(run_dir, name, model.get("rows"), command)) and file.is_file()
     }
     return Source(run_dir, run, evaluation, rows)
+
+
+def read_evaluation(run_dir: Path) -> Json:
+    """eval.json, checked; {} if there is none. Raises UserError if it is broken or not in the expected format."""
+    path, command = run_dir / "eval.json", _evaluate(run_dir)
+    evaluation = read_json(path, command) if path.exists() else {}
+    if problem := evaluation_problem(evaluation):
+        raise UserError(f"{path}: {problem}; run `{command}` again", code="report.bad_input")
+    return evaluation
+
+
+def _evaluate(run_dir: Path) -> str:
+    return f"finetune evaluate {run_dir}"
 
 
 def evaluation_problem(evaluation: Json) -> str | None:
@@ -240,9 +250,9 @@ def _attempt(entry: AttemptRecord) -> AttemptRow:
         machine=machine or UNKNOWN,
         zone=_or_dash(entry.zone),
         steps=" to ".join(_or_dash(step) for step in steps) if any(step is not None for step in steps) else UNKNOWN,
-        hours=_figure(entry.hours, "{:,.2f}"),
-        price=_figure(entry.usd_per_hour, "${:,.2f}"),
-        usd=_figure(entry.usd, "${:,.2f}"),
+        hours=figure(entry.hours, "{:,.2f}"),
+        price=figure(entry.usd_per_hour, "${:,.2f}"),
+        usd=figure(entry.usd, "${:,.2f}"),
         end=_or_dash(entry.reason),
     )
 
@@ -251,7 +261,7 @@ def _or_dash(value: Any) -> str:
     return UNKNOWN if value is None else str(value)
 
 
-def _figure(value: float | None, form: str) -> str:
+def figure(value: float | None, form: str) -> str:
     return UNKNOWN if finite(value) is None else form.format(value)
 
 

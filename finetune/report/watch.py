@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from finetune.budget.ledger import Account, Attempt, Ledger
-from finetune.errors import UserError
 from finetune.report.source import Json, dig, finite, number
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord, UsageRecord
@@ -181,10 +180,3 @@ def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     low, high = min(means), max(means)
     top = len(BARS) - 1
     return "".join(BARS[round(top * (mean - low) / (high - low)) if high > low else 0] for mean in means)
-
-
-def not_a_run(folder: Path) -> UserError | None:
-    """The error for a folder that is no run; None for one that is, or that is about to be."""
-    if folder.is_dir():
-        return None
-    return UserError(f"{folder}: no such run; `finetune runs {folder.parent}` lists those there", code="run.not_found")

@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return build_run(tmp_path / "runs/mine", questions=40)
+    run = build_run(tmp_path / "runs/mine", questions=40)
+    (run / "config.yaml").touch()
+    return run
 
 
 def said(run: Path, now: float | None = None) -> dict[str, str]:

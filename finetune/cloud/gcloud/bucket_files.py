@@ -39,11 +39,10 @@ def copy_small_files(address: str, wanted: re.Pattern[str] = OF_RUNS) -> Path:
     exist, may not be read, or does not answer within SECONDS.
     """
     found = ADDRESS.fullmatch(address)
-    if not found:
-        raise UserError(f"{address}: expected gs://BUCKET or gs://BUCKET/FOLDER", code="bucket.bad_address")
-    bucket, prefix = found["bucket"], "/".join(part for part in (found["folder"] or "").split("/") if part)
+    bucket, folder = found.groups(default="") if found else ("", "")
+    prefix = "/".join(part for part in folder.split("/") if part)
     target = within(cache_root() / "buckets", f"{bucket}/{prefix}".rstrip("/"))
-    if target is None:
+    if not bucket or target is None:
         raise UserError(f"{address}: expected gs://BUCKET or gs://BUCKET/FOLDER", code="bucket.bad_address")
     with _errors_in_one_line(bucket):
         _update(_client().bucket(bucket), f"{prefix}/" if prefix else "", target, wanted)

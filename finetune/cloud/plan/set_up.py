@@ -6,7 +6,6 @@ set-up/<model>.jsonl, of which a copy is kept here: `finetune plan` asks Google 
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from contextlib import suppress
@@ -20,6 +19,7 @@ from finetune.config.schema import PlanSection, RunConfig
 from finetune.errors import UserError
 from finetune.machine.set_up import AT, MODEL, SetUp, from_line, record_name
 from finetune.runtime.files import parse_json, write_text
+from finetune.runtime.paths import cache_root
 
 LAUNCHES = 10
 """The median is over so many of the newest launches."""
@@ -79,7 +79,7 @@ def _in_bucket(model: str, ask_google: bool) -> list[SetUp]:
         bucket = bucket_name(local_login())
     except UserError:
         return []
-    copy = _cache() / bucket / record_name(model)
+    copy = cache_root() / "set-up" / bucket / record_name(model)
     if ask_google and not _is_fresh(copy):
         answer = ask(CAT, f"gs://{bucket}/set-up/{record_name(model)}", seconds=ASK_SECONDS)
         with suppress(OSError, UserError):
@@ -101,10 +101,6 @@ def _launch(text: str) -> SetUp | None:
     except ValueError:
         return None
     return from_line(line) if isinstance(line, dict) else None
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune" / "set-up"
 
 
 def _is_fresh(path: Path) -> bool:

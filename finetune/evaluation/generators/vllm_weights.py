@@ -24,11 +24,11 @@ from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.machine.process import ProcessId, is_gone, this_process
 from finetune.models.device import Device
-from finetune.models.gguf import cache_folder
 from finetune.models.merging import write_weights
 from finetune.models.weight_files import model_folder
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error, load_json, write_json
+from finetune.runtime.paths import cache_root
 
 OWNER = "process.json"
 KEPT_LOGS = 5
@@ -85,7 +85,7 @@ class Weights:
 def _root() -> Path:
     """Created if missing. Raises UserError for a disk error."""
     temporary = os.environ.get("TMPDIR")
-    folder = Path(temporary) / f"finetune-{os.getuid()}" / "vllm" if temporary else cache_folder().parent / "vllm"
+    folder = Path(temporary) / f"finetune-{os.getuid()}" / "vllm" if temporary else cache_root() / "vllm"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
