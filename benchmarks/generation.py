@@ -36,7 +36,8 @@ from finetune.evaluation.generators.registry import generator_named
 from finetune.evaluation.generators.vllm_place import ENGINE_VARIABLE
 from finetune.models.adapter import BASE, SETTINGS, WEIGHTS, is_sealed, seal_adapter
 from finetune.models.architectures import shape_of
-from finetune.models.load import identity_of_base, load_tokenizer
+from finetune.models.load import load_tokenizer
+from finetune.models.source import identity_of_base
 from finetune.runtime.console import escape_unprintable
 from finetune.runtime.files import write_json
 from finetune.tokens import encode_prompts

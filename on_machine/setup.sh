@@ -45,19 +45,20 @@ mark() { [ ! -f "$STATE/set-up.log" ] || printf '%s %s\n' "$(age)" "$1" >>"$STAT
 
 fact() { [ ! -f "$STATE/set-up.log" ] || printf '= %s %s\n' "$1" "$2" >>"$STATE/set-up.log"; }
 
-fetch_model() {  # from the bucket, else from the hub, in the background beside the packages; the job waits for the lock
+fetch_model() {  # from the bucket, else from the hub, in the background beside the packages
   local file config="" uv
   [ -d "$MOUNT" ] || return 0
   for file in "${CONFIG:-}" "$MOUNT/runs/${RUN_NAME:-.}/config.yaml"; do
     [ ! -f "$file" ] || config=$(cat "$file")
   done
   uv=$(uv_program)
-  exec 8>>"$STATE/model.lock"
-  if flock --nonblock 8; then
-    setsid --fork python3 -m on_machine.kept fetch-model "$MOUNT" "$uv" "${OVERRIDES:-}" "$config" \
+  # 8 is held until training may begin, 7 until the original weights are there, too
+  exec 7>>"$STATE/four-bit.lock" 8>>"$STATE/model.lock"
+  if flock --nonblock 7 && flock --nonblock 8; then
+    FINETUNE_MODEL_LOCK=8 setsid --fork python3 -m on_machine.kept fetch-model "$MOUNT" "$uv" "${OVERRIDES:-}" "$config" \
       </dev/null >"$STATE/model.log" 2>&1
   fi
-  exec 8>&-
+  exec 7>&- 8>&-
 }
 
 keep_prices() {

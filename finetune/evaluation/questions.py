@@ -85,7 +85,7 @@ class EvaluationSet(QuestionSet):
     def generation(self, adapter: Path | None) -> dict[str, Any]:
         """What the answers depend on, apart from the prompts. The batch size is left out: it changes rounding only, and an
         incomplete file of answers is checked for it."""
-        from finetune.models.load import weights_identity  # here, because it needs torch, and judging does not
+        from finetune.models.source import weights_identity  # here, because it needs torch, and judging does not
 
         config, model = self.config, asdict(self.config.model)
         del model["max_seq_length"]  # of training

@@ -16,9 +16,10 @@ from finetune.errors import UserError
 from finetune.export.templates import chat_template, modelfile
 from finetune.models.adapter import SETTINGS, seal_adapter
 from finetune.models.end_tokens import end_tokens
-from finetune.models.load import load_model_config, load_tokenizer, resolve_name
+from finetune.models.load import load_model_config, load_tokenizer
 from finetune.models.merging import Base, MergedWeights, write_weights
 from finetune.models.positions import positions
+from finetune.models.source import resolve_name
 from finetune.models.weight_files import model_folder
 from finetune.run_folder import RunFolder
 from finetune.runtime.files import disk_error, read_json, write_json, write_text

@@ -34,8 +34,9 @@ from finetune.export.model_files import (
 from finetune.export.part_folder import PartFolder, is_up_to_date
 from finetune.export.rescore import SAMPLE, Reference, Score, reference, refuse_loss, score_of
 from finetune.models.adapter import check_base
-from finetune.models.load import identity_of_base, require_adapter
+from finetune.models.load import require_adapter
 from finetune.models.merging import Base
+from finetune.models.source import identity_of_base
 from finetune.run_folder import RunFolder, git_state, package_versions
 from finetune.runtime.console import say
 from finetune.runtime.files import read_json, write_json, write_text

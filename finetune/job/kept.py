@@ -1,7 +1,9 @@
 """What launches keep in the bucket for the next ones (on_machine/kept), as a job uses it: waits for the model files that set-up
 fetches beside the packages, and starts the process that keeps what the bucket lacks.
 
-~/.finetune/model.lock          locked while model files are fetched
+~/.finetune/model.lock          locked while what training needs of the model is fetched
+~/.finetune/four-bit.lock       locked while anything of it is fetched
+~/.finetune/four-bit/           4-bit weights (finetune/models/four_bit_files.py)
 ~/.finetune/model.log           what that said
 ~/.finetune/keep.log            the same of the process that keeps
 """
@@ -11,19 +13,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 
 from finetune.config.schema import ModelSection
 from finetune.job.programs import last_lines, say
 from finetune.job.settings import JobSettings
-from finetune.job.vllm import is_locked
 from finetune.machine import set_up
+from finetune.runtime.locks import is_locked, wait_while_locked
 
 LOCK, FETCHED, KEPT = "model.lock", "model.log", "keep.log"
+WHOLE_LOCK = "four-bit.lock"
 WAIT_SECONDS = 900.0
 """After that the model is loaded from the hub."""
-POLL_SECONDS = 0.2
 LOWEST = ("setsid", "--fork", "nice", "-n", "19")
 """Detached, because SkyPilot ends the children of a job that has ended."""
 
@@ -36,17 +37,14 @@ def prepare_model(model: ModelSection, settings: JobSettings) -> None:
     keep_after_first_step(model, settings)
 
 
-def wait_for_model(model: ModelSection, settings: JobSettings) -> None:
-    """Wait until nothing is being fetched, and note where the model comes from."""
-    began, told = time.monotonic(), False
-    while is_locked(settings.state / LOCK) and time.monotonic() - began < WAIT_SECONDS:
-        if not told:
-            told = True
-            say("waiting for the model files from the bucket")
-        time.sleep(POLL_SECONDS)
-    log = settings.state / FETCHED
-    if told and log.is_file() and (words := last_lines(log, 1)):
-        say(words)
+def wait_for_model(model: ModelSection, settings: JobSettings, *, whole: bool = False) -> None:
+    """Wait until what training needs of the model is fetched, and note where it comes from. whole: until all of it is."""
+    lock = settings.state / (WHOLE_LOCK if whole else LOCK)
+    if is_locked(lock):
+        say("waiting for the model files from the bucket")
+        wait_while_locked(lock, WAIT_SECONDS)
+        if (log := settings.state / FETCHED).is_file() and (words := last_lines(log, 1)):
+            say(words)
     known = set_up.read(settings.state.parent)
     if known is not None and set_up.MODEL_FROM not in known.facts:
         source = set_up.HERE if Path(model.name).exists() or not _from_hub(model) else set_up.HUB

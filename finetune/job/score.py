@@ -84,7 +84,7 @@ def score(run: RunFolder, hours: float, settings: JobSettings, metering: Meterin
             say(f"{run.path}: not scored, because {why}")
             metering.ends("nothing to score")
             return None
-        wait_for_model(config.model, settings)
+        wait_for_model(config.model, settings, whole=True)
         if config.evaluation.generator != "hf":
             wait_for_vllm(settings, 3600 * left())
         say(f"scoring {run.path} for at most {left():.4f} hours")

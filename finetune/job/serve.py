@@ -18,6 +18,7 @@ from finetune.budget.ledger import Ledger
 from finetune.budget.newest_prices import look
 from finetune.errors import EXIT_OK, UserError
 from finetune.job.evaluate import run_to_score
+from finetune.job.kept import wait_for_model
 from finetune.job.limits import hours_left, run_limited
 from finetune.job.metering import Metering
 from finetune.job.programs import say
@@ -62,7 +63,12 @@ def serve(settings: JobSettings) -> int:
     hours = hours_left(settings)
     budget = DailyBudget(settings.mount / "serving", serving.max_usd_per_day)
     with budget:
-        target = _export(serving.export, settings) if serving.export else run_to_score(settings).path
+        if serving.export:
+            target = _export(serving.export, settings)
+        else:
+            run = run_to_score(settings)
+            target = run.path
+            wait_for_model(run.config().model, settings, whole=True)
         wait_for_vllm(settings, 3600 * hours)
         say(f"serving {target} for at most {hours:.4f} hours, or until it is idle for {serving.idle_minutes} minutes:")
         say(

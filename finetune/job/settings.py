@@ -19,6 +19,8 @@ from finetune.stage_end.following_job import Job
 from finetune.stage_end.tell import WITHIN
 
 API_KEY = "FINETUNE_API_KEY"
+FOUR_BIT = "FINETUNE_FOUR_BIT"
+"""Where 4-bit weights are, and are put: finetune/models/four_bit_files.py, which needs torch."""
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", API_KEY)
 DEFAULTS = {
     "MAX_RUN_USD": "25",
@@ -116,10 +118,11 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
     nodes = _nodes(given, problems)
     if problems:
         raise UserError("; ".join(problems), code="job.bad_setting")
+    state = Path(given.get("HOME") or Path.home()) / ".finetune"
     environment = {key: value for key, value in given.items() if value or key not in SECRETS}
     return JobSettings(
         mount=Path(expanded(values["FINETUNE_MOUNT"])),
-        state=Path(given.get("HOME") or Path.home()) / ".finetune",
+        state=state,
         run_name=name,
         task_id=given.get("SKYPILOT_TASK_ID", ""),
         config=expanded(given.get("CONFIG", "")),  # here, on the machine, whose home folder is meant
@@ -132,7 +135,8 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
         bucket=given.get("BUCKET") or "BUCKET",
         cluster=_cluster(given),
         nodes=nodes,
-        environment=environment | {"GRACE_SECONDS": values["GRACE_SECONDS"], WITHIN: "1"},
+        environment=environment
+        | {"GRACE_SECONDS": values["GRACE_SECONDS"], WITHIN: "1", FOUR_BIT: str(state / "four-bit")},
     )
 
 

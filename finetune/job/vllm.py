@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from pathlib import Path
 
 from finetune.job.programs import say
 from finetune.job.settings import JobSettings
+from finetune.runtime.locks import is_locked
 
 ENVIRONMENT = Path("finetune-vllm")
 """In the home folder, where the answer generator looks for it."""
@@ -47,18 +47,6 @@ def wait_for_vllm(settings: JobSettings, seconds: float) -> bool:
         return True
     if why := _text(settings.state / MISSING):
         say(f"without vLLM: {why}")
-    return False
-
-
-def is_locked(lock: Path) -> bool:
-    """Whether a process holds the lock, which the system releases with the process."""
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no set-up of this version was here
-        return False
     return False
 
 

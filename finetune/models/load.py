@@ -16,7 +16,6 @@ from finetune.config.schema import LoraSection, ModelSection, QuantizationSectio
 from finetune.errors import UserError, first_line
 from finetune.models.adapter import (
     WEIGHTS,
-    base_identity,
     check_base,
     check_folder,
     check_layers,
@@ -28,16 +27,16 @@ from finetune.models.adapter import (
 from finetune.models.attention import attention_for
 from finetune.models.casts import cast_whole
 from finetune.models.device import Device
-from finetune.models.gguf import PACKAGE_PREFIX, unpacked_gguf
+from finetune.models.four_bit_files import four_bit_files, wait_for_originals
+from finetune.models.source import identity_of_base, load_with
 from finetune.models.target_modules import check_modules
 from finetune.runtime.console import say
+from finetune.runtime.distributed import is_first_here
 from finetune.tokens import added_after
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def load_tokenizer(section: ModelSection, *, alone: bool = False) -> PreTrainedTokenizerBase:
@@ -47,7 +46,7 @@ def load_tokenizer(section: ModelSection, *, alone: bool = False) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(section, AutoTokenizer.from_pretrained, section.name if alone else None)
+    tokenizer = load_with(AutoTokenizer.from_pretrained, section, section.name if alone else None)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name: the tokenizer of {section.name} has no end-of-text token, so answers cannot end",
@@ -66,7 +65,7 @@ def load_model_config(section: ModelSection) -> PretrainedConfig:
     """The model's own config. Raises UserError like `load_base`."""
     from transformers import AutoConfig
 
-    config: PretrainedConfig = _load(section, AutoConfig.from_pretrained)
+    config: PretrainedConfig = load_with(AutoConfig.from_pretrained, section)
     return config
 
 
@@ -78,22 +77,34 @@ def load_base(
     dequantize: dequantize the weights once. Their values stay those of the 4-bit weights; memory grows fourfold or more.
     Raises UserError if the name is wrong, weights are missing or corrupt, or the hub cannot be reached.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    attention = attention_for(section.attn_implementation, device, _load(section, AutoConfig.from_pretrained))
+    attention = attention_for(section.attn_implementation, device, load_with(AutoConfig.from_pretrained, section))
     if device.place.type == "cpu":
         rounding = "bf16" if section.cpu_bf16_matmul else "none"  # a setting of the whole process, so always set
         torch.backends.mkldnn.matmul.fp32_precision = rounding  # type: ignore[attr-defined]
     before = (quantization.load_in_4bit and device.quantized_in) or device.dtype
-    model, loaded = _load(
-        section,
-        AutoModelForCausalLM.from_pretrained,
-        output_loading_info=True,
-        dtype=before,
-        device_map={"": device.place},
-        attn_implementation=attention,
-        quantization_config=_bits_and_bytes(quantization, device) if quantization.load_in_4bit else None,
-    )
+    arguments = {"dtype": before, "device_map": {"": device.place}, "attn_implementation": attention}
+    files = four_bit_files(section, quantization, device)
+    model = files.load(section, device, arguments) if files else None
+    if model is None:
+        settings = _bits_and_bytes(quantization, device) if quantization.load_in_4bit else None
+        model = _originals(section, {**arguments, "quantization_config": settings})
+        if files and is_first_here():
+            files.write(model)
+    if dequantize and quantization.load_in_4bit:
+        model = model.dequantize(dtype=device.dtype)
+    if before != device.dtype:
+        cast_whole(model, device.dtype)
+    _keep_one_layout(model)
+    return model
+
+
+def _originals(section: ModelSection, arguments: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    wait_for_originals()
+    model, loaded = load_with(AutoModelForCausalLM.from_pretrained, section, output_loading_info=True, **arguments)
     if loaded["missing_keys"]:  # transformers would continue with random weights
         first, *more = sorted(loaded["missing_keys"])
         others = f" and {len(more)} others" if more else ""
@@ -101,13 +112,8 @@ def load_base(
             f"model.name: {section.name} lacks weights: {first}{others}; is the folder complete?",
             code="model.incomplete",
         )
-    if dequantize and quantization.load_in_4bit:
-        model = model.dequantize(dtype=device.dtype)
-    if before != device.dtype:
-        cast_whole(model, device.dtype)
-    _keep_one_layout(model)
-    result: PreTrainedModel = model
-    return result
+    found: PreTrainedModel = model
+    return found
 
 
 def _keep_one_layout(model: torch.nn.Module) -> None:
@@ -236,83 +242,6 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return total, trainable
-
-
-def resolve_name(name: str) -> str:
-    """A hub id or folder that transformers can load; `package://module/file.gguf` is first converted into a cache folder.
-
-    Raises UserError for a name that is none of these, and for an incomplete folder.
-    """
-    if name.startswith(PACKAGE_PREFIX):
-        return str(unpacked_gguf(name))
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model.name: {name} has no config.json, so it is not a model folder", code="model.incomplete"
-            )
-        if not any(found for pattern in WEIGHT_FILES for found in folder.glob(pattern)):
-            raise UserError(
-                f"model.name: {name} has no weights (expected {WEIGHT_FILES[0]} files)", code="model.incomplete"
-            )
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"model.name: no folder {name}; expected a local folder, a hub id such as mistralai/Mistral-7B-v0.1, "
-                        f"or {PACKAGE_PREFIX}<module>/<file>.gguf", code="model.not_found")  # fmt: skip
-    return name
-
-
-def weights_identity(section: ModelSection) -> list[Any]:
-    """Identifies the weights of a model without loading them: by the pinned revision of a hub id, the content hash in the name
-    of a converted package, else name, size and modification time (ns) of every file in the folder."""
-    folder = Path(resolve_name(section.name))
-    if not folder.is_dir():
-        return [section.name, section.revision]
-    if section.name.startswith(PACKAGE_PREFIX):
-        return [folder.name]
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
-def identity_of_base(section: ModelSection) -> dict[str, Any]:
-    """See adapter.base_identity. A converted package has the hash of its content in its folder's name."""
-    source = resolve_name(section.name)
-    if section.name.startswith(PACKAGE_PREFIX):
-        return base_identity(section.name, Path(source).name, None)
-    return base_identity(section.name, section.revision, Path(source) if Path(source).is_dir() else None)
-
-
-def _load(section: ModelSection, loader: Any, source: str | None = None, **arguments: Any) -> Any:
-    source = source or resolve_name(section.name)
-    hub = not Path(source).exists()
-    if hub and section.revision is None:
-        raise UserError(
-            f"model.revision: a hub model needs a pinned revision (the commit to load of {section.name})",
-            code="model.no_revision",
-        )
-    from huggingface_hub.errors import StrictDataclassError  # for a value of the wrong type in config.json
-
-    try:
-        return loader(
-            source,
-            revision=section.revision if hub else None,
-            trust_remote_code=section.trust_remote_code,
-            **arguments,
-        )
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        LookupError,
-        RuntimeError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:
-        advice = "is the hub reachable, and HF_TOKEN set if the model is gated?" if hub else "is the folder complete?"
-        if isinstance(error, torch.OutOfMemoryError):
-            advice = "4-bit weights need the least memory: quantization.load_in_4bit=true"
-        raise UserError(
-            f"model.name: cannot load {section.name}: {first_line(error)} ({advice})", code="model.load_failed"
-        ) from error
 
 
 def _bits_and_bytes(section: QuantizationSection, device: Device) -> Any:

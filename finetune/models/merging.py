@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from finetune.config.schema import QuantizationSection, RunConfig
 from finetune.errors import UserError, first_line
 from finetune.models.adapter import WEIGHTS, check_base, check_folder, check_layers, check_run, mismatch
-from finetune.models.load import identity_of_base, layers_with_adapter, load_model_config
+from finetune.models.load import layers_with_adapter, load_model_config
+from finetune.models.source import identity_of_base
 from finetune.models.weight_files import BaseWeights, Entry, model_folder, write_shards
 
 if TYPE_CHECKING:

@@ -22,6 +22,6 @@ def configured_positions(section: ModelSection) -> int | None:
     """The same from the model's config.json alone. Raises UserError if it cannot be loaded."""
     from transformers import AutoConfig
 
-    from finetune.models.load import _load
+    from finetune.models.source import load_with
 
-    return positions(_load(section, AutoConfig.from_pretrained))
+    return positions(load_with(AutoConfig.from_pretrained, section))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.config.schema import ModelSection
 from finetune.errors import UserError, first_line
-from finetune.models.load import resolve_name
+from finetune.models.source import resolve_name
 from finetune.runtime.files import disk_error, load_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from finetune.checkpoint.store import read_manifest
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.models.adapter import BASE, seal_adapter
-from finetune.models.load import identity_of_base
+from finetune.models.source import identity_of_base
 from finetune.run_folder import RunFolder
 from finetune.runtime import fault_injection
 from finetune.runtime.confined import remove_tree

@@ -27,7 +27,7 @@ from finetune.data.prepared import Prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.models.adapter import BASE
-from finetune.models.load import identity_of_base
+from finetune.models.source import identity_of_base
 from finetune.prepared_folder import MANIFEST
 from finetune.run_folder import RunFolder
 from finetune.run_record import SavesRecord

@@ -1,4 +1,4 @@
-"""What launches keep in the user's bucket for the next ones: installed packages, model files, the seconds of set-up.
+"""What launches keep in the user's bucket for the next ones: packages, model files, 4-bit weights, the seconds of set-up.
 
     python3 -m on_machine.kept fetch-packages FOLDER TREE               an environment from FOLDER to TREE in the home folder
     python3 -m on_machine.kept fetch-model BUCKET UV OVERRIDES CONFIG   the model that these name, else from the hub
@@ -11,19 +11,23 @@ BUCKET/set-up/<model>.jsonl     a line for each of the newest launches, for `fin
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from on_machine.kept.hub import download
-from on_machine.kept.manifests import DAMAGED, STATE, Damaged, Json, is_inside, say
-from on_machine.kept.model_files import fetch_model, keep_model
+from on_machine.kept.four_bit import fetch_four_bit, keep_four_bit
+from on_machine.kept.hub import SMALL, download
+from on_machine.kept.manifests import DAMAGED, NOT_THERE, STATE, Damaged, Json, is_inside, say
+from on_machine.kept.model_files import fetch_model, keep_model, model_kept
 from on_machine.kept.packages import fetch_packages, keep_packages
 
 KEPT_LAUNCHES = 20
 COMMIT_LETTERS = 40
+LOCK_VARIABLE = "FINETUNE_MODEL_LOCK"
+"""The number of the file descriptor that on_machine/setup.sh has locked."""
 DONE = STATE / "set-up.json"
 KEYS = STATE / "packages.keys"
 """TREE KEY of the environments that set-up has installed from the index, a line each."""
@@ -38,6 +42,7 @@ def keep(bucket: Path, settings: Json) -> None:
         time.sleep(1)
     tasks: list[Callable[[], None]] = [partial(record, bucket / "set-up" / settings["record"])]
     tasks += [partial(keep_packages, bucket / "packages" / key, tree) for tree, key in _installed()]
+    tasks.append(partial(keep_four_bit, bucket))
     if len(settings["revision"] or "") == COMMIT_LETTERS:
         tasks.append(partial(keep_model, bucket, settings["model"], settings["revision"]))
     for task in tasks:
@@ -58,12 +63,34 @@ def record(path: Path) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _kept_model(bucket: Path, texts: list[str]) -> int:
+def fetch(bucket: Path, uv: str, texts: list[str]) -> int:
+    """The model that texts (overrides, config) name: what training needs, then the rest. Training needs the original weights only
+    where their 4-bit copy is not kept."""
+    if fetch_four_bit(bucket, texts[0], texts[-1]):
+        if _from_bucket(bucket, texts, weights=False):
+            download(texts, uv, SMALL)
+        training_may_begin()
+    code = _from_bucket(bucket, texts, weights=True)
+    return download(texts, uv) if code else 0
+
+
+def _from_bucket(bucket: Path, texts: list[str], *, weights: bool) -> int:
     try:
-        return fetch_model(bucket, texts)
+        kept = model_kept(bucket, texts)
+        if kept is None:
+            return NOT_THERE
+        fetch_model(*kept, weights=weights)
+        return 0
     except (Damaged, OSError, ValueError, KeyError, TypeError) as error:
         say(f"the bucket's copy is not used: {error}")
         return DAMAGED
+
+
+def training_may_begin() -> None:
+    """Releases the one of set-up's two locks that a job waits for before it trains, and goes on at the lowest priority."""
+    if descriptor := os.environ.get(LOCK_VARIABLE):
+        os.close(int(descriptor))
+    os.nice(19)
 
 
 def _installed() -> list[tuple[str, str]]:
@@ -78,8 +105,7 @@ def main(words: list[str]) -> int:
             return fetch_packages(Path(place), rest[0])
         if command == "fetch-model":
             uv, *texts = rest
-            code = _kept_model(Path(place), texts)
-            return download(texts, uv) if code else 0
+            return fetch(Path(place), uv, texts)
         if command == "keep-packages":
             keep_packages(Path(place), rest[0])
         else:

@@ -10,7 +10,8 @@ from on_machine.kept.manifests import DAMAGED, HOME, NOT_THERE, say
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-FILES = ("*.json", "*.model", "*.jinja", "*.py", "model.safetensors", "model-*.safetensors")
+SMALL = ("*.json", "*.model", "*.jinja", "*.py")
+FILES = (*SMALL, "model.safetensors", "model-*.safetensors")
 """Not the same weights once more in another format, which many models come with."""
 PYTHON = HOME / "finetune-env" / "bin" / "python"
 SCRIPT = """
@@ -37,19 +38,20 @@ def model_named(overrides: str, config: str) -> tuple[str, str] | None:
     return (name, commit) if NAME.fullmatch(name) and COMMIT.fullmatch(commit) and not local else None
 
 
-def download(texts: list[str], uv: str) -> int:
-    """With the hub's own library: of the environment if that is there already, else of one that uv makes for it."""
+def download(texts: list[str], uv: str, files: tuple[str, ...] = FILES) -> int:
+    """With the hub's own library: of the environment if that is there, else of one that uv makes for it. files: patterns."""
     named = model_named(texts[0], texts[-1]) if texts else None
     if named is None:
         return NOT_THERE
     name, commit = named
     own = [uv, "run", "--quiet", "--no-project", "--python", "3.11", "--with", _pinned(), "python"]
     python = [str(PYTHON)] if PYTHON.exists() else own
-    code = subprocess.run([*python, "-c", SCRIPT, name, commit, *FILES], check=False).returncode
+    code = subprocess.run([*python, "-c", SCRIPT, name, commit, *files], check=False).returncode
     if code:
         say(f"{name} is downloaded when it is loaded, because it could not be before (exit code {code})")
         return DAMAGED
-    say(f"{name} is downloaded from the hub")
+    if files == FILES:
+        say(f"{name} is downloaded from the hub")
     return 0
 
 

@@ -13,7 +13,8 @@ from benchmarks.random_model import make_tokenizer
 from finetune.config.schema import RunConfig
 from finetune.models.adapter import BASE, seal_adapter
 from finetune.models.device import Device
-from finetune.models.load import attach_lora, identity_of_base, load_base
+from finetune.models.load import attach_lora, load_base
+from finetune.models.source import identity_of_base
 from finetune.runtime.files import write_json
 
 COMMON: dict[str, Any] = {

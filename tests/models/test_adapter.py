@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.config.schema import LoraSection, ModelSection
 from finetune.models.adapter import is_sealed, seal_adapter
-from finetune.models.load import attach_lora, identity_of_base, load_adapter, load_base, require_adapter
+from finetune.models.load import attach_lora, load_adapter, load_base, require_adapter
+from finetune.models.source import identity_of_base
 from finetune.runtime.files import write_json
 from tests.helpers.model_examples import CPU, WHOLE, change, named, refusal
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from finetune.config.schema import QuantizationSection
 from finetune.models import gguf as gguf_module
 from finetune.models.gguf import cache_folder
-from finetune.models.load import load_base, load_tokenizer, parameter_counts, resolve_name, weights_identity
+from finetune.models.load import load_base, load_tokenizer, parameter_counts
+from finetune.models.source import resolve_name, weights_identity
 from tests.helpers.errors import raises
 from tests.helpers.model_examples import CPU, NF4, WHOLE, change, named, refusal
 

@@ -14,32 +14,9 @@ from typing import Any
 import pytest
 
 from on_machine.kept.hub import model_named
+from tests.helpers.kept_machine import DAMAGED, KEY, NOT_THERE, TREE, Machine, flip, loads, start_of_keep
 from tests.helpers.machine_fixture import ROOT
 from tests.helpers.model_hub import COMMIT, NAME, model_hub
-
-NOT_THERE, DAMAGED = 1, 3
-TREE, KEY = "finetune-env", "0" * 32
-
-
-class Machine:
-    """A home folder, and the programs of on_machine/kept as a system's Python runs them."""
-
-    def __init__(self, home: Path, bucket: Path) -> None:
-        self.home, self.bucket = home, bucket
-        (home / ".finetune").mkdir(parents=True)
-        self.env = {"HOME": str(home), "PATH": os.environ["PATH"]}
-
-    def kept(self, *words: object) -> tuple[int, str]:
-        command = [sys.executable, "-m", "on_machine.kept", *map(str, words)]
-        done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=60, check=False)
-        return done.returncode, done.stderr
-
-    @property
-    def packages(self) -> Path:
-        return self.bucket / "packages" / KEY
-
-    def state(self, name: str) -> Path:
-        return self.home / ".finetune" / name
 
 
 @pytest.fixture
@@ -116,12 +93,6 @@ def test_a_part_that_was_packed_with_what_is_not_here_is_not_used(
 def test_where_nothing_is_kept_nothing_is_said(second: Machine) -> None:
     assert second.kept("fetch-packages", second.packages, TREE) == (NOT_THERE, "")
     assert second.kept("fetch-model", second.bucket, "no-uv", "", "a config") == (NOT_THERE, "")
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def cut(path: Path) -> None:
@@ -216,32 +187,6 @@ def test_what_a_killed_writer_left_a_day_ago_goes(first: Machine) -> None:
 
 
 # model files
-
-LOADS = """
-import sys, torch
-from finetune.config.schema import ModelSection, QuantizationSection
-from finetune.models.device import choose_device
-from finetune.models.load import load_base, load_model_config, load_tokenizer
-section = ModelSection(name=sys.argv[1], revision=sys.argv[2])
-load_model_config(section), load_tokenizer(section)
-model = load_base(section, QuantizationSection(load_in_4bit=False), choose_device("float32"))
-print(sum(float(one.double().abs().sum()) for one in model.parameters()))
-"""
-
-
-def loads(machine: Machine, url: str) -> float:
-    env = machine.env | {"HF_ENDPOINT": url, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOADS, NAME, COMMIT]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return float(done.stdout.split()[-1])
-
-
-def start_of_keep(machine: Machine) -> subprocess.Popen[bytes]:
-    """The process that waits for the first step, of a job that is this test."""
-    about = {"pid": os.getpid(), "model": NAME, "revision": COMMIT, "record": "tiny.jsonl"}
-    command = [sys.executable, "-m", "on_machine.kept", "keep", str(machine.bucket), json.dumps(about)]
-    return subprocess.Popen(command, cwd=ROOT, env=machine.env)
 
 
 def test_a_model_of_the_hub_is_fetched_once(first: Machine, second: Machine, tiny_model: Path) -> None:
@@ -344,7 +289,7 @@ def test_blocks_are_put_together_in_their_order(first: Machine, second: Machine)
     """With files of several blocks, of exactly one, and of none."""
     snapshot = first.home / f".cache/huggingface/hub/models--{NAME.replace('/', '--')}/snapshots/{COMMIT}"
     (snapshot / "below").mkdir(parents=True)
-    sizes = {"a": (1 << 27) * 2 + 5, "b": 1 << 27, "c": 0, "below/d": 7}
+    sizes = {"a.safetensors": (1 << 27) * 2 + 5, "b": 1 << 27, "c": 0, "below/d": 7}
     for name, size in sizes.items():
         with (snapshot / name).open("wb") as file:
             file.truncate(size)

@@ -63,7 +63,8 @@ class VllmGenerator:
         from finetune.evaluation.generators.vllm_weights import Weights
         from finetune.models.adapter import check_base, check_folder, check_run
         from finetune.models.answering import answering_device
-        from finetune.models.load import identity_of_base, load_tokenizer
+        from finetune.models.load import load_tokenizer
+        from finetune.models.source import identity_of_base
 
         found = require_vllm(config)
         rank = 0
