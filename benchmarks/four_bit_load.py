@@ -35,6 +35,7 @@ def once() -> dict[str, Any]:
 
     device = choose_device("auto")
     torch.zeros(1, device=device.place)
+    _import_what_loading_imports(ModelSection(NAME, revision=COMMIT))
     began = time.monotonic()
     model = load_base(ModelSection(NAME, revision=COMMIT), QuantizationSection(), device)
     if device.place.type == "cuda":
@@ -50,6 +51,19 @@ def once() -> dict[str, Any]:
     gpu = torch.cuda.max_memory_allocated() if device.place.type == "cuda" else 0
     host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "gpu_bytes": gpu, "host_bytes": host, "sha256": digest.hexdigest()}
+
+
+def _import_what_loading_imports(section: Any) -> None:
+    """Seconds of their own, and the same both ways."""
+    import accelerate  # type: ignore[import-untyped]
+    import bitsandbytes
+    import transformers
+    import transformers.integrations.bitsandbytes
+
+    from finetune.models.load import load_model_config
+
+    name = load_model_config(section).architectures[0]  # type: ignore[index]
+    assert getattr(transformers, name) and accelerate and bitsandbytes
 
 
 def drop(folder: Path) -> None:

@@ -78,14 +78,15 @@ class FourBitFiles:
         if self.folder.exists():
             return
         part = self.folder.with_name(f"{self.folder.name}.part-{os.getpid()}")
-        began, size = time.monotonic(), _bytes(model)
+        began, most = time.monotonic(), _most_bytes(model)
         try:
             part.mkdir(parents=True)
-            if shutil.disk_usage(part).free < size + LEFT_BYTES:
-                say(f"4-bit weights are not kept: {part.parent} has less than {(size + LEFT_BYTES) / 1e9:.1f} GB free")
+            if shutil.disk_usage(part).free < most + LEFT_BYTES:
+                say(f"4-bit weights are not kept: {part.parent} has less than {(most + LEFT_BYTES) / 1e9:.1f} GB free")
                 return
             model.save_pretrained(part, max_shard_size=SHARD)
             (part / IDENTITY).write_text(f"{json.dumps(self.identity, indent=1)}\n", encoding="utf-8")
+            size = sum(path.stat().st_size for path in part.iterdir())
             part.rename(self.folder)
         except (OSError, RuntimeError, ValueError) as error:
             say(f"4-bit weights are not kept: {first_line(error)}")
@@ -126,6 +127,6 @@ def wait_for_originals() -> None:
         wait_while_locked(lock, WAIT_SECONDS)
 
 
-def _bytes(model: PreTrainedModel) -> int:
+def _most_bytes(model: PreTrainedModel) -> int:
     """Of the parameters, with the scales of the 4-bit ones, which add an eighth at most."""
     return sum(int(one.numel() * one.element_size() * 1.125) for one in model.parameters())

@@ -1,8 +1,8 @@
 """The same training on two machines, one after the other: the first finds an empty bucket, the second what the first has kept.
 
 What it measures: each part of a start, from the machine's boot to the first optimizer step, with the real SkyPilot, set-up script
-and trainer; the packages of the CPU environment, unpacked from the bucket onto a machine without them; a model fetched from the
-bucket. What it does not: the installation of packages from an index, which machines here cannot reach (the first machine has them
+and trainer; the packages of the CPU environment, unpacked from the bucket onto a machine without them; a model, and its 4-bit
+weights, fetched from the bucket. What it does not: the installation of packages from an index, which machines here cannot reach (the first machine has them
 from its image), the speed of Google's network, boot, and disks, and anything on a GPU.
 """
 
@@ -46,12 +46,14 @@ def test_a_warm_bucket(environment: CloudEnvironment, project: Path, tmp_path: P
     values = yaml.safe_load((project / CONFIG).read_text(encoding="utf-8"))
     model = project / values["model"]["name"]
     values["model"] |= {"name": NAME, "revision": COMMIT}
+    values["quantization"] = {"load_in_4bit": True}
     (project / OF_THE_HUB).write_text(yaml.safe_dump(values), encoding="utf-8")
     with model_hub(model, (environment.site.laptop, 0)) as hub:
         cold = started(environment, project, hub, "cold", KEEPS, tmp_path)
         wanted = [
             r"packages/\w+/manifest\.json",
             rf"models/[^/]+@{COMMIT}/manifest\.json",
+            r"four-bit/\w+/manifest\.json",
             r"set-up/some-org-.*\.jsonl",
         ]
 
@@ -71,6 +73,8 @@ def test_a_warm_bucket(environment: CloudEnvironment, project: Path, tmp_path: P
     assert (cold.facts[set_up.PACKAGES_FROM], cold.facts[set_up.MODEL_FROM]) == (set_up.HERE, set_up.HUB)
     assert (warm.facts[set_up.PACKAGES_FROM], warm.facts[set_up.MODEL_FROM]) == (set_up.BUCKET, set_up.BUCKET)
     assert warm.warm and not cold.warm
+    assert int(warm.facts["four_bit_bytes"]) > 10_000, "trained on the weights that the first machine has quantised"
+    assert Run(environment, "cold").adapter_hash() == Run(environment, "warm").adapter_hash()
     planned = environment.sky.program(sys.executable, "-c", PLAN, cwd=project, PYTHONPATH=path_of(project)).ok().out
     record_metric(f"finetune plan: {planned.strip().splitlines()[-1]}")
     assert f"{warm.seconds:.3f} s, measured: median of your last 1 launch with a warm bucket" in planned
