@@ -1,9 +1,9 @@
 """The same training on two machines, one after the other: the first finds an empty bucket, the second what the first has kept.
 
-What it measures: each part of a start, from the machine's boot to the first optimizer step, with the real SkyPilot, set-up script
-and trainer; the packages of the CPU environment, unpacked from the bucket onto a machine without them; a model, and its 4-bit
-weights, fetched from the bucket. What it does not: the installation of packages from an index, which machines here cannot reach (the first machine has them
-from its image), the speed of Google's network, boot, and disks, and anything on a GPU.
+What it measures: each part of a start, from the machine's boot to the first optimizer step, with the real SkyPilot, set-up
+script and trainer; the packages of the CPU environment, unpacked from the bucket onto a machine without them; a model and its
+4-bit weights, fetched from the bucket. What it does not: the installation of packages from an index, which machines here cannot
+reach (the first machine has them from its image), the speed of Google's network, boot, and disks, and anything on a GPU.
 """
 
 from __future__ import annotations
