@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates ~/finetune-env on a cloud machine from constraints.txt, with the PyTorch build that its GPU can run.
+# Creates ~/finetune-env on a cloud machine from the pinned versions, with this program and with the PyTorch build that its GPU can run.
 # If nothing has changed, a second launch installs nothing.
 #
 #   bash on_machine/setup.sh [ARGUMENT...]     further arguments are passed to another `uv pip install`
@@ -16,6 +16,8 @@ shopt -s inherit_errexit  # a failure inside $(...) ends the script too
 cd "$(dirname "$0")/.."
 readonly TREE=finetune-env STATE="$HOME/.finetune" MOUNT="${FINETUNE_MOUNT:-/bucket}"
 readonly ENVIRONMENT="$HOME/$TREE"
+# shellcheck source=on_machine/package.sh
+. on_machine/package.sh
 
 say() { printf 'set-up: %s\n' "$*" >&2; }
 
@@ -83,7 +85,7 @@ torch_backend() {  # uv's name for a build of PyTorch; "" is the default of the 
   fi
 }
 
-fingerprint() { { cat constraints.txt pyproject.toml && printf '%s\n' "$PWD" "$@"; } | sha256sum | cut -c 1-64; }
+fingerprint() { { cat "$PINNED" "$DEFINITION" && printf '%s\n' "$PWD" "$@"; } | sha256sum | cut -c 1-64; }
 
 uv_program() {
   local place="$HOME/.local/bin/uv"  # where SkyPilot puts it
@@ -101,11 +103,12 @@ install() {  # BACKEND [ARGUMENT...]
   local uv backend="$1"
   shift
   uv=$(uv_program)
+  request train,export,serve
   [ -x "$ENVIRONMENT/bin/python" ] || "$uv" venv --quiet --clear --python 3.11 "$ENVIRONMENT"
   "$uv" pip install --python "$ENVIRONMENT/bin/python" ${backend:+"--torch-backend=$backend"} \
-    --only-binary :all: --constraints constraints.txt --build-constraints constraints.txt --editable '.[train,export,serve]'
+    --only-binary :all: --constraints "$PINNED" --build-constraints "$PINNED" "${REQUEST[@]}"
   if [ $# -gt 0 ]; then
-    "$uv" pip install --python "$ENVIRONMENT/bin/python" --constraints constraints.txt "$@"
+    "$uv" pip install --python "$ENVIRONMENT/bin/python" --constraints "$PINNED" "$@"
   fi
 }
 
@@ -158,7 +161,7 @@ start_vllm() {
     printf '%s\n' "$why" >"$STATE/vllm.missing"
     return
   fi
-  stamp=$({ cat on_machine/vllm.sh on_machine/vllm-constraints.txt pyproject.toml && printf '%s\n' "$PWD"; } | sha256sum | cut -c 1-64)
+  stamp=$({ cat on_machine/vllm.sh on_machine/vllm-constraints.txt "$DEFINITION" && printf '%s\n' "$PWD"; } | sha256sum | cut -c 1-64)
   exec 9>>"$STATE/vllm.lock"  # locked here, so that a job that starts at once sees that it is being built
   if ! flock --nonblock 9; then
     say "vLLM's environment is being built already"

@@ -12,6 +12,8 @@ cd "$(dirname "$0")/.."
 readonly ENVIRONMENT="$HOME/finetune-vllm" STATE="$HOME/.finetune" STAMP="$1" UV="$2"
 readonly PART="$ENVIRONMENT.part" OLD="$ENVIRONMENT.old" CONSTRAINTS=on_machine/vllm-constraints.txt
 readonly NEEDED_GIB="${FINETUNE_VLLM_GIB:-20}"
+# shellcheck source=on_machine/package.sh
+. on_machine/package.sh
 step="its environment could not be built"
 
 why_not() {
@@ -38,7 +40,8 @@ fi
 step="its virtual environment could not be made"
 "$UV" venv --quiet --relocatable --python 3.11 "$PART"
 step="its packages could not be installed"
-"$UV" pip install --python "$PART/bin/python" --constraints "$CONSTRAINTS" vllm --editable .
+request ""
+"$UV" pip install --python "$PART/bin/python" --constraints "$CONSTRAINTS" vllm "${REQUEST[@]}"
 step="it was installed, but cannot be imported"
 "$PART/bin/python" -W ignore -c 'import vllm; print("vLLM", vllm.__version__)'
 printf '%s\n' "$STAMP" >"$PART/stamp"

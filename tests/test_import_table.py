@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "models.fused": "example models",
     "run_folder": "errors runtime config run_record run_name",
     "prepared_folder": "",
+    "project_folder": "errors runtime",
     "data": "errors example tokens runtime sql config prepared_folder",
     "estimate": "errors runtime machine config models",
     "cloud.catalog": "errors runtime",
@@ -45,16 +46,19 @@ MAY_IMPORT = {
     "evaluation": "errors tokens runtime machine sql config run_name models run_folder prepared_folder data budget",
     "cloud.gcloud": "errors runtime",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate budget cloud.gcloud cloud.catalog",
-    "cloud.launch": "errors runtime machine config prepared_folder cloud.gcloud cloud.catalog cloud.plan",
+    "cloud.launch": "errors runtime machine config prepared_folder project_folder cloud.gcloud cloud.catalog cloud.plan",
     "report": "errors runtime sql run_record run_name run_folder data budget sweep evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
     "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "serve.client": "errors runtime",
     "serve": "errors tokens runtime machine sql config models run_folder data evaluation export",
+    "init": "errors runtime machine sql config project_folder data evaluation stage_end cloud.catalog cloud.plan "
+    "serve.client",
     "job": "errors runtime machine config run_name run_folder prepared_folder budget stage_end sweep",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate budget stage_end training sweep "
-    "evaluation cloud.gcloud cloud.catalog cloud.plan cloud.launch report doctor export serve.client serve job demo",
+    "evaluation project_folder cloud.gcloud cloud.catalog cloud.plan cloud.launch report doctor "
+    "export serve.client serve init job demo",
     "__main__": "cli",
 }
 """Package or module of finetune/ -> what it may import besides itself. `sql` is all of finetune/sql/; `training` is its files

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, path
 from finetune.errors import UserError
+from finetune.runtime.installed import version
 from finetune.stage_end.following import after_launch
 from finetune.stage_end.tell import tell
 
@@ -38,6 +39,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     from finetune.cloud.launch.command import launch_of
 
     launch = launch_of(arguments.task, arguments.options, managed=arguments.jobs)
+    _renew(launch)
     os.chdir(launch.folder)  # the paths in a config are relative to it, too
     if launch.config is not None:
         try:
@@ -47,6 +49,16 @@ def _launch(arguments: argparse.Namespace) -> int:
     tell("launch", _most(launch), after_launch(launch.cluster, managed=arguments.jobs))
     print(f"in {launch.folder}: {shlex.join(['sky', *launch.words[1:]])}", flush=True)
     os.execv(launch.words[0], launch.words)
+
+
+def _renew(launch: Launch) -> None:
+    """After an upgrade, a project of `finetune init` still has the machine's side of the version before."""
+    from finetune.project_folder import read_project, renew_machine_side
+
+    project = read_project(launch.folder)
+    if project is not None and (renewed := renew_machine_side(project)):
+        more = f" and {len(renewed) - 1} more" if renewed[1:] else ""
+        print(f"renewed for finetune {version()} as installed here: {launch.folder / renewed[0]}{more}")
 
 
 def _most(launch: Launch) -> str:

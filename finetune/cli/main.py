@@ -22,6 +22,7 @@ from finetune.cli import (
     doctor,
     evaluate,
     export,
+    init,
     job,
     launch,
     machine,
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"finetune {version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (
-        *(doctor, data, config, plan, launch, machine, train, sweep, evaluate, compare),
+        *(init, doctor, data, config, plan, launch, machine, train, sweep, evaluate, compare),
         *(demo, report, runs, watch, ask, export, serve, completion, job),
     ):
         command.add(commands)

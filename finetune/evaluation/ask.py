@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,11 @@ from finetune.sql.dialects import dialect_name
 from finetune.sql.engines.base import Limits
 from finetune.sql.engines.registry import DEFAULT as DEFAULT_DIALECT
 from finetune.sql.engines.registry import ENGINES, engine_of_file
-from finetune.sql.schema import parse_ddl, schema_of_script
-from finetune.sql.text import on_one_line, statements
+from finetune.sql.schema_text import readable_schema
 
 ROWS_SHOWN = 50
 MAX_SHOWN = 200
 """Characters of an answer without SQL that a message shows."""
-
-_READERS = ("postgres", "mysql", "tsql", "snowflake", "bigquery", "duckdb", "oracle", "sqlite")
-"""Dialects that are tried for a schema file that cannot be read in the dialect of the question."""
-_SHOWN = re.compile(r"(?:CREATE\b(?:\s+\w+){0,6}?\s+(?:TABLE|VIEW)|ALTER\s+TABLE|COMMENT\s+ON)\b", re.IGNORECASE)
 
 
 def ask(model: LoadedModel, prompt: str, dialect: str, *, tuned: bool, max_new_tokens: int) -> str:
@@ -123,22 +117,9 @@ def read_schema(path: Path, dialect: str) -> tuple[str, str]:
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: not readable as text ({why})", code="file.unreadable") from error
     try:
-        return _shown(text, dialect), dialect
+        return readable_schema(text, dialect)
     except UserError as error:
-        for other in _READERS if error.code == "sql.bad_schema" else ():
-            try:
-                return _shown(text, other), other
-            except UserError:
-                continue
         raise UserError(f"{path}: {error}", code=error.code) from None
-
-
-def _shown(text: str, dialect: str) -> str:
-    if dialect == DEFAULT_DIALECT:
-        return schema_of_script(text)
-    parse_ddl(text, dialect)
-    lines = [on_one_line(statement, dialect=dialect) for statement in statements(text, dialect=dialect)]
-    return "\n".join(line for line in lines if _SHOWN.match(line))
 
 
 def is_schema(path: Path) -> bool:

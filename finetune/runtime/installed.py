@@ -11,17 +11,42 @@ PROJECT = "finetune-text2sql"
 EXTRAS = ("train", "serve", "export", "cloud", "dev")
 MODULES = {"skypilot": "sky"}
 """Packages whose module has another name."""
-_PACKAGE = Path(__file__).resolve().parents[1]
+CARRIED = (
+    "configs",
+    "sky",
+    "on_machine",
+    "data/build.py",
+    "data/families.py",
+    "data/databases",
+    "data/README.md",
+    ".sky.yaml",
+    ".skyignore",
+    "constraints.txt",
+)
+"""What a wheel carries of a checkout beside the package."""
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @cache
 def in_checkout() -> bool:
-    return not (_PACKAGE / "project").is_dir()
+    return not (PACKAGE / "project").is_dir()
 
 
 def project_files() -> Path:
     """The folder with configs/, sky/, on_machine/, data/ and constraints.txt: the checkout, or the wheel's copy."""
-    return _PACKAGE.parent if in_checkout() else _PACKAGE / "project"
+    return PACKAGE.parent if in_checkout() else PACKAGE / "project"
+
+
+def carried_files(root: Path) -> list[Path]:
+    """The files of a checkout that a wheel carries, in a fixed order."""
+    return [file for name in CARRIED for file in files_below(root / name)]
+
+
+def files_below(path: Path) -> list[Path]:
+    """All files of a folder but compiled ones, sorted; the path itself if it is a file."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
 
 
 def version() -> str:

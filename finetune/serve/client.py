@@ -1,4 +1,4 @@
-"""Asks an endpoint of `finetune serve`, with the standard library alone."""
+"""Asks an endpoint of `finetune serve`, or any other that speaks OpenAI's API, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -82,6 +82,19 @@ class Endpoint:
             return str(answer["content"]), None if rows is None else _rows(rows)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise self._odd("no answer in its reply") from None
+
+    def complete(self, model: str, system: str, user: str, temperature: float) -> str:
+        """The text with which any OpenAI-compatible server goes on after two messages. Its address ends as that server's manual
+        says, which need not be /v1."""
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        body = {"model": model, "messages": messages, "temperature": temperature}
+        path = urlsplit(self.url).path.rstrip("/")
+        place = "/v1/chat/completions" if path.endswith("/v1") or not path else "/chat/completions"
+        reply = self._request("POST", place, body)
+        try:
+            return str(reply["choices"][0]["message"]["content"] or "")
+        except (LookupError, TypeError):
+            raise UserError(f"{self.url}: no answer in its reply", code="endpoint.odd_reply") from None
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from finetune.run_folder import RunFolder
 
 SMALL, LARGE = "configs/demo_cpu.yaml", "configs/mistral_7b_qlora.yaml"
+OF_PROJECT = "text2sql.yaml"
+"""The config that `finetune init` writes."""
 TASK = "sky/train_cheapest.yaml"
 MORE = 1.1
 """A raised ceiling is so much above what the pace so far needs."""
@@ -26,6 +28,10 @@ MORE = 1.1
 def after_doctor(*, cloud: bool, missing: bool) -> list[Next]:
     if missing:
         return [finetune("doctor", *["--cloud"] * cloud, why="again, once what is missing is there")]
+    if Path(OF_PROJECT).is_file():
+        return [finetune(*(("plan",) if cloud else ("data", "prepare")), OF_PROJECT, why="goes on with this project")]
+    if not Path(SMALL).is_file():
+        return [finetune("init", why="asks for your data, and starts a project with them")]
     if cloud:
         return [finetune("plan", LARGE, why="what a run costs on each GPU")]
     return [finetune("data", "prepare", SMALL, why="the data of the smallest run; or of a config of yours")]

@@ -80,6 +80,7 @@ def config(tiny_config: Callable[..., Path]) -> Path:
 
 def test_all_commands_exist() -> None:
     agreed = (
+        "init, "
         "doctor, data prepare, data check, plan, launch, machine, train, sweep, evaluate, report, runs, watch, compare, export, "
         "serve, completion, ask, generate, config, demo, job train, job evaluate, job serve, job sweep, job dev"
     )

@@ -37,7 +37,8 @@ def checkout(folder: Path) -> Path:
 
 
 def fingerprint() -> str:
-    files = [ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "on_machine" / "setup.sh"]
+    names = ("constraints.txt", "pyproject.toml", "on_machine/setup.sh", "on_machine/package.sh")
+    files = [ROOT / name for name in names]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

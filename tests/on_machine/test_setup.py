@@ -60,7 +60,7 @@ def machine(tmp_path: Path) -> CloudMachine:
     """A fresh SkyPilot machine: uv installed, a checkout, no environment yet; its torch works."""
     machine = CloudMachine(tmp_path)
     (machine.checkout / "on_machine").mkdir(parents=True)
-    for name in ("on_machine/setup.sh", "constraints.txt", "pyproject.toml"):
+    for name in ("on_machine/setup.sh", "on_machine/package.sh", "constraints.txt", "pyproject.toml"):
         shutil.copyfile(ROOT / name, machine.checkout / name)
     machine.program(machine.home / ".local" / "bin", "uv", UV)
     machine.env["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
@@ -130,6 +130,58 @@ def test_a_failed_installation_fails_and_is_retried(machine: CloudMachine) -> No
     assert machine.run("setup.sh", FAKE_FAULT="1")[0] == 1
     code, said = machine.run("setup.sh", FAKE_FAULT="")
     assert (code, len(machine.called("pip"))) == (0, 2), said
+
+
+# a project of `finetune init`, which has a wheel of the program instead of a checkout
+
+
+def with_wheel(machine: CloudMachine, content: bytes = b"wheel") -> str:
+    folder = machine.checkout / "on_machine"
+    (machine.checkout / "pyproject.toml").unlink(missing_ok=True)
+    if (machine.checkout / "constraints.txt").exists():
+        (machine.checkout / "constraints.txt").rename(folder / "constraints.txt")
+    name = "finetune_text2sql-0.1.0-py3-none-any.whl"
+    (folder / name).write_bytes(content)
+    return f"on_machine/{name}"
+
+
+def test_a_project_installs_its_wheel(machine: CloudMachine) -> None:
+    put_gpu(machine, "8.0")
+    wheel = with_wheel(machine)
+    code, said = machine.run("setup.sh")
+    assert code == 0, said
+    assert machine.called("pip") == [
+        f"pip install --python {machine.home}/finetune-env/bin/python --torch-backend=auto --only-binary :all: "
+        "--constraints on_machine/constraints.txt --build-constraints on_machine/constraints.txt "
+        f"--reinstall-package finetune-text2sql {wheel}[train,export,serve]"
+    ]
+
+
+def test_another_wheel_is_another_installation_also_in_the_bucket(machine: CloudMachine) -> None:
+    put_gpu(machine, "8.0")
+    with_wheel(machine)
+    with_bucket(machine)
+    machine.run("setup.sh")
+    first = keep(machine)
+    assert "is up to date" in machine.run("setup.sh")[1]
+    new_machine(machine)
+    assert machine.run("setup.sh")[0] == 0 and machine.calls() == [], "from the bucket"
+    with_wheel(machine, b"wheel of a later version with the same name")
+    new_machine(machine)
+    code, said = machine.run("setup.sh")
+    assert (code, len(machine.called("pip"))) == (0, 1), said
+    assert keep(machine) != first
+
+
+def test_a_folder_that_is_neither_is_refused(machine: CloudMachine) -> None:
+    put_gpu(machine, "8.0")
+    (machine.checkout / "pyproject.toml").unlink()
+    code, said = machine.run("setup.sh")
+    assert code == 2 and "pyproject.toml is missing" in said and machine.calls() == []
+    with_wheel(machine)
+    (machine.checkout / "on_machine" / "finetune_text2sql-0.2.0-py3-none-any.whl").touch()
+    code, said = machine.run("setup.sh")
+    assert code == 2 and "several wheels" in said and machine.calls() == []
 
 
 # kept in the bucket for the next machine
@@ -333,7 +385,14 @@ def test_a_real_installation_trains_and_a_second_launch_takes_seconds(tmp_path: 
     home, checkout = tmp_path / "home", tmp_path / "checkout"
     home.mkdir()
     shutil.copytree(ROOT / "finetune", checkout / "finetune")
-    for name in ("on_machine/setup.sh", "constraints.txt", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (
+        "on_machine/setup.sh",
+        "on_machine/package.sh",
+        "constraints.txt",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ):
         (checkout / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / name, checkout / name)
     kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_", "SSL_"))}

@@ -47,7 +47,8 @@ def machine(tmp_path: Path) -> CloudMachine:
     machine = CloudMachine(tmp_path)
     (machine.checkout / "on_machine").mkdir(parents=True)
     for name in (
-        "on_machine/setup.sh", "on_machine/vllm.sh", "on_machine/vllm-constraints.txt", "constraints.txt", "pyproject.toml"
+        "on_machine/setup.sh", "on_machine/package.sh", "on_machine/vllm.sh", "on_machine/vllm-constraints.txt",
+        "constraints.txt", "pyproject.toml",
     ):  # fmt: skip
         shutil.copyfile(ROOT / name, machine.checkout / name)
     machine.program(machine.home / ".local" / "bin", "uv", UV)
@@ -107,6 +108,23 @@ def test_set_up_does_not_wait_and_the_environment_comes(
     assert not part.exists()
     _, torch, niceness = (machine.folder / "calls.uv").read_text().split()
     assert (torch, niceness) == ("unset", "19"), "vLLM's torch is not that of training, and training goes first"
+
+
+def test_a_project_of_init_gets_its_wheel_there_too(machine: CloudMachine) -> None:
+    folder = machine.checkout / "on_machine"
+    (machine.checkout / "pyproject.toml").unlink()
+    (machine.checkout / "constraints.txt").rename(folder / "constraints.txt")
+    (folder / "finetune_text2sql-0.1.0-py3-none-any.whl").write_bytes(b"wheel")
+    set_up(machine)
+    assert comes(machine)
+    part = machine.home / "finetune-vllm.part"
+    assert machine.calls()[-1] == (
+        f"pip install --python {part}/bin/python --constraints on_machine/vllm-constraints.txt vllm "
+        "--reinstall-package finetune-text2sql on_machine/finetune_text2sql-0.1.0-py3-none-any.whl"
+    )
+    assert "finetune-vllm is up to date" in set_up(machine)
+    (folder / "finetune_text2sql-0.1.0-py3-none-any.whl").write_bytes(b"another")
+    assert "is built in the background" in set_up(machine)
 
 
 def test_it_outlives_the_set_up_and_everything_that_set_up_has_started(machine: CloudMachine) -> None:

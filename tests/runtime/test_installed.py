@@ -26,7 +26,7 @@ def test_from_a_checkout_it_is_installed_from_there() -> None:
 
 def test_from_a_wheel_it_is_installed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "project").mkdir()
-    monkeypatch.setattr(installed, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(installed, "PACKAGE", tmp_path)
     installed.in_checkout.cache_clear()
     try:
         assert installed.project_files() == tmp_path / "project"

@@ -48,6 +48,14 @@ def test_before_there_is_a_run() -> None:
     assert typed(following.after_doctor(cloud=True, missing=True)) == ["finetune doctor --cloud"]
     assert typed(following.after_doctor(cloud=False, missing=False)) == ["finetune data prepare configs/demo_cpu.yaml"]
     assert typed(following.after_doctor(cloud=True, missing=False)) == ["finetune plan configs/mistral_7b_qlora.yaml"]
+
+
+def test_doctor_goes_on_with_the_project_that_it_is_typed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert typed(following.after_doctor(cloud=True, missing=False)) == ["finetune init"]
+    (tmp_path / "text2sql.yaml").touch()
+    assert typed(following.after_doctor(cloud=True, missing=False)) == ["finetune plan text2sql.yaml"]
+    assert typed(following.after_doctor(cloud=False, missing=False)) == ["finetune data prepare text2sql.yaml"]
     words = "configs/demo_cpu.yaml lora.r=8 'data.output_dir=a b'"
     assert typed(following.after_check(CONFIG, OVERRIDES)) == [f"finetune data prepare {words}"]
     assert typed(following.after_prepare(CONFIG, OVERRIDES)) == [f"finetune train {words}", f"finetune plan {words}"]

@@ -40,6 +40,7 @@ from finetune.cloud.launch.travel import (
     check_config_travels,
     check_databases_travel,
     check_inputs_travel,
+    check_program_travels,
     check_scripts_travel,
     luggage_of,
 )
@@ -74,7 +75,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
                 _check_scripts(task)
             fill_bucket(task, say)
             if user_request.at_client_side and VARIABLE not in task.envs:  # a controller has no working directory
-                _check_travels(task)
+                _check_travels(task, say)
             if asks_for_gpu_on_gcp(task):
                 _apply(user_request, say)
             else:
@@ -107,10 +108,11 @@ def _check_scripts(task: sky.Task) -> None:
         )
 
 
-def _check_travels(task: sky.Task) -> None:
+def _check_travels(task: sky.Task, say: Any) -> None:
     """Raises UserError for what the job would miss on the machine. A run that the bucket has already needs only the scripts."""
     luggage = luggage_of(task)
     check_scripts_travel(task, luggage)
+    check_program_travels(luggage, say)
     check_databases_travel(task.envs.get(DATABASES, ""), luggage)
     named, bucket, run = (task.envs.get(name, "") for name in (CONFIG, "BUCKET", "RUN_NAME"))
     if not named or (run and holds(bucket, f"runs/{run}/run.json")):

@@ -16,6 +16,8 @@ from typing import Any
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.prepared_folder import MANIFEST
+from finetune.project_folder import MACHINE_SIDE, read_project, stale_files, wheels_in
+from finetune.runtime.installed import version
 
 ON_MACHINE = Path("sky_workdir")
 """The working directory of a job, in the home folder."""
@@ -119,6 +121,24 @@ def check_scripts_travel(task: Any, luggage: Luggage) -> None:
     """Raises UserError for a script of ours that the task names and that the machine will not have."""
     commands = "\n".join(part for part in (task.setup, task.run) if isinstance(part, str))
     _refuse([(f"script {name}", luggage.why_not(name)) for name in sorted(set(SCRIPT.findall(commands)))])
+
+
+def check_program_travels(luggage: Luggage, say: Callable[[str], object]) -> None:
+    """In a project of `finetune init`: raises UserError if the program's wheel is missing; says if it is another version's."""
+    project = read_project(luggage.workdir) if luggage.workdir else None
+    if project is None:
+        return
+    if not wheels_in(project.path):
+        raise UserError(
+            f"{project.path / MACHINE_SIDE}: has no wheel of finetune, so the machine could not install it; "
+            "`finetune launch` puts one there",
+            code="launch.no_wheel",
+        )
+    if stale := stale_files(project):
+        say(
+            f"finetune: WARNING: {len(stale)} files of {project.path / MACHINE_SIDE} are of another version of finetune than "
+            f"the one installed here ({version()}), such as {stale[0]}; `finetune launch` renews them"
+        )
 
 
 def check_databases_travel(named: str, luggage: Luggage) -> None:

@@ -1,0 +1,107 @@
+"""What lies ahead of a new project: whether its data can be prepared, and what the run would cost. Run in its folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune.cloud.catalog.offers import load_catalog
+from finetune.cloud.plan.plan import Plan, Row, plan_run
+from finetune.config.load import load_config
+from finetune.config.schema import RunConfig
+from finetune.data.check import check
+from finetune.data.limits import limits_of
+from finetune.data.validate import LEFT_OUT
+from finetune.errors import UserError
+from finetune.init.config_text import CONFIG, Goal
+from finetune.init.form import LEAST, rule_of_thumb
+from finetune.machine.price import Ceilings
+from finetune.runtime.installed import install_command
+from finetune.stage_end.following import rounded_up
+
+MARGIN = 3.0
+"""The ceiling of a run is so much above its estimate: room for slower machines and preemptions, not for a mistake."""
+LEAST_USD = 2.0
+FAST = "H100"
+
+
+@dataclass
+class Outlook:
+    """figures: for the config's comment; "" if nothing can be estimated. run_usd: the ceiling of a run. problems: why the data
+    cannot be prepared yet. install_cloud, install_hub: commands for what is not installed here, else None."""
+
+    figures: str = ""
+    run_usd: float | None = None
+    said: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    install_cloud: str | None = None
+    install_hub: str | None = None
+
+
+def look_ahead(goal: Goal, *, checked: bool) -> Outlook:
+    """Raises UserError if there are too few usable pairs to split."""
+    config = load_config(Path(CONFIG))
+    outlook = Outlook(
+        install_cloud=_install("sky", "cloud"),
+        install_hub=_install("huggingface_hub", "train") or _install("datasets", "train"),
+    )
+    if checked:
+        _check(config, outlook)
+    try:
+        plan = plan_run(config, load_catalog(), Ceilings(), ask_google=False)
+    except UserError as error:
+        outlook.said.append(f"no estimate: {error}")
+        return outlook
+    _estimate(goal, plan, outlook)
+    return outlook
+
+
+def _check(config: RunConfig, outlook: Outlook) -> None:
+    evaluation = config.evaluation
+    findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
+    usable = sum(len(findings.records(split)) for split in findings.splits)
+    rejected = [one for one in findings.rejections if one.reason != LEFT_OUT]
+    if usable < LEAST and not rejected:
+        raise UserError(
+            f"--data: {usable} usable pairs, and fewer than {LEAST} cannot be split into train, val and test; {rule_of_thumb()}",
+            code="init.too_few_pairs",
+        )
+    counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
+    outlook.said.append(
+        f"usable: {counts}; {len(rejected)} rejected" + (f", such as {rejected[0]}" if rejected else "")
+    )
+    outlook.problems = [*findings.problems, *(str(one) for one in findings.hollow_databases())]
+    outlook.said += [f"PROBLEM: {one}" for one in outlook.problems]
+
+
+def _estimate(goal: Goal, plan: Plan, outlook: Outlook) -> None:
+    rows = [row for row in plan.rows if row.chosen and row.cost and row.offer]
+    if not rows:
+        outlook.said.append("no estimate: the plan refuses every machine (`finetune plan` says why)")
+        return
+    cheapest = rows[0]
+    fast = next((row for row in rows if row.on_gpu.name == FAST), None)
+    used = fast if goal == "fast" and fast else cheapest
+    lines = [f"Estimated for this data (prices: {plan.catalog.source}; hours and dollars: estimated):"]
+    lines += [
+        f"  {_row(row)}{' <- --goal ' + goal if row is used else ''}"
+        for row in dict.fromkeys([cheapest, *([fast] if fast else [])])
+    ]
+    assert used.cost is not None
+    outlook.run_usd = rounded_up(max(LEAST_USD, MARGIN * used.cost.usd))
+    lines.append(
+        f"MAX_RUN_USD in the task is {outlook.run_usd:g}: {MARGIN:g} times the estimate, and at least {LEAST_USD:g}."
+    )
+    outlook.figures = "\n".join(lines)
+    outlook.said += lines
+
+
+def _row(row: Row) -> str:
+    assert row.cost is not None
+    kind = "spot" if row.spot else "on-demand"
+    return f"{row.on_gpu.name} {kind}: ${row.cost.usd:.2f} and {row.cost.hours:.1f} h for the run"
+
+
+def _install(module: str, extra: str) -> str | None:
+    return None if importlib.util.find_spec(module) is not None else install_command(extra)

