@@ -19,7 +19,11 @@ from finetune.stage_end.following_job import Job
 from finetune.stage_end.tell import WITHIN
 
 API_KEY = "FINETUNE_API_KEY"
-SECRETS = ("WANDB_API_KEY", "HF_TOKEN", API_KEY)
+SECRETS = (
+    *("WANDB_API_KEY", "HF_TOKEN", API_KEY),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    *("TRACKIO_SERVER_URL", "TRACKIO_SPACE_ID"),
+)
 DEFAULTS = {
     "MAX_RUN_USD": "25",
     "MAX_HOURS": "24",
