@@ -62,7 +62,11 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 
 def in_terminal(
-    words: list[str], home: Path, until: str | None = None, size: tuple[int, int] = (120, 50), **more: str
+    words: list[str],
+    home: Path,
+    until: str | None = None,
+    size: tuple[int, int] = (120, 50),
+    settings: dict[str, str] | None = None,
 ) -> str:
     """What a command writes to a terminal of so many columns and rows, up to its end or, with `until`, to that text twice."""
     terminal, inner = pty.openpty()
@@ -73,7 +77,7 @@ def in_terminal(
         stdin=inner,
         stdout=inner,
         stderr=inner,
-        env=environment(home, **more),
+        env=environment(home, **(settings or {})),
         cwd=home,
         start_new_session=True,
     )
@@ -127,7 +131,7 @@ def test_the_live_view_has_colours_unless_no_color_is_set(
     setting: dict[str, str], coloured: bool, run: Path, tmp_path: Path
 ) -> None:
     """NO_COLOR counts with any value but an empty one (no-color.org)."""
-    shown = in_terminal(["watch", str(run), "--every", "0.2"], tmp_path, until="attempt 7", **setting)
+    shown = in_terminal(["watch", str(run), "--every", "0.2"], tmp_path, until="attempt 7", settings=setting)
     assert bool(COLOUR.search(shown)) == coloured
     assert "running, last heard of" in shown
 
@@ -141,7 +145,7 @@ def test_without_a_terminal_the_view_is_printed_once_and_plain(
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(run: Path, tmp_path: Path) -> None:
-    shown = in_terminal(["watch", str(run)], tmp_path, TERM="dumb")
+    shown = in_terminal(["watch", str(run)], tmp_path, settings={"TERM": "dumb"})
     assert shown.startswith("status ") and "attempt 7" in shown and "\x1b" not in shown
 
 
