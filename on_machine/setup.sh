@@ -47,12 +47,25 @@ mark() { [ ! -f "$STATE/set-up.log" ] || printf '%s %s\n' "$(age)" "$1" >>"$STAT
 
 fact() { [ ! -f "$STATE/set-up.log" ] || printf '= %s %s\n' "$1" "$2" >>"$STATE/set-up.log"; }
 
-fetch_model() {  # from the bucket, else from the hub, in the background beside the packages
-  local file config="" uv
-  [ -d "$MOUNT" ] || return 0
+given_configs() {  # what the task may train: its config, and that of the run in the bucket
+  local file
   for file in "${CONFIG:-}" "$MOUNT/runs/${RUN_NAME:-.}/config.yaml"; do
-    [ ! -f "$file" ] || config=$(cat "$file")
+    [ ! -f "$file" ] || cat "$file"
   done
+}
+
+trackers() {  # ",mlflow,trackio", those that the task names: the others are not installed
+  local name words
+  words="$(given_configs | sed 's/#.*//') ${OVERRIDES:-}"
+  for name in mlflow trackio; do
+    [[ $words != *"$name"* ]] || printf ',%s' "$name"
+  done
+}
+
+fetch_model() {  # from the bucket, else from the hub, in the background beside the packages
+  local config uv
+  [ -d "$MOUNT" ] || return 0
+  config=$(given_configs)
   uv=$(uv_program)
   # 8 is held until training may begin, 7 until the original weights are there, too
   exec 7>>"$STATE/four-bit.lock" 8>>"$STATE/model.lock"
@@ -99,11 +112,11 @@ uv_program() {
   printf '%s\n' "$place"
 }
 
-install() {  # BACKEND [ARGUMENT...]
-  local uv backend="$1"
-  shift
+install() {  # BACKEND TRACKERS [ARGUMENT...]
+  local uv backend="$1" trackers="$2"
+  shift 2
   uv=$(uv_program)
-  request train,export,serve
+  request "train,export,serve$trackers"
   [ -x "$ENVIRONMENT/bin/python" ] || "$uv" venv --quiet --clear --python 3.11 "$ENVIRONMENT"
   "$uv" pip install --python "$ENVIRONMENT/bin/python" ${backend:+"--torch-backend=$backend"} \
     --only-binary :all: --constraints "$PINNED" --build-constraints "$PINNED" "${REQUEST[@]}"
@@ -180,7 +193,8 @@ start_vllm() {
 begin_log
 keep_prices
 backend=$(torch_backend)
-stamp=$(fingerprint "$backend" "$@")
+trackers=$(trackers)
+stamp=$(fingerprint "$backend$trackers" "$@")
 key=$(packages_key "$stamp")
 fetch_model
 printf '%s\n' "$key" >"$STATE/packages.key"
@@ -193,7 +207,7 @@ else
   if from_bucket "$key"; then
     fact packages_from bucket
   else
-    install "$backend" "$@"
+    install "$backend" "$trackers" "$@"
     fact packages_from index
     printf '%s %s\n' "$TREE" "$key" >"$STATE/packages.keys"  # kept in the bucket after the first step
   fi

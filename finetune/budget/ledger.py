@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from finetune.errors import UserError
 from finetune.machine import set_up
+from finetune.machine.preemption import PREEMPTED
 from finetune.machine.price import MachinePrice
 from finetune.runtime import fault_injection
 from finetune.runtime.confined import remove_file
@@ -50,7 +51,8 @@ class Attempt:
     seconds: on the meter. price: of its machine, the newest one; None if it has none. It counts from `priced_from` on; the
     seconds before cost `usd_before`. step: the last one recorded. reason: why it ended; None while it runs, or if it was killed.
     seconds_before: the part of `seconds` before it began (boot, set-up). set_up: its parts, of the first attempt on a machine,
-    once it has done a step. problems: what in the file cannot be used.
+    once it has done a step. preempted: whether Google announced that it takes the machine back. problems: what in the file
+    cannot be used.
     """
 
     number: int
@@ -69,6 +71,7 @@ class Attempt:
     usd_before: float = 0.0
     priced_from: float = 0.0
     set_up: set_up.SetUp | None = None
+    preempted: bool = False
 
     @property
     def name(self) -> str:
@@ -306,6 +309,7 @@ def _attempt(number: int, name: str, lines: list[Line], problems: tuple[str, ...
         usd_before=usd_before,
         priced_from=priced_from,
         set_up=set_up.from_line(stepped),
+        preempted=any(line["event"] == PREEMPTED for line in lines),
     )
 
 

@@ -186,6 +186,7 @@ class FirstRankBudget:
     def _on_notice(self, key: str) -> None:
         if key == PREEMPTED:
             self._stop.ask("preemption", "Google takes this machine back", NOTICE_SECONDS)
+            self.note(PREEMPTED)  # for `finetune watch`
         else:  # up to an hour ahead; the machine's own shutdown brings a SIGTERM
             say("Google announces maintenance that will stop this machine; training goes on until then")
 

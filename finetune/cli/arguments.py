@@ -50,6 +50,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
 
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Every command that prints a table has it; tests/cli/test_json.py asks for it."""
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON, and nothing else on stdout")
+
+
 def loaded(arguments: argparse.Namespace, file: Path | None = None) -> RunConfig:
     from finetune.config.load import load_config
 
@@ -99,11 +104,14 @@ def text(argument: str) -> str:
         raise argparse.ArgumentTypeError(f"expected text in UTF-8, found {argument!a}") from None
 
 
-def print_result(folder: Path) -> None:
-    """Write a run's report; print its score and its path."""
+def print_result(folder: Path) -> dict[str, Any]:
+    """Write a run's report; print its score and its path; add both to the run in MLflow or Trackio, if it was logged there.
+    Returns the content of summary.json."""
     from finetune.report.render import write_report
     from finetune.report.source import read_run
     from finetune.run_folder import open_run
+    from finetune.runtime.console import say
+    from finetune.training.tracking.results import send_results
 
     run = open_run(folder)
     summary = write_report(run.path)
@@ -114,6 +122,8 @@ def print_result(folder: Path) -> None:
     else:
         print("execution accuracy: unknown, because the run was not evaluated")
     print(f"report: {run.path / 'report.html'}")
+    send_results(run, say)
+    return summary
 
 
 def _percent(value: float | None) -> str:

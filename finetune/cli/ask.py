@@ -6,10 +6,14 @@ import argparse
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import add_command, large_imports, path, text
+from finetune.cli.arguments import add_command, add_json, large_imports, path, text
 from finetune.errors import EXIT_OK, UserError
+from finetune.runtime.document import print_document
+
+if TYPE_CHECKING:
+    from finetune.evaluation.ask import Rows
 
 
 def add(commands: Any) -> None:
@@ -43,6 +47,7 @@ def _add_arguments(ask: argparse.ArgumentParser) -> None:
     ask.add_argument(
         "--api-key-env", type=text, metavar="VARIABLE", help="the environment variable with the key of the URL"
     )
+    add_json(ask, "SQL and rows")
 
 
 def _ask(arguments: argparse.Namespace) -> int:
@@ -59,7 +64,7 @@ def _ask_folder(arguments: argparse.Namespace, folder: Path, database: Path) -> 
     with large_imports():
         from finetune.serve.target import open_target
     from finetune.data.limits import limits_of
-    from finetune.evaluation.ask import ask, asked_dialect, prompt_about, require_engine, run_and_format
+    from finetune.evaluation.ask import ask, asked_dialect, prompt_about, require_engine, rows_of
     from finetune.runtime.console import visible
 
     target = open_target(folder)
@@ -71,21 +76,21 @@ def _ask_folder(arguments: argparse.Namespace, folder: Path, database: Path) -> 
     evaluation = target.config.evaluation
     with target.loaded(base=arguments.base) as model:
         sql = ask(model, prompt, dialect, tuned=not arguments.base, max_new_tokens=evaluation.max_new_tokens)
-    print(visible(sql))
-    if arguments.execute:
-        print(run_and_format(database, sql, evaluation.timeout_seconds, limits_of(evaluation)))
-    return EXIT_OK
+    if not arguments.json:
+        print(visible(sql))
+    found = rows_of(database, sql, evaluation.timeout_seconds, limits_of(evaluation)) if arguments.execute else None
+    return _shown(arguments, sql, found)
 
 
 def _ask_endpoint(arguments: argparse.Namespace) -> int:
     from finetune.evaluation.ask import (
+        Rows,
         asked_dialect,
-        formatted,
         is_schema,
         read_schema,
         require_engine,
         require_question,
-        run_and_format,
+        rows_of,
         sql_failed,
         sql_in,
     )  # fmt: skip
@@ -122,21 +127,28 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
     else:
         extra["database"] = arguments.db
     sql, rows = endpoint.ask(arguments.question, served, **extra)
-    print(visible(sql_in("", sql)))
-    if not arguments.execute:
-        return EXIT_OK
-    if is_file:
-        print(run_and_format(file, sql, 10.0))
-    elif rows is None or "rows" not in rows:
+    sql = sql_in("", sql)
+    if not arguments.json:
+        print(visible(sql))
+    found: Rows | None = None
+    if arguments.execute and is_file:
+        found = rows_of(file, sql, 10.0)
+    elif arguments.execute and (rows is None or "rows" not in rows):
         raise sql_failed((rows or {}).get("error"))
-    else:
-        print(
-            formatted(
-                rows["columns"],
-                [[_value(cell) for cell in row] for row in rows["rows"]],
-                more=bool(rows.get("truncated")),
-            )
-        )
+    elif arguments.execute and rows is not None:
+        cells = [[_value(cell) for cell in row] for row in rows["rows"]]
+        found = Rows(rows["columns"], cells, truncated=bool(rows.get("truncated")))
+    return _shown(arguments, sql, found)
+
+
+def _shown(arguments: argparse.Namespace, sql: str, found: Rows | None) -> int:
+    """Prints what is not printed yet. The SQL comes before it is run, because that may take long or fail."""
+    from finetune.evaluation.ask import formatted
+
+    if arguments.json:
+        print_document({"sql": sql, **(found.as_json() if found else {})})
+    elif found:
+        print(formatted(found.columns, found.rows, more=found.truncated))
     return EXIT_OK
 
 

@@ -6,14 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import add_command, path, text
+from finetune.cli.arguments import add_command, add_json, path, text
 from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.console import visible
+from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_comparison
 from finetune.stage_end.tell import cost_of_command, tell
 
 if TYPE_CHECKING:
     from finetune.report.comparison import Comparison
+    from finetune.report.sweep import SweepReport
 
 
 def add(commands: Any) -> None:
@@ -44,21 +46,27 @@ def add(commands: Any) -> None:
         action="store_true",
         help="leave out the questions that are not the same for all, instead of refusing",
     )
+    add_json(compare, "compare.json, or the table of the sweep,")
     compare.add_argument("--output", type=path, metavar="FOLDER", help="without it, comparisons/<a>-vs-<b>")
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    if len(arguments.compared) == 1 and (found := _sweep_table(arguments.compared[0])):
-        print("\n".join(visible(line, one_line=True) for line in found))
+    if len(arguments.compared) == 1 and (report := _sweep_report(arguments.compared[0])):
+        if arguments.json:
+            print_document(report.as_json())
+        else:
+            print("\n".join(visible(line, one_line=True) for line in _sweep_table(report, arguments.compared[0])))
         return EXIT_OK
     if len(arguments.compared) < 2:
         raise UserError("compare: expected two or more, the reference first", code="cli.conflicting_options")
-    from finetune.report.comparison import compare
+    from finetune.report.comparison import as_json, compare
     from finetune.report.comparison_page import write_comparison
 
     comparison = compare(arguments.compared, common=arguments.common)
     folder = write_comparison(comparison, arguments.output)
-    for line in _summary(comparison):
+    if arguments.json:
+        print_document(as_json(comparison))
+    for line in [] if arguments.json else _summary(comparison):
         print(visible(line, one_line=True))
     print(f"comparison: {folder / 'compare.html'}")
     accuracies = [scores["execution_accuracy"] for scores in comparison.scores]
@@ -66,16 +74,20 @@ def _compare(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _sweep_table(given: str) -> list[str]:
-    """The table of a sweep's trials, if the folder is one's; the report is written anew."""
+def _sweep_report(given: str) -> SweepReport | None:
+    """Of a sweep, if the folder is one's; it is written anew."""
     from finetune.report.sweep import is_sweep, write_sweep
     from finetune.runtime.paths import expanded
 
     folder = Path(expanded(given))
-    if not is_sweep(folder):
-        return []
-    report = write_sweep(folder)
-    scored = [str(folder.parents[1] / row.run) for row in report.rows if row.accuracy is not None]
+    return write_sweep(folder) if is_sweep(folder) else None
+
+
+def _sweep_table(report: SweepReport, given: str) -> list[str]:
+    from finetune.runtime.paths import expanded
+
+    runs = Path(expanded(given)).parents[1]
+    scored = [str(runs / row.run) for row in report.rows if row.accuracy is not None]
     more = [f"the scored ones, question by question: finetune compare {' '.join(scored)}"] if len(scored) > 1 else []
     return [*report.lines, *more, f"report: {report.page}"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from finetune.cli.arguments import add_command, add_config, loaded
+from finetune.cli.arguments import add_command, add_config, add_json, loaded
 from finetune.errors import EXIT_OK
+from finetune.runtime.document import print_document
 
 
 def add(commands: Any) -> None:
@@ -14,10 +15,14 @@ def add(commands: Any) -> None:
         commands, "config", _config, "print the resolved config", "finetune config configs/demo_cpu.yaml lora.r=8"
     )
     add_config(show)
+    add_json(show, "it")
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from finetune.config.load import to_yaml
+    from finetune.config.load import to_dict, to_yaml
 
+    if arguments.json:
+        print_document(to_dict(loaded(arguments)))
+        return EXIT_OK
     print(to_yaml(loaded(arguments)), end="")
     return EXIT_OK

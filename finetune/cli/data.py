@@ -6,15 +6,17 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import add_command, add_config, loaded
+from finetune.cli.arguments import add_command, add_config, add_json, loaded
 from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
 from finetune.runtime.console import visible
+from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_check, after_prepare
 from finetune.stage_end.tell import cost_of_command, tell
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
     from finetune.data.check import Findings
+    from finetune.data.golds import HollowDatabase
 
 
 def add(commands: Any) -> None:
@@ -38,6 +40,8 @@ def add(commands: Any) -> None:
     )
     add_config(prepare)
     add_config(check)
+    add_json(prepare, "the counts")
+    add_json(check, "what was found")
 
 
 def _data_prepare(arguments: argparse.Namespace) -> int:
@@ -46,6 +50,8 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
     config = loaded(arguments)
     prepared = prepare_data(config, _tokenizer_if_installed(config))
     counts = prepared.manifest["counts"]
+    if arguments.json:
+        print_document({"folder": prepared.folder, "changed": prepared.changed, **prepared.manifest})
     print(f"{prepared.folder}: {'written' if prepared.changed else 'unchanged'}, "
           + ", ".join(f"{count} {split}" for split, count in counts.items()))  # fmt: skip
     following = after_prepare(arguments.config, arguments.overrides)
@@ -62,19 +68,14 @@ def _data_check(arguments: argparse.Namespace) -> int:
     config = loaded(arguments)
     evaluation = config.evaluation
     findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
-    for rejection in findings.rejections:
-        print(visible(str(rejection), one_line=True))
-    for problem in findings.problems:
-        print(visible(str(problem), one_line=True))
-    hollow = findings.hollow_databases()
-    of_hollow = {database.db_id for database in hollow}
-    for flag in findings.flags:
-        if flag.db_id not in of_hollow:
-            print(visible(str(flag), one_line=True))
-    for database in hollow:
-        print(visible(str(database), one_line=True))
-    for line in _lengths(config, findings):
-        print(line)
+    hollow, lengths = findings.hollow_databases(), _lengths(config, findings)
+    if arguments.json:
+        print_document(findings.as_json() | {"too_long": lengths})
+    else:
+        for line in _lines(findings, hollow):
+            print(visible(line, one_line=True))
+        for line in lengths:
+            print(line)
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
     flagged = findings.flagged()
     apart = f"; used, but scored apart for their gold queries: {tally(flagged)}" if flagged else ""
@@ -86,6 +87,12 @@ def _data_check(arguments: argparse.Namespace) -> int:
     following = [] if faulty else after_check(arguments.config, arguments.overrides)
     tell("data check", cost_of_command(config.budget.usd_per_hour), following)
     return EXIT_MISSING if faulty else EXIT_OK
+
+
+def _lines(findings: Findings, hollow: list[HollowDatabase]) -> list[str]:
+    of_hollow = {database.db_id for database in hollow}
+    flags = [flag for flag in findings.flags if flag.db_id not in of_hollow]
+    return [str(item) for item in (*findings.rejections, *findings.problems, *flags, *hollow)]
 
 
 def _lengths(config: RunConfig, findings: Findings) -> list[str]:

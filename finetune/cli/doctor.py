@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from typing import Any
 
-from finetune.cli.arguments import add_command
+from finetune.cli.arguments import add_command, add_json
 from finetune.errors import EXIT_OK, UserError
+from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_doctor
 from finetune.stage_end.tell import cost_of_command, tell
 
@@ -24,20 +26,26 @@ def add(commands: Any) -> None:
         action="store_true",
         help="write the launch policy into SkyPilot's config, so that the ceilings hold for `sky launch` in every folder",
     )
+    add_json(doctor, "the rows")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from finetune.doctor.local import examine, exit_code, render
 
     if arguments.fix_policy:
+        if arguments.json:
+            raise UserError("--fix-policy: prints no table; omit --json", code="cli.conflicting_options")
         from finetune.cloud.gcloud.policy_setting import KEY, POLICY, name_policy
 
         print(f"{name_policy()}: {KEY}: {POLICY}")
         tell("doctor", cost_of_command(), after_doctor(cloud=True, missing=True))
         return EXIT_OK
     checks = examine("cloud", regions=_regions()) if arguments.cloud else examine("train")
-    print(render(checks))
     code = exit_code(checks)
+    if arguments.json:
+        print_document({"ok": code == EXIT_OK, "rows": [asdict(check) for check in checks]})
+    else:
+        print(render(checks))
     tell("doctor", cost_of_command(), after_doctor(cloud=arguments.cloud, missing=code != EXIT_OK))
     return code
 

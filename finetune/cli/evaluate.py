@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path, text
+from finetune.cli.arguments import OVERRIDES, add_command, add_json, large_imports, loaded, path, text
 from finetune.errors import EXIT_OK, Interrupted, UserError
 from finetune.runtime.console import visible
+from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_evaluation, after_predictions, after_scored_base
 from finetune.stage_end.tell import cost_of_command, tell
 
@@ -51,6 +52,7 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="judge these answers and load no model: one SQL query a line in the order of the split, or JSONL with id and sql",
     )
+    add_json(evaluate, "eval.json")
     evaluate.add_argument("--name", type=text, help="of the result of --predictions; without it, that of the file")
 
 
@@ -59,11 +61,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     with _sigterm_as_interrupt():
         result = _result(arguments)
-    for name in result["models"]:
+    if arguments.json:
+        print_document(result)
+    for name in [] if arguments.json else result["models"]:
         first, *rest = block(result, name)
         for line in (f"{name:>6}: {first}", *(f"        {line}" for line in rest)):
             print(visible(line, one_line=True))
-    if gain := gain_line(result):
+    if not arguments.json and (gain := gain_line(result)):
         print(f"  gain: {gain}")
     tell("evaluate", _cost(arguments, result), _following(arguments, result))
     return EXIT_OK

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from finetune.cli.arguments import add_command, positive
+from finetune.cli.arguments import add_command, add_json, positive
 from finetune.errors import EXIT_OK, UserError
+from finetune.runtime.document import print_document
 
 
 def add(commands: Any) -> None:
@@ -18,6 +19,7 @@ def add(commands: Any) -> None:
     machine.add_argument(
         "--wall-hours", action="store_true", help="print only the hours from now that both ceilings allow"
     )
+    add_json(machine, "it")
 
 
 def _machine(arguments: argparse.Namespace) -> int:
@@ -31,7 +33,10 @@ def _machine(arguments: argparse.Namespace) -> int:
                 "--wall-hours: no ceiling given: add --max-hours, or --max-run-usd on a machine with a price",
                 code="cli.missing_option",
             )
-        print(f"{hours:.4f}")
+        if arguments.json:
+            print_document({"hours_left": round(hours, 4)})
+        else:
+            print(f"{hours:.4f}")
         return EXIT_OK
     if price is None:
         raise UserError(
@@ -39,6 +44,10 @@ def _machine(arguments: argparse.Namespace) -> int:
             code="price.unknown",
         )
     machine = this_machine()
+    if arguments.json:
+        facts = {"gpu": machine.gpu, "spot": machine.spot, "zone": machine.zone}
+        print_document(facts | {"usd_per_hour": price.usd_per_hour, "basis": price.basis, "hours_left": hours})
+        return EXIT_OK
     kind = {True: "spot", False: "on-demand", None: "spot or on-demand unknown"}[machine.spot]
     where = f"{machine.gpu or 'GPU unknown'}, {kind}, {machine.zone or 'zone unknown'}"
     print(f"{where}: ${price.usd_per_hour:.4f} an hour ({price.basis})")

@@ -47,6 +47,7 @@ from finetune.errors import (
     shown,
 )
 from finetune.runtime.console import escape_unprintable, not_encoded, one_line, typed_text
+from finetune.runtime.document import document_only
 from finetune.runtime.files import disk_error
 from finetune.runtime.installed import extra_of, install_command, version
 
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parse(arguments)
         continues = parsed.continues
         _quiet_libraries()
-        code: int = parsed.command(parsed)
+        with document_only(getattr(parsed, "json", False)):
+            code: int = parsed.command(parsed)
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code
     except UserError as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, path, positive
+from finetune.cli.arguments import OVERRIDES, add_command, add_json, path, positive
 from finetune.errors import EXIT_OK, UserError
+from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_plan, after_written_plan
 from finetune.stage_end.tell import Next, cost_of_command, tell
 
@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
         metavar="TASK",
         help="write the order into this task YAML, such as sky/train_cheapest.yaml",
     )
-    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    add_json(plan, "the plan, or with --memory its table,")
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -64,13 +64,14 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.memory:
-        if arguments.json or arguments.write or arguments.flex:
-            raise UserError(
-                "--memory: prints its own table; omit --json, --write and --flex", code="cli.conflicting_options"
-            )
-        from finetune.estimate.memory_table import memory_table
+        if arguments.write or arguments.flex:
+            raise UserError("--memory: prints its own table; omit --write and --flex", code="cli.conflicting_options")
+        from finetune.estimate.memory_table import memory_json, memory_table
 
-        print(memory_table(config, config.plan.gpus))
+        if arguments.json:
+            print_document(memory_json(config, config.plan.gpus))
+        else:
+            print(memory_table(config, config.plan.gpus))
         tell("plan", cost_of_command(), [Next(tuple(_words(arguments)), "hours and dollars")])
         return EXIT_OK
     from finetune.cloud.catalog.offers import load_catalog
@@ -90,7 +91,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     if arguments.json:
         flex = {"flex": flex_json(plan)} if arguments.flex else {}
-        print(json.dumps(to_json(plan) | flex, indent=2, allow_nan=False))
+        print_document(to_json(plan) | flex)
     else:
         print("\n\n".join([render(plan, str(arguments.config)), *([render_flex(plan)] if arguments.flex else [])]))
     if arguments.write:

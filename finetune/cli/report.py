@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from finetune.cli.arguments import add_command, path, print_result
+from finetune.cli.arguments import add_command, add_json, path, print_result
 from finetune.errors import EXIT_OK
+from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_report
 from finetune.stage_end.tell import cost_of_command, tell
 
@@ -16,11 +17,14 @@ def add(commands: Any) -> None:
         commands, "report", _report, "write report.html, report.md and summary.json", "finetune report runs/demo"
     )
     report.add_argument("run", type=path, metavar="RUN")
+    add_json(report, "summary.json")
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from finetune.run_folder import RunFolder
 
-    print_result(arguments.run)
+    summary = print_result(arguments.run)
+    if arguments.json:
+        print_document(summary)
     tell("report", cost_of_command(), after_report(RunFolder(arguments.run)))
     return EXIT_OK

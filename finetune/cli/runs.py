@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import add_command, text
+from finetune.cli.arguments import add_command, add_json, text
 from finetune.errors import EXIT_OK
+from finetune.runtime.document import print_document
 from finetune.runtime.paths import expanded
 
 GOOGLE = "gs://"
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         default="started",
         help="started: the newest first; name; score: the best first; usd, and point, dollars a point gained: the cheapest first",
     )
-    runs.add_argument("--json", action="store_true", help="print a JSON list, with nothing cut")
+    add_json(runs, "a list with nothing cut")
 
 
 def _runs(arguments: argparse.Namespace) -> int:
@@ -39,7 +39,7 @@ def _runs(arguments: argparse.Namespace) -> int:
 
     rows = in_order(rows_of(_folder(arguments.folder)), arguments.sort)
     if arguments.json:
-        print(json.dumps([row.as_dict() for row in rows], indent=1, allow_nan=False))
+        print_document([row.as_dict() for row in rows])
     else:
         print("\n".join(table(rows)))
     return EXIT_OK

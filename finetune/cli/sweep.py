@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import add_command, path, positive, text, whole_above_0
+from finetune.cli.arguments import add_command, add_json, path, positive, text, whole_above_0
 from finetune.errors import EXIT_OK, UserError
+from finetune.runtime.document import print_document
 
 if TYPE_CHECKING:
+    from finetune.report.sweep import SweepReport
     from finetune.sweep.open import Wanted
     from finetune.sweep.run import Outcome
 
@@ -30,6 +32,7 @@ def add(commands: Any) -> None:
         "the table and the plot are in <runs>/sweeps/NAME/report."
     )
     add_sweep_arguments(sweep)
+    add_json(sweep, "the table")
     sweep.add_argument(
         "--plan",
         action="store_true",
@@ -124,11 +127,13 @@ def _train(arguments: argparse.Namespace) -> int:
             say,
         )
         outcome = work_on(work, trainer, lambda: trainer.interrupted)
-    tell(opened.folder.path, outcome, "the same command", "--max-sweep-usd")
+    report = tell(opened.folder.path, outcome, "the same command", "--max-sweep-usd")
+    if arguments.json:
+        print_document(report.as_json() | {"ended": outcome.why, "detail": outcome.detail})
     return outcome.code
 
 
-def tell(folder: Path, outcome: Outcome, same: str, budget: str) -> None:
+def tell(folder: Path, outcome: Outcome, same: str, budget: str) -> SweepReport:
     """Writes the report and prints how the sweep stands, and how it goes on. same: what goes on with it; budget: what sets its
     budget."""
     from finetune.report.sweep import write_sweep
@@ -145,12 +150,13 @@ def tell(folder: Path, outcome: Outcome, same: str, budget: str) -> None:
     }
     print(ends.get(outcome.why, f"{outcome.detail or 'interrupted'}; {same} goes on"))
     print(f"report: {report.page}")
+    return report
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from finetune.cloud.catalog.offers import load_catalog
     from finetune.cloud.plan.plan import plan_run
-    from finetune.cloud.plan.sweep import render_sweep, sweep_costs
+    from finetune.cloud.plan.sweep import render_sweep, sweep_costs, sweep_json
     from finetune.machine.price import Ceilings
     from finetune.sweep.halving import quotas
     from finetune.sweep.open import choice_of, most_rungs
@@ -161,7 +167,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     rungs = most_rungs(choice.trials, asked)
     shares = [asked.eta ** (rung - rungs) for rung in range(rungs)]
     costs = sweep_costs(plan, quotas(choice.trials, asked.eta, rungs), shares)
-    print(render_sweep(costs, choice.trials, arguments.max_sweep_usd))
+    if arguments.json:
+        print_document(sweep_json(costs, choice.trials, arguments.max_sweep_usd))
+    else:
+        print(render_sweep(costs, choice.trials, arguments.max_sweep_usd))
     return EXIT_OK
 
 

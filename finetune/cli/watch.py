@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -10,14 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import add_command, positive, text
+from finetune.cli.arguments import add_command, add_json, positive, text
 from finetune.cli.runs import GOOGLE
 from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.console import one_line
+from finetune.runtime.document import print_document
 from finetune.runtime.paths import expanded
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from finetune.report.watch import Watched
 
@@ -34,8 +36,11 @@ def add(commands: Any) -> None:
     )
     watch.add_argument("run", type=text, metavar="RUN|gs://BUCKET/runs/NAME")
     watch.add_argument(
-        "--once", action="store_true", help="print it once; also what happens where stdout is no terminal"
+        "--once",
+        action="store_true",
+        help="print it once; also what happens where stdout is no terminal, or one that cannot move its cursor",
     )
+    add_json(watch, "one look")
     watch.add_argument(
         "--every", type=positive, metavar="SECONDS",
         help=f"between two looks ({EVERY_SECONDS:g}; {EVERY_SECONDS_IN_A_BUCKET:g} for a bucket)",
@@ -43,11 +48,14 @@ def add(commands: Any) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    from finetune.report.watch import lines
+    from finetune.report.watch import as_json, lines
 
     look = _looker(arguments.run)
     seen = look()
-    if arguments.once or not sys.stdout.isatty():
+    if arguments.json:
+        print_document(as_json(seen))
+        return EXIT_OK
+    if arguments.once or not sys.stdout.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         width = max(len(label) for label, _ in lines(seen))
         print("\n".join(f"{label:<{width}}  {text}" for label, text in lines(seen)))
         return EXIT_OK
@@ -57,10 +65,11 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _live(name: str, look: Callable[[], Watched], seen: Watched, every: float) -> int:
+    from rich.console import Console
     from rich.live import Live
 
-    problem = ""
-    with Live(_panel(name, seen, problem), auto_refresh=False) as screen:
+    problem, console = "", Console()
+    with Live(_fitting(console, name, seen, problem), console=console, auto_refresh=False) as screen:
         try:
             while True:
                 time.sleep(every)
@@ -68,12 +77,20 @@ def _live(name: str, look: Callable[[], Watched], seen: Watched, every: float) -
                     seen, problem = look(), ""
                 except UserError as error:  # the bucket does not answer for once, or a file is being replaced
                     problem = one_line(str(error))
-                screen.update(_panel(name, seen, problem), refresh=True)
+                screen.update(_fitting(console, name, seen, problem), refresh=True)
         except KeyboardInterrupt:
             return EXIT_OK
 
 
-def _panel(name: str, seen: Watched, problem: str) -> RenderableType:
+def _fitting(console: Console, name: str, seen: Watched, problem: str) -> RenderableType:
+    """With as many attempts as the terminal has room for, which may have been resized."""
+    from finetune.report.watch import MOST_ATTEMPTS
+
+    panels = [_panel(name, seen, problem, most) for most in range(MOST_ATTEMPTS, 0, -1)]
+    return next((panel for panel in panels if len(console.render_lines(panel)) < console.height), panels[-1])
+
+
+def _panel(name: str, seen: Watched, problem: str, most: int) -> RenderableType:
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
@@ -81,9 +98,18 @@ def _panel(name: str, seen: Watched, problem: str) -> RenderableType:
     from finetune.report.watch import lines
 
     grid = Table.grid(padding=(0, 2))
-    for label, said in [*lines(seen), *([("last look", problem)] if problem else [])]:
-        grid.add_row(Text(label, style="bold"), Text(said))
+    for label, said in [*lines(seen, most), *([("last look", problem)] if problem else [])]:
+        grid.add_row(Text(label, style="bold"), Text(said, style=_colour(label, said)))
     return Panel(grid, title=Text(one_line(name)), title_align="left")
+
+
+def _colour(label: str, said: str) -> str:
+    """rich leaves it out where NO_COLOR is set. The text says the same without it."""
+    if label in ("problem", "last look") or said.startswith("failed"):
+        return "red"
+    if "it may be gone" in said or "it will stop at the ceiling" in said:
+        return "yellow"
+    return "green" if label == "status" and said.startswith(("running", "done")) else ""
 
 
 def _looker(place: str) -> Callable[[], Watched]:

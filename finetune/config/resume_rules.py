@@ -56,7 +56,7 @@ _APPLIES: dict[str, tuple[str, ...]] = {
     "from this attempt on": (
         *("budget.usd_per_hour", "budget.max_run_usd", "budget.max_hours"),
         *("checkpoint.every_minutes", "checkpoint.save_steps", "checkpoint.keep_last", "checkpoint.keep_every"),
-        *("tracking.wandb", "tracking.wandb_project"),
+        *("tracking.to", "tracking.wandb", "tracking.wandb_project", "tracking.project"),
         *("training.logging_steps", "training.eval_steps"),
     ),
     "it only changes the batches of validation": ("training.per_device_eval_batch_size",),

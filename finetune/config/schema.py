@@ -13,6 +13,7 @@ PATH = "path"
 PathText = Annotated[str, PATH]
 """A key that holds a path: `~` and variables in it are expanded when the config is loaded (`config.references`)."""
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass
@@ -148,8 +149,10 @@ class PlanSection:
 
 @dataclass
 class TrackingSection:
+    to: list[str] | None = None  # some of TRACKERS, [] for none; null: tensorboard, and W&B as the next key says
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is found
     wandb_project: str = "text2sql"
+    project: str | None = None  # MLflow's experiment and Trackio's project; null: as wandb_project
 
 
 @dataclass

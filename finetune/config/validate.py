@@ -7,7 +7,7 @@ import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import TRACKERS, RunConfig, TrackingSection
 from finetune.errors import shown
 from finetune.machine.gpus import MACHINES
 from finetune.run_name import fault_of_name
@@ -138,7 +138,7 @@ def impossible_values(config: RunConfig) -> list[str]:
         (1 <= c.plan.answer_tokens < math.inf, "plan.answer_tokens: expected at least 1"),
     ]
     problems = [message for holds, message in rules if not holds] + _too_large(config)
-    problems += _unusable_modules(c.lora.target_modules)
+    problems += _unusable_modules(c.lora.target_modules) + _trackers(c.tracking)
     for name in ("usd_per_hour", "max_run_usd", "max_hours"):
         value = getattr(c.budget, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -152,6 +152,24 @@ def impossible_values(config: RunConfig) -> list[str]:
         if source.kind == "huggingface" and not {"question", "sql"} <= set(source.columns):
             problems.append(f"data.sources[{number}].columns: expected at least question and sql")
     return problems
+
+
+def _trackers(tracking: TrackingSection) -> list[str]:
+    if tracking.to is None:
+        return []
+    unknown = [
+        f"tracking.to: unknown tracker {shown(name)}; known: {', '.join(TRACKERS)}"
+        for name in tracking.to
+        if name not in TRACKERS
+    ]
+    if "wandb" in tracking.to and tracking.wandb == "disabled":
+        return [*unknown, "tracking.to: lists wandb, which tracking.wandb=disabled turns off; leave one of them out"]
+    if "wandb" not in tracking.to and tracking.wandb in ("online", "offline"):
+        return [
+            *unknown,
+            f"tracking.wandb: {tracking.wandb}, but tracking.to does not list wandb; add it, or leave this out",
+        ]
+    return unknown
 
 
 def _too_large(section: Any, where: str = "") -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from finetune.config.schema import DataSection
 from finetune.data.golds import Flag, Golds, HollowDatabase, hollow_databases
@@ -52,6 +53,24 @@ class Findings:
     def flagged(self, *splits: Split) -> Counter[str]:
         """How many records of these splits, or of all, have a gold query of each kind but the sound one."""
         return Counter(flag.kind for flag in self.flags if not splits or flag.split in splits)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything with its file and line: for other programs."""
+        return {
+            "records": {split: len(items) for split, items in self.splits.items()},
+            "sources": [asdict(source) for source in self.sources],
+            "left_out": self.left_out,
+            "rejections": [
+                {
+                    "file": str(item.candidate.file), "line": item.candidate.line, "reason": item.reason,
+                    "left_out": item.reason == LEFT_OUT, "text": str(item),
+                }
+                for item in self.rejections
+            ],
+            "problems": list(self.problems),
+            "flags": [asdict(flag) | {"file": str(flag.file), "text": str(flag)} for flag in self.flags],
+            "hollow_databases": [asdict(database) for database in self.hollow_databases()],
+        }  # fmt: skip
 
 
 def check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig
@@ -35,6 +36,12 @@ def memory_table(config: RunConfig, gpus: list[str]) -> str:
     finetune.machine.gpus.MACHINES; several GPUs of a kind are one column. Raises UserError for another name, and for a model
     whose shape is not known.
     """
+    shape, fitted = _fitted(config, gpus)
+    blocks = _hf(config, shape, fitted) if config.training.kernels == "hf" else _fused(config, shape, fitted)
+    return "\n\n".join(["\n".join(block) for block in [_heading(config, shape), *blocks]])
+
+
+def _fitted(config: RunConfig, gpus: list[str]) -> tuple[ModelShape, dict[str, Fitted]]:
     if not gpus:
         raise UserError(f"plan.gpus: name at least one GPU; known: {', '.join(GPUS)}", code="plan.no_gpu")
     gpus = list(dict.fromkeys(MACHINES[name].gpu.name if name in MACHINES else name for name in gpus))
@@ -42,9 +49,34 @@ def memory_table(config: RunConfig, gpus: list[str]) -> str:
         raise UserError(f"plan.gpus: unknown {', '.join(unknown)}; known: {', '.join(GPUS)}", code="cloud.unknown_gpu")
     shape = known_shape(config.model.name)
     usual = usual_step_tokens(examples_per_step(config.training), config.plan.mean_tokens)
-    fitted = {name: fit_on(config, shape, GPUS[name], usual_step=usual) for name in gpus}
-    blocks = _hf(config, shape, fitted) if config.training.kernels == "hf" else _fused(config, shape, fitted)
-    return "\n\n".join(["\n".join(block) for block in [_heading(config, shape), *blocks]])
+    return shape, {name: fit_on(config, shape, GPUS[name], usual_step=usual) for name in gpus}
+
+
+def memory_json(config: RunConfig, gpus: list[str]) -> dict[str, Any]:
+    """The same as numbers, all estimated. parts_gib: of a step's peak, as the config has it; None where nothing is known."""
+    shape, fitted = _fitted(config, gpus)
+    return {
+        "basis": "estimated, from the model's shape",
+        "model": shape.name,
+        "parameters": shape.parameters,
+        "text_tokens": config.model.max_seq_length,
+        "rows": [
+            {
+                "gpu": name,
+                "dtype": _dtype(config, GPUS[name]),
+                "needed_gib": round(found.needed_gib, 2),
+                "memory_gib": found.memory_gib,
+                "fits": _verdict(config, GPUS[name], found.fits) == "yes",
+                "micro_batch_tokens": found.limits.tokens if found.limits else None,
+                "micro_batch_examples": found.micro_batch_size,
+                "layers_not_recomputed": found.limits.uncheckpointed_layers if found.limits else None,
+                "layers_dequantized": found.limits.dequantized_layers if found.limits else None,
+                "parts_gib": {part: round(found.needed.parts[part] / GIB, 3) for part in PARTS}
+                | {"cuda_context": CONTEXT_GIB},
+            }
+            for name, found in fitted.items()
+        ],
+    }
 
 
 def known_shape(model_name: str) -> ModelShape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,32 @@ def is_schema(path: Path) -> bool:
     return path.suffix.lower() == ".sql"
 
 
-def run_and_format(database: Path, sql: str, timeout_seconds: float, limits: Limits | None = None) -> str:
-    """The rows of a query as an aligned text table, at most ROWS_SHOWN of them, with control characters as escapes."""
+@dataclass(frozen=True)
+class Rows:
+    """What a query has returned. truncated: whether there are more rows."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    truncated: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """A blob is {"blob": its hexadecimal digits}, as from `finetune serve`."""
+        cells = [[{"blob": cell.hex()} if isinstance(cell, bytes) else cell for cell in row] for row in self.rows]
+        return {"columns": list(self.columns), "rows": cells, "truncated": self.truncated}
+
+
+def rows_of(database: Path, sql: str, timeout_seconds: float, limits: Limits | None = None) -> Rows:
     with engine_of_file(database).open(limits or Limits()) as session:
         result = session.run(database, sql, timeout_seconds)
     if result.rows is None:
         raise sql_failed(result.error)
-    return formatted(result.columns, result.rows)
+    return Rows(result.columns, result.rows)
+
+
+def run_and_format(database: Path, sql: str, timeout_seconds: float, limits: Limits | None = None) -> str:
+    """The rows of a query as an aligned text table, at most ROWS_SHOWN of them, with control characters as escapes."""
+    found = rows_of(database, sql, timeout_seconds, limits)
+    return formatted(found.columns, found.rows)
 
 
 def sql_failed(why: str | None) -> UserError:

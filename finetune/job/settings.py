@@ -21,7 +21,11 @@ from finetune.stage_end.tell import WITHIN
 API_KEY = "FINETUNE_API_KEY"
 FOUR_BIT = "FINETUNE_FOUR_BIT"
 """Where 4-bit weights are, and are put: finetune/models/four_bit_files.py, which needs torch."""
-SECRETS = ("WANDB_API_KEY", "HF_TOKEN", API_KEY)
+SECRETS = (
+    *("WANDB_API_KEY", "HF_TOKEN", API_KEY),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    *("TRACKIO_SERVER_URL", "TRACKIO_SPACE_ID"),
+)
 DEFAULTS = {
     "MAX_RUN_USD": "25",
     "MAX_HOURS": "24",

@@ -51,7 +51,8 @@ class RunRow:
     problem: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        basis = {"hours": "measured", "usd": "measured seconds x the machine's price", "score": "measured"}
+        return asdict(self) | {"basis": basis}
 
 
 def rows_of(folder: Path) -> list[RunRow]:

@@ -81,6 +81,22 @@ class SweepReport:
         hours = f"{self.hours:.3f} h in {self.attempts} attempts"
         return f"${self.usd:.4f} and {hours} (measured hours x the price of each machine){own}"
 
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.sweep.name,
+            "space": dict(self.sweep.space),
+            "search": self.sweep.search,
+            "eta": self.sweep.eta,
+            "rungs": list(self.sweep.rungs),
+            "usd": self.usd,
+            "own_usd": self.own_usd,
+            "hours": self.hours,
+            "attempts": self.attempts,
+            "basis": "measured hours x the price of each machine",
+            "best": next((row.run for row in self.rows if row.is_best), None),
+            "trials": [asdict(row) for row in self.rows],
+        }
+
 
 def is_sweep(folder: Path) -> bool:
     return folder.resolve().parent.name == SWEEPS and (folder / "sweep.json").is_file()
@@ -94,7 +110,7 @@ def write_sweep(path: Path) -> SweepReport:
     folder = SweepFolder(path.parent.parent, path.name)
     report = _read(folder)
     folder.report.mkdir(exist_ok=True)
-    write_json(folder.report / "sweep.json", _as_json(report))
+    write_json(folder.report / "sweep.json", report.as_json())
     plot = draw_curves("Validation loss of the trials", report.curves, report.sweep.rungs)
     content = {"report": report, "rows": [(row, report.cells(row)) for row in report.rows], "plot": plot}
     write_text(report.page, pages().get_template("sweep.html.j2").render(content))
@@ -162,20 +178,3 @@ def _accuracy(run: RunFolder) -> float | None:
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return float(value) if isinstance(value, int | float) else None
-
-
-def _as_json(report: SweepReport) -> dict[str, Any]:
-    return {
-        "name": report.sweep.name,
-        "space": dict(report.sweep.space),
-        "search": report.sweep.search,
-        "eta": report.sweep.eta,
-        "rungs": list(report.sweep.rungs),
-        "usd": report.usd,
-        "own_usd": report.own_usd,
-        "hours": report.hours,
-        "attempts": report.attempts,
-        "basis": "measured hours x the price of each machine",
-        "best": next((row.run for row in report.rows if row.is_best), None),
-        "trials": [asdict(row) for row in report.rows],
-    }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from finetune.budget.ledger import Account, Attempt, Ledger
 from finetune.report.source import Json, dig, finite, number
@@ -50,8 +51,8 @@ def look(folder: Path, now: float) -> Watched:
     )
 
 
-def lines(seen: Watched) -> list[tuple[str, str]]:
-    """(label, text) for everything that is known, in the order in which it is shown."""
+def lines(seen: Watched, most: int = MOST_ATTEMPTS) -> list[tuple[str, str]]:
+    """(label, text) for everything that is known, in the order in which it is shown. most: attempts that are listed, the last."""
     run, parts = seen.run, _Parts()
     parts.add("status", _status(seen))
     parts.add("steps", _steps(run))
@@ -62,11 +63,52 @@ def lines(seen: Watched) -> list[tuple[str, str]]:
     parts.add("dollars", _of_ceiling(seen, "usd"))
     parts.add("hours", _of_ceiling(seen, "hours"))
     parts.add("score", _score(seen.evaluation))
-    for attempt in seen.account.attempts[-MOST_ATTEMPTS:]:
-        parts.add(attempt.name, _attempt(attempt))
+    parts.add("attempts", _attempts(seen, most))
+    for attempt in seen.account.attempts[-most:]:
+        parts.add(attempt.name, _attempt(attempt, live=attempt is _live(seen)))
     for problem in seen.account.problems:
         parts.add("problem", problem)
     return parts.found
+
+
+def as_json(seen: Watched) -> dict[str, Any]:
+    """One look, for other programs. Money, time and memory say where they come from; None where something is unknown."""
+    run, spending = seen.run, seen.run.spending or UsageRecord()
+    left = _seconds_left(run) if run.status == "running" else None
+    peak = finite(run.memory.measured_peak_gib) if run.memory else None
+    if peak is None and run.peak_memory_gib is not None:
+        peak = finite(run.peak_memory_gib.value)
+    return {
+        "status": run.status,
+        "seconds_since_written": seen.seconds_ago,
+        "steps": run.steps.done if run.steps else None,
+        "steps_planned": run.steps.planned if run.steps else None,
+        "epochs": run.epochs,
+        "history": list(run.history or []),
+        "tokens_per_second": finite(run.tokens_per_second),
+        "peak_memory_gib": peak,
+        "usd": seen.account.usd if seen.account.attempts else finite(spending.usd),
+        "ceiling_usd": finite(spending.ceiling_usd),
+        "projected_usd": finite(spending.projected_usd) if run.status == "running" else None,
+        "hours": seen.account.hours if seen.account.attempts else finite(spending.hours),
+        "ceiling_hours": finite(spending.ceiling_hours),
+        "seconds_left": left,
+        "preemptions": sum(attempt.preempted for attempt in seen.account.attempts),
+        "ended_without_notice": len(_without_notice(seen)),
+        "attempts": [_attempt_json(attempt) for attempt in seen.account.attempts],
+        "accuracy": number(seen.evaluation, "models.tuned.execution_accuracy"),
+        "base_accuracy": number(seen.evaluation, "models.base.execution_accuracy"),
+        "problems": list(seen.account.problems),
+        "basis": {
+            "tokens_per_second": "measured", "peak_memory_gib": "measured", "hours": "measured", "seconds_left": "estimated",
+            "usd": "measured seconds x the machine's price", "projected_usd": "estimated",
+        },
+    }  # fmt: skip
+
+
+def _attempt_json(attempt: Attempt) -> dict[str, Any]:
+    names = ("name", "gpu", "spot", "zone", "usd_per_hour", "usd", "seconds", "step", "preempted")
+    return {name: getattr(attempt, name) for name in names} | {"end": attempt.reason}
 
 
 class _Parts:
@@ -144,6 +186,8 @@ def _of_ceiling(seen: Watched, what: str) -> str:
     projected = finite(spending.projected_usd) if what == "usd" else None
     if projected is not None and seen.run.status == "running":
         text += f", ${projected:,.2f} at the end (estimated)"
+        if ceiling and projected > ceiling:
+            text += ": it will stop at the ceiling"
     return f"{text}{' (measured seconds x price of the machine)' if what == 'usd' else ' (measured)'}"
 
 
@@ -158,13 +202,40 @@ def _score(evaluation: Json) -> str:
     return text if base is None else f"{text}, {base:.1%} before training"
 
 
-def _attempt(attempt: Attempt) -> str:
+def _live(seen: Watched) -> Attempt | None:
+    """The attempt that has not ended, if the run is said to be running."""
+    last = seen.account.attempts[-1] if seen.account.attempts else None
+    return last if last is not None and last.reason is None and seen.run.status == "running" else None
+
+
+def _without_notice(seen: Watched) -> list[Attempt]:
+    return [attempt for attempt in seen.account.attempts if attempt.reason is None and attempt is not _live(seen)]
+
+
+def _attempts(seen: Watched, most: int) -> str:
+    """How many, and how many of them a preemption has ended: announced by Google, or without notice, as most are."""
+    attempts = seen.account.attempts
+    if len(attempts) < 2:
+        return ""
+    preempted, gone = sum(attempt.preempted for attempt in attempts), len(_without_notice(seen))
+    parts = [
+        f"{len(attempts)}",
+        f"{preempted} preempted" if preempted else "",
+        f"{gone} ended without notice" if gone else "",
+        "none preempted" if not preempted and not gone else "",
+        f"the last {most} are shown" if len(attempts) > most > 1 else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _attempt(attempt: Attempt, *, live: bool) -> str:
     kind = {True: "spot", False: "on-demand", None: ""}[attempt.spot]
     where = " ".join(part for part in (attempt.gpu, kind, attempt.zone) if part)
     price = "" if attempt.usd_per_hour is None else f", ${attempt.usd_per_hour:.3f}/h"
     step = "" if attempt.step is None else f", to step {attempt.step}"
-    end = attempt.reason or "running, or ended without notice"
-    return f"{where or 'this machine'}{price}, {duration(attempt.seconds)}{step}: {end}"
+    end = attempt.reason or ("running" if live else "ended without notice")
+    preempted = "preempted, " if attempt.preempted and end != "preempted" else ""
+    return f"{where or 'this machine'}{price}, {duration(attempt.seconds)}{step}: {preempted}{end}"
 
 
 def bar(share: float, width: int = 20) -> str:

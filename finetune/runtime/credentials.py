@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 from pathlib import Path
+
+SECRET_VARIABLES = (
+    *("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TRACKIO_WRITE_TOKEN"),
+    *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"),
+)
+HIDDEN = "***"
 
 
 def huggingface_token_present() -> bool:
@@ -16,6 +23,15 @@ def huggingface_token_present() -> bool:
         return file.stat().st_size > 0
     except OSError:
         return False
+
+
+def without_secrets(text: str) -> str:
+    """The text with `***` for the user and password of every URL, for tokens in URLs, and for the values of secret variables."""
+    for name in SECRET_VARIABLES:
+        if value := os.environ.get(name, "").strip():
+            text = text.replace(value, HIDDEN)
+    text = re.sub(r"(?<=://)[^\s/?#]*@", f"{HIDDEN}@", text)
+    return re.sub(r"(?i)\b((?:write_)?token|password|api_key)=[^\s&#'\")]+", rf"\1={HIDDEN}", text)
 
 
 def huggingface_home() -> Path:

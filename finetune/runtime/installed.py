@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 PROJECT = "finetune-text2sql"
-EXTRAS = ("train", "serve", "export", "cloud", "dev")
-MODULES = {"skypilot": "sky"}
+EXTRAS = ("train", "serve", "export", "cloud", "dev", "mlflow", "trackio")
+MODULES = {"skypilot": "sky", "mlflow-skinny": "mlflow"}
 """Packages whose module has another name."""
 CARRIED = (
     "configs",

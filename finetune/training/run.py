@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from finetune.budget.lease import Lease
 from finetune.budget.run_budget import book_refused, open_budget
@@ -38,6 +39,7 @@ from finetune.training.ending import (
     taken_over_first,
 )
 from finetune.training.first_step import end_part, first_step_done
+from finetune.training.record.measurements import peak_memory
 from finetune.training.record.recorder import RunRecorder, new_record
 from finetune.training.resume import (
     check_numbers,
@@ -56,7 +58,7 @@ from finetune.training.session import Session
 from finetune.training.setup import Inputs, Parts, inputs_of, load_parts
 from finetune.training.staging import LOGGING_STATE, CheckpointStaging, check_resumed, remove_half_saves
 from finetune.training.step.plan import StepPlan, plan_step, worst_micro_batch
-from finetune.training.tracking.trackers import trackers
+from finetune.training.tracking.trackers import end_trackers, trackers
 from finetune.training.trainer import AnswerTrainer, Hooks, build_trainer
 
 RECENTLY_SECONDS = 1.0
@@ -193,7 +195,10 @@ def _fit(session: Session, parts: Parts) -> int:
         session.lease.check_pulse()
         ends.abandon_if_too_late()
 
-    hooks = Hooks(throughput, session.budget.series, between_micro_batches, say)
+    def series() -> dict[str, float]:
+        return session.budget.series() | {"peak_memory_gib": peak_memory().value}
+
+    hooks = Hooks(throughput, series, between_micro_batches, say)
     trainer = _trainer(session, parts, plan, hooks)
     writer = _writer(session) if distributed.is_rank0() else None
     staging = CheckpointStaging(
@@ -222,7 +227,7 @@ def _fit(session: Session, parts: Parts) -> int:
     with suppress(OSError):
         remove_if_empty(Path(trainer.args.output_dir))
     write()
-    return _finish(session, trainer, parts, ends)
+    return _finish(session, trainer, parts, ends, tracking)
 
 
 def _plan(session: Session, parts: Parts) -> StepPlan:
@@ -319,10 +324,13 @@ def _committed(session: Session, writer: AsyncCheckpointWriter, staging: Checkpo
         session.recorder.stopped(request.reason, request.detail, waited)
 
 
-def _finish(session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfStep) -> int:
+def _finish(
+    session: Session, trainer: AnswerTrainer, parts: Parts, ends: EndOfStep, tracking: Sequence[TrainerCallback]
+) -> int:
     """Save the adapter unless the run is to be resumed, close the record, report the end; returns the exit code."""
     done = trainer.state.global_step >= trainer.state.max_steps
     status = "done" if done else "budget_stop" if ends.budget_stop else "paused" if ends.paused else "interrupted"
     if status != "interrupted" and distributed.is_rank0():
         save_adapter(session.run, trainer.model, parts, session.inputs.template, session.lease.check)
+    end_trackers(tracking, status)
     return close(session, status, trainer.state.global_step)

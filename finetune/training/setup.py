@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config.schema import BudgetSection, RunConfig, TrackingSection
+from finetune.config.schema import BudgetSection, RunConfig
 from finetune.data.prepared import Prepared, load_prepared
 from finetune.data.prompts import PromptTemplate, dialects_of
 from finetune.data.records import Split
@@ -19,8 +19,8 @@ from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_model_config, load_tokenizer
 from finetune.models.target_modules import check_target_modules
 from finetune.runtime.console import say
-from finetune.runtime.credentials import wandb_key_present
 from finetune.training.objectives.registry import objective_named
+from finetune.training.tracking.names import check_trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,7 +52,7 @@ class Parts:
 
 def inputs_of(config: RunConfig) -> Inputs:
     """Check the inputs of a run without loading a model. Raises UserError for inputs that no run can start with."""
-    _check_tracking(config.tracking)
+    check_trackers(config.tracking)
     objective_named(config.training.objective)
     price = price_of(config.budget)
     device = choose_device(config.model.torch_dtype)
@@ -114,11 +114,3 @@ def price_of(budget: BudgetSection) -> MachinePrice | None:
             code="price.unknown",
         )
     return price
-
-
-def _check_tracking(tracking: TrackingSection) -> None:
-    if tracking.wandb == "online" and not wandb_key_present():
-        raise UserError(
-            "tracking.wandb: online needs a key; set WANDB_API_KEY or run `wandb login`, or use offline",
-            code="tracking.no_key",
-        )

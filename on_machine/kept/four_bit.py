@@ -22,6 +22,7 @@ from on_machine.kept.manifests import (
     Json,
     new_folder,
     note,
+    pinned,
     prune,
     read_manifest,
     say,
@@ -73,9 +74,8 @@ def _is_wanted(identity: Json, overrides: str, config: str) -> bool:
     place, dtype = _place_and_dtype(said["torch_dtype"])
     wanted = {"quant_type": said["bnb_4bit_quant_type"], "double_quant": said["bnb_4bit_use_double_quant"] == "true"}
     wanted |= {"on": place, "quantised_from": dtype}
-    pins = Path("constraints.txt").read_text(encoding="utf-8").split()
-    pinned = all(f"{library}=={identity[library]}" in pins for library in ("bitsandbytes", "transformers"))
-    return pinned and all(identity[key] == value for key, value in wanted.items())
+    wanted |= {library: pinned(library) for library in ("bitsandbytes", "transformers")}
+    return all(identity[key] == value for key, value in wanted.items())
 
 
 def _setting(name: str, overrides: str, config: str) -> str:

@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from on_machine.kept.manifests import DAMAGED, HOME, NOT_THERE, say
+from on_machine.kept.manifests import DAMAGED, HOME, NOT_THERE, pinned, say
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -44,7 +44,8 @@ def download(texts: list[str], uv: str, files: tuple[str, ...] = FILES) -> int:
     if named is None:
         return NOT_THERE
     name, commit = named
-    own = [uv, "run", "--quiet", "--no-project", "--python", "3.11", "--with", _pinned(), "python"]
+    hub = f"huggingface_hub=={pinned('huggingface-hub')}"
+    own = [uv, "run", "--quiet", "--no-project", "--python", "3.11", "--with", hub, "python"]
     python = [str(PYTHON)] if PYTHON.exists() else own
     code = subprocess.run([*python, "-c", SCRIPT, name, commit, *files], check=False).returncode
     if code:
@@ -53,9 +54,3 @@ def download(texts: list[str], uv: str, files: tuple[str, ...] = FILES) -> int:
     if files == FILES:
         say(f"{name} is downloaded from the hub")
     return 0
-
-
-def _pinned() -> str:
-    pins = Path("constraints.txt").read_text(encoding="utf-8")
-    pin = re.search(r"^huggingface[-_]hub==\S+", pins, re.MULTILINE)
-    return pin[0] if pin else "huggingface_hub"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -57,6 +58,14 @@ def read_manifest(folder: Path) -> Json | None:
 def is_inside(name: str) -> bool:
     """Whether a relative path stays inside its folder."""
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def pinned(package: str) -> str | None:
+    """The version of a package that set-up installs, by on_machine/package.sh's file."""
+    own = Path("on_machine") / "constraints.txt"
+    text = (own if own.is_file() else Path("constraints.txt")).read_text(encoding="utf-8")
+    found = re.search(rf"^{package}==(\S+)", text.replace("_", "-"), re.MULTILINE)
+    return found[1] if found else None
 
 
 def write_manifest(folder: Path, manifest: Json) -> None:

@@ -129,3 +129,14 @@ def test_an_attempt_that_is_kept_from_the_run_has_cost_its_start(
     run_budget.book_refused(RunFolder(tmp_path), config, price)
     (attempt,) = Ledger(tmp_path / "ledger").account().attempts
     assert attempt.reason == "refused" and attempt.usd == pytest.approx(0.3)
+
+
+def test_a_preemption_that_google_announces_is_in_the_ledger(tmp_path: Path, clock: FakeClock) -> None:
+    budget = open_in(tmp_path)
+    assert isinstance(budget, run_budget.FirstRankBudget)
+    with budget.metered(hard_stop=lambda: None):
+        budget._on_notice("maintenance-event")
+        budget._on_notice("preempted")
+        budget.end("interrupted")
+    (attempt,) = Ledger(tmp_path / "ledger").account().attempts
+    assert (attempt.preempted, attempt.reason) == (True, "interrupted")

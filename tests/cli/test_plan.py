@@ -188,12 +188,12 @@ def test_an_unknown_option_or_argument_is_refused(word: str, config: str, capsys
     assert word in said.err and said.out == ""
 
 
-def test_memory_prints_its_own_table_and_conflicts_with_json_and_write(
+def test_memory_prints_its_own_table_and_conflicts_with_flex_and_write(
     config: str, tmp_path: Path, capsys: Shown
 ) -> None:
     text = output(capsys, config, "--memory")
     assert "optimizer" in text and "for the run" not in text
-    for option in (["--json"], ["--write", str(tmp_path / "task.yaml")]):
+    for option in (["--flex"], ["--write", str(tmp_path / "task.yaml")]):
         assert "--memory" in refused(capsys, config, "--memory", *option)
     assert not (tmp_path / "task.yaml").exists()
 
@@ -299,4 +299,4 @@ def test_flex_start_is_shown_beside_the_plan_and_not_in_it(config: str, capsys: 
     assert {row["gpu"] for row in flex["flex"]} == {"H100", "A100-80GB"}
     text = output(capsys, *wanted, "--flex")
     assert text.startswith(output(capsys, *wanted).rstrip("\n")) and "managed_instance_group" in text
-    assert "omit --json, --write and --flex" in refused(capsys, *wanted, "--flex", "--memory")
+    assert "omit --write and --flex" in refused(capsys, *wanted, "--flex", "--memory")

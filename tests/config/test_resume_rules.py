@@ -77,6 +77,7 @@ FIXED = (
 )
 CHANGEABLE = (
     *("budget.max_run_usd", "budget.max_hours", "budget.usd_per_hour", "tracking.wandb", "evaluation.split"),
+    *("tracking.to", "tracking.project"),
     *("plan.gpus", "checkpoint.every_minutes", "checkpoint.save_steps", "checkpoint.keep_last", "data.output_dir"),
     *("training.logging_steps", "training.eval_steps", "training.per_device_eval_batch_size", "training.run_name"),
     *("training.output_dir", "training.gradient_checkpointing", "training.max_memory_gib"),

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.job.dev import _link
 from finetune.job.evaluate import run_to_score
-from finetune.job.settings import Nodes, read_settings
+from finetune.job.settings import SECRETS, Nodes, read_settings
 from finetune.job.train import _begin
 from finetune.run_folder import RunFolder
 from tests.helpers.errors import raises
@@ -108,6 +108,7 @@ def test_empty_secrets_do_not_reach_the_programs() -> None:
     seen = read_settings(GIVEN | {"WANDB_API_KEY": "", "HF_TOKEN": "mine", "EMPTY": ""}).environment
     assert "WANDB_API_KEY" not in seen
     assert (seen["HF_TOKEN"], seen["EMPTY"]) == ("mine", "")
+    assert not set(SECRETS) - {"HF_TOKEN"} & set(read_settings(GIVEN | dict.fromkeys(SECRETS, "")).environment)
 
 
 @pytest.mark.parametrize("info", ["", "{torn", "[]", '{"cluster_name": null}'])

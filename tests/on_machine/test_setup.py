@@ -94,6 +94,26 @@ def test_the_build_of_pytorch_follows_the_gpu(machine: CloudMachine, capability:
     assert "torch 2.13.0+cu126 (CUDA 12.6) on Tesla T4, driver 535.86.10" in said
 
 
+@pytest.mark.parametrize(
+    ("config", "overrides", "extras"),
+    [
+        ("tracking: {to: [tensorboard, mlflow]}", "", ",mlflow"),
+        ("# mlflow and trackio are not used\nlora: {r: 4}  # trackio", "", ""),
+        ("", "tracking.to=[trackio,mlflow]", ",mlflow,trackio"),
+    ],
+)
+def test_the_trackers_that_the_task_names_are_installed_and_no_others(
+    machine: CloudMachine, config: str, overrides: str, extras: str
+) -> None:
+    put_gpu(machine, "8.0")
+    (machine.checkout / "run.yaml").write_text(config, encoding="utf-8")
+    code, said = machine.run("setup.sh", CONFIG="run.yaml", OVERRIDES=overrides)
+    assert code == 0, said
+    assert machine.called("pip")[0].endswith(f"--editable .[train,export,serve{extras}]")
+    machine.run("setup.sh", CONFIG="run.yaml", OVERRIDES="tracking.to=[trackio]")
+    assert ",trackio]" in machine.called("pip")[-1], "another launch with another tracker installs it"
+
+
 def test_a_build_named_by_the_user_is_used(machine: CloudMachine) -> None:
     put_gpu(machine, "7.0")
     machine.run("setup.sh", UV_TORCH_BACKEND="cu118")

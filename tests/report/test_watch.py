@@ -17,7 +17,7 @@ import pytest
 from finetune.budget.ledger import Ledger
 from finetune.cli.main import main
 from finetune.machine.price import MachinePrice
-from finetune.report.watch import bar, curve, lines, look
+from finetune.report.watch import as_json, bar, curve, lines, look
 from tests.helpers.errors import reported
 from tests.helpers.report_fixtures import build_run, change, spending
 
@@ -53,7 +53,9 @@ def test_a_run_in_training(run: Path) -> None:
     assert "from" in shown["validation"]
     assert shown["speed"] == "500 tokens/s (measured)"
     assert shown["memory"] == "18.2 of 22.0 GiB at the peak, NVIDIA L4 (measured)"
-    assert "of $10.00, $11.27 at the end (estimated) (measured seconds x price of the machine)" in shown["dollars"]
+    assert (
+        "of $10.00, $11.27 at the end (estimated): it will stop at the ceiling (measured seconds x" in shown["dollars"]
+    )
     assert "of 9.00 h (measured)" in shown["hours"]
     assert "score" not in shown
 
@@ -70,7 +72,28 @@ def test_attempts_and_dollars_come_from_the_ledger(run: Path) -> None:
     shown = said(run)
     assert shown["dollars"].startswith("$1.20")
     assert shown["attempt 1"] == "L4 spot us-east4-a, $0.400/h, 2.0 h, to step 10: preempted"
-    assert shown["attempt 2"].endswith("to step 20: running, or ended without notice")
+    assert shown["attempt 2"].endswith("to step 20: ended without notice")
+    assert shown["attempts"] == "2, 1 ended without notice"
+    change(run / "run.json", status="running")
+    shown = said(run)
+    assert shown["attempt 2"].endswith("to step 20: running") and shown["attempts"] == "2, none preempted"
+
+
+def test_preemptions_that_google_announced_are_counted(run: Path) -> None:
+    change(run / "run.json", status="running")
+    for number in range(1, 9):
+        log = Ledger(run / "ledger").new_attempt(number, machine={}, price=None, resumed_step=0)
+        log.begin(0.0)
+        log.heartbeat(60.0, number)
+        if number in (2, 3):
+            log.note("preempted")
+        if number in (1, 2, 3):
+            log.end(60.0, "interrupted", number)
+    shown = said(run)
+    assert shown["attempts"] == "8, 2 preempted, 4 ended without notice, the last 6 are shown"
+    assert "attempt 2" not in shown and shown["attempt 3"] == "this machine, 1.0 min, to step 3: preempted, interrupted"
+    found = as_json(look(run, time.time()))
+    assert (found["preemptions"], found["ended_without_notice"], len(found["attempts"])) == (2, 4, 8)
 
 
 def test_a_run_that_is_done_has_its_score(run: Path) -> None:

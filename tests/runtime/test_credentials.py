@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
+from finetune.runtime.credentials import (
+    huggingface_home,
+    huggingface_token_present,
+    wandb_key_present,
+    without_secrets,
+)
 
 VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME",
@@ -124,3 +129,22 @@ def test_nothing_is_printed(home: Path, capfd: pytest.CaptureFixture[str], monke
     assert (huggingface_token_present(), wandb_key_present()) == (True, True)
     assert capfd.readouterr() == ("", "")
     assert os.environ["WANDB_API_KEY"] == "wandb_secret"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "failed: http://me:pass@host:5000/api?x=1 (http://host)",
+            "failed: http://***@host:5000/api?x=1 (http://host)",
+        ),
+        ("https://me:p%40@s:x@host/", "https://***@host/"),
+        ("http://host/?write_token=abc&a=1", "http://host/?write_token=***&a=1"),
+        ("Bearer token-of-mine", "Bearer ***"),
+        ("https://host/user@example", "https://host/user@example"),
+        ("nothing secret", "nothing secret"),
+    ],
+)
+def test_text_without_secrets(text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token-of-mine")
+    assert without_secrets(text) == shown

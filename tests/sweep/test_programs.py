@@ -243,6 +243,9 @@ def test_a_trial_that_its_own_meter_refuses_is_not_dropped(paid: Path, tmp_path:
 def test_compare_makes_the_table_and_the_page(config: Path, capsys: Shown) -> None:
     folder, _ = sweep(config, ["training.learning_rate=1e-4,1e-2", "lora.r=2,4"])
     capsys.readouterr()
+    assert main(["compare", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["trials"]) == 4 and found["basis"].startswith("measured") and found["best"]
     assert main(["compare", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [

@@ -42,6 +42,7 @@ from finetune.cloud.launch.travel import (
     check_inputs_travel,
     check_program_travels,
     check_scripts_travel,
+    check_trackers_travel,
     luggage_of,
 )
 from finetune.cloud.plan.plan import OnGpu, run_on
@@ -121,6 +122,7 @@ def _check_travels(task: sky.Task, say: Any) -> None:
     if luggage.from_git and not Path(named).is_file():
         return
     config = _config_of(task)
+    check_trackers_travel(config.tracking, {name: _secret(task, name) for name in task.secrets})
     check_inputs_travel(task, config, luggage, lambda: holds(bucket, f"data/by-config/{data_key(config)}"))
 
 
@@ -239,12 +241,17 @@ def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catal
         )
 
 
+def _secret(task: sky.Task, name: str) -> str:
+    """Of the task, else from the environment of the user who types the command."""
+    return task.secrets[name].get_secret_value() or os.environ.get(name, "")
+
+
 def _fill_secrets(task: sky.Task) -> None:
     """Fills empty secrets of the task from the environment of the user who types the command."""
     empty = {
-        name: os.environ[name]
+        name: _secret(task, name)
         for name, value in task.secrets.items()
-        if not value.get_secret_value() and os.environ.get(name)
+        if not value.get_secret_value() and _secret(task, name)
     }
     if empty:
         task.update_secrets(empty)

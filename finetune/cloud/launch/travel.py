@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, TrackingSection
 from finetune.errors import UserError
 from finetune.prepared_folder import MANIFEST
 from finetune.project_folder import MACHINE_SIDE, read_project, stale_files, wheels_in
@@ -27,6 +28,7 @@ BUILT, BUILDER = "data/built/", "data/build.py"
 PACKAGE = "package://"
 BUCKET_PLACE = "/bucket/"
 """Where our tasks mount the bucket."""
+TRACKER_ADDRESSES = {"mlflow": ("MLFLOW_TRACKING_URI",), "trackio": ("TRACKIO_SERVER_URL", "TRACKIO_SPACE_ID")}
 HARMLESS = {"__pycache__", ".git", ".DS_Store"}
 """Names in a folder that nothing reads, so they may be left out of the copy."""
 
@@ -210,3 +212,24 @@ def _on_machine(text: str) -> str:
 
 def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def check_trackers_travel(tracking: TrackingSection, secrets: Mapping[str, str]) -> None:
+    """Raises UserError for a tracker whose server the machine could not reach. secrets: of the task, filled; their values are not
+    in the message."""
+    for name, variables in TRACKER_ADDRESSES.items():
+        given = [variable for variable in variables if secrets.get(variable, "").strip()]
+        if name not in (tracking.to or ()):
+            continue
+        if not given:
+            raise UserError(
+                f"tracking.to: {name} needs {' or '.join(variables)} in your shell, which a task of sky/ hands on as a secret; "
+                f"set it, or leave {name} out",
+                code="launch.tracker_unreachable",
+            )
+        if urlsplit(secrets[given[0]].strip()).hostname in ("localhost", "127.0.0.1", "::1"):
+            raise UserError(
+                f"{given[0]}: is an address of this computer, which the machine cannot reach; use a server that it can, or "
+                f"leave {name} out of tracking.to",
+                code="launch.tracker_unreachable",
+            )

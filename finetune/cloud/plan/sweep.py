@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.cloud.plan.plan import Plan, Row
 from finetune.errors import NotEstimated
@@ -73,6 +74,30 @@ def render_sweep(costs: Sequence[SweepCost], trials: int, usd: float | None) -> 
             "end sooner. `finetune launch --jobs sky/sweep.yaml` once for each, with the same RUN_NAME and SWEEP_WORKERS.",
         ]
     )
+
+
+def sweep_json(costs: Sequence[SweepCost], trials: int, usd: float | None) -> dict[str, Any]:
+    """As numbers. usd: the budget, None without one."""
+    first = costs[0]
+    assert first.row.offer is not None
+    return {
+        "trials": trials,
+        "gpu": first.row.on_gpu.name,
+        "spot": first.row.spot,
+        "zone": first.row.offer.zone,
+        "usd_per_hour": round(first.row.offer.usd_per_hour, 5),
+        "basis": {"usd_per_hour": "catalog", "hours": "estimated", "usd": "estimated, without scores"},
+        "rows": [
+            {
+                "machines": cost.machines,
+                "hours": round(cost.hours, 3),
+                "billed_hours": round(cost.machine_hours, 3),
+                "usd": round(cost.usd, 3),
+                "within_budget": None if usd is None else cost.usd <= usd,
+            }
+            for cost in costs
+        ],
+    }
 
 
 def _verdict(cost: SweepCost, usd: float | None) -> str:

@@ -157,6 +157,13 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "ceilings": {key: getattr(plan.ceilings, key) for key in ("usd_per_hour", "run_usd", "hours")},
         "assumptions": vars(plan.assumptions),
         "set_up": vars(plan.set_up),
+        "basis": {
+            "usd_per_hour": f"catalog: {plan.catalog.source}",
+            "memory_gib": "estimated",
+            "hours": "estimated",
+            "usd": "estimated",
+            "tokens_per_second": "of each row: tokens_per_second_basis",
+        },
         "rows": [_row_json(row) for row in plan.rows],
     }
 

@@ -1,1 +1,1 @@
-"""Where the curves go: TensorBoard and Weights & Biases, one curve each over all attempts of a run."""
+"""Where the curves go: TensorBoard, Weights & Biases, MLflow, Trackio; one curve each over all attempts of a run."""

@@ -25,6 +25,12 @@ def scalars(logs: Mapping[str, Any]) -> dict[str, float]:
     return dict(rewrite_logs(kept))
 
 
+def are_totals(logs: Mapping[str, Any]) -> bool:
+    """Whether transformers logs the totals of a training that has ended, at a step that already has a row. Only these hold the
+    mean loss; the run time so far is in every log."""
+    return "train_loss" in logs
+
+
 class TensorBoard(TrainerCallback):
     """Writes one folder for all attempts, with one file for each."""
 

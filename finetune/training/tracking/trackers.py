@@ -1,19 +1,16 @@
-"""Experiment tracking: TensorBoard always, Weights & Biases if a key is present or the config asks for it.
+"""Experiment tracking: the trackers of `tracking.to`; without that key TensorBoard, and Weights & Biases if a key is present.
 
 A run that was killed and resumed is still one curve. Points logged after the checkpoint that the next attempt resumes from are
-discarded (TensorBoard) or kept for both attempts (W&B, which keeps the first value of a step). Points logged before it and lost
-with the machine, such as in a file of a mounted bucket that was still open, are written again from the trainer's log in the
+discarded (TensorBoard) or kept for both attempts (the others, which keep the first value of a step). Points logged before it and
+lost with the machine, such as in a file of a mounted bucket that was still open, are written again from the trainer's log in the
 checkpoint. A tracker never stops a run: an error is reported once, and the rest of that attempt is not tracked there.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from hashlib import sha256
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError
@@ -24,18 +21,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.config.schema import TrackingSection
 from finetune.errors import UserError
-from finetune.runtime.confined import is_relative_name
-from finetune.runtime.credentials import wandb_key_present
 from finetune.runtime.files import write_text
-from finetune.training.tracking.tensorboard import TensorBoard, scalars
+from finetune.training.tracking.names import OUTSIDE, chosen
+from finetune.training.tracking.outside import OutsideTracker
+from finetune.training.tracking.run_ids import tracked_id
+from finetune.training.tracking.tensorboard import TensorBoard, are_totals, scalars
 
 Mode = Literal["online", "offline"]
 
 RUN_ID_FILE = "wandb-run-id"
 TENSORBOARD = "tensorboard"
 SERVER_TIMEOUT_SECONDS = 20.0
-RUN_TOTALS = ("train_runtime", "train_loss", "total_flos")
-"""What transformers logs when training ends, at a step that already has a row."""
 
 
 def trackers(
@@ -45,49 +41,38 @@ def trackers(
     resumed_step: int | None,
     say: Callable[[str], None] = print,
 ) -> list[TrainerCallback]:
-    """The callbacks that send the trainer's logs to the run's TensorBoard folder and, depending on `tracking`, to W&B.
+    """The callbacks that send the trainer's logs to the run's TensorBoard folder and to other trackers, as `tracking` says.
 
     resumed_step: step of the checkpoint that this attempt resumes from; None if it starts from the beginning. The trainer itself
     needs `report_to=[]`. Every rank may add the callbacks; only rank 0 writes.
     """
-    found: list[TrainerCallback] = [TensorBoard(run_folder / TENSORBOARD, resumed_step, say)]
+    found: list[TrainerCallback] = []
+    if "tensorboard" in chosen(tracking):
+        found.append(TensorBoard(run_folder / TENSORBOARD, resumed_step, say))
     mode = wandb_mode(tracking)
     if mode is not None:
         found.append(WeightsAndBiases(mode, tracking.wandb_project, run_folder, run_name, say))
+    found += [OutsideTracker(kind, tracking, run_folder, run_name, say) for kind in chosen(tracking) if kind in OUTSIDE]
     return found
 
 
 def wandb_mode(tracking: TrackingSection) -> Mode | None:
     """The mode in which W&B is used; None if it is not used."""
-    if tracking.wandb == "disabled" or (tracking.wandb == "auto" and not wandb_key_present()):
+    if "wandb" not in chosen(tracking):
         return None
     return "offline" if tracking.wandb == "offline" else "online"
 
 
+def end_trackers(callbacks: Sequence[TrainerCallback], status: str) -> None:
+    """The attempt has ended, and its files are in place. status: as in run.json."""
+    for callback in callbacks:
+        if isinstance(callback, OutsideTracker):
+            callback.end(status)
+
+
 def wandb_run_id(run_folder: Path, run_name: str) -> str:
-    """The W&B id of the run, the same for all its attempts: WANDB_RUN_ID; else the one that an earlier attempt saved in the run's
-    folder; else the run's name with a hash of SKYPILOT_TASK_ID, which a managed job keeps when it is recovered; else the name
-    with a random number, because the project may have another run of that name.
-
-    At most 128 characters out of A-Z a-z 0-9 _ -. If the run is named after its task, as finetune/job/settings.py does, the id
-    is that name.
-    """
-    if given := os.environ.get("WANDB_RUN_ID", "").strip():
-        return given
-    with suppress(OSError, UnicodeDecodeError):
-        saved = (run_folder / RUN_ID_FILE).read_text(encoding="utf-8").strip()
-        if is_relative_name(saved) and re.fullmatch(
-            r"[^/\\#?%:]{1,128}", saved
-        ):  # what W&B accepts; it names a folder after it
-            return saved
-    name, task = _plain(run_name), _plain(os.environ.get("SKYPILOT_TASK_ID", ""))
-    if task and name == task:
-        return name
-    return f"{name}-{sha256(task.encode()).hexdigest()[:8] if task else secrets.token_hex(4)}"
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "-", name)[:100]
+    """The W&B id of the run: WANDB_RUN_ID, else as `tracked_id` says."""
+    return tracked_id(run_folder, run_name, RUN_ID_FILE, os.environ.get("WANDB_RUN_ID", "").strip())
 
 
 def check_server() -> None:
@@ -141,7 +126,7 @@ class WeightsAndBiases(TrainerCallback):
     ) -> None:
         if self._run is None or not logs:
             return
-        if not set(logs).isdisjoint(RUN_TOTALS):
+        if are_totals(logs):
             with self._disabled_on_error("the rest of this attempt is not logged there"):
                 self._run.summary.update(scalars(logs))
             return

@@ -19,6 +19,7 @@ import yaml
 from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
 from finetune.config.load import load_config
 from finetune.errors import EXIT_TRANSIENT, EXIT_USER_ERROR
+from finetune.job.settings import SECRETS
 from finetune.machine.gpus import GPUS, MACHINES, machine_name
 from tests.helpers.catalog_fixture import lay_out_catalog, needs_skypilot
 
@@ -170,6 +171,15 @@ def test_secrets_are_optional_and_never_in_envs(path: str, loaded: dict[str, Any
     assert set(task["secrets"].values()) == {""}
     assert not task["waits_for_secrets"], "a secret without a value would make `sky launch` ask for --secret"
     assert not [name for name in task["envs"] if re.search("KEY|TOKEN|SECRET|PASSWORD", name)]
+
+
+def test_every_task_that_trains_or_scores_hands_on_what_the_trackers_need() -> None:
+    """As secrets: an address may hold a password. The programs get none of them empty."""
+    wanted = {name for name in SECRETS if name.startswith(("MLFLOW_", "TRACKIO_"))} | {"HF_TOKEN"}
+    for path in [*TRAINING, "sky/smoke.yaml", "sky/sweep.yaml", "sky/dev.yaml", "sky/evaluate.yaml"]:
+        secrets = set(yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))["secrets"])
+        assert secrets - {"WANDB_API_KEY"} == wanted, path
+        assert ("WANDB_API_KEY" in secrets) == (path != "sky/evaluate.yaml")
 
 
 @every_task

@@ -187,3 +187,20 @@ def test_what_the_bucket_has_need_not_travel(tmp_path: Path) -> None:
         refused("launch.not_copied", launch((worker, project), source=gone, **mount))
         buckets.objects.add("runs/begun/run.json")
         assert "chosen" in launch((worker, project), source=gone, **mount)
+
+
+def test_a_tracker_that_the_machine_could_not_reach_is_refused(computer: tuple[SkyWorker, Path]) -> None:
+    address = {"MLFLOW_TRACKING_URI": "http://me:open-sesame@localhost:5000"}
+    mlflow, trackio = ({"OVERRIDES": f"tracking.to=[tensorboard,{name}]"} for name in ("mlflow", "trackio"))
+    for envs, secrets, said in (
+        (mlflow, {"MLFLOW_TRACKING_URI": ""}, "tracking.to: mlflow needs MLFLOW_TRACKING_URI in your shell"),
+        (mlflow, {}, "which a task of sky/ hands on as a secret"),
+        (mlflow, address, "MLFLOW_TRACKING_URI: is an address of this computer"),
+        (trackio, {"TRACKIO_SPACE_ID": ""}, "trackio needs TRACKIO_SERVER_URL or TRACKIO_SPACE_ID"),
+    ):
+        message = refused("launch.tracker_unreachable", launch(computer, envs=envs, secrets=secrets))
+        assert said in message and "open-sesame" not in message
+    reached = {"MLFLOW_TRACKING_URI": "https://mlflow.example.com"}
+    assert "chosen" in launch(computer, envs=mlflow, secrets=reached)
+    assert "chosen" in launch(computer, envs=trackio, secrets={"TRACKIO_SPACE_ID": "me/space"})
+    assert "chosen" in launch(computer, secrets={"MLFLOW_TRACKING_URI": "http://localhost"}), "not used"
