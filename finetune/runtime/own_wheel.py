@@ -58,9 +58,9 @@ def _contents() -> tuple[str, list[tuple[str, bytes]]]:
         root = PACKAGE.parent
         files += [(f"finetune/project/{path.relative_to(root).as_posix()}", path) for path in carried_files(root)]
     found = [(target, path.read_bytes()) for target, path in files]
-    told = {part: about.read_text(part) for part in ("METADATA", "entry_points.txt", "top_level.txt")} | {
-        "WHEEL": _WHEEL
-    }
+    told = {part: about.read_text(part) for part in ("entry_points.txt", "top_level.txt")}
+    told["METADATA"] = about.read_text("METADATA") or about.read_text("PKG-INFO")  # of an egg-info in a checkout
+    told["WHEEL"] = _WHEEL
     found += [(f"{name}.dist-info/{part}", text.encode()) for part, text in told.items() if text]
     return name, sorted(found)
 

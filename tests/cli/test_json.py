@@ -36,6 +36,7 @@ WITHOUT_A_TABLE = {
     "completion": "prints a shell script",
     "demo": "prints the lines of the commands that it calls",
     "export": "prints where it has written",
+    "init": "prints what it has written and three commands",
     "launch": "prints what SkyPilot prints",
     "serve": "runs until it is stopped, and answers in JSON",
     "train": "prints progress; `finetune watch --json` has the figures",
