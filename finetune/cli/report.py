@@ -11,13 +11,18 @@ from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_report
 from finetune.stage_end.tell import cost_of_command, tell
 
+BASIS = {
+    **dict.fromkeys(("minutes", "peak_memory_gib", "tokens_per_second", "questions"), "measured"),
+    "spent_usd": "measured seconds x the machine's price",
+}
+
 
 def add(commands: Any) -> None:
     report = add_command(
         commands, "report", _report, "write report.html, report.md and summary.json", "finetune report runs/demo"
     )
     report.add_argument("run", type=path, metavar="RUN")
-    add_json(report, "summary.json")
+    add_json(report, "summary.json, and where its figures come from,")
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -25,6 +30,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
     summary = print_result(arguments.run)
     if arguments.json:
-        print_document(summary)
+        print_document(summary | {"basis": BASIS})
     tell("report", cost_of_command(), after_report(RunFolder(arguments.run)))
     return EXIT_OK

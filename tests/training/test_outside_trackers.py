@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -75,6 +76,54 @@ def trackio_runs(folder: Path, project: str) -> list[tuple[str, list[dict[str, A
         env=os.environ | {"TRACKIO_DIR": str(folder)},
     )  # fmt: skip
     return [(name, rows, config) for name, rows, config in json.loads(done.stdout.splitlines()[-1])]
+
+
+TRACKIO_SERVER = """
+import sys, time
+import trackio
+print("ready", trackio.show(block_thread=False, open_browser=False, server_port=int(sys.argv[1])), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def trackio_server(clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A real one, in TRACKIO_SERVER_URL. Its folder."""
+    folder = tmp_path / "their-trackio"
+    command = [sys.executable, "-u", "-c", TRACKIO_SERVER, str(free_port())]
+    environment = os.environ | {"TRACKIO_DIR": str(folder)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("ready"):
+            break
+    address = re.search(r"http://\S+\?write_token=\S+", "".join(lines))
+    assert address, lines
+    monkeypatch.setenv("TRACKIO_SERVER_URL", address[0])
+    yield folder
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_all_attempts_are_one_run_on_a_trackio_server(trackio_server: Path, tmp_path: Path) -> None:
+    for resumed, last in ((None, 57), (50, 70)):
+        run, said, callback = loop("trackio", tmp_path / "demo", resumed, attempt=resumed or 0, project="served")
+        run.run(last)
+        if resumed:
+            end_trackers([callback], "done")
+        else:
+            killed(callback)
+        assert said == []
+    [(name, found, _)] = trackio_runs(trackio_server, "served")
+    assert name == (tmp_path / "demo" / "trackio-run").read_text().strip()
+    rows = sorted((row["step"], row["train/attempt"]) for row in found)
+    assert rows == [(step, 0) for step in range(1, 57)] + [(step, 50) for step in range(57, 71)]
+    token = os.environ["TRACKIO_SERVER_URL"].partition("write_token=")[2]
+    kept = [path for path in [*(tmp_path / "demo").rglob("*"), *(tmp_path / "trackio").rglob("*")] if path.is_file()]
+    assert kept and not [path for path in kept if token.encode() in path.read_bytes()]
 
 
 def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
