@@ -129,7 +129,10 @@ CALLS: dict[str, tuple[Callable[[Path], list[str]], Callable[[Any], object]]] = 
         lambda found: found["basis"]["usd"] == "estimated" and found["basis"]["usd_per_hour"].startswith("catalog")
         and all({"usd", "hours", "tokens_per_second_basis"} <= set(row) for row in found["rows"]),
     ),
-    "report": (lambda folder: ["report", a_run(folder)], lambda found: found["questions"] == 40 and found["basis"]["minutes"] == "measured"),
+    "report": (
+        lambda folder: ["report", a_run(folder)],
+        lambda found: found["questions"] == 40 and found["basis"]["minutes"] == "measured",
+    ),
     "runs": (
         lambda folder: ["runs", str(Path(a_run(folder)).parent)],
         lambda found: found[0]["name"] == "mine" and found[0]["basis"]["hours"] == "measured",
