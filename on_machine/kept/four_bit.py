@@ -9,6 +9,7 @@ asks for the one key that is right.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -71,9 +72,9 @@ def _is_wanted(identity: Json, overrides: str, config: str) -> bool:
     said = {name: _setting(name, overrides, config) for name in DEFAULTS}
     if said["load_in_4bit"] != "true" or not all(identity[key] in overrides + config for key in ("model", "revision")):
         return False
-    place, dtype = _place_and_dtype(said["torch_dtype"])
     wanted = {"quant_type": said["bnb_4bit_quant_type"], "double_quant": said["bnb_4bit_use_double_quant"] == "true"}
-    wanted |= {"on": place, "quantised_from": dtype}
+    if (identity["on"], identity["quantised_from"]) not in _places_and_dtypes(said["torch_dtype"]):
+        return False
     wanted |= {library: pinned(library) for library in ("bitsandbytes", "transformers")}
     return all(identity[key] == value for key, value in wanted.items())
 
@@ -84,14 +85,16 @@ def _setting(name: str, overrides: str, config: str) -> str:
     return found[-1].lower() if found else DEFAULTS[name]
 
 
-def _place_and_dtype(torch_dtype: str) -> tuple[str, str]:
-    """Where the weights are quantised, and from which dtype (finetune/machine/hardware.py: dtype_for)."""
+def _places_and_dtypes(torch_dtype: str) -> list[tuple[str, str]]:
+    """Where the weights may be quantised, and from which dtype (finetune/machine/hardware.py: dtype_for)."""
     ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    cpu = ("cpu", "float32" if torch_dtype == "auto" else torch_dtype)
     try:
         capability = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
-        return "cpu", "float32" if torch_dtype == "auto" else torch_dtype
-    return "cuda", ("bfloat16" if float(capability) >= 8 else "float16") if torch_dtype == "auto" else torch_dtype
+        return [cpu]
+    gpu = ("cuda", ("bfloat16" if float(capability) >= 8 else "float16") if torch_dtype == "auto" else torch_dtype)
+    return [gpu, cpu] if os.environ.get("FINETUNE_ALLOW_CPU") == "1" else [gpu]
 
 
 def keep_four_bit(bucket: Path) -> None:

@@ -194,12 +194,17 @@ def test_which_copy_is_fetched(
 def test_the_gpu_decides_the_dtype_as_the_loader_does(capability: str, machine: Path) -> None:
     (machine / "capability").write_text(f"{capability}\n{capability}\n")
     major, minor = capability.split(".")
-    assert four_bit._place_and_dtype("auto") == ("cuda", dtype_for((int(major), int(minor)), "auto"))
+    assert four_bit._places_and_dtypes("auto") == [("cuda", dtype_for((int(major), int(minor)), "auto"))]
 
 
 def test_without_a_gpu_it_is_that_of_the_cpu(machine: Path) -> None:
     (machine / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    assert four_bit._place_and_dtype("auto") == ("cpu", dtype_for(None, "auto"))
+    assert four_bit._places_and_dtypes("auto") == [("cpu", dtype_for(None, "auto"))]
+
+
+def test_where_a_cpu_is_accepted_it_may_be_either(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_ALLOW_CPU", "1")
+    assert four_bit._places_and_dtypes("auto") == [("cuda", "bfloat16"), ("cpu", "float32")]
 
 
 def test_what_a_config_leaves_out_is_as_in_the_schema() -> None:
