@@ -23,8 +23,9 @@ BEFORE = 2
 """Equal rows that are shown before the first that differs."""
 
 Sample = dict[str, Any]
-"""columns: names of the first ones. width: number of columns. rows: each a list of JSON values, {"number": text} for infinity, which
-JSON does not have, and {"blob": hex} for bytes. first: number of the first of them in the result, from 0. total: number of rows."""
+"""columns: names of the first ones. width: number of columns. rows: each a list of JSON values, {"number": text} for infinity,
+which JSON does not have, and {"blob": hex} for bytes. first: number of the first of them in the result, from 0. total: number of
+rows."""
 
 
 def samples(gold: QueryResult | None, found: QueryResult | None) -> tuple[Sample | None, Sample | None]:

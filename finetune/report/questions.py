@@ -104,7 +104,7 @@ def _answer(row: Json, tables: _Pool) -> Json:
 
 def _table(samples: Iterable[Any]) -> Json | None:
     found = next((table for sample in samples if (table := sample_table(sample))), None)
-    return found and found.as_dict()
+    return None if found is None else found.as_dict()
 
 
 class _Prompts:

@@ -1,8 +1,8 @@
 """Writes the report of a run, on one page: run.json + eval.json -> report.html, report.md and summary.json.
 
 This module computes the figures and sentences, `caveats` the warnings, `bars` and `plots` the figures, `questions` the table of
-all questions; the templates define the layout, and `source` reads the input. A missing part (no evaluation, no base model, a run that stopped early) is reported as such and
-does not prevent the report.
+all questions; the templates define the layout, and `source` reads the input. A missing part (no evaluation, no base model, a run
+that stopped early) is reported as such and does not prevent the report.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _groups(source: Source) -> list[Group]:
 
 def _record(source: Source) -> Json:
     """run.json as the report shows it."""
-    record = encode(source.run)
+    record: Json = encode(source.run)
     gpu = dig(record, "hardware.gpu")
     if gpu and gpu.get("compute_capability") is not None:
         gpu["compute_capability"] = capability(gpu["compute_capability"])

@@ -30,9 +30,10 @@ def sample_table(sample: Any) -> SampleTable | None:
     """None for what is no sample, as in files that a person has changed."""
     if not isinstance(sample, dict) or not all(isinstance(sample.get(key), list) for key in ("columns", "rows")):
         return None
-    first, total, width = (sample.get(key) for key in ("first", "total", "width"))
-    if not all(type(number) is int and number >= 0 for number in (first, total, width)):
+    counts = [number for key in ("first", "total", "width") if type(number := sample.get(key)) is int and number >= 0]
+    if len(counts) < 3:
         return None
+    first, total, width = counts
     rows = [[cell(value) for value in row[:MOST_SHOWN]] for row in sample["rows"][:MOST_SHOWN] if isinstance(row, list)]
     columns = [str(name) for name in sample["columns"][:MOST_SHOWN]]
     return SampleTable(columns, rows, _note(first, len(rows), total, len(columns), width))
