@@ -33,9 +33,10 @@ def add(commands: Any) -> None:
         default="started",
         help="started: the newest first; name; score: the best first; usd, and point, dollars a point gained: the cheapest first",
     )
-    form = runs.add_mutually_exclusive_group()
-    add_json(form, "a list with nothing cut")
-    form.add_argument("--html", action="store_true", help="write index.html into the folder: one page, without a network")
+    add_json(runs, "a list with nothing cut")
+    runs.add_argument(
+        "--html", action="store_true", help="write index.html into the folder: one page, without a network"
+    )
     runs.add_argument(
         "--output",
         type=path,
@@ -49,6 +50,8 @@ def _runs(arguments: argparse.Namespace) -> int:
 
     if arguments.output and not arguments.html:
         raise UserError("--output: belongs to --html; add --html, or leave it out", code="cli.conflicting_options")
+    if arguments.json and arguments.html:
+        raise UserError("--json and --html: expected one of them", code="cli.conflicting_options")
     folder = _folder(arguments.folder, whole=arguments.html)
     rows = in_order(rows_of(folder), arguments.sort)
     if arguments.html:

@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from finetune.errors import UserError
@@ -38,7 +37,9 @@ def write_runs_page(folder: Path, rows: Sequence[RunRow], output: Path | None = 
     cannot be written there."""
     target = output or folder / NAME
     if kind_of(target) not in ("a file", "nothing"):
-        raise UserError(f"{as_text(target)}: is {kind_of(target)}; give --output another file", code="runs.output_taken")
+        raise UserError(
+            f"{as_text(target)}: is {kind_of(target)}; give --output another file", code="runs.output_taken"
+        )
     environment = pages()
     content = {
         "folder": as_text(folder),
@@ -117,4 +118,3 @@ def _packed(bits: Sequence[bool]) -> bytes:
     text = "".join("1" if bit else "0" for bit in bits)
     text += "0" * (-len(text) % 8)
     return bytes(int(text[place : place + 8], 2) for place in range(0, len(text), 8))
-

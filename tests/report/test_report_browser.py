@@ -16,7 +16,7 @@ from tests.helpers.report_fixtures import rows
 
 __all__ = ["browser", "open_page"]
 QUESTIONS = 150
-HOSTILE = "</script><img src=x onerror=\"window.hacked=1\"><script>window.hacked=1</script>{{ 7*7 }}'\"<b>\u202e"
+HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>{{ 7*7 }}\'"<b>\u202e'
 SHOWN = ".browse tbody tr[data-row]"
 
 
@@ -110,7 +110,9 @@ def test_hostile_text_stays_text(tmp_path: Path, open_page: Open) -> None:
     run = run_with_results(tmp_path / "demo", questions=12, change=change)
     for model in ("base", "tuned"):
         path = run / "eval" / f"{model}.jsonl"
-        path.write_text(path.read_text().replace("name 3-0", HOSTILE.replace('"', '\\"')).replace('"amount"', '"<i>x</i>"'))
+        path.write_text(
+            path.read_text().replace("name 3-0", HOSTILE.replace('"', '\\"')).replace('"amount"', '"<i>x</i>"')
+        )
     write_report(run)
     page = open_page(run / "report.html")
     for opener in page.locator(".opener").all():
@@ -171,7 +173,9 @@ def test_the_bars_are_as_long_as_their_figures(report: Path, open_page: Open) ->
 
 def test_printing_shows_every_question(report: Path, open_page: Open) -> None:
     page = open_page(report)
-    page.evaluate("addEventListener('beforeprint', () => { window.atPrint = document.querySelectorAll('tr[data-row]').length; })")
+    page.evaluate(
+        "addEventListener('beforeprint', () => { window.atPrint = document.querySelectorAll('tr[data-row]').length; })"
+    )
     pdf = page.pdf()
     assert pdf.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", pdf)) > 8
     assert page.evaluate("window.atPrint") == 150
@@ -186,7 +190,8 @@ def test_a_thousand_questions_open_within_two_seconds(tmp_path: Path, open_page:
     page = open_page(report)
     page.locator(SHOWN).nth(99).wait_for()
     seconds = time.monotonic() - began
-    assert report.stat().st_size < 4e6 and seconds < 4, f"{report.stat().st_size} bytes, {seconds:.2f} s"  # 2 s when nothing else runs
+    said = f"{report.stat().st_size} bytes, {seconds:.2f} s"
+    assert report.stat().st_size < 4e6 and seconds < 4, said  # 0.5 s where nothing else runs
     began = time.monotonic()
     page.get_by_label("Search").fill("2015")
     page.get_by_role("button", name="Database").click()
