@@ -27,6 +27,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run / "report.html"
 
 
+def scrolls_sideways(page: Any) -> int:
+    """How many pixels of the table of questions are beyond its card."""
+    hidden: int = page.eval_on_selector(".scroll:has(> .browse)", "card => card.scrollWidth - card.clientWidth")
+    return hidden
+
+
 def status(page: Any) -> str:
     return str(page.inner_text("[role=status]"))
 
@@ -144,9 +150,23 @@ def test_a_script_that_got_into_the_page_would_not_run(report: Path, tmp_path: P
 def test_a_phone_needs_no_sideways_scrolling(report: Path, open_page: Open) -> None:
     page = open_page(report, viewport=PHONE)
     page.locator(".opener").nth(3).click()
-    assert overflow(page) <= 0
+    assert overflow(page) <= 0 and scrolls_sideways(page) == 0
     box = page.locator(".filters select").first.bounding_box()
     assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"] and box["height"] >= 32
+
+
+def test_a_phone_shows_the_longest_names_whole(tmp_path: Path, open_page: Open) -> None:
+    def change(number: int, row: dict[str, Any]) -> None:
+        long = "a_database_of_many_words_" * 6
+        row.update(db_id=long + str(number % 3), question="x" * 300, gold="y" * 400)
+
+    run = run_with_results(tmp_path / "demo", questions=12, change=change)
+    write_report(run)
+    page = open_page(run / "report.html", viewport=PHONE)
+    page.locator(".opener").first.click()
+    assert overflow(page) <= 0 and scrolls_sideways(page) == 0
+    names = page.locator(".bars .name").all_inner_texts()
+    assert sum(name.startswith("a_database_of_many") and len(name) > 140 for name in names) == 3
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
