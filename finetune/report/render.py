@@ -15,7 +15,7 @@ from pathlib import Path
 from finetune.report.bars import Group, group_bars, overall
 from finetune.report.beyond_greedy import sentences, variants
 from finetune.report.caveats import caveats, how_it_stopped
-from finetune.report.certainty import certainty, intervals_in_words
+from finetune.report.certainty import certainty, intervals_in_words, points
 from finetune.report.errors import error_rows
 from finetune.report.examples import examples
 from finetune.report.machines import capability, machines
@@ -111,6 +111,8 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
     only = "" if len(models) != 1 else " (tuned model only)" if source.tuned else " (base model only)"
     correct = " → ".join(str(model["correct"]) for model in models)
     scored = f"{correct} of {summary['questions']} questions{only}" if models else "not evaluated"
+    if models and (interval := models[-1].get("execution_accuracy_interval95")):
+        scored += f", 95% interval {points(interval)}"
     valid = f"ran without an error{only}" if models else "not evaluated"
     run = source.run
     clock = "wall clock" if run.attempts == 1 else f"wall clock of {run.attempts} attempts"

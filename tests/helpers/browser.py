@@ -48,7 +48,7 @@ def open_page(browser: Any) -> Iterator[Open]:
 
     def open_file(file: Path, viewport: dict[str, int] = DESKTOP, **options: Any) -> Any:
         page, problems = browser.new_page(viewport=viewport, **options), []
-        page.set_default_timeout(8000)
+        page.set_default_timeout(30_000)  # a busy machine is slow
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: _note(problems, request.url, file))

@@ -259,7 +259,7 @@ def test_five_hundred_runs(tmp_path: Path, open_page: Open) -> None:
     began = time.monotonic()
     page = open_page(page_file)
     page.locator(SHOWN).nth(99).wait_for()
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 8
     assert page.inner_text("[role=status]") == "500 runs, the first 100 shown"
     assert page.locator("#plot .dot").count() == 500
     data = json.loads(Page(page_file.read_text(encoding="utf-8")).scripts[0][1])
