@@ -43,7 +43,8 @@ test-slow: $(READY)  ## run the slow tests: the real small model, prices and mac
 	@$(PYTEST) -m 'slow and not repeat'
 
 test-all: check  ## everything except GPU tests: all tests, 50 kills, every emulated cloud scenario (an hour; as root)
-	@$(PYTEST) -m 'not gpu and not cloud'
+	@bash dev/browser.sh
+	@FT_BROWSER_REQUIRED=1 $(PYTEST) -m 'not gpu and not cloud'
 	@$(MAKE) --no-print-directory chaos CHAOS_KILLS=50
 	@FT_CLOUD_REQUIRED=1 $(MAKE) --no-print-directory cloud-test
 

@@ -17,6 +17,7 @@ from finetune.data.answers import read_answer
 from finetune.data.records import Record
 from finetune.evaluation.error_classes import class_of_rows, error_class
 from finetune.evaluation.generators.base import Answer
+from finetune.evaluation.result_sample import Sample, samples
 from finetune.evaluation.score import CORRECT, Row, sha256
 from finetune.sql.compare import RULES, Rule, as_rule_runs_it, gold_is_ordered, result_hash, results_equal
 from finetune.sql.difficulty import difficulty
@@ -45,6 +46,8 @@ class Outcome:
     verdicts: dict[str, str]
     result_sha256: str | None
     error_class: str | None
+    gold_sample: Sample | None = None
+    result_sample: Sample | None = None
 
     def row(self, record: Record, prompt: str, answer: Answer) -> Row:
         return Row(
@@ -192,7 +195,8 @@ class Judge:
             verdicts[rule] = _compared(expected, results[rule], ordered=golds.ordered, rule=rule)
         gold_text = as_rule_runs_it(record.sql, self._rule)
         gold, result = golds.by_text[gold_text], results.get(self._rule)
-        chosen = verdicts[self._rule]
+        chosen, expected = verdicts[self._rule], beside.get(gold_text, gold.result)
+        gold_sample, result_sample = samples(expected, result)
         return Outcome(
             difficulty=golds.difficulty,
             prediction=prediction,
@@ -204,9 +208,9 @@ class Judge:
             several_statements=False,
             verdicts={rule: verdicts[rule].name for rule in (self._rule, *RULES)},
             result_sha256=None if result is None or result.rows is None else result_hash(result.rows, rule=self._rule),
-            error_class=self._class(
-                record, prediction, chosen, beside.get(gold_text, gold.result), result, golds.ordered
-            ),
+            error_class=self._class(record, prediction, chosen, expected, result, golds.ordered),
+            gold_sample=gold_sample,
+            result_sample=result_sample,
         )
 
     def _class(

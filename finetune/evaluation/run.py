@@ -29,7 +29,9 @@ from finetune.evaluation.generators.registry import generator_for
 from finetune.evaluation.judging import Judging, Speed, judging
 from finetune.evaluation.leaks import leaks
 from finetune.evaluation.paired import gains
+from finetune.evaluation.prompt_file import write_prompts
 from finetune.evaluation.questions import EvaluationSet, evaluation_set
+from finetune.evaluation.result_sample import SAMPLE_VERSION
 from finetune.evaluation.score import Row, score, write_rows
 from finetune.models.load import require_adapter
 from finetune.run_folder import RunFolder
@@ -106,6 +108,7 @@ def evaluate_run(
             more = Beyond(questions, run, load, price, judged, progress)
             with _what_is_kept(more.files):
                 beyond = more.scores(models[-1].result[1])
+    write_prompts(run.path / "eval", questions.records, questions.prompts)
     scores: dict[str, dict[str, Any]] = {}
     for model in models:
         result, rows = model.result
@@ -159,7 +162,8 @@ def _base(questions: EvaluationSet, runs: Path) -> Model:
     model = Model("base", False, _answer_file(questions, folder / ANSWERS, "base model", None))
     try:
         cached = load_json(folder / SCORE)
-        if model.answers.complete and cached.pop("judged") == questions.judging():
+        same = cached.pop("judged") == questions.judging() and cached.pop("sampled", None) == SAMPLE_VERSION
+        if model.answers.complete and same:
             rows = [Row(**line.value) for line in read_lines(folder / ROWS)]
             if [row.id for row in rows] == [record.id for record in questions.records]:
                 model.rows, model.score = rows, cached
@@ -213,7 +217,7 @@ def _complete(
             if not model.tuned:
                 folder = model.answers.path.parent
                 write_rows(folder / ROWS, rows)
-                write_json(folder / SCORE, model.score | {"judged": questions.judging()})
+                write_json(folder / SCORE, model.score | {"judged": questions.judging(), "sampled": SAMPLE_VERSION})
 
 
 def _require_memory(model: Model) -> None:

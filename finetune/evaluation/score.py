@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.evaluation.error_classes import ERROR_CLASSES, as_error_class
+from finetune.evaluation.result_sample import Sample
 from finetune.evaluation.statistics import bootstrap_by_database, wilson_interval
 from finetune.runtime.files import atomic_file
 from finetune.sql.compare import RULES
@@ -34,6 +35,7 @@ class Row:
     several_statements: whether the answer holds more than the statement that was run. prompt_tokens: None if unknown.
     result_sha256: of the prediction's rows, whatever their order (result_hash in sql/compare.py); None if it gave none.
     error_class: what is wrong, more precisely than the verdict (error_classes.py); None if it is correct.
+    gold_sample, result_sample: some rows of gold and of the prediction (result_sample.py); None if there are none.
     """
 
     id: str
@@ -56,6 +58,8 @@ class Row:
     verdicts: dict[str, str] = field(default_factory=dict)
     result_sha256: str | None = None
     error_class: str | None = None
+    gold_sample: Sample | None = None
+    result_sample: Sample | None = None
 
 
 def score(rows: Sequence[Row]) -> dict[str, Any]:

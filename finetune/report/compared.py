@@ -272,7 +272,8 @@ def _read_rows(path: Path, command: str) -> dict[str, Row]:
             problem = f"the id {shown(line.value['id'])} is there twice"
         if problem:
             raise UserError(f"{line.place(path)}: {problem}; run `{command}` again", code="compare.bad_input")
-        known = {field.name: line.value[field.name] for field in fields(Row) if field.name in line.value}
+        names = [field.name for field in fields(Row) if field.name not in NOT_COMPARED]
+        known = {name: line.value[name] for name in names if name in line.value}
         rows[line.value["id"]] = Row(**known)
     return rows
 
@@ -293,5 +294,6 @@ def _row_problem(value: Any) -> str | None:
     return f"{wrong[0]}: not of the right type" if wrong else None
 
 
-ADDED_LATER = ("prompt_tokens", "several_statements", "result_sha256", "error_class")
+NOT_COMPARED = ("gold_sample", "result_sample")
+ADDED_LATER = ("prompt_tokens", "several_statements", "result_sha256", "error_class", *NOT_COMPARED)
 """Fields of a row that a comparison can do without."""

@@ -11,6 +11,8 @@ from finetune.evaluation.error_classes import ERROR_CLASSES
 from finetune.evaluation.paired import Pair, error_class
 from finetune.evaluation.questions import short_hash
 from finetune.evaluation.score import Row
+from finetune.report.bars import LEVELS, Bar
+from finetune.report.bars import Group as Bars
 from finetune.report.certainty import points
 from finetune.report.comparison import (
     Comparison,
@@ -27,13 +29,14 @@ from finetune.report.comparison import (
     signed,
     won,
 )
-from finetune.report.plots import Bar, Interval, Plot, draw_differences, draw_groups
-from finetune.report.render import Answer, Tile, clipped, pages
+from finetune.report.examples import Answer, clipped
+from finetune.report.pages import pages
+from finetune.report.plots import Interval, Plot, draw_differences
+from finetune.report.render import WILSON, Tile
 from finetune.runtime.files import as_text, kind_of, write_json, write_text
 
 MOST_LISTED = 200
 """Questions that the page shows of those won, and of those lost; compare.json has all."""
-LEVELS = ("easy", "medium", "hard", "extra")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Section:
     versus: Versus
     conclusion: str
     exceptions: list[str]
-    plots: list[Plot]
+    bars: list[Bars]
     differences: list[tuple[str, str, str, str, int, int, str]]
     tables: list[tuple[str, list[tuple[str, Group]]]]
     errors: list[tuple[str, Errors]]
@@ -83,17 +86,13 @@ def default_folder(comparison: Comparison) -> Path:
 
 def page(comparison: Comparison) -> str:
     """compare.html."""
-    several = len(comparison.versus) > 1
-    sections = [
-        _section(versus, f" ({number})" if several else "") for number, versus in enumerate(comparison.versus, 1)
-    ]
     content = {
         "comparison": comparison,
         "evaluation": comparison.reference.evaluation,
         "tiles": _tiles(comparison),
         "titles": {name: one.title for name, one in ERROR_CLASSES.items()},
         "plot": _differences_plot(comparison),
-        "sections": sections,
+        "sections": [_section(versus) for versus in comparison.versus],
     }
     return pages().get_template("compare.html.j2").render(content)
 
@@ -130,21 +129,18 @@ def _hundredfold(interval: tuple[float, float]) -> tuple[float, float]:
     return 100 * interval[0], 100 * interval[1]
 
 
-def _section(versus: Versus, number: str) -> Section:
-    """number: what tells the titles of its plots from those of others, because each becomes an id of the page."""
+def _section(versus: Versus) -> Section:
     by_difficulty = groups(versus.pairs, lambda row: row.difficulty)
     levels = sorted(by_difficulty.items(), key=lambda item: LEVELS.index(item[0]) if item[0] in LEVELS else len(LEVELS))
     databases = list(groups(versus.pairs, lambda row: row.db_id).items())
     titles = ("By difficulty", "By database")
-    plots = draw_groups(
-        [(f"{title}{number}", _bars(found)) for title, found in zip(titles, (levels, databases), strict=True)],
-        (versus.reference.label, versus.challenger.label),
-    )
+    labels = versus.reference.label, versus.challenger.label
+    bars = [Bars(title, WILSON, _bars(found), labels) for title, found in zip(titles, (levels, databases), strict=True)]
     return Section(
         versus=versus,
         conclusion=conclusion(versus),
         exceptions=exceptions(versus),
-        plots=plots,
+        bars=bars,
         differences=_differences(versus),
         tables=list(zip(titles, (levels, databases), strict=True)),
         errors=list(errors(versus.pairs).items()),

@@ -33,7 +33,6 @@ COLOURS = {
 
 WIDTH = 4.7  # inches, 338 SVG units: about 1:1 on a phone, where the text is then 10 pixels high
 SMOOTH_FROM = 40  # from this number of logged losses on, a running mean is drawn over the raw line
-MAX_BARS = 8
 
 Series = list[tuple[float, float]]
 
@@ -47,33 +46,8 @@ class Plot:
     svg: str = ""
 
 
-@dataclass(frozen=True)
-class Bar:
-    """The questions of one group, and how many each model answered correctly; None if it was not evaluated."""
-
-    name: str
-    questions: int
-    base: int | None
-    tuned: int | None
-
-
-def group_bars(base: dict[str, Any], tuned: dict[str, Any]) -> list[Bar]:
-    """Both models' `{group: {"correct", "questions"}}` as bars: difficulties from easy to extra, other groups by name."""
-    order = {"easy": 0, "medium": 1, "hard": 2, "extra": 3}
-    names = sorted({**base, **tuned}, key=lambda name: (order.get(name, len(order)), name))
-    return [
-        Bar(
-            name,
-            (base | tuned)[name]["questions"],
-            base[name]["correct"] if name in base else None,
-            tuned[name]["correct"] if name in tuned else None,
-        )
-        for name in names
-    ]
-
-
-def draw_plots(history: Sequence[Row], difficulty: Sequence[Bar], databases: Sequence[Bar]) -> list[Plot]:
-    """All plots in the order in which the report shows them.
+def draw_plots(history: Sequence[Row]) -> list[Plot]:
+    """The curves of a training in the order in which the report shows them.
 
     history: logged rows of run.json, each with `step` and some of `loss`, `eval_loss`, `learning_rate`,
     `grad_norm`, `tokens_per_second`. If a resumed run logged a step twice, the later row is used.
@@ -84,8 +58,6 @@ def draw_plots(history: Sequence[Row], difficulty: Sequence[Bar], databases: Seq
             _line_plot("Learning rate", _series(history, "learning_rate"), "highest {high:.2g}, last {last:.2g}"),
             _line_plot("Tokens per second", _series(history, "tokens_per_second"), "median {median:,.0f}"),
             _line_plot("Gradient norm", _series(history, "grad_norm"), "median {median:.2g}, highest {high:.2g}"),
-            _bar_plot("Accuracy by difficulty", difficulty),
-            _bar_plot("Accuracy by database", databases),
         ]
 
 
@@ -154,15 +126,6 @@ def draw_curves(title: str, curves: Sequence[Curve], comparisons: Sequence[int])
         return _plot(figure, title, "vertical lines: where trials are compared", spoken)
 
 
-def draw_groups(titles_and_bars: Sequence[tuple[str, Sequence[Bar]]], labels: tuple[str, str]) -> list[Plot]:
-    """Accuracy by group of two models of these names, the first as `base`; the titles must differ."""
-    with _styled():
-        return [
-            _bar_plot(title, bars, tuple(f" {_label(label)}" for label in labels), "all are in the table")
-            for title, bars in titles_and_bars
-        ]
-
-
 @contextmanager
 def _styled() -> Iterator[None]:
     import matplotlib
@@ -171,11 +134,6 @@ def _styled() -> Iterator[None]:
         matplotlib.rcdefaults()  # the user's matplotlibrc must not change the report
         matplotlib.rcParams.update(_STYLE)
         yield
-
-
-def _short(name: str) -> str:
-    name = visible(name, one_line=True)
-    return name if len(name) <= 16 else name[:15] + "…"
 
 
 def _label(name: str) -> str:
@@ -253,46 +211,6 @@ def _line_plot(title: str, series: Series, caption: str) -> Plot:
     axes.grid(axis="y")
     text = caption.format(high=values[-1], median=values[len(values) // 2], last=series[-1][1])
     return _plot(figure, title, text)
-
-
-def _bar_plot(
-    title: str,
-    bars: Sequence[Bar],
-    labels: Sequence[str] = ("base model", "tuned model"),
-    others: str = "all are in report.md",
-) -> Plot:
-    """Percentage of correct answers in each group, base above tuned, with the counts beside the bars. labels: of the two, where
-    matplotlib shows none that begins with an underscore. others: where the groups are that do not fit."""
-    if not bars:
-        return Plot(title, "Not evaluated.")
-    shown = sorted(bars, key=lambda bar: -bar.questions)[:MAX_BARS] if len(bars) > MAX_BARS else bars
-    figure, axes = _figure(0.8 + 0.4 * len(shown))
-    models = [name for name in ("base", "tuned") if any(getattr(bar, name) is not None for bar in shown)]
-    height = 0.7 / max(len(models), 1)
-    for number, model in enumerate(models):
-        axes.barh(
-            [row + (number - (len(models) - 1) / 2) * height for row in range(len(shown))],
-            [100 * (getattr(bar, model) or 0) / max(bar.questions, 1) for bar in shown],
-            height=height,
-            color=COLOURS["before" if model == "base" else "after"],
-            label=labels[model == "tuned"],
-        )
-    for row, bar in enumerate(shown):
-        axes.text(102, row, counts(bar), va="center", color=COLOURS["muted"])
-    axes.set_yticks(range(len(shown)), [_short(bar.name) for bar in shown], color=COLOURS["ink"])
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("% answered with the right rows")
-    axes.grid(axis="x")
-    figure.legend(loc="outside upper left", ncols=2)
-    caption = f"the {len(shown)} of {len(bars)} with most questions; {others}" if len(shown) < len(bars) else ""
-    return _plot(figure, title, caption, spoken="; ".join(f"{bar.name}: {counts(bar)}" for bar in shown))
-
-
-def counts(bar: Bar) -> str:
-    """`3 → 12 of 40`: correct answers of the base model, of the tuned model, and questions."""
-    known = [str(count) for count in (bar.base, bar.tuned) if count is not None]
-    return f"{' → '.join(known)} of {bar.questions}"
 
 
 def _series(history: Sequence[Row], key: str) -> Series:

@@ -1,48 +1,46 @@
 """Writes the report of a run, on one page: run.json + eval.json -> report.html, report.md and summary.json.
 
-This module computes the figures and sentences, `caveats` the warnings and `plots` the plots; the templates define the layout,
-and `source` reads the input. A missing part (no evaluation, no base model, a run that stopped early) is reported as such and
-does not prevent the report.
+This module computes the figures and sentences, `caveats` the warnings, `bars` and `plots` the figures, `questions` the table of
+all questions; the templates define the layout, and `source` reads the input. A missing part (no evaluation, no base model, a run
+that stopped early) is reported as such and does not prevent the report.
 """
 
 from __future__ import annotations
 
-import hashlib
-import html
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from finetune.report.bars import Group, group_bars, overall
 from finetune.report.beyond_greedy import sentences, variants
 from finetune.report.caveats import caveats, how_it_stopped
-from finetune.report.certainty import certainty, intervals_in_words
+from finetune.report.certainty import certainty, intervals_in_words, points
 from finetune.report.errors import error_rows
-from finetune.report.plots import counts, draw_plots, group_bars
+from finetune.report.examples import examples
+from finetune.report.machines import capability, machines
+from finetune.report.pages import embedded, pages, script
+from finetune.report.plots import draw_plots
+from finetune.report.questions import MEANING, questions_data
 from finetune.report.score_facts import facts
 from finetune.report.source import (
     Json,
     Source,
     attempt_rows,
     budget_lines,
+    dig,
     finite,
     memory_lines,
     number,
     read_run,
 )
-from finetune.runtime.console import visible
 from finetune.runtime.files import write_json, write_text
 from finetune.runtime.typed_json import encode
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-EXAMPLES = 4  # shown per outcome
+WILSON = "right answers with their 95% intervals over questions (Wilson)"
 QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'|`[^`]*`")
 AFTER_WORDS = ("table", "named")
 """Words that SQLite's messages put before a name without quotes: table t has no column named c."""
-MAX_CHARACTERS = 600  # shown of one answer; that of a base model may be pages long
 
 
 @dataclass(frozen=True)
@@ -53,23 +51,6 @@ class Tile:
     value: str
     note: str
     basis: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    label: str
-    text: str
-    verdict: str = ""
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """One outcome, the number of questions with it, and a few of them with their answers side by side."""
-
-    title: str
-    total: int
-    shown: list[tuple[Json, list[Answer]]]
 
 
 def write_report(run_dir: Path) -> Json:
@@ -130,6 +111,8 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
     only = "" if len(models) != 1 else " (tuned model only)" if source.tuned else " (base model only)"
     correct = " → ".join(str(model["correct"]) for model in models)
     scored = f"{correct} of {summary['questions']} questions{only}" if models else "not evaluated"
+    if models and (interval := models[-1].get("execution_accuracy_interval95")):
+        scored += f", 95% interval {points(interval)}"
     valid = f"ran without an error{only}" if models else "not evaluated"
     run = source.run
     clock = "wall clock" if run.attempts == 1 else f"wall clock of {run.attempts} attempts"
@@ -185,58 +168,28 @@ def kind_of_error(message: str) -> str:
     return re.sub(r"[\w.]+\(\)", "…()", re.sub(r"\b\d+\b", "N", text))
 
 
-def examples(source: Source) -> list[Examples]:
-    """A few questions of each outcome, selected by the hash of their id: reproducible and not hand-picked."""
-    known = {name: {str(row["id"]): row for row in rows} for name, rows in source.rows.items()}
-    titles: dict[tuple[bool, ...], str] = {(True,): "Right", (False,): "Wrong"}
-    if len(known) == 2:
-        titles = {(False, True): "Won", (True, False): "Lost", (False, False): "Still wrong"}
-    groups: dict[tuple[bool, ...], list[list[tuple[str, Json]]]] = {outcome: [] for outcome in titles}
-    shared = set.intersection(*map(set, known.values())) if known else set()
-    for name in sorted(shared, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        pair = [(model, known[model][name]) for model in sorted(known)]
-        groups.get(tuple(row["verdict"] == "correct" for _, row in pair), []).append(pair)
-    return [
-        Examples(titles[outcome], len(pairs), [(pair[0][1], _answers(pair)) for pair in pairs[:EXAMPLES]])
-        for outcome, pairs in groups.items()
-        if known
-    ]
-
-
-def pages() -> Environment:
-    """The templates. Text of questions, SQL and error messages is escaped for HTML or Markdown."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("finetune.report"),
-        autoescape=lambda name: ".html" in str(name),
-        undefined=jinja2.ChainableUndefined,
-        finalize=lambda value: visible(value) if type(value) is str else value,  # a Markup is our own
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(inline=_markdown_inline, counts=counts)
-    return environment
-
-
 def render(source: Source, summary: Json) -> dict[str, str]:
     """File name -> page."""
     from omegaconf import OmegaConf
 
-    keys = ("by_difficulty", "by_database")
-    groups = {key: group_bars(source.base.get(key) or {}, source.tuned.get(key) or {}) for key in keys}
+    environment = pages()
     content = {
         "source": source,
-        "record": encode(source.run),
+        "record": _record(source),
         "summary": summary,
         "headline": headline(source),
         "tiles": tiles(source, summary),
-        "groups": groups,
-        "plots": draw_plots(source.run.history or [], *groups.values()),
+        "machines": machines(source.run, source.folder),
+        "capability": capability,
+        "groups": _groups(source),
+        "plots": draw_plots(source.run.history or []),
         "verdicts": verdicts(source),
+        "meaning": MEANING,
         "error_rows": error_rows(source),
         "errors": {name: common_errors(rows) for name, rows in source.rows.items()},
         "examples": examples(source),
+        "questions": embedded(questions_data(source)) if source.rows else None,
+        "script": script(environment, "table.js", "questions.js"),
         "certainty": certainty(source),
         "variants": variants(source.tuned),
         "variant_sentences": sentences(source.tuned),
@@ -247,25 +200,25 @@ def render(source: Source, summary: Json) -> dict[str, str]:
         "attempts": attempt_rows(source.run),
         "yaml": lambda value: OmegaConf.to_yaml(OmegaConf.create(value)),
     }
-    names, environment = ("report.html", "report.md"), pages()
-    return {name: environment.get_template(f"{name}.j2").render(content) for name in names}
+    return {name: environment.get_template(f"{name}.j2").render(content) for name in ("report.html", "report.md")}
 
 
-def _answers(known: list[tuple[str, Json]]) -> list[Answer]:
-    """The gold SQL and each model's SQL, or its raw answer if that contains no SQL."""
-    answers = [Answer("gold", str(known[0][1].get("gold")))]
-    for name, row in known:
-        text = clipped(str(row.get("prediction") or row.get("answer") or "(nothing)"))
-        answers.append(Answer(f"{name} model", text, row["verdict"], str(row.get("error") or "")))
-    return answers
+def _groups(source: Source) -> list[Group]:
+    """The shares of right answers; empty if nothing was evaluated."""
+    base, tuned = source.base, source.tuned
+    if not base and not tuned:
+        return []
+    by = {key: group_bars(base.get(key) or {}, tuned.get(key) or {}) for key in ("by_difficulty", "by_database")}
+    return [
+        Group("Accuracy by difficulty", WILSON, [overall(base, tuned), *by["by_difficulty"]]),
+        Group("Accuracy by database", WILSON, by["by_database"]),
+    ]
 
 
-def clipped(text: str) -> str:
-    more = len(text) - MAX_CHARACTERS
-    return text[:MAX_CHARACTERS] + (f" … ({more} more characters)" if more > 0 else "")
-
-
-def _markdown_inline(value: object) -> str:
-    """The text on one line, escaped so that Markdown shows it literally."""
-    text = html.escape(" ".join(visible(str(value)).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)
+def _record(source: Source) -> Json:
+    """run.json as the report shows it."""
+    record: Json = encode(source.run)
+    gpu = dig(record, "hardware.gpu")
+    if gpu and gpu.get("compute_capability") is not None:
+        gpu["compute_capability"] = capability(gpu["compute_capability"])
+    return record

@@ -8,8 +8,8 @@ from typing import Any
 
 from finetune.budget.ledger import Account, Ledger
 from finetune.errors import UserError
+from finetune.report.pages import pages
 from finetune.report.plots import Curve, Series, draw_curves
-from finetune.report.render import pages
 from finetune.run_folder import RunFolder
 from finetune.run_name import SWEEPS
 from finetune.run_record import RunRecord

@@ -21,7 +21,9 @@ from finetune.evaluation.generators import hf
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.evaluation.score import Row
 from finetune.evaluation.statistics import wilson_interval
+from finetune.report.questions import questions_data
 from finetune.report.render import write_report
+from finetune.report.source import read_run
 from finetune.run_folder import RunFolder, open_run
 from finetune.run_record import DataRecord
 from finetune.sql.compare import RULES
@@ -143,6 +145,39 @@ def test_every_row_holds_the_hash_of_its_exact_prompt(run: RunFolder, speak: Any
     rows = read_jsonl(run.eval_rows("tuned"))
     assert [line["prompt_sha256"] for line in rows] == [hashlib.sha256(prompt).hexdigest() for prompt in prompts]
     assert [line["gold"] for line in rows] == [record.sql for record in records]
+
+
+def test_the_report_has_the_prompt_and_the_rows_of_every_question(run: RunFolder, speak: Any, tiny_data: Path) -> None:
+    speak(base=lambda gold: "SELECT name FROM item WHERE id = -1", tuned=lambda gold: gold)
+    evaluate_run(run, progress=False)
+    data = questions_data(read_run(run.path))
+    records = {record.id: record for record in load_prepared(tiny_data).records("test")}
+    assert {one["id"] for one in data["questions"]} == set(records) and len(data["starts"]) == 1
+    for one in data["questions"]:
+        start, rest = one["prompt"]
+        assert data["starts"][start] + rest == PromptTemplate().render_record(records[one["id"]])
+        base, tuned = one["answers"]
+        assert data["tables"][base["rows"]]["note"] == "no rows"
+        assert data["tables"][tuned["rows"]] == data["tables"][one["rows"]] and data["tables"][one["rows"]]["rows"]
+
+
+def test_a_base_score_of_an_earlier_version_is_judged_again_for_its_rows_and_not_asked(
+    run: RunFolder, speak: Any
+) -> None:
+    speak()
+    before = evaluate_run(run, progress=False)["models"]["base"]
+    (kept,) = (run.path.parent / "base").iterdir()
+    score = scored(kept / evaluation_run.SCORE)
+    del score["sampled"]
+    (kept / evaluation_run.SCORE).write_text(json.dumps(score))
+    lines = read_jsonl(kept / evaluation_run.ROWS)
+    for line in lines:
+        del line["gold_sample"], line["result_sample"]
+    (kept / evaluation_run.ROWS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = speak()
+    after = evaluate_run(run, progress=False)["models"]["base"]
+    assert asked == [] and after["correct"] == before["correct"] and "sampled" not in after
+    assert all(line["gold_sample"] for line in read_jsonl(run.eval_rows("base")))
 
 
 # base and tuned model answer the same questions

@@ -14,12 +14,12 @@ class JsonHandler(BaseHTTPRequestHandler):
     """Sends what `answer` says."""
 
     def answer(self) -> tuple[int, Any]:
-        """Status code and JSON for this request, whose method is in `command`."""
+        """Status code and JSON for this request, whose method is in `command`; bytes are sent as they are."""
         raise NotImplementedError
 
     def do_GET(self) -> None:
         code, value = self.answer()
-        body = json.dumps(value).encode()
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

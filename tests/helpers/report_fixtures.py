@@ -257,19 +257,36 @@ def spending() -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """The tags, attributes and visible text of a page, as a browser reads them."""
+    """The tags, attributes, visible text and scripts (type, content) of a page, as a browser reads them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.scripts: list[tuple[str, str]] = []
+        self._script: str | None = None
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self._script = dict(attrs).get("type") or ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self._script = None if tag == "script" else self._script
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self._script is None:
+            self.text += data
+        else:
+            self.scripts.append((self._script, data))
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page embeds as JSON."""
+        [found] = [content for kind, content in self.scripts if kind == "application/json"]
+        value: dict[str, Any] = json.loads(found)
+        return value
 
     def values(self, name: str) -> list[str]:
         return [value or "" for _, attrs in self.tags for key, value in attrs.items() if key == name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import hashlib
 import json
 import os
 import re
@@ -15,9 +17,20 @@ import pytest
 
 from finetune.report import plots as report_plots
 from finetune.report import render as report_render
+from finetune.report.examples import EXAMPLES, examples
 from finetune.report.source import read_run
 from tests.helpers.errors import raises
-from tests.helpers.report_fixtures import MODEL, Page, build_run, change, history, rows, write, write_evaluation
+from tests.helpers.report_fixtures import (
+    MODEL,
+    Page,
+    build_run,
+    change,
+    history,
+    rows,
+    wilson,
+    write,
+    write_evaluation,
+)
 
 OUTPUTS = ("report.html", "report.md", "summary.json")
 EVIL = "<script>alert('x')</script>\n# Heading\n```\n| [link](javascript:x) & \"quotes\""
@@ -72,10 +85,18 @@ def test_both_reports_open_with_the_result_in_one_sentence(full: Path) -> None:
 
 
 def test_sections_stand_in_the_agreed_order(full: Path) -> None:
-    titles = ["What went wrong", "Examples", "How certain is it?", "Run record", "Caveats"]
-    for text, plots in zip(texts(full), ("Plots", "Accuracy by group"), strict=True):
-        places = [text.index(f"{title}\n") for title in [plots, *titles]]
+    titles = ["Accuracy by group", "What went wrong", "Examples", "How certain is it?", "Run record"]
+    for text in texts(full):
+        places = [text.index(f"{title}\n") for title in titles]
         assert places == sorted(places)
+
+
+def test_score_caveats_and_machine_come_before_everything_else(full: Path) -> None:
+    for text in texts(full):
+        head = text[: text.index("Execution accuracy")]
+        assert "Answers 50 of 150" in head and "Few questions: each of the 150" in head
+        assert "Trained on AMD EPYC 7B13, 2 cores" in head
+        assert text.count("Few questions") == 1, "said once, where the score is"
 
 
 def test_every_key_figure_says_where_it_comes_from(run_dir: Path) -> None:
@@ -91,17 +112,21 @@ def test_every_key_figure_says_where_it_comes_from(run_dir: Path) -> None:
 
 def test_the_page_asks_for_nothing_outside_itself(full: Path, page: Page) -> None:
     html = (full / "report.html").read_text(encoding="utf-8")
-    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert not {"link", "img", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert not page.values("src") and not re.search(r"\b(fetch|XMLHttpRequest|import)\s*\(", html)
     links = [*page.values("href"), *page.values("xlink:href"), *page.values("src")]
     assert links and all(link.startswith("#") for link in links)
     assert "@import" not in html and not re.search(r"url\((?!#)", html)
     assert not re.search(r"https?://", html)
-    assert any("default-src 'none'" in policy for policy in page.values("content"))
+    [policy] = [policy for policy in page.values("content") if "default-src 'none'" in policy]
+    [(kind, script)] = [one for one in page.scripts if one[0] != "application/json"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert kind == "" and f"script-src 'sha256-{digest}';" in policy, "one script may run, and no other"
 
 
 def test_ids_are_unique_over_all_plots_and_every_reference_has_its_target(full: Path, page: Page) -> None:
     ids = page.values("id")
-    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 6
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 4
     assert len(ids) == len(set(ids)) > 100
     html = (full / "report.html").read_text(encoding="utf-8")
     targets = {link[1:] for link in page.values("xlink:href")} | set(re.findall(r"url\(#([^)]+)\)", html))
@@ -112,7 +137,27 @@ def test_every_plot_has_a_text_alternative(page: Page) -> None:
     labels = [attrs.get("aria-label") or "" for tag, attrs in page.tags if tag == "svg"]
     assert all(attrs.get("role") == "img" for tag, attrs in page.tags if tag == "svg")
     assert "training 2.34 to 0.316, validation 1.09 to 0.504" in labels[0]
-    assert "easy: 4 → 26 of 50" in labels[4] and "school: 1 → 0 of 25" in labels[5]
+
+
+def test_every_bar_has_its_interval_and_every_database_its_whole_name(run_dir: Path) -> None:
+    base, tuned = rows(300)
+    for row in base + tuned:
+        row["db_id"] += f"_with_a_long_name_{int(row['id'][-4:]) % 5}"
+    write_evaluation(run_dir, base=base, tuned=tuned)
+    report_render.write_report(run_dir)
+    page = Page((run_dir / "report.html").read_text(encoding="utf-8"))
+    classes = page.values("class")
+    fills = sum(name.startswith("fill ") for name in classes)
+    assert fills == classes.count("whisker") == 2 * (1 + 4 + 30), (
+        "all questions, 4 difficulties, 30 databases, 2 models"
+    )
+    scores = json.loads((run_dir / "eval.json").read_text())["models"]["tuned"]["by_database"]
+    for text in (page.text, (run_dir / "report.md").read_text().replace("\\", "")):
+        for name, group in scores.items():
+            low, high = (100 * bound for bound in wilson(group["correct"], group["questions"]))
+            share = 100 * group["correct"] / group["questions"]
+            assert name in text
+            assert f"{group['correct']} of {group['questions']}, {share:.1f}% ({low:.1f} to {high:.1f})" in text
 
 
 def test_every_colour_of_the_plots_is_defined_for_light_and_for_dark(full: Path) -> None:
@@ -121,7 +166,7 @@ def test_every_colour_of_the_plots_is_defined_for_light_and_for_dark(full: Path)
     light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[:2]
     svgs = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     used = set(re.findall(r"var\(--(\w+)\)", svgs))
-    assert used == set(report_plots.COLOURS)
+    assert {"ink", "after", "second"} <= used <= set(report_plots.COLOURS)
     assert all(f"--{name}: " in light and f"--{name}: " in dark for name in used)
     assert all(f"--{name}: {colour};" in light for name, colour in report_plots.COLOURS.items())
     assert not re.search(r"#[0-9a-f]{6}\b", svgs)
@@ -137,8 +182,9 @@ def test_untrusted_text_is_escaped(run_dir: Path) -> None:
     report_render.write_report(run_dir)
     html, markdown = ((run_dir / name).read_text(encoding="utf-8") for name in OUTPUTS[:2])
     page = Page(html)
-    assert "script" not in {tag for tag, _ in page.tags} and page.text.count("<script>alert('x')") > 10
-    assert any(EVIL in label for label in page.values("aria-label"))
+    assert [kind for kind, _ in page.scripts] == ["application/json", ""], "the data and our script, nothing else"
+    assert page.text.count("<script>alert('x')") > 10
+    assert {one["question"] for one in page.data["questions"]} == {EVIL}
     outside_code = [line for line in markdown.splitlines() if not line.startswith("    ")]
     assert not any("<script" in line or line.startswith(("# Heading", "```")) for line in outside_code)
     assert not any(re.search(r"(?<!\\)\[link", line) for line in outside_code)
@@ -252,7 +298,7 @@ def test_the_same_run_gives_the_same_bytes(full: Path) -> None:
 
 
 def test_examples_are_sorted_into_won_lost_and_still_wrong(run_dir: Path) -> None:
-    groups = report_render.examples(read_run(run_dir))
+    groups = examples(read_run(run_dir))
     gain = json.loads((run_dir / "eval.json").read_text())["gain"]
     assert [(group.title, group.total) for group in groups] == [
         ("Won", gain["won"]),
@@ -260,25 +306,25 @@ def test_examples_are_sorted_into_won_lost_and_still_wrong(run_dir: Path) -> Non
         ("Still wrong", gain["neither"]),
     ]
     for group, right in zip(groups, [(False, True), (True, False), (False, False)], strict=True):
-        assert len(group.shown) == min(group.total, report_render.EXAMPLES)
+        assert len(group.shown) == min(group.total, EXAMPLES)
         for row, (gold, base, tuned) in group.shown:
             assert gold.text == row["gold"]
             assert (base.verdict == "correct", tuned.verdict == "correct") == right
 
 
 def test_examples_do_not_depend_on_the_order_of_the_answers(run_dir: Path) -> None:
-    before = report_render.examples(read_run(run_dir))
-    assert [row["id"][-4:] for row, _ in before[0].shown] == ["0042", "0008", "0140", "0026"]
+    before = examples(read_run(run_dir))
+    assert [row["id"][-4:] for row, _ in before[0].shown] == ["0042", "0140", "0008", "0000"]
     for path in (run_dir / "eval").iterdir():
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    assert report_render.examples(read_run(run_dir)) == before
+    assert examples(read_run(run_dir)) == before
 
 
 def test_a_rambling_answer_is_cut_and_says_so(run_dir: Path) -> None:
     base, tuned = rows(1)
     tuned[0] |= {"prediction": "", "answer": "word " * 400, "verdict": "no_sql"}
     write_evaluation(run_dir, base=base, tuned=tuned)
-    answer = report_render.examples(read_run(run_dir))[2].shown[0][1][2]
+    answer = examples(read_run(run_dir))[2].shown[0][1][2]
     assert answer.text.endswith("… (1400 more characters)") and len(answer.text) < 650
 
 
@@ -298,28 +344,17 @@ def test_errors_are_counted_by_kind() -> None:
     ]
 
 
-def test_with_many_databases_the_plot_shows_the_largest_and_the_markdown_all(run_dir: Path) -> None:
-    base, tuned = rows(300)
-    for row in base + tuned:
-        row["db_id"] += f"_{int(row['id'][-4:]) % 5}"
-    write_evaluation(run_dir, base=base, tuned=tuned)
-    report_render.write_report(run_dir)
-    html, markdown = texts(run_dir)
-    assert "the 8 of 30 with most questions; all are in report.md" in html
-    assert len(re.findall(r"^\| \S+\\_\d \|", markdown, re.MULTILINE)) == 30
-
-
 def test_a_step_that_a_resumed_run_logged_twice_is_drawn_once() -> None:
     logged = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}, {"step": 2, "loss": 3.0}]
-    assert report_plots.draw_plots(logged, [], [])[0].caption == "training 9 to 3"
+    assert report_plots.draw_plots(logged)[0].caption == "training 9 to 3"
 
 
 def test_plots_ignore_and_keep_the_users_matplotlib_settings() -> None:
     import matplotlib
 
-    plain = report_plots.draw_plots(history(20), [], [])
+    plain = report_plots.draw_plots(history(20))
     with matplotlib.rc_context({"font.size": 31, "xtick.major.size": 9}):
-        assert report_plots.draw_plots(history(20), [], []) == plain
+        assert report_plots.draw_plots(history(20)) == plain
         assert matplotlib.rcParams["font.size"] == 31
 
 

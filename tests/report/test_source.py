@@ -184,7 +184,7 @@ def test_a_reason_that_contains_markup_is_escaped(tmp_path: Path) -> None:
         tmp_path / "evil", attempt_log=[{"attempt": 1, "reason": evil}], spending={"usd": 1.0, "basis": evil}
     )
     write_report(run_dir)
-    assert "<script>" not in (run_dir / "report.html").read_text()
+    assert "<script>alert" not in (run_dir / "report.html").read_text()
     html, markdown = pages(run_dir)
     assert html.count(evil) == 2 and "<script>" not in markdown.split("## Run record")[0]
     assert r"\| \*x\* |" in markdown

@@ -16,6 +16,8 @@ from finetune.cloud.gcloud import bucket_files
 from finetune.cloud.gcloud.bucket_files import copy_small_files
 from tests.helpers.errors import raises
 from tests.helpers.json_server import JsonHandler, serving
+from tests.helpers.report_fixtures import Page
+from tests.helpers.scored_runs import scored_run
 
 BUCKET = "my-bucket"
 
@@ -47,7 +49,7 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage
             if "/o/" in url.path:
                 name = unquote(url.path.partition("/o/")[2])
                 kept.fetched.append(name)
-                return 200, json.loads(kept.objects[name]) if name.endswith("json") else kept.objects[name]
+                return 200, kept.objects[name].encode()
             if url.path.endswith(f"/b/{BUCKET}"):  # what nobody needs who only reads objects
                 return 403, {"error": {"code": 403, "message": "does not have storage.buckets.get access"}}
             if f"/b/{BUCKET}/" not in url.path:
@@ -118,6 +120,27 @@ def test_runs_of_a_bucket_are_shown(storage: Storage, capsys: pytest.CaptureFixt
     storage.put("runs/mine/run.json", '{"status": "done"}')
     assert main(["runs", f"gs://{BUCKET}/runs"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["mine", "done"]
+
+
+def test_a_page_of_a_buckets_runs_leads_to_copied_reports_and_can_compare(
+    storage: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, right in (("a", 0.3), ("b", 0.7)):
+        run = scored_run(tmp_path / "there", name, right=right, questions=12)
+        for path in sorted(path for path in run.rglob("*") if path.is_file()):
+            storage.put(f"runs/{name}/{path.relative_to(run)}", path.read_text(encoding="utf-8"))
+        storage.put(f"runs/{name}/config.yaml", "")
+        storage.put(f"runs/{name}/report.html", "<p>report</p>")
+        storage.put(f"runs/{name}/checkpoints/step-1/trainer.pt", "large")
+    assert main(["runs", f"gs://{BUCKET}/runs", "--html", "--output", str(tmp_path / "all.html")]) == 0
+    assert capsys.readouterr().out == f"page: {tmp_path / 'all.html'}\n"
+    found = Page((tmp_path / "all.html").read_text(encoding="utf-8")).data["runs"]
+    assert [(tmp_path / one["report"]).read_text() for one in found] == ["<p>report</p>"] * 2
+    assert all(one["compared"]["bits"] for one in found) and found[0]["accuracy"] != found[1]["accuracy"]
+    assert not any("checkpoints" in name for name in storage.fetched)
+    assert main(["runs", f"gs://{BUCKET}/runs", "--html"]) == 0
+    [_, _, page] = capsys.readouterr().out.partition("page: ")
+    assert Path(page.strip()).is_file() and Path(page.strip()).is_relative_to(tmp_path / "cache"), "in the copy"
 
 
 def test_a_run_of_a_bucket_is_watched(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:
