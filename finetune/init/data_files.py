@@ -15,6 +15,7 @@ from finetune.init.known_sets import source_lines
 from finetune.init.look import DATABASES, Found
 from finetune.init.place import write_file
 from finetune.project_folder import ProjectFolder
+from finetune.runtime.paths import escaped
 
 PAIRS, SYNTHETIC, SCHEMA = "data/pairs.jsonl", "data/synthetic.jsonl", "data/schema.sql"
 
@@ -28,7 +29,7 @@ def write_data(part: Path, folder: Path, found: Found, before: ProjectFolder | N
     if database is not None and not database.is_folder:
         write_file(part, SCHEMA, database.schemas[database.db_id] + "\n")
     if database is not None and database.is_folder:
-        databases = f", databases: {json.dumps(str(database.path.resolve()), ensure_ascii=False)}"
+        databases = f", databases: {json.dumps(escaped(str(database.path.resolve())), ensure_ascii=False)}"
     elif database is not None and database.is_executable:
         databases = f", databases: {DATABASES}"
         _write_database(part, folder, database)

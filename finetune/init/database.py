@@ -21,7 +21,7 @@ from finetune.sql.tables import Table
 ENGINE = ENGINES["sqlite"]
 COPIED_BYTES = 64 << 20
 """A larger database is linked to, not copied: `data prepare` reads it where it is."""
-SECONDS = 10.0
+SECONDS = 2.0
 """For a look at one table."""
 DUMPS = {"-- PostgreSQL database": "postgres", "-- MySQL dump": "mysql", "-- MariaDB dump": "mysql"}
 """How the dumps of database servers begin -> their dialect."""

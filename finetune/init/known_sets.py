@@ -10,6 +10,7 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.runtime.files import LARGEST_FILE, parse_json, read_text
+from finetune.runtime.paths import escaped
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TESTS = ("dev", "validation", "val", "test")
@@ -109,7 +110,9 @@ def _is_question(entry: object) -> bool:
 
 def source_lines(known: KnownSet) -> list[str]:
     """The entries of data.sources, in YAML's flow style, which JSON is part of."""
-    where = {"kind": "spider", "path": known.path} | ({"revision": known.revision} if known.revision else {})
+    where = {"kind": "spider", "path": known.path if known.revision else escaped(known.path)} | (
+        {"revision": known.revision} if known.revision else {}
+    )
     found = [_flow(where | {"files": list(known.train)})]
     if known.test:
         found.append(_flow(where | {"files": list(known.test), "split": "test"}))

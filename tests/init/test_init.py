@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -277,6 +279,22 @@ def test_an_answer_that_is_no_choice_is_asked_again(library: Path) -> None:
     ask, prompts = asked(["quick", "fast"])
     init(Wanted(Path("shop"), library), ask, lambda line: None)
     assert len(prompts) == 2 and read_project(Path("shop")).asked["goal"] == "fast"  # type: ignore[union-attr]
+
+
+def test_a_person_at_a_terminal_is_asked(library: Path) -> None:
+    """The real command at a pseudo-terminal, with two of three answers typed."""
+    here, there = os.openpty()
+    command = [sys.executable, "-m", "finetune", "init", "shop"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+    process = subprocess.Popen(command, stdin=there, stdout=there, stderr=there, env=env)
+    os.close(there)
+    os.write(here, b"library.sqlite\n\nfast\n")
+    printed = b""
+    with suppress(OSError):  # the terminal is gone when the process has ended
+        while part := os.read(here, 65536):
+            printed += part
+    assert process.wait(timeout=60) == 0, printed
+    assert b"what matters more [cheap/fast] (cheap)" in printed and b"finetune launch sky/train_h100.yaml" in printed
 
 
 def test_nothing_is_asked_where_nobody_answers(capsys: Out) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.init.known_sets import ON_HUB, set_in_folder, set_on_hub, source_lines
+from finetune.runtime.paths import expanded
 from finetune.runtime.yaml_file import load_yaml
 from tests.helpers.errors import raises
 
@@ -34,6 +35,12 @@ def test_dev_is_the_test_set_and_the_others_train(tmp_path: Path) -> None:
         {"kind": "spider", "path": path, "files": ["train_others.json", "train_spider.json"]},
         {"kind": "spider", "path": path, "files": ["dev.json"], "split": "test"},
     ]
+
+
+def test_a_path_is_not_expanded_again(tmp_path: Path) -> None:
+    path = folder(tmp_path / "$HOME it's", train=2)
+    [source] = [load_yaml(line) for line in source_lines(set_in_folder(path))]
+    assert expanded(source["path"]) == str(path)
 
 
 def test_bird_and_a_set_with_one_file(tmp_path: Path) -> None:
