@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from finetune.budget.ledger import Account, Attempt
+from finetune.budget.attempts import Account, Attempt
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
 from finetune.runtime.quantities import duration

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from finetune.budget.ledger import METERED, PRICE
+from finetune.budget.attempts import METERED, PRICE
 from finetune.budget.meter import Meter
 from finetune.budget.newest_prices import look
 from finetune.budget.watchdog import THREADS, Event

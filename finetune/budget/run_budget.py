@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
-from finetune.budget.ledger import Attempt, Ledger
+from finetune.budget.attempts import Attempt
+from finetune.budget.ledger import Ledger
 from finetune.budget.meter import Meter
 from finetune.budget.price_watch import TOO_DEAR, PriceWatch
 from finetune.budget.watchdog import Watchdog

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from finetune.budget.ledger import Account, Attempt, Ledger
+from finetune.budget.attempts import Account, Attempt
+from finetune.budget.ledger import Ledger
 from finetune.budget.newest_prices import look
 from finetune.budget.price_watch import TOO_DEAR
 from finetune.errors import EXIT_TRANSIENT, EXIT_USER_ERROR, UserError

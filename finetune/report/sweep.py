@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.budget.ledger import Account, Ledger
+from finetune.budget.attempts import Account
+from finetune.budget.ledger import Ledger
 from finetune.errors import UserError
 from finetune.report.pages import pages
 from finetune.report.plots import Curve, Series, draw_curves

@@ -9,7 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from finetune.budget.ledger import Account, Attempt, Ledger
+from finetune.budget.attempts import Account, Attempt
+from finetune.budget.ledger import Ledger
 from finetune.report.source import Json, dig, finite, number
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord, UsageRecord

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finetune.budget.ledger import Ledger, Work
+from finetune.budget.attempts import Work
+from finetune.budget.ledger import Ledger
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, UserError
 from finetune.stage_end.following import needed, rounded_up
 from finetune.stage_end.tell import Next, cost_of_account, finetune

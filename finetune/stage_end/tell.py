@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from finetune.budget.ledger import Account
+from finetune.budget.attempts import Account
 from finetune.errors import UserError
 from finetune.machine.billed_time import process_age
 from finetune.machine.price import MachinePrice, machine_price

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.budget.ledger import Account, Ledger
+from finetune.budget.attempts import Account
+from finetune.budget.ledger import Ledger
 from finetune.errors import UserError
 from finetune.run_folder import RunFolder
 from finetune.runtime.confined import remove_file

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.budget.ledger import HEARTBEAT_RETENTION_SECONDS, METERED, AttemptLog, Ledger
+from finetune.budget.attempts import METERED
+from finetune.budget.ledger import HEARTBEAT_RETENTION_SECONDS, AttemptLog, Ledger
 from finetune.machine.price import MachinePrice
 from tests.helpers.errors import raises
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.budget.ledger import Attempt, Ledger
+from finetune.budget.attempts import Attempt
+from finetune.budget.ledger import Ledger
 from finetune.budget.watchdog import HEARTBEAT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from finetune.budget.ledger import Account, Attempt
+from finetune.budget.attempts import Account, Attempt
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.gce_bill import Price, Stretch

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetune.budget.ledger import Account, Ledger
+from finetune.budget.attempts import Account
+from finetune.budget.ledger import Ledger
 from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.pace import paid_seconds, wait_until
 from tests.emulated_cloud.reconciliation import check_nothing_left, reconcile

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from chaos.environment import ChaosEnvironment, make_environment
-from finetune.budget.ledger import Account, Ledger
+from finetune.budget.attempts import Account
+from finetune.budget.ledger import Ledger
 from finetune.checkpoint.store import CheckpointStore, Skipped
 from tests.emulated_cloud.environment import CloudEnvironment
 from tests.emulated_cloud.pace import wait_until

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from finetune.budget.ledger import Attempt, Ledger
+from finetune.budget.attempts import Attempt
+from finetune.budget.ledger import Ledger
 from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.catalog.fetch import VARIABLE
 from finetune.job import serve

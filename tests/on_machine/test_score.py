@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from finetune.budget.ledger import Account, Ledger
+from finetune.budget.attempts import Account
+from finetune.budget.ledger import Ledger
 from finetune.machine.billed_time import MARKER, machine_age, machine_identity
 from finetune.machine.price import MachinePrice
 from tests.helpers.machine_fixture import SET, CloudMachine, begin_run, lay_out_set, rent, wait_for

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.budget.ledger import Account, Ledger
+from finetune.budget.attempts import Account
+from finetune.budget.ledger import Ledger
 from finetune.job.serve import DAILY, DailyBudget, _export
 from finetune.job.settings import read_settings
 from finetune.machine.billed_time import MARKER, machine_age, machine_identity

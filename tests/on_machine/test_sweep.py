@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from finetune.budget.attempts import Account
 from finetune.budget.lease import Lease
-from finetune.budget.ledger import Account, Ledger
+from finetune.budget.ledger import Ledger
 from finetune.sweep.folder import SweepFolder
 from tests.helpers.machine_fixture import SET, CloudMachine, lay_out_set, rent, wait_for
 from tests.on_machine.test_score import mark_as_billed, prices
