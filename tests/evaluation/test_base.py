@@ -78,7 +78,11 @@ def test_the_base_models_score_is_cached_for_all_runs_of_its_output_folder(
     assert asked == ["base", "tuned", "tuned"]
     kept = only_cached(tmp_path)
     cached = json.loads((kept / evaluation_run.SCORE).read_text())
-    assert cached.pop("judged") and cached == {key: value for key, value in alone.items() if key != "cost"}
+    assert (
+        cached.pop("judged")
+        and cached.pop("sampled")
+        and cached == {key: value for key, value in alone.items() if key != "cost"}
+    )
     for run, result in zip(runs, results, strict=True):
         assert result["models"]["base"] == alone | {"rows": "eval/base.jsonl"}
         assert read_jsonl(run.eval_rows("base")) == read_jsonl(kept / evaluation_run.ROWS)
