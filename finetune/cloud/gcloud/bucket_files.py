@@ -68,10 +68,11 @@ def _update(bucket: Any, prefix: str, target: Path, wanted: re.Pattern[str]) -> 
             now[name] = generation
     finally:
         write_json(target / INDEX, known | now)
-    for name in known.keys() - now.keys():  # deleted in the bucket
+    others = {name: generation for name, generation in known.items() if not wanted.fullmatch(name)}
+    for name in known.keys() - now.keys() - others.keys():  # deleted in the bucket
         if path := within(target, name):
             remove_file(path, inside=target)
-    write_json(target / INDEX, now)
+    write_json(target / INDEX, others | now)
 
 
 def _index(target: Path) -> dict[str, int]:

@@ -43,7 +43,7 @@ const columns = [
   { key: "hours", label: "Hours", kind: "number", label_each: true, value: (row) => row.hours, cell: (row) => fixed(row.hours, 2) },
   { key: "usd", label: "$", kind: "number", label_each: true, value: (row) => row.usd, cell: (row) => fixed(row.usd, 2) },
   { key: "point", label: "$ a point", kind: "number", label_each: true, value: (row) => row.usd_per_point, cell: (row) => fixed(row.usd_per_point, 3) },
-  { key: "started", label: "Started", value: (row) => row.started_at, cell: (row) => (row.started_at ?? UNKNOWN).slice(0, 16).replace("T", " ") },
+  { key: "started", label: "Started", value: (row) => row.started_at, cell: (row) => (row.started_at ?? UNKNOWN).slice(0, 10) },
 ];
 
 const [plot, caption] = ["plot", "plot-caption"].map((id) => document.getElementById(id));
