@@ -12,7 +12,7 @@ WORKERS ?= logical
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder --durations 10
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-fresh test test-slow test-all cloud-test cloud-test-short chaos check format constraints clean
+.PHONY: help setup demo demo-fresh test test-slow test-all cloud-test cloud-test-short chaos check docs format constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,6 +64,10 @@ check: $(READY)  ## lint, format, types, import table
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_import_table.py
+
+docs: $(READY)  ## build the documentation into build/site; a broken link or a page outside the menu fails
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html (with search: $(BIN)/python -m mkdocs serve)"
 
 format: $(READY)  ## format the code
 	@$(BIN)/ruff check --fix .

@@ -66,7 +66,7 @@ def exit_code(found: TooDear, run: RunFolder, in_a_row: list[Attempt]) -> int:
     if len(places) > len(set(places)) or len(places) >= MOST_IN_A_ROW:
         say(
             f"{len(places)} starts in a row were on such machines: what places this job does not look at today's prices, so it "
-            f'is stopped; {again}. docs/cloud.md, "Prices move", says how the controller is made to look'
+            f'is stopped; {again}. docs/concepts/prices.md, "Prices move", says how the controller is made to look'
         )
         return EXIT_USER_ERROR
     say("stopped; a managed job goes on with its next machine")
