@@ -138,6 +138,8 @@ def test_a_page_of_a_buckets_runs_leads_to_copied_reports_and_can_compare(
     assert [(tmp_path / one["report"]).read_text() for one in found] == ["<p>report</p>"] * 2
     assert all(one["compared"]["bits"] for one in found) and found[0]["accuracy"] != found[1]["accuracy"]
     assert not any("checkpoints" in name for name in storage.fetched)
+    assert main(["runs", f"gs://{BUCKET}/runs"]) == 0
+    assert all((tmp_path / one["report"]).is_file() for one in found), "what the table does not need stays for the page"
     assert main(["runs", f"gs://{BUCKET}/runs", "--html"]) == 0
     [_, _, page] = capsys.readouterr().out.partition("page: ")
     assert Path(page.strip()).is_file() and Path(page.strip()).is_relative_to(tmp_path / "cache"), "in the copy"
