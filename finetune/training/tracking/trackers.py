@@ -25,7 +25,8 @@ from finetune.runtime.files import write_text
 from finetune.training.tracking.names import OUTSIDE, chosen
 from finetune.training.tracking.outside import OutsideTracker
 from finetune.training.tracking.run_ids import tracked_id
-from finetune.training.tracking.tensorboard import TensorBoard, are_totals, scalars
+from finetune.training.tracking.step_rows import StepRows
+from finetune.training.tracking.tensorboard import TensorBoard
 
 Mode = Literal["online", "offline"]
 
@@ -85,56 +86,42 @@ def check_server() -> None:
         pass
 
 
-class WeightsAndBiases(TrainerCallback):
+class WeightsAndBiases(StepRows):
     """One W&B run for all attempts, in which a W&B step is an optimizer step.
 
     Online, W&B reports the last step it has, and only later rows are sent. Offline, every attempt writes its own folder, which
     starts with all rows up to the checkpoint: the newest folder is the whole run, and only that one needs `wandb sync`.
-    All logs of a step are one row, sent once it is complete: when the next step begins, before a checkpoint, or at the end.
     """
 
     def __init__(self, mode: Mode, project: str, folder: Path, run_name: str, say: Callable[[str], None]) -> None:
+        super().__init__()
         self._mode, self._project, self._folder, self._name, self._say = mode, project, folder, run_name, say
         self._run: Any = None
-        self._row: dict[str, float] = {}
-        self._row_step = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+    @property
+    def is_open(self) -> bool:
+        return self._run is not None
+
+    def open(self) -> None:
         modes: tuple[Mode, ...] = ("online", "offline") if self._mode == "online" else ("offline",)
         for mode in modes:
             with self._disabled_on_error(f"this attempt is not tracked {mode}"):
                 self._run = self._init(mode)
                 break
-        for row in state.log_history:
-            self._put(scalars(row), row["step"])
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._send()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._send()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if self._run is None or not logs:
+    def add_row(self, row: dict[str, float], step: int) -> None:
+        if step < self._run.step:  # that step already has a row
             return
-        if are_totals(logs):
-            with self._disabled_on_error("the rest of this attempt is not logged there"):
-                self._run.summary.update(scalars(logs))
-            return
-        self._put(scalars(logs), state.global_step)
+        with self._disabled_on_error("the rest of this attempt is not logged there"):
+            self._run.log(row, step=step, commit=True)
+
+    def add_totals(self, totals: dict[str, float]) -> None:
+        with self._disabled_on_error("the rest of this attempt is not logged there"):
+            self._run.summary.update(totals)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Does not wait for W&B's process, which sends until ours ends: waiting could cost a checkpoint at a preemption."""
-        self._send()
+        self.send()
         if self._run is not None and self._run.offline:
             self._say(
                 f"W&B: offline; to upload the whole run with all its attempts: wandb sync {Path(self._run.dir).parent}"
@@ -163,18 +150,6 @@ class WeightsAndBiases(TrainerCallback):
         if file.is_file():
             run.config.update(yaml.safe_load(file.read_text(encoding="utf-8")), allow_val_change=True)  # type: ignore[no-untyped-call]
         return run
-
-    def _put(self, values: dict[str, float], step: int) -> None:
-        if step != self._row_step:
-            self._send()
-        self._row, self._row_step = self._row | values, step
-
-    def _send(self) -> None:
-        row, self._row = self._row, {}
-        if not row or self._run is None or self._row_step < self._run.step:  # that step already has a row
-            return
-        with self._disabled_on_error("the rest of this attempt is not logged there"):
-            self._run.log(row, step=self._row_step, commit=True)
 
     @contextmanager
     def _disabled_on_error(self, consequence: str) -> Iterator[None]:
