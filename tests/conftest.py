@@ -32,6 +32,8 @@ TEMPLATES = [
 
 LONGEST = (
     *(
+        "docs/test_tutorials",
+        "docs/test_notebook",
         "training/test_distributed",
         "cloud/launch/test_sky_tasks",
         "runtime/test_terminal",

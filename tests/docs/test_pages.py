@@ -138,6 +138,14 @@ def test_a_broken_link_fails_the_build(tmp_path: Path, fault: str) -> None:
     assert built.returncode == 1 and "Aborted with 1 warnings" in built.stdout + built.stderr
 
 
+@pytest.mark.slow
+def test_a_page_outside_the_menu_fails_the_build(tmp_path: Path) -> None:
+    fresh_checkout(tmp_path / "project")
+    (tmp_path / "project" / "docs" / "forgotten.md").write_text("# Forgotten\n", encoding="utf-8")
+    built = build(tmp_path / "project", tmp_path / "site")
+    assert built.returncode == 1 and "forgotten.md" in built.stderr
+
+
 def build(project: Path, site: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
