@@ -88,7 +88,7 @@ def config_reference() -> str:
         r"dollar sign there is `\$`. `finetune config CONFIG` prints a config with all its values.",
         "",
         "The last column says what `--resume` does with a value that was changed in the run's `config.yaml`.",
-        "[Against the guide](../guide.md) says why the important values are what they are.",
+        "[Compared with the guide](../guide.md) says why the important values are what they are.",
     ]
     for section in dataclasses.fields(schema.RunConfig):
         lines += ["", f"## {section.name}", "", *_section(str(section.type), f"{section.name}.")]
