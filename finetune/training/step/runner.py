@@ -205,7 +205,7 @@ class Stepper:
 
 def not_finite(what: str) -> UserError:
     return UserError(
-        f"the {what} is not finite; resume from the last checkpoint with a lower training.learning_rate",
+        f"the {what} is not finite, and the last checkpoint is from before; start a new run with a lower training.learning_rate",
         code="training.not_finite",
     )
 
@@ -244,7 +244,7 @@ class LossWatch:
         if self._skips:
             raise UserError(
                 f"the loss was not finite in {BAD_STEPS} steps in a row: activations exceed the range of float16; use a GPU with "
-                "bfloat16 (L4, A100), or lower training.learning_rate",
+                "bfloat16 (L4, A100), or start a new run with a lower training.learning_rate",
                 code="training.not_finite",
             )
         raise not_finite(bad[0])

@@ -316,7 +316,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_one_step_later() -> None:
     with torch.no_grad():
         harness.flat.parameter[3] = float("nan")
     assert torch.isnan(harness.stepper.run(step_of(examples())))
-    with raises("training.not_finite", match=r"not finite; resume from the last checkpoint.*learning_rate"):
+    with raises("training.not_finite", match=r"not finite, .*; start a new run.*learning_rate"):
         harness.stepper.run(step_of(examples()))
     assert harness.stepper.watch.bad_steps == 1
 
@@ -349,7 +349,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_unless_a_scaler_skips_it() -
     watch.check()
     watch.put(torch.tensor(1.0))
     watch.put_norm(torch.tensor(float("inf")))
-    with raises("training.not_finite", match="the gradient is not finite"):
+    with raises("training.not_finite", match="the gradient is not finite, .*start a new run with a lower training.learning_rate"):
         watch.check()
 
 
