@@ -349,7 +349,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_unless_a_scaler_skips_it() -
     watch.check()
     watch.put(torch.tensor(1.0))
     watch.put_norm(torch.tensor(float("inf")))
-    with raises("training.not_finite", match="the gradient is not finite, .*start a new run with a lower training.learning_rate"):
+    with raises(
+        "training.not_finite", match="the gradient is not finite, .*start a new run with a lower training.learning_rate"
+    ):
         watch.check()
 
 
