@@ -21,6 +21,8 @@ from finetune.runtime.own_wheel import PREFIX, is_own_wheel, own_wheel
 
 MARKER = ".finetune-init.json"
 MACHINE_SIDE = "on_machine"
+PAIRS = "data/pairs.jsonl"
+"""What init makes of a file of pairs."""
 
 
 @dataclass

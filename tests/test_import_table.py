@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "estimate": "errors runtime machine config models",
     "cloud.catalog": "errors runtime",
     "budget": "errors runtime machine config run_folder cloud.catalog",
-    "stage_end": "errors runtime machine run_folder budget",
+    "stage_end": "errors runtime machine run_folder budget project_folder",
     "training.objectives": "errors example tokens",
     "training.step": "errors example runtime machine config models.fused models estimate training.objectives",
     "training": "errors example runtime machine checkpoint config models "

@@ -145,7 +145,7 @@ def test_commands_work_without_torch_and_skypilot(finetune: Finetune, environmen
     assert finetune("report", "runs/one").returncode == 0
     assert (work / "runs/one/report.html").is_file()
     doctor = finetune("doctor", "--cloud")
-    assert doctor.returncode == 1 and "pip install 'finetune-text2sql[cloud]'" in doctor.stdout
+    assert doctor.returncode == 1 and "constraints.txt 'finetune-text2sql[cloud]'" in doctor.stdout
 
 
 def test_what_needs_an_extra_says_how_to_install_it(finetune: Finetune, environment: Path) -> None:

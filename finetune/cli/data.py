@@ -10,7 +10,7 @@ from finetune.cli.arguments import add_command, add_config, add_json, loaded
 from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
 from finetune.runtime.console import visible
 from finetune.runtime.document import print_document
-from finetune.stage_end.following import after_check, after_prepare
+from finetune.stage_end.following import after_check, after_faults, after_prepare
 from finetune.stage_end.tell import cost_of_command, tell
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     left = f", {left_out} left out" if left_out else ""
     print(f"{arguments.config}: {counts}, {rejected} rejected{left}{apart}")
     faulty = bool(rejected or findings.problems or hollow)
-    following = [] if faulty else after_check(arguments.config, arguments.overrides)
+    following = after_faults(arguments.config) if faulty else after_check(arguments.config, arguments.overrides)
     tell("data check", cost_of_command(config.budget.usd_per_hour), following)
     return EXIT_MISSING if faulty else EXIT_OK
 

@@ -106,6 +106,12 @@ def map_columns(table: Rows, dialect: str | None, given: Sequence[str] = ()) -> 
         if field not in columns:
             what = "SQL" if field == "sql" else "a question"
             raise _cannot_tell(table, kinds, f"no column reads as {what}", field)
+    if _kind(columns["sql"]) == "sql":
+        raise UserError(
+            f"--data {table.path}: the first line is a pair ({shown(columns['sql'])}), not the names of the columns; write "
+            "such a line above it, like `question,sql`",
+            code="init.no_header",
+        )
     return Mapped(columns, dialect or spoken_dialect(cells[columns["sql"]]), _why(table, columns, typed))
 
 

@@ -14,10 +14,10 @@ from finetune.init.form import FORM, GOOD, form_text
 from finetune.init.known_sets import source_lines
 from finetune.init.look import DATABASES, Found
 from finetune.init.place import write_file
-from finetune.project_folder import ProjectFolder
+from finetune.project_folder import PAIRS, ProjectFolder
 from finetune.runtime.paths import escaped
 
-PAIRS, SYNTHETIC, SCHEMA = "data/pairs.jsonl", "data/synthetic.jsonl", "data/schema.sql"
+SYNTHETIC, SCHEMA = "data/synthetic.jsonl", "data/schema.sql"
 
 
 def write_data(part: Path, folder: Path, found: Found, before: ProjectFolder | None) -> tuple[list[str], list[str]]:

@@ -63,6 +63,11 @@ class Database:
 
 def look_at_database(path: Path, dialect: str | None = None) -> Database:
     """dialect: of a schema, if the user has named it. Raises UserError that says what is there instead."""
+    if address := _ADDRESS.match(str(path)):
+        raise UserError(
+            f"--db {address[1]}://...: the address of a server, which is not asked; {_EXPECTED}",
+            code="init.no_database",
+        )
     kind = kind_of(path)
     if kind == "a folder":
         return _folder(path)
@@ -82,12 +87,19 @@ def look_at_database(path: Path, dialect: str | None = None) -> Database:
             f"--db {path}: a PostgreSQL dump that is no text; make one with `pg_restore --schema-only -f schema.sql {path}`",
             code="init.not_a_database",
         )
+    if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+        raise UserError(
+            f"--db {path}: no database; questions with their SQL are given with --data; {_EXPECTED}",
+            code="init.not_a_database",
+        )
     if path.suffix.lower() in (".sqlite", ".sqlite3", ".db", ".db3") or b"\0" in start or not start:
         why = "it is empty" if not start else "is it encrypted, or another program's database?"
         raise UserError(f"--db {path}: not a SQLite file ({why}); {_EXPECTED}", code="init.not_a_database")
     return _schema(path, dialect)
 
 
+_ADDRESS = re.compile(r"([a-z][a-z+]+):/+[^/]", re.IGNORECASE)
+"""Of a database server; a path has lost one of the two slashes. The rest of it may hold a password."""
 _EXPECTED = (
     "expected a SQLite file, a folder of <db_id>/<db_id>.sqlite, or a schema as .sql text (pg_dump --schema-only)"
 )

@@ -18,7 +18,7 @@ from finetune.errors import UserError
 from finetune.init.database import Database
 from finetune.runtime.console import say
 from finetune.runtime.files import parse_json
-from finetune.serve.client import Endpoint
+from finetune.serve.client import Advice, Endpoint
 from finetune.sql.engines.registry import open_sessions
 from finetune.sql.gold import GoldExaminer
 from finetune.sql.parsing import parses
@@ -47,6 +47,15 @@ SHAPES = (
     "joins of three tables, or set operations",
 )
 
+REFUSED = {
+    "failed": "do not run",
+    "no_rows": "without rows",
+    "nothing_found": "with only 0 or NULL as result",
+    "limit": "too slow or too large",
+    "constant": "read no table",
+}
+"""Of a pair whose SQL is of that kind of gold (`sql.gold`), in a few words."""
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -65,7 +74,14 @@ def writer_in(environment: Mapping[str, str] = os.environ) -> Writer | None:
     model = environment.get(MODEL, "").strip()
     if not model or not (environment.get(URL) or environment.get(KEY)):
         return None
-    return Writer(Endpoint(environment.get(URL) or DEFAULT_URL, environment.get(KEY) or None), model)
+    url = environment.get(URL) or DEFAULT_URL
+    advice = Advice(
+        f"set {KEY} to one that this server knows", f"is it the address (with /v1, or as its manual says) for {URL}?"
+    )
+    try:
+        return Writer(Endpoint(url, environment.get(KEY) or None, advice=advice), model)
+    except UserError as error:
+        raise UserError(f"{URL}: {error}", code="endpoint.bad_url") from None
 
 
 @dataclass
@@ -152,11 +168,7 @@ def _refusal(
     if parses(sql) is not None:
         return "not one query"
     gold = examiner.examine(database.path, sql, "sqlite", twice=True)
-    return (
-        ""
-        if gold.kind == "sound"
-        else {"failed": "do not run", "no_rows": "without rows"}.get(gold.kind, f"of the kind {gold.kind}")
-    )
+    return "" if gold.kind == "sound" else REFUSED.get(gold.kind, f"of the kind {gold.kind}")
 
 
 def _same(text: str) -> str:

@@ -36,12 +36,13 @@ class Wanted:
 
 @dataclass
 class Found:
-    """What the data are. records: those of the user; None where there are none yet, or the source is a set that stays where it
-    is."""
+    """What the data are. records: those of the user, and where each is in that file; None where there are none yet, or the
+    source is a set that stays where it is."""
 
     database: Database | None = None
     known: KnownSet | None = None
     records: list[Record] | None = None
+    places: list[str] = field(default_factory=list)
     drafts: Drafts | None = None
     said: list[str] = field(default_factory=list)
 
@@ -77,12 +78,13 @@ def look(wanted: Wanted) -> Found:
     table = read_rows(path, wanted.encoding)
     mapped = map_columns(table, wanted.dialect or (database.dialect if database else None), wanted.columns)
     pairs = records_of(table, mapped.columns, database, mapped.dialect)
-    found.records = pairs.records
+    found.records, found.places = pairs.records, pairs.places
     found.said += [*table.notes, mapped.why]
     found.said.append(
         f"{len(pairs.records)} pairs in {mapped.dialect}"
         + (f"; {pairs.unfilled} rows without question or SQL left out" if pairs.unfilled else "")
     )
+    found.said += pairs.notes
     return found
 
 

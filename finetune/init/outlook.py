@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from finetune.errors import UserError
 from finetune.init.config_text import CONFIG, Goal
 from finetune.init.form import LEAST, rule_of_thumb
 from finetune.machine.price import Ceilings
+from finetune.project_folder import PAIRS
 from finetune.runtime.installed import install_command
 from finetune.stage_end.following import rounded_up
 
@@ -24,6 +27,8 @@ MARGIN = 3.0
 """The ceiling of a run is so much above its estimate: room for slower machines and preemptions, not for a mistake."""
 LEAST_USD = 2.0
 FAST = "H100"
+SHOWN = 20
+"""Rejected pairs that are listed; `finetune data check` lists all."""
 
 
 @dataclass
@@ -39,15 +44,17 @@ class Outlook:
     install_hub: str | None = None
 
 
-def look_ahead(goal: Goal, *, checked: bool) -> Outlook:
-    """Raises UserError if there are too few usable pairs to split."""
+def look_ahead(goal: Goal, *, checked: bool, places: Sequence[str] = ()) -> Outlook:
+    """places: where each record of PAIRS is in the user's own file, where faults are to be repaired.
+
+    Raises UserError if there are too few usable pairs to split."""
     config = load_config(Path(CONFIG))
     outlook = Outlook(
         install_cloud=_install("sky", "cloud"),
         install_hub=_install("huggingface_hub", "train") or _install("datasets", "train"),
     )
     if checked:
-        _check(config, outlook)
+        _check(config, outlook, places)
     try:
         plan = plan_run(config, load_catalog(), Ceilings(), ask_google=False)
     except UserError as error:
@@ -57,7 +64,7 @@ def look_ahead(goal: Goal, *, checked: bool) -> Outlook:
     return outlook
 
 
-def _check(config: RunConfig, outlook: Outlook) -> None:
+def _check(config: RunConfig, outlook: Outlook, places: Sequence[str]) -> None:
     evaluation = config.evaluation
     findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
     usable = sum(len(findings.records(split)) for split in findings.splits)
@@ -68,11 +75,23 @@ def _check(config: RunConfig, outlook: Outlook) -> None:
             code="init.too_few_pairs",
         )
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
-    outlook.said.append(
-        f"usable: {counts}; {len(rejected)} rejected" + (f", such as {rejected[0]}" if rejected else "")
-    )
-    outlook.problems = [*findings.problems, *(str(one) for one in findings.hollow_databases())]
+    outlook.said.append(f"usable: {counts}; {len(rejected)} rejected{':' if rejected else ''}")
+    outlook.said += [f"  {_in_own_file(str(one), places)}" for one in rejected[:SHOWN]]
+    if len(rejected) > SHOWN:
+        outlook.said.append(f"  and {len(rejected) - SHOWN} more")
+    problems = [*findings.problems, *(str(one) for one in findings.hollow_databases())]
+    outlook.problems = [_in_own_file(one, places) for one in problems]
     outlook.said += [f"PROBLEM: {one}" for one in outlook.problems]
+
+
+def _in_own_file(text: str, places: Sequence[str]) -> str:
+    """A message about records of PAIRS, with their places in the file that they were made of."""
+
+    def own(found: re.Match[str]) -> str:
+        number = int(found[1])
+        return places[number - 1] if 0 < number <= len(places) else found[0]
+
+    return re.sub(rf"\b{re.escape(PAIRS)}:(\d{{1,9}})\b", own, text)
 
 
 def _estimate(goal: Goal, plan: Plan, outlook: Outlook) -> None:

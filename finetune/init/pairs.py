@@ -17,10 +17,13 @@ from finetune.init.rows import Rows
 
 @dataclass(frozen=True)
 class Pairs:
-    """records: ready to be written. unfilled: rows without a question or without SQL, which were left out."""
+    """records: ready to be written; places: where each is in the user's file. unfilled: rows without a question or without
+    SQL, which were left out. notes: what else the user should know, a line each."""
 
     records: list[Record]
+    places: list[str]
     unfilled: int
+    notes: tuple[str, ...] = ()
 
 
 def records_of(table: Rows, columns: Mapping[Field, str], database: Database | None, dialect: str) -> Pairs:
@@ -34,7 +37,7 @@ def records_of(table: Rows, columns: Mapping[Field, str], database: Database | N
         )
     known = [_text(row.get(columns["id"])) for row in table.rows] if "id" in columns else []
     own_ids = bool(known) and all(known) and max(Counter(known).values()) == 1
-    records, unfilled = [], 0
+    records, places, unfilled = [], [], 0
     for number, (row, place) in enumerate(zip(table.rows, table.places, strict=True), 1):
         question, sql = (_text(row.get(columns[field])) for field in ("question", "sql"))
         if not question or not sql:
@@ -51,11 +54,27 @@ def records_of(table: Rows, columns: Mapping[Field, str], database: Database | N
         if problems := field_problems(fields):
             raise UserError(f"--data {place}: {'; '.join(problems)}", code="init.bad_row")
         records.append(Record(**fields, split=_split(row, columns)))
+        places.append(place)
     if not records:
         raise UserError(
             f"--data {table.path}: no row has both a question and its SQL; fill some in", code="init.nothing_filled_in"
         )
-    return Pairs(records, unfilled)
+    return Pairs(records, places, unfilled, _other_databases(table, columns, database))
+
+
+def _other_databases(table: Rows, columns: Mapping[Field, str], database: Database | None) -> tuple[str, ...]:
+    """A warning where the rows name several databases, and one schema was given for all of them."""
+    if database is None or database.is_folder or "db_id" not in columns:
+        return ()
+    column = columns["db_id"]
+    names = sorted({name for row in table.rows if (name := _text(row.get(column)))})
+    if len(names) < 2:
+        return ()
+    listed = ", ".join(map(shown, names[:3])) + ", ..." * (len(names) > 3)
+    return (
+        f"WARNING: the column {shown(column)} names {len(names)} databases ({listed}), and every question gets the schema of "
+        f"--db {database.path}; take out the rows of the others, or give --db a folder of <db_id>/<db_id>.sqlite",
+    )
 
 
 def _of_database(row: Mapping[str, Any], columns: Mapping[Field, str], database: Database | None) -> dict[str, str]:

@@ -54,6 +54,8 @@ def read_rows(path: Path, encoding: str | None = None) -> Rows:
         content = read_bytes(path)
     except OSError as error:
         raise UserError(f"--data {path}: cannot be read ({error.strerror})", code="init.unreadable_data") from None
+    if path.suffix.lower() == ".sql":
+        raise UserError(f"--data {path}: SQL text; a schema is given with --db; {_EXPECTED}", code="init.not_a_table")
     for magic, what in NOT_TABLES.items():
         if content.startswith(magic):
             raise UserError(f"--data {path}: {what}", code="init.not_a_table")
@@ -108,11 +110,14 @@ def _decoded(path: Path, content: bytes, encoding: str | None) -> tuple[str, tup
 
 def _csv(path: Path, text: str, notes: tuple[str, ...]) -> Rows:
     csv.field_size_limit(min(sys.maxsize, LARGEST_FILE))
-    found = {delimiter: _parsed(text, delimiter) for delimiter in DELIMITERS}
+    named = re.match(r"sep=([^\w\s\"']|\t)(?=\r|\n)", text)  # Excel's own line, which it does not show
+    if named:
+        text = text[named.end() :]
+    found = {delimiter: _parsed(text, delimiter) for delimiter in ([named[1]] if named else DELIMITERS)}
     best = max(found, key=lambda delimiter: _fit(found[delimiter]))
     lines = found[best]
     if best != "," and not (best == "\t" and path.suffix.lower() == ".tsv"):
-        notes = (*notes, f"{path} is separated by {DELIMITERS[best]}")
+        notes = (*notes, f"{path} is separated by {DELIMITERS.get(best, shown(best))}")
     if not lines:
         raise UserError(f"--data {path}: empty; {_EXPECTED}", code="init.empty_data")
     header = [name.strip() for name in lines[0][1]]
@@ -136,8 +141,8 @@ def _csv(path: Path, text: str, notes: tuple[str, ...]) -> Rows:
     for number, cells in lines[1:]:
         if any(cells[len(header) :]) or len(cells) < len(header):
             raise UserError(
-                f"--data {path}:{number}: {len(cells)} cells, but the first line names {len(header)} columns; put cells that "
-                "hold a separator or a line break in double quotes",
+                f"--data {path}:{number}: {len(cells)} cell{'s' * (len(cells) != 1)}, but the first line names {len(header)} "
+                "columns; put cells that hold a separator or a line break in double quotes, and leave no cell out",
                 code="init.row_width",
             )
         rows.append(dict(zip(header, cells, strict=False)))

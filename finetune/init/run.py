@@ -15,7 +15,7 @@ from finetune.init.ask import Asker
 from finetune.init.config_text import CONFIG, TASKS, Goal, config_text
 from finetune.init.data_files import settings_of, write_data
 from finetune.init.database import Database, database_name
-from finetune.init.drafts import Drafts, Writer, draft, writer_in
+from finetune.init.drafts import MODEL, URL, Drafts, Writer, draft, writer_in
 from finetune.init.files import readme, settings_files, task_files
 from finetune.init.form import FORM, LEAST, rule_of_thumb
 from finetune.init.look import Found, Wanted, look
@@ -50,7 +50,9 @@ def init(wanted: Wanted, ask: Asker, say: Callable[[str], None]) -> Made:
         found.drafts = _drafted(writer, cast(Database, found.database), wanted.drafts, ask, say)
     if found.drafts is not None:
         trouble = f"; it ended early: {found.drafts.trouble}" if found.drafts.trouble else ""
-        found.said.append(f"{found.drafts}{trouble}. Read data/synthetic.jsonl before you trust a score on it")
+        found.said += [f"{found.drafts}{trouble}", "read data/synthetic.jsonl before you trust a score on it"]
+    elif found.is_form and wanted.drafts and os.environ.get(URL) and not os.environ.get(MODEL):
+        found.said.append(f"{URL} is set, but {MODEL} names no model that could draft questions, so none are drafted")
     if wanted.goal is None:
         wanted.goal = cast(Goal, ask("what matters more", "cheap", ("cheap", "fast")))
     with part_folder(folder) as part:
@@ -77,6 +79,13 @@ def _asked(wanted: Wanted) -> dict[str, Any]:
 
 
 def _ask_for_data(wanted: Wanted, ask: Asker) -> None:
+    if wanted.db is None and wanted.data is None and wanted.folder is not None and wanted.folder.is_file():
+        name = shlex.quote(str(wanted.folder))
+        raise UserError(
+            f"{wanted.folder}: a file; expected the name of a new folder. As a database it is `--db {name}`, as questions with "
+            f"their SQL `--data {name}`",
+            code="init.no_folder",
+        )
     if wanted.db is None and wanted.data is None:
         if answer := ask("your database: a SQLite file, or its schema as .sql (empty: none)"):
             wanted.db = Path(answer).expanduser()
@@ -122,7 +131,7 @@ def _written(part: Path, folder: Path, wanted: Wanted, found: Found, before: Pro
     settings = settings_of(folder, goal, found, sources, notes)
     write_file(part, CONFIG, config_text(settings, version()))
     with chdir(part):
-        outlook = look_ahead(goal, checked=not found.is_form and found.known is None)
+        outlook = look_ahead(goal, checked=not found.is_form and found.known is None, places=found.places)
     settings = replace(settings, figures=outlook.figures)
     write_file(part, CONFIG, config_text(settings, version()))
     said += outlook.said

@@ -3,6 +3,7 @@ YAMLs and scripts in finetune/project/ (setup.py copies them)."""
 
 from __future__ import annotations
 
+import shlex
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -58,11 +59,14 @@ def version() -> str:
 
 
 def install_command(extra: str = "", *, pinned: bool = True) -> str:
-    """The command that installs this program with an extra. pinned: in a checkout, at the versions of constraints.txt."""
+    """The command that installs this program with an extra. pinned: at the versions of constraints.txt,
+    which a wheel carries: without them pip may fetch the CUDA build of torch, or versions that nothing was tested with."""
     brackets = f"[{extra}]" if extra else ""
     if in_checkout():
         return f"pip install {'-c constraints.txt' if pinned else '-U'} -e '.{brackets}'"
-    return f"pip install '{PROJECT}{brackets}'"
+    constraints = project_files() / "constraints.txt"
+    pins = f"-c {shlex.quote(str(constraints))} " if pinned and constraints.is_file() else ""
+    return f"pip install {pins}'{PROJECT}{brackets}'"
 
 
 def extra_of(module: str) -> str | None:

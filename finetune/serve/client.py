@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import ssl
+import time
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,13 +34,23 @@ class Served:
     executes: bool
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What errors say to do. key: if the server wants another key. address: if it answers as no such server does."""
+
+    key: str = "name the variable that holds it with --api-key-env"
+    address: str = "is this the address of `finetune serve`?"
+
+
 @dataclass
 class Endpoint:
-    """url: of the server, with /v1 or without. key: None for a server without one. Every method raises UserError, in one line."""
+    """url: of the server, with /v1 or without. key: None for a server without one. seconds: for one whole reply. Every method
+    raises UserError, in one line."""
 
     url: str
     key: str | None = field(default=None, repr=False)
     seconds: float = SECONDS
+    advice: Advice = Advice()
 
     def __post_init__(self) -> None:
         try:
@@ -94,16 +105,17 @@ class Endpoint:
         try:
             return str(reply["choices"][0]["message"]["content"] or "")
         except (LookupError, TypeError):
-            raise UserError(f"{self.url}: no answer in its reply", code="endpoint.odd_reply") from None
+            raise self._odd("no answer in its reply") from None
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self.seconds)
+        began = time.monotonic()
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         try:
             connection.request(method, self._path + path, None if body is None else json.dumps(body).encode(), headers)
             response = connection.getresponse()
-            content = response.read(LARGEST_REPLY + 1)
+            content = self._content(response, began)
         except TimeoutError:
             raise UserError(
                 f"{self.url}: no answer within {self.seconds:.0f} seconds", code="endpoint.timeout"
@@ -122,10 +134,22 @@ class Endpoint:
             raise self._odd(f"status {response.status}, moved to {shown(place)[1:-1]}, and no redirect is followed")
         return self._read(response.status, response.getheader("Content-Type") or "", content)
 
+    def _content(self, response: http.client.HTTPResponse, began: float) -> bytes:
+        """Of at most LARGEST_REPLY bytes and one more. The socket's own limit holds for each piece, not for all of them."""
+        pieces, size = [], 0
+        while size <= LARGEST_REPLY and (piece := response.read1(1 << 16)):
+            pieces.append(piece)
+            size += len(piece)
+            if time.monotonic() - began > self.seconds:
+                raise TimeoutError
+        return b"".join(pieces)
+
     def _read(self, status: int, kind: str, content: bytes) -> Any:
         try:
             value = parse_json(content)
         except ValueError:
+            if status >= 500:
+                raise self._failed(status) from None
             what = "HTML" if "html" in kind.lower() or content.lstrip()[:1] == b"<" else "something else"
             raise self._odd(f"{what} instead of JSON, with status {status}") from None
         if status == 200:
@@ -134,16 +158,23 @@ class Endpoint:
         message = error.get("message") if isinstance(error, dict) else None
         if status == 401:
             raise UserError(
-                f"{self.url}: {'the key is wrong' if self.key else 'it wants a key'}; name the variable that holds it with "
-                "--api-key-env",
+                f"{self.url}: {'the key is wrong' if self.key else 'it wants a key'}; {self.advice.key}",
                 code="endpoint.wrong_key",
             )
         if message is None:
+            if status >= 500:
+                raise self._failed(status)
             raise self._odd(f"status {status} without a reason")
         raise UserError(f"{self.url}: {message}", code="endpoint.refused")
 
+    def _failed(self, status: int) -> UserError:
+        return UserError(
+            f"{self.url}: the server failed (status {status}) and gave no reason; try again, or look at its log",
+            code="endpoint.failed",
+        )
+
     def _odd(self, what: str) -> UserError:
-        return UserError(f"{self.url}: {what}; is this the address of `finetune serve`?", code="endpoint.odd_reply")
+        return UserError(f"{self.url}: {what}; {self.advice.address}", code="endpoint.odd_reply")
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.budget.ledger import Ledger
 from finetune.errors import UserError
+from finetune.project_folder import PAIRS, read_project
 from finetune.runtime.files import load_json
 from finetune.stage_end.tell import Next, finetune
 
@@ -39,6 +40,24 @@ def after_doctor(*, cloud: bool, missing: bool) -> list[Next]:
 
 def after_check(config: Path, overrides: Sequence[str]) -> list[Next]:
     return [finetune("data", "prepare", config, *overrides, why="writes what was checked")]
+
+
+def after_faults(config: Path) -> list[Next]:
+    """In a project of `finetune init` whose pairs were made of a file of the user: that file is to be repaired."""
+    project = read_project(config.parent)
+    data = Path(project.asked.get("data") or "") if project is not None else Path()
+    if project is None or not data.is_file() or PAIRS not in project.files or project.is_changed(PAIRS):
+        return []
+    return [
+        finetune(
+            "init",
+            config.parent,
+            "--data",
+            data,
+            "--yes",
+            why="once that file is repaired; it names the line of each fault there",
+        )
+    ]
 
 
 def after_prepare(config: Path, overrides: Sequence[str]) -> list[Next]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.init.columns import map_columns, plain
-from finetune.init.rows import Rows
+from finetune.init.rows import Rows, read_rows
 from tests.helpers.errors import raises
+from tests.init.conftest import as_csv, questions
 
 SQL = [
     "SELECT name FROM author",
@@ -107,3 +108,9 @@ def test_a_dialect_that_is_known_is_kept() -> None:
 
 def test_names_are_compared_without_their_writing() -> None:
     assert {plain(name) for name in ("gold_sql", "goldSQL", "Gold SQL", "gold-sql ")} == {"gold sql"}
+
+
+def test_a_file_without_a_header_does_not_lose_its_first_pair(file: Callable[..., Path]) -> None:
+    text = as_csv(questions(20)).partition("\n")[2]
+    with raises("init.no_header", match="the first line is a pair"):
+        map_columns(read_rows(file("pairs.csv", text)), None)

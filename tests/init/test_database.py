@@ -153,3 +153,14 @@ def test_a_schema_that_cannot_be_read(file: Write) -> None:
 )  # fmt: skip
 def test_a_name_that_a_folder_can_have(file_name: str, name: str) -> None:
     assert database_name(Path(file_name)) == name
+
+
+def test_an_address_of_a_server_is_not_repeated() -> None:
+    with raises("init.no_database", match="postgres://...: the address of a server") as told:
+        look_at_database(Path("postgres://me:secret@host/shop"))
+    assert "secret" not in str(told.value)
+
+
+def test_questions_given_as_a_database(file: Write) -> None:
+    with raises("init.not_a_database", match="given with --data"):
+        look_at_database(file("pairs.csv", "question,sql\nHow many?,SELECT 1\n"))

@@ -218,7 +218,7 @@ def test_drafts_are_kept_if_they_run_and_say_something(library: Path, model: typ
         prepare = typed_next(printed.out)[1]
         assert run(prepare, TINY) == 0
     assert "25 synthetic pairs kept" in printed.out
-    for why in ("asked already", "1 without rows", "1 do not run", "1 not one query", "1 of the kind constant"):
+    for why in ("asked already", "1 without rows", "1 do not run", "1 not one query", "1 read no table"):
         assert why in printed.out, printed.out
 
 
@@ -318,7 +318,8 @@ def test_faulty_pairs_are_told_and_checked_first(library: Path, file: Write, cap
     file("pairs.csv", as_csv(questions(60) + wrong))
     assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv"]) == 0
     printed = capsys.readouterr().out
-    assert "20 rejected, such as" in printed and "no such column: nmae" in printed and "PROBLEM" in printed
+    assert "20 rejected:\n" in printed and "PROBLEM: pairs.csv:62: gold_fails" in printed
+    assert all(f"  pairs.csv:{line}: gold_fails: no such column: nmae\n" in printed for line in range(62, 82))
     check = typed_next(printed)[1]
     with chdir("shop"):
         assert run(check, TINY) == 1
@@ -522,3 +523,66 @@ def test_every_file_of_the_project_is_small_but_the_data_and_the_wheel(library: 
     assert {path.name for path in Path("shop").iterdir()} == {
         "text2sql.yaml", "sky", "on_machine", ".sky.yaml", ".skyignore", ".gitignore", "data", "README.md", MARKER,
     }  # fmt: skip
+
+
+# what new users typed
+
+
+def test_a_fault_is_named_by_its_line_in_the_users_own_file(library: Path, file: Write, capsys: Out) -> None:
+    """Rows that are not filled in shift the lines of data/pairs.jsonl."""
+    empty, wrong = ("", ""), ("Which?", "SELECT nmae FROM author")
+    pairs = questions(60)
+    file("pairs.csv", as_csv([empty, empty, *pairs, wrong, pairs[0]]))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 rejected:\n" in printed and "  pairs.csv:64: gold_fails: no such column: nmae\n" in printed
+    assert "  pairs.csv:65: duplicate_question: asks the same as pairs.csv:4" in printed
+
+
+def test_many_faults_are_counted(library: Path, file: Write, capsys: Out) -> None:
+    wrong = [(f"Which, of {n}?", f"SELECT nmae FROM author WHERE id = {n}") for n in range(23)]
+    file("pairs.csv", as_csv(questions(60) + wrong))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
+    printed = capsys.readouterr().out
+    assert "pairs.csv:81:" in printed and "pairs.csv:82:" not in printed and "  and 3 more\n" in printed
+
+
+def test_data_check_leads_to_the_file_that_the_pairs_were_made_of(library: Path, file: Write, capsys: Out) -> None:
+    file("pairs.csv", as_csv([*questions(60), ("Which?", "SELECT nmae FROM author")]))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
+    capsys.readouterr()
+    given = Path("pairs.csv").resolve()
+    with chdir("shop"):
+        assert main(["data", "check", "text2sql.yaml", TINY]) == 1
+        assert f"next: finetune init . --data {given} --yes" in capsys.readouterr().err
+        with Path("data/pairs.jsonl").open("a") as pairs:
+            pairs.write("\n")
+        assert main(["data", "check", "text2sql.yaml", TINY]) == 1
+        assert "next:" not in capsys.readouterr().err
+
+
+def test_one_schema_for_questions_about_two_databases(library: Path, file: Write) -> None:
+    text = as_csv(questions(60)).splitlines()
+    rows = [f"{line},{name}" for line, name in zip(text, ["database", *["shop", "crm"] * 30], strict=True)]
+    file("pairs.csv", "\n".join(rows))
+    said = made(folder=Path("shop"), db=library, data="pairs.csv").said
+    assert any("WARNING: the column 'database' names 2 databases ('crm', 'shop')" in line for line in said)
+    file("one.csv", "\n".join(row.replace(",crm", ",shop") for row in rows))
+    assert not any("WARNING" in line for line in made(folder=Path("one"), db=library, data="one.csv").said)
+
+
+def test_a_file_without_its_option(library: Path) -> None:
+    with raises("init.no_folder", match="--db library.sqlite"):
+        made(folder=library.relative_to(Path.cwd()))
+
+
+def test_an_endpoint_without_a_model_is_told(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert any("OPENAI_MODEL names no model" in line for line in made(folder=Path("shop"), db=library).said)
+
+
+def test_an_address_that_is_none_names_its_variable(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "localhost")
+    monkeypatch.setenv("OPENAI_MODEL", "writer-1")
+    with raises("endpoint.bad_url", match="^OPENAI_BASE_URL: localhost"):
+        made(folder=Path("shop"), db=library)

@@ -129,3 +129,15 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     subprocess.run(["mkfifo", str(tmp_path / "pipe.csv")], check=True)
     with raises("init.no_data", match="a pipe"):
         read_rows(tmp_path / "pipe.csv")
+
+
+@pytest.mark.parametrize("delimiter", [";", ",", "^"])
+def test_excels_line_with_the_separator(file: Write, delimiter: str) -> None:
+    table = read_rows(file("pairs.csv", f"sep={delimiter}\n" + as_csv(questions(5), delimiter=delimiter)))
+    assert table.columns == HEADER and len(table.rows) == 5
+    assert table.places[0].endswith(":3")
+
+
+def test_a_schema_is_no_table_of_pairs(file: Write) -> None:
+    with raises("init.not_a_table", match="a schema is given with --db"):
+        read_rows(file("dump.sql", "CREATE TABLE a (b int, c int);\n"))

@@ -31,6 +31,10 @@ def test_from_a_wheel_it_is_installed_by_name(tmp_path: Path, monkeypatch: pytes
     try:
         assert installed.project_files() == tmp_path / "project"
         assert installed.install_command("serve") == "pip install 'finetune-text2sql[serve]'"
+        pins = tmp_path / "project" / "constraints.txt"
+        pins.touch()
+        assert installed.install_command("serve") == f"pip install -c {pins} 'finetune-text2sql[serve]'"
+        assert installed.install_command("serve", pinned=False) == "pip install 'finetune-text2sql[serve]'"
     finally:
         installed.in_checkout.cache_clear()
 

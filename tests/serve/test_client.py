@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.cli import main as cli
-from finetune.serve.client import Endpoint, Served
+from finetune.serve.client import Advice, Endpoint, Served
 from tests.helpers.data_examples import make_database
 from tests.helpers.errors import raises, reported
 from tests.helpers.json_server import JsonHandler, serving
@@ -120,7 +122,7 @@ def test_rows_of_another_form(rows: Any) -> None:
 
 
 def test_a_status_without_a_reason() -> None:
-    with serving(handler([], status=502)) as url, raises("endpoint.odd_reply", match="status 502 without a reason"):
+    with serving(handler([], status=404)) as url, raises("endpoint.odd_reply", match="status 404 without a reason"):
         Endpoint(url).served()
 
 
@@ -180,3 +182,37 @@ def test_a_file_here_is_asked_about_and_run(tmp_path: Path, capsys: pytest.Captu
         assert ask(url, str(database), "--execute") == 0
     said = capsys.readouterr().out
     assert said.startswith("SELECT id FROM item\n") and said.endswith("(3 rows)\n")
+
+
+def test_a_server_that_failed_is_not_taken_for_a_wrong_address() -> None:
+    with serving(handler([], status=502)) as url, raises("endpoint.failed", match=r"the server failed \(status 502\)"):
+        Endpoint(url).served()
+
+
+def test_a_reply_that_trickles_in_ends_at_the_limit() -> None:
+    """Each byte comes in time for the socket; all of them together do not."""
+
+    class Trickling(JsonHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(50):
+                    self.wfile.write(b" ")
+                    self.wfile.flush()
+                    time.sleep(0.1)
+
+    with serving(Trickling) as url:
+        began = time.monotonic()
+        with raises("endpoint.timeout"):
+            Endpoint(url, seconds=0.5).served()
+        assert time.monotonic() - began < 4
+
+
+def test_another_server_has_its_own_advice() -> None:
+    advice = Advice("set OPENAI_API_KEY", "is it the address?")
+    with (
+        serving(handler(answer={}, status=401)) as url,
+        raises("endpoint.wrong_key", match="it wants a key; set OPENAI_API_KEY$"),
+    ):
+        Endpoint(url, advice=advice).complete("m", "s", "u", 0.0)
