@@ -214,7 +214,7 @@ def _command(words: str, parser: argparse.ArgumentParser) -> list[str]:
             values = "|".join(map(str, action.choices)) if action.choices else action.metavar or action.dest.upper()
             name += f" {values}"
         help_text = action.help % {**vars(action), "prog": parser.prog} if action.help else POSITIONALS[name]
-        rows.append(f"| `{_cell(name)}` | {_cell(_text(help_text))} |")
+        rows.append(f"| `{name}` | {_cell(_text(help_text))} |")
     if rows:
         lines += ["| argument | what it is |", "|---|---|", *rows, ""]
     example = (parser.epilog or "").partition("example:\n")[2]
@@ -222,6 +222,7 @@ def _command(words: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _cell(text: str) -> str:
+    """Not for a cell that is all code: there the backslash would be shown, and a pipe divides nothing."""
     return text.replace("|", r"\|")
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import markdown  # type: ignore[import-untyped]
 import pytest
 
 from dev import docs_hooks, docs_reference
@@ -48,6 +49,11 @@ def test_every_config_key_has_a_row(section: str, name: str, field: dataclasses.
         assert default == f"`{str(field.default).lower()}`"
     elif isinstance(field.default, int | float):
         assert float(default.strip("`")) == field.default
+
+
+def test_choices_are_shown_as_they_are_typed() -> None:
+    shown = markdown.markdown(COMMAND_LINE, extensions=["tables"])
+    assert "<td><code>--goal cheap|fast</code></td>" in shown and "\\|" not in shown
 
 
 def test_rows_say_what_the_code_says() -> None:

@@ -104,7 +104,8 @@ def test_a_database_file_finds_its_engine_by_its_suffix(tmp_path: Path) -> None:
         assert isinstance(engine_of_file(tmp_path / name), SqliteEngine)
 
 
-def test_a_dialect_without_an_engine_is_parsed_and_never_run(tmp_path: Path) -> None:
+def test_a_dialect_without_an_engine_is_parsed_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ENGINES, "duckdb", raising=False)
     make_json_database(tmp_path / "databases")
     rows = [row(1, dialect="duckdb", sql="SELECT title FROM item"), row(2, dialect="duckdb", sql="SELECT FROM WHERE")]
     source = jsonl_source(write_jsonl(tmp_path / "rows.jsonl", rows), databases=str(tmp_path / "databases"))
