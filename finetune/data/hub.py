@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.runtime.installed import install_command
 
 
 def download(path: str, revision: str | None, files: list[str], key: str) -> Path:
@@ -31,7 +32,7 @@ def imported(module: str, key: str) -> Any:
         return __import__(module)
     except ImportError:
         raise UserError(
-            f"{key}: needs the package {module}; pip install 'finetune-text2sql[train]'", code="install.missing_package"
+            f"{key}: needs the package {module}; {install_command('train')}", code="install.missing_package"
         ) from None
 
 

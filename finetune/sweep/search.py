@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.runtime.installed import install_command
 from finetune.sweep.folder import Sweep, SweepFolder, losses
 from finetune.sweep.space import Axis, number
 
@@ -48,7 +49,7 @@ def chooser(sweep: Sweep, folder: SweepFolder, axes: Sequence[Axis]) -> Callable
 def check_installed() -> None:
     if importlib.util.find_spec("optuna") is None:
         raise UserError(
-            "--search optuna: optuna is not installed in this environment; run `pip install -c constraints.txt -e '.[train]'`",
+            f"--search optuna: optuna is not installed in this environment; run `{install_command('train')}`",
             code="sweep.no_optuna",
         )
 

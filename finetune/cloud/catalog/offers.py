@@ -26,6 +26,7 @@ from finetune.cloud.catalog.csv_file import (
 from finetune.cloud.catalog.disks import disk_usd_per_hour, local_ssd_usd_per_hour
 from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND, check_machine, fits
 from finetune.errors import UserError
+from finetune.runtime.installed import install_command
 
 __all__ = ["Catalog", "Offer", "disk_usd_per_hour", "load_catalog", "refresh_catalog"]
 
@@ -189,7 +190,7 @@ def refresh_catalog(hours: int = REFRESH_HOURS) -> None:
         from sky.catalog import common
     except ImportError as error:
         raise UserError(
-            f"SkyPilot cannot be imported ({error}); pip install 'finetune-text2sql[cloud]'",
+            f"SkyPilot cannot be imported ({error}); {install_command('cloud')}",
             code="install.missing_package",
         ) from None
     for name, age in ((VMS, hours), (ACCELERATORS, None)):
