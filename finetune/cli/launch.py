@@ -46,7 +46,8 @@ def _launch(arguments: argparse.Namespace) -> int:
             print(_plan(launch))
         except UserError as error:  # the policy decides whether such a run may be launched
             print(f"no plan: {error}")
-    tell("launch", _most(launch), after_launch(launch.cluster, managed=arguments.jobs))
+    if "--dryrun" not in arguments.options:
+        tell("launch", _most(launch), after_launch(launch.cluster, managed=arguments.jobs))
     print(f"in {launch.folder}: {shlex.join(['sky', *launch.words[1:]])}", flush=True)
     os.execv(launch.words[0], launch.words)
 

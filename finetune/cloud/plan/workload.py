@@ -98,8 +98,9 @@ def _assumed_questions(config: RunConfig) -> tuple[int, float, str] | None:
     if plan.questions is not None:
         return plan.questions, plan.answer_tokens, "questions (plan.questions)"
     share = data.test_fraction if config.evaluation.split == "test" else data.val_fraction
-    own = [_source_records(source) for source in data.sources if source.split == config.evaluation.split]
-    shared = [_source_records(source) for source in data.sources if source.split == "auto"] if share else []
+    scored = [source for source in data.sources if source.kind == "spider" or source.databases is not None]
+    own = [_source_records(source) for source in scored if source.split == config.evaluation.split]
+    shared = [_source_records(source) for source in scored if source.split == "auto"] if share else []
     if None in own or None in shared or not own + shared:
         return None
     questions = sum(filter(None, own)) + round(share * sum(filter(None, shared)))

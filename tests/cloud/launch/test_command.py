@@ -62,6 +62,11 @@ def test_the_command_runs_in_the_folder_of_the_policy(scripts: Path, tmp_path: P
     assert "is above the ceiling of $0.60 for the run" in plan
 
 
+def test_a_dry_run_has_no_next_step(scripts: Path, tmp_path: Path) -> None:
+    done = launched(scripts, tmp_path, str(A100), "--dryrun", "--yes")
+    assert (done.returncode, done.stderr) == (9, "") and "word --dryrun" in done.stdout
+
+
 def test_a_managed_job_and_a_task_without_a_config(scripts: Path) -> None:
     done = launched(scripts, ROOT / "sky", "--jobs", "serve.yaml")
     assert done.returncode == 9 and done.stdout.startswith(f"in {ROOT}: ")

@@ -101,6 +101,10 @@ def test_questions_of_local_sources_are_counted(tmp_path: Path) -> None:
     assert (own.questions, own.basis) == (40, "questions counted in the local sources, 64 tokens an answer")
     shared = known(data={"sources": [source], "test_fraction": 0.25})
     assert shared.questions == 10
+    without = {"kind": "jsonl", "path": str(lines)}
+    assert size(data={"sources": [without], "test_fraction": 0.25}) is None, "without databases nothing can be scored"
+    both = known(data={"sources": [without, source], "test_fraction": 0.25})
+    assert both.questions == 10
 
 
 def test_unknown_questions_are_left_out_and_said_so(tmp_path: Path) -> None:
