@@ -8,14 +8,14 @@ PROJECT/on_machine/             scripts, pinned versions and a wheel of the prog
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.runtime.confined import is_relative_name, remove_file
-from finetune.runtime.files import disk_error, load_json, write_json
+from finetune.runtime.files import disk_error, load_json, sha256_file, write_json
 from finetune.runtime.installed import files_below, project_files, version
 from finetune.runtime.own_wheel import PREFIX, is_own_wheel, own_wheel
 
@@ -69,7 +69,7 @@ def read_project(path: Path) -> ProjectFolder | None:
 def sha256_of(path: Path) -> str:
     """Of a file; "" for anything else."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        return sha256_file(path) if path.is_file() else ""
     except OSError:
         return ""
 
@@ -84,10 +84,10 @@ def machine_side() -> dict[str, bytes]:
     return found | {f"{MACHINE_SIDE}/{name}": content}
 
 
-def stale_files(project: ProjectFolder) -> list[str]:
+def stale_files(project: ProjectFolder, side: Mapping[str, bytes] | None = None) -> list[str]:
     """The files of the machine's side that are not those of the program as installed here, without those that the user has
-    changed; and those that it no longer has."""
-    now = {name: hashlib.sha256(content).hexdigest() for name, content in machine_side().items()}
+    changed; and those that it no longer has. side: `machine_side()`, where the caller has it."""
+    now = {name: hashlib.sha256(content).hexdigest() for name, content in (side or machine_side()).items()}
     found = []
     for name, digest in now.items():
         path = project.path / name
@@ -105,10 +105,10 @@ def _left_over(project: ProjectFolder, now: Iterable[str]) -> list[str]:
 
 def renew_machine_side(project: ProjectFolder) -> list[str]:
     """Writes what is stale anew; returns the names. Raises UserError if the disk is full, or the folder cannot be written."""
-    stale = stale_files(project)
+    now = machine_side()
+    stale = stale_files(project, now)
     if not stale:
         return []
-    now = machine_side()
     for name in stale:
         path = project.path / name
         if name in now:

@@ -150,12 +150,6 @@ def rows_of(database: Path, sql: str, timeout_seconds: float, limits: Limits | N
     return Rows(result.columns, result.rows)
 
 
-def run_and_format(database: Path, sql: str, timeout_seconds: float, limits: Limits | None = None) -> str:
-    """The rows of a query as an aligned text table, at most ROWS_SHOWN of them, with control characters as escapes."""
-    found = rows_of(database, sql, timeout_seconds, limits)
-    return formatted(found.columns, found.rows)
-
-
 def sql_failed(why: str | None) -> UserError:
     return UserError(f"the SQL does not run: {why}", code="ask.sql_failed")
 

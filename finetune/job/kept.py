@@ -2,8 +2,7 @@
 fetches beside the packages, and starts the process that keeps what the bucket lacks.
 
 ~/.finetune/model.lock          locked while what training needs of the model is fetched
-~/.finetune/four-bit.lock       locked while anything of it is fetched
-~/.finetune/four-bit/           4-bit weights (finetune/models/four_bit_files.py)
+~/.finetune/four-bit.lock       locked while anything of it is fetched (machine/four_bit_place.py)
 ~/.finetune/model.log           what that said
 ~/.finetune/keep.log            the same of the process that keeps
 """
@@ -19,10 +18,10 @@ from finetune.config.schema import ModelSection
 from finetune.job.programs import last_lines, say
 from finetune.job.settings import JobSettings
 from finetune.machine import set_up
+from finetune.machine.four_bit_place import lock_of, place_in
 from finetune.runtime.locks import is_locked, wait_while_locked
 
 LOCK, FETCHED, KEPT = "model.lock", "model.log", "keep.log"
-WHOLE_LOCK = "four-bit.lock"
 WAIT_SECONDS = 900.0
 """After that the model is loaded from the hub."""
 LOWEST = ("setsid", "--fork", "nice", "-n", "19")
@@ -39,7 +38,7 @@ def prepare_model(model: ModelSection, settings: JobSettings) -> None:
 
 def wait_for_model(model: ModelSection, settings: JobSettings, *, whole: bool = False) -> None:
     """Wait until what training needs of the model is fetched, and note where it comes from. whole: until all of it is."""
-    lock = settings.state / (WHOLE_LOCK if whole else LOCK)
+    lock = lock_of(place_in(settings.state)) if whole else settings.state / LOCK
     if is_locked(lock):
         say("waiting for the model files from the bucket")
         wait_while_locked(lock, WAIT_SECONDS)

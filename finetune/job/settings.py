@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.machine import four_bit_place
 from finetune.machine.price import LARGEST_LIMIT, parse_limit
 from finetune.run_name import LONGEST_NAME, fault_of_name
 from finetune.runtime.files import parse_json
@@ -19,8 +20,6 @@ from finetune.stage_end.following_job import Job
 from finetune.stage_end.tell import WITHIN
 
 API_KEY = "FINETUNE_API_KEY"
-FOUR_BIT = "FINETUNE_FOUR_BIT"
-"""Where 4-bit weights are, and are put: finetune/models/four_bit_files.py, which needs torch."""
 SECRETS = (
     *("WANDB_API_KEY", "HF_TOKEN", API_KEY),
     *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
@@ -140,7 +139,11 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
         cluster=_cluster(given),
         nodes=nodes,
         environment=environment
-        | {"GRACE_SECONDS": values["GRACE_SECONDS"], WITHIN: "1", FOUR_BIT: str(state / "four-bit")},
+        | {
+            "GRACE_SECONDS": values["GRACE_SECONDS"],
+            WITHIN: "1",
+            four_bit_place.VARIABLE: str(four_bit_place.place_in(state)),
+        },
     )
 
 

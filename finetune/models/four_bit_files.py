@@ -1,11 +1,10 @@
 """4-bit weights on the disk, as they were quantised once: read instead of the originals, which are nearly four times as large.
 
-On a cloud machine the job names a folder in FINETUNE_FOUR_BIT. A model of the hub that is quantised is then written below it, the
-job keeps that in the bucket (on_machine/kept/four_bit.py), and later launches find it in the same place:
+On a cloud machine the job names a folder (machine/four_bit_place.py). A model of the hub that is quantised is then written below
+it, the job keeps that in the bucket (on_machine/kept/four_bit.py), and later launches find it in the same place:
 
 <folder>/<key>/identity.json    what the weights were made of and by; the key is its hash
 <folder>/<key>/                 transformers' own files of a quantised model: config.json, model*.safetensors
-<folder>.lock                   locked while the originals are still being fetched
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.schema import ModelSection, QuantizationSection
 from finetune.errors import UserError, first_line
+from finetune.machine.four_bit_place import lock_of, named_place
 from finetune.models.device import Device
 from finetune.models.source import load_with
 from finetune.runtime.console import say
@@ -30,7 +30,6 @@ from finetune.runtime.locks import is_locked, wait_while_locked
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VARIABLE = "FINETUNE_FOUR_BIT"
 IDENTITY = "identity.json"
 FORMAT = 1
 LIBRARIES = ("bitsandbytes", "transformers")
@@ -99,8 +98,8 @@ class FourBitFiles:
 def four_bit_files(section: ModelSection, quantization: QuantizationSection, device: Device) -> FourBitFiles | None:
     """Where the 4-bit weights of this model are, or belong. None where none are kept: without the variable, for weights of 16
     bits, for a model that is no pinned one of the hub, and for one with code of its own."""
-    root = os.environ.get(VARIABLE)
-    if not root or not quantization.load_in_4bit or section.trust_remote_code or Path(section.name).exists():
+    root = named_place()
+    if root is None or not quantization.load_in_4bit or section.trust_remote_code or Path(section.name).exists():
         return None
     if section.name.count("/") != 1 or len(section.revision or "") != COMMIT_LETTERS:
         return None
@@ -115,14 +114,13 @@ def four_bit_files(section: ModelSection, quantization: QuantizationSection, dev
         **{library: version(library) for library in LIBRARIES},
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    return FourBitFiles(Path(root) / key, identity)
+    return FourBitFiles(root / key, identity)
 
 
 def wait_for_originals() -> None:
     """While set-up still fetches the original weights of the model, which it does after the 4-bit ones."""
-    root = os.environ.get(VARIABLE)
-    lock = Path(f"{root}.lock")
-    if root and is_locked(lock):
+    root = named_place()
+    if root is not None and is_locked(lock := lock_of(root)):
         say("waiting for the original weights of the model, which are being fetched")
         wait_while_locked(lock, WAIT_SECONDS)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.evaluation import prompt_file
 from finetune.report.examples import clipped, error_class
 from finetune.report.samples import sample_table
 from finetune.report.source import Json, Source
 from finetune.runtime.files import load_json
 
-PROMPTS = Path("eval", "prompts.json")
+PROMPTS = Path("eval", prompt_file.NAME)
 MOST_CHARACTERS = 2000
 """Shown of one query, answer or message."""
 LONGEST_START, SHORTEST_START, ALL_STARTS = 20_000, 2_000, 4_000_000

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from finetune.config.schema import ModelSection, QuantizationSection
+from finetune.machine.four_bit_place import VARIABLE
 from finetune.models import four_bit_files as files
 from finetune.models import load, source
 from finetune.models.device import Device
-from finetune.models.four_bit_files import VARIABLE, four_bit_files
+from finetune.models.four_bit_files import four_bit_files
 from tests.helpers.model_examples import CPU, NF4
 
 HUB = ModelSection(name="some-org/tiny", revision="0123456789abcdef0123456789abcdef01234567")

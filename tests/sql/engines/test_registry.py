@@ -12,7 +12,7 @@ from finetune.config.schema import SourceSection
 from finetune.data.prepared import load_prepared
 from finetune.data.sources import open_source
 from finetune.data.validate import DATABASE_MISSING, DATABASE_UNREADABLE, GOLD_FAILS, validate
-from finetune.evaluation.ask import run_and_format, schema_of
+from finetune.evaluation.ask import formatted, rows_of, schema_of
 from finetune.evaluation.judge import score_answer
 from finetune.sql.engines.registry import ENGINES, engine_for, engine_of_file, open_sessions
 from finetune.sql.engines.sqlite import SqliteEngine
@@ -99,7 +99,8 @@ def test_each_prediction_is_run_by_the_engine_of_its_dialect(tmp_path: Path) -> 
 def test_a_database_file_finds_its_engine_by_its_suffix(tmp_path: Path) -> None:
     database = make_json_database(tmp_path)
     assert schema_of(database).startswith("CREATE TABLE item (id INTEGER, name VARCHAR")
-    assert run_and_format(database, "SELECT name FROM item WHERE id = 2", 5).splitlines()[2:] == ["item 2", "(1 row)"]
+    found = rows_of(database, "SELECT name FROM item WHERE id = 2", 5)
+    assert formatted(found.columns, found.rows).splitlines()[2:] == ["item 2", "(1 row)"]
     for name in ("shop.sqlite", "shop.db", "shop"):
         assert isinstance(engine_of_file(tmp_path / name), SqliteEngine)
 
