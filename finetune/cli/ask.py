@@ -94,7 +94,7 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
         sql_failed,
         sql_in,
     )  # fmt: skip
-    from finetune.runtime.console import visible
+    from finetune.runtime.console import say, visible
     from finetune.serve.client import Endpoint
 
     if arguments.base:
@@ -135,6 +135,8 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
         found = rows_of(file, sql, 10.0)
     elif arguments.execute and (rows is None or "rows" not in rows):
         raise sql_failed((rows or {}).get("error"))
+    elif rows is not None and "rows" not in rows:
+        say(f"{arguments.target} has run it: {sql_failed(rows.get('error'))}")
     elif arguments.execute and rows is not None:
         cells = [[_value(cell) for cell in row] for row in rows["rows"]]
         found = Rows(rows["columns"], cells, truncated=bool(rows.get("truncated")))

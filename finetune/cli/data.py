@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, add_config, add_json, loaded
 from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
+from finetune.init.origin import in_own_file, own_places
 from finetune.runtime.console import visible
 from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_check, after_faults, after_prepare
@@ -48,7 +52,8 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
     from finetune.data.prepare import prepare_data
 
     config = loaded(arguments)
-    prepared = prepare_data(config, _tokenizer_if_installed(config))
+    with _faults_in_own_file(arguments.config):
+        prepared = prepare_data(config, _tokenizer_if_installed(config))
     counts = prepared.manifest["counts"]
     if arguments.json:
         print_document({"folder": prepared.folder, "changed": prepared.changed, **prepared.manifest})
@@ -67,13 +72,18 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
     config = loaded(arguments)
     evaluation = config.evaluation
-    findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
+    with _faults_in_own_file(arguments.config):
+        findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
     hollow, lengths = findings.hollow_databases(), _lengths(config, findings)
+    places = own_places(arguments.config.parent)
     if arguments.json:
-        print_document(findings.as_json() | {"too_long": lengths})
+        document = findings.as_json()
+        for found in (*document["rejections"], *document["flags"]):
+            found["text"] = in_own_file(found["text"], places)
+        print_document(document | {"too_long": lengths})
     else:
         for line in _lines(findings, hollow):
-            print(visible(line, one_line=True))
+            print(visible(in_own_file(line, places), one_line=True))
         for line in lengths:
             print(line)
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
@@ -87,6 +97,16 @@ def _data_check(arguments: argparse.Namespace) -> int:
     following = after_faults(arguments.config) if faulty else after_check(arguments.config, arguments.overrides)
     tell("data check", cost_of_command(config.budget.usd_per_hour), following)
     return EXIT_MISSING if faulty else EXIT_OK
+
+
+@contextmanager
+def _faults_in_own_file(config: Path) -> Iterator[None]:
+    """Faults of a project's pairs are named where the user wrote them."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (in_own_file(str(error), own_places(config.parent)),)
+        raise
 
 
 def _lines(findings: Findings, hollow: list[HollowDatabase]) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.runtime.hub_reason import hub_reason
 from finetune.runtime.installed import install_command
 
 
@@ -20,9 +21,12 @@ def download(path: str, revision: str | None, files: list[str], key: str) -> Pat
 
 
 def unreachable(path: str, revision: str | None, key: str, error: Exception) -> UserError:
+    why, advice = hub_reason(path, revision, "dataset") or (
+        one_line(error),
+        "check its files, or give a folder with a copy",
+    )
     return UserError(
-        f"{key}: cannot fetch {path} at revision {revision} from the Hugging Face hub ({one_line(error)}); check the "
-        "id, the revision, the network and HF_TOKEN, or give the path of a local copy",
+        f"{key}: cannot fetch {path} at revision {revision} from the Hugging Face hub: {why}; {advice}",
         code="data.hub_unreachable",
     )
 

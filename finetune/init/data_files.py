@@ -13,6 +13,7 @@ from finetune.init.database import ENGINE, Database, database_name
 from finetune.init.form import FORM, GOOD, form_text
 from finetune.init.known_sets import source_lines
 from finetune.init.look import DATABASES, Found
+from finetune.init.origin import ORIGIN, origin_text
 from finetune.init.place import write_file
 from finetune.project_folder import PAIRS, ProjectFolder
 from finetune.runtime.paths import escaped
@@ -38,6 +39,8 @@ def write_data(part: Path, folder: Path, found: Found, before: ProjectFolder | N
         sources.append(f"{{kind: jsonl, path: {PAIRS}{databases}}}")
     if found.records is not None:
         write_records(part / PAIRS, found.records)
+        if found.own is not None:
+            write_file(part, ORIGIN, origin_text(found.own, found.places))
     synthetic = folder / SYNTHETIC
     if found.drafts is not None:
         write_records(part / SYNTHETIC, found.drafts.records)

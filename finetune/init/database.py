@@ -112,6 +112,11 @@ def database_name(path: Path) -> str:
 
 def _sqlite(path: Path, header: bytes) -> Database:
     size = path.stat().st_size
+    if size < _SIZES.size:
+        raise UserError(
+            f"--db {path}: has {size:,} bytes, fewer than its header: a copy that was cut off; copy it again",
+            code="init.truncated_database",
+        )
     page, changes, pages, valid_for = _SIZES.unpack_from(header.ljust(_SIZES.size, b"\0"))
     expected = (65536 if page == 1 else page) * pages
     log = path.resolve().with_name(path.resolve().name + "-wal")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,8 @@ DEFAULT_URL = "https://api.openai.com/v1"
 BATCH = 10
 TEMPERATURE = 0.9
 SECONDS = 5.0
+QUIET_SECONDS = 15.0
+"""After so much silence the user is told what is waited for."""
 IN_VAIN = 3
 """So many replies in a row without a new pair end the drafting."""
 LATEST = 30
@@ -108,7 +112,10 @@ def draft(writer: Writer, database: Database, wanted: int) -> Drafts:
         while len(drafts.records) < wanted and in_vain < IN_VAIN:
             before = len(drafts.records)
             try:
-                reply = writer.endpoint.complete(writer.model, SYSTEM, _request(database, calls, drafts), TEMPERATURE)
+                with _told_of_silence(writer):
+                    reply = writer.endpoint.complete(
+                        writer.model, SYSTEM, _request(database, calls, drafts), TEMPERATURE
+                    )
             except UserError as error:
                 if not drafts.records:
                     raise
@@ -132,6 +139,25 @@ def draft(writer: Writer, database: Database, wanted: int) -> Drafts:
     if in_vain == IN_VAIN:
         drafts.trouble = f"{IN_VAIN} replies in a row held no new pair that could be kept"
     return drafts
+
+
+@contextmanager
+def _told_of_silence(writer: Writer) -> Iterator[None]:
+    """Says, while a reply takes long, that it is waited for, and how long."""
+
+    def tell() -> None:
+        say(
+            f"{writer} has not answered for {QUIET_SECONDS:g} s; it has {writer.endpoint.seconds:g} s "
+            "(Ctrl-C ends this, and --drafts 0 asks for none)"
+        )
+
+    timer = threading.Timer(QUIET_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _request(database: Database, calls: int, drafts: Drafts) -> str:

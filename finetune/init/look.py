@@ -36,13 +36,14 @@ class Wanted:
 
 @dataclass
 class Found:
-    """What the data are. records: those of the user, and where each is in that file; None where there are none yet, or the
-    source is a set that stays where it is."""
+    """What the data are. records: those of the user, of the file `own`, and where each is in it; None where there are none yet,
+    or the source is a set that stays where it is."""
 
     database: Database | None = None
     known: KnownSet | None = None
     records: list[Record] | None = None
     places: list[str] = field(default_factory=list)
+    own: Path | None = None
     drafts: Drafts | None = None
     said: list[str] = field(default_factory=list)
 
@@ -78,7 +79,7 @@ def look(wanted: Wanted) -> Found:
     table = read_rows(path, wanted.encoding)
     mapped = map_columns(table, wanted.dialect or (database.dialect if database else None), wanted.columns)
     pairs = records_of(table, mapped.columns, database, mapped.dialect)
-    found.records, found.places = pairs.records, pairs.places
+    found.records, found.places, found.own = pairs.records, pairs.places, path
     found.said += [*table.notes, mapped.why]
     found.said.append(
         f"{len(pairs.records)} pairs in {mapped.dialect}"

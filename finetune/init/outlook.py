@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,8 @@ from finetune.data.validate import LEFT_OUT
 from finetune.errors import UserError
 from finetune.init.config_text import CONFIG, Goal
 from finetune.init.form import LEAST, rule_of_thumb
+from finetune.init.origin import in_own_file
 from finetune.machine.price import Ceilings
-from finetune.project_folder import PAIRS
 from finetune.runtime.installed import install_command
 from finetune.stage_end.following import rounded_up
 
@@ -76,22 +75,12 @@ def _check(config: RunConfig, outlook: Outlook, places: Sequence[str]) -> None:
         )
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
     outlook.said.append(f"usable: {counts}; {len(rejected)} rejected{':' if rejected else ''}")
-    outlook.said += [f"  {_in_own_file(str(one), places)}" for one in rejected[:SHOWN]]
+    outlook.said += [f"  {in_own_file(str(one), places)}" for one in rejected[:SHOWN]]
     if len(rejected) > SHOWN:
         outlook.said.append(f"  and {len(rejected) - SHOWN} more")
     problems = [*findings.problems, *(str(one) for one in findings.hollow_databases())]
-    outlook.problems = [_in_own_file(one, places) for one in problems]
+    outlook.problems = [in_own_file(one, places) for one in problems]
     outlook.said += [f"PROBLEM: {one}" for one in outlook.problems]
-
-
-def _in_own_file(text: str, places: Sequence[str]) -> str:
-    """A message about records of PAIRS, with their places in the file that they were made of."""
-
-    def own(found: re.Match[str]) -> str:
-        number = int(found[1])
-        return places[number - 1] if 0 < number <= len(places) else found[0]
-
-    return re.sub(rf"\b{re.escape(PAIRS)}:(\d{{1,9}})\b", own, text)
 
 
 def _estimate(goal: Goal, plan: Plan, outlook: Outlook) -> None:

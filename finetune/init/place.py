@@ -57,6 +57,14 @@ def _holds_only(path: Path, known: Collection[Path]) -> bool:
     return bool(inside) and all(file.resolve() in known for file in inside)
 
 
+def checkout_around(folder: Path) -> Path | None:
+    """The git checkout that a new project would lie in, without being the checkout itself."""
+    place = folder.resolve()
+    if (place / ".git").exists():
+        return None
+    return next((parent for parent in place.parents if (parent / ".git").exists()), None)
+
+
 @contextmanager
 def part_folder(folder: Path) -> Iterator[Path]:
     """A folder to write a project in before it takes its place; it is gone at the end, whatever happens. What an init that was

@@ -20,7 +20,7 @@ from finetune.init.files import readme, settings_files, task_files
 from finetune.init.form import FORM, LEAST, rule_of_thumb
 from finetune.init.look import Found, Wanted, look
 from finetune.init.outlook import Outlook, look_ahead
-from finetune.init.place import part_folder, place, usable_folder, write_file
+from finetune.init.place import checkout_around, part_folder, place, usable_folder, write_file
 from finetune.project_folder import ProjectFolder, machine_side, read_project
 from finetune.runtime.installed import version
 
@@ -55,6 +55,10 @@ def init(wanted: Wanted, ask: Asker, say: Callable[[str], None]) -> Made:
         found.said.append(f"{URL} is set, but {MODEL} names no model that could draft questions, so none are drafted")
     if wanted.goal is None:
         wanted.goal = cast(Goal, ask("what matters more", "cheap", ("cheap", "fast")))
+    if before is None and (checkout := checkout_around(folder)):
+        found.said.append(
+            f"{folder} lies in the git checkout {checkout}, which sees it as new files: commit or ignore them there"
+        )
     with part_folder(folder) as part:
         made = _written(part, folder, wanted, found, before)
         made.kept = place(part, folder, before, _asked(wanted))

@@ -12,6 +12,7 @@ from finetune.config.schema import ModelSection
 from finetune.errors import UserError, first_line
 from finetune.models.adapter import base_identity
 from finetune.models.gguf import PACKAGE_PREFIX, unpacked_gguf
+from finetune.runtime.hub_reason import hub_reason
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -87,9 +88,11 @@ def load_with(loader: Any, section: ModelSection, source: str | None = None, **a
         SafetensorError,
         StrictDataclassError,
     ) as error:
-        advice = "is the hub reachable, and HF_TOKEN set if the model is gated?" if hub else "is the folder complete?"
+        why, advice = first_line(error), "check its files" if hub else "is the folder complete?"
         if isinstance(error, torch.OutOfMemoryError):
             advice = "4-bit weights need the least memory: quantization.load_in_4bit=true"
+        elif hub and isinstance(error, OSError) and "not a valid JSON" not in why:  # a file is missing, not damaged
+            why, advice = hub_reason(section.name, section.revision, "model") or (why, advice)
         raise UserError(
-            f"model.name: cannot load {section.name}: {first_line(error)} ({advice})", code="model.load_failed"
+            f"model.name: cannot load {section.name}: {why} ({advice})", code="model.load_failed"
         ) from error

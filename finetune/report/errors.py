@@ -48,11 +48,16 @@ def error_rows(source: Source) -> list[ErrorRow]:
 
 
 def errors_line(scores: Json) -> str:
-    """The most frequent classes of one model; "" if it has no error, or eval.json counts none."""
+    """The most frequent classes of one model, a line each; "" if it has no error, or eval.json counts none."""
+    from finetune.evaluation.error_classes import ERROR_CLASSES
+
     counts: dict[str, int] = scores.get("error_classes") or {}
     most = sorted(counts.items(), key=lambda pair: -pair[1])[:MOST_NAMED]
-    shown = [f"{name} {count} ({count / scores['questions']:.1%})" for name, count in most]
-    return f"most frequent errors: {', '.join(shown)} of {scores['questions']}" if shown else ""
+    lines = []
+    for name, count in most:
+        meaning = f": {found.title}" if (found := ERROR_CLASSES.get(name)) else ""
+        lines.append(f"  {count} ({count / scores['questions']:.1%}) {name}{meaning}")
+    return "\n".join([f"most frequent errors, of {scores['questions']} answers:", *lines]) if lines else ""
 
 
 def _counted(counts: dict[str, int] | None, name: str, scores: Json) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -83,11 +84,12 @@ def in_terminal(
     )
     os.close(inner)
     found, end = "", time.monotonic() + 120
+    decode = codecs.getincrementaldecoder("utf-8")().decode  # a character may come in two pieces
     try:
         while time.monotonic() < end and not (until and found.count(until) > 1):
             if select.select([terminal], [], [], 0.5)[0]:
                 try:
-                    found += os.read(terminal, 65536).decode(errors="replace")
+                    found += decode(os.read(terminal, 65536))
                 except OSError:  # the other end is closed
                     break
         if until:

@@ -50,6 +50,13 @@ def test_a_copy_that_was_cut_off_is_refused(library: Path) -> None:
         look_at_database(library)
 
 
+@pytest.mark.parametrize("size", [16, 50, 95])
+def test_a_copy_that_ends_within_its_header_is_refused(library: Path, size: int) -> None:
+    library.write_bytes(library.read_bytes()[:size])
+    with raises("init.truncated_database", match=f"has {size} bytes.*copy it again"):
+        look_at_database(library)
+
+
 @pytest.mark.parametrize(
     "content", [b"", random.Random(1).randbytes(4096), b"no database"], ids=["empty", "encrypted", "text"]
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -20,11 +22,14 @@ from finetune.data.records import read_records
 from finetune.init import database as database_module
 from finetune.init import drafts as drafts_module
 from finetune.init.ask import Asker
+from finetune.init.database import look_at_database
 from finetune.init.form import FORM, hints
 from finetune.init.look import Wanted
+from finetune.init.origin import ORIGIN
 from finetune.init.run import Made, init
-from finetune.project_folder import MARKER, read_project
+from finetune.project_folder import MARKER, PAIRS, read_project
 from finetune.runtime.yaml_file import load_yaml
+from finetune.serve.client import Endpoint
 from tests.helpers.errors import raises, reported
 from tests.helpers.json_server import JsonHandler, serving
 from tests.init.conftest import DUMP, as_csv, make_library, postgres_questions, questions
@@ -554,11 +559,70 @@ def test_data_check_leads_to_the_file_that_the_pairs_were_made_of(library: Path,
     given = Path("pairs.csv").resolve()
     with chdir("shop"):
         assert main(["data", "check", "text2sql.yaml", TINY]) == 1
-        assert f"next: finetune init . --data {given} --yes" in capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert f"{given}:62: gold_fails: no such column: nmae\n" in printed.out
+        assert f"next: finetune init . --data {given} --yes" in printed.err
+        assert main(["data", "check", "text2sql.yaml", TINY, "--json"]) == 1
+        [rejected] = json.loads(capsys.readouterr().out)["rejections"]
+        assert rejected["text"].startswith(f"{given}:62: ") and (rejected["file"], rejected["line"]) == (PAIRS, 61)
         with Path("data/pairs.jsonl").open("a") as pairs:
             pairs.write("\n")
         assert main(["data", "check", "text2sql.yaml", TINY]) == 1
         assert "next:" not in capsys.readouterr().err
+
+
+def test_a_form_inside_the_project_is_named_as_it_lies_there(library: Path, file: Write, capsys: Out) -> None:
+    made(folder=Path("shop"), db=library)
+    with chdir("shop"):
+        Path(FORM).write_text(as_csv([("", ""), ("Which?", "SELECT nmae FROM author"), *questions(60)]))
+        assert main(["init", ".", "--data", FORM, "--yes"]) == 0
+        capsys.readouterr()
+        assert main(["data", "check", "text2sql.yaml", TINY]) == 1
+        assert f"{FORM}:3: gold_fails" in capsys.readouterr().out
+        assert main(["data", "prepare", "text2sql.yaml", TINY]) == 0
+        rejected = Path("data/prepared/shop/rejected.jsonl").read_text()
+        assert PAIRS in rejected and FORM not in rejected, "what is prepared depends on the pairs alone"
+
+
+@pytest.mark.parametrize("change", ["edited", "gone", "pairs", "damaged"])
+def test_a_place_that_may_have_moved_is_not_named(library: Path, file: Write, capsys: Out, change: str) -> None:
+    own = file("own.csv", as_csv([("", ""), *questions(60), ("Which?", "SELECT nmae FROM author")]))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "own.csv", "--yes"]) == 0
+    if change == "edited":
+        own.write_text(own.read_text().replace("\n,\n", "\n"))
+    elif change == "gone":
+        own.unlink()
+    elif change == "pairs":
+        pairs = Path("shop") / PAIRS
+        pairs.write_text("\n" + pairs.read_text())
+    else:
+        (Path("shop") / ORIGIN).write_text('{"file": 3}')
+    capsys.readouterr()
+    with chdir("shop"):
+        assert main(["data", "check", "text2sql.yaml", TINY]) == 1
+    printed = capsys.readouterr().out
+    assert f"{PAIRS}:{62 if change == 'pairs' else 61}: gold_fails" in printed and "own.csv" not in printed
+
+
+def test_a_set_that_cannot_be_prepared_names_the_users_file(library: Path, file: Write, capsys: Out) -> None:
+    wrong = [(f"Which, of {n}?", f"SELECT nmae FROM author WHERE id = {n}") for n in range(60)]
+    given = file("own.csv", as_csv([("", ""), *wrong]))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "own.csv", "--yes"]) == 0
+    capsys.readouterr()
+    with chdir("shop"):
+        assert main(["data", "prepare", "text2sql.yaml", TINY]) == 2
+    printed = capsys.readouterr().err
+    assert f"{given}:3" in printed and PAIRS not in printed
+
+
+def test_a_git_checkout_around_the_project_is_told(library: Path) -> None:
+    assert not any("git checkout" in line for line in made(folder=Path("alone"), db=library).said)
+    Path(".git").mkdir()
+    told = f"shop lies in the git checkout {Path.cwd()}"
+    assert any(line.startswith(told) for line in made(folder=Path("shop"), db=library).said)
+    assert not any("git checkout" in line for line in made(folder=Path("shop"), goal="fast").said), "once is enough"
+    Path("own/.git").mkdir(parents=True)
+    assert not any("git checkout" in line for line in made(folder=Path("own"), db=library).said), "a project of its own"
 
 
 def test_one_schema_for_questions_about_two_databases(library: Path, file: Write) -> None:
@@ -586,3 +650,14 @@ def test_an_address_that_is_none_names_its_variable(library: Path, monkeypatch: 
     monkeypatch.setenv("OPENAI_MODEL", "writer-1")
     with raises("endpoint.bad_url", match="^OPENAI_BASE_URL: localhost"):
         made(folder=Path("shop"), db=library)
+
+
+def test_a_silent_endpoint_is_told(library: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setattr(drafts_module, "QUIET_SECONDS", 0.1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoint = Endpoint(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", seconds=1.0)
+        with raises("endpoint.timeout"):
+            drafts_module.draft(drafts_module.Writer(endpoint, "writer-1"), look_at_database(library), 10)
+    assert f"writer-1 at {endpoint.url} has not answered for 0.1 s; it has 1 s" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from finetune.config.schema import QuantizationSection
 from finetune.models import gguf as gguf_module
 from finetune.models.gguf import cache_folder
 from finetune.models.load import load_base, load_tokenizer, parameter_counts
-from finetune.models.source import resolve_name, weights_identity
+from finetune.models.source import load_with, resolve_name, weights_identity
 from tests.helpers.errors import raises
 from tests.helpers.model_examples import CPU, NF4, WHOLE, change, named, refusal
 
@@ -233,7 +233,19 @@ def test_an_unreachable_hub_is_reported_in_one_clear_line() -> None:
     for load in (lambda: load_tokenizer(section), lambda: load_base(section, NF4, CPU)):
         said = refusal("model.load_failed", load)
         assert said.startswith("model.name: cannot load some-org/some-model: ")
-        assert "is the hub reachable, and HF_TOKEN set" in said
+        assert "HF_HUB_OFFLINE is set" in said and "config.json" not in said, "see tests/conftest.py"
+        assert said.endswith(", or give the folder of a copy, which needs no revision)")
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("invalid header"), OSError("It looks like the config file is not a valid JSON file.")]
+)
+def test_a_damaged_copy_of_a_hub_model_is_not_put_down_to_the_hub(error: Exception) -> None:
+    def loader(*_: object, **__: object) -> None:
+        raise error
+
+    said = refusal("model.load_failed", lambda: load_with(loader, named("some-org/some-model", revision="0" * 40)))
+    assert said == f"model.name: cannot load some-org/some-model: {error} (check its files)"
 
 
 # tokenizers

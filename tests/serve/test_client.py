@@ -145,6 +145,18 @@ def test_rows_of_a_server_that_sends_none(capsys: pytest.CaptureFixture[str]) ->
     assert "was started without --execute" in capsys.readouterr().err
 
 
+def test_sql_that_failed_at_the_server_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    executes = {"data": [MODEL | {"finetune": MODEL["finetune"] | {"executes": True}}]}  # type: ignore[operator]
+    reply = message("SELECT nmae FROM shop", finetune={"error": "no such column: nmae"})
+    with serving(handler(executes, reply)) as url:
+        assert ask(url, "shop") == 0
+        printed = capsys.readouterr()
+        assert printed.out == "SELECT nmae FROM shop\n"
+        assert printed.err == f"{url} has run it: the SQL does not run: no such column: nmae\n"
+        with reported("ask.sql_failed"):
+            assert ask(url, "shop", "--execute") == 2
+
+
 def test_a_key_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("THE_KEY", raising=False)
     with reported("endpoint.no_key"):
