@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.checkpoint.store import CheckpointStore, read_manifest
+from finetune.checkpoint.folders import read_manifest
+from finetune.checkpoint.store import CheckpointStore
 from finetune.errors import TakenOver, UserError
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from finetune.checkpoint.fence import Fence, NoFence
 from finetune.checkpoint.filesystem import DISK, Disk
+from finetune.checkpoint.folders import folder_entries, newest_first, step_folder
 from finetune.checkpoint.manifest import (
     MANIFEST,
     InvalidCheckpoint,
@@ -38,10 +38,7 @@ from finetune.runtime import fault_injection
 from finetune.runtime.confined import check_inside
 from finetune.runtime.files import disk_error
 
-__all__ = ["MANIFEST", "CheckpointStore", "Disk", "Skipped", "fault", "newest_first", "read_manifest", "step_folder"]
-
 NO_FENCE = NoFence()
-_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 RECENTLY_SECONDS = 2.0
 """A look at the lease before every single file of a copy would cost a second of the thirty that a preemption leaves."""
 _VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
@@ -127,7 +124,7 @@ class CheckpointStore:
         """
         skipped: list[Skipped] = []
         try:
-            for folder in _entries(self.root):
+            for folder in folder_entries(self.root):
                 invalid = self._invalid(folder)
                 if invalid is None:
                     return folder, skipped
@@ -323,46 +320,3 @@ class CheckpointStore:
                 code="checkpoint.store_vanished",
             )
         return disk_error(error, self.root)
-
-
-def step_folder(root: Path, step: int) -> Path:
-    return root / f"step-{step}"
-
-
-def newest_first(root: Path) -> Iterator[Path]:
-    """The folders step-N under root, complete or not, the highest N first; links to folders are left out."""
-    return (entry for entry in _entries(root) if entry.is_dir() and not entry.is_symlink())
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """step, number, run_id, attempt, config_hash, data_hash, saved_at (UTC), files {name: {bytes, sha256}} of a checkpoint, and
-    lease: the number of the claim under which it was saved.
-
-    saved_at is for people; no decision depends on a clock. Raises UserError when there is no valid manifest.
-    """
-    try:
-        return manifest_of(folder)
-    except InvalidCheckpoint as invalid:
-        raise UserError(f"{folder}: {invalid}", code="checkpoint.corrupt") from invalid
-    except OSError as error:
-        raise disk_error(error, folder / MANIFEST) from error
-
-
-def fault(folder: Path) -> str | None:
-    """Why a folder is not a valid checkpoint of any run; None if it is one. Reads every file."""
-    try:
-        check_files(folder, manifest_of(folder), DISK)
-    except InvalidCheckpoint as invalid:
-        return str(invalid)
-    except OSError as error:
-        return f"cannot be read now ({error.strerror})"
-    return None
-
-
-def _entries(root: Path) -> list[Path]:
-    """Files and folders called step-N under root, the highest N first."""
-    try:
-        found = [(int(match[1]), entry) for entry in root.iterdir() if (match := _NAME.fullmatch(entry.name))]
-    except FileNotFoundError:
-        return []
-    return [entry for _, entry in sorted(found, reverse=True)]

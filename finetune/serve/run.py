@@ -23,12 +23,13 @@ from finetune.data.limits import limits_of
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, UserError
 from finetune.runtime.console import visible
 from finetune.serve.answering import Answering
-from finetune.serve.app import LOOPBACK, Service, application
+from finetune.serve.app import LOOPBACK, application
 from finetune.serve.backends.base import Running
 from finetune.serve.backends.registry import backend_for
 from finetune.serve.databases import databases_of
 from finetune.serve.load import Heartbeat, Queue
 from finetune.serve.rows import Rows
+from finetune.serve.service import Service
 from finetune.serve.target import open_target
 
 WAITING = 128

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.checkpoint.store import read_manifest
+from finetune.checkpoint.folders import read_manifest
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.models.adapter import BASE, seal_adapter

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from finetune.budget.lease import Lease
-from finetune.checkpoint.store import read_manifest
+from finetune.checkpoint.folders import read_manifest
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, TakenOver, TransientError, UserError, first_line
 from finetune.run_folder import RunFolder
 from finetune.runtime import distributed, process_group

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from finetune.budget.lease import Lease
-from finetune.checkpoint.store import CheckpointStore, Skipped, read_manifest
+from finetune.checkpoint.folders import read_manifest
+from finetune.checkpoint.store import CheckpointStore, Skipped
 from finetune.config.load import load_config, to_dict, with_numbers
 from finetune.config.resume_rules import decide, refusal
 from finetune.config.schema import RunConfig

@@ -14,7 +14,7 @@ from finetune.budget.lease import Lease
 from finetune.budget.run_budget import book_refused, open_budget
 from finetune.budget.takeover import Heritage
 from finetune.checkpoint.async_writer import AsyncCheckpointWriter, Committed
-from finetune.checkpoint.store import read_manifest
+from finetune.checkpoint.folders import read_manifest
 from finetune.config.load import config_hash, load_config, to_dict
 from finetune.config.schema import RunConfig
 from finetune.data.tokenize import Examples

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.budget.lease import Lease
 from finetune.budget.run_budget import RunBudget
-from finetune.checkpoint.store import read_manifest
+from finetune.checkpoint.folders import read_manifest
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord
 from finetune.runtime.stop_request import Stop

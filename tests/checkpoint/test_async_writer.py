@@ -18,7 +18,8 @@ import pytest
 from finetune.checkpoint import async_writer as writer_module
 from finetune.checkpoint.async_writer import AsyncCheckpointWriter, Committed
 from finetune.checkpoint.filesystem import Disk
-from finetune.checkpoint.store import CheckpointStore, read_manifest
+from finetune.checkpoint.folders import read_manifest
+from finetune.checkpoint.store import CheckpointStore
 from tests.helpers.errors import raises
 
 QUICK = 0.25

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune.checkpoint import store as checkpoint_store
+from finetune.checkpoint import folders as checkpoint_folders
 from finetune.checkpoint.filesystem import Disk
 from finetune.checkpoint.store import CheckpointStore
 from tests.helpers.data_examples import files_of
@@ -231,7 +231,7 @@ class Lifetime(RuleBasedStateMachine):
         self.step = at
         if self.survive(lambda: [self.store.quarantine(item) for item in skipped] + self.store.clean()):
             folders = [path for path in self.root.iterdir() if path.name.startswith("step-")] if found else []
-            assert all(checkpoint_store.fault(path) is None for path in folders if int(path.name[5:]) >= at)
+            assert all(checkpoint_folders.fault(path) is None for path in folders if int(path.name[5:]) >= at)
             assert all((path / "manifest.json").is_file() for path in folders)
 
     @rule(operation=st.integers(0, 25), done=st.sampled_from(MOMENTS))
@@ -248,7 +248,7 @@ class Lifetime(RuleBasedStateMachine):
     @rule()
     def prune(self) -> None:
         before = [step for step in sorted(self.good) if (self.root / f"step-{step}" / "manifest.json").is_file()]
-        numbers = {step: checkpoint_store.read_manifest(self.root / f"step-{step}")["number"] for step in before}
+        numbers = {step: checkpoint_folders.read_manifest(self.root / f"step-{step}")["number"] for step in before}
         whole = self.survive(self.store.prune)
         every = self.keep["keep_every"]
         stay = {s for s in before if s in before[-self.keep["keep_last"] :] or (every and numbers[s] % every == 0)}
@@ -273,7 +273,7 @@ class Lifetime(RuleBasedStateMachine):
     @invariant()
     def every_good_checkpoint_verifies(self) -> None:
         for step in getattr(self, "good", ()):
-            assert checkpoint_store.fault(self.root / f"step-{step}") is None
+            assert checkpoint_folders.fault(self.root / f"step-{step}") is None
 
     def teardown(self) -> None:
         if hasattr(self, "scratch"):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from finetune.checkpoint import folders as checkpoint_folders
 from finetune.checkpoint import manifest as checkpoint_manifest
-from finetune.checkpoint import store as checkpoint_store
 from finetune.checkpoint.filesystem import CHUNK_BYTES
 from finetune.checkpoint.store import CheckpointStore, Skipped
 from tests.helpers.data_examples import files_of
@@ -47,7 +47,7 @@ def names(store: CheckpointStore) -> set[str]:
 
 def reseal(folder: Path, **changes: Any) -> None:
     """Rewrite the manifest with changed values and a matching seal."""
-    manifest = {**checkpoint_store.read_manifest(folder), **changes}
+    manifest = {**checkpoint_folders.read_manifest(folder), **changes}
     (folder / "manifest.json").write_text(checkpoint_manifest.manifest_text(manifest))
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_holds_the_staged_save_and_a_manifest(tmp_path: Path, store
     assert folder == store.root / "step-7"
     expected = files_of(tmp_path / "staged-7")
     assert {name: files_of(folder)[name] for name in expected} == expected
-    manifest = checkpoint_store.read_manifest(folder)
+    manifest = checkpoint_folders.read_manifest(folder)
     assert manifest.pop("saved_at").endswith("+00:00")
     entries = {
         str(path.relative_to(folder)): {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -65,7 +65,7 @@ def test_a_checkpoint_holds_the_staged_save_and_a_manifest(tmp_path: Path, store
     assert manifest.pop("files") == entries
     assert manifest == {"step": 7, "number": 1, "run_id": "run-a", "attempt": 3, **HASHES}
     assert store.latest_valid() == (folder, [])
-    assert checkpoint_store.fault(folder) is None
+    assert checkpoint_folders.fault(folder) is None
 
 
 def test_a_file_of_several_chunks_is_copied_completely(tmp_path: Path, store: CheckpointStore) -> None:
@@ -144,7 +144,7 @@ def test_an_invalid_checkpoint_is_skipped_with_its_reason(store: CheckpointStore
     assert found == older
     assert [(item.folder, item.corrupt) for item in skipped] == [(folder, name in DAMAGE)]
     assert reason in skipped[0].reason
-    assert reason in (checkpoint_store.fault(folder) or "")
+    assert reason in (checkpoint_folders.fault(folder) or "")
     assert put(store, 7) == folder  # it is replaced
     assert store.latest_valid() == (folder, [])
 
@@ -169,9 +169,9 @@ def test_a_manifest_that_cannot_be_read_is_a_user_error(store: CheckpointStore) 
     folder = put(store, 7)
     edit_without_seal(folder)
     with raises("checkpoint.corrupt", match=r"step-7: the manifest has changed since it was written"):
-        checkpoint_store.read_manifest(folder)
+        checkpoint_folders.read_manifest(folder)
     with raises("checkpoint.corrupt", match=r"step-8: no manifest"):
-        checkpoint_store.read_manifest(store.root / "step-8")
+        checkpoint_folders.read_manifest(store.root / "step-8")
 
 
 def test_the_newest_is_the_one_with_the_highest_step_whatever_the_clock_says(store: CheckpointStore) -> None:
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_another_run_is_neither_used_nor_touched(store: Checkpoi
     assert [folder.name for folder in store.prune()] == ["step-2", "step-1"]
     assert store.clean() == []
     assert other.latest_valid()[0] == theirs[1]
-    assert checkpoint_store.read_manifest(store.root / "step-3")["number"] == 3  # the other run's do not count
+    assert checkpoint_folders.read_manifest(store.root / "step-3")["number"] == 3  # the other run's do not count
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
@@ -223,7 +223,7 @@ def test_a_file_or_a_link_in_place_of_a_checkpoint_is_reported_and_left(
         shutil.copytree(kept, tmp_path / "elsewhere" / "step-9")
         target.symlink_to(tmp_path / "elsewhere" / "step-9")
     before = files_of(tmp_path)
-    assert list(checkpoint_store.newest_first(store.root)) == [kept]
+    assert list(checkpoint_folders.newest_first(store.root)) == [kept]
     assert store.latest_valid() == (kept, [Skipped(target, f"is a {kind}, not a folder", False)])
     with raises("checkpoint.name_taken", match=rf"step-9: is a {kind}, not a folder; move it away"):
         put(store, 9)
@@ -259,7 +259,7 @@ def test_prune_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
         put(store, step)
         store.prune()
     assert names(store) == {"step-30", "step-60", "step-90", "step-100"}
-    assert [checkpoint_store.read_manifest(f)["number"] for f in checkpoint_store.newest_first(store.root)] == [
+    assert [checkpoint_folders.read_manifest(f)["number"] for f in checkpoint_folders.newest_first(store.root)] == [
         10,
         9,
         6,
@@ -294,15 +294,15 @@ def test_the_number_of_a_checkpoint_counts_those_of_earlier_steps(store: Checkpo
     for step in (10, 20, 30):
         put(store, step)
     (store.root / "step-20" / "weights.bin").unlink()
-    assert checkpoint_store.read_manifest(put(store, 20))["number"] == 2
-    assert checkpoint_store.read_manifest(put(store, 40))["number"] == 4
+    assert checkpoint_folders.read_manifest(put(store, 20))["number"] == 2
+    assert checkpoint_folders.read_manifest(put(store, 40))["number"] == 4
 
 
 def test_a_checkpoint_whose_file_is_a_link_out_of_it_is_not_used_and_the_target_survives(
     store: CheckpointStore, tmp_path: Path
 ) -> None:
     older, folder = put(store, 5), put(store, 7)
-    name = next(iter(checkpoint_store.read_manifest(folder)["files"]))
+    name = next(iter(checkpoint_folders.read_manifest(folder)["files"]))
     outside = tmp_path / "outside"
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)

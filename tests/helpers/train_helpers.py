@@ -26,7 +26,7 @@ def steps_in(record: dict[str, Any]) -> list[int]:
 
 def check_agrees(run: Path) -> dict[str, Any]:
     """Check that run.json agrees with the newest checkpoint; returns run.json."""
-    from finetune.checkpoint.store import newest_first
+    from finetune.checkpoint.folders import newest_first
 
     record = record_of(run)
     complete = [folder for folder in newest_first(run / "checkpoints") if (folder / "manifest.json").is_file()]

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.budget.ledger import Ledger
+from finetune.checkpoint.folders import read_manifest as read_checkpoint
 from finetune.checkpoint.manifest import manifest_text
-from finetune.checkpoint.store import read_manifest as read_checkpoint
 from finetune.cloud.catalog.csv_file import COLUMNS, read_clouds, read_prices
 from finetune.cloud.gcloud import config as gcloud
 from finetune.cloud.gcloud.quota import read_project, read_regions

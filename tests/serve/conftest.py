@@ -19,12 +19,13 @@ from finetune.data.limits import limits_of
 from finetune.data.prompts import PromptTemplate
 from finetune.evaluation.generators.base import Answer
 from finetune.serve.answering import Answering
-from finetune.serve.app import Service, application
+from finetune.serve.app import application
 from finetune.serve.backends.base import Address, Running
 from finetune.serve.databases import databases_of
 from finetune.serve.load import Queue
 from finetune.serve.rows import Rows
 from finetune.serve.run import _web
+from finetune.serve.service import Service
 from finetune.serve.target import Target
 from tests.helpers.data_examples import make_database
 

@@ -14,7 +14,7 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Answer
-from finetune.serve import app
+from finetune.serve import exchange
 from finetune.serve.backends.base import BackendError, PromptTooLong
 from finetune.serve.questions import MAX_BODY_BYTES
 from tests.helpers.data_examples import SCHEMA
@@ -207,7 +207,7 @@ def test_a_body_without_a_length_is_limited_too(serve: Serve) -> None:
 
 
 def test_a_body_that_never_comes_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(exchange, "BODY_SECONDS", 0.3)
     served = serve()
     with socket.create_connection(("127.0.0.1", urlsplit(served.url).port or 0), timeout=30) as connection:
         connection.sendall(

@@ -18,7 +18,7 @@ from tests.helpers.train_helpers import FakeTime, adapter_of, at_step, change, h
 torch = pytest.importorskip("torch")
 
 from finetune.budget.ledger import Ledger  # noqa: E402
-from finetune.checkpoint import store as checkpoint_store  # noqa: E402
+from finetune.checkpoint import folders as checkpoint_folders  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.config.load import config_hash, load_config  # noqa: E402
 
@@ -58,7 +58,7 @@ def test_a_run_stops_at_its_hours_and_resumes_when_they_are_raised(
     assert stopped["stop"]["reason"] == "budget"
     assert stopped["spent_usd"] == pytest.approx(36 * 3585 / 3600, abs=0.001)
     assert "measured hours x $36/h, budget.usd_per_hour of the config" in stopped["spent_basis"]
-    assert [path.name for path in checkpoint_store.newest_first(run / "checkpoints")] == ["step-2"]
+    assert [path.name for path in checkpoint_folders.newest_first(run / "checkpoints")] == ["step-2"]
     first_adapter = adapter_of(run)
     capsys.readouterr()
 
@@ -177,7 +177,7 @@ def test_a_step_that_hangs_does_not_cross_the_ceiling(
     assert record["status"] == "budget_stop"
     (attempt,) = Ledger(run / "ledger").account().attempts
     assert attempt.reason == "budget_stop" and 280 < attempt.seconds <= 300
-    assert checkpoint_store.fault(run / "checkpoints" / "step-2") is None
+    assert checkpoint_folders.fault(run / "checkpoints" / "step-2") is None
 
 
 # --- prices

@@ -15,8 +15,9 @@ torch = pytest.importorskip("torch")
 # ruff: noqa: E402
 from safetensors.torch import load_file, save_file
 
+from finetune.checkpoint.folders import newest_first, read_manifest
 from finetune.checkpoint.manifest import manifest_text
-from finetune.checkpoint.store import CheckpointStore, newest_first, read_manifest
+from finetune.checkpoint.store import CheckpointStore
 from finetune.cli.main import main
 from finetune.runtime.files import sha256_file
 from finetune.training.checkpoint_content import REQUIRED, content_fault

@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from finetune.checkpoint import store as checkpoint_store  # noqa: E402
+from finetune.checkpoint import folders as checkpoint_folders  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.errors import UserError  # noqa: E402
 from finetune.runtime import process_group, torchrun  # noqa: E402
@@ -139,11 +139,11 @@ def test_two_processes_learn_what_one_does(
     assert (record["step"]["ranks"], alone["step"]["ranks"]) == (2, 1)
     assert record["step"]["backend"] == ("hf", "fused")[number]
     assert record["step"]["batch_size"] == alone["step"]["batch_size"] == 5
-    saved = list(checkpoint_store.newest_first(other / "checkpoints"))
+    saved = list(checkpoint_folders.newest_first(other / "checkpoints"))
     assert [folder.name for folder in saved] == ["step-8", "step-6"]
     for folder in saved:
-        assert checkpoint_store.fault(folder) is None
-        assert {"rng-0.pt", "rng-1.pt"} <= set(checkpoint_store.read_manifest(folder)["files"])
+        assert checkpoint_folders.fault(folder) is None
+        assert {"rng-0.pt", "rng-1.pt"} <= set(checkpoint_folders.read_manifest(folder)["files"])
     assert sorted(path.name for path in runs.iterdir()) == ["one", "two"]
     assert not list((other / "checkpoints").glob("checkpoint-*"))
 
@@ -183,7 +183,7 @@ def test_a_signal_stops_both_at_the_same_step_and_resume_continues_from_it(
     at = stopped["steps"]["done"]
     assert stopped["status"] == "interrupted"
     assert 3 <= at < 60
-    assert [folder.name for folder in checkpoint_store.newest_first(run / "checkpoints")] == [f"step-{at}"]
+    assert [folder.name for folder in checkpoint_folders.newest_first(run / "checkpoints")] == [f"step-{at}"]
     assert (run / "checkpoints" / f"step-{at}" / "rng-1.pt").is_file()
 
     code, said = finish(start(two("train", "--resume", str(run))))
@@ -296,8 +296,8 @@ def test_a_fault_of_one_process_ends_both_and_is_reported_once(
     assert ended == code
     assert [line for line in said if line.startswith("finetune: ")] == [f"finetune: {message}"]
     assert record_of(run)["status"] == "failed"
-    assert [folder.name for folder in checkpoint_store.newest_first(run / "checkpoints")] == ["step-2"]
-    assert checkpoint_store.fault(run / "checkpoints" / "step-2") is None
+    assert [folder.name for folder in checkpoint_folders.newest_first(run / "checkpoints")] == ["step-2"]
+    assert checkpoint_folders.fault(run / "checkpoints" / "step-2") is None
 
 
 def test_the_fault_of_another_process_keeps_its_code() -> None:

@@ -20,7 +20,7 @@ from tests.helpers.train_helpers import record_of
 
 torch = pytest.importorskip("torch")
 
-from finetune.checkpoint import store as checkpoint_store  # noqa: E402
+from finetune.checkpoint import folders as checkpoint_folders  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from tests.training.test_distributed import FUSED, HF, ROOT, STEPS, largest_difference, two  # noqa: E402
 
@@ -118,7 +118,7 @@ def wait_for(ready: Callable[[], bool], processes: list[subprocess.Popen[str]], 
 
 
 def has_checkpoint(run: Path) -> bool:
-    return next(checkpoint_store.newest_first(run / "checkpoints"), None) is not None if run.is_dir() else False
+    return next(checkpoint_folders.newest_first(run / "checkpoints"), None) is not None if run.is_dir() else False
 
 
 @pytest.mark.parametrize(("sections", "tolerance"), [(HF, 2e-6), (FUSED, 2e-4)], ids=["hf", "fused"])
@@ -241,10 +241,10 @@ def test_a_signal_on_the_second_machine_saves_a_checkpoint_on_the_first(
     started[1].terminate()
     assert machines.codes(started) == [75, 75]
     record = record_of(run)
-    newest = next(checkpoint_store.newest_first(run / "checkpoints"))
+    newest = next(checkpoint_folders.newest_first(run / "checkpoints"))
     assert record["status"] == "interrupted" and newest.name == f"step-{record['steps']['done']}"
-    assert checkpoint_store.fault(newest) is None
-    assert {"rng-0.pt", "rng-1.pt"} <= set(checkpoint_store.read_manifest(newest)["files"])
+    assert checkpoint_folders.fault(newest) is None
+    assert {"rng-0.pt", "rng-1.pt"} <= set(checkpoint_folders.read_manifest(newest)["files"])
 
 
 def test_the_second_machine_is_preempted(tiny_config: ConfigWriter, tmp_path: Path, machines: Machines) -> None:
@@ -260,7 +260,7 @@ def test_the_second_machine_is_preempted(tiny_config: ConfigWriter, tmp_path: Pa
     assert told in machines.said(0)
     record = record_of(run)
     assert (record["status"], record["stop"]["reason"]) == ("interrupted", "preemption")
-    assert next(checkpoint_store.newest_first(run / "checkpoints")).name == f"step-{record['steps']['done']}"
+    assert next(checkpoint_folders.newest_first(run / "checkpoints")).name == f"step-{record['steps']['done']}"
 
 
 OTHER_VERSIONS = """

@@ -14,7 +14,7 @@ from tests.helpers.train_helpers import adapter_of, at_step, record_of
 
 torch = pytest.importorskip("torch")
 
-from finetune.checkpoint import store as checkpoint_store  # noqa: E402
+from finetune.checkpoint import folders as checkpoint_folders  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.config.validate import LARGEST  # noqa: E402
 from finetune.estimate.fit import MicroBatchConfig  # noqa: E402
@@ -170,8 +170,8 @@ def test_values_that_are_not_finite_end_the_run_without_a_corrupt_checkpoint(
     assert "the gradient" in ours
     run = tmp_path / "runs" / "tiny-001"
     assert record_of(run)["status"] == "failed"
-    for folder in checkpoint_store.newest_first(run / "checkpoints"):
-        assert checkpoint_store.fault(folder) is None
+    for folder in checkpoint_folders.newest_first(run / "checkpoints"):
+        assert checkpoint_folders.fault(folder) is None
         assert all(bool(torch.isfinite(value).all()) for value in adapter_values(folder))
     assert not list((run / "checkpoints").glob("checkpoint-*"))
     assert not (run / "adapter").exists()
@@ -195,8 +195,8 @@ def test_the_checkpoint_before_the_fault_is_kept(
     assert "the loss" in capsys.readouterr().err
     run = tmp_path / "runs" / "tiny-001"
     assert record_of(run)["status"] == "failed"
-    assert [folder.name for folder in checkpoint_store.newest_first(run / "checkpoints")] == ["step-3", "step-2"]
-    assert checkpoint_store.fault(run / "checkpoints" / "step-3") is None
+    assert [folder.name for folder in checkpoint_folders.newest_first(run / "checkpoints")] == ["step-3", "step-2"]
+    assert checkpoint_folders.fault(run / "checkpoints" / "step-3") is None
 
 
 def adapter_values(folder: Path) -> list[Any]:

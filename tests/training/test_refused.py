@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors import SafetensorError  # noqa: E402
 
-from finetune.checkpoint import store as checkpoint_store  # noqa: E402
+from finetune.checkpoint import folders as checkpoint_folders  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.runtime import fault_injection  # noqa: E402
 from finetune.training import run as training_run  # noqa: E402
@@ -268,7 +268,7 @@ def test_a_full_disk_is_reported_in_one_line(
         assert not (run / "adapter").exists()
         assert list(run.rglob("checkpoint-*")) == []
         assert all(
-            checkpoint_store.fault(folder) is None for folder in checkpoint_store.newest_first(run / "checkpoints")
+            checkpoint_folders.fault(folder) is None for folder in checkpoint_folders.newest_first(run / "checkpoints")
         )
 
 

@@ -18,7 +18,7 @@ from tests.helpers.train_helpers import adapter_of, record_of, steps_in
 
 torch = pytest.importorskip("torch")
 
-from finetune.checkpoint import store as checkpoint_store  # noqa: E402
+from finetune.checkpoint import folders as checkpoint_folders  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.config.load import config_hash, load_config  # noqa: E402
 from finetune.data.prompts import PromptTemplate, encode_examples, load_template  # noqa: E402
@@ -118,10 +118,10 @@ def test_the_adapter_folder_is_self_contained(tiny_run: Path, tiny_data: Path) -
 
 
 def test_checkpoints_verify_and_only_the_last_are_kept(tiny_run: Path) -> None:
-    kept = [folder.name for folder in checkpoint_store.newest_first(tiny_run / "checkpoints")]
+    kept = [folder.name for folder in checkpoint_folders.newest_first(tiny_run / "checkpoints")]
     assert kept == ["step-6", "step-4"]
     assert all(
-        checkpoint_store.fault(folder) is None for folder in checkpoint_store.newest_first(tiny_run / "checkpoints")
+        checkpoint_folders.fault(folder) is None for folder in checkpoint_folders.newest_first(tiny_run / "checkpoints")
     )
     saves = record_of(tiny_run)["saves"]
     assert (saves["count"], saves["committed_step"]) == (3, 6)
@@ -130,7 +130,7 @@ def test_checkpoints_verify_and_only_the_last_are_kept(tiny_run: Path) -> None:
 
 def test_a_checkpoint_holds_the_inputs_of_the_run(tiny_run: Path, tiny_data: Path) -> None:
     folder = tiny_run / "checkpoints" / "step-4"
-    manifest = checkpoint_store.read_manifest(folder)
+    manifest = checkpoint_folders.read_manifest(folder)
     assert {"config.yaml", "prompt.json", "data-manifest.json", "probe.json", "ledger/attempt-001.jsonl"} <= set(
         manifest["files"]
     )

@@ -22,7 +22,7 @@ from tests.helpers.train_helpers import adapter_of, at_step, change, record_of, 
 
 torch = pytest.importorskip("torch")
 
-from finetune.checkpoint import store as checkpoint_store  # noqa: E402
+from finetune.checkpoint import folders as checkpoint_folders  # noqa: E402
 from finetune.cli.main import main  # noqa: E402
 from finetune.training.scratch import scratch_folders  # noqa: E402
 
@@ -82,7 +82,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_continues_from_it(
     assert first["ended_at"] is not None
     assert 3 <= stopped_at < 40
     assert steps_in(first) == list(range(1, stopped_at + 1))
-    assert checkpoint_store.fault(run / "checkpoints" / f"step-{stopped_at}") is None
+    assert checkpoint_folders.fault(run / "checkpoints" / f"step-{stopped_at}") is None
     assert (first["stop"]["reason"], first["saves"]["committed_step"]) == ("signal", stopped_at)
     assert f"the checkpoint of step {stopped_at} is committed" in said
     assert not (run / "adapter").exists()
@@ -98,7 +98,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_continues_from_it(
     assert record["wall_seconds"] > first["wall_seconds"]
     assert record["started_at"] == first["started_at"]
     assert record["tokens"] == whole["tokens"]
-    assert [path.name for path in checkpoint_store.newest_first(uninterrupted / "checkpoints")] == [
+    assert [path.name for path in checkpoint_folders.newest_first(uninterrupted / "checkpoints")] == [
         "step-40"
     ]  # at the end
     numbers = ("step", "epoch", "loss", "learning_rate", "grad_norm")
@@ -118,7 +118,7 @@ def test_sigterm_saves_at_the_end_of_the_step_in_which_it_comes(
         assert main(["train", str(config)]) == 75
     whole, run = (tmp_path / "runs" / f"tiny-00{n}" for n in (1, 2))
     assert record_of(run)["status"] == "interrupted"
-    assert [path.name for path in checkpoint_store.newest_first(run / "checkpoints")] == ["step-3"]
+    assert [path.name for path in checkpoint_folders.newest_first(run / "checkpoints")] == ["step-3"]
     assert main(["train", "--resume", str(run)]) == 0
     assert record_of(run)["tokens"] == record_of(whole)["tokens"]
     assert adapter_of(run) == adapter_of(whole)  # within one epoch, resume is exact
@@ -156,7 +156,7 @@ def test_a_second_ctrl_c_exits_at_once_and_leaves_no_partial_save(
         assert main(["train", str(tiny_config(training={"max_steps": 5}))]) == 75
     run = tmp_path / "runs" / "tiny-001"
     assert record_of(run)["status"] == "interrupted"
-    assert [path.name for path in checkpoint_store.newest_first(run / "checkpoints")] == ["step-2"]
+    assert [path.name for path in checkpoint_folders.newest_first(run / "checkpoints")] == ["step-2"]
     assert main(["train", "--resume", str(run)]) == 0
     assert steps_in(record_of(run)) == [1, 2, 3, 4, 5]
 
@@ -176,7 +176,7 @@ def test_a_killed_run_resumes_from_the_last_complete_checkpoint(
     for folder in checkpoints.iterdir():
         if not (folder / "manifest.json").is_file():
             shutil.rmtree(folder)
-    newest, older = list(checkpoint_store.newest_first(checkpoints))[:2]
+    newest, older = list(checkpoint_folders.newest_first(checkpoints))[:2]
     size = (newest / "adapter_model.safetensors").stat().st_size
     weights = newest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])  # a copy that was cut off
@@ -195,7 +195,7 @@ def test_a_killed_run_resumes_from_the_last_complete_checkpoint(
     assert {f"damaged-{newest.name}", "step-90"} < names and len(names) == 3, (
         "if a save waits while another one runs, it may be dropped"
     )
-    assert checkpoint_store.fault(checkpoints / "step-90") is None
+    assert checkpoint_folders.fault(checkpoints / "step-90") is None
 
 
 def test_an_orphaned_staged_save_is_committed_by_the_next_attempt_on_the_machine(
@@ -322,7 +322,7 @@ def reseal(folder: Path) -> None:
     """Write a new manifest that matches the files in the folder."""
     from finetune.checkpoint.store import CheckpointStore
 
-    manifest = checkpoint_store.read_manifest(folder)
+    manifest = checkpoint_folders.read_manifest(folder)
     moved = folder.rename(folder.with_name("moved"))
     (moved / "manifest.json").unlink()
     labels = {name: manifest[name] for name in ("step", "config_hash", "data_hash", "attempt")}
