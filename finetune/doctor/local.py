@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 from finetune.doctor.check import Check, Need, Status
 from finetune.doctor.check import absent as _absent
 from finetune.doctor.cloud import cloud_checks
+from finetune.doctor.keys import key_checks, tracker_checks
 from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
 from finetune.machine.hardware import GIB, Driver, Hardware, TorchBuild, detect, nvidia_driver, runs_on, torch_build
-from finetune.runtime.credentials import huggingface_home, huggingface_token_present, wandb_key_present
+from finetune.runtime.credentials import huggingface_home
 from finetune.runtime.files import unix_line_ends_command, with_carriage_returns
 from finetune.runtime.installed import PROJECT, install_command, project_files
 from finetune.runtime.table import aligned
@@ -59,6 +60,7 @@ def examine(need: Need = "train", root: Path | None = None, regions: list[str] |
             *sandbox_checks(),
             *line_end_checks(root),
             *key_checks(),
+            *tracker_checks(),
             *cloud.result(),
         ]
 
@@ -267,17 +269,3 @@ def machine_checks(need: Need, hardware: Hardware) -> Iterator[Check]:
         needed = f"{DISK_GIB['demo']:.0f} GiB for the demo, {DISK_GIB['7B']:.0f} for 7B (estimated)"
         advice = "free some space, or set HF_HOME and training.output_dir to a larger disk" if status != "ok" else ""
         yield Check(name, status, f"{free:.1f} GiB free", needed, advice)
-
-
-def key_checks() -> Iterator[Check]:
-    """Whether keys for Hugging Face and W&B are present; never their values."""
-    if huggingface_token_present():
-        yield Check("Hugging Face token", "ok", "present")
-    else:
-        advice = "run `hf auth login`, or set HF_TOKEN"
-        yield Check("Hugging Face token", "warning", "none", "gated and private models only", advice)
-    if wandb_key_present():
-        yield Check("W&B key", "ok", "present")
-    else:
-        advice = "to follow runs on wandb.ai run `wandb login`, or set WANDB_API_KEY"
-        yield Check("W&B key", "info", "none", "optional: TensorBoard needs none", advice)

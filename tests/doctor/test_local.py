@@ -12,16 +12,19 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from finetune.cloud.gcloud import cli as gcloud_cli
 from finetune.doctor import local as local_doctor
 from finetune.doctor.check import Check, Need
+from finetune.doctor.keys import tracker_checks
 from finetune.machine import hardware
 from finetune.machine.hardware import DetectedGpu, Driver, Hardware, TorchBuild
 from finetune.runtime.credentials import huggingface_token_present, wandb_key_present
 from finetune.sql.engines.sqlite import SqlSandbox
+from tests.helpers.json_server import JsonHandler, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 V100 = DetectedGpu("Tesla V100-SXM2-16GB", 16.0, (7, 0))
@@ -30,6 +33,7 @@ A100 = DetectedGpu("NVIDIA A100-SXM4-40GB", 40.0, (8, 0))
 CUDA_13 = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 KEYS = (
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME"),
+    *("MLFLOW_TRACKING_URI", "TRACKIO_SERVER_URL", "TRACKIO_SPACE_ID", "TRACKIO_DIR"),
     *("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC", "CUDA_VISIBLE_DEVICES"),
 )
 
@@ -332,6 +336,37 @@ def test_keys_are_found_in_the_environment_and_in_their_files(tmp_path: Path, mo
     assert not wandb_key_present()
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert wandb_key_present()
+
+
+def test_a_tracker_has_a_row_where_the_environment_names_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(tracker_checks())
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/private-space")
+
+    class WantsLogin(JsonHandler):
+        def answer(self) -> tuple[int, Any]:
+            return (401 if self.path == "/health" else 500), {}
+
+    with serving(WantsLogin) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("//", "//me:secret@") + "/")
+        checks = list(tracker_checks())
+    assert [(check.name, check.status) for check in checks] == [("MLflow", "ok"), ("Trackio", "ok")]
+    [down, _] = tracker_checks()
+    assert (down.status, down.found) == ("warning", "its server does not answer")
+    table = local_doctor.render([*checks, down])
+    assert "private-space" not in table and url not in table
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    assert next(tracker_checks()).status == "ok"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    [mlflow, trackio] = tracker_checks()
+    assert (mlflow.found, trackio.found) == ("not installed", "not installed")
+    assert "[mlflow]" in mlflow.advice and "[trackio]" in trackio.advice
+
+
+@pytest.mark.parametrize("address", ["http://", "http://[::1", "https://127.0.0.1:1", "http://a b"])
+def test_an_address_of_a_tracker_that_is_none_is_no_traceback(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    [row] = tracker_checks()
+    assert row.status == "warning"
 
 
 def test_a_broken_netrc_is_not_a_key_and_not_a_traceback(tmp_path: Path) -> None:
