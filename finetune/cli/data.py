@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,14 +88,15 @@ def _data_check(arguments: argparse.Namespace) -> int:
         for line in lengths:
             print(line)
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
-    flagged = findings.flagged()
-    apart = f"; used, but scored apart for their gold queries: {tally(flagged)}" if flagged else ""
+    flagged = findings.flagged("val", "test")
+    apart = f"; scored apart for their gold queries: {tally(flagged)}" if flagged else ""
     rejected = sum(rejection.reason != LEFT_OUT for rejection in findings.rejections)
     left_out = len(findings.rejections) - rejected
     left = f", {left_out} left out" if left_out else ""
     print(f"{arguments.config}: {counts}, {rejected} rejected{left}{apart}")
     faulty = bool(rejected or findings.problems or hollow)
-    following = after_faults(arguments.config) if faulty else after_check(arguments.config, arguments.overrides)
+    following = [] if findings.problems else after_check(arguments.config, arguments.overrides, rejected=rejected)
+    following = (after_faults(arguments.config) if faulty else []) + following
     tell("data check", cost_of_command(config.budget.usd_per_hour), following)
     return EXIT_MISSING if faulty else EXIT_OK
 
@@ -110,9 +112,15 @@ def _faults_in_own_file(config: Path) -> Iterator[None]:
 
 
 def _lines(findings: Findings, hollow: list[HollowDatabase]) -> list[str]:
+    """What is rejected, what stops `prepare`, and the records that are scored apart; those to train on are only counted."""
+    from finetune.data.golds import tally
+
     of_hollow = {database.db_id for database in hollow}
     flags = [flag for flag in findings.flags if flag.db_id not in of_hollow]
-    return [str(item) for item in (*findings.rejections, *findings.problems, *flags, *hollow)]
+    scored = [flag for flag in flags if flag.split != "train"]
+    trained = Counter(flag.kind for flag in flags if flag.split == "train")
+    counted = [f"to train on, and used: {tally(trained)} (--json lists them)"] if trained else []
+    return [str(item) for item in (*findings.rejections, *findings.problems, *scored, *counted, *hollow)]
 
 
 def _lengths(config: RunConfig, findings: Findings) -> list[str]:
@@ -140,4 +148,4 @@ def _tokenizer_if_installed(config: RunConfig) -> Any:
         return None
     from finetune.models.load import load_tokenizer
 
-    return load_tokenizer(config.model)
+    return load_tokenizer(config.model, alone=Path(config.model.name).is_dir())  # nothing here needs the weights

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.cli.arguments import OVERRIDES, add_command, add_json, path, positive
 from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.document import print_document
-from finetune.stage_end.following import after_plan, after_written_plan
+from finetune.stage_end.following import after_plain_plan, after_plan, after_written_plan
 from finetune.stage_end.tell import Next, cost_of_command, tell
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
         "--write",
         type=path,
         metavar="TASK",
-        help="write the order into this task YAML, such as sky/train_cheapest.yaml",
+        help="write the order into this task YAML, such as sky/train_cheapest.yaml, under the ceilings that it has",
     )
     add_json(plan, "the plan, or with --memory its table,")
 
@@ -78,8 +78,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     from finetune.cloud.plan.flex import flex_json, render_flex
     from finetune.cloud.plan.plan import plan_run
     from finetune.cloud.plan.table import render, to_json
-    from finetune.cloud.plan.task_yaml import write_order
+    from finetune.cloud.plan.task_yaml import ceilings_of, write_order
 
+    if arguments.write:
+        _take_ceilings(arguments, ceilings_of(arguments.write))
     plan = plan_run(
         config,
         load_catalog(),
@@ -102,12 +104,21 @@ def _plan(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _take_ceilings(arguments: argparse.Namespace, of_task: Ceilings) -> None:
+    """Those of the task where none is typed: an order with machines above them would promise what no launch may do."""
+    arguments.max_run_usd = arguments.max_run_usd or of_task.run_usd
+    arguments.max_hourly_usd = arguments.max_hourly_usd or of_task.usd_per_hour
+    arguments.max_hours = arguments.max_hours or of_task.hours
+
+
 def _following(plan: Plan, arguments: argparse.Namespace) -> list[Next]:
     chosen = [row for row in plan.rows if row.chosen]
     if arguments.write:
         return after_written_plan(arguments.write, arguments.config, arguments.overrides, spot=chosen[0].spot)
     costs = [row.cost for row in plan.rows if row.cost and row.on_gpu.fits and not (row.offer and row.offer.anomalies)]
     cheapest = min(((cost.usd, cost.hours) for cost in costs), default=None)
+    if chosen and _words(arguments) == _plain_words(arguments):
+        return after_plain_plan(arguments.config, arguments.overrides)
     return after_plan(_words(arguments), cheapest, fits=bool(chosen))
 
 
@@ -116,8 +127,12 @@ def _typed(arguments: argparse.Namespace) -> str:
     return " ".join(shlex.join(_words(arguments)).split())
 
 
+def _plain_words(arguments: argparse.Namespace) -> list[str]:
+    return ["finetune", "plan", str(arguments.config), *arguments.overrides]
+
+
 def _words(arguments: argparse.Namespace) -> list[str]:
-    words = ["finetune", "plan", str(arguments.config), *arguments.overrides]
+    words = _plain_words(arguments)
     for name in ("max_run_usd", "max_hourly_usd", "max_hours"):
         if (value := getattr(arguments, name)) is not None:
             words += [f"--{name.replace('_', '-')}", f"{value:g}"]

@@ -45,6 +45,8 @@ class Settings:
         """Of val and test."""
         if self.has_test:
             return 0.03, 0.0
+        if not self.executable:
+            return 0.1, 0.02  # nothing is scored, and a test set must not be empty
         return (0.1, 0.2) if self.records is not None and self.records < FEW else (0.05, 0.1)
 
     @property

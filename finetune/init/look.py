@@ -16,6 +16,8 @@ from finetune.init.pairs import records_of
 from finetune.init.rows import read_rows
 
 DATABASES = "data/databases"
+SHOWN = 5
+"""Rows without question or SQL that are named."""
 DRAFTS = 100
 """Synthetic pairs that are asked for, unless --drafts says otherwise."""
 
@@ -81,12 +83,17 @@ def look(wanted: Wanted) -> Found:
     pairs = records_of(table, mapped.columns, database, mapped.dialect)
     found.records, found.places, found.own = pairs.records, pairs.places, path
     found.said += [*table.notes, mapped.why]
-    found.said.append(
-        f"{len(pairs.records)} pairs in {mapped.dialect}"
-        + (f"; {pairs.unfilled} rows without question or SQL left out" if pairs.unfilled else "")
-    )
+    found.said.append(f"{len(pairs.records)} pairs in {mapped.dialect}" + _left_out(pairs.unfilled))
     found.said += pairs.notes
     return found
+
+
+def _left_out(places: list[str]) -> str:
+    if not places:
+        return ""
+    lines = "line" if places[0].isdecimal() else "at"
+    named = ", ".join(places[:SHOWN]) + ", ..." * (len(places) > SHOWN)
+    return f"; {len(places)} rows without question or SQL left out ({lines} {named})"
 
 
 def _about_database(database: Database) -> list[str]:

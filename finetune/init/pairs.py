@@ -17,12 +17,12 @@ from finetune.init.rows import Rows
 
 @dataclass(frozen=True)
 class Pairs:
-    """records: ready to be written; places: where each is in the user's file. unfilled: rows without a question or without
-    SQL, which were left out. notes: what else the user should know, a line each."""
+    """records: ready to be written; places: where each is in the user's file. unfilled: the places of rows without a question or
+    without SQL, which were left out. notes: what else the user should know, a line each."""
 
     records: list[Record]
     places: list[str]
-    unfilled: int
+    unfilled: list[str]
     notes: tuple[str, ...] = ()
 
 
@@ -37,11 +37,11 @@ def records_of(table: Rows, columns: Mapping[Field, str], database: Database | N
         )
     known = [_text(row.get(columns["id"])) for row in table.rows] if "id" in columns else []
     own_ids = bool(known) and all(known) and max(Counter(known).values()) == 1
-    records, places, unfilled = [], [], 0
+    records, places, unfilled = [], [], list[str]()
     for number, (row, place) in enumerate(zip(table.rows, table.places, strict=True), 1):
         question, sql = (_text(row.get(columns[field])) for field in ("question", "sql"))
         if not question or not sql:
-            unfilled += 1
+            unfilled.append(place.removeprefix(str(table.path)).lstrip(": "))
             continue
         fields = {
             "id": known[number - 1] if own_ids else f"{table.path.stem}-{number}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import ModelSection
@@ -24,4 +25,5 @@ def configured_positions(section: ModelSection) -> int | None:
 
     from finetune.models.source import load_with
 
-    return positions(load_with(AutoConfig.from_pretrained, section))
+    folder = section.name if Path(section.name).is_dir() else None  # which needs no weights for this
+    return positions(load_with(AutoConfig.from_pretrained, section, folder))

@@ -47,8 +47,8 @@ def error_rows(source: Source) -> list[ErrorRow]:
     ]
 
 
-def errors_line(scores: Json) -> str:
-    """The most frequent classes of one model, a line each; "" if it has no error, or eval.json counts none."""
+def error_lines(scores: Json) -> list[str]:
+    """The most frequent classes of one model, a line each below a head; none if it has no error, or none are counted."""
     from finetune.evaluation.error_classes import ERROR_CLASSES
 
     counts: dict[str, int] = scores.get("error_classes") or {}
@@ -57,7 +57,7 @@ def errors_line(scores: Json) -> str:
     for name, count in most:
         meaning = f": {found.title}" if (found := ERROR_CLASSES.get(name)) else ""
         lines.append(f"  {count} ({count / scores['questions']:.1%}) {name}{meaning}")
-    return "\n".join([f"most frequent errors, of {scores['questions']} answers:", *lines]) if lines else ""
+    return [f"most frequent errors, of {scores['questions']} answers:", *lines] if lines else []
 
 
 def _counted(counts: dict[str, int] | None, name: str, scores: Json) -> str:

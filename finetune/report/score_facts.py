@@ -4,7 +4,7 @@ eval.json; the same lines for the console and the report."""
 from __future__ import annotations
 
 from finetune.report.beyond_greedy import variants
-from finetune.report.errors import errors_line
+from finetune.report.errors import error_lines
 from finetune.report.source import Json, dig, number
 from finetune.runtime.quantities import usd_text
 
@@ -111,7 +111,7 @@ def block(evaluation: Json, name: str) -> list[str]:
     """The lines for the console about one model: its score, its speed and dollars; for the tuned one also leaks and what it can
     do beyond its greedy answers."""
     scores = evaluation["models"][name]
-    lines = [score_line(scores), errors_line(scores), speed_line(scores)]
+    lines = [score_line(scores), *error_lines(scores), speed_line(scores)]
     if name == "tuned":
         lines += [leak_line(evaluation), *(each.line() for each in variants(scores)[1:])]
     return [line for line in lines if line]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from finetune.errors import first_line
 
-COPY = "or give the folder of a copy, which needs no revision"
+COPY = "or name the folder of a copy in its place, without a revision"
 
 
 def hub_reason(name: str, revision: str | None, kind: Literal["model", "dataset"]) -> tuple[str, str] | None:

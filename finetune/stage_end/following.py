@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 SMALL, LARGE = "configs/demo_cpu.yaml", "configs/mistral_7b_qlora.yaml"
 OF_PROJECT = "text2sql.yaml"
 """The config that `finetune init` writes."""
-TASK = "sky/train_cheapest.yaml"
+TASK, FAST_TASK = "sky/train_cheapest.yaml", "sky/train_h100.yaml"
 MORE = 1.1
 """A raised ceiling is so much above what the pace so far needs."""
 
@@ -38,8 +39,9 @@ def after_doctor(*, cloud: bool, missing: bool) -> list[Next]:
     return [finetune("data", "prepare", SMALL, why="the data of the smallest run; or of a config of yours")]
 
 
-def after_check(config: Path, overrides: Sequence[str]) -> list[Next]:
-    return [finetune("data", "prepare", config, *overrides, why="writes what was checked")]
+def after_check(config: Path, overrides: Sequence[str], *, rejected: int = 0) -> list[Next]:
+    why = f"goes on without the {rejected} rejected" if rejected else "writes what was checked"
+    return [finetune("data", "prepare", config, *overrides, why=why)]
 
 
 def after_faults(config: Path) -> list[Next]:
@@ -67,6 +69,19 @@ def after_prepare(config: Path, overrides: Sequence[str]) -> list[Next]:
     ]
 
 
+def after_plain_plan(config: Path, overrides: Sequence[str]) -> list[Next]:
+    """Of a plan without any wish about machines: the task as it is, which has an order and ceilings. No task, no command."""
+    project = read_project(config.parent)
+    task = Path(FAST_TASK if project is not None and project.asked.get("goal") == "fast" else TASK)
+    if not task.is_file():
+        return []
+    names_it = re.search(
+        rf"^  CONFIG: {re.escape(str(config))} *(#.*)?$", task.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    variables = [*([] if names_it else ["--env", f"CONFIG={config}"]), *_overrides_variable(overrides)]
+    return [finetune("launch", task, *variables, why="trains and scores, under the ceilings of the task")]
+
+
 def after_plan(typed: Sequence[str], cheapest: tuple[float, float] | None, *, fits: bool) -> list[Next]:
     """typed: the words of the plan. cheapest: US dollars and hours of the cheapest machine that the ceilings rule out. fits:
     whether any machine is left."""
@@ -80,11 +95,13 @@ def after_plan(typed: Sequence[str], cheapest: tuple[float, float] | None, *, fi
 
 
 def after_written_plan(task: Path, config: Path, overrides: Sequence[str], *, spot: bool) -> list[Next]:
-    variables = ["--env", f"CONFIG={config}"]
-    if overrides:
-        variables += ["--env", f"OVERRIDES={' '.join(overrides)}"]
+    variables = ["--env", f"CONFIG={config}", *_overrides_variable(overrides)]
     why = "a managed job, which survives preemptions" if spot else "trains, scores, and takes the machine down"
     return [finetune("launch", *["--jobs"] * spot, task, *variables, why=why)]
+
+
+def _overrides_variable(overrides: Sequence[str]) -> list[str]:
+    return ["--env", f"OVERRIDES={' '.join(overrides)}"] if overrides else []
 
 
 def after_launch(cluster: str | None, *, managed: bool) -> list[Next]:

@@ -273,6 +273,31 @@ def test_write_puts_the_order_into_the_task_with_the_command_that_produced_it(
     assert len(entries) > 1 and all(entry["use_spot"] for entry in entries)
 
 
+def test_write_keeps_to_the_ceilings_of_the_task(config: str, tmp_path: Path, capsys: Shown) -> None:
+    task = tmp_path / "task.yaml"
+    every = values(capsys, config)["rows"]
+    hourly = sorted(row["usd_per_hour"] for row in every if row["chosen"])
+    limit = hourly[len(hourly) // 2]
+    task.write_text(
+        TASK.replace("resources:\n", f"resources:\n  max_hourly_cost: {limit}\n") + 'envs: {MAX_HOURS: "20"}\n'
+    )
+    output(capsys, config, "--write", str(task))
+    [comment] = [line for line in task.read_text().splitlines() if "ordered:" in line]
+    assert f"--max-hourly-usd {limit:g} --max-hours 20" in comment
+    entries = yaml.safe_load(task.read_text())["resources"]["ordered"]
+    within = [row for row in every if row["chosen"] and row["usd_per_hour"] <= limit and row["hours"] <= 20]
+    assert 0 < len(entries) == len(within) < len(hourly)
+
+
+@pytest.mark.parametrize("cost", ["null", '"x"', "[1]", "-1", ".nan"])
+def test_write_to_a_task_without_a_ceiling_that_is_a_number(
+    config: str, tmp_path: Path, capsys: Shown, cost: str
+) -> None:
+    task = tmp_path / "task.yaml"
+    task.write_text(TASK.replace("resources:\n", f"resources:\n  max_hourly_cost: {cost}\n") + "envs:\n")
+    assert "--max" not in output(capsys, config, "--write", str(task)) + task.read_text()
+
+
 def test_write_with_json_prints_json_alone(config: str, tmp_path: Path, capsys: Shown) -> None:
     task = tmp_path / "task.yaml"
     task.write_text(TASK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +105,13 @@ def test_a_database_without_rows_is_named_in_one_line_and_fails_the_check(
         "db_id shop: every gold query of its 40 records is hollow (39 no_rows, 1 nothing_found), so any score on it says "
         "nothing; is the database filled?"
     )
-    assert lines[1].endswith("0 rejected; used, but scored apart for their gold queries: 39 no_rows, 1 nothing_found")
+    held_out = [int(count) for count in re.findall(r"(\d+) (?:val|test)", lines[1])]
+    apart = re.findall(
+        r"(\d+) (?:no_rows|nothing_found)", lines[1].partition("scored apart for their gold queries: ")[2]
+    )
+    assert "0 rejected;" in lines[1] and sum(map(int, apart)) == sum(held_out) > 0, (
+        "what is only trained on is not scored"
+    )
     assert len(lines) == 2
 
 
@@ -115,9 +122,23 @@ def test_a_few_hollow_gold_queries_are_listed_and_do_not_fail_the_check(
     values: dict[str, Any] = {"kind": "jsonl", "path": section.path, "databases": section.databases}
     config = tiny_config(data={"sources": [values], "val_fraction": 0.2, "test_fraction": 0.2})
     assert cli.main(["data", "check", str(config)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 no_rows" in printed and "0 rejected" in printed
+
+
+def test_records_to_train_on_are_counted_and_those_to_score_listed(
+    tiny_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = source(tmp_path, {n: f"SELECT name FROM item WHERE id = -{n + 1}" for n in range(0, 40, 2)})
+    values: dict[str, Any] = {"kind": "jsonl", "path": section.path, "databases": section.databases}
+    config = tiny_config(data={"sources": [values], "val_fraction": 0.2, "test_fraction": 0.2})
+    assert cli.main(["data", "check", str(config)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("the gold query gives no rows, as any query does whose condition is never true")
-    assert lines[-1].endswith("0 rejected; used, but scored apart for their gold queries: 1 no_rows")
+    [counted] = [line for line in lines if line.startswith("to train on, and used: ")]
+    listed = [line for line in lines if re.search(r":\d+: no_rows \((val|test)\): ", line)]
+    assert listed and not any("(train)" in line for line in lines)
+    assert counted == f"to train on, and used: {20 - len(listed)} no_rows (--json lists them)"
+    assert lines[-1].endswith(f"scored apart for their gold queries: {len(listed)} no_rows")
 
 
 def test_prepare_says_how_many_held_out_gold_queries_are_hollow(

@@ -24,6 +24,7 @@ BLOCK = re.compile(
 OPERATORS = ("&&", "||", ";", "|", "&")
 OTHER_PROGRAMS = (
     "gcloud",
+    "mkdir",
     "ssh",
     "source",
     "curl",

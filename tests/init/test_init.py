@@ -150,7 +150,7 @@ def test_a_form_is_filled_in_and_init_goes_on(library: Path, capsys: Out) -> Non
         capsys.readouterr()
         assert run(again) == 0
         printed = capsys.readouterr().out
-        assert "60 pairs in sqlite; 40 rows without question or SQL left out" in printed
+        assert "60 pairs in sqlite; 40 rows without question or SQL left out (line " in printed
         assert Path(FORM).read_bytes() == before
         prepare, plan, launch = typed_next(printed)
         assert launch[-1] == "sky/train_h100.yaml", "the goal is kept"
@@ -568,7 +568,8 @@ def test_data_check_leads_to_the_file_that_the_pairs_were_made_of(library: Path,
         with Path("data/pairs.jsonl").open("a") as pairs:
             pairs.write("\n")
         assert main(["data", "check", "text2sql.yaml", TINY]) == 1
-        assert "next:" not in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "finetune init" not in told and "(goes on without the 1 rejected)" in told
 
 
 def test_a_form_inside_the_project_is_named_as_it_lies_there(library: Path, file: Write, capsys: Out) -> None:

@@ -30,7 +30,7 @@ def test_rows_of_a_form_that_are_not_filled_in_are_left_out(library: Path) -> No
     ]
     found = pairs(rows, look_at_database(library))
     [record] = found.records
-    assert (record.id, record.db_id, record.sql, found.unfilled) == ("pairs-1", "library", SQL, 2)
+    assert (record.id, record.db_id, record.sql, found.unfilled) == ("pairs-1", "library", SQL, ["3", "4"])
     assert record.schema.startswith("CREATE TABLE author")
     with raises("init.nothing_filled_in"):
         pairs([{"question": QUESTION, "sql": ""}, {"question": "", "sql": SQL}], look_at_database(library))

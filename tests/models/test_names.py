@@ -234,7 +234,7 @@ def test_an_unreachable_hub_is_reported_in_one_clear_line() -> None:
         said = refusal("model.load_failed", load)
         assert said.startswith("model.name: cannot load some-org/some-model: ")
         assert "HF_HUB_OFFLINE is set" in said and "config.json" not in said, "see tests/conftest.py"
-        assert said.endswith(", or give the folder of a copy, which needs no revision)")
+        assert said.endswith(", or name the folder of a copy in its place, without a revision)")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from finetune.budget.ledger import Ledger
 from finetune.errors import EXIT_MISSING, EXIT_OK, EXIT_TRANSIENT
 from finetune.machine.price import MachinePrice
+from finetune.project_folder import ProjectFolder
 from finetune.run_folder import RunFolder
 from finetune.stage_end import following
 from finetune.stage_end.following_job import Job, after_train_job, cost_of_run
@@ -82,6 +83,20 @@ def test_a_plan_is_written_then_launched_and_one_that_fits_nowhere_gets_higher_c
     assert typed(following.after_launch("mine", managed=False)) == ["sky logs mine"]
     assert typed(following.after_launch(None, managed=False)) == ["sky status"]
     assert typed(following.after_launch(None, managed=True)) == ["sky jobs queue"]
+
+
+def test_a_plan_without_wishes_leads_to_the_task_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert following.after_plain_plan(CONFIG, []) == []
+    Path("sky").mkdir()
+    Path(following.TASK).write_text("envs:\n  CONFIG: text2sql.yaml  # ours\n")
+    assert typed(following.after_plain_plan(Path("text2sql.yaml"), [])) == ["finetune launch sky/train_cheapest.yaml"]
+    assert typed(following.after_plain_plan(CONFIG, ["lora.r=8", "data.x=1"])) == [
+        "finetune launch sky/train_cheapest.yaml --env CONFIG=configs/demo_cpu.yaml --env 'OVERRIDES=lora.r=8 data.x=1'"
+    ]
+    ProjectFolder(tmp_path, {}, {"goal": "fast"}).write_marker()
+    Path(following.FAST_TASK).write_text("envs:\n  CONFIG: text2sql.yaml\n")
+    assert typed(following.after_plain_plan(Path("text2sql.yaml"), [])) == ["finetune launch sky/train_h100.yaml"]
 
 
 def test_a_trained_run_is_scored_and_an_interrupted_one_resumed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import configparser
 import hashlib
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,12 @@ def _credentials(path: Path, folder: Path) -> dict[str, Any]:
                 code="gcloud.missing_credentials",
             )
         if not folder.is_dir():
-            run = f"install gcloud, then run `{LOG_IN}` and `{LOG_IN_APPLICATIONS}`"
-            raise UserError(f"{folder}: missing, so gcloud is not set up here; {run}", code="gcloud.not_set_up")
+            run = (
+                f"{'' if shutil.which('gcloud') else 'install gcloud, then '}run `{LOG_IN}` and `{LOG_IN_APPLICATIONS}`"
+            )
+            raise UserError(
+                f"{folder}: missing, so nobody is logged in to Google here; {run}", code="gcloud.not_set_up"
+            )
         raise UserError(
             f"{path}: missing, and SkyPilot needs it; run `{LOG_IN_APPLICATIONS}`", code="gcloud.missing_credentials"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from finetune.cloud.plan.plan import Plan, Row
 from finetune.errors import UserError
 from finetune.machine.gpus import MACHINES
+from finetune.machine.price import Ceilings
 from finetune.runtime.files import read_bytes, write_text
 from finetune.runtime.yaml_file import load_yaml
 
@@ -42,6 +45,26 @@ def write_order(plan: Plan, task: Path, command: str) -> None:
             code="plan.unwritable_task",
         )
     write_text(task, written)
+
+
+def ceilings_of(task: Path) -> Ceilings:
+    """What a task's `max_hourly_cost`, MAX_RUN_USD and MAX_HOURS allow; None where it says nothing that is a number. Raises
+    UserError if it is no task."""
+    _, content = _read(task)
+    envs: Any = content.get("envs")
+    envs = envs if isinstance(envs, dict) else {}
+    return Ceilings(
+        usd_per_hour=_positive(content["resources"].get("max_hourly_cost")),
+        run_usd=_positive(envs.get("MAX_RUN_USD")),
+        hours=_positive(envs.get("MAX_HOURS")),
+    )
+
+
+def _positive(value: Any) -> float | None:
+    with suppress(TypeError, ValueError):
+        number = float(value)
+        return number if 0 < number < math.inf else None
+    return None
 
 
 def _read(task: Path) -> tuple[str, dict[str, Any]]:

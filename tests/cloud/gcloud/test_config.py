@@ -178,7 +178,7 @@ def test_what_is_missing_or_broken_is_one_line_with_the_command(
 
 
 def test_without_gcloud_it_says_so() -> None:
-    with raises("gcloud.not_set_up", match=r"gcloud is not set up here.*gcloud auth login"):
+    with raises("gcloud.not_set_up", match=r"nobody is logged in to Google here; .*`gcloud auth login`"):
         local_login()
 
 

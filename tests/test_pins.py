@@ -1,0 +1,63 @@
+"""The pinned packages and the set-up: for every Python that the project allows, and with signs of life."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from finetune.doctor.local import pinned_versions
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST = "3.11.0"
+
+
+def run(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, check=False, env={**os.environ, **variables}
+    )
+
+
+def test_every_pinned_package_runs_on_the_oldest_python_that_is_allowed() -> None:
+    """pip says of one that does not only that versions conflict."""
+    wants = importlib.metadata.metadata("finetune-text2sql")["Requires-Python"]
+    assert SpecifierSet(wants).contains(OLDEST)
+    looked_at, refused = 0, []
+    for name, version in pinned_versions(ROOT / "constraints.txt").items():
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if Version(found.version).public != Version(version).public:
+            continue
+        looked_at += 1
+        if not SpecifierSet(found.metadata["Requires-Python"] or "").contains(OLDEST):
+            refused.append(f"{name} {version}")
+    assert looked_at > 150 and refused == []
+
+
+def test_a_finished_environment_is_kept_and_an_unfinished_one_of_another_python_made_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "venv"
+    make = ["bash", ROOT / "dev/venv.sh", sys.executable, folder]
+    assert "creating" in run(*make).stdout
+    assert run(*make).stdout == "", "unfinished, and of this Python"
+    other = folder / "bin" / "python"
+    other.unlink()
+    other.write_text("#!/bin/sh\necho 3.11.2\n")
+    other.chmod(0o755)
+    (folder / ".ready").touch()
+    assert run(*make).stdout == "", "finished: another Python is no reason"
+    (folder / ".ready").unlink()
+    assert "unfinished, and of Python 3.11.2" in run(*make).stdout
+    assert "3.11.2" not in run(other, "--version").stdout
+
+
+def test_a_long_set_up_gives_signs_of_life_and_its_own_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    done = run("bash", ROOT / "dev/with_signs_of_life.sh", tmp_path, "sh", "-c", "sleep 2; exit 7", SIGN_SECONDS="0.5")
+    assert done.returncode == 7 and "set-up: 4 MB in" in done.stdout.replace("3 MB", "4 MB")
