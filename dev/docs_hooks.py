@@ -57,6 +57,8 @@ def without_links_to_the_repository(markdown: str, folder: Path) -> tuple[str, l
     def shown(match: re.Match[str]) -> str:
         label, target = match.groups()
         path = Path(os.path.normpath(DOCS / folder / target.partition("#")[0]))
+        if path == NOTEBOOK:
+            return f"[{label}]({os.path.relpath(DOCS / 'tutorials' / 'notebook.md', DOCS / folder)})"
         if "://" in target or target.startswith(("#", "mailto:")) or path.is_relative_to(DOCS):
             return match.group()
         if not (path.is_relative_to(ROOT) and path.exists()):

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, add_config, add_json, loaded
 from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
+from finetune.init.form import FORM
 from finetune.init.origin import in_own_file, own_places
+from finetune.project_folder import PAIRS
 from finetune.runtime.console import visible
 from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_check, after_faults, after_prepare
@@ -107,6 +109,12 @@ def _faults_in_own_file(config: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        form = config.parent / FORM
+        if error.code == "data.not_found" and str(error).startswith(f"{PAIRS}:") and form.is_file():
+            raise UserError(
+                f"{form}: not taken over yet; fill it in, and then type `finetune init . --data {FORM}`",
+                code="data.form_not_filled_in",
+            ) from None
         error.args = (in_own_file(str(error), own_places(config.parent)),)
         raise
 

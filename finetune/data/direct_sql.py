@@ -60,9 +60,9 @@ _GOES_ON = frozenset(_GOES_ON_TEXT.split())
 """Words that go on with a query after a blank line; no statement begins with them."""
 _NEXT = re.compile(r"(?:\s+|--[^\n]*+\n|/\*(?>.*?\*/))*+(\w*+)", re.DOTALL)
 _MORE_COMMENT = re.compile(r"--[^\n]*+\Z|/\*(?!.*?\*/)|[-/]\Z", re.DOTALL)
-_PARTIAL = re.compile(r"(?:[<◁][^\s<>]{0,40}|(?<=\n)\#{1,2}|[`~]{1,2}|\$[^\W\d]*|[nN]?[qQ]')\Z")
+_PARTIAL = re.compile(r"(?:[<◁][^\s<>]{0,40}|(?<=\n)\#{1,2}|[`~]{1,2}|\$[^\W\d]*|[nN]?[qQ]'|\[(?:/[sS]?[qQ]?[lL]?)?)\Z")
 """What may become the end of the SQL, or the beginning of a quote, when more text comes."""
-_PARTIAL_STARTS = frozenset("<◁#`~$nNqQ")
+_PARTIAL_STARTS = frozenset("<◁#`~$nNqQ[")
 _CHECKS = 24
 """How often the parser is asked whether a blank line ends the query, and how many other statements may come before it."""
 

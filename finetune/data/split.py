@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -128,7 +129,8 @@ def assign_splits(
     is never divided: the hash of its first member decides, or it goes to train if it shares with a record that is already
     assigned to train. So records added later do not move others, unless they connect two groups. Records already assigned
     to val or test are in no group and connect none; `find_leaks` handles what they share with others. The fractions refer
-    to the records without a split, and are met approximately.
+    to the records without a split, and are met approximately; a split that chance leaves empty gets one group, where there
+    are enough.
     """
     keys_of = _keys_by(split_by)
     bar = tqdm(records, desc="Comparing records", unit="record", delay=1, disable=not progress)
@@ -139,10 +141,28 @@ def assign_splits(
         draw = unit_hash(seed, first.db_id if split_by == "database" else sql_key(first))
         return "test" if draw < test_fraction else "val" if draw < test_fraction + val_fraction else "train"
 
-    return [
+    splits: list[Split] = [
         record.split or ("train" if group in in_train else hashed(records[group]))
         for record, group in zip(records, groups, strict=True)
     ]
+    wanted: tuple[tuple[Split, float], ...] = (("val", val_fraction), ("test", test_fraction))
+    for split, fraction in wanted:
+        if fraction and split not in splits:
+            _give_one_group(split, splits, records, groups, seed)
+    return splits
+
+
+def _give_one_group(
+    split: Split, splits: list[Split], records: Sequence[Record], groups: Sequence[int], seed: int
+) -> None:
+    """Of few records, chance may leave a split empty: it gets the smallest group of train that nobody assigned, the same one each
+    time, unless that would leave train with less than half."""
+    given = {group for record, group in zip(records, groups, strict=True) if record.split}
+    sizes = Counter(group for group, now in zip(groups, splits, strict=True) if now == "train" and group not in given)
+    for group in sorted(sizes, key=lambda one: (sizes[one], unit_hash(seed, sql_key(records[one])))):
+        if 2 * (splits.count("train") - sizes[group]) >= splits.count("train") and len(sizes) > 1:
+            splits[:] = [split if mine == group else now for mine, now in zip(groups, splits, strict=True)]
+            return
 
 
 def unit_hash(seed: int, key: str) -> float:

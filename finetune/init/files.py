@@ -57,8 +57,9 @@ def settings_files() -> dict[str, str]:
     }
 
 
-def readme(name: str, goal: Goal, *, described: str, commands: list[str]) -> str:
-    """Ten lines or so."""
+def readme(name: str, goal: Goal, *, described: str, commands: list[str], own_data: bool) -> str:
+    """Ten lines or so. own_data: whether questions and databases are in the project."""
+    data = "`data/`: questions with their SQL, and the databases." if own_data else "The data stay where they are."
     listed = "\n".join(f"    {command}" for command in commands)
     return f"""\
 # {name}: a text-to-SQL model of its own
@@ -68,7 +69,7 @@ Made by `finetune init`. {described}
 {listed}
 
 - `{CONFIG}`: the run; every value says why. `sky/`: tasks for SkyPilot, `{TASKS[goal]}` for this goal (--goal {goal}).
-- `data/`: questions with their SQL, and the databases. `on_machine/`: what a cloud machine runs; after an upgrade
+- {data} `on_machine/`: what a cloud machine runs; after an upgrade
   `finetune launch` renews it.
 - Stuck? `finetune doctor --cloud`, `finetune data check {CONFIG}`, and `--help` of each command.
 """

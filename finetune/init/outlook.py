@@ -32,12 +32,15 @@ SHOWN = 20
 
 @dataclass
 class Outlook:
-    """figures: for the config's comment; "" if nothing can be estimated. run_usd: the ceiling of a run. problems: why the data
-    cannot be prepared yet. install_cloud, install_hub: commands for what is not installed here, else None."""
+    """goal: the one that was asked for, unless the fast machine is no faster. figures: for the config's comment; "" without an
+    estimate. run_usd: the ceiling of a run. rejected: how many pairs are. problems: why the data cannot be prepared yet.
+    install_cloud, install_hub: commands for what is not installed here, else None."""
 
+    goal: Goal
     figures: str = ""
     run_usd: float | None = None
     said: list[str] = field(default_factory=list)
+    rejected: int = 0
     problems: list[str] = field(default_factory=list)
     install_cloud: str | None = None
     install_hub: str | None = None
@@ -49,6 +52,7 @@ def look_ahead(goal: Goal, *, checked: bool, places: Sequence[str] = ()) -> Outl
     Raises UserError if there are too few usable pairs to split."""
     config = load_config(Path(CONFIG))
     outlook = Outlook(
+        goal,
         install_cloud=_install("sky", "cloud"),
         install_hub=_install("huggingface_hub", "train") or _install("datasets", "train"),
     )
@@ -59,13 +63,14 @@ def look_ahead(goal: Goal, *, checked: bool, places: Sequence[str] = ()) -> Outl
     except UserError as error:
         outlook.said.append(f"no estimate: {error}")
         return outlook
-    _estimate(goal, plan, outlook)
+    _estimate(plan, outlook)
     return outlook
 
 
 def _check(config: RunConfig, outlook: Outlook, places: Sequence[str]) -> None:
     evaluation = config.evaluation
     findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
+    outlook.rejected = sum(one.reason != LEFT_OUT for one in findings.rejections)
     usable = sum(len(findings.records(split)) for split in findings.splits)
     rejected = [one for one in findings.rejections if one.reason != LEFT_OUT]
     if usable < LEAST and not rejected:
@@ -83,19 +88,23 @@ def _check(config: RunConfig, outlook: Outlook, places: Sequence[str]) -> None:
     outlook.said += [f"PROBLEM: {one}" for one in outlook.problems]
 
 
-def _estimate(goal: Goal, plan: Plan, outlook: Outlook) -> None:
+def _estimate(plan: Plan, outlook: Outlook) -> None:
     rows = [row for row in plan.rows if row.chosen and row.cost and row.offer]
     if not rows:
         outlook.said.append("no estimate: the plan refuses every machine (`finetune plan` says why)")
         return
     cheapest = rows[0]
     fast = next((row for row in rows if row.on_gpu.name == FAST), None)
-    used = fast if goal == "fast" and fast else cheapest
+    used = fast if outlook.goal == "fast" and fast else cheapest
+    if used is fast and fast is not cheapest and _hours(fast) >= _hours(cheapest):
+        outlook.goal, used = "cheap", cheapest
+        outlook.said.append(
+            f"for so few pairs the {FAST} would be no faster than the {cheapest.on_gpu.name} (estimated), so --goal fast has the "
+            "task of cheap"
+        )
     lines = [f"Estimated for this data (prices: {plan.catalog.source}; hours and dollars: estimated):"]
-    lines += [
-        f"  {_row(row)}{' <- --goal ' + goal if row is used else ''}"
-        for row in dict.fromkeys([cheapest, *([fast] if fast else [])])
-    ]
+    others = [fast] if fast and fast is not cheapest else []
+    lines += [f"  {_row(row)}{f' <- --goal {outlook.goal}' if row is used else ''}" for row in [cheapest, *others]]
     assert used.cost is not None
     outlook.run_usd = rounded_up(max(LEAST_USD, MARGIN * used.cost.usd))
     lines.append(
@@ -103,6 +112,12 @@ def _estimate(goal: Goal, plan: Plan, outlook: Outlook) -> None:
     )
     outlook.figures = "\n".join(lines)
     outlook.said += lines
+
+
+def _hours(row: Row) -> float:
+    """As they are shown."""
+    assert row.cost is not None
+    return round(row.cost.hours, 1)
 
 
 def _row(row: Row) -> str:

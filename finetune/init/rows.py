@@ -109,7 +109,6 @@ def _decoded(path: Path, content: bytes, encoding: str | None) -> tuple[str, tup
 
 
 def _csv(path: Path, text: str, notes: tuple[str, ...]) -> Rows:
-    csv.field_size_limit(min(sys.maxsize, LARGEST_FILE))
     named = re.match(r"sep=([^\w\s\"']|\t)(?=\r|\n)", text)  # Excel's own line, which it does not show
     if named:
         text = text[named.end() :]
@@ -154,6 +153,7 @@ def _parsed(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """Each row that is not blank, with the number of its first line."""
     found, begin = [], 1
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    limit = csv.field_size_limit(min(sys.maxsize, LARGEST_FILE))  # of the whole process
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):
@@ -161,6 +161,8 @@ def _parsed(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
             begin = reader.line_num + 1
     except csv.Error:
         return found[:0]
+    finally:
+        csv.field_size_limit(limit)
     return found
 
 

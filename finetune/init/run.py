@@ -18,7 +18,7 @@ from finetune.init.database import Database, database_name
 from finetune.init.drafts import MODEL, URL, Drafts, Writer, draft, writer_in
 from finetune.init.files import readme, settings_files, task_files
 from finetune.init.form import FORM, LEAST, rule_of_thumb
-from finetune.init.look import Found, Wanted, look
+from finetune.init.look import DATABASES, Found, Wanted, look
 from finetune.init.outlook import Outlook, look_ahead
 from finetune.init.place import checkout_around, part_folder, place, usable_folder, write_file
 from finetune.project_folder import ProjectFolder, machine_side, read_project
@@ -28,13 +28,14 @@ from finetune.runtime.installed import version
 @dataclass
 class Made:
     """What init has done. said: lines for the user. commands: to type next in the folder, each with why. step: before them, what
-    the user does by hand."""
+    the user does by hand. task: the YAML of this goal."""
 
     folder: Path
     said: list[str]
     commands: list[tuple[str, str]]
     by_hand: str = ""
     kept: list[str] = field(default_factory=list)
+    task: str = ""
 
 
 def init(wanted: Wanted, ask: Asker, say: Callable[[str], None]) -> Made:
@@ -61,7 +62,7 @@ def init(wanted: Wanted, ask: Asker, say: Callable[[str], None]) -> Made:
         )
     with part_folder(folder) as part:
         made = _written(part, folder, wanted, found, before)
-        made.kept = place(part, folder, before, _asked(wanted))
+        made.kept = place(part, folder, before, _asked(wanted) | {"task": made.task})
     return made
 
 
@@ -69,11 +70,20 @@ def _with_project(wanted: Wanted) -> ProjectFolder | None:
     """Takes what was asked for before where the folder is a project of ours."""
     project = read_project(wanted.folder) if wanted.folder is not None else None
     if project is not None:
-        wanted.db = wanted.db or (Path(project.asked["db"]) if project.asked.get("db") else None)
+        wanted.db = wanted.db or _database_of(project)
         wanted.goal = wanted.goal or project.asked.get("goal")
         wanted.dialect = wanted.dialect or project.asked.get("dialect")
         wanted.data = wanted.data or project.asked.get("data")
     return project
+
+
+def _database_of(project: ProjectFolder) -> Path | None:
+    """Of which init was asked before; the project's copy if it is gone."""
+    if not project.asked.get("db"):
+        return None
+    given = Path(project.asked["db"])
+    copies = [] if given.exists() else sorted((project.path / DATABASES).glob(f"{database_name(given)}/*.sqlite"))
+    return copies[0] if copies else given
 
 
 def _asked(wanted: Wanted) -> dict[str, Any]:
@@ -133,10 +143,12 @@ def _written(part: Path, folder: Path, wanted: Wanted, found: Found, before: Pro
     said = list(found.said)
     sources, notes = write_data(part, folder, found, before)
     settings = settings_of(folder, goal, found, sources, notes)
-    write_file(part, CONFIG, config_text(settings, version()))
+    kept = before is not None and before.is_changed(CONFIG)  # what is looked at is what will be used
+    write_file(part, CONFIG, (folder / CONFIG).read_bytes() if kept else config_text(settings, version()))
     with chdir(part):
         outlook = look_ahead(goal, checked=not found.is_form and found.known is None, places=found.places)
-    settings = replace(settings, figures=outlook.figures)
+    goal = outlook.goal
+    settings = replace(settings, goal=goal, figures=outlook.figures)
     write_file(part, CONFIG, config_text(settings, version()))
     said += outlook.said
     executable = settings.executable
@@ -146,12 +158,16 @@ def _written(part: Path, folder: Path, wanted: Wanted, found: Found, before: Pro
         write_file(part, name, text)
     for name, content in machine_side().items():
         write_file(part, name, content)
-    made = Made(folder, said, *_next(goal, found, outlook))
+    made = Made(folder, said, *_next(goal, found, outlook), task=TASKS[goal])
     described = (
         "Fill in the form first: " + FORM if found.is_form else f"The data: {found.said[0] if found.said else ''}"
     )
     commands = [f"{command:<44} # {why}" for command, why in made.commands]
-    write_file(part, "README.md", readme(settings.name, goal, described=described, commands=commands))
+    write_file(
+        part,
+        "README.md",
+        readme(settings.name, goal, described=described, commands=commands, own_data=found.known is None),
+    )
     return made
 
 
@@ -181,7 +197,12 @@ def _next(goal: Goal, found: Found, outlook: Outlook) -> tuple[list[tuple[str, s
             (f"{outlook.install_hub} && finetune data prepare {CONFIG}", "downloads and checks the set"),
             launch,
         ], ""
-    return [(f"finetune data prepare {CONFIG}", "checks and splits the pairs"), plan, launch], ""
+    by_hand = ""
+    if outlook.rejected:
+        by_hand = (
+            f"repair the {outlook.rejected} rejected in {found.own} and type the same again, or go on without them"
+        )
+    return [(f"finetune data prepare {CONFIG}", "checks and splits the pairs"), plan, launch], by_hand
 
 
 def cd_command(folder: Path) -> str | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SMALL, LARGE = "configs/demo_cpu.yaml", "configs/mistral_7b_qlora.yaml"
 OF_PROJECT = "text2sql.yaml"
 """The config that `finetune init` writes."""
-TASK, FAST_TASK = "sky/train_cheapest.yaml", "sky/train_h100.yaml"
+TASK = "sky/train_cheapest.yaml"
 MORE = 1.1
 """A raised ceiling is so much above what the pace so far needs."""
 
@@ -72,7 +72,7 @@ def after_prepare(config: Path, overrides: Sequence[str]) -> list[Next]:
 def after_plain_plan(config: Path, overrides: Sequence[str]) -> list[Next]:
     """Of a plan without any wish about machines: the task as it is, which has an order and ceilings. No task, no command."""
     project = read_project(config.parent)
-    task = Path(FAST_TASK if project is not None and project.asked.get("goal") == "fast" else TASK)
+    task = Path(str((project.asked.get("task") if project is not None else None) or TASK))
     if not task.is_file():
         return []
     names_it = re.search(

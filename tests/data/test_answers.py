@@ -135,6 +135,8 @@ ANSWERS = st.lists(PIECES, max_size=12).map("".join)
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(ANSWERS, st.sampled_from(["sqlite", "mysql", "postgres", "bigquery", "tsql", "oracle"]))
 @example("CREATE TABLE t (a INT)E'<|im_end|>q'~~~", "sqlite")
+@example("SELECT[/SQL]", "mysql")  # without a space, and a token at a time
+@example("SELECT a[1] FROM t[/sQl]", "postgres")
 def test_stopping_and_extraction_agree_on_any_text_in_any_dialect(answer: str, dialect: str) -> None:
     sql, reader = extract_sql(answer, dialect), AnswerReader(dialect)
     for length in range(len(answer) + 1):

@@ -90,13 +90,14 @@ def test_a_csv_and_a_dump_of_postgres(file: Write, capsys: Out) -> None:
     assert main(["init", "--db", "shop.sql", "--data", "pairs.csv", "--goal", "fast"]) == 0
     printed = capsys.readouterr().out
     assert "no execution accuracy" in printed and "300 pairs in postgres" in printed
+    assert "would be no faster than the" in printed, "300 short pairs are a matter of minutes on any GPU"
     go, prepare, plan, launch = typed_next(printed)
-    assert (go, launch[-1]) == (["cd", "shop"], "sky/train_h100.yaml")
+    assert (go, launch[-1]) == (["cd", "shop"], "sky/train_cheapest.yaml")
     with chdir("shop"):
         assert run(prepare, TINY) == 0
         assert run(plan) == 0
         assert "not scored" in Path("text2sql.yaml").read_text()
-        assert load_yaml(Path("sky/train_h100.yaml").read_text())["envs"]["EVALUATE"] == "0"
+        assert load_yaml(Path("sky/train_cheapest.yaml").read_text())["envs"]["EVALUATE"] == "0"
         assert {record.dialect for record in read_records(Path("data/pairs.jsonl"))} == {"postgres"}
 
 
@@ -153,7 +154,8 @@ def test_a_form_is_filled_in_and_init_goes_on(library: Path, capsys: Out) -> Non
         assert "60 pairs in sqlite; 40 rows without question or SQL left out (line " in printed
         assert Path(FORM).read_bytes() == before
         prepare, plan, launch = typed_next(printed)
-        assert launch[-1] == "sky/train_h100.yaml", "the goal is kept"
+        assert launch[-1] == "sky/train_cheapest.yaml", "the fast machine would be no faster for 60 pairs"
+        assert read_project(Path()).asked["goal"] == "fast", "but the goal is kept"  # type: ignore[union-attr]
         assert run(prepare, TINY) == 0 and run(plan) == 0
 
 
@@ -299,7 +301,7 @@ def test_a_person_at_a_terminal_is_asked(library: Path) -> None:
         while part := os.read(here, 65536):
             printed += part
     assert process.wait(timeout=60) == 0, printed
-    assert b"what matters more [cheap/fast] (cheap)" in printed and b"finetune launch sky/train_h100.yaml" in printed
+    assert b"what matters more [cheap/fast] (cheap)" in printed and b"--goal fast has the" in printed
 
 
 def test_nothing_is_asked_where_nobody_answers(capsys: Out) -> None:
@@ -624,6 +626,65 @@ def test_a_git_checkout_around_the_project_is_told(library: Path) -> None:
     assert not any("git checkout" in line for line in made(folder=Path("shop"), goal="fast").said), "once is enough"
     Path("own/.git").mkdir(parents=True)
     assert not any("git checkout" in line for line in made(folder=Path("own"), db=library).said), "a project of its own"
+
+
+def test_the_fast_goal_takes_the_fast_machine_where_it_is_faster(capsys: Out) -> None:
+    for goal, task in (("fast", "sky/train_h100.yaml"), ("cheap", "sky/train_cheapest.yaml")):
+        assert main(["init", goal, "--data", "premai-io/spider", "--yes", "--goal", goal]) == 0
+        *_, launch = typed_next(capsys.readouterr().out)
+        assert launch[-1] == task
+        with chdir(goal):
+            assert main(["plan", "text2sql.yaml"]) == 0
+            assert f"next: finetune launch {task} " in capsys.readouterr().err
+        assert "The data stay where they are." in Path(goal, "README.md").read_text()
+
+
+def test_a_form_that_is_not_taken_over_is_named(library: Path, capsys: Out) -> None:
+    made(folder=Path("shop"), db=library)
+    with chdir("shop"):
+        for command in ("check", "prepare"):
+            with reported("data.form_not_filled_in"):
+                assert main(["data", command, "text2sql.yaml", TINY]) == 2
+            assert (
+                f"{FORM}: not taken over yet; fill it in, and then type `finetune init . --data"
+                in capsys.readouterr().err
+            )
+
+
+def test_rejected_pairs_are_to_be_repaired_first(library: Path, file: Write) -> None:
+    file("own.csv", as_csv([*questions(60), ("Which?", "SELECT nmae FROM author")]))
+    by_hand = made(folder=Path("shop"), db=library, data="own.csv").by_hand
+    assert by_hand.startswith("repair the 1 rejected in own.csv and type the same again")
+    file("good.csv", as_csv(questions(60)))
+    assert made(folder=Path("good"), db=library, data="good.csv").by_hand == ""
+
+
+def test_a_config_of_the_users_own_is_what_is_looked_at(library: Path, file: Write) -> None:
+    file("own.csv", as_csv(questions(60)))
+    made(folder=Path("shop"), db=library, data="own.csv")
+    config = Path("shop/text2sql.yaml")
+    config.write_text(config.read_text().replace("test_fraction: 0.2", "test_fraction: 0.7"))
+    [usable] = [line for line in made(folder=Path("shop")).said if line.startswith("usable: ")]
+    assert int(usable.split(" test;")[0].split(", ")[-1]) > 30
+    config.write_text("model: [")
+    with raises("config.bad_yaml", match=r"text2sql\.yaml"):
+        made(folder=Path("shop"))
+
+
+def test_a_database_that_was_moved_is_taken_from_the_project(library: Path, file: Write) -> None:
+    file("own.csv", as_csv(questions(60)))
+    made(folder=Path("shop"), db=library, data="own.csv")
+    library.unlink()
+    assert any("2 tables" in line for line in made(folder=Path("shop")).said)
+    assert Path("shop/data/databases/library/library.sqlite").is_file()
+
+
+@pytest.mark.parametrize("count", [20, 25, 30, 40])
+def test_few_pairs_are_still_split_in_three(library: Path, file: Write, count: int) -> None:
+    file("own.csv", as_csv(questions(count)))
+    found = made(folder=Path("shop"), db=library, data="own.csv")
+    assert not any("PROBLEM" in line for line in found.said)
+    assert found.commands[0][0] == "finetune data prepare text2sql.yaml"
 
 
 def test_one_schema_for_questions_about_two_databases(library: Path, file: Write) -> None:

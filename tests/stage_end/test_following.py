@@ -94,8 +94,8 @@ def test_a_plan_without_wishes_leads_to_the_task_as_it_is(tmp_path: Path, monkey
     assert typed(following.after_plain_plan(CONFIG, ["lora.r=8", "data.x=1"])) == [
         "finetune launch sky/train_cheapest.yaml --env CONFIG=configs/demo_cpu.yaml --env 'OVERRIDES=lora.r=8 data.x=1'"
     ]
-    ProjectFolder(tmp_path, {}, {"goal": "fast"}).write_marker()
-    Path(following.FAST_TASK).write_text("envs:\n  CONFIG: text2sql.yaml\n")
+    ProjectFolder(tmp_path, {}, {"task": "sky/train_h100.yaml"}).write_marker()
+    Path("sky/train_h100.yaml").write_text("envs:\n  CONFIG: text2sql.yaml\n")
     assert typed(following.after_plain_plan(Path("text2sql.yaml"), [])) == ["finetune launch sky/train_h100.yaml"]
 
 

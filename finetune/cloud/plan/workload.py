@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune.config.load import examples_per_step
 from finetune.config.schema import EvaluationSection, RunConfig, SourceSection
-from finetune.errors import NotEstimated, UserError
+from finetune.errors import NotEstimated, UserError, shown
 from finetune.prepared_folder import DATABASES, MANIFEST
 from finetune.runtime.files import load_json
 
@@ -115,7 +115,7 @@ def run_size(config: RunConfig) -> RunSize:
     folder = Path(config.data.output_dir)
     manifest = folder / MANIFEST
     if manifest.is_file():
-        records, mean, validation, basis = _counted(manifest, config.plan.mean_tokens)
+        records, mean, validation, basis = _counted(manifest, config.plan.mean_tokens, config.model.name)
     else:
         records, validation, basis = _assumed_records(config)
         mean = config.plan.mean_tokens
@@ -128,8 +128,9 @@ def run_size(config: RunConfig) -> RunSize:
     return RunSize(records, mean, steps, tokens, passes * validation * mean, basis)
 
 
-def _counted(manifest: Path, assumed_tokens: float) -> tuple[int, float, int, str]:
-    """Training examples, mean tokens, validation examples, and their source as text, from a prepared folder."""
+def _counted(manifest: Path, assumed_tokens: float, model: str) -> tuple[int, float, int, str]:
+    """Training examples, mean tokens, validation examples, and their source as text, from a prepared folder. model: whose
+    tokenizer should have counted."""
     try:
         content = load_json(manifest)
         counts, tokens = content["counts"], content["tokens"]
@@ -145,7 +146,9 @@ def _counted(manifest: Path, assumed_tokens: float) -> tuple[int, float, int, st
             return records, assumed_tokens, validation, basis
         if int(total) < records:
             raise ValueError(f"{total} tokens in {records} examples")
-        return records, int(total) / records, validation, f"counted in {manifest}"
+        other = content.get("tokenizer")
+        whose = f", with the tokenizer of {shown(other)}, not of {model}" if other and other != model else ""
+        return records, int(total) / records, validation, f"counted in {manifest}{whose}"
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{manifest}: not a manifest of prepared data ({error!r}); run `finetune data prepare`",
