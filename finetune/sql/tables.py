@@ -17,6 +17,10 @@ class Column:
     """The fields of a STRUCT, as a query writes them: ``customer.city``; of an ARRAY of STRUCT: ``items[].sku``."""
     is_guess: bool = False
     """Whether the name is our guess of what a database calls an expression without an alias, in a view or CREATE TABLE AS."""
+    values: tuple[str, ...] = ()
+    """Those of an enum, as CREATE TYPE lists them, if its type is one."""
+    is_array: bool = False
+    """Whether it holds an array of these values."""
 
 
 @dataclass(frozen=True)
