@@ -202,7 +202,7 @@ def test_a_gold_query_runs_once_unless_it_may_change(worker: Counting, database:
         ("SELECT date('now')", "duckdb", None),
         ("SELECT now FROM t WHERE random = 'rand()'", "postgres", None),
         ("SELECT 'it''s", "sqlite", None),
-    ],  # fmt: skip
+    ],
 )
 def test_the_clock_and_chance_are_found_in_the_text_of_any_dialect(
     sql: str, dialect: str, expected: str | None
