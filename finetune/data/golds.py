@@ -11,7 +11,8 @@ from pathlib import Path
 from finetune.data.records import Record, Split
 from finetune.sql.engines.base import Limits
 from finetune.sql.engines.registry import open_sessions
-from finetune.sql.gold import SOUND, VOLATILE, WHY, Gold, GoldExaminer, same_rows, volatility, without_rows
+from finetune.sql.gold import SOUND, VOLATILE, WHY, Gold, GoldExaminer, same_rows, without_rows
+from finetune.sql.volatility import volatility
 
 SECOND = 1.05
 """Seconds until a query of the clock runs again: most clocks of SQL count whole seconds."""

@@ -21,6 +21,7 @@ from finetune.data.golds import Golds
 from finetune.data.prompts import completion
 from finetune.data.records import REQUIRED, Record, field_problems
 from finetune.errors import UserError
+from finetune.sql.column_references import columns_not_shown
 from finetune.sql.dialects import dialect_name
 from finetune.sql.engines.base import Engine, Limits
 from finetune.sql.engines.registry import ENGINES, engine_for, open_sessions
@@ -40,6 +41,7 @@ SQL_DOES_NOT_PARSE = "sql_does_not_parse"
 SQL_CHANGES_ON_ONE_LINE = "sql_changes_on_one_line"
 GOLD_FAILS = "gold_fails"
 TABLE_NOT_SHOWN = "table_not_shown"
+COLUMN_NOT_SHOWN = "column_not_shown"
 GOLD_HITS_LIMIT = "gold_hits_limit"
 GOLD_UNSTABLE = "gold_unstable"
 DUPLICATE_ID = "duplicate_id"
@@ -56,6 +58,7 @@ FAULTS = (
     SQL_CHANGES_ON_ONE_LINE,
     GOLD_FAILS,
     TABLE_NOT_SHOWN,
+    COLUMN_NOT_SHOWN,
     GOLD_HITS_LIMIT,
     GOLD_UNSTABLE,
 )
@@ -150,7 +153,7 @@ def validate(
                 elif problem:
                     _check_runs(record, _required(empty_database(record.schema), problem), on_empty, answer, problem)
                 if not problem:
-                    _check_tables_shown(record)
+                    _check_names_shown(record, columns=database is None)
                 accepted.append(Accepted(record, candidate, database))
             except _Fault as fault:
                 rejections.append(Rejection(candidate, fault.reason, fault.detail))
@@ -199,9 +202,12 @@ def _check_schema(record: Record) -> None:
         raise _Fault(SCHEMA_DOES_NOT_PARSE, fault)
 
 
-def _check_tables_shown(record: Record) -> None:
+def _check_names_shown(record: Record, *, columns: bool) -> None:
+    """columns: also those, which an engine would have checked."""
     if missing := tables_not_shown(record.sql, record.schema, record.dialect):
         raise _Fault(TABLE_NOT_SHOWN, f"the gold SQL reads {', '.join(missing)}, which the schema does not create")
+    if columns and (missing := columns_not_shown(record.sql, record.schema, record.dialect)):
+        raise _Fault(COLUMN_NOT_SHOWN, f"the gold SQL reads {', '.join(missing)}: no such column in the schema")
 
 
 def _required(database: Path | None, problem: str) -> Path:

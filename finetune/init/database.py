@@ -15,7 +15,7 @@ from finetune.sql.engines.registry import ENGINES
 from finetune.sql.engines.sqlite_file import SQLITE_HEADER
 from finetune.sql.quoting import quoted
 from finetune.sql.schema import parse_ddl
-from finetune.sql.schema_text import readable_schema
+from finetune.sql.schema_text import readable_schema, types_not_shown
 from finetune.sql.tables import Table
 
 ENGINE = ENGINES["sqlite"]
@@ -26,7 +26,8 @@ SECONDS = 2.0
 DUMPS = {"-- PostgreSQL database": "postgres", "-- MySQL dump": "mysql", "-- MariaDB dump": "mysql"}
 """How the dumps of database servers begin -> their dialect."""
 _SIGNS = {
-    "postgres": r"::|\b(?:big|small)?serial\b|\bjsonb\b|\btimestamptz\b|\bcharacter varying\b|\w\[\]|\bpublic\.",
+    "postgres": r"::|\b(?:big|small)?serial\b|\bjsonb\b|\btimestamptz\b|\bcharacter varying\b|\w\[\]|\bpublic\."
+    r"|\bAS\s+ENUM\b|\bCREATE\s+DOMAIN\b",
     "mysql": r"\bENGINE\s*=|\bAUTO_INCREMENT\b|\bunsigned\b",
     "tsql": r"\bdbo\b|\bIDENTITY\s*\(|\bnvarchar\b|^GO$",
 }
@@ -38,7 +39,7 @@ _SIZES = struct.Struct(">16xH6xII60xI")
 @dataclass(frozen=True)
 class Database:
     """schemas: DDL by db_id. dialect: that reads it. filled: the tables that have rows, of one SQLite file; None if nothing can
-    be executed. bytes: of the file, 0 for a schema."""
+    be executed. bytes: of the file, 0 for a schema. unshown: the types of a schema file that prompts do not show."""
 
     path: Path
     db_id: str
@@ -47,6 +48,7 @@ class Database:
     filled: frozenset[str] | None = None
     bytes: int = 0
     is_folder: bool = False
+    unshown: tuple[str, ...] = ()
 
     @property
     def is_executable(self) -> bool:
@@ -171,4 +173,4 @@ def _schema(path: Path, wanted: str | None) -> Database:
             code="init.bad_schema",
         )
     name = database_name(path)
-    return Database(path, name, {name: schema}, dialect)
+    return Database(path, name, {name: schema}, dialect, unshown=tuple(types_not_shown(text, dialect)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from finetune.init.drafts import Drafts
 from finetune.init.known_sets import KnownSet, set_in_folder, set_on_hub
 from finetune.init.pairs import records_of
 from finetune.init.rows import read_rows
+from finetune.sql.tables import Table
 
 DATABASES = "data/databases"
 SHOWN = 5
@@ -99,14 +101,18 @@ def _left_out(places: list[str]) -> str:
 def _about_database(database: Database) -> list[str]:
     if database.is_folder:
         return [f"{database.path}: {len(database.schemas)} SQLite databases, used where they are"]
-    tables = database.tables
-    count = f"{len(tables)} table{'s' * (len(tables) != 1)}"
+    count = _count(database.tables)
     if not database.is_executable:
-        return [
+        lines = [
             f"{database.path}: a schema of {count} in {database.dialect}, without rows. SQL is checked by parsing it, and the "
             "model is trained on it; but no SQL can be executed, so there is no execution accuracy. A SQLite copy of the "
             "database, given as --db, would give one (the SQL then has to be SQLite's); no other engine is built in"
         ]
+        if database.unshown:
+            lines.append(
+                f"no prompt shows these types of it: {', '.join(database.unshown)}; only enums, composite types and domains"
+            )
+        return lines
     filled = database.filled or frozenset()
     lines = [f"{database.path}: {count}, {len(filled)} of them with rows, {database.bytes / 1e6:,.1f} MB"]
     if database.is_linked:
@@ -119,6 +125,13 @@ def _about_database(database: Database) -> list[str]:
             "WARNING: it has no rows, so no query has a result that tells right from wrong, and a score would say nothing"
         )
     return lines
+
+
+def _count(tables: Sequence[Table]) -> str:
+    """8 tables and 1 view; what there is none of is left out."""
+    views = sum(table.is_view for table in tables)
+    kinds = [(len(tables) - views, "table"), (views, "view")]
+    return " and ".join(f"{number} {kind}{'s' * (number != 1)}" for number, kind in kinds if number)
 
 
 def _about_set(known: KnownSet) -> str:

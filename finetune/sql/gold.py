@@ -16,21 +16,20 @@ Not recognised: ties inside a nested query, ties in the order of rows that are a
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import sqlglot
 from sqlglot import exp
-from sqlglot.errors import ParseError, SqlglotError
+from sqlglot.errors import ParseError
 
 from finetune.errors import UserError
 from finetune.sql.compare import Rows, gold_is_ordered, results_equal
 from finetune.sql.engines.base import QueryResult, Session
 from finetune.sql.parsing import shared_tree
+from finetune.sql.volatility import volatility
 
 SOUND = "sound"
 HOLLOW = ("no_rows", "nothing_found", "constant", "empty_table")
@@ -57,34 +56,6 @@ SECONDS_OF_RUNS = 10.0
 TICK_SECONDS = 0.005
 """Between two runs, so that a clock that counts milliseconds (julianday) moves on."""
 
-_CLOCK_WORDS = {"current_timestamp", "current_date", "current_time", "localtimestamp", "sysdate", "systimestamp"}
-_CLOCK_CALLS = {
-    *("now", "getdate", "getutcdate", "sysdatetime", "sysutcdatetime", "curdate", "curtime", "utc_timestamp", "utc_date"),
-    *("unix_timestamp", "clock_timestamp", "statement_timestamp", "transaction_timestamp", "timeofday", "current_datetime"),
-    *("localtime", "today", *_CLOCK_WORDS),
-}  # fmt: skip
-_RANDOM_CALLS = {
-    *("random", "randomblob", "rand", "randn", "newid", "uuid", "uuid_string", "gen_random_uuid", "generate_uuid"),
-    *("randstr", "uniform"),
-}  # fmt: skip
-_DATE_CALLS = {"date", "time", "datetime", "julianday", "strftime", "unixepoch", "timediff"}
-"""SQLite's date functions, for which the text 'now' is the clock, 'localtime' the machine's time zone, and no time is 'now'
-(https://sqlite.org/lang_datefunc.html)."""
-
-
-_STEMS = ("date", "time", "now", "rand", "uuid", "newid", "julian", "unixepoch", "today", "uniform")
-"""Each of these functions has one of them in its name."""
-_FUNCTION = re.compile(
-    rf"(?:{'|'.join(sorted(_CLOCK_CALLS | _RANDOM_CALLS | _DATE_CALLS))})\s*\(|{'|'.join(sorted(_CLOCK_WORDS))}|--|/\*|\#|//"
-).search
-"""One of them as it has to be written, or the beginning of a comment, which may stand before the parenthesis."""
-
-
-def _may_be_volatile(sql: str) -> bool:
-    """Whether it is worth to look closer: most queries use no such function, and a tokenizer takes a hundred times as long."""
-    text = sql.lower()
-    return any(stem in text for stem in _STEMS) and _FUNCTION(text) is not None
-
 
 @dataclass(frozen=True)
 class Gold:
@@ -102,42 +73,6 @@ class Gold:
     def __str__(self) -> str:
         why = WHY.get(self.kind, self.kind)
         return f"{why}: {self.detail}" if self.detail else why
-
-
-def volatility(sql: str, dialect: str = "sqlite") -> str | None:
-    """ "random" or "clock" if the text of the query uses such a function, else None. What a view does is not in the text."""
-    if not _may_be_volatile(sql):
-        return None
-    try:
-        tokens = sqlglot.tokenize(sql, read=dialect)
-    except (SqlglotError, ValueError):
-        return None
-    if not tokens:
-        return None
-    words = [token.text.lower() for token in tokens]
-    quoted = [token.token_type.name in ("STRING", "IDENTIFIER") for token in tokens]
-    calls = {
-        word for word, after, text in zip(words, [*words[1:], ""], quoted, strict=True) if after == "(" and not text
-    }
-    if calls & _RANDOM_CALLS:
-        return "random"
-    if calls & _CLOCK_CALLS or any(w in _CLOCK_WORDS for w, text in zip(words, quoted, strict=True) if not text):
-        return "clock"
-    if dialect == "sqlite" and calls & _DATE_CALLS:
-        texts = {word for word, text in zip(words, quoted, strict=True) if text}
-        if texts & {"now", "localtime", "utc"} or _asks_for_now(words):
-            return "clock"
-    return None
-
-
-def _asks_for_now(words: list[str]) -> bool:
-    """Whether a date function of SQLite is called without a time: date(), strftime('%Y')."""
-    for start, word in enumerate(words[:-2]):
-        if word not in _DATE_CALLS or words[start + 1] != "(":
-            continue
-        if words[start + 2] == ")" or (word == "strftime" and words[start + 3 : start + 4] == [")"]):
-            return True
-    return False
 
 
 class GoldExaminer:

@@ -7,7 +7,7 @@ from sqlglot import exp
 from sqlglot.errors import ParseError
 
 from finetune.sql.ddl.names import path_of
-from finetune.sql.parsing import query_tree
+from finetune.sql.parsing import shared_tree
 from finetune.sql.quoting import word_set
 from finetune.sql.schema import parse_ddl
 from finetune.sql.tables import ends_alike
@@ -43,7 +43,7 @@ def tables_not_shown(sql: str, schema: str, dialect: str) -> list[str]:
     schema means any table of that name. Empty if the query cannot be parsed.
     """
     try:
-        tree = query_tree(sql, dialect)
+        tree = shared_tree(sql, dialect)
     except ParseError:  # SQLite runs queries that sqlglot does not read
         return []
     shown = _paths(schema, dialect)

@@ -149,7 +149,8 @@ def compact(tables: Iterable[Table]) -> str:
     """One line per table, for prompts: ``orders(id, customer_id -> customer.id, total)``.
 
     Names are written as a query has to write them: in quotes where they need them, with their schema where they have one,
-    and the fields of a STRUCT as ``customer.city``, those of an ARRAY of STRUCT as ``items[].sku``.
+    the fields of a STRUCT as ``customer.city``, those of an ARRAY of STRUCT as ``items[].sku``, and the values of an enum that
+    CREATE TYPE makes as ``state in ('open', 'closed')``.
     """
     tables = list(tables)
     names = {table.path: table for table in tables}
@@ -161,6 +162,8 @@ def compact(tables: Iterable[Table]) -> str:
 
 def _column_shown(column: Column, table: Table, names: Mapping[tuple[str, ...], Table]) -> str:
     shown = ", ".join(column.fields) or _column_written(column)
+    if column.values:
+        shown += f"{'[]' * column.is_array} in ({', '.join(map(_text_written, column.values))})"
     for key in table.foreign_keys:
         for name, referenced in zip(key.columns, key.referenced, strict=False):
             if name.lower() == column.name.lower():
@@ -178,6 +181,10 @@ def _target_written(key: ForeignKey, referenced: str, names: Mapping[tuple[str, 
 
 def _table_written(table: Table) -> str:
     return table.written if table.written is not None else quoted(table.name)
+
+
+def _text_written(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _column_written(column: Column) -> str:

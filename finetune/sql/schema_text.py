@@ -8,7 +8,13 @@ from finetune.sql.text import on_one_line, statements
 
 READERS = ("postgres", "mysql", "tsql", "snowflake", "bigquery", "duckdb", "oracle", "sqlite")
 """Dialects that are tried for a text that cannot be read in the one that was expected."""
-_SHOWN = re.compile(r"(?:CREATE\b(?:\s+\w+){0,6}?\s+(?:TABLE|VIEW)|ALTER\s+TABLE|COMMENT\s+ON)\b", re.IGNORECASE)
+_NAME = r'(?:"[^"]*"|\w+)(?:\s*\.\s*(?:"[^"]*"|\w+))*'
+_SHOWN = re.compile(
+    r"(?:CREATE\b(?:\s+\w+){0,6}?\s+(?:TABLE|VIEW)|ALTER\s+TABLE|COMMENT\s+ON)\b"
+    rf"|CREATE\s+(?:TYPE\s+{_NAME}\s+AS\s*(?:ENUM\b|\()|DOMAIN\s)|ALTER\s+TYPE\s+{_NAME}\s+(?:ADD|RENAME)\s+VALUE\b",
+    re.IGNORECASE,
+)
+_TYPE = re.compile(r"CREATE\s+(?:OR\s+REPLACE\s+)?(?:TYPE|DOMAIN)\s+([^\s(;]+)", re.IGNORECASE)
 
 
 def readable_schema(text: str, dialect: str) -> tuple[str, str]:
@@ -25,6 +31,16 @@ def readable_schema(text: str, dialect: str) -> tuple[str, str]:
             except UserError:
                 continue
         raise
+
+
+def types_not_shown(text: str, dialect: str) -> list[str]:
+    """The names of the types that a schema file creates and `readable_schema` leaves out: not enums, composite types and domains.
+
+    dialect: that reads the file.
+    """
+    lines = [on_one_line(statement, dialect=dialect) for statement in statements(text, dialect=dialect)]
+    found = [_TYPE.match(line) for line in lines if dialect == "sqlite" or not _SHOWN.match(line)]
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def _shown(text: str, dialect: str) -> str:

@@ -15,6 +15,12 @@ class Column:
     """The name as a query has to write it, if that is not as `schema.quoted` writes it."""
     fields: tuple[str, ...] = ()
     """The fields of a STRUCT, as a query writes them: ``customer.city``; of an ARRAY of STRUCT: ``items[].sku``."""
+    is_guess: bool = False
+    """Whether the name is our guess of what a database calls an expression without an alias, in a view or CREATE TABLE AS."""
+    values: tuple[str, ...] = ()
+    """Those of an enum, as CREATE TYPE lists them, if its type is one."""
+    is_array: bool = False
+    """Whether it holds an array of these values."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,11 @@ class Table:
     """What the DDL writes before the name: its schema, dataset, project or database."""
     written: str | None = None
     """Qualifier and name as a query has to write them, if that is not as `schema.quoted` writes them."""
+    is_view: bool = False
+
+    @property
+    def has_unnamed_columns(self) -> bool:
+        return any(column.is_guess for column in self.columns)
 
     @property
     def primary_key(self) -> tuple[str, ...]:

@@ -158,6 +158,15 @@ BAD_RECORDS: dict[str, tuple[dict[str, Any], str, str]] = {
         "table_not_shown",
         "the gold SQL reads orders, which the schema does not create",
     ),
+    "column that the schema does not show, in a dialect that no engine runs": (
+        {
+            "dialect": "postgres",
+            "schema": "CREATE TABLE patient (id int, name text)",
+            "sql": "SELECT p.haarfarbe, age FROM patient p",
+        },
+        "column_not_shown",
+        "the gold SQL reads age, p.haarfarbe: no such column in the schema",
+    ),
     "schema that is no DDL": ({"schema": "item: id, name"}, "schema_does_not_parse", "no CREATE TABLE"),
     "missing database": ({"db_id": "absent"}, "database_missing", "absent.sqlite"),
     "no SQLite file": ({"db_id": "text"}, "database_unreadable", "not a SQLite file"),

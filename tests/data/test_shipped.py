@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from sqlglot import exp, parse_one
 
+from finetune.sql.column_references import columns_not_shown
 from finetune.sql.difficulty import difficulty
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -230,6 +231,12 @@ def test_every_gold_runs_and_nearly_all_return_rows(records: Records, databases:
     golds = {(record["db_id"], record["sql"]) for record in records}
     empty = [sql for db_id, sql in golds if not databases[db_id].execute(sql).fetchall()]
     assert len(empty) <= 0.05 * len(golds), empty
+
+
+def test_no_gold_would_be_rejected_for_its_columns_without_a_database(records: Records) -> None:
+    golds = {(record["sql"], record["schema"]) for record in records}
+    assert len(golds) > 1000
+    assert [sql for sql, schema in golds if columns_not_shown(sql, schema, "sqlite")] == []
 
 
 def test_no_tie_decides_the_order_or_the_cut_of_a_gold(records: Records, databases: Databases) -> None:

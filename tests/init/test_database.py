@@ -131,6 +131,7 @@ def test_a_dump_of_postgres_is_a_schema(file: Write) -> None:
     [
         ("CREATE TABLE t (a INTEGER);", "sqlite"),
         ("CREATE TABLE t (id serial, b text[]);", "postgres"),
+        ("CREATE TYPE m AS ENUM ('a'); CREATE TABLE t (m m);", "postgres"),
         ("CREATE TABLE [dbo].[t] (a int IDENTITY(1, 1));", "tsql"),
         ("CREATE TABLE t (a int AUTO_INCREMENT);", "mysql"),
         ("-- MySQL dump 10.13\nCREATE TABLE `t` (`a` int) ENGINE=InnoDB;", "mysql"),

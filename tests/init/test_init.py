@@ -84,6 +84,27 @@ def test_a_csv_and_a_database(library: Path, file: Write, capsys: Out) -> None:
         assert run([*plan, "--write", "sky/train_cheapest.yaml"]) == 0
 
 
+def test_what_a_dump_has_besides_tables(file: Write, capsys: Out) -> None:
+    types = "CREATE TYPE public.s AS ENUM ('open'); CREATE TYPE public.r AS RANGE (subtype = float8);\n"
+    file("shop.sql", f"{types}{DUMP}CREATE VIEW public.v AS SELECT author.id FROM public.author;\n")
+    file("pairs.csv", as_csv(postgres_questions(20)))
+    assert main(["init", "--db", "shop.sql", "--data", "pairs.csv", "--yes"]) == 0
+    printed = capsys.readouterr().out
+    assert "shop.sql: a schema of 2 tables and 1 view in postgres" in printed
+    assert "no prompt shows these types of it: public.r; only enums" in printed
+    assert Path("shop/data/schema.sql").read_text().startswith("CREATE TYPE public.s AS ENUM ('open');\nCREATE TABLE")
+
+
+def test_a_column_that_the_dump_lacks_is_named_with_its_line(file: Write, capsys: Out) -> None:
+    file("shop.sql", DUMP)
+    rows = postgres_questions(20)
+    rows[4] = ("Which colour?", "SELECT b.title, haarfarbe FROM public.book b")
+    file("pairs.csv", as_csv(rows))
+    main(["init", "--db", "shop.sql", "--data", "pairs.csv", "--yes"])
+    printed = "".join(capsys.readouterr())
+    assert "pairs.csv:6: column_not_shown: the gold SQL reads haarfarbe: no such column in the schema" in printed
+
+
 def test_a_csv_and_a_dump_of_postgres(file: Write, capsys: Out) -> None:
     file("shop.sql", DUMP)
     file("pairs.csv", as_csv(postgres_questions(300)))
@@ -91,6 +112,7 @@ def test_a_csv_and_a_dump_of_postgres(file: Write, capsys: Out) -> None:
     printed = capsys.readouterr().out
     assert "no execution accuracy" in printed and "300 pairs in postgres" in printed
     assert "would be no faster than the" in printed, "300 short pairs are a matter of minutes on any GPU"
+    assert "shop.sql: a schema of 2 tables in postgres" in printed and "no prompt shows" not in printed
     go, prepare, plan, launch = typed_next(printed)
     assert (go, launch[-1]) == (["cd", "shop"], "sky/train_cheapest.yaml")
     with chdir("shop"):

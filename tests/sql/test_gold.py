@@ -11,7 +11,8 @@ import pytest
 
 from finetune.sql.engines.base import QueryResult
 from finetune.sql.engines.sqlite import SqlSandbox
-from finetune.sql.gold import Gold, GoldExaminer, volatility
+from finetune.sql.gold import Gold, GoldExaminer
+from finetune.sql.volatility import volatility
 
 SCRIPT = """
 CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL, made DATE, note TEXT);
@@ -154,6 +155,45 @@ def test_a_gold_query_runs_once_unless_it_may_change(worker: Counting, database:
         ("SELECT now()", "postgres", "clock"),
         ("SELECT CURRENT_DATE - 1", "postgres", "clock"),
         ("SELECT gen_random_uuid()", "postgres", "random"),
+        *(
+            (f"SELECT name FROM t WHERE {call} > made", "postgres", "clock")
+            for call in (
+                "age(born)",
+                "AGE (born::timestamp)",
+                "extract(year FROM age(coalesce(born, made)))",
+                "localtime",
+                "localtimestamp",
+                "LOCALTIMESTAMP(0)",
+                "clock_timestamp()",
+                "transaction_timestamp()",
+                "date 'today'",
+                "'now'::timestamp",
+                "CAST('yesterday' AS date)",
+                "current_time",
+            )
+        ),
+        ("SELECT age(timestamp '2020-01-01', born), x.age FROM t AS x", "postgres", None),
+        ("WITH age (x) AS (SELECT 1), b AS (SELECT 2) SELECT x FROM age", "postgres", None),
+        ("SELECT 'today', name FROM t WHERE kind = 'now' AND age IN (1)", "postgres", None),
+        ("SELECT age(born) FROM t", "mysql", None),
+        *(
+            (f"SELECT name FROM t WHERE {call} > made", "mysql", "clock")
+            for call in (
+                "UNIX_TIMESTAMP()",
+                "UTC_TIME",
+                "UTC_TIME()",
+                "LOCALTIME",
+                "LOCALTIME()",
+                "LOCALTIMESTAMP()",
+                "CURRENT_TIMESTAMP()",
+                "CURRENT_TIME(6)",
+                "CURRENT_DATE()",
+                "SYSDATE()",
+                "CURTIME()",
+            )
+        ),
+        ("SELECT UNIX_TIMESTAMP(made) FROM t", "mysql", None),
+        ("SELECT SYSDATETIMEOFFSET()", "tsql", "clock"),
         ("SELECT CURDATE(), `now` FROM t", "mysql", "clock"),
         ("SELECT RAND()", "mysql", "random"),
         ("SELECT GETDATE()", "tsql", "clock"),

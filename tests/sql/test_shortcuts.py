@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from finetune.data import answers, direct_sql
 from finetune.data.answers import read_answer
-from finetune.sql import gold, lexer, parsing, text
-from finetune.sql.gold import volatility
+from finetune.sql import lexer, parsing, text
+from finetune.sql import volatility as clock
 from finetune.sql.lexer import unclosed
 from finetune.sql.parsing import parses
 from finetune.sql.text import double_quotes_as_names, on_one_line, without_distinct
+from finetune.sql.volatility import volatility
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 PARTS = [
@@ -58,7 +59,7 @@ def long_way(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(text, "_NOT_ON_ONE_LINE", Always())
     patch.setattr(lexer, "_OPENS", Always())
     patch.setattr(parsing, "_MAY_CHANGE", Always())
-    patch.setattr(gold, "_may_be_volatile", Always())
+    patch.setattr(clock, "_may_be_volatile", Always())
     patch.setattr(direct_sql, "_MAY_END", Always())
     patch.setattr(answers, "is_all_sql", lambda _: False)
     patch.setattr(direct_sql, "_END_STARTS", AnyCharacter())
@@ -93,9 +94,18 @@ def test_a_shortcut_ends_where_the_long_way_does_on_any_text(sql: str) -> None:
 
 @pytest.mark.parametrize("gap", ["", " ", "\n", "/* x */", "-- x\n"])
 def test_no_function_that_reads_the_clock_or_is_random_is_passed_over(gap: str) -> None:
-    for name in gold._CLOCK_CALLS | gold._RANDOM_CALLS:
+    for name in clock._CLOCK_CALLS | clock._RANDOM_CALLS:
         assert volatility(f"SELECT {name.upper()}{gap}()"), name
-    for name in gold._CLOCK_WORDS:
+    for name in clock._CLOCK_WORDS:
         assert volatility(f"SELECT {name}{gap} FROM t") == "clock", name
-    for name in gold._DATE_CALLS:
+    for name in clock._DATE_CALLS:
         assert volatility(f"SELECT {name}{gap}('now')") == "clock", name
+    for of, added in (
+        ("calls", clock._CLOCK_CALLS_OF),
+        ("words", clock._CLOCK_WORDS_OF),
+        ("counted", clock._ARGUMENTS_OF),
+    ):
+        end = {"calls": "()", "words": "", "counted": "(x)"}[of]
+        for dialect, names in added.items():
+            for name in names:
+                assert volatility(f"SELECT {name}{gap if end else ''}{end} FROM t", dialect) == "clock", name

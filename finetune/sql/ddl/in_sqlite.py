@@ -7,6 +7,7 @@ import re
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import replace
 
 from finetune.sql.quoting import word_set
 from finetune.sql.tables import Column, ForeignKey, Table
@@ -47,20 +48,29 @@ def tables_by_sqlite(ddl: str) -> list[Table]:
     Raises sqlite3.Error if SQLite does not accept a statement, or does not know it.
     """
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        tables: set[str] = set()
         for statement in statements(ddl):
-            _create(connection, statement)
+            if _is_made_as_view(connection, statement):
+                connection.set_authorizer(None)
+                tables.update(
+                    connection.execute("SELECT name FROM sqlite_master ORDER BY rowid DESC LIMIT 1").fetchone()
+                )
         connection.set_authorizer(None)
-        return [_table_by_pragma(connection, name) for name, _ in _relations(connection)]
+        return [
+            replace(_table_by_pragma(connection, name), is_view=sql.startswith("CREATE VIEW") and name not in tables)
+            for name, sql in _relations(connection)
+        ]
 
 
-def _create(connection: sqlite3.Connection, statement: str) -> None:
+def _is_made_as_view(connection: sqlite3.Connection, statement: str) -> bool:
+    """Run a statement that changes the schema; whether it is a table for which a view stands in."""
     line = on_one_line(statement)
     relation = RELATION.match(line)
     if relation is None:
         known = line.strip(";").split(" ")[0].lower() in _IRRELEVANT and not _HIDDEN.search(line)
         if not known and not _OTHER_OBJECT.match(line):
             raise sqlite3.NotSupportedError
-        return
+        return False
     module = _MODULE.match(line)
     internal = relation["what"].upper() != "CREATE" or (module is not None and module[1].lower() in _SHADOWS)
     connection.set_authorizer(_allow_creating if not internal else _allow_changing)
@@ -73,6 +83,8 @@ def _create(connection: sqlite3.Connection, statement: str) -> None:
             raise
         # CREATE TABLE AS: a view has the same columns, and runs nothing
         connection.execute(re.sub(r"^CREATE TABLE", "CREATE VIEW", line, flags=re.IGNORECASE))
+        return True
+    return False
 
 
 def _allow_creating(action: int, *_: str | None) -> int:

@@ -78,7 +78,8 @@ def _column(projection: exp.Expr, dialect: Dialect) -> Column:
     if isinstance(identifier, exp.Identifier):
         return Column(identifier.name, "", False, True, column_name(identifier, dialect))
     name = projection.alias or _unnamed(projection, dialect)
-    return Column(name, "", False, True, column_name(exp.to_identifier(name, quoted=True), dialect))
+    written = column_name(exp.to_identifier(name, quoted=True), dialect)
+    return Column(name, "", False, True, written, is_guess=not projection.alias)
 
 
 def _unnamed(projection: exp.Expr, dialect: Dialect) -> str:

@@ -5,6 +5,7 @@ Every statement is applied, known to be irrelevant (`script.Statement.role`), or
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from sqlglot import exp
 from sqlglot.dialects.dialect import Dialect
@@ -25,6 +26,7 @@ from finetune.sql.ddl.names import path_of, table_name
 from finetune.sql.ddl.queries import query_columns
 from finetune.sql.ddl.repair import readable_alter, readable_create
 from finetune.sql.ddl.script import Statement, split_script, virtual_table
+from finetune.sql.ddl.types import Types
 from finetune.sql.dialects import dialect_name
 from finetune.sql.parsing import parse_statements
 from finetune.sql.tables import Column, Table, table_at
@@ -50,7 +52,7 @@ def tables_by_sqlglot(ddl: str, dialect: str) -> list[Table]:
         problem = error if isinstance(error, ParseError) else "it cannot be read"
         where = " ".join(shortened(text, dialect=dialect).split())  # where a quote is not closed, it keeps its lines
         raise UserError(f"schema: {problem}, in: {where}", code="sql.bad_schema") from None
-    return reader.tables
+    return [reader.types.applied(table) for table in reader.tables]
 
 
 class _Reader:
@@ -59,11 +61,14 @@ class _Reader:
     def __init__(self, dialect: str) -> None:
         self.name, self.dialect = dialect, Dialect.get_or_raise(dialect)
         self.tables: list[Table] = []
+        self.types = Types(self.dialect)
 
     def apply(self, statement: Statement) -> None:
         match statement.role:
             case "create":
                 self._create(statement.text)
+            case "type":
+                self.types.apply(statement.text)
             case "hidden":
                 self._create_hidden(statement)
             case "virtual":
@@ -113,7 +118,7 @@ class _Reader:
     # CREATE -------------------------------------------------------------------------------------------------
 
     def _create(self, text: str) -> None:
-        tree = self._read(text, readable_create)
+        tree = self._read(text, partial(readable_create, types=self.types.names))
         if isinstance(tree, exp.Select) and (into := tree.args.get("into")):
             if isinstance(into.this, exp.Table) and path_of(into.this):  # not a variable
                 self._add(self._table(into.this, query_columns(tree, self._find, self.dialect)))
@@ -124,7 +129,7 @@ class _Reader:
         target = schema.this if schema else tree.this
         if not isinstance(target, exp.Table) or not path_of(target):
             raise ParseError("its name cannot be read")
-        table = self._table(target, self._columns(tree, schema))
+        table = replace(self._table(target, self._columns(tree, schema)), is_view=tree.kind == "VIEW")
         if not table.columns and schema is None:
             raise ParseError("its columns cannot be read")
         if schema is not None:

@@ -4,7 +4,7 @@ What is removed is listed here word by word, and the text is left alone where co
 with an unknown option stays an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlglot.dialects.dialect import Dialect
 from sqlglot.tokens import Token, TokenType
@@ -40,8 +40,11 @@ _HIDE_COLUMNS = word_set("AS CLONE COPY FROM INHERITS LIKE OF PARTITIONED SELECT
 """Words behind a list of columns that may add others."""
 
 
-def readable_create(text: str, dialect: Dialect) -> str | None:
-    """CREATE TABLE with its columns alone, or CREATE VIEW with its columns and query alone; None if that is not certain."""
+def readable_create(text: str, dialect: Dialect, types: Collection[str] = ()) -> str | None:
+    """CREATE TABLE with its columns alone, or CREATE VIEW with its columns and query alone; None if that is not certain.
+
+    types: the names, in lower case, of types that the columns keep although sqlglot does not know them.
+    """
     tokens = tokens_of(text, dialect)
     words = [_word(token, text) for token in tokens]
     kind = next((n for n, word in enumerate(words) if word in ("TABLE", "VIEW")), None)
@@ -59,7 +62,7 @@ def readable_create(text: str, dialect: Dialect) -> str | None:
     if closing is None or _HIDE_COLUMNS.intersection(words[closing + 1 :]) or "LIKE" in words[kind:opening]:
         return None
     name = text[tokens[kind + 1].start : tokens[opening].start]
-    return f"{head} {name} {_without_options(text, tokens[opening : closing + 1])}"
+    return f"{head} {name} {_without_options(text, tokens[opening : closing + 1], types)}"
 
 
 def readable_alter(text: str, dialect: Dialect) -> str | None:
@@ -90,7 +93,7 @@ def _continues_name(before: Token, token: Token) -> bool:
     return TokenType.DOT in (before.token_type, token.token_type)
 
 
-def _without_options(text: str, tokens: Sequence[Token]) -> str:
+def _without_options(text: str, tokens: Sequence[Token], types: Collection[str] = ()) -> str:
     """The text of the tokens without the options that are listed above."""
     kept: list[str] = []
     number = in_item = depth = 0
@@ -104,7 +107,7 @@ def _without_options(text: str, tokens: Sequence[Token]) -> str:
         skipped = _length_of_option(text, tokens, number, in_item)
         if not skipped:
             is_type = depth == 1 and in_item == 2 and _is_unknown_type(text, tokens[number - 1 : number + 2])
-            kept.append("TEXT" if is_type else text[token.start : token.end + 1])
+            kept.append("TEXT" if is_type and token.text.lower() not in types else text[token.start : token.end + 1])
         elif in_item == 1 and kept and kept[-1] == ",":  # a whole item
             kept.pop()
         number += skipped or 1

@@ -17,9 +17,9 @@ from sqlglot.tokens import Token, TokenType
 
 from finetune.sql.quoting import word_set
 
-Role = Literal["create", "virtual", "alter", "drop", "irrelevant", "hidden", "unknown"]
-"""create: a table or view. virtual: SQLite's virtual table. irrelevant: no table or key comes from it. hidden: it creates a
-table or view inside a block or a string. unknown: none of these."""
+Role = Literal["create", "type", "virtual", "alter", "drop", "irrelevant", "hidden", "unknown"]
+"""create: a table or view. type: a type or domain, or a change of one. virtual: SQLite's virtual table. irrelevant: no table or
+key comes from it. hidden: it creates a table or view inside a block or a string. unknown: none of these."""
 
 _OTHER_OBJECTS = word_set(
     """
@@ -84,6 +84,8 @@ class Statement:
     @property
     def role(self) -> Role:
         first = self.words[0] if self.words else ""
+        if self.words[:2] in (("CREATE", "TYPE"), ("CREATE", "DOMAIN"), ("ALTER", "TYPE")):
+            return "type"
         if first == "CREATE":
             return self._role_of_create()
         if first in ("ALTER", "DROP"):

@@ -108,7 +108,7 @@ def test_a_database_file_finds_its_engine_by_its_suffix(tmp_path: Path) -> None:
 def test_a_dialect_without_an_engine_is_parsed_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(ENGINES, "duckdb", raising=False)
     make_json_database(tmp_path / "databases")
-    rows = [row(1, dialect="duckdb", sql="SELECT title FROM item"), row(2, dialect="duckdb", sql="SELECT FROM WHERE")]
+    rows = [row(1, dialect="duckdb", sql="SELECT name FROM item"), row(2, dialect="duckdb", sql="SELECT FROM WHERE")]
     source = jsonl_source(write_jsonl(tmp_path / "rows.jsonl", rows), databases=str(tmp_path / "databases"))
     [accepted], reasons = checked(source)
     assert accepted.database is None and reasons == ["sql_does_not_parse"]
