@@ -21,6 +21,7 @@ from finetune.demo.schedule import (
     REPORT_SECONDS,
     TUNED_SHARE,
     Pace,
+    Training,
     questions_that_fit,
     training_that_fits,
 )
@@ -106,12 +107,25 @@ def test_the_demo_uses_as_many_steps_and_questions_as_fit(
     printed = capsys.readouterr()
     assert "3 questions fit" in printed.err and "6 training steps fit: 24 of 24 examples" in printed.err
     assert "execution accuracy: 0.0% before" in printed.out and "report.html" in printed.out
+    assert "trained on 24 of the 24 training examples (measured)\n" in printed.err and "demo-fresh" not in printed.err
     assert "6 steps of 4 examples" in (run / "report.html").read_text()
 
     evaluated = (run / "eval.json").stat().st_mtime_ns
     assert cli.main(["demo", str(config)]) == 0
     assert "is trained already" in capsys.readouterr().err
     assert (run / "eval.json").stat().st_mtime_ns == evaluated, "nothing is done again"
+
+
+def test_a_demo_of_few_examples_says_how_to_train_on_more(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "training_that_fits", lambda *_, **__: Training(steps=2, eval_steps=0))
+    assert cli.main(["demo", str(config), "--minutes", "4"]) == 0
+    more = "`make demo-fresh DEMO_MINUTES=30` trains on more"
+    assert f"trained on 8 of the 24 training examples (measured); {more}\n" in capsys.readouterr().err
+    assert "Training has seen 8 of the 24" in (config.parent / "runs" / "demo" / "report.html").read_text()
+    assert cli.main(["demo", str(config), "--minutes", "20.5"]) == 0
+    assert "DEMO_MINUTES=41" in capsys.readouterr().err, "more than it had"
 
 
 def test_an_interrupted_demo_is_resumed_as_planned(
