@@ -41,8 +41,9 @@ def add(commands: Any) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     config = loaded(arguments)
-    from finetune.runtime.console import broken_pipe_safe
+    from finetune.runtime.console import broken_pipe_safe, say
 
+    say("loading torch and transformers, up to a minute on a busy machine")
     with large_imports():
         from finetune.demo.run import run_demo
 
