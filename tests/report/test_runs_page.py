@@ -109,6 +109,7 @@ PAIRS = [
     ("two databases", {"right": 0.3, "databases": 2}, {"right": 0.6, "databases": 2}),
     ("many", {"right": 0.50, "questions": 1034, "databases": 97}, {"right": 0.56, "questions": 1034, "databases": 97}),
     ("a quarter point", {"right": 0.50, "questions": 400, "databases": 16}, {"right": 0.505, "questions": 400, "databases": 16}),
+    ("ten databases", {"right": 0.2, "databases": 10}, {"right": 0.7, "databases": 10}),
     ("all", {"right": 0.0}, {"right": 1.0}),
 ]  # fmt: skip
 
