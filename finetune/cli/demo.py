@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, add_config, large_imports, loaded, positive, print_result
 from finetune.errors import EXIT_OK
 from finetune.stage_end.following import after_report
 from finetune.stage_end.tell import cost_of_command, tell
+
+if TYPE_CHECKING:
+    from finetune.run_folder import RunFolder
+
+LONGER_MINUTES = 30
 
 
 def add(commands: Any) -> None:
@@ -35,8 +41,9 @@ def add(commands: Any) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     config = loaded(arguments)
-    from finetune.runtime.console import broken_pipe_safe
+    from finetune.runtime.console import broken_pipe_safe, say
 
+    say("loading torch and transformers, up to a minute on a busy machine")
     with large_imports():
         from finetune.demo.run import run_demo
 
@@ -47,5 +54,19 @@ def _demo(arguments: argparse.Namespace) -> int:
 
         folder = Path(config.training.output_dir) / str(config.training.run_name)
         print_result(folder)
+        _say_what_it_saw(RunFolder(folder), arguments.minutes)
         tell("demo", cost_of_command(config.budget.usd_per_hour), after_report(RunFolder(folder)))
     return code
+
+
+def _say_what_it_saw(run: RunFolder, minutes: float) -> None:
+    """What part of the training examples the run was trained on, and how to train on more of them."""
+    from finetune.report.caveats import seen_examples
+    from finetune.runtime.console import say
+
+    found = seen_examples(run.record())
+    if found is None:
+        return
+    longer = math.ceil(max(LONGER_MINUTES, 2 * minutes))
+    more = f"; `make demo-fresh DEMO_MINUTES={longer}` trains on more" if found.less_than_an_epoch else ""
+    say(f"trained on {found} (measured){more}")

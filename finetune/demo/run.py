@@ -12,7 +12,7 @@ from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig
 from finetune.data.prepare import prepare_data
 from finetune.demo.pace import measure
-from finetune.demo.schedule import questions_that_fit, training_that_fits
+from finetune.demo.schedule import questions_that_fit, steps_between_logs, training_that_fits
 from finetune.errors import EXIT_OK, UserError
 from finetune.evaluation.generators.hf import HfModel
 from finetune.evaluation.generators.weights import weights_for
@@ -70,6 +70,7 @@ def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer)
     model, device, load_seconds = _load(config)
+    say("measuring this machine's speed, a minute or two")
     began = time.monotonic()
     pace = measure(model, tokenizer, config, data, load_seconds)
     measured = time.monotonic()
@@ -91,7 +92,12 @@ def _begin(config: RunConfig, config_file: Path, deadline: float) -> int:
         eval_steps=config.training.eval_steps,
     )
     say(f"{fitting.steps} training steps fit: {fitting.steps * examples} of {counts['train']} examples")
-    return start(_with(config, "training", max_steps=fitting.steps, eval_steps=fitting.eval_steps), config_file)
+    training = {
+        "max_steps": fitting.steps,
+        "eval_steps": fitting.eval_steps,
+        "logging_steps": steps_between_logs(fitting.steps, config.training.logging_steps),
+    }
+    return start(_with(config, "training", **training), config_file)
 
 
 def _load(config: RunConfig) -> tuple[PeftModel, Device, float]:

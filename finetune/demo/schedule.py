@@ -17,6 +17,8 @@ VALIDATION_SHARE = 0.5
 """Time of a validation example relative to a training example: no backward pass, its own batches. Measured: 0.5."""
 MOST_VALIDATION = 0.05
 """Largest share of the training time for one validation; if it would take more, there is none."""
+LEAST_POINTS = 20
+"""Points of a curve, below which neither its course nor the highest learning rate is seen."""
 REPORT_SECONDS = 5.0
 """Measured: 3 s on two cores."""
 
@@ -63,6 +65,12 @@ def training_that_fits(
         return Training(_clamp(LEAST_STEPS, int(left / pace.step_seconds), most), 0)
     every = pace.step_seconds + validation / eval_steps
     return Training(_clamp(LEAST_STEPS, int((left - validation) / every), most), eval_steps)
+
+
+def steps_between_logs(steps: int, configured: int) -> int:
+    """training.logging_steps of a run of so many steps: as configured, or fewer, so that its curves have LEAST_POINTS if it has
+    as many steps. What is logged changes nothing that is trained."""
+    return _clamp(1, steps // LEAST_POINTS, configured)
 
 
 def _clamp(least: int, value: int, most: int) -> int:

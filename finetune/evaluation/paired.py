@@ -18,7 +18,8 @@ Pair = tuple[Row, Row]
 @dataclass(frozen=True)
 class Difference:
     """The second less the first. won: questions that only the second answers correctly. over_questions, over_databases: 95%
-    intervals of `share`, a fraction of the questions; over_databases is None for fewer than two. p: McNemar's exact test."""
+    intervals of `share`, a fraction of the questions; over_databases is None for fewer than two. databases: how many the
+    questions are about. p: McNemar's exact test."""
 
     won: int
     lost: int
@@ -26,6 +27,7 @@ class Difference:
     neither: int
     over_questions: tuple[float, float]
     over_databases: tuple[float, float] | None
+    databases: int
     p: float
 
     @property
@@ -66,13 +68,15 @@ def difference(pairs: Sequence[Pair], rule: str | None = None) -> Difference:
     """rule: None for that of `Row.verdict`."""
     cells = Counter((is_right(first, rule), is_right(second, rule)) for first, second in pairs)
     won, lost = cells[False, True], cells[True, False]
+    by_database = _points_by_database(pairs, rule)
     return Difference(
         won=won,
         lost=lost,
         both=cells[True, True],
         neither=cells[False, False],
         over_questions=paired_interval(won, lost, len(pairs)),
-        over_databases=bootstrap_by_database(_points_by_database(pairs, rule)),
+        over_databases=bootstrap_by_database(by_database),
+        databases=len(by_database),
         p=mcnemar_exact(won, lost),
     )
 

@@ -17,12 +17,14 @@ SKYIGNORE = """\
 /.venv
 /.finetune-init.json
 /runs
+/comparisons
 /wandb
 /.env*
 __pycache__
 """
 GITIGNORE = """\
 runs/
+comparisons/
 wandb/
 .env*
 data/databases/

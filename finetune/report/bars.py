@@ -11,6 +11,7 @@ from finetune.evaluation.statistics import wilson_interval
 LEVELS = ("easy", "medium", "hard", "extra")
 MODELS = ("base", "tuned")
 ALL = "all questions"
+OF_DIFFICULTY = "Easy, medium, hard, extra: Spider's difficulty, by how many clauses, conditions and nested queries the gold SQL has."
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class Group:
-    """One figure. labels: what the legend calls the models that have a bar."""
+    """One figure. labels: what the legend calls the models that have a bar. note: a sentence below the bars."""
 
     title: str
     caption: str
     bars: list[Bar]
     labels: tuple[str, str] = ("base model", "tuned model")
+    note: str = ""
 
     @property
     def legend(self) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from finetune.report.source import Json, Source, dig, finite, number
 from finetune.run_record import RunRecord
 
@@ -29,10 +31,47 @@ def _caveats_of_training(run: RunRecord) -> list[tuple[bool, str]]:
     return [
         (run.status != "done", f"The run {how_it_stopped(run)}: its training is not complete."),
         (None in losses, "A logged loss was not a finite number: training diverged there."),
+        *_of_part_of_an_epoch(run),
         (last > 1.02 * lowest, f"Validation loss ended at {last:.3g}, above its lowest value {lowest:.3g}."),
         (not run.git_commit, "The commit of the code that trained is unknown."),
         (bool(run.git_dirty), "The code had changes that are not in the commit of the run record."),
     ]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How many of the `examples` that a run had for training it has trained on: its steps times the examples of each, measured.
+
+    less_than_an_epoch: another whole step would have had examples that it has not seen.
+    """
+
+    seen: int
+    examples: int
+    less_than_an_epoch: bool
+
+    def __str__(self) -> str:
+        return f"{self.seen:,} of the {self.examples:,} training examples"
+
+
+def seen_examples(run: RunRecord) -> Seen | None:
+    """None if run.json does not have it. Earlier versions did not write the examples of a step: there the epochs count."""
+    data = run.data
+    examples = ((data.used or {}).get("train") or (data.counts or {}).get("train")) if data else None
+    if not examples or not run.steps:
+        return None
+    if size := run.step and run.step.batch_size:
+        seen = min(run.steps.done * size, examples)
+        return Seen(seen, examples, seen + size <= examples)
+    epochs = finite(run.epochs)
+    return None if epochs is None else Seen(min(round(epochs * examples), examples), examples, epochs < 0.99)
+
+
+def _of_part_of_an_epoch(run: RunRecord) -> list[tuple[bool, str]]:
+    found = seen_examples(run)
+    if found is None or not found.less_than_an_epoch:
+        return []
+    text = f"Training has seen {found} (measured), less than one epoch: the score is of so short a training."
+    return [(True, text)]
 
 
 def _caveats_of_evaluation(source: Source) -> list[tuple[bool, str]]:

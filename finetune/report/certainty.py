@@ -14,6 +14,9 @@ from finetune.report.source import Json, Source, dig
 
 Interval = tuple[float, float]
 
+FEW_DATABASES = 10
+"""With fewer, an interval over databases is too narrow: no sentence that is quoted on its own has it."""
+
 
 def by_database(scores: Json) -> Interval | None:
     """The interval of a model's accuracy over databases, fractions from 0 to 1; None if it has fewer than two."""
@@ -22,12 +25,13 @@ def by_database(scores: Json) -> Interval | None:
 
 
 def intervals_in_words(scores: Json) -> str:
-    """The intervals of a model's accuracy for the headline, "" if eval.json has none."""
+    """The intervals of a model's accuracy for the headline, "" if eval.json has none; that over databases only of enough."""
     of_questions = scores.get("execution_accuracy_interval95")
     if not of_questions:
         return ""
-    text, databases = f", 95% interval {points(of_questions)}", by_database(scores)
-    return text + (f" over questions, {points(databases)} over databases" if databases else "")
+    text, databases = f", 95% interval {points(of_questions)} over questions", by_database(scores)
+    enough = len(scores.get("by_database") or {}) >= FEW_DATABASES
+    return text + (f", {points(databases)} over databases" if databases and enough else "")
 
 
 def certainty(source: Source) -> list[str]:
@@ -96,7 +100,7 @@ def _limits(source: Source, number: int) -> str:
     weak = []
     if data.get("split_by") == "question":
         weak.append("other questions on these databases were trained on (data.split_by: question)")
-    if number < 10:
+    if number < FEW_DATABASES:
         weak.append("with so few of them the interval is too narrow")
     return f", and only with reserve: {'; '.join(weak)}" if weak else ""
 

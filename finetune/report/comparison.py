@@ -22,7 +22,7 @@ from finetune.evaluation.paired import (
 )
 from finetune.evaluation.score import Row, score
 from finetune.evaluation.statistics import holm
-from finetune.report.certainty import points
+from finetune.report.certainty import FEW_DATABASES, points
 from finetune.report.compared import Common, Compared, common_questions, read_all
 from finetune.report.comparison_notes import notes
 from finetune.report.source import Json
@@ -97,6 +97,8 @@ def conclusion(versus: Versus) -> str:
     text = f"{second} is {'better' if found.won > found.lost else 'worse'} than {first}: {figures(found, versus.p)}"
     if found.over_databases is None:
         return text + "; all questions are about one database, so nothing is shown for others"
+    if found.databases < FEW_DATABASES:
+        return text + f"; shown for these {found.databases} databases, too few to say it of others"
     if found.over_databases[0] <= 0 <= found.over_databases[1]:
         return text + "; shown for these databases, not for others: that interval includes 0"
     return text
@@ -115,7 +117,8 @@ def exceptions(versus: Versus) -> list[str]:
 
 
 def figures(found: Difference, p: float) -> str:
-    databases = f", {signed(found.over_databases)} over databases" if found.over_databases else ""
+    over = found.over_databases if found.databases >= FEW_DATABASES else None
+    databases = f", {signed(over)} over databases" if over else ""
     return (
         f"{100 * found.share:+.1f} points (95% interval {signed(found.over_questions)} over questions{databases}), "
         f"p {p_value(p)}, won {found.won}, lost {found.lost}"

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from finetune.evaluation.score import CAN_TELL, Row
 from finetune.report.caveats import FEW_QUESTIONS
+from finetune.report.certainty import FEW_DATABASES
 from finetune.report.compared import Common, Compared
 from finetune.sql.gold import WITHOUT_RESULT
-
-FEW_DATABASES = 10
 
 
 def notes(compared: Sequence[Compared], common: Common, rows: Sequence[Sequence[Row]]) -> list[str]:

@@ -11,7 +11,7 @@ from finetune.evaluation.error_classes import ERROR_CLASSES
 from finetune.evaluation.paired import Pair, error_class
 from finetune.evaluation.questions import short_hash
 from finetune.evaluation.score import Row
-from finetune.report.bars import LEVELS, Bar
+from finetune.report.bars import LEVELS, OF_DIFFICULTY, Bar
 from finetune.report.bars import Group as Bars
 from finetune.report.certainty import points
 from finetune.report.comparison import (
@@ -135,7 +135,10 @@ def _section(versus: Versus) -> Section:
     databases = list(groups(versus.pairs, lambda row: row.db_id).items())
     titles = ("By difficulty", "By database")
     labels = versus.reference.label, versus.challenger.label
-    bars = [Bars(title, WILSON, _bars(found), labels) for title, found in zip(titles, (levels, databases), strict=True)]
+    bars = [
+        Bars(title, WILSON, _bars(found), labels, note)
+        for title, found, note in zip(titles, (levels, databases), (OF_DIFFICULTY, ""), strict=True)
+    ]
     return Section(
         versus=versus,
         conclusion=conclusion(versus),

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.report.bars import Group, group_bars, overall
+from finetune.report.bars import OF_DIFFICULTY, Group, group_bars, overall
 from finetune.report.beyond_greedy import sentences, variants
 from finetune.report.caveats import caveats, how_it_stopped
 from finetune.report.certainty import certainty, intervals_in_words, points
@@ -34,6 +34,7 @@ from finetune.report.source import (
     number,
     read_run,
 )
+from finetune.report.trained_databases import marked, trained_databases
 from finetune.runtime.files import write_json, write_text
 from finetune.runtime.typed_json import encode
 
@@ -210,8 +211,8 @@ def _groups(source: Source) -> list[Group]:
         return []
     by = {key: group_bars(base.get(key) or {}, tuned.get(key) or {}) for key in ("by_difficulty", "by_database")}
     return [
-        Group("Accuracy by difficulty", WILSON, [overall(base, tuned), *by["by_difficulty"]]),
-        Group("Accuracy by database", WILSON, by["by_database"]),
+        Group("Accuracy by difficulty", WILSON, [overall(base, tuned), *by["by_difficulty"]], note=OF_DIFFICULTY),
+        marked(Group("Accuracy by database", WILSON, by["by_database"]), trained_databases(source)),
     ]
 
 

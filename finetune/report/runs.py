@@ -95,6 +95,7 @@ def table(rows: Sequence[RunRow]) -> list[str]:
         *lines,
         "right: of the questions of each run's evaluation; 95% interval over questions. hours and $: training and scores, "
         "measured seconds times the machine's price.",
+        "$ a point: dollars for each point (1% of the questions) gained over the base model.",
     ]
 
 

@@ -18,6 +18,7 @@ from finetune.errors import UserError
 from finetune.evaluation.paired import is_right
 from finetune.evaluation.score import Row
 from finetune.evaluation.statistics import RESAMPLES, SEED
+from finetune.report.certainty import FEW_DATABASES
 from finetune.report.compared import Compared, read_compared
 from finetune.report.comparison import LEVEL
 from finetune.report.pages import embedded, pages, script
@@ -68,7 +69,14 @@ def runs_data(folder: Path, rows: Sequence[RunRow], page: Path) -> Json:
                 "given": as_text(run),
             }
         )
-    return {"runs": runs, "sets": sets.found, "resamples": RESAMPLES, "seed": SEED, "level": LEVEL}
+    return {
+        "runs": runs,
+        "sets": sets.found,
+        "resamples": RESAMPLES,
+        "seed": SEED,
+        "level": LEVEL,
+        "few_databases": FEW_DATABASES,
+    }
 
 
 def _link(report: Path, page: Path) -> str:

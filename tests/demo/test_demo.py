@@ -21,7 +21,9 @@ from finetune.demo.schedule import (
     REPORT_SECONDS,
     TUNED_SHARE,
     Pace,
+    Training,
     questions_that_fit,
+    steps_between_logs,
     training_that_fits,
 )
 from finetune.errors import EXIT_TRANSIENT
@@ -67,6 +69,14 @@ def test_there_are_always_a_few_steps_and_never_more_than_the_examples_allow() -
     assert training_that_fits(10_000, FAST, 9.0, most=200, validation_steps=24, eval_steps=0).steps == 200
 
 
+@pytest.mark.parametrize(
+    ("steps", "configured", "found"), [(14, 10, 1), (39, 10, 1), (40, 10, 2), (150, 10, 7), (530, 10, 10), (530, 5, 5)]
+)
+def test_a_short_run_is_logged_often_enough_for_a_curve(steps: int, configured: int, found: int) -> None:
+    assert steps_between_logs(steps, configured) == found
+    assert found == configured or steps // found >= min(steps, 20)
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_beside_a_busy_program_one_thread_less_is_used(busy: bool) -> None:
     before = torch.get_num_threads()
@@ -106,12 +116,31 @@ def test_the_demo_uses_as_many_steps_and_questions_as_fit(
     printed = capsys.readouterr()
     assert "3 questions fit" in printed.err and "6 training steps fit: 24 of 24 examples" in printed.err
     assert "execution accuracy: 0.0% before" in printed.out and "report.html" in printed.out
+    assert "trained on 24 of the 24 training examples (measured)\n" in printed.err and "demo-fresh" not in printed.err
+    assert printed.err.startswith("loading torch and transformers")
+    announced, measured = (printed.err.index(text) for text in ("measuring this machine's speed", "this machine takes"))
+    assert announced < measured
+    assert [row["step"] for row in record["history"] if "loss" in row] == [1, 2, 3, 4, 5, 6], "a point for each step"
+    rates = [row["learning_rate"] for row in record["history"] if "learning_rate" in row]
+    assert max(rates) == record["config"]["training"]["learning_rate"]
     assert "6 steps of 4 examples" in (run / "report.html").read_text()
 
     evaluated = (run / "eval.json").stat().st_mtime_ns
     assert cli.main(["demo", str(config)]) == 0
     assert "is trained already" in capsys.readouterr().err
     assert (run / "eval.json").stat().st_mtime_ns == evaluated, "nothing is done again"
+
+
+def test_a_demo_of_few_examples_says_how_to_train_on_more(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "training_that_fits", lambda *_, **__: Training(steps=2, eval_steps=0))
+    assert cli.main(["demo", str(config), "--minutes", "4"]) == 0
+    more = "`make demo-fresh DEMO_MINUTES=30` trains on more"
+    assert f"trained on 8 of the 24 training examples (measured); {more}\n" in capsys.readouterr().err
+    assert "Training has seen 8 of the 24" in (config.parent / "runs" / "demo" / "report.html").read_text()
+    assert cli.main(["demo", str(config), "--minutes", "20.5"]) == 0
+    assert "DEMO_MINUTES=41" in capsys.readouterr().err, "more than it had"
 
 
 def test_an_interrupted_demo_is_resumed_as_planned(

@@ -552,6 +552,9 @@ def test_every_file_of_the_project_is_small_but_the_data_and_the_wheel(library: 
     assert {path.name for path in Path("shop").iterdir()} == {
         "text2sql.yaml", "sky", "on_machine", ".sky.yaml", ".skyignore", ".gitignore", "data", "README.md", MARKER,
     }  # fmt: skip
+    for folder in (Path("shop"), Path(__file__).resolve().parents[2]):  # a project, and this repository
+        ignored = {name: set((folder / name).read_text().splitlines()) for name in (".gitignore", ".skyignore")}
+        assert {"runs/", "comparisons/"} <= ignored[".gitignore"] and {"/runs", "/comparisons"} <= ignored[".skyignore"]
 
 
 # what new users typed

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from finetune.report import caveats as report_caveats
+from finetune.report.render import write_report
 from finetune.report.source import read_run
-from tests.helpers.report_fixtures import build_run, change, rows, write_evaluation
+from tests.helpers.report_fixtures import MANIFEST, build_run, change, rows, write_evaluation
 
 
 @pytest.fixture
@@ -56,6 +57,33 @@ def test_what_weakens_the_result_becomes_a_caveat(
     ask(run_dir, **evaluation_changes)
     change(run_dir / "run.json", **run_changes)
     assert said in caveats(run_dir) and "\n" not in caveats(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": {"done": 14, "planned": 14}, "step": {"batch_size": 4}}, "56 of the 2,122"),
+        ({"steps": {"done": 529, "planned": 529}, "step": {"batch_size": 4}}, "2,116 of the 2,122"),
+        ({"steps": {"done": 530, "planned": 530}, "step": {"batch_size": 4}}, ""),
+        ({"steps": {"done": 1061, "planned": 1061}, "step": {"batch_size": 4}}, ""),
+        ({"epochs": 0.25}, "530 of the 2,122"),  # as earlier versions wrote it
+        ({"epochs": None}, ""),
+    ],
+)
+def test_a_run_of_less_than_an_epoch_says_what_it_has_seen(run_dir: Path, changes: dict[str, Any], said: str) -> None:
+    """Of the examples that fit into model.max_seq_length; what is left of an epoch, but no whole step, is no caveat."""
+    ask(run_dir)
+    data = {"counts": {"train": 2130}, "used": {"train": 2122}, "manifest_sha256": MANIFEST}
+    change(run_dir / "run.json", data=data, **changes)
+    expected = f"Training has seen {said} training examples (measured), less than one epoch: the score is of so short a training."
+    assert caveats(run_dir) == (expected if said else "")
+    assert bool(said) == ("less than one epoch" in headline_of_page(run_dir))
+
+
+def headline_of_page(run_dir: Path) -> str:
+    """What stands in report.md before its figures."""
+    write_report(run_dir)
+    return (run_dir / "report.md").read_text().partition("Execution accuracy")[0]
 
 
 def test_questions_whose_gold_query_fails_are_a_caveat(run_dir: Path) -> None:

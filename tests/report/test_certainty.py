@@ -14,6 +14,7 @@ from finetune.report.render import headline
 from finetune.report.source import read_run
 from tests.helpers.errors import raises
 from tests.helpers.report_fixtures import build_run, change, rows, write_evaluation
+from tests.helpers.scored_runs import scored_run
 
 
 @pytest.fixture
@@ -82,9 +83,19 @@ def test_both_intervals_are_given_with_what_each_supports(run_dir: Path) -> None
     )
     assert "bootstrap of the 6 databases): this supports a claim about other databases" in said[1]
     assert "with so few of them the interval is too narrow" in said[1]
-    assert " over questions, " in headline(source) and " over databases)" in headline(source)
     change_of = next(sentence for sentence in said if sentence.startswith("The change is"))
     assert "over questions (paired, Agresti-Min), " in change_of and " over databases (bootstrap" in change_of
+
+
+@pytest.mark.parametrize(("databases", "narrow"), [(9, True), (10, False)])
+def test_the_headline_leaves_out_an_interval_over_databases_that_is_too_narrow(
+    tmp_path: Path, databases: int, narrow: bool
+) -> None:
+    """And only where the sentence below says that it is."""
+    source = read_run(scored_run(tmp_path, "demo", right=0.5, databases=databases))
+    assert ("with so few of them the interval is too narrow" in certainty(source)[1]) == narrow
+    assert " over questions" in headline(source) and (" over databases" in headline(source)) != narrow
+    assert f"bootstrap of the {databases} databases" in certainty(source)[1], "it stands there, with its reserve"
 
 
 def test_databases_that_training_had_seen_weaken_the_claim(run_dir: Path) -> None:

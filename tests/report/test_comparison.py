@@ -94,8 +94,8 @@ def test_a_better_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert pair["interval95"]["databases"] == list(bootstrap_by_database(points) or ())
     low, high = (f"{100 * bound:+.1f}" for bound in pair["interval95"]["questions"])
     assert re.fullmatch(
-        rf"b is better than a: \+21\.7 points \(95% interval {re.escape(low)} to {re.escape(high)} over questions, "
-        r"\+20\.0 to \+25\.0 over databases\), p = 0\.00024, won 13, lost 0",
+        rf"b is better than a: \+21\.7 points \(95% interval {re.escape(low)} to {re.escape(high)} over questions\), "
+        r"p = 0\.00024, won 13, lost 0; shown for these 3 databases, too few to say it of others",
         pair["conclusion"],
     )
     printed = capsys.readouterr().out.splitlines()
@@ -128,10 +128,11 @@ def test_the_same_verdicts_are_no_difference() -> None:
 
 
 def test_what_is_shown_for_these_databases_need_not_hold_for_others() -> None:
-    first = write_result(Path("a"), [made("wrong_rows", n, db_id=f"db{n // 10}") for n in range(30)])
-    rows = [made("correct" if n < 9 else "wrong_rows", n, db_id=f"db{n // 10}") for n in range(30)]
+    first = write_result(Path("a"), [made("wrong_rows", n, db_id=f"db{n // 10}") for n in range(100)])
+    rows = [made("correct" if n < 9 else "wrong_rows", n, db_id=f"db{n // 10}") for n in range(100)]
     found = compared(str(first), str(write_result(Path("b"), rows)))["pairs"][0]
     assert found["conclusion"].endswith("; shown for these databases, not for others: that interval includes 0")
+    assert " over databases), p" in found["conclusion"], "ten of them are enough for it"
     one = [str(write_result(Path(name), rows_of(BETTER[name], databases=1))) for name in "ab"]
     assert compared(*one)["pairs"][0]["conclusion"].endswith(
         "; all questions are about one database, so nothing is shown for others"

@@ -58,7 +58,8 @@ def test_the_table_has_the_newest_first_and_says_what_its_figures_are(
     assert lines[0].split()[:3] == ["run", "status", "model"]
     row = rows_of(runs)[1]
     assert row.accuracy is not None and f"{row.accuracy:.1%}" in lines[2] and "1.00" in lines[2]
-    assert "measured seconds times the machine's price" in lines[-1]
+    assert "measured seconds times the machine's price" in lines[-2]
+    assert lines[-1] == "$ a point: dollars for each point (1% of the questions) gained over the base model."
 
 
 def test_json_has_everything(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

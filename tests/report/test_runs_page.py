@@ -51,7 +51,7 @@ def choose(page: Any, *chosen: str) -> str:
 
 def test_the_command_writes_one_page_that_asks_for_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(runs), "--html"]) == 0
-    assert capsys.readouterr().out == f"page: {runs / 'index.html'}\n"
+    assert capsys.readouterr().out == f"page: {runs / 'index.html'} (open it in a browser)\n"
     html = (runs / "index.html").read_text(encoding="utf-8")
     page = Page(html)
     assert not {"link", "img", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
@@ -109,6 +109,7 @@ PAIRS = [
     ("two databases", {"right": 0.3, "databases": 2}, {"right": 0.6, "databases": 2}),
     ("many", {"right": 0.50, "questions": 1034, "databases": 97}, {"right": 0.56, "questions": 1034, "databases": 97}),
     ("a quarter point", {"right": 0.50, "questions": 400, "databases": 16}, {"right": 0.505, "questions": 400, "databases": 16}),
+    ("ten databases", {"right": 0.2, "databases": 10}, {"right": 0.7, "databases": 10}),
     ("all", {"right": 0.0}, {"right": 1.0}),
 ]  # fmt: skip
 
@@ -215,6 +216,13 @@ def test_hostile_names_stay_text(tmp_path: Path, open_page: Open) -> None:
     assert link.startswith("./") and (root / unquote(link)).resolve() == (run / "report.html").resolve()
     choose(page, name, "b")
     assert name in page.inner_text(".conclusion")
+
+
+def test_one_run_is_not_called_runs(tmp_path: Path, open_page: Open) -> None:
+    scored_run(tmp_path, "a", right=0.5)
+    page = open_page(page_of(tmp_path))
+    assert page.inner_text("[role=status]") == "1 run" and "1 run, 1 of them scored" in page.inner_text("header")
+    assert page.locator("#plot svg").get_attribute("aria-label") == "Dollars against accuracy of 1 run"
 
 
 def test_no_runs(tmp_path: Path, open_page: Open) -> None:

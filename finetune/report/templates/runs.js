@@ -91,13 +91,14 @@ function comparison(first, second) {
       element("p", {}, "On the questions that they have in common, if they were judged alike:"), command(first, second, " --common")];
   }
   const found = difference(bits(first.compared), bits(second.compared), data.sets[first.compared.set].of, data);
-  const said = conclusion(found, first.name, second.name, data.level);
+  const said = conclusion(found, first.name, second.name, data);
+  const narrow = found.databases < data.few_databases ? ` (of ${found.databases} databases: too narrow)` : "";
   const facts = [
     [`${first.name} (reference)`, `${percent(first.accuracy)} of ${found.questions} questions`],
     [second.name, `${percent(second.accuracy)} of ${found.questions} questions`],
     ["Difference", `${signed(100 * found.share)} points`],
     ["95% interval, questions", span(found.overQuestions)],
-    ["95% interval, databases", found.overDatabases ? span(found.overDatabases) : "one database only: unknown"],
+    ["95% interval, databases", found.overDatabases ? span(found.overDatabases) + narrow : "one database only: unknown"],
     ["Won, lost", `${found.won}, ${found.lost}`],
     ["Both right, neither", `${found.both}, ${found.neither}`],
     ["Exact test", `p ${pValue(found.p)} (McNemar, two-sided)`],

@@ -53,7 +53,7 @@ function scatter(place, caption, runs) {
   const x = (usd) => EDGE.left + ((scale(usd) - scale(from)) / (scale(to) - scale(from))) * (width - EDGE.left - EDGE.right);
   const y = (share) => HEIGHT - EDGE.bottom - (share / top) * (HEIGHT - EDGE.bottom - EDGE.top);
   const shown = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", class: "scatter",
-    "aria-label": `Dollars against accuracy of ${drawn.length} runs` });
+    "aria-label": `Dollars against accuracy of ${drawn.length} ${drawn.length === 1 ? "run" : "runs"}` });
 
   for (const share of ticks(0, top, false, 5)) {
     shown.append(svg("line", { x1: EDGE.left, x2: width - EDGE.right, y1: y(share), y2: y(share), class: "grid" }),

@@ -87,6 +87,7 @@ function difference(first, second, databases, { resamples, seed }) {
     questions: first.length,
     share: (won - lost) / Math.max(first.length, 1),
     overQuestions: pairedInterval(won, lost, first.length),
+    databases: points.length,
     overDatabases: bootstrap(points, questions, resamples, seed),
     p: mcnemar(won, lost),
   };
@@ -112,19 +113,21 @@ function signed(value) {
 const span = ([low, high]) => `${signed(100 * low)} to ${signed(100 * high)}`;
 const pValue = (p) => (p < 0.0001 ? "< 0.0001" : `= ${Number(p.toPrecision(2))}`);
 
-function figures(found) {
-  const databases = found.overDatabases ? `, ${span(found.overDatabases)} over databases` : "";
+// few: with fewer databases the interval over them is too narrow to be quoted.
+function figures(found, few) {
+  const databases = found.overDatabases && found.databases >= few ? `, ${span(found.overDatabases)} over databases` : "";
   return `${signed(100 * found.share)} points (95% interval ${span(found.overQuestions)} over questions${databases}), `
     + `p ${pValue(found.p)}, won ${found.won}, lost ${found.lost}`;
 }
 
-function conclusion(found, first, second, level) {
+function conclusion(found, first, second, { level, few_databases: few }) {
   if (!found.won && !found.lost) {
     return `no difference: ${second} and ${first} are right on the same ${found.both} of ${found.questions} questions`;
   }
-  if (found.p >= level) return `no difference shown between ${second} and ${first}: ${figures(found)}`;
-  const text = `${second} is ${found.won > found.lost ? "better" : "worse"} than ${first}: ${figures(found)}`;
+  if (found.p >= level) return `no difference shown between ${second} and ${first}: ${figures(found, few)}`;
+  const text = `${second} is ${found.won > found.lost ? "better" : "worse"} than ${first}: ${figures(found, few)}`;
   if (!found.overDatabases) return `${text}; all questions are about one database, so nothing is shown for others`;
+  if (found.databases < few) return `${text}; shown for these ${found.databases} databases, too few to say it of others`;
   if (found.overDatabases[0] <= 0 && found.overDatabases[1] >= 0) {
     return `${text}; shown for these databases, not for others: that interval includes 0`;
   }

@@ -31,7 +31,7 @@ function counted(rows, of) {
 }
 
 // columns: {key, label, value(row), cell(row), kind, whole, label_each}; filters: {key, label, of(row), names}.
-// detail(row): what a row opens. changed(rows): called with the rows that are shown. noun: "questions".
+// detail(row): what a row opens. changed(rows): called with the rows that are shown. noun: in the plural, "questions".
 function table(place, { rows, columns, filters, searched, detail, noun, sort, changed = () => {} }) {
   const state = { shown: STEP, sort: sort ?? null, chosen: {}, words: "" };
   const opened = new Set();
@@ -131,7 +131,8 @@ function table(place, { rows, columns, filters, searched, detail, noun, sort, ch
       else heads[number].removeAttribute("aria-sort");
     });
     const of = found.length === rows.length ? "" : ` of ${rows.length}`;
-    status.textContent = `${found.length}${of} ${noun}${visible.length < found.length ? `, the first ${visible.length} shown` : ""}`;
+    const counted = rows.length === 1 ? noun.replace(/s$/, "") : noun;
+    status.textContent = `${found.length}${of} ${counted}${visible.length < found.length ? `, the first ${visible.length} shown` : ""}`;
     more.hidden = visible.length >= found.length;
     more.textContent = `Show ${Math.min(STEP, found.length - visible.length)} more`;
     changed(found);
