@@ -30,8 +30,8 @@ from finetune.runtime.installed import install_command
 
 PACKAGE = "xllamacpp"
 PARALLEL = 1
-"""Answers computed at once. Where several share a batch, or where the beginning of a prompt comes from the cache, llama.cpp rounds
-otherwise, so that an answer would depend on what else is asked and on what was asked before."""
+"""Answers computed at once. Where several share a batch, or where the beginning of a prompt comes from the cache, llama.cpp
+rounds otherwise, so that an answer would depend on what else is asked and on what was asked before."""
 START_SECONDS = 900.0
 """A file of 15 GB from a slow network disk takes minutes to load."""
 END_SECONDS = 10.0
