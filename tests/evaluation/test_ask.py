@@ -139,9 +139,12 @@ def test_the_model_stops_at_the_wanted_number_of_tokens(
 ) -> None:
     answer("SELECT 1")
     most: list[int] = []
-    monkeypatch.setattr(
-        hf, "generate_answers", lambda *_, max_new_tokens, **__: most.append(max_new_tokens) or [("SELECT 1", 2)]
-    )
+
+    def listen(*_: Any, max_new_tokens: int, **__: Any) -> list[tuple[str, int]]:
+        most.append(max_new_tokens)
+        return [("SELECT 1", 2)]
+
+    monkeypatch.setattr(hf, "generate_answers", listen)
     generate(run, database)
     generate(run, database, "--max-new-tokens", "7")
     assert most == [run.config().evaluation.max_new_tokens, 7]
