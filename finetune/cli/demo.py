@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, add_config, large_imports, loaded, positive, print_result
-from finetune.config.schema import RunConfig
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT
 from finetune.stage_end.following import after_demo, after_stopped_demo
 from finetune.stage_end.tell import cost_of_command, tell
+
+if TYPE_CHECKING:
+    from finetune.config.schema import RunConfig
 
 
 def add(commands: Any) -> None:
