@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import add_command, add_json, large_imports, path, text
+from finetune.cli.arguments import add_command, add_json, large_imports, path, text, whole_above_0
 from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.document import print_document
 
@@ -43,6 +44,10 @@ def _add_arguments(ask: argparse.ArgumentParser) -> None:
     ask.add_argument(
         "--dialect", type=text, metavar="NAME", help="the SQL dialect to ask for; without it, that of the run's data"
     )
+    ask.add_argument(
+        "--max-new-tokens", type=whole_above_0, metavar="N",
+        help="cut the answer off at N tokens; without it, at evaluation.max_new_tokens of the run, which is also a URL's most",
+    )  # fmt: skip
     ask.add_argument("--base", action="store_true", help="ask the base model instead of the tuned one")
     ask.add_argument(
         "--api-key-env", type=text, metavar="VARIABLE", help="the environment variable with the key of the URL"
@@ -66,6 +71,7 @@ def _ask_folder(arguments: argparse.Namespace, folder: Path, database: Path) -> 
     from finetune.data.limits import limits_of
     from finetune.evaluation.ask import ask, asked_dialect, prompt_about, require_engine, rows_of
     from finetune.runtime.console import visible
+    from finetune.runtime.sign_of_life import sign_of_life
 
     target = open_target(folder)
     _check_has_rows(arguments, database)
@@ -74,8 +80,10 @@ def _ask_folder(arguments: argparse.Namespace, folder: Path, database: Path) -> 
         require_engine(database, dialect, arguments.option)
     prompt = prompt_about(database, arguments.question, target.template, dialect, arguments.evidence)
     evaluation = target.config.evaluation
-    with target.loaded(base=arguments.base) as model:
-        sql = ask(model, prompt, dialect, tuned=not arguments.base, max_new_tokens=evaluation.max_new_tokens)
+    most = arguments.max_new_tokens or evaluation.max_new_tokens
+    doing = f"loading the model and answering with at most {most} tokens"
+    with sign_of_life(doing), _without_bars(), target.loaded(base=arguments.base) as model:
+        sql = ask(model, prompt, dialect, tuned=not arguments.base, max_new_tokens=most)
     if not arguments.json:
         print(visible(sql))
     found = rows_of(database, sql, evaluation.timeout_seconds, limits_of(evaluation)) if arguments.execute else None
@@ -91,10 +99,12 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
         require_engine,
         require_question,
         rows_of,
+        say_cut,
         sql_failed,
         sql_in,
     )  # fmt: skip
     from finetune.runtime.console import say, visible
+    from finetune.runtime.sign_of_life import sign_of_life
     from finetune.serve.client import Endpoint
 
     if arguments.base:
@@ -106,7 +116,8 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
     if is_file:
         _check_has_rows(arguments, file)
     served = endpoint.served()
-    extra = {"evidence": arguments.evidence, "dialect": arguments.dialect}
+    extra: dict[str, str | int | None] = {"evidence": arguments.evidence, "dialect": arguments.dialect}
+    extra["max_tokens"] = arguments.max_new_tokens
     if is_file:
         dialect = asked_dialect(arguments.target, served.dialects, file, arguments.dialect)
         if arguments.execute:
@@ -126,7 +137,10 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
         )
     else:
         extra["database"] = arguments.db
-    sql, rows = endpoint.ask(arguments.question, served, **extra)
+    with sign_of_life(f"waiting for the answer of {arguments.target}"):
+        sql, rows = endpoint.ask(arguments.question, served, **extra)
+    if endpoint.cut:
+        say_cut(None)
     sql = sql_in("", sql)
     if not arguments.json:
         print(visible(sql))
@@ -141,6 +155,20 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
         cells = [[_value(cell) for cell in row] for row in rows["rows"]]
         found = Rows(rows["columns"], cells, truncated=bool(rows.get("truncated")))
     return _shown(arguments, sql, found)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, such as that of loading the weights."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _shown(arguments: argparse.Namespace, sql: str, found: Rows | None) -> int:

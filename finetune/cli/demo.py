@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, add_config, large_imports, loaded, positive, print_result
-from finetune.errors import EXIT_OK
-from finetune.stage_end.following import after_report
+from finetune.errors import EXIT_OK, EXIT_TRANSIENT
+from finetune.stage_end.following import after_demo, after_stopped_demo
 from finetune.stage_end.tell import cost_of_command, tell
 
 if TYPE_CHECKING:
+    from finetune.config.schema import RunConfig
     from finetune.run_folder import RunFolder
 
 LONGER_MINUTES = 30
@@ -47,15 +48,21 @@ def _demo(arguments: argparse.Namespace) -> int:
     with large_imports():
         from finetune.demo.run import run_demo
 
-    with broken_pipe_safe():
-        code = run_demo(config, arguments.config, deadline)
+    try:
+        with broken_pipe_safe():
+            code = run_demo(config, arguments.config, deadline)
+    except KeyboardInterrupt:
+        _stopped(arguments, config)
+        raise
+    if code == EXIT_TRANSIENT:
+        _stopped(arguments, config)
     if code == EXIT_OK:
         from finetune.run_folder import RunFolder
 
         folder = Path(config.training.output_dir) / str(config.training.run_name)
         print_result(folder)
         _say_what_it_saw(RunFolder(folder), arguments.minutes)
-        tell("demo", cost_of_command(config.budget.usd_per_hour), after_report(RunFolder(folder)))
+        tell("demo", cost_of_command(config.budget.usd_per_hour), after_demo(RunFolder(folder)))
     return code
 
 
@@ -70,3 +77,7 @@ def _say_what_it_saw(run: RunFolder, minutes: float) -> None:
     longer = math.ceil(max(LONGER_MINUTES, 2 * minutes))
     more = f"; `make demo-fresh DEMO_MINUTES={longer}` trains on more" if found.less_than_an_epoch else ""
     say(f"trained on {found} (measured){more}")
+
+
+def _stopped(arguments: argparse.Namespace, config: RunConfig) -> None:
+    tell("demo", cost_of_command(config.budget.usd_per_hour), after_stopped_demo(arguments.config, arguments.typed))

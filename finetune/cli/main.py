@@ -110,6 +110,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
         argcomplete.autocomplete(parser)  # prints what fits, and ends the process
     parsed, rest = parser.parse_known_args(arguments)
+    parsed.typed = list(sys.argv[1:] if arguments is None else arguments)
     if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {shortened(printable(' '.join(rest)), LONGEST_MESSAGE)}")
     if rest:

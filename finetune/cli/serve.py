@@ -67,7 +67,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     names = ("host", "port", "databases", "execute", "backend", "api_key_env", "idle_minutes", "max_hours", "heartbeat")
     code = serve(arguments.target, Options(**{name: getattr(arguments, name) for name in names}))
-    tell("serve", cost_of_command(), after_serving(arguments.target))
+    tell("serve", cost_of_command(), after_serving(arguments.typed))
     return code
 
 

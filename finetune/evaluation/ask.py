@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.answers import extract_sql
+from finetune.data.answers import answer_is_complete, extract_sql
 from finetune.data.prompts import PromptTemplate
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Answer, LoadedModel
@@ -26,13 +26,21 @@ MAX_SHOWN = 200
 
 
 def ask(model: LoadedModel, prompt: str, dialect: str, *, tuned: bool, max_new_tokens: int) -> str:
-    """The SQL with which a loaded model answers a prompt. tuned: as in `LoadedModel.answers`.
+    """The SQL with which a loaded model answers a prompt. tuned: as in `LoadedModel.answers`. Says on stderr when it is cut off.
 
     Raises UserError if the prompt is too long, or if the answer contains no SQL.
     """
     [answer] = model.answers([prompt], tuned=tuned, batch_size=1, max_new_tokens=max_new_tokens, progress=False)
     _check(answer)
+    if answer.new_tokens >= max_new_tokens and not answer_is_complete(answer.text, dialect):
+        say_cut(max_new_tokens)
     return sql_in(answer.text, extract_sql(answer.text, dialect))
+
+
+def say_cut(max_new_tokens: int | None) -> None:
+    """max_new_tokens: at which the answer was cut off; None for as many as the server allows."""
+    at = "as many tokens as the server allows" if max_new_tokens is None else f"{max_new_tokens} tokens"
+    say(f"the answer was cut off at {at} (--max-new-tokens), so its SQL may be incomplete")
 
 
 def sql_in(answer: str, sql: str) -> str:

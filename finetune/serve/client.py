@@ -51,6 +51,8 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
     seconds: float = SECONDS
     advice: Advice = Advice()
+    cut: bool = field(default=False, init=False)
+    """Whether the last answer had as many tokens as it might have."""
 
     def __post_init__(self) -> None:
         try:
@@ -81,14 +83,15 @@ class Endpoint:
                 code="endpoint.not_finetune",
             ) from None
 
-    def ask(self, question: str, served: Served, **extra: str | None) -> tuple[str, dict[str, Any] | None]:
+    def ask(self, question: str, served: Served, **extra: str | int | None) -> tuple[str, dict[str, Any] | None]:
         """The SQL of the answer ("" if it has none), and the rows if the server has sent them: {"columns", "rows", "truncated"},
-        or {"error"}. extra: database or schema, dialect, evidence."""
+        or {"error"}. extra: database or schema, dialect, evidence, max_tokens."""
         message = {"role": "user", "content": question}
         body = {"model": served.model, "messages": [message], **{k: v for k, v in extra.items() if v is not None}}
         reply = self._request("POST", "/v1/chat/completions", body)
         try:
             answer = reply["choices"][0]["message"]
+            self.cut = reply["choices"][0].get("finish_reason") == "length"
             rows = answer.get("finetune")
             return str(answer["content"]), None if rows is None else _rows(rows)
         except (LookupError, TypeError, ValueError, AttributeError):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SMALL, LARGE = "configs/demo_cpu.yaml", "configs/mistral_7b_qlora.yaml"
 OF_PROJECT = "text2sql.yaml"
 """The config that `finetune init` writes."""
+FARMS = Path("data/built/databases/farm_market/farm_market.sqlite")
+"""A database of data/build.py, which the demo asks about and does not train on."""
 TASK = "sky/train_cheapest.yaml"
 MORE = 1.1
 """A raised ceiling is so much above what the pace so far needs."""
@@ -145,6 +147,22 @@ def _with_result(run: Path, result: str) -> list[Next]:
     return [finetune("compare", run, result, why="which is better, and whether that can be said")]
 
 
+def after_demo(run: RunFolder) -> list[Next]:
+    """A question about the database that the demo never trains on, if it is there."""
+    if not FARMS.is_file():
+        return after_report(run)
+    return [
+        finetune("ask", run.path, "--db", FARMS, "How many farms are there?", why="a database that it has never seen")
+    ]
+
+
+def after_stopped_demo(config: Path, typed: Sequence[str]) -> list[Next]:
+    """typed: the words of the command, of which `make demo` knows those for the demo's own config."""
+    if config == Path(SMALL) and Path("Makefile").is_file():
+        return [Next(("make", "demo"), "goes on where it was")]
+    return [finetune(*typed, why="goes on where it was")]
+
+
 def after_report(run: RunFolder) -> list[Next]:
     if not run.adapter.is_dir():
         return []
@@ -167,8 +185,9 @@ def after_export(target: Path) -> list[Next]:
     return [finetune("serve", target, why="an endpoint for it on this machine")]
 
 
-def after_serving(target: Path) -> list[Next]:
-    return [finetune("serve", target, why="serves it again")]
+def after_serving(typed: Sequence[str]) -> list[Next]:
+    """typed: the words of the command. They hold no secret: a key is in a variable, of which they have the name."""
+    return [finetune(*typed, why="serves it again")]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from finetune.budget.attempts import Account
 from finetune.errors import UserError
@@ -28,6 +30,10 @@ WITHIN = "FINETUNE_WITHIN_JOB"
 """Set for the programs of a job, which says itself what all of them cost and what is next."""
 
 
+BESIDE = ("finetune", "sky")
+"""Programs that are installed beside our Python."""
+
+
 @dataclass(frozen=True)
 class Next:
     """A command to type. why: what it is for, in a few words."""
@@ -37,6 +43,22 @@ class Next:
 
     def __str__(self) -> str:
         return f"{shlex.join(self.words)}   ({self.why})"
+
+    def here(self) -> Next:
+        """The same with the path of the program where PATH does not have it."""
+        return Next((_program(self.words[0]), *self.words[1:]), self.why)
+
+
+def _program(name: str) -> str:
+    """By the path that works from here where PATH does not have it, such as with a .venv that is not activated."""
+    beside = Path(sys.executable).parent / name
+    if name not in BESIDE or shutil.which(name) or not os.access(beside, os.X_OK):
+        return name
+    here = Path.cwd()
+    if not beside.is_relative_to(here):
+        return str(beside)
+    found = str(beside.relative_to(here))
+    return found if os.sep in found else f".{os.sep}{found}"
 
 
 def finetune(*words: object, why: str) -> Next:
@@ -52,7 +74,8 @@ def tell(
     sys.stdout.flush()  # the result first, where both streams go to one file
     say(f"{stage}: {cost}")
     for number, command in enumerate(following):
-        say(visible(f"{'  or' if number else 'next'}: {command}", one_line=True))
+        typed = command if within else command.here()  # those of a job are typed where it was launched
+        say(visible(f"{'  or' if number else 'next'}: {typed}", one_line=True))
 
 
 def cost_of_command(usd_per_hour: float | None = None) -> str:

@@ -149,6 +149,7 @@ def test_an_interrupted_demo_is_resumed_as_planned(
     with pytest.MonkeyPatch.context() as patched:
         at_step(3, lambda: signal.raise_signal(signal.SIGTERM), patched)
         assert cli.main(["demo", str(config)]) == EXIT_TRANSIENT
+    assert f"finetune demo {config}   (goes on where it was)\n" in capsys.readouterr().err
     run = config.parent / "runs" / "demo"
     assert not (run / "adapter").exists()
     monkeypatch.setattr(demo, "measure", lambda *_: pytest.fail("planned a second time"))
@@ -160,7 +161,7 @@ def test_an_interrupted_demo_is_resumed_as_planned(
 
 
 def test_an_interrupted_demo_is_resumed_with_the_same_number_of_threads(
-    config: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """During its training, and before the answers of the tuned model."""
     used: dict[str, int] = {}
@@ -187,6 +188,7 @@ def test_an_interrupted_demo_is_resumed_with_the_same_number_of_threads(
             patched.setattr(demo, "evaluate_run", killed)
             at_step(5, lambda: used.update(training=torch.get_num_threads()), patched)
             go_on(EXIT_TRANSIENT)
+        assert f"finetune demo {config}   (goes on where it was)\n" in capsys.readouterr().err
         monkeypatch.setattr(demo, "evaluate_run", answered)
         go_on(0)
     finally:

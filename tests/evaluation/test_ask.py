@@ -120,6 +120,36 @@ def test_only_the_sql_of_an_answer_is_printed(
     assert capsys.readouterr().out == "SELECT name FROM item\n"
 
 
+@pytest.mark.parametrize(
+    ("most", "text", "cut"), [("5", "SELECT a, a", True), ("6", "SELECT a, a", False), ("5", "SELECT 1;", False)]
+)
+def test_an_answer_that_is_cut_off_says_so(
+    run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str], most: str, text: str, cut: bool
+) -> None:
+    """The fake model's answers have five tokens."""
+    answer(text)
+    assert generate(run, database, "--max-new-tokens", most) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{text.rstrip(';')}\n"
+    assert ("cut off at 5 tokens" in said.err) == cut and (said.err == "") != cut
+
+
+def test_the_model_stops_at_the_wanted_number_of_tokens(
+    run: RunFolder, database: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer("SELECT 1")
+    most: list[int] = []
+
+    def listen(*_: Any, max_new_tokens: int, **__: Any) -> list[tuple[str, int]]:
+        most.append(max_new_tokens)
+        return [("SELECT 1", 2)]
+
+    monkeypatch.setattr(hf, "generate_answers", listen)
+    generate(run, database)
+    generate(run, database, "--max-new-tokens", "7")
+    assert most == [run.config().evaluation.max_new_tokens, 7]
+
+
 def test_an_answer_without_sql_is_an_error(
     run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

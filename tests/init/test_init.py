@@ -588,7 +588,7 @@ def test_data_check_leads_to_the_file_that_the_pairs_were_made_of(library: Path,
         assert main(["data", "check", "text2sql.yaml", TINY]) == 1
         printed = capsys.readouterr()
         assert f"{given}:62: gold_fails: no such column: nmae\n" in printed.out
-        assert f"next: finetune init . --data {given} --yes" in printed.err
+        assert f"finetune init . --data {given} --yes" in printed.err
         assert main(["data", "check", "text2sql.yaml", TINY, "--json"]) == 1
         [rejected] = json.loads(capsys.readouterr().out)["rejections"]
         assert rejected["text"].startswith(f"{given}:62: ") and (rejected["file"], rejected["line"]) == (PAIRS, 61)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from contextlib import suppress
@@ -228,3 +229,25 @@ def test_another_server_has_its_own_advice() -> None:
         raises("endpoint.wrong_key", match="it wants a key; set OPENAI_API_KEY$"),
     ):
         Endpoint(url, advice=advice).complete("m", "s", "u", 0.0)
+
+
+def test_the_most_tokens_reach_the_server_and_an_answer_cut_off_there_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[Any] = []
+
+    class Handler(JsonHandler):
+        def answer(self) -> tuple[int, Any]:
+            if self.path == "/v1/models":
+                return 200, {"data": [MODEL]}
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            reply = message("SELECT a, a")
+            reply["choices"][0]["finish_reason"] = "length" if "max_tokens" in asked[-1] else "stop"
+            return 200, reply
+
+    with serving(Handler) as url:
+        assert ask(url, "shop") == 0
+        assert capsys.readouterr() == ("SELECT a, a\n", "")
+        assert ask(url, "shop", "--max-new-tokens", "3") == 0
+    said = capsys.readouterr()
+    assert asked[1]["max_tokens"] == 3 and said.out == "SELECT a, a\n" and "cut off" in said.err

@@ -215,6 +215,7 @@ def test_a_signal_ends_server_and_backend(tiny_run: Path, start: Start, number: 
     program.process.send_signal(number)
     assert program.process.wait(60) == 0
     assert f"finetune: stopped by {number.name}" in program.text() and "Traceback" not in program.text()
+    assert f" serve {tiny_run} --port 0 --backend hf --heartbeat {tmp_path / 'beat.json'}   (" in program.text()
     assert not any(map(alive, backends))
     assert json.loads((tmp_path / "beat.json").read_text())["state"] == "stopped"
 

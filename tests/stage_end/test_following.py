@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,31 @@ def test_a_score_is_reported_then_exported_or_compared_with_the_run_before_it(tm
     assert typed(following.after_report(run)) == [export, f"finetune compare {tmp_path / 'b'} {run.path}"]
 
 
+def test_the_demo_ends_with_a_question_about_a_database_that_it_has_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = run_of(Path("runs/demo"), "done")
+    (run.path / "adapter").mkdir()
+    evaluated(run.path)
+    assert typed(following.after_demo(run)) == ["finetune export runs/demo --to merged"], "without that database"
+    following.FARMS.parent.mkdir(parents=True)
+    following.FARMS.touch()
+    [command] = typed(following.after_demo(run))
+    assert command == f"finetune ask runs/demo --db {following.FARMS} 'How many farms are there?'"
+
+
+def test_a_demo_that_was_stopped_goes_on_with_make_or_as_it_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["demo", following.SMALL, "--minutes", "3"]
+    assert typed(following.after_stopped_demo(Path(following.SMALL), words)) == ["make demo"]
+    other = ["demo", "mine.yaml"]
+    assert typed(following.after_stopped_demo(Path("mine.yaml"), other)) == ["finetune demo mine.yaml"]
+    monkeypatch.chdir(tmp_path)
+    assert typed(following.after_stopped_demo(Path(following.SMALL), words)) == [f"finetune {' '.join(words)}"]
+
+
 def test_predictions_are_compared_with_a_run(tmp_path: Path) -> None:
     run, result = run_of(tmp_path / "run", "done"), tmp_path / "predictions" / "theirs"
     assert typed(following.after_predictions(run.path, run.path, "theirs")) == [f"finetune evaluate {run.path}"]
@@ -164,7 +190,18 @@ def test_after_the_base_score_a_comparison_an_export_and_a_server(tmp_path: Path
     assert typed(following.after_comparison(words, [0.6, 0.4])) == [f"finetune export {words[0]} --to merged"]
     assert following.after_comparison(words, [0.3, 0.4]) == [], "a base model is not exported"
     assert typed(following.after_export(tmp_path)) == [f"finetune serve {tmp_path}"]
-    assert typed(following.after_serving(tmp_path)) == [f"finetune serve {tmp_path}"]
+    words = [
+        "serve",
+        str(tmp_path),
+        "--db",
+        "shop=a b.sqlite",
+        "--execute",
+        "--api-key-env",
+        "SERVE_KEY",
+        "--port",
+        "8001",
+    ]
+    assert typed(following.after_serving(words)) == [f"finetune {shlex.join(words)}"]
 
 
 def test_a_job_ends_with_commands_for_the_machine_that_launched_it(tmp_path: Path) -> None:

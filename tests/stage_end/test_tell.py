@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from finetune.budget.ledger import Ledger
 from finetune.machine.price import VARIABLE, MachinePrice
 from finetune.stage_end import tell as tell_module
-from finetune.stage_end.tell import WITHIN, cost_of_account, cost_of_command, finetune, tell
+from finetune.stage_end.tell import WITHIN, Next, cost_of_account, cost_of_command, finetune, tell
 
 Shown = pytest.CaptureFixture[str]
 TABLE = {
@@ -61,7 +62,10 @@ def test_an_account_has_the_dollars_of_its_attempts_and_says_which_have_none(tmp
     )
 
 
-def test_the_lines_go_to_stderr_and_each_command_is_on_a_line_of_its_own(capsys: Shown) -> None:
+def test_the_lines_go_to_stderr_and_each_command_is_on_a_line_of_its_own(
+    capsys: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     tell(
         "train", "1 s", [finetune("evaluate", "runs/a b", why="its score"), finetune("report", "runs/a\x1b", why="all")]
     )
@@ -70,6 +74,30 @@ def test_the_lines_go_to_stderr_and_each_command_is_on_a_line_of_its_own(capsys:
     assert said.err == (
         "train: 1 s\nnext: finetune evaluate 'runs/a b'   (its score)\n  or: finetune report 'runs/a\\x1b'   (all)\n"
     )
+
+
+def test_a_program_that_path_does_not_have_is_named_by_the_path_that_works_from_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Shown
+) -> None:
+    programs = tmp_path / "a b" / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "finetune").touch(mode=0o755)
+    monkeypatch.setattr("sys.executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path / "a b")
+    assert str(finetune("runs", why="all").here()) == ".venv/bin/finetune runs   (all)"
+    assert str(Next(("sky", "status"), "all").here()) == "sky status   (all)", "there is none beside"
+    (programs / "sky").touch(mode=0o755)
+    assert str(Next(("sky", "status"), "all").here()) == ".venv/bin/sky status   (all)"
+    monkeypatch.chdir(programs)
+    assert str(finetune("runs", why="all").here()) == "./finetune runs   (all)"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert str(finetune("runs", why="all").here()) == f"{shlex.quote(str(programs / 'finetune'))} runs   (all)"
+    tell("run", "1 s", [finetune("launch", "task", why="there")], within=True)
+    assert "next: finetune launch task " in capsys.readouterr().err, "typed on another machine than this one"
+    monkeypatch.setenv("PATH", str(programs))
+    assert str(finetune("runs", why="all").here()) == "finetune runs   (all)"
 
 
 def test_a_program_of_a_job_leaves_it_to_the_job(monkeypatch: pytest.MonkeyPatch, capsys: Shown) -> None:

@@ -177,7 +177,9 @@ def test_a_signal_stops_both_at_the_same_step_and_resume_continues_from_it(
     code, said = finish(process)
     assert code == 75, said
     assert len([line for line in said if "interrupted, a checkpoint is saved" in line]) == 1
-    assert len([line for line in said if line.startswith(f"next: finetune train --resume {run}   (")]) == 1
+    assert (
+        len([line for line in said if line.startswith("next: ") and f"finetune train --resume {run}   (" in line]) == 1
+    )
     assert "Traceback" not in "".join(said)
     stopped = record_of(run)
     at = stopped["steps"]["done"]

@@ -42,7 +42,8 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def launched(scripts: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))  # so that `sky` is named so
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, str(scripts), *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
     )  # fmt: skip
