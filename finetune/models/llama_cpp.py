@@ -29,9 +29,6 @@ from finetune.machine.hardware import usable_cores
 from finetune.runtime.installed import install_command
 
 PACKAGE = "xllamacpp"
-PARALLEL = 1
-"""Answers computed at once. Where several share a batch, or where the beginning of a prompt comes from the cache, llama.cpp
-rounds otherwise, so that an answer would depend on what else is asked and on what was asked before."""
 START_SECONDS = 900.0
 """A file of 15 GB from a slow network disk takes minutes to load."""
 END_SECONDS = 10.0
@@ -47,14 +44,6 @@ def version() -> str:
             code="install.missing_package",
         )
     return metadata.version(PACKAGE)
-
-
-def completion_request(ids: list[int], room: int, *, temperature: float = 0.0, seed: int = 0) -> dict[str, Any]:
-    """The body of a request to /completion whose answer depends on nothing but these arguments, as long as it is the only one
-    (`PARALLEL`). ids: tokens of the prompt. room: most new tokens. temperature: 0 for the most likely answer."""
-    sampled = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} if temperature else {}
-    body = {"prompt": ids, "n_predict": room, "temperature": temperature, "seed": seed, "return_tokens": True}
-    return body | {"cache_prompt": False} | sampled
 
 
 class LlamaServer:

@@ -11,7 +11,10 @@ from finetune.evaluation.statistics import wilson_interval
 LEVELS = ("easy", "medium", "hard", "extra")
 MODELS = ("base", "tuned")
 ALL = "all questions"
-OF_DIFFICULTY = "Easy, medium, hard, extra: Spider's difficulty, by how many clauses, conditions and nested queries the gold SQL has."
+OF_DIFFICULTY = (
+    "Easy, medium, hard, extra: Spider's difficulty, by how many clauses, conditions and nested "
+    "queries the gold SQL has."
+)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from tqdm import tqdm
 from finetune.evaluation.generators.asked import Asked, asked_of
 from finetune.evaluation.generators.base import Answer, Done, Sampling
 from finetune.evaluation.generators.stopping import EndOfAnswers
-from finetune.models.llama_cpp import PACKAGE, PARALLEL, LlamaServer, completion_request, version
+from finetune.models.llama_cpp import PACKAGE, LlamaServer, version
 from finetune.tokens import encode_prompts
 
+PARALLEL = 8
+"""Answers computed at once, at most."""
 _STEP = 256
 """Tokens to which the context of a slot is rounded up."""
 
@@ -130,7 +132,15 @@ class LlamaCppModel:
         return found
 
     def _one(self, server: LlamaServer, one: Asked, temperature: float) -> Answer:
-        body = completion_request(one.ids, one.room, temperature=temperature, seed=one.seed)
+        body = {
+            "prompt": one.ids,
+            "n_predict": one.room,
+            "temperature": temperature,
+            "seed": one.seed,
+            "return_tokens": True,
+            "cache_prompt": True,
+            **({"top_k": 0, "top_p": 1.0, "min_p": 0.0} if temperature else {}),
+        }
         growing = self._ends.answer(one.dialect)
         events = server.stream("/completion", body)
         try:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, first_line
-from finetune.models.llama_cpp import PARALLEL, LlamaServer, completion_request
+from finetune.models.llama_cpp import LlamaServer
 from finetune.serve.backends.base import Address, Running
 from finetune.serve.backends.tokens import TokenStream, Vocabulary
 
+PARALLEL = 4
+"""Answers that are computed at once: on a CPU more of them are not faster in total."""
 STOP_SECONDS = 5.0
 CONTEXT_TOKENS = 4096
-"""Of prompt and answer together; llama.cpp reserves the memory for it at the start."""
+"""Of prompt and answer together; llama.cpp reserves the memory for each of the `PARALLEL` at the start."""
 
 
 class LlamaCppBackend(TokenStream):
@@ -93,7 +95,8 @@ class _Running:
 
 
 def _request(ids: list[int], room: int) -> tuple[str, dict[str, Any]]:
-    return "/completion", completion_request(ids, room) | {"stream": True}
+    body = {"prompt": ids, "n_predict": room, "temperature": 0.0, "stream": True, "return_tokens": True}
+    return "/completion", body | {"cache_prompt": True}
 
 
 def _tokens(event: dict[str, Any]) -> list[int]:
