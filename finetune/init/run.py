@@ -198,7 +198,7 @@ def _next(goal: Goal, found: Found, outlook: Outlook) -> tuple[list[tuple[str, s
             launch,
         ], ""
     by_hand = ""
-    if outlook.rejected:
+    if outlook.rejected and found.own is not None:
         by_hand = (
             f"repair the {outlook.rejected} rejected in {found.own} and type the same again, or go on without them"
         )
