@@ -82,9 +82,10 @@ def _plan(launch: Launch) -> str:
     from finetune.cloud.plan.plan import plan_run
     from finetune.cloud.plan.table import render
     from finetune.config.load import load_config
+    from finetune.runtime.overrides import split_overrides
 
     assert launch.config is not None
-    config = load_config(launch.config, launch.environment.get("OVERRIDES", "").split())
+    config = load_config(launch.config, split_overrides(launch.environment.get("OVERRIDES", "")))
     scored = launch.environment.get("EVALUATE") == "1"
     plan = plan_run(config, load_catalog(), launch.ceilings, spot=None, trust_prices=False, scored=scored)
     return render(plan, launch.environment["CONFIG"])

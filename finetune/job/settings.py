@@ -15,6 +15,7 @@ from finetune.machine import four_bit_place
 from finetune.machine.price import LARGEST_LIMIT, parse_limit
 from finetune.run_name import LONGEST_NAME, fault_of_name
 from finetune.runtime.files import parse_json
+from finetune.runtime.overrides import split_overrides
 from finetune.runtime.paths import expanded
 from finetune.stage_end.following_job import Job
 from finetune.stage_end.tell import WITHIN
@@ -129,7 +130,7 @@ def read_settings(given: Mapping[str, str]) -> JobSettings:
         run_name=name,
         task_id=given.get("SKYPILOT_TASK_ID", ""),
         config=expanded(given.get("CONFIG", "")),  # here, on the machine, whose home folder is meant
-        overrides=given.get("OVERRIDES", "").split(),
+        overrides=split_overrides(given.get("OVERRIDES", "")),
         max_run_usd=numbers["MAX_RUN_USD"],
         max_hours=numbers["MAX_HOURS"],
         grace_seconds=numbers["GRACE_SECONDS"],

@@ -14,6 +14,7 @@ from finetune.budget.ledger import Ledger
 from finetune.errors import UserError
 from finetune.project_folder import PAIRS, read_project
 from finetune.runtime.files import load_json
+from finetune.runtime.overrides import joined_overrides
 from finetune.stage_end.tell import Next, finetune
 
 if TYPE_CHECKING:
@@ -67,8 +68,16 @@ def after_faults(config: Path) -> list[Next]:
 def after_prepare(config: Path, overrides: Sequence[str]) -> list[Next]:
     return [
         finetune("train", config, *overrides, why="on this machine"),
-        finetune("plan", config, *overrides, why="what it costs on each cloud GPU"),
+        finetune("plan", config, *_not_for_preparing_alone(overrides), why="what it costs on each cloud GPU"),
     ]
+
+
+def _not_for_preparing_alone(overrides: Sequence[str]) -> list[str]:
+    """Without the sources, which are prepared, and a folder of a tokenizer without weights: neither is on another machine."""
+    names = [word.partition("=")[2] for word in overrides if word.startswith("model.name=")]
+    tokenizer_alone = any(Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) for name in names)
+    dropped = ("data.sources=", *(("model.name=", "model.revision=") if tokenizer_alone else ()))
+    return [word for word in overrides if not word.startswith(dropped)]
 
 
 def after_plain_plan(config: Path, overrides: Sequence[str]) -> list[Next]:
@@ -77,11 +86,11 @@ def after_plain_plan(config: Path, overrides: Sequence[str]) -> list[Next]:
     task = Path(str((project.asked.get("task") if project is not None else None) or TASK))
     if not task.is_file():
         return []
-    names_it = re.search(
-        rf"^  CONFIG: {re.escape(str(config))} *(#.*)?$", task.read_text(encoding="utf-8"), re.MULTILINE
-    )
+    text = task.read_text(encoding="utf-8")
+    names_it = re.search(rf"^  CONFIG: {re.escape(str(config))} *(#.*)?$", text, re.MULTILINE)
+    scores = "" if re.search(r'^  EVALUATE: "0"', text, re.MULTILINE) else " and scores"
     variables = [*([] if names_it else ["--env", f"CONFIG={config}"]), *_overrides_variable(overrides)]
-    return [finetune("launch", task, *variables, why="trains and scores, under the ceilings of the task")]
+    return [finetune("launch", task, *variables, why=f"trains{scores}, under the ceilings of the task")]
 
 
 def after_plan(typed: Sequence[str], cheapest: tuple[float, float] | None, *, fits: bool) -> list[Next]:
@@ -103,7 +112,7 @@ def after_written_plan(task: Path, config: Path, overrides: Sequence[str], *, sp
 
 
 def _overrides_variable(overrides: Sequence[str]) -> list[str]:
-    return ["--env", f"OVERRIDES={' '.join(overrides)}"] if overrides else []
+    return ["--env", f"OVERRIDES={joined_overrides(overrides)}"] if overrides else []
 
 
 def after_launch(cluster: str | None, *, managed: bool) -> list[Next]:

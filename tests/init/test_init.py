@@ -117,7 +117,11 @@ def test_a_csv_and_a_dump_of_postgres(file: Write, capsys: Out) -> None:
     assert (go, launch[-1]) == (["cd", "shop"], "sky/train_cheapest.yaml")
     with chdir("shop"):
         assert run(prepare, TINY) == 0
+        capsys.readouterr()
         assert run(plan) == 0
+        planned = capsys.readouterr()
+        assert "none, because no source has a database to execute SQL on" in planned.out
+        assert "(trains, under the ceilings of the task)" in planned.err
         assert "not scored" in Path("text2sql.yaml").read_text()
         assert load_yaml(Path("sky/train_cheapest.yaml").read_text())["envs"]["EVALUATE"] == "0"
         assert {record.dialect for record in read_records(Path("data/pairs.jsonl"))} == {"postgres"}

@@ -92,6 +92,9 @@ def test_a_plan_without_wishes_leads_to_the_task_as_it_is(tmp_path: Path, monkey
     Path("sky").mkdir()
     Path(following.TASK).write_text("envs:\n  CONFIG: text2sql.yaml  # ours\n")
     assert typed(following.after_plain_plan(Path("text2sql.yaml"), [])) == ["finetune launch sky/train_cheapest.yaml"]
+    assert following.after_plain_plan(CONFIG, [])[0].why == "trains and scores, under the ceilings of the task"
+    Path(following.TASK).write_text('envs:\n  CONFIG: text2sql.yaml  # ours\n  EVALUATE: "0"  # no rows\n')
+    assert following.after_plain_plan(CONFIG, [])[0].why == "trains, under the ceilings of the task"
     assert typed(following.after_plain_plan(CONFIG, ["lora.r=8", "data.x=1"])) == [
         "finetune launch sky/train_cheapest.yaml --env CONFIG=configs/demo_cpu.yaml --env 'OVERRIDES=lora.r=8 data.x=1'"
     ]

@@ -55,6 +55,7 @@ from finetune.machine.gpus import GPUS
 from finetune.machine.price import LARGEST_LIMIT, VARIABLE, parse_limit
 from finetune.runtime.console import escape_unprintable
 from finetune.runtime.files import unix_line_ends_command, with_carriage_returns
+from finetune.runtime.overrides import split_overrides
 
 CONFIG, OVERRIDES, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
 EVALUATE, DAILY, DATABASES = "EVALUATE", "MAX_USD_PER_DAY", "DATABASES"
@@ -129,7 +130,7 @@ def _check_travels(task: sky.Task, say: Any) -> None:
 def _config_of(task: sky.Task) -> RunConfig:
     """The config as the job will read it, in workdir."""
     folder = Path(task.workdir).expanduser() if isinstance(task.workdir, str) else Path()
-    return load_config(folder / task.envs[CONFIG], task.envs.get(OVERRIDES, "").split())
+    return load_config(folder / task.envs[CONFIG], split_overrides(task.envs.get(OVERRIDES, "")))
 
 
 def _apply(request: sky.UserRequest, say: Any) -> None:

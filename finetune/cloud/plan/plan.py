@@ -106,7 +106,7 @@ class Row:
 @dataclass(frozen=True)
 class Plan:
     """rows: the chosen ones by expected dollars, then the refused ones. evaluation: None if the run is not scored, or if the
-    number of questions is unknown; scored tells the two apart."""
+    number of questions is unknown; scored tells the two apart. executable: whether any source may have a database to score on."""
 
     size: RunSize
     ceilings: Ceilings
@@ -116,6 +116,7 @@ class Plan:
     evaluation: EvaluationSize | None = None
     scored: bool = True
     set_up: SetUpMinutes = ASSUMED
+    executable: bool = True
 
 
 def plan_run(
@@ -146,7 +147,8 @@ def plan_run(
             row = _row(on_gpu, kind, _best(of_kind, trust_prices), assumptions, ceilings, trust_prices)
             rows.append(replace(row, passed_over=of_kind[0] if of_kind and of_kind[0] != row.offer else None))
     rows.sort(key=lambda row: (not row.chosen, row.cost.usd if row.cost else math.inf))
-    return Plan(size, ceilings, assumptions, catalog, tuple(rows), evaluation, scored, set_up)
+    executable = any(source.databases is not None or source.kind == "spider" for source in config.data.sources)
+    return Plan(size, ceilings, assumptions, catalog, tuple(rows), evaluation, scored, set_up, executable)
 
 
 def run_on(
