@@ -57,7 +57,7 @@ def _runs(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from finetune.report.runs_page import write_runs_page
 
-        print(f"page: {write_runs_page(folder, rows, arguments.output)} (open it in a browser)")
+        print(f"page: {write_runs_page(folder, rows, arguments.output)}")
     elif arguments.json:
         print_document([row.as_dict() for row in rows])
     else:
