@@ -29,7 +29,7 @@ from finetune.sql.gold import Gold, GoldExaminer
 from finetune.sql.lexer import too_long
 from finetune.sql.parsing import NotAQueryError, query_tree, same_tree
 from finetune.sql.references import tables_not_shown
-from finetune.sql.schema import create_database, parse_ddl
+from finetune.sql.schema import create_database, shared_tables
 from finetune.sql.text import is_select, shortened
 
 MALFORMED = "malformed"
@@ -256,7 +256,7 @@ def _answer(record: Record, statements: Literal["all", "select"]) -> tuple[str, 
 @functools.lru_cache(maxsize=1024)
 def _schema_problem(schema: str, dialect: str) -> str | None:
     try:
-        parse_ddl(schema, dialect)
+        shared_tables(schema, dialect)
     except UserError as error:
         return str(error)
     return None

@@ -6,13 +6,12 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from http.client import HTTPException
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 from finetune.doctor.check import Check
 from finetune.runtime.credentials import huggingface_token_present, wandb_key_present
 from finetune.runtime.installed import install_command
+from finetune.runtime.network import require_answer
 
 ANSWER_SECONDS = 5.0
 
@@ -60,9 +59,7 @@ def _no_answer(address: str) -> str:
     try:
         parts = urlsplit(address)
         host = parts.netloc.rpartition("@")[2]  # without a password, which urlopen would take for a part of the host
-        with urlopen(f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health", timeout=ANSWER_SECONDS):
-            return ""
-    except HTTPError:
-        return ""
+        require_answer(f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health", ANSWER_SECONDS)
     except (OSError, ValueError, HTTPException):
         return "its server does not answer"
+    return ""

@@ -70,9 +70,9 @@ def look_ahead(goal: Goal, *, checked: bool, places: Sequence[str] = ()) -> Outl
 def _check(config: RunConfig, outlook: Outlook, places: Sequence[str]) -> None:
     evaluation = config.evaluation
     findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
-    outlook.rejected = sum(one.reason != LEFT_OUT for one in findings.rejections)
     usable = sum(len(findings.records(split)) for split in findings.splits)
     rejected = [one for one in findings.rejections if one.reason != LEFT_OUT]
+    outlook.rejected = len(rejected)
     if usable < LEAST and not rejected:
         raise UserError(
             f"--data: {usable} usable pairs, and fewer than {LEAST} cannot be split into train, val and test; {rule_of_thumb()}",

@@ -1,4 +1,4 @@
-"""The network interface through which another machine is reached."""
+"""Whether a server answers, and the network interface through which another machine is reached."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from contextlib import closing, suppress
 
 SIOCGIFADDR = 0x8915
 """Request of ioctl for an interface's IPv4 address: man 7 netdevice."""
+
+
+def require_answer(address: str, seconds: float) -> None:
+    """Raises OSError if the server there does not respond in time. An HTTP error counts as a response: it may want a login."""
+    from urllib.error import HTTPError
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(address, timeout=seconds):
+            pass
+    except HTTPError:
+        pass
 
 
 def interface_towards(address: str) -> str | None:

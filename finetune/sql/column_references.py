@@ -6,7 +6,6 @@ a part of a date. So a name counts as missing only if nothing in the schema and 
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 
 from sqlglot import exp
 from sqlglot.errors import ParseError
@@ -14,7 +13,7 @@ from sqlglot.errors import ParseError
 from finetune.sql.ddl.names import path_of
 from finetune.sql.parsing import shared_tree
 from finetune.sql.quoting import word_set
-from finetune.sql.schema import parse_ddl
+from finetune.sql.schema import shared_tables
 from finetune.sql.tables import Table, ends_alike
 
 _VALUES = word_set(
@@ -80,17 +79,12 @@ def columns_not_shown(sql: str, schema: str, dialect: str) -> list[str]:
     return sorted({column.sql(dialect) for column in tree.find_all(exp.Column) if query.lacks(column)})
 
 
-@lru_cache(maxsize=1024)
-def _tables(schema: str, dialect: str) -> tuple[Table, ...]:
-    return parse_ddl(schema, dialect)
-
-
 class _Query:
     """What the names in one query can stand for."""
 
     def __init__(self, tree: exp.Expr, sql: str, schema: str, dialect: str) -> None:
         self._sql, self._dialect = sql, dialect
-        self._tables = _tables(schema, dialect)
+        self._tables = shared_tables(schema, dialect)
         self._changes_children = bool(_CHANGES_CHILDREN.search(schema))
         self._known = {name for table in self._tables for name in _names(table)}
         self._undeclared = _VALUES | word_set(_WITHOUT_DECLARATION.get(dialect, ""))

@@ -9,7 +9,7 @@ from sqlglot.errors import ParseError
 from finetune.sql.ddl.names import path_of
 from finetune.sql.parsing import shared_tree
 from finetune.sql.quoting import word_set
-from finetune.sql.schema import parse_ddl
+from finetune.sql.schema import shared_tables
 from finetune.sql.tables import ends_alike
 
 _CATALOGS = word_set("account_usage information_schema mysql performance_schema pg_catalog snowflake sys system")
@@ -69,7 +69,7 @@ def tables_not_shown(sql: str, schema: str, dialect: str) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _paths(schema: str, dialect: str) -> frozenset[tuple[str, ...]]:
-    return frozenset(table.path for table in parse_ddl(schema, dialect))
+    return frozenset(table.path for table in shared_tables(schema, dialect))
 
 
 def _is_file(name: str) -> bool:

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,12 @@ def parse_ddl(ddl: str, dialect: str = "sqlite") -> tuple[Table, ...]:
     if not tables:
         raise _without_tables(ddl, dialect)
     return tuple(replace(table, foreign_keys=_resolved(table, tables)) for table in tables)
+
+
+@lru_cache(maxsize=1024)
+def shared_tables(ddl: str, dialect: str) -> tuple[Table, ...]:
+    """As `parse_ddl`, once for a schema that many records share."""
+    return parse_ddl(ddl, dialect)
 
 
 def _without_tables(ddl: str, dialect: str) -> UserError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.budget.ledger import Ledger
 from finetune.errors import UserError
 from finetune.project_folder import PAIRS, read_project
-from finetune.runtime.files import load_json
+from finetune.runtime.files import load_json, read_text
 from finetune.runtime.overrides import joined_overrides
 from finetune.stage_end.tell import Next, finetune
 
@@ -86,11 +85,22 @@ def after_plain_plan(config: Path, overrides: Sequence[str]) -> list[Next]:
     task = Path(str((project.asked.get("task") if project is not None else None) or TASK))
     if not task.is_file():
         return []
-    text = task.read_text(encoding="utf-8")
-    names_it = re.search(rf"^  CONFIG: {re.escape(str(config))} *(#.*)?$", text, re.MULTILINE)
-    scores = "" if re.search(r'^  EVALUATE: "0"', text, re.MULTILINE) else " and scores"
-    variables = [*([] if names_it else ["--env", f"CONFIG={config}"]), *_overrides_variable(overrides)]
+    envs = _envs_of(task)
+    scores = "" if envs.get("EVALUATE") == "0" else " and scores"
+    variables = [
+        *([] if envs.get("CONFIG") == str(config) else ["--env", f"CONFIG={config}"]),
+        *_overrides_variable(overrides),
+    ]
     return [finetune("launch", task, *variables, why=f"trains{scores}, under the ceilings of the task")]
+
+
+def _envs_of(task: Path) -> dict[str, Any]:
+    """The variables of a task; none of one that cannot be read, which a launch will say."""
+    from finetune.runtime.yaml_file import load_yaml
+
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return dict(load_yaml(read_text(task))["envs"])
+    return {}
 
 
 def after_plan(typed: Sequence[str], cheapest: tuple[float, float] | None, *, fits: bool) -> list[Next]:

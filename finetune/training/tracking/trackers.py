@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune.config.schema import TrackingSection
 from finetune.errors import UserError
 from finetune.runtime.files import write_text
+from finetune.runtime.network import require_answer
 from finetune.training.tracking.names import OUTSIDE, chosen
 from finetune.training.tracking.outside import OutsideTracker
 from finetune.training.tracking.run_ids import tracked_id
@@ -79,11 +78,7 @@ def wandb_run_id(run_folder: Path, run_name: str) -> str:
 def check_server() -> None:
     """Raises OSError if W&B's server does not respond at all: `wandb.init` would wait for it forever, on a machine that costs
     money. An HTTP error counts as a response."""
-    try:
-        with urlopen(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai", timeout=SERVER_TIMEOUT_SECONDS):
-            pass
-    except HTTPError:
-        pass
+    require_answer(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai", SERVER_TIMEOUT_SECONDS)
 
 
 class WeightsAndBiases(StepRows):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 from finetune.runtime.files import write_text
+from finetune.runtime.network import require_answer
 
 NAME_FILE = "trackio-run"
 SERVER_TIMEOUT_SECONDS = 20.0
@@ -55,8 +54,4 @@ def _check_server() -> None:
     response."""
     address = os.environ.get("TRACKIO_SERVER_URL", "").strip()
     if address and not os.environ.get("TRACKIO_SPACE_ID", "").strip():
-        try:
-            with urlopen(address.partition("?")[0], timeout=SERVER_TIMEOUT_SECONDS):
-                pass
-        except HTTPError:
-            pass
+        require_answer(address.partition("?")[0], SERVER_TIMEOUT_SECONDS)
