@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from finetune.errors import UserError, shown
+from finetune.runtime.confined import remove_file
 
 
 @contextmanager
@@ -51,6 +53,12 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what writers of `path` that were killed have left beside it. Nobody else may be writing it. Raises OSError."""
+    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        remove_file(orphan, inside=path.parent)
 
 
 def as_text(path: Path) -> str:

@@ -26,7 +26,7 @@ from finetune.config.resume_rules import decide
 from finetune.errors import UserError, shown
 from finetune.run_folder import RunFolder
 from finetune.run_name import SWEEPS, fault_of_name
-from finetune.runtime.files import names_in, read_json, write_json, write_text
+from finetune.runtime.files import disk_error, names_in, read_json, remove_unfinished, write_json, write_text
 from finetune.runtime.typed_json import Mismatch, decode, encode
 from finetune.sweep.halving import Results
 from finetune.sweep.space import Space
@@ -126,14 +126,23 @@ class SweepFolder:
         return {trial.trial: trial for trial in found}
 
     def add_trial(self, trial: Trial) -> None:
-        write_json(self.path / "trials" / f"t{trial.trial:02d}.json", encode(trial))
+        _write_once(self.path / "trials" / f"t{trial.trial:02d}.json", trial)
 
     def results(self) -> dict[tuple[int, int], Result]:
         found = [_read(Result, path) for path, _ in _numbered(self.path / "results", _RESULT)]
         return {(result.trial, result.rung): result for result in found}
 
     def add_result(self, result: Result) -> None:
-        write_json(self.path / "results" / f"t{result.trial:02d}-r{result.rung}.json", encode(result))
+        _write_once(self.path / "results" / f"t{result.trial:02d}-r{result.rung}.json", result)
+
+
+def _write_once(path: Path, value: Trial | Result) -> None:
+    """By the one worker that may, after those before it that were killed while they wrote."""
+    try:
+        remove_unfinished(path)
+    except OSError as error:
+        raise disk_error(error, path.parent) from error
+    write_json(path, encode(value))
 
 
 def losses(results: Mapping[tuple[int, int], Result]) -> Results:
