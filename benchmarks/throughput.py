@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.throughput_peer import Peer
-from benchmarks.throughput_recipe import BATCH, LONGEST, Recipe
+from benchmarks.throughput_recipe import BATCH, LONGEST, MEDIAN, Recipe
 from benchmarks.throughput_report import last_turn, plot, summarise, table
 from finetune.config.schema import LoraSection, TrainingSection
 from finetune.errors import EXIT_MISSING, EXIT_USER_ERROR, UserError
@@ -120,6 +120,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=4, help="steps of a variant's first turn that do not count")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=int, default=LONGEST, help="tokens; texts drawn longer are cut to this")
+    parser.add_argument("--median", type=float, default=MEDIAN, help="tokens of the texts (log-normal lengths)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: float32, not quantised")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for loading, and for each turn")
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"))
@@ -185,6 +186,7 @@ def make_recipe(arguments: argparse.Namespace, steps: int) -> Recipe:
         weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm, lora_r=lora.r,
         lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, target_modules=tuple(lora.target_modules),
         longest=arguments.longest,
+        median=arguments.median,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ up torch's memory before it is imported.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +15,9 @@ BATCH = 16
 """Sequences per optimizer step, for every peer."""
 ANSWER_TOKENS = 37
 IGNORED = -100
-MEDIAN_LOG, SPREAD_LOG = 5.409, 0.814
-"""Mean and standard deviation of the natural logarithm of a text's tokens, as in benchmarks.step_memory: text-to-SQL prompts and
-answers, median 223, 95th percentile 853, mean about 300 after truncation at LONGEST."""
+MEDIAN, SPREAD_LOG = 223.0, 0.814
+"""Median of a text's tokens and standard deviation of their natural logarithm, as in benchmarks.step_memory: text-to-SQL prompts
+and answers, 95th percentile 853, mean about 300 after truncation at LONGEST."""
 LONGEST = 2048
 FIRST_WORD = 10
 """Smaller token ids are reserved for padding and the like."""
@@ -45,6 +46,7 @@ class Recipe:
     rows: int = 4
     checkpointing: bool | str = True
     longest: int = LONGEST  # tokens; texts drawn longer are cut to this
+    median: float = MEDIAN  # tokens of the texts
     flash: bool = True  # Unsloth only: FlashAttention-2, from the package or from torch
 
     def with_settings(self, settings: dict[str, Any]) -> Recipe:
@@ -67,11 +69,11 @@ class Texts:
         return {"input_ids": self.ids, "labels": self.labels}
 
 
-def make_texts(count: int, vocabulary: int, longest: int, seed: int) -> Texts:
+def make_texts(count: int, vocabulary: int, longest: int, seed: int, median: float = MEDIAN) -> Texts:
     """Random token ids of log-normal lengths (tokens). More texts of the same seed begin with the same ones."""
     draw = random.Random(seed)
     lengths = [
-        min(LONGEST, longest, max(ANSWER_TOKENS + 8, round(draw.lognormvariate(MEDIAN_LOG, SPREAD_LOG))))
+        min(LONGEST, longest, max(ANSWER_TOKENS + 8, round(draw.lognormvariate(math.log(median), SPREAD_LOG))))
         for _ in range(count)
     ]
     words = random.Random(f"words of seed {seed}")

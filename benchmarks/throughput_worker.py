@@ -69,7 +69,9 @@ def serve(kind: str, recipe: Recipe, settings: dict[str, Any], send: Callable[[d
     begun = time.perf_counter()
     config = json.loads((Path(recipe.model) / "config.json").read_text(encoding="utf-8"))
     longest = min(recipe.longest, int(config["max_position_embeddings"]))
-    texts = make_texts((recipe.steps + EXTRA_STEPS) * BATCH, int(config["vocab_size"]), longest, recipe.seed)
+    texts = make_texts(
+        (recipe.steps + EXTRA_STEPS) * BATCH, int(config["vocab_size"]), longest, recipe.seed, recipe.median
+    )
     trainer, how = BUILDERS[kind](recipe, settings, texts)
 
     from benchmarks.throughput_pace import Pace  # after the builder, because Unsloth has to be imported first

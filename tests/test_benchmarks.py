@@ -56,6 +56,8 @@ def test_texts_are_the_same_for_longer_sessions_and_have_the_lengths_of_text_to_
     lengths = sorted(many.lengths)
     assert 285 < sum(lengths) / 4000 < 312  # the anchors train 4,808 to 4,964 tokens a step of 16; 95th percentile 853
     assert 780 < lengths[3800] < 930
+    longer = sorted(make_texts(4000, 1000, 2048, seed=3, median=372).lengths)
+    assert 475 < sum(longer) / 4000 < 525 and 360 < longer[2000] < 385  # as Spider's in Mistral's tokens
     assert max(make_texts(400, 1000, 60, seed=3).lengths) == 60
     for ids, labels in zip(few.ids, few.labels, strict=True):
         assert labels[-ANSWER_TOKENS:] == ids[-ANSWER_TOKENS:]

@@ -140,7 +140,7 @@ class PlanSection:
     )
     spot_preemptions_per_hour: float = 0.05  # one in 20 hours; Google publishes no rate for GPUs
     records: int | None = None  # training examples, if the data are not prepared; null: counted in local sources
-    mean_tokens: float = 311.0  # prompt and answer of one example, if no tokenizer has counted them
+    mean_tokens: float = 515.0  # of one example, if no tokenizer has counted them; 515: measured, Spider with ddl
     questions: int | None = (
         None  # that the run is scored on, if the data are not prepared; null: counted in local sources
     )

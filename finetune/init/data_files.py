@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.data.prompts import PromptTemplate, completion
 from finetune.data.records import Record, write_records
 from finetune.errors import UserError
-from finetune.init.config_text import CHARACTERS_PER_TOKEN, Goal, Settings
+from finetune.init.config_text import CHARACTERS_PER_TOKEN, LEAST_CHARACTERS_PER_TOKEN, Goal, Settings
 from finetune.init.database import ENGINE, Database, database_name
 from finetune.init.form import FORM, GOOD, form_text
 from finetune.init.known_sets import source_lines
@@ -88,11 +88,12 @@ def settings_of(folder: Path, goal: Goal, found: Found, sources: list[str], note
             name, goal, tuple(sources), GOOD, False, executable, mean_tokens=None, assumed=True,
             notes=(f"written by `finetune init . --data {FORM}`, once the form is filled in",),
         )  # fmt: skip
-    lengths = sorted(_characters(record) / CHARACTERS_PER_TOKEN for record in records)
+    lengths = [_characters(record) for record in records]
     return Settings(
         name, goal, tuple(sources), len(records), any(record.split == "test" for record in records), executable,
         questions=sum(record.split == "test" for record in records) or None,
-        mean_tokens=sum(lengths) / len(lengths), longest=lengths[-1], notes=tuple(notes),
+        mean_tokens=sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN,
+        longest=max(lengths) / LEAST_CHARACTERS_PER_TOKEN, notes=tuple(notes),
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_a_plan_needs_neither_torch_nor_skypilot(home: Path) -> None:
     assert done.returncode == 0
     assert [line.partition(" ")[0] for line in done.stderr.splitlines()] == ["plan:", "next:"]
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("configs/mistral_7b_qlora.yaml: 6,790 examples x 311 tokens, 1,275 optimizer steps")
+    assert lines[0].startswith("configs/mistral_7b_qlora.yaml: 6,790 examples x 515 tokens, 1,275 optimizer steps")
     assert any(line.startswith("prices: SkyPilot's catalog") for line in lines)
     assert sum(line.startswith(("1.", "2.", "3.", "4.", "5.", "6.", "7.", "8.")) for line in lines) == 8
     assert any(line.startswith("order: ") and " spot, then " in line for line in lines)

@@ -39,7 +39,7 @@ PARTS = (
     *("base model, nf4", "adapters, float32", "gradients, float32", "optimizer, paged_adamw_8bit"),
     *("activations", "logits", "workspace", "reserve of the allocator", "CUDA context", "sum"),
 )
-USUAL = usual_step_tokens(16, 311)
+USUAL = usual_step_tokens(16, config().plan.mean_tokens)
 
 
 # ---- the fused backend
