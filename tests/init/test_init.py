@@ -717,6 +717,14 @@ def test_few_pairs_are_still_split_in_three(library: Path, file: Write, count: i
     assert found.commands[0][0] == "finetune data prepare text2sql.yaml"
 
 
+def test_the_longest_pair_fits_also_in_dense_tokens(library: Path, file: Write) -> None:
+    """5,000 characters: some 1,700 tokens of usual text, and more than 2,048 where a hundredth of Spider's lies."""
+    pairs = [*questions(39), (f"Which of these? {'an author_id_of_x ' * 290}", "SELECT title FROM book")]
+    file("own.csv", as_csv(pairs))
+    made(folder=Path("shop"), db=library, data="own.csv")
+    assert load_config(Path("shop/text2sql.yaml")).model.max_seq_length == 4096
+
+
 def test_one_schema_for_questions_about_two_databases(library: Path, file: Write) -> None:
     text = as_csv(questions(60)).splitlines()
     rows = [f"{line},{name}" for line, name in zip(text, ["database", *["shop", "crm"] * 30], strict=True)]
