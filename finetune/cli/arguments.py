@@ -105,7 +105,7 @@ def text(argument: str) -> str:
 
 
 def print_result(folder: Path) -> dict[str, Any]:
-    """Write a run's report; print its score and its path; add both to the run in MLflow or Trackio, if it was logged there.
+    """Write a run's report; print its score and its path; add both where its training was logged.
     Returns the content of summary.json."""
     from finetune.report.render import write_report
     from finetune.report.source import read_run

@@ -1,5 +1,5 @@
-"""MLflow and Trackio: one run over all attempts, and training that does not notice their troubles. With a real MLflow server, and
-Trackio's real local store."""
+"""MLflow, Trackio and W&B online: one run over all attempts, and training that does not notice their troubles. With a real MLflow
+server, Trackio's real local store, and W&B's real client."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from finetune.training.tracking import outside
 from finetune.training.tracking.outside import OutsideTracker
 from finetune.training.tracking.trackers import end_trackers, trackers
 from tests.helpers.mlflow_server import MLflowServer, free_port
+from tests.helpers.wandb_server import KEY, wandb_server
 from tests.training.test_tracking import Loop, history, offline_folders
 
 pytestmark = pytest.mark.xdist_group("mlflow")  # one server
@@ -194,6 +195,37 @@ def test_a_run_that_was_killed_and_resumed_is_one_run_in_all(
         assert not [text for text in said if secret in text]
         assert not [path for path in written if secret.encode() in path.read_bytes()]
         assert secret.encode() not in (server.folder / "store.db").read_bytes()
+
+
+def test_a_run_at_wandb_has_its_rows_once_and_its_score(
+    clean: None, tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's real client, over the wire."""
+    config = tiny_config(training={"max_steps": 6, "eval_steps": 3}, tracking={"to": ["wandb"], "wandb": "online"})
+    run = tmp_path / "runs" / "tiny-001"
+    finetune = [sys.executable, "-m", "finetune"]
+    with wandb_server() as (address, runs):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        for command, code in (
+            ([sys.executable, "-c", KILLED_AT_STEP.replace("STEP", "5"), "train", str(config)], -signal.SIGKILL),
+            ([*finetune, "train", "--resume", str(run)], 0),
+            ([*finetune, "evaluate", "--no-base", str(run)], 0),
+            ([*finetune, "report", str(run)], 0),
+        ):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == code, done.stderr
+        [((project, name), found)] = runs.items()
+        assert (project, name) == ("text2sql", (run / "wandb-run-id").read_text().strip())
+        assert [row["_step"] for row in found.history if "train/loss" in row] == list(range(1, 7))
+        score = json.loads((run / "eval.json").read_text())["models"]["tuned"]["execution_accuracy"]
+        assert found.summary["score/tuned"] == score and "train/loss" in found.summary
+        assert found.config["lora"]["value"]["r"] == 4
+
+        runs.clear()  # deleted there: it does not come back as a run of a score alone
+        done = subprocess.run([*finetune, "report", str(run)], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "W&B: " in done.stdout + done.stderr and not runs
+    assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
 # --- the loop of transformers alone

@@ -14,8 +14,8 @@ from finetune.cli.main import main
 from finetune.config.load import load_config
 from finetune.config.schema import TrackingSection
 from finetune.training.tracking import names
-from finetune.training.tracking.names import check_trackers, chosen, project
-from finetune.training.tracking.trackers import trackers, wandb_mode
+from finetune.training.tracking.names import check_trackers, chosen, project, wandb_mode
+from finetune.training.tracking.trackers import trackers
 from tests.helpers.errors import raises, reported
 from tests.helpers.plan_examples import run_values
 

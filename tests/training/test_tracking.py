@@ -20,8 +20,10 @@ import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.config.schema import TrackingSection
+from finetune.training.tracking.names import wandb_mode
 from finetune.training.tracking.tensorboard import EventFile, logged_points
-from finetune.training.tracking.trackers import WeightsAndBiases, trackers, wandb_mode, wandb_run_id
+from finetune.training.tracking.trackers import WeightsAndBiases, trackers
+from finetune.training.tracking.wandb_run import wandb_run_id
 
 SAVED_EVERY, VALIDATED_EVERY = 10, 5
 LAST = 70

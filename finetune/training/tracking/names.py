@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Literal
 
 from finetune.config.schema import TRACKERS, TrackingSection
 from finetune.errors import UserError
 from finetune.runtime.credentials import wandb_key_present
 from finetune.runtime.installed import install_command
 
+WandbMode = Literal["online", "offline"]
 OUTSIDE = ("mlflow", "trackio")
-"""The trackers that run in a process of their own (worker.py)."""
+"""The trackers that training logs to through a process of their own (worker.py)."""
 LABELS = {"tensorboard": "TensorBoard", "wandb": "W&B", "mlflow": "MLflow", "trackio": "Trackio"}
 EXTRAS = {"tensorboard": "train", "wandb": "train", "mlflow": "mlflow", "trackio": "trackio"}
 
@@ -22,6 +24,13 @@ def chosen(tracking: TrackingSection) -> tuple[str, ...]:
         return tuple(name for name in TRACKERS if name in tracking.to)
     wandb = tracking.wandb in ("online", "offline") or (tracking.wandb == "auto" and wandb_key_present())
     return ("tensorboard", "wandb") if wandb else ("tensorboard",)
+
+
+def wandb_mode(tracking: TrackingSection) -> WandbMode | None:
+    """The mode in which W&B is used; None if it is not used."""
+    if "wandb" not in chosen(tracking):
+        return None
+    return "offline" if tracking.wandb == "offline" else "online"
 
 
 def project(tracking: TrackingSection) -> str:

@@ -1,4 +1,4 @@
-"""Starts the process that talks to MLflow or Trackio (worker.py), and passes it messages without ever waiting for it."""
+"""Starts the process that talks to a tracker (worker.py), and passes it messages without ever waiting for it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from finetune.runtime.files import load_json
 from finetune.training.tracking.names import LABELS, project
 from finetune.training.tracking.run_ids import tracked_id
 from finetune.training.tracking.trackio_run import NAME_FILE
+from finetune.training.tracking.wandb_run import wandb_run_id
 
 WRITE_SECONDS = 2.0
 """The other process reads at once, whatever its tracker does."""
@@ -90,9 +91,16 @@ def _opening(
     return {
         "folder": str(folder.resolve()),
         "name": name,
-        "run_name": tracked_id(folder, name, NAME_FILE) if kind == "trackio" else name,
-        "project": project(tracking),
+        "run_name": _known_as(kind, folder, name),
+        "project": tracking.wandb_project if kind == "wandb" else project(tracking),
         "run_id": run_id,
         "config": config if isinstance(config, dict) else {},
         "writes": writes,
     }
+
+
+def _known_as(kind: str, folder: Path, name: str) -> str:
+    """What the tracker itself finds a run by, where that is not kept by its own client."""
+    if kind == "wandb":
+        return wandb_run_id(folder, name)
+    return tracked_id(folder, name, NAME_FILE) if kind == "trackio" else name

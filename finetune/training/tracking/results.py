@@ -1,4 +1,4 @@
-"""The score and the report of a run, for the MLflow or Trackio run that its training has logged to."""
+"""The score and the report of a run, for the runs of MLflow, Trackio and W&B that its training has logged to."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from finetune.config.load import load_config
 from finetune.errors import UserError
 from finetune.run_folder import RunFolder
 from finetune.runtime.files import load_json
+from finetune.training.tracking import wandb_run
 from finetune.training.tracking.mlflow_run import RUN_ID_FILE
-from finetune.training.tracking.names import LABELS, OUTSIDE, check_trackers, chosen
+from finetune.training.tracking.names import LABELS, OUTSIDE, check_trackers, chosen, wandb_mode
 from finetune.training.tracking.process import TrackerProcess, opening
 from finetune.training.tracking.trackio_run import NAME_FILE
 
 WAIT_SECONDS = 15.0
-LOGGED = {"mlflow": RUN_ID_FILE, "trackio": NAME_FILE}
+LOGGED = {"mlflow": RUN_ID_FILE, "trackio": NAME_FILE, "wandb": wandb_run.RUN_ID_FILE}
 """The file that a tracker's run has left in the run's folder."""
 
 
 def send_results(run: RunFolder, say: Callable[[str], None]) -> None:
-    """Adds the scores of eval.json, and for MLflow report.html as an artifact, where training has logged the run. Never
-    raises: at worst it says in one line that they are not there, after WAIT_SECONDS."""
+    """Adds the scores of eval.json, and for MLflow report.html as an artifact, where training has logged the run. Not to a
+    W&B run that is offline: `wandb sync` uploads one folder, that of training. Never raises: at worst it says in one line that
+    they are not there, after WAIT_SECONDS."""
     try:
         tracking = load_config(run.config_yaml).tracking
-        kinds = [kind for kind in OUTSIDE if kind in chosen(tracking) and (run.path / LOGGED[kind]).is_file()]
+        wanted = {*chosen(tracking)} & {*OUTSIDE} | ({"wandb"} if wandb_mode(tracking) == "online" else set())
+        kinds = [kind for kind, file in LOGGED.items() if kind in wanted and (run.path / file).is_file()]
         messages = _messages(run) if kinds else []
         if not messages:
             return

@@ -8,11 +8,10 @@ checkpoint. A tracker never stops a run: an error is reported once, and the rest
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,18 +19,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune.config.schema import TrackingSection
 from finetune.errors import UserError
 from finetune.runtime.files import write_text
-from finetune.runtime.network import require_answer
-from finetune.training.tracking.names import OUTSIDE, chosen
+from finetune.training.tracking.names import OUTSIDE, WandbMode, chosen, wandb_mode
 from finetune.training.tracking.outside import OutsideTracker
-from finetune.training.tracking.run_ids import tracked_id
 from finetune.training.tracking.step_rows import StepRows
 from finetune.training.tracking.tensorboard import TensorBoard
+from finetune.training.tracking.wandb_run import RUN_ID_FILE, check_server, wandb_run_id
 
-Mode = Literal["online", "offline"]
-
-RUN_ID_FILE = "wandb-run-id"
 TENSORBOARD = "tensorboard"
-SERVER_TIMEOUT_SECONDS = 20.0
 
 
 def trackers(
@@ -56,29 +50,11 @@ def trackers(
     return found
 
 
-def wandb_mode(tracking: TrackingSection) -> Mode | None:
-    """The mode in which W&B is used; None if it is not used."""
-    if "wandb" not in chosen(tracking):
-        return None
-    return "offline" if tracking.wandb == "offline" else "online"
-
-
 def end_trackers(callbacks: Sequence[TrainerCallback], status: str) -> None:
     """The attempt has ended, and its files are in place. status: as in run.json."""
     for callback in callbacks:
         if isinstance(callback, OutsideTracker):
             callback.end(status)
-
-
-def wandb_run_id(run_folder: Path, run_name: str) -> str:
-    """The W&B id of the run: WANDB_RUN_ID, else as `tracked_id` says."""
-    return tracked_id(run_folder, run_name, RUN_ID_FILE, os.environ.get("WANDB_RUN_ID", "").strip())
-
-
-def check_server() -> None:
-    """Raises OSError if W&B's server does not respond at all: `wandb.init` would wait for it forever, on a machine that costs
-    money. An HTTP error counts as a response."""
-    require_answer(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai", SERVER_TIMEOUT_SECONDS)
 
 
 class WeightsAndBiases(StepRows):
@@ -88,7 +64,7 @@ class WeightsAndBiases(StepRows):
     starts with all rows up to the checkpoint: the newest folder is the whole run, and only that one needs `wandb sync`.
     """
 
-    def __init__(self, mode: Mode, project: str, folder: Path, run_name: str, say: Callable[[str], None]) -> None:
+    def __init__(self, mode: WandbMode, project: str, folder: Path, run_name: str, say: Callable[[str], None]) -> None:
         super().__init__()
         self._mode, self._project, self._folder, self._name, self._say = mode, project, folder, run_name, say
         self._run: Any = None
@@ -98,7 +74,7 @@ class WeightsAndBiases(StepRows):
         return self._run is not None
 
     def open(self) -> None:
-        modes: tuple[Mode, ...] = ("online", "offline") if self._mode == "online" else ("offline",)
+        modes: tuple[WandbMode, ...] = ("online", "offline") if self._mode == "online" else ("offline",)
         for mode in modes:
             with self._disabled_on_error(f"this attempt is not tracked {mode}"):
                 self._run = self._init(mode)
@@ -122,7 +98,7 @@ class WeightsAndBiases(StepRows):
                 f"W&B: offline; to upload the whole run with all its attempts: wandb sync {Path(self._run.dir).parent}"
             )
 
-    def _init(self, mode: Mode) -> Any:
+    def _init(self, mode: WandbMode) -> Any:
         import wandb
 
         if mode == "online":

@@ -1,4 +1,4 @@
-"""The process that talks to MLflow or Trackio for a run: `python -m finetune.training.tracking.worker mlflow`.
+"""The process that logs a run to MLflow or Trackio, its score to W&B: `python -m finetune.training.tracking.worker KIND`.
 
 It reads one JSON object a line from stdin: first the opening, then rows, totals, results and the end. On stdout it writes lines
 for the user. Being a process of its own, it can wait for a server, fail or be killed, and training does not notice. What cannot
@@ -43,6 +43,10 @@ def opener(kind: str) -> Callable[[Message], Tracker]:
         from finetune.training.tracking.mlflow_run import MLflowRun
 
         return MLflowRun
+    if kind == "wandb":
+        from finetune.training.tracking.wandb_run import WandbResults
+
+        return WandbResults
     from finetune.training.tracking.trackio_run import TrackioRun
 
     return TrackioRun

@@ -197,7 +197,7 @@ def test_the_command_can_leave_it_out(tmp_path: Path, capsys: pytest.CaptureFixt
     scored = json.loads(capsys.readouterr().out)
     assert scored["evaluation"]["questions"] == 1034
     assert main(["plan", config, "--no-score"]) == 0
-    assert "\nscore: left out (--no-score)\n" in capsys.readouterr().out
+    assert "\nscore: left out (--no-score, or EVALUATE=0 in the task)\n" in capsys.readouterr().out
     task = tmp_path / "task.yaml"
     task.write_text("resources:\n  any_of:\n    - {accelerators: L4:1}\n")
     assert main(["plan", config, "--no-score", "--write", str(task)]) == 0
