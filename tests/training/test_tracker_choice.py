@@ -13,7 +13,8 @@ import yaml
 from finetune.cli.main import main
 from finetune.config.load import load_config
 from finetune.config.schema import TrackingSection
-from finetune.training.tracking import names
+from finetune.run_folder import RunFolder
+from finetune.training.tracking import names, results
 from finetune.training.tracking.names import check_trackers, chosen, project, wandb_mode
 from finetune.training.tracking.trackers import trackers
 from tests.helpers.errors import raises, reported
@@ -88,6 +89,22 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(mo
             check_trackers(TrackingSection(to=["tensorboard", name]))
     monkeypatch.undo()
     assert find_spec("mlflow") and find_spec("trackio")
+
+
+def test_a_score_without_the_trackers_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of a cloud machine, reported on a laptop that has the base install and a key for W&B."""
+    loaded(tmp_path, wandb="auto")
+    (tmp_path / "run.yaml").rename(tmp_path / "config.yaml")
+    (tmp_path / "wandb-run-id").write_text("demo-1")
+    (tmp_path / "report.html").write_text("")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr(results, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    said: list[str] = []
+    results.send_results(RunFolder(tmp_path), said.append)
+    [line] = said
+    assert line.startswith("W&B is not installed here (`pip install") and line.endswith(
+        "; the score is not logged there"
+    )
 
 
 def test_mlflow_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

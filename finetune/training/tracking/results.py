@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 from finetune.config.load import load_config
 from finetune.errors import UserError
 from finetune.run_folder import RunFolder
 from finetune.runtime.files import load_json
+from finetune.runtime.installed import install_command
 from finetune.training.tracking import wandb_run
 from finetune.training.tracking.mlflow_run import RUN_ID_FILE
-from finetune.training.tracking.names import LABELS, OUTSIDE, check_trackers, chosen, wandb_mode
+from finetune.training.tracking.names import EXTRAS, LABELS, OUTSIDE, check_trackers, chosen, wandb_mode
 from finetune.training.tracking.process import TrackerProcess, opening
 from finetune.training.tracking.trackio_run import NAME_FILE
 
@@ -32,6 +34,11 @@ def send_results(run: RunFolder, say: Callable[[str], None]) -> None:
         messages = _messages(run) if kinds else []
         if not messages:
             return
+        if missing := [kind for kind in kinds if find_spec(kind) is None]:
+            raise UserError(
+                f"{LABELS[missing[0]]} is not installed here (`{install_command(EXTRAS[missing[0]])}`)",
+                code="tracking.not_installed",
+            )
         check_trackers(tracking)
     except (OSError, ValueError, UserError) as error:
         say(f"{error}; the score is not logged there")
