@@ -4,7 +4,7 @@ import re
 
 from finetune.errors import UserError
 from finetune.sql.schema import parse_ddl, schema_of_script
-from finetune.sql.text import on_one_line, statements
+from finetune.sql.text import on_one_line, shortened, statements
 
 READERS = ("postgres", "mysql", "tsql", "snowflake", "bigquery", "duckdb", "oracle", "sqlite")
 """Dialects that are tried for a text that cannot be read in the one that was expected."""
@@ -38,14 +38,38 @@ def types_not_shown(text: str, dialect: str) -> list[str]:
 
     dialect: that reads the file.
     """
-    lines = [on_one_line(statement, dialect=dialect) for statement in statements(text, dialect=dialect)]
-    found = [_TYPE.match(line) for line in lines if dialect == "sqlite" or not _SHOWN.match(line)]
+    found = [_TYPE.match(line) for line in _lines(text, dialect) if dialect == "sqlite" or not _SHOWN.match(line)]
     return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def _shown(text: str, dialect: str) -> str:
     if dialect == "sqlite":
-        return schema_of_script(text)
-    parse_ddl(text, dialect)
-    lines = [on_one_line(statement, dialect=dialect) for statement in statements(text, dialect=dialect)]
-    return "\n".join(line for line in lines if _SHOWN.match(line))
+        shown = schema_of_script(text)
+    else:
+        parse_ddl(text, dialect)
+        shown = "\n".join(line for line in _lines(text, dialect) if _SHOWN.match(line))
+    if not shown:
+        raise UserError(
+            f"schema: its statements cannot be told apart, in: {shortened(text, dialect=dialect)}",
+            code="sql.bad_schema",
+        )
+    return shown
+
+
+def _lines(text: str, dialect: str) -> list[str]:
+    """The statements of a script, a line each.
+
+    Dumps end them also by other signs than semicolons (GO, /), and hold rows that are no SQL (COPY). MySQL's comments that
+    a server runs (/*!50001 CREATE VIEW ... */) stay comments: those of a dump make each view twice, first with other columns.
+    """
+    found = statements(text, dialect=dialect)
+    if dialect != "sqlite":
+        from sqlglot.dialects import MySQL
+        from sqlglot.dialects.dialect import Dialect
+
+        from finetune.sql.ddl.script import split_script
+
+        reader = Dialect.get_or_raise(dialect)
+        if not isinstance(reader, MySQL):
+            found = [f"{statement.text};" for statement in split_script(text, reader)]
+    return [on_one_line(statement, dialect=dialect) for statement in found]
