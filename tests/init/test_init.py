@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.load import load_config
-from finetune.data.records import read_records
+from finetune.data.records import read_records, write_records
 from finetune.init import database as database_module
 from finetune.init import drafts as drafts_module
 from finetune.init.ask import Asker
@@ -540,6 +541,31 @@ def test_an_init_that_was_killed_while_it_moved_its_files_is_gone_on_with(
     assert Path("shop/text2sql.yaml").is_file() and Path("shop/on_machine/setup.sh").is_file()
 
 
+def test_a_second_init_that_was_killed_while_it_moved_its_files_is_gone_on_with(
+    library: Path, file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the first init that are still there are no changes of the user."""
+    real, moved = Path.replace, []
+
+    def power_cut(path: Path, target: Path) -> Path:
+        moved.append(path)
+        if len(moved) == 5:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    file("pairs.csv", as_csv(questions(60)))
+    made(folder=Path("shop"), db=library, data="pairs.csv")
+    for count in (70, 80):
+        file("pairs.csv", as_csv(questions(count)))
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            moved.clear()
+            patched.setattr(Path, "replace", power_cut)
+            made(folder=Path("shop"))
+    assert len(read_records(Path("shop", PAIRS))) == 60, "which the marker does not name any more"
+    assert made(folder=Path("shop")).kept == [] and len(read_records(Path("shop", PAIRS))) == 80
+    assert "replaced" not in json.loads(Path("shop", MARKER).read_text())
+
+
 def test_a_full_disk_is_one_line(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -699,6 +725,29 @@ def test_a_config_of_the_users_own_is_what_is_looked_at(library: Path, file: Wri
     config.write_text("model: [")
     with raises("config.bad_yaml", match=r"text2sql\.yaml"):
         made(folder=Path("shop"))
+
+
+def test_files_that_only_the_users_own_config_names_are_looked_at(library: Path, file: Write) -> None:
+    file("own.csv", as_csv(questions(60)))
+    made(folder=Path("shop"), db=library, data="own.csv")
+    config, line = (
+        Path("shop/text2sql.yaml"),
+        "    - {kind: jsonl, path: data/pairs.jsonl, databases: data/databases}\n",
+    )
+    more = read_records(Path("shop/data/pairs.jsonl"))[:5]
+    write_records(Path("shop/data/more.jsonl"), [replace(one, id=f"more-{one.id}", sql="SELECT x") for one in more])
+    config.write_text(config.read_text().replace(line, line + line.replace("pairs", "more")))
+    said = "\n".join(made(folder=Path("shop")).said)
+    assert f"{Path('shop').resolve()}/data/more.jsonl:5: gold_fails: no such column: x" in said
+
+
+def test_a_file_whose_rows_are_of_train_and_test(library: Path, file: Write) -> None:
+    text = as_csv(questions(60)).splitlines()
+    rows = [f"{line},{name}" for line, name in zip(text, ["split", *["train"] * 45, *["test"] * 15], strict=True)]
+    file("pairs.csv", "\n".join(rows))
+    found = made(folder=Path("shop"), db=library, data="pairs.csv")
+    assert not any("PROBLEM" in line for line in found.said)
+    assert found.commands[0][0] == "finetune data prepare text2sql.yaml"
 
 
 def test_a_database_that_was_moved_is_taken_from_the_project(library: Path, file: Write) -> None:
