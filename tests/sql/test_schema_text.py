@@ -2,6 +2,7 @@
 
 import pytest
 
+from finetune.sql.schema import compact, parse_ddl
 from finetune.sql.schema_text import readable_schema, types_not_shown
 from tests.helpers.errors import raises
 
@@ -64,7 +65,31 @@ def test_types_in_batches_and_in_rows() -> None:
     assert types_not_shown(WITH_ROWS, "postgres") == []
 
 
+def test_the_views_of_a_mysql_dump_are_shown_with_their_query() -> None:
+    dump = """CREATE TABLE `users` (`id` int, `name` text) ENGINE=InnoDB;
+CREATE VIEW `plain` AS SELECT `id` FROM `users`;
+/*!50001 CREATE VIEW `v` AS SELECT 1 AS `id`, 1 AS `n`*/;
+/*!50001 DROP VIEW IF EXISTS `v`*/;
+/*!50001 CREATE ALGORITHM=UNDEFINED */
+/*!50013 DEFINER=`root`@`localhost` SQL SECURITY DEFINER */
+/*!50001 VIEW `v` AS select `users`.`id` AS `id`, `users`.`name` AS `n` from `users` */;
+"""
+    shown, _ = readable_schema(dump, "mysql")
+    assert shown.splitlines() == [
+        "CREATE TABLE `users` (`id` int, `name` text) ENGINE=InnoDB;",
+        "CREATE VIEW `plain` AS SELECT `id` FROM `users`;",
+        "CREATE VIEW `v` AS select `users`.`id` AS `id`, `users`.`name` AS `n` from `users`;",
+    ]
+    assert compact(parse_ddl(shown, "mysql")) == "users(id, name)\nplain(id)\nv(id, n)"
+
+
+def test_a_table_that_a_procedure_makes_is_not_shown() -> None:
+    procedure = "CREATE PROCEDURE p AS\nBEGIN\nCREATE TABLE #x (a int);\nSELECT 1;\nEND\nGO\n"
+    shown, _ = readable_schema(f"CREATE TABLE t (id int)\nGO\n{procedure}", "tsql")
+    assert shown == "CREATE TABLE t (id int);"
+
+
 def test_a_schema_is_never_empty() -> None:
-    views = "/*!50001 CREATE VIEW v AS SELECT 1 AS id*/;"
+    procedure = "IF OBJECT_ID('t') IS NULL\nBEGIN\nCREATE TABLE t (id int)\nEND\nGO\n"
     with raises("sql.bad_schema", match="cannot be told apart"):
-        readable_schema(views, "mysql")
+        readable_schema(procedure, "tsql")
