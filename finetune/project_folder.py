@@ -27,19 +27,23 @@ PAIRS = "data/pairs.jsonl"
 
 @dataclass
 class ProjectFolder:
-    """files: SHA-256 of each file as init wrote it, by its name in the folder. asked: what init was asked for."""
+    """files: SHA-256 of each file as init wrote it, by its name in the folder. asked: what init was asked for. replaced: while
+    files are being replaced, and after a kill in the middle of that, what they were before; they are ours as well."""
 
     path: Path
     files: dict[str, str] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
 
     def write_marker(self) -> None:
-        write_json(self.path / MARKER, {"version": version(), "files": self.files, "asked": self.asked})
+        content: dict[str, Any] = {"version": version(), "files": self.files, "asked": self.asked}
+        write_json(self.path / MARKER, content | ({"replaced": self.replaced} if self.replaced else {}))
 
     def is_changed(self, name: str) -> bool:
         """Whether a file is there and is not as init wrote it, so that it belongs to the user."""
         path = self.path / name
-        return path.is_symlink() or (path.exists() and self.files.get(name) != sha256_of(path))
+        ours = (self.files.get(name), self.replaced.get(name))
+        return path.is_symlink() or (path.exists() and sha256_of(path) not in ours)
 
 
 def read_project(path: Path) -> ProjectFolder | None:
@@ -53,12 +57,12 @@ def read_project(path: Path) -> ProjectFolder | None:
             f"{path / MARKER}: not readable ({error}); remove it, or choose another folder", code="init.bad_marker"
         ) from None
     try:
-        files, asked = content["files"], content["asked"]
-        if not all(isinstance(name, str) and isinstance(digest, str) for name, digest in files.items()):
+        files, asked, replaced = content["files"], content["asked"], content.get("replaced", {})
+        if not all(isinstance(text, str) for item in (*files.items(), *replaced.items()) for text in item):
             raise TypeError("files")
         if not all(map(is_relative_name, files)):
             raise ValueError("a name that leads out of the folder")
-        return ProjectFolder(path, dict(files), dict(asked))
+        return ProjectFolder(path, dict(files), dict(asked), dict(replaced))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path / MARKER}: not what `finetune init` writes ({error!r:.80}); remove it, or choose another folder",
@@ -109,14 +113,17 @@ def renew_machine_side(project: ProjectFolder) -> list[str]:
     stale = stale_files(project, now)
     if not stale:
         return []
+    project.replaced |= {name: project.files[name] for name in stale if name in project.files}
+    project.files |= {name: hashlib.sha256(now[name]).hexdigest() for name in stale if name in now}
+    project.write_marker()
     for name in stale:
         path = project.path / name
         if name in now:
             write_bytes(path, now[name])
-            project.files[name] = hashlib.sha256(now[name]).hexdigest()
         else:
             remove_file(path, inside=project.path)
             project.files.pop(name, None)
+    project.replaced = {}
     project.write_marker()
     return stale
 

@@ -73,6 +73,30 @@ def test_a_script_that_the_user_has_changed_stays(project: ProjectFolder, monkey
     assert (project.path / "on_machine/setup.sh").read_text() == "# mine"
 
 
+def test_what_a_kill_has_left_half_renewed_is_not_taken_for_the_users(
+    project: ProjectFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the next start is of yet another version."""
+    upgraded(monkeypatch)
+    real, written = project_folder.write_bytes, list[Path]()
+
+    def killed(path: Path, content: bytes) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        real(path, content)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(project_folder, "write_bytes", killed)
+        renew_machine_side(project)
+    newest = {name: content + b"# newest\n" for name, content in project_folder.machine_side().items()}
+    monkeypatch.setattr(project_folder, "machine_side", lambda: newest)
+    again = read_project(project.path)
+    assert again is not None and str(written[0].relative_to(project.path)) in renew_machine_side(again)
+    assert written[0].read_bytes().endswith(b"# newest\n") and stale_files(again) == []
+    assert read_project(project.path) == again and not again.replaced
+
+
 def test_a_wheel_that_is_not_there_is_refused_before_the_launch(project: ProjectFolder) -> None:
     """As in a clone of a project in git, which does not hold the wheel."""
     [wheel] = wheels_in(project.path)

@@ -30,6 +30,7 @@ _SIGNS = {
     r"|\bAS\s+ENUM\b|\bCREATE\s+DOMAIN\b",
     "mysql": r"\bENGINE\s*=|\bAUTO_INCREMENT\b|\bunsigned\b",
     "tsql": r"\bdbo\b|\bIDENTITY\s*\(|\bnvarchar\b|^GO$",
+    "oracle": r"\bVARCHAR2\b",
 }
 """Words that only one of the usual dialects has, for a schema that does not begin like a dump."""
 _SIZES = struct.Struct(">16xH6xII60xI")

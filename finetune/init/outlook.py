@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.cloud.catalog.offers import load_catalog
 from finetune.cloud.plan.plan import Plan, Row, plan_run
 from finetune.config.load import load_config
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, SourceSection
 from finetune.data.check import check
 from finetune.data.limits import limits_of
 from finetune.data.validate import LEFT_OUT
@@ -46,11 +46,14 @@ class Outlook:
     install_hub: str | None = None
 
 
-def look_ahead(goal: Goal, *, checked: bool, places: Sequence[str] = ()) -> Outlook:
-    """places: where each record of PAIRS is in the user's own file, where faults are to be repaired.
+def look_ahead(goal: Goal, *, checked: bool, places: Sequence[str] = (), folder: Path | None = None) -> Outlook:
+    """places: where each record of PAIRS is in the user's own file, where faults are to be repaired. folder: where else files
+    of the config may be, if the user has changed it.
 
     Raises UserError if there are too few usable pairs to split."""
     config = load_config(Path(CONFIG))
+    if folder is not None:
+        config.data.sources = [_found_in(folder, source) for source in config.data.sources]
     outlook = Outlook(
         goal,
         install_cloud=_install("sky", "cloud"),
@@ -65,6 +68,16 @@ def look_ahead(goal: Goal, *, checked: bool, places: Sequence[str] = ()) -> Outl
         return outlook
     _estimate(plan, outlook)
     return outlook
+
+
+def _found_in(folder: Path, source: SourceSection) -> SourceSection:
+    """With the paths of what is only in the folder."""
+
+    def found(path: str) -> str:
+        return str(folder / path) if not Path(path).exists() and (folder / path).exists() else path
+
+    databases = source.databases and found(source.databases)
+    return replace(source, path=found(source.path), databases=databases)
 
 
 def _check(config: RunConfig, outlook: Outlook, places: Sequence[str]) -> None:

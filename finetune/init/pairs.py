@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.data.records import Record, Split, field_problems
@@ -59,7 +59,19 @@ def records_of(table: Rows, columns: Mapping[Field, str], database: Database | N
         raise UserError(
             f"--data {table.path}: no row has both a question and its SQL; fill some in", code="init.nothing_filled_in"
         )
-    return Pairs(records, places, unfilled, _other_databases(table, columns, database))
+    records, notes = _with_every_split(records, columns)
+    return Pairs(records, places, unfilled, (*_other_databases(table, columns, database), *notes))
+
+
+def _with_every_split(records: list[Record], columns: Mapping[Field, str]) -> tuple[list[Record], tuple[str, ...]]:
+    """Where a file has a split for every row, but none of validation or test, that is taken from the rows to train on."""
+    given = {record.split for record in records}
+    lacking = [split for split in ("val", "test") if split not in given]
+    if not lacking or "train" not in given or None in given:
+        return records, ()
+    free = [replace(record, split=None) if record.split == "train" else record for record in records]
+    names = " and ".join(lacking)
+    return free, (f"the column {shown(columns['split'])} has no rows of {names}: taken from those of train",)
 
 
 def _other_databases(table: Rows, columns: Mapping[Field, str], database: Database | None) -> tuple[str, ...]:

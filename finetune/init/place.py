@@ -112,6 +112,7 @@ def place(part: Path, folder: Path, before: ProjectFolder | None, asked: dict[st
             )
     else:
         project.files = before.files | {name: digest for name, digest in digests.items() if name not in kept}
+        project.replaced = {name: sha256_of(folder / name) for name in names if name not in kept}
     project.path = folder
     project.write_marker()
     for name in names:
@@ -120,6 +121,9 @@ def place(part: Path, folder: Path, before: ProjectFolder | None, asked: dict[st
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         (part / name).replace(target)
+    if project.replaced:
+        project.replaced = {}
+        project.write_marker()
     return [name for name in kept if _differs(part / name, folder / name)]
 
 

@@ -145,8 +145,9 @@ def _written(part: Path, folder: Path, wanted: Wanted, found: Found, before: Pro
     settings = settings_of(folder, goal, found, sources, notes)
     kept = before is not None and before.is_changed(CONFIG)  # what is looked at is what will be used
     write_file(part, CONFIG, (folder / CONFIG).read_bytes() if kept else config_text(settings, version()))
+    there = folder.resolve() if kept else None
     with chdir(part):
-        outlook = look_ahead(goal, checked=not found.is_form and found.known is None, places=found.places)
+        outlook = look_ahead(goal, checked=not found.is_form and found.known is None, places=found.places, folder=there)
     goal = outlook.goal
     settings = replace(settings, goal=goal, figures=outlook.figures)
     write_file(part, CONFIG, config_text(settings, version()))

@@ -47,13 +47,13 @@ _KEYWORDS_OF_FUNCTIONS = word_set(
 """Arguments that are no columns, as in DATE_BUCKET(week, 1, x), of functions that sqlglot does not know."""
 _WITHOUT_ALIAS = re.compile(
     r"_?(?:col|column|c|f)_?\d+_?|(?:big|small)?int\d*|bool|numeric|float\d*|text|varchar|interval|date|time|timestamp(?:tz)?"
-    r"|array|case|coalesce|date_part|exists|extract|grouping|row"
+    r"|array|case|coalesce|date_part|exists|extract|grouping|row|[blr]trim|timezone|bpchar|bytea|jsonb?|uuid|xml"
 )
 """How databases call an expression without an alias; PostgreSQL calls a constant by its type."""
 _WITHOUT_STRUCTS = word_set("postgres mysql sqlite tsql redshift")
 """Dialects in which `a.b` is never the field b of a column a."""
 _QUOTES_MAY_BE_TEXT = word_set("sqlite tsql")
-_UNCERTAIN = (exp.Lateral, exp.MatchRecognize, exp.Partition, exp.Pivot, exp.Unnest)
+_UNCERTAIN = (exp.Lateral, exp.MatchRecognize, exp.Partition, exp.Pivot, exp.TableFromRows, exp.Unnest)
 """Parts of a query whose names come from elsewhere than from tables."""
 _CHANGES_CHILDREN = re.compile(
     r"\b(?:INHERITS|PARTITION\s+OF)\b.*\b(?:ADD\s+COLUMN|RENAME)\b", re.IGNORECASE | re.DOTALL

@@ -133,9 +133,10 @@ def _has_time_as_text(tokens: Sequence[Token], words: Sequence[str]) -> bool:
         if token.token_type.name != "STRING" or words[place] not in _TIMES_AS_TEXT:
             continue
         cast, kind = words[place + 1 : place + 2], words[place + 2 : place + 3]
-        if (place and words[place - 1] in _TIME_TYPES) or (
-            cast in (["::"], ["as"]) and not _TIME_TYPES.isdisjoint(kind)
-        ):
+        is_cast = cast == ["::"] or (
+            cast == ["as"] and words[max(0, place - 2) : place] in (["cast", "("], ["try_cast", "("])
+        )
+        if (place and words[place - 1] in _TIME_TYPES) or (is_cast and not _TIME_TYPES.isdisjoint(kind)):
             return True
     return False
 

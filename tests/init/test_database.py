@@ -133,6 +133,8 @@ def test_a_dump_of_postgres_is_a_schema(file: Write) -> None:
         ("CREATE TABLE t (id serial, b text[]);", "postgres"),
         ("CREATE TYPE m AS ENUM ('a'); CREATE TABLE t (m m);", "postgres"),
         ("CREATE TABLE [dbo].[t] (a int IDENTITY(1, 1));", "tsql"),
+        ("CREATE TABLE t (a int)\nGO\nCREATE TABLE u (a int)\nGO\n", "tsql"),
+        ("CREATE TABLE t (a VARCHAR2(20))\n/\nCREATE TABLE u (a int)\n/\n", "oracle"),
         ("CREATE TABLE t (a int AUTO_INCREMENT);", "mysql"),
         ("-- MySQL dump 10.13\nCREATE TABLE `t` (`a` int) ENGINE=InnoDB;", "mysql"),
     ],

