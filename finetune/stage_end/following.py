@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +66,16 @@ def after_faults(config: Path) -> list[Next]:
     ]
 
 
-def after_prepare(config: Path, overrides: Sequence[str]) -> list[Next]:
+def after_prepare(
+    config: Path, overrides: Sequence[str], *, is_whole: Callable[[Sequence[str]], bool] = lambda _: True
+) -> list[Next]:
+    """is_whole: whether the config is one with these overrides alone: its only sources may be those that were typed."""
+    kept = _not_for_preparing_alone(overrides)
+    if len(kept) < len(overrides) and not is_whole(kept):
+        kept = list(overrides)
     return [
         finetune("train", config, *overrides, why="on this machine"),
-        finetune("plan", config, *_not_for_preparing_alone(overrides), why="what it costs on each cloud GPU"),
+        finetune("plan", config, *kept, why="what it costs on each cloud GPU"),
     ]
 
 
