@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
 from typing import Any
 
 from finetune.cli.arguments import add_command, path, text
 from finetune.errors import EXIT_OK
 from finetune.runtime.console import say, visible
-from finetune.stage_end.tell import cost_of_command, tell
+from finetune.stage_end.tell import cost_of_command, program, tell
 
 
 def add(commands: Any) -> None:
@@ -79,8 +81,10 @@ def _init(arguments: argparse.Namespace) -> int:
     print("next:")
     for command in filter(None, [cd_command(made.folder)]):
         print(f"  {command}")
+    ours = shlex.quote(program("finetune", made.folder))
     for command, why in made.commands:
-        print(visible(f"  {command}   ({why})", one_line=True))
+        typed = re.sub(r"(^|&& )finetune ", lambda found: f"{found[1]}{ours} ", command)
+        print(visible(f"  {typed}   ({why})", one_line=True))
     sys.stdout.flush()
     tell("init", cost_of_command())
     return EXIT_OK

@@ -46,15 +46,15 @@ class Next:
 
     def here(self) -> Next:
         """The same with the path of the program where PATH does not have it."""
-        return Next((_program(self.words[0]), *self.words[1:]), self.why)
+        return Next((program(self.words[0]), *self.words[1:]), self.why)
 
 
-def _program(name: str) -> str:
-    """By the path that works from here where PATH does not have it, such as with a .venv that is not activated."""
+def program(name: str, folder: Path = Path()) -> str:
+    """By the path that works from the folder where PATH does not have it, such as with a .venv that is not activated."""
     beside = Path(sys.executable).parent / name
     if name not in BESIDE or shutil.which(name) or not os.access(beside, os.X_OK):
         return name
-    here = Path.cwd()
+    here = folder.resolve()
     if not beside.is_relative_to(here):
         return str(beside)
     found = str(beside.relative_to(here))

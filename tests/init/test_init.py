@@ -52,9 +52,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def typed_next(printed: str) -> list[list[str]]:
-    """The commands below `next:`, without what stands in brackets."""
+    """The commands below `next:`, without what stands in brackets, and without a path of the program."""
     lines = printed.partition("\nnext:\n")[2].splitlines()
-    return [shlex.split(line.partition("   (")[0]) for line in lines if line.startswith("  ")]
+    commands = [shlex.split(line.partition("   (")[0]) for line in lines if line.startswith("  ")]
+    return [[Path(word).name if word.endswith("/finetune") else word for word in words] for words in commands]
 
 
 def run(command: list[str], *overrides: str) -> int:
@@ -152,9 +153,29 @@ def test_without_extras_the_commands_install_them(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["init", "--data", "premai-io/spider"]) == 0
     printed = capsys.readouterr().out
-    assert [line.split()[:2] for line in printed.partition("next:")[2].splitlines()[2:]] == [
+    assert [words[:2] for words in typed_next(printed)[1:]] == [
         ["finetune", "plan"], ["pip", "install"], ["pip", "install"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_the_commands_name_the_program_as_it_works_from_the_new_folder(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out, on_path: bool
+) -> None:
+    programs = (Path.cwd() / "a venv" / "bin").absolute()
+    programs.mkdir(parents=True)
+    for name in ("finetune", "python"):  # Python also runs the SQL
+        (programs / name).touch(mode=0o755)
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", str(programs) if on_path else "")
+    assert main(["init", "shop", "--db", "library.sqlite", "--yes"]) == 0
+    typed = "finetune" if on_path else shlex.quote(str(programs / "finetune"))
+    lines = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
+    assert lines[0] == "  cd shop" and lines[1].startswith(f"  {typed} init . --data ")
+    assert lines[3].startswith("  pip install ") and f" && {typed} launch sky/" in lines[3]
+    assert "a venv" not in (Path("shop") / "README.md").read_text(), "which is read elsewhere, too"
 
 
 # a database and no questions
