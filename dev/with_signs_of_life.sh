@@ -5,7 +5,7 @@ set -uo pipefail
 folder=$1
 shift
 (
-    while sleep "${SIGN_SECONDS:-20}" >/dev/null 2>&1; do
+    while sleep "${SIGN_SECONDS:-20}" >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do  # $$: this script, even if it was killed
         echo "set-up: $(du -sm "$folder" 2>/dev/null | cut -f1) MB in $folder so far"
     done
 ) &

@@ -6,7 +6,9 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from select import select
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -61,3 +63,14 @@ def test_a_long_set_up_gives_signs_of_life_and_its_own_exit_code(tmp_path: Path)
     (tmp_path / "file").write_bytes(bytes(3 << 20))
     done = run("bash", ROOT / "dev/with_signs_of_life.sh", tmp_path, "sh", "-c", "sleep 2; exit 7", SIGN_SECONDS="0.5")
     assert done.returncode == 7 and "set-up: 4 MB in" in done.stdout.replace("3 MB", "4 MB")
+
+
+def test_the_signs_of_life_end_with_their_script_even_where_it_is_killed(tmp_path: Path) -> None:
+    script = ["bash", str(ROOT / "dev/with_signs_of_life.sh"), str(tmp_path), "sleep", "1"]
+    environment, until = os.environ | {"SIGN_SECONDS": "0.3"}, time.monotonic() + 10
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None and "set-up: " in process.stdout.readline()
+        process.kill()
+        process.wait()
+        while select([process.stdout], [], [], 3.0)[0] and process.stdout.readline():
+            assert time.monotonic() < until, "goes on without its script"

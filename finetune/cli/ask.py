@@ -140,7 +140,10 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
     with sign_of_life(f"waiting for the answer of {arguments.target}"):
         sql, rows = endpoint.ask(arguments.question, served, **extra)
     if endpoint.cut:
-        say_cut(None)
+        own = (
+            endpoint.new_tokens == arguments.max_new_tokens
+        )  # else the server's limit, which may be lower than the wish
+        say_cut(arguments.max_new_tokens if own else None)
     sql = sql_in("", sql)
     if not arguments.json:
         print(visible(sql))

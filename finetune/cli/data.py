@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,9 +62,21 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
         print_document({"folder": prepared.folder, "changed": prepared.changed, **prepared.manifest})
     print(f"{prepared.folder}: {'written' if prepared.changed else 'unchanged'}, "
           + ", ".join(f"{count} {split}" for split, count in counts.items()))  # fmt: skip
-    following = after_prepare(arguments.config, arguments.overrides)
+    following = after_prepare(
+        arguments.config, arguments.overrides, is_whole=lambda words: _is_whole(arguments.config, words)
+    )
     tell("data prepare", cost_of_command(config.budget.usd_per_hour), following)
     return EXIT_OK
+
+
+def _is_whole(config: Path, overrides: Sequence[str]) -> bool:
+    from finetune.config.load import load_config
+
+    try:
+        load_config(config, list(overrides))
+    except UserError:
+        return False
+    return True
 
 
 def _data_check(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, add_config, large_imports, loaded, positive, print_result
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT
-from finetune.stage_end.following import after_demo, after_stopped_demo
+from finetune.stage_end.following import DEMO_MINUTES, after_demo, after_stopped_demo, is_make_demo
 from finetune.stage_end.tell import cost_of_command, tell
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     demo.add_argument(
         "--minutes",
         type=positive,
-        default=10.0,
+        default=DEMO_MINUTES,
         metavar="N",
         help="how long it may take; the speed of this machine determines what fits (default: 10)",
     )
@@ -61,12 +61,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
         folder = Path(config.training.output_dir) / str(config.training.run_name)
         print_result(folder)
-        _say_what_it_saw(RunFolder(folder), arguments.minutes)
+        _say_what_it_saw(RunFolder(folder), arguments)
         tell("demo", cost_of_command(config.budget.usd_per_hour), after_demo(RunFolder(folder)))
     return code
 
 
-def _say_what_it_saw(run: RunFolder, minutes: float) -> None:
+def _say_what_it_saw(run: RunFolder, arguments: argparse.Namespace) -> None:
     """What part of the training examples the run was trained on, and how to train on more of them."""
     from finetune.report.caveats import seen_examples
     from finetune.runtime.console import say
@@ -74,10 +74,14 @@ def _say_what_it_saw(run: RunFolder, minutes: float) -> None:
     found = seen_examples(run.record())
     if found is None:
         return
-    longer = math.ceil(max(LONGER_MINUTES, 2 * minutes))
-    more = f"; `make demo-fresh DEMO_MINUTES={longer}` trains on more" if found.less_than_an_epoch else ""
+    longer = math.ceil(max(LONGER_MINUTES, 2 * arguments.minutes))
+    again = f"another training.run_name with --minutes {longer}"
+    if is_make_demo(arguments.config, arguments.overrides):
+        again = f"`make demo-fresh DEMO_MINUTES={longer}`"
+    more = f"; {again} trains on more" if found.less_than_an_epoch else ""
     say(f"trained on {found} (measured){more}")
 
 
 def _stopped(arguments: argparse.Namespace, config: RunConfig) -> None:
-    tell("demo", cost_of_command(config.budget.usd_per_hour), after_stopped_demo(arguments.config, arguments.typed))
+    following = after_stopped_demo(arguments.config, arguments.overrides, arguments.minutes, arguments.typed)
+    tell("demo", cost_of_command(config.budget.usd_per_hour), following)

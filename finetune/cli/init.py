@@ -11,7 +11,7 @@ from typing import Any
 from finetune.cli.arguments import add_command, path, text
 from finetune.errors import EXIT_OK
 from finetune.runtime.console import say, visible
-from finetune.stage_end.tell import cost_of_command, program_at, tell
+from finetune.stage_end.tell import cost_of_command, program, tell
 
 
 def add(commands: Any) -> None:
@@ -81,9 +81,9 @@ def _init(arguments: argparse.Namespace) -> int:
     print("next:")
     for command in filter(None, [cd_command(made.folder)]):
         print(f"  {command}")
-    program = shlex.quote(program_at(made.folder, "finetune"))
+    ours = shlex.quote(program("finetune", made.folder))
     for command, why in made.commands:
-        typed = re.sub(r"(^|&& )finetune ", lambda found: f"{found[1]}{program} ", command)
+        typed = re.sub(r"(^|&& )finetune ", lambda found: f"{found[1]}{ours} ", command)
         print(visible(f"  {typed}   ({why})", one_line=True))
     sys.stdout.flush()
     tell("init", cost_of_command())

@@ -40,6 +40,9 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     launch = launch_of(arguments.task, arguments.options, managed=arguments.jobs)
     _renew(launch)
+    following = [
+        command.here() for command in after_launch(launch.cluster, managed=arguments.jobs)
+    ]  # as typed from here
     os.chdir(launch.folder)  # the paths in a config are relative to it, too
     if launch.config is not None:
         try:
@@ -47,7 +50,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         except UserError as error:  # the policy decides whether such a run may be launched
             print(f"no plan: {error}")
     if "--dryrun" not in arguments.options:
-        tell("launch", _most(launch), after_launch(launch.cluster, managed=arguments.jobs))
+        tell("launch", _most(launch), following)
     print(f"in {launch.folder}: {shlex.join(['sky', *launch.words[1:]])}", flush=True)
     os.execv(launch.words[0], launch.words)
 

@@ -56,7 +56,7 @@ def run_demo(config: RunConfig, config_file: Path, deadline: float) -> int:
 
 def _go_on(run: RunFolder) -> int:
     if run.adapter.is_dir():
-        say(f"{run.path} is trained already; `make demo-fresh` starts over")
+        say(f"{run.path} is trained already; to start over, rename that folder (`make demo-fresh` does for runs/demo)")
         device = choose_device(run.config().model.torch_dtype).place
         keep_threads(run.record(), device)  # so that missing answers are the same as in an uninterrupted demo
         return EXIT_OK

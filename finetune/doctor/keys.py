@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from http.client import HTTPException
 from urllib.parse import urlsplit
 
 from finetune.doctor.check import Check
@@ -58,8 +57,7 @@ def _no_answer(address: str) -> str:
     """Why a server does not answer, "" if it does; any status is an answer, because it may want a login."""
     try:
         parts = urlsplit(address)
-        host = parts.netloc.rpartition("@")[2]  # without a password, which urlopen would take for a part of the host
-        require_answer(f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health", ANSWER_SECONDS)
-    except (OSError, ValueError, HTTPException):
+        require_answer(f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/health", ANSWER_SECONDS)
+    except (OSError, ValueError):
         return "its server does not answer"
     return ""

@@ -31,7 +31,7 @@ def ask(model: LoadedModel, prompt: str, dialect: str, *, tuned: bool, max_new_t
     Raises UserError if the prompt is too long, or if the answer contains no SQL.
     """
     [answer] = model.answers([prompt], tuned=tuned, batch_size=1, max_new_tokens=max_new_tokens, progress=False)
-    _check(answer)
+    _check(answer, max_new_tokens)
     if answer.new_tokens >= max_new_tokens and not answer_is_complete(answer.text, dialect):
         say_cut(max_new_tokens)
     return sql_in(answer.text, extract_sql(answer.text, dialect))
@@ -39,8 +39,8 @@ def ask(model: LoadedModel, prompt: str, dialect: str, *, tuned: bool, max_new_t
 
 def say_cut(max_new_tokens: int | None) -> None:
     """max_new_tokens: at which the answer was cut off; None for as many as the server allows."""
-    at = "as many tokens as the server allows" if max_new_tokens is None else f"{max_new_tokens} tokens"
-    say(f"the answer was cut off at {at} (--max-new-tokens), so its SQL may be incomplete")
+    at = f"{max_new_tokens} tokens (--max-new-tokens)" if max_new_tokens else "as many tokens as the server allows"
+    say(f"the answer was cut off at {at}, so its SQL may be incomplete")
 
 
 def sql_in(answer: str, sql: str) -> str:
@@ -67,11 +67,12 @@ def require_question(question: str) -> None:
         raise UserError("the question is empty", code="ask.empty_question")
 
 
-def _check(answer: Answer) -> None:
+def _check(answer: Answer, max_new_tokens: int) -> None:
     remedy = "give a schema with fewer tables, or train with data.schema_format=compact"
     if answer.problem == "too_long":
         raise UserError(
-            f"the prompt of {answer.prompt_tokens} tokens leaves no room for the answer in the model's positions; {remedy}",
+            f"the prompt of {answer.prompt_tokens} tokens leaves no room for an answer of {max_new_tokens} in the model's "
+            f"positions; lower --max-new-tokens, {remedy}",
             code="ask.too_long",
         )
     if answer.problem == "out_of_memory":

@@ -48,10 +48,10 @@ def own_places(project: Path) -> list[str]:
 
 
 def in_own_file(text: str, places: Sequence[str]) -> str:
-    """A message about lines of PAIRS, with their places in the user's file."""
+    """A message about lines of PAIRS, with their places in the user's file. A file of that name in another folder is another."""
 
     def own(found: re.Match[str]) -> str:
         number = int(found[1])
         return places[number - 1] if 0 < number <= len(places) else found[0]
 
-    return re.sub(rf"\b{re.escape(PAIRS)}:(\d{{1,9}})\b", own, text)
+    return re.sub(rf"(?<![\w./-]){re.escape(PAIRS)}:(\d{{1,9}})\b", own, text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from finetune.errors import first_line
+from finetune.runtime.credentials import without_secrets
 
 COPY = "or name the folder of a copy in its place, without a revision"
 
@@ -32,7 +33,10 @@ def hub_reason(name: str, revision: str | None, kind: Literal["model", "dataset"
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set", f"unset it, {COPY}"
     except GatedRepoError:
-        return "it is gated", f"accept its terms on {api.endpoint}/{_page(name, kind)}, and set HF_TOKEN"
+        return (
+            "it is gated",
+            f"accept its terms on {without_secrets(api.endpoint)}/{_page(name, kind)}, and set HF_TOKEN",
+        )
     except RevisionNotFoundError:
         return "it has no such revision", "take a commit that its page lists"
     except RepositoryNotFoundError:
@@ -42,7 +46,7 @@ def hub_reason(name: str, revision: str | None, kind: Literal["model", "dataset"
     except HfHubHTTPError as error:
         return f"it answers {error.response.status_code}", f"try again later, {COPY}"
     except (HTTPError, OSError, RuntimeError) as error:
-        return f"no connection to {api.endpoint}: {first_line(error)}", f"connect, {COPY}"
+        return without_secrets(f"no connection to {api.endpoint}: {first_line(error)}"), f"connect, {COPY}"
     return None
 
 

@@ -11,15 +11,22 @@ SIOCGIFADDR = 0x8915
 
 
 def require_answer(address: str, seconds: float) -> None:
-    """Raises OSError if the server there does not respond in time. An HTTP error counts as a response: it may want a login."""
+    """Raises OSError if the server there does not respond in time. An HTTP error counts as a response: it may want a login.
+
+    A user and password in the address are left out: urlopen takes the password for the port, and shows it in its error."""
+    from http.client import HTTPException
     from urllib.error import HTTPError
+    from urllib.parse import urlsplit
     from urllib.request import urlopen
 
     try:
-        with urlopen(address, timeout=seconds):
+        parts = urlsplit(address)
+        with urlopen(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), timeout=seconds):
             pass
     except HTTPError:
         pass
+    except (HTTPException, ValueError) as error:
+        raise OSError(f"no HTTP server at such an address ({type(error).__name__})") from None
 
 
 def interface_towards(address: str) -> str | None:

@@ -53,6 +53,8 @@ class Endpoint:
     advice: Advice = Advice()
     cut: bool = field(default=False, init=False)
     """Whether the last answer had as many tokens as it might have."""
+    new_tokens: int | None = field(default=None, init=False)
+    """Of the last answer; None if the server does not say."""
 
     def __post_init__(self) -> None:
         try:
@@ -92,6 +94,7 @@ class Endpoint:
         try:
             answer = reply["choices"][0]["message"]
             self.cut = reply["choices"][0].get("finish_reason") == "length"
+            self.new_tokens = (reply.get("usage") or {}).get("completion_tokens")
             rows = answer.get("finetune")
             return str(answer["content"]), None if rows is None else _rows(rows)
         except (LookupError, TypeError, ValueError, AttributeError):

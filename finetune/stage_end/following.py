@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ OF_PROJECT = "text2sql.yaml"
 FARMS = Path("data/built/databases/farm_market/farm_market.sqlite")
 """A database of data/build.py, which the demo asks about and does not train on."""
 TASK = "sky/train_cheapest.yaml"
+DEMO_MINUTES = 10.0
+"""Of `make demo`, and of `finetune demo`."""
 MORE = 1.1
 """A raised ceiling is so much above what the pace so far needs."""
 
@@ -64,10 +66,16 @@ def after_faults(config: Path) -> list[Next]:
     ]
 
 
-def after_prepare(config: Path, overrides: Sequence[str]) -> list[Next]:
+def after_prepare(
+    config: Path, overrides: Sequence[str], *, is_whole: Callable[[Sequence[str]], bool] = lambda _: True
+) -> list[Next]:
+    """is_whole: whether the config is one with these overrides alone: its only sources may be those that were typed."""
+    kept = _not_for_preparing_alone(overrides)
+    if len(kept) < len(overrides) and not is_whole(kept):
+        kept = list(overrides)
     return [
         finetune("train", config, *overrides, why="on this machine"),
-        finetune("plan", config, *_not_for_preparing_alone(overrides), why="what it costs on each cloud GPU"),
+        finetune("plan", config, *kept, why="what it costs on each cloud GPU"),
     ]
 
 
@@ -175,11 +183,17 @@ def after_demo(run: RunFolder) -> list[Next]:
     ]
 
 
-def after_stopped_demo(config: Path, typed: Sequence[str]) -> list[Next]:
-    """typed: the words of the command, of which `make demo` knows those for the demo's own config."""
-    if config == Path(SMALL) and Path("Makefile").is_file():
-        return [Next(("make", "demo"), "goes on where it was")]
-    return [finetune(*typed, why="goes on where it was")]
+def after_stopped_demo(config: Path, overrides: Sequence[str], minutes: float, typed: Sequence[str]) -> list[Next]:
+    """typed: the words of the command."""
+    if not is_make_demo(config, overrides):
+        return [finetune(*typed, why="goes on where it was")]
+    more = [f"DEMO_MINUTES={minutes:g}"] if minutes != DEMO_MINUTES else []
+    return [Next(("make", "demo", *more), "goes on where it was")]
+
+
+def is_make_demo(config: Path, overrides: Sequence[str]) -> bool:
+    """Whether the targets of the Makefile are about this demo, and are there."""
+    return config == Path(SMALL) and not overrides and Path("Makefile").is_file()
 
 
 def after_report(run: RunFolder) -> list[Next]:

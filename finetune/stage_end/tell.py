@@ -46,11 +46,11 @@ class Next:
 
     def here(self) -> Next:
         """The same with the path of the program where PATH does not have it."""
-        return Next((program_at(Path.cwd(), self.words[0]), *self.words[1:]), self.why)
+        return Next((program(self.words[0]), *self.words[1:]), self.why)
 
 
-def program_at(folder: Path, name: str) -> str:
-    """By the path that works in the folder where PATH does not have it, such as with a .venv that is not activated."""
+def program(name: str, folder: Path = Path()) -> str:
+    """By the path that works from the folder where PATH does not have it, such as with a .venv that is not activated."""
     beside = Path(sys.executable).parent / name
     if name not in BESIDE or shutil.which(name) or not os.access(beside, os.X_OK):
         return name

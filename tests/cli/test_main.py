@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune.cli import arguments as arguments_module
 from finetune.cli import config as config_module
@@ -401,6 +402,20 @@ def test_data_prepare_writes_once_and_prints_the_counts(
     )
     assert cli.main(["data", "prepare", str(config)]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: unchanged, 6 read")
+
+
+def test_the_plan_after_data_prepare_keeps_the_sources_that_stand_in_no_config(
+    tmp_path: Path, tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = data_config(tmp_path, tiny_config, GOOD)
+    values = yaml.safe_load(config.read_text())
+    sources = f"data.sources={json.dumps(values['data'].pop('sources'))}"
+    command = ["data", "prepare", str(config), sources]
+    assert cli.main(command) == 0
+    assert f"finetune plan {config}   (" in capsys.readouterr().err
+    config.write_text(yaml.safe_dump(values))
+    assert cli.main(command) == 0
+    assert f"finetune plan {config} {shlex.quote(sources)}   (" in capsys.readouterr().err
 
 
 # report

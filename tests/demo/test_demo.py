@@ -136,11 +136,12 @@ def test_a_demo_of_few_examples_says_how_to_train_on_more(
 ) -> None:
     monkeypatch.setattr(demo, "training_that_fits", lambda *_, **__: Training(steps=2, eval_steps=0))
     assert cli.main(["demo", str(config), "--minutes", "4"]) == 0
-    more = "`make demo-fresh DEMO_MINUTES=30` trains on more"
+    more = "another training.run_name with --minutes 30 trains on more"
     assert f"trained on 8 of the 24 training examples (measured); {more}\n" in capsys.readouterr().err
     assert "Training has seen 8 of the 24" in (config.parent / "runs" / "demo" / "report.html").read_text()
+    monkeypatch.setattr("finetune.stage_end.following.SMALL", str(config))
     assert cli.main(["demo", str(config), "--minutes", "20.5"]) == 0
-    assert "DEMO_MINUTES=41" in capsys.readouterr().err, "more than it had"
+    assert "`make demo-fresh DEMO_MINUTES=41` trains" in capsys.readouterr().err, "more than it had"
 
 
 def test_an_interrupted_demo_is_resumed_as_planned(

@@ -447,6 +447,14 @@ def test_a_prompt_that_is_too_long_is_one_line(
     assert "34200 tokens" in capsys.readouterr().err
 
 
+def test_more_new_tokens_than_the_model_has_positions_are_one_line(
+    run: RunFolder, database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with reported("ask.too_long"):
+        assert generate(run, database, "--max-new-tokens", "100000") == 2
+    assert "no room for an answer of 100000 in the model's positions; lower --max-new-tokens" in capsys.readouterr().err
+
+
 def test_control_characters_of_a_database_or_an_answer_are_printed_as_escapes(
     run: RunFolder, database: Path, answer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,9 @@ def parsed(line: str) -> str:
     elif program == "sky":
         _sky(words)
     elif program == "make":
-        assert re.search(rf"^{words[0]}:", Path("Makefile").read_text(), re.MULTILINE) and len(words) == 1, line
+        targets = [words[0] + ":", *(word.partition("=")[0] + " ?=" for word in words[1:])]
+        for text in targets:
+            assert re.search(rf"^{re.escape(text)}", Path("Makefile").read_text(), re.MULTILINE), line
     else:
         assert (program, words[:2]) == ("gcloud", ["storage", "cp"]) and len(words) == 4, line
     return command

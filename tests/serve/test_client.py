@@ -242,12 +242,16 @@ def test_the_most_tokens_reach_the_server_and_an_answer_cut_off_there_says_so(
                 return 200, {"data": [MODEL]}
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             reply = message("SELECT a, a")
-            reply["choices"][0]["finish_reason"] = "length" if "max_tokens" in asked[-1] else "stop"
-            return 200, reply
+            most = asked[-1].get("max_tokens")
+            reply["choices"][0]["finish_reason"] = "length" if most else "stop"
+            return 200, reply | {"usage": {"completion_tokens": min(5, most or 4)}}
 
     with serving(Handler) as url:
         assert ask(url, "shop") == 0
         assert capsys.readouterr() == ("SELECT a, a\n", "")
         assert ask(url, "shop", "--max-new-tokens", "3") == 0
-    said = capsys.readouterr()
-    assert asked[1]["max_tokens"] == 3 and said.out == "SELECT a, a\n" and "cut off" in said.err
+        said = capsys.readouterr()
+        assert ask(url, "shop", "--max-new-tokens", "9") == 0
+    assert asked[1]["max_tokens"] == 3 and said.out == "SELECT a, a\n"
+    assert "cut off at 3 tokens (--max-new-tokens)," in said.err
+    assert "cut off at as many tokens as the server allows," in capsys.readouterr().err

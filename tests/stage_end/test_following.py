@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from finetune.budget.ledger import Ledger
+from finetune.cli.main import _parse
 from finetune.errors import EXIT_MISSING, EXIT_OK, EXIT_TRANSIENT
 from finetune.machine.price import MachinePrice
 from finetune.project_folder import ProjectFolder
@@ -164,12 +165,22 @@ def test_the_demo_ends_with_a_question_about_a_database_that_it_has_not_seen(
 def test_a_demo_that_was_stopped_goes_on_with_make_or_as_it_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["demo", following.SMALL, "--minutes", "3"]
-    assert typed(following.after_stopped_demo(Path(following.SMALL), words)) == ["make demo"]
-    other = ["demo", "mine.yaml"]
-    assert typed(following.after_stopped_demo(Path("mine.yaml"), other)) == ["finetune demo mine.yaml"]
+    def stopped(words: str) -> list[str]:
+        arguments = _parse(words.split())
+        return typed(
+            following.after_stopped_demo(arguments.config, arguments.overrides, arguments.minutes, arguments.typed)
+        )
+
+    assert stopped(f"demo {following.SMALL}") == stopped(f"demo {following.SMALL} --minutes 10") == ["make demo"]
+    assert stopped(f"demo {following.SMALL} --minutes 2.5") == ["make demo DEMO_MINUTES=2.5"]
+    for other in ("demo mine.yaml", f"demo {following.SMALL} training.run_name=mine"):
+        assert stopped(other) == [f"finetune {other}"], "make would go on with another run"
     monkeypatch.chdir(tmp_path)
-    assert typed(following.after_stopped_demo(Path(following.SMALL), words)) == [f"finetune {' '.join(words)}"]
+    assert stopped(f"demo {following.SMALL} --minutes 3") == [f"finetune demo {following.SMALL} --minutes 3"]
+
+
+def test_the_minutes_of_a_demo_are_those_of_make() -> None:
+    assert f"DEMO_MINUTES ?= {following.DEMO_MINUTES:g}\n" in Path("Makefile").read_text()
 
 
 def test_predictions_are_compared_with_a_run(tmp_path: Path) -> None:

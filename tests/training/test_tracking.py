@@ -352,6 +352,19 @@ def test_without_its_server_a_run_is_tracked_offline(
     assert [row["_step"] for row in history(offline_folders(tmp_path)[0])] == [1, 2, 3]
 
 
+def test_what_wandb_says_of_its_trouble_is_said_without_a_password(
+    tmp_path: Path, wandb_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> Any:
+        raise RuntimeError(f"https://me:geheim@wandb.example.com refuses {'k' * 40}")
+
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr("wandb.init", init)
+    said: list[str] = []
+    WeightsAndBiases("offline", "text2sql", tmp_path, "demo", said.append).open()
+    assert said == ["W&B: https://***@wandb.example.com refuses ***; this attempt is not tracked offline"]
+
+
 TASK = "sky-managed-2026-11-23-01-02-03-004_finetune_7-0"
 
 

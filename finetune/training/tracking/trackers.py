@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.config.schema import TrackingSection
 from finetune.errors import UserError
+from finetune.runtime.credentials import without_secrets
 from finetune.runtime.files import write_text
 from finetune.training.tracking.names import OUTSIDE, WandbMode, chosen, wandb_mode
 from finetune.training.tracking.outside import OutsideTracker
@@ -127,5 +128,6 @@ class WeightsAndBiases(StepRows):
         try:
             yield
         except Exception as error:  # any error of W&B: its server, its process, its disk
-            self._say(f"W&B: {' '.join(str(error).split()) or type(error).__name__}; {consequence}")
+            why = " ".join(without_secrets(str(error)).split()) or type(error).__name__
+            self._say(f"W&B: {why}; {consequence}")
             self._run = None

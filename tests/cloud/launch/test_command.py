@@ -41,8 +41,9 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def launched(scripts: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))  # so that `sky` is named so
+def launched(scripts: Path, cwd: Path, *words: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    if path is None:  # so that `sky` is named so
+        path = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
     env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, str(scripts), *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
@@ -61,6 +62,14 @@ def test_the_command_runs_in_the_folder_of_the_policy(scripts: Path, tmp_path: P
     words = ["launch", "sky/train_a100.yaml", "--yes", "--env", "MAX_RUN_USD=0.6", "-c", "my cluster", "--down"]
     assert said.splitlines()[1:] == [f"cwd {ROOT}", *(f"word {word}" for word in words)]
     assert "is above the ceiling of $0.60 for the run" in plan
+
+
+def test_the_next_command_is_typed_where_the_launch_was(scripts: Path) -> None:
+    """And not in the folder of the policy, to which it goes."""
+    done = launched(scripts, ROOT / "sky", "train_a100.yaml", "--yes", path="/usr/bin:/bin")
+    program = done.stderr.partition("next: ")[2].split()[0]
+    assert done.returncode == 9 and program.endswith("sky")
+    assert program == "sky" or (ROOT / "sky" / program).is_file(), "by a path, where there is a SkyPilot beside Python"
 
 
 def test_a_dry_run_has_no_next_step(scripts: Path, tmp_path: Path) -> None:
