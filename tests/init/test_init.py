@@ -81,7 +81,8 @@ def test_a_csv_and_a_database(library: Path, file: Write, capsys: Out) -> None:
         assert "L4" in capsys.readouterr().out
         assert Path("sky/train_cheapest.yaml").is_file()
         assert Path("data/prepared/shop/databases/library/library.sqlite").is_file()
-        assert load_yaml(Path("sky/train_cheapest.yaml").read_text())["envs"]["CONFIG"] == "text2sql.yaml"
+        for task in ("sky/train_cheapest.yaml", "sky/sweep.yaml"):
+            assert load_yaml(Path(task).read_text())["envs"]["CONFIG"] == "text2sql.yaml", task
         assert run([*plan, "--write", "sky/train_cheapest.yaml"]) == 0
 
 
