@@ -52,6 +52,7 @@ def add(commands: Any) -> None:
 
 
 def _data_prepare(arguments: argparse.Namespace) -> int:
+    from finetune.config.schema import GPU_OPTIMIZERS
     from finetune.data.prepare import prepare_data
 
     config = loaded(arguments)
@@ -62,7 +63,9 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
         print_document({"folder": prepared.folder, "changed": prepared.changed, **prepared.manifest})
     print(f"{prepared.folder}: {'written' if prepared.changed else 'unchanged'}, "
           + ", ".join(f"{count} {split}" for split, count in counts.items()))  # fmt: skip
-    following = after_prepare(arguments.config, arguments.overrides)
+    following = after_prepare(
+        arguments.config, arguments.overrides, on_gpu_only=config.training.optim in GPU_OPTIMIZERS
+    )
     tell("data prepare", cost_of_command(config.budget.usd_per_hour), following)
     return EXIT_OK
 
