@@ -52,6 +52,7 @@ def add(commands: Any) -> None:
 
 
 def _data_prepare(arguments: argparse.Namespace) -> int:
+    from finetune.config.schema import GPU_OPTIMIZERS
     from finetune.data.prepare import prepare_data
 
     config = loaded(arguments)
@@ -63,7 +64,10 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
     print(f"{prepared.folder}: {'written' if prepared.changed else 'unchanged'}, "
           + ", ".join(f"{count} {split}" for split, count in counts.items()))  # fmt: skip
     following = after_prepare(
-        arguments.config, arguments.overrides, is_whole=lambda words: _is_whole(arguments.config, words)
+        arguments.config,
+        arguments.overrides,
+        on_gpu_only=config.training.optim in GPU_OPTIMIZERS,
+        is_whole=lambda words: _is_whole(arguments.config, words),
     )
     tell("data prepare", cost_of_command(config.budget.usd_per_hour), following)
     return EXIT_OK
@@ -102,7 +106,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
         for line in lengths:
             print(line)
     counts = ", ".join(f"{len(findings.records(split))} {split}" for split in findings.splits)
-    flagged = findings.flagged("val", "test")
+    flagged = Counter(flag.kind for flag in findings.scored_apart())
     apart = f"; scored apart for their gold queries: {tally(flagged)}" if flagged else ""
     rejected = sum(rejection.reason != LEFT_OUT for rejection in findings.rejections)
     left_out = len(findings.rejections) - rejected
@@ -132,14 +136,23 @@ def _faults_in_own_file(config: Path) -> Iterator[None]:
 
 
 def _lines(findings: Findings, hollow: list[HollowDatabase]) -> list[str]:
-    """What is rejected, what stops `prepare`, and the records that are scored apart; those to train on are only counted."""
+    """What is rejected, what stops `prepare`, and the records that are scored apart; the other flags are only counted."""
     from finetune.data.golds import tally
 
     of_hollow = {database.db_id for database in hollow}
     flags = [flag for flag in findings.flags if flag.db_id not in of_hollow]
-    scored = [flag for flag in flags if flag.split != "train"]
+    apart = findings.scored_apart()
+    scored = [flag for flag in flags if flag in apart]
     trained = Counter(flag.kind for flag in flags if flag.split == "train")
-    counted = [f"to train on, and used: {tally(trained)} (--json lists them)"] if trained else []
+    unscored = Counter(flag.kind for flag in flags if flag.split != "train" and flag not in apart)
+    counted = [
+        f"{what}: {tally(kinds)} (--json lists them)"
+        for what, kinds in (
+            ("to train on, and used", trained),
+            ("held out, and not scored for lack of a database", unscored),
+        )
+        if kinds
+    ]
     return [str(item) for item in (*findings.rejections, *findings.problems, *scored, *counted, *hollow)]
 
 

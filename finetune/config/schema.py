@@ -13,6 +13,8 @@ PATH = "path"
 PathText = Annotated[str, PATH]
 """A key that holds a path: `~` and variables in it are expanded when the config is loaded (`config.references`)."""
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+GPU_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+"""The values of training.optim that no CPU has."""
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 

@@ -34,7 +34,7 @@ class Findings:
 
     rejections: sorted by file and line. left_out: number of train records dropped because of max_train_records. problems: why
     `prepare` refuses to write, one line each; empty if it does not. flags: the records whose gold query says little about an
-    answer (sql/gold.py), sorted likewise; they are used, and scored apart.
+    answer (sql/gold.py), sorted likewise; they are used, and scored apart if they are scored at all.
     """
 
     splits: dict[Split, list[Accepted]]
@@ -50,9 +50,10 @@ class Findings:
     def hollow_databases(self) -> list[HollowDatabase]:
         return hollow_databases(self.flags, Counter(i.record.db_id for items in self.splits.values() for i in items))
 
-    def flagged(self, *splits: Split) -> Counter[str]:
-        """How many records of these splits, or of all, have a gold query of each kind but the sound one."""
-        return Counter(flag.kind for flag in self.flags if not splits or flag.split in splits)
+    def scored_apart(self) -> list[Flag]:
+        """The flags of val and test, but for records without a database: those have no score."""
+        scored = {i.candidate.where for split in ("val", "test") for i in self.splits[split] if i.database is not None}
+        return [flag for flag in self.flags if flag.where in scored]
 
     def as_json(self) -> dict[str, Any]:
         """Everything with its file and line: for other programs."""

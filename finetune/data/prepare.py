@@ -68,8 +68,8 @@ def prepare(
     template = PromptTemplate(data.schema_format)
     if findings.problems:
         raise UserError("; ".join(findings.problems), code="data.refused")
-    if held_out := findings.flagged("val", "test"):
-        say(f"gold queries of val and test that say little about an answer, and are scored apart: {tally(held_out)}; "
+    if apart := Counter(flag.kind for flag in findings.scored_apart()):
+        say(f"gold queries of val and test that say little about an answer, and are scored apart: {tally(apart)}; "
             "`finetune data check` lists them")  # fmt: skip
     manifest = {
         "format": MANIFEST_FORMAT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune.init.config_text import CONFIG, TASKS, Goal
 from finetune.runtime.installed import project_files
 
-SKY = ("train_cheapest", "train_h100", "train_a100", "train_spot", "evaluate", "serve")
+SKY = ("train_cheapest", "train_h100", "train_a100", "train_spot", "sweep", "evaluate", "serve")
 """The task YAMLs of a project. The others test an account, or are for one more kind of GPU."""
 OURS = ("configs/mistral_7b_qlora.yaml", "configs/mistral_7b_quick.yaml")
 """Configs that the task YAMLs name, where a project has its own."""

@@ -95,7 +95,8 @@ def _left_out(places: list[str]) -> str:
         return ""
     lines = "line" if places[0].isdecimal() else "at"
     named = ", ".join(places[:SHOWN]) + ", ..." * (len(places) > SHOWN)
-    return f"; {len(places)} rows without question or SQL left out ({lines} {named})"
+    rows = "row" if len(places) == 1 else "rows"
+    return f"; {len(places)} {rows} without question or SQL left out ({lines} {named})"
 
 
 def _about_database(database: Database) -> list[str]:

@@ -184,14 +184,8 @@ def _next(goal: Goal, found: Found, outlook: Outlook) -> tuple[list[tuple[str, s
         by_hand = f"fill in {FORM} (question and SQL; the column `about` is a suggestion): {rule_of_thumb()}"
         return [(f"finetune init . --data {FORM}", "goes on with it"), plan, launch], by_hand
     if outlook.problems:
-        return [
-            (
-                f"finetune data check {CONFIG}",
-                "lists every fault, to be repaired in the file you gave; then init again",
-            ),
-            plan,
-            launch,
-        ], ""
+        why = "lists every fault, to be repaired in the file you gave; then init again"
+        return [(f"finetune data check {CONFIG}", why)], ""
     if found.known is not None and found.known.revision and outlook.install_hub:
         return [
             plan,

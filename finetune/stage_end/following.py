@@ -67,14 +67,20 @@ def after_faults(config: Path) -> list[Next]:
 
 
 def after_prepare(
-    config: Path, overrides: Sequence[str], *, is_whole: Callable[[Sequence[str]], bool] = lambda _: True
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    on_gpu_only: bool,
+    is_whole: Callable[[Sequence[str]], bool] = lambda _: True,
 ) -> list[Next]:
-    """is_whole: whether the config is one with these overrides alone: its only sources may be those that were typed."""
+    """on_gpu_only: whether training refuses a CPU. is_whole: whether the config is one with these overrides alone: its only
+    sources may be those that were typed."""
     kept = _not_for_preparing_alone(overrides)
     if len(kept) < len(overrides) and not is_whole(kept):
         kept = list(overrides)
+    here = "on this machine, with an NVIDIA GPU" if on_gpu_only else "on this machine"
     return [
-        finetune("train", config, *overrides, why="on this machine"),
+        finetune("train", config, *overrides, why=here),
         finetune("plan", config, *kept, why="what it costs on each cloud GPU"),
     ]
 
@@ -162,16 +168,20 @@ def after_evaluation(run: RunFolder) -> list[Next]:
 
 def after_predictions(target: Path, folder: Path, name: str) -> list[Next]:
     """target: a run or a config. folder: of the result."""
+    from finetune.run_folder import RunFolder
+
     if target.is_dir():
-        return _with_result(target, f"{target}:{name}")
+        return _with_result(target, f"{target}:{name}", RunFolder(target).eval_predictions(name))
     other = newest_evaluated(folder.parent.parent, like=folder / "eval.json")
-    return [] if other is None else _with_result(other, str(folder))
+    return [] if other is None else _with_result(other, str(folder), folder / "eval.json")
 
 
-def _with_result(run: Path, result: str) -> list[Next]:
+def _with_result(run: Path, result: str, scores: Path) -> list[Next]:
+    """scores: the file of the result. A run that was asked a sample of its questions shares only that with it."""
     if not (run / "eval.json").is_file():
         return [finetune("evaluate", run, why="the run's own score, to compare with")]
-    return [finetune("compare", run, result, why="which is better, and whether that can be said")]
+    common = [] if _questions(run / "eval.json") == _questions(scores) else ["--common"]
+    return [finetune("compare", run, result, *common, why="which is better, and whether that can be said")]
 
 
 def after_demo(run: RunFolder) -> list[Next]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config.schema import BudgetSection, RunConfig
+from finetune.config.schema import GPU_OPTIMIZERS, BudgetSection, RunConfig
 from finetune.data.prepared import Prepared, load_prepared
 from finetune.data.prompts import PromptTemplate, dialects_of
 from finetune.data.records import Split
@@ -25,8 +25,6 @@ from finetune.training.tracking.names import check_trackers
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-GPU_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
 @dataclass(frozen=True)

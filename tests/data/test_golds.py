@@ -49,7 +49,6 @@ def test_each_kind_of_gold_query_is_flagged_with_its_place_and_used(tmp_path: Pa
     ]  # fmt: skip
     assert str(findings.flags[0]).startswith(f"{tmp_path}/records.jsonl:2: no_rows (")
     assert sum(map(len, findings.splits.values())) == 40
-    assert findings.flagged() == {flag.kind: 1 for flag in findings.flags}
 
 
 @pytest.mark.parametrize(
@@ -161,3 +160,22 @@ def test_a_table_that_is_empty_is_named_by_the_examination(tmp_path: Path) -> No
     findings = found(jsonl_source(write_jsonl(tmp_path / "records.jsonl", lines), databases=str(folder)))
     assert [(flag.line, flag.kind) for flag in findings.flags] == [(4, "empty_table")]
     assert Golds().changing(1.0) == set()
+
+
+def test_what_has_no_database_is_not_said_to_be_scored_apart(
+    tiny_config: ConfigWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(
+        tmp_path / "records.jsonl", [row(n, dialect="postgres", sql=f"SELECT NOW(), {n}") for n in range(20)]
+    )
+    sources = [{"kind": "jsonl", "path": str(path)}]
+    config = tiny_config(data={"sources": sources, "val_fraction": 0.2, "test_fraction": 0.2})
+    assert cli.main(["data", "check", str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:-1]] == [
+        "to train on, and used", "held out, and not scored for lack of a database",
+    ]  # fmt: skip
+    assert lines[-1].endswith("0 rejected")
+    assert cli.main(["data", "prepare", str(config)]) == 0
+    printed = capsys.readouterr()
+    assert "scored apart" not in printed.out + printed.err

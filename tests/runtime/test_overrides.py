@@ -44,9 +44,12 @@ def test_what_is_needed_to_prepare_alone_does_not_travel(tmp_path: Path, monkeyp
     Path("sky").mkdir()
     Path("sky/train_cheapest.yaml").write_text("envs:\n  CONFIG: run.yaml\n")
     alone = ["model.name=tokenizer", "model.revision=null"]
-    train, plan = typed(after_prepare(Path("run.yaml"), [SOURCES, *alone, "lora.r=8"]))
+    train, plan = typed(after_prepare(Path("run.yaml"), [SOURCES, *alone, "lora.r=8"], on_gpu_only=True))
     assert plan == "finetune plan run.yaml lora.r=8" and "data.sources" in train
     Path("tokenizer/model.safetensors").touch()
-    assert typed(after_prepare(Path("run.yaml"), alone))[1] == f"finetune plan run.yaml {' '.join(alone)}"
+    assert (
+        typed(after_prepare(Path("run.yaml"), alone, on_gpu_only=True))[1]
+        == f"finetune plan run.yaml {' '.join(alone)}"
+    )
     [launch] = after_plain_plan(Path("run.yaml"), [SOURCES])
     assert split_overrides(launch.words[-1].removeprefix("OVERRIDES=")) == [SOURCES]

@@ -53,6 +53,11 @@ def test_before_there_is_a_run() -> None:
     assert typed(following.after_doctor(cloud=True, missing=False)) == ["finetune plan configs/mistral_7b_qlora.yaml"]
 
 
+def test_where_training_needs_a_gpu_the_next_command_says_so() -> None:
+    whys = [following.after_prepare(CONFIG, [], on_gpu_only=only)[0].why for only in (False, True)]
+    assert whys == ["on this machine", "on this machine, with an NVIDIA GPU"]
+
+
 def test_doctor_goes_on_with_the_project_that_it_is_typed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert typed(following.after_doctor(cloud=True, missing=False)) == ["finetune init"]
@@ -61,7 +66,10 @@ def test_doctor_goes_on_with_the_project_that_it_is_typed_in(tmp_path: Path, mon
     assert typed(following.after_doctor(cloud=False, missing=False)) == ["finetune data prepare text2sql.yaml"]
     words = "configs/demo_cpu.yaml lora.r=8 'data.output_dir=a b'"
     assert typed(following.after_check(CONFIG, OVERRIDES)) == [f"finetune data prepare {words}"]
-    assert typed(following.after_prepare(CONFIG, OVERRIDES)) == [f"finetune train {words}", f"finetune plan {words}"]
+    assert typed(following.after_prepare(CONFIG, OVERRIDES, on_gpu_only=True)) == [
+        f"finetune train {words}",
+        f"finetune plan {words}",
+    ]
 
 
 def test_a_plan_is_written_then_launched_and_one_that_fits_nowhere_gets_higher_ceilings() -> None:
@@ -187,9 +195,14 @@ def test_predictions_are_compared_with_a_run(tmp_path: Path) -> None:
     run, result = run_of(tmp_path / "run", "done"), tmp_path / "predictions" / "theirs"
     assert typed(following.after_predictions(run.path, run.path, "theirs")) == [f"finetune evaluate {run.path}"]
     evaluated(run.path)
-    assert typed(following.after_predictions(run.path, run.path, "theirs")) == [
-        f"finetune compare {run.path} {run.path}:theirs"
-    ]
+    judged = run.eval_predictions("theirs")
+    judged.parent.mkdir()
+    judged.write_text(json.dumps(QUESTIONS))
+    compare = f"finetune compare {run.path} {run.path}:theirs"
+    assert typed(following.after_predictions(run.path, run.path, "theirs")) == [compare]
+    evaluated(run.path, questions=1)
+    assert typed(following.after_predictions(run.path, run.path, "theirs")) == [f"{compare} --common"], "a sample"
+    evaluated(run.path)
     assert following.after_predictions(CONFIG, result, "theirs") == []
     evaluated(result)
     assert typed(following.after_predictions(CONFIG, result, "theirs")) == [f"finetune compare {run.path} {result}"]

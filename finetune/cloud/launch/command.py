@@ -18,7 +18,7 @@ from finetune.cloud.gcloud.policy_setting import KEY, POLICY
 from finetune.errors import UserError
 from finetune.machine.price import Ceilings, parse_limit
 from finetune.runtime.files import read_text
-from finetune.runtime.installed import install_command
+from finetune.runtime.installed import in_checkout, install_command, project_files
 from finetune.runtime.yaml_file import load_yaml
 
 FOLDER_SETTINGS = ".sky.yaml"
@@ -88,7 +88,8 @@ def _read(task: Path) -> dict[str, Any]:
     try:
         content = load_yaml(read_text(task))
     except FileNotFoundError:
-        raise UserError(f"{task}: no such task file; see sky/ for ours", code="launch.no_task") from None
+        ours = "sky/" if in_checkout() else project_files() / "sky"
+        raise UserError(f"{task}: no such task file; see {ours} for ours", code="launch.no_task") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "expected one YAML document"
         raise UserError(f"{task}: not readable as a task of SkyPilot ({why})", code="launch.bad_task") from None

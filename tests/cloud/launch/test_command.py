@@ -98,9 +98,15 @@ def test_limits_are_those_of_the_task_and_of_the_options(scripts: Path) -> None:
         _ = launch_of(A100, ["--env", "MAX_HOURS=-1"], managed=False).ceilings
 
 
-def test_what_is_no_task_of_a_folder_with_the_policy_is_refused(scripts: Path, tmp_path: Path) -> None:
+def test_what_is_no_task_of_a_folder_with_the_policy_is_refused(
+    scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = tmp_path / "task.yaml"
     with raises("launch.no_task", match=r"task\.yaml: no such task file; see sky/ for ours"):
+        launch_of(task, [], managed=False)
+    monkeypatch.setattr("finetune.cloud.launch.command.in_checkout", lambda: False)
+    monkeypatch.setattr("finetune.cloud.launch.command.project_files", lambda: Path("/site-packages/finetune/project"))
+    with raises("launch.no_task", match="see /site-packages/finetune/project/sky for ours"):
         launch_of(task, [], managed=False)
     for text in ("a: [", "a: 1\n---\nb: 2\n", "- a", ""):
         task.write_text(text)

@@ -238,6 +238,8 @@ def test_only_git_ignored_files_are_not_uploaded() -> None:
         name = re.compile(re.escape(pattern.lstrip("/")).replace(r"\*", "[^/]*") + "(/|$)")
         left = [file for file in tracked if (name.match(file) if pattern[0] == "/" else name.search(file))]
         assert not left, pattern
+    wheel = ["git", "check-ignore", "--quiet", "finetune_text2sql-0.1.0-py3-none-any.whl"]
+    assert "/*.whl" in patterns and subprocess.run(wheel, cwd=ROOT).returncode == 0, "which `pip wheel .` leaves there"
 
 
 def snippets() -> Iterator[tuple[str, str]]:
