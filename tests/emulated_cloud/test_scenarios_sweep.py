@@ -97,7 +97,7 @@ def test_a_sweep(environment: CloudEnvironment, project: Path, tmp_path: Path) -
     first = environment.cloud.wait_for_machine(NAME, 180)
     sweep.wait_for_result(1)
     wait_until(
-        lambda: bool(sweep.trial(1).objects()), 120, lambda waited: f"no second trial; {sweep.diagnostics()}", every=2
+        lambda: bool(sweep.trial(1).committed()), 120, lambda waited: f"no second trial; {sweep.diagnostics()}", every=2
     )
     environment.cloud.preempt(first)
     second = environment.cloud.wait_for_machine(NAME, 300, other_than=first)
