@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import shown
+from finetune.errors import UserError, shown
 from finetune.runtime.console import typed_text
 from finetune.runtime.paths import expanded
 
@@ -56,9 +57,22 @@ def add_json(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def loaded(arguments: argparse.Namespace, file: Path | None = None) -> RunConfig:
+    """Raises UserError also for a config whose sources are beside it, and not here: its paths count from the folder in which a
+    command is typed."""
     from finetune.config.load import load_config
+    from finetune.runtime.files import kind_of
 
-    return load_config(file or arguments.config, arguments.overrides)
+    file = file or arguments.config
+    config = load_config(file, arguments.overrides)
+    folder = file.parent
+    for source in config.data.sources:
+        if kind_of(Path(source.path)) == "nothing" != kind_of(folder / source.path):
+            raise UserError(
+                f"{file}: {source.path} is in {folder}, and paths count from the folder in which you type; "
+                f"`cd {shlex.quote(str(folder))}`, and name the config {file.name}",
+                code="config.other_folder",
+            )
+    return config
 
 
 def positive(text: str) -> float:

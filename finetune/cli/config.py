@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from finetune.cli.arguments import add_command, add_config, add_json, loaded
+from finetune.cli.arguments import add_command, add_config, add_json
 from finetune.errors import EXIT_OK
 from finetune.runtime.document import print_document
 
@@ -19,10 +19,11 @@ def add(commands: Any) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from finetune.config.load import to_dict, to_yaml
+    from finetune.config.load import load_config, to_dict, to_yaml
 
+    config = load_config(arguments.config, arguments.overrides)
     if arguments.json:
-        print_document(to_dict(loaded(arguments)))
+        print_document(to_dict(config))
         return EXIT_OK
-    print(to_yaml(loaded(arguments)), end="")
+    print(to_yaml(config), end="")
     return EXIT_OK

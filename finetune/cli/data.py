@@ -61,8 +61,9 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
     counts = prepared.manifest["counts"]
     if arguments.json:
         print_document({"folder": prepared.folder, "changed": prepared.changed, **prepared.manifest})
+    told = {what: count for what, count in counts.items() if count or what != "left_out_by_max_train_records"}
     print(f"{prepared.folder}: {'written' if prepared.changed else 'unchanged'}, "
-          + ", ".join(f"{count} {split}" for split, count in counts.items()))  # fmt: skip
+          + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in told.items()))  # fmt: skip
     following = after_prepare(
         arguments.config,
         arguments.overrides,

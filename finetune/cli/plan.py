@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, add_json, path, positive
+from finetune.cli.arguments import OVERRIDES, add_command, add_json, loaded, path, positive
 from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_plain_plan, after_plan, after_written_plan
@@ -60,9 +60,7 @@ def add(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from finetune.config.load import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
+    config = loaded(arguments)
     if arguments.memory:
         if arguments.write or arguments.flex:
             raise UserError("--memory: prints its own table; omit --write and --flex", code="cli.conflicting_options")

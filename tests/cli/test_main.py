@@ -398,8 +398,8 @@ def test_data_prepare_writes_once_and_prints_the_counts(
     config = data_config(tmp_path, tiny_config, GOOD)
     assert cli.main(["data", "prepare", str(config)]) == 0
     assert capsys.readouterr().out.startswith(
-        f"{tmp_path / 'out'}: written, 6 read, 4 train, 0 val, 2 test, 0 rejected"
-    )
+        f"{tmp_path / 'out'}: written, 6 read, 4 train, 0 val, 2 test, 0 rejected\n"
+    ), "and nothing of a limit that is not set"
     assert cli.main(["data", "prepare", str(config)]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: unchanged, 6 read")
 
@@ -416,6 +416,23 @@ def test_the_plan_after_data_prepare_keeps_the_sources_that_stand_in_no_config(
     config.write_text(yaml.safe_dump(values))
     assert cli.main(command) == 0
     assert f"finetune plan {config} {shlex.quote(sources)}   (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["data", "check"], ["data", "prepare"], ["plan"], ["train"]], ids=" ".join)
+def test_a_config_whose_sources_are_beside_it_is_typed_in_its_folder(
+    command: list[str],
+    tmp_path: Path,
+    tiny_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_jsonl(tmp_path / "records.jsonl", GOOD)
+    config = tiny_config(data={"sources": [{"kind": "jsonl", "path": "records.jsonl"}], "output_dir": "out"})
+    monkeypatch.chdir(tmp_path.parent)
+    with reported("config.other_folder"):
+        cli.main([*command, str(config.relative_to(tmp_path.parent))])
+    assert f"`cd {tmp_path.name}`, and name the config {config.name}" in capsys.readouterr().err
+    assert cli.main(["config", str(config)]) == 0, "which reads none of them"
 
 
 # report
