@@ -129,7 +129,7 @@ def _notes(plan: Plan) -> list[str]:
         f"order: {', then '.join(chosen[:SHOWN])}{more}"
         if chosen
         else "order: none; every machine is refused, for the reason in its row",
-        f"ceilings: {', '.join(ceilings) or 'none'}",
+        f"ceilings: {', '.join(ceilings) or 'none (those of a task hold at its launch)'}",
         *(["cheaper, but with a price anomaly (--trust-prices accepts it):", *passed_over] if passed_over else []),
         "memory: estimated, with the settings that the run will choose (`finetune plan CONFIG --memory` shows the parts):",
         *dict.fromkeys(f"  {row.on_gpu.name}: {_step(row.on_gpu)}" for row in shown),

@@ -114,7 +114,8 @@ def test_a_plan_that_refuses_every_machine_says_so(tmp_path: Path) -> None:
 
 
 def test_without_ceilings_none_are_printed(tmp_path: Path) -> None:
-    assert "\nceilings: none\n" in render(plan_of(run_config(), priced(tmp_path, **ALL)), "c.yaml")
+    text = render(plan_of(run_config(), priced(tmp_path, **ALL)), "c.yaml")
+    assert "\nceilings: none (those of a task hold at its launch)\n" in text
 
 
 # where each figure comes from
