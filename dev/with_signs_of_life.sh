@@ -4,11 +4,12 @@
 set -uo pipefail
 folder=$1
 shift
-(
-    while sleep "${SIGN_SECONDS:-20}" >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do  # $$: this script, even if it was killed
+# Only this script holds the other end of the pipe: its end is seen at once, even if it was killed and whatever signals are ignored.
+exec 3> >(
+    while :; do
+        read -r -t "${SIGN_SECONDS:-20}"
+        [ $? -gt 128 ] || exit 0  # not a timeout
         echo "set-up: $(du -sm "$folder" 2>/dev/null | cut -f1) MB in $folder so far"
     done
-) &
-ticker=$!
-trap 'kill "$ticker" 2>/dev/null' EXIT
-"$@"
+)
+"$@" 3>&-

@@ -128,7 +128,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_rows: list[dict[str
 @pytest.fixture(scope="session")
 def write_config(tiny_model: Path, tiny_data: Path) -> ConfigWriter:
     """Call it with a folder and sections for the path of a YAML there over `tiny_model` and `tiny_data`, whose runs go to
-    folder/runs: NF4, 4 steps of 4 records, a checkpoint every 2. Session-wide; in a test use `tiny_config`."""
+    folder/runs: NF4, 4 steps of 4 records, a checkpoint every 2. Other sources are prepared in folder/prepared. Session-wide; in
+    a test use `tiny_config`."""
 
     def write(folder: Path, name: str = "tiny.yaml", **sections: dict[str, Any]) -> Path:
         values: dict[str, dict[str, Any]] = {
@@ -153,6 +154,8 @@ def write_config(tiny_model: Path, tiny_data: Path) -> ConfigWriter:
             "tracking": {"wandb": "disabled"},
             "evaluation": {"batch_size": 8, "max_new_tokens": 16},
         }
+        if "sources" in sections.get("data", {}):
+            values["data"]["output_dir"] = str(folder / "prepared")
         for section, changes in sections.items():
             values[section] = values.get(section, {}) | changes
         path = folder / name
