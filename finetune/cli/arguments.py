@@ -57,15 +57,15 @@ def add_json(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def loaded(arguments: argparse.Namespace, file: Path | None = None) -> RunConfig:
-    """Raises UserError also for a config whose sources are beside it, and not here: its paths count from the folder in which a
-    command is typed."""
+    """Raises UserError also for a config whose data are not prepared here, and whose sources are beside it: its paths count from
+    the folder in which a command is typed."""
     from finetune.config.load import load_config
     from finetune.runtime.files import kind_of
 
     file = file or arguments.config
     config = load_config(file, arguments.overrides)
     folder = file.parent
-    for source in config.data.sources:
+    for source in config.data.sources if kind_of(Path(config.data.output_dir)) == "nothing" else ():
         if kind_of(Path(source.path)) == "nothing" != kind_of(folder / source.path):
             raise UserError(
                 f"{file}: {source.path} is in {folder}, and paths count from the folder in which you type; "

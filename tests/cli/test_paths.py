@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli import config as config_command
 from finetune.cli.main import main
+from finetune.config import load
 from finetune.job.settings import read_settings
 from tests.helpers.errors import reported
 
@@ -72,13 +72,11 @@ def test_what_the_system_says_of_a_path_is_one_line(
     def fails(*_: object) -> None:
         raise OSError(number, os.strerror(number), "some/\x1bpath")
 
-    monkeypatch.setattr(config_command, "loaded", fails)
+    monkeypatch.setattr(load, "load_config", fails)
     assert main(["config", "~/run.yaml"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(r"finetune: some/\x1bpath: ") and len(said.splitlines()) == 1
-    monkeypatch.setattr(
-        config_command, "loaded", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
-    )
+    monkeypatch.setattr(load, "load_config", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError):  # a fault of the machine keeps its traceback
         main(["config", "~/run.yaml"])
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -231,8 +232,11 @@ def test_a_kill_between_the_two_files_leaves_no_old_scores_beside_new_verdicts(
     from finetune.evaluation import predictions
 
     assert judge(config, "\n".join(gold_lines(questions))) == 0
-    monkeypatch.setattr(predictions, "write_rows", lambda path, rows: os.kill(os.getpid(), 15))
-    assert judge(config, "\n".join(gold_lines(questions)), "evaluation.rule=strict") in (130, 143)
+    monkeypatch.setattr(predictions, "write_rows", lambda path, rows: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert judge(config, "\n".join(gold_lines(questions)), "evaluation.rule=strict") in (130, 143)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ignored from then on, also by what later tests start
     assert not (config.parent / "runs" / "predictions" / "theirs" / "eval.json").exists()
 
 
