@@ -23,8 +23,7 @@ from finetune.budget.attempts import METERED, PREFIXES, Account, Attempt, Line, 
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice
 from finetune.runtime import fault_injection
-from finetune.runtime.confined import remove_file
-from finetune.runtime.files import atomic_file, disk_error, names_in
+from finetune.runtime.files import atomic_file, disk_error, names_in, remove_unfinished
 
 HEARTBEAT_RETENTION_SECONDS = 600.0
 """A heartbeat replaces the previous one, except that one per this many seconds is kept: the file of a long run stays small."""
@@ -102,12 +101,9 @@ class AttemptLog:
         folder = self._ledger.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for orphan in folder.glob(
-                f".{PREFIXES[self._ledger.work]}-*.jsonl.*.tmp"
-            ):  # of attempts that were killed while writing
-                remove_file(orphan, inside=folder)
         except OSError as error:
             raise disk_error(error, folder) from error
+        remove_unfinished(folder, f"{PREFIXES[self._ledger.work]}-*.jsonl")
         with self._lock:
             self._lines[0].update({"at": _now(), METERED: round(seconds_before, 3)})
             self._write()

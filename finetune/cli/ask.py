@@ -140,9 +140,7 @@ def _ask_endpoint(arguments: argparse.Namespace) -> int:
     with sign_of_life(f"waiting for the answer of {arguments.target}"):
         sql, rows = endpoint.ask(arguments.question, served, **extra)
     if endpoint.cut:
-        own = (
-            endpoint.new_tokens == arguments.max_new_tokens
-        )  # else the server's limit, which may be lower than the wish
+        own = endpoint.new_tokens == arguments.max_new_tokens  # else the server's limit, which may be lower
         say_cut(arguments.max_new_tokens if own else None)
     sql = sql_in("", sql)
     if not arguments.json:

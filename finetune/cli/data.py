@@ -142,10 +142,10 @@ def _lines(findings: Findings, hollow: list[HollowDatabase]) -> list[str]:
 
     of_hollow = {database.db_id for database in hollow}
     flags = [flag for flag in findings.flags if flag.db_id not in of_hollow]
-    apart = findings.scored_apart()
-    scored = [flag for flag in flags if flag in apart]
+    apart = {flag.where for flag in findings.scored_apart()}
+    scored = [flag for flag in flags if flag.where in apart]
     trained = Counter(flag.kind for flag in flags if flag.split == "train")
-    unscored = Counter(flag.kind for flag in flags if flag.split != "train" and flag not in apart)
+    unscored = Counter(flag.kind for flag in flags if flag.split != "train" and flag.where not in apart)
     counted = [
         f"{what}: {tally(kinds)} (--json lists them)"
         for what, kinds in (

@@ -40,10 +40,8 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     launch = launch_of(arguments.task, arguments.options, managed=arguments.jobs)
     _renew(launch)
-    following = [
-        command.here() for command in after_launch(launch.cluster, managed=arguments.jobs)
-    ]  # as typed from here
-    os.chdir(launch.folder)  # the paths in a config are relative to it, too
+    following = [one.here() for one in after_launch(launch.cluster, managed=arguments.jobs)]
+    os.chdir(launch.folder)  # only now: the paths in a config are relative to it, those of the next commands are not
     if launch.config is not None:
         try:
             print(_plan(launch))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import math
@@ -55,10 +54,14 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
-def remove_unfinished(path: Path) -> None:
-    """Delete what writers of `path` that were killed have left beside it. Nobody else may be writing it. Raises OSError."""
-    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        remove_file(orphan, inside=path.parent)
+def remove_unfinished(folder: Path, names: str) -> None:
+    """Delete what writers that were killed have left of the files with these names, a pattern of glob. Nobody else may be writing
+    one of them. Raises UserError if the folder cannot be written."""
+    try:
+        for orphan in folder.glob(f".{names}.*.tmp"):
+            remove_file(orphan, inside=folder)
+    except OSError as error:
+        raise disk_error(error, folder) from error
 
 
 def as_text(path: Path) -> str:

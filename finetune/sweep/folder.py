@@ -26,7 +26,7 @@ from finetune.config.resume_rules import decide
 from finetune.errors import UserError, shown
 from finetune.run_folder import RunFolder
 from finetune.run_name import SWEEPS, fault_of_name
-from finetune.runtime.files import disk_error, names_in, read_json, remove_unfinished, write_json, write_text
+from finetune.runtime.files import names_in, read_json, remove_unfinished, write_json, write_text
 from finetune.runtime.typed_json import Mismatch, decode, encode
 from finetune.sweep.halving import Results
 from finetune.sweep.space import Space
@@ -138,10 +138,7 @@ class SweepFolder:
 
 def _write_once(path: Path, value: Trial | Result) -> None:
     """By the one worker that may, after those before it that were killed while they wrote."""
-    try:
-        remove_unfinished(path)
-    except OSError as error:
-        raise disk_error(error, path.parent) from error
+    remove_unfinished(path.parent, path.name)
     write_json(path, encode(value))
 
 

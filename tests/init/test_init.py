@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import chdir, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -544,22 +544,28 @@ def test_what_a_killed_init_has_left_is_removed(library: Path) -> None:
     assert not dead.exists() and alive.is_dir()
 
 
-def test_an_init_that_was_killed_while_it_moved_its_files_is_gone_on_with(
-    library: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path("shop").mkdir()
+@contextmanager
+def power_cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The block ends at the fifth file that is moved."""
     real, moved = Path.replace, []
 
-    def power_cut(path: Path, target: Path) -> Path:
+    def replace(path: Path, target: Path) -> Path:
         moved.append(path)
         if len(moved) == 5:
             raise KeyboardInterrupt
         return real(path, target)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", power_cut)
-        with pytest.raises(KeyboardInterrupt):
-            made(folder=Path("shop"), db=library)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", replace)
+        yield
+
+
+def test_an_init_that_was_killed_while_it_moved_its_files_is_gone_on_with(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("shop").mkdir()
+    with power_cut(monkeypatch):
+        made(folder=Path("shop"), db=library)
     assert made(folder=Path("shop"), db=library).kept == []
     assert Path("shop/text2sql.yaml").is_file() and Path("shop/on_machine/setup.sh").is_file()
 
@@ -568,21 +574,11 @@ def test_a_second_init_that_was_killed_while_it_moved_its_files_is_gone_on_with(
     library: Path, file: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files of the first init that are still there are no changes of the user."""
-    real, moved = Path.replace, []
-
-    def power_cut(path: Path, target: Path) -> Path:
-        moved.append(path)
-        if len(moved) == 5:
-            raise KeyboardInterrupt
-        return real(path, target)
-
     file("pairs.csv", as_csv(questions(60)))
     made(folder=Path("shop"), db=library, data="pairs.csv")
     for count in (70, 80):
         file("pairs.csv", as_csv(questions(count)))
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            moved.clear()
-            patched.setattr(Path, "replace", power_cut)
+        with power_cut(monkeypatch):
             made(folder=Path("shop"))
     assert len(read_records(Path("shop", PAIRS))) == 60, "which the marker does not name any more"
     assert made(folder=Path("shop")).kept == [] and len(read_records(Path("shop", PAIRS))) == 80
