@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,12 @@ def pinned(package: str) -> str | None:
 
 
 def write_manifest(folder: Path, manifest: Json) -> None:
-    """An object of a bucket is there as a whole when it is closed."""
+    """Written in the folder of its writer first: two that write one file at a time would leave a mixture of both on a disk that
+    is no bucket."""
     text = json.dumps({**manifest, "made": time.time()}, indent=1)
-    (folder / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+    written = folder / manifest["folder"] / f"{MANIFEST}.part"
+    written.write_text(f"{text}\n", encoding="utf-8")
+    written.replace(folder / MANIFEST)
 
 
 def new_folder(folder: Path) -> Path:
@@ -85,19 +89,25 @@ def prune(folder: Path, kept: int) -> None:
     """Deletes all but the newest whole entries of a folder of the bucket, and what a killed writer left more than a day ago."""
     whole: dict[Path, float] = {}
     for place in folder.iterdir():
-        try:
-            manifest = read_manifest(place)
-        except Damaged:
-            manifest = None
-        if manifest is None:
-            _remove_abandoned(place)
-            continue
-        whole[place] = float(manifest["made"])
-        for other in place.iterdir():
-            if other.name not in (MANIFEST, manifest["folder"]):
-                _remove_abandoned(other)
+        with suppress(FileNotFoundError):  # another machine deletes the same thing
+            _prune_entry(place, whole)
     for place in sorted(whole, key=lambda one: whole[one])[:-kept]:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _prune_entry(place: Path, whole: dict[Path, float]) -> None:
+    """Adds it to `whole` with the time when it was made, if it has a manifest."""
+    try:
+        manifest = read_manifest(place)
+    except Damaged:
+        manifest = None
+    if manifest is None:
+        _remove_abandoned(place)
+        return
+    whole[place] = float(manifest["made"])
+    for other in place.iterdir():
+        if other.name not in (MANIFEST, manifest["folder"]):
+            _remove_abandoned(other)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from on_machine.kept.hub import model_named
+from on_machine.kept.manifests import MANIFEST, new_folder, read_manifest, write_manifest
 from tests.helpers.kept_machine import DAMAGED, KEY, NOT_THERE, TREE, Machine, flip, loads, start_of_keep
 from tests.helpers.machine_fixture import ROOT
 from tests.helpers.model_hub import COMMIT, NAME, model_hub
@@ -155,6 +156,17 @@ def test_two_machines_keep_the_same_thing_at_once(first: Machine, second: Machin
     assert [writer.wait() for writer in writers] == [0, 0]
     assert second.kept("fetch-packages", second.packages, TREE)[0] == 0
     assert contents(second.home / TREE / "lib") == contents(first.home / TREE / "lib")
+
+
+def test_a_second_manifest_takes_the_place_of_the_first_as_a_whole(tmp_path: Path) -> None:
+    made = [new_folder(tmp_path), new_folder(tmp_path)]
+    write_manifest(tmp_path, {"folder": made[0].name, "files": [], "trees": ["a longer text than the second one's"]})
+    before = (tmp_path / MANIFEST).read_text()
+    with (tmp_path / MANIFEST).open() as reader:
+        write_manifest(tmp_path, {"folder": made[1].name, "files": []})
+        assert reader.read() == before, "somebody who reads meanwhile has one or the other"
+    assert (read_manifest(tmp_path) or {})["folder"] == made[1].name
+    assert not list(tmp_path.glob("*/*")), "nothing is left in the writers' folders"
 
 
 def test_what_is_kept_already_is_left_alone_and_old_environments_go(first: Machine) -> None:
