@@ -99,7 +99,8 @@ def _data_check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         document = findings.as_json()
         for found in (*document["rejections"], *document["flags"]):
-            found["text"] = in_own_file(found["text"], places)
+            found.update({name: in_own_file(found[name], places) for name in ("where", "text")})
+        document["problems"] = [in_own_file(problem, places) for problem in document["problems"]]
         print_document(document | {"too_long": lengths})
     else:
         for line in _lines(findings, hollow):

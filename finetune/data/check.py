@@ -63,8 +63,8 @@ class Findings:
             "left_out": self.left_out,
             "rejections": [
                 {
-                    "file": str(item.candidate.file), "line": item.candidate.line, "reason": item.reason,
-                    "left_out": item.reason == LEFT_OUT, "text": str(item),
+                    "where": item.candidate.where, "file": str(item.candidate.file), "line": item.candidate.line,
+                    "reason": item.reason, "left_out": item.reason == LEFT_OUT, "text": str(item),
                 }
                 for item in self.rejections
             ],

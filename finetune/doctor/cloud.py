@@ -1,4 +1,4 @@
-"""The rows of `finetune doctor --cloud`: login, quotas, bucket, and the SkyPilot of the command `sky`.
+"""The rows of `finetune doctor --cloud`: login, quotas, bucket, the command `sky` and what it needs.
 
 Google is queried through gcloud, with all calls in parallel, so it takes as long as the slowest call.
 """
@@ -31,6 +31,7 @@ from finetune.runtime.files import parse_json
 
 HOME_REGION = "us-central1"
 """Where to request quota if no region is given: it has all four GPUs (Google's page on GPU regions)."""
+COPYING = ("rsync", "ssh")
 UNREADABLE = Answer("", "an unexpected answer of gcloud", "run `gcloud info` by hand")
 NO_QUOTAS = Answer("", "Google returned none", f"run doctor again later, or look on {quota.QUOTA_PAGE}")
 
@@ -42,7 +43,7 @@ def cloud_checks(need: Need, regions: list[str] | None = None) -> list[Check]:
     """
     if need == "train":
         return gcloud_checks(need)
-    rows = [sky_program_check(need), policy_check(), sky_check_hint(), controller_check()]
+    rows = [sky_program_check(need), copying_check(need), policy_check(), sky_check_hint(), controller_check()]
     if shutil.which("gcloud") is None:
         return [*gcloud_checks(need), *rows]
     try:
@@ -224,6 +225,15 @@ def sky_program_check(need: Need) -> Check:
         return Check("sky program", "ok", "of this environment")
     advice = f"it cannot import the policy that .sky.yaml names, and refuses to launch; {activate}"
     return Check("sky program", absent("cloud", need), f"another: {_without_home(program)}", "", advice)
+
+
+def copying_check(need: Need) -> Check:
+    """The programs with which SkyPilot copies this folder to the machine; without them it refuses to launch."""
+    name, lacking = " and ".join(COPYING), [program for program in COPYING if shutil.which(program) is None]
+    if not lacking:
+        return Check(name, "ok", "on PATH")
+    advice = "SkyPilot copies this folder to the machine with them: install the packages rsync and openssh-client"
+    return Check(name, absent("cloud", need), f"not on PATH: {', '.join(lacking)}", "", advice)
 
 
 def policy_check() -> Check:

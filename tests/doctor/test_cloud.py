@@ -81,8 +81,9 @@ def gcloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gcloud:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(programs))
-    (programs / "gcloud").write_text(STAND_IN)
-    (programs / "gcloud").chmod(0o755)
+    for name in ("gcloud", "rsync", "ssh"):
+        (programs / name).write_text(STAND_IN)
+        (programs / name).chmod(0o755)
 
     def change(seconds: float = 0, **answers: str | tuple[str, str]) -> Path:
         names = {
@@ -329,6 +330,13 @@ def test_sky_must_be_the_one_of_this_environment(gcloud: Gcloud, monkeypatch: py
     other.symlink_to(Path(sysconfig.get_path("scripts")) / "pytest")  # as pipx and uv link programs
     assert sky_program_check("cloud").status == "ok"
     assert sky_program_check("train").status == "ok"
+
+
+def test_a_launch_needs_the_programs_that_skypilot_copies_with(gcloud: Gcloud) -> None:
+    assert rows()["rsync and ssh"].status == "ok"
+    (gcloud() / "rsync").unlink()
+    found = rows()["rsync and ssh"]
+    assert (found.status, found.found) == ("missing", "not on PATH: rsync") and "install" in found.advice
 
 
 def test_the_jobs_controller_costs_money_unless_the_config_says_otherwise(tmp_path: Path) -> None:

@@ -641,7 +641,8 @@ def test_data_check_leads_to_the_file_that_the_pairs_were_made_of(library: Path,
         assert f"finetune init . --data {given} --yes" in printed.err
         assert main(["data", "check", "text2sql.yaml", TINY, "--json"]) == 1
         [rejected] = json.loads(capsys.readouterr().out)["rejections"]
-        assert rejected["text"].startswith(f"{given}:62: ") and (rejected["file"], rejected["line"]) == (PAIRS, 61)
+        assert rejected["where"] == f"{given}:62" and rejected["text"].startswith(f"{given}:62: ")
+        assert (rejected["file"], rejected["line"]) == (PAIRS, 61)
         with Path("data/pairs.jsonl").open("a") as pairs:
             pairs.write("\n")
         assert main(["data", "check", "text2sql.yaml", TINY]) == 1

@@ -22,6 +22,7 @@ SECONDS = 1.0
 FORBIDDEN = 403
 NEEDED = tuple(f"storage.objects.{verb}" for verb in ("list", "get", "create", "delete"))
 """Permissions that a run needs to save its checkpoints."""
+TO_COME = {False: ", to be created", None: ", to be created unless it exists: Google gave no answer"}
 
 
 def fill_bucket(task: Any, say: Any) -> None:
@@ -40,14 +41,14 @@ def fill_bucket(task: Any, say: Any) -> None:
     name = next((one.name for one in mounts if one.name not in ("", DERIVED)), None) or bucket_name(local_login())
     is_there = _is_there(name)  # asked at every launch: finds an expired login before anything starts
     known = global_user_state.get_handle_from_storage_name(name) is not None
-    by_address = is_there and not known
+    by_address = bool(is_there) and not known
     for storage in mounts:
         if by_address:
             storage.name, storage.source = None, f"gs://{name}"
         else:
             storage.name = name
     task.update_envs({VARIABLE: name})
-    say(f"finetune: bucket gs://{name}" + ("" if known or by_address else ", to be created"))
+    say(f"finetune: bucket gs://{name}" + ("" if known or by_address else TO_COME[is_there]))
 
 
 def holds(name: str, path: str) -> bool:
@@ -59,16 +60,16 @@ def holds(name: str, path: str) -> bool:
 
 @dataclass
 class _Answer:
-    """Google's answer about a bucket so far. lacking: the missing ones of NEEDED; error: raised by one of several libraries."""
+    """Google's answer about a bucket so far. is_there: None before there is one; lacking: the missing ones of NEEDED; error:
+    raised by one of several libraries."""
 
-    is_there: bool = False
+    is_there: bool | None = None
     lacking: list[str] = field(default_factory=list)
     error: Exception | None = None
 
 
-def _is_there(name: str) -> bool:
-    """Whether the bucket exists. Also False if Google does not answer within SECONDS: SkyPilot asks again, and reports the
-    problem."""
+def _is_there(name: str) -> bool | None:
+    """Whether the bucket exists. None if Google does not answer within SECONDS: SkyPilot asks again, and reports the problem."""
     from google.auth.exceptions import RefreshError
 
     answer = _ask(name)

@@ -176,6 +176,7 @@ def test_the_bucket_gets_its_name_and_the_secrets_come_from_the_environment(work
     assert "key-of-the-laptop" not in json.dumps(answer["sent"]["envs"]) + answer["printed"]
     own = ask(worker, T4, ENVS | {"BUCKET": "my-own-bucket"}, file_mounts=mount)
     assert own["sent"]["file_mounts"]["/bucket"]["name"] == "my-own-bucket"
+    assert "gs://my-own-bucket, to be created unless it exists: Google gave no answer" in own["printed"]
 
 
 def test_a_run_above_its_budget_gets_a_warning(worker: SkyWorker) -> None:
@@ -275,6 +276,7 @@ def test_without_a_login_the_bucket_cannot_be_named(tmp_path: Path) -> None:
 
 def test_a_bucket_created_on_another_computer_is_mounted_by_its_address(tmp_path: Path) -> None:
     """By name SkyPilot refuses a bucket that it did not create itself."""
+    told = False
     with bucket_stand_in() as (buckets, variables):
         for computer, mounted in (("first", {"name": "finetune-text2sql-test-you"}),
                                   ("second", {"source": "gs://finetune-text2sql-test-you"})):  # fmt: skip
@@ -287,6 +289,9 @@ def test_a_bucket_created_on_another_computer_is_mounted_by_its_address(tmp_path
                     answer = worker.ask("launch", ROOT / "sky" / "train_t4.yaml", policy=POLICY, stocked_out=[])
                     assert answer["launched"], answer
                     assert answer["sent"]["file_mounts"]["/bucket"].items() >= mounted.items()
+                    created = "bucket gs://finetune-text2sql-test-you, to be created\n" in answer["printed"]
+                    assert created == (not told), "said once, of the bucket that is not there"
+                    told = True
         assert list(buckets.made) == ["finetune-text2sql-test-you"]
 
 
