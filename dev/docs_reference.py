@@ -194,13 +194,13 @@ def cli_reference() -> str:
 
 
 def commands(parser: argparse.ArgumentParser, words: str = "finetune") -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Every command that does something, with its parser."""
+    """Every command that does something, with its parser, but not old names, which `--help` does not list either."""
     subs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not subs or words == "finetune":
         yield words, parser
     for action in subs:
-        for name, sub in action.choices.items():
-            yield from commands(sub, f"{words} {name}")
+        for listed in action._choices_actions:
+            yield from commands(action.choices[listed.dest], f"{words} {listed.dest}")
 
 
 def _command(words: str, parser: argparse.ArgumentParser) -> list[str]:

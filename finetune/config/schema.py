@@ -125,7 +125,7 @@ class CheckpointSection:
 @dataclass
 class BudgetSection:
     usd_per_hour: float | None = None  # price of the whole machine; machines launched by SkyPilot know their own
-    max_run_usd: float | None = None  # needs a price
+    max_run_usd: float | None = None  # US dollars, all attempts together, with the score; needs a price
     max_hours: float | None = None  # billed time of all attempts together, with boot and set-up of a cloud machine
 
 
@@ -151,7 +151,7 @@ class PlanSection:
 
 @dataclass
 class TrackingSection:
-    to: list[str] | None = None  # some of TRACKERS, [] for none; null: tensorboard, and W&B as the next key says
+    to: list[str] | None = None  # some of tensorboard, wandb, mlflow, trackio; []: none; null: tensorboard, and W&B if it is on
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is found
     wandb_project: str = "text2sql"
     project: str | None = None  # MLflow's experiment and Trackio's project; null: as wandb_project
@@ -173,8 +173,8 @@ class EvaluationSection:
     batch_size: int = 16
     max_new_tokens: int = 256
     samples: int = 1  # answers drawn for each question besides the greedy one, and put to a vote; 1: none
-    temperature: float = 0.8  # of those; lower: more alike
-    seed: int = 42  # of those
+    temperature: float = 0.8  # of the drawn answers; lower: more alike
+    seed: int = 42  # of the drawn answers
     retries: int = 0  # how often a question whose SQL does not run is asked again, with the error message
     timeout_seconds: float = 10.0  # for one SQL query
     max_memory_mib: int = 512  # of the process that runs SQL queries
@@ -188,7 +188,7 @@ class EvaluationSection:
         "test_suite"  # when two results are considered equal; eval.json holds the scores under all of them
     )
     dequantize: bool | Literal["auto"] = (
-        "auto"  # 4-bit weights, once: same results, faster, more memory; auto: on a GPU, if the memory suffices
+        "auto"  # unpack 4-bit weights once, when they are loaded: same results, faster, more memory; auto: on a GPU with room
     )
 
 
