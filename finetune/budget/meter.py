@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from finetune.budget.attempts import Account, Attempt
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
-from finetune.runtime.quantities import duration
+from finetune.runtime.quantities import duration, usd_text
 
 MAX_RESTART_RESERVE_SECONDS = 900.0
 """Upper bound of the restart reserve. If a start took longer, its machine stood idle before it; a recovery does not do that."""
@@ -195,11 +195,11 @@ class Meter:
     def _text(self, usd: float | None, left: float) -> str:
         parts = []
         if usd is not None:
-            limit = "" if self.ceilings.run_usd is None else f" of ${self.ceilings.run_usd:.2f}"
+            limit = "" if self.ceilings.run_usd is None else f" of {usd_text(self.ceilings.run_usd)}"
             now = self._in_force
             since = f" from {now.since / 3600:.2f} h on" if now and now.since else ""
             price = f" x ${now.price.usd_per_hour:g}/h{since}, {now.price.basis}" if now else ""
-            parts.append(f"${usd:.2f}{limit} (measured hours{price})")
+            parts.append(f"{usd_text(usd)}{limit} (measured hours{price})")
         if usd is None or self.ceilings.hours is not None:
             limit = "" if self.ceilings.hours is None else f" of {self.ceilings.hours:g} h"
             parts.append(f"{self._hours():.2f}{limit or ' h'} (measured)")

@@ -21,6 +21,7 @@ from finetune.machine.price import Ceilings, MachinePrice, dearest_usd_per_hour,
 from finetune.run_folder import RunFolder
 from finetune.runtime import distributed, process_group
 from finetune.runtime.console import say
+from finetune.runtime.quantities import usd_text
 from finetune.runtime.stop_request import NOTICE_SECONDS, Stop
 
 MIN_MINUTES = 1.0
@@ -219,9 +220,9 @@ class FirstRankBudget:
         if usage.usd is None:
             return ""
         ceiling, projected = usage.ceilings.run_usd, self._projected()
-        parts = [f"${usage.usd:.2f}" + (f" of ${ceiling:.2f}" if ceiling else "")]
+        parts = [usd_text(usage.usd) + (f" of {usd_text(ceiling)}" if ceiling else "")]
         if projected is not None:
-            parts.append(f"${projected:.2f} at the end (est.)")
+            parts.append(f"{usd_text(projected)} at the end (est.)")
         return ", ".join(parts)
 
     def record(self, reason: str | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from finetune.models.weight_files import model_folder
 from finetune.run_record import RunRecord
 from finetune.runtime.console import one_line
 from finetune.runtime.files import load_json, read_text
+from finetune.runtime.quantities import usd_text
 
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md", "COPYING")
 _BASE_WORDS = {
@@ -185,7 +186,7 @@ def _cost(record: RunRecord) -> str:
         return "unknown, since the machine had no price"
     hours = f" for {spent.hours:.2f} hours of all attempts" if spent.hours is not None else ""
     basis = f" ({spent.basis})" if spent.basis else ""
-    return f"${spent.usd:.2f} of training{hours}{basis}"
+    return f"{usd_text(spent.usd)} of training{hours}{basis}"
 
 
 def _limits(model: Model, kind: str) -> str:

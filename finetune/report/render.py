@@ -36,6 +36,7 @@ from finetune.report.source import (
 )
 from finetune.report.trained_databases import marked, trained_databases
 from finetune.runtime.files import write_json, write_text
+from finetune.runtime.quantities import usd_text
 from finetune.runtime.typed_json import encode
 
 WILSON = "right answers with their 95% intervals over questions (Wilson)"
@@ -134,7 +135,7 @@ def tiles(source: Source, summary: Json) -> list[Tile]:
         Tile("Training time", figure("minutes", "{:,.1f} min"), trained, "measured"),
         Tile("Throughput", figure("tokens_per_second", "{:,.0f} tokens/s"), "without padding", "measured"),
         Tile("Peak memory", figure("peak_memory_gib", "{:.2f} GiB"), memory, "measured"),
-        Tile("Cost", figure("spent_usd", "${:,.2f}"), price, "estimated"),
+        Tile("Cost", "" if summary["spent_usd"] is None else usd_text(summary["spent_usd"]), price, "estimated"),
     ]
     return [tile if tile.value else replace(tile, value="unknown", basis="unknown") for tile in found]
 

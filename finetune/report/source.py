@@ -14,6 +14,7 @@ from finetune.errors import UserError
 from finetune.run_record import AttemptRecord, MemoryRecord, RunRecord, UsageRecord, read_record
 from finetune.runtime.confined import within
 from finetune.runtime.files import read_json
+from finetune.runtime.quantities import hours_text, usd_text
 from finetune.runtime.typed_json import LARGEST
 
 Json = dict[str, Any]
@@ -207,15 +208,15 @@ def budget_lines(run: RunRecord) -> list[tuple[str, str]]:
     lines = []
     spending = run.spending or UsageRecord()
     for label, spent, ceiling, form in (
-        ("Dollars", finite(spending.usd), finite(spending.ceiling_usd), "${:,.2f}"),
-        ("Hours", finite(spending.hours), finite(spending.ceiling_hours), "{:,.2f} h"),
+        ("Dollars", finite(spending.usd), finite(spending.ceiling_usd), usd_text),
+        ("Hours", finite(spending.hours), finite(spending.ceiling_hours), hours_text),
     ):
         if spent is not None:
-            of = f"of {form.format(ceiling)} ({spent / ceiling:.0%})" if ceiling else "no ceiling"
-            lines.append((label, f"{form.format(spent)} spent, {of}"))
+            of = f"of {form(ceiling)} ({spent / ceiling:.0%})" if ceiling else "no ceiling"
+            lines.append((label, f"{form(spent)} spent, {of}"))
     projected = finite(spending.projected_usd)
     if projected is not None:
-        lines.append(("Projected", f"${projected:,.2f} for the whole run (estimated)"))
+        lines.append(("Projected", f"{usd_text(projected)} for the whole run (estimated)"))
     return [*lines, ("Basis", spending.basis)] if lines and spending.basis else lines
 
 
@@ -251,8 +252,8 @@ def _attempt(entry: AttemptRecord) -> AttemptRow:
         zone=_or_dash(entry.zone),
         steps=" to ".join(_or_dash(step) for step in steps) if any(step is not None for step in steps) else UNKNOWN,
         hours=figure(entry.hours, "{:,.2f}"),
-        price=figure(entry.usd_per_hour, "${:,.2f}"),
-        usd=figure(entry.usd, "${:,.2f}"),
+        price=dollars(entry.usd_per_hour),
+        usd=dollars(entry.usd),
         end=_or_dash(entry.reason),
     )
 
@@ -263,6 +264,10 @@ def _or_dash(value: Any) -> str:
 
 def figure(value: float | None, form: str) -> str:
     return UNKNOWN if finite(value) is None else form.format(value)
+
+
+def dollars(usd: float | None) -> str:
+    return UNKNOWN if usd is None or finite(usd) is None else usd_text(usd)
 
 
 def rows_file(run_dir: Path, name: str, rows: Any, command: str) -> Path | None:

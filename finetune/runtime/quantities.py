@@ -4,8 +4,12 @@ from __future__ import annotations
 
 
 def usd_text(usd: float) -> str:
-    """Dollars with two digits that say something, also for a thousandth of a cent."""
-    return f"${usd:,.2f}" if usd >= 1 or not usd else f"${usd:.2g}" if usd >= 0.0001 else f"${usd:.1e}"
+    """Dollars with two digits that say something, also for a thousandth of a cent. scatter.js of the runs page has the same."""
+    return f"${usd:,.2f}" if usd >= 0.1 or not usd else f"${usd:.2g}" if usd >= 0.0001 else f"${usd:.1e}"
+
+
+def hours_text(hours: float) -> str:
+    return f"{hours:,.2f} h"
 
 
 def duration(seconds: float) -> str:

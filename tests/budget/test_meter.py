@@ -39,6 +39,7 @@ def test_usage_counts_every_attempt_with_the_time_since_the_last_heartbeat(run: 
         (None, None, None, "0.50 h (measured), no ceiling", None),
         (None, None, 1.0, "0.50 of 1 h (measured), 30.0 min left", 1800),
         (2.0, None, None, "$1.00 (measured hours x $2/h, catalog of 2026-11-20), no ceiling", None),
+        (0.008, 0.01, None, "$0.004 of $0.01 (measured hours x $0.008/h, catalog of 2026-11-20), 45.0 min left", 2700),
         (2.0, 1.5, None, "$1.00 of $1.50 (measured hours x $2/h, catalog of 2026-11-20), 15.0 min left", 900),
         (2.0, 0.5, None, "$1.00 of $0.50 (measured hours x $2/h, catalog of 2026-11-20), 0 s left", -900),
         (2.0, 10.0, 0.51, "$1.00 of $10.00 (measured hours x $2/h, catalog of 2026-11-20), 0.50 of 0.51 h (measured), "

@@ -38,6 +38,13 @@ def follows(budget: RunBudget, done: int, planned: int, seconds: float) -> None:
     budget.follow(lambda: (done, planned), lambda: seconds)
 
 
+def test_small_dollars_are_no_zeros(tmp_path: Path, clock: FakeClock) -> None:
+    first = Ledger(tmp_path / "ledger").new_attempt(1, machine={}, price=MachinePrice(0.0144, "b"), resumed_step=None)
+    first.begin(1000.0)
+    first.end(1000.0, "preempted", 10)
+    assert open_in(tmp_path, attempt=2, step=10).short() == "$0.004 of $2.00"
+
+
 def test_the_first_rank_reports_what_the_run_has_cost_and_will_cost(tmp_path: Path, clock: FakeClock) -> None:
     first = Ledger(tmp_path / "ledger").new_attempt(1, machine={}, price=MachinePrice(1.8, "b"), resumed_step=None)
     first.begin(1000.0)

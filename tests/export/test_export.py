@@ -439,5 +439,5 @@ def test_a_folder_that_is_neither_a_run_nor_an_export(tmp_path: Path) -> None:
 def test_the_card_says_what_is_not_known(exported: dict[str, Path]) -> None:
     card = (exported["merged"] / "README.md").read_text()
     assert "licence: unknown" in card and "one database: nothing can be said" in card
-    assert re.search(r"cost: \$\d+\.\d\d of training for 0\.\d\d hours of all attempts \(.*measured", card)
+    assert re.search(r"cost: \$\d+\.\d+ of training for 0\.\d\d hours of all attempts \(.*measured", card)
     assert "6 steps" in card and "LoRA r=4, alpha=8" in card

@@ -160,6 +160,22 @@ def test_every_attempt_has_a_row_and_the_total_is_shown_with_its_ceiling(tmp_pat
         assert f"{what}{figures}" in re.sub(r"\n", "", html) and f"- {what}: {figures}\n" in markdown
 
 
+def test_small_dollars_are_no_zeros(tmp_path: Path) -> None:
+    usage = {"usd": 0.004, "ceiling_usd": 0.02, "projected_usd": 0.0123}
+    run_dir = build_run(
+        tmp_path / "cheap", spent_usd=0.004, spending=usage, attempt_log=[{"usd": 0.004, "usd_per_hour": 0.03}]
+    )
+    write_report(run_dir)
+    html, markdown = pages(run_dir)
+    assert "| Cost | **$0.004** |" in markdown and "$0.00 " not in html + markdown
+    for what, figures in (
+        ("Dollars", "$0.004 spent, of $0.02 (20%)"),
+        ("Projected", "$0.012 for the whole run (estimated)"),
+    ):
+        assert f"{what}{figures}" in re.sub(r"\n", "", html) and f"- {what}: {figures}\n" in markdown
+    assert table((run_dir / "report.html").read_text(encoding="utf-8"))[0][6:8] == ["$0.03", "$0.004"]
+
+
 @pytest.mark.parametrize(
     "values", [{}, {"spending": None, "attempt_log": []}, {"spending": {"usd": None, "basis": "none"}}]
 )
