@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +31,8 @@ class Attempt:
     seconds: on the meter. price: of its machine, the newest one; None if it has none. It counts from `priced_from` on; the
     seconds before cost `usd_before`. step: the last one recorded. reason: why it ended; None while it runs, or if it was killed.
     seconds_before: the part of `seconds` before it began (boot, set-up). set_up: its parts, of the first attempt on a machine,
-    once it has done a step. preempted: whether Google announced that it takes the machine back. problems: what in the file
-    cannot be used.
+    once it has done a step. preempted: whether Google announced that it takes the machine back. heard_at: when its machine wrote
+    the newest line, in seconds since the epoch. problems: what in the file cannot be used.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Attempt:
     priced_from: float = 0.0
     set_up: set_up.SetUp | None = None
     preempted: bool = False
+    heard_at: float | None = None
 
     @property
     def name(self) -> str:
@@ -152,6 +154,7 @@ def attempt_of(number: int, name: str, lines: list[Line], problems: tuple[str, .
         priced_from=priced_from,
         set_up=set_up.from_line(stepped),
         preempted=any(line["event"] == PREEMPTED for line in lines),
+        heard_at=max((time for line in lines if (time := _time(line.get("at"))) is not None), default=None),
     )
 
 
@@ -182,6 +185,13 @@ def _line(row: str) -> Line | None:
 
 def _seconds(line: Line) -> float | None:
     return _number(line.get(METERED), MOST_SECONDS)
+
+
+def _time(value: Any) -> float | None:
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 def _step(value: Any) -> int | None:

@@ -177,5 +177,5 @@ def _plain(fact: Any) -> Any:
 
 
 def _now() -> str:
-    """For the reader; nothing is computed from it."""
+    """For the reader, and for what says whether a machine is still at it; no dollars are computed from it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -11,45 +11,61 @@ from typing import Any
 
 from finetune.budget.attempts import Account, Attempt
 from finetune.budget.ledger import Ledger
-from finetune.report.source import Json, dig, finite, number
+from finetune.errors import UserError
+from finetune.report.source import Json, dig, finite, number, read_evaluation
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord, UsageRecord
 from finetune.runtime.console import visible
-from finetune.runtime.files import load_json
-from finetune.runtime.quantities import duration
+from finetune.runtime.quantities import duration, hours_text, usd_text
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40
 MOST_ATTEMPTS = 6
 QUIET_SECONDS = 600.0
-"""A run that says it is running and has written nothing for so long may be gone: training writes at every log."""
+"""A run that says it is running and has written nothing for so long may be gone: training writes at every log, and every attempt
+a heartbeat each 30 s."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A look at a run. seconds_ago: since run.json was last written, as far as this computer knows."""
+    """A look at a run. seconds_ago: since run.json was last written, as far as this computer knows. live: the attempts that are
+    still at it. problems: what could not be read or counted, one line each."""
 
     run: RunRecord
     account: Account
     evaluation: Json
     seconds_ago: float | None
+    live: tuple[Attempt, ...]
+    problems: tuple[str, ...]
 
 
 def look(folder: Path, now: float) -> Watched:
     """now: seconds since the epoch. Raises UserError if run.json is missing or damaged."""
     run = RunFolder(folder)
-    record = run.record()
+    record, account = run.record(), Ledger(run.ledger).account()
+    problems = account.problems
     try:
-        evaluation = load_json(run.eval_json)
-    except (OSError, ValueError):  # not there, or being written
-        evaluation = {}
+        evaluation = read_evaluation(folder)
+    except UserError as error:
+        evaluation, problems = {}, (*problems, str(error))
     written = run.run_json.stat().st_mtime
-    return Watched(
-        record,
-        Ledger(run.ledger).account(),
-        evaluation if isinstance(evaluation, dict) else {},
-        max(0.0, now - written),
+    return Watched(record, account, evaluation, max(0.0, now - written), _live(record, account, now), problems)
+
+
+def _live(run: RunRecord, account: Account, now: float) -> tuple[Attempt, ...]:
+    """Of each work the last attempt, if it is still at it. Of training run.json says that; of a score, which it knows nothing of,
+    the heartbeats do, by the time inside the file: a copy of the folder may have lost the file's own."""
+    last = {attempt.work: attempt for attempt in account.attempts}.values()
+    return tuple(
+        attempt
+        for attempt in last
+        if attempt.reason is None
+        and (run.status == "running" if attempt.work == "train" else _is_heard_of(attempt, now))
     )
+
+
+def _is_heard_of(attempt: Attempt, now: float) -> bool:
+    return attempt.heard_at is not None and now - attempt.heard_at < QUIET_SECONDS
 
 
 def lines(seen: Watched, most: int = MOST_ATTEMPTS) -> list[tuple[str, str]]:
@@ -65,9 +81,10 @@ def lines(seen: Watched, most: int = MOST_ATTEMPTS) -> list[tuple[str, str]]:
     parts.add("hours", _of_ceiling(seen, "hours"))
     parts.add("score", _score(seen.evaluation))
     parts.add("attempts", _attempts(seen, most))
-    for attempt in seen.account.attempts[-most:]:
-        parts.add(attempt.name, _attempt(attempt, live=attempt is _live(seen)))
-    for problem in seen.account.problems:
+    begun = sorted(seen.account.attempts, key=lambda attempt: attempt.began_at or "unknown")
+    for attempt in begun[-most:]:
+        parts.add(attempt.name, _attempt(attempt, live=attempt in seen.live))
+    for problem in seen.problems:
         parts.add("problem", problem)
     return parts.found
 
@@ -99,7 +116,7 @@ def as_json(seen: Watched) -> dict[str, Any]:
         "attempts": [_attempt_json(attempt) for attempt in seen.account.attempts],
         "accuracy": number(seen.evaluation, "models.tuned.execution_accuracy"),
         "base_accuracy": number(seen.evaluation, "models.base.execution_accuracy"),
-        "problems": list(seen.account.problems),
+        "problems": list(seen.problems),
         "basis": {
             "tokens_per_second": "measured", "peak_memory_gib": "measured", "hours": "measured", "seconds_left": "estimated",
             "usd": "measured seconds x the machine's price", "projected_usd": "estimated",
@@ -179,14 +196,14 @@ def _of_ceiling(seen: Watched, what: str) -> str:
     spent = getattr(seen.account, what) if seen.account.attempts else getattr(spending, what)
     if finite(spent) is None:
         return ""
-    form = "${:,.2f}" if what == "usd" else "{:,.2f} h"
-    text = form.format(spent)
+    form = usd_text if what == "usd" else hours_text
+    text = form(spent)
     ceiling = finite(getattr(spending, f"ceiling_{what}"))
     if ceiling:
-        text = f"{bar(spent / ceiling)} {text} of {form.format(ceiling)}"
+        text = f"{bar(spent / ceiling)} {text} of {form(ceiling)}"
     projected = finite(spending.projected_usd) if what == "usd" else None
     if projected is not None and seen.run.status == "running":
-        text += f", ${projected:,.2f} at the end (estimated)"
+        text += f", {usd_text(projected)} at the end (estimated)"
         if ceiling and projected > ceiling:
             text += ": it will stop at the ceiling"
     return f"{text}{' (measured seconds x price of the machine)' if what == 'usd' else ' (measured)'}"
@@ -198,19 +215,13 @@ def _score(evaluation: Json) -> str:
         return ""
     interval = dig(evaluation, "models.tuned.execution_accuracy_interval95")
     text = f"{tuned:.1%}"
-    if isinstance(interval, list) and len(interval) == 2:
+    if interval:
         text += f" (95% interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} over questions)"
     return text if base is None else f"{text}, {base:.1%} before training"
 
 
-def _live(seen: Watched) -> Attempt | None:
-    """The attempt that has not ended, if the run is said to be running."""
-    last = seen.account.attempts[-1] if seen.account.attempts else None
-    return last if last is not None and last.reason is None and seen.run.status == "running" else None
-
-
 def _without_notice(seen: Watched) -> list[Attempt]:
-    return [attempt for attempt in seen.account.attempts if attempt.reason is None and attempt is not _live(seen)]
+    return [attempt for attempt in seen.account.attempts if attempt.reason is None and attempt not in seen.live]
 
 
 def _attempts(seen: Watched, most: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.budget.attempts import Work
 from finetune.budget.ledger import Ledger
 from finetune.cli.main import main
 from finetune.machine.price import MachinePrice
@@ -96,6 +98,57 @@ def test_preemptions_that_google_announced_are_counted(run: Path) -> None:
     assert (found["preemptions"], found["ended_without_notice"], len(found["attempts"])) == (2, 4, 8)
 
 
+def attempt(run: Path, work: Work, number: int, *, ended: str | None = None) -> None:
+    log = Ledger(run / "ledger", work).new_attempt(number, machine={}, price=None, resumed_step=0)
+    log.begin(0.0)
+    log.heartbeat(60.0, None)
+    if ended:
+        log.end(60.0, ended, None)
+
+
+def test_a_run_that_was_resumed_after_its_score_is_running(run: Path) -> None:
+    change(run / "run.json", status="running")
+    attempt(run, "train", 1)
+    attempt(run, "evaluate", 1, ended="done")
+    attempt(run, "train", 2)
+    shown = said(run)
+    assert shown["attempt 2"].endswith(": running") and shown["evaluation 1"].endswith(": done")
+    assert shown["attempt 1"].endswith(": ended without notice") and shown["attempts"] == "3, 1 ended without notice"
+    assert as_json(look(run, time.time()))["ended_without_notice"] == 1
+
+
+def test_a_score_in_the_making_is_running_as_long_as_it_is_heard_of(run: Path) -> None:
+    attempt(run, "train", 1, ended="done")
+    for number in (1, 2):
+        attempt(run, "evaluate", number)
+    shown = said(run)
+    assert shown["evaluation 1"].endswith(": ended without notice") and shown["evaluation 2"].endswith(": running")
+    assert shown["attempts"] == "3, 1 ended without notice"
+    for path in (run / "ledger").iterdir():
+        os.utime(path, (time.time() + 3600, time.time() + 3600))  # as in a copy of the folder
+    assert said(run, time.time() + 1200)["evaluation 2"].endswith(": ended without notice")
+    path = run / "ledger/evaluation-002.jsonl"
+    for damaged in ("null", "3", '"soon"', '"0001-01-01"'):
+        path.write_text(re.sub(r'"at": "[^"]*"', f'"at": {damaged}', path.read_text()))
+        assert said(run)["evaluation 2"].endswith(": ended without notice")
+
+
+def test_the_attempts_are_in_the_order_of_their_beginnings(run: Path) -> None:
+    change(run / "run.json", status="running")
+    for number in range(1, 8):
+        attempt(run, "evaluate", number, ended="done")
+    attempt(run, "train", 1)
+    path = run / "ledger/attempt-001.jsonl"
+    path.write_text(path.read_text().replace('"at": "20', '"at": "21'))
+    shown = list(said(run))
+    assert shown[shown.index("attempts") + 1 :] == [*(f"evaluation {number}" for number in range(3, 8)), "attempt 1"]
+
+
+def test_small_dollars_are_no_zeros(run: Path) -> None:
+    change(run / "run.json", status="running", spending={"usd": 0.004, "ceiling_usd": 0.01, "projected_usd": 0.0067})
+    assert "$0.004 of $0.01, $0.0067 at the end" in said(run)["dollars"]
+
+
 def test_a_run_that_is_done_has_its_score(run: Path) -> None:
     shown = said(run)
     tuned = json.loads((run / "eval.json").read_text())["models"]["tuned"]
@@ -112,9 +165,20 @@ def test_a_run_that_says_nothing_any_more_may_be_gone(run: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"models": {"tuned": 3}}', '{"models": {"tuned": {"execution_accuracy": "x"}}}']
 )
-def test_an_eval_json_that_is_being_written_is_no_score(run: Path, content: str) -> None:
+def test_a_damaged_eval_json_is_a_problem_and_no_score(run: Path, content: str) -> None:
     (run / "eval.json").write_text(content)
-    assert "score" not in said(run)
+    shown = said(run)
+    assert (
+        "score" not in shown and str(run / "eval.json") in shown["problem"] and "finetune evaluate" in shown["problem"]
+    )
+    assert as_json(look(run, time.time()))["problems"] == [shown["problem"]]
+
+
+def test_an_interval_that_is_none_is_a_problem(run: Path) -> None:
+    evaluation = json.loads((run / "eval.json").read_text())
+    evaluation["models"]["tuned"]["execution_accuracy_interval95"] = [None, None]
+    (run / "eval.json").write_text(json.dumps(evaluation))
+    assert "execution_accuracy_interval95 that is not a pair of numbers" in said(run)["problem"]
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
