@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from finetune.budget.ledger import Ledger
 from finetune.errors import UserError
-from finetune.report.source import UNKNOWN, Json, dig, figure, number, read_evaluation
+from finetune.report.source import UNKNOWN, Json, dig, dollars, figure, number, read_evaluation
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord, read_record
 from finetune.runtime.console import visible
@@ -32,7 +32,7 @@ class RunRow:
 
     accuracy, base_accuracy: shares of the questions. interval: 95%, over questions. hours, usd: of all attempts and scores, from
     the ledger: measured seconds times the price of the machine. usd_per_point: US dollars a point (1% of the questions) gained.
-    problem: what could not be read.
+    problem: what could not be read, or is not in the hours and dollars.
     """
 
     name: str
@@ -86,7 +86,7 @@ def in_order(rows: Sequence[RunRow], key: SortKey) -> list[RunRow]:
 
 
 def table(rows: Sequence[RunRow]) -> list[str]:
-    """The rows as aligned lines, and below them what could not be read and what the columns are."""
+    """The rows as aligned lines, and below them what is wrong with them and what the columns are."""
     if not rows:
         return ["no runs"]
     lines = aligned([HEAD, *(_cells(row) for row in rows)], "llllrrrrrl")
@@ -100,12 +100,15 @@ def table(rows: Sequence[RunRow]) -> list[str]:
 
 
 def _row(run: RunFolder) -> RunRow:
-    row, problems = RunRow(run.path.name), []
+    row, problems = RunRow(run.path.name), list[str]()
     for part in (_of_record, _of_evaluation, _of_ledger):
         try:
-            row = replace(row, **part(run))
+            found = part(run)
         except UserError as error:
             problems.append(str(error))
+        else:
+            problems += found.pop("problems", ())
+            row = replace(row, **found)
     return replace(row, problem="; ".join(problems) or None)
 
 
@@ -136,10 +139,8 @@ def _of_evaluation(run: RunFolder) -> dict[str, Any]:
 
 
 def _of_ledger(run: RunFolder) -> dict[str, Any]:
-    if not run.ledger.is_dir():
-        return {}
     account = Ledger(run.ledger).account()
-    return {"hours": account.hours if account.attempts else None, "usd": account.usd}
+    return {"hours": account.hours if account.attempts else None, "usd": account.usd, "problems": account.problems}
 
 
 def _cells(row: RunRow) -> tuple[str, ...]:
@@ -152,8 +153,8 @@ def _cells(row: RunRow) -> tuple[str, ...]:
         UNKNOWN if row.accuracy is None else f"{row.accuracy:.1%}",
         UNKNOWN if row.interval is None else f"{100 * row.interval[0]:.1f} to {100 * row.interval[1]:.1f}",
         figure(row.hours, "{:,.2f}"),
-        figure(row.usd, "{:,.2f}"),
-        figure(row.usd_per_point, "{:,.3f}"),
+        dollars(row.usd).removeprefix("$"),
+        dollars(row.usd_per_point).removeprefix("$"),
         _short((row.started_at or UNKNOWN)[:16].replace("T", " ")),
     )
 

@@ -97,7 +97,32 @@ def test_a_damaged_run_keeps_its_row_and_the_others(runs: Path, file: str, conte
     assert any(line.startswith("scored: ") and file in line for line in table([scored]))
 
 
-def test_a_ledger_that_cannot_be_listed_is_said(runs: Path) -> None:
+def test_what_the_ledger_cannot_count_is_said(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = Ledger(runs / "scored/ledger").new_attempt(2, machine={}, price=None, resumed_step=10)
+    log.begin(0.0)
+    log.end(36_000.0, "done", 20)
+    scored = rows_of(runs)[1]
+    assert (scored.hours, scored.usd) == (12.0, 1.0)
+    assert scored.problem == f"{runs / 'scored/ledger'}: no price for attempt 2; not in the dollars"
+    path = runs / "scored/ledger/attempt-001.jsonl"
+    path.write_text(path.read_text()[:20])
+    assert main(["runs", str(runs)]) == 0
+    assert f"\nscored: {path}: nothing in it is readable; not counted; " in capsys.readouterr().out
+    assert main(["runs", str(runs), "--json", "--sort", "name"]) == 0
+    assert "not counted" in json.loads(capsys.readouterr().out)[1]["problem"]
+
+
+def test_a_ledger_that_is_no_folder_is_said(runs: Path) -> None:
+    (runs / "training/ledger").write_text("")
+    assert str(rows_of(runs)[2].problem).startswith(f"{runs / 'training/ledger'}: ")
+
+
+def test_small_dollars_are_no_zeros() -> None:
+    cheap = table([RunRow("a", usd=0.004, usd_per_point=0.00042), RunRow("b", usd=1234.5, usd_per_point=2.0)])
+    assert cheap[1].split()[-3:-1] == ["0.004", "0.00042"] and cheap[2].split()[-3:-1] == ["1,234.50", "2.00"]
+
+
+def test_names_and_states_write_no_escapes(runs: Path) -> None:
     change(runs / "scored/run.json", status=f"done{ESCAPE}")
     (runs / f"{ESCAPE}x").mkdir()
     (runs / f"{ESCAPE}x/run.json").write_text(json.dumps({"status": "x" * 100}))

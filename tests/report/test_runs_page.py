@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 import time
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
+from finetune.budget.ledger import Ledger
 from finetune.cli.main import main
 from finetune.report.comparison import compare, conclusion
 from finetune.report.render import write_report
 from finetune.report.runs import rows_of
 from finetune.report.runs_page import write_runs_page
+from finetune.runtime.quantities import usd_text
 from tests.helpers.browser import PHONE, Open, background, browser, contrast, open_page, overflow
 from tests.helpers.errors import raises
 from tests.helpers.report_fixtures import Page, change
@@ -124,7 +127,7 @@ def test_the_page_says_what_finetune_compare_says(
     for reference, challenger in (runs, runs[::-1]):
         [versus] = compare([str(reference), str(challenger)]).versus
         sentence = page.locator(".conclusion").text_content()
-        assert sentence == f"{conclusion(versus)}."
+        assert sentence == f"{conclusion(versus)}.".replace("no difference", "No difference", 1)
         assert f"{versus.found.won}, {versus.found.lost}" in said or reference is runs[1]
         page.get_by_role("button", name="Swap").click()
 
@@ -173,6 +176,45 @@ def test_what_compare_refuses_the_page_refuses(
     assert reason in said and f"finetune compare {first} {second} --common" in said
 
 
+def test_names_stay_as_they_are_in_the_conclusion(tmp_path: Path, open_page: Open) -> None:
+    scored_run(tmp_path, "a", right=0.2)
+    scored_run(tmp_path, "no lora", right=0.8)
+    page = open_page(page_of(tmp_path))
+    choose(page, "a", "no lora")
+    assert page.inner_text(".conclusion").startswith("no lora is better than a:")
+    page.get_by_role("button", name="Swap").click()
+    assert page.inner_text(".conclusion").startswith("a is worse than no lora:")
+
+
+def test_dollars_that_the_ledger_cannot_count_are_no_cheap_point(tmp_path: Path, open_page: Open) -> None:
+    scored_run(tmp_path, "whole", right=0.5)
+    run = scored_run(tmp_path, "partly", right=0.6)
+    page = open_page(page_of(tmp_path))
+    assert page.locator("#plot .dot.unsure").count() == 0 and "hollow" not in page.inner_text("figcaption")
+    log = Ledger(run / "ledger").new_attempt(2, machine={}, price=None, resumed_step=None)
+    log.begin(0.0)
+    page = open_page(page_of(tmp_path))
+    assert page.locator("#plot .dot").count() == 2 and page.locator("#plot .dot.unsure").count() == 1
+    [hollow] = page.locator("#plot :is(a, g):has(> .unsure) title").all_text_contents()
+    assert hollow.startswith("partly: ") and "no price for attempt 2" in hollow
+    assert "its dollars may be too few" in page.inner_text("figcaption")
+    assert "no price for attempt 2" in page.locator(SHOWN, has_text="partly").inner_text()
+
+
+def test_small_dollars_are_no_zeros(tmp_path: Path, open_page: Open, browser: Any) -> None:
+    change(scored_run(tmp_path, "cheap", right=0.5, usd=0.004) / "eval.json", cost={"usd_per_point": 0.00042})
+    page = open_page(page_of(tmp_path))
+    cells = [page.locator(f"{SHOWN} td:nth-child({number})").inner_text() for number in (10, 11)]
+    assert cells == ["0.004", "0.00042"] and "$0.004" in page.locator("#plot title").text_content()
+    source = (resources.files("finetune.report") / "templates/scatter.js").read_text(encoding="utf-8")
+    bare = browser.new_page()
+    bare.set_content("<p>empty</p>")
+    bare.evaluate(f"{source}; window.usdText = usdText; 0")
+    for usd in (0.0, 0.1, 0.123, 0.0999, 12.345, 1234.5, 0.0123, 0.00042, 2e-7, 3e-12):
+        assert bare.evaluate("(usd) => usdText(usd)", usd) == usd_text(usd).removeprefix("$")
+    bare.close()
+
+
 def test_a_third_choice_replaces_the_first(runs: Path, open_page: Open) -> None:
     page = open_page(runs / "index.html")
     assert "Choose two runs" in page.inner_text("#comparison")
@@ -191,9 +233,8 @@ def test_runs_in_any_state_have_a_row(tmp_path: Path, open_page: Open) -> None:
     page = open_page(page_of(tmp_path))
     shown = dict(zip(names(page), page.locator(SHOWN).all(), strict=True))
     broken = next(name for name in shown if name.startswith("broken"))
-    assert "run.json: not readable as JSON" in broken and "1 run has files that cannot be read" in page.inner_text(
-        "header"
-    )
+    assert "run.json: not readable as JSON" in broken
+    assert "1 run has something that could not be read or counted" in page.inner_text("header")
     boxes = {name: row.locator("input") for name, row in shown.items()}
     assert boxes["not scored"].get_attribute("title") == "no score"
     assert "is missing" in boxes["without answers"].get_attribute("title")

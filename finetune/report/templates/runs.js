@@ -7,6 +7,7 @@ const byKey = new Map(rows.map((row) => [row.key, row]));
 const UNKNOWN = "–";
 const percent = (share) => (share === null ? UNKNOWN : `${oneDigit(100 * share)}%`);
 const fixed = (value, digits) => (value === null ? UNKNOWN : value.toFixed(digits));
+const usdOf = (value) => (value === null ? UNKNOWN : usdText(value));
 
 function nameOf(row) {
   const name = row.report ? element("a", { href: row.report }, row.name) : element("span", {}, row.name);
@@ -41,8 +42,8 @@ const columns = [
     cell: (row) => (row.interval ? row.interval.map((bound) => oneDigit(100 * bound)).join(" to ") : UNKNOWN) },
   { key: "base", label: "Base", kind: "number", label_each: true, value: (row) => row.base_accuracy, cell: (row) => percent(row.base_accuracy) },
   { key: "hours", label: "Hours", kind: "number", label_each: true, value: (row) => row.hours, cell: (row) => fixed(row.hours, 2) },
-  { key: "usd", label: "$", kind: "number", label_each: true, value: (row) => row.usd, cell: (row) => fixed(row.usd, 2) },
-  { key: "point", label: "$ a point", kind: "number", label_each: true, value: (row) => row.usd_per_point, cell: (row) => fixed(row.usd_per_point, 3) },
+  { key: "usd", label: "$", kind: "number", label_each: true, value: (row) => row.usd, cell: (row) => usdOf(row.usd) },
+  { key: "point", label: "$ a point", kind: "number", label_each: true, value: (row) => row.usd_per_point, cell: (row) => usdOf(row.usd_per_point) },
   { key: "started", label: "Started", value: (row) => row.started_at, cell: (row) => (row.started_at ?? UNKNOWN).slice(0, 10) },
 ];
 
@@ -103,7 +104,7 @@ function comparison(first, second) {
     ["Both right, neither", `${found.both}, ${found.neither}`],
     ["Exact test", `p ${pValue(found.p)} (McNemar, two-sided)`],
   ];
-  return [element("p", { class: "conclusion" }, `${said}.`),
+  return [element("p", { class: "conclusion" }, `${said.startsWith("no difference") ? "N" : said[0]}${said.slice(1)}.`),
     element("dl", {}, ...facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)))),
     element("p", { class: "meta" }, "By difficulty, database and error class, and under the other rules:"), command(first, second)];
 }

@@ -30,14 +30,25 @@ function ticks(low, high, logarithmic, most) {
   return found;
 }
 
+// As usd_text of finetune/runtime/quantities.py, without the sign: two digits that say something, also of a small number.
+function usdText(usd) {
+  if (usd >= 0.1 || usd === 0) return usd.toLocaleString("en-US", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+  if (usd >= 0.0001) return String(Number(usd.toPrecision(2)));
+  const [digits, power] = usd.toExponential(1).split("e-");
+  return `${digits}e-${power.padStart(2, "0")}`;
+}
+
+// Of an axis, where the values are round.
 const dollars = (usd) => (usd >= 100 ? `$${usd.toFixed(0)}` : usd >= 0.1 ? `$${usd.toFixed(2)}` : `$${Number(usd.toPrecision(2))}`);
 
 // runs: with usd, accuracy, interval. Those without one of them are not drawn; the caption says how many.
 function scatter(place, caption, runs) {
   const drawn = runs.filter((run) => run.usd !== null && run.accuracy !== null);
   const left = runs.length - drawn.length;
+  const unsure = drawn.some((run) => run.problem);
   caption.textContent = `accuracy with 95% intervals over questions; dollars by the ledger (measured seconds × the machine's price)${
-    left ? `; ${left} without dollars or without a score ${left === 1 ? "is" : "are"} not drawn` : ""}`;
+    left ? `; ${left} without dollars or without a score ${left === 1 ? "is" : "are"} not drawn` : ""}${
+    unsure ? "; hollow: with a problem, which the table names, so its dollars may be too few" : ""}`;
   if (!drawn.length) {
     place.replaceChildren(element("p", { class: "muted" }, "No run here has both dollars and a score."));
     return;
@@ -71,12 +82,12 @@ function scatter(place, caption, runs) {
     const [cx, cy] = [x(run.usd), y(run.accuracy)];
     const interval = run.interval ? ` (95% interval ${(100 * run.interval[0]).toFixed(1)} to ${(100 * run.interval[1]).toFixed(1)})` : "";
     const point = svg(run.report ? "a" : "g", run.report ? { href: run.report } : {},
-      svg("title", {}, `${run.name}: ${(100 * run.accuracy).toFixed(1)}%${interval}, ${dollars(run.usd)}`));
+      svg("title", {}, `${run.name}: ${(100 * run.accuracy).toFixed(1)}%${interval}, $${usdText(run.usd)}${run.problem ? `; ${run.problem}` : ""}`));
     if (run.interval) {
       const [low, high] = run.interval.map(y);
       point.append(svg("path", { d: `M${cx} ${low}V${high}M${cx - 4} ${low}h8M${cx - 4} ${high}h8`, class: "error-bar" }));
     }
-    point.append(svg("circle", { cx, cy, r: 5, class: "dot" }));
+    point.append(svg("circle", { cx, cy, r: 5, class: run.problem ? "dot unsure" : "dot" }));
     if (drawn.length <= LABELLED) label(point, run, cx, cy, width, taken);
     shown.append(point);
   }
