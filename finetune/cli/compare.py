@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.console import visible
 from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_comparison
-from finetune.stage_end.tell import cost_of_command, tell
+from finetune.stage_end.tell import cost_of_command, finetune, tell
 
 if TYPE_CHECKING:
     from finetune.report.comparison import Comparison
@@ -55,7 +56,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_document(report.as_json())
         else:
-            print("\n".join(visible(line, one_line=True) for line in _sweep_table(report, arguments.compared[0])))
+            print("\n".join(visible(line, one_line=True) for line in _sweep_table(report)))
         return EXIT_OK
     if len(arguments.compared) < 2:
         raise UserError("compare: expected two or more, the reference first", code="cli.conflicting_options")
@@ -83,12 +84,14 @@ def _sweep_report(given: str) -> SweepReport | None:
     return write_sweep(folder) if is_sweep(folder) else None
 
 
-def _sweep_table(report: SweepReport, given: str) -> list[str]:
-    from finetune.runtime.paths import expanded
-
-    runs = Path(expanded(given)).parents[1]
-    scored = [str(runs / row.run) for row in report.rows if row.accuracy is not None]
-    more = [f"the scored ones, question by question: finetune compare {' '.join(scored)}"] if len(scored) > 1 else []
+def _sweep_table(report: SweepReport) -> list[str]:
+    """The runs are named by a path that works from here, wherever the sweep's folder was named from."""
+    runs = report.page.parents[3]
+    here = Path.cwd()
+    shown = runs.relative_to(here) if runs.is_relative_to(here) else runs
+    scored = [shown / row.run for row in report.rows if row.accuracy is not None]
+    again = finetune("compare", *scored, why="").here()
+    more = [f"the scored ones, question by question: {shlex.join(again.words)}"] if len(scored) > 1 else []
     return [*report.lines, *more, f"report: {report.page}"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from finetune.budget.ledger import Ledger
 from finetune.errors import UserError
 from finetune.report.pages import pages
 from finetune.report.plots import Curve, Series, draw_curves
+from finetune.report.source import number, read_evaluation
 from finetune.run_folder import RunFolder
 from finetune.run_name import SWEEPS
 from finetune.run_record import RunRecord
-from finetune.runtime.files import load_json, write_json, write_text
+from finetune.runtime.files import write_json, write_text
 from finetune.runtime.table import aligned
 from finetune.sweep.folder import Result, Sweep, SweepFolder, losses
 from finetune.sweep.grants import account_of
@@ -43,23 +45,28 @@ class TrialRow:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """own_usd: what its machines cost besides the trials. attempts: of all trials. lines: the table for the console."""
+    """trials: the attempts of all trials; own: those that the sweep's machines cost besides them. lines: the table for the
+    console. problems: what could not be read or counted, one line each."""
 
     sweep: Sweep
     rows: list[TrialRow]
     curves: list[Curve]
-    usd: float | None
-    own_usd: float
-    hours: float
-    attempts: int
+    trials: Account
+    own: Account
     page: Path
+    problems: list[str]
 
     @property
     def lines(self) -> list[str]:
         return [
             *aligned([self.header, *map(self.cells, self.rows)], "l" * 2 + "r" * (len(self.header) - 3) + "l"),
             self.cost,
+            *(f"problem: {problem}" for problem in self.problems),
         ]
+
+    @property
+    def every(self) -> Account:
+        return Account(self.trials.attempts + self.own.attempts)
 
     @property
     def header(self) -> tuple[str, ...]:
@@ -76,11 +83,12 @@ class SweepReport:
 
     @property
     def cost(self) -> str:
-        if self.usd is None:
-            return f"{self.hours:.3f} h on the meters (measured), no price"
-        own = f", ${self.own_usd:.4f} of that besides the trials" if self.own_usd else ""
-        hours = f"{self.hours:.3f} h in {self.attempts} attempts"
-        return f"${self.usd:.4f} and {hours} (measured hours x the price of each machine){own}"
+        whole = (
+            f"{self.every.hours:.3f} h on the meters (measured), no price"
+            if self.every.usd is None
+            else f"{_amount(self.every)} (measured hours x the price of each machine)"
+        )
+        return f"{whole}; of that {_amount(self.own)} besides the trials" if self.own.attempts else whole
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -89,10 +97,13 @@ class SweepReport:
             "search": self.sweep.search,
             "eta": self.sweep.eta,
             "rungs": list(self.sweep.rungs),
-            "usd": self.usd,
-            "own_usd": self.own_usd,
-            "hours": self.hours,
-            "attempts": self.attempts,
+            "usd": self.every.usd,
+            "own_usd": self.own.usd if self.own.attempts else 0.0,
+            "hours": self.every.hours,
+            "own_hours": self.own.hours,
+            "attempts": len(self.trials.attempts),
+            "own_attempts": len(self.own.attempts),
+            "problems": self.problems,
             "basis": "measured hours x the price of each machine",
             "best": next((row.run for row in self.rows if row.is_best), None),
             "trials": [asdict(row) for row in self.rows],
@@ -122,7 +133,7 @@ def _read(folder: SweepFolder) -> SweepReport:
     sweep, results, trials = folder.read(), folder.results(), folder.trials()
     allowed = quotas(sweep.trials, sweep.eta, len(sweep.rungs))
     leader = best(losses(results))
-    rows, curves, accounts = [], [], []
+    rows, curves, accounts, problems = [], [], list[Account](), list[str]()
     for trial, place in enumerate(places(sweep.trials, allowed, losses(results))):
         run = folder.run_of(sweep, trial)
         record, account = _record(run), account_of(run)
@@ -140,18 +151,32 @@ def _read(folder: SweepFolder) -> SweepReport:
                 steps=record.steps.done if record.steps else None,
                 usd=account.usd,
                 hours=account.hours,
-                accuracy=_accuracy(run),
+                accuracy=_accuracy(run, problems),
                 is_best=is_best,
             )
         )
         kind = "best" if is_best else "done" if place.standing == "done" else "stopped"
         curves.append(Curve(f"t{trial:02d}", _validation(record), kind))
     own = Ledger(folder.path / "ledger", "sweep").account()
-    every = Account(tuple(attempt for account in [*accounts, own] for attempt in account.attempts))
-    attempts = sum(len(account.attempts) for account in accounts)
-    return SweepReport(
-        sweep, rows, curves, every.usd, own.usd or 0.0, every.hours, attempts, folder.report / "sweep.html"
-    )
+    of_trials = Account(tuple(attempt for account in accounts for attempt in account.attempts))
+    ledgers = {row.run: account for row, account in zip(rows, accounts, strict=True)} | {"the sweep itself": own}
+    problems += _not_counted(ledgers)
+    return SweepReport(sweep, rows, curves, of_trials, own, folder.report / "sweep.html", problems)
+
+
+def _not_counted(ledgers: Mapping[str, Account]) -> list[str]:
+    """What is not in the hours and dollars. ledgers: by what they are of."""
+    problems = [problem for account in ledgers.values() for problem in account.problems]
+    unpriced = [name for name, account in ledgers.items() if account.attempts and account.usd is None]
+    if unpriced and any(account.usd is not None for account in ledgers.values()):
+        problems.append(f"no price for any attempt of {', '.join(unpriced)}; not in the dollars")
+    return problems
+
+
+def _amount(account: Account) -> str:
+    number_of = len(account.attempts)
+    usd = "" if account.usd is None else f"${account.usd:.4f} and "
+    return f"{usd}{account.hours:.3f} h in {number_of} attempt{'' if number_of == 1 else 's'}"
 
 
 def _standing(standing: str, at: list[Result | None]) -> str:
@@ -173,9 +198,10 @@ def _validation(record: RunRecord) -> Series:
     return [(float(step), float(loss)) for step, loss in sorted(found.items()) if step is not None and loss is not None]
 
 
-def _accuracy(run: RunFolder) -> float | None:
+def _accuracy(run: RunFolder, problems: list[str]) -> float | None:
+    """problems: where a score that cannot be read is added."""
     try:
-        value = load_json(run.eval_json)["models"]["tuned"]["execution_accuracy"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return number(read_evaluation(run.path), "models.tuned.execution_accuracy")
+    except UserError as error:
+        problems.append(str(error))
         return None
-    return float(value) if isinstance(value, int | float) else None
