@@ -273,12 +273,21 @@ def rounded_up(value: float) -> float:
 
 
 def newest_evaluated(runs: Path, *, like: Path) -> Path | None:
-    """The folder of the run that was evaluated last on the questions of the result `like`, apart from that itself."""
-    same = _questions(like)
+    """The folder of the run that was evaluated last before the result `like`, on the same questions and judged in the same way:
+    `finetune compare` refuses any other."""
     found = [path for path in runs.glob("*/eval.json") if path != like and path.with_name("config.yaml").is_file()]
-    found = [path for path in found if same is not None and _questions(path) == same]
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    found = [path for path in found if _alike(path, like) and _written(path) <= _written(like)]
+    newest = max(found, key=_written, default=None)
     return newest.parent if newest else None
+
+
+def _written(result: Path) -> float:
+    return result.stat().st_mtime
+
+
+def _alike(first: Path, second: Path) -> bool:
+    same, (one, other) = _questions(first), (_judging(first), _judging(second))
+    return same is not None and same == _questions(second) and all(one[key] == other[key] for key in one.keys() & other)
 
 
 def _questions(result: Path) -> tuple[Any, ...] | None:
@@ -286,6 +295,15 @@ def _questions(result: Path) -> tuple[Any, ...] | None:
         content = load_json(result)
         return tuple(content[key] for key in ("data_manifest_sha256", "split", "questions"))
     return None
+
+
+def _judging(result: Path) -> dict[str, Any]:
+    """What the verdicts depend on, as far as it is known: report/compared.py has the same for `finetune compare`."""
+    with suppress(OSError, ValueError, UserError, AttributeError):
+        content = load_json(result)
+        known = content.get("judging")
+        return known if isinstance(known, dict) else {key: content.get(key) for key in ("rule", "timeout_seconds")}
+    return {}
 
 
 def _without(words: Iterable[str], *options: str) -> list[str]:

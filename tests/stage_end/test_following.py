@@ -156,6 +156,28 @@ def test_a_score_is_reported_then_exported_or_compared_with_the_run_before_it(tm
     assert typed(following.after_report(run)) == [export, f"finetune compare {tmp_path / 'b'} {run.path}"]
 
 
+def test_a_run_is_compared_with_one_that_was_scored_before_it_and_judged_in_the_same_way(tmp_path: Path) -> None:
+    judging = {"rule": "test_suite", "timeout_seconds": 10.0, "versions": ["3.40"]}
+
+    def scored(name: str, seconds: float, **changes: Any) -> RunFolder:
+        evaluated(tmp_path / name, **({"judging": judging} | changes))
+        os.utime(tmp_path / name / "eval.json", (seconds, seconds))
+        return RunFolder(tmp_path / name)
+
+    def compared(run: RunFolder) -> list[str]:
+        return typed(following.after_report(run))[1:]
+
+    first, last = scored("first", 1), scored("last", 9)
+    assert compared(last) == [f"finetune compare {first.path} {last.path}"]
+    assert compared(first) == [], "the other one was scored after it"
+    scored("slow", 2, judging=judging | {"timeout_seconds": 30.0})
+    scored("earlier-format", 3, judging=None, rule="strict", timeout_seconds=10.0)
+    scored("damaged", 4, judging=3, rule=None)
+    assert compared(last) == [f"finetune compare {first.path} {last.path}"], "compare refuses the others"
+    alike = scored("earlier-and-alike", 5, judging=None, rule="test_suite", timeout_seconds=10.0)
+    assert compared(last) == [f"finetune compare {alike.path} {last.path}"]
+
+
 def test_the_demo_ends_with_a_question_about_a_database_that_it_has_not_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +284,6 @@ def test_a_job_says_what_training_and_score_have_cost(tmp_path: Path) -> None:
     log.end(360, "scored", None)
     assert cost_of_run(run) == (
         "training $2.00 (measured hours, price: a catalog) for 1.0 h in 1 attempt (measured); "
-        "score $0.2 (measured hours, price: a catalog) for 6.0 min in 1 attempt (measured)"
+        "score $0.20 (measured hours, price: a catalog) for 6.0 min in 1 attempt (measured)"
     )
     assert cost_of_run(RunFolder(tmp_path)).startswith("not recorded")
