@@ -74,7 +74,8 @@ def _gain(source: Source) -> list[str]:
     questions = won + lost + both + neither
     p = mcnemar_exact(won, lost)
     verdict = "hardly explains" if p < 0.05 else "may explain"
-    chance = f"If tuning had no effect, a split as uneven as {won} to {lost} would occur with probability {p:.2g}"
+    probability = p_value(p).removeprefix("= ")
+    chance = f"If tuning had no effect, a split as uneven as {won} to {lost} would occur with probability {probability}"
     return [
         f"Tuning won {won} questions and lost {lost}; {both} were right and {neither} wrong for both models.",
         f"The change is {100 * (won - lost) / max(questions, 1):+.1f} points, 95% interval "
@@ -107,6 +108,11 @@ def _limits(source: Source, number: int) -> str:
 
 def _these(number: int) -> str:
     return f"these {number} databases" if number > 1 else "this database"
+
+
+def p_value(p: float) -> str:
+    """Very small ones are not said exactly: of many questions they are zero as a float."""
+    return "< 0.0001" if p < 0.0001 else f"= {p:.2g}"
 
 
 def points(interval: Iterable[float], sign: str = "") -> str:

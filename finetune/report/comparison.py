@@ -22,7 +22,7 @@ from finetune.evaluation.paired import (
 )
 from finetune.evaluation.score import Row, score
 from finetune.evaluation.statistics import holm
-from finetune.report.certainty import FEW_DATABASES, points
+from finetune.report.certainty import FEW_DATABASES, p_value, points
 from finetune.report.compared import Common, Compared, common_questions, read_all
 from finetune.report.comparison_notes import notes
 from finetune.report.source import Json
@@ -127,10 +127,6 @@ def figures(found: Difference, p: float) -> str:
 
 def signed(interval: tuple[float, float]) -> str:
     return points(interval, "+")
-
-
-def p_value(p: float) -> str:
-    return "< 0.0001" if p < 0.0001 else f"= {p:.2g}"
 
 
 @dataclass(frozen=True)

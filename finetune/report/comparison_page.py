@@ -13,7 +13,7 @@ from finetune.evaluation.questions import short_hash
 from finetune.evaluation.score import Row
 from finetune.report.bars import LEVELS, OF_DIFFICULTY, Bar
 from finetune.report.bars import Group as Bars
-from finetune.report.certainty import points
+from finetune.report.certainty import p_value, points
 from finetune.report.comparison import (
     Comparison,
     Errors,
@@ -25,7 +25,6 @@ from finetune.report.comparison import (
     exceptions,
     groups,
     lost,
-    p_value,
     signed,
     won,
 )

@@ -15,7 +15,7 @@ CORRECT = "correct"
 EXAMPLES = 4
 """Shown per outcome; more if there are more kinds of error, one of each."""
 MAX_CHARACTERS = 600
-"""Shown of one answer; that of a base model may be pages long."""
+"""Shown of one query, answer or message; an answer of a base model may be pages long."""
 
 Known = list[tuple[str, Json]]
 """The rows of one question: (model, row)."""
@@ -90,7 +90,11 @@ def _answers(known: Known) -> list[Answer]:
     """The gold SQL and each model's SQL, or its raw answer if that contains no SQL, with the rows they return."""
     first = known[0][1]
     answers = [
-        Answer("gold", str(first.get("gold")), sample=sample_table(_kept(row.get("gold_sample") for _, row in known)))
+        Answer(
+            "gold",
+            clipped(str(first.get("gold"))),
+            sample=sample_table(_kept(row.get("gold_sample") for _, row in known)),
+        )
     ]
     for name, row in known:
         text = clipped(str(row.get("prediction") or row.get("answer") or "(nothing)"))
@@ -100,7 +104,7 @@ def _answers(known: Known) -> list[Answer]:
                 f"{name} model",
                 text,
                 str(row["verdict"]),
-                str(row.get("error") or ""),
+                clipped(str(row.get("error") or "")),
                 "" if wrong == row["verdict"] else wrong,
                 sample_table(row.get("result_sample")),
             )

@@ -9,6 +9,7 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -248,7 +249,9 @@ def _plot(figure: Figure, title: str, caption: str, spoken: str = "") -> Plot:
     """The figure as SVG for inlining: ids unique in the page, colours as the page's variables, no metadata URLs."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    with warnings.catch_warnings():  # the text stays text, which the reader's browser has a font for
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     drawn = re.search(r"<svg[^>]*viewBox=\"([^\"]*)\"[^>]*>(.*)</svg>", buffer.getvalue(), re.DOTALL)
     assert drawn is not None
     body = re.sub(r"<style.*?</style>", "", drawn[2], flags=re.DOTALL)  # it would apply to the whole page

@@ -52,7 +52,9 @@ _CONTROL = re.compile(
 
 def visible(text: str, *, one_line: bool = False) -> str:
     """The text with control characters as escapes, such as \\x1b and \\u202e: text from databases, models and data sets could
-    otherwise move the cursor, colour or hide other text, or set a terminal's title. one_line: tabs and line feeds, too."""
+    otherwise move the cursor, colour or hide other text, or set a terminal's title. one_line: tabs and line feeds, too. The line
+    ends of Windows are line feeds; a carriage return elsewhere would write over its line, and is an escape."""
+    text = text.replace("\r\n", "\n")
     if one_line:
         text = text.replace("\n", "\\n").replace("\t", "\\t")
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

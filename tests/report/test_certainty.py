@@ -98,6 +98,13 @@ def test_the_headline_leaves_out_an_interval_over_databases_that_is_too_narrow(
     assert f"bootstrap of the {databases} databases" in certainty(source)[1], "it stands there, with its reserve"
 
 
+def test_a_very_small_probability_is_not_zero(run_dir: Path) -> None:
+    change(run_dir / "eval.json", gain={"won": 9, "lost": 0, "both": 100, "neither": 41})
+    assert any("would occur with probability 0.0039 (" in said for said in certainty(read_run(run_dir)))
+    change(run_dir / "eval.json", gain={"won": 3332, "lost": 0, "both": 0, "neither": 1668})
+    assert any("would occur with probability < 0.0001 (" in said for said in certainty(read_run(run_dir)))
+
+
 def test_databases_that_training_had_seen_weaken_the_claim(run_dir: Path) -> None:
     change(run_dir / "run.json", config={"data": {"split_by": "question"}})
     assert "were trained on (data.split_by: question)" in certainty(read_run(run_dir))[1]

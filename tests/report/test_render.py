@@ -328,6 +328,29 @@ def test_a_rambling_answer_is_cut_and_says_so(run_dir: Path) -> None:
     assert answer.text.endswith("… (1400 more characters)") and len(answer.text) < 650
 
 
+def test_a_long_gold_query_and_a_long_error_are_cut_too(run_dir: Path) -> None:
+    base, tuned = rows(1)
+    for answered in (base[0], tuned[0]):
+        answered |= {"gold": "x" * 20_000, "error": "e" * 9_000, "verdict": "sql_error"}
+    write_evaluation(run_dir, base=base, tuned=tuned)
+    gold, *answers = examples(read_run(run_dir))[2].shown[0][1]
+    assert gold.text.endswith("… (19400 more characters)") and len(gold.text) < 650
+    assert all(answer.error.endswith("… (8400 more characters)") for answer in answers)
+
+
+def test_the_line_ends_of_windows_are_line_ends(run_dir: Path) -> None:
+    base, tuned = rows(4)
+    for row in base + tuned:
+        row |= {"question": "How many\r\nfarms?", "gold": "SELECT 1\r\nFROM t", "answer": "SELECT 2\r\nFROM t"}
+        row |= {"prediction": row["answer"]}
+    write_evaluation(run_dir, base=base, tuned=tuned)
+    report_render.write_report(run_dir)
+    html, markdown = ((run_dir / name).read_text(encoding="utf-8") for name in OUTPUTS[:2])
+    assert "<pre>SELECT 1\nFROM t</pre>" in html and "    SELECT 2\n    FROM t" in markdown
+    assert Page(html).data["questions"][0]["gold"] == "SELECT 1\nFROM t"
+    assert "\\r" not in Page(html).text + markdown + json.dumps(Page(html).data, ensure_ascii=False).replace('\\"', "")
+
+
 def test_errors_are_counted_by_kind() -> None:
     messages = ["no such column: a", "no such column: T1.b", "no such column: it's", None,
                 'near "FROM": syntax error', 'near ";": syntax error', 'near "a: b": syntax error',
@@ -356,6 +379,11 @@ def test_plots_ignore_and_keep_the_users_matplotlib_settings() -> None:
     with matplotlib.rc_context({"font.size": 31, "xtick.major.size": 9}):
         assert report_plots.draw_plots(history(20)) == plain
         assert matplotlib.rcParams["font.size"] == 31
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    plot = report_plots.draw_differences("Difference", [report_plots.Interval("漢字", 1.0, (0.0, 2.0), None)])
+    assert "漢字" in plot.svg and not [str(one.message) for one in recwarn if "Glyph" in str(one.message)]
 
 
 def test_importing_the_report_loads_no_heavy_library() -> None:

@@ -112,6 +112,7 @@ def wait_for_steps(run: Path, wanted: int, process: subprocess.Popen[bytes], sec
         ("a\tb\nc", "a\tb\nc"),
         ("\x1b[2J\x1b]0;t\x07", "\\x1b[2J\\x1b]0;t\\x07"),
         ("a\rb\x08\x00\x7f", "a\\rb\\x08\\x00\\x7f"),
+        ("SELECT 1\r\nFROM t\r\r\n\r", "SELECT 1\nFROM t\\r\n\\r"),
         ("\x9b31m\x85", "\\x9b31m\\x85"),
         ("\u202eevil\u2066\u200f\u2028", "\\u202eevil\\u2066\\u200f\\u2028"),
         ("\ufeff\U000e0041", "\\ufeff\\U000e0041"),
@@ -123,6 +124,7 @@ def test_control_characters_are_visible_and_other_text_is_unchanged(text: str, s
 
 def test_a_cell_has_no_line_ends() -> None:
     assert visible("a\n\tb", one_line=True) == "a\\n\\tb"
+    assert visible("a\r\nb", one_line=True) == "a\\nb"
 
 
 def test_messages_do_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
