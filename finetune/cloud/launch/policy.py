@@ -82,7 +82,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
                 _apply(user_request, say)
             else:
                 refuse_ceilings(task)
-            _fill_secrets(task)
+            _fill_secrets(task, say)
         except UserError as error:
             raise exceptions.UserRequestRejectedByPolicy(f"finetune: {error}") from None
         return sky.MutatedUserRequest(task, settings_to_copy(user_request))
@@ -243,16 +243,17 @@ def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catal
 
 
 def _secret(task: sky.Task, name: str) -> str:
-    """Of the task, else from the environment of the user who types the command."""
-    return task.secrets[name].get_secret_value() or os.environ.get(name, "")
+    """Of the task, else what was typed with --env, else from the environment of the user who types the command."""
+    return task.secrets[name].get_secret_value() or task.envs.get(name, "") or os.environ.get(name, "")
 
 
-def _fill_secrets(task: sky.Task) -> None:
-    """Fills empty secrets of the task from the environment of the user who types the command."""
-    empty = {
-        name: _secret(task, name)
-        for name, value in task.secrets.items()
-        if not value.get_secret_value() and _secret(task, name)
-    }
-    if empty:
-        task.update_secrets(empty)
+def _fill_secrets(task: sky.Task, say: Any) -> None:
+    """Fills empty secrets of the task, and takes them out of its envs: SkyPilot would send the empty secret, not the value of
+    --env, and shows envs in its dashboard and in the files that it keeps."""
+    filled = {name: _secret(task, name) for name, value in task.secrets.items() if not value.get_secret_value()}
+    task.update_secrets({name: value for name, value in filled.items() if value})
+    typed = [name for name in task.secrets if task.envs.pop(name, "")]
+    if taken := [name for name in typed if name in filled]:
+        say(f"finetune: {', '.join(taken)}: taken from envs as a secret; type --secret NAME=VALUE, not --env")
+    if ignored := [name for name in typed if name not in filled]:
+        say(f"finetune: {', '.join(ignored)}: in envs and in secrets, of which the secret is used")

@@ -179,6 +179,22 @@ def test_the_bucket_gets_its_name_and_the_secrets_come_from_the_environment(work
     assert "gs://my-own-bucket, to be created unless it exists: Google gave no answer" in own["printed"]
 
 
+def test_a_key_in_envs_is_sent_as_the_secret_that_it_would_lose_to(worker: SkyWorker) -> None:
+    keys = {"HF_TOKEN": "hf_typed", "WANDB_API_KEY": "", "TRACKIO_SPACE_ID": "typed/space"}
+    secrets = {"HF_TOKEN": "", "WANDB_API_KEY": "", "TRACKIO_SPACE_ID": "me/space"}
+    answer = ask(worker, T4, ENVS | keys, secrets=secrets)
+    sent = answer["sent"]
+    assert sent["secrets"] == {
+        "HF_TOKEN": "hf_typed",
+        "WANDB_API_KEY": "key-of-the-laptop",
+        "TRACKIO_SPACE_ID": "me/space",
+    }
+    assert not set(keys) & set(sent["envs"])
+    assert "finetune: HF_TOKEN: taken from envs as a secret; type --secret NAME=VALUE" in answer["printed"]
+    assert "finetune: TRACKIO_SPACE_ID: in envs and in secrets, of which the secret is used" in answer["printed"]
+    assert "hf_typed" not in answer["printed"] and "WANDB_API_KEY: " not in answer["printed"]
+
+
 def test_a_run_above_its_budget_gets_a_warning(worker: SkyWorker) -> None:
     answer = ask(worker, T4, ENVS | {"MAX_RUN_USD": "2"})
     assert "above its budget of $2" in answer["printed"]
