@@ -14,8 +14,8 @@ def add(commands: Any) -> None:
     machine = add_command(
         commands, "machine", _machine, "print what this cloud machine costs per hour", "finetune machine"
     )
-    machine.add_argument("--max-run-usd", type=positive, metavar="USD", help="dollars that this machine may still cost")
-    machine.add_argument("--max-hours", type=positive, metavar="HOURS", help="hours that it may run at most")
+    machine.add_argument("--max-run-usd", type=positive, metavar="USD", help="dollars that a run on it may cost")
+    machine.add_argument("--max-hours", type=positive, metavar="HOURS", help="hours that the run may take at most")
     machine.add_argument(
         "--wall-hours", action="store_true", help="print only the hours from now that both ceilings allow"
     )

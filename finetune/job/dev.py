@@ -30,7 +30,7 @@ JUPYTER = (
 
 def dev(settings: JobSettings) -> int:
     settings.require_bucket()
-    hours = hours_left(settings)
+    hours = hours_left(settings, of_machine=True)
     with tensorboard(settings):
         say(f"JupyterLab for at most {hours:.4f} hours, or until it is idle for {IDLE_SECONDS // 60} minutes:")
         say(f"  ssh -L {PORT}:localhost:{PORT} -L 6006:localhost:6006 {settings.cluster}")

@@ -51,11 +51,13 @@ class Limit(Protocol):
         """Whether it has to end now, without more time to save."""
 
 
-def hours_left(settings: JobSettings) -> float:
-    """Hours from now that MAX_RUN_USD and MAX_HOURS leave to this machine. Raises UserError if there are none."""
+def hours_left(settings: JobSettings, *, of_machine: bool = False) -> float:
+    """Hours from now that MAX_RUN_USD and MAX_HOURS leave to this machine. of_machine: MAX_RUN_USD is for the machine, not for a
+    run of it. Raises UserError if there are none."""
     most = float(settings.max_hours)
     try:
-        left = wall_hours(machine_price(), Ceilings(run_usd=float(settings.max_run_usd), hours=most))
+        ceilings = Ceilings(run_usd=float(settings.max_run_usd), hours=most)
+        left = wall_hours(machine_price(), ceilings, of_machine=of_machine)
     except UserError as error:
         say(str(error))
         say(f"the price of this machine is unknown: only MAX_HOURS={settings.max_hours} limits its time")
@@ -63,7 +65,8 @@ def hours_left(settings: JobSettings) -> float:
     hours = round(most if left is None else left, 4)
     if not hours:
         raise UserError(
-            f"MAX_RUN_USD={settings.max_run_usd} is used up by the hours that this machine has run; raise it with --env",
+            f"MAX_RUN_USD={settings.max_run_usd} is used up by the hours that this machine has run"
+            f"{'' if of_machine else ' and no run has been billed for'}; raise it with --env",
             code="budget.exhausted",
         )
     return hours

@@ -60,7 +60,7 @@ def serve(settings: JobSettings) -> int:
         raise UserError(
             f"this machine is {found.reason}; launch again, which goes by today's prices", code="price.too_dear"
         )
-    hours = hours_left(settings)
+    hours = hours_left(settings, of_machine=True)
     budget = DailyBudget(settings.mount / "serving", serving.max_usd_per_day)
     with budget:
         if serving.export:

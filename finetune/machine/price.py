@@ -18,7 +18,7 @@ from typing import Any
 
 from finetune.errors import UserError, first_line
 from finetune.machine import metadata
-from finetune.machine.billed_time import machine_age
+from finetune.machine.billed_time import MachineTime, machine_age
 from finetune.machine.gpus import GPUS
 from finetune.machine.hardware import nvidia_driver
 from finetune.runtime.files import parse_json, read_text
@@ -171,12 +171,14 @@ def gpu_of(name: str) -> str | None:
     return None
 
 
-def wall_hours(price: MachinePrice | None, ceilings: Ceilings) -> float | None:
-    """Hours for which a run may continue from now: what its dollars buy at this price, less the machine's uptime, which is
-    billed too, but at most its hours. None: no limit."""
+def wall_hours(price: MachinePrice | None, ceilings: Ceilings, *, of_machine: bool = False) -> float | None:
+    """Hours for which a run may continue from now: what its dollars buy at this price, less the machine's boot, set-up and idle
+    hours that no run has been billed for, but at most its hours. None: no limit. of_machine: the dollars are for the machine,
+    so that all its uptime counts, whoever has paid for it."""
     limits = [] if ceilings.hours is None else [ceilings.hours]
     if price is not None and ceilings.run_usd is not None:
-        limits.append(max(0.0, ceilings.run_usd / price.usd_per_hour - (machine_age() or 0.0) / 3600))
+        used = machine_age() or 0.0 if of_machine else MachineTime(provisioned=True).seconds()
+        limits.append(max(0.0, ceilings.run_usd / price.usd_per_hour - used / 3600))
     return min(limits, default=None)
 
 

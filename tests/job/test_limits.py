@@ -253,8 +253,10 @@ def test_what_counts_as_an_interruption(ended: Ended, interrupted: bool) -> None
 
 def test_hours_that_are_used_up_are_an_error(settings: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "wall_hours", lambda *_, **__: 0.0)
-    with raises("budget.exhausted", match="^MAX_RUN_USD=25 is used up"):
+    with raises("budget.exhausted", match="^MAX_RUN_USD=25 is used up .* no run has been billed for"):
         hours_left(settings)
+    with raises("budget.exhausted", match="used up by the hours that this machine has run; raise it"):
+        hours_left(settings, of_machine=True)
 
 
 def test_hours_without_a_price_are_max_hours(settings: JobSettings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from finetune.cli.main import main
+from finetune.machine import billed_time
 from finetune.machine import price as machine_price_module
+from finetune.machine.billed_time import MachineTime
 from finetune.machine.preemption import MAINTENANCE, PREEMPTED, PreemptionWatch
 from finetune.machine.price import (
     KEPT,
@@ -49,6 +51,12 @@ def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (VARIABLE, "SKYPILOT_CLUSTER_INFO"):
         monkeypatch.delenv(name, raising=False)
     smi(tmp_path, "")
+
+
+def age(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine has been up for so long."""
+    for module in (billed_time, machine_price_module):
+        monkeypatch.setattr(module, "machine_age", lambda: seconds)
 
 
 def smi(home: Path, gpu: str) -> None:
@@ -183,13 +191,26 @@ def test_a_broken_table_is_an_error_not_a_free_machine(text: str, monkeypatch: p
 
 
 def test_hours_that_a_budget_buys_count_from_boot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_price_module, "machine_age", lambda: 1800.0)
+    age(1800.0, monkeypatch)
     price = price_in(TABLE, Machine("us-central1-a", False, "T4"))  # $0.80
     assert wall_hours(price, Ceilings(8.0, None)) == pytest.approx(9.5)
     assert wall_hours(price, Ceilings(8.0, 2.0)) == 2.0
     assert wall_hours(price, Ceilings(0.1, 2.0)) == 0.0
     assert wall_hours(None, Ceilings(8.0, 2.0)) == 2.0
     assert wall_hours(None, Ceilings(8.0, None)) is None
+
+
+def test_hours_that_an_earlier_run_paid_for_do_not_count_against_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    price = price_in(TABLE, Machine("us-central1-a", False, "T4"))  # $0.80
+    age(2.4 * 3600, monkeypatch)
+    first = MachineTime(provisioned=True)
+    first.take()
+    first.mark()
+    age(2.5 * 3600, monkeypatch)
+    assert wall_hours(price, Ceilings(0.8, None)) == pytest.approx(0.9)
+    assert wall_hours(price, Ceilings(0.8, 0.5)) == 0.5
+    assert wall_hours(price, Ceilings(3.2, None), of_machine=True) == pytest.approx(1.5)
+    assert wall_hours(price, Ceilings(0.8, None), of_machine=True) == 0.0
 
 
 def test_the_command_prints_price_and_hours(
