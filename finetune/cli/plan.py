@@ -14,6 +14,7 @@ from finetune.stage_end.tell import Next, cost_of_command, tell
 
 if TYPE_CHECKING:
     from finetune.cloud.plan.plan import Plan
+    from finetune.cloud.plan.task_yaml import TaskSettings
     from finetune.config.schema import RunConfig
     from finetune.machine.price import Ceilings
 
@@ -76,10 +77,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     from finetune.cloud.plan.flex import flex_json, render_flex
     from finetune.cloud.plan.plan import plan_run
     from finetune.cloud.plan.table import render, to_json
-    from finetune.cloud.plan.task_yaml import ceilings_of, write_order
+    from finetune.cloud.plan.task_yaml import settings_of, write_order
 
-    if arguments.write:
-        _take_ceilings(arguments, ceilings_of(arguments.write))
+    task = settings_of(arguments.write) if arguments.write else None
+    if task is not None:
+        _take_settings(arguments, task)
     plan = plan_run(
         config,
         load_catalog(),
@@ -98,26 +100,44 @@ def _plan(arguments: argparse.Namespace) -> int:
         write_order(plan, arguments.write, _typed(arguments))
         if not arguments.json:
             print(f"written: {arguments.write}")
-    tell("plan", cost_of_command(), _following(plan, arguments))
+    tell("plan", cost_of_command(), _following(plan, arguments, task))
     return EXIT_OK
 
 
-def _take_ceilings(arguments: argparse.Namespace, of_task: Ceilings) -> None:
-    """Those of the task where none is typed: an order with machines above them would promise what no launch may do."""
-    arguments.max_run_usd = arguments.max_run_usd or of_task.run_usd
-    arguments.max_hourly_usd = arguments.max_hourly_usd or of_task.usd_per_hour
-    arguments.max_hours = arguments.max_hours or of_task.hours
+def _take_settings(arguments: argparse.Namespace, task: TaskSettings) -> None:
+    """The task's ceilings where none is typed: an order with machines above them would promise what no launch may do. And its
+    EVALUATE=0."""
+    arguments.max_run_usd = arguments.max_run_usd or task.ceilings.run_usd
+    arguments.max_hourly_usd = arguments.max_hourly_usd or task.ceilings.usd_per_hour
+    arguments.max_hours = arguments.max_hours or task.ceilings.hours
+    arguments.no_score = arguments.no_score or task.evaluate == "0"
 
 
-def _following(plan: Plan, arguments: argparse.Namespace) -> list[Next]:
+def _following(plan: Plan, arguments: argparse.Namespace, task: TaskSettings | None) -> list[Next]:
     chosen = [row for row in plan.rows if row.chosen]
-    if arguments.write:
-        return after_written_plan(arguments.write, arguments.config, arguments.overrides, spot=chosen[0].spot)
+    if task is not None:
+        return _launch_of_written(arguments, task, spot=chosen[0].spot)
     costs = [row.cost for row in plan.rows if row.cost and row.on_gpu.fits and not (row.offer and row.offer.anomalies)]
     cheapest = min(((cost.usd, cost.hours) for cost in costs), default=None)
     if chosen and _words(arguments) == _plain_words(arguments):
         return after_plain_plan(arguments.config, arguments.overrides)
     return after_plan(_words(arguments), cheapest, fits=bool(chosen))
+
+
+def _launch_of_written(arguments: argparse.Namespace, task: TaskSettings, *, spot: bool) -> list[Next]:
+    from finetune.machine.price import Ceilings
+
+    scored, hourly = not arguments.no_score, arguments.max_hourly_usd
+    wanted = Ceilings(run_usd=arguments.max_run_usd, hours=arguments.max_hours)
+    return after_written_plan(
+        arguments.write,
+        arguments.config,
+        arguments.overrides,
+        variables=task.variables_for(wanted, scored=scored, trusts=arguments.trust_prices),
+        managed=spot and task.recovers,
+        scored=scored,
+        usd_per_hour=hourly if hourly != task.ceilings.usd_per_hour else None,
+    )
 
 
 def _typed(arguments: argparse.Namespace) -> str:

@@ -129,10 +129,24 @@ def after_plan(typed: Sequence[str], cheapest: tuple[float, float] | None, *, fi
     return [Next((*words, "--max-hours", f"{hours:g}"), "with ceilings that the cheapest one fits under")]
 
 
-def after_written_plan(task: Path, config: Path, overrides: Sequence[str], *, spot: bool) -> list[Next]:
-    variables = ["--env", f"CONFIG={config}", *_overrides_variable(overrides)]
-    why = "a managed job, which survives preemptions" if spot else "trains, scores, and takes the machine down"
-    return [finetune("launch", *["--jobs"] * spot, task, *variables, why=why)]
+def after_written_plan(
+    task: Path,
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    variables: Sequence[str],
+    managed: bool,
+    scored: bool,
+    usd_per_hour: float | None,
+) -> list[Next]:
+    """variables: NAME=VALUE of what was typed otherwise than the task says. usd_per_hour: the ceiling, if the task has another
+    one: SkyPilot has no option for it."""
+    words = ["--env", f"CONFIG={config}", *_overrides_variable(overrides)]
+    words += [word for variable in variables for word in ("--env", variable)]
+    scores = ", scores" if scored else ""
+    why = "a managed job, which survives preemptions" if managed else f"trains{scores}, and takes the machine down"
+    before = f"first set max_hourly_cost: {usd_per_hour:g} in it; " if usd_per_hour is not None else ""
+    return [finetune("launch", *["--jobs"] * managed, task, *words, why=before + why)]
 
 
 def _overrides_variable(overrides: Sequence[str]) -> list[str]:

@@ -289,6 +289,45 @@ def test_write_keeps_to_the_ceilings_of_the_task(config: str, tmp_path: Path, ca
     assert 0 < len(entries) == len(within) < len(hourly)
 
 
+@pytest.mark.parametrize(
+    ("options", "recovery", "launch"),
+    [
+        ("", "[75]", "finetune launch --jobs {task} --env CONFIG={config}"),
+        ("", "75", "finetune launch --jobs {task} --env CONFIG={config}"),
+        ("", "[76]", "finetune launch {task} --env CONFIG={config}"),
+        ("", "", "finetune launch {task} --env CONFIG={config}"),
+        ("--on-demand", "[75]", "finetune launch {task} --env CONFIG={config}"),
+        ("--max-run-usd 25 --max-hours 24.0 --max-hourly-usd 4.5", "", "finetune launch {task} --env CONFIG={config}"),
+        (
+            "--max-run-usd 20 --max-hours 12.5 --no-score --trust-prices",
+            "",
+            "finetune launch {task} --env CONFIG={config} --env MAX_RUN_USD=20 --env MAX_HOURS=12.5 --env EVALUATE=0 "
+            "--env FINETUNE_TRUST_PRICES=1",
+        ),
+    ],
+)
+def test_the_launch_of_a_written_plan_keeps_what_was_typed(
+    options: str, recovery: str, launch: str, config: str, tmp_path: Path, capsys: Shown
+) -> None:
+    task = tmp_path / "task.yaml"
+    recovers = f"  job_recovery: {{recover_on_exit_codes: {recovery}}}\n" if recovery else ""
+    text = TASK.replace("resources:\n", f"resources:\n  max_hourly_cost: 4.5\n{recovers}")
+    task.write_text(text + 'envs: {MAX_RUN_USD: "25", MAX_HOURS: "24", EVALUATE: "1"}\n')
+    assert main(["plan", config, *options.split(), "--write", str(task)]) == 0
+    following = capsys.readouterr().err.splitlines()[-1].removeprefix("next: ")
+    assert Path(following.split()[0]).name == "finetune"
+    assert parsed(following) == launch.format(task=task, config=config)
+
+
+def test_the_launch_of_a_written_plan_says_what_no_option_can(config: str, tmp_path: Path, capsys: Shown) -> None:
+    task = tmp_path / "task.yaml"
+    task.write_text(TASK.replace("resources:\n", "resources:\n  max_hourly_cost: 4.5\n") + 'envs: {EVALUATE: "0"}\n')
+    assert main(["plan", config, "--max-hourly-usd", "3", "--write", str(task)]) == 0
+    following = capsys.readouterr().err.splitlines()[-1]
+    assert following.endswith("(first set max_hourly_cost: 3 in it; trains, and takes the machine down)")
+    assert "EVALUATE" not in following and "--no-score" in task.read_text(), "the plan is without the score, as the task"
+
+
 @pytest.mark.parametrize("cost", ["null", '"x"', "[1]", "-1", ".nan"])
 def test_write_to_a_task_without_a_ceiling_that_is_a_number(
     config: str, tmp_path: Path, capsys: Shown, cost: str

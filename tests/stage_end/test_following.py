@@ -84,12 +84,16 @@ def test_a_plan_is_written_then_launched_and_one_that_fits_nowhere_gets_higher_c
         "finetune plan configs/demo_cpu.yaml --max-run-usd 1 --spot --memory"
     ]
     task = Path("sky/train_cheapest.yaml")
-    assert typed(following.after_written_plan(task, CONFIG, ["lora.r=8", "data.x=1"], spot=True)) == [
+    options: dict[str, Any] = {"variables": [], "managed": True, "scored": True, "usd_per_hour": None}
+    assert typed(following.after_written_plan(task, CONFIG, ["lora.r=8", "data.x=1"], **options)) == [
         "finetune launch --jobs sky/train_cheapest.yaml --env CONFIG=configs/demo_cpu.yaml --env 'OVERRIDES=lora.r=8 data.x=1'"
     ]
-    assert typed(following.after_written_plan(task, CONFIG, [], spot=False)) == [
-        "finetune launch sky/train_cheapest.yaml --env CONFIG=configs/demo_cpu.yaml"
+    options |= {"variables": ["MAX_RUN_USD=2", "EVALUATE=0"], "managed": False, "scored": False, "usd_per_hour": 1.5}
+    [command] = following.after_written_plan(task, CONFIG, [], **options)
+    assert typed([command]) == [
+        "finetune launch sky/train_cheapest.yaml --env CONFIG=configs/demo_cpu.yaml --env MAX_RUN_USD=2 --env EVALUATE=0"
     ]
+    assert command.why == "first set max_hourly_cost: 1.5 in it; trains, and takes the machine down"
     assert typed(following.after_launch("mine", managed=False)) == ["sky logs mine"]
     assert typed(following.after_launch(None, managed=False)) == ["sky status"]
     assert typed(following.after_launch(None, managed=True)) == ["sky jobs queue"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from finetune.cloud.plan.plan import Plan, Row
-from finetune.errors import UserError
+from finetune.errors import EXIT_TRANSIENT, UserError
 from finetune.machine.gpus import MACHINES
 from finetune.machine.price import Ceilings
 from finetune.runtime.files import read_bytes, write_text
@@ -47,17 +48,40 @@ def write_order(plan: Plan, task: Path, command: str) -> None:
     write_text(task, written)
 
 
-def ceilings_of(task: Path) -> Ceilings:
-    """What a task's `max_hourly_cost`, MAX_RUN_USD and MAX_HOURS allow; None where it says nothing that is a number. Raises
-    UserError if it is no task."""
+@dataclass(frozen=True)
+class TaskSettings:
+    """What a task says. ceilings: None where it says nothing that is a number. evaluate: its EVALUATE, "" without one. trusts:
+    whether it takes prices with an anomaly. recovers: whether a managed job of it goes on after our exit code 75."""
+
+    ceilings: Ceilings
+    evaluate: str
+    trusts: bool
+    recovers: bool
+
+    def variables_for(self, wanted: Ceilings, *, scored: bool, trusts: bool) -> list[str]:
+        """NAME=VALUE of what a launch has to be told besides, to keep to these ceilings and to do what was planned."""
+        given = (("MAX_RUN_USD", wanted.run_usd, self.ceilings.run_usd), ("MAX_HOURS", wanted.hours, self.ceilings.hours))
+        changed = [f"{name}={value:.10g}" for name, value, of_task in given if value is not None and value != of_task]
+        if scored != (self.evaluate == "1"):
+            changed.append(f"EVALUATE={scored:d}")
+        return [*changed, *["FINETUNE_TRUST_PRICES=1"] * (trusts and not self.trusts)]
+
+
+def settings_of(task: Path) -> TaskSettings:
+    """Raises UserError if it is no task."""
     _, content = _read(task)
     envs: Any = content.get("envs")
     envs = envs if isinstance(envs, dict) else {}
-    return Ceilings(
+    ceilings = Ceilings(
         usd_per_hour=_positive(content["resources"].get("max_hourly_cost")),
         run_usd=_positive(envs.get("MAX_RUN_USD")),
         hours=_positive(envs.get("MAX_HOURS")),
     )
+    recovery = content["resources"].get("job_recovery")
+    codes = recovery.get("recover_on_exit_codes") if isinstance(recovery, dict) else None
+    recovers = EXIT_TRANSIENT in (codes if isinstance(codes, list) else [codes])
+    evaluate, trusts = (str(envs.get(name, "")) for name in ("EVALUATE", "FINETUNE_TRUST_PRICES"))
+    return TaskSettings(ceilings, evaluate, trusts == "1", recovers)
 
 
 def _positive(value: Any) -> float | None:
