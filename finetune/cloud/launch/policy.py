@@ -60,6 +60,8 @@ from finetune.runtime.overrides import split_overrides
 CONFIG, OVERRIDES, HOURS, TRUST = "CONFIG", "OVERRIDES", "MAX_HOURS", "FINETUNE_TRUST_PRICES"
 EVALUATE, DAILY, DATABASES = "EVALUATE", "MAX_USD_PER_DAY", "DATABASES"
 """Environment variables of our task YAMLs."""
+SETTINGS = {CONFIG, OVERRIDES, HOURS, TRUST, EVALUATE, DAILY, DATABASES, BUDGET, "RUN_NAME", "BUCKET", "VLLM_MINUTES"}
+"""Of these, and of the names that begin with SWEEP, what is in envs counts."""
 DEFAULT_RUN_USD = 25.0
 SHOWN = 12
 
@@ -75,6 +77,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
             if user_request.at_client_side:
                 escape_unprintable()
                 _check_scripts(task)
+            _settings_in_envs(task)
             fill_bucket(task, say)
             if user_request.at_client_side and VARIABLE not in task.envs:  # a controller has no working directory
                 _check_travels(task, say)
@@ -242,6 +245,13 @@ def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catal
         )
 
 
+def _settings_in_envs(task: sky.Task) -> None:
+    """Takes our settings out of the task's secrets. SkyPilot makes each value of --env-file a secret too, which would win over
+    --env, and over what this policy writes into envs."""
+    for name in [name for name in task.secrets if name in SETTINGS or name.startswith("SWEEP")]:
+        task.envs.setdefault(name, task.secrets.pop(name).get_secret_value())
+
+
 def _secret(task: sky.Task, name: str) -> str:
     """Of the task, else what was typed with --env, else from the environment of the user who types the command."""
     return task.secrets[name].get_secret_value() or task.envs.get(name, "") or os.environ.get(name, "")
@@ -251,9 +261,10 @@ def _fill_secrets(task: sky.Task, say: Any) -> None:
     """Fills empty secrets of the task, and takes them out of its envs: SkyPilot would send the empty secret, not the value of
     --env, and shows envs in its dashboard and in the files that it keeps."""
     filled = {name: _secret(task, name) for name, value in task.secrets.items() if not value.get_secret_value()}
-    task.update_secrets({name: value for name, value in filled.items() if value})
-    typed = [name for name in task.secrets if task.envs.pop(name, "")]
+    if given := {name: value for name, value in filled.items() if value}:
+        task.update_secrets(given)
+    typed = {name: value for name in task.secrets if (value := task.envs.pop(name, ""))}
     if taken := [name for name in typed if name in filled]:
         say(f"finetune: {', '.join(taken)}: taken from envs as a secret; type --secret NAME=VALUE, not --env")
-    if ignored := [name for name in typed if name not in filled]:
+    if ignored := [name for name, value in typed.items() if value != _secret(task, name)]:  # the same: of --env-file
         say(f"finetune: {', '.join(ignored)}: in envs and in secrets, of which the secret is used")

@@ -195,6 +195,19 @@ def test_a_key_in_envs_is_sent_as_the_secret_that_it_would_lose_to(worker: SkyWo
     assert "hf_typed" not in answer["printed"] and "WANDB_API_KEY: " not in answer["printed"]
 
 
+def test_what_an_env_file_made_a_secret_stays_a_setting(worker: SkyWorker) -> None:
+    """With --env-file SkyPilot puts each value into envs and into secrets; --env then changes the one in envs alone."""
+    envs = ENVS | {"MAX_RUN_USD": "2", "BUCKET": "auto", "HF_TOKEN": "hf_file"}
+    secrets = ENVS | {"MAX_RUN_USD": "300", "BUCKET": "auto", "HF_TOKEN": "hf_file", "EVALUATE": "1", "SWEEP": "a=1,2"}
+    mount = {"/bucket": {"name": "${BUCKET}", "store": "gcs", "mode": "MOUNT"}}
+    answer = ask(worker, T4, envs, secrets=secrets, file_mounts=mount)
+    sent = answer["sent"]
+    assert sent["secrets"] == {"HF_TOKEN": "hf_file"}
+    assert sent["envs"].items() >= (ENVS | {"MAX_RUN_USD": "2", "EVALUATE": "1", "SWEEP": "a=1,2"}).items()
+    assert sent["envs"]["BUCKET"] == "finetune-text2sql-test-you" and "HF_TOKEN" not in sent["envs"]
+    assert "HF_TOKEN" not in answer["printed"]
+
+
 def test_a_run_above_its_budget_gets_a_warning(worker: SkyWorker) -> None:
     answer = ask(worker, T4, ENVS | {"MAX_RUN_USD": "2"})
     assert "above its budget of $2" in answer["printed"]
