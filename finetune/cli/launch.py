@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, path
@@ -15,6 +17,9 @@ from finetune.stage_end.tell import tell
 
 if TYPE_CHECKING:
     from finetune.cloud.launch.command import Launch
+    from finetune.cloud.plan.plan import Plan
+    from finetune.config.schema import RunConfig
+    from finetune.machine.price import Ceilings
 
 
 def add(commands: Any) -> None:
@@ -69,24 +74,55 @@ def _most(launch: Launch) -> str:
         limits = launch.ceilings
     except UserError:  # the policy refuses it, and says why
         return "nothing yet"
-    per_hour = f"${limits.usd_per_hour:g}/h" if limits.usd_per_hour is not None else ""
-    in_all = f"${limits.run_usd:g} in all" if limits.run_usd is not None else ""
-    return (
-        f"at most {', '.join(filter(None, (in_all, per_hour)))} (ceilings of the task)"
-        if per_hour or in_all
-        else "no ceiling"
-    )
+    texts = {
+        "run_usd": f"${limits.run_usd:g} in all" if limits.run_usd is not None else "",
+        "usd_per_hour": f"${limits.usd_per_hour:g}/h" if limits.usd_per_hour is not None else "",
+    }
+    by_default = [text for name, text in texts.items() if name in launch.defaults]
+    given = f"by default: {', '.join(by_default)}" if by_default else "ceilings of the task"
+    found = ", ".join(filter(None, texts.values()))
+    return f"at most {found} ({given})" if found else "no ceiling"
 
 
 def _plan(launch: Launch) -> str:
-    from finetune.cloud.catalog.offers import load_catalog
-    from finetune.cloud.plan.plan import plan_run
     from finetune.cloud.plan.table import render
     from finetune.config.load import load_config
     from finetune.runtime.overrides import split_overrides
 
     assert launch.config is not None
-    config = load_config(launch.config, split_overrides(launch.environment.get("OVERRIDES", "")))
+    overrides = split_overrides(launch.environment.get("OVERRIDES", ""))
+    if launch.environment.get("SWEEP"):
+        return _sweep_plan(launch, launch.config, overrides)
+    config = load_config(launch.config, overrides)
     scored = launch.environment.get("EVALUATE") == "1"
-    plan = plan_run(config, load_catalog(), launch.ceilings, spot=None, trust_prices=False, scored=scored)
-    return render(plan, launch.environment["CONFIG"])
+    return render(_planned(launch, config, launch.ceilings, scored=scored), launch.environment["CONFIG"])
+
+
+def _planned(launch: Launch, config: RunConfig, ceilings: Ceilings, *, scored: bool) -> Plan:
+    """On the machines that the task may take, not on those of the config."""
+    from finetune.cloud.catalog.offers import load_catalog
+    from finetune.cloud.plan.plan import plan_run
+    from finetune.machine.gpus import MACHINES
+
+    allowed = {(one.name, one.spot) for one in launch.alternatives}
+    names = {name for name, _ in allowed}
+    if unknown := sorted(names - set(MACHINES)):
+        raise UserError(f"{', '.join(unknown)}: a plan knows only {', '.join(MACHINES)}", code="launch.not_planned")
+    if names:
+        config = replace(config, plan=replace(config.plan, gpus=[name for name in MACHINES if name in names]))
+    trusts = launch.environment.get("FINETUNE_TRUST_PRICES") == "1"
+    plan = plan_run(config, load_catalog(), ceilings, trust_prices=trusts, scored=scored)
+    rows = tuple(row for row in plan.rows if not allowed or (row.on_gpu.name, row.spot) in allowed)
+    return replace(plan, rows=rows)
+
+
+def _sweep_plan(launch: Launch, config: Path, overrides: list[str]) -> str:
+    """The dollars and hours of all trials; each alone may cost as much as the budget allows all of them."""
+    from finetune.cli.sweep import costs_of
+    from finetune.cloud.plan.sweep import render_sweep
+    from finetune.job.sweep import read_sweep
+
+    wanted, _ = read_sweep(launch.environment, str(config), overrides, None)
+    limits = replace(launch.ceilings, run_usd=None, hours=None)
+    costs, trials = costs_of(wanted, lambda base: _planned(launch, base, limits, scored=False))
+    return render_sweep(costs, trials, launch.ceilings.run_usd, "MAX_RUN_USD")

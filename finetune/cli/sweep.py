@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.document import print_document
 
 if TYPE_CHECKING:
+    from finetune.cloud.plan.plan import Plan
+    from finetune.cloud.plan.sweep import SweepCost
+    from finetune.config.schema import RunConfig
     from finetune.report.sweep import SweepReport
     from finetune.sweep.open import Wanted
     from finetune.sweep.run import Outcome
@@ -156,22 +160,28 @@ def tell(folder: Path, outcome: Outcome, same: str, budget: str) -> SweepReport:
 def _plan(arguments: argparse.Namespace) -> int:
     from finetune.cloud.catalog.offers import load_catalog
     from finetune.cloud.plan.plan import plan_run
-    from finetune.cloud.plan.sweep import render_sweep, sweep_costs, sweep_json
+    from finetune.cloud.plan.sweep import render_sweep, sweep_json
     from finetune.machine.price import Ceilings
+
+    costs, trials = costs_of(wanted(arguments), lambda base: plan_run(base, load_catalog(), Ceilings(), scored=False))
+    if arguments.json:
+        print_document(sweep_json(costs, trials, arguments.max_sweep_usd))
+    else:
+        print(render_sweep(costs, trials, arguments.max_sweep_usd))
+    return EXIT_OK
+
+
+def costs_of(asked: Wanted, plan_of: Callable[[RunConfig], Plan]) -> tuple[list[SweepCost], int]:
+    """By the number of machines; and how many trials there are. plan_of: the plan of one whole trial. Raises UserError."""
+    from finetune.cloud.plan.sweep import sweep_costs
     from finetune.sweep.halving import quotas
     from finetune.sweep.open import choice_of, most_rungs
 
-    asked = wanted(arguments)
     choice = choice_of(asked)
-    plan = plan_run(choice.space.base, load_catalog(), Ceilings(), scored=False)
     rungs = most_rungs(choice.trials, asked)
     shares = [asked.eta ** (rung - rungs) for rung in range(rungs)]
-    costs = sweep_costs(plan, quotas(choice.trials, asked.eta, rungs), shares)
-    if arguments.json:
-        print_document(sweep_json(costs, choice.trials, arguments.max_sweep_usd))
-    else:
-        print(render_sweep(costs, choice.trials, arguments.max_sweep_usd))
-    return EXIT_OK
+    allowed = quotas(choice.trials, asked.eta, rungs)
+    return sweep_costs(plan_of(choice.space.base), allowed, shares), choice.trials
 
 
 def _rungs(text: str) -> int:

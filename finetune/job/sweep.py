@@ -8,7 +8,7 @@ bucket.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -72,7 +72,10 @@ def sweep(settings: JobSettings) -> tuple[Path, Outcome]:
             code="job.bad_setting",
         )
     set_up.begin_job()
-    wanted, workers = _wanted(settings)
+    place = f"training.output_dir={settings.runs}"
+    wanted, workers = read_sweep(
+        settings.environment, settings.config, [*settings.overrides, place], settings.name_of_run()
+    )
     folder = SweepFolder(settings.runs, settings.name_of_run())
     if (code := refused_as_too_dear(folder.as_run, settings)) is not None:
         return folder.path, Outcome(code, "too_dear")
@@ -108,9 +111,9 @@ def _score(work: Work, train: JobTrainer, settings: JobSettings) -> Outcome:
     return Outcome(code, "done" if not code else "interrupted" if code == EXIT_TRANSIENT else "failed")
 
 
-def _wanted(settings: JobSettings) -> tuple[Wanted, int]:
-    """The sweep, and how many machines share it. Raises UserError that names every invalid variable."""
-    given, problems = settings.environment, list[str]()
+def read_sweep(given: Mapping[str, str], config: str, overrides: Sequence[str], name: str | None) -> tuple[Wanted, int]:
+    """The sweep, and how many machines share it. given: the task's variables. Raises UserError that names every invalid one."""
+    problems: list[str] = []
     numbers = {
         name: _whole(name, given.get(name) or text, problems)
         for name, text in DEFAULTS.items()
@@ -123,14 +126,14 @@ def _wanted(settings: JobSettings) -> tuple[Wanted, int]:
         problems.append("SWEEP_TRIALS: expected with SWEEP_SEARCH=optuna, and only then")
     if numbers["SWEEP_ETA"] < 2 or not numbers["SWEEP_WORKERS"]:
         problems.append("SWEEP_ETA: expected 2 or more, SWEEP_WORKERS: 1 or more")
-    if not settings.config or not given.get("SWEEP"):
+    if not config or not given.get("SWEEP"):
         problems.append("CONFIG and SWEEP: expected a config, and what is varied, such as lora.r=8,16")
     if problems:
         raise UserError("; ".join(problems), code="job.bad_setting")
     wanted = Wanted(
-        config_file=Path(settings.config),
-        words=[*settings.overrides, f"training.output_dir={settings.runs}", *given["SWEEP"].split()],
-        name=settings.name_of_run(),
+        config_file=Path(config),
+        words=[*overrides, *given["SWEEP"].split()],
+        name=name,
         search=search,
         trials=numbers["SWEEP_TRIALS"] or None,
         seed=numbers["SWEEP_SEED"],

@@ -325,7 +325,9 @@ def test_the_launch_of_a_written_plan_says_what_no_option_can(config: str, tmp_p
     assert main(["plan", config, "--max-hourly-usd", "3", "--write", str(task)]) == 0
     following = capsys.readouterr().err.splitlines()[-1]
     assert following.endswith("(first set max_hourly_cost: 3 in it; trains, and takes the machine down)")
-    assert "EVALUATE" not in following and "--no-score" in task.read_text(), "the plan is without the score, as the task"
+    assert "EVALUATE" not in following and "--no-score" in task.read_text(), (
+        "the plan is without the score, as the task"
+    )
 
 
 @pytest.mark.parametrize("cost", ["null", '"x"', "[1]", "-1", ".nan"])

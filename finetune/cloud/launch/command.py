@@ -10,11 +10,19 @@ import shutil
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from finetune.cloud.gcloud.policy_setting import KEY, POLICY
+from finetune.cloud.launch.task_file import (
+    DEFAULT_CEILING_USD,
+    DEFAULT_RUN_USD,
+    Alternative,
+    alternatives,
+    values,
+    variables,
+    with_absolute_paths,
+)
 from finetune.errors import UserError
 from finetune.machine.price import Ceilings, parse_limit
 from finetune.runtime.files import read_text
@@ -27,32 +35,46 @@ FOLDER_SETTINGS = ".sky.yaml"
 @dataclass(frozen=True)
 class Launch:
     """folder: in which SkyPilot's command is to run. words: the command. environment: the task's variables (`envs`), with those
-    of --env. usd_per_hour: the task's ceiling, None if it has none."""
+    of --env-file and --env. alternatives: the GPU machines that it may take, as far as they can be told."""
 
     folder: Path
     words: list[str]
     environment: dict[str, str]
+    alternatives: list[Alternative]
     usd_per_hour: float | None
+    workdir: Path
 
     @property
     def config(self) -> Path | None:
         """The config that the task trains with; None if it names none, or one that is not here."""
         named = self.environment.get("CONFIG")
-        found = self.folder / named if named else None
+        found = self.folder / self.workdir / named if named else None
         return found if found and found.is_file() else None
 
     @property
     def cluster(self) -> str | None:
         """The name that was typed for it."""
-        named = [word for option, word in pairwise(self.words) if option in ("-c", "--cluster")]
-        named += [word.removeprefix("--cluster=") for word in self.words if word.startswith("--cluster=")]
+        named = values(self.words, "-c", "--cluster")
         return named[-1] if named else None
 
     @property
     def ceilings(self) -> Ceilings:
-        """Raises UserError for a variable that is not a number."""
+        """With the launch policy's defaults where the task has none. Raises UserError for a variable that is not a number."""
         run_usd, hours = (self._limit(name) for name in ("MAX_RUN_USD", "MAX_HOURS"))
-        return Ceilings(usd_per_hour=self.usd_per_hour, run_usd=run_usd, hours=hours)
+        default_usd = DEFAULT_RUN_USD if "run_usd" in self.defaults else None
+        return Ceilings(usd_per_hour=self._usd_per_hour, run_usd=run_usd or default_usd, hours=hours)
+
+    @property
+    def defaults(self) -> set[str]:
+        """Which ceilings the task does not set, so that the policy sets them, for a GPU on Google Cloud."""
+        unset = {"usd_per_hour": any(one.usd_per_hour is None for one in self.alternatives)}
+        unset["run_usd"] = bool(self.alternatives) and "MAX_RUN_USD" not in self.environment
+        return {name for name, is_unset in unset.items() if is_unset}
+
+    @property
+    def _usd_per_hour(self) -> float | None:
+        each = [DEFAULT_CEILING_USD if one.usd_per_hour is None else one.usd_per_hour for one in self.alternatives]
+        return max(each, default=self.usd_per_hour)
 
     def _limit(self, name: str) -> float | None:
         text = self.environment.get(name)
@@ -75,13 +97,19 @@ def launch_of(task: Path, options: Sequence[str], *, managed: bool) -> Launch:
         )
     content = _read(task)
     folder = _folder_of(task)
+    options = with_absolute_paths(options)
     words = [program, *(["jobs"] if managed else []), "launch", str(task.resolve().relative_to(folder)), *options]
-    given = content.get("envs")
-    environment = {str(key): str(value) for key, value in given.items()} if isinstance(given, dict) else {}
     resources = content.get("resources")
     ceiling = resources.get("max_hourly_cost") if isinstance(resources, dict) else None
-    usd_per_hour = float(ceiling) if isinstance(ceiling, int | float) else None
-    return Launch(folder, words, environment | _typed_variables(options), usd_per_hour)
+    workdir = [*(path for path in [content.get("workdir")] if isinstance(path, str)), *values(options, "--workdir")]
+    return Launch(
+        folder,
+        words,
+        variables(content, options),
+        alternatives(content, options),
+        float(ceiling) if isinstance(ceiling, int | float) else None,
+        Path(workdir[-1] if workdir else ".").expanduser(),
+    )
 
 
 def _read(task: Path) -> dict[str, Any]:
@@ -112,10 +140,3 @@ def _folder_of(task: Path) -> Path:
         "this project's sky/",
         code="launch.no_policy",
     )
-
-
-def _typed_variables(options: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE of each --env. One without a value is taken from the shell by SkyPilot, and left out here."""
-    pairs = [following for word, following in pairwise(options) if word == "--env"]
-    pairs += [word.removeprefix("--env=") for word in options if word.startswith("--env=")]
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)

@@ -26,7 +26,6 @@ from finetune.cloud.launch.candidates import Candidate, CandidateGroup
 from finetune.cloud.launch.controller import settings_to_copy, warn_of_controller
 from finetune.cloud.launch.sky_resources import (
     BUDGET,
-    DEFAULT_CEILING_USD,
     asks_for_gpu_on_gcp,
     autostop_changes,
     check_priceable,
@@ -36,6 +35,7 @@ from finetune.cloud.launch.sky_resources import (
     pinned,
     refuse_ceilings,
 )
+from finetune.cloud.launch.task_file import DEFAULT_CEILING_USD, DEFAULT_RUN_USD
 from finetune.cloud.launch.travel import (
     check_config_travels,
     check_databases_travel,
@@ -62,7 +62,6 @@ EVALUATE, DAILY, DATABASES = "EVALUATE", "MAX_USD_PER_DAY", "DATABASES"
 """Environment variables of our task YAMLs."""
 SETTINGS = {CONFIG, OVERRIDES, HOURS, TRUST, EVALUATE, DAILY, DATABASES, BUDGET, "RUN_NAME", "BUCKET", "VLLM_MINUTES"}
 """Of these, and of the names that begin with SWEEP, what is in envs counts."""
-DEFAULT_RUN_USD = 25.0
 SHOWN = 12
 
 

@@ -14,14 +14,13 @@ from sky.utils.status_lib import ClusterStatus
 from finetune.cloud.catalog.offers import Catalog
 from finetune.cloud.launch import candidates
 from finetune.cloud.launch.candidates import CandidateGroup, Requirement
+from finetune.cloud.launch.task_file import DEFAULT_CEILING_USD
 from finetune.errors import UserError
 from finetune.machine.gpus import GPUS
 
 AUTOSTOP = {"idle_minutes": 10, "down": True}
 MOST_IDLE_MINUTES = 60
 """Longest idle time before a machine is terminated: an A100 machine costs about 4 US dollars in it."""
-DEFAULT_CEILING_USD = 5.0
-"""Ceiling of a task without max_hourly_cost, in US dollars per hour for all its machines; above that of every task in sky/."""
 MOST_RESTARTS = 10
 NEVER_RECOVERED = {0: "done", 2: "the user's mistake, the same on every machine"}
 """Exit codes after which a new machine ends like the one before it, and what they mean."""

@@ -54,14 +54,20 @@ def _cost(row: Row, set_up: float, allowed: Sequence[int], shares: Sequence[floa
     return SweepCost(machines, hours, billed, billed * row.offer.usd_per_hour, row)
 
 
-def render_sweep(costs: Sequence[SweepCost], trials: int, usd: float | None) -> str:
-    """As text. usd: the budget, None without one."""
+def render_sweep(costs: Sequence[SweepCost], trials: int, usd: float | None, budget: str = "--max-sweep-usd") -> str:
+    """As text. usd: the budget, None without one. budget: what sets it."""
     first = costs[0]
     assert first.row.offer is not None
     kind = "spot" if first.row.spot else "on-demand"
     shown = [cost for cost in costs if cost.machines in (1, 2, 3, 4, 6, 8) or cost is costs[-1]]
     rows = [
-        (str(cost.machines), f"{cost.hours:.1f}", f"{cost.machine_hours:.1f}", f"{cost.usd:.2f}", _verdict(cost, usd))
+        (
+            str(cost.machines),
+            f"{cost.hours:.1f}",
+            f"{cost.machine_hours:.1f}",
+            f"{cost.usd:.2f}",
+            _verdict(cost, usd, budget),
+        )
         for cost in shown
     ]
     cheapest = min(costs, key=lambda cost: cost.usd)
@@ -100,5 +106,5 @@ def sweep_json(costs: Sequence[SweepCost], trials: int, usd: float | None) -> di
     }
 
 
-def _verdict(cost: SweepCost, usd: float | None) -> str:
-    return "" if usd is None or cost.usd <= usd else f"above --max-sweep-usd {usd:g}: the budget would end it"
+def _verdict(cost: SweepCost, usd: float | None, budget: str) -> str:
+    return "" if usd is None or cost.usd <= usd else f"above {budget} {usd:g}: the budget would end it"

@@ -60,7 +60,10 @@ class TaskSettings:
 
     def variables_for(self, wanted: Ceilings, *, scored: bool, trusts: bool) -> list[str]:
         """NAME=VALUE of what a launch has to be told besides, to keep to these ceilings and to do what was planned."""
-        given = (("MAX_RUN_USD", wanted.run_usd, self.ceilings.run_usd), ("MAX_HOURS", wanted.hours, self.ceilings.hours))
+        given = (
+            ("MAX_RUN_USD", wanted.run_usd, self.ceilings.run_usd),
+            ("MAX_HOURS", wanted.hours, self.ceilings.hours),
+        )
         changed = [f"{name}={value:.10g}" for name, value, of_task in given if value is not None and value != of_task]
         if scored != (self.evaluate == "1"):
             changed.append(f"EVALUATE={scored:d}")

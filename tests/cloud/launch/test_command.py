@@ -4,6 +4,7 @@ real one runs in test_policy_cli.py."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finetune.cli.launch import _most
 from finetune.cli.main import main
 from finetune.cloud.gcloud.policy_setting import KEY, POLICY, name_policy, named_policy
 from finetune.cloud.launch.command import launch_of
+from finetune.cloud.launch.task_file import PATHS, alternatives
 from finetune.doctor.cloud import policy_check
 from finetune.machine.price import Ceilings
+from tests.helpers.catalog_fixture import needs_skypilot
 from tests.helpers.errors import raises
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,6 +100,120 @@ def test_limits_are_those_of_the_task_and_of_the_options(scripts: Path) -> None:
     assert typed.ceilings == Ceilings(run_usd=5.0, hours=None, usd_per_hour=4.5)
     with raises("launch.bad_limit", match="MAX_HOURS: expected a positive number, such as 25, found '-1'"):
         _ = launch_of(A100, ["--env", "MAX_HOURS=-1"], managed=False).ceilings
+
+
+def edited(path: Path, folder: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of a task in a folder with the policy."""
+    (folder / ".sky.yaml").write_text(f"{KEY}: {POLICY}\n")
+    text = path.read_text()
+    for pattern, replacement in changes:
+        text, count = re.subn(pattern, replacement, text, flags=re.M)
+        assert count
+    (folder / "task.yaml").write_text(text)
+    return folder / "task.yaml"
+
+
+def test_ceilings_that_the_task_does_not_set_are_the_defaults_of_the_policy(
+    scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neither = (r"^  max_hourly_cost.*", ""), (r"^  MAX_RUN_USD.*", "")
+    launch = launch_of(edited(A100, tmp_path, *neither), [], managed=False)
+    assert launch.ceilings == Ceilings(run_usd=25.0, hours=24.0, usd_per_hour=5.0)
+    assert _most(launch) == "at most $25 in all, $5/h (by default: $25 in all, $5/h)"
+    launch = launch_of(edited(A100, tmp_path, neither[1]), [], managed=False)
+    assert _most(launch) == "at most $25 in all, $4.5/h (by default: $25 in all)"
+    on_cpu = launch_of(edited(A100, tmp_path, *neither, (r"^  (accelerators|instance_type):.*", "")), [], managed=False)
+    assert _most(on_cpu) == "no ceiling", "the policy enforces none there"
+
+
+def test_variables_and_paths_are_those_of_skypilot(
+    scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--env wins over --env-file, and a path is of the folder in which it was typed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAX_HOURS", "3")
+    (tmp_path / "my.env").write_text("# mine\nexport CONFIG='configs/demo_cpu.yaml'\nMAX_RUN_USD=300\nRUN_NAME\n")
+    (tmp_path / "sky.yaml").touch()
+    paths = ["--env-file", "my.env", "--secret-file=keys.env", "--config", "sky.yaml", "--config=a.b=c"]
+    typed = launch_of(A100, [*paths, "--env", "MAX_HOURS"], managed=False)
+    assert typed.ceilings == Ceilings(run_usd=300.0, hours=3.0, usd_per_hour=4.5)
+    assert typed.config == ROOT / "configs" / "demo_cpu.yaml" and typed.environment["RUN_NAME"] == ""
+    here = [f"{tmp_path}/my.env", f"--secret-file={tmp_path}/keys.env", "--config", f"{tmp_path}/sky.yaml"]
+    assert typed.words[3:] == ["--env-file", *here, "--config=a.b=c", "--env", "MAX_HOURS"]
+    assert launch_of(A100, [*paths, "--env=MAX_RUN_USD=2"], managed=False).ceilings.run_usd == 2.0
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mistral_7b_qlora.yaml").touch()
+    elsewhere = launch_of(A100, ["--workdir", "."], managed=False)
+    assert elsewhere.config == tmp_path / "configs" / "mistral_7b_qlora.yaml" and elsewhere.words[-1] == str(tmp_path)
+
+
+@needs_skypilot
+def test_each_option_of_skypilot_with_a_path_is_known() -> None:
+    import click
+    from sky.client.cli import flags
+    from sky.client.cli.command import cli
+
+    assert isinstance(cli, click.Group)
+    jobs = cli.commands["jobs"]
+    assert isinstance(jobs, click.Group)
+    for command in (cli.commands["launch"], jobs.commands["launch"]):
+        found = {
+            name
+            for option in command.params
+            for name in option.opts
+            if name == "--config"
+            or isinstance(option.type, click.Path | click.File)
+            or getattr(option.type, "func", None) is flags._parse_dotenv_file
+        }
+        assert found == set(PATHS)
+
+
+@pytest.mark.parametrize(
+    ("resources", "options", "found"),
+    [
+        ("accelerators: T4:1, use_spot: true", "", {("T4", True)}),
+        ("accelerators: {l4: 2}", "", {("L4:2", False)}),
+        ("accelerators: [L4, 'T4:4']", "", {("L4", False), ("T4:4", False)}),
+        ("infra: gcp/us-central1, instance_type: g2-standard-24", "", {("L4:2", False)}),
+        ("accelerators: T4, any_of: [{use_spot: true}, {use_spot: false}]", "", {("T4", True), ("T4", False)}),
+        ("accelerators: T4, any_of: [{use_spot: true}, {use_spot: false}]", "--use-spot", {("T4", True)}),
+        ("accelerators: T4", "--gpus L4:2 --use-spot --no-use-spot", {("L4:2", False)}),
+        ("accelerators: T4", "-t a2-highgpu-1g --gpus=A100", {("A100", False)}),
+        ("infra: aws, accelerators: T4", "", set()),
+        ("cpus: 4", "", set()),
+        ("ordered: [{accelerators: T4}, {cpus: 4}]", "", set()),
+    ],
+)
+def test_the_machines_that_a_task_may_take(resources: str, options: str, found: set[tuple[str, bool]]) -> None:
+    task = yaml.safe_load(f"resources: {{{resources}}}")
+    assert {(one.name, one.spot) for one in alternatives(task, options.split())} == found
+
+
+def test_the_plan_shown_first_is_of_the_machines_of_the_task(scripts: Path, tmp_path: Path) -> None:
+    shown = launched(scripts, tmp_path, str(ROOT / "sky" / "train_t4.yaml"), "--dryrun").stdout
+    assert "\norder: T4 spot, then T4 on-demand\n" in shown and "L4" not in shown
+    shown = launched(scripts, tmp_path, "--jobs", str(ROOT / "sky" / "train_spot.yaml")).stdout
+    order = next(line for line in shown.splitlines() if line.startswith("order: "))
+    assert set(order.removeprefix("order: ").split(", then ")) == {"L4 spot", "A100 spot"}
+    shown = launched(scripts, tmp_path, str(ROOT / "sky" / "train_t4.yaml"), "--gpus", "A100:8").stdout
+    assert shown.startswith("no plan: A100:8: a plan knows only A100, L4, T4")
+
+
+def test_a_sweep_is_shown_with_the_cost_of_all_its_trials(
+    scripts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = str(ROOT / "sky" / "sweep.yaml")
+    done = launched(scripts, tmp_path, "--jobs", sweep, "--env", "MAX_RUN_USD=0.5")
+    config = str(ROOT / "configs" / "mistral_7b_qlora.yaml")
+    words = ["training.learning_rate=1e-4,2e-4", "lora.r=8,16,32", 'plan.gpus=["A100","L4"]', "--plan"]
+    assert main(["sweep", config, *words]) == 0
+    head, _, *rows, _ = capsys.readouterr().out.splitlines()
+    assert " spot in " in head and head in done.stdout.splitlines()
+    for row in rows:
+        assert f"{row.rstrip()}  above MAX_RUN_USD 0.5: the budget would end it" in done.stdout
+    assert "at most $0.5 in all, $2.5/h" in done.stderr
+    done = launched(scripts, tmp_path, "--jobs", sweep, "--env", "SWEEP_ETA=1")
+    assert done.returncode == 9 and done.stdout.startswith("no plan: SWEEP_ETA: expected 2 or more")
 
 
 def test_what_is_no_task_of_a_folder_with_the_policy_is_refused(
