@@ -24,7 +24,7 @@ from finetune.cloud.gcloud.config import (
     local_login,
     skypilot_setting,
 )
-from finetune.cloud.gcloud.policy_setting import POLICY, named_policy
+from finetune.cloud.gcloud.policy_setting import POLICY, named_policy, names_policy
 from finetune.doctor.check import Check, Need, Status, absent
 from finetune.errors import UserError
 from finetune.runtime.files import parse_json
@@ -118,7 +118,8 @@ def all_regions_check(need: Need, answer: Answer) -> Check:
         return Check(name, absent("cloud", need), answer.trouble, metric, answer.advice)
     if quotas[metric].limit == 0:
         return Check(name, absent("cloud", need), "0: no GPU can be started anywhere", metric, how)
-    return _used(Check(name, "ok", _count(quotas[metric].limit), metric, how), [quotas[metric]])
+    more = quota.how_to_request(metric, wanted=quotas[metric].limit + 1)
+    return _used(Check(name, "ok", _count(quotas[metric].limit), metric, more), [quotas[metric]])
 
 
 def quota_checks(need: Need, answer: Answer, project: str, regions: list[str] | None) -> Iterator[Check]:
@@ -145,7 +146,8 @@ def quota_checks(need: Need, answer: Answer, project: str, regions: list[str] | 
     yield from (replace(row, status=one_is_enough) if row.status == "missing" else row for row in rows)
     lacking = [row.needed for row in rows if row.status != "ok"]
     if lacking:
-        command = quota.request_command(lacking[0], project, request_in)
+        wanted = _limit(listed, request_in, lacking[0]) + 1
+        command = quota.request_command(lacking[0], project, request_in, wanted)
         yield Check("more quota", "info", "can also be requested with gcloud", "", f"such as: {command}")
 
 
@@ -154,7 +156,7 @@ def _gpu_check(
 ) -> Check:
     """The row of one GPU, `missing` without quota in the chosen regions; `needed` names the quota."""
     name, metric = f"quota {gpu} {'spot' if spot else 'on-demand'}", quota.metric(gpu, spot)
-    how = quota.how_to_request(metric, request_in)
+    how = quota.how_to_request(metric, request_in, _limit(listed, request_in, metric) + 1)
     there = {region: quota.usable(quotas, gpu, spot) for region, quotas in listed.items()}
     some = {region: there[region] for region in sorted(there, key=_americas_first) if there[region].limit > 0}
     here = some if chosen is None else {region: some[region] for region in chosen if region in some}
@@ -166,6 +168,12 @@ def _gpu_check(
     if any(quota.passed_over(listed.get(region, {}), gpu) for region in chosen or listed):
         how = f"Google would let spot use the on-demand quota, but SkyPilot skips regions whose spot quota is 0: {how}"
     return Check(name, "missing", found, metric, how)
+
+
+def _limit(listed: dict[str, quota.Quotas], region: str, metric: str) -> float:
+    """Of the quota itself, 0 if it is not listed there."""
+    found = listed.get(region, {}).get(metric)
+    return found.limit if found else 0.0
 
 
 def _used(check: Check, quotas: list[quota.Quota]) -> Check:
@@ -237,7 +245,7 @@ def copying_check(need: Need) -> Check:
 
 
 def policy_check() -> Check:
-    """Whether the launch policy holds for commands typed in every folder."""
+    """Whether the launch policy holds for commands typed in every folder, or at least in this one."""
     name = "launch policy"
     try:
         found = named_policy()
@@ -248,7 +256,9 @@ def policy_check() -> Check:
     if found is not None:
         return Check(name, "warning", f"another: {found}", "", f"SkyPilot takes one; ours is {POLICY}")
     advice = "use `finetune launch`, or write it into ~/.sky/config.yaml with `finetune doctor --fix-policy`"
-    return Check(name, "info", "holds for `sky launch` typed in this folder only", "", advice)
+    if names_policy(Path()):
+        return Check(name, "info", "holds for `sky launch` typed in this folder only", "", advice)
+    return Check(name, "warning", "does not hold for `sky launch` typed in this folder", "", advice)
 
 
 def sky_check_hint() -> Check:

@@ -203,6 +203,9 @@ def test_quota_that_is_used_up_is_a_warning(gcloud: Gcloud) -> None:
     assert found["quota T4 on-demand"].found == "1 in us-central1, all in use"
     assert found["quota T4 on-demand"].status == found["quota GPUs, all regions"].status == "warning"
     assert "sky status" in found["quota T4 on-demand"].advice
+    assert "for more request NVIDIA_T4_GPUS = 2 in us-central1 on" in found["quota T4 on-demand"].advice
+    assert "for more request GPUS_ALL_REGIONS = 2 on" in found["quota GPUs, all regions"].advice
+    assert "--quota-id=NVIDIA-T4-GPUS-per-project-region --preferred-value=2 " in found["more quota"].advice
     assert found["quota L4 on-demand"].status == "ok"
 
 

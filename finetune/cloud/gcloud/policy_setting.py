@@ -11,6 +11,17 @@ from finetune.runtime.yaml_file import load_yaml
 
 KEY = "admin_policy"
 POLICY = "finetune.cloud.launch.policy.CostPolicy"
+FOLDER_SETTINGS = ".sky.yaml"
+"""SkyPilot's settings of a folder, which it reads only for commands typed in it."""
+
+
+def names_policy(folder: Path) -> bool:
+    """Whether the folder's .sky.yaml names ours, so that it holds for `sky` commands typed there."""
+    try:
+        settings = load_yaml(read_text(folder / FOLDER_SETTINGS))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get(KEY) == POLICY
 
 
 def named_policy() -> str | None:

@@ -90,16 +90,16 @@ def _limit(value: Any) -> float:
     return math.inf if limit < 0 else limit  # Google writes -1 for no limit
 
 
-def how_to_request(name: str, region: str = "") -> str:
-    """The remedy of a message: where to request a quota; without a region, the one over all regions."""
-    return f"request {name} = 1{f' in {region}' if region else ''} on {QUOTA_PAGE} (filter on that name)"
+def how_to_request(name: str, region: str = "", wanted: float = 1) -> str:
+    """The remedy of a message: where to request a quota; without a region, the one over all regions. wanted: GPUs."""
+    return f"request {name} = {wanted:g}{f' in {region}' if region else ''} on {QUOTA_PAGE} (filter on that name)"
 
 
-def request_command(name: str, project: str, region: str = "") -> str:
-    """The gcloud command that requests a quota of one GPU (Cloud Quotas; `gcloud beta quotas preferences create`)."""
+def request_command(name: str, project: str, region: str = "", wanted: float = 1) -> str:
+    """The gcloud command that requests a quota of so many GPUs (Cloud Quotas; `gcloud beta quotas preferences create`)."""
     scope = "per-project-region" if region else "per-project"
     return (
         f"gcloud beta quotas preferences create --project={project} --service=compute.googleapis.com"
-        f" --quota-id={name.replace('_', '-')}-{scope} --preferred-value=1"
+        f" --quota-id={name.replace('_', '-')}-{scope} --preferred-value={wanted:g}"
         f"{f' --dimensions=region={region}' if region else ''} --email=<your address>"
     )

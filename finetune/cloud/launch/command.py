@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.cloud.gcloud.policy_setting import KEY, POLICY
+from finetune.cloud.gcloud.policy_setting import FOLDER_SETTINGS, KEY, POLICY, names_policy
 from finetune.cloud.launch.task_file import (
     DEFAULT_CEILING_USD,
     DEFAULT_RUN_USD,
@@ -28,8 +28,6 @@ from finetune.machine.price import Ceilings, parse_limit
 from finetune.runtime.files import read_text
 from finetune.runtime.installed import in_checkout, install_command, project_files
 from finetune.runtime.yaml_file import load_yaml
-
-FOLDER_SETTINGS = ".sky.yaml"
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,7 @@ def _read(task: Path) -> dict[str, Any]:
 def _folder_of(task: Path) -> Path:
     """The nearest folder above the task whose .sky.yaml names our policy."""
     for folder in task.resolve().parents:
-        try:
-            settings = load_yaml(read_text(folder / FOLDER_SETTINGS))
-        except (OSError, ValueError):
-            continue
-        if isinstance(settings, dict) and settings.get(KEY) == POLICY:
+        if names_policy(folder):
             return folder
     raise UserError(
         f"{task}: no folder above it has a {FOLDER_SETTINGS} with `{KEY}: {POLICY}`, so no ceiling would hold; launch a task of "

@@ -276,6 +276,20 @@ def test_the_line_is_added_and_everything_else_stays(
     assert config.read_text() == written  # once is enough
 
 
+@pytest.mark.parametrize("settings", [None, "", "a: [\n", "- a\n", "admin_policy: another.Policy\n"])
+def test_in_a_folder_whose_settings_do_not_name_it_the_policy_does_not_hold(
+    config: Path, settings: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if settings is not None:
+        Path(".sky.yaml").write_text(settings)
+    found = policy_check()
+    assert (found.status, found.found) == ("warning", "does not hold for `sky launch` typed in this folder")
+    assert "use `finetune launch`" in found.advice
+    Path(".sky.yaml").write_text(f"{KEY}: {POLICY}\n")
+    assert policy_check().found == "holds for `sky launch` typed in this folder only"
+
+
 def test_a_line_that_cannot_be_added_is_asked_for(config: Path) -> None:
     config.parent.mkdir()
     for text, code, said in (
