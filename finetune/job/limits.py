@@ -85,14 +85,14 @@ def run_limited(
     gets SIGTERM or SIGINT, the program gets SIGTERM and has GRACE_SECONDS to save its work. It gets one signal only, because a
     second one makes it exit at once; its child processes get none, because it still needs them.
     """
-    full = settings.state / "room.full"
-    remove_file(full, inside=settings.state)
+    _clear_rooms(settings.state)
     stopper = _ProgramStopper(float(settings.grace_seconds))
     ends, out_of_time, over = time.monotonic() + hours * 3600, False, ""
     with stopper.on_signals():
         program = subprocess.Popen(command, env=settings.environment, stdout=output, stderr=output)
         stopper.attach(program)
-        _watch_room(program.pid, settings.state / "room")
+        room, full = (settings.state / f"room.{program.pid}{end}" for end in ("", ".full"))
+        _watch_room(program.pid, room)
         while (code := _ended(program)) is None:
             if not stopper.requested and full.exists():
                 stopper.was_signalled()
@@ -109,6 +109,7 @@ def run_limited(
             f"the disk was nearly full ({full.read_text(encoding='utf-8').strip()} MiB left): stopped, what was saved is kept; "
             "launch again with a larger resources.disk_size, or free some space, with the same --env RUN_NAME"
         )
+        remove_file(full, inside=settings.state)
         return Ended(EXIT_USER_ERROR, False)  # the disk of another machine would fill too
     return Ended(code, out_of_time, stopper.by_signal, over)
 
@@ -169,6 +170,14 @@ def _ended(program: subprocess.Popen[bytes]) -> int | None:
     with suppress(subprocess.TimeoutExpired):
         return program.wait(POLL_SECONDS)
     return None
+
+
+def _clear_rooms(state: Path) -> None:
+    """Removes what the disk watchers of programs that have ended left behind, as a machine does that was switched off."""
+    for file in state.glob("room.*"):
+        process = file.name.split(".")[1]
+        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+            remove_file(file, inside=state)
 
 
 def _watch_room(process: int, file: Path) -> None:

@@ -25,6 +25,7 @@ from finetune.job.settings import JobSettings, read_settings
 from tests.helpers.errors import raises
 from tests.helpers.machine_fixture import gone, wait_for
 
+ROOT = Path(__file__).resolve().parents[2]
 HOUR = 1.0
 SECOND = 1 / 3600
 
@@ -40,6 +41,23 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobSettings:
 
 def python(program: str) -> list[str]:
     return [sys.executable, "-c", program]
+
+
+def fills(settings: JobSettings) -> str:
+    """A program that does what on_machine/room.sh does on a full disk, but for SIGTERM."""
+    return f"import os; open({str(settings.state)!r} + f'/room.{{os.getpid()}}.full', 'w').write('12'); "
+
+
+def gone_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def wait_a_moment(process: subprocess.Popen[str]) -> bool:
+    """Whether it has ended, a moment later."""
+    time.sleep(0.05)
+    return process.poll() is not None
 
 
 @pytest.mark.parametrize(
@@ -58,19 +76,85 @@ def test_a_program_whose_time_is_up_gets_sigterm_and_then_sigkill(settings: JobS
 
 def test_a_program_that_does_not_end_on_a_full_disk_is_killed(settings: JobSettings) -> None:
     """SIGTERM came from on_machine/room.sh."""
-    full = settings.state / "room.full"
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    fills = f"open({str(full)!r}, 'w').write('12'); time.sleep(60)"
-    assert run_limited(python(deaf + fills), HOUR, settings) == Ended(2, False)
+    assert run_limited(python(deaf + fills(settings) + "time.sleep(60)"), HOUR, settings) == Ended(2, False)
 
 
 def test_a_full_disk_is_not_retried(settings: JobSettings, capsys: pytest.CaptureFixture[str]) -> None:
-    full = settings.state / "room.full"
-    assert run_limited(python(f"open({str(full)!r}, 'w').write('12'); exit(75)"), HOUR, settings) == Ended(2, False)
+    assert run_limited(python(fills(settings) + "exit(75)"), HOUR, settings) == Ended(2, False)
     assert "the disk was nearly full (12 MiB left)" in capsys.readouterr().err
-    assert run_limited(python("exit(75)"), HOUR, settings) == Ended(75, False), (
-        "what an earlier job left does not count"
+    assert not list(settings.state.glob("room.*"))
+
+
+def test_what_the_disk_watcher_of_another_program_wrote_does_not_count(settings: JobSettings) -> None:
+    dead, alive = gone_process(), os.getpid()
+    for name in (f"room.{dead}", f"room.{dead}.full", f"room.{alive}", f"room.{alive}.full"):
+        (settings.state / name).write_text("12")
+    assert run_limited(python("import time; time.sleep(0.5); exit(75)"), HOUR, settings) == Ended(75, False)
+    left = {path.name for path in settings.state.glob("room.*")}
+    assert left == {f"room.{alive}", f"room.{alive}.full"}, "the reserve of a machine that was switched off is freed"
+
+
+TWO_JOBS = """
+import os
+import sys
+from pathlib import Path
+from finetune.job.limits import run_limited
+from finetune.job.settings import read_settings
+program = '''
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(f"runs.{sys.argv[1]}").touch()
+while not pathlib.Path("end").exists():
+    time.sleep(0.05)
+'''
+ended = run_limited([sys.executable, "-c", program, sys.argv[1]], 1.0, read_settings(os.environ))
+print(ended.code, ended.interrupted, flush=True)
+"""
+DISK = """#!/bin/sh
+case "$*" in
+    *output=size*) echo 2000 ;;
+    *) echo $(($(cat free) - 20 * $(ls .finetune | grep -c '^room[.][0-9]*$'))) ;;
+esac
+"""
+
+
+def test_of_two_jobs_on_a_disk_that_gets_full_none_is_killed_without_saving(
+    settings: JobSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real on_machine/room.sh, and a disk of 2000 MiB of which a reserve takes 20."""
+    (tmp_path / "on_machine").symlink_to(ROOT / "on_machine")
+    for name, text in (("df", DISK), ("fallocate", '#!/bin/sh\ntouch "$3"\n')):
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("GRACE_SECONDS", "3")
+    (tmp_path / "free").write_text("100")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_JOBS, name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for name in "ab"
+    ]
+    for name in "ab":
+        wait_for(tmp_path / f"runs.{name}")
+    time.sleep(1)  # so that both watch the disk
+    (tmp_path / "free").write_text("55")  # 15 beside two reserves: one of the jobs has to end
+    first = next(one for _ in range(600) for one in started if wait_a_moment(one))
+    time.sleep(3.5)  # longer than the grace period of the other
+    (tmp_path / "end").touch()
+    said = [one.communicate(timeout=30)[0].split() for one in started]
+    assert said[started.index(first)] == ["saved", "2", "False"]
+    assert sorted(said)[0] in (["0", "False"], ["saved", "2", "False"]), (
+        "the other goes on, or was stopped at the same moment"
     )
+    assert not list(settings.state.glob("room.*.full"))
 
 
 def test_signal_handlers_are_restored_afterwards(settings: JobSettings) -> None:
@@ -147,11 +231,13 @@ def test_the_disk_watcher_is_detached_and_ends_with_the_program(settings: JobSet
     script = Path("on_machine") / "room.sh"
     script.parent.mkdir()
     script.write_text('echo "$$ $PPID $1 $2" >"$2.started"; while kill -0 "$1"; do sleep 0.1; done\n', encoding="utf-8")
-    started = settings.state / "room.started"
-    program = f"import os, time\nwhile not os.path.exists({str(started)!r}): time.sleep(0.02)\ntime.sleep(0.3)"
+    program = f"""import os, time
+while not os.path.exists({str(settings.state)!r} + f"/room.{{os.getpid()}}.started"): time.sleep(0.02)
+time.sleep(0.3)"""
     assert run_limited(python(program), HOUR, settings).code == 0
-    watcher, parent, _, file = started.read_text(encoding="utf-8").split()
-    assert int(parent) != os.getpid() and file == str(settings.state / "room")
+    [started] = settings.state.glob("room.*.started")
+    watcher, parent, process, file = started.read_text(encoding="utf-8").split()
+    assert int(parent) != os.getpid() and file == str(settings.state / f"room.{process}")
     assert gone(int(watcher))
 
 
