@@ -117,7 +117,9 @@ def _following(plan: Plan, arguments: argparse.Namespace, task: TaskSettings | N
     chosen = [row for row in plan.rows if row.chosen]
     if task is not None:
         return _launch_of_written(arguments, task, spot=chosen[0].spot)
-    costs = [row.cost for row in plan.rows if row.cost and row.on_gpu.fits and not (row.offer and row.offer.anomalies)]
+    costs = [
+        row.cost for row in plan.rows if row.cost and row.on_gpu.possible and not (row.offer and row.offer.anomalies)
+    ]
     cheapest = min(((cost.usd, cost.hours) for cost in costs), default=None)
     if chosen and _words(arguments) == _plain_words(arguments):
         return after_plain_plan(arguments.config, arguments.overrides)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -109,6 +110,18 @@ def examples_per_step(training: TrainingSection, gpus: int = 1) -> int:
             code="config.conflicting_values",
         )
     return product
+
+
+def gpus_that_agree(training: TrainingSection, counts: Iterable[int]) -> int:
+    """The smallest of these numbers of GPUs on which the keys of the batch size do not contradict each other. Raises UserError
+    like `examples_per_step` if they do on each."""
+    *others, last = sorted(set(counts))
+    for gpus in others:
+        with suppress(UserError):
+            examples_per_step(training, gpus)
+            return gpus
+    examples_per_step(training, last)
+    return last
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

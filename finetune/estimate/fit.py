@@ -72,15 +72,16 @@ class Fitted:
         return self.needed.reserved / GIB + CONTEXT_GIB + margin
 
 
-def fit_on(config: RunConfig, shape: ModelShape, gpu: GpuSpec, *, usual_step: float) -> Fitted:
-    """What a run of this config will choose on a GPU, given its model and memory. usual_step: as for `autotune`.
+def fit_on(config: RunConfig, shape: ModelShape, gpu: GpuSpec, *, usual_step: float, gpus: int = 1) -> Fitted:
+    """What a run of this config will choose on a GPU, given its model and memory. usual_step: as for `autotune`. gpus: that train
+    together.
 
-    Raises UserError for projections and dtypes whose memory cannot be estimated.
+    Raises UserError for projections and dtypes whose memory cannot be estimated, and like `examples_per_step`.
     """
     training = config.training
     dtype = dtype_for(gpu.compute_capability, config.model.torch_dtype)
     load, there = workload_of(config, dtype), min(gpu.memory_gib, training.max_memory_gib or math.inf)
-    batch_size = examples_per_step(training)
+    batch_size = examples_per_step(training, gpus)
     named = training.per_device_train_batch_size
     micro_batch_size = None if named == "auto" else min(named, batch_size)  # no micro-batch is larger than the step
     if training.kernels == "hf":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from finetune.config.load import examples_per_step
+from finetune.config.load import examples_per_step, gpus_that_agree
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.estimate.fit import MARGIN, Fitted, fit_on, usual_step_tokens
@@ -37,19 +37,26 @@ def memory_table(config: RunConfig, gpus: list[str]) -> str:
     whose shape is not known.
     """
     shape, fitted = _fitted(config, gpus)
-    blocks = _hf(config, shape, fitted) if config.training.kernels == "hf" else _fused(config, shape, fitted)
+    examples = examples_per_step(config.training, _together(config, gpus))
+    blocks = _hf(config, shape, fitted) if config.training.kernels == "hf" else _fused(config, shape, fitted, examples)
     return "\n\n".join(["\n".join(block) for block in [_heading(config, shape), *blocks]])
 
 
 def _fitted(config: RunConfig, gpus: list[str]) -> tuple[ModelShape, dict[str, Fitted]]:
     if not gpus:
         raise UserError(f"plan.gpus: name at least one GPU; known: {', '.join(GPUS)}", code="plan.no_gpu")
+    together = _together(config, gpus)
     gpus = list(dict.fromkeys(MACHINES[name].gpu.name if name in MACHINES else name for name in gpus))
     if unknown := [name for name in gpus if name not in GPUS]:
         raise UserError(f"plan.gpus: unknown {', '.join(unknown)}; known: {', '.join(GPUS)}", code="cloud.unknown_gpu")
     shape = known_shape(config.model.name)
-    usual = usual_step_tokens(examples_per_step(config.training), config.plan.mean_tokens)
-    return shape, {name: fit_on(config, shape, GPUS[name], usual_step=usual) for name in gpus}
+    usual = usual_step_tokens(examples_per_step(config.training, together), config.plan.mean_tokens)
+    return shape, {name: fit_on(config, shape, GPUS[name], usual_step=usual, gpus=together) for name in gpus}
+
+
+def _together(config: RunConfig, gpus: list[str]) -> int:
+    """GPUs of the smallest of these machines on which a run begins. Raises UserError like `examples_per_step`."""
+    return gpus_that_agree(config.training, (MACHINES[name].count if name in MACHINES else 1 for name in gpus))
 
 
 def memory_json(config: RunConfig, gpus: list[str]) -> dict[str, Any]:
@@ -105,8 +112,9 @@ def _heading(config: RunConfig, shape: ModelShape) -> list[str]:
 # ---- the fused backend
 
 
-def _fused(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted]) -> list[list[str]]:
-    return [_choices(config, shape, fitted), _fused_parts(config, fitted), _fused_footnotes(config)]
+def _fused(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted], examples: int) -> list[list[str]]:
+    """examples: in an optimizer step."""
+    return [_choices(config, shape, fitted), _fused_parts(config, fitted), _fused_footnotes(examples)]
 
 
 def _choices(config: RunConfig, shape: ModelShape, fitted: dict[str, Fitted]) -> list[str]:
@@ -136,8 +144,7 @@ def _fused_parts(config: RunConfig, fitted: dict[str, Fitted]) -> list[str]:
     return aligned(table, "lr")
 
 
-def _fused_footnotes(config: RunConfig) -> list[str]:
-    batch_size = examples_per_step(config.training)
+def _fused_footnotes(batch_size: int) -> list[str]:
     return [
         "activations kept: layers that keep them for the backward pass; the others recompute them (checkpointing).",
         "dequantized: layers that keep their 4-bit weights dequantized; the others dequantize them at every use. A run chooses",

@@ -88,6 +88,14 @@ def test_the_fused_table_says_what_its_words_mean() -> None:
     assert "on one H100 80GB (2026-11-22)" in said
 
 
+def test_batch_sizes_that_agree_on_several_gpus_alone_have_a_table() -> None:
+    four = ("per_device_train_batch_size=4", "gradient_accumulation_steps=4", "effective_batch_size=64")
+    whole = config(*(f"training.{word}" for word in four))
+    assert "an optimizer step of 64 examples" in " ".join(memory_table(whole, ["L4", "L4:4"]).split())
+    with raises("config.conflicting_values", match="64 is not 16"):
+        memory_table(whole, ["L4"])
+
+
 # ---- the Hugging Face backend
 
 

@@ -126,7 +126,7 @@ def _refusal(requirement: Requirement, offer: Offer, on_gpu: OnGpu | None, trust
     if on_gpu and not on_gpu.fits:
         available = on_gpu.available_gib or on_gpu.gpu.memory_gib
         return f"does not fit: needs {on_gpu.needed_gib:.1f} GiB of {available:.1f} (estimated)"
-    return ""
+    return on_gpu.conflict if on_gpu else ""
 
 
 def groups(candidates: Sequence[Candidate]) -> list[CandidateGroup]:

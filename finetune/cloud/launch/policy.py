@@ -48,7 +48,7 @@ from finetune.cloud.launch.travel import (
 from finetune.cloud.plan.plan import OnGpu, run_on
 from finetune.cloud.plan.set_up import with_set_up
 from finetune.cloud.plan.workload import evaluation_size, run_size
-from finetune.config.load import data_key, load_config
+from finetune.config.load import data_key, gpus_that_agree, load_config
 from finetune.config.schema import PlanSection, RunConfig
 from finetune.errors import LONGEST_LIST, NotEstimated, UserError
 from finetune.machine.gpus import GPUS
@@ -216,9 +216,10 @@ def _run(task: sky.Task, asked: set[tuple[str, int]], say: Any) -> tuple[dict[st
         say(f"finetune: no speed is known for {', '.join(unknown)}: machines are ranked by price alone")
         return {}, plan
     try:
-        size = run_size(config)
+        nodes = task.num_nodes
+        size = run_size(config, gpus_that_agree(config.training, (count * nodes for _, count in asked)))
         evaluation = evaluation_size(config) if task.envs.get(EVALUATE) == "1" else None
-        found = [run_on(config, size, GPUS[gpu], evaluation, count) for gpu, count in asked]
+        found = [run_on(config, size, GPUS[gpu], evaluation, count, nodes) for gpu, count in asked]
         return {one.name: one for one in found}, plan
     except NotEstimated as error:
         say(f"finetune: WARNING: {error}; so machines are ranked by price alone, and the run's memory is not checked")

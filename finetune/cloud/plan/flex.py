@@ -36,8 +36,8 @@ class FlexRow:
 
 
 def flex_rows(plan: Plan) -> list[FlexRow]:
-    """Every machine of the plan that fits and has such a price, cheapest run first."""
-    on_gpus = {row.on_gpu.name: row.on_gpu for row in plan.rows if row.on_gpu.fits}
+    """Every machine of the plan on which the run is possible and that has such a price, cheapest run first."""
+    on_gpus = {row.on_gpu.name: row.on_gpu for row in plan.rows if row.on_gpu.possible}
     found = []
     for on_gpu in on_gpus.values():
         prices = flex_prices(plan.catalog, on_gpu.name, plan.assumptions.disk_gib)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
 from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.cloud.plan.set_up import ASSUMED, SetUpMinutes, with_set_up
-from finetune.cloud.plan.workload import EvaluationSize, RunSize, evaluation_size, run_size
-from finetune.config.load import examples_per_step
+from finetune.cloud.plan.workload import EvaluationSize, RunSize, evaluation_size, run_size, size_on
+from finetune.config.load import examples_per_step, gpus_that_agree
 from finetune.config.schema import CheckpointSection, PlanSection, RunConfig
 from finetune.errors import NotEstimated, UserError
 from finetune.estimate.fit import Fitted, MicroBatchConfig, fit_on, usual_step_tokens
@@ -50,7 +50,8 @@ class OnGpu:
     not scored, or if it is unknown how many questions there are.
 
     micro_batch_config: how the fused backend computes a step on this GPU; None with the Hugging Face backend. available_gib: GPU
-    memory that the run may use, None for all of it.
+    memory that the run may use, None for all of it. batch_size: examples in a step, over all GPUs. conflict: why no run begins on
+    so many GPUs, whose figures are then those with training.effective_batch_size alone; "" if one does.
     """
 
     gpu: GpuSpec
@@ -64,6 +65,13 @@ class OnGpu:
     micro_batch_config: MicroBatchConfig | None = None
     available_gib: float | None = None
     scoring: Scoring | None = None
+    batch_size: int = 0
+    conflict: str = ""
+
+    @property
+    def possible(self) -> bool:
+        """Whether the run fits, and begins."""
+        return self.fits and not self.conflict
 
     @property
     def name(self) -> str:
@@ -105,8 +113,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: the chosen ones by expected dollars, then the refused ones. evaluation: None if the run is not scored, or if the
-    number of questions is unknown; scored tells the two apart. executable: whether any source may have a database to score on."""
+    """size: on the smallest machine on which the run begins. rows: the chosen ones by expected dollars, then the refused ones.
+    evaluation: None if the run is not scored, or if the number of questions is unknown; scored tells the two apart. executable:
+    whether any source may have a database to score on."""
 
     size: RunSize
     ceilings: Ceilings
@@ -132,9 +141,10 @@ def plan_run(
     """Price the run on every GPU of plan.gpus. spot: True for spot only, False for on-demand only, None for both. scored: whether
     the run ends with its score, as the task YAMLs have it. ask_google: about earlier launches, for the minutes of set-up.
 
-    Raises UserError for a model of unknown shape, data of unknown size, and if the catalog has a price for none of the GPUs.
+    Raises UserError for a model of unknown shape, data of unknown size, if the catalog has a price for none of the GPUs, and if
+    the keys of the batch size contradict each other on each of them.
     """
-    size = run_size(config)
+    size = run_size(config, gpus_that_agree(config.training, (MACHINES[name].count for name in config.plan.gpus)))
     evaluation = evaluation_size(config) if scored else None
     rows = []
     assumptions, set_up = with_set_up(config, ask_google=ask_google)
@@ -152,10 +162,18 @@ def plan_run(
 
 
 def run_on(
-    config: RunConfig, size: RunSize, gpu: GpuSpec, evaluation: EvaluationSize | None = None, count: int = 1
+    config: RunConfig,
+    size: RunSize,
+    gpu: GpuSpec,
+    evaluation: EvaluationSize | None = None,
+    count: int = 1,
+    nodes: int = 1,
 ) -> OnGpu:
     """Memory, speed and hours of the run on one GPU, or on `count` in one machine, of which one answers when it is scored.
-    evaluation: of the score with which it ends. Raises NotEstimated if the model's shape is unknown."""
+
+    size: on any number of GPUs. evaluation: of the score with which it ends. nodes: such machines that train together; how much
+    faster that is, is not estimated. Raises NotEstimated if the model's shape is unknown.
+    """
     shape = shape_of(config.model.name)
     if shape is None:
         raise NotEstimated(
@@ -163,9 +181,13 @@ def run_on(
             f"known: {', '.join(SHAPES)}, and every local folder with a config.json",
             code="model.unknown_shape",
         )
-    batch_size = examples_per_step(config.training)
-    fitted = fit_on(config, shape, gpu, usual_step=usual_step_tokens(batch_size, size.mean_tokens))
-    speed = _speed(config, size, gpu, shape, fitted, count)
+    gpus = count * nodes
+    conflict = _conflict(config, gpus)
+    if conflict:
+        config = replace(config, training=replace(config.training, gradient_accumulation_steps=None))
+    size, batch_size = size_on(size, config.training, gpus), examples_per_step(config.training, gpus)
+    fitted = fit_on(config, shape, gpu, usual_step=usual_step_tokens(batch_size, size.mean_tokens), gpus=gpus)
+    speed = _speed(config, size, gpu, shape, fitted, count, batch_size)
     seconds = (size.tokens + size.validation_tokens * VALIDATION_COST) / speed.tokens_per_second
     work_hours = seconds / 3600
     save_hours, save_key = save_interval(config.checkpoint, work_hours, size.steps)
@@ -181,7 +203,18 @@ def run_on(
         micro_batch_config=fitted.limits,
         available_gib=fitted.memory_gib,
         scoring=_scoring(config, gpu, shape, evaluation) if evaluation else None,
+        batch_size=batch_size,
+        conflict=conflict,
     )
+
+
+def _conflict(config: RunConfig, gpus: int) -> str:
+    """Why no run of this config begins on so many GPUs; "" if one does."""
+    try:
+        examples_per_step(config.training, gpus)
+    except UserError as error:
+        return f"no run begins on {gpus} GPUs with these batch sizes: {error}"
+    return ""
 
 
 def _scoring(config: RunConfig, gpu: GpuSpec, shape: ModelShape, size: EvaluationSize) -> Scoring:
@@ -206,9 +239,10 @@ def save_interval(section: CheckpointSection, work_hours: float, steps: int) -> 
     return min(hours, work_hours), key
 
 
-def _speed(config: RunConfig, size: RunSize, gpu: GpuSpec, shape: ModelShape, fitted: Fitted, count: int) -> Speed:
+def _speed(
+    config: RunConfig, size: RunSize, gpu: GpuSpec, shape: ModelShape, fitted: Fitted, count: int, batch_size: int
+) -> Speed:
     """Of `count` GPUs together; a step takes at least as long as the host needs for one example."""
-    batch_size = examples_per_step(config.training)
     if fitted.limits is None:
         assert fitted.micro_batch_size is not None
         one = training_speed(
@@ -267,7 +301,11 @@ def _row(
         why = " on demand; spot or flex-start (--flex)" if not_so else ": the catalog has no price for it"
         return Row(on_gpu, spot, None, None, (f"not sold{why}",))
     cost = run_cost(on_gpu, offer.usd_per_hour, spot, assumptions)
-    refusals = [*_memory_refusal(on_gpu), *ceiling_refusals(offer.usd_per_hour, cost, ceilings)]
+    refusals = [
+        *_memory_refusal(on_gpu),
+        *filter(None, [on_gpu.conflict]),
+        *ceiling_refusals(offer.usd_per_hour, cost, ceilings),
+    ]
     rate = assumptions.spot_preemptions_per_hour
     if spot and rate * on_gpu.save_hours > MAX_PREEMPTIONS:
         interval = f"{on_gpu.save_hours:.1f} h between checkpoints"

@@ -96,13 +96,14 @@ def _verdict(row: Row) -> str:
     return f"ok, despite a price anomaly: {'; '.join(anomalies)}" if anomalies else "ok"
 
 
-def _step(on_gpu: OnGpu) -> str:
-    """How the run computes a step on this GPU."""
+def _step(on_gpu: OnGpu, with_examples: bool) -> str:
+    """How the run computes a step on this GPU. with_examples: how many there are in it."""
+    examples = f"{on_gpu.batch_size} examples a step, " if with_examples else ""
     chosen = on_gpu.micro_batch_config
     if chosen is None:
-        return "Hugging Face layers, padded micro-batches"
+        return f"{examples}Hugging Face layers, padded micro-batches"
     layers = f"{chosen.uncheckpointed_layers} layers not recomputed, {chosen.dequantized_layers} dequantized"
-    return f"micro-batches of up to {chosen.tokens:,} tokens; {layers}"
+    return f"{examples}micro-batches of up to {chosen.tokens:,} tokens; {layers}"
 
 
 def _passed_over(row: Row, offer: Offer) -> str:
@@ -112,6 +113,7 @@ def _passed_over(row: Row, offer: Offer) -> str:
 def _notes(plan: Plan) -> list[str]:
     """Where the figures of each column come from: measured, from the catalog, estimated or assumed."""
     assumed, shown = plan.assumptions, plan.rows[:SHOWN]
+    sizes_differ = len({row.on_gpu.batch_size for row in plan.rows}) > 1
     sources = dict.fromkeys(f"{row.on_gpu.name}: {row.on_gpu.speed.source}" for row in shown)
     ceilings = [
         text
@@ -132,7 +134,7 @@ def _notes(plan: Plan) -> list[str]:
         f"ceilings: {', '.join(ceilings) or 'none (those of a task hold at its launch)'}",
         *(["cheaper, but with a price anomaly (--trust-prices accepts it):", *passed_over] if passed_over else []),
         "memory: estimated, with the settings that the run will choose (`finetune plan CONFIG --memory` shows the parts):",
-        *dict.fromkeys(f"  {row.on_gpu.name}: {_step(row.on_gpu)}" for row in shown),
+        *dict.fromkeys(f"  {row.on_gpu.name}: {_step(row.on_gpu, sizes_differ)}" for row in shown),
         "hours and dollars: estimated, expected values,",
         f"  with {plan.set_up.minutes:.3g} min of boot and set-up ({plan.set_up.basis});",
         f"  lost: dollars of the run lost to preemptions, assumed {assumed.spot_preemptions_per_hour:g} an hour "
@@ -189,6 +191,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "step": {"layers": "fused", **vars(on_gpu.micro_batch_config)}
         if on_gpu.micro_batch_config
         else {"layers": "hf"},
+        "examples_per_step": on_gpu.batch_size,
         "tokens_per_second": round(on_gpu.speed.tokens_per_second, 1),
         "tokens_per_second_basis": on_gpu.speed.basis,
         "tokens_per_second_source": on_gpu.speed.source,

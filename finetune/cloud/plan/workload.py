@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config.load import examples_per_step
-from finetune.config.schema import EvaluationSection, RunConfig, SourceSection
+from finetune.config.schema import EvaluationSection, RunConfig, SourceSection, TrainingSection
 from finetune.errors import NotEstimated, UserError, shown
 from finetune.prepared_folder import DATABASES, MANIFEST
 from finetune.runtime.files import load_json
@@ -16,9 +16,11 @@ from finetune.runtime.files import load_json
 
 @dataclass(frozen=True)
 class RunSize:
-    """records: training examples of one epoch; mean_tokens: prompt and answer of one; steps: optimizer steps of the run.
+    """records: training examples of one epoch; mean_tokens: prompt and answer of one; steps: optimizer steps of the run, for the
+    number of GPUs that it was made for.
 
-    validation_tokens: of all validation passes together. basis: where the figures come from, as text for the user.
+    validation_tokens: of all validation passes together; validation: examples of one. basis: where the figures come from, as text
+    for the user.
     """
 
     records: int
@@ -26,6 +28,7 @@ class RunSize:
     steps: int
     tokens: float  # trained on, over all epochs
     validation_tokens: float
+    validation: int
     basis: str
 
 
@@ -107,10 +110,10 @@ def _assumed_questions(config: RunConfig) -> tuple[int, float, str] | None:
     return questions, plan.answer_tokens, "questions counted in the local sources"
 
 
-def run_size(config: RunConfig) -> RunSize:
-    """The size of a run, from the prepared data's manifest.json, else from local sources or plan.records.
+def run_size(config: RunConfig, gpus: int = 1) -> RunSize:
+    """The size of a run on so many GPUs, from the prepared data's manifest.json, else from local sources or plan.records.
 
-    Raises UserError if the number of examples is unknown, or the manifest is invalid.
+    Raises UserError if the number of examples is unknown, if the manifest is invalid, and like `examples_per_step`.
     """
     folder = Path(config.data.output_dir)
     manifest = folder / MANIFEST
@@ -120,12 +123,20 @@ def run_size(config: RunConfig) -> RunSize:
         records, validation, basis = _assumed_records(config)
         mean = config.plan.mean_tokens
         basis = f"{basis}, {mean:.0f} tokens each (plan.mean_tokens); not counted, because {folder} is not prepared"
-    training = config.training
-    per_epoch = -(-records // examples_per_step(training))
+    return _sized(config.training, records, mean, validation, basis, gpus)
+
+
+def size_on(size: RunSize, training: TrainingSection, gpus: int) -> RunSize:
+    """The same run on another number of GPUs, where a step may take another number of examples."""
+    return _sized(training, size.records, size.mean_tokens, size.validation, size.basis, gpus)
+
+
+def _sized(training: TrainingSection, records: int, mean: float, validation: int, basis: str, gpus: int) -> RunSize:
+    per_epoch = -(-records // examples_per_step(training, gpus))
     steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
     tokens = records * mean * steps / per_epoch
     passes = -(-steps // training.eval_steps) if training.eval_steps else 0  # the trainer adds one at the end
-    return RunSize(records, mean, steps, tokens, passes * validation * mean, basis)
+    return RunSize(records, mean, steps, tokens, passes * validation * mean, validation, basis)
 
 
 def _counted(manifest: Path, assumed_tokens: float, model: str) -> tuple[int, float, int, str]:

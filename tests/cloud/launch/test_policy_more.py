@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -96,6 +97,27 @@ def test_a_number_that_the_job_would_refuse_is_refused_before_the_launch(
 @pytest.mark.parametrize(("resources", "envs"), [({"accelerators": "t4"}, {}), ({}, {"FINETUNE_PRICES": "{}"})])
 def test_memory_is_checked_however_the_gpu_is_expressed(worker: SkyWorker, resources: Json, envs: Json) -> None:
     assert "does not fit" in refused("launch.all_refused", ask(worker, T4 | resources, envs=ENVS | TOO_BIG | envs))
+
+
+CONFLICT = {"OVERRIDES": "training.per_device_train_batch_size=4 training.gradient_accumulation_steps=4"}
+"""In a config with an effective batch of 16."""
+
+
+def test_a_machine_whose_gpus_contradict_the_batch_size_is_refused(worker: SkyWorker) -> None:
+    four = {"accelerators": "T4:4", "instance_type": "n1-highmem-16"}
+    one = {"accelerators": "T4:1", "instance_type": "n1-highmem-8"}
+    either = {"infra": "gcp", "max_hourly_cost": 4.0, "disk_size": 200, "any_of": [one, four]}
+    answer = ask(worker, either, envs=ENVS | CONFLICT)
+    assert {machine["count"] for machine in answer["reachable"]} == {1}
+    assert re.search(r"not allowed: \d+ zones of T4:4 on-demand, no run begins on 4 GPUs with these", answer["printed"])
+    message = refused(
+        "config.conflicting_values", ask(worker, T4 | four | {"max_hourly_cost": 4.0}, envs=ENVS | CONFLICT)
+    )
+    assert "effective_batch_size: 16 is not 64, the product of" in message
+    message = refused(
+        "config.conflicting_values", ask(worker, T4 | {"max_hourly_cost": 4.0}, envs=ENVS | CONFLICT, num_nodes=2)
+    )
+    assert "16 is not 32, the product of" in message
 
 
 @pytest.mark.parametrize("override", ["model.name=bigcode/starcoder2-7b", "plan.records=null"])

@@ -16,13 +16,14 @@ from finetune.cloud.catalog.disks import disk_usd_per_hour
 from finetune.cloud.plan.plan import (
     VALIDATION_COST,
     OnGpu,
+    Row,
     RunCost,
     ceiling_refusals,
     run_cost,
     run_on,
     save_interval,
 )
-from finetune.cloud.plan.workload import run_size
+from finetune.cloud.plan.workload import run_size, size_on
 from finetune.config.schema import CheckpointSection, PlanSection
 from finetune.estimate.speed import Speed
 from finetune.estimate.speed_fused import FusedStep, fused_speed
@@ -390,6 +391,54 @@ def test_several_gpus_cost_their_own_machine_and_are_faster(tmp_path: Path) -> N
     assert two.on_gpu.speed.tokens_per_second == pytest.approx(1.6 * one.on_gpu.speed.tokens_per_second)
     assert two.on_gpu.work_hours == pytest.approx(one.on_gpu.work_hours / 1.6)
     assert two.on_gpu.speed.basis == "estimated" and two.on_gpu.needed_gib == one.on_gpu.needed_gib
+
+
+FOUR_FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "effective_batch_size": None}
+
+
+def l4_by_count(folder: Path, **training: Any) -> dict[int, Row]:
+    """The rows of one, two and four L4 on demand."""
+    machines = {1: "g2-standard-8", 2: "g2-standard-24", 4: "g2-standard-48"}
+    hosts = [host("us-east1-b", 0.3 * count, 0.1 * count, name) for count, name in machines.items()]
+    lines = [*hosts, *(gpu("us-east1-b", 0.6 * count, 0.2 * count, "L4", count) for count in machines)]
+    config = run_config(plan={"gpus": ["L4", "L4:2", "L4:4"]}, training=training)
+    return {row.on_gpu.count: row for row in plan_of(config, catalog_of(folder, lines), spot=False).rows}
+
+
+@pytest.mark.parametrize(("effective", "right"), [(16, 1), (32, 2), (64, 4)])
+def test_machines_whose_gpus_contradict_the_batch_size_are_refused(tmp_path: Path, effective: int, right: int) -> None:
+    """There `finetune train` ends with exit code 2, after boot, set-up and loading."""
+    rows = l4_by_count(tmp_path, **FOUR_FOUR | {"effective_batch_size": effective})
+    for count, row in rows.items():
+        says = (
+            f"no run begins on {count} GPUs with these batch sizes: training.effective_batch_size: {effective} is not "
+        )
+        assert row.chosen == (count == right), row.refusals
+        assert row.chosen or row.refusals[0].startswith(f"{says}{16 * count}, ")
+        assert row.cost, "what it would be with that effective size"
+        assert row.on_gpu.batch_size == effective
+
+
+def test_a_batch_size_that_fits_no_machine_is_an_error(tmp_path: Path) -> None:
+    with raises("config.conflicting_values", match="48 is not 64, the product of .* and 4 GPUs"):
+        l4_by_count(tmp_path, **FOUR_FOUR | {"effective_batch_size": 48})
+
+
+def test_the_examples_of_a_step_grow_with_the_gpus_where_the_config_fixes_each_ones(tmp_path: Path) -> None:
+    rows = l4_by_count(tmp_path, **FOUR_FOUR, max_steps=50)
+    assert {count: row.on_gpu.batch_size for count, row in rows.items()} == {1: 16, 2: 32, 4: 64}
+    trained = {count: row.on_gpu.work_hours * row.on_gpu.speed.tokens_per_second for count, row in rows.items()}
+    assert trained[4] == pytest.approx(4 * trained[1], rel=0.02), "in as many steps"
+    size = run_size(run_config(training=FOUR_FOUR))
+    assert [size_on(size, run_config(training=FOUR_FOUR).training, gpus).steps for gpus in (1, 2, 4)] == [250, 125, 63]
+
+
+def test_nodes_take_part_in_a_step(tmp_path: Path) -> None:
+    config = run_config(training=FOUR_FOUR)
+    assert run_on(config, run_size(config), GPUS["L4"], None, 2, 3).batch_size == 96
+    config = run_config(training=FOUR_FOUR | {"effective_batch_size": 32})
+    conflicts = [run_on(config, run_size(config, 2), GPUS["L4"], None, 1, nodes).conflict for nodes in (1, 2)]
+    assert "16, the product of" in conflicts[0] and not conflicts[1]
 
 
 # price anomalies
