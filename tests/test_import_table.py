@@ -44,9 +44,11 @@ MAY_IMPORT = {
     "run_record run_folder prepared_folder data budget training.objectives training.step",
     "sweep": "errors runtime machine config run_name run_record run_folder prepared_folder budget stage_end",
     "evaluation": "errors tokens runtime machine sql config run_name models run_folder prepared_folder data budget",
+    "job": "errors runtime machine config run_name run_folder prepared_folder budget stage_end sweep",
     "cloud.gcloud": "errors runtime",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate budget cloud.gcloud cloud.catalog",
-    "cloud.launch": "errors runtime machine config prepared_folder project_folder cloud.gcloud cloud.catalog cloud.plan",
+    "cloud.launch": "errors runtime machine config prepared_folder project_folder budget job cloud.gcloud cloud.catalog "
+    "cloud.plan",
     "report": "errors runtime sql run_record run_name run_folder data budget sweep evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
     "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
@@ -54,7 +56,6 @@ MAY_IMPORT = {
     "serve": "errors tokens runtime machine sql config models run_folder data evaluation export",
     "init": "errors runtime machine sql config project_folder data evaluation stage_end cloud.catalog cloud.plan "
     "serve.client",
-    "job": "errors runtime machine config run_name run_folder prepared_folder budget stage_end sweep",
     "demo": "errors tokens runtime config models run_folder data budget training.step training evaluation",
     "cli": "errors runtime machine config models run_folder data estimate budget stage_end training sweep "
     "evaluation project_folder cloud.gcloud cloud.catalog cloud.plan cloud.launch report doctor "

@@ -133,6 +133,12 @@ class Meter:
             f"{room.key} to go on"
         )
 
+    def least_usd(self, save_interval_seconds: float) -> float:
+        """The ceiling in US dollars from which on `check_start` lets this attempt begin, if no other one runs."""
+        here = self.price.usd_per_hour if self.price else 0.0
+        seconds = save_interval_seconds + self._reserve.get(self._usd_key, 0.0)
+        return (self._usd() or 0.0) + seconds / 3600 * here
+
     def usage(self) -> Usage:
         usd, left = self._usd(), self.seconds_left()
         return Usage(usd, self._hours(), self.ceilings, left if math.isfinite(left) else None, self._text(usd, left))

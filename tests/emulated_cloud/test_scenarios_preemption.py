@@ -19,6 +19,7 @@ from tests.emulated_cloud.training import (
     HEARTBEAT_SECONDS,
     LOGGING_STEPS,
     SAVE_STEPS,
+    SET_UP,
     STEPS,
     Run,
     launch,
@@ -163,7 +164,8 @@ def launch_on_small_budget(environment: CloudEnvironment, project: Path, attempt
     seconds = paid_seconds(attempts + 1, attempts * TRAINING_SECONDS)
     budget = round(seconds * usd_per_hour / 3600, 4)
     record_metric(f"budget ${budget}, for {seconds:.0f} s")
-    long = f"{long_run(100 * STEPS, save_steps=1000)} checkpoint.every_minutes={FIRST_SECONDS / 60}"
+    often = f"checkpoint.every_minutes={FIRST_SECONDS / 60} {SET_UP}"
+    long = f"{long_run(100 * STEPS, save_steps=1000)} {often}"
     machine = ("--gpus", "L4:1", "--instance-type", "g2-standard-8", "--infra", f"gcp/{region}")
     begin = ("train_spot", "--jobs", "-d", "-n", "poor", *machine)
     words = launch(*begin, overrides=long, RUN_NAME="poor", MAX_RUN_USD=budget, FT_STEP_SECONDS=REST_SECONDS)

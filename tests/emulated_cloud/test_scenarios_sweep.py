@@ -16,7 +16,7 @@ from tests.emulated_cloud.pace import paid_seconds, wait_until
 from tests.emulated_cloud.reconciliation import check_nothing_left, reconcile
 from tests.emulated_cloud.table import record_metric
 from tests.emulated_cloud.test_scenarios_preemption import cheapest_l4, wait_for_job
-from tests.emulated_cloud.training import BUCKET, HEARTBEAT_SECONDS, Run, launch
+from tests.emulated_cloud.training import BUCKET, HEARTBEAT_SECONDS, SET_UP, Run, launch
 
 pytestmark = pytest.mark.cloud
 NAME, TRIALS, STEPS = "swept", 12, 100
@@ -29,7 +29,7 @@ the one in reserve. The whole sweep would take 900, more than starts that are
 faster than the pace says can leave."""
 OVERRIDES = (
     f"training.max_steps={STEPS} training.eval_steps=1000 training.logging_steps=5 "
-    "checkpoint.save_steps=1000 checkpoint.every_minutes=0.15"
+    f"checkpoint.save_steps=1000 checkpoint.every_minutes=0.15 {SET_UP}"
 )
 SWEEP = "training.learning_rate=1e-3,3e-3,1e-2 lora.r=2,4,8,16"
 

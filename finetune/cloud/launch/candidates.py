@@ -57,6 +57,11 @@ class Candidate:
     given: int | None = None  # its place in an order that is already fixed; None: ranked by dollars
 
     @property
+    def job_usd_per_hour(self) -> float:
+        """Of all machines of the job."""
+        return self.offer.usd_per_hour * self.requirement.nodes
+
+    @property
     def rank(self) -> tuple[float, float, str, bool]:
         usd = self.offer.usd_per_hour
         first = float(self.given) if self.given is not None else self.cost.usd if self.cost else usd
@@ -201,13 +206,14 @@ def refusal_message(candidates: Sequence[Candidate], source: str) -> str:
 def _remedy(candidate: Candidate) -> str:
     if candidate.refusal.startswith("above"):
         usd = candidate.offer.usd_per_hour * candidate.requirement.machines
-        return f"; max_hourly_cost: {_rounded_up(usd):.2f} would allow it"
+        return f"; max_hourly_cost: {rounded_up(usd):.2f} would allow it"
     if candidate.refusal.startswith("price"):
         return "; if the price is right, launch with --env FINETUNE_TRUST_PRICES=1"
     return ""
 
 
-def _rounded_up(usd: float) -> float:
+def rounded_up(usd: float) -> float:
+    """To cents."""
     return -(-round(usd * 1e6) // 10_000) / 100
 
 
@@ -247,7 +253,7 @@ def price_table(found: Sequence[CandidateGroup], basis: str, *, trust_prices: bo
                 "count": offer.count,
                 "zone": offer.zone,
                 "spot": offer.spot,
-                "usd_per_hour": round(offer.usd_per_hour * candidate.requirement.nodes, 5),
+                "usd_per_hour": round(candidate.job_usd_per_hour, 5),
                 "kind": kinds.index(kind),
             }
         )

@@ -24,6 +24,8 @@ from finetune.cloud.launch import candidates
 from finetune.cloud.launch.bucket import fill_bucket, holds
 from finetune.cloud.launch.candidates import Candidate, CandidateGroup
 from finetune.cloud.launch.controller import settings_to_copy, warn_of_controller
+from finetune.cloud.launch.least_budget import refuse_small_budgets, starts_of
+from finetune.cloud.launch.our_job import SWEEP, TRAIN, job_of
 from finetune.cloud.launch.sky_resources import (
     BUDGET,
     asks_for_gpu_on_gcp,
@@ -46,7 +48,7 @@ from finetune.cloud.launch.travel import (
     luggage_of,
 )
 from finetune.cloud.plan.plan import OnGpu, run_on
-from finetune.cloud.plan.set_up import with_set_up
+from finetune.cloud.plan.set_up import ASSUMED, with_set_up
 from finetune.cloud.plan.workload import evaluation_size, run_size
 from finetune.config.load import data_key, gpus_that_agree, load_config
 from finetune.config.schema import PlanSection, RunConfig
@@ -152,7 +154,7 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     catalog = newest_catalog(say) if placing else catalog_for_launch(say)
     machines = machines_at_once(task, updating=name == "serve.update")
     requirements = machine_requirements(task, catalog, machines, say)
-    on_gpus, plan = _run(task, {(one.gpu, one.count) for one in requirements}, say)
+    on_gpus, plan, config = _run(task, {(one.gpu, one.count) for one in requirements}, say)
     trusts = task.envs.get(TRUST) == "1"
     if any(resources.max_hourly_cost is None for resources in task.resources):
         say(
@@ -161,8 +163,11 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
     found = candidates.list_candidates(catalog, requirements, on_gpus, plan, trust_prices=trusts)
     if placing:  # the client has applied this policy already; the server, on another machine, only checks again
         found = [replace(candidate, given=candidate.requirement.place) for candidate in found]
-    groups = candidates.shorten(candidates.groups(found))
     runs_where_it_is = name == "exec"  # on an existing machine: nothing to choose or to refuse
+    begins = not (placing or exists or runs_where_it_is)  # on a machine whose boot and set-up it pays
+    if begins:
+        found = _with_budgets(task, found, budget, plan, config)
+    groups = candidates.shorten(candidates.groups(found))
     if groups:
         table = candidates.price_table(groups, catalog.source, trust_prices=trusts)
         task.update_envs({VARIABLE: json.dumps(table, separators=(",", ":"))})
@@ -177,7 +182,7 @@ def _apply(request: sky.UserRequest, say: Any) -> None:
         for change in sorted({autostop_changes(resources) for resources in task.resources} - {""}):
             say(f"finetune: {change}")
     task.set_resources(pinned(task, groups, catalog, managed, by_size=not exists))
-    _report(groups, found, catalog, budget, say)
+    _report(groups, found, catalog, budget, say, saves=begins and job_of(task) in (TRAIN, SWEEP))
     if managed:
         warn_of_controller(request, catalog, say)
 
@@ -192,6 +197,28 @@ def _run_budget(task: sky.Task, say: Any) -> float:
     return _positive(BUDGET, text, "US dollars")
 
 
+def _with_budgets(
+    task: sky.Task, found: list[Candidate], budget: float, plan: PlanSection, config: RunConfig | None
+) -> list[Candidate]:
+    """The candidates, without those on which the task's job would end before it has begun."""
+    day = parse_limit(task.envs.get(DAILY, ""))
+    daily, minutes = None if day is None else float(day), plan.setup_minutes
+    set_up = ASSUMED.minutes if minutes is None else minutes
+
+    def checked(config: RunConfig | None) -> list[Candidate]:
+        return refuse_small_budgets(found, starts_of(job_of(task), budget, daily, set_up, config))
+
+    refused = checked(config)
+    return checked(None) if refused != found and _is_begun(task) else refused
+
+
+def _is_begun(task: sky.Task) -> bool:
+    """Whether the bucket has the task's run or sweep already."""
+    run, bucket = task.envs.get("RUN_NAME"), task.envs.get("BUCKET", "")
+    record = "runs/sweeps/{}/sweep.json" if job_of(task) == SWEEP else "runs/{}/run.json"
+    return bool(run) and holds(bucket, record.format(run))
+
+
 def _positive(name: str, text: str, unit: str) -> float:
     """Parsed as in finetune/job/settings.py, which would otherwise refuse the number on a machine that is already billed."""
     number = parse_limit(text)
@@ -204,29 +231,35 @@ def _positive(name: str, text: str, unit: str) -> float:
     return float(number)
 
 
-def _run(task: sky.Task, asked: set[tuple[str, int]], say: Any) -> tuple[dict[str, OnGpu], PlanSection]:
-    """Memory, speed and hours of the task's run on each (GPU, count); empty if the task names no config of ours."""
+def _run(
+    task: sky.Task, asked: set[tuple[str, int]], say: Any
+) -> tuple[dict[str, OnGpu], PlanSection, RunConfig | None]:
+    """Memory, speed and hours of the task's run on each (GPU, count), what was assumed, and its config; empty and None if the
+    task names no config of ours."""
     named = task.envs.get(CONFIG)
     elsewhere = VARIABLE in task.envs or isinstance(task.workdir, dict)  # on the server's machine; in a git repository
     if not named or (elsewhere and not Path(named).is_file()):
-        return {}, PlanSection()
+        return {}, PlanSection(), None
     config = _config_of(task)
     plan, _ = with_set_up(config, ask_google=False)
     if unknown := sorted({gpu for gpu, _ in asked} - set(GPUS)):
         say(f"finetune: no speed is known for {', '.join(unknown)}: machines are ranked by price alone")
-        return {}, plan
+        return {}, plan, config
     try:
         nodes = task.num_nodes
         size = run_size(config, gpus_that_agree(config.training, (count * nodes for _, count in asked)))
         evaluation = evaluation_size(config) if task.envs.get(EVALUATE) == "1" else None
         found = [run_on(config, size, GPUS[gpu], evaluation, count, nodes) for gpu, count in asked]
-        return {one.name: one for one in found}, plan
+        return {one.name: one for one in found}, plan, config
     except NotEstimated as error:
         say(f"finetune: WARNING: {error}; so machines are ranked by price alone, and the run's memory is not checked")
-        return {}, plan
+        return {}, plan, config
 
 
-def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catalog, budget: float, say: Any) -> None:
+def _report(
+    groups: list[CandidateGroup], found: list[Candidate], catalog: Catalog, budget: float, say: Any, *, saves: bool
+) -> None:
+    """saves: whether it is known to reach a checkpoint within its budget."""
     zones = sum(len(group.candidates) for group in groups)
     allowed = sum(not candidate.refusal for candidate in found)
     say(
@@ -241,7 +274,7 @@ def _report(groups: list[CandidateGroup], found: list[Candidate], catalog: Catal
     if best.cost and best.cost.usd > budget:
         say(
             f"finetune: WARNING: the run is estimated at ${best.cost.usd:.2f}, above its budget of ${budget:g} ({BUDGET}): "
-            f"it would stop at the budget, with a checkpoint"
+            f"it would stop at the budget{', with a checkpoint' if saves else ''}"
         )
 
 
