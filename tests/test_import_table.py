@@ -47,8 +47,8 @@ MAY_IMPORT = {
     "job": "errors runtime machine config run_name run_folder prepared_folder budget stage_end sweep",
     "cloud.gcloud": "errors runtime",
     "cloud.plan": "errors runtime machine config models prepared_folder estimate budget cloud.gcloud cloud.catalog",
-    "cloud.launch": "errors runtime machine config prepared_folder project_folder budget job cloud.gcloud cloud.catalog "
-    "cloud.plan",
+    "cloud.launch": "errors runtime machine config prepared_folder project_folder budget sweep job cloud.gcloud "
+    "cloud.catalog cloud.plan",
     "report": "errors runtime sql run_record run_name run_folder data budget sweep evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
     "export": "errors tokens runtime machine config run_record models run_folder data evaluation",

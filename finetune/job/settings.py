@@ -95,6 +95,13 @@ class JobSettings:
             raise UserError(f"SKYPILOT_TASK_ID: cannot name the run: {fault}; set RUN_NAME", code="job.bad_setting")
         return name
 
+    def require_config(self) -> None:
+        """Raises UserError if no config is named, which a run that is to begin needs."""
+        if not self.config:
+            raise UserError(
+                "CONFIG: expected a config file such as configs/mistral_7b_qlora.yaml", code="job.missing_setting"
+            )
+
     def require_bucket(self) -> None:
         """Raises UserError if no writable bucket is mounted."""
         if not (self.mount.is_dir() and os.access(self.mount, os.W_OK)):

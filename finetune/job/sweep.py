@@ -23,7 +23,7 @@ from finetune.job.settings import JobSettings
 from finetune.job.too_dear import refused_as_too_dear
 from finetune.job.train import trainer
 from finetune.machine import set_up
-from finetune.sweep.folder import SweepFolder
+from finetune.sweep.folder import MOST_NAME, SweepFolder
 from finetune.sweep.grants import Grant, Grants
 from finetune.sweep.open import Wanted, machine_of, open_sweep
 from finetune.sweep.programs import Ended
@@ -66,16 +66,8 @@ class JobTrainer:
 def sweep(settings: JobSettings) -> tuple[Path, Outcome]:
     """The sweep's folder, and why this machine ends; its exit code is 75 if it was interrupted, to be run again."""
     settings.require_bucket()
-    if settings.nodes:
-        raise UserError(
-            "SKYPILOT_NUM_NODES: a sweep's machines do not wait for each other; launch it several times",
-            code="job.bad_setting",
-        )
     set_up.begin_job()
-    place = f"training.output_dir={settings.runs}"
-    wanted, workers = read_sweep(
-        settings.environment, settings.config, [*settings.overrides, place], settings.name_of_run()
-    )
+    wanted, workers = wanted_of(settings)
     folder = SweepFolder(settings.runs, settings.name_of_run())
     if (code := refused_as_too_dear(folder.as_run, settings)) is not None:
         return folder.path, Outcome(code, "too_dear")
@@ -111,9 +103,23 @@ def _score(work: Work, train: JobTrainer, settings: JobSettings) -> Outcome:
     return Outcome(code, "done" if not code else "interrupted" if code == EXIT_TRANSIENT else "failed")
 
 
-def read_sweep(given: Mapping[str, str], config: str, overrides: Sequence[str], name: str | None) -> tuple[Wanted, int]:
-    """The sweep, and how many machines share it. given: the task's variables. Raises UserError that names every invalid one."""
-    problems: list[str] = []
+def wanted_of(settings: JobSettings) -> tuple[Wanted, int]:
+    """The sweep of a job, and how many machines share it. Raises UserError that names every invalid variable."""
+    problems = []
+    if settings.nodes:
+        problems.append("SKYPILOT_NUM_NODES: a sweep's machines do not wait for each other; launch it several times")
+    if len(settings.run_name) > MOST_NAME:
+        problems.append(f"RUN_NAME: expected at most {MOST_NAME} characters, because its trials add some")
+    overrides = [*settings.overrides, f"training.output_dir={settings.runs}"]
+    return read_sweep(settings.environment, settings.config, overrides, settings.name_of_run(), problems)
+
+
+def read_sweep(
+    given: Mapping[str, str], config: str, overrides: Sequence[str], name: str | None, others: Sequence[str] = ()
+) -> tuple[Wanted, int]:
+    """The sweep, and how many machines share it. given: the task's variables. others: problems found already. Raises UserError that
+    names every one."""
+    problems = list(others)
     numbers = {
         name: _whole(name, given.get(name) or text, problems)
         for name, text in DEFAULTS.items()

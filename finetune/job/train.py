@@ -89,7 +89,7 @@ def _helped(run: RunFolder, settings: JobSettings) -> int:
             return EXIT_OK  # the first node trains no more
         data_of_run(run, settings)
     else:
-        _require_config(settings)
+        settings.require_config()
         data_of_config(Path(settings.config), settings.overrides, settings)
     wait_for_model(_model(run, settings), settings)
     say(f"node {settings.nodes.rank} of {settings.nodes.count}: trains with the first one, {settings.nodes.first}")
@@ -147,19 +147,12 @@ def _hours_for_the_score(run: RunFolder, settings: JobSettings) -> float:
 
 
 def _begin(run: RunFolder, settings: JobSettings) -> list[str]:
-    _require_config(settings)
+    settings.require_config()
     data_of_config(Path(settings.config), settings.overrides, settings)
     name = run.path.name
     say(f"new run {run.path}; if it is interrupted, the same launch with --env RUN_NAME={name} resumes it")
     place = [f"training.output_dir={settings.runs}", f"training.run_name={name}"]
     return [settings.config, *settings.overrides, *place, f"budget.max_run_usd={settings.max_run_usd}"]
-
-
-def _require_config(settings: JobSettings) -> None:
-    if not settings.config:
-        raise UserError(
-            "CONFIG: expected a config file such as configs/mistral_7b_qlora.yaml", code="job.missing_setting"
-        )
 
 
 def _go_on(run: RunFolder, settings: JobSettings) -> list[str]:

@@ -11,7 +11,7 @@ from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.machine.price import MachinePrice, dearest_usd_per_hour, facts, machine_price, provisioned
 from finetune.sweep.folder import Sweep, SweepFolder, new_sweep
-from finetune.sweep.rungs import check_validated, rungs_of, steps_of
+from finetune.sweep.rungs import check_compared, check_validated, rungs_of, steps_of
 from finetune.sweep.search import check_installed, chooser
 from finetune.sweep.space import MOST_TRIALS, Space, check_trials, parse_space
 from finetune.sweep.turn import Machine
@@ -55,16 +55,19 @@ class Choice:
     configs: list[RunConfig]
 
 
-def choice_of(wanted: Wanted) -> Choice:
-    """Checks the space alone, without data. Raises UserError."""
+def choice_of(wanted: Wanted, *, elsewhere: bool = False) -> Choice:
+    """Checks the space alone, without data. elsewhere: the sweep runs on another machine, which has what a search needs. Raises
+    UserError."""
     space = parse_space(wanted.config_file, wanted.words)
+    check_compared(space.base)
     if wanted.search == "grid":
         grid = space.grid()
         return Choice(space, len(grid), check_trials(wanted.config_file, space.fixed, grid))
     trials = wanted.trials or 0
     if not 0 < trials <= MOST_TRIALS:
         raise UserError(f"--trials: expected from 1 to {MOST_TRIALS}, found {trials:,}", code="sweep.too_many_trials")
-    check_installed()
+    if not elsewhere:
+        check_installed()
     return Choice(space, trials, [space.base])
 
 

@@ -14,13 +14,17 @@ from finetune.runtime.files import read_json
 from finetune.sweep.halving import rung_steps
 
 
-def check_validated(config: RunConfig) -> None:
-    """Raises UserError for a config without a validation loss."""
+def check_compared(config: RunConfig) -> None:
+    """Raises UserError for a config whose runs have no validation loss, whatever its data."""
     if not config.training.eval_steps:
         raise UserError(
             "training.eval_steps: 0, so a trial has no validation loss to be compared by; set it above 0",
             code="sweep.no_validation",
         )
+
+
+def check_validated(config: RunConfig) -> None:
+    """Raises UserError for prepared data without records to validate on."""
     if not _counts(config).get("val"):
         raise UserError(
             f"{config.data.output_dir}: has no validation records, by which trials are compared; set data.val_fraction, or give "

@@ -25,7 +25,7 @@ from finetune.cloud.launch.bucket import fill_bucket, holds
 from finetune.cloud.launch.candidates import Candidate, CandidateGroup
 from finetune.cloud.launch.controller import settings_to_copy, warn_of_controller
 from finetune.cloud.launch.least_budget import refuse_small_budgets, starts_of
-from finetune.cloud.launch.our_job import SWEEP, TRAIN, job_of
+from finetune.cloud.launch.our_job import SWEEP, TRAIN, check_variables, job_of
 from finetune.cloud.launch.sky_resources import (
     BUDGET,
     asks_for_gpu_on_gcp,
@@ -81,6 +81,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
             _settings_in_envs(task)
             fill_bucket(task, say)
             if user_request.at_client_side and VARIABLE not in task.envs:  # a controller has no working directory
+                check_variables(task)
                 _check_travels(task, say)
             if asks_for_gpu_on_gcp(task):
                 _apply(user_request, say)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from finetune.budget.meter import Meter
 from finetune.cloud.catalog.offers import Offer
 from finetune.cloud.launch.candidates import Candidate, Requirement
 from finetune.cloud.launch.least_budget import Start, refuse_small_budgets, starts_of
-from finetune.cloud.launch.our_job import JOBS, job_of
 from finetune.config.load import load_config
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import Ceilings, MachinePrice
@@ -122,17 +120,6 @@ def test_a_config_without_a_save_interval_in_minutes_counts_as_the_run_counts_it
     steps_alone = load_config(ROOT / "configs" / "mistral_7b_qlora.yaml", ["checkpoint.every_minutes=null"])
     (start,) = starts_of("train", 1.0, None, 12, steps_alone)
     assert isinstance(start, Start) and start.seconds == 60
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_the_job_is_the_script_that_run_names(job: str) -> None:
-    def named(run: object) -> str:
-        return job_of(SimpleNamespace(run=run))
-
-    assert named(f"bash on_machine/{job}.sh") == named(f"set -e\n./on_machine/{job}.sh && on_machine/dev.sh") == job
-    assert not any(
-        map(named, (None, "true", f"python {job}.py", f"bash mine/{job}.sh", f"bash on_machine/{job}.sh.old"))
-    )
 
 
 # by the real client
