@@ -12,6 +12,9 @@ from finetune.data.prompts import PromptTemplate
 from finetune.export.model_files import Made, Model
 from finetune.export.rescore import Score
 from finetune.models.weight_files import model_folder
+from finetune.report.certainty import enough_databases
+from finetune.report.source import Source, dig
+from finetune.report.trained_databases import trained_databases
 from finetune.run_record import RunRecord
 from finetune.runtime.console import one_line
 from finetune.runtime.files import load_json, read_text
@@ -45,7 +48,7 @@ def write_card(model: Model, made: Made, kind: str, scores: Sequence[Score], *, 
         "## What it is",
         _facts(model, record, made, name),
         "## Limits",
-        _limits(model, kind),
+        _limits(model, record, kind),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -97,8 +100,9 @@ def _scored(model: Model) -> list[str]:
 
 
 def _line(name: str, scores: Mapping[str, Any]) -> str:
-    over = scores.get("execution_accuracy_interval95_by_database")
-    databases = _interval(over) if over else "one database: nothing can be said"
+    over, number = scores.get("execution_accuracy_interval95_by_database"), len(scores.get("by_database") or {})
+    few = f"{number} databases: too few" if number > 1 else "one database: nothing can be said" if number else "unknown"
+    databases = _interval(over) if over and enough_databases(scores) else few
     right = f"{scores['correct']} of {scores['questions']} ({scores['execution_accuracy']:.1%})"
     return f"| {name} | {right} | {_interval(scores['execution_accuracy_interval95'])} | {databases} |"
 
@@ -189,10 +193,9 @@ def _cost(record: RunRecord) -> str:
     return f"{usd_text(spent.usd)} of training{hours}{basis}"
 
 
-def _limits(model: Model, kind: str) -> str:
+def _limits(model: Model, record: RunRecord, kind: str) -> str:
     lines = [
-        "The score holds for questions like those it was measured on; for other databases the interval over databases is the one "
-        "to read.",
+        _reach(model, record),
         "It was trained on single questions: it knows no conversation.",
         "Its SQL may be wrong or slow. Run it read-only and with a time limit.",
     ]
@@ -203,6 +206,33 @@ def _limits(model: Model, kind: str) -> str:
             "Ollama reads control tokens in a question (such as `<|im_end|>`) as control tokens; `finetune serve` does not."
         )
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _reach(model: Model, record: RunRecord) -> str:
+    """What the score is about, by the number of its databases and by whether training has seen them."""
+    try:
+        scored = load_json(model.run.eval_json)
+    except (OSError, ValueError):
+        scored = None
+    tuned = dig(scored, "models.tuned")
+    asked = dig(tuned, "by_database")
+    if not isinstance(asked, dict) or not asked:
+        return "How well it answers was not measured for each database, so nothing can be said about other ones."
+    these = f"about these {len(asked)} databases" if len(asked) > 1 else "about this database"
+    holds = f"The score holds for questions like those it was measured on, {these}"
+    trained = trained_databases(Source(model.run.path, record, scored, {}))
+    if trained is None and model.config.data.split_by == "question":
+        return (
+            f"{holds}: other questions about the same databases may have been trained on (data.split_by: question), so it says "
+            "nothing about a database that the model has not seen."
+        )
+    if seen := len(asked.keys() & (trained or ())):
+        every = "it" if len(asked) == 1 else "them"
+        which, so = (every, "says nothing about") if seen == len(asked) else (f"{seen} of them", "may be too high for")
+        return f"{holds}: other questions about {which} were trained on, so it {so} a database that the model has not seen."
+    if not enough_databases(tuned):
+        return f"{holds}; {'they are too few' if len(asked) > 1 else 'one is too few'} to say it of others."
+    return f"{holds}; for other databases the interval over databases is the one to read."
 
 
 def _licence(folder: Path) -> str:

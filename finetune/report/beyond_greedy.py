@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.report.certainty import enough_databases
 from finetune.report.source import Json, dig, number
 from finetune.runtime.quantities import usd_text
 
@@ -86,7 +87,7 @@ def _of(scores: Json | None, gain: Json | None, name: str, cost: str) -> list[Va
     won, lost, p = counts["won"], counts["lost"], number(gain or {}, "exact_p")
     intervals = [
         f"{_points(bounds)} over {what}"
-        for what in ("questions", "databases")
+        for what in ("questions", *["databases"] * enough_databases(scores))
         if (bounds := dig(gain, f"gain_interval95.{what}"))
     ]
     return [

@@ -18,6 +18,11 @@ FEW_DATABASES = 10
 """With fewer, an interval over databases is too narrow: no sentence that is quoted on its own has it."""
 
 
+def enough_databases(scores: Json) -> bool:
+    """Whether the questions of a model's scores are about so many databases that an interval over them can be quoted."""
+    return len(scores.get("by_database") or {}) >= FEW_DATABASES
+
+
 def by_database(scores: Json) -> Interval | None:
     """The interval of a model's accuracy over databases, fractions from 0 to 1; None if it has fewer than two."""
     groups = (scores.get("by_database") or {}).values()
@@ -30,8 +35,7 @@ def intervals_in_words(scores: Json) -> str:
     if not of_questions:
         return ""
     text, databases = f", 95% interval {points(of_questions)} over questions", by_database(scores)
-    enough = len(scores.get("by_database") or {}) >= FEW_DATABASES
-    return text + (f", {points(databases)} over databases" if databases and enough else "")
+    return text + (f", {points(databases)} over databases" if databases and enough_databases(scores) else "")
 
 
 def certainty(source: Source) -> list[str]:

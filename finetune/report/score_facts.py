@@ -4,20 +4,19 @@ eval.json; the same lines for the console and the report."""
 from __future__ import annotations
 
 from finetune.report.beyond_greedy import variants
+from finetune.report.certainty import enough_databases
 from finetune.report.errors import error_lines
 from finetune.report.source import Json, dig, number
 from finetune.runtime.quantities import usd_text
 
 
 def score_line(scores: Json) -> str:
-    """Accuracy with both intervals, valid SQL, and the score without hollow golds where it is another one."""
+    """Accuracy with its intervals, valid SQL, and the score without hollow golds where it is another one."""
     right = f"{scores['correct']} of {scores['questions']}"
+    of_databases = scores.get("execution_accuracy_interval95_by_database") if enough_databases(scores) else None
     intervals = [
         f"{_interval(bounds)} over {what}"
-        for what, bounds in (
-            ("questions", scores.get("execution_accuracy_interval95")),
-            ("databases", scores.get("execution_accuracy_interval95_by_database")),
-        )
+        for what, bounds in (("questions", scores.get("execution_accuracy_interval95")), ("databases", of_databases))
         if bounds
     ]
     valid = number(scores, "valid_sql_rate")
@@ -76,14 +75,15 @@ def leak_line(evaluation: Json) -> str:
 
 
 def gain_line(evaluation: Json) -> str:
-    """The gain with both intervals, and the dollars of a point; "" without a base model."""
+    """The gain with its intervals, and the dollars of a point; "" without a base model."""
     gain = evaluation.get("gain")
     if not gain:
         return ""
     questions = max(1, sum(gain[key] for key in ("won", "lost", "both", "neither")))
+    enough = enough_databases(dig(evaluation, "models.tuned") or {})
     intervals = [
         f"{_interval(bounds, '+')} over {what}"
-        for what in ("questions", "databases")
+        for what in ("questions", *["databases"] * enough)
         if (bounds := dig(evaluation, f"gain_interval95.{what}"))
     ]
     change = f"{100 * (gain['won'] - gain['lost']) / questions:+.1f} points ({gain['won']} won, {gain['lost']} lost"

@@ -67,7 +67,7 @@ def test_the_report_has_them_in_one_table_with_gain_interval_test_and_cost(
     for page in pages(run_dir):
         for text in (
             "vote of 8", "38.7% (58 of 150)", "+5.3 points", "11 won, 3 lost", "+1.1 to +9.2 over questions",
-            "-2.0 to +12.0 over databases", "p = 0.021", "312.5 s, 48,210 new tokens (measured), price unknown",
+            "p = 0.021", "312.5 s, 48,210 new tokens (measured), price unknown",
             "pass@8", "50.0% (75 of 150)", "greedy, 2 more tries after an error", "$0.32 (estimated)",
             "pass@4 45.0%", "31 then 12 questions", "33.3% (50 of 150)",
             "no question and no gold query is in train; 3 removed by data prepare (measured); 63 of the 150 gold queries of "
@@ -96,6 +96,18 @@ def test_the_console_shows_a_block_of_a_few_lines_for_each_model(evaluation: dic
         "vote of 8: 38.7% (58 of 150); +5.3 points over greedy (11 won, 3 lost, +1.1 to +9.2 over"
     )
     assert gain_line(evaluation).endswith("evaluation $0.64)")
+
+
+@pytest.mark.parametrize(("databases", "narrow"), [(2, True), (9, True), (10, False)])
+def test_an_interval_over_databases_needs_ten_of_them(evaluation: dict[str, Any], databases: int, narrow: bool) -> None:
+    tuned = evaluation["models"]["tuned"]
+    for scores in (tuned, tuned["samples"]["vote"], tuned["samples"]["pass_at"], tuned["retry"]["score"]):
+        scores["by_database"] = {f"database {number}": {"correct": 1, "questions": 2} for number in range(databases)}
+        scores["execution_accuracy_interval95_by_database"] = [0.5, 0.5]
+    evaluation["gain_interval95"] = {"questions": [0.0, 0.1], "databases": [0.0, 0.0]}
+    said = [block(evaluation, "tuned")[0], gain_line(evaluation), *(one.line() for one in variants(tuned)[1:])]
+    assert len(said) == 5 and all("over questions" in line for line in said)
+    assert all(("over databases" in line) != narrow for line in said), said
 
 
 def test_dollars_that_are_not_known_are_said_to_be_unknown_and_why(evaluation: dict[str, Any]) -> None:

@@ -1,0 +1,79 @@
+"""The model card of an export says what the score is about, and no more than is known."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.data.prompts import load_template
+from finetune.export.card import write_card
+from finetune.export.model_files import Made, Model
+from finetune.run_folder import RunFolder
+from finetune.runtime.files import load_json
+from tests.helpers.report_fixtures import change
+
+SEEN = "shop"
+"""The database of the training data."""
+OTHERS = [f"other {number}" for number in range(12)]
+
+
+def card_of(run: RunFolder) -> str:
+    model = Model.of(run, run.config(), load_template(run.adapter))
+    return write_card(model, Made("apart", None, {}), "adapter", [], accepted=False)
+
+
+def limit_of(run: RunFolder) -> str:
+    """The first sentence of the limits, which is about the score."""
+    return card_of(run).partition("## Limits\n\n- ")[2].partition("\n")[0]
+
+
+def asked_about(run: RunFolder, names: list[str]) -> None:
+    """Let eval.json say that the questions were about these databases."""
+    models = load_json(run.eval_json)["models"]
+    models["tuned"] |= {
+        "by_database": {name: {"correct": 1, "questions": 2} for name in names},
+        "execution_accuracy_interval95_by_database": [0.25, 0.75] if len(names) > 1 else None,
+    }
+    change(run.eval_json, models=models)
+
+
+@pytest.mark.parametrize(
+    ("names", "cell"),
+    [
+        (OTHERS[:1], "one database: nothing can be said"),
+        (OTHERS[:9], "9 databases: too few"),
+        (OTHERS[:10], "25.0% to 75.0%"),
+    ],
+)
+def test_the_interval_over_databases_needs_ten_of_them(run: RunFolder, names: list[str], cell: str) -> None:
+    asked_about(run, names)
+    assert f" | {cell} |\n" in card_of(run)
+    limit, quoted = limit_of(run), "for other databases the interval over databases is the one to read"
+    assert (quoted in limit) == (len(names) == 10) != ("too few to say it of others" in limit)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([SEEN], "about this database: other questions about it were trained on, so it says nothing about a database"),
+        ([SEEN, *OTHERS], "about these 13 databases: other questions about 1 of them were trained on, so it may be too high"),
+        (OTHERS, "about these 12 databases; for other databases"),
+    ],
+)  # fmt: skip
+def test_a_database_that_was_trained_on_says_nothing_about_others(run: RunFolder, names: list[str], said: str) -> None:
+    asked_about(run, names)
+    assert said in limit_of(run)
+
+
+def test_without_the_training_data_split_by_decides(run: RunFolder) -> None:
+    asked_about(run, OTHERS)
+    change(run.eval_json, data_manifest_sha256="0" * 64)
+    assert "may have been trained on (data.split_by: question), so it says nothing about a database" in limit_of(run)
+    config = run.config_yaml.read_text()
+    run.config_yaml.write_text(config.replace("split_by: question", "split_by: database"))
+    assert run.config_yaml.read_text() != config
+    assert limit_of(run).endswith("for other databases the interval over databases is the one to read.")
+
+
+def test_a_run_that_was_not_scored_promises_nothing(run: RunFolder) -> None:
+    run.eval_json.unlink()
+    assert limit_of(run).startswith("How well it answers was not measured")
