@@ -36,10 +36,11 @@ def write_card(model: Model, made: Made, kind: str, scores: Sequence[Score], *, 
     """The text of README.md."""
     record = model.run.record() if model.run.run_json.is_file() else RunRecord()
     name = _public(model.config.model.name)
+    method = "QLoRA" if model.config.quantization.load_in_4bit else "LoRA"
     parts = [
         _front_matter(model, kind, name),
         f"# {one_line(model.run.path.resolve().name)}",
-        f"{name} fine-tuned for text-to-SQL with QLoRA: it answers a question about a database with SQL.",
+        f"{name} fine-tuned for text-to-SQL with {method}: it answers a question about a database with SQL.",
         "## How to ask it",
         _how_to_ask(model.template, kind, made),
         "## Score",

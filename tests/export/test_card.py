@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from finetune.data.prompts import load_template
@@ -10,6 +12,7 @@ from finetune.export.model_files import Made, Model
 from finetune.run_folder import RunFolder
 from finetune.runtime.files import load_json
 from tests.helpers.report_fixtures import change
+from tests.helpers.run_examples import copy_run
 
 SEEN = "shop"
 """The database of the training data."""
@@ -77,3 +80,11 @@ def test_without_the_training_data_split_by_decides(run: RunFolder) -> None:
 def test_a_run_that_was_not_scored_promises_nothing(run: RunFolder) -> None:
     run.eval_json.unlink()
     assert limit_of(run).startswith("How well it answers was not measured")
+
+
+@pytest.mark.parametrize(("in_4bit", "method"), [(True, "QLoRA"), (False, "LoRA")])
+def test_only_weights_in_4_bits_make_it_qlora(
+    scored_run: RunFolder, tmp_path: Path, in_4bit: bool, method: str
+) -> None:
+    run = copy_run(scored_run.path, tmp_path, quantization={"load_in_4bit": in_4bit})
+    assert f" fine-tuned for text-to-SQL with {method}: " in card_of(run)
