@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import SourceSection
 from finetune.data.prompts import PromptTemplate
 from finetune.export.model_files import Made, Model
 from finetune.export.rescore import Score
 from finetune.models.weight_files import model_folder
 from finetune.report.certainty import enough_databases
 from finetune.report.source import Source, dig
-from finetune.report.trained_databases import trained_databases
+from finetune.report.trained_databases import trained_databases, training_manifest
 from finetune.run_record import RunRecord
 from finetune.runtime.console import one_line
 from finetune.runtime.files import load_json, read_text
@@ -151,7 +150,7 @@ def _facts(model: Model, record: RunRecord, made: Made, name: str) -> str:
         f"weights: {made.dtype or ', '.join(made.gguf) or 'the adapter as training wrote it'}",
         f"adapter: LoRA r={model.config.lora.r}, alpha={model.config.lora.lora_alpha}, on "
         f"{', '.join(model.config.lora.target_modules)}",
-        f"training data: {_data(model.config.data.sources)}{_used(record)}",
+        f"training data: {_data(_sources(model, record))}{_used(record)}",
         f"training: {_training(record)}",
         f"cost: {_cost(record)}",
         f"prompt: {model.template.identity()}; dialects: {', '.join(model.template.dialects) or 'sqlite'}",
@@ -161,13 +160,22 @@ def _facts(model: Model, record: RunRecord, made: Made, name: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _data(sources: Sequence[SourceSection]) -> str:
+def _sources(model: Model, record: RunRecord) -> list[str]:
+    """The paths of the training data's sources: by their manifest, since they may have been typed when the data were prepared,
+    else by the config."""
+    prepared = dig(training_manifest(record), "sources")
+    paths = [dig(source, "path") for source in prepared] if isinstance(prepared, list) else []
+    known = paths and all(isinstance(path, str) and path for path in paths)
+    return paths if known else [source.path for source in model.config.data.sources]
+
+
+def _data(sources: Sequence[str]) -> str:
     found = []
     for source in sources:
-        local = Path(source.path)
+        local = Path(source)
         where = local if local.is_dir() else local.parent
         licence = _licence(where) if local.exists() else ""
-        found.append(f"{_public(source.path)} (licence: {licence or 'unknown'})")
+        found.append(f"{_public(source)} (licence: {licence or 'unknown'})")
     return ", ".join(dict.fromkeys(found)) or "unknown"
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from finetune.data.prepared import read_manifest
 from finetune.errors import UserError
 from finetune.report.bars import Group
-from finetune.report.source import Source, dig
+from finetune.report.source import Json, Source, dig
+from finetune.run_record import RunRecord
 
 NOT_TRAINED_ON = "not trained on"
 
@@ -20,17 +21,19 @@ NOT_TRAINED_ON = "not trained on"
 def trained_databases(source: Source) -> frozenset[str] | None:
     """The databases of the training examples; None if that is not known, as on a machine without the prepared data, or if the
     questions are from other data, where a name may be that of another database."""
-    data = source.run.data
-    if not data or not data.path or source.other_data:
+    counts = None if source.other_data else dig(training_manifest(source.run), "records_per_database.train")
+    return frozenset(str(name) for name, count in counts.items() if count) if isinstance(counts, Mapping) else None
+
+
+def training_manifest(run: RunRecord) -> Json | None:
+    """The manifest of the data that a run was trained on; None where they are not here, or have changed since."""
+    if not run.data or not run.data.path:
         return None
     try:
-        prepared = read_manifest(Path(data.path))
+        prepared = read_manifest(Path(run.data.path))
     except (UserError, OSError):
         return None
-    counts = dig(prepared.manifest, "records_per_database.train")
-    if prepared.manifest_hash != data.manifest_sha256 or not isinstance(counts, Mapping):
-        return None
-    return frozenset(str(name) for name, count in counts.items() if count)
+    return prepared.manifest if prepared.manifest_hash == run.data.manifest_sha256 else None
 
 
 def marked(group: Group, trained: frozenset[str] | None) -> Group:

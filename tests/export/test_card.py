@@ -88,3 +88,11 @@ def test_only_weights_in_4_bits_make_it_qlora(
 ) -> None:
     run = copy_run(scored_run.path, tmp_path, quantization={"load_in_4bit": in_4bit})
     assert f" fine-tuned for text-to-SQL with {method}: " in card_of(run)
+
+
+def test_the_training_data_are_those_that_were_prepared(scored_run: RunFolder, tmp_path: Path) -> None:
+    """Not those of the config, which data.sources=... may have replaced when the data were prepared."""
+    run = copy_run(scored_run.path, tmp_path, data={"sources": [{"kind": "jsonl", "path": "others.jsonl"}]})
+    assert "training data: records.jsonl (licence: unknown)" in card_of(run)
+    change(run.run_json, data=load_json(run.run_json)["data"] | {"manifest_sha256": "0" * 64})
+    assert "training data: others.jsonl (licence: unknown)" in card_of(run), "the manifest is not that of the training"
