@@ -28,6 +28,7 @@ from finetune.config.schema import RunConfig, TrainingSection
 from finetune.errors import UserError
 from finetune.run_name import fault_of_name
 from finetune.run_record import RunRecord, read_record, write_record
+from finetune.runtime.commands import as_command, resume_command
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.console import one_line
 from finetune.runtime.files import as_text, disk_error, write_text
@@ -127,7 +128,7 @@ def create_run(
         raise disk_error(error, root) from error
     claim(folder)
     try:
-        write_text(folder.config_yaml, f"# finetune train {as_text(config_file)}\n{to_yaml(config)}")
+        write_text(folder.config_yaml, f"# {as_command('finetune', 'train', as_text(config_file))}\n{to_yaml(config)}")
     except BaseException:
         remove_tree(folder.path, inside=root)
         raise
@@ -168,7 +169,7 @@ def _claim(path: Path) -> Path:
 
 def _taken(path: Path) -> UserError:
     return UserError(
-        f"{path}: already exists, and a run is never overwritten; continue it with `finetune train --resume {path}`, "
+        f"{path}: already exists, and a run is never overwritten; continue it with `{resume_command(path)}`, "
         f"or choose another training.run_name",
         code="run.name_taken",
     )

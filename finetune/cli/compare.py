@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, add_json, path, text
 from finetune.errors import EXIT_OK, UserError
+from finetune.runtime.commands import as_command
 from finetune.runtime.console import visible
 from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_comparison
@@ -91,7 +91,7 @@ def _sweep_table(report: SweepReport) -> list[str]:
     shown = runs.relative_to(here) if runs.is_relative_to(here) else runs
     scored = [shown / row.run for row in report.rows if row.accuracy is not None]
     again = finetune("compare", *scored, why="").here()
-    more = [f"the scored ones, question by question: {shlex.join(again.words)}"] if len(scored) > 1 else []
+    more = [f"the scored ones, question by question: {as_command(*again.words)}"] if len(scored) > 1 else []
     return [*report.lines, *more, f"report: {report.page}"]
 
 

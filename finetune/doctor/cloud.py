@@ -5,6 +5,7 @@ Google is queried through gcloud, with all calls in parallel, so it takes as lon
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -224,7 +225,7 @@ def bucket_check(need: Need, answer: Answer, login: Login) -> Check:
 def sky_program_check(need: Need) -> Check:
     """Whether `sky` belongs to this environment: another one cannot import the policy that .sky.yaml names."""
     ours, program = Path(sysconfig.get_path("scripts")), shutil.which("sky")
-    activate = f"activate this environment: `source {_without_home(str(ours / 'activate'))}`"
+    activate = f"activate this environment: `{_source(ours / 'activate')}`"
     if program is None:
         return Check(
             "sky program", absent("cloud", need), "not on PATH", "", f"{activate}, with SkyPilot installed in it"
@@ -293,6 +294,13 @@ def _masked(account: str) -> str:
     """The account, masked so that it can be posted: its first letter and its domain."""
     user, at, domain = account.partition("@")
     return f"{user[:1]}...{at}{domain}" if account else ""
+
+
+def _source(script: Path) -> str:
+    """The command, with ~ for the home directory, which stands before the quotes: within them it would be a plain letter."""
+    text = _without_home(str(script))
+    home = "~/" if text.startswith("~/") else ""
+    return f"source {home}{shlex.quote(text.removeprefix(home))}"
 
 
 def _without_home(text: str) -> str:

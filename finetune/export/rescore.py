@@ -24,6 +24,7 @@ from finetune.evaluation.questions import QuestionSet, questions_of
 from finetune.evaluation.score import CORRECT, Row, sha256
 from finetune.evaluation.statistics import wilson_interval
 from finetune.run_folder import RunFolder
+from finetune.runtime.commands import evaluate_command
 from finetune.runtime.files import read_json
 
 SIGNIFICANT = 0.05
@@ -99,17 +100,17 @@ def reference(run: RunFolder, config: RunConfig, template: PromptTemplate, sampl
     path = run.eval_rows("tuned")
     if not run.eval_json.is_file() or not path.is_file():
         raise UserError(
-            f"{run.path}: not scored, so an export has nothing to be compared with; run `finetune evaluate {run.path}` first, or "
+            f"{run.path}: not scored, so an export has nothing to be compared with; run `{evaluate_command(run.path)}` first, or "
             "export with --no-score",
             code="export.not_scored",
         )
-    scored = read_json(run.eval_json, f"finetune evaluate {run.path}")
+    scored = read_json(run.eval_json, evaluate_command(run.path))
     config = replace(config, evaluation=replace(config.evaluation, max_questions=None, **_as_scored(run, scored)))
     questions = questions_of(config, template)
     rows = _rows(run, path)
     if scored.get("data_manifest_sha256") != questions.data.manifest_hash or not _same(questions, rows):
         raise UserError(
-            f"{questions.data.folder}: not the data that {run.path} was scored on; run `finetune evaluate {run.path}` again",
+            f"{questions.data.folder}: not the data that {run.path} was scored on; run `{evaluate_command(run.path)}` again",
             code="export.data_changed",
         )
     chosen = sorted(rows, key=lambda name: unit_hash(config.data.seed, name))[:sample]
@@ -171,7 +172,7 @@ def _as_scored(run: RunFolder, scored: dict[str, Any]) -> dict[str, Any]:
     found = {key: scored.get(key) for key in ("split", "rule", "timeout_seconds")}
     if any(value is None for value in found.values()):
         raise UserError(
-            f"{run.eval_json}: does not say how the run was scored; run `finetune evaluate {run.path}` again",
+            f"{run.eval_json}: does not say how the run was scored; run `{evaluate_command(run.path)}` again",
             code="export.not_scored",
         )
     return found
@@ -182,11 +183,11 @@ def _rows(run: RunFolder, path: Path) -> dict[str, Row]:
         rows = [Row(**line.value) for line in read_lines(path)]
     except (OSError, TypeError, ValueError, UserError) as error:
         raise UserError(
-            f"{path}: not readable ({first_line(error)}); run `finetune evaluate {run.path}` again",
+            f"{path}: not readable ({first_line(error)}); run `{evaluate_command(run.path)}` again",
             code="export.not_scored",
         ) from error
     if not rows:
-        raise UserError(f"{path}: empty; run `finetune evaluate {run.path}` again", code="export.not_scored")
+        raise UserError(f"{path}: empty; run `{evaluate_command(run.path)}` again", code="export.not_scored")
     return {row.id: row for row in rows}
 
 

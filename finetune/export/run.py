@@ -38,6 +38,7 @@ from finetune.models.load import require_adapter
 from finetune.models.merging import Base
 from finetune.models.source import identity_of_base
 from finetune.run_folder import RunFolder, git_state, package_versions
+from finetune.runtime.commands import as_command
 from finetune.runtime.console import say
 from finetune.runtime.files import read_json, write_json, write_text
 
@@ -163,7 +164,7 @@ def _written(part: PartFolder, model: Model, request: Request, key: str, wanted:
     """The files in the part folder: those of an earlier attempt, or new ones."""
     if part.has(key):
         say(f"{part.path}: the weights of an earlier attempt are there; going on with them")
-        kept = read_json(part.path / _MADE, f"finetune export {model.run.path}")
+        kept = read_json(part.path / _MADE, as_command("finetune", "export", model.run.path, "--to", request.kind))
         return Made(kept["base"], kept["dtype"], kept["gguf"])
     made = _make(part.path, model, request)
     for file in made.gguf.values():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import UserError, shown
+from finetune.runtime.commands import as_command
 from finetune.runtime.files import kind_of, read_text
 from finetune.sql.dialects import dialect_name
 from finetune.sql.engines.base import Limits
@@ -87,7 +88,8 @@ def look_at_database(path: Path, dialect: str | None = None) -> Database:
         return _sqlite(path, start)
     if start.startswith(b"PGDMP"):
         raise UserError(
-            f"--db {path}: a PostgreSQL dump that is no text; make one with `pg_restore --schema-only -f schema.sql {path}`",
+            f"--db {path}: a PostgreSQL dump that is no text; make one with "
+            f"`{as_command('pg_restore', '--schema-only', '-f', 'schema.sql', path)}`",
             code="init.not_a_database",
         )
     if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):

@@ -14,6 +14,7 @@ from finetune.job.settings import JobSettings
 from finetune.job.too_dear import refused_as_too_dear
 from finetune.machine.price import Ceilings
 from finetune.run_folder import RunFolder
+from finetune.runtime.commands import env_option
 from finetune.stage_end.following_job import after_scored, cost_of_run
 from finetune.stage_end.following_job import evaluate as evaluate_again
 from finetune.stage_end.tell import tell
@@ -37,7 +38,7 @@ def evaluate(settings: JobSettings) -> int:
     if ended.out_of_time and ended.code != EXIT_OK:
         raise UserError(
             f"not scored in {hours:.4f} hours ({settings.limits}); the answers so far are in the bucket: launch again with "
-            f"--env RUN_NAME={run.path.name}, which goes on from them, and a higher limit if one launch should do",
+            f"{env_option('RUN_NAME', run.path.name)}, which goes on from them, and a higher limit if one launch should do",
             code="job.out_of_time",
         )
     return EXIT_TRANSIENT if metering.too_dear else ended.code

@@ -23,6 +23,7 @@ from finetune.job.settings import JobSettings
 from finetune.job.too_dear import refused_as_too_dear
 from finetune.job.train import trainer
 from finetune.machine import set_up
+from finetune.runtime.commands import env_option
 from finetune.sweep.folder import MOST_NAME, SweepFolder
 from finetune.sweep.grants import Grant, Grants
 from finetune.sweep.open import Wanted, machine_of, open_sweep
@@ -81,7 +82,9 @@ def sweep(settings: JobSettings) -> tuple[Path, Outcome]:
     train = JobTrainer(settings, hours)
     with interruption_is_transient(), tensorboard(settings), Worker(opened.folder.path) as worker:
         work = Work(opened.sweep, opened.folder, worker, machine, usd, workers, opened.settings_of, say)
-        say(f"sweep {opened.folder.path}; the same launch with --env RUN_NAME={opened.sweep.name} goes on with it")
+        say(
+            f"sweep {opened.folder.path}; the same launch with {env_option('RUN_NAME', opened.sweep.name)} goes on with it"
+        )
         outcome = work_on(work, train, lambda: train.interrupted)
         if outcome.why == "done" and settings.evaluate:
             outcome = _score(work, train, settings)
@@ -117,8 +120,8 @@ def wanted_of(settings: JobSettings) -> tuple[Wanted, int]:
 def read_sweep(
     given: Mapping[str, str], config: str, overrides: Sequence[str], name: str | None, others: Sequence[str] = ()
 ) -> tuple[Wanted, int]:
-    """The sweep, and how many machines share it. given: the task's variables. others: problems found already. Raises UserError that
-    names every one."""
+    """The sweep, and how many machines share it. given: the task's variables. others: problems found already. Raises
+    UserError that names every one."""
     problems = list(others)
     numbers = {
         name: _whole(name, given.get(name) or text, problems)

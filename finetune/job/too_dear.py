@@ -15,6 +15,7 @@ from finetune.job.settings import JobSettings
 from finetune.machine.billed_time import MachineTime
 from finetune.machine.price import TooDear, facts, machine_price, too_dear
 from finetune.run_folder import RunFolder
+from finetune.runtime.commands import env_option
 
 MOST_IN_A_ROW = 3
 """Starts on machines that are too dear, one after the other, after which the job ends for good: each costs boot and set-up."""
@@ -56,8 +57,8 @@ def after_training(code: int, run: RunFolder) -> int:
 def exit_code(found: TooDear, run: RunFolder, in_a_row: list[Attempt]) -> int:
     """in_a_row: the last attempts, all of which were on a machine that was too dear; the last one is this."""
     again = (
-        f"launch again with --env RUN_NAME={run.path.name}, which goes by today's prices, and a higher max_hourly_cost if one is "
-        "needed"
+        f"launch again with {env_option('RUN_NAME', run.path.name)}, which goes by today's prices, and a higher max_hourly_cost "
+        "if one is needed"
     )
     if found.everywhere:
         say(f"every other machine of the launch is above its ceiling by now, too: stopped; {again}")

@@ -27,6 +27,7 @@ from finetune.job.settings import JobSettings
 from finetune.job.too_dear import after_training, refused_as_too_dear
 from finetune.machine import set_up
 from finetune.run_folder import RunFolder
+from finetune.runtime.commands import env_option
 from finetune.stage_end.following_job import after_train_job, cost_of_run
 from finetune.stage_end.tell import tell
 
@@ -150,7 +151,7 @@ def _begin(run: RunFolder, settings: JobSettings) -> list[str]:
     settings.require_config()
     data_of_config(Path(settings.config), settings.overrides, settings)
     name = run.path.name
-    say(f"new run {run.path}; if it is interrupted, the same launch with --env RUN_NAME={name} resumes it")
+    say(f"new run {run.path}; if it is interrupted, the same launch with {env_option('RUN_NAME', name)} resumes it")
     place = [f"training.output_dir={settings.runs}", f"training.run_name={name}"]
     return [settings.config, *settings.overrides, *place, f"budget.max_run_usd={settings.max_run_usd}"]
 

@@ -15,6 +15,7 @@ from finetune.evaluation.paired import is_right
 from finetune.evaluation.score import Row
 from finetune.report.source import Json, dig, evaluation_problem, not_finite, rows_file, scores_problem
 from finetune.run_record import read_record
+from finetune.runtime.commands import evaluate_command
 from finetune.runtime.files import names_in, read_json
 from finetune.runtime.paths import expanded
 
@@ -94,7 +95,7 @@ def read_compared(given: str) -> Compared:
         return _read(given, f"{name}:{model}", folder, path, PREDICTIONS)
     if not path.is_file():
         what = (
-            f"a run that was not evaluated; run `finetune evaluate {folder}` first"
+            f"a run that was not evaluated; run `{evaluate_command(folder)}` first"
             if is_run
             else "neither a run folder nor a result of `finetune evaluate --predictions` (no config.yaml and no eval.json)"
         )
@@ -104,7 +105,7 @@ def read_compared(given: str) -> Compared:
     if wanted not in models:
         raise UserError(
             f"{path}: holds no score of {shown(wanted)}, only of {', '.join(models) or 'none'}; run "
-            f"`finetune evaluate {folder}`, or name another one, as {folder}:{models[0] if models else 'base'}",
+            f"`{evaluate_command(folder)}`, or name another one, as {folder}:{models[0] if models else 'base'}",
             code="compare.not_evaluated",
         )
     label = name if wanted in ("tuned", PREDICTIONS) else f"{name}:{wanted}"
@@ -200,7 +201,7 @@ def _place(given: str) -> tuple[Path, str | None]:
 
 
 def _models(path: Path) -> list[str]:
-    return list(_scores(read_json(path, f"finetune evaluate {path.parent}")))
+    return list(_scores(read_json(path, evaluate_command(path.parent))))
 
 
 def _scores(evaluation: Json) -> Json:
@@ -222,7 +223,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read(given: str, label: str, folder: Path, path: Path, model: str) -> Compared:
-    plain = f"finetune evaluate {folder}"
+    plain = evaluate_command(folder)
     evaluation = read_json(path, plain)
     if (place := not_finite(evaluation)) is not None:
         raise UserError(f"{path}: {place}: NaN or infinite; run `{plain}` again", code="compare.bad_input")

@@ -12,6 +12,7 @@ from finetune.evaluation import prompt_file
 from finetune.report.examples import clipped, error_class
 from finetune.report.samples import sample_table
 from finetune.report.source import Json, Source
+from finetune.runtime.commands import evaluate_command
 from finetune.runtime.files import load_json
 
 PROMPTS = Path("eval", prompt_file.NAME)
@@ -62,7 +63,7 @@ def questions_data(source: Source) -> Json:
 
     models = sorted(source.rows)
     by_model = [{str(row["id"]): row for row in source.rows[model]} for model in models]
-    prompts = _Prompts(source.folder / PROMPTS, f"finetune evaluate {source.folder}")
+    prompts = _Prompts(source.folder / PROMPTS, evaluate_command(source.folder))
     tables, starts = _Pool(), _Pool()
     questions = []
     for name in dict.fromkeys(name for rows in reversed(by_model) for name in rows):

@@ -35,6 +35,7 @@ from finetune.report.source import (
     read_run,
 )
 from finetune.report.trained_databases import marked, trained_databases
+from finetune.runtime.commands import evaluate_command
 from finetune.runtime.files import write_json, write_text
 from finetune.runtime.quantities import usd_text
 from finetune.runtime.typed_json import encode
@@ -88,7 +89,7 @@ def headline(source: Source) -> str:
     """The result in one sentence that can be quoted on its own."""
     base, tuned = source.base, source.tuned
     if not base and not tuned:
-        return f"Not evaluated, so its accuracy is unknown. To measure it: finetune evaluate {source.folder}"
+        return f"Not evaluated, so its accuracy is unknown. To measure it: {evaluate_command(source.folder)}"
     split = str(source.evaluation.get("split"))
     scored = tuned or base
     kind = "held-out" if split == "test" else split

@@ -12,6 +12,7 @@ from typing import Any
 from finetune.data.records import read_lines
 from finetune.errors import UserError
 from finetune.run_record import AttemptRecord, MemoryRecord, RunRecord, UsageRecord, read_record
+from finetune.runtime.commands import evaluate_command
 from finetune.runtime.confined import within
 from finetune.runtime.files import read_json
 from finetune.runtime.quantities import hours_text, usd_text
@@ -60,7 +61,7 @@ def read_run(run_dir: Path) -> Source:
 
     Raises UserError if run.json is missing, or if a file is broken or not in the expected format.
     """
-    run, command = read_record(run_dir / "run.json"), _evaluate(run_dir)
+    run, command = read_record(run_dir / "run.json"), evaluate_command(run_dir)
     evaluation = read_evaluation(run_dir)
     rows = {
         name: _read_rows(file, command)
@@ -72,15 +73,11 @@ def read_run(run_dir: Path) -> Source:
 
 def read_evaluation(run_dir: Path) -> Json:
     """eval.json, checked; {} if there is none. Raises UserError if it is broken or not in the expected format."""
-    path, command = run_dir / "eval.json", _evaluate(run_dir)
+    path, command = run_dir / "eval.json", evaluate_command(run_dir)
     evaluation = read_json(path, command) if path.exists() else {}
     if problem := evaluation_problem(evaluation):
         raise UserError(f"{path}: {problem}; run `{command}` again", code="report.bad_input")
     return evaluation
-
-
-def _evaluate(run_dir: Path) -> str:
-    return f"finetune evaluate {run_dir}"
 
 
 def evaluation_problem(evaluation: Json) -> str | None:

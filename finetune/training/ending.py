@@ -17,6 +17,7 @@ from finetune.checkpoint.folders import read_manifest
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, TakenOver, TransientError, UserError, first_line
 from finetune.run_folder import RunFolder
 from finetune.runtime import distributed, process_group
+from finetune.runtime.commands import resume_command
 from finetune.runtime.confined import remove_tree
 from finetune.runtime.console import say
 from finetune.runtime.files import disk_error
@@ -151,14 +152,12 @@ def stop_hanging(run: RunFolder, recorder: RunRecorder, lease: Lease) -> None:
                 recorder.close("budget_stop", adapter_step=int(read_manifest(newest)["step"]))
         except Exception as error:  # any error: the process ends all the same
             what = run.adapter if recorded.is_set() else run.run_json
-            say(f"{what}: not written ({first_line(error)}); `finetune train --resume {run.path}` will write it")
+            say(f"{what}: not written ({first_line(error)}); `{resume_command(run.path)}` will write it")
             recorded.set()
 
     _within(HARD_STOP_SECONDS, end)
     if not recorded.is_set():
-        say(
-            f"{run.run_json}: not written, its folder does not respond; `finetune train --resume {run.path}` will write it"
-        )
+        say(f"{run.run_json}: not written, its folder does not respond; `{resume_command(run.path)}` will write it")
 
 
 def _within(seconds: float, action: Callable[[], None]) -> None:

@@ -22,6 +22,7 @@ from finetune.machine.hardware import usable_cores
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord, StepRecord
 from finetune.runtime import distributed
+from finetune.runtime.commands import evaluate_command
 from finetune.runtime.console import say
 from finetune.runtime.files import write_text
 from finetune.training.checkpoint_content import REQUIRED, content_fault
@@ -83,7 +84,7 @@ def check_unfinished(run: RunFolder, record: RunRecord) -> None:
     """Raises UserError for a run that is done."""
     if record.status == "done":
         raise UserError(
-            f"{run.path}: this run is done; start a new one, or score it with `finetune evaluate {run.path}`",
+            f"{run.path}: this run is done; start a new one, or score it with `{evaluate_command(run.path)}`",
             code="run.done",
         )
 
