@@ -15,7 +15,7 @@ from finetune.evaluation.paired import is_right
 from finetune.evaluation.score import Row
 from finetune.report.source import Json, dig, evaluation_problem, not_finite, rows_file, scores_problem
 from finetune.run_record import read_record
-from finetune.runtime.commands import evaluate_command
+from finetune.runtime.commands import as_command, evaluate_command
 from finetune.runtime.files import names_in, read_json
 from finetune.runtime.paths import expanded
 
@@ -53,6 +53,10 @@ class Compared:
         """What the verdicts depend on apart from answers and golds, by key of the section evaluation, as far as it is known."""
         known = dig(self.evaluation, "judging")
         return known if isinstance(known, dict) else {key: self.evaluation.get(key) for key in RULE_KEYS}
+
+    @property
+    def split(self) -> Any:
+        return self.evaluation.get("split")
 
     @property
     def data(self) -> Any:
@@ -117,26 +121,35 @@ def common_questions(compared: Sequence[Compared], *, common: bool) -> Common:
     first = compared[0]
     for other in compared[1:]:
         _check_judging(first, other)
-    left_out = [] if all(other.data == first.data for other in compared) else [_other_data(first, compared, common)]
     shared = [name for name in first.rows if all(name in other.rows for other in compared)]
+    changed = {name for name in shared if len({_question(one.rows[name]) for one in compared}) > 1}
+    same = [name for name in shared if name not in changed]
+    if not same:  # before anything advises --common
+        raise _nothing_in_common(first, compared[1:])
+    left_out = [] if all(other.data == first.data for other in compared) else [_other_data(first, compared, common)]
     everywhere = {name for one in compared for name in one.rows}
     if len(shared) < len(everywhere):
         counts = ", ".join(f"{one.label} {len(one.rows)}" for one in compared)
         fact = f"other questions: {counts}, {len(shared)} of them in common"
         left_out.append(_refused(fact, common))
-    changed = {name for name in shared if len({_question(one.rows[name]) for one in compared}) > 1}
-    same = [name for name in shared if name not in changed]
     if changed:
         first_changed = shown(next(name for name in shared if name in changed))
         fact = f"{len(changed)} questions have another text, database or gold query under the same id, first {first_changed}"
         left_out.append(_refused(fact, common))
-    if not same:
-        raise UserError(
-            f"{first.label} and {' and '.join(one.label for one in compared[1:])}: no question in common, so there is nothing to "
-            "compare",
-            code="compare.other_questions",
-        )
     return Common(same, left_out)
+
+
+def _nothing_in_common(first: Compared, others: Sequence[Compared]) -> UserError:
+    """With the command that asks one of them the split of the other, where that is why."""
+    fact = f"{first.label} and {' and '.join(one.label for one in others)}: no question in common, so there is nothing to compare"
+    other = next((one for one in others if one.split != first.split), None)
+    if other is not None and other.split and first.split:
+        fact += f"; {first.label} was asked the split {first.split}, {other.label} the split {other.split}"
+        asked = [(one, like) for one, like in ((other, first), (first, other)) if PREDICTIONS not in one.evaluation]
+        if asked:
+            one, like = asked[0]
+            fact += f": ask both the same with `{as_command(*one.again, f'evaluation.split={like.split}')}`"
+    return UserError(fact, code="compare.other_questions")
 
 
 def _question(row: Row) -> tuple[str, ...]:

@@ -105,6 +105,7 @@ class _QuestionSets:
             "bits": base64.b64encode(_packed(right)).decode(),
             "judging": _judging(answers),
             "data": json.dumps(answers.data),
+            "split": json.dumps(answers.split),
         }
 
     def _place(self, ids: Sequence[str], rows: Mapping[str, Row]) -> int:

@@ -191,10 +191,15 @@ def after_predictions(target: Path, folder: Path, name: str) -> list[Next]:
 
 
 def _with_result(run: Path, result: str, scores: Path) -> list[Next]:
-    """scores: the file of the result. A run that was asked a sample of its questions shares only that with it."""
+    """scores: the file of the result. A run that was asked a sample of its questions shares only that with it, and one that was
+    asked another split nothing."""
     if not (run / "eval.json").is_file():
         return [finetune("evaluate", run, why="the run's own score, to compare with")]
-    common = [] if _questions(run / "eval.json") == _questions(scores) else ["--common"]
+    own, wanted = _questions(run / "eval.json"), _questions(scores)
+    if own and wanted and own[1] != wanted[1]:
+        why = f"the run's own score on that split, to compare with; the one that it has is of {own[1]}"
+        return [finetune("evaluate", run, f"evaluation.split={wanted[1]}", why=why)]
+    common = [] if own == wanted else ["--common"]
     return [finetune("compare", run, result, *common, why="which is better, and whether that can be said")]
 
 
@@ -305,6 +310,7 @@ def _alike(first: Path, second: Path) -> bool:
 
 
 def _questions(result: Path) -> tuple[Any, ...] | None:
+    """The SHA-256 of the data's manifest, the split, and the number of questions."""
     with suppress(OSError, ValueError, UserError, TypeError, KeyError):
         content = load_json(result)
         return tuple(content[key] for key in ("data_manifest_sha256", "split", "questions"))

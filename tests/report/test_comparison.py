@@ -31,7 +31,9 @@ from tests.helpers.predictions_examples import (
     write_result,
 )
 from tests.helpers.report_fixtures import Page
+from tests.helpers.report_fixtures import change as change_file
 from tests.helpers.run_examples import copy_run
+from tests.helpers.scored_runs import scored_run
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> \x1b[2J \u202e {{ 7 * 7 }} {% raw %} & \"'"
 
@@ -463,6 +465,20 @@ def test_other_questions_are_compared_on_the_common_ones_only_if_asked(capsys: p
     assert found["notes"][0] in capsys.readouterr().out
     write_result(Path("c"), rows["b"][50:])
     refused("compare.other_questions", "a", "c", "--common", said="no question in common")
+
+
+def test_without_a_common_question_nothing_advises_to_compare_the_common_ones(tmp_path: Path) -> None:
+    """And two splits are named, with the command that asks both the same."""
+    rows = rows_of(BETTER["b"])
+    write_result(Path("a"), rows[:30], split="val")
+    write_result(Path("b"), rows[30:], split="test", data_manifest_sha256="b" * 64)
+    message = refused("compare.other_questions", "a", "b", said="no question in common")
+    assert "--common" not in message and "a was asked the split val, b the split test\n" in message
+    run = scored_run(tmp_path, "second try", right=0.5)
+    change_file(run / "eval.json", split="val", judging={"rule": "test_suite", "timeout_seconds": 10.0})
+    message = refused("compare.other_questions", str(run), "b", said="no question in common")
+    assert "--common" not in message
+    assert f"ask both the same with `finetune evaluate '{run}' evaluation.split=test`" in message
 
 
 def test_another_gold_under_the_same_id() -> None:

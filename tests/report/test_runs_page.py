@@ -215,6 +215,13 @@ def test_small_dollars_are_no_zeros(tmp_path: Path, open_page: Open, browser: An
     bare.close()
 
 
+def test_runs_of_two_splits_get_no_command_that_would_be_refused(tmp_path: Path, open_page: Open) -> None:
+    for name, split in (("a", "test"), ("b", "val")):
+        change(scored_run(tmp_path, name, right=0.5) / "eval.json", split=split)
+    said = choose(open_page(page_of(tmp_path)), "a", "b")
+    assert "they were asked different splits" in said and "--common" not in said
+
+
 def test_a_third_choice_replaces_the_first(runs: Path, open_page: Open) -> None:
     page = open_page(runs / "index.html")
     assert "Choose two runs" in page.inner_text("#comparison")

@@ -228,6 +228,10 @@ def test_predictions_are_compared_with_a_run(tmp_path: Path) -> None:
     assert typed(following.after_predictions(run.path, run.path, "theirs")) == [compare]
     evaluated(run.path, questions=1)
     assert typed(following.after_predictions(run.path, run.path, "theirs")) == [f"{compare} --common"], "a sample"
+    evaluated(run.path, split="val")
+    assert typed(following.after_predictions(run.path, run.path, "theirs")) == [
+        f"finetune evaluate {run.path} evaluation.split=test"
+    ], "no question in common"
     evaluated(run.path)
     assert following.after_predictions(CONFIG, result, "theirs") == []
     evaluated(result)

@@ -74,6 +74,7 @@ function bits({ bits: text, set }) {
 // Why these two cannot be compared here; "" if they can. The same reasons as those of `finetune compare`.
 function refusal(first, second) {
   const [a, b] = [first.compared, second.compared];
+  if (a.split !== b.split) return "they were asked different splits";
   const differing = Object.keys(a.judging).filter((key) => key in b.judging && a.judging[key] !== b.judging[key]);
   if (differing.length) return `they were judged differently: ${differing.map((key) => `${key} ${a.judging[key]} and ${b.judging[key]}`).join(", ")}`;
   if (a.data !== b.data) return "they were evaluated on other prepared data";
@@ -88,7 +89,9 @@ function command(first, second, more = "") {
 function comparison(first, second) {
   const why = refusal(first, second);
   if (why) {
-    return [element("p", { class: "notice" }, `${second.name} and ${first.name} are not compared here: ${why}.`),
+    const notice = element("p", { class: "notice" }, `${second.name} and ${first.name} are not compared here: ${why}.`);
+    if (first.compared.split !== second.compared.split) return [notice];
+    return [notice,
       element("p", {}, "On the questions that they have in common, if they were judged alike:"), command(first, second, " --common")];
   }
   const found = difference(bits(first.compared), bits(second.compared), data.sets[first.compared.set].of, data);
