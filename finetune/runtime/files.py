@@ -29,7 +29,7 @@ def atomic_file(path: Path) -> Iterator[IO[str]]:
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = _temporary_beside(path)
         os.fchmod(handle, 0o644)
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
@@ -41,6 +41,14 @@ def atomic_file(path: Path) -> Iterator[IO[str]]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def _temporary_beside(path: Path) -> tuple[int, str]:
+    """A new file, open for writing, and its name. Raises OSError that names the path: nobody knows the temporary name."""
+    try:
+        return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -230,14 +238,18 @@ def unix_line_ends_command(paths: Iterable[Path]) -> str:
 def disk_error(error: OSError, path: Path) -> UserError:
     """A UserError for an OSError at `path`, with what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"{path}: no space left on the disk; free some or choose another output folder", code="disk.full"
-        )
+        return UserError(f"{path}: no space left on the disk; free some or {_elsewhere(path)}", code="disk.full")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(
-            f"{path}: not writable ({error.strerror}); choose another output folder", code="disk.not_writable"
+            f"{path}: not writable ({error.strerror}); make it writable or {_elsewhere(path)}", code="disk.not_writable"
         )
     return UserError(f"{path}: {error.strerror or error}", code="disk.error")
+
+
+def _elsewhere(path: Path) -> str:
+    """What to do instead of writing there. The commands about a run that is there write into its folder and nowhere else."""
+    run = next((folder for folder in (path, *path.parents) if os.path.isfile(folder / "run.json")), None)  # noqa: PTH113
+    return "choose another output folder" if run is None else f"go on with a copy of {run} in another folder"
 
 
 def _remove(path: str) -> None:

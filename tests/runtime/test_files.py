@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -99,11 +101,44 @@ def test_a_disk_that_fills_up_at_any_step_keeps_the_old_file(
     assert names(tmp_path) == ["file.txt"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_a_user_error(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with raises("disk.not_writable", match="not writable"):
-        write_text(tmp_path / "file.txt", "x")
+WRITES = """
+import sys
+from pathlib import Path
+from finetune.errors import UserError
+from finetune.runtime.files import write_text
+try:
+    write_text(Path(sys.argv[1]), "x")
+except UserError as error:
+    print(error.code, error)
+"""
+
+
+@pytest.mark.parametrize("of_a_run", [False, True])
+def test_a_folder_without_permission_is_a_user_error(tmp_path: Path, of_a_run: bool) -> None:
+    """That names the file, and not the temporary one; what is written about a run is written into its folder alone."""
+    path = tmp_path / "eval" / "file.txt"
+    path.parent.mkdir()
+    if of_a_run:
+        (tmp_path / "run.json").touch()
+    path.parent.chmod(0o500)
+    try:
+        done = subprocess.run(
+            [*as_user(), sys.executable, "-c", WRITES, path], capture_output=True, text=True, check=False
+        )
+    finally:
+        path.parent.chmod(0o700)
+    advice = f"go on with a copy of {tmp_path} in another folder" if of_a_run else "choose another output folder"
+    said = f"disk.not_writable {path}: not writable (Permission denied); make it writable or {advice}"
+    assert done.stdout == f"{said}\n", done.stderr
+
+
+def as_user() -> list[str]:
+    """How a program is started so that permissions count for it: root writes everywhere, unless it gives up that right."""
+    if os.geteuid():
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("root needs setpriv to become like any user")
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 
 
 def test_a_folder_that_is_a_file_is_a_user_error(tmp_path: Path) -> None:
