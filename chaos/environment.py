@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sqlite3
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,7 @@ class ChaosEnvironment:
         values: dict[str, dict[str, Any]] = {
             "model": {"name": str(self.model), "max_seq_length": 256},
             "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0},
-            "data": {
-                "sources": [{"kind": "jsonl", "path": str(self.folder / "records.jsonl")}],
-                "output_dir": str(self.data),
-            },
+            "data": asdict(data_section(self.folder)),
             "training": {
                 "output_dir": str(runs),
                 "run_name": run_name,
@@ -113,10 +110,13 @@ def make_environment(folder: Path) -> ChaosEnvironment:
     make("tiny", folder / "model", (f"{each.schema}\n{each.question}\n{each.sql}" for each in records))
     _database(folder / "databases" / "station" / "station.sqlite")
     write_records(folder / "records.jsonl", records)
-    source = SourceSection(kind="jsonl", path=str(folder / "records.jsonl"), databases=str(folder / "databases"))
-    data = DataSection([source], str(folder / "prepared"), val_fraction=0.1, test_fraction=0.1)
-    prepare(data, max_seq_length=256, timeout_seconds=10, progress=False)
+    prepare(data_section(folder), max_seq_length=256, timeout_seconds=10, progress=False)
     return ChaosEnvironment(folder)
+
+
+def data_section(folder: Path) -> DataSection:
+    source = SourceSection(kind="jsonl", path=str(folder / "records.jsonl"), databases=str(folder / "databases"))
+    return DataSection([source], str(folder / "prepared"), val_fraction=0.1, test_fraction=0.1)
 
 
 def _records() -> list[Record]:

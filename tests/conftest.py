@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers.data_examples import jsonl_source, make_database, row, run_prepare, write_jsonl
+from tests.helpers.data_examples import described, jsonl_source, make_database, row, run_prepare, write_jsonl
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model is slower on more; subprocesses inherit it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -135,10 +135,7 @@ def write_config(tiny_model: Path, tiny_data: Path) -> ConfigWriter:
         values: dict[str, dict[str, Any]] = {
             "model": {"name": str(tiny_model), "max_seq_length": 256},
             "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0},
-            "data": {
-                "sources": [{"kind": "jsonl", "path": str(tiny_data.parent / "records.jsonl")}],
-                "output_dir": str(tiny_data),
-            },
+            "data": described(tiny_data),
             "training": {
                 "output_dir": str(folder / "runs"),
                 "max_steps": 4,
@@ -155,7 +152,7 @@ def write_config(tiny_model: Path, tiny_data: Path) -> ConfigWriter:
             "evaluation": {"batch_size": 8, "max_new_tokens": 16},
         }
         if "sources" in sections.get("data", {}):
-            values["data"]["output_dir"] = str(folder / "prepared")
+            values["data"] = {"output_dir": str(folder / "prepared")}
         for section, changes in sections.items():
             values[section] = values.get(section, {}) | changes
         path = folder / name

@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "models.fused": "example models",
     "run_folder": "errors runtime config run_record run_name",
     "prepared_folder": "",
+    "prepared_from": "errors runtime sql config prepared_folder",
     "project_folder": "errors runtime",
-    "data": "errors example tokens runtime sql config prepared_folder",
+    "data": "errors example tokens runtime sql config prepared_folder prepared_from",
     "estimate": "errors runtime machine config models",
     "cloud.catalog": "errors runtime",
     "budget": "errors runtime machine config run_folder cloud.catalog",
@@ -41,13 +42,15 @@ MAY_IMPORT = {
     "training.objectives": "errors example tokens",
     "training.step": "errors example runtime machine config models.fused models estimate training.objectives",
     "training": "errors example runtime machine checkpoint config models "
-    "run_record run_folder prepared_folder data budget training.objectives training.step",
-    "sweep": "errors runtime machine config run_name run_record run_folder prepared_folder budget stage_end",
-    "evaluation": "errors tokens runtime machine sql config run_name models run_folder prepared_folder data budget",
-    "job": "errors runtime machine config run_name run_folder prepared_folder budget stage_end sweep",
+    "run_record run_folder prepared_folder prepared_from data budget training.objectives training.step",
+    "sweep": "errors runtime machine config run_name run_record run_folder prepared_folder prepared_from budget stage_end",
+    "evaluation": "errors tokens runtime machine sql config run_name models run_folder prepared_folder "
+    "prepared_from data budget",
+    "job": "errors runtime machine config run_name run_folder prepared_folder prepared_from budget stage_end sweep",
     "cloud.gcloud": "errors runtime",
-    "cloud.plan": "errors runtime machine config models prepared_folder estimate budget cloud.gcloud cloud.catalog",
-    "cloud.launch": "errors runtime machine config prepared_folder project_folder budget sweep job cloud.gcloud "
+    "cloud.plan": "errors runtime machine config models prepared_folder prepared_from estimate budget cloud.gcloud "
+    "cloud.catalog",
+    "cloud.launch": "errors runtime machine config prepared_from project_folder budget sweep job cloud.gcloud "
     "cloud.catalog cloud.plan",
     "report": "errors runtime sql run_record run_name run_folder data budget sweep evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",

@@ -37,6 +37,7 @@ from finetune.data.records import SPLITS, write_records
 from finetune.data.stats import per_database, skeleton_overlap, token_counts, token_summary
 from finetune.errors import UserError
 from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, records_file
+from finetune.prepared_from import settings_of
 from finetune.runtime.console import say
 from finetune.runtime.files import disk_error, write_json, write_text
 from finetune.sql.engines.base import Limits
@@ -75,15 +76,7 @@ def prepare(
         "format": MANIFEST_FORMAT,
         **_counts(findings),
         "tokens": _tokens(findings, template, tokenizer, max_seq_length, progress),
-        "settings": {
-            "seed": data.seed,
-            "split_by": data.split_by,
-            "val_fraction": data.val_fraction,
-            "test_fraction": data.test_fraction,
-            "max_train_records": data.max_train_records,
-            "max_seq_length": max_seq_length,
-            **({} if data.statements == "all" else {"statements": data.statements}),
-        },
+        "settings": settings_of(data, max_seq_length),
         "prompt": template.identity(),
         "tokenizer": tokenizer_name if tokenizer is not None else None,
         "sources": [asdict(one) | asdict(count) for one, count in zip(data.sources, findings.sources, strict=True)],

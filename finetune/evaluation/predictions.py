@@ -56,7 +56,7 @@ def evaluate_predictions(
     """
     name = _name(file, name)
     place = place_of(target, config, name)
-    questions = questions_of(config, PromptTemplate(config.data.schema_format))
+    questions = questions_of(config, PromptTemplate(config.data.schema_format), of_run=target.is_dir())
     given = read_predictions(file, expected_of(questions))
     identity = sha256_file(file)
     _check_free(place, name, identity)

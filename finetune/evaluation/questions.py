@@ -20,6 +20,7 @@ from finetune.data.records import Record
 from finetune.data.split import unit_hash
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Generator
+from finetune.prepared_from import check_prepared_from
 from finetune.runtime.console import say
 from finetune.runtime.files import sha256_file
 
@@ -104,16 +105,21 @@ class EvaluationSet(QuestionSet):
         }
 
 
-def evaluation_set(config: RunConfig, generator: Callable[[int], Generator], template: PromptTemplate) -> EvaluationSet:
-    """The questions of a config for a model. generator: chosen once it is known how many questions there are. Raises as
-    `questions_of`."""
-    asked = questions_of(config, template)
+def evaluation_set(
+    config: RunConfig, generator: Callable[[int], Generator], template: PromptTemplate, *, of_run: bool = True
+) -> EvaluationSet:
+    """The questions of a config for a model. generator: chosen once it is known how many questions there are. of_run, and what is
+    raised: as in `questions_of`."""
+    asked = questions_of(config, template, of_run=of_run)
     return EvaluationSet(**vars(asked), generator=generator(len(asked.records)))
 
 
-def questions_of(config: RunConfig, template: PromptTemplate) -> QuestionSet:
-    """Raises UserError if the data are missing or have changed, or if no record comes with a database."""
+def questions_of(config: RunConfig, template: PromptTemplate, *, of_run: bool = True) -> QuestionSet:
+    """of_run: the config is that of a run, whose data are known by their hash, so that they need not be compared with it. Raises
+    UserError if the data are missing, have changed, or are not those of the config, or if no record comes with a database."""
     data = load_prepared(Path(config.data.output_dir))
+    if not of_run:
+        check_prepared_from(data.folder, data.manifest, config.data)
     records = data.records(config.evaluation.split)
     asked = [(r, database) for r in records if (database := data.database(r))]
     without_database = len(records) - len(asked)

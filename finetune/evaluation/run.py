@@ -71,7 +71,8 @@ def evaluate_base(
     loaded: the model, with or without an adapter, if it is in memory already. generator: name of the answer generator,
     in place of evaluation.generator. Raises Interrupted on Ctrl-C.
     """
-    questions = evaluation_set(config, _chosen(config, generator), PromptTemplate(config.data.schema_format))
+    template = PromptTemplate(config.data.schema_format)
+    questions = evaluation_set(config, _chosen(config, generator), template, of_run=False)
     base = _base(questions, Path(config.training.output_dir))
     load, price = cache(lambda: loaded or questions.generator.load(config, None)), _price(questions)
     with _judging(questions, [base]) as judged:

@@ -19,8 +19,9 @@ from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.job.programs import say
 from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, records_file
+from finetune.prepared_from import differences
 from finetune.runtime.confined import remove_file, remove_tree
-from finetune.runtime.files import sha256_file, write_text
+from finetune.runtime.files import load_json, sha256_file, write_text
 
 ID_LENGTH = 12
 PART = ".part"
@@ -39,15 +40,20 @@ class DataCache:
         """Put the prepared set of a config on the local disk, and a copy into the bucket.
 
         required: SHA-256 of the manifest that an earlier attempt used, "" for a new run. The set is searched in this order: the
-        working directory as uploaded, the bucket, the sources. A set that an earlier job put here for another config is ignored.
+        working directory as uploaded, the bucket, the sources. A set that an earlier job put here for another config is ignored,
+        and, for a new run, one whose manifest names other settings than the config.
         """
         folder, key = Path(config.data.output_dir), data_key(config)
         required = _checked_id(required[:ID_LENGTH], "the run's manifest_sha256") if required else ""
         here = set_id(folder)
         if here and not required and _text(self._key_file(here)) not in ("", key):
             here = ""
+        if here and not required and not _fits(folder, config):
+            here = ""
         if not here or (required and here != required):
             cached = required or self._last_used(key)
+            if cached and not required and not _fits(self._in_bucket(folder, cached), config):
+                cached = ""
             if cached and (self._in_bucket(folder, cached) / MANIFEST).is_file():
                 say(f"data: {self._in_bucket(folder, cached)} -> {folder}")
                 _remove_set(folder)
@@ -90,6 +96,17 @@ def _checked_id(text: str, source: str) -> str:
             code="job.bad_set_id",
         )
     return text
+
+
+def _fits(folder: Path, config: RunConfig) -> bool:
+    """Whether the set in a folder is one that the config describes; says where it is not."""
+    try:
+        found = differences(config.data, load_json(folder / MANIFEST))
+    except (OSError, ValueError, AttributeError):
+        return True  # not there, or not readable: whoever uses it says so
+    if found:
+        say(f"data: {folder} is not used: prepared with {'; with '.join(found)}")
+    return not found
 
 
 def set_id(folder: Path) -> str:

@@ -74,7 +74,7 @@ def after_prepare(
     is_whole: Callable[[Sequence[str]], bool] = lambda _: True,
 ) -> list[Next]:
     """on_gpu_only: whether training refuses a CPU. is_whole: whether the config is one with these overrides alone: its only
-    sources may be those that were typed."""
+    model may be the one that was typed."""
     kept = _not_for_preparing_alone(overrides)
     if len(kept) < len(overrides) and not is_whole(kept):
         kept = list(overrides)
@@ -86,11 +86,12 @@ def after_prepare(
 
 
 def _not_for_preparing_alone(overrides: Sequence[str]) -> list[str]:
-    """Without the sources, which are prepared, and a folder of a tokenizer without weights: neither is on another machine."""
+    """Without a folder of a tokenizer without weights, which is not on another machine. The sources stay, though they need not be
+    there either: the prepared data are used only for a config that names them."""
     names = [word.partition("=")[2] for word in overrides if word.startswith("model.name=")]
     tokenizer_alone = any(Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) for name in names)
-    dropped = ("data.sources=", *(("model.name=", "model.revision=") if tokenizer_alone else ()))
-    return [word for word in overrides if not word.startswith(dropped)]
+    dropped = ("model.name=", "model.revision=")
+    return [word for word in overrides if not (tokenizer_alone and word.startswith(dropped))]
 
 
 def after_plain_plan(config: Path, overrides: Sequence[str]) -> list[Next]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune.config.load import examples_per_step
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.prepared_folder import MANIFEST
+from finetune.prepared_from import check_prepared_from
 from finetune.runtime.files import read_json
 from finetune.sweep.halving import rung_steps
 
@@ -24,10 +26,12 @@ def check_compared(config: RunConfig) -> None:
 
 
 def check_validated(config: RunConfig) -> None:
-    """Raises UserError for prepared data without records to validate on."""
+    """Raises UserError for prepared data that are not those of the config, or have no records to validate on."""
+    folder = Path(config.data.output_dir)
+    check_prepared_from(folder, _manifest(config), config.data)
     if not _counts(config).get("val"):
         raise UserError(
-            f"{config.data.output_dir}: has no validation records, by which trials are compared; set data.val_fraction, or give "
+            f"{folder}: has no validation records, by which trials are compared; set data.val_fraction, or give "
             "records the split val, and prepare the data again",
             code="sweep.no_validation",
         )
@@ -48,5 +52,9 @@ def steps_of(config: RunConfig) -> int:
 
 
 def _counts(config: RunConfig) -> dict[str, int]:
-    counts = read_json(Path(config.data.output_dir) / MANIFEST, "finetune data prepare CONFIG").get("counts")
+    counts = _manifest(config).get("counts")
     return counts if isinstance(counts, dict) else {}
+
+
+def _manifest(config: RunConfig) -> dict[str, Any]:
+    return read_json(Path(config.data.output_dir) / MANIFEST, "finetune data prepare CONFIG")

@@ -19,6 +19,7 @@ from finetune.config.schema import RunConfig
 from finetune.data.prepared import Prepared
 from finetune.errors import UserError
 from finetune.machine.hardware import usable_cores
+from finetune.prepared_from import check_prepared_from
 from finetune.run_folder import RunFolder
 from finetune.run_record import RunRecord, StepRecord
 from finetune.runtime import distributed
@@ -110,12 +111,15 @@ def newest_checkpoint(
 ) -> Path | None:
     """The checkpoint to resume from; newer corrupt ones are quarantined, incomplete ones removed.
 
-    Raises UserError if data or config differ from those of the checkpoint in a way that affects what is learned.
+    Raises UserError if data or config differ from those of the checkpoint in a way that affects what is learned; without a
+    checkpoint, if the data are not those of the config.
     """
     commit_orphaned_save(store)
     found, passed_over = _latest(store)
     if found:
         check_same(run, found, config, data, backend)
+    else:
+        check_prepared_from(data.folder, data.manifest, config.data)
     for item in passed_over:
         say(f"passed over {item.folder}: {item.reason}")
         store.quarantine(item)

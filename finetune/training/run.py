@@ -113,7 +113,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None, stop_ste
         check_unfinished(run, record)
         check_numbers(run, record)
         store_of(run, config, record, Lease(say))  # checks what identifies the run
-        inputs = inputs_of(config)
+        inputs = inputs_of(config, resumes=True)
         check_agreement(inputs)
         with Lease(say) as lease:
             store = store_of(run, config, record, lease)
@@ -123,7 +123,7 @@ def resume(run: RunFolder, ceilings: Mapping[str, float] | None = None, stop_ste
                 if record.status == "done":
                     say(f"{run.path}: done by the attempt that this one has waited for")
                     return EXIT_OK
-                inputs = inputs if to_dict(config) == to_dict(earlier) else inputs_of(config)
+                inputs = inputs if to_dict(config) == to_dict(earlier) else inputs_of(config, resumes=True)
             check_numbers(run, record)
             keep_threads(record, inputs.device.place)
             store = store_of(run, config, record, lease)

@@ -18,6 +18,7 @@ from finetune.machine.set_up import EXAMPLES, WEIGHTS
 from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_model_config, load_tokenizer
 from finetune.models.target_modules import check_target_modules
+from finetune.prepared_from import check_prepared_from
 from finetune.runtime.console import say
 from finetune.training.objectives.registry import objective_named
 from finetune.training.tracking.names import check_trackers
@@ -48,8 +49,10 @@ class Parts:
     model: PeftModel
 
 
-def inputs_of(config: RunConfig) -> Inputs:
-    """Check the inputs of a run without loading a model. Raises UserError for inputs that no run can start with."""
+def inputs_of(config: RunConfig, *, resumes: bool = False) -> Inputs:
+    """Check the inputs of a run without loading a model. Raises UserError for inputs that no run can start with.
+
+    resumes: a run whose data are known by their hash, so that they need not be compared with the config."""
     check_trackers(config.tracking)
     objective_named(config.training.objective)
     price = price_of(config.budget)
@@ -67,6 +70,8 @@ def inputs_of(config: RunConfig) -> Inputs:
             f"{template.identity()}; run `finetune data prepare CONFIG` again",
             code="prompt.mismatch",
         )
+    if not resumes:
+        check_prepared_from(data.folder, data.manifest, config.data)
     own = load_model_config(config.model)
     check_target_modules(own, config.lora, trust_remote_code=config.model.trust_remote_code)
     return Inputs(config, device, data, replace(template, dialects=dialects_of(data.records("train"))), price)

@@ -9,13 +9,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from chaos.environment import ChaosEnvironment, make_environment
+from chaos.environment import ChaosEnvironment, data_section, make_environment
 from finetune.budget.attempts import Account
 from finetune.budget.ledger import Ledger
 from finetune.checkpoint.store import CheckpointStore, Skipped
@@ -45,10 +45,7 @@ def add_training(checkout: Path) -> None:
         "model": {"name": str(tiny.model), "max_seq_length": 256},
         "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
         "quantization": {"load_in_4bit": False},
-        "data": {
-            "sources": [{"kind": "jsonl", "path": str(tiny.folder / "records.jsonl")}],
-            "output_dir": str(tiny.data),
-        },
+        "data": asdict(data_section(tiny.folder)),
         "training": {
             "effective_batch_size": 3,
             "max_steps": STEPS,

@@ -20,7 +20,7 @@ from finetune.evaluation.judge import Judge, Outcome
 from finetune.evaluation.questions import questions_of
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from finetune.run_folder import RunFolder
-from tests.helpers.data_examples import SCHEMA, read_jsonl
+from tests.helpers.data_examples import SCHEMA, described, read_jsonl
 from tests.helpers.run_examples import copy_run, prepare_shop
 
 ConfigWriter = Callable[..., Path]
@@ -164,7 +164,7 @@ def test_another_rule_or_time_limit_judges_the_same_answers_again(
 def test_another_database_judges_the_same_answers_again(
     tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], judged: list[str]
 ) -> None:
-    config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path))}))
+    config = load_config(tiny_config(data=described(prepare_shop(tmp_path))))
     evaluate_base(config, progress=False)
     prepare_shop(tmp_path, items=4)
     evaluate_base(config, progress=False)
@@ -181,7 +181,7 @@ def test_another_database_judges_the_same_answers_again(
 def test_other_prompts_are_asked_again(
     tiny_config: ConfigWriter, tmp_path: Path, asked: list[str], changes: dict[str, Any]
 ) -> None:
-    config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path))}))
+    config = load_config(tiny_config(data=described(prepare_shop(tmp_path))))
     evaluate_base(config, progress=False)
     evaluate_base(config, progress=False)
     assert len(asked) == 1

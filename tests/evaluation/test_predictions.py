@@ -410,9 +410,21 @@ def test_no_record_with_a_database(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_data_that_are_not_prepared(tmp_path: Path) -> None:
+def test_data_that_are_not_prepared(config: Path, tmp_path: Path) -> None:
     with reported("file.missing"):
-        assert judge(write_config(tmp_path, tmp_path / "absent"), "SELECT 1\n") == 2
+        assert judge(config, "SELECT 1\n", f"data.output_dir={tmp_path / 'absent'}") == 2
+
+
+def test_data_that_are_prepared_with_other_settings(
+    config: Path, questions: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with reported("data.other_settings"):
+        assert judge(config, "\n".join(gold_lines(questions)), "data.test_fraction=0.3") == 2
+    assert "was prepared with data.test_fraction 0.2, this config has 0.3; run" in capsys.readouterr().err
+    run = untrained_run(config)
+    run.config_yaml.write_text(run.config_yaml.read_text().replace("test_fraction: 0.2", "test_fraction: 0.3"))
+    (tmp_path / "gold.sql").write_text("\n".join(gold_lines(questions)))
+    assert main(["evaluate", str(run.path), "--predictions", str(tmp_path / "gold.sql")]) == 0
 
 
 # a laptop without torch, and the official verdicts

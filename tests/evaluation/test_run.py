@@ -27,7 +27,15 @@ from finetune.report.source import read_run
 from finetune.run_folder import RunFolder, open_run
 from finetune.run_record import DataRecord
 from finetune.sql.compare import RULES
-from tests.helpers.data_examples import jsonl_source, make_database, read_jsonl, row, run_prepare, write_jsonl
+from tests.helpers.data_examples import (
+    described,
+    jsonl_source,
+    make_database,
+    read_jsonl,
+    row,
+    run_prepare,
+    write_jsonl,
+)
 from tests.helpers.errors import raises, reported
 from tests.helpers.executed import executed
 from tests.helpers.run_examples import copy_run, prepare_shop
@@ -296,11 +304,15 @@ def test_a_sample_is_always_the_same_and_asks_both_models_the_same(run: RunFolde
     assert chosen[3] == chosen[4]
 
 
-def test_another_data_seed_takes_another_sample(tiny_config: ConfigWriter, speak: Any) -> None:
+def test_another_data_seed_takes_another_sample(
+    tiny_config: ConfigWriter, tiny_data: Path, tmp_path: Path, speak: Any
+) -> None:
     speak()
     samples = set()
+    source = jsonl_source(tiny_data.parent / "records.jsonl", databases=str(tiny_data.parent / "databases"))
     for seed in range(8):
-        config = load_config(tiny_config(data={"seed": seed}, evaluation={"max_questions": 2}))
+        data = described(run_prepare([source], tmp_path / "prepared", seed=seed).folder)
+        config = load_config(tiny_config(data=data, evaluation={"max_questions": 2}))
         evaluate_base(config, progress=False)
     for kept in (Path(config.training.output_dir) / "base").iterdir():
         samples.add(tuple(line["id"] for line in read_jsonl(kept / evaluation_run.ROWS)))
@@ -339,7 +351,7 @@ def test_records_without_a_database_are_left_out_and_counted(
 def test_a_split_without_any_database_is_an_error_before_a_model_is_loaded(
     tiny_config: ConfigWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(tiny_config(data={"output_dir": str(prepare_shop(tmp_path, databases=False))}))
+    config = load_config(tiny_config(data=described(prepare_shop(tmp_path, databases=False))))
     monkeypatch.setattr(hf, "load_base", lambda *_, **__: pytest.fail("loaded"))
     with raises("data.no_database", match=r"no record of the split test comes with a database.*data\.sources"):
         evaluate_base(config, progress=False)

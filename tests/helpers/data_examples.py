@@ -80,5 +80,14 @@ def run_prepare(
     )
 
 
+def described(prepared: Path) -> dict[str, Any]:
+    """The section `data` of a config that a set was prepared from, with the keys that its manifest names."""
+    manifest = json.loads((prepared / "manifest.json").read_text(encoding="utf-8"))
+    unknown = ("read", "faulty")
+    sources = [{name: value for name, value in one.items() if name not in unknown} for one in manifest["sources"]]
+    settings = {name: value for name, value in manifest["settings"].items() if name != "max_seq_length"}
+    return settings | {"sources": sources, "output_dir": str(prepared)}
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

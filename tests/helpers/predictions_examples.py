@@ -16,7 +16,7 @@ from finetune.data.records import Record, read_records
 from finetune.evaluation.score import Row, score, write_rows
 from finetune.run_folder import RunFolder, create_run
 from finetune.runtime.files import write_json
-from tests.helpers.data_examples import jsonl_source, make_database, row, run_prepare, write_jsonl
+from tests.helpers.data_examples import described, jsonl_source, make_database, row, run_prepare, write_jsonl
 
 QUESTIONS = 6
 SPLITS = ["train", "train", "val", *["test"] * QUESTIONS]
@@ -42,7 +42,7 @@ def write_config(folder: Path, prepared: Path, name: str = "theirs.yaml", **eval
     path = folder / name
     sections = {
         "model": {"name": "nobody/nothing", "revision": "0" * 40},
-        "data": {"sources": [{"kind": "jsonl", "path": "records.jsonl"}], "output_dir": str(prepared)},
+        "data": described(prepared),
         "training": {"output_dir": str(folder / "runs")},
         "evaluation": evaluation,
     }

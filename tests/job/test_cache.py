@@ -106,6 +106,38 @@ def test_a_copied_set_has_no_files_of_the_previous_one(config: Path, tmp_path: P
     assert tree(folder) == tree(tmp_path / "new")
 
 
+def test_a_set_whose_manifest_names_other_settings_is_not_used(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither from the laptop nor from the bucket, except for a run that began with it."""
+    loaded = load_config(config, ["data.max_train_records=4"])
+    folder = Path(loaded.data.output_dir)
+    other = {"settings": {"max_train_records": None}}
+    cache = DataCache(tmp_path / "bucket", tmp_path / "state")
+
+    def lay_out_other(place: Path) -> None:
+        lay_out_set(place, "other")
+        (place / "manifest.json").write_text(json.dumps(other))
+
+    def prepare() -> None:
+        assert not folder.exists() or not list(folder.iterdir())
+        lay_out_set(folder, "right")
+
+    lay_out_other(folder)
+    identity = set_id(folder)
+    copy_set(folder, cache.bucket / f"{folder.name}-{identity}")
+    (cache.bucket / "by-config").mkdir()
+    (cache.bucket / "by-config" / data_key(loaded)).write_text(identity)
+    used = sha256(folder / "manifest.json")
+    cache.lay_out(loaded, "", prepare)
+    assert (folder / "train.jsonl").read_text() == "right"
+    said = capsys.readouterr().err
+    for place in (folder, cache.bucket / f"{folder.name}-{identity}"):
+        assert f"{place} is not used: prepared with data.max_train_records null, this config has 4" in said
+    cache.lay_out(loaded, used, prepare=unexpected)
+    assert (folder / "train.jsonl").read_text() == "other"
+
+
 def test_a_preparation_without_a_set_is_reported(config: Path, tmp_path: Path) -> None:
     with raises("job.nothing_prepared", match=r"data\.output_dir"):
         DataCache(tmp_path / "bucket", tmp_path / "state").lay_out(load_config(config), "", prepare=lambda: None)

@@ -170,6 +170,11 @@ def test_without_a_validation_loss_there_is_no_sweep(tiny_config: ConfigWriter, 
         check_validated(base)
 
 
+def test_data_that_are_prepared_with_other_settings(tiny_config: ConfigWriter) -> None:
+    with raises("data.other_settings", match="data.max_train_records null, this config has 4"):
+        open_sweep(Wanted(tiny_config(training={"eval_steps": 1}), ["lora.r=2,4", "data.max_train_records=4"]))
+
+
 def test_data_that_are_not_prepared(tiny_config: ConfigWriter, tmp_path: Path) -> None:
     with raises("file.missing"):
         open_sweep(

@@ -65,6 +65,9 @@ def refused(arguments: list[str], code: str, shown: Shown, match: str = "") -> s
          r"nowhere/prepared/manifest\.json.*`finetune data prepare CONFIG`"),
         ({"data": {"schema_format": "compact"}}, "prompt.mismatch",
          r"prepared: was prepared for prompt 1-ddl-\w+, but this config uses 1-compact-\w+; run `finetune data prepare"),
+        ({"data": {"max_train_records": 4, "val_fraction": 0.3}}, "data.other_settings",
+         r"prepared: was prepared with data\.val_fraction 0\.2, this config has 0\.3; with data\.max_train_records null, this config "
+         r"has 4; run `finetune data prepare CONFIG` with"),
         ({"training": {"run_name": "../up"}}, "config.bad_value", r"training\.run_name"),
     ],
 )  # fmt: skip
@@ -75,6 +78,28 @@ def test_invalid_inputs_are_refused(
         pytest.skip("a mistake on a CPU only")
     refused(["train", str(tiny_config(**sections))], code, capsys, message)
     assert not (tmp_path / "runs").exists()
+
+
+def test_data_of_other_sources_are_refused(tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown) -> None:
+    """run.json and the model card would name sources that training never saw."""
+    config = str(tiny_config())
+    for command in ("train", "evaluate"):
+        refused(
+            [command, config, "data.sources=[{kind: jsonl, path: others.jsonl}]"], "data.other_settings", capsys,
+            r"data\.sources\[0\]\.path '.*records\.jsonl', this config has 'others\.jsonl'",
+        )  # fmt: skip
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_begins_again_without_a_checkpoint_trains_on_what_its_config_says(
+    tiny_run: Path, tmp_path: Path, capsys: Shown
+) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints"))
+    (run / "run.json").write_text(json.dumps(record_of(run) | {"status": "interrupted"}))
+    change(run / "config.yaml", "data", max_train_records=4)
+    message = r"was prepared with data\.max_train_records null, this config has 4"
+    refused(["train", "--resume", str(run)], "data.other_settings", capsys, message)
 
 
 @pytest.mark.parametrize(

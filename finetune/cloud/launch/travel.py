@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from finetune.config.schema import RunConfig, TrackingSection
 from finetune.errors import UserError
-from finetune.prepared_folder import MANIFEST
+from finetune.prepared_from import is_prepared_from
 from finetune.project_folder import MACHINE_SIDE, read_project, stale_files, wheels_in
 from finetune.runtime.installed import version
 
@@ -158,13 +158,14 @@ def check_config_travels(named: str, luggage: Luggage) -> None:
 def check_inputs_travel(task: Any, config: RunConfig, luggage: Luggage, in_bucket: Callable[[], bool]) -> None:
     """Raises UserError that names every file or folder of the config that the machine will not have.
 
-    in_bucket: whether the bucket has the prepared data of this config; it is asked only if they are not here.
+    in_bucket: whether the bucket has the prepared data of this config; it is asked only if they are not here, or are here
+    with other settings, with which the job does not use them.
     """
     found = [_model(task, config.model.name, luggage)]
     output = config.data.output_dir
     found.append((f"data.output_dir {output}", luggage.why_not(output, may_be_missing=True)))
     folder = (luggage.workdir or Path()) / output
-    if not (folder / MANIFEST).is_file():
+    if not is_prepared_from(folder, config.data):
         missing = [(key, why) for key, why in _sources(config, luggage) if why]
         found += [] if missing and in_bucket() else missing
     _refuse(found)

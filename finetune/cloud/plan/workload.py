@@ -11,6 +11,7 @@ from finetune.config.load import examples_per_step
 from finetune.config.schema import EvaluationSection, RunConfig, SourceSection, TrainingSection
 from finetune.errors import NotEstimated, UserError, shown
 from finetune.prepared_folder import DATABASES, MANIFEST
+from finetune.prepared_from import is_prepared_from
 from finetune.runtime.files import load_json
 
 
@@ -74,8 +75,9 @@ def _more_answers(section: EvaluationSection) -> float:
 
 def _prepared_questions(config: RunConfig) -> tuple[int, float, str] | None:
     """Questions of the split that is scored, tokens of an answer, and their source as text; None if nothing is prepared."""
-    manifest = Path(config.data.output_dir) / MANIFEST
-    if not manifest.is_file():
+    folder = Path(config.data.output_dir)
+    manifest = folder / MANIFEST
+    if not is_prepared_from(folder, config.data):
         return None
     try:
         content = load_json(manifest)
@@ -117,12 +119,13 @@ def run_size(config: RunConfig, gpus: int = 1) -> RunSize:
     """
     folder = Path(config.data.output_dir)
     manifest = folder / MANIFEST
-    if manifest.is_file():
+    if is_prepared_from(folder, config.data):
         records, mean, validation, basis = _counted(manifest, config.plan.mean_tokens, config.model.name)
     else:
         records, validation, basis = _assumed_records(config)
         mean = config.plan.mean_tokens
-        basis = f"{basis}, {mean:.0f} tokens each (plan.mean_tokens); not counted, because {folder} is not prepared"
+        why = "was prepared with other settings" if manifest.is_file() else "is not prepared"
+        basis = f"{basis}, {mean:.0f} tokens each (plan.mean_tokens); not counted, because {folder} {why}"
     return _sized(config.training, records, mean, validation, basis, gpus)
 
 

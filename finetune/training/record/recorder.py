@@ -116,7 +116,9 @@ class RunRecorder:
     def loaded(self, inputs: Inputs, parts: Parts) -> None:
         """Record the data, the machine and the model, which may differ after a resume."""
         data = copy(self.record.data) or DataRecord()
-        data.path, data.used = inputs.config.data.output_dir, {"train": len(parts.train), "val": len(parts.validation)}
+        data.path, data.manifest_sha256 = inputs.config.data.output_dir, inputs.data.manifest_hash
+        data.counts = {split: inputs.data.manifest["counts"][split] for split in SPLITS}
+        data.used = {"train": len(parts.train), "val": len(parts.validation)}
         hardware, model = describe_hardware(inputs.device), describe_model(inputs.config, parts.model)
 
         def change(record: RunRecord) -> None:

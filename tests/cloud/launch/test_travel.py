@@ -157,6 +157,19 @@ def test_prepared_data_travel_instead_of_their_sources(computer: tuple[SkyWorker
     assert "data.output_dir data/prepared/here: left out of the copy by .gitignore (data/prepared)" in message
 
 
+def test_data_prepared_with_other_settings_do_not_travel_instead_of_their_sources(
+    computer: tuple[SkyWorker, Path],
+) -> None:
+    """The job would not use them, and prepare its own from the sources."""
+    prepared = computer[1] / "data/prepared/others"
+    prepared.mkdir(parents=True)
+    (prepared / "manifest.json").write_text('{"settings": {"max_train_records": 4}}')
+    gone = f"{{kind: jsonl, path: {computer[1].parent}/elsewhere/all.jsonl}}"
+    assert "elsewhere/all.jsonl: " in refused(
+        "launch.not_copied", launch(computer, source=gone, output="data/prepared/others")
+    )
+
+
 def test_what_file_mounts_bring_is_there(computer: tuple[SkyWorker, Path]) -> None:
     home = computer[1].parent
     mounts = {"/data": str(home / "elsewhere"), "~/sky_workdir/late": str(home / "elsewhere")}

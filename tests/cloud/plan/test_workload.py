@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from finetune.cloud.plan.workload import RunSize, run_size
+from finetune.cloud.plan.workload import RunSize, evaluation_size, run_size
 from finetune.config.load import load_config
-from tests.helpers.data_examples import jsonl_source, row, run_prepare, write_jsonl
+from tests.helpers.data_examples import described, jsonl_source, row, run_prepare, write_jsonl
 from tests.helpers.errors import raises
 from tests.helpers.plan_examples import run_config, write_manifest
 from tests.helpers.train_helpers import record_of
@@ -102,7 +102,7 @@ def test_the_counts_of_a_prepared_folder_are_used(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_data_prepare_wrote_is_read(tiny_data: Path, tmp_path: Path) -> None:
-    found = size(data={"output_dir": str(tiny_data)}, plan={"mean_tokens": 50.0})  # prepared without a tokenizer
+    found = size(data=described(tiny_data), plan={"mean_tokens": 50.0})  # prepared without a tokenizer
     assert (found.records, found.mean_tokens) == (24, 50.0)
     assert found.basis == f"24 examples of {tiny_data}/manifest.json, 50 tokens each (plan.mean_tokens; not counted)"
 
@@ -119,7 +119,7 @@ def test_a_folder_that_data_prepare_wrote_is_read(tiny_data: Path, tmp_path: Pat
     source = jsonl_source(write_jsonl(tmp_path / "records.jsonl", rows))
     prepared = run_prepare([source], tmp_path / "prepared", tokenizer=Words(), tokenizer_name="words")
     total = prepared.manifest["tokens"]["train"]["total"]
-    found = size(data={"output_dir": str(tmp_path / "prepared")}, training=training())
+    found = size(data=described(tmp_path / "prepared"), training=training())
     assert found.records == 8 and found.mean_tokens * 8 == pytest.approx(total)
     assert found.basis.startswith("counted in ")
 
@@ -149,6 +149,15 @@ def test_a_binary_manifest_is_refused(tmp_path: Path) -> None:
 
 
 # assumed
+
+
+def test_a_set_that_was_prepared_with_other_settings_is_not_counted(tiny_data: Path) -> None:
+    found = size(data=described(tiny_data) | {"max_train_records": 4}, plan={"mean_tokens": 50.0})
+    assert found.records == 4
+    assert found.basis.endswith(f"; not counted, because {tiny_data} was prepared with other settings")
+    other = run_config(data=described(tiny_data) | {"test_fraction": 0.5}, plan={"questions": 7})
+    questions = evaluation_size(other)
+    assert questions and questions.questions == 7
 
 
 def test_without_a_prepared_folder_the_values_of_the_config_are_used_and_labelled(tmp_path: Path) -> None:
