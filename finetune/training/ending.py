@@ -41,10 +41,12 @@ def refused(session: Session, refusal: str, before: str | None) -> int:
     if step is None or (
         before == "budget_stop" and distributed.run_on_rank0(lambda: adapter_is_of(session.run, session.recorder, step))
     ):
-        if not _remove_not_started(session) and before != "budget_stop" and distributed.is_rank0():
+        removed = _remove_not_started(session)
+        if not removed and before != "budget_stop" and distributed.is_rank0():
             session.budget.book("failed")
             session.recorder.close("failed")
-        raise UserError(f"{session.run.path}: {refusal} (in {session.run.config_yaml})", code="budget.exhausted")
+        where = "with --max-run-usd or --max-hours, or in the config" if removed else f"in {session.run.config_yaml}"
+        raise UserError(f"{session.run.path}: {refusal} ({where})", code="budget.exhausted")
     say(refusal)
     if distributed.is_rank0():
         session.budget.book("budget_stop")

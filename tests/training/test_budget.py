@@ -104,7 +104,9 @@ def test_a_budget_below_the_work_between_two_saves_is_refused_before_anything_is
     monkeypatch.setattr("finetune.training.run.load_parts", lambda inputs: pytest.fail("something is loaded"))
     with reported("budget.exhausted"):
         assert main(["train", str(tiny_config(budget={"max_hours": 0.1}))]) == 2
-    assert "less than the 10.0 min between two checkpoints" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "less than the 10.0 min between two checkpoints; raise budget.max_hours to go on (with --max-run-usd or" in message
+    assert "config.yaml" not in message, "which is gone"
     assert not (tmp_path / "runs").exists()
 
 
