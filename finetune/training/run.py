@@ -181,8 +181,9 @@ def _end_hanging(session: Session) -> None:
 
 def _fit(session: Session, parts: Parts) -> int:
     inputs, recorder, run = session.inputs, session.recorder, session.run
+    plan = _plan(session, parts)  # before anything is recorded as loaded: a new run that it refuses leaves no folder
     recorder.loaded(inputs, parts)
-    plan = _plan(session, parts)
+    recorder.planned(plan)
     throughput = Throughput()
     ends = EndOfStep(
         session.stop,
@@ -237,7 +238,6 @@ def _plan(session: Session, parts: Parts) -> StepPlan:
     if session.resume_from:
         check_same_steps(session.run, inputs.config, plan, record.step)
     say(str(plan) if distributed.world_size() == 1 else f"{distributed.world_size()} processes, each with {plan}")
-    session.recorder.planned(plan)
     return plan
 
 

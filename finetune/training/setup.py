@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.config.load import examples_per_step
 from finetune.config.schema import GPU_OPTIMIZERS, BudgetSection, RunConfig
 from finetune.data.prepared import Prepared, load_prepared
 from finetune.data.prompts import PromptTemplate, dialects_of
@@ -19,6 +20,7 @@ from finetune.models.device import Device, choose_device
 from finetune.models.load import attach_lora, load_base, load_model_config, load_tokenizer
 from finetune.models.target_modules import check_target_modules
 from finetune.prepared_from import check_prepared_from
+from finetune.runtime import distributed
 from finetune.runtime.console import say
 from finetune.training.objectives.registry import objective_named
 from finetune.training.tracking.names import check_trackers
@@ -54,6 +56,7 @@ def inputs_of(config: RunConfig, *, resumes: bool = False) -> Inputs:
 
     resumes: a run whose data are known by their hash, so that they need not be compared with the config."""
     check_trackers(config.tracking)
+    examples_per_step(config.training, distributed.world_size())
     objective_named(config.training.objective)
     price = price_of(config.budget)
     device = choose_device(config.model.torch_dtype)

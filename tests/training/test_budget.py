@@ -105,7 +105,10 @@ def test_a_budget_below_the_work_between_two_saves_is_refused_before_anything_is
     with reported("budget.exhausted"):
         assert main(["train", str(tiny_config(budget={"max_hours": 0.1}))]) == 2
     message = capsys.readouterr().err
-    assert "less than the 10.0 min between two checkpoints; raise budget.max_hours to go on (with --max-run-usd or" in message
+    assert (
+        "less than the 10.0 min between two checkpoints; raise budget.max_hours to go on (with --max-run-usd or"
+        in message
+    )
     assert "config.yaml" not in message, "which is gone"
     assert not (tmp_path / "runs").exists()
 

@@ -66,8 +66,9 @@ def refused(arguments: list[str], code: str, shown: Shown, match: str = "") -> s
         ({"data": {"schema_format": "compact"}}, "prompt.mismatch",
          r"prepared: was prepared for prompt 1-ddl-\w+, but this config uses 1-compact-\w+; run `finetune data prepare"),
         ({"data": {"max_train_records": 4, "val_fraction": 0.3}}, "data.other_settings",
-         r"prepared: was prepared with data\.val_fraction 0\.2, this config has 0\.3; with data\.max_train_records null, this config "
-         r"has 4; run `finetune data prepare CONFIG` with"),
+         r"prepared: was prepared with data\.val_fraction 0\.2, this config has 0\.3; with data\.max_train_records null, this "
+         r"config has 4; run `finetune data prepare CONFIG` with"),
+        ({"training": {"effective_batch_size": 7}}, "config.conflicting_values", r"training\.effective_batch_size: 7 is not 4"),
         ({"training": {"run_name": "../up"}}, "config.bad_value", r"training\.run_name"),
     ],
 )  # fmt: skip
@@ -120,6 +121,19 @@ def test_an_incomplete_model_folder_is_refused(
         ["train", str(tiny_config(model={"name": str(tmp_path / "broken")}))], code, capsys, r"model\.name: .*broken"
     )
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_step_that_cannot_be_planned_leaves_no_run(
+    tiny_model: Path, tiny_config: ConfigWriter, tmp_path: Path, capsys: Shown
+) -> None:
+    """The corrected command may have the same run_name."""
+    shutil.copytree(tiny_model, tmp_path / "gelu")
+    values = json.loads((tmp_path / "gelu" / "config.json").read_text())
+    (tmp_path / "gelu" / "config.json").write_text(json.dumps(values | {"hidden_act": "gelu"}))
+    config = str(tiny_config(model={"name": str(tmp_path / "gelu")}, training={"run_name": "one", "max_steps": 1}))
+    refused(["train", config, "training.kernels=fused"], "model.unsupported_kernels", capsys, "activation is gelu")
+    assert not (tmp_path / "runs").exists()
+    assert main(["train", config]) == 0
 
 
 def test_truncated_weights_are_refused(
