@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from finetune.runtime.paths import expanded
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
+    from finetune.run_folder import RunFolder
 
 
 OVERRIDES = "key=value pairs that override the config, such as training.num_train_epochs=1"
@@ -67,12 +69,43 @@ def loaded(arguments: argparse.Namespace, file: Path | None = None) -> RunConfig
     folder = file.parent
     for source in config.data.sources if kind_of(Path(config.data.output_dir)) == "nothing" else ():
         if kind_of(Path(source.path)) == "nothing" != kind_of(folder / source.path):
-            raise UserError(
-                f"{file}: {source.path} is in {folder}, and paths count from the folder in which you type; "
-                f"`cd {shlex.quote(str(folder))}`, and name the config {file.name}",
-                code="config.other_folder",
-            )
+            raise _other_folder(file, source.path, folder, f"the config {file.name}")
     return config
+
+
+def opened(folder: Path, *, data: bool = True, model: bool = True) -> RunFolder:
+    """A run. data, model: whether the command needs its prepared data, and its base model. Raises UserError if it is none, and
+    where those are not here but in its project, from which the paths in its config count."""
+    from finetune.run_folder import open_run
+
+    run = open_run(folder)
+    check_typed_in_project(run, data=data, model=model)
+    return run
+
+
+def check_typed_in_project(run: RunFolder, *, data: bool = True, model: bool = True) -> None:
+    """Raises UserError, see `opened`."""
+    from finetune.runtime.files import kind_of
+
+    try:
+        config = run.config()
+    except UserError:
+        return  # what reads it says so
+    needed = [config.data.output_dir] * data + [config.model.name] * model
+    place = Path(os.path.abspath(run.path))  # noqa: PTH100  (`..` as it was typed, links not followed)
+    for path in (path for path in needed if kind_of(Path(path)) == "nothing"):
+        for folder in place.parents[:-1]:
+            if kind_of(folder / path) == "a folder":
+                name = f"the run {shlex.quote(str(place.relative_to(folder)))}"
+                raise _other_folder(run.path, path, Path(os.path.relpath(folder)), name)
+
+
+def _other_folder(typed: Path, needed: str, folder: Path, name: str) -> UserError:
+    return UserError(
+        f"{typed}: {needed} is in {folder}, and paths count from the folder in which you type; "
+        f"`cd {shlex.quote(str(folder))}`, and name {name}",
+        code="config.other_folder",
+    )
 
 
 def positive(text: str) -> float:

@@ -9,7 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import add_command, add_json, large_imports, path, text, whole_above_0
+from finetune.cli.arguments import (
+    add_command,
+    add_json,
+    check_typed_in_project,
+    large_imports,
+    path,
+    text,
+    whole_above_0,
+)
 from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.document import print_document
 
@@ -70,9 +78,11 @@ def _ask_folder(arguments: argparse.Namespace, folder: Path, database: Path) -> 
         from finetune.serve.target import open_target
     from finetune.data.limits import limits_of
     from finetune.evaluation.ask import ask, asked_dialect, prompt_about, require_engine, rows_of
+    from finetune.run_folder import RunFolder
     from finetune.runtime.console import visible
     from finetune.runtime.sign_of_life import sign_of_life
 
+    check_typed_in_project(RunFolder(folder), data=False)
     target = open_target(folder)
     _check_has_rows(arguments, database)
     dialect = asked_dialect(folder, target.dialects, database, arguments.dialect)

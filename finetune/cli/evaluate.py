@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, add_json, large_imports, loaded, path, text
+from finetune.cli.arguments import OVERRIDES, add_command, add_json, large_imports, loaded, opened, path, text
 from finetune.errors import EXIT_OK, Interrupted, UserError
 from finetune.runtime.console import visible
 from finetune.runtime.document import print_document
@@ -107,10 +107,8 @@ def _result(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _of_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from finetune.run_folder import open_run
-
     _check_overrides(arguments.overrides)
-    run = open_run(arguments.target)
+    run = opened(arguments.target)
     evaluation = loaded(arguments, run.config_yaml).evaluation if arguments.overrides else None
     with large_imports():
         from finetune.evaluation.run import evaluate_run
@@ -156,10 +154,8 @@ def _of_predictions(arguments: argparse.Namespace) -> dict[str, Any]:
 def _config_file(arguments: argparse.Namespace) -> Path:
     """The config at the target, or of the run there. Raises UserError if there is none, or for keys that a run does not take."""
     if arguments.target.is_dir():
-        from finetune.run_folder import open_run
-
         _check_overrides(arguments.overrides)
-        return open_run(arguments.target).config_yaml
+        return opened(arguments.target, model=False).config_yaml
     if not arguments.target.exists():
         raise UserError(f"{arguments.target}: no such run folder or config file", code="run.not_found")
     config: Path = arguments.target

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import add_command, large_imports, path, text
+from finetune.cli.arguments import add_command, large_imports, opened, path, text
 from finetune.errors import EXIT_OK, UserError
 from finetune.runtime.console import visible
 from finetune.stage_end.following import after_export
@@ -78,10 +78,8 @@ def _count(argument: str) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from finetune.run_folder import open_run
-
     _check(arguments)
-    run = open_run(arguments.run)
+    run = opened(arguments.run, data=not arguments.no_score)
     with large_imports():
         from finetune.export.run import Request, default_target, export_run
     kind: Any = (arguments.upload or "merged") if arguments.to == "hub" else arguments.to

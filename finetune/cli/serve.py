@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from typing import Any
 
-from finetune.cli.arguments import add_command, large_imports, path, text
+from finetune.cli.arguments import add_command, check_typed_in_project, large_imports, path, text
 from finetune.errors import UserError
 from finetune.runtime.installed import install_command
 from finetune.stage_end.following import after_serving
@@ -62,6 +62,9 @@ def _serve(arguments: argparse.Namespace) -> int:
                 f"the package {package} is not installed; run `{install_command('serve')}`",
                 code="install.missing_package",
             )
+    from finetune.run_folder import RunFolder
+
+    check_typed_in_project(RunFolder(arguments.target), data=False)
     with large_imports():
         from finetune.serve.run import Options, serve
 

@@ -7,7 +7,7 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, path, whole_above_0
+from finetune.cli.arguments import OVERRIDES, add_command, large_imports, loaded, opened, path, whole_above_0
 from finetune.errors import UserError, shown
 from finetune.stage_end.following import after_training
 from finetune.stage_end.tell import cost_of_account, cost_of_command, tell
@@ -77,9 +77,7 @@ def _train_as_typed(arguments: argparse.Namespace) -> int:
                 "--resume uses the config in the run folder; remove the overrides, or edit that config",
                 code="cli.conflicting_options",
             )
-        from finetune.run_folder import open_run
-
-        run = distributed.run_on_rank0(lambda: open_run(arguments.target))
+        run = distributed.run_on_rank0(lambda: opened(arguments.target))
         with large_imports():
             from finetune.training.run import resume
 

@@ -431,6 +431,53 @@ def test_a_config_whose_sources_are_beside_it_is_typed_in_its_folder(
     assert cli.main(["config", str(config)]) == 0, "which reads none of them"
 
 
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("evaluate {}", "prepared"),
+        ("evaluate {} --predictions theirs.sql", "prepared"),
+        ("train --resume {}", "prepared"),
+        ("export {} --to merged", "prepared"),
+        ("export {} --to merged --no-score", "model"),
+        ("ask {} how --db shop.sqlite", "model"),
+        ("serve {}", "model"),
+    ],
+)
+def test_a_run_whose_data_and_model_are_in_its_project_is_typed_there(
+    command: str,
+    missing: str,
+    tmp_path: Path,
+    tiny_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    project, elsewhere = tmp_path / "pro ject", tmp_path / "elsewhere"
+    for folder in (project / "prepared", project / "model", project / "runs" / "one", elsewhere):
+        folder.mkdir(parents=True)
+    config = tiny_config(model={"name": "model"}, data={"output_dir": "prepared"})
+    config.rename(project / "runs" / "one" / "config.yaml")
+    monkeypatch.chdir(elsewhere)
+    with reported("config.other_folder"):
+        cli.main([word.format("../pro ject/runs/one") for word in command.split()])
+    said = capsys.readouterr().err
+    assert f"../pro ject/runs/one: {missing} is in ../pro ject, and paths count from" in said
+    assert "`cd '../pro ject'`, and name the run runs/one" in said
+    monkeypatch.chdir(project / "runs")
+    with reported("config.other_folder"):
+        cli.main([word.format("one") for word in command.split()])
+    assert "`cd ..`, and name the run runs/one" in capsys.readouterr().err
+
+
+def test_a_run_that_was_moved_out_of_its_project_is_told_what_is_missing(
+    tmp_path: Path, tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    tiny_config(data={"output_dir": "no/prepared"}).rename(tmp_path / "run" / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    with reported("adapter.missing"):
+        cli.main(["evaluate", "run"])
+
+
 # report
 
 
