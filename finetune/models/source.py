@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from finetune.models.adapter import base_identity
 from finetune.models.gguf import PACKAGE_PREFIX, unpacked_gguf
 from finetune.runtime.hub_reason import hub_reason
 
+_ATTENTION = re.compile(r"flash.?attention|flash_attn|attn_implementation|attention implementation", re.IGNORECASE)
+"""In what transformers says of an attention that it cannot load a model with: a package is missing, a class does not have it."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -89,6 +92,15 @@ def load_with(loader: Any, section: ModelSection, source: str | None = None, **a
         StrictDataclassError,
     ) as error:
         why, advice = first_line(error), "check its files" if hub else "is the folder complete?"
+        if (
+            section.attn_implementation != "auto"
+            and "attn_implementation" in arguments
+            and _ATTENTION.search(str(error))
+        ):
+            raise UserError(
+                f"model.attn_implementation: {section.attn_implementation} cannot be used for {section.name}: {why}; use auto",
+                code="model.attention",
+            ) from error
         if isinstance(error, torch.OutOfMemoryError):
             advice = "4-bit weights need the least memory: quantization.load_in_4bit=true"
         elif hub and isinstance(error, OSError) and "not a valid JSON" not in why:  # a file is missing, not damaged

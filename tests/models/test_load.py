@@ -23,6 +23,7 @@ from finetune.models.load import (
     parameter_counts,
     require_adapter,
 )
+from tests.helpers.errors import raises
 from tests.helpers.model_examples import CPU, NF4, WHOLE, change, named, refusal
 
 UP_PROJ = (64, 128)  # features in and out of mlp.up_proj in the tiny model
@@ -123,9 +124,12 @@ def test_a_value_of_the_wrong_type_in_the_config_is_one_line(tiny_model: Path, t
     assert "hidden_size" in refusal("model.load_failed", lambda: load_base(named(tmp_path / "model"), WHOLE, CPU))
 
 
-def test_missing_flash_attention_is_reported_in_one_clear_line(tiny_model: Path) -> None:
+def test_missing_flash_attention_is_reported_by_its_own_key(tiny_model: Path) -> None:
     section = named(tiny_model, attn_implementation="flash_attention_2")
-    refusal("model.load_failed", lambda: load_base(section, NF4, CPU))
+    with raises(
+        "model.attention", match=r"^model\.attn_implementation: flash_attention_2 cannot be used .*; use auto$"
+    ):
+        load_base(section, NF4, CPU)
 
 
 # 4 bits
