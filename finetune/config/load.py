@@ -226,7 +226,14 @@ def _merge_override(tree: dict[str, Any], override: str, problems: list[UserErro
             return
         tree[section] = dict(tree[section])  # it may be an alias of another section
         tree = tree[section]
-    tree[name] = value
+    tree[name] = _merged(tree.get(name), value)
+
+
+def _merged(before: Any, value: Any) -> Any:
+    """A section sets the keys that it names, as in a file of OmegaConf's; a list replaces the whole list."""
+    if not isinstance(before, dict) or not isinstance(value, dict):
+        return value
+    return before | {key: _merged(before.get(key), item) for key, item in value.items()}
 
 
 def _value_of_override(text: str, is_text: bool) -> Any:

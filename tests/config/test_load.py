@@ -109,6 +109,24 @@ def test_an_override_can_replace_the_list_of_sources(tmp_path: Path) -> None:
     assert [(source.kind, source.path) for source in config.data.sources] == [("spider", "there")]
 
 
+@pytest.mark.parametrize("file", [{"lora": {"lora_alpha": 8, "lora_dropout": 0.0}}, {}])
+def test_a_section_as_an_override_sets_the_keys_that_it_names(tmp_path: Path, file: dict[str, Any]) -> None:
+    """As OmegaConf merges; a list in it replaces the list."""
+    path = write(tmp_path, SMALLEST | file)
+    before, after = load_config(path), load_config(path, ["lora={r: 8, target_modules: [q_proj]}"])
+    assert (after.lora.r, after.lora.target_modules) == (8, ["q_proj"])
+    assert (after.lora.lora_alpha, after.lora.lora_dropout) == (before.lora.lora_alpha, before.lora.lora_dropout)
+    assert load_config(path, ["data={seed: 3}"]).data.sources == before.data.sources
+    assert load_config(path, ["lora.r=4", "lora={r: 8}", "lora={}"]).lora.r == 8
+
+
+def test_a_section_as_an_override_leaves_one_that_it_is_an_alias_of(tmp_path: Path) -> None:
+    text = "training: &one {seed: 1}\nevaluation: *one\nmodel: {name: m}\n"
+    (tmp_path / "c.yaml").write_text(text + "data: {output_dir: out, sources: [{kind: jsonl, path: data.jsonl}]}\n")
+    config = load_config(tmp_path / "c.yaml", ["training={seed: 2}"])
+    assert (config.training.seed, config.evaluation.seed) == (2, 1)
+
+
 def test_an_override_sets_a_key_of_an_empty_or_missing_section(tmp_path: Path) -> None:
     for head in ("training:\n", ""):
         path = write(tmp_path, head + OmegaConf.to_yaml(OmegaConf.create(SMALLEST)))
