@@ -36,7 +36,7 @@ def differences(data: DataSection, manifest: Mapping[str, Any]) -> list[str]:
     """Where a set is not what `finetune data prepare` would make of this section now: one text a key, empty if nowhere."""
     before, found = manifest.get("settings"), []
     if isinstance(before, Mapping):
-        before = {STATEMENTS: "all"} | before
+        before = {STATEMENTS: "all", **before}
         found = [
             _text(f"data.{name}", before[name], getattr(data, name))
             for name in (*COMPARED, STATEMENTS)

@@ -151,7 +151,9 @@ class PlanSection:
 
 @dataclass
 class TrackingSection:
-    to: list[str] | None = None  # some of tensorboard, wandb, mlflow, trackio; []: none; null: tensorboard, and W&B if it is on
+    to: list[str] | None = (
+        None  # some of tensorboard, wandb, mlflow, trackio; []: none; null: tensorboard, W&B if it is on
+    )
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if a key is found
     wandb_project: str = "text2sql"
     project: str | None = None  # MLflow's experiment and Trackio's project; null: as wandb_project

@@ -7,6 +7,7 @@ something else than it should.
 import json
 import os
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.runtime.commands import as_command
 from finetune.sql.engines.base import Limits
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -80,7 +80,7 @@ class Worker:
             self.stop()
             raise UserError(
                 f"the SQL worker did not start with {limits.memory_bytes >> 20} MiB of memory; give it more, and check that "
-                f"`{as_command(sys.executable, '-c', 'import sqlite3')}` works",
+                f"`{shlex.join([sys.executable, '-c', 'import sqlite3'])}` works",
                 code="sql.worker_failed",
             ) from None
         except BaseException:
