@@ -229,7 +229,7 @@ def test_prepared_data_are_counted_and_others_assumed(tmp_path: Path, capsys: Sh
     [
         (["plan.gpus=[K80]"], "plan.gpus: unknown GPU 'K80'; known: A100, L4, T4, V100, H100"),
         (["plan.gpus=[A100,A100]"], "plan.gpus: a GPU is listed twice"),
-        (["plan.gpus=[RTXPRO6000]"], "plan.gpus: RTXPRO6000 is not on Google Cloud, only on RunPod, Shadeform"),
+        (["plan.gpus=[RTXPRO6000]"], "plan.gpus: RTXPRO6000 is on Google Cloud, but its price is not known here; for"),
         (["plan.records=null"], "set plan.records to the number of training examples"),
         (["model.name=someone/model"], "model.name: the shape of someone/model is not known"),
         (["plan.gpu=[T4]"], "unknown key plan.gpu (did you mean plan.gpus?)"),

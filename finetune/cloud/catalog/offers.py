@@ -24,7 +24,7 @@ from finetune.cloud.catalog.csv_file import (
     skypilot_folder,
 )
 from finetune.cloud.catalog.disks import disk_usd_per_hour, local_ssd_usd_per_hour
-from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND, check_machine, fits
+from finetune.cloud.catalog.machine_types import N1_LIMITS, NOT_ON_DEMAND, OWN_MACHINES, check_machine, fits
 from finetune.errors import UserError
 from finetune.runtime.installed import install_command
 
@@ -124,6 +124,11 @@ class Catalog:
         sizes = {machine: _size(hosts) or (0.0, 0.0) for machine, hosts in self.rows.hosts.items()}
         return sorted((m for m in sizes if fits(name, count, m, sizes[m])), key=lambda m: (sizes[m], m))
 
+    def counts_of(self, gpu: str) -> list[int]:
+        """How many of the GPU a priced machine may have. Raises UserError as `offers` does."""
+        name = self.gpu_name(gpu)
+        return sorted(count for of, count in self.rows.gpus if of == name and self.machines_for(name, count))
+
     def size_of(self, machine: str) -> tuple[float, float] | None:
         """(vCPUs, GB of memory) of a machine type, None if it is not in the catalog."""
         return _size(self.rows.hosts.get(machine, {}))
@@ -146,6 +151,10 @@ class Catalog:
             return sold[wanted]
         known = {name.lower(): name for name in self.clouds}
         here = f"for Google Cloud {self._name} has {', '.join(sold.values())}"
+        sold_without_price = {name.lower(): name for name in (*OWN_MACHINES, *N1_LIMITS)}
+        if wanted in sold_without_price or "GCP" in self.clouds.get(known.get(wanted, ""), []):
+            name = sold_without_price.get(wanted) or known[wanted]
+            raise UserError(f"{name} is on Google Cloud, but its price is not known here; {here}", code="price.unknown")
         if wanted not in known:
             near = get_close_matches(wanted, sold, n=2) or get_close_matches(wanted, known, n=2)
             names = " or ".join((sold | known)[name] for name in near)
@@ -153,8 +162,6 @@ class Catalog:
                 f"unknown GPU {gpu!r}{f'; did you mean {names}?' if names else ''}; {here}", code="cloud.unknown_gpu"
             )
         name = known[wanted]
-        if "GCP" in self.clouds[name]:
-            raise UserError(f"{name} is on Google Cloud, but its price is not known here; {here}", code="price.unknown")
         raise UserError(
             f"{name} is not on Google Cloud, only on {', '.join(self.clouds[name])}; {here}",
             code="cloud.gpu_not_offered",

@@ -201,9 +201,14 @@ def _machine_of(resources: sky.Resources, catalog: Catalog) -> str:
     machines = catalog.machines_for(gpu, count)
     feasible = sky.GCP().get_feasible_launchable_resources(resources.copy(cloud=sky.GCP()), 1)
     if not feasible.resources_list:
+        priced = ", ".join(f"{gpu}:{number}" for number in catalog.counts_of(gpu)) or "none"
         raise UserError(
             f"resources: SkyPilot finds no machine on Google Cloud for {gpu}:{count} with the other requirements; "
-            f"set instance_type to one of: {', '.join(machines) or 'the catalog has none'}",
+            + (
+                f"set instance_type to one of: {', '.join(machines)}"
+                if machines
+                else f"the catalog has prices for {priced}"
+            ),
             code="launch.no_machine",
         )
     return str(feasible.resources_list[0].instance_type)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.cli.launch import _most
+from finetune.cli.launch import _most, _plan
 from finetune.cli.main import main
 from finetune.cloud.gcloud.policy_setting import KEY, POLICY, name_policy, named_policy
 from finetune.cloud.launch.command import launch_of
@@ -197,6 +197,8 @@ def test_the_plan_shown_first_is_of_the_machines_of_the_task(scripts: Path, tmp_
     assert set(order.removeprefix("order: ").split(", then ")) == {"L4 spot", "A100 spot"}
     shown = launched(scripts, tmp_path, str(ROOT / "sky" / "train_t4.yaml"), "--gpus", "A100:8").stdout
     assert shown.startswith("no plan: A100:8: a plan knows only A100, L4, T4")
+    with raises("launch.not_planned", match="^A100:8: "):
+        _plan(launch_of(A100, ["--gpus", "A100:8"], managed=False))
 
 
 def test_a_sweep_is_shown_with_the_cost_of_all_its_trials(

@@ -77,7 +77,11 @@ def test_a_catalog_without_g4_costs_the_cheapest_run_nothing_but_that_machine(tm
         assert "finetune: without RTXPRO6000:1, which has no price in" in answer["printed"]
         assert len({json.dumps(one["accelerators"]) for one in alternatives(answer)}) >= 8
         alone = running.ask("optimize", ROOT / "sky" / "train_g4.yaml", policy=POLICY)
-        assert "RTXPRO6000 is not on Google Cloud" in refused("cloud.gpu_not_offered", alone)
+        said = refused("price.unknown", alone)
+        assert (
+            "RTXPRO6000 is on Google Cloud, but its price is not known here; for Google Cloud SkyPilot's catalog"
+            in said
+        )
         typo = {"infra": "gcp", "any_of": [{"accelerators": "T4:1"}, {"accelerators": "A1000:1"}]}
         assert "A1000" in refused("cloud.unknown_gpu", ask(running, typo))
 
@@ -257,6 +261,7 @@ def test_the_refusal_shows_price_parts_and_a_sufficient_ceiling(worker: SkyWorke
         (T4 | {"infra": "gcp/europe-north1"}, ENVS, "cloud.gpu_not_in_place", "europe-north1"),
         (T4 | {"disk_tier": "ultra", "max_hourly_cost": 0.1}, ENVS, "launch.all_refused", "max_hourly_cost"),
         ({"any_of": [T4, {"infra": "aws", "accelerators": "T4:1"}]}, ENVS, "launch.mixed_alternatives", "into two tasks"),
+        ({"infra": "gcp", "accelerators": "L4:3"}, ENVS, "launch.no_machine", "the catalog has prices for L4:1, L4:2, L4:4"),
         ({"infra": "gcp", "accelerators": "T4:1", "cpus": "500+"}, ENVS, "launch.no_machine", "set instance_type to one of"),
     ],
 )  # fmt: skip
