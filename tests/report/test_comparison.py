@@ -412,7 +412,7 @@ def test_what_is_no_result(tmp_path: Path) -> None:
     Path("empty").mkdir()
     refused("compare.not_evaluated", good, "empty", said="neither a run folder nor a result")
     refused("compare.not_evaluated", good, f"{good}:tuned", said="holds no score of 'tuned', only of predictions")
-    run = untrained_run(write_config(tmp_path, tmp_path))
+    run = untrained_run(write_config(tmp_path, prepare_two(tmp_path)))
     refused("compare.not_evaluated", good, str(run.path), said="run `finetune evaluate")
     refused("compare.not_evaluated", good, f"{run.path}:base", said="there are none")
     refused("compare.same", good, f"{good}/", said="given twice")
