@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "cloud.catalog cloud.plan",
     "report": "errors runtime sql run_record run_name run_folder data budget sweep evaluation",
     "doctor": "errors runtime machine sql cloud.gcloud",
-    "export": "errors tokens runtime machine config run_record models run_folder data evaluation report",
+    "export": "errors tokens runtime machine config run_record models run_folder data evaluation",
     "serve.client": "errors runtime",
     "serve": "errors tokens runtime machine sql config models run_folder data evaluation export",
     "init": "errors runtime machine sql config project_folder data evaluation stage_end cloud.catalog cloud.plan "

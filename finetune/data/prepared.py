@@ -91,6 +91,24 @@ def read_manifest(folder: Path, changed: bool = False) -> Prepared:
     return Prepared(folder, manifest, sha256_file(path), changed)
 
 
+def manifest_if_same(folder: str | None, sha256: str | None) -> dict[str, Any] | None:
+    """The manifest of a prepared folder; None where that is not here, or is another one by now."""
+    if not folder:
+        return None
+    try:
+        prepared = read_manifest(Path(folder))
+    except (UserError, OSError):
+        return None
+    return prepared.manifest if prepared.manifest_hash == sha256 else None
+
+
+def trained_databases(manifest: Mapping[str, Any] | None) -> frozenset[str] | None:
+    """The databases of the training examples; None if it does not say."""
+    records = (manifest or {}).get("records_per_database")
+    counts = records.get("train") if isinstance(records, Mapping) else None
+    return frozenset(str(name) for name, count in counts.items() if count) if isinstance(counts, Mapping) else None
+
+
 def _problem(manifest: dict[str, Any]) -> str | None:
     """What is wrong with the keys that are read later; None if nothing is."""
     try:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FEW_DATABASES = 10
+"""With fewer, an interval over databases is too narrow: no sentence that is quoted on its own has it."""
+
+
+def enough_databases(scores: Mapping[str, Any]) -> bool:
+    """Whether the questions of a model's scores are about so many databases that an interval over them can be quoted."""
+    return len(scores.get("by_database") or {}) >= FEW_DATABASES
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.data.prepared import manifest_if_same, trained_databases
 from finetune.data.prompts import PromptTemplate
+from finetune.evaluation.statistics import enough_databases
 from finetune.export.model_files import Made, Model
 from finetune.export.rescore import Score
 from finetune.models.weight_files import model_folder
-from finetune.report.certainty import enough_databases
-from finetune.report.source import Source, dig
-from finetune.report.trained_databases import trained_databases, training_manifest
 from finetune.run_record import RunRecord
 from finetune.runtime.console import one_line
 from finetune.runtime.files import load_json, read_text
@@ -163,10 +162,11 @@ def _facts(model: Model, record: RunRecord, made: Made, name: str) -> str:
 def _sources(model: Model, record: RunRecord) -> list[str]:
     """The paths of the training data's sources: by their manifest, since they may have been typed when the data were prepared,
     else by the config."""
-    prepared = dig(training_manifest(record), "sources")
-    paths = [dig(source, "path") for source in prepared] if isinstance(prepared, list) else []
-    known = paths and all(isinstance(path, str) and path for path in paths)
-    return paths if known else [source.path for source in model.config.data.sources]
+    manifest = manifest_if_same(record.data.path, record.data.manifest_sha256) if record.data else None
+    prepared = (manifest or {}).get("sources")
+    listed = prepared if isinstance(prepared, list) else []
+    paths = [str(source["path"]) for source in listed if isinstance(source, dict) and source.get("path")]
+    return paths or [source.path for source in model.config.data.sources]
 
 
 def _data(sources: Sequence[str]) -> str:
@@ -221,21 +221,23 @@ def _reach(model: Model, record: RunRecord) -> str:
     """What the score is about, by the number of its databases and by whether training has seen them."""
     try:
         scored = load_json(model.run.eval_json)
-    except (OSError, ValueError):
-        scored = None
-    tuned = dig(scored, "models.tuned")
-    asked = dig(tuned, "by_database")
-    if not isinstance(asked, dict) or not asked:
+        tuned = scored["models"]["tuned"]
+        asked, of_data = set(tuned["by_database"]), scored.get("data_manifest_sha256")
+    except (OSError, ValueError, LookupError, TypeError):
+        asked = set()
+    if not asked:
         return "How well it answers was not measured for each database, so nothing can be said about other ones."
     these = f"about these {len(asked)} databases" if len(asked) > 1 else "about this database"
     holds = f"The score holds for questions like those it was measured on, {these}"
-    trained = trained_databases(Source(model.run.path, record, scored, {}))
+    data = record.data
+    manifest = manifest_if_same(data.path, data.manifest_sha256) if data and of_data == data.manifest_sha256 else None
+    trained = trained_databases(manifest)
     if trained is None and model.config.data.split_by == "question":
         return (
             f"{holds}: other questions about the same databases may have been trained on (data.split_by: question), so it says "
             "nothing about a database that the model has not seen."
         )
-    if seen := len(asked.keys() & (trained or ())):
+    if seen := len(asked & (trained or set())):
         every = "it" if len(asked) == 1 else "them"
         which, so = (every, "says nothing about") if seen == len(asked) else (f"{seen} of them", "may be too high for")
         return f"{holds}: other questions about {which} were trained on, so it {so} a database that the model has not seen."

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.report.certainty import enough_databases
+from finetune.evaluation.statistics import enough_databases
 from finetune.report.source import Json, dig, number
 from finetune.runtime.quantities import usd_text
 

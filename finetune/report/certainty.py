@@ -7,21 +7,18 @@ certain, and is estimated by drawing whole databases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from finetune.evaluation.statistics import bootstrap_by_database, mcnemar_exact, paired_interval
+from finetune.evaluation.statistics import (
+    FEW_DATABASES,
+    bootstrap_by_database,
+    enough_databases,
+    mcnemar_exact,
+    paired_interval,
+)
 from finetune.report.source import Json, Source, dig
 
 Interval = tuple[float, float]
-
-FEW_DATABASES = 10
-"""With fewer, an interval over databases is too narrow: no sentence that is quoted on its own has it."""
-
-
-def enough_databases(scores: Mapping[str, Any]) -> bool:
-    """Whether the questions of a model's scores are about so many databases that an interval over them can be quoted."""
-    return len(scores.get("by_database") or {}) >= FEW_DATABASES
 
 
 def by_database(scores: Json) -> Interval | None:

@@ -21,8 +21,8 @@ from finetune.evaluation.paired import (
     telling,
 )
 from finetune.evaluation.score import Row, score
-from finetune.evaluation.statistics import holm
-from finetune.report.certainty import FEW_DATABASES, p_value, points
+from finetune.evaluation.statistics import FEW_DATABASES, holm
+from finetune.report.certainty import p_value, points
 from finetune.report.compared import Common, Compared, common_questions, read_all
 from finetune.report.comparison_notes import notes
 from finetune.report.source import Json

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune.evaluation.score import CAN_TELL, Row
+from finetune.evaluation.statistics import FEW_DATABASES
 from finetune.report.caveats import FEW_QUESTIONS
-from finetune.report.certainty import FEW_DATABASES
 from finetune.report.compared import Common, Compared
 from finetune.sql.gold import WITHOUT_RESULT
 

@@ -17,8 +17,7 @@ from urllib.parse import quote
 from finetune.errors import UserError
 from finetune.evaluation.paired import is_right
 from finetune.evaluation.score import Row
-from finetune.evaluation.statistics import RESAMPLES, SEED
-from finetune.report.certainty import FEW_DATABASES
+from finetune.evaluation.statistics import FEW_DATABASES, RESAMPLES, SEED
 from finetune.report.compared import Compared, read_compared
 from finetune.report.comparison import LEVEL
 from finetune.report.pages import embedded, pages, script

@@ -3,8 +3,8 @@ eval.json; the same lines for the console and the report."""
 
 from __future__ import annotations
 
+from finetune.evaluation.statistics import enough_databases
 from finetune.report.beyond_greedy import variants
-from finetune.report.certainty import enough_databases
 from finetune.report.errors import error_lines
 from finetune.report.source import Json, dig, number
 from finetune.runtime.quantities import usd_text

@@ -5,15 +5,11 @@ From the manifest of the prepared data, where it lies on this machine and is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
-from finetune.data.prepared import read_manifest
-from finetune.errors import UserError
+from finetune.data import prepared
 from finetune.report.bars import Group
-from finetune.report.source import Json, Source, dig
-from finetune.run_record import RunRecord
+from finetune.report.source import Source
 
 NOT_TRAINED_ON = "not trained on"
 
@@ -21,19 +17,10 @@ NOT_TRAINED_ON = "not trained on"
 def trained_databases(source: Source) -> frozenset[str] | None:
     """The databases of the training examples; None if that is not known, as on a machine without the prepared data, or if the
     questions are from other data, where a name may be that of another database."""
-    counts = None if source.other_data else dig(training_manifest(source.run), "records_per_database.train")
-    return frozenset(str(name) for name, count in counts.items() if count) if isinstance(counts, Mapping) else None
-
-
-def training_manifest(run: RunRecord) -> Json | None:
-    """The manifest of the data that a run was trained on; None where they are not here, or have changed since."""
-    if not run.data or not run.data.path:
+    data = source.run.data
+    if not data or source.other_data:
         return None
-    try:
-        prepared = read_manifest(Path(run.data.path))
-    except (UserError, OSError):
-        return None
-    return prepared.manifest if prepared.manifest_hash == run.data.manifest_sha256 else None
+    return prepared.trained_databases(prepared.manifest_if_same(data.path, data.manifest_sha256))
 
 
 def marked(group: Group, trained: frozenset[str] | None) -> Group:

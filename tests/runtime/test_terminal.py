@@ -163,7 +163,7 @@ def test_a_run_whose_names_cannot_be_printed(encoding: str, write_config: Config
     (run,) = (folder / "runs").iterdir()
     record = read_json(run / "run.json", "")
     assert (record["status"], record["config_file"]) == ("done", "\\udcff.yaml")
-    assert (run / "config.yaml").read_text(encoding="utf-8").startswith("# finetune train \\udcff.yaml\n")
+    assert (run / "config.yaml").read_text(encoding="utf-8").startswith("# finetune train '\\udcff.yaml'\n")
     code, out, err = finetune(terminal, "report", f"runs/{run.name}", cwd=folder)
     assert code == 0, err
     assert ascii(run.name).strip("'") in out

@@ -376,7 +376,7 @@ def test_a_gpu_unknown_to_the_catalog_is_out_and_an_error_only_if_there_is_no_ot
     plan = plan_of(run_config(plan={"gpus": ["V100", "T4"]}), catalog)
     assert names(plan) == ["T4 spot", "T4 on-demand"]
     assert row_of(plan, "V100", spot=True).refusals == ("not sold: the catalog has no price for it",)
-    with raises("cloud.unknown_gpu", match=r"^plan\.gpus: .*V100.*Google Cloud.*T4"):
+    with raises("price.unknown", match=r"^plan\.gpus: .*V100.*Google Cloud.*T4"):
         plan_of(run_config(plan={"gpus": ["V100"]}), catalog)
 
 
