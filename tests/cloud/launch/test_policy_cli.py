@@ -74,6 +74,28 @@ def test_finetune_launch_is_held_by_the_policy_in_another_folder(
     assert "max_hourly_cost" in done.stderr and "Considered resources" not in done.stdout
 
 
+def test_an_env_file_of_another_folder_is_found_and_its_values_stay_settings(
+    typed: dict[str, str], checkout: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "my.env").write_text("CONFIG=configs/mistral_7b_quick.yaml\nMAX_RUN_USD=300\nHF_TOKEN=hf_of_the_file\n")
+    task = str(checkout / "sky" / "train_t4.yaml")
+    words = [sys.executable, "-m", "finetune", "launch", task, "--env-file", "my.env", "--env", "MAX_RUN_USD=0.01"]
+    done = subprocess.run(
+        [*words, "--dryrun", "-y"],
+        env=typed | {"PYTHONPATH": str(checkout)},
+        cwd=tmp_path,
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0 and done.stdout.startswith("configs/mistral_7b_quick.yaml: ")
+    assert "above its budget of $0.01 (MAX_RUN_USD)" in done.stdout
+    assert "hf_of_the_file" not in done.stdout + done.stderr
+
+
 def test_an_a100_on_demand_is_refused_at_three_dollars(typed: dict[str, str], checkout: Path) -> None:
     task = checkout / "sky" / "train_a100.yaml"
     text = task.read_text().replace("max_hourly_cost: 4.50", "max_hourly_cost: 3.00")
