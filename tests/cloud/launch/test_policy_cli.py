@@ -91,8 +91,8 @@ def test_an_env_file_of_another_folder_is_found_and_its_values_stay_settings(
         check=False,
     )
     print(done.stdout, done.stderr)
-    assert done.returncode == 0 and done.stdout.startswith("configs/mistral_7b_quick.yaml: ")
-    assert "above its budget of $0.01 (MAX_RUN_USD)" in done.stdout
+    assert done.returncode == 1 and done.stdout.startswith("configs/mistral_7b_quick.yaml: ")
+    assert "MAX_RUN_USD=0.01 would be used up before a checkpoint" in done.stderr
     assert "hf_of_the_file" not in done.stdout + done.stderr
 
 
