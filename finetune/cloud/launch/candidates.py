@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
 from finetune.cloud.catalog.offers import Catalog, Offer
-from finetune.cloud.plan.plan import OnGpu, RunCost, run_cost
+from finetune.cloud.plan.on_gpu import OnGpu
+from finetune.cloud.plan.plan import RunCost, run_cost
 from finetune.config.schema import PlanSection
 from finetune.errors import UserError
 from finetune.machine.gpus import machine_name

@@ -47,7 +47,7 @@ from finetune.cloud.launch.travel import (
     check_trackers_travel,
     luggage_of,
 )
-from finetune.cloud.plan.plan import OnGpu, run_on
+from finetune.cloud.plan.on_gpu import OnGpu, run_on
 from finetune.cloud.plan.set_up import ASSUMED, with_set_up
 from finetune.cloud.plan.workload import evaluation_size, run_size
 from finetune.config.load import data_key, gpus_that_agree, load_config

@@ -14,7 +14,8 @@ from typing import Any
 
 from finetune.cloud.catalog.disks import disk_usd_per_hour, local_ssd_usd_per_hour
 from finetune.cloud.catalog.offers import Catalog
-from finetune.cloud.plan.plan import OnGpu, Plan, RunCost, run_cost
+from finetune.cloud.plan.on_gpu import OnGpu
+from finetune.cloud.plan.plan import Plan, RunCost, run_cost
 from finetune.machine.gpus import MACHINES
 from finetune.runtime.table import aligned
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from finetune.cloud.catalog.disks import LISTED
 from finetune.cloud.catalog.offers import Offer
-from finetune.cloud.plan.plan import OnGpu, Plan, Row
+from finetune.cloud.plan.on_gpu import OnGpu
+from finetune.cloud.plan.plan import Plan, Row
 from finetune.machine.gpus import MACHINES
 from finetune.runtime.table import aligned
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +122,6 @@ def test_a_config_without_a_save_interval_in_minutes_counts_as_the_run_counts_it
 
 
 # by the real client
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
-    home = tmp_path_factory.mktemp("home")
-    env = fake_gcloud_home(home)
-    lay_out_catalog(home, more=G4)
-    with SkyWorker(env, ROOT) as running:
-        yield running
 
 
 def ask(worker: SkyWorker, name: str, *, op: str = "reachable", request: str = "CLUSTER_LAUNCH", **envs: str) -> Json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +10,8 @@ import pytest
 import yaml
 
 from finetune.cloud.launch.our_job import JOBS, check_variables, job_of
-from tests.helpers.catalog_fixture import G4, lay_out_catalog
 from tests.helpers.errors import raises
-from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
+from tests.helpers.sky_home import SkyWorker
 
 ROOT = Path(__file__).resolve().parents[3]
 POLICY = "finetune.cloud.launch.policy.CostPolicy"
@@ -109,15 +107,6 @@ def test_every_job_that_a_task_runs_is_asked() -> None:
 
 
 # by the real client
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
-    home = tmp_path_factory.mktemp("home")
-    env = fake_gcloud_home(home)
-    lay_out_catalog(home, more=G4)
-    with SkyWorker(env, ROOT) as running:
-        yield running
 
 
 @pytest.mark.parametrize(("name", "envs", "code", "says"), [BAD[0], BAD[5], BAD[7], BAD[11], BAD[16]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from finetune.cloud.catalog.csv_file import read_clouds, read_prices
 from finetune.cloud.catalog.machine_types import NOT_ON_DEMAND
 from finetune.cloud.catalog.offers import Catalog, Offer
 from finetune.machine.gpus import MACHINES
-from tests.helpers.catalog_fixture import CATALOG, G4, lay_out_catalog, shared_catalog
+from tests.helpers.catalog_fixture import CATALOG, lay_out_catalog, shared_catalog
 from tests.helpers.sky_home import SkyWorker, fake_gcloud_home
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,15 +24,6 @@ KINDS = [
 GRID = [0.1, 0.25, 0.31, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 6.0, 10.0]
 """US dollars per hour; the tests marked repeat add every price of the catalog, a cent less and a cent more."""
 FEW = [0.1, 0.31, 0.8, 1.5, 3.0, 10.0]
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SkyWorker]:
-    home = tmp_path_factory.mktemp("home")
-    env = fake_gcloud_home(home)
-    lay_out_catalog(home, more=G4)
-    with SkyWorker(env, ROOT) as running:
-        yield running
 
 
 @pytest.fixture

@@ -13,16 +13,8 @@ from typing import Any
 import pytest
 
 from finetune.cloud.catalog.disks import disk_usd_per_hour
-from finetune.cloud.plan.plan import (
-    VALIDATION_COST,
-    OnGpu,
-    Row,
-    RunCost,
-    ceiling_refusals,
-    run_cost,
-    run_on,
-    save_interval,
-)
+from finetune.cloud.plan.on_gpu import VALIDATION_COST, OnGpu, run_on, save_interval
+from finetune.cloud.plan.plan import Row, RunCost, ceiling_refusals, run_cost
 from finetune.cloud.plan.workload import run_size, size_on
 from finetune.config.schema import CheckpointSection, PlanSection
 from finetune.estimate.speed import Speed
