@@ -8,6 +8,8 @@ from __future__ import annotations
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 DATABASES = "databases"
+SOURCES = "sources.json"
+"""SHA-256 of each file that records were read from, by its path. No part of the set: the manifest does not list it."""
 
 
 def records_file(split: str) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 from finetune.config.schema import DataSection, SourceSection
 from finetune.errors import UserError, shown
-from finetune.prepared_folder import MANIFEST
-from finetune.runtime.files import load_json
+from finetune.prepared_folder import MANIFEST, SOURCES
+from finetune.runtime.files import load_json, sha256_file
 from finetune.sql.dialects import dialect_name
 
 COMPARED = ("seed", "split_by", "val_fraction", "test_fraction", "max_train_records")
@@ -45,11 +45,21 @@ def differences(data: DataSection, manifest: Mapping[str, Any]) -> list[str]:
     return [*found, *_differing_sources(data.sources, manifest.get("sources"))]
 
 
+def changed_sources(folder: Path) -> list[str]:
+    """The files that a set was made of and that have changed since. Those that are not here are not compared, nor those of a set
+    that an earlier version prepared."""
+    try:
+        hashes = load_json(folder / SOURCES)
+        return [file for file, sha256 in hashes.items() if Path(file).is_file() and sha256_file(Path(file)) != sha256]
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
 def is_prepared_from(folder: Path, data: DataSection) -> bool:
     """Whether there is a set in a folder that the section describes; also where its manifest cannot be read, which whoever reads
     more of it says."""
     try:
-        return not differences(data, load_json(folder / MANIFEST))
+        return not differences(data, load_json(folder / MANIFEST)) and not changed_sources(folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, AttributeError):
@@ -57,12 +67,17 @@ def is_prepared_from(folder: Path, data: DataSection) -> bool:
 
 
 def check_prepared_from(folder: Path, manifest: Mapping[str, Any], data: DataSection) -> None:
-    """Raises UserError for a set that the section does not describe."""
+    """Raises UserError for a set that the section does not describe, or whose sources have changed."""
     if found := differences(data, manifest):
         raise UserError(
             f"{folder}: was prepared with {'; with '.join(found)}; run `finetune data prepare CONFIG` with the same overrides, "
             "or set data.output_dir to another prepared set",
             code="data.other_settings",
+        )
+    if changed := changed_sources(folder):
+        raise UserError(
+            f"{folder}: was prepared before {', '.join(map(shown, changed))} changed; run `finetune data prepare CONFIG` again",
+            code="data.source_changed",
         )
 
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from finetune.cli.arguments import add_command, add_config, add_json, loaded
 from finetune.errors import EXIT_MISSING, EXIT_OK, UserError
 from finetune.init.form import FORM
-from finetune.init.origin import in_own_file, own_places
+from finetune.init.origin import changed_since, in_own_file, own_places
 from finetune.project_folder import PAIRS
-from finetune.runtime.console import visible
+from finetune.runtime.commands import as_command
+from finetune.runtime.console import say, visible
 from finetune.runtime.document import print_document
 from finetune.stage_end.following import after_check, after_faults, after_prepare
-from finetune.stage_end.tell import cost_of_command, tell
+from finetune.stage_end.tell import cost_of_command, finetune, tell
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
@@ -56,6 +57,7 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
     from finetune.data.prepare import prepare_data
 
     config = loaded(arguments)
+    _tell_of_changes(arguments.config)
     with _faults_in_own_file(arguments.config):
         prepared = prepare_data(config, _tokenizer_if_installed(config))
     counts = prepared.manifest["counts"]
@@ -91,6 +93,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     from finetune.data.validate import LEFT_OUT
 
     config = loaded(arguments)
+    _tell_of_changes(arguments.config)
     evaluation = config.evaluation
     with _faults_in_own_file(arguments.config):
         findings = check(config.data, timeout_seconds=evaluation.timeout_seconds, limits=limits_of(evaluation))
@@ -119,6 +122,17 @@ def _data_check(arguments: argparse.Namespace) -> int:
     following = (after_faults(arguments.config) if faulty else []) + following
     tell("data check", cost_of_command(config.budget.usd_per_hour), following)
     return EXIT_MISSING if faulty else EXIT_OK
+
+
+def _tell_of_changes(config: Path) -> None:
+    """A form, say, that was repaired: the project has its pairs as they were taken over."""
+    if own := changed_since(config.parent):
+        again = finetune("init", config.parent, "--data", own, why="").here()
+        say(
+            visible(
+                f"{own}: has changed since its pairs were taken over; `{as_command(*again.words)}` takes them again"
+            )
+        )
 
 
 @contextmanager

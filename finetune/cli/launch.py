@@ -42,11 +42,13 @@ def add(commands: Any) -> None:
 
 def _launch(arguments: argparse.Namespace) -> int:
     from finetune.cloud.launch.command import launch_of
+    from finetune.cloud.launch.our_job import check_variables
 
     launch = launch_of(arguments.task, arguments.options, managed=arguments.jobs)
     _renew(launch)
     following = [one.here() for one in after_launch(launch.cluster, managed=arguments.jobs)]
     os.chdir(launch.folder)  # only now: the paths in a config are relative to it, those of the next commands are not
+    check_variables(launch.task)
     if launch.config is not None:
         try:
             print(_plan(launch))

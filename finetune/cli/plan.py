@@ -123,7 +123,7 @@ def _following(plan: Plan, arguments: argparse.Namespace, task: TaskSettings | N
     cheapest = min(((cost.usd, cost.hours) for cost in costs), default=None)
     if chosen and _words(arguments) == _plain_words(arguments):
         return after_plain_plan(arguments.config, arguments.overrides)
-    return after_plan(_words(arguments), cheapest, fits=bool(chosen))
+    return after_plan(_words(arguments), cheapest, fits=bool(chosen), most_hours=plan.ceilings.hours)
 
 
 def _launch_of_written(arguments: argparse.Namespace, task: TaskSettings, *, spot: bool) -> list[Next]:

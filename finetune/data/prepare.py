@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ from finetune.data.prompts import PromptTemplate
 from finetune.data.records import SPLITS, write_records
 from finetune.data.stats import per_database, skeleton_overlap, token_counts, token_summary
 from finetune.errors import UserError
-from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, records_file
+from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, SOURCES, records_file
 from finetune.prepared_from import settings_of
 from finetune.runtime.console import say
-from finetune.runtime.files import disk_error, write_json, write_text
+from finetune.runtime.files import disk_error, sha256_file, write_json, write_text
 from finetune.sql.engines.base import Limits
 from finetune.sql.engines.registry import ENGINES
 
@@ -152,10 +153,27 @@ def _write(folder: Path, findings: Findings, manifest: dict[str, Any], progress:
         _copy_databases(findings, new, progress)
         manifest["files"] = {str(path.relative_to(new)): fingerprint(path) for path in _files(new)}
         write_json(new / MANIFEST, manifest)
+        write_json(new / SOURCES, _hashes_of_sources(findings))
         if _same(new, folder, progress):
+            _renew_sources(new, folder)
             return False
         _swap_in(new, folder, Path(scratch) / "old")
     return True
+
+
+def _renew_sources(new: Path, folder: Path) -> None:
+    """A change of a source that changes nothing in the set. A folder that cannot be written has to do as it is."""
+    there = folder / SOURCES
+    if not there.is_file() or there.read_bytes() != (new / SOURCES).read_bytes():
+        with suppress(OSError):
+            os.replace(new / SOURCES, there)
+
+
+def _hashes_of_sources(findings: Findings) -> dict[str, str]:
+    """Of the files that are here; a hub's cache is kept by commit."""
+    accepted = [item.candidate for split in SPLITS for item in findings.splits[split]]
+    files = {str(one.file) for one in (*accepted, *(item.candidate for item in findings.rejections))}
+    return {file: sha256_file(Path(file)) for file in sorted(files) if Path(file).is_file()}
 
 
 def _json_line(value: Any) -> str:
@@ -206,7 +224,7 @@ def _check_replaceable(folder: Path, name: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{name}: data.output_dir is a file; choose a folder", code="data.output_dir_taken")
-    ours = {MANIFEST, REJECTED, DATABASES, *map(records_file, SPLITS)}
+    ours = {MANIFEST, REJECTED, DATABASES, SOURCES, *map(records_file, SPLITS)}
     present = {path.name for path in folder.iterdir()}
     unexpected = sorted(present if MANIFEST not in present else present - ours)
     if unexpected:

@@ -29,6 +29,18 @@ def origin_text(own: Path, places: Sequence[str]) -> str:
     )
 
 
+def changed_since(project: Path) -> Path | None:
+    """The user's file, where it has changed since the pairs of a project were made of it; else None."""
+    try:
+        found, origin = read_project(project), load_json(project / ORIGIN)
+        own = Path(origin["file"])
+        if found is None or PAIRS not in found.files or found.is_changed(PAIRS) or not own.is_file():
+            return None
+        return None if sha256_of(own) == origin["sha256"] else _as_seen_here(own)
+    except (OSError, ValueError, LookupError, TypeError, UserError):
+        return None
+
+
 def own_places(project: Path) -> list[str]:
     """The place of each line of PAIRS; empty where there is none to name: no project of ours, pairs that were not made of a file,
     or either of the two was changed since."""
@@ -40,11 +52,14 @@ def own_places(project: Path) -> list[str]:
         own = Path(origin["file"])
         if sha256_of(own) != origin["sha256"]:
             return []
-        here = Path.cwd()
-        shown = own.relative_to(here) if own.is_relative_to(here) else own
-        return [f"{shown}{place}" for place in origin["places"]]
+        return [f"{_as_seen_here(own)}{place}" for place in origin["places"]]
     except (OSError, ValueError, LookupError, TypeError, UserError):
         return []
+
+
+def _as_seen_here(own: Path) -> Path:
+    here = Path.cwd()
+    return own.relative_to(here) if own.is_relative_to(here) else own
 
 
 def in_own_file(text: str, places: Sequence[str]) -> str:

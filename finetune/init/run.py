@@ -163,7 +163,8 @@ def _written(part: Path, folder: Path, wanted: Wanted, found: Found, before: Pro
     described = (
         "Fill in the form first: " + FORM if found.is_form else f"The data: {found.said[0] if found.said else ''}"
     )
-    commands = [f"{command:<44} # {why}" for command, why in made.commands]
+    anywhere, _ = _next(goal, found, replace(outlook, install_cloud=None, install_hub=None))
+    commands = [f"{command:<44} # {why}" for command, why in anywhere]
     write_file(
         part,
         "README.md",

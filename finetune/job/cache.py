@@ -18,8 +18,8 @@ from finetune.config.load import data_key
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError
 from finetune.job.programs import say
-from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, records_file
-from finetune.prepared_from import differences
+from finetune.prepared_folder import DATABASES, MANIFEST, REJECTED, SOURCES, records_file
+from finetune.prepared_from import changed_sources, differences
 from finetune.runtime.confined import remove_file, remove_tree
 from finetune.runtime.files import load_json, sha256_file, write_text
 
@@ -102,11 +102,14 @@ def _fits(folder: Path, config: RunConfig) -> bool:
     """Whether the set in a folder is one that the config describes; says where it is not."""
     try:
         found = differences(config.data, load_json(folder / MANIFEST))
+        changed = changed_sources(folder)
     except (OSError, ValueError, AttributeError):
         return True  # not there, or not readable: whoever uses it says so
     if found:
         say(f"data: {folder} is not used: prepared with {'; with '.join(found)}")
-    return not found
+    elif changed:
+        say(f"data: {folder} is not used: prepared before {', '.join(changed)} changed")
+    return not (found or changed)
 
 
 def set_id(folder: Path) -> str:
@@ -120,7 +123,7 @@ def _remove_set(folder: Path) -> None:
     remove_file(folder / MANIFEST, inside=folder)
     remove_tree(folder / DATABASES, inside=folder, ignore_errors=True)
     own = [
-        folder / name for name in (*map(records_file, SPLITS), REJECTED)
+        folder / name for name in (*map(records_file, SPLITS), REJECTED, SOURCES)
     ]  # not every *.jsonl: some may be the user's
     for path in [*own, *folder.glob(f".*{PART}")]:
         remove_file(path, inside=folder)

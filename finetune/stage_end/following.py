@@ -118,16 +118,21 @@ def _envs_of(task: Path) -> dict[str, Any]:
     return {}
 
 
-def after_plan(typed: Sequence[str], cheapest: tuple[float, float] | None, *, fits: bool) -> list[Next]:
+def after_plan(
+    typed: Sequence[str], cheapest: tuple[float, float] | None, *, fits: bool, most_hours: float | None = None
+) -> list[Next]:
     """typed: the words of the plan. cheapest: US dollars and hours of the cheapest machine that the ceilings rule out. fits:
-    whether any machine is left."""
+    whether any machine is left. most_hours: the ceiling of hours, None without one."""
     if fits:
         return [Next((*typed, "--write", TASK), "this order for a launch")]
     if cheapest is None:
         return [Next((*typed, "--memory"), "what of it needs how much GPU memory")]
     usd, hours = (rounded_up(MORE * value) for value in cheapest)
-    words = [*_without(typed, "--max-run-usd", "--max-hours", "--max-hourly-usd"), "--max-run-usd", f"{usd:g}"]
-    return [Next((*words, "--max-hours", f"{hours:g}"), "with ceilings that the cheapest one fits under")]
+    raised = ["--max-run-usd", f"{usd:g}"]
+    if most_hours is not None and most_hours < hours:
+        raised += ["--max-hours", f"{hours:g}"]
+    words = _without(typed, "--max-hourly-usd", *raised[::2])
+    return [Next((*words, *raised), "with ceilings that the cheapest one fits under, by these estimates")]
 
 
 def after_written_plan(

@@ -16,6 +16,7 @@ from finetune.data.check import Findings, check
 from finetune.data.prepared import load_prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.data.records import SPLITS
+from finetune.prepared_from import check_prepared_from, is_prepared_from
 from finetune.runtime.files import sha256_file
 from tests.helpers.data_examples import (
     SCHEMA,
@@ -59,7 +60,7 @@ def test_prepared_folder_is_what_its_manifest_says(tmp_path: Path, shop: SourceS
     manifest = json.loads((output / "manifest.json").read_text())
     assert result.changed
     assert result.manifest == manifest
-    assert set(manifest["files"]) == set(files_of(output)) - {"manifest.json"}
+    assert set(manifest["files"]) == set(files_of(output)) - {"manifest.json", "sources.json"}
     for name, listed in manifest["files"].items():
         assert listed == {"bytes": (output / name).stat().st_size, "sha256": sha256_file(output / name)}
     sizes: dict[str, int] = {split: len(read_jsonl(output / f"{split}.jsonl")) for split in SPLITS}
@@ -86,6 +87,24 @@ def test_preparing_the_same_data_again_changes_nothing_and_says_so(tmp_path: Pat
     assert not again.changed
     assert again.manifest_hash == first.manifest_hash
     assert (output / "manifest.json").stat().st_ino == inode
+
+
+def test_a_source_that_has_changed_is_to_be_prepared_again(tmp_path: Path, shop: SourceSection) -> None:
+    """Also where it changes nothing in the set: only preparing can tell."""
+    output, data = tmp_path / "prepared", data_section([shop], str(tmp_path / "prepared"))
+    prepared = run_prepare([shop], output)
+    check_prepared_from(output, prepared.manifest, data)
+    with Path(shop.path).open("a") as file:
+        file.write("\n")
+    with raises(
+        "data.source_changed", match=r"prepared: was prepared before .*questions\.jsonl' changed; run `finetune data"
+    ):
+        check_prepared_from(output, prepared.manifest, data)
+    assert not is_prepared_from(output, data)
+    assert not run_prepare([shop], output).changed
+    check_prepared_from(output, prepared.manifest, data)
+    Path(shop.path).unlink()
+    assert is_prepared_from(output, data), "on another machine, say, which has the prepared data alone"
 
 
 def test_other_data_replaces_the_prepared_set_completely(tmp_path: Path, shop: SourceSection) -> None:

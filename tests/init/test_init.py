@@ -178,7 +178,8 @@ def test_the_commands_name_the_program_as_it_works_from_the_new_folder(
     lines = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
     assert lines[0] == "  cd shop" and lines[1].startswith(f"  {typed} init . --data ")
     assert lines[3].startswith("  pip install ") and f" && {typed} launch sky/" in lines[3]
-    assert "a venv" not in (Path("shop") / "README.md").read_text(), "which is read elsewhere, too"
+    readme = (Path("shop") / "README.md").read_text()
+    assert "a venv" not in readme and "pip install" not in readme, "which is read elsewhere, too"
 
 
 # a database and no questions
@@ -648,6 +649,22 @@ def test_data_check_leads_to_the_file_that_the_pairs_were_made_of(library: Path,
         assert main(["data", "check", "text2sql.yaml", TINY]) == 1
         told = capsys.readouterr().err
         assert "finetune init" not in told and "(goes on without the 1 rejected)" in told
+
+
+def test_a_file_that_was_changed_after_it_was_taken_over_is_told(library: Path, file: Write, capsys: Out) -> None:
+    file("pairs.csv", as_csv(questions(60)))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
+    given = Path("pairs.csv").resolve()
+    told = f"{given}: has changed since its pairs were taken over; `"
+    with chdir("shop"):
+        for command in ("check", "prepare"):
+            main(["data", command, "text2sql.yaml", TINY])
+            assert "has changed since" not in capsys.readouterr().err
+        given.write_text(as_csv([*questions(60), ("Who?", "SELECT name FROM author")]))
+        for command in ("check", "prepare"):
+            main(["data", command, "text2sql.yaml", TINY])
+            said = capsys.readouterr().err
+            assert told in said and f"finetune init . --data {given}` takes them again" in said
 
 
 def test_a_form_inside_the_project_is_named_as_it_lies_there(library: Path, file: Write, capsys: Out) -> None:

@@ -78,8 +78,14 @@ def test_a_plan_is_written_then_launched_and_one_that_fits_nowhere_gets_higher_c
         "finetune plan configs/demo_cpu.yaml --max-run-usd 1 --spot --write sky/train_cheapest.yaml"
     ]
     assert typed(following.after_plan(plan, (2.0, 3.0), fits=False)) == [
+        "finetune plan configs/demo_cpu.yaml --spot --max-run-usd 2.2"
+    ]
+    assert typed(following.after_plan([*plan, "--max-hours", "2"], (2.0, 3.0), fits=False, most_hours=2)) == [
         "finetune plan configs/demo_cpu.yaml --spot --max-run-usd 2.2 --max-hours 3.3"
     ]
+    assert typed(following.after_plan([*plan, "--max-hours", "4"], (2.0, 3.0), fits=False, most_hours=4)) == [
+        "finetune plan configs/demo_cpu.yaml --spot --max-hours 4 --max-run-usd 2.2"
+    ], "what suffices stays"
     assert typed(following.after_plan(plan, None, fits=False)) == [
         "finetune plan configs/demo_cpu.yaml --max-run-usd 1 --spot --memory"
     ]

@@ -6,11 +6,15 @@ SkyPilot reads that file only from the folder in which its command is typed, so 
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from finetune.cloud.gcloud.policy_setting import FOLDER_SETTINGS, KEY, POLICY, names_policy
@@ -25,18 +29,39 @@ from finetune.cloud.launch.task_file import (
 )
 from finetune.errors import UserError
 from finetune.machine.price import Ceilings, parse_limit
+from finetune.runtime.commands import as_command
 from finetune.runtime.files import read_text
 from finetune.runtime.installed import in_checkout, install_command, project_files
 from finetune.runtime.yaml_file import load_yaml
 
+KEY_VALUE = re.compile(r"[a-z_]+\.[a-z_.]+=")
+FLAGS = {
+    *(
+        "-y",
+        "--yes",
+        "-d",
+        "--detach-run",
+        "-no-d",
+        "--async",
+        "--no-async",
+        "--use-spot",
+        "--no-use-spot",
+        "--no-job-group",
+    ),
+    *("--dryrun", "--down", "-r", "--retry-until-up", "--fast", "--no-setup", "--docker", "--resize"),
+}
+"""Options of SkyPilot's launch commands (0.14) without a value."""
+
 
 @dataclass(frozen=True)
 class Launch:
-    """folder: in which SkyPilot's command is to run. words: the command. environment: the task's variables (`envs`), with those
-    of --env-file and --env. alternatives: the GPU machines that it may take, as far as they can be told."""
+    """folder: in which SkyPilot's command is to run. words: the command. task: as our_job.py reads one. environment: its
+    variables (`envs`), with those of --env-file and --env. alternatives: the GPU machines that it may take, as far as they can be
+    told."""
 
     folder: Path
     words: list[str]
+    task: SimpleNamespace
     environment: dict[str, str]
     alternatives: list[Alternative]
     usd_per_hour: float | None
@@ -94,19 +119,22 @@ def launch_of(task: Path, options: Sequence[str], *, managed: bool) -> Launch:
             code="launch.no_skypilot",
         )
     content = _read(task)
+    _check_words(options)
     folder = _folder_of(task)
     options = with_absolute_paths(options)
     words = [program, *(["jobs"] if managed else []), "launch", str(task.resolve().relative_to(folder)), *options]
     resources = content.get("resources")
     ceiling = resources.get("max_hourly_cost") if isinstance(resources, dict) else None
     workdir = [*(path for path in [content.get("workdir")] if isinstance(path, str)), *values(options, "--workdir")]
+    environment, place = variables(content, options), workdir[-1] if workdir else "."
     return Launch(
         folder,
         words,
-        variables(content, options),
+        SimpleNamespace(run=content.get("run"), envs=environment, num_nodes=content.get("num_nodes"), workdir=place),
+        environment,
         alternatives(content, options),
         float(ceiling) if isinstance(ceiling, int | float) else None,
-        Path(workdir[-1] if workdir else ".").expanduser(),
+        Path(place).expanduser(),
     )
 
 
@@ -121,7 +149,22 @@ def _read(task: Path) -> dict[str, Any]:
         raise UserError(f"{task}: not readable as a task of SkyPilot ({why})", code="launch.bad_task") from None
     if not isinstance(content, dict):
         raise UserError(f"{task}: expected one task of SkyPilot, found no keys in it", code="launch.bad_task")
+    if content.keys() & {"model", "training", "lora"} and "run" not in content:
+        raise UserError(
+            f"{task}: is the config of a run, not a task of SkyPilot; name a task, such as "
+            f"`{as_command('finetune', 'launch', 'sky/train_cheapest.yaml', '--env', f'CONFIG={task}')}`",
+            code="launch.bad_task",
+        )
     return content
+
+
+def _check_words(options: Sequence[str]) -> None:
+    """SkyPilot takes a word beside the task for a part of a shell command, and launches a machine of its own choice for it."""
+    for before, word in pairwise(["", *options]):
+        if word.startswith("-") or (before.startswith("-") and before not in FLAGS and "=" not in before):
+            continue
+        how = f"type `--env {shlex.quote(f'OVERRIDES={word}')}`" if KEY_VALUE.match(word) else "leave it out"
+        raise UserError(f"{word}: beside a task SkyPilot takes options only; {how}", code="launch.stray_word")
 
 
 def _folder_of(task: Path) -> Path:

@@ -79,9 +79,13 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
                 escape_unprintable()
                 _check_scripts(task)
             _settings_in_envs(task)
+            on_laptop = (
+                user_request.at_client_side and VARIABLE not in task.envs
+            )  # a controller has no working directory
+            if on_laptop:
+                check_variables(task)  # before the login is asked for
             fill_bucket(task, say)
-            if user_request.at_client_side and VARIABLE not in task.envs:  # a controller has no working directory
-                check_variables(task)
+            if on_laptop:
                 _check_travels(task, say)
             if asks_for_gpu_on_gcp(task):
                 _apply(user_request, say)

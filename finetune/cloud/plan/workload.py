@@ -124,7 +124,7 @@ def run_size(config: RunConfig, gpus: int = 1) -> RunSize:
     else:
         records, validation, basis = _assumed_records(config)
         mean = config.plan.mean_tokens
-        why = "was prepared with other settings" if manifest.is_file() else "is not prepared"
+        why = "was prepared from other files or settings" if manifest.is_file() else "is not prepared"
         basis = f"{basis}, {mean:.0f} tokens each (plan.mean_tokens); not counted, because {folder} {why}"
     return _sized(config.training, records, mean, validation, basis, gpus)
 

@@ -15,7 +15,7 @@ import yaml
 from finetune.cli.launch import _most, _plan
 from finetune.cli.main import main
 from finetune.cloud.gcloud.policy_setting import KEY, POLICY, name_policy, named_policy
-from finetune.cloud.launch.command import launch_of
+from finetune.cloud.launch.command import FLAGS, launch_of
 from finetune.cloud.launch.task_file import PATHS, alternatives
 from finetune.doctor.cloud import policy_check
 from finetune.machine.price import Ceilings
@@ -147,6 +147,54 @@ def test_variables_and_paths_are_those_of_skypilot(
     assert elsewhere.config == tmp_path / "configs" / "mistral_7b_qlora.yaml" and elsewhere.words[-1] == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["data.val_fraction=0.2"], "type `--env OVERRIDES=data.val_fraction=0.2`"),
+        (["-y", "lora.r=8"], "type `--env OVERRIDES=lora.r=8`"),
+        (["--env=MAX_HOURS=3", "configs/demo_cpu.yaml"], "leave it out"),
+        (["--env", "MAX_HOURS=3", "--use-spot", "python x.py"], "leave it out"),
+    ],
+)
+def test_a_word_beside_the_task_is_no_shell_command(words: list[str], says: str) -> None:
+    """SkyPilot would launch a machine of its own choice, outside our ceilings, and run it there."""
+    with raises("launch.stray_word", match=f"^{re.escape(words[-1])}: .*{re.escape(says)}"):
+        launch_of(A100, words, managed=False)
+    launch_of(A100, ["-c", "mine", "-y", "--env", "MAX_HOURS=3", "--gpus", "T4", "--dryrun"], managed=False)
+
+
+def test_a_config_in_place_of_a_task(tmp_path: Path) -> None:
+    config = ROOT / "configs" / "demo_cpu.yaml"
+    with raises("launch.bad_task", match=f"is the config of a run.*finetune launch sky/.*--env CONFIG={config}"):
+        launch_of(config, [], managed=False)
+
+
+@pytest.mark.parametrize("typed", ["EVALUATE=yes", "RUN_NAME=my run", "MAX_RUN_USD=zwei", "MAX_HOURS=-3"])
+def test_a_variable_that_the_job_would_refuse_is_refused_before_anything_is_shown(
+    typed: str, scripts: Path, tmp_path: Path
+) -> None:
+    done = launched(scripts, tmp_path, str(A100), "--env", typed, "--dryrun")
+    assert (done.returncode, done.stdout) == (2, "") and typed.partition("=")[0] in done.stderr
+
+
+@needs_skypilot
+def test_each_option_of_skypilot_without_a_value_is_known() -> None:
+    import click
+    from sky.client.cli.command import cli
+
+    assert isinstance(cli, click.Group)
+    jobs = cli.commands["jobs"]
+    assert isinstance(jobs, click.Group)
+    flags = {
+        name
+        for command in (cli.commands["launch"], jobs.commands["launch"])
+        for option in command.params
+        if isinstance(option, click.Option) and option.is_flag
+        for name in (*option.opts, *option.secondary_opts)
+    }
+    assert flags == FLAGS
+
+
 @needs_skypilot
 def test_each_option_of_skypilot_with_a_path_is_known() -> None:
     import click
@@ -215,7 +263,7 @@ def test_a_sweep_is_shown_with_the_cost_of_all_its_trials(
         assert f"{row.rstrip()}  above MAX_RUN_USD 0.5: the budget would end it" in done.stdout
     assert "at most $0.5 in all, $2.5/h" in done.stderr
     done = launched(scripts, tmp_path, "--jobs", sweep, "--env", "SWEEP_ETA=1")
-    assert done.returncode == 9 and done.stdout.startswith("no plan: SWEEP_ETA: expected 2 or more")
+    assert done.returncode == 2 and done.stderr.startswith("finetune: SWEEP_ETA: expected 2 or more")
 
 
 def test_what_is_no_task_of_a_folder_with_the_policy_is_refused(

@@ -154,7 +154,7 @@ def test_a_binary_manifest_is_refused(tmp_path: Path) -> None:
 def test_a_set_that_was_prepared_with_other_settings_is_not_counted(tiny_data: Path) -> None:
     found = size(data=described(tiny_data) | {"max_train_records": 4}, plan={"mean_tokens": 50.0})
     assert found.records == 4
-    assert found.basis.endswith(f"; not counted, because {tiny_data} was prepared with other settings")
+    assert found.basis.endswith(f"; not counted, because {tiny_data} was prepared from other files or settings")
     other = run_config(data=described(tiny_data) | {"test_fraction": 0.5}, plan={"questions": 7})
     questions = evaluation_size(other)
     assert questions and questions.questions == 7
