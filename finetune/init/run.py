@@ -21,7 +21,7 @@ from finetune.init.form import FORM, LEAST, rule_of_thumb
 from finetune.init.look import DATABASES, Found, Wanted, look
 from finetune.init.outlook import Outlook, look_ahead
 from finetune.init.place import checkout_around, part_folder, place, usable_folder, write_file
-from finetune.project_folder import ProjectFolder, machine_side, read_project
+from finetune.project_folder import PAIRS, ProjectFolder, machine_side, read_project
 from finetune.runtime.installed import version
 
 
@@ -148,6 +148,11 @@ def _written(part: Path, folder: Path, wanted: Wanted, found: Found, before: Pro
     there = folder.resolve() if kept else None
     with chdir(part):
         outlook = look_ahead(goal, checked=not found.is_form and found.known is None, places=found.places, folder=there)
+    if before is not None and not kept and PAIRS in before.files and outlook.problems:
+        raise UserError(
+            f"--data {wanted.data}: {'; '.join(outlook.problems)}; {folder} keeps the pairs that it has",
+            code="init.unusable_data",
+        )
     goal = outlook.goal
     settings = replace(settings, goal=goal, figures=outlook.figures)
     write_file(part, CONFIG, config_text(settings, version()))

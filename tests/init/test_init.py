@@ -667,6 +667,22 @@ def test_a_file_that_was_changed_after_it_was_taken_over_is_told(library: Path, 
             assert told in said and f"finetune init . --data {given}` takes them again" in said
 
 
+def test_a_file_without_usable_pairs_does_not_replace_those_of_a_project(
+    library: Path, file: Write, capsys: Out
+) -> None:
+    file("pairs.csv", as_csv(questions(60)))
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "pairs.csv", "--yes"]) == 0
+    before = {path: path.read_bytes() for path in Path("shop").rglob("*") if path.is_file()}
+    file("other.csv", as_csv([(f"Which, of {n}?", f"SELECT total FROM invoice WHERE id = {n}") for n in range(60)]))
+    capsys.readouterr()
+    assert main(["init", "shop", "--db", "library.sqlite", "--data", "other.csv", "--yes"]) == 2
+    [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune: ")]
+    assert "60 of 60" in said and said.endswith("shop keeps the pairs that it has")
+    assert {path: path.read_bytes() for path in Path("shop").rglob("*") if path.is_file()} == before
+    with raises("init.unusable_data"):
+        made(folder=Path("shop"), db=library, data="other.csv")
+
+
 def test_a_form_inside_the_project_is_named_as_it_lies_there(library: Path, file: Write, capsys: Out) -> None:
     made(folder=Path("shop"), db=library)
     with chdir("shop"):
