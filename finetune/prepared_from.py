@@ -76,7 +76,7 @@ def check_prepared_from(folder: Path, manifest: Mapping[str, Any], data: DataSec
         )
     if changed := changed_sources(folder):
         raise UserError(
-            f"{folder}: was prepared before {', '.join(map(shown, changed))} changed; run `finetune data prepare CONFIG` again",
+            f"{folder}: was prepared before {', '.join(changed)} changed; run `finetune data prepare CONFIG` again",
             code="data.source_changed",
         )
 

@@ -173,6 +173,8 @@ def autotune(
     top = least if micro_batch_size else max(least, min(MOST_TOKENS, usual_step))
     tries = {max(least, math.ceil(top / pieces)) for pieces in PIECES}
     found = [limits for tokens in sorted(tries, reverse=True) if (limits := filled(tokens))]
+    if not found and (smallest := filled(least)):  # every piece of a usual step was too large
+        found = [smallest]
     if not found:
         last = MicroBatchConfig(least, shape.layers if checkpointing is False else 0)
         needed = fused_estimate(shape, _fused(load, last, ampere=ampere, texts=texts))

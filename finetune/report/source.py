@@ -66,9 +66,16 @@ def read_run(run_dir: Path) -> Source:
     rows = {
         name: _read_rows(file, command)
         for name, model in (evaluation.get("models") or {}).items()
-        if model and (file := rows_file(run_dir, name, model.get("rows"), command)) and file.is_file()
+        if model and (file := rows_file(run_dir, name, model.get("rows"), command)) and _is_there(file)
     }
     return Source(run_dir, run, evaluation, rows)
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name that is too long for a file
+        return False
 
 
 def read_evaluation(run_dir: Path) -> Json:

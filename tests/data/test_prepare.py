@@ -97,7 +97,7 @@ def test_a_source_that_has_changed_is_to_be_prepared_again(tmp_path: Path, shop:
     with Path(shop.path).open("a") as file:
         file.write("\n")
     with raises(
-        "data.source_changed", match=r"prepared: was prepared before .*questions\.jsonl' changed; run `finetune data"
+        "data.source_changed", match=r"prepared: was prepared before .*questions\.jsonl changed; run `finetune data"
     ):
         check_prepared_from(output, prepared.manifest, data)
     assert not is_prepared_from(output, data)

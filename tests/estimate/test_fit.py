@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finetune.config.load import load_config
@@ -153,6 +153,7 @@ def test_more_texts_at_once_leave_less_to_an_older_gpu() -> None:
     micro_batch_size=st.none() | st.integers(1, 16),
     ampere=st.booleans(),
 )
+@example(memory_gib=5.5, longest=16, usual=785, checkpointing=False, micro_batch_size=None, ampere=False)
 def test_what_is_chosen_fits_and_one_more_of_anything_does_not(
     memory_gib: float, longest: int, usual: int, checkpointing: bool | None, micro_batch_size: int | None, ampere: bool
 ) -> None:
