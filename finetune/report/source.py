@@ -14,7 +14,7 @@ from finetune.errors import UserError
 from finetune.run_record import AttemptRecord, MemoryRecord, RunRecord, UsageRecord, read_record
 from finetune.runtime.commands import evaluate_command
 from finetune.runtime.confined import within
-from finetune.runtime.files import read_json
+from finetune.runtime.files import kind_of, read_json
 from finetune.runtime.quantities import hours_text, usd_text
 from finetune.runtime.typed_json import LARGEST
 
@@ -66,16 +66,9 @@ def read_run(run_dir: Path) -> Source:
     rows = {
         name: _read_rows(file, command)
         for name, model in (evaluation.get("models") or {}).items()
-        if model and (file := rows_file(run_dir, name, model.get("rows"), command)) and _is_there(file)
+        if model and (file := rows_file(run_dir, name, model.get("rows"), command)) and kind_of(file) == "a file"
     }
     return Source(run_dir, run, evaluation, rows)
-
-
-def _is_there(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except OSError:  # a name that is too long for a file
-        return False
 
 
 def read_evaluation(run_dir: Path) -> Json:

@@ -79,9 +79,8 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
                 escape_unprintable()
                 _check_scripts(task)
             _settings_in_envs(task)
-            on_laptop = (
-                user_request.at_client_side and VARIABLE not in task.envs
-            )  # a controller has no working directory
+            # a controller has no working directory
+            on_laptop = user_request.at_client_side and VARIABLE not in task.envs
             if on_laptop:
                 check_variables(task)  # before the login is asked for
             fill_bucket(task, say)
