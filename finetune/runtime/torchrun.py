@@ -10,11 +10,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
 
 from torch.distributed import DistError  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.utils import store as agents
 from torch.distributed.run import parse_args, run
 
 from finetune.errors import EXIT_OK, EXIT_TRANSIENT, EXIT_USER_ERROR, LONGEST_MESSAGE
@@ -23,6 +26,8 @@ GRACE_SECONDS = 180
 """Time to save a checkpoint if the environment does not set GRACE_SECONDS; also the default of finetune/job/settings.py."""
 SHARE = 0.9
 """Share of that time for the processes, so that they have ended before whoever waits for us gives up."""
+LEAVE_SECONDS = 10
+"""How long the machine that keeps the store waits for the others to have read that all are done."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     grace = int(SHARE * float(os.environ.get("GRACE_SECONDS") or GRACE_SECONDS))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(grace))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a page of warning
+    asked = parse_args(arguments)  # type: ignore[no-untyped-call]
+    leave_last(keeps_store=asked.node_rank == 0)
     try:
-        run(parse_args(arguments))  # type: ignore[no-untyped-call]
+        run(asked)  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         return exit_code(failure.exitcode for _, failure in sorted(failed.failures.items()))
     except SignalException:
@@ -43,6 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
               "reach --master-addr at --master-port", file=sys.stderr)  # fmt: skip
         return EXIT_USER_ERROR
     return EXIT_OK
+
+
+def leave_last(keeps_store: bool) -> None:
+    """Have the first machine, which keeps the store of all, end after the others.
+
+    torch's barrier at the end lets it go as soon as all have come; one that still reads prints a page about a broken connection.
+    """
+    meet = agents.barrier
+
+    def meet_and_leave(*args: Any, **kwargs: Any) -> None:
+        meet(*args, **kwargs)
+        store, machines, key = kwargs["store"], kwargs["world_size"], kwargs["key_prefix"] + "/left"
+        with suppress(DistError):
+            if keeps_store:
+                meet(store, machines, key, LEAVE_SECONDS)
+            else:
+                agents._barrier_nonblocking(store, machines, key)
+
+    agents.barrier = meet_and_leave
 
 
 def exit_code(codes: Iterable[int]) -> int:

@@ -56,6 +56,7 @@ class Machines:
         *words: str,
         script: tuple[str, ...] = ("-m", "finetune"),
         other: tuple[str, ...] | None = None,
+        torchrun: tuple[str, ...] = ("-m", "finetune.runtime.torchrun"),
         **env: str,
     ) -> list[subprocess.Popen[str]]:
         """other: the words of the second machine, if they differ; env: variables of that one."""
@@ -67,7 +68,7 @@ class Machines:
             scratch = self.folder / f"machine-{rank}"
             scratch.mkdir(exist_ok=True)
             place = ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", port]
-            command = [sys.executable, "-m", "finetune.runtime.torchrun", *place, "--nproc-per-node", "1", *script]
+            command = [sys.executable, *torchrun, *place, "--nproc-per-node", "1", *script]
             own = env if rank else {}
             environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)} | own
             log = (self.folder / f"log-{rank}").open("w")
@@ -145,6 +146,29 @@ def test_two_machines_learn_what_one_does(
     assert record_of(runs / "apart")["step"]["ranks"] == 2
     assert machines.said(1) == [], "the first process speaks for all"
     assert sorted(path.name for path in runs.iterdir()) == ["apart", "one", "together"]
+
+
+READS_LATE = """
+import os, sys, time
+from torch.distributed.elastic.utils import store
+come = store._barrier_nonblocking
+def late(*args, **kwargs):
+    key = come(*args, **kwargs)
+    time.sleep(float(os.environ.get("LATE", 0)))
+    return key
+store._barrier_nonblocking = late
+from finetune.runtime.torchrun import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_machine_that_keeps_the_store_ends_after_one_that_reads_late(tmp_path: Path, machines: Machines) -> None:
+    torchrun, child = tmp_path / "reads_late.py", tmp_path / "child.py"
+    torchrun.write_text(READS_LATE)
+    child.write_text("")
+    started = machines.start(torchrun=(str(torchrun),), script=(str(child),), LATE="2")
+    assert machines.codes(started) == [0, 0]
+    assert machines.said(0) == machines.said(1) == []
 
 
 @pytest.mark.parametrize("lost", [0, 1])
