@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finetune.cli.main import main
 from finetune.doctor.cloud import sky_program_check
@@ -37,9 +40,16 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(command) for command in re.findall(r"`([^`]*)`", text)]
 
 
-def test_a_command_is_what_the_shell_would_read() -> None:
-    words = ["finetune", "evaluate", "runs/it's mine", "a=b c"]
-    assert shlex.split(as_command(*words)) == words
+@given(st.lists(st.text("ab '\"$`\\!=[]{}\n~*#", min_size=0, max_size=8), min_size=1, max_size=4))
+def test_a_command_is_what_bash_reads(words: list[str]) -> None:
+    read = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {as_command(*words)}"], capture_output=True, text=True, check=True
+    )
+    assert read.stdout.split("\0")[:-1] == words
+
+
+def test_a_command_is_easy_to_read() -> None:
+    assert as_command("--env", "X='a b' c") == "--env \"X='a b' c\""
     assert as_command("finetune", "evaluate", Path("runs/demo")) == "finetune evaluate runs/demo"
     assert env_option("RUN_NAME", NAME) == "--env 'RUN_NAME=second try'"
 

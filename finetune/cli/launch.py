@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import add_command, path
 from finetune.errors import UserError
+from finetune.runtime.commands import as_command
 from finetune.runtime.installed import version
 from finetune.stage_end.following import after_launch
 from finetune.stage_end.tell import tell
@@ -56,7 +56,7 @@ def _launch(arguments: argparse.Namespace) -> int:
             print(f"no plan: {error}")
     if "--dryrun" not in arguments.options:
         tell("launch", _most(launch), following)
-    print(f"in {launch.folder}: {shlex.join(['sky', *launch.words[1:]])}", flush=True)
+    print(f"in {launch.folder}: {as_command('sky', *launch.words[1:])}", flush=True)
     os.execv(launch.words[0], launch.words)
 
 

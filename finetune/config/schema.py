@@ -159,6 +159,11 @@ class TrackingSection:
     project: str | None = None  # MLflow's experiment and Trackio's project; null: as wandb_project
 
 
+FEW_QUESTIONS = 32
+"""With evaluation.generator=auto fewer are answered by hf, because vLLM takes a minute or more to load (measured on an H200 with
+a 7B model: 100 s)."""
+
+
 @dataclass
 class EvaluationSection:
     split: Literal["test", "val"] = "test"

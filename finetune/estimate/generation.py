@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from finetune.config.schema import FEW_QUESTIONS
 from finetune.estimate.speed import PLAIN, reached_share
 from finetune.machine.gpus import GPUS, GpuSpec
 from finetune.models.answer_dtype import answer_dtype
@@ -68,17 +69,26 @@ class GenerationSpeed:
     source: str
 
 
-def answering_speed(config: RunConfig, gpu: GpuSpec, shape: ModelShape) -> GenerationSpeed:
-    """How fast a GPU answers the questions of a config, with the generator and in the dtype that it comes to there."""
+def answering_speed(config: RunConfig, gpu: GpuSpec, shape: ModelShape, questions: int) -> GenerationSpeed:
+    """How fast a GPU answers so many questions of a config, with the generator and in the dtype that it comes to there."""
     dtype, rows = answer_dtype(config, gpu.compute_capability, shape.parameters), config.evaluation.batch_size
-    generator = generator_on(gpu, shape, config.evaluation.generator, dtype=dtype)
+    generator = generator_on(gpu, shape, config.evaluation.generator, dtype=dtype, questions=questions)
     return generation_speed(gpu, shape, generator=generator, batch_size=rows, dtype=dtype)
 
 
-def generator_on(gpu: GpuSpec, shape: ModelShape, wanted: str = "auto", *, dtype: str = "bfloat16") -> GeneratorName:
+def generator_on(
+    gpu: GpuSpec,
+    shape: ModelShape,
+    wanted: str = "auto",
+    *,
+    dtype: str = "bfloat16",
+    questions: int = FEW_QUESTIONS,
+) -> GeneratorName:
     """Which generator `evaluation.generator` comes to on a GPU. dtype: of the answers (models.answer_dtype)."""
     if wanted != "auto":
         return "vllm" if wanted == "vllm" else "hf"
+    if questions < FEW_QUESTIONS:
+        return "hf"
     fits = (4 if dtype == "float32" else 2) * shape.parameters <= VLLM_SHARE * gpu.memory_gib * GIB
     return "vllm" if gpu.compute_capability >= VLLM_FROM and fits else "hf"
 

@@ -127,6 +127,7 @@ def evaluate_run(
         "dialects": list(dialects_of(questions.records)),
         "rule": config.evaluation.rule,
         "timeout_seconds": config.evaluation.timeout_seconds,
+        "max_new_tokens": config.evaluation.max_new_tokens,
         "leaks": leaks(questions.data, config.evaluation.split, trained_on.manifest_sha256 if trained_on else None),
         "cost": whole_cost([model.answers for model in models], scores, training_usd(run.ledger)),
         "judging": questions.judging_settings(),

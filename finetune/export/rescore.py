@@ -135,7 +135,11 @@ def score_of(
     what identifies the model. tuned: whether it has an adapter apart. Raises UserError if memory is too small."""
     questions, evaluation = wanted.questions, wanted.questions.evaluation
     file = AnswerFile(
-        answers, f"{name} export", {"generator": generator, **settings}, questions.prompts, evaluation.batch_size
+        answers,
+        f"{name} export",
+        {"generator": generator, "max_new_tokens": evaluation.max_new_tokens, **settings},
+        questions.prompts,
+        evaluation.batch_size,
     )
     file.read()
     file.generate(load, tuned=tuned, max_new_tokens=evaluation.max_new_tokens, progress=progress)
@@ -175,6 +179,8 @@ def _as_scored(run: RunFolder, scored: dict[str, Any]) -> dict[str, Any]:
             f"{run.eval_json}: does not say how the run was scored; run `{evaluate_command(run.path)}` again",
             code="export.not_scored",
         )
+    if scored.get("max_new_tokens") is not None:  # not there before 0.2
+        found["max_new_tokens"] = scored["max_new_tokens"]
     return found
 
 

@@ -183,13 +183,14 @@ def _loss_plot(train: Series, validation: Series) -> Plot:
             alpha=0.4 if smooth else 1,
             linewidth=1 if smooth else 1.8,
             marker="" if len(train) > 1 else "o",
+            clip_on=False,
             label="training",
         )
         if smooth:
             axes.plot(*_xy(_running_mean(train)), color=COLOURS["after"], label="running mean")
         captions.append(f"training {train[0][1]:.3g} to {train[-1][1]:.3g}")
     if validation:
-        axes.plot(*_xy(validation), color=COLOURS["second"], marker="o", label="validation")
+        axes.plot(*_xy(validation), color=COLOURS["second"], marker="o", clip_on=False, label="validation")
         captions.append(f"validation {validation[0][1]:.3g} to {validation[-1][1]:.3g}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
@@ -204,7 +205,7 @@ def _line_plot(title: str, series: Series, caption: str) -> Plot:
     if not values:
         return Plot(title, "Nothing was logged.")
     figure, axes = _figure(2.3)
-    axes.plot(*_xy(series), color=COLOURS["after"], marker="" if len(series) > 1 else "o")
+    axes.plot(*_xy(series), color=COLOURS["after"], marker="" if len(series) > 1 else "o", clip_on=False)
     axes.set_ylim(bottom=0, top=values[-1] * 1.1 or 1)
     if values[-1] < 0.01:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")

@@ -30,9 +30,9 @@ NAME_CHARACTERS = 40
 class RunRow:
     """One run. Everything but the name is None where it is unknown.
 
-    accuracy, base_accuracy: shares of the questions. interval: 95%, over questions. hours, usd: of all attempts and scores, from
-    the ledger: measured seconds times the price of the machine. usd_per_point: US dollars a point (1% of the questions) gained.
-    problem: what could not be read, or is not in the hours and dollars.
+    accuracy, base_accuracy: shares of the questions. interval: 95%, over questions. hours, usd: of all attempts and of scores by
+    a job, from the ledger: measured seconds times the price of the machine. usd_per_point: US dollars a point (1% of the
+    questions) gained. problem: what could not be read, or is not in the hours and dollars.
     """
 
     name: str
@@ -93,8 +93,8 @@ def table(rows: Sequence[RunRow]) -> list[str]:
     lines += [f"{_short(row.name)}: {visible(row.problem, one_line=True)}" for row in rows if row.problem]
     return [
         *lines,
-        "right: of the questions of each run's evaluation; 95% interval over questions. hours and $: training and scores, "
-        "measured seconds times the machine's price.",
+        "right: of the questions of each run's evaluation; 95% interval over questions. hours and $: training, and scores in the "
+        "cloud, measured seconds times the machine's price; a score by hand is not in them.",
         "$ a point: dollars for each point (1% of the questions) gained over the base model.",
     ]
 

@@ -7,7 +7,12 @@ import shlex
 
 def as_command(*words: object) -> str:
     """The words in one line, such as `finetune evaluate 'runs/second try'`."""
-    return shlex.join(map(str, words))
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    """For a shell; in double quotes where single ones in it would make it hard to read."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def evaluate_command(target: object) -> str:

@@ -9,14 +9,23 @@ from finetune.errors import UserError, shown
 
 
 def split_overrides(text: str) -> list[str]:
-    """As a shell splits words, so that a value with spaces stands in quotes. Raises UserError for a quote that is not closed."""
+    """As a shell splits words, so that a value with spaces stands in quotes. Raises UserError for a quote that is not closed, and
+    for a word that is no KEY=VALUE, such as the second one of a value whose quotes are missing."""
     try:
-        return shlex.split(text)
+        words = shlex.split(text)
     except ValueError as error:
-        raise UserError(
-            f"OVERRIDES: {shown(text)}: {error}; expected KEY=VALUE words, with quotes around one that holds spaces",
-            code="config.bad_overrides",
-        ) from None
+        raise _bad(f"{shown(text)}: {error}") from None
+    for word in words:
+        if "=" not in word:
+            raise _bad(f"{shown(word)}: not KEY=VALUE")
+    return words
+
+
+def _bad(what: str) -> UserError:
+    return UserError(
+        f"OVERRIDES: {what}; expected KEY=VALUE words, with quotes around one that holds spaces",
+        code="config.bad_overrides",
+    )
 
 
 def joined_overrides(words: Sequence[str]) -> str:

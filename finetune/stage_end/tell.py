@@ -12,7 +12,6 @@ are seconds only.
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from finetune.budget.attempts import Account
 from finetune.errors import UserError
 from finetune.machine.billed_time import process_age
 from finetune.machine.price import MachinePrice, machine_price
+from finetune.runtime.commands import as_command
 from finetune.runtime.console import say, visible
 from finetune.runtime.quantities import duration, usd_text
 
@@ -42,7 +42,7 @@ class Next:
     why: str
 
     def __str__(self) -> str:
-        return f"{shlex.join(self.words)}   ({self.why})"
+        return f"{as_command(*self.words)}   ({self.why})"
 
     def here(self) -> Next:
         """The same with the path of the program where PATH does not have it."""

@@ -16,6 +16,8 @@ from tests.emulated_cloud.training import SHORT, Run, launch
 pytestmark = pytest.mark.cloud
 ANSWER_SECONDS = 5
 """Six questions, two models: 60 s of answers. With 24 s the score was once complete before the machine had its notice."""
+NOT_ANSWERED = "evaluation.max_new_tokens=255"
+"""As in no other scenario, from which the bucket may have the base model's answers."""
 VLLM_SECONDS = 45
 """For which set-up's background process is at work; SkyPilot has killed all that it can of a set-up 30 s after its end."""
 
@@ -23,7 +25,10 @@ VLLM_SECONDS = 45
 def test_preempted_while_it_is_scored(environment: CloudEnvironment, project: Path, tmp_path: Path) -> None:
     """The next machine goes on from the answers that were kept, without training again; one ledger, one budget."""
     slow = {"FT_ANSWER_SECONDS": ANSWER_SECONDS, "FINETUNE_VLLM_BUILD": 1, "FT_VLLM_SECONDS": VLLM_SECONDS}
-    words = launch("train_spot", "--jobs", "-d", "-n", "judged", overrides=SHORT, RUN_NAME="judged", EVALUATE=1, **slow)
+    overrides = f"{SHORT} {NOT_ANSWERED}"
+    words = launch(
+        "train_spot", "--jobs", "-d", "-n", "judged", overrides=overrides, RUN_NAME="judged", EVALUATE=1, **slow
+    )
     environment.sky.run(*words, cwd=project).ok()
     run = Run(environment, "judged")
     first = environment.cloud.wait_for_machine("judged", 180)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from finetune.config.schema import ModelSection, RunConfig
+from finetune.config.schema import FEW_QUESTIONS, ModelSection, RunConfig
 from finetune.estimate.generation import (
     H200,
     HF_STEP_SECONDS,
@@ -97,6 +97,13 @@ def test_auto_is_vllm_where_set_up_builds_it(gpu: str, wanted: str, expected: st
     assert generator_on(GPUS[gpu], MISTRAL, wanted) == expected
 
 
+@pytest.mark.parametrize(("wanted", "expected"), [("auto", "hf"), ("vllm", "vllm")])
+def test_few_questions_are_answered_without_loading_vllm(wanted: str, expected: str) -> None:
+    """As the registry chooses it for the evaluation."""
+    assert generator_on(GPUS["L4"], MISTRAL, wanted, questions=FEW_QUESTIONS - 1) == expected
+    assert generator_on(GPUS["L4"], MISTRAL, wanted, questions=FEW_QUESTIONS) == "vllm"
+
+
 def test_auto_is_hf_where_16_bit_weights_leave_no_room() -> None:
     assert generator_on(GPUS["L4"], LARGE) == "hf"
     assert generator_on(GPUS["A100-80GB"], LARGE) == "vllm"
@@ -142,8 +149,8 @@ def test_float32_weights_fit_into_less_gpus() -> None:
 def test_the_plan_takes_the_dtype_that_answers_have(name: str, dtype: str) -> None:
     config, shape = RunConfig(model=ModelSection(name=name)), SHAPES[name]
     expected = generation_speed(GPUS["A100"], shape, generator="vllm", batch_size=16, dtype=dtype)
-    assert answering_speed(config, GPUS["A100"], shape) == expected
+    assert answering_speed(config, GPUS["A100"], shape, 1034) == expected
     config.evaluation.dtype = "float32"
-    assert answering_speed(config, GPUS["A100"], shape).basis == "estimated"
+    assert answering_speed(config, GPUS["A100"], shape, 1034).basis == "estimated"
     exact = generation_speed(GPUS["A100"], shape, generator="vllm", batch_size=16, dtype="float32")
-    assert answering_speed(config, GPUS["A100"], shape) == exact
+    assert answering_speed(config, GPUS["A100"], shape, 1034) == exact

@@ -210,6 +210,14 @@ def test_other_data_than_the_score_was_made_on(run: RunFolder) -> None:
         assert export(run) == 2
 
 
+def test_the_same_limit_of_an_answer_as_in_the_score(run: RunFolder) -> None:
+    """Which may have been overridden; an export with more of it would be compared with answers that were cut off."""
+    assert main(["evaluate", str(run.path), "evaluation.max_new_tokens=3"]) == 0
+    assert export(run, "--accept-loss", to="adapter") == 0
+    found = manifest(run.path / "exports" / "adapter")["scores"]["adapter"]
+    assert found["same_sql"] == found["questions"]
+
+
 # whole or not there
 
 KILLED = """

@@ -19,7 +19,8 @@ SOURCES = "data.sources=[{kind: spider, path: ../spider, files: [train_spider.js
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1)))
-def test_whatever_is_joined_is_split_again(words: list[str]) -> None:
+def test_whatever_is_joined_is_split_again(values: list[str]) -> None:
+    words = [f"lora.r={value}" for value in values]
     assert split_overrides(joined_overrides(words)) == words
 
 
@@ -37,6 +38,11 @@ def test_a_job_gets_a_value_with_spaces_whole() -> None:
 def test_a_quote_that_is_not_closed() -> None:
     with raises("config.bad_overrides", match="^OVERRIDES: .*No closing quotation.*quotes around"):
         split_overrides("lora.r=8 'data.x=a b")
+
+
+def test_a_value_whose_quotes_are_missing() -> None:
+    with raises("config.bad_overrides", match="^OVERRIDES: .*spider.*: not KEY=VALUE; .*quotes around"):
+        split_overrides(f"lora.r=8 {SOURCES}")
 
 
 def test_what_is_needed_to_prepare_alone_does_not_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

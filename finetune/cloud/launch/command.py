@@ -6,8 +6,6 @@ SkyPilot reads that file only from the folder in which its command is typed, so 
 
 from __future__ import annotations
 
-import re
-import shlex
 import shutil
 import sysconfig
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from finetune.cloud.launch.task_file import (
     DEFAULT_RUN_USD,
     Alternative,
     alternatives,
+    stray,
     values,
     variables,
     with_absolute_paths,
@@ -34,7 +33,6 @@ from finetune.runtime.files import read_text
 from finetune.runtime.installed import in_checkout, install_command, project_files
 from finetune.runtime.yaml_file import load_yaml
 
-KEY_VALUE = re.compile(r"[a-z_]+\.[a-z_.]+=")
 FLAGS = {
     *(
         "-y",
@@ -159,12 +157,10 @@ def _read(task: Path) -> dict[str, Any]:
 
 
 def _check_words(options: Sequence[str]) -> None:
-    """SkyPilot takes a word beside the task for a part of a shell command, and launches a machine of its own choice for it."""
     for before, word in pairwise(["", *options]):
         if word.startswith("-") or (before.startswith("-") and before not in FLAGS and "=" not in before):
             continue
-        how = f"type `--env {shlex.quote(f'OVERRIDES={word}')}`" if KEY_VALUE.match(word) else "leave it out"
-        raise UserError(f"{word}: beside a task SkyPilot takes options only; {how}", code="launch.stray_word")
+        raise stray(word)
 
 
 def _folder_of(task: Path) -> Path:

@@ -37,7 +37,7 @@ from finetune.cloud.launch.sky_resources import (
     pinned,
     refuse_ceilings,
 )
-from finetune.cloud.launch.task_file import DEFAULT_CEILING_USD, DEFAULT_RUN_USD
+from finetune.cloud.launch.task_file import DEFAULT_CEILING_USD, DEFAULT_RUN_USD, refuse_task_as_command
 from finetune.cloud.launch.travel import (
     check_config_travels,
     check_databases_travel,
@@ -77,6 +77,7 @@ class CostPolicy(sky.AdminPolicy):  # type: ignore[misc]
         try:
             if user_request.at_client_side:
                 escape_unprintable()
+                refuse_task_as_command(task.run)
                 _check_scripts(task)
             _settings_in_envs(task)
             # a controller has no working directory

@@ -4,6 +4,7 @@ takes seconds. The launch policy decides on SkyPilot's own objects (sky_resource
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cloud.catalog.machine_types import OWN_MACHINES
+from finetune.errors import UserError
 from finetune.machine.gpus import GPUS, machine_name
+from finetune.runtime.commands import env_option
+from finetune.runtime.overrides import joined_overrides
 
 DEFAULT_CEILING_USD = 5.0
 """Ceiling of a task without max_hourly_cost, in US dollars per hour for all its machines; above that of every task in sky/."""
@@ -20,6 +24,24 @@ DEFAULT_RUN_USD = 25.0
 """Budget of a task without MAX_RUN_USD, in US dollars."""
 PATHS = ("--env-file", "--secret-file", "--workdir", "--config")
 """Options of SkyPilot's launch commands (0.14) whose value is a path; that of --config may be KEY=VALUE."""
+
+KEY_VALUE = re.compile(r"[a-z_]+\.[a-z_.]+=")
+
+
+def stray(words: str) -> UserError:
+    """What stands beside a task and is no option: SkyPilot takes it for a part of a shell command, and launches a machine of its
+    own choice for it."""
+    separate = words.split()
+    overrides = separate if all("=" in word for word in separate) else [words]
+    how = f"type `{env_option('OVERRIDES', joined_overrides(overrides))}`" if KEY_VALUE.match(words) else "leave it out"
+    return UserError(f"{words}: beside a task SkyPilot takes options only; {how}", code="launch.stray_word")
+
+
+def refuse_task_as_command(run: object) -> None:
+    """run: what SkyPilot would run on the machine. Raises UserError if that is a task's file with more words beside it."""
+    task, _, words = run.partition(" ") if isinstance(run, str) else ("", "", "")
+    if words and Path(task).suffix in (".yaml", ".yml") and Path(task).is_file():
+        raise stray(words)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _conflict(config: RunConfig, gpus: int) -> str:
 
 def _scoring(config: RunConfig, gpu: GpuSpec, shape: ModelShape, size: EvaluationSize) -> Scoring:
     """Judging is left out: it runs beside generating, on the CPU."""
-    speed = answering_speed(config, gpu, shape)
+    speed = answering_speed(config, gpu, shape, size.questions)
     return Scoring(speed, (speed.loading_seconds + size.new_tokens / speed.tokens_per_second) / 3600)
 
 

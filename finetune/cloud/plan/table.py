@@ -73,10 +73,10 @@ def _evaluation(plan: Plan) -> str:
     size = plan.evaluation
     if size is not None:
         return f"{size.questions:,} {size.basis}; {size.answers:,.0f} answers of base and tuned model"
-    if not plan.scored:
-        return "left out (--no-score, or EVALUATE=0 in the task)"
     if not plan.executable:
         return "none, because no source has a database to execute SQL on"
+    if not plan.scored:
+        return "left out (--no-score, or EVALUATE=0 in the task)"
     return "not counted, because the number of questions with a database is unknown or 0; prepare the data, or set plan.questions"
 
 

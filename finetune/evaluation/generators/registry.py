@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from finetune.config.schema import RunConfig
+from finetune.config.schema import FEW_QUESTIONS, RunConfig
 from finetune.errors import UserError
 from finetune.evaluation.generators.base import Generator
 from finetune.evaluation.generators.hf import HfGenerator
 from finetune.evaluation.generators.vllm import VllmGenerator
-from finetune.evaluation.generators.vllm_place import FEW_QUESTIONS, missing, require_vllm
+from finetune.evaluation.generators.vllm_place import missing, require_vllm
 from finetune.runtime.console import say
 
 AUTO = "auto"

@@ -46,8 +46,6 @@ NOT_IN_FLOAT32 = {
 (docs/design/attention_backends.md; layers/fla/ops/chunk.py), not tried. All others have TRITON_ATTN, which takes float32."""
 NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "plamo2", "glm4")
 """Values of model_type for which vLLM refuses float16 (vllm/config/model.py)."""
-FEW_QUESTIONS = 32
-"""So few are answered by hf before vLLM is loaded, which takes a minute or more (measured on an H200 with a 7B model: 100 s)."""
 
 
 @dataclass(frozen=True)

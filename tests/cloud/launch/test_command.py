@@ -19,12 +19,14 @@ from finetune.cloud.launch.command import FLAGS, launch_of
 from finetune.cloud.launch.task_file import PATHS, alternatives
 from finetune.doctor.cloud import policy_check
 from finetune.machine.price import Ceilings
+from finetune.runtime.commands import as_command
 from tests.helpers.catalog_fixture import needs_skypilot
 from tests.helpers.errors import raises
 
 ROOT = Path(__file__).resolve().parents[3]
 A100 = ROOT / "sky" / "train_a100.yaml"
 SKY = '#!/bin/sh\necho "cwd $PWD"\nfor word in "$@"; do echo "word $word"; done\nexit 9\n'
+SOURCES = "'data.sources=[{kind: spider, path: x}]'"
 PROGRAM = """
 import sys
 from finetune.cli.main import main
@@ -154,6 +156,8 @@ def test_variables_and_paths_are_those_of_skypilot(
         (["-y", "lora.r=8"], "type `--env OVERRIDES=lora.r=8`"),
         (["--env=MAX_HOURS=3", "configs/demo_cpu.yaml"], "leave it out"),
         (["--env", "MAX_HOURS=3", "--use-spot", "python x.py"], "leave it out"),
+        (["data.sources=[{kind: spider, path: x}]"], as_command("--env", f"OVERRIDES={SOURCES}")),
+        (["lora.r=8 lora.alpha=4"], "type `--env 'OVERRIDES=lora.r=8 lora.alpha=4'`"),
     ],
 )
 def test_a_word_beside_the_task_is_no_shell_command(words: list[str], says: str) -> None:
@@ -169,7 +173,16 @@ def test_a_config_in_place_of_a_task(tmp_path: Path) -> None:
         launch_of(config, [], managed=False)
 
 
-@pytest.mark.parametrize("typed", ["EVALUATE=yes", "RUN_NAME=my run", "MAX_RUN_USD=zwei", "MAX_HOURS=-3"])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "EVALUATE=yes",
+        "RUN_NAME=my run",
+        "MAX_RUN_USD=zwei",
+        "MAX_HOURS=-3",
+        "OVERRIDES=lora.r=8 data.sources=[{kind: spider}]",
+    ],
+)
 def test_a_variable_that_the_job_would_refuse_is_refused_before_anything_is_shown(
     typed: str, scripts: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,15 @@ def test_an_a100_on_demand_is_refused_at_three_dollars(typed: dict[str, str], ch
     assert "Traceback" not in done.stderr and "Considered resources" not in done.stdout
 
 
+def test_words_beside_a_task_are_no_shell_command(typed: dict[str, str], checkout: Path) -> None:
+    """SkyPilot itself takes the whole for a command that a machine of its own choice is to run."""
+    for command in (("launch", "--dryrun", "-y"), ("jobs", "launch", "-y")):
+        done = run_sky(typed, checkout, *command, "sky/train_cheapest.yaml", "lora.r=8")
+        assert done.returncode == 1, done.stdout
+        assert "lora.r=8: beside a task SkyPilot takes options only; type `--env OVERRIDES=lora.r=8`" in done.stderr
+        assert "Traceback" not in done.stderr and "Considered resources" not in done.stdout
+
+
 def test_a_managed_job_shows_its_controllers_price_before_the_prompt(typed: dict[str, str], checkout: Path) -> None:
     done = run_sky(typed, checkout, "jobs", "launch", "sky/train_spot.yaml", typed="n\n")
     assert done.returncode == 1

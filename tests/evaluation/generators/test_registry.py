@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from finetune.config.load import load_config
+from finetune.config.schema import FEW_QUESTIONS
 from finetune.data.prepared import load_prepared
 from finetune.data.prompts import PromptTemplate
 from finetune.evaluation.generators import hf, registry
 from finetune.evaluation.generators.registry import GENERATORS, generator_for
-from finetune.evaluation.generators.vllm_place import FEW_QUESTIONS
 from finetune.evaluation.run import evaluate_base, evaluate_run
 from tests.helpers.data_examples import read_jsonl
 from tests.helpers.dict_generator import DictGenerator
