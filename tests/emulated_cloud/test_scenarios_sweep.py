@@ -141,4 +141,6 @@ def check_money(sweep: Swept, budget: float, folder: Path) -> None:
     assert budget / 3 < reconciliation.ledger_usd <= budget
     heartbeat = HEARTBEAT_SECONDS / reconciliation.ledger_seconds * reconciliation.ledger_usd
     assert reconciliation.bill_usd - reconciliation.tail_usd < budget + heartbeat
-    assert [reason for _, reason in reasons].count(None) == 1, "the crash"
+    cut_off = [trial for trial, reason in reasons if reason is None]
+    # SkyPilot's controller deletes a preempted machine once it looks, which may be before the run has closed its ledger
+    assert cut_off in (["t02"], ["t01", "t02"]), "the crash, and perhaps the preemption"
