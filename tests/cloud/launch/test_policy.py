@@ -255,7 +255,7 @@ def test_the_refusal_shows_price_parts_and_a_sufficient_ceiling(worker: SkyWorke
         (T4, ENVS | {"MAX_RUN_USD": ""}, "launch.bad_value", "envs.MAX_RUN_USD"),
         (T4, ENVS | {"CONFIG": "configs/none.yaml"}, "launch.not_copied", "configs/none.yaml"),
         (T4, ENVS | {"OVERRIDES": "lora.rank=8"}, "config.unknown_key", "lora.rank"),
-        (T4, ENVS | {"OVERRIDES": "lora.r 8"}, "config.bad_override", "lora.r"),
+        (T4, ENVS | {"OVERRIDES": "lora.r 8"}, "config.bad_overrides", "lora.r"),
         ({"infra": "gcp", "accelerators": "A10:1"}, ENVS, "cloud.gpu_not_offered", "A10"),
         ({"infra": "gcp", "accelerators": "T44:1"}, ENVS, "cloud.unknown_gpu", "T44"),
         (T4 | {"infra": "gcp/europe-north1"}, ENVS, "cloud.gpu_not_in_place", "europe-north1"),
