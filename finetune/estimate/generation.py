@@ -84,7 +84,8 @@ def generator_on(
     dtype: str = "bfloat16",
     questions: int = FEW_QUESTIONS,
 ) -> GeneratorName:
-    """Which generator `evaluation.generator` comes to on a GPU. dtype: of the answers (models.answer_dtype)."""
+    """Which generator `evaluation.generator` comes to on a GPU. dtype: of the answers (models.answer_dtype). questions: that a
+    model is asked, by default enough for vLLM to be worth its loading."""
     if wanted != "auto":
         return "vllm" if wanted == "vllm" else "hf"
     if questions < FEW_QUESTIONS:
